@@ -1,0 +1,116 @@
+"""What a cascade hands out: detections, statistics of one call, and milliseconds per part."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+EXIT_REASONS = ("background", "redundant", "confident", "budget", "completed")
+
+
+@dataclass
+class Detections:
+    """The detections of one image, best score first.
+
+    Attributes:
+        boxes: float32 ``[D, 4]``, XYXY in absolute pixels.
+        scores: float32 ``[D]`` in [0, 1].
+        classes: int64 ``[D]`` in ``[0, K)``.
+        exit_stages: int64 ``[D]``, the last stage (from 0) that each region saw.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    classes: Tensor
+    exit_stages: Tensor
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __getitem__(self, index: Tensor | slice) -> Detections:
+        return Detections(
+            self.boxes[index], self.scores[index], self.classes[index], self.exit_stages[index]
+        )
+
+    def to(self, device: torch.device | str) -> Detections:
+        """The same detections on another device."""
+        return Detections(
+            self.boxes.to(device),
+            self.scores.to(device),
+            self.classes.to(device),
+            self.exit_stages.to(device),
+        )
+
+
+@dataclass
+class CascadeStats:
+    """What one call of the cascade did.
+
+    Attributes:
+        entered: regions of the whole batch that each stage computed, length S.
+        left: for each stage, how many regions left after it, by reason (a subset of
+            ``EXIT_REASONS``); ``sum(left[s].values()) == entered[s] - entered[s + 1]``.
+        milliseconds: wall time per part; empty unless a timer was given.
+    """
+
+    entered: list[int]
+    left: list[dict[str, int]]
+    milliseconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class StageOutput:
+    """One stage of the full cascade (no exits), for per-stage evaluation.
+
+    Attributes:
+        detections: per image, what the detector returns if the cascade stops after this stage.
+        boxes_before: per image ``[R_i, 4]``, the boxes that the stage pooled.
+        boxes_after: per image ``[R_i, 4]``, the boxes that it refined them to. Row *i* is the
+            same region at every stage. XYXY pixels of the same frame as ``detections``.
+    """
+
+    detections: list[Detections]
+    boxes_before: list[Tensor]
+    boxes_after: list[Tensor]
+
+
+@dataclass
+class DetectorOutput:
+    """What a detector returns for a batch.
+
+    Attributes:
+        detections: per image, in pixels of the original image.
+        stats: counts and times of the cascade, summed over the batch.
+        stages: one entry per stage where per-stage output was asked for, else ``None``.
+    """
+
+    detections: list[Detections]
+    stats: CascadeStats
+    stages: list[StageOutput] | None = None
+
+
+class PartTimer:
+    """Wall milliseconds of named parts of one call; waits for the GPU at both ends of a part."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.milliseconds: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Add the time spent inside the block to part ``name``."""
+        self._synchronize()
+        start = time.perf_counter()
+        yield
+        self._synchronize()
+        elapsed = (time.perf_counter() - start) * 1000
+        self.milliseconds[name] = self.milliseconds.get(name, 0.0) + elapsed
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

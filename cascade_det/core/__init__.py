@@ -1,0 +1,28 @@
+"""The cascade in plain PyTorch: features and proposals in, losses or detections out."""
+
+from cascade_det.core.box_head import BoxPredictor, ConvFCBoxHead
+from cascade_det.core.cascade import CascadeHead
+from cascade_det.core.exits import ConfidenceExit
+from cascade_det.core.roi_pooling import RoIPooler
+from cascade_det.core.structures import (
+    EXIT_REASONS,
+    CascadeStats,
+    Detections,
+    DetectorOutput,
+    PartTimer,
+    StageOutput,
+)
+
+__all__ = [
+    "EXIT_REASONS",
+    "BoxPredictor",
+    "CascadeHead",
+    "CascadeStats",
+    "ConfidenceExit",
+    "ConvFCBoxHead",
+    "Detections",
+    "DetectorOutput",
+    "PartTimer",
+    "RoIPooler",
+    "StageOutput",
+]

@@ -1,0 +1,128 @@
+"""Box arithmetic on flat batches: regression deltas, clipping, and the bookkeeping of images.
+
+All boxes are float32 XYXY in absolute pixels; decoding is float32 whatever the autocast type.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# A side grows at most to 1000 px from a stride of 16 in one step (Detectron's clamp).
+MAX_LOG_SCALE = math.log(1000.0 / 16)
+
+Weights = tuple[float, float, float, float]
+
+
+def encode_boxes(boxes: Tensor, targets: Tensor, weights: Weights) -> Tensor:
+    """Deltas (dx, dy, dw, dh) that move ``boxes`` onto ``targets``.
+
+    The parametrisation of R-CNN (arXiv 1311.2524, appendix C), times ``weights``:
+    Cascade R-CNN's (arXiv 1712.00726, section 4.1) division by per-stage deviations.
+
+    Args:
+        boxes: ``[R, 4]`` with positive width and height.
+        targets: ``[R, 4]``, likewise.
+        weights: multipliers of (dx, dy, dw, dh).
+
+    Returns:
+        float32 ``[R, 4]``.
+    """
+    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    center_x, center_y = boxes[:, 0] + 0.5 * width, boxes[:, 1] + 0.5 * height
+    target_width, target_height = targets[:, 2] - targets[:, 0], targets[:, 3] - targets[:, 1]
+    target_x, target_y = targets[:, 0] + 0.5 * target_width, targets[:, 1] + 0.5 * target_height
+    wx, wy, ww, wh = weights
+    return torch.stack(
+        (
+            wx * (target_x - center_x) / width,
+            wy * (target_y - center_y) / height,
+            ww * torch.log(target_width / width),
+            wh * torch.log(target_height / height),
+        ),
+        dim=1,
+    )
+
+
+def decode_boxes(deltas: Tensor, boxes: Tensor, weights: Weights) -> Tensor:
+    """Apply deltas to boxes: the inverse of ``encode_boxes`` up to the scale clamp.
+
+    Args:
+        deltas: ``[R, 4 k]``, k deltas for each box (k classes, or 1).
+        boxes: ``[R, 4]``.
+        weights: the multipliers that the deltas carry.
+
+    Returns:
+        float32 ``[R, 4 k]``.
+    """
+    deltas, boxes = deltas.float(), boxes.float()
+    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    center_x, center_y = boxes[:, 0] + 0.5 * width, boxes[:, 1] + 0.5 * height
+    wx, wy, ww, wh = weights
+    new_x = deltas[:, 0::4] / wx * width[:, None] + center_x[:, None]
+    new_y = deltas[:, 1::4] / wy * height[:, None] + center_y[:, None]
+    half_width = 0.5 * (torch.exp((deltas[:, 2::4] / ww).clamp(max=MAX_LOG_SCALE)) * width[:, None])
+    half_height = 0.5 * (
+        torch.exp((deltas[:, 3::4] / wh).clamp(max=MAX_LOG_SCALE)) * height[:, None]
+    )
+    corners = (new_x - half_width, new_y - half_height, new_x + half_width, new_y + half_height)
+    return torch.stack(corners, dim=-1).reshape(deltas.shape)
+
+
+def clip_boxes(boxes: Tensor, limits: Tensor) -> Tensor:
+    """Move corners that lie outside an image onto its border.
+
+    Args:
+        boxes: ``[R, ..., 4]``.
+        limits: ``[R, 4]``, (width, height, width, height) of the image of each row, as
+            ``image_limits`` gives it.
+
+    Returns:
+        A tensor shaped as ``boxes``; NaN stays NaN.
+    """
+    limits = limits.view(len(limits), *([1] * (boxes.dim() - 2)), 4)
+    return torch.minimum(boxes.clamp(min=0), limits)
+
+
+def image_limits(image_sizes: Sequence[tuple[int, int]], image_index: Tensor) -> Tensor:
+    """(width, height, width, height) of the image of each row, for ``clip_boxes``.
+
+    Args:
+        image_sizes: ``(height, width)`` of each image in pixels.
+        image_index: int64 ``[R]``.
+
+    Returns:
+        float32 ``[R, 4]``.
+    """
+    sizes = torch.tensor([(w, h, w, h) for h, w in image_sizes], dtype=torch.float32)
+    return sizes.to(image_index.device)[image_index]
+
+
+def is_nonempty(boxes: Tensor, min_size: float = 0.0) -> Tensor:
+    """bool ``[R]``: both sides of the box are longer than ``min_size`` pixels."""
+    return (boxes[:, 2:] - boxes[:, :2] > min_size).all(dim=1)
+
+
+def select_class(per_class: Tensor, classes: Tensor) -> Tensor:
+    """Of ``[R, 4 K]`` the four values of one class for each row; ``[R, 4]`` is returned as is."""
+    if per_class.shape[1] == 4:
+        return per_class
+    per_class = per_class.view(len(per_class), -1, 4)
+    return per_class[torch.arange(len(classes), device=classes.device), classes]
+
+
+def flatten_images(per_image: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Concatenate per-image rows.
+
+    Args:
+        per_image: at least one tensor ``[R_i, ...]``.
+
+    Returns:
+        ``[R, ...]`` and the int64 ``[R]`` image index of each row.
+    """
+    rows = torch.cat(list(per_image))
+    counts = torch.tensor([len(r) for r in per_image])
+    return rows, torch.repeat_interleave(counts).to(rows.device)

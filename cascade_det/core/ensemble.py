@@ -1,0 +1,49 @@
+"""How the class probabilities of the stages that a region saw become its scores."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ENSEMBLES = ("mean_probs", "last", "mean_logits", "last_boxes")
+
+
+class ScoreEnsemble:
+    """Running scores over the stages.
+
+    ``mean_probs`` averages the softmax of each head on its own crop (Detectron2, MMDetection);
+    ``mean_logits`` averages before the softmax; ``last`` takes the last stage alone;
+    ``last_boxes`` is Cascade R-CNN's own test-time ensemble (arXiv 1712.00726, section 4.2): all
+    heads run again on the crops of the last stage. Until a region leaves, ``last_boxes`` runs as
+    ``mean_probs``, which is what exit policies look at.
+
+    Raises:
+        ValueError: for a name that is not in ``ENSEMBLES``.
+    """
+
+    def __init__(self, name: str) -> None:
+        if name not in ENSEMBLES:
+            raise ValueError(f"unknown ensemble {name!r}; known: {', '.join(ENSEMBLES)}")
+        self.name = name
+
+    @property
+    def reruns_heads(self) -> bool:
+        """Whether final scores need every head on the crops of the last stage."""
+        return self.name == "last_boxes"
+
+    def add(self, total: Tensor | None, logits: Tensor) -> Tensor:
+        """The running state after one more stage.
+
+        Args:
+            total: ``[R, K + 1]`` state of the stages before, ``None`` at the first.
+            logits: ``[R, K + 1]`` of this stage.
+        """
+        term = logits.float() if self.name == "mean_logits" else torch.softmax(logits.float(), 1)
+        return term if total is None or self.name == "last" else total + term
+
+    def probs(self, total: Tensor, num_seen: int) -> Tensor:
+        """Class probabilities ``[R, K + 1]`` after ``num_seen`` stages."""
+        if self.name == "last":
+            return total
+        mean = total * (1.0 / num_seen)
+        return torch.softmax(mean, dim=1) if self.name == "mean_logits" else mean

@@ -1,0 +1,250 @@
+"""RoIAlign over a feature pyramid, with a kernel that is fast on CPUs.
+
+Shapes: N images, L levels, C channels, R regions of the whole batch, P the output size.
+
+RoIAlign (Mask R-CNN, arXiv 1703.06870, section 3) averages bilinear samples on a regular grid
+inside each output bin. Both the grid and the interpolation are separable, so a bin is a small
+weighted sum of pixels: ``sum_y sum_x wy[y] * wx[x] * feature[y, x]``. The ``bags`` kernel writes
+these sums as weighted bags over one table that holds the pixels of all levels of all images, one
+row per pixel. Neighbouring samples of a bin share pixels; their weights are merged first, which
+leaves (g + 1) pixels per axis instead of 2 g for a grid of g adaptive samples.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import roi_align
+
+# Section 4.2 of the FPN paper (arXiv 1612.03144): a box of this size belongs on this level.
+CANONICAL_BOX_SIZE = 224
+CANONICAL_LEVEL = 4
+
+
+def assign_levels(boxes: Tensor, *, min_level: int, max_level: int) -> Tensor:
+    """Index of the pyramid level of each box, by equation (1) of the FPN paper.
+
+    Args:
+        boxes: float32 ``[R, 4]``, XYXY in absolute pixels.
+        min_level: log2 of the finest stride.
+        max_level: log2 of the coarsest stride.
+
+    Returns:
+        int64 ``[R]`` in ``[0, max_level - min_level]``; empty boxes go to the finest level.
+    """
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    sizes = torch.sqrt(areas)
+    levels = torch.floor(CANONICAL_LEVEL + torch.log2(sizes / CANONICAL_BOX_SIZE + 1e-8))
+    return torch.clamp(levels, min=min_level, max=max_level).to(torch.int64) - min_level
+
+
+@dataclass
+class Pyramid:
+    """A feature pyramid made ready for pooling; make it once per batch, pool it at every stage.
+
+    Attributes:
+        features: L maps ``[N, C, H_l, W_l]``, finest first.
+        table: ``[N * sum(H_l * W_l), C]``, all pixels image by image, or ``None`` for the
+            torchvision kernel.
+    """
+
+    features: list[Tensor]
+    table: Tensor | None
+
+
+class RoIPooler(nn.Module):
+    """Pools each region from the level that its size belongs to.
+
+    Args:
+        output_size: P, bins per side.
+        strides: stride of each level in pixels, powers of two, each twice the one before.
+        sampling_ratio: samples per bin and axis; 0 takes one per feature pixel (adaptive).
+        aligned: shift by half a pixel as Detectron2's ``ROIAlignV2``; ``False`` is ``ROIAlign``.
+        kernel: ``bags``, ``torchvision``, or ``auto`` (bags on the CPU, torchvision elsewhere).
+
+    Raises:
+        ValueError: if the strides do not form a pyramid or the kernel is unknown.
+    """
+
+    def __init__(
+        self,
+        *,
+        output_size: int,
+        strides: tuple[int, ...],
+        sampling_ratio: int = 0,
+        aligned: bool = True,
+        kernel: str = "auto",
+    ) -> None:
+        super().__init__()
+        levels = [math.log2(stride) for stride in strides]
+        if any(level != levels[0] + i for i, level in enumerate(levels)) or levels[0] % 1:
+            raise ValueError(f"strides must be powers of two, each twice the last: {strides}")
+        if kernel not in ("auto", "bags", "torchvision"):
+            raise ValueError(f"kernel must be auto, bags or torchvision, not {kernel!r}")
+        self.output_size = output_size
+        self.strides = tuple(strides)
+        self.min_level, self.max_level = int(levels[0]), int(levels[-1])
+        self.sampling_ratio = sampling_ratio
+        self.aligned = aligned
+        self.kernel = kernel
+
+    def prepare(self, features: list[Tensor]) -> Pyramid:
+        """Lay out the levels for the chosen kernel.
+
+        Args:
+            features: L maps ``[N, C, H_l, W_l]``, finest first, as many as strides.
+
+        Raises:
+            ValueError: if the number of maps differs from the number of strides.
+        """
+        if len(features) != len(self.strides):
+            raise ValueError(f"{len(features)} feature maps for {len(self.strides)} strides")
+        on_cpu = features[0].device.type == "cpu"
+        if self.kernel == "torchvision" or (self.kernel == "auto" and not on_cpu):
+            return Pyramid(features, None)
+        pixels = torch.cat([level.flatten(2).transpose(1, 2) for level in features], dim=1)
+        return Pyramid(features, pixels.reshape(-1, pixels.shape[-1]))
+
+    def forward(self, pyramid: Pyramid, boxes: Tensor, image_index: Tensor) -> Tensor:
+        """Pool regions.
+
+        Args:
+            pyramid: what ``prepare`` returned.
+            boxes: float32 ``[R, 4]``, XYXY in absolute pixels of the padded batch.
+            image_index: int64 ``[R]``, the image of each box.
+
+        Returns:
+            ``[R, C, P, P]`` in the type of the features; differentiable in the features.
+        """
+        levels = assign_levels(boxes, min_level=self.min_level, max_level=self.max_level)
+        if pyramid.table is None:
+            return self._pool_with_torchvision(pyramid.features, boxes, image_index, levels)
+        return self._pool_with_bags(pyramid, boxes, image_index, levels)
+
+    def _pool_with_torchvision(
+        self, features: list[Tensor], boxes: Tensor, image_index: Tensor, levels: Tensor
+    ) -> Tensor:
+        regions = torch.cat([image_index[:, None].to(boxes.dtype), boxes], dim=1)
+        size = self.output_size
+        pooled = features[0].new_zeros(len(boxes), features[0].shape[1], size, size)
+        for level, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
+            rows = torch.nonzero(levels == level).squeeze(1)
+            # Coordinates stay float32: in half precision a box of 500 px is off by pixels.
+            crops = roi_align(
+                feature.float(),
+                regions[rows],
+                size,
+                1.0 / stride,
+                self.sampling_ratio,
+                self.aligned,
+            )
+            pooled = pooled.index_put((rows,), crops.to(pooled.dtype))
+        return pooled
+
+    def _pool_with_bags(
+        self, pyramid: Pyramid, boxes: Tensor, image_index: Tensor, levels: Tensor
+    ) -> Tensor:
+        assert pyramid.table is not None
+        size, channels = self.output_size, pyramid.table.shape[1]
+        if len(boxes) == 0:
+            # A slice keeps the graph: a stage without regions still gives (zero) gradients.
+            return pyramid.table[:0].reshape(0, size, size, channels).permute(0, 3, 1, 2)
+        device = boxes.device
+        shapes = torch.tensor([f.shape[-2:] for f in pyramid.features], device=device)
+        pixels = shapes.prod(dim=1)
+        first_row = (pixels.cumsum(0) - pixels)[levels] + image_index * pixels.sum()
+        height, width = shapes[levels].unbind(1)
+        scale = torch.tensor([1.0 / s for s in self.strides], device=device)[levels, None]
+        offset = 0.5 if self.aligned else 0.0
+        low, high = boxes[:, :2] * scale - offset, boxes[:, 2:] * scale - offset
+        extent = high - low if self.aligned else (high - low).clamp(min=1.0)
+
+        x, x_weight, x_count = self._axis(low[:, 0], extent[:, 0], width)
+        y, y_weight, y_count = self._axis(low[:, 1], extent[:, 1], height)
+        y_row = first_row[:, None, None] + y * width[:, None, None]
+        index, weight, offsets = _outer_bags(y_row, y_weight, y_count, x, x_weight, x_count)
+        bins = F.embedding_bag(
+            index,
+            pyramid.table,
+            offsets,
+            mode="sum",
+            per_sample_weights=weight.to(pyramid.table.dtype),
+        )
+        return bins.view(-1, size, size, channels).permute(0, 3, 1, 2)
+
+    def _axis(self, low: Tensor, extent: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixels and weights of every bin of every region along one axis.
+
+        Args:
+            low: float32 ``[R]``, where regions begin, in feature pixels.
+            extent: float32 ``[R]``, how long they are.
+            length: int64 ``[R]``, pixels of their feature map along the axis.
+
+        Returns:
+            int64 and float32 ``[R, P, T]``, pixels and weights; and int64 ``[R]``, how many of
+            the T entries count (the rest is padding).
+        """
+        size = self.output_size
+        bin_size = extent / size
+        if self.sampling_ratio > 0:
+            grid = torch.full_like(length, self.sampling_ratio)
+        else:
+            grid = torch.ceil(bin_size).to(torch.int64).clamp(min=1)
+        sample = torch.arange(int(grid.max()), device=low.device)
+        bins = torch.arange(size, device=low.device)[:, None]
+        step = (bin_size / grid)[:, None, None]
+        at = low[:, None, None] + bins * bin_size[:, None, None] + (sample + 0.5) * step
+        # torchvision's borders: more than a pixel outside counts nothing, the rest is clamped.
+        inside = (at >= -1.0) & (at <= length[:, None, None]) & (sample < grid[:, None, None])
+        share = inside / grid[:, None, None]
+        last = (length - 1)[:, None, None]
+        at = torch.minimum(at.clamp(min=0), last)
+        pixel = at.to(torch.int64)
+        fraction = at - pixel
+        weights = torch.cat([(1 - fraction) * share, fraction * share], dim=2)
+        pixels = torch.cat([pixel, torch.minimum(pixel + 1, last)], dim=2)
+        if self.sampling_ratio > 0:
+            return pixels, weights, 2 * grid
+        # Adaptive samples are at most a pixel apart: a bin touches at most grid + 1 consecutive
+        # pixels. Padding samples lie beyond and weigh nothing, so clamping their place is safe.
+        first = pixels[..., :1]
+        slots = len(sample) + 1
+        merged = weights.new_zeros(len(low), size, slots)
+        merged.scatter_add_(2, (pixels - first).clamp(max=slots - 1), weights)
+        slot = torch.arange(slots, device=low.device)
+        return torch.minimum(first + slot, last), merged, grid + 1
+
+
+def _outer_bags(
+    y: Tensor, y_weight: Tensor, y_count: Tensor, x: Tensor, x_weight: Tensor, x_count: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The pixels of each 2-D bin: every row of its y bin with every column of its x bin.
+
+    Args:
+        y: int64 ``[R, P, Ty]``, first table row of each feature row; ``x``: feature columns.
+        y_weight: float32 ``[R, P, Ty]``; ``x_weight`` likewise.
+        y_count: int64 ``[R]``, entries of the last axis that count; ``x_count`` likewise.
+
+    Returns:
+        Table rows int64 ``[E]``, weights float32 ``[E]``, and the start of each of the
+        ``R * P * P`` bags, int64.
+    """
+    size, device = y.shape[1], y.device
+    per_bin = y_count * x_count
+    bag_length = per_bin.repeat_interleave(size * size)
+    offsets = bag_length.cumsum(0) - bag_length
+    bag = torch.repeat_interleave(bag_length)
+    position = torch.arange(len(bag), device=device) - offsets[bag]
+    region = bag // (size * size)
+    columns = x_count[region]
+    at_y = position // columns
+    at_x = position - at_y * columns
+    # Places in the flattened [R, P, T] arrays: bag // P runs over (region, y bin).
+    at_y += (bag // size) * y.shape[2]
+    at_x += (region * size + bag % size) * x.shape[2]
+    index = y.flatten()[at_y] + x.flatten()[at_x]
+    return index, y_weight.flatten()[at_y] * x_weight.flatten()[at_x], offsets

@@ -1,0 +1,145 @@
+"""How a cascade is trained: sampling, labels, losses and refinement of its regions.
+
+Shapes: R regions of the whole batch, G ground-truth boxes, S stages, K foreground classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cascade_det.core.boxes import Weights, clip_boxes, decode_boxes, flatten_images, select_class
+from cascade_det.core.losses import box_loss, classification_loss
+from cascade_det.core.matching import LabelledRegions, Targets, label_regions, sample_regions
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRules:
+    """The rules of training, without parameters of their own; fields as in ``CascadeHead``."""
+
+    num_classes: int
+    ious: tuple[float, ...]
+    bbox_reg_weights: tuple[Weights, ...]
+    box_reg_loss_type: str
+    smooth_l1_beta: float
+    box_reg_loss_weight: float
+    stage_loss_weights: tuple[float, ...]
+    batch_size_per_image: int
+    positive_fraction: float
+    proposal_append_gt: bool
+
+    def sample(
+        self, proposals: Sequence[Tensor], gt_boxes: Sequence[Tensor], targets: Targets
+    ) -> LabelledRegions:
+        """Label the proposals for stage 0 and draw the minibatch of each image."""
+        if self.proposal_append_gt:
+            proposals = [torch.cat(pair) for pair in zip(proposals, gt_boxes, strict=True)]
+        boxes, image_index = flatten_images(proposals)
+        return sample_regions(
+            self._label(boxes, image_index, targets, 0),
+            num_images=len(proposals),
+            batch_size_per_image=self.batch_size_per_image,
+            positive_fraction=self.positive_fraction,
+            num_classes=self.num_classes,
+        )
+
+    def stage_losses(
+        self, stage: int, logits: Tensor, deltas: Tensor, regions: LabelledRegions
+    ) -> dict[str, Tensor]:
+        """Weighted losses of one stage (arXiv 1712.00726, equation 8).
+
+        Args:
+            stage: from 0.
+            logits: ``[R, K + 1]``.
+            deltas: ``[R, 4]`` or ``[R, 4 K]``.
+            regions: labelled for this stage.
+        """
+        rows = torch.nonzero(self._is_foreground(regions)).squeeze(1)
+        foreground = regions[rows]
+        regression = box_loss(
+            select_class(deltas[rows], foreground.gt_classes),
+            foreground.boxes,
+            foreground.gt_boxes,
+            weights=self.bbox_reg_weights[stage],
+            loss_type=self.box_reg_loss_type,
+            smooth_l1_beta=self.smooth_l1_beta,
+        )
+        # All regions count, also background, so that each foreground box weighs the same
+        # however many there are (Fast R-CNN, arXiv 1504.08083, section 2.3).
+        regression = regression / max(len(regions), 1) * self.box_reg_loss_weight
+        weight = self.stage_loss_weights[stage]
+        return {
+            f"loss_cls_stage{stage}": weight * classification_loss(logits, regions.gt_classes),
+            f"loss_box_reg_stage{stage}": weight * regression,
+        }
+
+    @torch.no_grad()
+    def refine(
+        self,
+        stage: int,
+        logits: Tensor,
+        deltas: Tensor,
+        regions: LabelledRegions,
+        targets: Targets,
+        limits: Tensor,
+    ) -> LabelledRegions:
+        """The boxes after a stage, row by row, labelled for the next one.
+
+        With class-specific regression a foreground region moves by the deltas of its
+        ground-truth class, any other by those of its top foreground class.
+
+        Args:
+            stage: from 0.
+            logits: ``[R, K + 1]``.
+            deltas: ``[R, 4]`` or ``[R, 4 K]``.
+            regions: labelled for this stage.
+            targets: ground truth of the batch.
+            limits: float32 ``[R, 4]``, see ``image_limits``.
+        """
+        top_class = logits[:, :-1].argmax(dim=1)
+        classes = torch.where(self._is_foreground(regions), regions.gt_classes, top_class)
+        boxes = decode_boxes(
+            select_class(deltas, classes), regions.boxes, self.bbox_reg_weights[stage]
+        )
+        boxes = clip_boxes(boxes, limits)
+        next_stage = min(stage + 1, len(self.ious) - 1)
+        return self._label(boxes, regions.image_index, targets, next_stage)
+
+    @torch.no_grad()
+    def metrics(
+        self, stage: int, logits: Tensor, regions: LabelledRegions, refined: LabelledRegions
+    ) -> dict[str, Tensor]:
+        """What to watch: region counts, accuracies, and IoU before and after the stage.
+
+        Means over foreground are NaN where a stage has none.
+        """
+        foreground = self._is_foreground(regions)
+        correct = logits.argmax(dim=1) == regions.gt_classes
+        false_negative = logits.argmax(dim=1) == self.num_classes
+        values = {
+            "roi_head/num_fg_samples": foreground.sum(),
+            "roi_head/num_bg_samples": (~foreground).sum(),
+            "fast_rcnn/cls_accuracy": correct.float().mean(),
+            "fast_rcnn/fg_cls_accuracy": correct[foreground].float().mean(),
+            "fast_rcnn/false_negative": false_negative[foreground].float().mean(),
+            "iou_before": regions.ious[foreground].mean(),
+            "iou_after": refined.ious[foreground].mean(),
+        }
+        return {f"stage{stage}/{name}": value for name, value in values.items()}
+
+    def _label(
+        self, boxes: Tensor, image_index: Tensor, targets: Targets, stage: int
+    ) -> LabelledRegions:
+        return label_regions(
+            boxes,
+            image_index,
+            targets,
+            iou_threshold=self.ious[stage],
+            num_classes=self.num_classes,
+        )
+
+    def _is_foreground(self, regions: LabelledRegions) -> Tensor:
+        return regions.gt_classes < self.num_classes

@@ -1,0 +1,103 @@
+"""Convolution with its norm inside, named as Detectron2 names it, for every part of a detector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops.misc import FrozenBatchNorm2d as _FrozenBatchNorm2d
+
+
+class FrozenBatchNorm2d(_FrozenBatchNorm2d):
+    """torchvision's frozen batch norm through the fused kernel: one pass, and Detectron2's bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+        )
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Group norm with 32 groups, as in arXiv 1803.08494."""
+    return nn.GroupNorm(32, channels)
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "FrozenBN": FrozenBatchNorm2d,
+    "BN": nn.BatchNorm2d,
+    "SyncBN": nn.SyncBatchNorm,
+    "GN": group_norm,
+}
+
+
+def make_norm(name: str, channels: int) -> nn.Module | None:
+    """The norm layer called ``name``; ``""`` is none.
+
+    Raises:
+        ValueError: for a name that is not in ``NORMS``.
+    """
+    if name == "":
+        return None
+    if name not in NORMS:
+        raise ValueError(f"unknown norm {name!r}; known: {', '.join(NORMS)}")
+    return NORMS[name](channels)
+
+
+class ConvNorm(nn.Conv2d):
+    """A convolution, then its norm (child ``norm``) where there is one.
+
+    Keeping the norm inside gives the state-dict names of Detectron2: ``conv1.weight`` and
+    ``conv1.norm.weight``. A convolution with a norm has no bias.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: side of the kernel; padding keeps the size at stride 1.
+        stride: step in pixels.
+        groups: groups of channels.
+        norm: name of the norm, see ``make_norm``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        norm: str = "",
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=kernel_size // 2,
+            groups=groups,
+            bias=norm == "",
+        )
+        self.norm = make_norm(norm, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return x if self.norm is None else self.norm(x)
+
+
+def freeze(module: nn.Module) -> None:
+    """Stop training a part: parameters keep their values, batch norms become frozen ones."""
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    for child in list(module.modules()):
+        for name, grandchild in child.named_children():
+            if isinstance(grandchild, nn.modules.batchnorm._BatchNorm):
+                setattr(child, name, _as_frozen(grandchild))
+
+
+def _as_frozen(norm: nn.modules.batchnorm._BatchNorm) -> FrozenBatchNorm2d:
+    frozen = FrozenBatchNorm2d(norm.num_features, eps=norm.eps)
+    state = {k: v for k, v in norm.state_dict().items() if k != "num_batches_tracked"}
+    frozen.load_state_dict(state)
+    return frozen.to(next(iter(state.values()), torch.empty(0)).device)

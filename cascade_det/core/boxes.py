@@ -110,7 +110,7 @@ def select_class(per_class: Tensor, classes: Tensor) -> Tensor:
     """Of ``[R, 4 K]`` the four values of one class for each row; ``[R, 4]`` is returned as is."""
     if per_class.shape[1] == 4:
         return per_class
-    per_class = per_class.view(len(per_class), -1, 4)
+    per_class = per_class.unflatten(1, (-1, 4))
     return per_class[torch.arange(len(classes), device=classes.device), classes]
 
 

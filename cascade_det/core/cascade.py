@@ -325,7 +325,7 @@ class CascadeHead(nn.Module):
         pooled = self.pooler(pyramid, regions.boxes, regions.image_index)
         logits, deltas = self.box_predictor[stage](self.box_head[stage](pooled))
         decoded = decode_boxes(deltas, regions.boxes, self.bbox_reg_weights[stage])
-        decoded = clip_boxes(decoded.view(len(decoded), -1, 4), regions.limits).flatten(1)
+        decoded = clip_boxes(decoded.unflatten(1, (-1, 4)), regions.limits).flatten(1)
         boxes = select_class(decoded, logits[:, :-1].argmax(dim=1))
         total = self.ensemble.add(regions.total, logits)
         return Regions(boxes, regions.image_index, regions.limits, total), pooled, decoded

@@ -41,7 +41,7 @@ def select_detections(
     """
     finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(probs).all(dim=1)
     rows, classes = torch.nonzero((probs[:, :-1] > score_thresh) & finite[:, None], as_tuple=True)
-    per_class = boxes.view(len(boxes), -1, 4)
+    per_class = boxes.unflatten(1, (-1, 4))
     candidates = Detections(
         per_class[rows, classes if per_class.shape[1] > 1 else 0],
         probs[rows, classes],

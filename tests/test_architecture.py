@@ -1,0 +1,186 @@
+"""The house of docs/design.md: who may import whom, and what stays light.
+
+The rules are checked on the syntax trees, so an import inside a function counts as well. Each rule
+is also shown to fail, on a small package that breaks it.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "cascade_det"
+MAX_LINES = 400
+
+# A room is a folder or a module right inside the package; "" is the package's own __init__.
+RANKS = {
+    "": -1,
+    "errors": -1,
+    "config": 0,
+    "layers": 0,
+    "core": 1,
+    "backbones": 1,
+    "data": 2,
+    "evaluation": 2,
+    "engine": 3,
+    "standalone": 4,
+    "d2": 4,
+}
+# Where a library may be imported; one that is not named here may be imported everywhere.
+HOMES = {
+    "detectron2": {"d2"},
+    "fvcore.common.registry": {"d2"},
+    "torchvision.models": {"backbones", "standalone"},
+    "tools": set(),
+}
+# Rooms that live on these libraries (and the standard one) alone.
+DIETS = {
+    "config": {"fvcore", "iopath", "yacs", "yaml"},
+    "layers": {"torch", "torchvision.ops"},
+    "core": {"torch", "torchvision.ops"},
+    "backbones": {"torch", "torchvision"},
+}
+# Constructors there take plain values: they know nothing of configuration.
+WITHOUT_CONFIG = {"core", "backbones"}
+
+
+def violations(package: Path) -> list[str]:
+    """Every broken rule in a package folder, as ``file:line: what``."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package)
+        room = name.parts[0].removesuffix(".py").removesuffix("__init__")
+        if room not in RANKS:
+            found.append(f"{name}:1: room {room!r} has no rank")
+            continue
+        text = path.read_text()
+        if (lines := len(text.splitlines())) > MAX_LINES:
+            found.append(f"{name}:{lines}: longer than {MAX_LINES} lines")
+        for line, target in imported(ast.parse(text), (package.name, *name.parent.parts)):
+            complaint = complain(package.name, room, target)
+            if complaint:
+                found.append(f"{name}:{line}: {complaint}")
+    return found
+
+
+def imported(tree: ast.AST, folder: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+    """Line and absolute dotted name of all that a module imports; ``folder`` is its package."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = list(folder[: len(folder) + 1 - node.level]) if node.level else []
+            base += [node.module] if node.module else []
+            yield from ((node.lineno, ".".join([*base, a.name])) for a in node.names)
+
+
+def complain(package: str, room: str, target: str) -> str | None:
+    """What is wrong with ``room`` importing ``target``, or None."""
+    if within(target, package):
+        return complain_of_own(room, [*target.split("."), ""][1])
+    for library, homes in HOMES.items():
+        if within(target, library) and room not in homes:
+            return f"{library} is imported outside {sorted(homes)}"
+    standard = target.split(".")[0] in sys.stdlib_module_names
+    diet = DIETS.get(room)
+    if diet is not None and not standard and not any(within(target, food) for food in diet):
+        return f"{room} imports {target}, and may import {sorted(diet)}"
+    return None
+
+
+def complain_of_own(room: str, other: str) -> str | None:
+    # `from cascade_det import __version__` names no room: it is the package itself.
+    rank = RANKS.get(other, RANKS[""])
+    if other == "config" and room in WITHOUT_CONFIG:
+        return f"{room} imports config"
+    if other != room and rank >= RANKS[room] and rank != RANKS[""]:
+        return f"{room} (rank {RANKS[room]}) imports {other} (rank {rank})"
+    return None
+
+
+def within(target: str, library: str) -> bool:
+    return target == library or target.startswith(library + ".")
+
+
+def test_the_package_keeps_to_the_design():
+    assert len(list(PACKAGE.rglob("*.py"))) > 3, "the package was not found"
+    assert violations(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "complaint"),
+    [
+        ("core/a.py", "import cascade_det.data.coco", "imports data"),
+        ("core/a.py", "from cascade_det.config import get_cfg", "core imports config"),
+        ("core/a.py", "from cascade_det import config", "core imports config"),
+        ("core/a.py", "from ..engine import trainer", "imports engine"),
+        ("core/a.py", "def f():\n    import cascade_det.backbones", "imports backbones"),
+        ("core/a.py", "from torchvision.models import resnet18", "torchvision.models is imported"),
+        ("core/a.py", "import torchvision", "core imports torchvision"),
+        ("core/a.py", "import numpy as np", "core imports numpy"),
+        ("config/a.py", "import torch", "config imports torch"),
+        ("data/a.py", "from cascade_det.evaluation import coco", "imports evaluation"),
+        ("engine/a.py", "import cascade_det.standalone", "imports standalone"),
+        ("engine/a.py", "import detectron2.engine", "detectron2 is imported outside"),
+        ("engine/a.py", "from fvcore.common.registry import Registry", "registry is imported"),
+        ("standalone/a.py", "from cascade_det.d2 import heads", "imports d2"),
+        ("standalone/a.py", "from detectron2 import layers", "detectron2 is imported outside"),
+        ("standalone/a.py", "import tools.train_net", "tools is imported outside"),
+        ("d2/a.py", "from cascade_det import standalone", "imports standalone"),
+        ("__init__.py", "from cascade_det.standalone import Predictor", "imports standalone"),
+        ("errors.py", "from cascade_det.config import get_cfg", "imports config"),
+        ("layers.py", "from cascade_det.config import get_cfg", "imports config"),
+        ("utils/a.py", "import os", "has no rank"),
+        ("helpers.py", "import os", "has no rank"),
+        ("core/a.py", "# line\n" * (MAX_LINES + 1), "longer than"),
+    ],
+)
+def test_a_broken_rule_is_found(tmp_path, file, line, complaint):
+    path = tmp_path / "cascade_det" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(line + "\n")
+    found = violations(tmp_path / "cascade_det")
+    assert len(found) == 1
+    assert complaint in found[0]
+    assert found[0].startswith(file)
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("core/a.py", "import math\nimport torch.nn.functional as F\nfrom torch import nn"),
+        ("core/a.py", "from torchvision.ops import roi_align\nimport torchvision.ops.boxes"),
+        ("core/a.py", "from .stage import Stage\nfrom cascade_det.core.stage import Stage"),
+        ("core/a.py", "from cascade_det import __version__\nfrom ..errors import ConfigError"),
+        ("core/a.py", "from cascade_det.layers import ConvNorm"),
+        ("config/a.py", "from cascade_det.errors import ConfigError\nfrom yacs import config"),
+        ("standalone/a.py", "from cascade_det import config, core, data, engine, evaluation"),
+        ("backbones/a.py", "from torchvision.models import mobilenet_v2"),
+        ("d2/a.py", "from detectron2.modeling import ROI_HEADS_REGISTRY"),
+    ],
+)
+def test_what_is_allowed_passes(tmp_path, file, line):
+    path = tmp_path / "cascade_det" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(line + "\n")
+    assert violations(tmp_path / "cascade_det") == []
+
+
+def test_the_core_loads_alone():
+    heavy = ["detectron2", "fvcore", "yacs", "pycocotools", "cv2", "matplotlib", "PIL.Image"]
+    # Pillow and matplotlib may come with torchvision itself; only what the core adds counts.
+    program = (
+        "import sys, torch, torchvision.ops\n"
+        "before = set(sys.modules)\n"
+        "import cascade_det.core\n"
+        f"print([m for m in {heavy} if m in sys.modules and m not in before])\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.stderr == ""
+    assert result.stdout.strip() == "[]"

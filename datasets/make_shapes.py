@@ -1,0 +1,157 @@
+#!/usr/bin/env python3
+"""Make a detection data set of drawn shapes in COCO format; the demo is trained on it.
+
+Every image is a function of (seed, split, index, size, share of hard scenes) alone, so image 7 is
+the same in a set of 10 and in a set of 10,000. ``shape_scenes.py`` beside this file draws them.
+
+    python datasets/make_shapes.py --output datasets/shapes --train 400 --val 100 --seed 0
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+from tqdm import tqdm
+
+from shape_scenes import CLASSES, DRAWING_VERSION, make_image
+
+__all__ = ["main", "make_dataset", "make_image"]
+
+JPEG_QUALITY = 92
+MARKER = "parameters.json"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line and make the data set."""
+    parser = argparse.ArgumentParser(description="Draw a detection data set in COCO format.")
+    parser.add_argument("--output", type=Path, default=Path("datasets/shapes"))
+    parser.add_argument("--train", type=int, default=400, help="training images (400)")
+    parser.add_argument("--val", type=int, default=100, help="validation images (100)")
+    parser.add_argument("--width", type=int, default=320, help="of the images, pixels (320)")
+    parser.add_argument("--height", type=int, default=256, help="of the images, pixels (256)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hard", type=float, default=0.5, help="share of hard scenes, 0..1 (0.5)")
+    values = vars(parser.parse_args(arguments))
+    output = values.pop("output")
+    try:
+        made = make_dataset(output, **values, progress=True)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"{output}: {'made' if made else 'already there'}")
+
+
+def make_dataset(
+    output: str | Path,
+    *,
+    train: int = 400,
+    val: int = 100,
+    width: int = 320,
+    height: int = 256,
+    seed: int = 0,
+    hard: float = 0.5,
+    progress: bool = False,
+) -> bool:
+    """Write ``train.json``, ``val.json`` and their images into the folder ``output``.
+
+    The folder appears whole or not at all: it is drawn beside its place and then renamed. A
+    folder of other parameters is replaced, if this generator made it.
+
+    Args:
+        output: the folder to make.
+        train: number of training images, >= 0.
+        val: number of validation images, >= 0.
+        width: of every image, >= 32 pixels.
+        height: of every image, >= 32 pixels.
+        seed: >= 0.
+        hard: share of hard scenes, 0..1.
+        progress: show a progress bar.
+
+    Returns:
+        False if the folder was there already with the same parameters.
+
+    Raises:
+        ValueError: a parameter is out of range, or ``output`` exists and was not made here.
+    """
+    parameters = {
+        "generator": "make_shapes",
+        "version": DRAWING_VERSION,
+        **{"train": train, "val": val, "width": width, "height": height},
+        **{"seed": seed, "hard": hard},
+    }
+    _check_parameters(parameters)
+    output = Path(output)
+    if _read_marker(output) == parameters:
+        return False
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.partial-", dir=output.parent) as place:
+        fresh = Path(place, "fresh")
+        fresh.mkdir()
+        for split, count in (("train", train), ("val", val)):
+            indices = tqdm(range(count), desc=f"drawing {split}", disable=not progress, leave=False)
+            _write_split(fresh, split, indices, seed=seed, width=width, height=height, hard=hard)
+        (fresh / MARKER).write_text(json.dumps(parameters, indent=2) + "\n")
+        if output.exists():
+            os.rename(output, Path(place, "replaced"))
+        os.rename(fresh, output)
+    return True
+
+
+def _check_parameters(parameters: dict[str, Any]) -> None:
+    for key, least in (("train", 0), ("val", 0), ("seed", 0), ("width", 32), ("height", 32)):
+        if parameters[key] < least:
+            raise ValueError(f"{key} is {parameters[key]}: give {least} or more")
+    if not 0 <= parameters["hard"] <= 1:
+        raise ValueError(f"hard is {parameters['hard']}: give a share between 0 and 1")
+
+
+def _read_marker(folder: Path) -> dict[str, Any] | None:
+    """The parameters that ``folder`` was made with; None if there is no such folder."""
+    if not folder.exists():
+        return None
+    try:
+        marker = json.loads((folder / MARKER).read_text())
+    except (OSError, ValueError):
+        marker = None
+    if not isinstance(marker, dict) or marker.get("generator") != "make_shapes":
+        raise ValueError(
+            f"{folder} exists and was not made by this generator (it has no {MARKER} of ours): "
+            "give another --output, or move it away"
+        )
+    return marker
+
+
+def _write_split(
+    folder: Path, split: str, indices: Iterable[int], *, seed: int, **scene: Any
+) -> None:
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    (folder / split).mkdir()
+    for index in indices:
+        pixels, objects, difficulty = make_image(seed, split, index, **scene)
+        name = f"{index + 1:06d}.jpg"
+        path = folder / split / name
+        if not cv2.imwrite(str(path), pixels, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]):
+            raise OSError(f"cannot write {path}")
+        height, width = pixels.shape[:2]
+        image = {"id": index + 1, "file_name": name, "height": height, "width": width}
+        images.append({**image, "difficulty": difficulty})
+        for annotation in objects:
+            annotations.append({"id": len(annotations) + 1, "image_id": index + 1, **annotation})
+    content = {
+        "info": {"description": f"Drawn shapes, {split}, seed {seed}"},
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES, start=1)],
+    }
+    (folder / f"{split}.json").write_text(json.dumps(content))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""The demo's data: the same pixels from the same seed, true boxes, and never a half-made folder."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools.coco import COCO
+
+import shape_scenes
+from make_shapes import make_dataset, make_image
+from shape_scenes import CLASSES, LOOKS
+
+SCRIPT = Path(__file__).parents[2] / "datasets" / "make_shapes.py"
+SMALL = {"train": 3, "val": 2, "width": 96, "height": 64}
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@given(st.integers(0, 2**32), st.sampled_from(["train", "val"]), st.integers(0, 10**6))
+@settings(max_examples=25, deadline=None)
+def test_an_image_depends_on_its_arguments_alone(seed, split, index):
+    np.random.seed(index % 100)  # noqa: NPY002  (the global generator must not matter)
+    image, annotations, difficulty = make_image(seed, split, index, width=128, height=96)
+    again = make_image(seed, split, index, width=128, height=96)
+    np.testing.assert_array_equal(image, again[0])
+    assert (annotations, difficulty) == again[1:]
+
+
+def test_seed_split_and_index_all_change_the_image():
+    base = make_image(0, "train", 0)[0]
+    for other in [(1, "train", 0), (0, "val", 0), (0, "train", 1)]:
+        assert np.abs(make_image(*other)[0].astype(int) - base).mean() > 1
+
+
+@given(st.integers(0, 10**6), st.sampled_from([(320, 256), (64, 200), (33, 32)]))
+@settings(max_examples=40, deadline=None)
+def test_annotations_lie_in_the_image(index, size):
+    width, height = size
+    image, annotations, difficulty = make_image(3, "train", index, width=width, height=height)
+    assert image.shape == (height, width, 3)
+    assert image.dtype == np.uint8
+    assert difficulty in LOOKS
+    for annotation in annotations:
+        x, y, w, h = annotation["bbox"]
+        assert 1 <= annotation["category_id"] <= len(CLASSES)
+        assert min(x, y) >= 0
+        assert min(w, h) > 0
+        assert x + w <= width + 0.01
+        assert y + h <= height + 0.01
+        assert max(w, h) <= 200
+        assert annotation["area"] == pytest.approx(w * h, abs=0.01)
+        assert 0.3 <= annotation["visibility"] <= 1
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_boxes_are_tight_around_the_drawn_pixels(name, monkeypatch):
+    """One clean shape at a time: the box of the pixels that differ is the annotated one."""
+    monkeypatch.setattr(shape_scenes, "CLASSES", (name,))
+    plain = {"textured": 0, "clutter": (0, 0), "scratches": (0, 0), "max_covered": 0}
+    plain |= {"shading": (0, 0), "blur": (0, 0), "noise": (0, 0), "contrast": (150, 150)}
+    looks = {
+        count: shape_scenes.Look(objects=(count, count), **plain)  # the same seed draws the same
+        for count in (0, 1)
+    }
+    for index in range(12):
+        drawn = []
+        for count in (0, 1):
+            monkeypatch.setattr(shape_scenes, "LOOKS", {"easy": looks[count]})
+            drawn.append(make_image(0, "val", index, hard=0))
+        (empty, nothing, _), (image, [annotation], _) = drawn
+        assert nothing == []
+        # Half of the contrast: pixels that the shape covers by about half or more.
+        changed = np.linalg.norm(image.astype(float) - empty, axis=2) > 75
+        x, y, w, h = cv2.boundingRect(changed.astype(np.uint8))
+        found = np.array([x, y, x + w, y + h])
+        bx, by, bw, bh = annotation["bbox"]
+        # A sharp tip covers less than half of its last pixels.
+        np.testing.assert_allclose(found, [bx, by, bx + bw, by + bh], atol=2)
+
+
+def test_visibility_is_what_later_shapes_leave():
+    square = np.array([[10.0, 10], [30, 10], [30, 30], [10, 30]])
+    shape = shape_scenes.Shape(1, square, None)
+    owner = shape_scenes._mask(shape, 40, 40) > 0.5
+    assert owner.sum() == 400
+    owner[:, 20:] = False  # something came over the right half
+    annotation = shape_scenes._annotation(shape, owner)
+    assert annotation["visibility"] == 0.5
+    assert annotation["bbox"] == [10, 10, 20, 20]
+
+
+def test_a_ring_has_no_pixels_in_its_hole():
+    outline, hole = (part * 20 + 32 for part in shape_scenes.OUTLINES["ring"]())
+    ring = shape_scenes.Shape(5, outline, hole)
+    mask = shape_scenes._mask(ring, 64, 64)
+    assert mask[32, 32] == 0
+    assert mask.sum() == pytest.approx(np.pi * 20**2 * (1 - 0.58**2), rel=0.03)
+    assert ring.area == pytest.approx(mask.sum(), rel=0.03)
+
+
+def test_the_mixture_of_easy_and_hard():
+    def share(hard):
+        scenes = [make_image(0, "train", i, width=64, height=64, hard=hard) for i in range(120)]
+        return sum(difficulty == "hard" for _, _, difficulty in scenes) / len(scenes)
+
+    assert share(0.0) == 0
+    assert share(1.0) == 1
+    assert share(0.3) == pytest.approx(0.3, abs=0.15)
+
+
+def test_sizes_and_classes_cover_their_range():
+    scenes = [make_image(0, "train", i) for i in range(150)]
+    objects = [annotation for _, annotations, _ in scenes for annotation in annotations]
+    longest = np.array([max(a["bbox"][2:]) for a in objects])
+    assert longest.min() < 12
+    assert longest.max() > 160
+    assert ((longest > 24) & (longest < 120)).mean() > 0.6
+    counts = np.bincount([a["category_id"] for a in objects], minlength=7)[1:]
+    assert counts.min() > 0.6 * counts.mean()
+    assert 4 <= len(objects) / len(scenes) <= 8
+
+
+def test_the_json_is_coco(tmp_path, capsys):
+    assert make_dataset(tmp_path / "shapes", **SMALL) is True
+    for split, count in (("train", 3), ("val", 2)):
+        coco = COCO(tmp_path / "shapes" / f"{split}.json")
+        assert sorted(coco.imgs) == list(range(1, count + 1))
+        assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == list(CLASSES)
+        assert sorted(coco.anns) == list(range(1, len(coco.anns) + 1))
+        for image in coco.imgs.values():
+            pixels = cv2.imread(str(tmp_path / "shapes" / split / image["file_name"]))
+            assert pixels.shape == (image["height"], image["width"], 3) == (64, 96, 3)
+            drawn, annotations, difficulty = make_image(
+                0, split, image["id"] - 1, width=96, height=64
+            )
+            assert np.abs(pixels.astype(int) - drawn).mean() < 8  # JPEG
+            assert image["difficulty"] == difficulty
+            added = {"id", "image_id"}
+            found = coco.imgToAnns[image["id"]]
+            assert [{k: a[k] for k in a.keys() - added} for a in found] == annotations
+
+
+def test_made_twice_is_the_same_and_made_once_is_left_alone(tmp_path):
+    assert make_dataset(tmp_path / "a", **SMALL)
+    assert make_dataset(tmp_path / "b", **SMALL)
+    first = contents(tmp_path / "a")
+    assert len(first) == 8
+    assert first == contents(tmp_path / "b")
+    (tmp_path / "a" / "train" / "note.txt").write_text("mine")
+    assert make_dataset(tmp_path / "a", **SMALL) is False
+    assert (tmp_path / "a" / "train" / "note.txt").exists()
+
+
+def test_a_longer_set_begins_with_the_shorter_one(tmp_path):
+    make_dataset(tmp_path / "short", **SMALL)
+    make_dataset(tmp_path / "long", **{**SMALL, "train": 5})
+    for name in ("train/000001.jpg", "train/000003.jpg", "val.json"):
+        assert (tmp_path / "short" / name).read_bytes() == (tmp_path / "long" / name).read_bytes()
+
+
+def test_other_parameters_replace_our_own_folder(tmp_path):
+    make_dataset(tmp_path / "shapes", **SMALL)
+    before = contents(tmp_path / "shapes")
+    assert make_dataset(tmp_path / "shapes", **SMALL, seed=1) is True
+    assert before != contents(tmp_path / "shapes")
+    assert os.listdir(tmp_path) == ["shapes"]
+
+
+@pytest.mark.parametrize("marker", [None, "not json", "[]", '{"generator": "another"}'])
+def test_a_foreign_folder_is_refused(tmp_path, marker):
+    folder = tmp_path / "shapes"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("precious")
+    if marker is not None:
+        (folder / "parameters.json").write_text(marker)
+    before = contents(folder)
+    with pytest.raises(ValueError, match="was not made by this generator"):
+        make_dataset(folder, **SMALL)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_an_interrupt_leaves_no_half_made_folder(tmp_path, monkeypatch, old):
+    if old:
+        make_dataset(tmp_path / "shapes", **SMALL, seed=9)
+    before = contents(tmp_path)
+    drawn = []
+
+    def interrupted(*args, **kwargs):
+        drawn.append(args)
+        if len(drawn) == 4:
+            raise KeyboardInterrupt
+        return make_image(*args, **kwargs)
+
+    monkeypatch.setattr("make_shapes.make_image", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_dataset(tmp_path / "shapes", **SMALL)
+    assert contents(tmp_path) == before
+    assert os.listdir(tmp_path) == (["shapes"] if old else [])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("train", -1), ("width", 8), ("seed", -2), ("hard", 1.5), ("hard", -0.1)]
+)
+def test_a_bad_parameter_is_named(tmp_path, key, value):
+    with pytest.raises(ValueError, match=f"{key} is {value}"):
+        make_dataset(tmp_path / "shapes", **{**SMALL, key: value})
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_command_line(tmp_path):
+    command = [sys.executable, SCRIPT, "--output", tmp_path / "new" / "shapes", "--train", "1"]
+    command += ["--val", "0", "--width", "64", "--height", "64"]
+    said = [subprocess.run(command, capture_output=True, text=True, check=True).stdout]
+    said.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert said[0].endswith("made\n")
+    assert said[1].endswith("already there\n")
+    wrong = subprocess.run([*command, "--hard", "2"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert "hard is 2.0" in wrong.stderr

@@ -141,7 +141,9 @@ def test_the_json_is_coco(tmp_path, capsys):
             drawn, annotations, difficulty = make_image(
                 0, split, image["id"] - 1, width=96, height=64
             )
-            assert np.abs(pixels.astype(int) - drawn).mean() < 8  # JPEG
+            # JPEG changes the noise, and little else.
+            smooth = [cv2.blur(part.astype(np.float32), (5, 5)) for part in (pixels, drawn)]
+            assert np.abs(smooth[0] - smooth[1]).mean() < 4
             assert image["difficulty"] == difficulty
             added = {"id", "image_id"}
             found = coco.imgToAnns[image["id"]]

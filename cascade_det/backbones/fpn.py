@@ -1,0 +1,83 @@
+"""Feature pyramid network, arXiv 1612.03144, with Detectron2's names."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cascade_det.layers import ConvNorm
+
+# Stride 4 is level 2: a level is the logarithm of its stride.
+LEVELS = {"res2": 2, "res3": 3, "res4": 4, "res5": 5}
+
+
+class FPN(nn.Module):
+    """Top-down pathway over a trunk; outputs ``p2`` to ``p5`` as far as the trunk gives them,
+    and one coarser level by subsampling.
+
+    Args:
+        bottom_up: the trunk, with ``out_features`` and ``channels``.
+        out_channels: C of every level.
+        norm: of the convolutions, see ``cascade_det.layers.make_norm``.
+        fuse_type: ``sum`` or ``avg`` of the lateral and the top-down map.
+
+    Attributes:
+        strides: stride in pixels by output name, finest first.
+        size_divisibility: image sides must be multiples of it.
+
+    Raises:
+        ValueError: if the trunk's features are not of contiguous strides.
+    """
+
+    def __init__(
+        self,
+        bottom_up: nn.Module,
+        *,
+        out_channels: int = 256,
+        norm: str = "",
+        fuse_type: str = "sum",
+    ) -> None:
+        super().__init__()
+        self.bottom_up = bottom_up
+        self.in_features = tuple(bottom_up.out_features)
+        levels = [LEVELS[name] for name in self.in_features]
+        if levels != list(range(levels[0], levels[0] + len(levels))):
+            raise ValueError(f"FPN needs neighbouring levels, finest first: {self.in_features}")
+        self.levels = levels
+        self.out_channels = out_channels
+        self.scale = {"sum": 1.0, "avg": 0.5}[fuse_type]
+        for name, level in zip(self.in_features, levels, strict=True):
+            channels = bottom_up.channels[name]
+            self.add_module(f"fpn_lateral{level}", ConvNorm(channels, out_channels, 1, norm=norm))
+            self.add_module(
+                f"fpn_output{level}", ConvNorm(out_channels, out_channels, 3, norm=norm)
+            )
+        for name, module in self.named_children():
+            if name.startswith("fpn_"):
+                _initialise(module)
+        self.strides = {f"p{level}": 2**level for level in [*levels, levels[-1] + 1]}
+        self.size_divisibility = 2 ** levels[-1]
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Images ``[N, 3, H, W]``, sides multiples of ``size_divisibility``, to maps by name."""
+        maps = self.bottom_up(images)
+        merged: Tensor | None = None
+        pyramid: dict[str, Tensor] = {}
+        for name, level in zip(reversed(self.in_features), reversed(self.levels), strict=True):
+            lateral = self.get_submodule(f"fpn_lateral{level}")(maps[name])
+            if merged is None:
+                merged = lateral
+            else:
+                merged = lateral + F.interpolate(merged, scale_factor=2.0, mode="nearest")
+                if self.scale != 1.0:
+                    merged = merged * self.scale
+            pyramid[f"p{level}"] = self.get_submodule(f"fpn_output{level}")(merged)
+        top = f"p{self.levels[-1]}"
+        coarser = F.max_pool2d(pyramid[top], kernel_size=1, stride=2)
+        return {name: coarser if name not in pyramid else pyramid[name] for name in self.strides}
+
+
+def _initialise(conv: ConvNorm) -> None:
+    nn.init.kaiming_uniform_(conv.weight, a=1)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)

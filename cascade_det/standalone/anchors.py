@@ -1,0 +1,86 @@
+"""Anchors on the levels of a pyramid, exactly as Detectron2 places them (no rounding)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def cell_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tensor:
+    """Anchors around the origin, sizes outermost.
+
+    Args:
+        sizes: square roots of anchor areas in pixels.
+        aspect_ratios: height / width.
+
+    Returns:
+        float32 ``[len(sizes) * len(aspect_ratios), 4]``, XYXY.
+    """
+    anchors = []
+    for size in sizes:
+        for ratio in aspect_ratios:
+            width = math.sqrt(size**2.0 / ratio)
+            height = ratio * width
+            anchors.append([-width / 2.0, -height / 2.0, width / 2.0, height / 2.0])
+    return torch.tensor(anchors)
+
+
+class AnchorGenerator(nn.Module):
+    """Anchors at every position of every level.
+
+    Args:
+        sizes: for each level the anchor sizes in pixels.
+        aspect_ratios: for each level height / width.
+        strides: of the levels in pixels.
+        offset: of the first anchor's centre from the image corner, in strides.
+    """
+
+    def __init__(
+        self,
+        *,
+        sizes: Sequence[Sequence[float]],
+        aspect_ratios: Sequence[Sequence[float]],
+        strides: Sequence[int],
+        offset: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.strides = tuple(strides)
+        self.offset = offset
+        per_level = zip(sizes, aspect_ratios, strict=True)
+        for level, (level_sizes, level_ratios) in enumerate(per_level):
+            cells = cell_anchors(level_sizes, level_ratios)
+            self.register_buffer(f"cells{level}", cells, persistent=False)
+
+    @property
+    def num_cell_anchors(self) -> int:
+        """Anchors at each position of the first level."""
+        return len(self.get_buffer("cells0"))
+
+    def forward(self, grid_sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Anchors of each level.
+
+        Args:
+            grid_sizes: ``(height, width)`` of each feature map.
+
+        Returns:
+            per level float32 ``[H_l * W_l * A, 4]``, XYXY pixels, in the order (y, x, anchor).
+        """
+        anchors = []
+        for level, ((height, width), stride) in enumerate(
+            zip(grid_sizes, self.strides, strict=True)
+        ):
+            cells = self.get_buffer(f"cells{level}")
+            start = self.offset * stride
+            x = torch.arange(
+                start, width * stride, step=stride, dtype=torch.float32, device=cells.device
+            )
+            y = torch.arange(
+                start, height * stride, step=stride, dtype=torch.float32, device=cells.device
+            )
+            grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
+            shifts = torch.stack((grid_x, grid_y, grid_x, grid_y), dim=-1)
+            anchors.append((shifts.reshape(-1, 1, 4) + cells).reshape(-1, 4))
+        return anchors

@@ -1,0 +1,99 @@
+"""From a configuration to a detector."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import nn
+
+from cascade_det import config
+from cascade_det.backbones import FPN, MobileNetV2, MobileNetV3Large, ResNet
+from cascade_det.core import BoxPredictor, CascadeHead, ConfidenceExit, ConvFCBoxHead, RoIPooler
+from cascade_det.standalone.detector import Detector
+from cascade_det.standalone.rpn import RPN
+
+logger = logging.getLogger(__name__)
+
+TRUNKS: dict[str, type[nn.Module]] = {
+    "resnet": ResNet,
+    "mobilenet_v2": MobileNetV2,
+    "mobilenet_v3_large": MobileNetV3Large,
+}
+
+
+def build_detector(cfg: CfgNode) -> Detector:
+    """The detector that a configuration describes, on its device, with initial weights.
+
+    Args:
+        cfg: a configuration with our nodes, see ``cascade_det.config.get_cfg``.
+
+    Raises:
+        ConfigError: if keys contradict each other or ask for a part that this host lacks.
+    """
+    config.check_config(cfg)
+    backbone = _build_backbone(cfg)
+    rpn_arguments = config.rpn_arguments(cfg)
+    rpn = RPN(
+        in_channels=backbone.out_channels,
+        strides=[backbone.strides[name] for name in rpn_arguments["in_features"]],
+        **rpn_arguments,
+    )
+    pooler_arguments = config.pooler_arguments(cfg)
+    roi_in_features = pooler_arguments.pop("in_features")
+    detector = Detector(
+        backbone=backbone,
+        proposal_generator=rpn,
+        roi_heads=_build_cascade(
+            cfg,
+            RoIPooler(
+                strides=tuple(backbone.strides[name] for name in roi_in_features),
+                **pooler_arguments,
+            ),
+            backbone.out_channels,
+        ),
+        roi_in_features=roi_in_features,
+        **config.detector_arguments(cfg),
+    )
+    return detector.to(resolve_device(cfg))
+
+
+def resolve_device(cfg: CfgNode) -> torch.device:
+    """``MODEL.DEVICE``, or the CPU with a warning where it asks for a GPU that is not there."""
+    device = torch.device(cfg.MODEL.DEVICE)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        logger.warning("MODEL.DEVICE is %s, but no GPU is available: using the CPU.", device)
+        return torch.device("cpu")
+    return device
+
+
+def _build_backbone(cfg: CfgNode) -> FPN:
+    arguments = config.backbone_arguments(cfg)
+    fpn = dict(arguments["fpn"])
+    trunk = TRUNKS[arguments["name"]](
+        out_features=tuple(fpn.pop("in_features")), **arguments["bottom_up"]
+    )
+    return FPN(trunk, **fpn)
+
+
+def _build_cascade(cfg: CfgNode, pooler: RoIPooler, in_channels: int) -> CascadeHead:
+    arguments = config.cascade_arguments(cfg)
+    heads = [
+        ConvFCBoxHead(in_channels=in_channels, pooled_size=pooler.output_size, **head)
+        for head in config.box_head_arguments(cfg)
+    ]
+    agnostic = arguments.pop("cls_agnostic_bbox_reg")
+    predictors = [
+        BoxPredictor(
+            in_features=head.out_features,
+            num_classes=arguments["num_classes"],
+            cls_agnostic_bbox_reg=agnostic,
+        )
+        for head in heads
+    ]
+    exit_arguments = config.exit_arguments(cfg)
+    exits = None if exit_arguments is None else ConfidenceExit(**exit_arguments)
+    return CascadeHead(
+        pooler=pooler, box_heads=heads, box_predictors=predictors, exits=exits, **arguments
+    )

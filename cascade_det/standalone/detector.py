@@ -1,0 +1,156 @@
+"""A whole detector without Detectron2: backbone, RPN and cascade under its state-dict names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cascade_det.backbones import FPN
+from cascade_det.core import CascadeHead, DetectorOutput, PartTimer, StageOutput
+from cascade_det.core.postprocess import rescale_boxes, rescale_detections
+from cascade_det.standalone.rpn import RPN
+
+Sample = dict[str, Any]
+ImageSizes = list[tuple[int, int]]
+
+
+class Detector(nn.Module):
+    """Images in, losses or detections out.
+
+    Args:
+        backbone: image batch to pyramid maps by name.
+        proposal_generator: the RPN.
+        roi_heads: the cascade.
+        roi_in_features: names of the maps that the cascade pools, finest first.
+        pixel_mean: of each channel, in the channel order of the images.
+        pixel_std: likewise.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: FPN,
+        proposal_generator: RPN,
+        roi_heads: CascadeHead,
+        roi_in_features: Sequence[str],
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.proposal_generator = proposal_generator
+        self.roi_heads = roi_heads
+        self.roi_in_features = tuple(roi_in_features)
+        mean, std = torch.tensor(pixel_mean), torch.tensor(pixel_std)
+        self.register_buffer("pixel_mean", mean.view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", std.view(-1, 1, 1), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.pixel_mean.device
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """Scalars to watch beside the losses, of the last call of ``losses``."""
+        return self.roi_heads.metrics
+
+    def forward(self, batch: Sequence[Sample]) -> dict[str, Tensor]:
+        """The same as ``losses``, for wrappers that only see ``forward``."""
+        return self.losses(batch)
+
+    def losses(self, batch: Sequence[Sample]) -> dict[str, Tensor]:
+        """All losses of a training batch.
+
+        Args:
+            batch: samples with ``image`` (uint8 ``[3, H, W]``), ``gt_boxes`` (float32 ``[G, 4]``,
+                pixels of the image) and ``gt_classes`` (int64 ``[G]``).
+
+        Returns:
+            scalars by Detectron2's names; their sum is to be minimised.
+        """
+        images, image_sizes = self.preprocess([s["image"] for s in batch])
+        gt_boxes = [s["gt_boxes"].to(self.device) for s in batch]
+        gt_classes = [s["gt_classes"].to(self.device) for s in batch]
+        maps = self.backbone(images)
+        proposals, losses = self.proposal_generator.losses(maps, gt_boxes, image_sizes)
+        features = [maps[name] for name in self.roi_in_features]
+        losses.update(self.roi_heads.losses(features, proposals, gt_boxes, gt_classes, image_sizes))
+        return losses
+
+    @torch.no_grad()
+    def detect(
+        self,
+        batch: Sequence[Sample],
+        *,
+        stages: bool = False,
+        timer: PartTimer | None = None,
+    ) -> DetectorOutput:
+        """Detections of a batch, in pixels of the original images.
+
+        Args:
+            batch: samples with ``image`` (uint8 ``[3, H, W]``) and, if it was resized, ``height``
+                and ``width`` of the original.
+            stages: also run the full cascade and report what it gives after every stage.
+            timer: takes the milliseconds of every part if given.
+        """
+        part = timer.part if timer is not None else lambda name: nullcontext()
+        with part("preprocess"):
+            images, image_sizes = self.preprocess([s["image"] for s in batch])
+        with part("backbone"):
+            maps = self.backbone(images)
+        with part("rpn"):
+            proposals = self.proposal_generator.propose(maps, image_sizes)
+        features = [maps[name] for name in self.roi_in_features]
+        detections, stats = self.roi_heads.detect(features, proposals, image_sizes, timer=timer)
+        original_sizes = [
+            (s.get("height", size[0]), s.get("width", size[1]))
+            for s, size in zip(batch, image_sizes, strict=True)
+        ]
+        frames = list(zip(image_sizes, original_sizes, strict=True))
+        with part("postprocess"):
+            detections = [
+                rescale_detections(d, *frame) for d, frame in zip(detections, frames, strict=True)
+            ]
+        output = DetectorOutput(detections, stats)
+        if stages:
+            full = self.roi_heads.detect_stages(features, proposals, image_sizes, timer=timer)
+            output.stages = [_rescale_stage(stage, frames) for stage in full]
+        return output
+
+    def preprocess(self, images: Sequence[Tensor]) -> tuple[Tensor, ImageSizes]:
+        """Normalise, pad on the right and at the bottom with 0, and stack.
+
+        Args:
+            images: uint8 ``[3, H_i, W_i]``.
+
+        Returns:
+            float32 ``[N, 3, H, W]``, sides multiples of the backbone's ``size_divisibility``,
+            and ``(H_i, W_i)`` of every image.
+        """
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        step = self.backbone.size_divisibility
+        height, width = (-(-max(side) // step) * step for side in zip(*sizes, strict=True))
+        normalised = [(i.to(self.device) - self.pixel_mean) / self.pixel_std for i in images]
+        padded = [F.pad(i, (0, width - i.shape[-1], 0, height - i.shape[-2])) for i in normalised]
+        return torch.stack(padded), sizes
+
+
+def _rescale_stage(
+    stage: StageOutput, frames: Sequence[tuple[tuple[int, int], tuple[int, int]]]
+) -> StageOutput:
+    return StageOutput(
+        *(
+            [function(x, *frame) for x, frame in zip(values, frames, strict=True)]
+            for function, values in (
+                (rescale_detections, stage.detections),
+                (rescale_boxes, stage.boxes_before),
+                (rescale_boxes, stage.boxes_after),
+            )
+        )
+    )

@@ -154,6 +154,8 @@ class RoIPooler(nn.Module):
             # A slice keeps the graph: a stage without regions still gives (zero) gradients.
             return pyramid.table[:0].reshape(0, size, size, channels).permute(0, 3, 1, 2)
         device = boxes.device
+        # A box with NaN has no level; any will do, since none of its samples counts.
+        levels = levels.clamp(0, len(self.strides) - 1)
         shapes = torch.tensor([f.shape[-2:] for f in pyramid.features], device=device)
         pixels = shapes.prod(dim=1)
         first_row = (pixels.cumsum(0) - pixels)[levels] + image_index * pixels.sum()
@@ -193,16 +195,18 @@ class RoIPooler(nn.Module):
         if self.sampling_ratio > 0:
             grid = torch.full_like(length, self.sampling_ratio)
         else:
-            grid = torch.ceil(bin_size).to(torch.int64).clamp(min=1)
-        sample = torch.arange(int(grid.max()), device=low.device)
+            # An empty box has no samples and pools zeros, as in torchvision.
+            grid = torch.ceil(bin_size).to(torch.int64).clamp(min=0)
+        samples = grid.clamp(min=1)
+        sample = torch.arange(int(samples.max()), device=low.device)
         bins = torch.arange(size, device=low.device)[:, None]
-        step = (bin_size / grid)[:, None, None]
+        step = (bin_size / samples)[:, None, None]
         at = low[:, None, None] + bins * bin_size[:, None, None] + (sample + 0.5) * step
         # torchvision's borders: more than a pixel outside counts nothing, the rest is clamped.
         inside = (at >= -1.0) & (at <= length[:, None, None]) & (sample < grid[:, None, None])
-        share = inside / grid[:, None, None]
+        share = inside / samples[:, None, None]
         last = (length - 1)[:, None, None]
-        at = torch.minimum(at.clamp(min=0), last)
+        at = torch.minimum(at.where(inside, 0.0).clamp(min=0), last)
         pixel = at.to(torch.int64)
         fraction = at - pixel
         weights = torch.cat([(1 - fraction) * share, fraction * share], dim=2)
@@ -210,11 +214,11 @@ class RoIPooler(nn.Module):
         if self.sampling_ratio > 0:
             return pixels, weights, 2 * grid
         # Adaptive samples are at most a pixel apart: a bin touches at most grid + 1 consecutive
-        # pixels. Padding samples lie beyond and weigh nothing, so clamping their place is safe.
+        # pixels. Samples that do not count weigh nothing, so clamping their place is safe.
         first = pixels[..., :1]
         slots = len(sample) + 1
         merged = weights.new_zeros(len(low), size, slots)
-        merged.scatter_add_(2, (pixels - first).clamp(max=slots - 1), weights)
+        merged.scatter_add_(2, (pixels - first).clamp(0, slots - 1), weights)
         slot = torch.arange(slots, device=low.device)
         return torch.minimum(first + slot, last), merged, grid + 1
 

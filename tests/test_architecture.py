@@ -182,5 +182,5 @@ def test_the_core_loads_alone():
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert result.stderr == ""
+    assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]"

@@ -99,7 +99,7 @@ def test_visibility_is_what_later_shapes_leave():
 
 def test_shapes_that_are_hardly_visible_are_not_annotated(monkeypatch):
     corners = np.array([[0.0, 0], [20, 0], [20, 20], [0, 20]])
-    shapes = [shape_scenes.Shape(k, corners + (30 * k, 0), None) for k in range(3)]
+    shapes = [shape_scenes.Shape(k, corners + np.array([30.0 * k, 0]), None) for k in range(3)]
     owner = np.full((64, 96), -1)
     for number, rows in enumerate((5, 6, 20)):  # of 20: a quarter, 0.3 and all of it is visible
         owner[:rows, 30 * number : 30 * number + 20] = number

@@ -1,0 +1,1 @@
+"""Training loop, weights, checkpoints and inference for any detector; knows no host."""

@@ -1,0 +1,135 @@
+"""Reads pickles that hold numpy arrays in plain containers, and executes nothing.
+
+Model-zoo weights are pickles, and a pickle may name any function to be called while it is read.
+Here the few names that numpy's own arrays need are answered by stand-ins that only collect the
+shape, the type and the bytes; every other name is refused, ``builtins`` included.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+
+from cascade_det.errors import CheckpointError
+
+_NUMBER = re.compile(r"[biufc]\d{1,2}")
+
+
+def read_array_pickle(path: Path) -> Any:
+    """Read a pickle of dicts, lists, plain values and numeric numpy arrays.
+
+    Pickles of Python 2 and of any protocol are read, whichever numpy wrote them.
+
+    Args:
+        path: a local file.
+
+    Returns:
+        What was pickled; arrays and numpy scalars as native-endian ``np.ndarray``.
+
+    Raises:
+        CheckpointError: the file asks for any other global, or is truncated or no pickle at all.
+    """
+    try:
+        with path.open("rb") as file:
+            return _unwrap(_ArrayUnpickler(file, path).load())
+    except CheckpointError:
+        raise
+    # The bytes may be anything, and so may be the exception that reading them ends in.
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: cannot be read as a pickle of arrays ({type(error).__name__}: {error}). "
+            "The file is probably truncated or of another kind: fetch it again."
+        ) from error
+
+
+class _DType:
+    """Stand-in for ``np.dtype``: plain numbers only."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        if not _NUMBER.fullmatch(code):
+            raise ValueError(f"an array of type {code!r} holds no weights")
+        self.code = code
+        self.byte_order = "="
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.byte_order = state[1]
+
+    def numpy(self) -> np.dtype[Any]:
+        return np.dtype(self.byte_order + self.code)
+
+
+class _Array:
+    """Stand-in for ``np.ndarray``, filled by the pickle's state: shape, type, order, bytes."""
+
+    def __init__(self, *_: object) -> None:
+        self.value = np.empty(0, np.float32)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _version, shape, dtype, is_fortran, raw = state
+        self._fill(raw, dtype, shape, "F" if is_fortran else "C")
+
+    def _fill(self, raw: bytes | str, dtype: _DType, shape: tuple[int, ...], order: str) -> None:
+        # Python 2 pickled bytes as text, which encoding="latin1" hands out one to one.
+        data = raw.encode("latin1") if isinstance(raw, str) else bytes(raw)
+        layout: Literal["C", "F"] = "F" if order == "F" else "C"
+        array = np.frombuffer(data, dtype.numpy()).reshape(shape, order=layout)
+        self.value = array.astype(array.dtype.newbyteorder("="), order="C")
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        super().__init__(file, encoding="latin1")
+        self._path = path
+        # Bound methods rather than functions: a pickle cannot set attributes on them.
+        self._admitted: dict[tuple[str, str], Callable[..., object]] = {
+            ("numpy", "ndarray"): _Array,
+            ("numpy", "dtype"): _DType,
+            ("numpy.core.multiarray", "_reconstruct"): self._empty_array,
+            ("numpy.core.multiarray", "scalar"): self._scalar,
+            ("numpy.core.numeric", "_frombuffer"): self._array_from_buffer,
+            ("_codecs", "encode"): self._encode,
+        }
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        # numpy 2 renamed numpy.core to numpy._core; files of both are about.
+        known = self._admitted.get((module.replace("numpy._core", "numpy.core"), name))
+        if known is None:
+            raise CheckpointError(
+                f"{self._path}: refused, because reading it would call {module}.{name}. A file of "
+                "weights holds numpy arrays and nothing else. Take it from a source that you "
+                "trust, or convert it there to .safetensors."
+            )
+        return known
+
+    def _empty_array(self, *_: object) -> _Array:
+        return _Array()
+
+    def _array_from_buffer(
+        self, raw: bytes | str, dtype: _DType, shape: tuple[int, ...], order: str, *_: object
+    ) -> _Array:
+        array = _Array()
+        array._fill(raw, dtype, shape, order)
+        return array
+
+    def _scalar(self, dtype: _DType, raw: bytes | str) -> _Array:
+        return self._array_from_buffer(raw, dtype, (), "C")
+
+    def _encode(self, text: str, encoding: str = "latin1") -> bytes:
+        if encoding not in ("latin1", "latin-1"):
+            raise ValueError(f"bytes in encoding {encoding!r}")
+        return text.encode("latin1")
+
+
+def _unwrap(value: Any) -> Any:
+    if isinstance(value, _Array):
+        return value.value
+    if isinstance(value, dict):
+        return {key: _unwrap(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_unwrap(item) for item in value]
+    return value

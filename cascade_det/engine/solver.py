@@ -1,0 +1,246 @@
+"""Optimisers, gradient clipping and learning-rate schedules, by Detectron2's rules."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from fvcore.common.param_scheduler import (
+    CompositeParamScheduler,
+    ConstantParamScheduler,
+    CosineParamScheduler,
+    LinearParamScheduler,
+    MultiStepParamScheduler,
+    ParamScheduler,
+    StepWithFixedGammaParamScheduler,
+)
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from cascade_det.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+GradientClipper = Callable[[Iterable[nn.Parameter]], None]
+
+_NORMS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.GroupNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+    nn.LayerNorm,
+    nn.LocalResponseNorm,
+)
+
+
+def build_optimizer(
+    model: nn.Module,
+    *,
+    name: str = "SGD",
+    base_lr: float,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    weight_decay: float = 1e-4,
+    weight_decay_norm: float | None = 0.0,
+    bias_lr_factor: float = 1.0,
+    weight_decay_bias: float | None = None,
+) -> Optimizer:
+    """Optimise the parameters that require gradients.
+
+    Args:
+        model: a parameter that it shares between modules is taken once, where it comes first.
+        name: "SGD" or "AdamW".
+        base_lr: the learning rate that the schedule multiplies.
+        momentum: SGD's.
+        nesterov: SGD's.
+        weight_decay: of all parameters that the rules below say nothing of.
+        weight_decay_norm: weight decay of normalisation layers; ``None`` for ``weight_decay``.
+        bias_lr_factor: multiplies the learning rate of parameters named ``bias``.
+        weight_decay_bias: their weight decay; ``None`` for ``weight_decay``. It comes before
+            ``weight_decay_norm``.
+
+    Returns:
+        The optimiser. Parameters with equal settings share a group, so that the update runs over
+        many tensors at once.
+
+    Raises:
+        ConfigError: ``name`` is unknown.
+    """
+    groups = _parameter_groups(model, base_lr, weight_decay_norm, bias_lr_factor, weight_decay_bias)
+    if name == "SGD":
+        return torch.optim.SGD(
+            groups,
+            lr=base_lr,
+            momentum=momentum,
+            nesterov=nesterov,
+            weight_decay=weight_decay,
+            foreach=True,
+        )
+    if name == "AdamW":
+        return torch.optim.AdamW(groups, lr=base_lr, weight_decay=weight_decay, foreach=True)
+    raise ConfigError(f"CASCADE.OPTIMIZER: {name!r} is unknown; SGD and AdamW are known.")
+
+
+def build_gradient_clipper(clip: Mapping[str, Any] | None) -> GradientClipper | None:
+    """The function that the trainer calls with the parameters between backward and step.
+
+    Args:
+        clip: ``None`` for no clipping, else ``type``, ``value`` and, for norms, ``norm_type``.
+            Type "value" limits every element to [-value, value], "norm" the norm of each
+            parameter's gradient, "full_model" the norm of all gradients together.
+
+    Raises:
+        ConfigError: the type is unknown.
+    """
+    if clip is None:
+        return None
+    kind, value, norm_type = clip["type"], float(clip["value"]), float(clip.get("norm_type", 2.0))
+
+    def clip_value(parameters: Iterable[nn.Parameter]) -> None:
+        nn.utils.clip_grad_value_(parameters, value)
+
+    def clip_norm(parameters: Iterable[nn.Parameter]) -> None:
+        for parameter in parameters:
+            nn.utils.clip_grad_norm_(parameter, value, norm_type)
+
+    def clip_full_model(parameters: Iterable[nn.Parameter]) -> None:
+        nn.utils.clip_grad_norm_(parameters, value, norm_type)
+
+    clippers = {"value": clip_value, "norm": clip_norm, "full_model": clip_full_model}
+    if kind not in clippers:
+        raise ConfigError(
+            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE: {kind!r} is unknown; "
+            f"{', '.join(clippers)} are known."
+        )
+    return clippers[kind]
+
+
+def build_scheduler(
+    optimizer: Optimizer,
+    *,
+    name: str = "WarmupMultiStepLR",
+    max_iter: int,
+    gamma: float = 0.1,
+    steps: Sequence[int] = (),
+    base_lr: float = 1.0,
+    base_lr_end: float = 0.0,
+    num_decays: int = 3,
+    warmup_factor: float = 0.001,
+    warmup_iters: int = 1000,
+    warmup_method: str = "linear",
+    rescale_interval: bool = False,
+) -> LambdaLR:
+    """A schedule that is stepped once per iteration and multiplies every group's learning rate.
+
+    Args:
+        optimizer: its groups' learning rates are the ones that a multiplier of 1 gives.
+        name: "WarmupMultiStepLR", "WarmupCosineLR" or "WarmupStepWithFixedGammaLR".
+        max_iter: iterations of the whole training.
+        gamma: factor of one decay, for the first and the last.
+        steps: iterations at which the first decays.
+        base_lr: where the cosine starts.
+        base_lr_end: where the cosine ends.
+        num_decays: how often the last decays, at equal distances.
+        warmup_factor: where the warm-up starts, times the schedule's first value.
+        warmup_iters: iterations until the schedule's own value is reached.
+        warmup_method: "linear", or "constant" for ``warmup_factor`` until then.
+        rescale_interval: squeeze the whole schedule into what is left after the warm-up, rather
+            than hide its beginning.
+
+    Raises:
+        ConfigError: a name is unknown.
+    """
+    if name == "WarmupMultiStepLR":
+        schedule = _multi_step(steps, gamma, max_iter)
+    elif name == "WarmupCosineLR":
+        schedule = CosineParamScheduler(1.0, base_lr_end / base_lr)
+    elif name == "WarmupStepWithFixedGammaLR":
+        schedule = StepWithFixedGammaParamScheduler(
+            base_value=1.0, num_decays=num_decays, gamma=gamma, num_updates=max_iter
+        )
+    else:
+        raise ConfigError(
+            f"SOLVER.LR_SCHEDULER_NAME: {name!r} is unknown; WarmupMultiStepLR, WarmupCosineLR "
+            "and WarmupStepWithFixedGammaLR are known."
+        )
+    warmup_length = min(warmup_iters / max_iter, 1.0)
+    multiplier = _with_warmup(
+        schedule, warmup_factor, warmup_length, warmup_method, rescale_interval
+    )
+
+    def factor(iteration: int) -> float:
+        # After the last iteration the schedule is stepped once more, to a value that nothing
+        # uses and that some of fvcore's schedulers do not have.
+        return multiplier(min(iteration, max_iter - 1) / max_iter)
+
+    return LambdaLR(optimizer, factor)
+
+
+def _parameter_groups(
+    model: nn.Module,
+    base_lr: float,
+    weight_decay_norm: float | None,
+    bias_lr_factor: float,
+    weight_decay_bias: float | None,
+) -> list[dict[str, Any]]:
+    groups: dict[tuple[tuple[str, float], ...], list[nn.Parameter]] = {}
+    seen: set[nn.Parameter] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad or parameter in seen:
+                continue
+            seen.add(parameter)
+            settings = {"lr": base_lr}
+            if isinstance(module, _NORMS) and weight_decay_norm is not None:
+                settings["weight_decay"] = weight_decay_norm
+            if name == "bias":
+                settings["lr"] = base_lr * bias_lr_factor
+                if weight_decay_bias is not None:
+                    settings["weight_decay"] = weight_decay_bias
+            groups.setdefault(tuple(settings.items()), []).append(parameter)
+    return [{**dict(settings), "params": parameters} for settings, parameters in groups.items()]
+
+
+def _multi_step(steps: Sequence[int], gamma: float, max_iter: int) -> ParamScheduler:
+    reached = [step for step in steps if step < max_iter]
+    if len(reached) != len(steps):
+        logger.warning(
+            "SOLVER.STEPS %s: steps from SOLVER.MAX_ITER (%d) on are never reached.",
+            tuple(steps),
+            max_iter,
+        )
+    return MultiStepParamScheduler(
+        values=[gamma**power for power in range(len(reached) + 1)],
+        milestones=reached,
+        num_updates=max_iter,
+    )
+
+
+def _with_warmup(
+    schedule: ParamScheduler, factor: float, length: float, method: str, rescale: bool
+) -> ParamScheduler:
+    start = factor * schedule(0.0)
+    # Some of fvcore's schedulers have no value at their very end, where a warm-up that takes all
+    # of the training would look.
+    end = schedule(0.0 if rescale else min(length, 1.0 - 1e-5))
+    warmup: ParamScheduler
+    if method == "linear":
+        warmup = LinearParamScheduler(start, end)
+    elif method == "constant":
+        warmup = ConstantParamScheduler(start)
+    else:
+        raise ConfigError(
+            f"SOLVER.WARMUP_METHOD: {method!r} is unknown; linear and constant are known."
+        )
+    return CompositeParamScheduler(
+        [warmup, schedule],
+        lengths=[length, 1 - length],
+        interval_scaling=["rescaled", "rescaled" if rescale else "fixed"],
+    )

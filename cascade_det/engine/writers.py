@@ -1,0 +1,157 @@
+"""Where the figures of a run go: metrics.json, TensorBoard, and lines or a bar for people."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import math
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from cascade_det.engine.events import History
+
+logger = logging.getLogger(__name__)
+# Lines of progress: in log.txt always, on the console only where no bar can be drawn.
+progress_logger = logging.getLogger("cascade_det.engine.progress")
+
+
+class Writer:
+    """A reader of the history; does nothing by itself."""
+
+    def step(self, history: History) -> None:
+        """Called after every iteration."""
+
+    def write(self, history: History) -> None:
+        """Called every so many iterations and at the end."""
+
+    def close(self) -> None:
+        """Called once, whatever the end."""
+
+
+class _NewScalars:
+    """The scalars that have a value of a later iteration than when they were last asked for."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, int] = {}
+
+    def take(self, history: History) -> dict[int, dict[str, float]]:
+        """Iteration to name to smoothed value, iterations ascending."""
+        rows: dict[int, dict[str, float]] = defaultdict(dict)
+        for name in history:
+            iteration = history.latest(name)[1]
+            # What a resume brought back was written by the run before.
+            if iteration > self._seen.get(name, history.restored_until):
+                self._seen[name] = iteration
+                rows[iteration][name] = history.smoothed(name)
+        return dict(sorted(rows.items()))
+
+
+class JsonWriter(Writer):
+    """Appends one json object per line, as Detectron2's ``metrics.json``.
+
+    A figure that is not finite is written as ``null``: json has no NaN.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        self._new = _NewScalars()
+
+    def write(self, history: History) -> None:
+        """Append one line for each iteration that has new figures."""
+        for iteration, scalars in self._new.take(history).items():
+            row: dict[str, Any] = {
+                name: value if math.isfinite(value) else None for name, value in scalars.items()
+            }
+            self._file.write(json.dumps({**row, "iteration": iteration}, sort_keys=True) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class TensorBoardWriter(Writer):
+    """Event files in ``log_dir``; where tensorboard is not installed, one log line and nothing."""
+
+    def __init__(self, log_dir: str | Path) -> None:
+        self._new = _NewScalars()
+        self._writer: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            logger.info("No TensorBoard files: tensorboard is missing (pip install tensorboard).")
+        else:
+            self._writer = SummaryWriter(str(log_dir))
+
+    def write(self, history: History) -> None:
+        """Add what is new."""
+        if self._writer is None:
+            return
+        for iteration, scalars in self._new.take(history).items():
+            for name, value in scalars.items():
+                self._writer.add_scalar(name, value, iteration)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the event file."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+class ConsoleWriter(Writer):
+    """A bar on a terminal, and log lines with losses, times and the time left."""
+
+    def __init__(self, max_iter: int) -> None:
+        self._max_iter = max_iter
+        self._bar: tqdm[Any] | None = None
+        self._written = -1
+
+    def step(self, history: History) -> None:
+        """Move the bar on."""
+        if self._bar is None:
+            # disable=None: no bar where the output is not a terminal.
+            self._bar = tqdm(
+                total=self._max_iter, initial=history.iteration, disable=None, unit="it"
+            )
+        if "total_loss" in history:
+            self._bar.set_postfix(loss=f"{history.median('total_loss'):.4g}", refresh=False)
+        self._bar.update()
+
+    def write(self, history: History) -> None:
+        """Log one line, unless this iteration has been logged."""
+        iteration = history.latest("total_loss")[1] if "total_loss" in history else -1
+        if iteration > max(self._written, history.restored_until):
+            self._written = iteration
+            progress_logger.info("%s", _progress_line(history, iteration))
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _progress_line(history: History, iteration: int) -> str:
+    fields = {}
+    if "eta_seconds" in history:
+        seconds = int(history.latest("eta_seconds")[0])
+        fields["eta"] = str(datetime.timedelta(seconds=seconds))
+    fields["iter"] = str(iteration)
+    for name in history:
+        if "loss" in name:
+            fields[name] = f"{history.median(name):.4g}"
+    for name in ("time", "data_time"):
+        if name in history:
+            fields[name] = f"{history.mean(name):.4f}"
+    if "lr" in history:
+        fields["lr"] = f"{history.latest('lr')[0]:.5g}"
+    if torch.cuda.is_initialized():
+        fields["max_mem"] = f"{torch.cuda.max_memory_allocated() / 2**20:.0f}M"
+    return "  ".join(f"{name}: {value}" for name, value in fields.items())

@@ -1,0 +1,414 @@
+import logging
+import math
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from cascade_det.engine.checkpoint import Checkpointer
+from cascade_det.engine.hooks import EarlyStopping, EvalHook, Hook, PeriodicCheckpoint
+from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, build_scheduler
+from cascade_det.engine.trainer import Trainer
+from cascade_det.errors import ConfigError
+
+
+def build(detector, loader, *, max_iter=8, lr=0.05, name="SGD", **arguments):
+    optimizer = build_optimizer(detector, name=name, base_lr=lr)
+    scheduler = build_scheduler(optimizer, max_iter=max_iter, steps=(5,), warmup_iters=3)
+    return Trainer(detector, loader, optimizer, scheduler, max_iter=max_iter, **arguments)
+
+
+def state_of(detector):
+    return {name: tensor.clone() for name, tensor in detector.state_dict().items()}
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, msg=name)
+
+
+class Record(Hook):
+    def __init__(self, calls, name, fail_at=None):
+        self.calls, self.name, self.fail_at = calls, name, fail_at
+
+    def before_train(self, trainer):
+        self.calls.append((self.name, "before", trainer.iteration))
+
+    def after_step(self, trainer):
+        self.calls.append((self.name, "step", trainer.iteration))
+        if trainer.iteration == self.fail_at:
+            raise RuntimeError("step failed")
+
+    def after_train(self, trainer):
+        self.calls.append((self.name, "after", trainer.iteration))
+        if self.fail_at == "end":
+            raise RuntimeError("end failed")
+
+
+def test_equals_a_loop_written_out(make_detector, make_loader):
+    trained = make_detector()
+    torch.manual_seed(3)
+    build(
+        trained,
+        make_loader(),
+        clip_gradients=build_gradient_clipper({"type": "full_model", "value": 0.5}),
+    ).train()
+
+    detector = make_detector().train()
+    torch.manual_seed(3)
+    optimizer = build_optimizer(detector, base_lr=0.05)
+    for i, batch in zip(range(8), make_loader(), strict=False):
+        warmup = 0.001 + 0.999 * i / 3 if i < 3 else 1
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 * warmup * (0.1 if i >= 5 else 1)
+        optimizer.zero_grad()
+        sum(detector(batch).values()).backward()
+        torch.nn.utils.clip_grad_norm_(detector.parameters(), 0.5)
+        optimizer.step()
+    for name, tensor in detector.state_dict().items():
+        torch.testing.assert_close(trained.state_dict()[name], tensor, rtol=1e-5, atol=1e-7)
+
+
+def test_training_lowers_the_loss(make_detector, make_loader):
+    trainer = build(make_detector(), make_loader(), max_iter=300, lr=0.02)
+    losses = []
+
+    class Losses(Hook):
+        def after_step(self, trainer):
+            losses.append(trainer.history.latest("total_loss")[0])
+
+    trainer.hooks = [Losses()]
+    trainer.train()
+    assert sum(losses[-50:]) < 0.7 * sum(losses[:50])
+
+
+def test_history_holds_losses_metrics_and_times(make_detector, make_loader):
+    trainer = build(make_detector(), make_loader())
+    trainer.train()
+    history = trainer.history
+    names = {"total_loss", "loss_square", "loss_abs", "toy/error", "lr", "time", "data_time"}
+    assert set(history) == names
+    assert all(history.latest(name)[1] == 7 for name in names)
+    parts = history.latest("loss_square")[0] + history.latest("loss_abs")[0]
+    assert history.latest("total_loss")[0] == pytest.approx(parts, rel=1e-6)
+    assert history.latest("lr")[0] == pytest.approx(0.005)
+    assert 0 <= history.latest("data_time")[0] <= history.latest("time")[0]
+
+
+def test_hooks_are_called_in_order(make_detector, make_loader):
+    calls = []
+    trainer = build(
+        make_detector(), make_loader(), max_iter=2, hooks=[Record(calls, "a"), Record(calls, "b")]
+    )
+    trainer.train()
+    assert calls == [
+        ("a", "before", -1),
+        ("b", "before", -1),
+        ("a", "step", 0),
+        ("b", "step", 0),
+        ("a", "step", 1),
+        ("b", "step", 1),
+        ("a", "after", 1),
+        ("b", "after", 1),
+    ]
+    assert trainer.finished
+
+
+def test_every_hook_gets_its_end_after_an_error(make_detector, make_loader):
+    calls = []
+    hooks = [Record(calls, "a", fail_at="end"), Record(calls, "b", fail_at=1), Record(calls, "c")]
+    trainer = build(make_detector(), make_loader(), hooks=hooks)
+    with pytest.raises(RuntimeError, match="end failed") as caught:
+        trainer.train()
+    assert "step failed" in str(caught.value.__context__)
+    assert [call[:2] for call in calls[-3:]] == [("a", "after"), ("b", "after"), ("c", "after")]
+    assert not trainer.finished
+
+
+def test_loss_that_is_not_finite_names_everything_and_keeps_the_weights(make_detector, make_loader):
+    class Breaks(make_detector):
+        def losses(self, batch):
+            losses = super().losses(batch)
+            if batch[0]["image_id"] == 30:
+                losses["loss_abs"] = losses["loss_abs"] * math.nan
+            return losses
+
+    detector = Breaks()
+    kept = {}
+
+    class Keep(Hook):
+        def after_step(self, trainer):
+            kept.update({n: p.detach().clone() for n, p in trainer.detector.named_parameters()})
+
+    trainer = build(detector, make_loader(), hooks=[Keep()])
+    with pytest.raises(FloatingPointError) as caught:
+        trainer.train()
+    message = str(caught.value)
+    assert "iteration 3:" in message
+    assert "loss_abs nan" in message
+    assert re.search(r"loss_square \d", message)
+    assert "learning rate 0.05" in message
+    assert "image ids [30, 31, 32, 33]" in message
+    assert_equal(dict(detector.named_parameters()), kept)
+
+
+def test_loader_that_ends_is_an_error(make_detector, make_loader):
+    batches = [batch for batch, _ in zip(make_loader(), range(3), strict=False)]
+    with pytest.raises(RuntimeError, match="ended before iteration 3"):
+        build(make_detector(), batches).train()
+
+
+class Shuffling:
+    """Draws from the global generator when it is started, as DataLoader does."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        torch.rand(())
+        return iter(self.loader)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+@pytest.mark.parametrize("stop_at", [1, 4, 7])
+def test_resumed_run_equals_uninterrupted_one(
+    make_detector, make_loader, tmp_path, optimizer, stop_at
+):
+    def run(folder, *, resume=False, hooks=()):
+        folder.mkdir(exist_ok=True)
+        detector = make_detector()
+        checkpointer = Checkpointer(detector, folder)
+        checkpointer.resume_or_load("", resume=resume)
+        start = checkpointer.start_iter
+        trainer = build(
+            detector,
+            Shuffling(make_loader(start)),
+            name=optimizer,
+            start_iter=start,
+            hooks=[PeriodicCheckpoint(checkpointer, 1), *hooks],
+        )
+        trainer.train()
+        return trainer
+
+    torch.manual_seed(5)
+    whole = run(tmp_path / "whole")
+
+    torch.manual_seed(5)
+    with pytest.raises(RuntimeError, match="step failed"):
+        run(tmp_path / "cut", hooks=[Record([], "x", fail_at=stop_at)])
+    torch.manual_seed(99)  # a new process has other random numbers
+    resumed = run(tmp_path / "cut", resume=True)
+
+    assert resumed.start_iter == stop_at + 1
+    assert_equal(state_of(resumed.detector), state_of(whole.detector))
+    final = [torch.load(tmp_path / d / "model_final.pth") for d in ("whole", "cut")]
+    for one, other in zip(
+        *(f["trainer"]["optimizer"]["state"].values() for f in final), strict=True
+    ):
+        for key in one:
+            torch.testing.assert_close(one[key], other[key], rtol=0, atol=0)
+    for name in ("total_loss", "loss_abs", "lr"):
+        assert resumed.history.latest(name) == whole.history.latest(name)
+        assert resumed.history.median(name) == whole.history.median(name)
+    torch.testing.assert_close(
+        final[1]["trainer"]["random"]["cpu"], final[0]["trainer"]["random"]["cpu"]
+    )
+
+
+def test_run_that_is_done_trains_nothing_and_evaluates(make_detector, make_loader, tmp_path):
+    for resume in (False, True):
+        detector, evaluations = make_detector(), []
+        checkpointer = Checkpointer(detector, tmp_path)
+        checkpointer.resume_or_load("", resume=resume)
+        before = state_of(detector)
+        trainer = build(
+            detector,
+            make_loader(),
+            start_iter=checkpointer.start_iter,
+            hooks=[
+                PeriodicCheckpoint(checkpointer, 100),
+                EvalHook(0, lambda evaluations=evaluations: evaluations.append(1) or {"a": 1.0}),
+            ],
+        )
+        trainer.train()
+        assert evaluations == [1]
+        assert trainer.results == {"a": 1.0}
+    assert checkpointer.start_iter == 8
+    assert_equal(state_of(detector), before)
+
+
+def test_old_checkpoints_are_deleted_also_those_of_the_run_before(
+    make_detector, make_loader, tmp_path
+):
+    def run(until, resume):
+        detector = make_detector()
+        checkpointer = Checkpointer(detector, tmp_path)
+        checkpointer.resume_or_load("", resume=resume)
+        start = checkpointer.start_iter
+        hook = PeriodicCheckpoint(checkpointer, 2, max_to_keep=2)
+        build(detector, make_loader(start), max_iter=until, start_iter=start, hooks=[hook]).train()
+        return sorted(path.name for path in tmp_path.glob("*.pth"))
+
+    (tmp_path / "model_best.pth").touch()
+    assert run(7, False) == [
+        "model_0000003.pth",
+        "model_0000005.pth",
+        "model_best.pth",
+        "model_final.pth",
+    ]
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    assert run(11, True) == [
+        "model_0000007.pth",
+        "model_0000009.pth",
+        "model_best.pth",
+        "model_final.pth",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("period", "max_iter", "evaluated"),
+    [(0, 6, [5]), (2, 6, [1, 3, 5]), (4, 6, [3, 5]), (6, 6, [5]), (100, 6, [5])],
+)
+def test_evaluations_at_the_period_and_the_end_never_twice(
+    make_detector, make_loader, period, max_iter, evaluated
+):
+    found = []
+
+    def evaluate():
+        found.append(trainer.iteration)
+        torch.rand(3)
+        return {"bbox": {"AP": float(len(found)), "text": "x", "per_class": {"dog": 1}}, "n": True}
+
+    detector = make_detector()
+    trainer = build(detector, make_loader(), max_iter=max_iter, hooks=[EvalHook(period, evaluate)])
+    torch.manual_seed(0)
+    trainer.train()
+    assert found == evaluated
+    assert trainer.history.latest("bbox/AP") == (len(found), max_iter - 1)
+    assert trainer.history.latest("bbox/per_class/dog") == (1.0, max_iter - 1)
+    assert "n" not in trainer.history
+    assert "bbox/text" not in trainer.history
+
+    # Evaluation, which draws random numbers too, changes nothing in training.
+    alone = make_detector()
+    torch.manual_seed(0)
+    build(alone, make_loader(), max_iter=max_iter).train()
+    assert_equal(state_of(detector), state_of(alone))
+
+
+def test_no_evaluation_after_an_error(make_detector, make_loader):
+    hooks = [Record([], "x", fail_at=3), EvalHook(0, lambda: pytest.fail("evaluated"))]
+    with pytest.raises(RuntimeError, match="step failed"):
+        build(make_detector(), make_loader(), hooks=hooks).train()
+
+
+@pytest.mark.parametrize(
+    ("values", "patience", "stopped_at"),
+    [
+        ([1, 2, 3, 4], 1, None),
+        ([3, 1, 2, 9], 2, 5),
+        ([3, 3, 9, 9], 1, 3),
+        ([1, math.nan, math.nan, 5], 2, 5),
+        ([math.nan, math.nan, 5, 6], 3, None),
+        ([3, 1, 4, 1], 2, None),
+        ([4, 3, 2, 1], 0, None),
+    ],
+)
+def test_early_stopping(make_detector, make_loader, caplog, tmp_path, values, patience, stopped_at):
+    left, counts = iter(values), []
+
+    def evaluate():
+        counts.append(1)
+        return {"bbox": {"AP": next(left)}}
+
+    detector = make_detector()
+    checkpointer = Checkpointer(detector, tmp_path)
+    hooks = [
+        PeriodicCheckpoint(checkpointer, 100),
+        EvalHook(2, evaluate),
+        EarlyStopping("bbox/AP", patience),
+    ]
+    trainer = build(detector, make_loader(), hooks=hooks)
+    with caplog.at_level(logging.INFO):
+        trainer.train()
+    assert trainer.finished
+    assert trainer.iteration == (7 if stopped_at is None else stopped_at)
+    assert len(counts) == (trainer.iteration + 1) // 2
+    assert ("CASCADE.PATIENCE" in caplog.text) == (stopped_at is not None)
+    saved = torch.load(tmp_path / "model_final.pth")
+    assert saved["iteration"] == trainer.iteration
+    assert_equal(saved["model"], state_of(detector))
+
+
+def test_early_stopping_goes_on_waiting_after_a_resume(make_detector, make_loader, tmp_path):
+    def run(values, resume, fail_at=None):
+        left = iter(values)
+        detector = make_detector()
+        checkpointer = Checkpointer(detector, tmp_path)
+        checkpointer.resume_or_load("", resume=resume)
+        start = checkpointer.start_iter
+        hooks = [
+            EvalHook(1, lambda: {"AP": next(left)}),
+            EarlyStopping("AP", 3),
+            PeriodicCheckpoint(checkpointer, 1),
+            Record([], "x", fail_at=fail_at),
+        ]
+        trainer = build(detector, make_loader(start), start_iter=start, hooks=hooks)
+        trainer.train()
+        return trainer.iteration
+
+    with pytest.raises(RuntimeError, match="step failed"):
+        run([5.0, 4.0], False, fail_at=1)
+    assert run([4.0, 4.0, 9.0, 9.0, 9.0, 9.0], True) == 3
+
+
+def test_early_stopping_by_an_unknown_figure_says_so_once(make_detector, make_loader, caplog):
+    hooks = [EvalHook(1, lambda: {"bbox": {"AP50": 1.0}}), EarlyStopping("bbox/AP", 1)]
+    trainer = build(make_detector(), make_loader(), hooks=hooks)
+    trainer.train()
+    assert trainer.iteration == 7
+    assert caplog.text.count("CASCADE.BEST_METRIC 'bbox/AP'") == 1
+    assert "bbox/AP50" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_mixed_precision_computes_in_its_type_and_keeps_float32_weights(
+    make_detector, make_loader, dtype
+):
+    seen = []
+    detector = make_detector()
+    detector.head.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    trainer = build(detector, make_loader(), amp_dtype=dtype)
+    trainer.train()
+    assert set(seen) == {torch.bfloat16}
+    assert all(p.dtype == torch.float32 for p in detector.parameters())
+    plain = make_detector()
+    build(plain, make_loader()).train()
+    assert not torch.equal(detector.head.weight, plain.head.weight)
+
+
+def test_unknown_precision(make_detector, make_loader):
+    with pytest.raises(ConfigError, match=r"AMP_DTYPE.*'float8'"):
+        build(make_detector(), make_loader(), amp_dtype="float8")
+
+
+def test_training_mode_is_set(make_detector, make_loader):
+    detector = make_detector().eval()
+    build(detector, make_loader(), max_iter=1).train()
+    assert detector.training
+
+
+def test_metrics_inside_a_wrapper_are_found(make_detector, make_loader):
+    class Wrapper(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, batch):
+            return self.module(batch)
+
+    trainer = build(Wrapper(make_detector()), make_loader(), max_iter=1)
+    trainer.train()
+    assert "toy/error" in trainer.history

@@ -1,0 +1,1 @@
+"""COCO-format data sets in, batches of samples out."""

@@ -1,0 +1,114 @@
+"""Where a data set lies: Detectron2's built-in COCO names, and the sets that the user declares."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cascade_det.errors import DatasetError
+
+ROOT_VARIABLE = "DETECTRON2_DATASETS"
+OWN_DATASETS_KEY = "CASCADE.DATASETS"
+
+# name: (annotation file, image folder), below "coco/" in the folder of all data sets.
+_BUILTIN_COCO = {
+    "coco_2014_train": ("instances_train2014.json", "train2014"),
+    "coco_2014_val": ("instances_val2014.json", "val2014"),
+    "coco_2014_minival": ("instances_minival2014.json", "val2014"),
+    "coco_2014_valminusminival": ("instances_valminusminival2014.json", "val2014"),
+    "coco_2017_train": ("instances_train2017.json", "train2017"),
+    "coco_2017_val": ("instances_val2017.json", "val2017"),
+    "coco_2017_test": ("image_info_test2017.json", "test2017"),
+    "coco_2017_test-dev": ("image_info_test-dev2017.json", "test2017"),
+    "coco_2017_val_100": ("instances_val2017_100.json", "val2017"),
+}
+
+
+@dataclass(frozen=True)
+class DatasetSource:
+    """A named data set: one COCO-format json and the folder that its file names start from."""
+
+    name: str
+    json_file: Path
+    image_root: Path
+
+
+def find_dataset(name: str, own_datasets: Iterable[tuple[str, str, str]] = ()) -> DatasetSource:
+    """Find a data set by name and check that it is there.
+
+    Args:
+        name: a data set of the user's own, or one of Detectron2's COCO names, which lie below the
+            folder ``$DETECTRON2_DATASETS`` (default: ``datasets``).
+        own_datasets: triples of name, json file and image folder; relative paths start from the
+            working directory, ``~`` is the home folder.
+
+    Raises:
+        DatasetError: no such name, a name that means two things, or a missing file or folder.
+    """
+    own = _own_sources(own_datasets)
+    source = own.get(name) or _builtin_source(name)
+    if source is None:
+        raise DatasetError(_unknown_name(name, [*own, *_BUILTIN_COCO]))
+    if name in own:
+        remedy = f"Correct the entry {name!r} of {OWN_DATASETS_KEY}."
+    else:
+        remedy = (
+            f"Set the environment variable {ROOT_VARIABLE} to the folder that holds 'coco/' "
+            f"(it is {str(_builtin_root())!r} now)."
+        )
+    if not source.json_file.is_file():
+        raise DatasetError(
+            f"data set {name!r}: there is no annotation file {source.json_file}. {remedy}"
+        )
+    if not source.image_root.is_dir():
+        raise DatasetError(
+            f"data set {name!r}: there is no image folder {source.image_root}. {remedy}"
+        )
+    return source
+
+
+def _own_sources(own_datasets: Iterable[tuple[str, str, str]]) -> dict[str, DatasetSource]:
+    """The user's data sets by name; a name must mean one thing only."""
+    sources: dict[str, DatasetSource] = {}
+    for name, json_file, image_root in own_datasets:
+        source = DatasetSource(name, Path(json_file).expanduser(), Path(image_root).expanduser())
+        other = sources.get(name) or _builtin_source(name)
+        if other is not None and not _same_paths(source, other):
+            raise DatasetError(
+                f"{OWN_DATASETS_KEY}: the name {name!r} means {source.json_file} with images in "
+                f"{source.image_root}, and also {other.json_file} with images in "
+                f"{other.image_root}. Give one of them another name."
+            )
+        sources[name] = source
+    return sources
+
+
+def _same_paths(one: DatasetSource, other: DatasetSource) -> bool:
+    return (one.json_file.resolve(), one.image_root.resolve()) == (
+        other.json_file.resolve(),
+        other.image_root.resolve(),
+    )
+
+
+def _builtin_source(name: str) -> DatasetSource | None:
+    if name not in _BUILTIN_COCO:
+        return None
+    json_name, folder = _BUILTIN_COCO[name]
+    coco = _builtin_root() / "coco"
+    return DatasetSource(name, coco / "annotations" / json_name, coco / folder)
+
+
+def _builtin_root() -> Path:
+    return Path(os.environ.get(ROOT_VARIABLE, "datasets")).expanduser()
+
+
+def _unknown_name(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
+    return (
+        f"there is no data set {name!r}. {hint}A data set of your own is declared in "
+        f"{OWN_DATASETS_KEY} as (name, json file, image folder); known names: {', '.join(known)}."
+    )

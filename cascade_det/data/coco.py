@@ -1,0 +1,149 @@
+"""A COCO-format data set in memory: records that training and inference can trust."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from cascade_det.data.catalog import DatasetSource
+from cascade_det.data.coco_json import JsonObject, check_coco_json
+from cascade_det.errors import DatasetError
+
+logger = logging.getLogger(__name__)
+
+_DIFFERENCES_SHOWN = 3
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ImageRecord:
+    """One image with its annotations, in the order of the json.
+
+    Attributes:
+        file_name: full path.
+        image_id: the id in the json.
+        height: pixels, as the json says.
+        width: pixels, as the json says.
+        boxes: float32 ``[G, 4]``, XYXY in absolute pixels; may reach outside the image.
+        classes: int64 ``[G]`` in ``[0, K)``.
+        iscrowd: bool ``[G]``, true where a box stands for a crowd.
+    """
+
+    file_name: str
+    image_id: int
+    height: int
+    width: int
+    boxes: npt.NDArray[np.float32]
+    classes: npt.NDArray[np.int64]
+    iscrowd: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class CocoDataset:
+    """A checked data set.
+
+    Attributes:
+        records: sorted by image id.
+        class_names: length K, in the order of ``category_ids``.
+        category_ids: the category id of the json for each class; ascending, gaps allowed.
+        source: where it was read from.
+    """
+
+    records: list[ImageRecord]
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    source: DatasetSource
+
+
+def load_dataset(source: DatasetSource, on_bad_data: str = "error") -> CocoDataset:
+    """Read and check a COCO-format json. The images themselves are not opened.
+
+    A json without the key ``annotations`` is a set to run on, not to train on. Boxes of zero width
+    or height are always left out, with a warning: COCO's own training files hold a few.
+
+    Args:
+        source: the json and the folder of its images.
+        on_bad_data: ``"error"`` stops at bad images or annotations, all of them listed together;
+            ``"skip"`` leaves them out and logs how many.
+
+    Raises:
+        DatasetError: the file is not COCO-format json, or holds bad data that may not be skipped.
+        ValueError: ``on_bad_data`` is neither of the two.
+    """
+    if on_bad_data not in ("error", "skip"):
+        raise ValueError(f"on_bad_data must be 'error' or 'skip', not {on_bad_data!r}")
+    checked = check_coco_json(source.json_file, source.image_root)
+    if checked.bad and on_bad_data == "error":
+        raise DatasetError(
+            f"{source.json_file}: bad data\n{_summary(checked.bad)}\nMend the file, or set "
+            "CASCADE.ON_BAD_DATA to 'skip' to go on without these."
+        )
+    left_out = {**checked.bad, **checked.of_no_area}
+    if left_out:
+        logger.warning("%s: left out\n%s", source.json_file, _summary(left_out))
+    class_of = {category_id: index for index, category_id in enumerate(checked.categories)}
+    records = [
+        _record(image, checked.annotations.get(image_id, []), source, class_of)
+        for image_id, image in checked.images.items()
+    ]
+    return CocoDataset(
+        records, tuple(checked.categories.values()), tuple(checked.categories), source
+    )
+
+
+def check_same_classes(datasets: Sequence[CocoDataset]) -> None:
+    """Make sure that data sets which are trained on together mean the same by their classes.
+
+    Raises:
+        DatasetError: names or category ids differ between two of them.
+    """
+    for other in datasets[1:]:
+        first = datasets[0]
+        ours = list(zip(first.category_ids, first.class_names, strict=True))
+        theirs = list(zip(other.category_ids, other.class_names, strict=True))
+        if ours != theirs:
+            raise DatasetError(
+                f"data sets {first.source.name!r} and {other.source.name!r} have different "
+                f"classes: only the first has {_few(ours, theirs)}; only the second has "
+                f"{_few(theirs, ours)} (category id, name). Training sets must agree in both."
+            )
+
+
+def _summary(problems: dict[str, list[str]]) -> str:
+    """One line per kind: how many, and the first examples."""
+    lines = []
+    for kind, examples in problems.items():
+        shown = ", ".join(examples[:_DIFFERENCES_SHOWN])
+        more = ", ..." if len(examples) > _DIFFERENCES_SHOWN else ""
+        lines.append(f"  {len(examples)} x {kind}: {shown}{more}")
+    return "\n".join(lines)
+
+
+def _record(
+    image: JsonObject,
+    annotations: list[JsonObject],
+    source: DatasetSource,
+    class_of: dict[int, int],
+) -> ImageRecord:
+    boxes = np.array([entry["bbox"] for entry in annotations], np.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]  # XYWH to XYXY
+    return ImageRecord(
+        file_name=os.path.join(source.image_root, image["file_name"]),
+        image_id=image["id"],
+        height=image["height"],
+        width=image["width"],
+        boxes=boxes,
+        classes=np.array([class_of[entry["category_id"]] for entry in annotations], np.int64),
+        iscrowd=np.array([entry.get("iscrowd", 0) for entry in annotations], np.bool_),
+    )
+
+
+def _few(these: list[tuple[int, str]], those: list[tuple[int, str]]) -> str:
+    missing = [entry for entry in these if entry not in those]
+    hidden = len(missing) - _DIFFERENCES_SHOWN
+    shown = ", ".join(map(str, missing[:_DIFFERENCES_SHOWN])) or "none"
+    return f"{shown} and {hidden} more" if hidden > 0 else shown

@@ -1,0 +1,201 @@
+"""Images from disk, resizing and flipping, with Detectron2's numbers.
+
+Boxes are XYXY in absolute pixels; images are uint8 ``[H, W, 3]``; sizes are (height, width).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image
+
+from cascade_det.errors import DatasetError
+
+Pixels = npt.NDArray[np.uint8]
+Boxes = npt.NDArray[np.float32]
+
+IMAGE_FORMATS = ("BGR", "RGB")
+SAMPLINGS = ("choice", "range")
+FLIPS = ("horizontal", "vertical", "none")
+
+# Width and height, in pixels, up to which Detectron2 takes a box for empty.
+_EMPTY_SIDE = 1e-5
+_FLIP_PROBABILITY = 0.5
+
+# What undoes each EXIF orientation; 1 is upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def read_image(path: str, image_format: str) -> Pixels:
+    """Read an image, turned upright as its EXIF orientation says.
+
+    Grey, palette, CMYK and transparent images become three channels; of 16 bits the upper eight
+    are kept; of an animation the first frame.
+
+    Args:
+        path: any format that Pillow reads.
+        image_format: ``"BGR"`` or ``"RGB"``, the order of the channels.
+
+    Returns:
+        uint8 ``[H, W, 3]``, contiguous and writable.
+
+    Raises:
+        DatasetError: the file is missing, truncated, or not an image that can be decoded.
+        ValueError: another ``image_format``.
+    """
+    _check_choice("image_format", image_format, IMAGE_FORMATS)
+    try:
+        with warnings.catch_warnings():
+            # Remarks of Pillow about EXIF data or size: either it decodes the file or it raises.
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                rgb = _to_rgb(_upright(image))
+                # Pillow writes either order; numpy would take longer to reverse than to decode.
+                pixels = bytearray(rgb.tobytes("raw", image_format))
+                shape = (rgb.height, rgb.width, 3)
+    except FileNotFoundError:
+        raise DatasetError(f"{path}: there is no such image") from None
+    except Exception as error:  # decoders fail in many ways: SyntaxError, struct.error, ...
+        raise DatasetError(
+            f"{path}: cannot be read as an image ({type(error).__name__}: {error})"
+        ) from error
+    return np.frombuffer(pixels, np.uint8).reshape(shape)
+
+
+def resize_shortest_edge(image: Pixels, short_edge: int, max_size: int) -> Pixels:
+    """Resize to what :func:`resized_size` says; a ``short_edge`` of 0 leaves the image as it is."""
+    if short_edge == 0:
+        return image
+    height, width = image.shape[:2]
+    return resize_image(image, resized_size(height, width, short_edge, max_size))
+
+
+def resized_size(height: int, width: int, short_edge: int, max_size: int) -> tuple[int, int]:
+    """The size that an image gets when its shorter edge becomes ``short_edge`` pixels.
+
+    Never beyond ``max_size`` for the longer edge. Rounded as Detectron2 does, so the order of the
+    floating-point steps matters; an edge is at least 1 pixel.
+    """
+    scale = float(short_edge) / min(height, width)
+    new_height, new_width = (
+        (float(short_edge), scale * width)
+        if height < width
+        else (scale * height, float(short_edge))
+    )
+    longest = max(new_height, new_width)
+    if longest > max_size:
+        shrink = float(max_size) / longest
+        new_height, new_width = new_height * shrink, new_width * shrink
+    return max(int(new_height + 0.5), 1), max(int(new_width + 0.5), 1)
+
+
+def resize_image(image: Pixels, size: tuple[int, int]) -> Pixels:
+    """Resize to (height, width) with Pillow's bilinear filter, which widens when it shrinks."""
+    height, width = size
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    return np.array(resized)
+
+
+def flip_image(image: Pixels, direction: str) -> Pixels:
+    """Mirror left-right (``"horizontal"``) or top-bottom (``"vertical"``); a view."""
+    return np.flip(image, axis=1 if direction == "horizontal" else 0)
+
+
+def flip_boxes(boxes: npt.NDArray, size: tuple[int, int], direction: str) -> npt.NDArray:
+    """Mirror boxes ``[G, 4]`` inside an image of this (height, width)."""
+    first, last = (0, 2) if direction == "horizontal" else (1, 3)
+    side = size[1] if direction == "horizontal" else size[0]
+    flipped = boxes.copy()
+    flipped[:, first], flipped[:, last] = side - boxes[:, last], side - boxes[:, first]
+    return flipped
+
+
+class TrainTransform:
+    """Random resize, then random flip; boxes go along, are clipped, and empty ones dropped."""
+
+    def __init__(
+        self, *, min_sizes: Sequence[int], max_size: int, sampling: str, flip: str
+    ) -> None:
+        """Set what is drawn from.
+
+        Args:
+            min_sizes: shorter edges in pixels; 0 for no resizing.
+            max_size: largest longer edge in pixels.
+            sampling: ``"choice"`` of one of ``min_sizes``, or ``"range"`` between its two values
+                (both included).
+            flip: ``"horizontal"``, ``"vertical"`` (half of the images each) or ``"none"``.
+
+        Raises:
+            ValueError: another ``sampling`` or ``flip``, or a wrong number of ``min_sizes``.
+        """
+        _check_choice("sampling", sampling, SAMPLINGS)
+        _check_choice("flip", flip, FLIPS)
+        if not min_sizes or (sampling == "range" and len(min_sizes) != 2):
+            raise ValueError(f"min_sizes {min_sizes} does not suit sampling {sampling!r}")
+        self.min_sizes = tuple(min_sizes)
+        self.max_size = max_size
+        self.sampling = sampling
+        self.flip = flip
+
+    def __call__(
+        self,
+        image: Pixels,
+        boxes: Boxes,
+        classes: npt.NDArray[np.int64],
+        generator: np.random.Generator,
+    ) -> tuple[Pixels, Boxes, npt.NDArray[np.int64]]:
+        """Transform one image. All chance comes from ``generator``; the inputs are not changed.
+
+        Returns:
+            The image ``[H', W', 3]``, and boxes ``[G', 4]`` and classes ``[G']`` of what is left.
+        """
+        old_height, old_width = image.shape[:2]
+        image = resize_shortest_edge(image, self._draw_short_edge(generator), self.max_size)
+        height, width = image.shape[:2]
+        scale = (width / old_width, height / old_height)
+        # float64 until the end, as Detectron2: the same boxes to the last bit.
+        moved = boxes.astype(np.float64) * np.array(scale * 2)
+        if self.flip != "none" and generator.random() < _FLIP_PROBABILITY:
+            image = flip_image(image, self.flip)
+            moved = flip_boxes(moved, (height, width), self.flip)
+        clipped = np.clip(moved, 0, [width, height] * 2).astype(np.float32)
+        keep = (clipped[:, 2:] - clipped[:, :2] > _EMPTY_SIDE).all(axis=1)
+        return image, clipped[keep], classes[keep]
+
+    def _draw_short_edge(self, generator: np.random.Generator) -> int:
+        if self.sampling == "range":
+            return int(generator.integers(self.min_sizes[0], self.min_sizes[1], endpoint=True))
+        return int(generator.choice(self.min_sizes))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # broken EXIF data does not make the picture unusable
+        return image
+    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Pillow's own conversion would cut everything above 255 to white.
+        high_bytes = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255)
+        image = Image.fromarray(high_bytes.astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")

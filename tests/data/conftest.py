@@ -1,0 +1,67 @@
+"""Data sets made by the tests, and where the real ones lie if this machine has them."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cascade_det.data.catalog import DatasetSource
+
+
+class CocoMaker:
+    """Writes COCO-format data sets below a folder; the categories 7 and 3 are given unsorted."""
+
+    categories = ({"id": 7, "name": "dog"}, {"id": 3, "name": "cat"})
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def image(self, image_id, width=40, height=30, **changes):
+        """A valid entry of "images" with changes; a change to None takes the key away."""
+        entry = {"id": image_id, "file_name": f"{image_id}.png", "width": width, "height": height}
+        return {key: value for key, value in (entry | changes).items() if value is not None}
+
+    def box(self, annotation_id, image_id, bbox=(5, 6, 10, 12), **changes):
+        """A valid entry of "annotations" with changes; a change to None takes the key away."""
+        entry = {"id": annotation_id, "image_id": image_id, "category_id": 3, "bbox": list(bbox)}
+        return {key: value for key, value in (entry | changes).items() if value is not None}
+
+    def write(self, images, annotations=(), *, name="set", categories=categories):
+        """Write ``name.json``, without pictures; ``annotations=None`` leaves the key out."""
+        content = {"images": images, "categories": categories, "annotations": annotations}
+        if annotations is None:
+            del content["annotations"]
+        return self.write_text(json.dumps(content), name=name)
+
+    def write_text(self, text, *, name="set"):
+        """Write a json of any text."""
+        root = self.folder / name
+        root.mkdir(exist_ok=True)
+        json_file = self.folder / f"{name}.json"
+        json_file.write_text(text)
+        return DatasetSource(name, json_file, root)
+
+    def draw(self, source, images):
+        """Write a picture of noise for each image."""
+        for image in images:
+            size = (image["height"], image["width"], 3)
+            pixels = np.random.default_rng(image["id"]).integers(0, 256, size, np.uint8)
+            Image.fromarray(pixels).save(source.image_root / image["file_name"])
+
+
+@pytest.fixture
+def coco(tmp_path):
+    return CocoMaker(tmp_path)
+
+
+@pytest.fixture
+def bccd():
+    """The folder of the real blood-cell data set."""
+    default = Path(__file__).resolve().parents[3] / "shared" / "data"
+    folder = Path(os.environ.get("CASCADE_DET_TEST_DATA", default)) / "bccd"
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}")
+    return folder

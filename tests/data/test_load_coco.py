@@ -1,0 +1,327 @@
+"""Reading COCO-format json: what comes out of good files, and what is said about bad ones."""
+
+import dataclasses
+import json
+import logging
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cascade_det.data.catalog import find_dataset
+from cascade_det.data.coco import check_same_classes, load_dataset
+from cascade_det.errors import DatasetError
+
+NAN, INF = float("nan"), float("inf")
+
+
+# -- good files ---------------------------------------------------------------------------------
+
+
+def test_records_are_what_the_json_says(coco):
+    source = coco.write(
+        [coco.image(9, 50, 20), coco.image(2)],
+        [
+            coco.box(30, 9, (1, 2, 3.5, 4), category_id=7),
+            coco.box(10, 9, (0, 0, 50, 20), iscrowd=1),
+        ],
+    )
+    dataset = load_dataset(source)
+    assert dataset.class_names == ("cat", "dog")
+    assert dataset.category_ids == (3, 7)
+    assert dataset.source is source
+    assert [record.image_id for record in dataset.records] == [2, 9]
+    empty, full = dataset.records
+    assert full.file_name == str(source.image_root / "9.png")
+    assert (full.height, full.width) == (20, 50)
+    assert full.boxes.dtype == np.float32
+    np.testing.assert_array_equal(full.boxes, [[1, 2, 4.5, 6], [0, 0, 50, 20]])
+    assert full.classes.dtype == np.int64
+    assert full.classes.tolist() == [1, 0]
+    assert full.iscrowd.dtype == np.bool_
+    assert full.iscrowd.tolist() == [False, True]
+    assert empty.boxes.shape == (0, 4)
+    assert empty.classes.shape == empty.iscrowd.shape == (0,)
+
+
+def test_a_json_without_annotations_can_be_run_on(coco):
+    dataset = load_dataset(coco.write([coco.image(1)], None))
+    assert len(dataset.records) == 1
+    assert dataset.records[0].boxes.shape == (0, 4)
+
+
+def test_a_set_without_images_is_empty(coco):
+    assert load_dataset(coco.write([])).records == []
+
+
+def test_inner_folders_and_links_inside_are_fine(coco):
+    source = coco.write(
+        [coco.image(1, file_name="sub/../sub/a.png"), coco.image(2, file_name="link.png")]
+    )
+    (source.image_root / "sub").mkdir()
+    (source.image_root / "link.png").symlink_to(source.image_root / "sub" / "a.png")
+    assert len(load_dataset(source).records) == 2
+
+
+def test_the_image_folder_itself_may_be_a_link(coco):
+    source = coco.write([coco.image(1)])
+    link = coco.folder / "link"
+    link.symlink_to(source.image_root)
+    dataset = load_dataset(dataclasses.replace(source, image_root=link))
+    assert dataset.records[0].file_name == str(link / "1.png")
+
+
+@pytest.mark.detectron2
+def test_equals_detectron2(bccd):
+    d2_coco = pytest.importorskip("detectron2.data.datasets.coco")
+    d2_utils = pytest.importorskip("detectron2.data.detection_utils")
+    d2_data = pytest.importorskip("detectron2.data")
+    json_file, root = str(bccd / "annotations/instances_val.json"), str(bccd / "images")
+    name = "cascade_det_test_bccd"
+    theirs = d2_coco.load_coco_json(json_file, root, name)
+    ours = load_dataset(find_dataset("bccd", [("bccd", json_file, root)]))
+    meta = d2_data.MetadataCatalog.get(name)
+    assert list(ours.class_names) == meta.thing_classes
+    assert dict(meta.thing_dataset_id_to_contiguous_id) == {
+        category_id: index for index, category_id in enumerate(ours.category_ids)
+    }
+    assert len(ours.records) == len(theirs)
+    for our, their in zip(ours.records, theirs, strict=True):
+        for key in ("file_name", "image_id", "height", "width"):
+            assert getattr(our, key) == their[key]
+        boxes = np.array([d2_utils.get_bbox(entry) for entry in their["annotations"]], np.float32)
+        np.testing.assert_array_equal(our.boxes, boxes.reshape(-1, 4))
+        assert our.classes.tolist() == [entry["category_id"] for entry in their["annotations"]]
+
+
+# -- bad entries ----------------------------------------------------------------------------------
+
+BAD_BOXES = {
+    "unknown image": {"image_id": 99},
+    "unknown image (text)": {"image_id": "1"},
+    "unknown image (list)": {"image_id": [1]},
+    "unknown image (none)": {"image_id": None},
+    "unknown category": {"category_id": 99},
+    "unknown category (true)": {"category_id": True},
+    "id": {"id": None},
+    "id that another has": {"id": 1},
+    "no box": {"bbox": None},
+    "three numbers": {"bbox": [1, 2, 3]},
+    "text": {"bbox": [1, 2, 3, "4"]},
+    "true": {"bbox": [1, 2, 3, True]},
+    "not a number": {"bbox": [NAN, 2, 3, 4]},
+    "infinite": {"bbox": [1, 2, INF, 4]},
+    "beyond float32": {"bbox": [1, 2, 10**400, 4]},
+    "negative width": {"bbox": [1, 2, -3, 4]},
+    "negative height": {"bbox": [1, 2, 3, -4]},
+    "iscrowd": {"iscrowd": 2},
+    "ignore": {"ignore": 1},
+}
+SAID = {
+    "unknown image": "annotation of an unknown image",
+    "unknown category": "annotation of an unknown category",
+    "id": "annotation without an integer 'id'",
+    "id that another has": "annotation with the id of another one",
+    "negative width": "box of negative width or height",
+    "negative height": "box of negative width or height",
+    "iscrowd": "annotation whose 'iscrowd' is neither 0 nor 1",
+    "ignore": "annotation with 'ignore', which is not supported (use 'iscrowd')",
+}
+
+
+@pytest.mark.parametrize("case", BAD_BOXES)
+def test_bad_annotation(coco, caplog, case):
+    said = SAID.get(case.split(" (")[0], "box that is not four finite numbers")
+    good, bad = coco.box(1, 1), coco.box(2, 1) | BAD_BOXES[case]
+    source = coco.write([coco.image(1)], [good, bad])
+    with pytest.raises(DatasetError) as caught:
+        load_dataset(source)
+    assert f"1 x {said}: annotation" in str(caught.value)
+    assert str(source.json_file) in str(caught.value)
+    assert "CASCADE.ON_BAD_DATA" in str(caught.value)
+
+    with caplog.at_level(logging.WARNING):
+        dataset = load_dataset(source, "skip")
+    np.testing.assert_array_equal(dataset.records[0].boxes, [[5, 6, 15, 18]])
+    assert f"1 x {said}: annotation" in caplog.text
+
+
+BAD_IMAGES = {
+    "no name": ({"file_name": None}, "without a usable 'file_name'"),
+    "empty name": ({"file_name": ""}, "without a usable 'file_name'"),
+    "name is a number": ({"file_name": 3}, "without a usable 'file_name'"),
+    "NUL": ({"file_name": "a\0b.png"}, "without a usable 'file_name'"),
+    "half a surrogate pair": ({"file_name": "\ud800/a.png"}, "without a usable 'file_name'"),
+    "up": ({"file_name": "../secret.png"}, "leaves the image folder"),
+    "up and down": ({"file_name": "sub/../../set.json"}, "leaves the image folder"),
+    "neighbour": ({"file_name": "../set2/a.png"}, "leaves the image folder"),
+    "absolute": ({"file_name": "/etc/passwd"}, "leaves the image folder"),
+    "the folder": ({"file_name": "."}, "leaves the image folder"),
+    "linked file": ({"file_name": "link.png"}, "leaves the image folder"),
+    "linked folder": ({"file_name": "linked/a.png"}, "leaves the image folder"),
+    "no height": ({"height": None}, "without a positive integer 'height' and 'width'"),
+    "zero width": ({"width": 0}, "without a positive integer 'height' and 'width'"),
+    "width is text": ({"width": "40"}, "without a positive integer 'height' and 'width'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_IMAGES)
+def test_bad_image(coco, caplog, case):
+    changes, said = BAD_IMAGES[case]
+    images = [coco.image(1), coco.image(2) | changes]
+    images[1] = {key: value for key, value in images[1].items() if value is not None}
+    source = coco.write(images, [coco.box(1, 1), coco.box(2, 2)])
+    (source.image_root / "link.png").symlink_to(source.json_file)
+    (source.image_root / "linked").symlink_to(coco.folder)
+    with pytest.raises(DatasetError, match=said) as caught:
+        load_dataset(source)
+    # The annotation of the bad image is not a problem of its own.
+    assert str(caught.value).count(" x ") == 1
+
+    with caplog.at_level(logging.WARNING):
+        dataset = load_dataset(source, "skip")
+    assert [record.image_id for record in dataset.records] == [1]
+    assert said in caplog.text
+
+
+def test_all_problems_are_told_together_with_counts_and_three_examples(coco):
+    annotations = [coco.box(index, 1, category_id=50 + index) for index in range(5)]
+    annotations.append(coco.box(90, 77))
+    source = coco.write([coco.image(1), coco.image(2, width=0)], annotations)
+    with pytest.raises(DatasetError) as caught:
+        load_dataset(source)
+    message = str(caught.value)
+    assert "5 x annotation of an unknown category" in message
+    assert [f"category {50 + index}" in message for index in range(5)] == [True] * 3 + [False] * 2
+    assert "1 x annotation of an unknown image: annotation 90 (image 77" in message
+    assert "1 x image without a positive integer 'height' and 'width': image 2" in message
+
+
+def test_boxes_of_no_area_are_left_out_with_a_warning(coco, caplog):
+    annotations = [coco.box(1, 1, (1, 2, 0, 5)), coco.box(2, 1, (1, 2, 5, 0.0)), coco.box(3, 1)]
+    with caplog.at_level(logging.WARNING):
+        dataset = load_dataset(coco.write([coco.image(1)], annotations))
+    assert len(dataset.records[0].boxes) == 1
+    assert "2 x box of zero width or height: annotation 1" in caplog.text
+
+
+def test_good_data_is_not_warned_about(coco, caplog):
+    with caplog.at_level(logging.WARNING):
+        load_dataset(coco.write([coco.image(1)], [coco.box(1, 1)]))
+    assert caplog.text == ""
+
+
+def test_minival_may_repeat_annotation_ids(coco):
+    annotations = [coco.box(1, 1), coco.box(1, 1)]
+    source = coco.write([coco.image(1)], annotations, name="instances_minival2014")
+    assert len(load_dataset(source).records[0].boxes) == 2
+
+
+# -- bad files ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "not valid json"),
+        ('{"images": [', "not valid json"),
+        ("[" * 100_000, "not valid json"),
+        ("[]", "no object at the top"),
+        ("{}", "no key 'categories'"),
+        ('{"categories": [], "images": []}', "'categories' is empty"),
+        ('{"categories": [{"id": 1}], "images": []}', "category 1 has no 'name'"),
+        ('{"categories": [{"id": "1", "name": "a"}], "images": []}', "'1', no integer"),
+        (
+            '{"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}], "images": []}',
+            "more than one category has the id 1",
+        ),
+        ('{"categories": [{"id": 1, "name": "a"}]}', "no key 'images'"),
+        ('{"categories": [{"id": 1, "name": "a"}], "images": {}}', "'images' is no list"),
+        ('{"categories": [{"id": 1, "name": "a"}], "images": [3]}', "'images' is no list"),
+        ('{"categories": [{"id": 1, "name": "a"}], "images": [{}]}', "id None, no integer"),
+        (
+            '{"categories": [{"id": 1, "name": "a"}], "images": [], "annotations": 3}',
+            "'annotations' is no list",
+        ),
+    ],
+)
+def test_files_that_are_not_coco(coco, text, said):
+    source = coco.write_text(text)
+    for on_bad_data in ("error", "skip"):
+        with pytest.raises(DatasetError, match=said) as caught:
+            load_dataset(source, on_bad_data)
+        assert str(source.json_file) in str(caught.value)
+
+
+def test_duplicate_image_ids_cannot_be_skipped(coco):
+    source = coco.write([coco.image(4), coco.image(4)])
+    with pytest.raises(DatasetError, match="more than one image has the id 4"):
+        load_dataset(source, "skip")
+
+
+def test_missing_json(coco):
+    source = coco.write([])
+    source.json_file.unlink()
+    with pytest.raises(DatasetError, match=r"set\.json: cannot be read"):
+        load_dataset(source)
+
+
+def test_on_bad_data_has_two_values(coco):
+    with pytest.raises(ValueError, match="on_bad_data must be"):
+        load_dataset(coco.write([]), "ignore")
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6,
+)
+
+
+@st.composite
+def spoilt_coco(draw):
+    """A good content in which one value, somewhere, is anything at all."""
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 4, "height": 4}],
+        "categories": [{"id": 3, "name": "cat"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 1, 2, 2]}],
+    }
+    place = content
+    while True:
+        key = draw(st.sampled_from(range(len(place)) if isinstance(place, list) else sorted(place)))
+        if not isinstance(place[key], dict | list) or draw(st.booleans()):
+            place[key] = draw(anything)
+            return content
+        place = place[key]
+
+
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(content=spoilt_coco(), on_bad_data=st.sampled_from(["error", "skip"]))
+def test_whatever_the_json_holds_it_is_read_or_our_own_error(coco, content, on_bad_data):
+    source = coco.write_text(json.dumps(content))
+    try:
+        dataset = load_dataset(source, on_bad_data)
+    except DatasetError:
+        return
+    assert all(np.isfinite(record.boxes).all() for record in dataset.records)
+
+
+# -- several sets ---------------------------------------------------------------------------------
+
+
+def test_same_classes(coco):
+    def dataset(name, *categories):
+        entries = [{"id": category_id, "name": text} for category_id, text in categories]
+        return load_dataset(coco.write([], name=name, categories=entries))
+
+    first = dataset("first", (1, "a"), (2, "b"))
+    check_same_classes([])
+    check_same_classes([first])
+    check_same_classes([first, dataset("second", (2, "b"), (1, "a"))])
+    with pytest.raises(DatasetError, match=r"'first' and 'third'.*\(2, 'b'\).*\(2, 'c'\)"):
+        check_same_classes([first, dataset("third", (1, "a"), (2, "c"))])
+    with pytest.raises(DatasetError, match=r"only the second has \(3, 'b'\)"):
+        check_same_classes([first, first, dataset("other_ids", (1, "a"), (3, "b"))])

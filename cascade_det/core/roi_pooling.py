@@ -200,8 +200,13 @@ class RoIPooler(nn.Module):
         samples = grid.clamp(min=1)
         sample = torch.arange(int(samples.max()), device=low.device)
         bins = torch.arange(size, device=low.device)[:, None]
-        step = (bin_size / samples)[:, None, None]
-        at = low[:, None, None] + bins * bin_size[:, None, None] + (sample + 0.5) * step
+        bin_size = bin_size[:, None, None]
+        # In torchvision's order, so that both round alike and agree on who is inside.
+        at = (
+            low[:, None, None]
+            + bins * bin_size
+            + (sample + 0.5) * bin_size / samples[:, None, None]
+        )
         # torchvision's borders: more than a pixel outside counts nothing, the rest is clamped.
         inside = (at >= -1.0) & (at <= length[:, None, None]) & (sample < grid[:, None, None])
         share = inside / samples[:, None, None]

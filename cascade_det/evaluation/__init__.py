@@ -1,0 +1,28 @@
+"""Detections in, figures out: COCO AP, AP per stage, exit rates, latency, and their report.
+
+``drawing`` (OpenCV) and ``figures`` (matplotlib) are imported by name, so that a training run
+that needs neither does not load them.
+"""
+
+from cascade_det.evaluation.coco import CocoEvaluator, coco_ap
+from cascade_det.evaluation.defaults import default_evaluators
+from cascade_det.evaluation.evaluator import Evaluator
+from cascade_det.evaluation.exits import ExitEvaluator
+from cascade_det.evaluation.latency import LatencyEvaluator
+from cascade_det.evaluation.notes import explain
+from cascade_det.evaluation.report import describe_machine, format_report, write_results
+from cascade_det.evaluation.stages import StageEvaluator
+
+__all__ = [
+    "CocoEvaluator",
+    "Evaluator",
+    "ExitEvaluator",
+    "LatencyEvaluator",
+    "StageEvaluator",
+    "coco_ap",
+    "default_evaluators",
+    "describe_machine",
+    "explain",
+    "format_report",
+    "write_results",
+]

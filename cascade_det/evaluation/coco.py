@@ -1,0 +1,184 @@
+"""COCO average precision of a detector, as Detectron2 reports it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from cascade_det.core.structures import Detections, DetectorOutput
+from cascade_det.errors import DatasetError
+from cascade_det.evaluation.evaluator import Evaluator, Sample
+from cascade_det.evaluation.ground_truth import admit_images, load_ground_truth, stdout_to_log
+from cascade_det.evaluation.notes import explain, unprocessed_note
+from cascade_det.evaluation.output_files import write_json
+
+logger = logging.getLogger(__name__)
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+RESULTS_FILE = Path("inference", "coco_instances_results.json")
+
+
+class CocoEvaluator(Evaluator):
+    """Average precision over a COCO-format data set.
+
+    Args:
+        json_file: the annotations, boxes in pixels of the original images.
+        class_names: name of each class ``0..K-1`` of the detector.
+        category_ids: category id in the json of each of these classes.
+        output_dir: folder of the run; the detections are written below it, to
+            ``inference/coco_instances_results.json``. ``None``: nothing is written.
+
+    Raises:
+        DatasetError: the json cannot be used, or names and ids differ in number.
+    """
+
+    def __init__(
+        self,
+        *,
+        json_file: str | os.PathLike[str],
+        class_names: Sequence[str],
+        category_ids: Sequence[int],
+        output_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if len(class_names) != len(category_ids):
+            raise DatasetError(
+                f"{json_file}: {len(class_names)} class names but {len(category_ids)} category ids"
+            )
+        self._coco_gt = load_ground_truth(json_file)
+        self._category_ids = tuple(category_ids)
+        self._output_dir = output_dir
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything that was processed."""
+        self._seen: set[int] = set()
+        self._results: list[dict[str, Any]] = []
+
+    def process(self, batch: Sequence[Sample], output: DetectorOutput) -> None:
+        """Take in the detections of a batch, in pixels of the original images.
+
+        Raises:
+            DatasetError: an image is not in the json or was processed before, or a class
+                index has no category.
+        """
+        admit_images(batch, output.detections, self._coco_gt, self._seen)
+        for sample, detections in zip(batch, output.detections, strict=True):
+            self._results += coco_results(detections, sample["image_id"], self._category_ids)
+
+    def evaluate(self, image_ids: Collection[int] | None = None) -> dict[str, Any]:
+        """``{"bbox": {"AP": ..., "AP-<class>": ...}, "notes": [...]}``, AP in percent.
+
+        Args:
+            image_ids: images to evaluate on; ``None``, as in Detectron2, for all of the json,
+                whether they were processed or not.
+        """
+        if self._output_dir is not None:
+            write_json(self._results, Path(self._output_dir) / RESULTS_FILE)
+        if "annotations" not in self._coco_gt.dataset:
+            metrics, notes = {}, ["The json has no annotations: AP cannot be computed."]
+        else:
+            image_ids = sorted(self._coco_gt.imgs if image_ids is None else image_ids)
+            metrics = coco_ap(self._coco_gt, self._results, image_ids)
+            notes = unprocessed_note(image_ids, self._seen)
+            notes += explain(metrics, self._coco_gt, self._results, image_ids)
+        for note in notes:
+            logger.warning(note)
+        return {"bbox": metrics, "notes": notes}
+
+
+def coco_ap(
+    coco_gt: COCO, results: Sequence[dict[str, Any]], image_ids: Collection[int]
+) -> dict[str, float]:
+    """Average precision in percent by pycocotools' ``COCOeval``.
+
+    Args:
+        coco_gt: ground truth, see ``load_ground_truth``.
+        results: detections in COCO's result format (``image_id``, ``category_id``, ``bbox``
+            as XYWH, ``score``); not changed. May be empty: AP is then 0, not nan.
+        image_ids: images to evaluate on.
+
+    Returns:
+        ``AP``, ``AP50``, ``AP75``, ``APs``, ``APm``, ``APl`` and, with more than one category,
+        ``AP-<name>`` for each. A figure for which there is no ground truth is nan.
+    """
+    with stdout_to_log():
+        evaluation = COCOeval(coco_gt, _as_coco(coco_gt, results), "bbox")
+        evaluation.params.imgIds = list(image_ids)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    metrics = {
+        name: float(value) * 100 if value >= 0 else float("nan")
+        for name, value in zip(METRICS, evaluation.stats, strict=False)
+    }
+    if len(coco_gt.cats) > 1:
+        # [IoU, recall, category, area range, detections per image]; area range 0 is "all".
+        precision = evaluation.eval["precision"][:, :, :, 0, -1]
+        for index, category_id in enumerate(evaluation.params.catIds):
+            metrics[f"AP-{coco_gt.cats[category_id]['name']}"] = _mean_valid(precision[:, :, index])
+    return metrics
+
+
+def coco_results(
+    detections: Detections, image_id: int, category_ids: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Detections of one image in COCO's result format, plus ``exit_stage`` for each.
+
+    Boxes keep five decimals and scores eight: as much as float32 holds. With coarser boxes the
+    AP would move, since many an IoU is close to a threshold.
+
+    Raises:
+        DatasetError: a class index has no category.
+    """
+    classes = detections.classes.tolist()
+    if classes and not 0 <= min(classes) <= max(classes) < len(category_ids):
+        raise DatasetError(
+            f"image {image_id}: detections have class indices {min(classes)} to {max(classes)}, "
+            f"but the data set has {len(category_ids)} classes: set MODEL.ROI_HEADS.NUM_CLASSES "
+            f"to {len(category_ids)} or evaluate on the data set that the model was trained for"
+        )
+    boxes = detections.boxes.detach().cpu().clone()
+    boxes[:, 2:] -= boxes[:, :2]
+    columns = (
+        boxes.double().numpy().round(5).tolist(),
+        detections.scores.tolist(),
+        classes,
+        detections.exit_stages.tolist(),
+    )
+    return [
+        {
+            "image_id": image_id,
+            "category_id": category_ids[class_index],
+            "bbox": box,
+            "score": round(score, 8),
+            "exit_stage": exit_stage,
+        }
+        for box, score, class_index, exit_stage in zip(*columns, strict=True)
+    ]
+
+
+def _as_coco(coco_gt: COCO, results: Sequence[dict[str, Any]]) -> COCO:
+    # COCO.loadRes() would do, but it fails on an empty list and writes into the results.
+    coco = COCO()
+    coco.dataset = {
+        "images": coco_gt.dataset["images"],
+        "categories": coco_gt.dataset["categories"],
+        "annotations": [
+            {**result, "id": number, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
+            for number, result in enumerate(results, start=1)
+        ],
+    }
+    coco.createIndex()
+    return coco
+
+
+def _mean_valid(precision: np.ndarray) -> float:
+    valid = precision[precision > -1]
+    return float(valid.mean()) * 100 if valid.size else float("nan")

@@ -1,0 +1,39 @@
+"""The set of evaluators that a run uses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from cascade_det.evaluation.coco import CocoEvaluator
+from cascade_det.evaluation.evaluator import Evaluator
+from cascade_det.evaluation.exits import ExitEvaluator
+from cascade_det.evaluation.latency import LatencyEvaluator
+from cascade_det.evaluation.stages import StageEvaluator
+
+
+def default_evaluators(
+    *,
+    json_file: str | os.PathLike[str],
+    class_names: Sequence[str],
+    category_ids: Sequence[int],
+    output_dir: str | os.PathLike[str] | None = None,
+    stages: bool = True,
+    warmup: int = 5,
+) -> list[Evaluator]:
+    """AP, exit rates and latency and, with ``stages``, the figures per stage.
+
+    ``StageEvaluator`` needs a detector that is run with ``stages=True``, and
+    ``LatencyEvaluator`` one that is run with a timer. Arguments as in the evaluators.
+    """
+    evaluators: list[Evaluator] = [
+        CocoEvaluator(
+            json_file=json_file,
+            class_names=class_names,
+            category_ids=category_ids,
+            output_dir=output_dir,
+        )
+    ]
+    if stages:
+        evaluators.append(StageEvaluator(json_file=json_file, category_ids=category_ids))
+    return [*evaluators, ExitEvaluator(), LatencyEvaluator(warmup=warmup)]

@@ -1,0 +1,27 @@
+"""What every evaluator can do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cascade_det.core.structures import DetectorOutput
+
+Sample = Mapping[str, Any]
+
+
+class Evaluator(ABC):
+    """Collects the outputs of a detector over a data set and turns them into figures."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget everything that was processed."""
+
+    @abstractmethod
+    def process(self, batch: Sequence[Sample], output: DetectorOutput) -> None:
+        """Take in one batch and what the detector returned for it."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, Any]:
+        """The figures, under top-level keys that no other evaluator uses."""

@@ -1,0 +1,169 @@
+"""Milliseconds per image of every part of a detector."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from cascade_det.core.structures import DetectorOutput
+from cascade_det.evaluation.evaluator import Evaluator, Sample
+
+# Times of a second pass through the cascade without exits, where the detector made one.
+FULL_PREFIX = "full/"
+_LATER_STAGE = re.compile(r"stage[1-9]\d*")
+_STAGE = re.compile(r"stage\d+")
+_BEFORE_STAGES = ("preprocess", "backbone", "rpn")
+_NOT_TIMED_IN_FULL = (
+    "The most that exits could save is unknown: the cascade was only timed with exits. Run the "
+    "detector with stages=True."
+)
+
+Times = dict[str, float]
+
+
+class LatencyEvaluator(Evaluator):
+    """Median and 95th percentile of the time that each part takes, after a warm-up.
+
+    One batch is one measurement: its milliseconds divided by its images. A part that did not
+    run for a batch, as a stage that no region reached, took 0 ms there.
+
+    Args:
+        warmup: batches at the beginning that are left out.
+    """
+
+    def __init__(self, warmup: int = 5) -> None:
+        self._warmup = warmup
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything that was processed."""
+        self._times: list[Times] = []
+        self._batch_sizes: list[int] = []
+        self._input_sizes: list[list[tuple[int, int]]] = []
+        self._exits_seen = False
+
+    def process(self, batch: Sequence[Sample], output: DetectorOutput) -> None:
+        """Take in the times of one batch; a batch without times is passed over."""
+        milliseconds = output.stats.milliseconds
+        if not milliseconds or not batch:
+            return
+        self._times.append({part: time / len(batch) for part, time in milliseconds.items()})
+        self._batch_sizes.append(len(batch))
+        self._input_sizes.append([_size(sample) for sample in batch if "image" in sample])
+        self._exits_seen |= any(
+            count
+            for left in output.stats.left[:-1]
+            for reason, count in left.items()
+            if reason != "completed"
+        )
+
+    def evaluate(self) -> dict[str, Any]:
+        """``{"latency": {...}}``, all times in milliseconds per image.
+
+        ``parts`` and ``total`` hold ``median_ms`` and ``p95_ms`` of the detector as it is
+        configured; ``full_parts`` and ``full_total`` the same of the cascade without exits,
+        where it was timed. ``most_exits_could_save`` is ``(t_full - t_stage1) / t_full``,
+        where ``t_full`` is the median time without exits and ``t_stage1`` the median of all of
+        it but the second and later stages; nan where only a cascade with exits was timed.
+        ``batch_size``, ``images``, ``batches``, ``warmup_batches`` and ``input_size`` (median
+        of the network's input in pixels) say what was measured, ``notes`` what to beware of.
+        """
+        if not self._times:
+            note = "No times were recorded: run the detector with a timer."
+            return {"latency": {"images": 0, "batches": 0, "notes": [note]}}
+        enough = len(self._times) > self._warmup
+        skip = self._warmup if enough else 0
+        times, sizes = self._times[skip:], self._batch_sizes[skip:]
+        figures: dict[str, Any] = {
+            # The last batch may be smaller: the size that most batches have is named.
+            "batch_size": Counter(sizes).most_common(1)[0][0],
+            "images": sum(sizes),
+            "batches": len(times),
+            "warmup_batches": skip,
+            **_input_size(self._input_sizes[skip:]),
+            **_times_of("parts", "total", [_configured(batch) for batch in times]),
+        }
+        notes = [] if enough else [_too_few(len(times), self._warmup)]
+        full = [_full(batch) for batch in times]
+        was_timed = any(part.startswith(FULL_PREFIX) for batch in times for part in batch)
+        if was_timed:
+            figures |= _times_of("full_parts", "full_total", full)
+        if was_timed or not self._exits_seen:
+            figures["most_exits_could_save"] = _largest_saving(full)
+        else:
+            figures["most_exits_could_save"] = float("nan")
+            notes.append(_NOT_TIMED_IN_FULL)
+        return {"latency": {**figures, "notes": notes}}
+
+
+def _configured(times: Times) -> Times:
+    return {part: time for part, time in times.items() if not part.startswith(FULL_PREFIX)}
+
+
+def _full(times: Times) -> Times:
+    """The times of one batch without exits: its second pass in place of the first, if any."""
+    full = {
+        part.removeprefix(FULL_PREFIX): time
+        for part, time in times.items()
+        if part.startswith(FULL_PREFIX)
+    }
+    configured = _configured(times)
+    if full:
+        configured = {part: ms for part, ms in configured.items() if not _STAGE.fullmatch(part)}
+    return configured | full
+
+
+def _largest_saving(times: Sequence[Times]) -> float:
+    t_full = median(sum(batch.values()) for batch in times)
+    t_stage1 = median(
+        sum(time for part, time in batch.items() if not _LATER_STAGE.fullmatch(part))
+        for batch in times
+    )
+    return (t_full - t_stage1) / t_full if t_full else float("nan")
+
+
+def _times_of(parts_key: str, total_key: str, times: Sequence[Times]) -> dict[str, Any]:
+    parts = sorted({part for batch in times for part in batch}, key=_rank)
+    return {
+        parts_key: {part: _figures(batch.get(part, 0.0) for batch in times) for part in parts},
+        total_key: _figures(sum(batch.values()) for batch in times),
+    }
+
+
+def _rank(part: str) -> tuple[int, int, str]:
+    """Sorts parts by the order in which a detector runs them; unknown ones come last."""
+    if _STAGE.fullmatch(part):
+        return len(_BEFORE_STAGES), int(part.removeprefix("stage")), part
+    if part in _BEFORE_STAGES:
+        return _BEFORE_STAGES.index(part), 0, part
+    return len(_BEFORE_STAGES) + 1, part != "postprocess", part
+
+
+def _figures(times: Iterable[float]) -> dict[str, float]:
+    values = list(times)
+    return {"median_ms": median(values), "p95_ms": float(np.percentile(values, 95))}
+
+
+def _size(sample: Mapping[str, Any]) -> tuple[int, int]:
+    height, width = sample["image"].shape[-2:]
+    return int(height), int(width)
+
+
+def _input_size(sizes_per_batch: Sequence[list[tuple[int, int]]]) -> dict[str, Any]:
+    sizes = [size for sizes in sizes_per_batch for size in sizes]
+    if not sizes:
+        return {}
+    heights, widths = zip(*sizes, strict=True)
+    return {"input_size": {"height": median(heights), "width": median(widths)}}
+
+
+def _too_few(batches: int, warmup: int) -> str:
+    return (
+        f"Only {batches} batches were timed, no more than the {warmup} for warming up: all of "
+        "them count, the first ones too."
+    )

@@ -1,0 +1,197 @@
+"""The figures of an evaluation as text and as ``results.json``."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+from cascade_det.core.structures import EXIT_REASONS
+from cascade_det.evaluation.coco import METRICS
+from cascade_det.evaluation.output_files import write_json
+
+RESULTS_FILE = "results.json"
+_TIMES = ("median_ms", "p95_ms")
+Figures = Mapping[str, Any]
+
+
+def write_results(
+    results: Figures,
+    output_dir: str | os.PathLike[str],
+    *,
+    machine: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the results of all evaluators to ``results.json`` in a folder.
+
+    Args:
+        results: the merged dicts of the evaluators. A nan becomes ``null``.
+        output_dir: made where it is missing; an old file is replaced in one step.
+        machine: what the figures were measured on, see ``describe_machine``.
+
+    Returns:
+        The path of the file.
+    """
+    path = Path(output_dir) / RESULTS_FILE
+    write_json({**results, "machine": machine} if machine else results, path, indent=2)
+    return path
+
+
+def describe_machine(device: torch.device | str = "cpu", dtype: str = "float32") -> dict[str, Any]:
+    """The hardware and software that times depend on.
+
+    Args:
+        device: where the model runs.
+        dtype: what it computes in, for example ``"bfloat16"``.
+    """
+    device = torch.device(device)
+    on_gpu = device.type == "cuda"
+    return {
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "dtype": dtype,
+        "torch": torch.__version__,
+    }
+
+
+def format_report(results: Figures) -> str:
+    """All tables of the results, one below the other, in Markdown.
+
+    Args:
+        results: the merged dicts of the evaluators, and ``machine`` where there is one. What
+            is missing is left out.
+    """
+    sections = (
+        *_ap_sections(results.get("bbox")),
+        _stage_section(results.get("stages")),
+        _exit_section(results.get("exits")),
+        _latency_section(results.get("latency")),
+        _machine_section(results.get("machine")),
+        _notes_section(results),
+    )
+    return "\n\n".join(section for section in sections if section)
+
+
+def stage_names(figures: Figures) -> list[str]:
+    """The keys ``stage0``, ``stage1``, ... of the results of an evaluator, in order."""
+    names = [name for name in figures if name.removeprefix("stage").isdigit()]
+    return sorted(names, key=lambda name: int(name.removeprefix("stage")))
+
+
+def _ap_sections(bbox: Figures | None) -> list[str]:
+    if not bbox:
+        return []
+    sections = [_table("Box AP (%)", METRICS, [[bbox[name] for name in METRICS]], ".1f")]
+    classes = [
+        (name.removeprefix("AP-"), value) for name, value in bbox.items() if name.startswith("AP-")
+    ]
+    if classes:
+        sections.append(_table("Box AP per class (%)", ("class", "AP"), classes, ".1f"))
+    return sections
+
+
+def _stage_section(stages: Figures | None) -> str:
+    if not stages or not stage_names(stages):
+        return ""
+    rows = [
+        (name, *(stages[name][key] for key in ("AP", "AP50", "AP75", "iou_before", "iou_after")))
+        for name in stage_names(stages)
+    ]
+    table = _table(
+        "If the cascade stopped after a stage",
+        ("after", "AP (%)", "AP50 (%)", "AP75 (%)", "mean IoU before", "mean IoU after"),
+        rows,
+        ("", ".1f", ".1f", ".1f", ".3f", ".3f"),
+    )
+    return f"{table}\n\nMean IoU over {stages['regions']:,} regions that match an object."
+
+
+def _exit_section(exits: Figures | None) -> str:
+    if not exits or not stage_names(exits):
+        return ""
+    stages = [exits[name] for name in stage_names(exits)]
+    reasons = [name for name in EXIT_REASONS if any(name in stage["left"] for stage in stages)]
+    rows = [
+        (
+            name,
+            stage["entered_per_image"],
+            *_percent((stage["entered_share"], stage["exit_rate"])),
+            *_percent(stage["left"].get(reason, 0.0) for reason in reasons),
+        )
+        for name, stage in zip(stage_names(exits), stages, strict=True)
+    ]
+    headers = ("stage", "regions/image", "of all (%)", "left early (%)")
+    table = _table(
+        "Regions entering and leaving each stage",
+        (*headers, *(f"{reason} (%)" for reason in reasons)),
+        rows,
+        ".1f",
+    )
+    return (
+        f"{table}\n\nMean over {exits['images']:,} images; a region sees "
+        f"{exits['stages_per_region']:.2f} of {len(stages)} stages."
+    )
+
+
+def _latency_section(latency: Figures | None) -> str:
+    if not latency or "parts" not in latency:
+        return ""
+    columns = [(latency["parts"], latency["total"])]
+    headers = ["part", "median (ms)", "p95 (ms)"]
+    if "full_parts" in latency:
+        columns.append((latency["full_parts"], latency["full_total"]))
+        headers += ["without exits: median (ms)", "p95 (ms)"]
+    names = list(dict.fromkeys(part for parts, _ in reversed(columns) for part in parts))
+    rows = [
+        (name, *(parts.get(name, {}).get(key) for parts, _ in columns for key in _TIMES))
+        for name in names
+    ]
+    rows.append(("total", *(total[key] for _, total in columns for key in _TIMES)))
+    saving = latency["most_exits_could_save"]
+    saving_text = "unknown" if math.isnan(saving) else f"{100 * saving:.1f} %"
+    return (
+        f"{_table('Latency per image', headers, rows, '.2f')}\n\n"
+        f"Batches of {latency['batch_size']}, {latency['images']:,} images after "
+        f"{latency['warmup_batches']} batches of warm-up. The most that exits could save here, "
+        f"(t_full - t_stage1) / t_full: {saving_text}."
+    )
+
+
+def _machine_section(machine: Figures | None) -> str:
+    if not machine:
+        return ""
+    return "Measured on: " + ", ".join(f"{key} {value}" for key, value in machine.items()) + "."
+
+
+def _notes_section(results: Figures) -> str:
+    notes = [*results.get("notes", ()), *results.get("latency", {}).get("notes", ())]
+    return "\n".join(["Notes:", *(f"- {note}" for note in notes)]) if notes else ""
+
+
+def _percent(shares: Iterable[float]) -> list[float]:
+    return [100 * share for share in shares]
+
+
+def _table(
+    title: str,
+    headers: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    floatfmt: str | Sequence[str],
+) -> str:
+    formatted = tabulate(rows, headers=headers, tablefmt="github", floatfmt=floatfmt)
+    return f"**{title}**\n\n{formatted}"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, "") or platform.processor() or platform.machine()

@@ -1,0 +1,136 @@
+"""What each stage of the cascade is worth: AP after it, and how far it moves the boxes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from pycocotools.coco import COCO
+from torch import Tensor
+from torchvision.ops import box_convert, box_iou
+
+from cascade_det.core.structures import Detections, DetectorOutput, StageOutput
+from cascade_det.evaluation.coco import coco_ap, coco_results
+from cascade_det.evaluation.evaluator import Evaluator, Sample
+from cascade_det.evaluation.ground_truth import admit_images, load_ground_truth
+
+MATCH_IOU = 0.5
+_STAGE_METRICS = ("AP", "AP50", "AP75")
+
+
+class StageEvaluator(Evaluator):
+    """AP if the cascade stopped after each stage, and mean IoU before and after each stage.
+
+    The IoU is averaged over the regions whose box at the entrance of the cascade overlaps a
+    ground-truth box that is not a crowd by ``MATCH_IOU`` or more. The best of these boxes is
+    the region's target at every stage, so that the figures of the stages can be compared.
+
+    Args:
+        json_file: the annotations, boxes in pixels of the original images.
+        category_ids: category id in the json of each class of the detector.
+
+    Raises:
+        DatasetError: the json cannot be used.
+    """
+
+    def __init__(self, *, json_file: str | os.PathLike[str], category_ids: Sequence[int]) -> None:
+        self._coco_gt = load_ground_truth(json_file)
+        self._category_ids = tuple(category_ids)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything that was processed."""
+        self._seen: set[int] = set()
+        # Per stage: (image id, detections) of every image, and sums of IoU [before, after].
+        self._detections: list[list[tuple[int, Detections]]] = []
+        self._iou_sums = torch.zeros(0, 2, dtype=torch.float64)
+        self._num_regions = 0
+
+    def process(self, batch: Sequence[Sample], output: DetectorOutput) -> None:
+        """Take in the stages of a batch, in pixels of the original images.
+
+        Raises:
+            DatasetError: an image is not in the json or was processed before.
+            ValueError: the output has no stages.
+        """
+        if not output.stages:
+            raise ValueError("no output per stage: run the detector with stages=True")
+        admit_images(batch, output.detections, self._coco_gt, self._seen)
+        if not self._detections:
+            self._detections = [[] for _ in output.stages]
+            self._iou_sums = torch.zeros(len(output.stages), 2, dtype=torch.float64)
+        image_ids = [sample["image_id"] for sample in batch]
+        for kept, stage in zip(self._detections, output.stages, strict=True):
+            kept += [
+                (image_id, detections.to("cpu"))
+                for image_id, detections in zip(image_ids, stage.detections, strict=True)
+            ]
+        for index, image_id in enumerate(image_ids):
+            self._add_ious(output.stages, index, image_id)
+
+    def evaluate(self, image_ids: Collection[int] | None = None) -> dict[str, Any]:
+        """``{"stages": {"regions": n, "stage0": {...}, ...}}``.
+
+        Each stage has ``AP``, ``AP50`` and ``AP75`` in percent, ``iou_before`` and
+        ``iou_after`` (nan where no region matches a ground-truth box). ``regions`` is the
+        number of regions that the IoU is averaged over.
+
+        Args:
+            image_ids: images for the AP; ``None`` for all of the json.
+        """
+        figures: dict[str, Any] = {"regions": self._num_regions}
+        mean_ious = (self._iou_sums / (self._num_regions or torch.nan)).tolist()
+        for index, (before, after) in enumerate(mean_ious):
+            figures[f"stage{index}"] = {
+                **self._stage_ap(self._detections[index], image_ids),
+                "iou_before": before,
+                "iou_after": after,
+            }
+        return {"stages": figures}
+
+    def _stage_ap(
+        self,
+        detections_of_images: list[tuple[int, Detections]],
+        image_ids: Collection[int] | None,
+    ) -> dict[str, float]:
+        if "annotations" not in self._coco_gt.dataset:
+            return dict.fromkeys(_STAGE_METRICS, float("nan"))
+        results = [
+            result
+            for image_id, detections in detections_of_images
+            for result in coco_results(detections, image_id, self._category_ids)
+        ]
+        images = sorted(self._coco_gt.imgs if image_ids is None else image_ids)
+        metrics = coco_ap(self._coco_gt, results, images)
+        return {name: metrics[name] for name in _STAGE_METRICS}
+
+    def _add_ious(self, stages: Sequence[StageOutput], index: int, image_id: int) -> None:
+        targets = _boxes_of(self._coco_gt, image_id)
+        regions, matches = _match(_cpu(stages[0].boxes_before[index]), targets)
+        self._num_regions += len(regions)
+        for sums, stage in zip(self._iou_sums, stages, strict=True):
+            for column, boxes in enumerate((stage.boxes_before, stage.boxes_after)):
+                overlap = box_iou(_cpu(boxes[index])[regions], targets)
+                sums[column] += overlap[torch.arange(len(regions)), matches].sum()
+
+
+def _boxes_of(coco_gt: COCO, image_id: int) -> Tensor:
+    """The boxes ``[G, 4]`` of an image that are no crowds, XYXY in original pixels."""
+    boxes = [item["bbox"] for item in coco_gt.imgToAnns[image_id] if not item["iscrowd"]]
+    return box_convert(torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4), "xywh", "xyxy")
+
+
+def _match(boxes: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices ``[M]`` of the boxes that overlap a target enough, and of their targets."""
+    if not len(targets):
+        nothing = torch.zeros(0, dtype=torch.int64)
+        return nothing, nothing
+    overlap, target = box_iou(boxes, targets).max(dim=1)
+    regions = torch.nonzero(overlap >= MATCH_IOU).flatten()
+    return regions, target[regions]
+
+
+def _cpu(boxes: Tensor) -> Tensor:
+    return boxes.detach().cpu().double()

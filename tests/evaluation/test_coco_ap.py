@@ -1,0 +1,299 @@
+"""COCO AP against cases worked out by hand and against pycocotools called directly."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from cascade_det.core.structures import Detections
+from cascade_det.errors import DatasetError
+from cascade_det.evaluation import CocoEvaluator, coco_ap
+from cascade_det.evaluation.coco import METRICS, coco_results
+from cascade_det.evaluation.ground_truth import load_ground_truth
+
+CATEGORY_IDS = (3, 7)
+MEDIUM_BOX = (10, 20, 50, 50)
+LARGE_BOX = (100, 100, 120, 110)
+
+
+def make_evaluator(path, **kwargs):
+    return CocoEvaluator(
+        json_file=path, class_names=("cat", "dog"), category_ids=CATEGORY_IDS, **kwargs
+    )
+
+
+def evaluate(path, detections_of_images, detector_output, **kwargs):
+    evaluator = make_evaluator(path, **kwargs)
+    for image_id, found in detections_of_images.items():
+        evaluator.process([{"image_id": image_id}], detector_output([found]))
+    return evaluator.evaluate()
+
+
+def test_perfect_predictions_have_an_ap_of_100(coco_file, detections, detector_output):
+    path = coco_file([(1, 3, MEDIUM_BOX), (1, 7, LARGE_BOX), (2, 3, LARGE_BOX)])
+    results = evaluate(
+        path,
+        {
+            1: detections((MEDIUM_BOX, 0.9, 0), (LARGE_BOX, 0.8, 1)),
+            2: detections((LARGE_BOX, 1, 0)),
+        },
+        detector_output,
+    )
+    assert math.isnan(results["bbox"]["APs"])
+    for name in ("AP", "AP50", "AP75", "APm", "APl", "AP-cat", "AP-dog"):
+        assert results["bbox"][name] == pytest.approx(100), name
+
+
+def test_one_of_two_objects_found(coco_file, detections, detector_output):
+    # Precision is 1 up to a recall of 0.5: that is 51 of the 101 recall values 0, 0.01, ..., 1.
+    path = coco_file([(1, 3, MEDIUM_BOX), (2, 3, MEDIUM_BOX)])
+    found = {1: detections((MEDIUM_BOX, 0.9, 0)), 2: detections()}
+    results = evaluate(path, found, detector_output)
+    assert results["bbox"]["AP"] == pytest.approx(100 * 51 / 101)
+    assert results["notes"] == [
+        "APs is nan: the ground truth has no small object (up to 32 x 32 px).",
+        "APl is nan: the ground truth has no large object (from 96 x 96 px).",
+        "AP is nan for classes without ground truth: dog.",
+    ]
+
+
+def test_a_false_positive_above_the_hit_halves_the_precision(
+    coco_file, detections, detector_output
+):
+    path = coco_file([(1, 3, MEDIUM_BOX)], image_ids=(1,))
+    found = {1: detections(((200, 200, 30, 40), 0.9, 0), (MEDIUM_BOX, 0.8, 0))}
+    assert evaluate(path, found, detector_output)["bbox"]["AP50"] == pytest.approx(50)
+
+
+def test_iou_decides_which_thresholds_are_passed(coco_file, detections, detector_output):
+    # 100 x 100 against its left 72 columns: IoU 0.72 passes 0.50, 0.55, 0.60, 0.65 and 0.70.
+    path = coco_file([(1, 3, (0, 0, 100, 100))], image_ids=(1,))
+    bbox = evaluate(path, {1: detections(((0, 0, 72, 100), 0.9, 0))}, detector_output)["bbox"]
+    assert (bbox["AP"], bbox["AP50"], bbox["AP75"]) == pytest.approx((50, 100, 0))
+
+
+def test_detections_in_a_crowd_do_not_count(coco_file, detections, detector_output):
+    crowd = (100, 100, 200, 150)
+    path = coco_file([(1, 3, MEDIUM_BOX), (1, 3, crowd, 1)], image_ids=(1,))
+    found = {1: detections(((110, 110, 60, 60), 0.99, 0), (MEDIUM_BOX, 0.5, 0))}
+    assert evaluate(path, found, detector_output)["bbox"]["AP"] == pytest.approx(100)
+
+
+def test_the_object_with_id_0_can_be_found(coco_file, detections, detector_output):
+    # pycocotools takes the id of the matched object for "was matched", so it misses id 0.
+    path = coco_file([(1, 3, MEDIUM_BOX)], image_ids=(1,))
+    assert json.loads(path.read_text())["annotations"][0]["id"] == 0
+    found = {1: detections((MEDIUM_BOX, 0.9, 0))}
+    assert evaluate(path, found, detector_output)["bbox"]["AP"] == pytest.approx(100)
+
+
+def test_missing_area_and_crowd_flag_are_filled_in(coco_file, detections, detector_output):
+    path = coco_file([(1, 3, MEDIUM_BOX)], image_ids=(1,))
+    dataset = json.loads(path.read_text())
+    for name in ("id", "area", "iscrowd"):
+        del dataset["annotations"][0][name]
+    path.write_text(json.dumps(dataset))
+    bbox = evaluate(path, {1: detections((MEDIUM_BOX, 0.9, 0))}, detector_output)["bbox"]
+    assert bbox["APm"] == pytest.approx(100)
+
+
+def random_case(seed):
+    """Objects in 6 images, and noisy copies of them with wrong classes and false positives."""
+    rng = np.random.default_rng(seed)
+    objects, found = [], {}
+    for image_id in range(1, 7):
+        count = int(rng.integers(0, 6))
+        boxes = np.concatenate(
+            [rng.uniform(0, 200, (count, 2)), rng.choice([15, 60, 130], (count, 1)) *
+             rng.uniform(0.8, 1.2, (count, 2))], axis=1
+        )  # fmt: skip
+        classes = rng.integers(0, 2, count)
+        objects += [
+            (image_id, CATEGORY_IDS[c], box.tolist(), int(rng.random() < 0.15))
+            for c, box in zip(classes, boxes, strict=True)
+        ]
+        guesses = np.concatenate([boxes] * 2) + rng.normal(0, 4, (2 * count, 4))
+        guesses = torch.from_numpy(guesses.clip(1)).float()
+        guesses[:, 2:] += guesses[:, :2]
+        found[image_id] = Detections(
+            guesses,
+            torch.from_numpy(rng.random(2 * count)).float(),
+            torch.from_numpy(np.where(rng.random(2 * count) < 0.2, 0, np.tile(classes, 2))),
+            torch.zeros(2 * count, dtype=torch.int64),
+        )
+    return objects, found
+
+
+def plain_pycocotools(dataset, results):
+    """The same figures with nothing but pycocotools, on unrounded float64 boxes."""
+    truth = COCO()
+    truth.dataset = dataset
+    truth.createIndex()
+    evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return evaluation
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_figures_equal_those_of_pycocotools(coco_file, detector_output, seed):
+    objects, found = random_case(seed)
+    path = coco_file(objects, image_ids=range(1, 7))
+    bbox = evaluate(path, found, detector_output)["bbox"]
+
+    dataset = json.loads(path.read_text())
+    for annotation in dataset["annotations"]:
+        annotation["id"] += 1000
+    rows = []
+    for image_id, item in found.items():
+        for (x1, y1, x2, y2), score, label in zip(
+            item.boxes.tolist(), item.scores.tolist(), item.classes.tolist(), strict=True
+        ):
+            box = [x1, y1, x2 - x1, y2 - y1]
+            category = CATEGORY_IDS[label]
+            rows.append(
+                {"image_id": image_id, "category_id": category, "bbox": box, "score": score}
+            )
+    expected = plain_pycocotools(dataset, rows)
+    ours = [-1 if math.isnan(bbox[name]) else bbox[name] / 100 for name in METRICS]
+    assert 0.1 < bbox["AP"] < 99
+    np.testing.assert_allclose(ours, expected.stats[:6], atol=1e-9)
+    for index, name in enumerate(("cat", "dog")):
+        precision = expected.eval["precision"][:, :, index, 0, 2]
+        assert bbox[f"AP-{name}"] == pytest.approx(100 * precision[precision > -1].mean())
+
+
+def test_images_that_were_not_processed_count_as_missed(coco_file, detections, detector_output):
+    path = coco_file([(1, 3, MEDIUM_BOX), (2, 3, MEDIUM_BOX)])
+    results = evaluate(path, {1: detections((MEDIUM_BOX, 0.9, 0))}, detector_output)
+    assert results["bbox"]["AP"] == pytest.approx(100 * 51 / 101)
+    assert results["notes"][0].startswith("1 images of the json were not processed (ids 2)")
+
+
+def test_evaluation_on_chosen_images(coco_file, detections, detector_output):
+    evaluator = make_evaluator(coco_file([(1, 3, MEDIUM_BOX), (2, 3, MEDIUM_BOX)]))
+    batch = [{"image_id": 1}, {"image_id": 2}]
+    evaluator.process(batch, detector_output([detections((MEDIUM_BOX, 0.9, 0)), detections()]))
+    assert evaluator.evaluate(image_ids=[1])["bbox"]["AP"] == pytest.approx(100)
+    assert evaluator.evaluate(image_ids=[2])["bbox"]["AP"] == 0
+
+
+def test_coco_ap_changes_neither_the_detections_nor_its_answer(coco_file, detections):
+    truth = load_ground_truth(coco_file([(1, 3, MEDIUM_BOX)]))
+    results = coco_results(detections((MEDIUM_BOX, 0.9, 0)), 1, CATEGORY_IDS)
+    before = copy.deepcopy(results)
+    first = coco_ap(truth, results, [1, 2])
+    assert results == before
+    assert first["AP"] == coco_ap(truth, results, [1, 2])["AP"] == pytest.approx(100)
+
+
+def test_written_file_holds_what_was_evaluated(
+    coco_file, detections, detector_output, tmp_path, capsys
+):
+    path = coco_file([(1, 3, MEDIUM_BOX), (2, 7, LARGE_BOX)])
+    found = {1: detections((MEDIUM_BOX, 0.9, 0, 2)), 2: detections((LARGE_BOX, 0.25, 1, 0))}
+    evaluate(path, found, detector_output, output_dir=tmp_path / "run")
+    folder = tmp_path / "run" / "inference"
+    assert [file.name for file in folder.iterdir()] == ["coco_instances_results.json"]
+    rows = json.loads((folder / "coco_instances_results.json").read_text())
+    assert rows[1] == {
+        "image_id": 2,
+        "category_id": 7,
+        "bbox": [100, 100, 120, 110],
+        "score": 0.25,
+        "exit_stage": 0,
+    }
+    assert (rows[0]["category_id"], rows[0]["exit_stage"]) == (3, 2)
+    assert rows[0]["score"] == pytest.approx(0.9)
+    assert capsys.readouterr().out == ""
+
+
+def test_neighbouring_scores_stay_apart(detections):
+    scores = torch.tensor([1.0, 0.0])
+    scores[1] = torch.nextafter(scores[0], scores[1])
+    found = detections((MEDIUM_BOX, 0, 0), (MEDIUM_BOX, 0, 0))
+    found.scores = scores
+    first, second = coco_results(found, 1, CATEGORY_IDS)
+    assert first["score"] > second["score"]
+
+
+def test_reset_forgets(coco_file, detections, detector_output):
+    evaluator = make_evaluator(coco_file([(1, 3, MEDIUM_BOX)], image_ids=(1,)))
+    wrong = detector_output([detections(((200, 200, 50, 50), 0.9, 0))])
+    right = detector_output([detections((MEDIUM_BOX, 0.9, 0))])
+    evaluator.process([{"image_id": 1}], wrong)
+    evaluator.reset()
+    evaluator.process([{"image_id": 1}], right)
+    assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
+
+
+def test_same_image_twice_is_refused(coco_file, detections, detector_output):
+    evaluator = make_evaluator(coco_file([(1, 3, MEDIUM_BOX)]))
+    evaluator.process([{"image_id": 1}], detector_output([detections()]))
+    with pytest.raises(DatasetError, match=r"image 1 .*twice"):
+        evaluator.process([{"image_id": 1}], detector_output([detections()]))
+
+
+def test_foreign_image_is_refused(coco_file, detections, detector_output):
+    evaluator = make_evaluator(coco_file([(1, 3, MEDIUM_BOX)]))
+    with pytest.raises(DatasetError, match=r"image 99 \(a.jpg\) is not in the annotation file"):
+        evaluator.process([{"image_id": 99, "file_name": "a.jpg"}], detector_output([detections()]))
+
+
+def test_class_without_category_is_refused(coco_file, detections, detector_output):
+    evaluator = make_evaluator(coco_file([(1, 3, MEDIUM_BOX)]))
+    found = detections((MEDIUM_BOX, 0.9, 2))
+    with pytest.raises(DatasetError, match="NUM_CLASSES to 2"):
+        evaluator.process([{"image_id": 1}], detector_output([found]))
+
+
+def test_outputs_must_be_as_many_as_images(coco_file, detector_output):
+    evaluator = make_evaluator(coco_file([(1, 3, MEDIUM_BOX)]))
+    with pytest.raises(ValueError, match="1 images but 0"):
+        evaluator.process([{"image_id": 1}], detector_output([]))
+
+
+def test_names_and_ids_must_be_as_many(coco_file):
+    with pytest.raises(DatasetError, match="1 class names but 2 category ids"):
+        CocoEvaluator(json_file=coco_file([]), class_names=("cat",), category_ids=CATEGORY_IDS)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot read"),
+        ("[]", "not COCO format"),
+        ('{"images": [], "categories": [], "annotations": [{"bbox": [1]}]}', "annotation 1 needs"),
+    ],
+)
+def test_unusable_file_is_named(tmp_path, text, message):
+    path = tmp_path / "broken.json"
+    path.write_text(text)
+    with pytest.raises(DatasetError, match=message) as error:
+        load_ground_truth(path)
+    assert str(path) in str(error.value)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(DatasetError, match=r"nowhere\.json"):
+        load_ground_truth(tmp_path / "nowhere.json")
+
+
+def test_file_without_annotations_only_collects(coco_file, detections, detector_output, tmp_path):
+    path = coco_file([])
+    dataset = json.loads(path.read_text())
+    del dataset["annotations"]
+    path.write_text(json.dumps(dataset))
+    found = {1: detections((MEDIUM_BOX, 0.9, 0)), 2: detections()}
+    results = evaluate(path, found, detector_output, output_dir=tmp_path)
+    assert results["bbox"] == {}
+    assert "no annotations" in results["notes"][0]
+    assert (tmp_path / "inference" / "coco_instances_results.json").exists()

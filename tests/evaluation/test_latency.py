@@ -1,0 +1,162 @@
+"""Medians, percentiles and the largest saving against numpy and hand-made times."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from cascade_det.core.structures import CascadeStats
+from cascade_det.evaluation import LatencyEvaluator
+
+NO_EXITS = [{}, {"completed": 5}]
+EXITS = [{"background": 4}, {"completed": 1}]
+
+
+def feed(evaluator, detector_output, times, images=1, left=NO_EXITS):
+    batch = [{"image": torch.zeros(3, 32, 48, dtype=torch.uint8)}] * images
+    stats = CascadeStats([5, 5], left, dict(times))
+    evaluator.process(batch, detector_output([], stats=stats))
+
+
+def test_percentiles_equal_numpy_after_the_warm_up(detector_output):
+    rng = np.random.default_rng(0)
+    backbone, stage0 = rng.gamma(4, 5, 25), rng.gamma(3, 2, 25)
+    backbone[:3] = 10_000  # The warm-up.
+    evaluator = LatencyEvaluator(warmup=3)
+    for first, second in zip(backbone, stage0, strict=True):
+        feed(evaluator, detector_output, {"backbone": first, "stage0": second}, images=4)
+    latency = evaluator.evaluate()["latency"]
+    per_image = {"backbone": backbone[3:] / 4, "stage0": stage0[3:] / 4}
+    for part, values in per_image.items():
+        assert latency["parts"][part]["median_ms"] == pytest.approx(np.median(values))
+        assert latency["parts"][part]["p95_ms"] == pytest.approx(np.percentile(values, 95))
+    total = per_image["backbone"] + per_image["stage0"]
+    assert latency["total"]["median_ms"] == pytest.approx(np.median(total))
+    assert latency["total"]["p95_ms"] == pytest.approx(np.percentile(total, 95))
+    assert (latency["batch_size"], latency["images"], latency["batches"]) == (4, 88, 22)
+    assert latency["warmup_batches"] == 3
+    assert latency["input_size"] == {"height": 32, "width": 48}
+    assert latency["notes"] == []
+
+
+def test_a_smaller_last_batch_is_divided_by_its_own_size(detector_output):
+    evaluator = LatencyEvaluator(warmup=0)
+    for images in (4, 4, 1):
+        feed(evaluator, detector_output, {"rpn": 10.0 * images}, images=images)
+    latency = evaluator.evaluate()["latency"]
+    assert latency["parts"]["rpn"] == {"median_ms": 10, "p95_ms": 10}
+    assert (latency["batch_size"], latency["images"]) == (4, 9)
+
+
+def test_too_few_batches_are_used_and_noted(detector_output):
+    evaluator = LatencyEvaluator(warmup=5)
+    for time in (30.0, 10.0, 20.0):
+        feed(evaluator, detector_output, {"rpn": time})
+    latency = evaluator.evaluate()["latency"]
+    assert latency["parts"]["rpn"]["median_ms"] == 20
+    assert latency["warmup_batches"] == 0
+    assert latency["notes"] == [
+        "Only 3 batches were timed, no more than the 5 for warming up: all of them count, the "
+        "first ones too."
+    ]
+
+
+def test_one_batch_more_than_the_warm_up_is_enough(detector_output):
+    evaluator = LatencyEvaluator(warmup=2)
+    for time in (30.0, 10.0, 20.0):
+        feed(evaluator, detector_output, {"rpn": time})
+    latency = evaluator.evaluate()["latency"]
+    assert (latency["parts"]["rpn"]["median_ms"], latency["warmup_batches"]) == (20, 2)
+
+
+def test_a_stage_that_did_not_run_took_no_time(detector_output):
+    evaluator = LatencyEvaluator(warmup=0)
+    feed(evaluator, detector_output, {"stage0": 5.0, "postprocess": 1.0})
+    feed(evaluator, detector_output, {"stage0": 5.0, "stage1": 4.0, "postprocess": 1.0})
+    latency = evaluator.evaluate()["latency"]
+    assert latency["parts"]["stage1"]["median_ms"] == 2
+    assert list(latency["parts"]) == ["stage0", "stage1", "postprocess"]
+
+
+def test_saving_from_the_plain_cascade(detector_output):
+    evaluator = LatencyEvaluator(warmup=0)
+    times = {"backbone": 50, "rpn": 10, "stage0": 20, "stage1": 15, "stage2": 5}
+    feed(evaluator, detector_output, times)
+    latency = evaluator.evaluate()["latency"]
+    assert latency["most_exits_could_save"] == pytest.approx(20 / 100)
+    assert "full_parts" not in latency
+
+
+def test_saving_from_the_second_pass_without_exits(detector_output):
+    evaluator = LatencyEvaluator(warmup=0)
+    times = {"backbone": 50, "stage0": 21, "stage1": 3, "postprocess": 10}
+    feed(evaluator, detector_output, times | {"full/stage0": 20, "full/stage1": 20}, left=EXITS)
+    latency = evaluator.evaluate()["latency"]
+    # 50 + 20 + 20 + 10 in full, of which the second stage takes 20.
+    assert latency["most_exits_could_save"] == pytest.approx(0.2)
+    assert latency["total"]["median_ms"] == 84
+    assert latency["full_total"]["median_ms"] == 100
+    assert list(latency["parts"]) == ["backbone", "stage0", "stage1", "postprocess"]
+    assert latency["full_parts"]["stage1"]["median_ms"] == 20
+    assert latency["full_parts"]["backbone"]["median_ms"] == 50
+
+
+def test_second_pass_counts_where_no_region_reached_a_stage(detector_output):
+    evaluator = LatencyEvaluator(warmup=0)
+    feed(
+        evaluator, detector_output, {"stage0": 10, "full/stage0": 10, "full/stage1": 30}, left=EXITS
+    )
+    latency = evaluator.evaluate()["latency"]
+    assert latency["most_exits_could_save"] == pytest.approx(0.75)
+    assert list(latency["full_parts"]) == ["stage0", "stage1"]
+
+
+def test_saving_is_unknown_with_exits_alone(detector_output):
+    evaluator = LatencyEvaluator(warmup=0)
+    feed(evaluator, detector_output, {"stage0": 20, "stage1": 3}, left=EXITS)
+    latency = evaluator.evaluate()["latency"]
+    assert math.isnan(latency["most_exits_could_save"])
+    assert "stages=True" in latency["notes"][0]
+
+
+def test_background_after_the_last_stage_is_no_early_exit(detector_output):
+    evaluator = LatencyEvaluator(warmup=0)
+    left = [{}, {"background": 5}]
+    feed(evaluator, detector_output, {"stage0": 10, "stage1": 10}, left=left)
+    assert evaluator.evaluate()["latency"]["most_exits_could_save"] == pytest.approx(0.5)
+
+
+def test_without_times(detector_output):
+    evaluator = LatencyEvaluator()
+    feed(evaluator, detector_output, {})
+    latency = evaluator.evaluate()["latency"]
+    assert latency["images"] == 0
+    assert "timer" in latency["notes"][0]
+
+
+def test_reset_forgets(detector_output):
+    evaluator = LatencyEvaluator(warmup=0)
+    feed(evaluator, detector_output, {"rpn": 100.0})
+    evaluator.reset()
+    feed(evaluator, detector_output, {"rpn": 1.0})
+    assert evaluator.evaluate()["latency"]["parts"]["rpn"]["median_ms"] == 1
+
+
+def test_as_many_batches_as_the_warm_up_are_too_few(detector_output):
+    evaluator = LatencyEvaluator(warmup=2)
+    for time in (30.0, 10.0):
+        feed(evaluator, detector_output, {"rpn": time})
+    latency = evaluator.evaluate()["latency"]
+    assert latency["parts"]["rpn"]["median_ms"] == 20
+    assert latency["notes"][0].startswith("Only 2 batches were timed")
+
+
+def test_any_part_may_be_timed_again_without_exits(detector_output):
+    evaluator = LatencyEvaluator(warmup=0)
+    times = {"stage0": 10, "postprocess": 2, "full/stage0": 10, "full/postprocess": 6}
+    feed(evaluator, detector_output, times, left=EXITS)
+    latency = evaluator.evaluate()["latency"]
+    assert (latency["total"]["median_ms"], latency["full_total"]["median_ms"]) == (12, 16)

@@ -1,0 +1,203 @@
+"""Tables, results.json and the picture of the results."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from cascade_det.core.structures import CascadeStats, StageOutput
+from cascade_det.evaluation import (
+    default_evaluators,
+    describe_machine,
+    format_report,
+    write_results,
+)
+from cascade_det.evaluation.figures import plot_report
+from cascade_det.evaluation.output_files import atomic_path, write_json
+
+NAN = float("nan")
+
+
+@pytest.fixture
+def results():
+    return {
+        "bbox": {
+            "AP": 45.12, "AP50": 70.27, "AP75": 50.38, "APs": NAN, "APm": 30.41, "APl": 60.59,
+            "AP-cat": 44.04, "AP-dog": 46.16,
+        },
+        "notes": ["APs is nan: because."],
+        "stages": {
+            "regions": 1234,
+            "stage0": {"AP": 40.1, "AP50": 69.0, "AP75": 42.0, "iou_before": 0.651,
+                       "iou_after": 0.722},
+            "stage1": {"AP": 44.9, "AP50": 70.0, "AP75": 48.0, "iou_before": 0.722,
+                       "iou_after": NAN},
+        },
+        "exits": {
+            "images": 20,
+            "stages_per_region": 1.25,
+            "stage0": {
+                "entered": 20000, "entered_per_image": 1000.0, "entered_share": 1.0,
+                "exit_rate": 0.75, "left": {"background": 0.7, "confident": 0.05},
+            },
+            "stage1": {
+                "entered": 5000, "entered_per_image": 250.0, "entered_share": 0.25,
+                "exit_rate": 0.0, "left": {"completed": 1.0},
+            },
+        },
+        "latency": {
+            "batch_size": 2, "images": 20, "batches": 10, "warmup_batches": 5,
+            "parts": {
+                "backbone": {"median_ms": 41.23, "p95_ms": 43.21},
+                "stage0": {"median_ms": 30.5, "p95_ms": 31.5},
+            },
+            "total": {"median_ms": 71.73, "p95_ms": 74.74},
+            "full_parts": {
+                "backbone": {"median_ms": 41.23, "p95_ms": 43.21},
+                "stage0": {"median_ms": 30.6, "p95_ms": 31.6},
+                "stage1": {"median_ms": 29.9, "p95_ms": 30.9},
+            },
+            "full_total": {"median_ms": 101.73, "p95_ms": 105.7},
+            "most_exits_could_save": 0.294,
+            "notes": ["Only a test."],
+        },
+        "machine": {"device": "cpu", "threads": 3},
+    }  # fmt: skip
+
+
+def cells(report, first):
+    """The cells of the table row that begins with ``first``."""
+    row = next(line for line in report.splitlines() if line.startswith(f"| {first} "))
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_report_holds_the_figures(results):
+    report = format_report(results)
+    assert cells(report, "45.1") == ["45.1", "70.3", "50.4", "nan", "30.4", "60.6"]
+    assert cells(report, "cat") == ["cat", "44.0"]
+    tables = report.split("**")
+    stages, exits, latency = (tables[index] for index in (6, 8, 10))
+    assert cells(stages, "stage0") == ["stage0", "40.1", "69.0", "42.0", "0.651", "0.722"]
+    assert cells(exits, "stage0") == ["stage0", "1000.0", "100.0", "75.0", "70.0", "5.0", "0.0"]
+    assert cells(latency, "stage0") == ["stage0", "30.50", "31.50", "30.60", "31.60"]
+    assert cells(latency, "stage1") == ["stage1", "", "", "29.90", "30.90"]
+    assert cells(latency, "total") == ["total", "71.73", "74.74", "101.73", "105.70"]
+    assert "(t_full - t_stage1) / t_full: 29.4 %" in report
+    assert "a region sees 1.25 of 2 stages" in report
+    assert "Mean IoU over 1,234 regions" in report
+    assert "Measured on: device cpu, threads 3." in report
+    assert report.endswith("Notes:\n- APs is nan: because.\n- Only a test.")
+
+
+def test_every_part_of_a_report_may_be_missing(results):
+    whole = format_report(results)
+    for name in results:
+        alone = format_report({name: results[name]}).partition("Notes:")
+        assert alone[0].strip() in whole
+        assert alone[2].strip() in whole
+        rest = {key: value for key, value in results.items() if key != name}
+        assert len(format_report(rest)) < len(whole)
+    assert format_report({}) == ""
+    assert format_report({"latency": {"images": 0, "notes": ["None."]}}) == "Notes:\n- None."
+
+
+def test_results_file_is_valid_json_without_nan(results, tmp_path):
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    path = write_results(results, tmp_path / "new" / "folder", machine={"device": "cuda:0"})
+    assert path == tmp_path / "new" / "folder" / "results.json"
+    read = json.loads(path.read_text(), parse_constant=refuse)
+    assert read["bbox"]["APs"] is None
+    assert read["stages"]["stage1"]["iou_after"] is None
+    assert read["bbox"]["AP"] == 45.12
+    assert read["machine"] == {"device": "cuda:0"}
+    assert np.isnan(results["bbox"]["APs"])
+
+
+def test_numpy_values_and_infinities_are_written(tmp_path):
+    value = {"a": np.float32(0.5), "b": (np.int64(3), np.float64("nan")), 5: float("-inf")}
+    write_json(value, tmp_path / "x.json")
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 0.5, "b": [3, None], "5": None}
+
+
+def test_an_error_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text("old")
+    with pytest.raises(TypeError), atomic_path(path) as temporary:
+        temporary.write_text("half") + None
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
+def test_machine_is_described():
+    machine = describe_machine("cpu", dtype="bfloat16")
+    assert machine["device"] == "cpu"
+    assert machine["dtype"] == "bfloat16"
+    assert machine["threads"] == torch.get_num_threads()
+    assert machine["torch"] == torch.__version__
+    assert machine["device_name"]
+
+
+@pytest.mark.parametrize("keys", [("bbox",), ("exits",), ("stages", "exits", "latency")])
+def test_picture_of_what_was_measured(results, tmp_path, keys):
+    path = tmp_path / "figures" / "report.png"
+    plot_report({key: results[key] for key in keys}, path)
+    picture = cv2.imread(str(path))
+    panels = {("bbox",): 0, ("exits",): 1}.get(keys, 4)
+    assert picture.shape[1] > picture.shape[0] > 400 * max(1, panels // 2)
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 10
+    assert os.listdir(path.parent) == ["report.png"]
+
+
+def test_all_evaluators_together(coco_file, detections, detector_output, tmp_path):
+    box = (10, 20, 50, 50)
+    evaluators = default_evaluators(
+        json_file=coco_file([(1, 3, box)], image_ids=(1,)),
+        class_names=("cat", "dog"),
+        category_ids=(3, 7),
+        output_dir=tmp_path,
+        warmup=0,
+    )
+    # As the engine does it: the tensors are made in inference mode, the figures outside it.
+    with torch.inference_mode():
+        found = detections((box, 0.9, 0))
+        boxes = [found.boxes]
+        output = detector_output(
+            [found],
+            stages=[StageOutput([found], boxes, boxes)] * 2,
+            stats=CascadeStats([9, 1], [{"background": 8}, {"completed": 1}], {"stage0": 3.0}),
+        )
+        for evaluator in evaluators:
+            evaluator.process([{"image_id": 1}], output)
+    merged = {}
+    for evaluator in evaluators:
+        figures = evaluator.evaluate()
+        assert not merged.keys() & figures.keys()
+        merged |= figures
+    assert merged.keys() == {"bbox", "notes", "stages", "exits", "latency"}
+    write_results(merged, tmp_path, machine=describe_machine())
+    plot_report(merged, tmp_path / "report.png")
+    report = format_report(merged)
+    assert cells(report.split("**")[6], "stage1") == ["stage1", *["100.0"] * 3, "1.000", "1.000"]
+    assert "Latency per image" in report
+
+
+def test_stages_can_be_left_out(coco_file):
+    dataset = {"json_file": coco_file([]), "class_names": ["cat"], "category_ids": [3]}
+    with_stages = [type(item).__name__ for item in default_evaluators(**dataset)]
+    without = [type(item).__name__ for item in default_evaluators(**dataset, stages=False)]
+    assert set(with_stages) - set(without) == {"StageEvaluator"}
+
+
+def test_parts_stand_in_the_order_in_which_they_run(results):
+    times = {"median_ms": 1.0, "p95_ms": 2.0}
+    results["latency"]["parts"] = {"stage0": times, "postprocess": times}
+    results["latency"]["full_parts"] = {"stage0": times, "stage1": times, "postprocess": times}
+    lines = format_report({"latency": results["latency"]}).splitlines()[4:8]
+    assert [line.split()[1] for line in lines] == ["stage0", "stage1", "postprocess", "total"]

@@ -1,0 +1,51 @@
+"""Every configuration key, its checks, and its translation to plain keyword arguments.
+
+``load_config`` reads YAML and command-line options, ``check_config`` checks keys against each
+other, and the ``*_arguments`` functions are the only readers of keys: everything behind them
+takes plain values.
+"""
+
+from cascade_det.config.cascade import add_cascade_config
+from cascade_det.config.checks import check_config
+from cascade_det.config.defaults import get_cfg
+from cascade_det.config.loading import load_config, merge_config
+from cascade_det.config.model_arguments import (
+    backbone_arguments,
+    box_head_arguments,
+    cascade_arguments,
+    detector_arguments,
+    exit_arguments,
+    pooler_arguments,
+    rpn_arguments,
+)
+from cascade_det.config.run_arguments import (
+    datasets_arguments,
+    input_arguments,
+    optimizer_arguments,
+    scheduler_arguments,
+    test_loader_arguments,
+    train_loader_arguments,
+    trainer_arguments,
+)
+
+__all__ = [
+    "add_cascade_config",
+    "backbone_arguments",
+    "box_head_arguments",
+    "cascade_arguments",
+    "check_config",
+    "datasets_arguments",
+    "detector_arguments",
+    "exit_arguments",
+    "get_cfg",
+    "input_arguments",
+    "load_config",
+    "merge_config",
+    "optimizer_arguments",
+    "pooler_arguments",
+    "rpn_arguments",
+    "scheduler_arguments",
+    "test_loader_arguments",
+    "train_loader_arguments",
+    "trainer_arguments",
+]

@@ -1,0 +1,77 @@
+"""The two nodes of ours: ``MODEL.CASCADE`` and ``CASCADE``.
+
+A tuple "per stage" has one value for each stage, or a single value that holds for all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fvcore.common.config import CfgNode
+
+_MODEL_CASCADE: dict[str, Any] = {
+    "STAGE_LOSS_WEIGHTS": (1.0,),  # per stage, >= 0; of its class and box loss
+    # How the stages' opinions become one score: "mean_probs" (mean of their probabilities),
+    # "last" (the last stage alone), "mean_logits" (softmax of the mean of their logits) or
+    # "last_boxes" (every head judges the last boxes; mean of the probabilities).
+    "ENSEMBLE": "mean_probs",
+    # RoI pooling: "torchvision", "bags" (weighted sums over a channels-last map, fast on CPUs)
+    # or "auto" = whichever is faster on the device.
+    "POOLER_KERNEL": "auto",
+    # The layers of the box heads, per stage, so that capacity can grow along the cascade.
+    # () = the value of the same name under MODEL.ROI_BOX_HEAD, for every stage.
+    "BOX_HEAD": {
+        "NUM_CONV": (),  # each >= 0
+        "CONV_DIM": (),  # channels, each >= 1
+        "NUM_FC": (),  # each >= 0
+        "FC_DIM": (),  # each >= 1
+    },
+    # Regions that leave before the last stage, in inference only. Both tuples are per stage
+    # without the last one (from which everything leaves), and look at the ensemble's
+    # probabilities up to that stage.
+    "EXIT": {
+        "ENABLED": False,
+        # A region is final when its best class reaches this; > 0, above 1 = never.
+        "THRESHOLDS": (0.9,),
+        # A region is background, and dropped, when no class reaches this; in [0, 1], 0 = never.
+        "PRUNE_THRESHOLDS": (0.02,),
+    },
+}
+
+_CASCADE: dict[str, Any] = {
+    # Data sets of one's own in COCO format: (name, annotation file, image folder) each. A path
+    # is relative to the folder that the command runs in. The name goes to DATASETS.
+    "DATASETS": (),
+    "ON_BAD_DATA": "error",  # "error" stops at a record that cannot be used, "skip" leaves it out
+    "MAX_TO_KEEP": 5,  # latest checkpoints that are kept; 0 = all of them
+    "PATIENCE": 0,  # evaluations without a better BEST_METRIC before training ends; 0 = never
+    "BEST_METRIC": "bbox/AP",  # what the best checkpoint has the most of
+    "OPTIMIZER": "SGD",  # or "AdamW"
+    # Under SOLVER.AMP: "bfloat16", "float16", or "auto" = float16 on a GPU, bfloat16 on a CPU.
+    "AMP_DTYPE": "auto",
+    "TEST_IMS_PER_BATCH": 1,  # images per batch and process in inference, >= 1
+    "LOG_PERIOD": 20,  # iterations between lines of the log and metrics, >= 1
+}
+
+
+def add_cascade_config(cfg: CfgNode) -> None:
+    """Add ``MODEL.CASCADE`` and ``CASCADE`` to a configuration, in place.
+
+    Works on any yacs configuration, Detectron2's included: new nodes have the type of ``cfg``,
+    the only one that its ``merge_from_file`` accepts. Keys that are there keep their values.
+
+    Args:
+        cfg: a configuration with a ``MODEL`` node, not frozen.
+    """
+    _add_missing(cfg.MODEL, {"CASCADE": _MODEL_CASCADE}, type(cfg))
+    _add_missing(cfg, {"CASCADE": _CASCADE}, type(cfg))
+
+
+def _add_missing(node: CfgNode, defaults: dict[str, Any], node_type: type[CfgNode]) -> None:
+    for key, value in defaults.items():
+        if isinstance(value, dict):
+            if key not in node:
+                setattr(node, key, node_type())
+            _add_missing(node[key], value, node_type)
+        elif key not in node:
+            setattr(node, key, value)

@@ -1,0 +1,255 @@
+"""Checks of a whole configuration for the standalone host.
+
+First each key on its own (``supported``, ``ranges``), then keys against each other. A check
+across keys is left out where one of its keys is wrong by itself, and never meets odd values.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+from fvcore.common.config import CfgNode
+
+from cascade_det.config.ranges import RANGES
+from cascade_det.config.rules import value_of
+from cascade_det.config.supported import SUPPORTED
+from cascade_det.errors import ConfigError
+
+_LEVELS = ("res2", "res3", "res4", "res5")
+_BOX_HEAD_LAYERS = ("NUM_CONV", "CONV_DIM", "NUM_FC", "FC_DIM")
+_GROUP_NORM_GROUPS = 32
+
+
+def check_config(cfg: CfgNode) -> None:
+    """Check that the standalone host can build, train and run what ``cfg`` describes.
+
+    Args:
+        cfg: a configuration with both nodes of ours; it is not changed.
+
+    Raises:
+        ConfigError: lists every problem that was found, each with key, value and remedy.
+    """
+    problems: list[str] = []
+    wrong: set[str] = set()
+    for rule in (*SUPPORTED, *RANGES):
+        value = value_of(cfg, rule.key)
+        if not rule.holds(value):
+            wrong.add(rule.key)
+            problems.append(f"{rule.key} is {value!r}. {rule.remedy}")
+    for check, keys in _CHECKS.items():
+        if wrong.isdisjoint(keys):
+            problems += check(cfg)
+    if problems:
+        count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
+        listed = "\n  - ".join(problems)
+        raise ConfigError(f"The configuration has {count}:\n  - {listed}")
+
+
+def _check_stage_lengths(cfg: CfgNode) -> Iterator[str]:
+    stages = len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)
+    lengths: list[tuple[str, set[int]]] = [
+        ("MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS", {stages}),
+        ("MODEL.CASCADE.STAGE_LOSS_WEIGHTS", {1, stages}),
+        ("MODEL.CASCADE.EXIT.THRESHOLDS", {1, stages - 1}),
+        ("MODEL.CASCADE.EXIT.PRUNE_THRESHOLDS", {1, stages - 1}),
+    ]
+    lengths += [(f"MODEL.CASCADE.BOX_HEAD.{key}", {0, 1, stages}) for key in _BOX_HEAD_LAYERS]
+    for key, allowed in lengths:
+        value = value_of(cfg, key)
+        if len(value) not in allowed:
+            yield (
+                f"{key} is {value!r}, of length {len(value)}, but MODEL.ROI_BOX_CASCADE_HEAD.IOUS "
+                f"has {stages} stages. Give {' or '.join(map(str, sorted(allowed)))} values."
+            )
+
+
+def _check_box_heads(cfg: CfgNode) -> Iterator[str]:
+    own, shared = cfg.MODEL.CASCADE.BOX_HEAD, cfg.MODEL.ROI_BOX_HEAD
+    convs, fcs = (own[key] or (shared[key],) for key in ("NUM_CONV", "NUM_FC"))
+    stages = zip(itertools.cycle(convs), itertools.cycle(fcs), cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)
+    for stage, (num_conv, num_fc, _) in enumerate(stages):
+        if num_conv + num_fc == 0:
+            yield (
+                f"MODEL.ROI_BOX_HEAD.NUM_CONV and NUM_FC are both 0 at stage {stage} (or the keys "
+                "of the same name under MODEL.CASCADE.BOX_HEAD). Give the head at least one layer."
+            )
+
+
+def _check_first_iou(cfg: CfgNode) -> Iterator[str]:
+    first, wanted = cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS[0], cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS[0]
+    if first != wanted:
+        yield (
+            f"MODEL.ROI_HEADS.IOU_THRESHOLDS is [{first}], but the first of "
+            f"MODEL.ROI_BOX_CASCADE_HEAD.IOUS is {wanted}. Give both the same value."
+        )
+
+
+def _check_exits(cfg: CfgNode) -> Iterator[str]:
+    if cfg.MODEL.CASCADE.EXIT.ENABLED and cfg.MODEL.ROI_HEADS.NAME == "CascadeROIHeads":
+        yield (
+            "MODEL.CASCADE.EXIT.ENABLED is True, but MODEL.ROI_HEADS.NAME is 'CascadeROIHeads', "
+            "a cascade without exits. Set the name to EarlyExitCascadeROIHeads, or ENABLED to "
+            "False."
+        )
+
+
+def _check_resnet(cfg: CfgNode) -> Iterator[str]:
+    resnets = cfg.MODEL.RESNETS
+    is_small = resnets.DEPTH in (18, 34)
+    channels, wanted = resnets.RES2_OUT_CHANNELS, 64 if is_small else 256
+    if channels != wanted:
+        yield (
+            f"MODEL.RESNETS.RES2_OUT_CHANNELS is {channels}, but depth {resnets.DEPTH} has "
+            f"{wanted}. Set it to {wanted}."
+        )
+    if is_small and resnets.NUM_GROUPS != 1:
+        yield (
+            f"MODEL.RESNETS.NUM_GROUPS is {resnets.NUM_GROUPS}, but depth {resnets.DEPTH} has no "
+            "groups. Set it to 1, or take depth 50 or more."
+        )
+    missing = [name for name in cfg.MODEL.FPN.IN_FEATURES if name not in resnets.OUT_FEATURES]
+    if cfg.MODEL.BACKBONE.NAME == "build_resnet_fpn_backbone" and missing:
+        yield (
+            f"MODEL.RESNETS.OUT_FEATURES is {resnets.OUT_FEATURES}, but MODEL.FPN.IN_FEATURES "
+            f"needs {', '.join(missing)}. Add it."
+        )
+
+
+def _check_levels(cfg: CfgNode) -> Iterator[str]:
+    inputs = tuple(cfg.MODEL.FPN.IN_FEATURES)
+    if not inputs or inputs != _LEVELS[-len(inputs) :]:
+        yield (
+            f"MODEL.FPN.IN_FEATURES is {list(inputs)}. Give neighbouring levels up to the "
+            f"coarsest, such as {list(_LEVELS)}."
+        )
+        return
+    outputs = [name.replace("res", "p") for name in inputs] + ["p6"]
+    for key in ("MODEL.RPN.IN_FEATURES", "MODEL.ROI_HEADS.IN_FEATURES"):
+        names = list(value_of(cfg, key))
+        start = outputs.index(names[0]) if names and names[0] in outputs else 0
+        if not names or names != outputs[start : start + len(names)]:
+            yield f"{key} is {names}. Give neighbouring levels, finest first, out of {outputs}."
+
+
+def _check_anchors(cfg: CfgNode) -> Iterator[str]:
+    anchors, levels = cfg.MODEL.ANCHOR_GENERATOR, len(cfg.MODEL.RPN.IN_FEATURES)
+    good = True
+    for key in ("SIZES", "ASPECT_RATIOS"):
+        if len(anchors[key]) not in (1, levels):
+            good = False
+            yield (
+                f"MODEL.ANCHOR_GENERATOR.{key} is {anchors[key]}, with {len(anchors[key])} lists. "
+                f"Give 1 list, or {levels}: one for each level of MODEL.RPN.IN_FEATURES."
+            )
+    if not good:
+        return
+    per_level = zip(
+        itertools.cycle(anchors.SIZES), itertools.cycle(anchors.ASPECT_RATIOS), range(levels)
+    )
+    counts = [len(sizes) * len(ratios) for sizes, ratios, _ in per_level]
+    if len(set(counts)) > 1:
+        yield (
+            f"MODEL.ANCHOR_GENERATOR.SIZES and ASPECT_RATIOS make {counts} anchors per place on "
+            "the levels, but one RPN head serves them all. Give each level as many."
+        )
+
+
+def _check_group_norm(cfg: CfgNode) -> Iterator[str]:
+    model = cfg.MODEL
+    widths: list[tuple[str, int]] = []
+    if model.RESNETS.NORM == "GN" and model.RESNETS.DEPTH >= 50:
+        width = model.RESNETS.WIDTH_PER_GROUP * model.RESNETS.NUM_GROUPS
+        widths.append(("MODEL.RESNETS.WIDTH_PER_GROUP x NUM_GROUPS", width))
+    if model.FPN.NORM == "GN":
+        widths.append(("MODEL.FPN.OUT_CHANNELS", model.FPN.OUT_CHANNELS))
+    if model.ROI_BOX_HEAD.NORM == "GN":
+        widths.append(("MODEL.ROI_BOX_HEAD.CONV_DIM", model.ROI_BOX_HEAD.CONV_DIM))
+        own = model.CASCADE.BOX_HEAD.CONV_DIM
+        widths += [("MODEL.CASCADE.BOX_HEAD.CONV_DIM", width) for width in own]
+    for key, width in widths:
+        if width % _GROUP_NORM_GROUPS:
+            yield (
+                f"{key} is {width}, but norm GN splits the channels into {_GROUP_NORM_GROUPS} "
+                f"groups. Give a multiple of {_GROUP_NORM_GROUPS}, or another norm."
+            )
+
+
+def _check_sizes(cfg: CfgNode) -> Iterator[str]:
+    source = cfg.INPUT
+    bounds = (
+        ("TRAIN", max(source.MIN_SIZE_TRAIN), source.MAX_SIZE_TRAIN),
+        ("TEST", source.MIN_SIZE_TEST, source.MAX_SIZE_TEST),
+    )
+    for phase, smallest, largest in bounds:
+        if smallest > largest:
+            yield (
+                f"INPUT.MIN_SIZE_{phase} is {smallest}, above INPUT.MAX_SIZE_{phase}, {largest}. "
+                "The shorter edge cannot be the longer one: lower the first or raise the second."
+            )
+    sizes = tuple(source.MIN_SIZE_TRAIN)
+    is_range = len(sizes) == 2 and sizes[0] <= sizes[1]
+    if source.MIN_SIZE_TRAIN_SAMPLING == "range" and not is_range:
+        yield (
+            f"INPUT.MIN_SIZE_TRAIN is {sizes}, but INPUT.MIN_SIZE_TRAIN_SAMPLING is 'range'. "
+            "Give the smallest and the largest size, or sample by 'choice'."
+        )
+
+
+def _check_datasets(cfg: CfgNode) -> Iterator[str]:
+    own = [name for name, _, _ in cfg.CASCADE.DATASETS]
+    lists = {
+        "DATASETS.TRAIN": cfg.DATASETS.TRAIN,
+        "DATASETS.TEST": cfg.DATASETS.TEST,
+        "CASCADE.DATASETS": own,
+    }
+    for key, names in lists.items():
+        twice = sorted({name for name in names if list(names).count(name) > 1})
+        if twice:
+            yield f"{key} names {', '.join(twice)} more than once. Name each data set once."
+
+
+def _check_solver(cfg: CfgNode) -> Iterator[str]:
+    solver = cfg.SOLVER
+    is_cosine = solver.LR_SCHEDULER_NAME == "WarmupCosineLR"
+    if is_cosine and solver.BASE_LR_END > solver.BASE_LR:
+        yield (
+            f"SOLVER.BASE_LR_END is {solver.BASE_LR_END}, above SOLVER.BASE_LR, {solver.BASE_LR}. "
+            "Lower it: the rate of a cosine schedule falls."
+        )
+    if cfg.CASCADE.OPTIMIZER == "SGD" and solver.NESTEROV and solver.MOMENTUM == 0:
+        yield "SOLVER.NESTEROV is True, but SOLVER.MOMENTUM is 0. Give it a momentum, such as 0.9."
+    if cfg.CASCADE.PATIENCE and not cfg.TEST.EVAL_PERIOD:
+        yield (
+            f"CASCADE.PATIENCE is {cfg.CASCADE.PATIENCE} evaluations, but TEST.EVAL_PERIOD is 0, "
+            "so that there are none. Give a period, or a patience of 0."
+        )
+
+
+# Each check with the keys that it relies on, as far as rules of their own can find them wrong.
+_CHECKS: dict[Callable[[CfgNode], Iterator[str]], tuple[str, ...]] = {
+    _check_stage_lengths: (
+        "MODEL.ROI_BOX_CASCADE_HEAD.IOUS",
+        "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS",
+    ),
+    _check_box_heads: (
+        "MODEL.ROI_BOX_CASCADE_HEAD.IOUS",
+        "MODEL.ROI_BOX_HEAD.NUM_CONV",
+        "MODEL.ROI_BOX_HEAD.NUM_FC",
+        "MODEL.CASCADE.BOX_HEAD.NUM_CONV",
+        "MODEL.CASCADE.BOX_HEAD.NUM_FC",
+    ),
+    _check_first_iou: ("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", "MODEL.ROI_HEADS.IOU_THRESHOLDS"),
+    _check_exits: ("MODEL.ROI_HEADS.NAME",),
+    _check_resnet: ("MODEL.RESNETS.DEPTH", "MODEL.FPN.IN_FEATURES", "MODEL.RESNETS.OUT_FEATURES"),
+    _check_levels: (
+        "MODEL.FPN.IN_FEATURES",
+        "MODEL.RPN.IN_FEATURES",
+        "MODEL.ROI_HEADS.IN_FEATURES",
+    ),
+    _check_anchors: ("MODEL.ANCHOR_GENERATOR.SIZES", "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS"),
+    _check_group_norm: ("MODEL.CASCADE.BOX_HEAD.CONV_DIM",),
+    _check_sizes: ("INPUT.MIN_SIZE_TRAIN",),
+    _check_datasets: ("CASCADE.DATASETS", "DATASETS.TRAIN", "DATASETS.TEST"),
+    _check_solver: ("SOLVER.BASE_LR", "SOLVER.BASE_LR_END"),
+}

@@ -1,0 +1,157 @@
+"""Keys of ``MODEL`` into plain keyword arguments. Nothing is checked here: see ``checks``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fvcore.common.config import CfgNode
+
+_BACKBONES = {
+    "build_resnet_fpn_backbone": "resnet",
+    "build_mobilenet_v2_fpn_backbone": "mobilenet_v2",
+    "build_mobilenet_v3_large_fpn_backbone": "mobilenet_v3_large",
+}
+
+
+def detector_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """How images are normalised: ``pixel_mean`` and ``pixel_std``, 3 floats in 0..255 each.
+
+    They are in the channel order of ``INPUT.FORMAT``, as the image tensor is.
+    """
+    return {
+        "pixel_mean": _floats(cfg.MODEL.PIXEL_MEAN),
+        "pixel_std": _floats(cfg.MODEL.PIXEL_STD),
+    }
+
+
+def backbone_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """The feature extractor: its ``name``, what its ``bottom_up`` takes, what its ``fpn`` takes."""
+    name = _BACKBONES[cfg.MODEL.BACKBONE.NAME]
+    resnets = cfg.MODEL.RESNETS
+    bottom_up: dict[str, Any] = {"norm": resnets.NORM, "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT}
+    if name == "resnet":
+        bottom_up |= {
+            "depth": resnets.DEPTH,
+            "stride_in_1x1": resnets.STRIDE_IN_1X1,
+            "num_groups": resnets.NUM_GROUPS,
+            "width_per_group": resnets.WIDTH_PER_GROUP,
+        }
+    fpn = {
+        "in_features": tuple(cfg.MODEL.FPN.IN_FEATURES),
+        "out_channels": cfg.MODEL.FPN.OUT_CHANNELS,
+        "norm": cfg.MODEL.FPN.NORM,
+        "fuse_type": cfg.MODEL.FPN.FUSE_TYPE,
+    }
+    return {"name": name, "bottom_up": bottom_up, "fpn": fpn}
+
+
+def rpn_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """The proposal generator. Anchor sizes (pixels) and ratios (H/W) are given for each level.
+
+    ``pre_nms_topk`` (per level) and ``post_nms_topk`` (per image) are (training, inference);
+    -1 in ``conv_dims`` means as many channels as come in.
+    """
+    rpn, anchors = cfg.MODEL.RPN, cfg.MODEL.ANCHOR_GENERATOR
+    levels = len(rpn.IN_FEATURES)
+    return {
+        "in_features": tuple(rpn.IN_FEATURES),
+        "anchor_sizes": tuple(map(_floats, _for_each(anchors.SIZES, levels))),
+        "aspect_ratios": tuple(map(_floats, _for_each(anchors.ASPECT_RATIOS, levels))),
+        "anchor_offset": anchors.OFFSET,
+        "conv_dims": tuple(rpn.CONV_DIMS),
+        "iou_thresholds": _floats(rpn.IOU_THRESHOLDS),
+        "batch_size_per_image": rpn.BATCH_SIZE_PER_IMAGE,
+        "positive_fraction": rpn.POSITIVE_FRACTION,
+        "pre_nms_topk": (rpn.PRE_NMS_TOPK_TRAIN, rpn.PRE_NMS_TOPK_TEST),
+        "post_nms_topk": (rpn.POST_NMS_TOPK_TRAIN, rpn.POST_NMS_TOPK_TEST),
+        "nms_thresh": rpn.NMS_THRESH,
+        "min_box_size": float(cfg.MODEL.PROPOSAL_GENERATOR.MIN_SIZE),
+        "bbox_reg_weights": _floats(rpn.BBOX_REG_WEIGHTS),
+        "box_reg_loss_type": rpn.BBOX_REG_LOSS_TYPE,
+        "smooth_l1_beta": rpn.SMOOTH_L1_BETA,
+        "loss_weights": {
+            "loss_rpn_cls": rpn.LOSS_WEIGHT,
+            "loss_rpn_loc": rpn.BBOX_REG_LOSS_WEIGHT * rpn.LOSS_WEIGHT,
+        },
+    }
+
+
+def pooler_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """RoI pooling; ``aligned`` is the half-pixel shift that tells ROIAlignV2 from ROIAlign."""
+    head = cfg.MODEL.ROI_BOX_HEAD
+    return {
+        "in_features": tuple(cfg.MODEL.ROI_HEADS.IN_FEATURES),
+        "output_size": head.POOLER_RESOLUTION,
+        "sampling_ratio": head.POOLER_SAMPLING_RATIO,
+        "aligned": head.POOLER_TYPE == "ROIAlignV2",
+        "kernel": cfg.MODEL.CASCADE.POOLER_KERNEL,
+    }
+
+
+def box_head_arguments(cfg: CfgNode) -> list[dict[str, Any]]:
+    """The layers of each stage's head: ``conv_dims``, then ``fc_dims``, and ``norm``."""
+    stages = len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)
+    shared, own = cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.CASCADE.BOX_HEAD
+
+    def per_stage(key: str) -> tuple[int, ...]:
+        return _for_each(own[key] or (shared[key],), stages)
+
+    convs = zip(per_stage("NUM_CONV"), per_stage("CONV_DIM"), strict=True)
+    fcs = zip(per_stage("NUM_FC"), per_stage("FC_DIM"), strict=True)
+    return [
+        {
+            "conv_dims": (conv_dim,) * num_conv,
+            "fc_dims": (fc_dim,) * num_fc,
+            "norm": shared.NORM,
+        }
+        for (num_conv, conv_dim), (num_fc, fc_dim) in zip(convs, fcs, strict=True)
+    ]
+
+
+def cascade_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """The cascade but for its pooler, heads and exits; tuples have one value per stage."""
+    heads, head = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
+    cascade = cfg.MODEL.ROI_BOX_CASCADE_HEAD
+    stages = len(cascade.IOUS)
+    return {
+        "num_classes": heads.NUM_CLASSES,
+        "ious": _floats(cascade.IOUS),
+        "bbox_reg_weights": tuple(map(_floats, cascade.BBOX_REG_WEIGHTS)),
+        "cls_agnostic_bbox_reg": head.CLS_AGNOSTIC_BBOX_REG,
+        "box_reg_loss_type": head.BBOX_REG_LOSS_TYPE,
+        "smooth_l1_beta": head.SMOOTH_L1_BETA,
+        "box_reg_loss_weight": head.BBOX_REG_LOSS_WEIGHT,
+        "stage_loss_weights": _floats(_for_each(cfg.MODEL.CASCADE.STAGE_LOSS_WEIGHTS, stages)),
+        "batch_size_per_image": heads.BATCH_SIZE_PER_IMAGE,
+        "positive_fraction": heads.POSITIVE_FRACTION,
+        "proposal_append_gt": heads.PROPOSAL_APPEND_GT,
+        "ensemble": cfg.MODEL.CASCADE.ENSEMBLE,
+        "score_thresh": heads.SCORE_THRESH_TEST,
+        "nms_thresh": heads.NMS_THRESH_TEST,
+        "detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+    }
+
+
+def exit_arguments(cfg: CfgNode) -> dict[str, Any] | None:
+    """When regions leave: ``thresholds`` and ``prune_thresholds``, one per stage but the last.
+
+    ``None`` where exits are off, which ``CascadeROIHeads`` means by its name.
+    """
+    exits = cfg.MODEL.CASCADE.EXIT
+    if not exits.ENABLED or cfg.MODEL.ROI_HEADS.NAME == "CascadeROIHeads":
+        return None
+    gates = len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS) - 1
+    return {
+        "thresholds": _floats(_for_each(exits.THRESHOLDS, gates)),
+        "prune_thresholds": _floats(_for_each(exits.PRUNE_THRESHOLDS, gates)),
+    }
+
+
+def _floats(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)
+
+
+def _for_each(values: Sequence[Any], count: int) -> tuple[Any, ...]:
+    """One value for each of ``count``; a single value holds for all of them."""
+    return tuple(values) * count if len(values) == 1 else tuple(values)

@@ -1,0 +1,110 @@
+"""Keys of data, solver and test into plain keyword arguments. Nothing is checked here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fvcore.common.config import CfgNode
+
+
+def input_arguments(cfg: CfgNode, train: bool) -> dict[str, Any]:
+    """How images are read and resized; sizes in pixels, and 0 in ``min_sizes`` = no resizing."""
+    source = cfg.INPUT
+    if train:
+        return {
+            "min_sizes": tuple(source.MIN_SIZE_TRAIN),
+            "max_size": source.MAX_SIZE_TRAIN,
+            "sampling": source.MIN_SIZE_TRAIN_SAMPLING,
+            "flip": source.RANDOM_FLIP,
+            "image_format": source.FORMAT,
+        }
+    return {
+        "min_sizes": (source.MIN_SIZE_TEST,),
+        "max_size": source.MAX_SIZE_TEST,
+        "sampling": "choice",
+        "flip": "none",
+        "image_format": source.FORMAT,
+    }
+
+
+def train_loader_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """Batches of training; ``images_per_batch`` counts all processes, ``seed`` < 0 = random."""
+    return {
+        "images_per_batch": cfg.SOLVER.IMS_PER_BATCH,
+        "num_workers": cfg.DATALOADER.NUM_WORKERS,
+        "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        "filter_empty": cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        "seed": cfg.SEED,
+    }
+
+
+def test_loader_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """Batches of inference; ``images_per_batch`` is per process."""
+    return {
+        "images_per_batch": cfg.CASCADE.TEST_IMS_PER_BATCH,
+        "num_workers": cfg.DATALOADER.NUM_WORKERS,
+    }
+
+
+def datasets_arguments(cfg: CfgNode, train: bool) -> dict[str, Any]:
+    """The ``names`` to load, and ``own_datasets``: (name, annotation file, image folder) each."""
+    return {
+        "names": tuple(cfg.DATASETS.TRAIN if train else cfg.DATASETS.TEST),
+        "own_datasets": tuple(tuple(dataset) for dataset in cfg.CASCADE.DATASETS),
+        "on_bad_data": cfg.CASCADE.ON_BAD_DATA,
+    }
+
+
+def optimizer_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """The optimizer; ``clip`` is None or type ("value", "norm"), value and p of the p-norm."""
+    solver = cfg.SOLVER
+    clip = solver.CLIP_GRADIENTS
+    return {
+        "name": cfg.CASCADE.OPTIMIZER,
+        "base_lr": solver.BASE_LR,
+        "momentum": solver.MOMENTUM,
+        "nesterov": solver.NESTEROV,
+        "weight_decay": solver.WEIGHT_DECAY,
+        "weight_decay_norm": solver.WEIGHT_DECAY_NORM,
+        "bias_lr_factor": solver.BIAS_LR_FACTOR,
+        "weight_decay_bias": solver.WEIGHT_DECAY_BIAS,
+        "clip": {"type": clip.CLIP_TYPE, "value": clip.CLIP_VALUE, "norm_type": clip.NORM_TYPE}
+        if clip.ENABLED
+        else None,
+    }
+
+
+def scheduler_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """The course of the learning rate; ``steps`` and ``warmup_iters`` in iterations."""
+    solver = cfg.SOLVER
+    return {
+        "name": solver.LR_SCHEDULER_NAME,
+        "max_iter": solver.MAX_ITER,
+        "gamma": solver.GAMMA,
+        "steps": tuple(solver.STEPS),
+        "base_lr": solver.BASE_LR,
+        "base_lr_end": solver.BASE_LR_END,
+        "num_decays": solver.NUM_DECAYS,
+        "warmup_factor": solver.WARMUP_FACTOR,
+        "warmup_iters": solver.WARMUP_ITERS,
+        "warmup_method": solver.WARMUP_METHOD,
+        "rescale_interval": solver.RESCALE_INTERVAL,
+    }
+
+
+def trainer_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """The training loop; periods in iterations, ``patience`` in evaluations (0 = never stop).
+
+    ``max_to_keep`` is None where all checkpoints are kept. ``amp_dtype`` is None (float32),
+    "bfloat16", "float16", or "auto", which the host resolves by its device.
+    """
+    return {
+        "max_iter": cfg.SOLVER.MAX_ITER,
+        "checkpoint_period": cfg.SOLVER.CHECKPOINT_PERIOD,
+        "eval_period": cfg.TEST.EVAL_PERIOD,
+        "log_period": cfg.CASCADE.LOG_PERIOD,
+        "max_to_keep": cfg.CASCADE.MAX_TO_KEEP or None,
+        "amp_dtype": cfg.CASCADE.AMP_DTYPE if cfg.SOLVER.AMP.ENABLED else None,
+        "best_metric": cfg.CASCADE.BEST_METRIC,
+        "patience": cfg.CASCADE.PATIENCE,
+    }

@@ -1,0 +1,349 @@
+"""Inference: the laws of the cascade, with and without exits."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_cascades import (
+    CHANNELS,
+    POOLED,
+    STRIDES,
+    assert_same_detections,
+    make_cascade,
+    make_scene,
+    naive_twin,
+    truncate,
+)
+
+from cascade_det.core import ConfidenceExit, ConvFCBoxHead, Detections, PartTimer, RoIPooler
+from cascade_det.core.ensemble import ENSEMBLES
+
+NEVER = 1.1
+SOME_LEAVE = {"thresholds": (0.7, 0.65, 0.6), "prune_thresholds": (0.35, 0.3, 0.25)}
+
+
+def exits_for(num_stages):
+    return ConfidenceExit(**{name: values[: num_stages - 1] for name, values in SOME_LEAVE.items()})
+
+
+def detect(cascade, scene):
+    return cascade.detect(scene.features, scene.proposals, scene.image_sizes)
+
+
+def detect_stages(cascade, scene):
+    return cascade.detect_stages(scene.features, scene.proposals, scene.image_sizes)
+
+
+def as_detections(naive_images):
+    """What the naive cascade found, in the form of the real one."""
+    images = []
+    for found in naive_images:
+        images.append(
+            Detections(
+                torch.tensor([d.box for d in found]).view(-1, 4),
+                torch.tensor([d.score for d in found]),
+                torch.tensor([d.label for d in found], dtype=torch.int64),
+                torch.tensor([d.exit_stage for d in found], dtype=torch.int64),
+            )
+        )
+    return images
+
+
+def record_calls(cascade):
+    """Boxes and image indices of each call of the pooler, and rows of each call of each head."""
+    pooled, rows = [], [[] for _ in cascade.box_head]
+
+    def on_pool(_, arguments, output):
+        pooled.append((arguments[1].clone(), arguments[2].clone()))
+        assert len(output) == len(arguments[1])
+
+    cascade.pooler.register_forward_hook(on_pool)
+    for counts, head, predictor in zip(rows, cascade.box_head, cascade.box_predictor, strict=True):
+        for module in (head, predictor):
+            module.register_forward_hook(lambda _, x, y, counts=counts: counts.append(len(x[0])))
+    return pooled, rows
+
+
+def assert_equals_naive(cascade, scene):
+    """Compare detections, statistics, and which regions were computed; return the statistics."""
+    naive = naive_twin(cascade).detect(scene.features, scene.proposals, scene.image_sizes)
+    boxes_before = [stage.boxes_before for stage in detect_stages(cascade, scene)]
+    pooled, rows = record_calls(cascade)
+    detections, stats = detect(cascade, scene)
+    wanted = as_detections(naive.detections)
+    assert min(len(d) for d in wanted) > 3
+    assert_same_detections(detections, wanted)
+
+    entered = [len(survivors) for survivors in naive.survivors]
+    assert stats.entered == entered
+    assert stats.left == naive.left
+    assert [len(boxes) for boxes, _ in pooled] == [n for n in entered if n]
+    for stage, (boxes, image_index) in enumerate(pooled):
+        survivors = naive.survivors[stage]
+        assert image_index.tolist() == [image for image, _ in survivors]
+        same_regions = [boxes_before[stage][image][row] for image, row in survivors]
+        torch.testing.assert_close(boxes, torch.stack(same_regions), rtol=1e-4, atol=1e-4)
+    if cascade.ensemble.name != "last_boxes":
+        assert rows == [[n, n] if n else [] for n in entered]
+    return stats
+
+
+@pytest.mark.parametrize("ensemble", ENSEMBLES)
+@pytest.mark.parametrize("cls_agnostic", [True, False])
+class TestAgainstNaiveCascade:
+    @pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
+    def test_without_exits(self, num_stages, cls_agnostic, ensemble):
+        cascade = make_cascade(num_stages=num_stages, cls_agnostic=cls_agnostic, ensemble=ensemble)
+        stats = assert_equals_naive(cascade, make_scene())
+        assert stats.entered == [41] * num_stages
+        assert stats.left == [{}] * (num_stages - 1) + [{"completed": 41}]
+        assert stats.milliseconds == {}
+
+    @pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
+    def test_with_exits(self, num_stages, cls_agnostic, ensemble):
+        cascade = make_cascade(
+            num_stages=num_stages,
+            cls_agnostic=cls_agnostic,
+            ensemble=ensemble,
+            exits=exits_for(num_stages),
+        )
+        stats = assert_equals_naive(cascade, make_scene(num_proposals=(40, 30)))
+        if num_stages > 1:
+            assert set(stats.left[0]) == {"background", "confident"}
+            assert stats.left[-1]["completed"] > 1
+        going_on = [*stats.entered[1:], 0]
+        for entered, left, then in zip(stats.entered, stats.left, going_on, strict=True):
+            assert sum(left.values()) == entered - then
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "pooler",
+    [
+        {"kernel": "torchvision"},
+        {"sampling_ratio": 2, "aligned": False},
+        {"kernel": "bags", "aligned": False},
+    ],
+)
+def test_other_poolers_and_scenes_equal_the_naive_cascade(seed, pooler):
+    cascade = make_cascade(
+        seed=seed,
+        pooler=RoIPooler(output_size=POOLED, strides=STRIDES, **pooler),
+        exits=exits_for(3),
+        score_thresh=0.2,
+        nms_thresh=0.3,
+        detections_per_image=8,
+    )
+    assert_equals_naive(cascade, make_scene(seed=seed))
+
+
+def test_stages_may_grow():
+    cascade = make_cascade(num_stages=3, conv_dims=(5,), exits=exits_for(3))
+    for stage, (conv_dims, fc_dims) in enumerate([((), (12,)), ((5,), (12,)), ((8, 5), (16, 12))]):
+        cascade.box_head[stage] = ConvFCBoxHead(
+            in_channels=CHANNELS, pooled_size=POOLED, conv_dims=conv_dims, fc_dims=fc_dims
+        )
+    assert_equals_naive(cascade, make_scene())
+
+
+def test_rows_run_again_for_last_boxes_are_those_that_are_reported():
+    cascade = make_cascade(ensemble="last_boxes", exits=exits_for(3))
+    _, rows = record_calls(cascade)
+    _, stats = detect(cascade, make_scene(num_proposals=(40, 30)))
+    reported = [left.get("confident", 0) + left.get("completed", 0) for left in stats.left]
+    computed = [sum(counts) // 2 for counts in rows]
+    assert computed == [stats.entered[s] + sum(reported[s:]) for s in range(3)]
+
+
+@pytest.mark.parametrize("ensemble", ENSEMBLES)
+def test_leaving_after_the_first_stage_is_a_one_stage_head(ensemble):
+    cascade, scene = make_cascade(ensemble=ensemble), make_scene()
+    wanted, _ = detect(truncate(cascade, 1), scene)
+    cascade.exits = ConfidenceExit(thresholds=(0.0, 0.0), prune_thresholds=(0.0, 0.0))
+    pooled, _ = record_calls(cascade)
+    detections, stats = detect(cascade, scene)
+    assert_same_detections(detections, wanted, exact=True)
+    assert stats.entered == [41, 0, 0]
+    assert stats.left == [{"confident": 41}, {}, {}]
+    assert len(pooled) == 1
+
+
+@pytest.mark.parametrize("ensemble", ENSEMBLES)
+def test_exits_that_let_nobody_go_change_no_bit(ensemble):
+    cascade, scene = make_cascade(ensemble=ensemble), make_scene()
+    wanted, stats = detect(cascade, scene)
+    cascade.exits = ConfidenceExit(thresholds=(NEVER, NEVER), prune_thresholds=(0.0, 0.0))
+    detections, stats_with_exits = detect(cascade, scene)
+    assert_same_detections(detections, wanted, exact=True)
+    assert stats_with_exits == stats
+
+
+def test_when_all_are_background_nothing_is_found():
+    cascade = make_cascade()
+    cascade.exits = ConfidenceExit(thresholds=(0.0, 0.0), prune_thresholds=(NEVER, NEVER))
+    detections, stats = detect(cascade, make_scene())
+    assert stats.left == [{"background": 41}, {}, {}]
+    assert [len(d) for d in detections] == [0, 0]
+    assert detections[0].boxes.shape == (0, 4)
+
+
+@pytest.mark.parametrize("with_exits", [False, True])
+@pytest.mark.parametrize("cls_agnostic", [True, False])
+def test_a_batch_is_its_images_one_by_one(with_exits, cls_agnostic):
+    cascade = make_cascade(cls_agnostic=cls_agnostic, exits=exits_for(3) if with_exits else None)
+    sizes = [(240, 320), (200, 280), (240, 240)]
+    scene = make_scene(num_proposals=(20, 0, 25), num_objects=(4, 2, 4), image_sizes=sizes)
+    together, stats = detect(cascade, scene)
+    entered = [0, 0, 0]
+    for i in range(3):
+        [alone], own_stats = cascade.detect(
+            [level[i : i + 1] for level in scene.features], scene.proposals[i : i + 1], [sizes[i]]
+        )
+        assert_same_detections([together[i]], [alone])
+        entered = [a + b for a, b in zip(entered, own_stats.entered, strict=True)]
+    assert stats.entered == entered
+    assert [len(d) > 3 for d in together] == [True, False, True]
+
+
+@given(seed=st.integers(0, 1000), with_exits=st.booleans())
+@settings(deadline=None, max_examples=15, derandomize=True)
+def test_permuted_proposals_permute_nothing_but_the_order(seed, with_exits):
+    cascade = make_cascade(exits=exits_for(3) if with_exits else None)
+    scene, permuted = make_scene(seed=seed), make_scene(seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(len(p), generator=generator) for p in scene.proposals]
+    permuted.proposals = [p[o] for p, o in zip(scene.proposals, orders, strict=True)]
+    wanted, stats = detect(cascade, scene)
+    got, permuted_stats = detect(cascade, permuted)
+    assert permuted_stats == stats
+    # Detections are in order of score, which does not depend on the order of proposals.
+    assert_same_detections(got, wanted)
+    for before, after in zip(
+        detect_stages(cascade, scene), detect_stages(cascade, permuted), strict=True
+    ):
+        for order, boxes, others in zip(orders, before.boxes_after, after.boxes_after, strict=True):
+            torch.testing.assert_close(others, boxes[order], rtol=1e-4, atol=1e-4)
+
+
+pairs_of_thresholds = st.tuples(*[st.tuples(st.floats(0, 1.1), st.floats(0, 1.1)).map(sorted)] * 2)
+
+
+@given(pairs=pairs_of_thresholds)
+@settings(deadline=None, max_examples=30, derandomize=True)
+def test_work_is_monotone_in_each_kind_of_threshold(pairs):
+    cascade, scene = make_cascade(), make_scene(num_proposals=(8, 6))
+
+    def work(thresholds, prune_thresholds):
+        cascade.exits = ConfidenceExit(thresholds=thresholds, prune_thresholds=prune_thresholds)
+        return detect(cascade, scene)[1].entered
+
+    low, high = zip(*pairs, strict=True)
+    never, always = (NEVER, NEVER), (0.0, 0.0)
+    for less, more in [
+        (work(low, always), work(high, always)),
+        (work(never, high), work(never, low)),
+    ]:
+        assert all(a <= b for a, b in zip(less, more, strict=True))
+
+
+@pytest.mark.parametrize("ensemble", ENSEMBLES)
+@pytest.mark.parametrize("cls_agnostic", [True, False])
+def test_each_stage_is_what_a_cascade_cut_there_returns(ensemble, cls_agnostic):
+    cascade = make_cascade(cls_agnostic=cls_agnostic, ensemble=ensemble)
+    scene = make_scene()
+    stages = detect_stages(cascade, scene)
+    assert len(stages) == 3
+    for k, stage in enumerate(stages):
+        wanted, _ = detect(truncate(cascade, k + 1), scene)
+        assert_same_detections(stage.detections, wanted, exact=True)
+        assert all((d.exit_stages == k).all() for d in stage.detections)
+    wanted, _ = detect(cascade, scene)
+    assert_same_detections(stages[-1].detections, wanted, exact=True)
+
+
+def test_stages_tell_boxes_before_and_after():
+    cascade, scene = make_cascade(exits=exits_for(3)), make_scene()
+    stages = detect_stages(cascade, scene)
+    for wanted, before in zip(scene.proposals, stages[0].boxes_before, strict=True):
+        assert torch.equal(before, wanted)
+    for first, second in pairwise(stages):
+        for after, before in zip(first.boxes_after, second.boxes_before, strict=True):
+            assert torch.equal(after, before)
+    assert all(len(boxes) == n for boxes, n in zip(stages[2].boxes_after, (24, 17), strict=True))
+
+
+def test_all_boxes_stay_inside_their_image():
+    scene = make_scene(num_proposals=(200, 200))
+    for cls_agnostic in (True, False):
+        cascade = make_cascade(cls_agnostic=cls_agnostic, score_thresh=0.0)
+        for stage in detect_stages(cascade, scene):
+            for d, (height, width) in zip(stage.detections, scene.image_sizes, strict=True):
+                assert d.boxes.min() >= 0
+                assert d.boxes[:, 0::2].max() <= width
+                assert d.boxes[:, 1::2].max() <= height
+
+
+def test_timer_has_a_part_for_each_stage():
+    cascade, scene = make_cascade(), make_scene()
+    timer = PartTimer()
+    _, stats = cascade.detect(scene.features, scene.proposals, scene.image_sizes, timer=timer)
+    assert list(stats.milliseconds) == ["stage0", "stage1", "stage2", "postprocess"]
+    assert min(stats.milliseconds.values()) > 0
+    timer = PartTimer()
+    cascade.detect_stages(scene.features, scene.proposals, scene.image_sizes, timer=timer)
+    assert list(timer.milliseconds) == ["full/stage0", "full/stage1", "full/stage2"]
+
+
+def test_boxes_and_scores_are_float32_under_autocast():
+    cascade, scene = make_cascade(exits=exits_for(3)), make_scene()
+    with torch.autocast("cpu", torch.bfloat16):
+        detections, _ = detect(cascade, scene)
+        [first, *_] = detect_stages(cascade, scene)
+    wanted = detect_stages(cascade, scene)[0]
+    assert detections[0].boxes.dtype == detections[0].scores.dtype == torch.float32
+    for got, boxes in zip(first.boxes_after, wanted.boxes_after, strict=True):
+        torch.testing.assert_close(got, boxes, rtol=0.02, atol=1.0)
+
+
+@pytest.mark.parametrize("kernel", ["bags", "torchvision"])
+def test_nan_in_one_image_does_not_reach_the_other(kernel):
+    pooler = RoIPooler(output_size=POOLED, strides=STRIDES, kernel=kernel)
+    cascade, scene = make_cascade(pooler=pooler, exits=exits_for(3)), make_scene()
+    wanted, _ = detect(cascade, scene)
+    for level in scene.features:
+        level[0] = torch.nan
+    detections, _ = detect(cascade, scene)
+    assert len(detections[0]) == 0
+    assert_same_detections(detections[1:], wanted[1:])
+
+
+def test_detecting_leaves_no_graph():
+    cascade, scene = make_cascade(exits=exits_for(3)), make_scene()
+    scene.features = [level.requires_grad_() for level in scene.features]
+    detections, _ = detect(cascade, scene)
+    assert not detections[0].scores.requires_grad
+    assert not detect_stages(cascade, scene)[0].boxes_after[0].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ious": (0.5, 0.6)}, "3 box_heads for 2 ious"),
+        ({"bbox_reg_weights": ((1.0,) * 4,)}, "1 bbox_reg_weights for 3 ious"),
+        ({"stage_loss_weights": (1.0, 0.5)}, "2 stage_loss_weights for 3 ious"),
+        ({"exits": exits_for(4)}, "3 exit thresholds for 3 stages"),
+        ({"ensemble": "median"}, "unknown ensemble 'median'"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_cascade(**changes)
+
+
+def test_state_dict_has_detectron2_names():
+    names = set(make_cascade(num_stages=2, conv_dims=(4,)).state_dict())
+    layers = [f"box_head.{stage}.{layer}" for stage in (0, 1) for layer in ("conv1", "fc1")]
+    layers += [f"box_predictor.{s}.{layer}" for s in (0, 1) for layer in ("cls_score", "bbox_pred")]
+    assert names == {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}

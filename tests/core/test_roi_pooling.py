@@ -1,0 +1,239 @@
+"""The bags kernel against torchvision's ``roi_align``, forward and backward."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchvision.ops import roi_align
+
+from cascade_det.core import RoIPooler
+from cascade_det.core.roi_pooling import assign_levels
+
+STRIDES = (4, 8, 16)
+MAP_SIZES = ((20, 24), (10, 12), (5, 6))
+HEIGHT, WIDTH = 80, 96
+
+# Boxes of all sorts on a 96 x 80 image; empty and inverted ones can come from a bad proposal.
+BOXES = {
+    "inside": [10.3, 12.1, 40.7, 50.9],
+    "whole image": [0.0, 0.0, 96.0, 80.0],
+    "far larger than the image": [-300.0, -200.0, 500.0, 400.0],
+    "partly outside, top left": [-20.0, -9.0, 15.0, 22.0],
+    "partly outside, bottom right": [70.0, 60.0, 130.0, 111.0],
+    "all outside": [-60.0, -50.0, -20.0, -15.0],
+    "just beyond the border": [96.0, 80.0, 99.0, 83.0],
+    "beyond three borders": [-20.0, -30.0, 125.0, 70.0],
+    "wide and flat": [0.5, 30.0, 95.5, 31.5],
+    "high and narrow": [50.0, 0.0, 50.75, 80.0],
+    "a pixel": [33.0, 21.0, 34.0, 22.0],
+    "a fraction of a pixel": [33.25, 21.5, 33.26, 21.51],
+    "no width": [30.0, 20.0, 30.0, 60.0],
+    "no height": [30.0, 20.0, 60.0, 20.0],
+    "a point": [30.0, 20.0, 30.0, 20.0],
+    "the origin": [0.0, 0.0, 0.0, 0.0],
+    "on the pixel grid": [8.0, 16.0, 72.0, 48.0],
+}
+
+
+def make_features(*, images=2, channels=3, dtype=torch.float32, **options):
+    return [torch.randn(images, channels, *size, dtype=dtype, **options) for size in MAP_SIZES]
+
+
+def pool(features, boxes, image_index, *, kernel="bags", **settings):
+    pooler = RoIPooler(output_size=3, strides=STRIDES, kernel=kernel, **settings)
+    return pooler(pooler.prepare(features), boxes, image_index)
+
+
+def pool_one_by_one(features, boxes, image_index, *, sampling_ratio=0, aligned=True):
+    """torchvision's op on one box at a time, on the level that the FPN paper sends it to."""
+    crops = []
+    for box, image in zip(boxes, image_index.tolist(), strict=True):
+        level = level_in_floats(box.tolist())
+        region = torch.cat([box.new_tensor([image]), box])[None].to(features[0].dtype)
+        crops.append(
+            roi_align(features[level], region, 3, 1 / STRIDES[level], sampling_ratio, aligned)
+        )
+    return torch.cat(crops)
+
+
+def gradients(value, features):
+    return torch.autograd.grad(value, features, materialize_grads=True)
+
+
+def level_in_floats(box):
+    area = (box[2] - box[0]) * (box[3] - box[1])
+    level = math.floor(4 + math.log2(math.sqrt(max(area, 0.0)) / 224 + 1e-8))
+    return min(max(level, 2), 4) - 2
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("sampling_ratio", [0, 1, 2])
+class TestAgainstTorchvision:
+    @pytest.fixture(autouse=True)
+    def _settings(self, aligned, sampling_ratio):
+        self.settings = {"aligned": aligned, "sampling_ratio": sampling_ratio}
+
+    @pytest.mark.parametrize("name", BOXES)
+    def test_one_box(self, name):
+        features = make_features()
+        boxes, image_index = torch.tensor([BOXES[name]]), torch.tensor([1])
+        got = pool(features, boxes, image_index, **self.settings)
+        wanted = pool_one_by_one(features, boxes, image_index, **self.settings)
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+    def test_forward_and_backward_of_many_boxes(self):
+        boxes = torch.tensor(list(BOXES.values())).repeat(2, 1)
+        image_index = torch.arange(len(boxes)) % 2
+        levels = assign_levels(boxes, min_level=2, max_level=4)
+        assert levels.unique().tolist() == [0, 1, 2]
+        features = make_features(requires_grad=True)
+        weights = torch.randn(len(boxes), 3, 3, 3)
+        results = []
+        for function in (pool, pool_one_by_one):
+            pooled = function(features, boxes, image_index, **self.settings)
+            results.append((pooled, *gradients((pooled * weights).sum(), features)))
+        for got, wanted in zip(*results, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+    def test_kernels_agree_in_bfloat16(self):
+        features = [f.bfloat16() for f in make_features()]
+        boxes = torch.tensor(list(BOXES.values()))
+        image_index = torch.arange(len(boxes)) % 2
+        wanted = pool_one_by_one([f.float() for f in features], boxes, image_index, **self.settings)
+        for kernel in ("bags", "torchvision"):
+            got = pool(features, boxes, image_index, kernel=kernel, **self.settings)
+            assert got.dtype == torch.bfloat16
+            torch.testing.assert_close(got.float(), wanted, rtol=0.02, atol=0.03)
+
+
+@pytest.mark.parametrize("kernel", ["bags", "torchvision"])
+def test_memory_format_does_not_matter(kernel):
+    features = make_features()
+    boxes = torch.tensor(list(BOXES.values()))
+    image_index = torch.arange(len(boxes)) % 2
+    wanted = pool(features, boxes, image_index, kernel=kernel)
+    channels_last = [f.contiguous(memory_format=torch.channels_last) for f in features]
+    assert torch.equal(pool(channels_last, boxes, image_index, kernel=kernel), wanted)
+
+
+def test_torchvision_kernel_is_torchvision():
+    features = make_features(requires_grad=True)
+    boxes = torch.tensor(list(BOXES.values()))
+    image_index = torch.arange(len(boxes)) % 2
+    got = pool(features, boxes, image_index, kernel="torchvision")
+    wanted = pool_one_by_one(features, boxes, image_index)
+    assert torch.equal(got, wanted)
+    both = [gradients(pooled.square().sum(), features) for pooled in (got, wanted)]
+    for ours, theirs in zip(*both, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+coordinate = st.floats(-60, 160, width=32)
+side = st.one_of(st.floats(0, 3, width=32), st.floats(3, 200, width=32))
+random_box = st.tuples(coordinate, coordinate, side, side).map(
+    lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]]
+)
+
+
+@given(
+    boxes=st.lists(st.tuples(random_box, st.integers(0, 1)), min_size=1, max_size=8),
+    sampling_ratio=st.integers(0, 3),
+    aligned=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+@settings(deadline=None, max_examples=80, derandomize=True)
+def test_any_boxes(boxes, sampling_ratio, aligned, dtype):
+    torch.manual_seed(0)
+    features = make_features(dtype=dtype, requires_grad=True)
+    regions = torch.tensor([box for box, _ in boxes], dtype=dtype)
+    image_index = torch.tensor([image for _, image in boxes])
+    chosen = {"sampling_ratio": sampling_ratio, "aligned": aligned}
+    results = []
+    for function in (pool, pool_one_by_one):
+        pooled = function(features, regions, image_index, **chosen)
+        results.append((pooled, *gradients(pooled.square().sum(), features)))
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+def test_gradient_is_that_of_the_function(sampling_ratio):
+    features = [torch.randn(1, 2, 4, 5, dtype=torch.float64, requires_grad=True)]
+    pooler = RoIPooler(output_size=2, strides=(4,), sampling_ratio=sampling_ratio, kernel="bags")
+    boxes = torch.tensor([[1.0, 2.0, 15.0, 14.5], [-3.0, 5.0, 9.0, 30.0]], dtype=torch.float64)
+    image_index = torch.zeros(2, dtype=torch.int64)
+    assert torch.autograd.gradcheck(
+        lambda level: pooler(pooler.prepare([level]), boxes, image_index), features
+    )
+
+
+@pytest.mark.parametrize("kernel", ["bags", "torchvision"])
+class TestRegionsWithoutPixels:
+    def test_no_regions(self, kernel):
+        features = make_features(requires_grad=True)
+        none = torch.zeros(0, dtype=torch.int64)
+        pooled = pool(features, torch.zeros(0, 4), none, kernel=kernel)
+        assert pooled.shape == (0, 3, 3, 3)
+        for gradient in gradients(pooled.sum(), features):
+            assert torch.equal(gradient, torch.zeros_like(gradient))
+
+    @pytest.mark.parametrize(
+        "bad", [[math.nan] * 4, [1.0, math.nan, 9.0, 9.0], [9.0, 1.0, 2.0, 7.0]]
+    )
+    def test_nan_and_inverted_boxes_spoil_no_other_box(self, kernel, bad):
+        features = make_features()
+        image_index = torch.tensor([0, 1])
+        boxes = torch.tensor([bad, BOXES["inside"]])
+        pooled = pool(features, boxes, image_index, kernel=kernel)
+        assert torch.equal(pooled[0], torch.zeros(3, 3, 3))
+        alone = pool(features, boxes[1:], image_index[1:], kernel=kernel)
+        torch.testing.assert_close(pooled[1:], alone)
+
+
+def test_levels_by_hand():
+    # A box of 224 belongs on level 4 (stride 16), half of that one level finer.
+    sides = [1.0, 55.9, 56.0, 111.9, 112.0, 223.9, 224.0, 447.9, 448.0, 5000.0]
+    boxes = torch.tensor([[7.0, 3.0, 7.0 + s, 3.0 + s] for s in sides])
+    assert assign_levels(boxes, min_level=2, max_level=5).tolist() == [0, 0, 0, 0, 1, 1, 2, 2, 3, 3]
+    assert assign_levels(boxes, min_level=3, max_level=4).tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1, 1]
+    empty = torch.tensor([[5.0, 5.0, 5.0, 5.0], [0.0, 3.0, 9.0, 3.0]])
+    assert assign_levels(empty, min_level=2, max_level=5).tolist() == [0, 0]
+
+
+@given(st.lists(st.tuples(st.floats(0.5, 2000), st.floats(0.5, 2000)), min_size=1, max_size=20))
+@settings(deadline=None, max_examples=100, derandomize=True)
+def test_levels_equal_the_equation(sizes):
+    exact = [4 + math.log2(math.sqrt(w * h) / 224 + 1e-8) for w, h in sizes]
+    clear = [abs(level - round(level)) > 1e-5 for level in exact]
+    boxes = torch.tensor([[0.0, 0.0, w, h] for w, h in sizes])
+    wanted = [min(max(math.floor(level), 2), 5) - 2 for level in exact]
+    got = assign_levels(boxes, min_level=2, max_level=5).tolist()
+    for ours, theirs, sure in zip(got, wanted, clear, strict=True):
+        assert ours == theirs or not sure
+
+
+@pytest.mark.parametrize(
+    ("kernel", "has_table"), [("auto", True), ("bags", True), ("torchvision", False)]
+)
+def test_kernel_on_the_cpu(kernel, has_table):
+    pooler = RoIPooler(output_size=3, strides=STRIDES, kernel=kernel)
+    assert (pooler.prepare(make_features()).table is not None) == has_table
+
+
+def test_wrong_number_of_maps():
+    pooler = RoIPooler(output_size=3, strides=STRIDES)
+    with pytest.raises(ValueError, match="2 feature maps for 3 strides"):
+        pooler.prepare(make_features()[:2])
+
+
+@pytest.mark.parametrize("strides", [(4, 16), (8, 4), (3, 6), (4, 8, 8), (4, 12)])
+def test_strides_that_are_no_pyramid(strides):
+    with pytest.raises(ValueError, match="powers of two"):
+        RoIPooler(output_size=3, strides=strides)
+
+
+def test_unknown_kernel():
+    with pytest.raises(ValueError, match="'fast'"):
+        RoIPooler(output_size=3, strides=STRIDES, kernel="fast")

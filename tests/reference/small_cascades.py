@@ -1,0 +1,145 @@
+"""Cascades and inputs small enough for a naive reference, with answers that differ clearly."""
+
+from dataclasses import dataclass
+
+import torch
+from naive_cascade import NaiveCascade
+from torch import Tensor, nn
+
+from cascade_det.core import BoxPredictor, CascadeHead, ConvFCBoxHead, RoIPooler
+
+CHANNELS = 6
+POOLED = 3
+NUM_CLASSES = 3
+STRIDES = (4, 8)
+IOUS = (0.5, 0.6, 0.7, 0.75)
+REG_WEIGHTS = (
+    (10.0, 10.0, 5.0, 5.0),
+    (20.0, 20.0, 10.0, 10.0),
+    (30.0, 30.0, 15.0, 15.0),
+    (40.0, 40.0, 20.0, 20.0),
+)
+
+
+@dataclass
+class Scene:
+    """Inputs of a cascade: two images unless told otherwise, padded to the larger."""
+
+    features: list[Tensor]
+    proposals: list[Tensor]
+    gt_boxes: list[Tensor]
+    gt_classes: list[Tensor]
+    image_sizes: list[tuple[int, int]]
+
+    @property
+    def targets(self):
+        return self.gt_boxes, self.gt_classes
+
+
+def make_scene(
+    *, seed=0, num_proposals=(24, 17), num_objects=(4, 3), image_sizes=((240, 320), (200, 280))
+):
+    """A random scene with boxes on both levels; no two are alike, so nothing ties."""
+    generator = torch.Generator().manual_seed(seed)
+    height, width = (max(sizes) for sizes in zip(*image_sizes, strict=True))
+    features = [
+        torch.randn(len(image_sizes), CHANNELS, height // s, width // s, generator=generator)
+        for s in STRIDES
+    ]
+    pairs = list(zip(num_objects, image_sizes, strict=True))
+    gt_boxes = [random_boxes(count, size, generator=generator) for count, size in pairs]
+    gt_classes = [torch.randint(NUM_CLASSES, (n,), generator=generator) for n in num_objects]
+    pairs = list(zip(num_proposals, image_sizes, strict=True))
+    proposals = [random_boxes(count, size, generator=generator) for count, size in pairs]
+    for boxes, objects in zip(proposals, gt_boxes, strict=True):
+        # A third of the proposals lie near an object.
+        for i in range(len(boxes) // 3 if len(objects) else 0):
+            boxes[i] = objects[i % len(objects)] + 3 * torch.randn(4, generator=generator)
+    return Scene(features, proposals, gt_boxes, gt_classes, list(image_sizes))
+
+
+def random_boxes(count, image_size, *, generator, smallest=8.0):
+    """``[count, 4]`` boxes inside an image, most of them overlapping others."""
+    height, width = image_size
+    limits = torch.tensor([width, height], dtype=torch.float32)
+    sizes = smallest + torch.rand(count, 2, generator=generator) * (limits * 0.6 - smallest)
+    corners = torch.rand(count, 2, generator=generator) * (limits - sizes)
+    return torch.cat([corners, corners + sizes], dim=1)
+
+
+def make_cascade(
+    *, num_stages=3, seed=0, cls_agnostic=True, conv_dims=(), fc_dims=(12,), pooler=None, **changes
+):
+    """A cascade whose weights are large enough for confident classes and boxes that move."""
+    torch.manual_seed(seed)
+    heads, predictors = [], []
+    for _ in range(num_stages):
+        head = ConvFCBoxHead(
+            in_channels=CHANNELS, pooled_size=POOLED, conv_dims=conv_dims, fc_dims=fc_dims
+        )
+        predictor = BoxPredictor(
+            in_features=head.out_features,
+            num_classes=NUM_CLASSES,
+            cls_agnostic_bbox_reg=cls_agnostic,
+        )
+        nn.init.normal_(predictor.cls_score.weight, std=3.0)
+        nn.init.normal_(predictor.bbox_pred.weight, std=1.5)
+        nn.init.normal_(predictor.bbox_pred.bias, std=0.5)
+        heads.append(head)
+        predictors.append(predictor)
+    arguments = {
+        "ious": IOUS[:num_stages],
+        "bbox_reg_weights": REG_WEIGHTS[:num_stages],
+        "num_classes": NUM_CLASSES,
+        "pooler": pooler or RoIPooler(output_size=POOLED, strides=STRIDES),
+        "batch_size_per_image": 16,
+    }
+    return CascadeHead(box_heads=heads, box_predictors=predictors, **(arguments | changes))
+
+
+def naive_twin(cascade):
+    """The naive cascade with the weights and settings of a real one."""
+    pooler, exits = cascade.pooler, cascade.exits
+    return NaiveCascade(
+        state=cascade.state_dict(),
+        num_classes=cascade.num_classes,
+        bbox_reg_weights=cascade.bbox_reg_weights,
+        strides=pooler.strides,
+        output_size=pooler.output_size,
+        sampling_ratio=pooler.sampling_ratio,
+        aligned=pooler.aligned,
+        ensemble=cascade.ensemble.name,
+        score_thresh=cascade.score_thresh,
+        nms_thresh=cascade.nms_thresh,
+        detections_per_image=cascade.detections_per_image,
+        thresholds=None if exits is None else exits.thresholds,
+        prune_thresholds=None if exits is None else exits.prune_thresholds,
+    )
+
+
+def truncate(cascade, num_stages):
+    """The first stages of a cascade, sharing its weights and settings, without exits."""
+    rules = cascade.training_rules
+    return CascadeHead(
+        pooler=cascade.pooler,
+        box_heads=list(cascade.box_head)[:num_stages],
+        box_predictors=list(cascade.box_predictor)[:num_stages],
+        num_classes=cascade.num_classes,
+        ious=rules.ious[:num_stages],
+        bbox_reg_weights=cascade.bbox_reg_weights[:num_stages],
+        ensemble=cascade.ensemble.name,
+        score_thresh=cascade.score_thresh,
+        nms_thresh=cascade.nms_thresh,
+        detections_per_image=cascade.detections_per_image,
+    )
+
+
+def assert_same_detections(got, wanted, *, exact=False):
+    """Compare lists of ``Detections``; every field, in order."""
+    assert len(got) == len(wanted)
+    tolerance = {"rtol": 0.0, "atol": 0.0} if exact else {"rtol": 1e-4, "atol": 1e-4}
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert ours.classes.tolist() == theirs.classes.tolist()
+        assert ours.exit_stages.tolist() == theirs.exit_stages.tolist()
+        torch.testing.assert_close(ours.scores, theirs.scores, **tolerance)
+        torch.testing.assert_close(ours.boxes, theirs.boxes, **tolerance)

@@ -14,6 +14,7 @@ class FrozenBatchNorm2d(_FrozenBatchNorm2d):
     """torchvision's frozen batch norm through the fused kernel: one pass, and Detectron2's bits."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W]`` normalised by the stored statistics."""
         return F.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
         )
@@ -24,7 +25,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels)
 
 
-NORMS: dict[str, Callable[[int], nn.Module]] = {
+NORMS: dict[str, Callable[..., nn.Module]] = {
     "FrozenBN": FrozenBatchNorm2d,
     "BN": nn.BatchNorm2d,
     "SyncBN": nn.SyncBatchNorm,
@@ -82,6 +83,7 @@ class ConvNorm(nn.Conv2d):
         self.norm = make_norm(norm, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``[N, in_channels, H, W]`` to ``[N, out_channels, H / stride, W / stride]``."""
         x = super().forward(x)
         return x if self.norm is None else self.norm(x)
 

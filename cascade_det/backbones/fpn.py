@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -11,9 +13,25 @@ from cascade_det.layers import ConvNorm
 LEVELS = {"res2": 2, "res3": 3, "res4": 4, "res5": 5}
 
 
+class Trunk(Protocol):
+    """What the pyramid needs of a feature extractor, which is also an ``nn.Module``.
+
+    Attributes:
+        out_features: names of the maps that it returns, finest first.
+        channels: of the maps, by name.
+    """
+
+    out_features: tuple[str, ...]
+    channels: dict[str, int]
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """Images ``[N, 3, H, W]`` to maps by name."""
+
+
 class FPN(nn.Module):
-    """Top-down pathway over a trunk; outputs ``p2`` to ``p5`` as far as the trunk gives them,
-    and one coarser level by subsampling.
+    """Top-down pathway over a trunk, and one coarser level by subsampling.
+
+    Its outputs are named ``p2`` to ``p6``, of strides 4 to 64, as far as the trunk goes.
 
     Args:
         bottom_up: the trunk, with ``out_features`` and ``channels``.
@@ -31,14 +49,13 @@ class FPN(nn.Module):
 
     def __init__(
         self,
-        bottom_up: nn.Module,
+        bottom_up: Trunk,
         *,
         out_channels: int = 256,
         norm: str = "",
         fuse_type: str = "sum",
     ) -> None:
         super().__init__()
-        self.bottom_up = bottom_up
         self.in_features = tuple(bottom_up.out_features)
         levels = [LEVELS[name] for name in self.in_features]
         if levels != list(range(levels[0], levels[0] + len(levels))):
@@ -48,15 +65,14 @@ class FPN(nn.Module):
         self.scale = {"sum": 1.0, "avg": 0.5}[fuse_type]
         for name, level in zip(self.in_features, levels, strict=True):
             channels = bottom_up.channels[name]
-            self.add_module(f"fpn_lateral{level}", ConvNorm(channels, out_channels, 1, norm=norm))
-            self.add_module(
-                f"fpn_output{level}", ConvNorm(out_channels, out_channels, 3, norm=norm)
-            )
-        for name, module in self.named_children():
-            if name.startswith("fpn_"):
-                _initialise(module)
+            lateral = ConvNorm(channels, out_channels, 1, norm=norm)
+            output = ConvNorm(out_channels, out_channels, 3, norm=norm)
+            for kind, conv in (("lateral", lateral), ("output", output)):
+                _initialise(conv)
+                self.add_module(f"fpn_{kind}{level}", conv)
         self.strides = {f"p{level}": 2**level for level in [*levels, levels[-1] + 1]}
         self.size_divisibility = 2 ** levels[-1]
+        self.bottom_up = bottom_up
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Images ``[N, 3, H, W]``, sides multiples of ``size_divisibility``, to maps by name."""
@@ -74,7 +90,7 @@ class FPN(nn.Module):
             pyramid[f"p{level}"] = self.get_submodule(f"fpn_output{level}")(merged)
         top = f"p{self.levels[-1]}"
         coarser = F.max_pool2d(pyramid[top], kernel_size=1, stride=2)
-        return {name: coarser if name not in pyramid else pyramid[name] for name in self.strides}
+        return {name: pyramid.get(name, coarser) for name in self.strides}
 
 
 def _initialise(conv: ConvNorm) -> None:

@@ -102,7 +102,7 @@ def image_limits(image_sizes: Sequence[tuple[int, int]], image_index: Tensor) ->
 
 
 def is_nonempty(boxes: Tensor, min_size: float = 0.0) -> Tensor:
-    """bool ``[R]``: both sides of the box are longer than ``min_size`` pixels."""
+    """Whether both sides are longer than ``min_size`` pixels: bool ``[R]`` for ``[R, 4]``."""
     return (boxes[:, 2:] - boxes[:, :2] > min_size).all(dim=1)
 
 

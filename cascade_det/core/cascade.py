@@ -60,14 +60,14 @@ class Regions:
     def __len__(self) -> int:
         return len(self.boxes)
 
-    def __getitem__(self, index: Tensor) -> Regions:
+    def __getitem__(self, index: Tensor | slice) -> Regions:
         total = None if self.total is None else self.total[index]
         return Regions(self.boxes[index], self.image_index[index], self.limits[index], total)
 
 
 @dataclass
 class Scored:
-    """Regions with what they are reported as: boxes ``[R, 4]`` or ``[R, 4 K]`` and probabilities."""
+    """What regions are reported as: boxes ``[R, 4]`` or ``[R, 4 K]``, probabilities, exits."""
 
     boxes: Tensor
     probs: Tensor

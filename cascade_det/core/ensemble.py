@@ -41,8 +41,9 @@ class ScoreEnsemble:
         term = logits.float() if self.name == "mean_logits" else torch.softmax(logits.float(), 1)
         return term if total is None or self.name == "last" else total + term
 
-    def probs(self, total: Tensor, num_seen: int) -> Tensor:
-        """Class probabilities ``[R, K + 1]`` after ``num_seen`` stages."""
+    def probs(self, total: Tensor | None, num_seen: int) -> Tensor:
+        """Class probabilities ``[R, K + 1]`` after ``num_seen`` stages, at least one."""
+        assert total is not None
         if self.name == "last":
             return total
         mean = total * (1.0 / num_seen)

@@ -234,9 +234,12 @@ def _outer_bags(
     """The pixels of each 2-D bin: every row of its y bin with every column of its x bin.
 
     Args:
-        y: int64 ``[R, P, Ty]``, first table row of each feature row; ``x``: feature columns.
-        y_weight: float32 ``[R, P, Ty]``; ``x_weight`` likewise.
-        y_count: int64 ``[R]``, entries of the last axis that count; ``x_count`` likewise.
+        y: int64 ``[R, P, Ty]``, first table row of each feature row.
+        y_weight: float32 ``[R, P, Ty]``.
+        y_count: int64 ``[R]``, entries of the last axis that count.
+        x: int64 ``[R, P, Tx]``, feature columns.
+        x_weight: float32 ``[R, P, Tx]``.
+        x_count: int64 ``[R]``.
 
     Returns:
         Table rows int64 ``[E]``, weights float32 ``[E]``, and the start of each of the

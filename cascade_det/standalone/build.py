@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 from fvcore.common.config import CfgNode
-from torch import nn
 
 from cascade_det import config
 from cascade_det.backbones import FPN, MobileNetV2, MobileNetV3Large, ResNet
+from cascade_det.backbones.fpn import Trunk
 from cascade_det.core import BoxPredictor, CascadeHead, ConfidenceExit, ConvFCBoxHead, RoIPooler
 from cascade_det.standalone.detector import Detector
 from cascade_det.standalone.rpn import RPN
 
 logger = logging.getLogger(__name__)
 
-TRUNKS: dict[str, type[nn.Module]] = {
+TRUNKS: dict[str, Callable[..., Trunk]] = {
     "resnet": ResNet,
     "mobilenet_v2": MobileNetV2,
     "mobilenet_v3_large": MobileNetV3Large,

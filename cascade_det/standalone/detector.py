@@ -46,6 +46,8 @@ class Detector(nn.Module):
         self.proposal_generator = proposal_generator
         self.roi_heads = roi_heads
         self.roi_in_features = tuple(roi_in_features)
+        self.pixel_mean: Tensor
+        self.pixel_std: Tensor
         mean, std = torch.tensor(pixel_mean), torch.tensor(pixel_std)
         self.register_buffer("pixel_mean", mean.view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", std.view(-1, 1, 1), persistent=False)
@@ -144,13 +146,12 @@ class Detector(nn.Module):
 def _rescale_stage(
     stage: StageOutput, frames: Sequence[tuple[tuple[int, int], tuple[int, int]]]
 ) -> StageOutput:
+    def boxes(per_image: list[Tensor]) -> list[Tensor]:
+        return [rescale_boxes(b, *frame) for b, frame in zip(per_image, frames, strict=True)]
+
+    detections = zip(stage.detections, frames, strict=True)
     return StageOutput(
-        *(
-            [function(x, *frame) for x, frame in zip(values, frames, strict=True)]
-            for function, values in (
-                (rescale_detections, stage.detections),
-                (rescale_boxes, stage.boxes_before),
-                (rescale_boxes, stage.boxes_after),
-            )
-        )
+        [rescale_detections(d, *frame) for d, frame in detections],
+        boxes(stage.boxes_before),
+        boxes(stage.boxes_after),
     )

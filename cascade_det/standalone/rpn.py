@@ -49,12 +49,12 @@ class RPNHead(nn.Module):
         self.objectness_logits = nn.Conv2d(channels, num_anchors, 1)
         self.anchor_deltas = nn.Conv2d(channels, num_anchors * 4, 1)
         for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
+            if isinstance(layer, nn.Conv2d) and layer.bias is not None:
                 nn.init.normal_(layer.weight, std=0.01)
                 nn.init.zeros_(layer.bias)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """L maps ``[N, C, H_l, W_l]`` to logits ``[N, H_l W_l A]`` and deltas ``[N, H_l W_l A, 4]``."""
+        """L maps ``[N, C, H_l, W_l]`` to logits ``[N, M_l]``, deltas ``[N, M_l, 4]``; M = H W A."""
         logits, deltas = [], []
         for x in features:
             for conv in self._convs:

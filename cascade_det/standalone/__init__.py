@@ -1,0 +1,8 @@
+"""The host without Detectron2: torch and torchvision parts, and the wiring of a run."""
+
+from cascade_det.standalone.build import build_detector, resolve_device
+from cascade_det.standalone.detector import Detector
+from cascade_det.standalone.predictor import Predictor
+from cascade_det.standalone.run import evaluate, train
+
+__all__ = ["Detector", "Predictor", "build_detector", "evaluate", "resolve_device", "train"]

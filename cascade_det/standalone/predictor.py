@@ -1,0 +1,115 @@
+"""A trained detector as a function of images."""
+
+from __future__ import annotations
+
+import logging
+from os import PathLike
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+from numpy.typing import NDArray
+
+from cascade_det import config
+from cascade_det.core import Detections
+from cascade_det.data.transforms import read_image, resize_shortest_edge
+from cascade_det.engine.weight_files import load_torch_file
+from cascade_det.engine.weights import load_weights
+from cascade_det.errors import ConfigError
+from cascade_det.standalone.build import build_detector
+
+logger = logging.getLogger(__name__)
+
+Image = NDArray[np.uint8] | str | PathLike[str]
+
+
+class Predictor:
+    """Detects objects in images; loads the weights once.
+
+    Args:
+        cfg: a configuration with ``MODEL.WEIGHTS``; images are resized by
+            ``INPUT.MIN_SIZE_TEST`` and ``MAX_SIZE_TEST``, and run in batches of
+            ``CASCADE.TEST_IMS_PER_BATCH``.
+
+    Attributes:
+        class_names: K names, from the checkpoint; ``class 0``, ... where it has none.
+        category_ids: K ids of the data set that the checkpoint was trained on; ``1``, ... where
+            it has none.
+
+    Raises:
+        ConfigError: if ``MODEL.WEIGHTS`` is empty or keys contradict each other.
+        CheckpointError: if the weights cannot be read or do not fit.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        if not cfg.MODEL.WEIGHTS:
+            raise ConfigError("MODEL.WEIGHTS is empty: give the file of weights to predict with")
+        self.detector = build_detector(cfg).eval()
+        load_weights(self.detector, cfg.MODEL.WEIGHTS)
+        num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        run = _run_info(cfg.MODEL.WEIGHTS)
+        self.class_names = list(run.get("class_names", ()))
+        self.category_ids = list(run.get("category_ids", ()))
+        if len(self.class_names) != num_classes:
+            logger.warning("%s does not name %d classes", cfg.MODEL.WEIGHTS, num_classes)
+            self.class_names = [f"class {i}" for i in range(num_classes)]
+            self.category_ids = list(range(1, num_classes + 1))
+        arguments = config.input_arguments(cfg, train=False)
+        self._format = arguments["image_format"]
+        self._short_edge = arguments["min_sizes"][0]
+        self._max_size = arguments["max_size"]
+        self._batch_size = config.test_loader_arguments(cfg)["images_per_batch"]
+
+    @overload
+    def __call__(self, images: Image) -> Detections: ...
+
+    @overload
+    def __call__(self, images: list[Image]) -> list[Detections]: ...
+
+    def __call__(self, images: Image | list[Image]) -> Detections | list[Detections]:
+        """Detect objects.
+
+        Args:
+            images: one image or several; each a uint8 array ``[H, W, 3]`` in BGR order, as
+                OpenCV reads it, or the path of a file.
+
+        Returns:
+            ``Detections`` on the CPU, boxes in pixels of the given image; a list for a list.
+
+        Raises:
+            DatasetError: if a file is missing or no image.
+            ValueError: if an array is not uint8 ``[H, W, 3]``.
+        """
+        if isinstance(images, (np.ndarray, str, PathLike)):
+            return self([images])[0]
+        detections: list[Detections] = []
+        for start in range(0, len(images), self._batch_size):
+            batch = [self._sample(image) for image in images[start : start + self._batch_size]]
+            with torch.inference_mode():
+                detections += [d.to("cpu") for d in self.detector.detect(batch).detections]
+        return detections
+
+    def _sample(self, image: Image) -> dict[str, Any]:
+        if isinstance(image, (str, PathLike)):
+            pixels = read_image(str(image), self._format)
+        else:
+            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+                raise ValueError(
+                    f"an image must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}"
+                )
+            pixels = image if self._format == "BGR" else image[:, :, ::-1]
+        height, width = pixels.shape[:2]
+        resized = resize_shortest_edge(pixels, self._short_edge, self._max_size)
+        tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
+        return {"image": tensor, "height": height, "width": width}
+
+
+def _run_info(path: str) -> dict[str, Any]:
+    """What our own checkpoints say of their run; nothing for weights from elsewhere."""
+    if Path(path).suffix not in (".pth", ".pt"):
+        return {}
+    content = load_torch_file(Path(path))
+    run = content.get("run", {}) if isinstance(content, dict) else {}
+    return run if isinstance(run, dict) else {}

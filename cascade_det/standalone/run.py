@@ -1,0 +1,253 @@
+"""The wiring of data, detector, engine and evaluation: train a configuration, evaluate it."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+
+from cascade_det import config
+from cascade_det.data.catalog import find_dataset
+from cascade_det.data.coco import CocoDataset, load_dataset
+from cascade_det.data.loader import build_test_loader, build_train_loader
+from cascade_det.engine.checkpoint import Checkpointer
+from cascade_det.engine.hooks import EarlyStopping, EvalHook, PeriodicCheckpoint, WriterHook
+from cascade_det.engine.inference import run_inference
+from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, build_scheduler
+from cascade_det.engine.trainer import Trainer
+from cascade_det.engine.writers import ConsoleWriter, JsonWriter, TensorBoardWriter
+from cascade_det.errors import ConfigError
+from cascade_det.evaluation import (
+    default_evaluators,
+    describe_machine,
+    format_report,
+    write_results,
+)
+from cascade_det.evaluation.figures import plot_report
+from cascade_det.standalone.build import build_detector
+from cascade_det.standalone.detector import Detector
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RunInfo:
+    """What a checkpoint says beyond weights: enough to resume, and to name what it detects.
+
+    Attributes:
+        seed: of the data order and of everything random.
+        class_names: K names.
+        category_ids: K ids that the training data set gives these classes.
+    """
+
+    seed: int
+    class_names: list[str]
+    category_ids: list[int]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types, for a checkpoint."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the seed of the resumed run; the classes are those of the data."""
+        self.seed = int(state["seed"])
+
+
+def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
+    """Train a detector, with checkpoints, figures and evaluation in ``OUTPUT_DIR``.
+
+    Args:
+        cfg: a checked configuration; ``SEED`` below 0 draws a seed.
+        resume: go on from the last checkpoint in ``OUTPUT_DIR`` if there is one.
+
+    Returns:
+        The results of the last evaluation, see ``evaluate``; empty without ``DATASETS.TEST``.
+
+    Raises:
+        ConfigError: if ``MODEL.ROI_HEADS.NUM_CLASSES`` is not that of the data.
+        DatasetError: if data are missing or wrong.
+        CheckpointError: if weights cannot be read or do not fit.
+        FloatingPointError: if training diverges.
+    """
+    output_dir = Path(cfg.OUTPUT_DIR)
+    datasets = _load_datasets(cfg, train=True)
+    test_datasets = _load_datasets(cfg, train=False)
+    loader_arguments = config.train_loader_arguments(cfg)
+    info = RunInfo(
+        seed=loader_arguments.pop("seed"),
+        class_names=list(datasets[0].class_names),
+        category_ids=list(datasets[0].category_ids),
+    )
+    if info.seed < 0:
+        info.seed = secrets.randbelow(2**31)
+        logger.info("SEED is negative: drew %d", info.seed)
+    torch.manual_seed(info.seed)
+    detector = build_detector(cfg)
+    checkpointer = Checkpointer(detector, output_dir)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    checkpointer.add_checkpointable("run", info)
+    trainer = _build_trainer(
+        cfg,
+        detector,
+        build_train_loader(
+            datasets,
+            **config.input_arguments(cfg, train=True),
+            **loader_arguments,
+            seed=info.seed,
+            start_batch=checkpointer.start_iter,
+        ),
+        checkpointer,
+        evaluate=lambda: _evaluate_all(cfg, detector, test_datasets, output_dir),
+    )
+    trainer.train()
+    return trainer.results
+
+
+def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
+    """Evaluate the weights of a configuration on ``DATASETS.TEST``.
+
+    Args:
+        cfg: a checked configuration with ``MODEL.WEIGHTS``.
+        resume: take the last checkpoint in ``OUTPUT_DIR`` instead, if there is one.
+
+    Returns:
+        ``bbox``, ``stages``, ``exits`` and ``latency`` figures; by data set if there are several.
+        They are also in ``results.json``, as tables in the log, and in ``report.png``.
+
+    Raises:
+        ConfigError: if there is no test data set or no weights.
+        DatasetError: if data are missing or wrong.
+        CheckpointError: if weights cannot be read or do not fit.
+    """
+    datasets = _load_datasets(cfg, train=False)
+    if not datasets:
+        raise ConfigError("DATASETS.TEST is empty: name a data set to evaluate on")
+    detector = build_detector(cfg)
+    checkpointer = Checkpointer(detector, cfg.OUTPUT_DIR)
+    if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
+        raise ConfigError("MODEL.WEIGHTS is empty: give the file of weights to evaluate")
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    return _evaluate_all(cfg, detector, datasets, Path(cfg.OUTPUT_DIR))
+
+
+def _load_datasets(cfg: CfgNode, *, train: bool) -> list[CocoDataset]:
+    arguments = config.datasets_arguments(cfg, train)
+    if train and not arguments["names"]:
+        raise ConfigError("DATASETS.TRAIN is empty: name a data set to train on")
+    datasets = [
+        load_dataset(find_dataset(name, arguments["own_datasets"]), arguments["on_bad_data"])
+        for name in arguments["names"]
+    ]
+    for dataset in datasets:
+        _check_classes(cfg, dataset)
+    return datasets
+
+
+def _check_classes(cfg: CfgNode, dataset: CocoDataset) -> None:
+    wanted, found = cfg.MODEL.ROI_HEADS.NUM_CLASSES, len(dataset.class_names)
+    if wanted != found:
+        raise ConfigError(
+            f"MODEL.ROI_HEADS.NUM_CLASSES is {wanted}, but {dataset.source.json_file} has {found} "
+            f"categories ({', '.join(dataset.class_names[:10])}{', ...' if found > 10 else ''}): "
+            f"set MODEL.ROI_HEADS.NUM_CLASSES {found}"
+        )
+
+
+def _build_trainer(
+    cfg: CfgNode,
+    detector: Detector,
+    loader: Any,
+    checkpointer: Checkpointer,
+    *,
+    evaluate: Callable[[], Mapping[str, Any]],
+) -> Trainer:
+    arguments = config.trainer_arguments(cfg)
+    optimizer_arguments = config.optimizer_arguments(cfg)
+    clip = build_gradient_clipper(optimizer_arguments.pop("clip"))
+    optimizer = build_optimizer(detector, **optimizer_arguments)
+    output_dir = Path(cfg.OUTPUT_DIR)
+    hooks = [
+        PeriodicCheckpoint(
+            checkpointer, arguments["checkpoint_period"], arguments["max_to_keep"] or 0
+        ),
+        *([EvalHook(arguments["eval_period"], evaluate)] if cfg.DATASETS.TEST else []),
+        EarlyStopping(arguments["best_metric"], arguments["patience"]),
+        WriterHook(
+            [
+                JsonWriter(output_dir / "metrics.json"),
+                TensorBoardWriter(output_dir),
+                ConsoleWriter(arguments["max_iter"]),
+            ],
+            arguments["log_period"],
+        ),
+    ]
+    return Trainer(
+        detector,
+        loader,
+        optimizer,
+        build_scheduler(optimizer, **config.scheduler_arguments(cfg)),
+        max_iter=arguments["max_iter"],
+        start_iter=checkpointer.start_iter,
+        hooks=hooks,
+        amp_dtype=_amp_dtype(arguments["amp_dtype"], detector.device),
+        clip_gradients=clip,
+        device=detector.device,
+    )
+
+
+def _amp_dtype(name: str | None, device: torch.device) -> str | None:
+    """``auto`` is float16 on GPUs, bfloat16 on CPUs with instructions for it, float32 on others."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "float16"
+    # Without such instructions bfloat16 is emulated, many times slower than float32.
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"):
+        return "bfloat16"
+    logger.warning("SOLVER.AMP: this CPU has no bfloat16 instructions, training in float32")
+    return None
+
+
+def _evaluate_all(
+    cfg: CfgNode, detector: Detector, datasets: Sequence[CocoDataset], output_dir: Path
+) -> dict[str, Any]:
+    """Results of one data set as they are; of several, by name and in folders of their own."""
+    if len(datasets) == 1:
+        return _evaluate_one(cfg, detector, datasets[0], output_dir)
+    return {
+        dataset.source.name: _evaluate_one(cfg, detector, dataset, output_dir / dataset.source.name)
+        for dataset in datasets
+    }
+
+
+def _evaluate_one(
+    cfg: CfgNode, detector: Detector, dataset: CocoDataset, output_dir: Path
+) -> dict[str, Any]:
+    arguments = config.input_arguments(cfg, train=False)
+    loader = build_test_loader(
+        dataset,
+        min_sizes=arguments["min_sizes"],
+        max_size=arguments["max_size"],
+        image_format=arguments["image_format"],
+        **config.test_loader_arguments(cfg),
+    )
+    evaluators = default_evaluators(
+        json_file=dataset.source.json_file,
+        class_names=dataset.class_names,
+        category_ids=dataset.category_ids,
+        output_dir=output_dir,
+    )
+    results = run_inference(detector, loader, evaluators, stages=True)
+    machine = describe_machine(detector.device)
+    write_results(results, output_dir, machine=machine)
+    plot_report(results, output_dir / "report.png")
+    report = format_report({**results, "machine": machine})
+    logger.info("Results on %s:\n\n%s\n", dataset.source.name, report)
+    return results

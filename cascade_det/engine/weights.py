@@ -112,7 +112,7 @@ def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
             f"{path}: nothing in it fits this model. The file has {_examples(file.weights)}; the "
             f"model wants {_examples(state)}. Check that the file belongs to this architecture."
         )
-    model.load_state_dict({**values, **_unit_statistics(values, state)}, strict=False)
+    model.load_state_dict({**_unit_statistics(values, state), **values}, strict=False)
     logger.info("%s", report)
     return report
 
@@ -169,7 +169,7 @@ def _unit_statistics(
     for name in values:
         module, _, kind = name.rpartition(".")
         mean, variance = f"{module}.running_mean", f"{module}.running_var"
-        if kind == "weight" and mean in state and mean not in values and variance not in values:
+        if kind == "weight" and mean in state and mean not in values:
             statistics[mean] = torch.zeros_like(state[mean])
             statistics[variance] = torch.ones_like(state[variance])
     return statistics

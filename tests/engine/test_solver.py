@@ -11,7 +11,7 @@ from cascade_det.errors import ConfigError
 
 
 class Model(nn.Module):
-    """Norms, biases, a frozen part, and a layer that is there twice."""
+    """Norms, biases, a frozen part, and a weight that is there twice."""
 
     def __init__(self):
         super().__init__()
@@ -20,7 +20,8 @@ class Model(nn.Module):
         self.gn = nn.GroupNorm(1, 2)
         self.frozen = nn.Linear(2, 2).requires_grad_(False)
         self.fc = nn.Linear(2, 3)
-        self.again = self.fc
+        self.tied = nn.Linear(2, 3, bias=False)
+        self.tied.weight = self.fc.weight
         self.norms = nn.ModuleList([nn.LayerNorm(2), nn.InstanceNorm2d(2, affine=True)])
 
 

@@ -412,3 +412,42 @@ def test_metrics_inside_a_wrapper_are_found(make_detector, make_loader):
     trainer = build(Wrapper(make_detector()), make_loader(), max_iter=1)
     trainer.train()
     assert "toy/error" in trainer.history
+
+
+def test_scaled_loss_changes_nothing_but_the_range(make_detector, make_loader):
+    """Scaling by a power of two is exact, if gradients are unscaled before they are clipped."""
+
+    def run(scaled):
+        detector = make_detector()
+        clip = build_gradient_clipper({"type": "full_model", "value": 0.5})
+        trainer = build(detector, make_loader(), clip_gradients=clip)
+        if scaled:  # the CPU's scaler stands in for the GPU's
+            trainer._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        torch.manual_seed(0)
+        trainer.train()
+        return trainer
+
+    plain, scaled = run(False), run(True)
+    assert_equal(state_of(scaled.detector), state_of(plain.detector))
+    assert plain.state_dict()["scaler"] == {}
+    again = run(True)
+    state = scaled.state_dict()
+    state["scaler"]["scale"] = 64.0
+    again.load_state_dict(state)
+    assert again.state_dict()["scaler"]["scale"] == 64.0
+    plain.load_state_dict(state)  # a run in another precision has no use for it
+    assert plain.state_dict()["scaler"] == {}
+
+
+def test_last_evaluation_comes_after_all_hooks_of_the_last_step(make_detector, make_loader):
+    calls = []
+    hooks = [EvalHook(1, lambda: calls.append("evaluation") or {}), Record(calls, "x")]
+    build(make_detector(), make_loader(), max_iter=2, hooks=hooks).train()
+    assert [call if call == "evaluation" else call[1] for call in calls] == [
+        "before",
+        "evaluation",
+        "step",
+        "step",
+        "evaluation",
+        "after",
+    ]

@@ -139,6 +139,20 @@ def test_writers_are_flushed_and_closed_after_an_error(make_detector, make_loade
     assert closed == [True]
 
 
+def test_nothing_is_written_for_an_iteration_that_failed(
+    make_detector, make_loader, tmp_path, caplog
+):
+    path = tmp_path / "metrics.json"
+    batches = [batch for batch, _ in zip(make_loader(), range(3), strict=False)]
+    hooks = [WriterHook([JsonWriter(path), ConsoleWriter(6)], period=2)]
+    with caplog.at_level(logging.INFO), pytest.raises(RuntimeError, match="iteration 3"):
+        train(make_detector(), batches, hooks)
+    assert [row["iteration"] for row in rows(path)] == [1, 2]
+    assert "eta_seconds" not in rows(path)[-1]
+    assert "iter: 2" in caplog.text
+    assert "iter: 3" not in caplog.text
+
+
 def test_tensorboard_files_hold_the_scalars(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     history = filled()

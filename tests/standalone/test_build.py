@@ -1,0 +1,129 @@
+"""Every configuration that is shipped gives a detector, with Detectron2's names."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cascade_det.config import get_cfg, load_config
+from cascade_det.errors import ConfigError
+from cascade_det.standalone import build_detector, resolve_device
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
+LIGHT = ("build_mobilenet_v2_fpn_backbone", "build_mobilenet_v3_large_fpn_backbone")
+
+
+def build_without_memory(cfg):
+    """On the meta device parameters have shapes and no values, which is all that counts here."""
+    cfg.MODEL.DEVICE = "cpu"
+    with torch.device("meta"):
+        return build_detector(cfg)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_configuration_builds(path, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_: module)
+    cfg = load_config(path)
+    detector = build_without_memory(cfg)
+    names = set(detector.state_dict())
+    stages = len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)
+    assert f"roi_heads.box_predictor.{stages - 1}.cls_score.weight" in names
+    assert f"roi_heads.box_predictor.{stages}.cls_score.weight" not in names
+    assert {
+        "backbone.bottom_up.stem.conv1.weight",
+        "backbone.bottom_up.res2.0.conv1.norm.running_mean",
+        "backbone.fpn_lateral2.weight",
+        "proposal_generator.rpn_head.objectness_logits.bias",
+        "roi_heads.box_head.0.fc1.weight",
+    } <= names
+    predictor = detector.roi_heads.box_predictor[0].cls_score
+    assert predictor.out_features == cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1
+    exits = cfg.MODEL.CASCADE.EXIT.ENABLED
+    assert (detector.roi_heads.exits is not None) == exits
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_light_backbones_train_and_detect(instant_cfg, name):
+    instant_cfg.MODEL.BACKBONE.NAME = name
+    instant_cfg.MODEL.FPN.OUT_CHANNELS = 16
+    instant_cfg.MODEL.FPN.NORM = ""
+    detector = build_detector(instant_cfg)
+    names = list(detector.state_dict())
+    assert "backbone.bottom_up.features.0.0.weight" in names
+    image = torch.randint(0, 256, (3, 70, 100), dtype=torch.uint8)
+    strides = {
+        level: (128 / x.shape[-1], 96 / x.shape[-2])
+        for level, x in detector.backbone(detector.preprocess([image])[0]).items()
+    }
+    assert strides == {f"p{level}": (2**level, 2**level) for level in (2, 3, 4, 5)} | {
+        "p6": (64, 48)  # 3 x 4 positions, subsampled to 2 x 2
+    }
+    sample = {
+        "image": image,
+        "gt_boxes": torch.tensor([[10.0, 10, 50, 60]]),
+        "gt_classes": torch.tensor([2]),
+    }
+    sum(detector.losses([sample]).values()).backward()
+    for parameter_name, parameter in detector.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert torch.isfinite(parameter.grad).all(), parameter_name
+    detector.eval()
+    assert len(detector.detect([sample]).detections) == 1
+
+
+@pytest.mark.parametrize(
+    ("freeze_at", "trained"),
+    [
+        (0, {"stem", "res2", "res3", "res4", "res5"}),
+        (1, {"res2", "res3", "res4", "res5"}),
+        (3, {"res4", "res5"}),
+        (5, set()),
+    ],
+)
+def test_freezing_stops_parameters_and_statistics(instant_cfg, freeze_at, trained):
+    instant_cfg.MODEL.BACKBONE.FREEZE_AT = freeze_at
+    trunk = build_detector(instant_cfg).backbone.bottom_up
+    assert {
+        name.split(".")[0] for name, p in trunk.named_parameters() if p.requires_grad
+    } == trained
+    before = {k: v.clone() for k, v in trunk.state_dict().items() if "running_mean" in k}
+    trunk.train()
+    trunk(torch.randn(2, 3, 64, 64))
+    after = trunk.state_dict()
+    moved = {k.split(".")[0] for k, v in before.items() if not torch.equal(v, after[k])}
+    assert moved == trained
+
+
+def test_heads_may_grow_along_the_cascade(instant_cfg):
+    instant_cfg.MODEL.CASCADE.BOX_HEAD.NUM_FC = (1, 2, 2)
+    instant_cfg.MODEL.CASCADE.BOX_HEAD.FC_DIM = (16, 24, 40)
+    heads = build_detector(instant_cfg).roi_heads.box_head
+    assert [head.out_features for head in heads] == [16, 24, 40]
+    assert [hasattr(head, "fc2") for head in heads] == [False, True, True]
+
+
+def test_another_number_of_stages(instant_cfg):
+    cascade = instant_cfg.MODEL.ROI_BOX_CASCADE_HEAD
+    cascade.IOUS = (0.5, 0.55, 0.6, 0.65)
+    cascade.BBOX_REG_WEIGHTS = tuple((w, w, w / 2, w / 2) for w in (10.0, 15.0, 20.0, 25.0))
+    instant_cfg.MODEL.CASCADE.EXIT.THRESHOLDS = (0.9,)
+    instant_cfg.MODEL.CASCADE.EXIT.PRUNE_THRESHOLDS = (0.01, 0.02, 0.03)
+    head = build_detector(instant_cfg).roi_heads
+    assert head.num_stages == len(head.box_head) == 4
+    assert head.exits.thresholds == (0.9, 0.9, 0.9)
+
+
+def test_a_contradiction_is_refused_before_anything_is_built(instant_cfg):
+    instant_cfg.MODEL.CASCADE.EXIT.THRESHOLDS = (0.9, 0.9, 0.9)
+    with pytest.raises(ConfigError, match=r"MODEL\.CASCADE\.EXIT\.THRESHOLDS"):
+        build_detector(instant_cfg)
+
+
+def test_a_missing_gpu_falls_back_with_a_warning(caplog, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cfg = get_cfg()
+    assert cfg.MODEL.DEVICE == "cuda"
+    with caplog.at_level("WARNING"):
+        assert resolve_device(cfg).type == "cpu"
+    assert "MODEL.DEVICE" in caplog.text

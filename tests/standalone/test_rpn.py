@@ -1,0 +1,182 @@
+"""Anchors, their labels, the losses and the proposals of the RPN."""
+
+import math
+
+import pytest
+import torch
+from torchvision.ops import box_iou, nms
+
+from cascade_det.standalone.anchors import AnchorGenerator, cell_anchors
+from cascade_det.standalone.rpn import RPN, RPNHead
+
+
+def make_rpn(**changes):
+    arguments = {
+        "in_features": ("p2", "p3"),
+        "in_channels": 4,
+        "strides": (4, 8),
+        "anchor_sizes": [[16.0], [32.0]],
+        "aspect_ratios": [[0.5, 1.0, 2.0]] * 2,
+        "anchor_offset": 0.0,
+        "conv_dims": (-1,),
+        "iou_thresholds": (0.3, 0.7),
+        "batch_size_per_image": 32,
+        "positive_fraction": 0.5,
+        "pre_nms_topk": (60, 40),
+        "post_nms_topk": (30, 20),
+        "nms_thresh": 0.7,
+        "min_box_size": 0.0,
+        "bbox_reg_weights": (1.0, 1.0, 1.0, 1.0),
+        "box_reg_loss_type": "smooth_l1",
+        "smooth_l1_beta": 0.0,
+        "loss_weights": {"loss_rpn_cls": 1.0, "loss_rpn_loc": 1.0},
+    }
+    return RPN(**{**arguments, **changes})
+
+
+@pytest.fixture
+def maps():
+    return {"p2": torch.randn(2, 4, 16, 24), "p3": torch.randn(2, 4, 8, 12)}
+
+
+SIZES = [(64, 96), (60, 80)]
+
+
+def test_cell_anchors_by_hand():
+    # Area 32^2; a ratio of 4 is 16 wide and 64 high.
+    expected = [[-16, -16, 16, 16], [-8, -32, 8, 32]]
+    torch.testing.assert_close(
+        cell_anchors([32.0], [1.0, 4.0]), torch.tensor(expected, dtype=torch.float32)
+    )
+
+
+def test_anchors_are_not_rounded():
+    # sqrt(32^2 / 0.5) = 45.2548...
+    width = cell_anchors([32.0], [0.5])[0, 2] * 2
+    assert width.item() == pytest.approx(32 * math.sqrt(2), abs=1e-5)
+
+
+def test_grid_order_and_offset():
+    generator = AnchorGenerator(sizes=[[8.0, 16.0]], aspect_ratios=[[1.0]], strides=[4], offset=0.5)
+    (anchors,) = generator([(2, 3)])
+    centers = (anchors[:, :2] + anchors[:, 2:]) / 2
+    expected = [(x, y) for y in (2.0, 6.0) for x in (2.0, 6.0, 10.0) for _ in range(2)]
+    torch.testing.assert_close(centers, torch.tensor(expected))
+    assert (anchors[:, 2] - anchors[:, 0]).tolist() == [8.0, 16.0] * 6
+
+
+def test_several_convolutions_have_detectron2s_names():
+    names = set(RPNHead(in_channels=4, num_anchors=3, conv_dims=(8, -1)).state_dict())
+    assert {"conv.conv0.weight", "conv.conv1.weight"} <= names
+    single = set(RPNHead(in_channels=4, num_anchors=3).state_dict())
+    assert {"conv.weight", "objectness_logits.weight", "anchor_deltas.weight"} <= single
+
+
+def test_labels_agree_with_the_definition():
+    rpn = make_rpn(batch_size_per_image=10**6, positive_fraction=1.0)
+    anchors = torch.cat(rpn.anchor_generator([(16, 24), (8, 12)]))
+    gt = torch.tensor([[10.0, 10, 42, 40], [50, 5, 60, 60], [70, 40, 74, 45]])
+    labels, matched = rpn._label_anchors(anchors, gt)
+    overlaps = box_iou(gt, anchors)
+    for i in range(len(anchors)):
+        column = overlaps[:, i]
+        is_best_of_some = any(column[g] == overlaps[g].max() for g in range(len(gt)))
+        if column.max() >= 0.7 or is_best_of_some:
+            assert labels[i] == 1
+            assert torch.equal(matched[i], gt[column.argmax()])
+        else:
+            assert labels[i] == (0 if column.max() < 0.3 else -1)
+    assert (labels == 1).any()
+    assert (labels == -1).any()
+
+
+def test_losses_by_definition(maps):
+    rpn = make_rpn(loss_weights={"loss_rpn_cls": 2.0, "loss_rpn_loc": 3.0})
+    gt = [torch.tensor([[10.0, 10, 42, 40]]), torch.zeros(0, 4)]
+    torch.manual_seed(3)
+    _, losses = rpn.losses(maps, gt, SIZES)
+    torch.manual_seed(3)
+    anchors, logits, deltas = rpn._run_head(maps)
+    anchors, logits, deltas = torch.cat(anchors), torch.cat(logits, 1), torch.cat(deltas, 1)
+    cls = loc = 0.0
+    for image, boxes in enumerate(gt):
+        labels, matched = rpn._label_anchors(anchors, boxes)
+        for i in torch.nonzero(labels >= 0).squeeze(1).tolist():
+            probability = torch.sigmoid(logits[image, i])
+            cls -= torch.log(probability if labels[i] == 1 else 1 - probability)
+            if labels[i] == 1:
+                a, g = anchors[i], matched[i]
+                w, h = a[2] - a[0], a[3] - a[1]
+                target = torch.stack(
+                    [
+                        ((g[0] + g[2]) - (a[0] + a[2])) / 2 / w,
+                        ((g[1] + g[3]) - (a[1] + a[3])) / 2 / h,
+                        torch.log((g[2] - g[0]) / w),
+                        torch.log((g[3] - g[1]) / h),
+                    ]
+                )
+                loc += (deltas[image, i] - target).abs().sum()
+    normalizer = 32 * 2
+    torch.testing.assert_close(losses["loss_rpn_cls"], 2.0 * cls / normalizer)
+    torch.testing.assert_close(losses["loss_rpn_loc"], 3.0 * loc / normalizer)
+
+
+def test_no_ground_truth_gives_zero_box_loss_and_finite_gradients(maps):
+    rpn = make_rpn()
+    _, losses = rpn.losses(maps, [torch.zeros(0, 4)] * 2, SIZES)
+    assert losses["loss_rpn_loc"] == 0
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in rpn.parameters())
+
+
+def test_proposals_are_ordered_inside_the_image_and_do_not_overlap(maps):
+    rpn = make_rpn()
+    for parameter in rpn.rpn_head.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    proposals = rpn.propose(maps, SIZES)
+    for boxes, (height, width) in zip(proposals, SIZES, strict=True):
+        assert 0 < len(boxes) <= 20
+        assert (boxes >= 0).all()
+        assert (boxes[:, 0::2] <= width).all()
+        assert (boxes[:, 1::2] <= height).all()
+        assert (boxes[:, 2:] > boxes[:, :2]).all()
+
+
+def test_one_level_equals_decoding_everything_first(maps):
+    rpn = make_rpn(
+        in_features=("p2",),
+        strides=(4,),
+        anchor_sizes=[[16.0]],
+        aspect_ratios=[[0.5, 1.0, 2.0]],
+        post_nms_topk=(1000, 1000),
+    )
+    for parameter in rpn.rpn_head.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    (proposals, _) = rpn.propose(maps, SIZES)
+    (anchors,), (logits,), (deltas,) = rpn._run_head(maps)
+    w, h = anchors[:, 2] - anchors[:, 0], anchors[:, 3] - anchors[:, 1]
+    d = deltas[0]
+    cx = (anchors[:, 0] + anchors[:, 2]) / 2 + d[:, 0] * w
+    cy = (anchors[:, 1] + anchors[:, 3]) / 2 + d[:, 1] * h
+    nw, nh = w * torch.exp(d[:, 2]), h * torch.exp(d[:, 3])
+    boxes = torch.stack([cx - nw / 2, cy - nh / 2, cx + nw / 2, cy + nh / 2], 1)
+    boxes[:, 0::2] = boxes[:, 0::2].clamp(0, SIZES[0][1])
+    boxes[:, 1::2] = boxes[:, 1::2].clamp(0, SIZES[0][0])
+    top = logits[0].argsort(descending=True)[:40]
+    top = top[(boxes[top][:, 2:] > boxes[top][:, :2]).all(1)]
+    expected = boxes[top][nms(boxes[top], logits[0][top], 0.7)]
+    torch.testing.assert_close(proposals, expected, atol=1e-4, rtol=0)
+
+
+def test_small_proposals_are_dropped(maps):
+    rpn = make_rpn(min_box_size=14.0)
+    for boxes in rpn.propose(maps, SIZES):
+        assert (boxes[:, 2:] - boxes[:, :2] > 14.0).all()
+
+
+def test_diverged_training_is_an_error_and_inference_goes_on(maps):
+    rpn = make_rpn()
+    maps["p3"][0, :, 0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="diverged"):
+        rpn.losses(maps, [torch.tensor([[10.0, 10, 42, 40]])] * 2, SIZES)
+    assert all(torch.isfinite(boxes).all() for boxes in rpn.propose(maps, SIZES))

@@ -26,6 +26,7 @@ logger = logging.getLogger("cascade_det.tools.train_net")
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = _parse(argv)
+    setup_logging()
     try:
         if args.num_gpus > 1:
             raise ConfigError("--num-gpus: only one process is supported so far")
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
             train(cfg, resume=args.resume)
     except (CascadeDetError, FloatingPointError) as error:
         # A traceback would hide what the user can mend.
-        logger.error("%s", error) if logger.parent.handlers else print(error, file=sys.stderr)
+        logger.error("%s", error)
         return 1
     return 0
 

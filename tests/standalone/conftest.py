@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from make_shapes import make_dataset
 
 from cascade_det.config import load_config
+from make_shapes import make_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTANT = ROOT / "configs" / "quick_schedules" / "instant_test.yaml"

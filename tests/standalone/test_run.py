@@ -1,0 +1,167 @@
+"""The whole road: train, resume, evaluate."""
+
+import json
+
+import pytest
+import torch
+
+from cascade_det.data.catalog import find_dataset
+from cascade_det.errors import CheckpointError, ConfigError, DatasetError
+from cascade_det.standalone import evaluate, train
+
+
+def weights_of(folder):
+    return torch.load(folder / "model_final.pth", weights_only=True)["model"]
+
+
+@pytest.fixture
+def output(instant_cfg):
+    from pathlib import Path
+
+    folder = Path(instant_cfg.OUTPUT_DIR)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_a_run_leaves_what_detectron2_leaves(instant_cfg, output):
+    results = train(instant_cfg)
+    files = {str(p.relative_to(output)) for p in output.rglob("*")}
+    assert {
+        "metrics.json",
+        "model_0000002.pth",
+        "model_final.pth",
+        "last_checkpoint",
+        "inference/coco_instances_results.json",
+        "results.json",
+        "report.png",
+    } <= files
+    assert (output / "last_checkpoint").read_text() == "model_final.pth"
+    lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    assert lines[-1]["iteration"] == 5
+    assert {
+        "total_loss",
+        "loss_cls_stage2",
+        "lr",
+        "eta_seconds",
+        "stage0/iou_before",
+    } <= set().union(*lines)
+    assert set(results) >= {"bbox", "stages", "exits", "latency"}
+    assert set(results["stages"]) >= {"stage0", "stage1", "stage2"}
+    saved = json.loads((output / "results.json").read_text())
+    assert saved["exits"]["images"] == results["exits"]["images"] == 3
+    checkpoint = torch.load(output / "model_final.pth", weights_only=True)
+    assert checkpoint["run"]["class_names"] == list(
+        json_names(instant_cfg, instant_cfg.DATASETS.TRAIN[0])
+    )
+
+
+def json_names(cfg, name):
+    source = find_dataset(name, cfg.CASCADE.DATASETS)
+    categories = json.loads(source.json_file.read_text())["categories"]
+    return [c["name"] for c in sorted(categories, key=lambda c: c["id"])]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(instant_cfg, output, tmp_path):
+    instant_cfg.DATASETS.TEST = ()
+    train(instant_cfg)
+    straight = weights_of(output)
+
+    again = instant_cfg.clone()
+    again.OUTPUT_DIR = str(tmp_path / "again")
+    (tmp_path / "again").mkdir()
+    train(again)
+    (tmp_path / "again" / "model_final.pth").unlink()
+    (tmp_path / "again" / "last_checkpoint").write_text("model_0000002.pth")
+    train(again, resume=True)
+    resumed = weights_of(tmp_path / "again")
+    assert resumed.keys() == straight.keys()
+    assert all(torch.equal(resumed[k], straight[k]) for k in straight)
+
+
+def test_another_seed_gives_other_weights(instant_cfg, output):
+    instant_cfg.DATASETS.TEST = ()
+    instant_cfg.SOLVER.MAX_ITER = 1
+    instant_cfg.SOLVER.STEPS = ()
+    train(instant_cfg)
+    first = weights_of(output)
+    instant_cfg.SEED = 1
+    train(instant_cfg)
+    name = "roi_heads.box_head.0.fc1.weight"
+    assert not torch.equal(first[name], weights_of(output)[name])
+
+
+def test_a_drawn_seed_is_kept_over_a_resume(instant_cfg, output, caplog):
+    instant_cfg.DATASETS.TEST = ()
+    instant_cfg.SEED = -1
+    train(instant_cfg)
+    seed = torch.load(output / "model_final.pth", weights_only=True)["run"]["seed"]
+    (output / "last_checkpoint").write_text("model_0000002.pth")
+    train(instant_cfg, resume=True)
+    assert torch.load(output / "model_final.pth", weights_only=True)["run"]["seed"] == seed
+
+
+def test_evaluation_repeats_the_figures_of_training(instant_cfg, output):
+    instant_cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    results = train(instant_cfg)
+    instant_cfg.MODEL.WEIGHTS = str(output / "model_final.pth")
+    again = evaluate(instant_cfg)
+    assert again["bbox"] == pytest.approx(results["bbox"], nan_ok=True)
+    assert again["stages"]["stage2"]["iou_after"] == results["stages"]["stage2"]["iou_after"]
+    resumed = instant_cfg.clone()
+    resumed.MODEL.WEIGHTS = ""
+    assert evaluate(resumed, resume=True)["bbox"] == pytest.approx(results["bbox"], nan_ok=True)
+
+
+def test_several_test_sets_have_results_of_their_own(instant_cfg, output):
+    instant_cfg.SOLVER.MAX_ITER = 1
+    instant_cfg.SOLVER.STEPS = ()
+    instant_cfg.DATASETS.TEST = ("shapes_val", "shapes_train")
+    results = train(instant_cfg)
+    assert set(results) == {"shapes_val", "shapes_train"}
+    assert results["shapes_train"]["exits"]["images"] == 6
+    assert (output / "shapes_val" / "results.json").is_file()
+
+
+def test_wrong_class_count_is_found_before_the_first_step(instant_cfg):
+    instant_cfg.MODEL.ROI_HEADS.NUM_CLASSES = 4
+    with pytest.raises(ConfigError, match=r"NUM_CLASSES is 4.*6 categories.*NUM_CLASSES 6"):
+        train(instant_cfg)
+
+
+def test_missing_things_are_named(instant_cfg, tmp_path):
+    instant_cfg.MODEL.WEIGHTS = str(tmp_path / "none.pth")
+    with pytest.raises(CheckpointError, match=r"none\.pth"):
+        evaluate(instant_cfg)
+    instant_cfg.MODEL.WEIGHTS = ""
+    with pytest.raises(ConfigError, match=r"MODEL\.WEIGHTS"):
+        evaluate(instant_cfg)
+    instant_cfg.DATASETS.TRAIN = ()
+    with pytest.raises(ConfigError, match=r"DATASETS\.TRAIN"):
+        train(instant_cfg)
+    instant_cfg.DATASETS.TEST = ()
+    with pytest.raises(ConfigError, match=r"DATASETS\.TEST"):
+        evaluate(instant_cfg)
+    instant_cfg.DATASETS.TRAIN = ("shape_train",)
+    with pytest.raises(DatasetError, match="shapes_train"):
+        train(instant_cfg)
+
+
+def test_training_learns(instant_cfg, output):
+    """Two images, learned by heart: the losses fall and the objects are found."""
+    instant_cfg.MODEL.RESNETS.NORM = "GN"
+    instant_cfg.MODEL.FPN.NORM = "GN"
+    instant_cfg.CASCADE.OPTIMIZER = "AdamW"
+    instant_cfg.SOLVER.BASE_LR = 0.002
+    instant_cfg.SOLVER.MAX_ITER = 60
+    instant_cfg.SOLVER.STEPS = ()
+    instant_cfg.SOLVER.CHECKPOINT_PERIOD = 100
+    instant_cfg.INPUT.RANDOM_FLIP = "none"
+    instant_cfg.DATASETS.TRAIN = ("shapes_val",)
+    instant_cfg.MODEL.CASCADE.EXIT.ENABLED = False
+    instant_cfg.MODEL.ROI_HEADS.NAME = "CascadeROIHeads"
+    instant_cfg.TEST.EVAL_PERIOD = 0
+    results = train(instant_cfg)
+    lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    losses = [line["total_loss"] for line in lines if "total_loss" in line]
+    assert losses[-1] < 0.6 * losses[0]
+    assert results["bbox"]["AP50"] > 20

@@ -1,0 +1,180 @@
+"""The commands as a user types them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+
+import predict
+import train_net
+from cascade_det.config import load_config
+from cascade_det.errors import ConfigError, DatasetError
+from cascade_det.standalone import Predictor
+from make_shapes import make_dataset
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "configs" / "quick_schedules" / "instant_test.yaml"
+
+
+def run_tool(name, *arguments):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A finished run of the smallest schedule by the command itself."""
+    folder = tmp_path_factory.mktemp("trained")
+    make_dataset(folder / "shapes", train=4, val=2, width=128, height=96, hard=0.0)
+    datasets = [
+        (f"shapes_{s}", str(folder / f"shapes/{s}.json"), str(folder / f"shapes/{s}"))
+        for s in ("train", "val")
+    ]
+    options = ["CASCADE.DATASETS", str(datasets), "OUTPUT_DIR", str(folder / "output")]
+    done = run_tool("train_net.py", "--config-file", CONFIG, *options)
+    assert done.returncode == 0, done.stderr
+    return folder, options, done
+
+
+def test_training_writes_config_log_and_tables(trained):
+    folder, _, done = trained
+    log = (folder / "output" / "log.txt").read_text()
+    for words in ("Box AP", "If the cascade stopped after a stage", "Latency per image"):
+        assert words in log
+        assert words in done.stdout
+    dumped = load_config(folder / "output" / "config.yaml")
+    assert str(folder / "output") == dumped.OUTPUT_DIR
+    assert dumped.SOLVER.MAX_ITER == load_config(CONFIG).SOLVER.MAX_ITER
+
+
+def test_eval_only(trained):
+    folder, options, _ = trained
+    before = json.loads((folder / "output" / "results.json").read_text())
+    weights = ["MODEL.WEIGHTS", str(folder / "output" / "model_final.pth")]
+    assert train_net.main(["--config-file", str(CONFIG), "--eval-only", *options, *weights]) == 0
+    after = json.loads((folder / "output" / "results.json").read_text())
+    assert after["bbox"] == before["bbox"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["SOLVER.MAX_ITR", "5"], ["SOLVER.MAX_ITR", "SOLVER.MAX_ITER"]),
+        (["SOLVER.MAX_ITER", "many"], ["SOLVER.MAX_ITER", "many"]),
+        (["MODEL.MASK_ON", "True"], ["MODEL.MASK_ON"]),
+        (["--num-gpus", "2"], ["--num-gpus"]),
+        (["MODEL.WEIGHTS", "gone.pth"], ["gone.pth"]),
+        (["MODEL.ROI_HEADS.NUM_CLASSES", "3"], ["NUM_CLASSES", "6 categories"]),
+    ],
+)
+def test_mistakes_end_with_a_clear_message(trained, tmp_path, capfd, arguments, words):
+    _, options, _ = trained
+    flags = arguments if arguments[0].startswith("--") else []
+    keys = [] if flags else arguments
+    keys = [*keys, "OUTPUT_DIR", str(tmp_path)]
+    assert train_net.main(["--config-file", str(CONFIG), *flags, *options, *keys]) == 1
+    output = "".join(capfd.readouterr())
+    assert all(word in output for word in words)
+
+
+def test_missing_config_file(tmp_path, capfd):
+    assert train_net.main(["--config-file", str(tmp_path / "no.yaml")]) == 1
+    assert "no.yaml" in "".join(capfd.readouterr())
+
+
+@pytest.fixture(scope="session")
+def predictions(trained, tmp_path_factory):
+    folder, _, _ = trained
+    output = tmp_path_factory.mktemp("pictures")
+    arguments = ["--config-file", CONFIG, "--output", output]
+    arguments += ["--input", folder / "shapes" / "val", folder / "shapes" / "train" / "*1.jpg"]
+    arguments += ["--opts", "MODEL.WEIGHTS", folder / "output" / "model_final.pth"]
+    arguments += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
+    assert predict.main([str(argument) for argument in arguments]) == 0
+    return output
+
+
+def test_predict_takes_folders_and_globs(trained, predictions):
+    folder, _, _ = trained
+    coco = COCO(predictions / "predictions.json")
+    names = [image["file_name"] for image in coco.dataset["images"]]
+    inputs = [*sorted((folder / "shapes" / "val").iterdir())]
+    inputs += sorted((folder / "shapes" / "train").glob("*1.jpg"))
+    assert names == [str(p) for p in inputs]
+    assert len(list(predictions.glob("*.jpg"))) == len(names)
+    for image in coco.dataset["images"]:
+        assert cv2.imread(image["file_name"]).shape[:2] == (image["height"], image["width"])
+
+
+def test_predicted_json_is_coco_with_exit_stages(trained, predictions):
+    folder, _, _ = trained
+    content = json.loads((predictions / "predictions.json").read_text())
+    ground_truth = json.loads((folder / "shapes" / "val.json").read_text())
+    names = [(c["id"], c["name"]) for c in content["categories"]]
+    assert names == [(c["id"], c["name"]) for c in ground_truth["categories"]]
+    assert content["annotations"]
+    sizes = {image["id"]: image for image in content["images"]}
+    for annotation in content["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        assert w > 0
+        assert h > 0
+        assert x + w <= sizes[annotation["image_id"]]["width"] + 0.01
+        assert y + h <= sizes[annotation["image_id"]]["height"] + 0.01
+        assert annotation["exit_stage"] in (0, 1, 2)
+
+
+@pytest.mark.parametrize("name", ["missing.jpg", "broken.jpg", "empty_folder"])
+def test_predict_names_what_it_cannot_use(trained, tmp_path, capfd, name):
+    folder, _, _ = trained
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    (tmp_path / "empty_folder").mkdir()
+    weights = ["MODEL.WEIGHTS", str(folder / "output" / "model_final.pth")]
+    arguments = ["--config-file", str(CONFIG), "--input", str(tmp_path / name)]
+    arguments += ["--output", str(tmp_path / "out"), "--opts", *weights]
+    assert predict.main(arguments) == 1
+    assert name in capfd.readouterr().err
+
+
+def test_predictor_takes_arrays_and_paths_one_or_many(trained):
+    folder, _, _ = trained
+    cfg = load_config(
+        CONFIG,
+        [
+            *("MODEL.WEIGHTS", str(folder / "output" / "model_final.pth")),
+            *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "CASCADE.TEST_IMS_PER_BATCH", 2),
+        ],
+    )
+    predictor = Predictor(cfg)
+    assert predictor.class_names == [
+        c["name"] for c in json.loads((folder / "shapes" / "val.json").read_text())["categories"]
+    ]
+    files = sorted((folder / "shapes" / "train").iterdir())[:3]
+    arrays = [cv2.imread(str(file)) for file in files]
+    before = [array.copy() for array in arrays]
+    many = predictor(arrays)
+    assert len(many) == 3
+    for array, old, file, detections in zip(arrays, before, files, many, strict=True):
+        np.testing.assert_array_equal(array, old)
+        for one in (predictor(array), predictor(file), predictor(str(file))):
+            np.testing.assert_allclose(one.scores, detections.scores, atol=1e-4)
+            np.testing.assert_allclose(one.boxes, detections.boxes, atol=1e-2)
+    assert predictor([]) == []
+    for wrong in (np.zeros((5, 5), np.uint8), np.zeros((5, 5, 3), np.float32)):
+        with pytest.raises(ValueError, match="uint8"):
+            predictor(wrong)
+    with pytest.raises(DatasetError, match="nowhere"):
+        predictor("nowhere.jpg")
+    cfg.MODEL.WEIGHTS = ""
+    with pytest.raises(ConfigError, match=r"MODEL\.WEIGHTS"):
+        Predictor(cfg)

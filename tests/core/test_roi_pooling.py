@@ -33,6 +33,7 @@ BOXES = {
     "no height": [30.0, 20.0, 60.0, 20.0],
     "a point": [30.0, 20.0, 30.0, 20.0],
     "the origin": [0.0, 0.0, 0.0, 0.0],
+    "a sample just on the border": [-30.0, -32.0, 72.5, 80.0],
     "on the pixel grid": [8.0, 16.0, 72.0, 48.0],
 }
 

@@ -278,6 +278,16 @@ def test_ground_truth_joins_the_proposals_if_asked(append):
     assert {tuple(box) for box in sampled.boxes[exact].tolist()} == (wanted if append else set())
 
 
+def test_samples_are_labelled_by_the_iou_of_the_first_stage():
+    rules = make_cascade(proposal_append_gt=False).training_rules
+    objects = [torch.tensor([[0.0, 0, 10, 10]])]
+    targets = Targets(objects[0], torch.tensor([1]), torch.tensor([0]))
+    overlaps = [torch.tensor([[0.0, 0, 10, 4.5], [0, 0, 10, 5.5], [0, 0, 10, 6.5]])]
+    sampled = rules.sample(overlaps, objects, targets)
+    by_iou = sorted(zip(sampled.ious.tolist(), sampled.gt_classes.tolist(), strict=True))
+    assert [label for _, label in by_iou] == [NUM_CLASSES, 1, 1]
+
+
 def test_losses_depend_on_the_seed_alone():
     cascade, scene = make_cascade(), make_scene(num_proposals=(60, 50))
 

@@ -18,7 +18,7 @@ from cascade_det.core.boxes import decode_boxes, encode_boxes, flatten_images
 from cascade_det.core.matching import Targets, label_regions, sample_labels
 from cascade_det.core.postprocess import rescale_detections, select_detections
 
-pytest.importorskip("detectron2", exc_type=ImportError)
+pytest.importorskip("detectron2")
 
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec

@@ -94,7 +94,12 @@ def make_dataset(
         fresh = Path(place, "fresh")
         fresh.mkdir()
         for split, count in (("train", train), ("val", val)):
-            indices = tqdm(range(count), desc=f"drawing {split}", disable=not progress, leave=False)
+            indices = tqdm(
+                range(count),
+                desc=f"drawing {split}",
+                disable=None if progress else True,
+                leave=False,
+            )
             _write_split(fresh, split, indices, seed=seed, width=width, height=height, hard=hard)
         (fresh / MARKER).write_text(json.dumps(parameters, indent=2) + "\n")
         if output.exists():

@@ -21,6 +21,15 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 CLASSES = ("circle", "square", "triangle", "star", "cross", "ring")
+# BGR. Colour helps to learn the classes soon; shape has to tell the rest.
+TYPICAL_COLOURS = {
+    "circle": (40, 40, 230),
+    "square": (230, 70, 40),
+    "triangle": (50, 200, 50),
+    "star": (30, 220, 240),
+    "cross": (220, 40, 220),
+    "ring": (235, 225, 40),
+}
 SPLITS = ("train", "val")
 MIN_SIZE, MAX_SIZE = 8.0, 200.0
 MIN_VISIBLE = 0.3
@@ -40,6 +49,7 @@ class Look:
     Attributes:
         objects: fewest and most objects that are tried.
         contrast: distance of an object's colour from what lies behind it, in grey levels.
+        typical: probability that an object leans towards the colour of its class.
         textured: probability that an object has a texture and not one colour.
         max_covered: largest part of an object that later ones may hide.
         clutter: fewest and most things behind the objects that are none.
@@ -51,6 +61,7 @@ class Look:
 
     objects: tuple[int, int]
     contrast: Range
+    typical: float
     textured: float
     max_covered: float
     clutter: tuple[int, int]
@@ -64,6 +75,7 @@ LOOKS = {
     "easy": Look(
         objects=(3, 6),
         contrast=(110, 200),
+        typical=0.95,
         textured=0.25,
         max_covered=0.2,
         clutter=(0, 4),
@@ -75,6 +87,7 @@ LOOKS = {
     "hard": Look(
         objects=(5, 9),
         contrast=(45, 130),
+        typical=0.75,
         textured=0.6,
         max_covered=0.55,
         clutter=(5, 14),
@@ -154,7 +167,7 @@ def _draw_objects(rng: Generator, canvas: Array, look: Look) -> tuple[list[Shape
         if placed is None:
             continue
         shape, mask = placed
-        _fill(rng, canvas, mask, look)
+        _fill(rng, canvas, mask, look, CLASSES[shape.label])
         owner[mask > 0.5] = len(shapes)
         shapes.append(shape)
     return shapes, owner
@@ -197,8 +210,8 @@ def _random_shape(rng: Generator, width: int, height: int) -> Shape:
 
 
 def _random_size(rng: Generator) -> float:
-    """Longest side of the box in pixels: 70% in 24..96, the rest smaller and larger."""
-    low, high = [(MIN_SIZE, 24), (24, 96), (96, MAX_SIZE)][rng.choice(3, p=[0.1, 0.7, 0.2])]
+    """Longest side of the box in pixels: 70% in 32..96, the rest smaller and larger."""
+    low, high = [(MIN_SIZE, 32), (32, 96), (96, MAX_SIZE)][rng.choice(3, p=[0.1, 0.7, 0.2])]
     return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 
@@ -272,18 +285,24 @@ def _annotation(shape: Shape, visible: Array) -> dict[str, Any]:
 def _background(rng: Generator, width: int, height: int) -> Array:
     """A soft field of colour: float32 ``[H, W, 3]``, BGR grey levels."""
     cells = int(rng.integers(2, 6))
-    coarse = rng.normal(0, rng.uniform(4, 22), (cells, cells, 3)) + rng.uniform(40, 215, 3)
+    grey, tint = rng.uniform(40, 215), rng.normal(0, 12, 3)
+    coarse = rng.normal(0, rng.uniform(4, 18), (cells, cells, 3)) + grey + tint
     return cv2.resize(coarse.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
 
 
-def _fill(rng: Generator, canvas: Array, mask: Array, look: Look) -> None:
+def _fill(rng: Generator, canvas: Array, mask: Array, look: Look, name: str) -> None:
     """Blend a colour or a texture into ``canvas`` where ``mask`` (float32 ``[H, W]``) is."""
     x, y, width, height = cv2.boundingRect((mask > 0).astype(np.uint8))
     window = canvas[y : y + height, x : x + width]
     cover = mask[y : y + height, x : x + width, None]
     behind = (window * cover).sum((0, 1)) / cover.sum()
     contrast = rng.uniform(*look.contrast)
-    paint = _contrasting(rng, behind, contrast)
+    if rng.random() < look.typical:
+        colour = TYPICAL_COLOURS[name] + rng.normal(0, 25, 3) - behind
+        distance = float(np.linalg.norm(colour))
+        paint = behind + min(1.0, contrast / max(distance, 1.0)) * colour
+    else:
+        paint = _contrasting(rng, behind, contrast)
     if rng.random() < look.textured:
         amplitude = rng.uniform(0.2, 0.5) * contrast
         paint = paint + amplitude * _texture(rng, height, width)[..., None]

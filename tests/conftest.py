@@ -1,5 +1,6 @@
 """What every test gets: a known state of the random generators, and the old state back."""
 
+import logging
 import random
 
 import numpy as np
@@ -20,3 +21,14 @@ def _own_randomness():
     random.setstate(states[0])
     np.random.set_state(states[1])  # noqa: NPY002
     torch.set_rng_state(states[2])
+
+
+@pytest.fixture(autouse=True)
+def _own_logging():
+    """Take back the handlers that a command sets up."""
+    loggers = [logging.getLogger(name) for name in ("cascade_det", "fvcore")]
+    states = [(logger, list(logger.handlers), logger.level) for logger in loggers]
+    yield
+    for logger, handlers, level in states:
+        logger.handlers[:] = handlers
+        logger.setLevel(level)

@@ -20,6 +20,7 @@ MAX_LINES = 400
 RANKS = {
     "": -1,
     "errors": -1,
+    "files": -1,
     "config": 0,
     "layers": 0,
     "core": 1,

@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import argparse
 import glob
-import json
-import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import cv2
 from tqdm import tqdm
 
 from cascade_det.config import check_config, load_config
-from cascade_det.core import Detections
 from cascade_det.data.transforms import read_image
 from cascade_det.engine.log import setup_logging
 from cascade_det.errors import CascadeDetError, DatasetError
+from cascade_det.evaluation.coco import coco_results
 from cascade_det.evaluation.drawing import draw_detections
+from cascade_det.files import write_json
 from cascade_det.standalone import Predictor
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
@@ -72,7 +70,8 @@ def predict(predictor: Predictor, files: list[Path], output: Path, score_thresho
     """
     output.mkdir(parents=True, exist_ok=True)
     names = _picture_names(files)
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for image_id, (file, name) in enumerate(zip(tqdm(files, disable=None), names, strict=True), 1):
         image = read_image(str(file), "BGR")
         detections = predictor(image)
@@ -83,17 +82,16 @@ def predict(predictor: Predictor, files: list[Path], output: Path, score_thresho
             raise DatasetError(f"{output / name}: could not be written")
         height, width = image.shape[:2]
         images.append({"id": image_id, "file_name": str(file), "height": height, "width": width})
-        annotations += _annotations(detections, image_id, predictor.category_ids)
-    for annotation_id, annotation in enumerate(annotations, 1):
-        annotation["id"] = annotation_id
+        for result in coco_results(detections, image_id, predictor.category_ids):
+            _, _, box_width, box_height = result["bbox"]
+            rest = {"id": len(annotations) + 1, "area": box_width * box_height, "iscrowd": 0}
+            annotations.append({**result, **rest})
     categories = [
         {"id": category_id, "name": name}
         for category_id, name in zip(predictor.category_ids, predictor.class_names, strict=True)
     ]
     content = {"images": images, "annotations": annotations, "categories": categories}
-    temporary = output / ".predictions.json.tmp"
-    temporary.write_text(json.dumps(content))
-    os.replace(temporary, output / "predictions.json")
+    write_json(content, output / "predictions.json")
     print(f"{len(files)} images, {len(annotations)} detections: {output}")
 
 
@@ -112,30 +110,6 @@ def _picture_names(files: list[Path]) -> list[str]:
             name, number = f"{file.stem}_{number}.jpg", number + 1
         names[name] = None
     return list(names)
-
-
-def _annotations(
-    detections: Detections, image_id: int, category_ids: list[int]
-) -> list[dict[str, Any]]:
-    rows = zip(
-        detections.boxes.tolist(),
-        detections.scores.tolist(),
-        detections.classes.tolist(),
-        detections.exit_stages.tolist(),
-        strict=True,
-    )
-    return [
-        {
-            "image_id": image_id,
-            "category_id": category_ids[class_index],
-            "bbox": [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)],
-            "area": round((x2 - x1) * (y2 - y1), 2),
-            "iscrowd": 0,
-            "score": round(score, 5),
-            "exit_stage": exit_stage,
-        }
-        for (x1, y1, x2, y2), score, class_index, exit_stage in rows
-    ]
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
-import tempfile
 from pathlib import Path
 
 from cascade_det.config import check_config, load_config
 from cascade_det.engine.log import setup_logging
 from cascade_det.errors import CascadeDetError, ConfigError
+from cascade_det.files import atomic_path
 from cascade_det.standalone import evaluate, train
 
 logger = logging.getLogger("cascade_det.tools.train_net")
@@ -33,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         cfg = load_config(args.config_file, args.opts)
         check_config(cfg)
         setup_logging(cfg.OUTPUT_DIR)
-        _write_config(cfg.dump(), Path(cfg.OUTPUT_DIR) / "config.yaml")
+        with atomic_path(Path(cfg.OUTPUT_DIR) / "config.yaml") as temporary:
+            temporary.write_text(cfg.dump())
         if args.eval_only:
             evaluate(cfg, resume=args.resume)
         else:
@@ -62,12 +62,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="configuration keys that override the file, such as SOLVER.MAX_ITER 1000",
     )
     return parser.parse_args(argv)
-
-
-def _write_config(text: str, path: Path) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
 
 
 if __name__ == "__main__":

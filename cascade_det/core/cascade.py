@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from cascade_det.core.ensemble import ScoreEnsemble
 from cascade_det.core.exits import ConfidenceExit
 from cascade_det.core.matching import LabelledRegions, Targets
 from cascade_det.core.postprocess import select_detections
+from cascade_det.core.regions import Regions, Scored
 from cascade_det.core.roi_pooling import Pyramid, RoIPooler
 from cascade_det.core.structures import (
     EXIT_REASONS,
@@ -39,40 +39,6 @@ from cascade_det.core.structures import (
 from cascade_det.core.training import TrainingRules
 
 ImageSizes = Sequence[tuple[int, int]]
-
-
-@dataclass
-class Regions:
-    """The regions that are still in the cascade.
-
-    Attributes:
-        boxes: float32 ``[R, 4]``.
-        image_index: int64 ``[R]``.
-        limits: float32 ``[R, 4]``, see ``image_limits``.
-        total: ``[R, K + 1]``, running state of the score ensemble, ``None`` before stage 0.
-    """
-
-    boxes: Tensor
-    image_index: Tensor
-    limits: Tensor
-    total: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.boxes)
-
-    def __getitem__(self, index: Tensor | slice) -> Regions:
-        total = None if self.total is None else self.total[index]
-        return Regions(self.boxes[index], self.image_index[index], self.limits[index], total)
-
-
-@dataclass
-class Scored:
-    """What regions are reported as: boxes ``[R, 4]`` or ``[R, 4 K]``, probabilities, exits."""
-
-    boxes: Tensor
-    probs: Tensor
-    image_index: Tensor
-    exit_stages: Tensor
 
 
 class CascadeHead(nn.Module):

@@ -14,7 +14,9 @@ COMPLETED = EXIT_REASONS.index("completed")
 
 
 class ConfidenceExit:
-    """Leaves by the largest foreground probability of the mean of the stages seen so far.
+    """Leaves by the largest foreground probability over the stages seen so far.
+
+    The probabilities are those of the cascade's score ensemble: by default the mean of the stages.
 
     Below ``prune_thresholds[s]`` a region is background and is dropped after stage s; from
     ``thresholds[s]`` upwards it is kept as it is. A prune threshold of 0 and a threshold above 1
@@ -40,7 +42,7 @@ class ConfidenceExit:
 
         Args:
             stage: from 0.
-            probs: float32 ``[R, K + 1]``, mean class probabilities; the last is background.
+            probs: float32 ``[R, K + 1]``, of the stages up to this one; the last is background.
 
         Returns:
             int64 ``[R]``: an index into ``EXIT_REASONS``, or ``STAY``.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from fvcore.common import checkpoint as fvcore_checkpoint
@@ -14,6 +12,7 @@ from torch import nn
 from cascade_det.engine.weight_files import load_torch_file
 from cascade_det.engine.weights import load_weights
 from cascade_det.errors import CheckpointError
+from cascade_det.files import atomic_path
 
 
 class Checkpointer(fvcore_checkpoint.Checkpointer):
@@ -64,14 +63,14 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
         data.update(kwargs)
         path = Path(self.save_dir) / f"{name}.pth"
         self.logger.info("Saving checkpoint to %s", path)
-        _write_atomically(path, lambda file: torch.save(data, file))
+        with atomic_path(path) as temporary:
+            torch.save(data, temporary)
         self.tag_last_checkpoint(path.name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Write the name of the newest checkpoint to ``last_checkpoint``."""
-        content = last_filename_basename.encode()
-        path = Path(self.save_dir) / "last_checkpoint"
-        _write_atomically(path, lambda file: file.write(content))
+        with atomic_path(Path(self.save_dir) / "last_checkpoint") as temporary:
+            temporary.write_text(last_filename_basename)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load a checkpoint of this very model; see :meth:`resume_or_load` for other weights.
@@ -142,16 +141,3 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise ValueError("; ".join(problems[:5]) + more)
-
-
-def _write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    # In the same folder, because only within a file system is a rename one step.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

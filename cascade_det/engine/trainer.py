@@ -29,7 +29,7 @@ class Trainer:
 
     Args:
         detector: called with a batch, returns a dict of scalar losses to be summed. A dict of
-            floats in its attribute ``metrics`` is logged.
+            scalars in its attribute ``metrics`` is logged; NaN there means no value.
         loader: batches without end; its first one is that of ``start_iter``.
         optimizer: of the detector's parameters.
         scheduler: stepped after every iteration.
@@ -164,12 +164,13 @@ class Trainer:
         self.optimizer.zero_grad()
         self._scaler.scale(total).backward()
         # One wait for the device: after it has been given all of the work, before weights change.
-        figures = _to_floats({"total_loss": total, **losses})
-        self._check_finite(figures, batch)
+        metrics = _metrics_of(self.detector)
+        figures = _to_floats({"total_loss": total, **losses, **metrics})
+        self._check_finite({name: figures[name] for name in ("total_loss", *losses)}, batch)
         self._update_weights()
 
-        self.history.put_all(figures)
-        self.history.put_all(_metrics_of(self.detector))
+        # A mean over nothing, such as the accuracy of a stage without objects, is no figure.
+        self.history.put_all({k: v for k, v in figures.items() if not math.isnan(v)})
         self.history.put("lr", self._lr(), smooth=False)
         self.scheduler.step()
         self.history.put("data_time", data_time)
@@ -200,12 +201,14 @@ class Trainer:
         return max(self.optimizer.param_groups, key=lambda group: len(group["params"]))["lr"]
 
 
-def _to_floats(scalars: Mapping[str, Tensor]) -> dict[str, float]:
-    values = torch.stack([value.detach().float() for value in scalars.values()]).tolist()
+def _to_floats(scalars: Mapping[str, Tensor | float]) -> dict[str, float]:
+    device = next(value.device for value in scalars.values() if isinstance(value, Tensor))
+    tensors = [torch.as_tensor(v, dtype=torch.float32, device=device) for v in scalars.values()]
+    values = torch.stack([tensor.detach() for tensor in tensors]).tolist()
     return dict(zip(scalars, values, strict=True))
 
 
-def _metrics_of(detector: nn.Module) -> dict[str, float]:
+def _metrics_of(detector: nn.Module) -> dict[str, Tensor | float]:
     # DistributedDataParallel keeps the detector one level below.
     return getattr(getattr(detector, "module", detector), "metrics", None) or {}
 

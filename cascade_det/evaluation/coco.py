@@ -17,7 +17,7 @@ from cascade_det.errors import DatasetError
 from cascade_det.evaluation.evaluator import Evaluator, Sample
 from cascade_det.evaluation.ground_truth import admit_images, load_ground_truth, stdout_to_log
 from cascade_det.evaluation.notes import explain, unprocessed_note
-from cascade_det.evaluation.output_files import write_json
+from cascade_det.files import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cascade_det.core.structures import EXIT_REASONS
-from cascade_det.evaluation.output_files import atomic_path
 from cascade_det.evaluation.report import stage_names
+from cascade_det.files import atomic_path
 
 _METRIC_COLORS = {"AP": "#1b5e8c", "AP50": "#5fa8d3", "AP75": "#b5d8ee"}
 _REASON_COLORS = {

@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from cascade_det.core.structures import EXIT_REASONS
 from cascade_det.evaluation.coco import METRICS
-from cascade_det.evaluation.output_files import write_json
+from cascade_det.files import write_json
 
 RESULTS_FILE = "results.json"
 _TIMES = ("median_ms", "p95_ms")

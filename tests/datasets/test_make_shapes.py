@@ -64,7 +64,7 @@ def test_annotations_lie_in_the_image(index, size):
 def test_boxes_are_tight_around_the_drawn_pixels(name, monkeypatch):
     """One clean shape at a time: the box of the pixels that differ is the annotated one."""
     monkeypatch.setattr(shape_scenes, "CLASSES", (name,))
-    plain = {"textured": 0, "clutter": (0, 0), "scratches": (0, 0), "max_covered": 0}
+    plain = {"typical": 0, "textured": 0, "clutter": (0, 0), "scratches": (0, 0), "max_covered": 0}
     plain |= {"shading": (0, 0), "blur": (0, 0), "noise": (0, 0), "contrast": (150, 150)}
     looks = {
         count: shape_scenes.Look(objects=(count, count), **plain)  # the same seed draws the same

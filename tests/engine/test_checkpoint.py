@@ -71,7 +71,7 @@ def test_start_without_weights(tmp_path):
 
 def break_torch_save(monkeypatch):
     def save(data, file):
-        file.write(b"half of a checkp")
+        file.write_bytes(b"half of a checkp")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", save)

@@ -18,7 +18,7 @@ from cascade_det.evaluation import (
     write_results,
 )
 from cascade_det.evaluation.figures import plot_report
-from cascade_det.evaluation.output_files import atomic_path, write_json
+from cascade_det.files import atomic_path, write_json
 
 NAN = float("nan")
 

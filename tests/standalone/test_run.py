@@ -165,3 +165,16 @@ def test_training_learns(instant_cfg, output):
     losses = [line["total_loss"] for line in lines if "total_loss" in line]
     assert losses[-1] < 0.6 * losses[0]
     assert results["bbox"]["AP50"] > 20
+
+
+def test_evaluating_on_the_way_changes_no_weight(instant_cfg, output, tmp_path):
+    instant_cfg.TEST.EVAL_PERIOD = 2
+    train(instant_cfg)
+    quiet = instant_cfg.clone()
+    quiet.TEST.EVAL_PERIOD = 0
+    quiet.DATASETS.TEST = ()
+    quiet.OUTPUT_DIR = str(tmp_path / "quiet")
+    (tmp_path / "quiet").mkdir()
+    train(quiet)
+    evaluated, straight = weights_of(output), weights_of(tmp_path / "quiet")
+    assert all(torch.equal(evaluated[name], straight[name]) for name in straight)

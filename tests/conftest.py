@@ -25,10 +25,8 @@ def _own_randomness():
 
 @pytest.fixture(autouse=True)
 def _own_logging():
-    """Take back the handlers that a command sets up."""
-    loggers = [logging.getLogger(name) for name in ("cascade_det", "fvcore")]
-    states = [(logger, list(logger.handlers), logger.level) for logger in loggers]
+    """Take away the handlers that a command has set up."""
     yield
-    for logger, handlers, level in states:
-        logger.handlers[:] = handlers
-        logger.setLevel(level)
+    for name in ("cascade_det", "fvcore"):
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).setLevel(logging.NOTSET)

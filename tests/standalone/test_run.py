@@ -106,7 +106,7 @@ def test_evaluation_repeats_the_figures_of_training(instant_cfg, output):
     instant_cfg.MODEL.WEIGHTS = str(output / "model_final.pth")
     again = evaluate(instant_cfg)
     assert again["bbox"] == pytest.approx(results["bbox"], nan_ok=True)
-    assert again["stages"]["stage2"]["iou_after"] == results["stages"]["stage2"]["iou_after"]
+    assert again["stages"]["stage2"] == pytest.approx(results["stages"]["stage2"], nan_ok=True)
     resumed = instant_cfg.clone()
     resumed.MODEL.WEIGHTS = ""
     assert evaluate(resumed, resume=True)["bbox"] == pytest.approx(results["bbox"], nan_ok=True)

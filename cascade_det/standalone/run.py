@@ -92,6 +92,8 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     checkpointer = Checkpointer(detector, output_dir)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     checkpointer.add_checkpointable("run", info)
+    if not cfg.MODEL.WEIGHTS and checkpointer.start_iter == 0:
+        _warn_of_frozen_noise(cfg)
     trainer = _build_trainer(
         cfg,
         detector,
@@ -156,6 +158,18 @@ def _check_classes(cfg: CfgNode, dataset: CocoDataset) -> None:
             f"MODEL.ROI_HEADS.NUM_CLASSES is {wanted}, but {dataset.source.json_file} has {found} "
             f"categories ({', '.join(dataset.class_names[:10])}{', ...' if found > 10 else ''}): "
             f"set MODEL.ROI_HEADS.NUM_CLASSES {found}"
+        )
+
+
+def _warn_of_frozen_noise(cfg: CfgNode) -> None:
+    """From random weights, what is frozen stays random: seldom meant, and seen in the AP alone."""
+    freeze_at, norm = cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.RESNETS.NORM
+    if freeze_at > 0 or norm == "FrozenBN":
+        logger.warning(
+            "MODEL.WEIGHTS is empty, but MODEL.BACKBONE.FREEZE_AT is %d and MODEL.RESNETS.NORM is "
+            "%s: give a file of weights, or set FREEZE_AT 0 and a NORM that is trained (BN, GN)",
+            freeze_at,
+            norm,
         )
 
 

@@ -178,3 +178,18 @@ def test_evaluating_on_the_way_changes_no_weight(instant_cfg, output, tmp_path):
     train(quiet)
     evaluated, straight = weights_of(output), weights_of(tmp_path / "quiet")
     assert all(torch.equal(evaluated[name], straight[name]) for name in straight)
+
+
+@pytest.mark.parametrize(
+    ("freeze_at", "norm", "warned"), [(0, "BN", 0), (2, "BN", 1), (0, "FrozenBN", 1)]
+)
+def test_frozen_random_weights_are_pointed_out(
+    instant_cfg, output, caplog, freeze_at, norm, warned
+):
+    instant_cfg.DATASETS.TEST = ()
+    instant_cfg.SOLVER.MAX_ITER = 1
+    instant_cfg.SOLVER.STEPS = ()
+    instant_cfg.MODEL.BACKBONE.FREEZE_AT = freeze_at
+    instant_cfg.MODEL.RESNETS.NORM = norm
+    train(instant_cfg)
+    assert sum("MODEL.BACKBONE.FREEZE_AT" in message for message in caplog.messages) == warned

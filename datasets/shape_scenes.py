@@ -210,8 +210,8 @@ def _random_shape(rng: Generator, width: int, height: int) -> Shape:
 
 
 def _random_size(rng: Generator) -> float:
-    """Longest side of the box in pixels: 70% in 32..96, the rest smaller and larger."""
-    low, high = [(MIN_SIZE, 32), (32, 96), (96, MAX_SIZE)][rng.choice(3, p=[0.1, 0.7, 0.2])]
+    """Longest side of the box in pixels: 65% in 40..110, the rest smaller and larger."""
+    low, high = [(MIN_SIZE, 40), (40, 110), (110, MAX_SIZE)][rng.choice(3, p=[0.1, 0.65, 0.25])]
     return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 

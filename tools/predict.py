@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import glob
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -69,12 +70,10 @@ def predict(predictor: Predictor, files: list[Path], output: Path, score_thresho
         score_threshold: detections below it are in the json, but not drawn.
     """
     output.mkdir(parents=True, exist_ok=True)
-    names = _picture_names(files)
+    results = tqdm(_detect(predictor, files), total=len(files), disable=None, unit="img")
     images: list[dict] = []
     annotations: list[dict] = []
-    for image_id, (file, name) in enumerate(zip(tqdm(files, disable=None), names, strict=True), 1):
-        image = read_image(str(file), "BGR")
-        detections = predictor(image)
+    for image_id, (file, name, image, detections) in enumerate(results, 1):
         picture = draw_detections(
             image, detections, predictor.class_names, score_threshold=score_threshold
         )
@@ -93,6 +92,16 @@ def predict(predictor: Predictor, files: list[Path], output: Path, score_thresho
     content = {"images": images, "annotations": annotations, "categories": categories}
     write_json(content, output / "predictions.json")
     print(f"{len(files)} images, {len(annotations)} detections: {output}")
+
+
+def _detect(predictor: Predictor, files: list[Path]) -> Iterator[tuple]:
+    """File, name of its picture, pixels and detections, in batches of the predictor's size."""
+    named = list(zip(files, _picture_names(files), strict=True))
+    for start in range(0, len(named), predictor.batch_size):
+        batch = named[start : start + predictor.batch_size]
+        images = [read_image(str(file), "BGR") for file, _ in batch]
+        for (file, name), image, detections in zip(batch, images, predictor(images), strict=True):
+            yield file, name, image, detections
 
 
 def _images_at(path: Path) -> list[Path]:

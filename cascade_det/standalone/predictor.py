@@ -37,6 +37,7 @@ class Predictor:
         class_names: K names, from the checkpoint; ``class 0``, ... where it has none.
         category_ids: K ids of the data set that the checkpoint was trained on; ``1``, ... where
             it has none.
+        batch_size: images that run at once.
 
     Raises:
         ConfigError: if ``MODEL.WEIGHTS`` is empty or keys contradict each other.
@@ -60,7 +61,7 @@ class Predictor:
         self._format = arguments["image_format"]
         self._short_edge = arguments["min_sizes"][0]
         self._max_size = arguments["max_size"]
-        self._batch_size = config.test_loader_arguments(cfg)["images_per_batch"]
+        self.batch_size = config.test_loader_arguments(cfg)["images_per_batch"]
 
     @overload
     def __call__(self, images: Image) -> Detections: ...
@@ -85,8 +86,8 @@ class Predictor:
         if isinstance(images, (np.ndarray, str, PathLike)):
             return self([images])[0]
         detections: list[Detections] = []
-        for start in range(0, len(images), self._batch_size):
-            batch = [self._sample(image) for image in images[start : start + self._batch_size]]
+        for start in range(0, len(images), self.batch_size):
+            batch = [self._sample(image) for image in images[start : start + self.batch_size]]
             with torch.inference_mode():
                 detections += [d.to("cpu") for d in self.detector.detect(batch).detections]
         return detections

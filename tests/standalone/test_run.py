@@ -193,3 +193,20 @@ def test_frozen_random_weights_are_pointed_out(
     instant_cfg.MODEL.RESNETS.NORM = norm
     train(instant_cfg)
     assert sum("MODEL.BACKBONE.FREEZE_AT" in message for message in caplog.messages) == warned
+
+
+def test_half_precision_trains_and_stays_finite(instant_cfg, output):
+    instant_cfg.DATASETS.TEST = ()
+    instant_cfg.CASCADE.AMP_DTYPE = "bfloat16"
+    instant_cfg.SOLVER.MAX_ITER = 2
+    instant_cfg.SOLVER.STEPS = ()
+    train(instant_cfg)
+    half = weights_of(output)
+    instant_cfg.SOLVER.AMP.ENABLED = False
+    train(instant_cfg)
+    single = weights_of(output)
+    name = "roi_heads.box_head.0.fc1.weight"
+    assert half[name].dtype == torch.float32
+    assert all(torch.isfinite(value).all() for value in half.values())
+    assert not torch.equal(half[name], single[name])
+    torch.testing.assert_close(half[name], single[name], atol=0.02, rtol=0)

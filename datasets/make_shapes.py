@@ -4,7 +4,7 @@
 Every image is a function of (seed, split, index, size, share of hard scenes) alone, so image 7 is
 the same in a set of 10 and in a set of 10,000. ``shape_scenes.py`` beside this file draws them.
 
-    python datasets/make_shapes.py --output datasets/shapes --train 400 --val 100 --seed 0
+    python datasets/make_shapes.py --output datasets/shapes --train 500 --val 100 --seed 0
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line and make the data set."""
     parser = argparse.ArgumentParser(description="Draw a detection data set in COCO format.")
     parser.add_argument("--output", type=Path, default=Path("datasets/shapes"))
-    parser.add_argument("--train", type=int, default=400, help="training images (400)")
+    parser.add_argument("--train", type=int, default=500, help="training images (500)")
     parser.add_argument("--val", type=int, default=100, help="validation images (100)")
     parser.add_argument("--width", type=int, default=320, help="of the images, pixels (320)")
     parser.add_argument("--height", type=int, default=256, help="of the images, pixels (256)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--hard", type=float, default=0.5, help="share of hard scenes, 0..1 (0.5)")
+    parser.add_argument("--hard", type=float, default=0.2, help="share of hard scenes, 0..1 (0.2)")
     values = vars(parser.parse_args(arguments))
     output = values.pop("output")
     try:
@@ -50,12 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def make_dataset(
     output: str | Path,
     *,
-    train: int = 400,
+    train: int = 500,
     val: int = 100,
     width: int = 320,
     height: int = 256,
     seed: int = 0,
-    hard: float = 0.5,
+    hard: float = 0.2,
     progress: bool = False,
 ) -> bool:
     """Write ``train.json``, ``val.json`` and their images into the folder ``output``.

@@ -106,7 +106,7 @@ def make_image(
     *,
     width: int = 320,
     height: int = 256,
-    hard: float = 0.5,
+    hard: float = 0.2,
 ) -> tuple[Array, list[dict[str, Any]], str]:
     """Draw one scene.
 

@@ -121,8 +121,7 @@ def make_image(
     Returns:
         image: uint8 ``[H, W, 3]``, BGR.
         annotations: one dict per object with ``category_id`` (1 = first of ``CLASSES``), ``bbox``
-            (XYWH in pixels, tight around the whole shape, hidden parts too, cut at the image's
-            border), ``area`` (of the box), ``iscrowd`` 0, ``visibility`` (0.3..1). Shapes that
+            (XYWH in pixels, tight around what lies inside the image, hidden parts too), ``area`` (of the box), ``iscrowd`` 0, ``visibility`` (0.3..1). Shapes that
             are less visible are drawn and not annotated. Can be empty.
         difficulty: "easy" or "hard".
     """
@@ -267,8 +266,8 @@ def _fill_polygon(canvas: Array, outline: Array, colour: int) -> None:
 
 def _annotation(shape: Shape, visible: Array) -> dict[str, Any]:
     height, width = visible.shape
-    x0, y0 = np.clip(shape.outline.min(0), 0, (width, height))
-    x1, y1 = np.clip(shape.outline.max(0), 0, (width, height))
+    inside = _cut(shape.outline, width, height)
+    (x0, y0), (x1, y1) = inside.min(0), inside.max(0)
     box = [round(float(v), 2) for v in (x0, y0, x1 - x0, y1 - y0)]
     return {
         "category_id": shape.label + 1,
@@ -277,6 +276,20 @@ def _annotation(shape: Shape, visible: Array) -> dict[str, Any]:
         "iscrowd": 0,
         "visibility": round(min(1.0, float(visible.sum()) / max(shape.area, 1.0)), 3),
     }
+
+
+def _cut(outline: Array, width: int, height: int) -> Array:
+    """The corners of what lies inside the image (Sutherland and Hodgman's clipping)."""
+    for axis, border, sign in ((0, 0, 1), (0, width, -1), (1, 0, 1), (1, height, -1)):
+        depth = sign * (outline[:, axis] - border)
+        following, next_depth = np.roll(outline, -1, axis=0), np.roll(depth, -1)
+        inside = depth >= 0
+        crosses = inside != (next_depth >= 0)
+        part = depth / np.where(crosses, depth - next_depth, 1.0)
+        crossings = outline + part[:, None] * (following - outline)
+        candidates = np.stack([outline, crossings], 1).reshape(-1, 2)
+        outline = candidates[np.stack([inside, crosses], 1).ravel()]
+    return outline
 
 
 # ---------------------------------------------------------------- paint and light

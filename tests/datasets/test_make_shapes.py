@@ -86,6 +86,15 @@ def test_boxes_are_tight_around_the_drawn_pixels(name, monkeypatch):
         np.testing.assert_allclose(found, [bx, by, bx + bw, by + bh], atol=2)
 
 
+def test_boxes_of_shapes_cut_by_the_border_are_tight_around_what_is_left():
+    # A triangle whose right tip lies below the image: at the border it is 25 wide, not 50.
+    outline = np.array([[10.0, 10], [10, 40], [60, 70]])
+    shape = shape_scenes.Shape(0, outline, None)
+    annotation = shape_scenes._annotation(shape, np.ones((40, 100), bool))
+    # The edge from (10, 10) to (60, 70) crosses y = 40 at x = 10 + 50 * 30 / 60 = 35.
+    assert annotation["bbox"] == [10, 10, 25, 30]
+
+
 def test_visibility_is_what_later_shapes_leave():
     square = np.array([[10.0, 10], [30, 10], [30, 30], [10, 30]])
     shape = shape_scenes.Shape(1, square, None)

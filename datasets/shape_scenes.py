@@ -121,8 +121,9 @@ def make_image(
     Returns:
         image: uint8 ``[H, W, 3]``, BGR.
         annotations: one dict per object with ``category_id`` (1 = first of ``CLASSES``), ``bbox``
-            (XYWH in pixels, tight around what lies inside the image, hidden parts too), ``area`` (of the box), ``iscrowd`` 0, ``visibility`` (0.3..1). Shapes that
-            are less visible are drawn and not annotated. Can be empty.
+            (XYWH in pixels, tight around what lies inside the image, hidden parts too), ``area``
+            (of the box), ``iscrowd`` 0, ``visibility`` (0.3..1). Shapes that are less visible are
+            drawn and not annotated. Can be empty.
         difficulty: "easy" or "hard".
     """
     rng = np.random.default_rng([seed, SPLITS.index(split), index])

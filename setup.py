@@ -14,6 +14,7 @@ REQUIREMENTS = [
     "torchvision>=0.19",
     "fvcore>=0.1.5.post20221221",
     "yacs>=0.1.8",
+    "PyYAML>=6.0",
     "pycocotools>=2.0.7",
     # The same `import cv2` as opencv-python, without its need for libGL and X11 on the machine.
     "opencv-python-headless>=4.8",

@@ -77,6 +77,8 @@ def predict(predictor: Predictor, files: list[Path], output: Path, score_thresho
         picture = draw_detections(
             image, detections, predictor.class_names, score_threshold=score_threshold
         )
+        if (output / name).resolve() == file.resolve():
+            raise DatasetError(f"--output {output}: its pictures would replace the input {file}")
         if not cv2.imwrite(str(output / name), picture):
             raise DatasetError(f"{output / name}: could not be written")
         height, width = image.shape[:2]

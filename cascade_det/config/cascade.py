@@ -25,6 +25,7 @@ _MODEL_CASCADE: dict[str, Any] = {
         "CONV_DIM": (),  # channels, each >= 1
         "NUM_FC": (),  # each >= 0
         "FC_DIM": (),  # each >= 1
+        "NORM": (),  # of the convolutions: "", "GN", "BN" or "SyncBN"
     },
     # Regions that leave before the last stage, in inference only. Both tuples are per stage
     # without the last one (from which everything leaves), and look at the ensemble's
@@ -37,17 +38,21 @@ _MODEL_CASCADE: dict[str, Any] = {
         "PRUNE_THRESHOLDS": (0.02,),
     },
 }
+EXIT_DEFAULTS: dict[str, Any] = _MODEL_CASCADE["EXIT"]
 
 _CASCADE: dict[str, Any] = {
     # Data sets of one's own in COCO format: (name, annotation file, image folder) each. A path
     # is relative to the folder that the command runs in. The name goes to DATASETS.
     "DATASETS": (),
-    "ON_BAD_DATA": "error",  # "error" stops at a record that cannot be used, "skip" leaves it out
+    # Of training sets: "error" stops at a record that cannot be used, "skip" leaves it out. A test
+    # set is never shortened.
+    "ON_BAD_DATA": "error",
     "MAX_TO_KEEP": 5,  # latest checkpoints that are kept; 0 = all of them
     "PATIENCE": 0,  # evaluations without a better BEST_METRIC before training ends; 0 = never
-    "BEST_METRIC": "bbox/AP",  # what the best checkpoint has the most of
+    "BEST_METRIC": "bbox/AP",  # the figure that PATIENCE watches; more is better
     "OPTIMIZER": "SGD",  # or "AdamW"
-    # Under SOLVER.AMP: "bfloat16", "float16", or "auto" = float16 on a GPU, bfloat16 on a CPU.
+    # Under SOLVER.AMP: "bfloat16", "float16", or "auto" = float16 on a GPU, on a
+    # CPU bfloat16 where it has instructions for it and float32 where not.
     "AMP_DTYPE": "auto",
     "TEST_IMS_PER_BATCH": 1,  # images per batch and process in inference, >= 1
     "LOG_PERIOD": 20,  # iterations between lines of the log and metrics, >= 1

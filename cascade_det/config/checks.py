@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from fvcore.common.config import CfgNode
 
+from cascade_det.config.cascade import EXIT_DEFAULTS
 from cascade_det.config.ranges import RANGES
 from cascade_det.config.rules import value_of
 from cascade_det.config.supported import SUPPORTED
 from cascade_det.errors import ConfigError
 
 _LEVELS = ("res2", "res3", "res4", "res5")
-_BOX_HEAD_LAYERS = ("NUM_CONV", "CONV_DIM", "NUM_FC", "FC_DIM")
+_BOX_HEAD_LAYERS = ("NUM_CONV", "CONV_DIM", "NUM_FC", "FC_DIM", "NORM")
 _GROUP_NORM_GROUPS = 32
 
 
@@ -86,12 +88,20 @@ def _check_first_iou(cfg: CfgNode) -> Iterator[str]:
 
 
 def _check_exits(cfg: CfgNode) -> Iterator[str]:
-    if cfg.MODEL.CASCADE.EXIT.ENABLED and cfg.MODEL.ROI_HEADS.NAME == "CascadeROIHeads":
-        yield (
-            "MODEL.CASCADE.EXIT.ENABLED is True, but MODEL.ROI_HEADS.NAME is 'CascadeROIHeads', "
-            "a cascade without exits. Set the name to EarlyExitCascadeROIHeads, or ENABLED to "
-            "False."
-        )
+    if cfg.MODEL.ROI_HEADS.NAME != "CascadeROIHeads":
+        return
+    for key, default in EXIT_DEFAULTS.items():
+        value = cfg.MODEL.CASCADE.EXIT[key]
+        if value != default and tuple(_as_list(value)) != tuple(_as_list(default)):
+            yield (
+                f"MODEL.CASCADE.EXIT.{key} is {value!r}, but MODEL.ROI_HEADS.NAME is "
+                "'CascadeROIHeads', a cascade without exits. Set the name to "
+                f"EarlyExitCascadeROIHeads, or leave the key at {default!r}."
+            )
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _check_resnet(cfg: CfgNode) -> Iterator[str]:
@@ -158,12 +168,18 @@ def _check_anchors(cfg: CfgNode) -> Iterator[str]:
 def _check_group_norm(cfg: CfgNode) -> Iterator[str]:
     model = cfg.MODEL
     widths: list[tuple[str, int]] = []
-    if model.RESNETS.NORM == "GN" and model.RESNETS.DEPTH >= 50:
+    is_mobilenet = "mobilenet" in model.BACKBONE.NAME
+    if model.RESNETS.NORM == "GN" and is_mobilenet:
+        yield (
+            f"MODEL.RESNETS.NORM is GN, but the layers of {model.BACKBONE.NAME} are too narrow for "
+            f"{_GROUP_NORM_GROUPS} groups. Take BN, SyncBN or FrozenBN."
+        )
+    if model.RESNETS.NORM == "GN" and model.RESNETS.DEPTH >= 50 and not is_mobilenet:
         width = model.RESNETS.WIDTH_PER_GROUP * model.RESNETS.NUM_GROUPS
         widths.append(("MODEL.RESNETS.WIDTH_PER_GROUP x NUM_GROUPS", width))
     if model.FPN.NORM == "GN":
         widths.append(("MODEL.FPN.OUT_CHANNELS", model.FPN.OUT_CHANNELS))
-    if model.ROI_BOX_HEAD.NORM == "GN":
+    if "GN" in (model.ROI_BOX_HEAD.NORM, *model.CASCADE.BOX_HEAD.NORM):
         widths.append(("MODEL.ROI_BOX_HEAD.CONV_DIM", model.ROI_BOX_HEAD.CONV_DIM))
         own = model.CASCADE.BOX_HEAD.CONV_DIM
         widths += [("MODEL.CASCADE.BOX_HEAD.CONV_DIM", width) for width in own]
@@ -240,7 +256,11 @@ _CHECKS: dict[Callable[[CfgNode], Iterator[str]], tuple[str, ...]] = {
         "MODEL.CASCADE.BOX_HEAD.NUM_FC",
     ),
     _check_first_iou: ("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", "MODEL.ROI_HEADS.IOU_THRESHOLDS"),
-    _check_exits: ("MODEL.ROI_HEADS.NAME",),
+    _check_exits: (
+        "MODEL.ROI_HEADS.NAME",
+        "MODEL.CASCADE.EXIT.THRESHOLDS",
+        "MODEL.CASCADE.EXIT.PRUNE_THRESHOLDS",
+    ),
     _check_resnet: ("MODEL.RESNETS.DEPTH", "MODEL.FPN.IN_FEATURES", "MODEL.RESNETS.OUT_FEATURES"),
     _check_levels: (
         "MODEL.FPN.IN_FEATURES",

@@ -94,7 +94,7 @@ def box_head_arguments(cfg: CfgNode) -> list[dict[str, Any]]:
     stages = len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)
     shared, own = cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.CASCADE.BOX_HEAD
 
-    def per_stage(key: str) -> tuple[int, ...]:
+    def per_stage(key: str) -> tuple[Any, ...]:
         return _for_each(own[key] or (shared[key],), stages)
 
     convs = zip(per_stage("NUM_CONV"), per_stage("CONV_DIM"), strict=True)
@@ -103,9 +103,11 @@ def box_head_arguments(cfg: CfgNode) -> list[dict[str, Any]]:
         {
             "conv_dims": (conv_dim,) * num_conv,
             "fc_dims": (fc_dim,) * num_fc,
-            "norm": shared.NORM,
+            "norm": norm,
         }
-        for (num_conv, conv_dim), (num_fc, fc_dim) in zip(convs, fcs, strict=True)
+        for (num_conv, conv_dim), (num_fc, fc_dim), norm in zip(
+            convs, fcs, per_stage("NORM"), strict=True
+        )
     ]
 
 

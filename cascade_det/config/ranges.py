@@ -141,6 +141,11 @@ _GROUPS: tuple[tuple[Condition, str, tuple[str, ...]], ...] = (
         ("MODEL.CASCADE.BOX_HEAD.NUM_CONV", "MODEL.CASCADE.BOX_HEAD.NUM_FC"),
     ),
     (
+        each(lambda name: name in ("", "GN", "BN", "SyncBN")),
+        'Give a list of "", "GN", "BN" or "SyncBN", or [] for the value of ROI_BOX_HEAD.',
+        ("MODEL.CASCADE.BOX_HEAD.NORM",),
+    ),
+    (
         each(whole(at_least(1))),
         "Give a list of whole numbers, 1 or more each, or [] for the value of ROI_BOX_HEAD.",
         ("MODEL.CASCADE.BOX_HEAD.CONV_DIM", "MODEL.CASCADE.BOX_HEAD.FC_DIM"),
@@ -173,8 +178,8 @@ _SINGLE: tuple[Rule, ...] = (
     ),
     Rule(
         "MODEL.ROI_BOX_CASCADE_HEAD.IOUS",
-        rising(each(_strictly_within_0_and_1, least=1), strictly=False),
-        "Give one number between 0 and 1 per stage, none smaller than the one before.",
+        rising(each(_strictly_within_0_and_1, least=1), strictly=True),
+        "Give one number between 0 and 1 per stage, each larger than the one before.",
     ),
     Rule(
         "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS",

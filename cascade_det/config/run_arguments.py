@@ -56,7 +56,7 @@ def datasets_arguments(cfg: CfgNode, train: bool) -> dict[str, Any]:
 
 
 def optimizer_arguments(cfg: CfgNode) -> dict[str, Any]:
-    """The optimizer; ``clip`` is None or type ("value", "norm"), value and p of the p-norm."""
+    """The optimizer; ``clip`` is None or the type of clipping, its value and p of the p-norm."""
     solver = cfg.SOLVER
     clip = solver.CLIP_GRADIENTS
     return {

@@ -51,8 +51,15 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
         That lets the loader and the trainer be built when the iteration to start with is known.
         """
         super().add_checkpointable(key, checkpointable)
-        if key in self._resumed:
+        if key not in self._resumed:
+            return
+        try:
             checkpointable.load_state_dict(self._resumed.pop(key))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{self.get_checkpoint_file()}: its {key!r} does not fit this run ({error}). "
+                "Resume with the configuration that it was written with, or start without resuming."
+            ) from error
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``name.pth``; an earlier file of that name is there, whole, until this one is."""

@@ -88,8 +88,7 @@ class Predictor:
         detections: list[Detections] = []
         for start in range(0, len(images), self.batch_size):
             batch = [self._sample(image) for image in images[start : start + self.batch_size]]
-            with torch.inference_mode():
-                detections += [d.to("cpu") for d in self.detector.detect(batch).detections]
+            detections += [d.to("cpu") for d in self.detector.detect(batch).detections]
         return detections
 
     def _sample(self, image: Image) -> dict[str, Any]:
@@ -109,8 +108,9 @@ class Predictor:
 
 def _run_info(path: str) -> dict[str, Any]:
     """What our own checkpoints say of their run; nothing for weights from elsewhere."""
-    if Path(path).suffix not in (".pth", ".pt"):
+    file = Path(path).expanduser()
+    if file.suffix not in (".pth", ".pt"):
         return {}
-    content = load_torch_file(Path(path))
+    content = load_torch_file(file)
     run = content.get("run", {}) if isinstance(content, dict) else {}
     return run if isinstance(run, dict) else {}

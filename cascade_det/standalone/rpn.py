@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import batched_nms, box_iou
 
-from cascade_det.core.boxes import Weights, clip_boxes, decode_boxes, is_nonempty
+from cascade_det.core.boxes import Weights, clip_boxes, decode_boxes, image_limits, is_nonempty
 from cascade_det.core.losses import box_loss
 from cascade_det.core.matching import sample_labels
 from cascade_det.standalone.anchors import AnchorGenerator
@@ -257,9 +257,7 @@ class RPN(nn.Module):
                 "lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS or switch on "
                 "SOLVER.CLIP_GRADIENTS"
             )
-        limits = torch.tensor(
-            [(w, h, w, h) for h, w in image_sizes], dtype=torch.float32, device=all_boxes.device
-        )
+        limits = image_limits(image_sizes, torch.arange(len(image_sizes), device=all_boxes.device))
         proposals = []
         for image in range(len(image_sizes)):
             clipped = clip_boxes(all_boxes[image], limits[image].expand(all_boxes.shape[1], 4))

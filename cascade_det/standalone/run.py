@@ -22,7 +22,7 @@ from cascade_det.engine.inference import run_inference
 from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, build_scheduler
 from cascade_det.engine.trainer import Trainer
 from cascade_det.engine.writers import ConsoleWriter, JsonWriter, TensorBoardWriter
-from cascade_det.errors import ConfigError
+from cascade_det.errors import ConfigError, DatasetError
 from cascade_det.evaluation import (
     default_evaluators,
     describe_machine,
@@ -78,6 +78,8 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     output_dir = Path(cfg.OUTPUT_DIR)
     datasets = _load_datasets(cfg, train=True)
     test_datasets = _load_datasets(cfg, train=False)
+    for dataset in test_datasets:
+        _check_class_names(datasets[0], dataset)
     loader_arguments = config.train_loader_arguments(cfg)
     info = RunInfo(
         seed=loader_arguments.pop("seed"),
@@ -88,6 +90,7 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
         info.seed = secrets.randbelow(2**31)
         logger.info("SEED is negative: drew %d", info.seed)
     torch.manual_seed(info.seed)
+    _set_backends(cfg)
     detector = build_detector(cfg)
     checkpointer = Checkpointer(detector, output_dir)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
@@ -130,6 +133,7 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     datasets = _load_datasets(cfg, train=False)
     if not datasets:
         raise ConfigError("DATASETS.TEST is empty: name a data set to evaluate on")
+    _set_backends(cfg)
     detector = build_detector(cfg)
     checkpointer = Checkpointer(detector, cfg.OUTPUT_DIR)
     if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
@@ -143,7 +147,10 @@ def _load_datasets(cfg: CfgNode, *, train: bool) -> list[CocoDataset]:
     if train and not arguments["names"]:
         raise ConfigError("DATASETS.TRAIN is empty: name a data set to train on")
     datasets = [
-        load_dataset(find_dataset(name, arguments["own_datasets"]), arguments["on_bad_data"])
+        load_dataset(
+            find_dataset(name, arguments["own_datasets"]),
+            arguments["on_bad_data"] if train else "error",
+        )
         for name in arguments["names"]
     ]
     for dataset in datasets:
@@ -158,6 +165,21 @@ def _check_classes(cfg: CfgNode, dataset: CocoDataset) -> None:
             f"MODEL.ROI_HEADS.NUM_CLASSES is {wanted}, but {dataset.source.json_file} has {found} "
             f"categories ({', '.join(dataset.class_names[:10])}{', ...' if found > 10 else ''}): "
             f"set MODEL.ROI_HEADS.NUM_CLASSES {found}"
+        )
+
+
+def _set_backends(cfg: CfgNode) -> None:
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+    if cfg.FLOAT32_PRECISION:
+        torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
+
+
+def _check_class_names(trained: CocoDataset, tested: CocoDataset) -> None:
+    if tuple(trained.class_names) != tuple(tested.class_names):
+        raise DatasetError(
+            f"{tested.source.json_file} has the classes {', '.join(tested.class_names)}, but "
+            f"{trained.source.json_file} has {', '.join(trained.class_names)} (by category id): "
+            "test on the classes that are trained, in the same order"
         )
 
 
@@ -225,7 +247,7 @@ def _amp_dtype(name: str | None, device: torch.device) -> str | None:
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"):
         return "bfloat16"
-    logger.warning("SOLVER.AMP: this CPU has no bfloat16 instructions, training in float32")
+    logger.warning("SOLVER.AMP: this CPU is not known to compute in bfloat16, training in float32")
     return None
 
 

@@ -16,6 +16,7 @@ from cascade_det.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
+LIGHT = "build_mobilenet_v2_fpn_backbone"
 EARLY_EXIT = ("MODEL.ROI_HEADS.NAME", "EarlyExitCascadeROIHeads")
 R18 = ("MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64")
 
@@ -80,9 +81,11 @@ def test_early_exit_twins_differ_in_nothing_but_the_exits(file, flatten):
         ("MODEL.BACKBONE.NAME", "build_mobilenet_v2_fpn_backbone", "MODEL.RESNETS.NORM", "BN"),
         ("MODEL.DEVICE", "cuda:1"),
         ("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "False"),
-        ("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", "(0.5, 0.5, 0.5)"),
-        ("MODEL.CASCADE.EXIT.THRESHOLDS", "(1.5, 0.5)"),
-        ("MODEL.CASCADE.EXIT.PRUNE_THRESHOLDS", "(0, 1)"),
+        ("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", "(0.5, 0.51, 0.52)"),
+        ("MODEL.CASCADE.BOX_HEAD.NORM", "('GN', '', 'BN')"),
+        ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"),
+        (*EARLY_EXIT, "MODEL.CASCADE.EXIT.THRESHOLDS", "(1.5, 0.5)"),
+        (*EARLY_EXIT, "MODEL.CASCADE.EXIT.PRUNE_THRESHOLDS", "(0, 1)"),
         ("MODEL.CASCADE.BOX_HEAD.NUM_CONV", "(0, 1, 2)", "MODEL.CASCADE.BOX_HEAD.NUM_FC", "(1,)"),
         (*EARLY_EXIT, "MODEL.CASCADE.EXIT.ENABLED", "True"),
         ("MODEL.ANCHOR_GENERATOR.SIZES", "[[16, 32]]"),
@@ -108,9 +111,9 @@ def test_good_values_pass(cfg, opts):
 
 @pytest.mark.parametrize("stages", [1, 2, 5])
 def test_any_number_of_stages(cfg, stages):
-    opts = ["MODEL.ROI_BOX_CASCADE_HEAD.IOUS", repr((0.5,) * stages)]
+    opts = ["MODEL.ROI_BOX_CASCADE_HEAD.IOUS", repr(tuple(0.5 + 0.05 * i for i in range(stages)))]
     opts += ["MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS", repr(((10.0,) * 4,) * stages)]
-    config.merge_config(cfg, None, opts)
+    config.merge_config(cfg, None, [*opts, *EARLY_EXIT])
     config.check_config(cfg)
     config.merge_config(cfg, None, ["MODEL.CASCADE.EXIT.THRESHOLDS", repr((0.5,) * (stages - 1))])
     config.check_config(cfg)
@@ -164,7 +167,7 @@ def test_any_number_of_stages(cfg, stages):
         ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"),
         ("SOLVER.LR_SCHEDULER_NAME", "Plateau"),
         ("SOLVER.WARMUP_METHOD", "cubic"),
-        ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"),
+        ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "adaptive"),
         ("SOLVER.REFERENCE_WORLD_SIZE", "8"),
         ("TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 38.5, 0.2]]"),
         ("TEST.AUG.ENABLED", "True"),
@@ -197,6 +200,8 @@ def test_a_part_that_is_not_built_is_refused_by_name(cfg, key, value):
         ("MODEL.PIXEL_STD", "[1.0, True, 1.0]"),
         ("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", "()"),
         ("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", "(0.5, 0.7, 0.6)"),
+        ("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", "(0.5, 0.5, 0.5)"),
+        ("MODEL.CASCADE.BOX_HEAD.NORM", "('LN',)"),
         ("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", "(0.5, 0.6, 1.0)"),
         ("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", "(0.0, 0.6, 0.7)"),
         ("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", "(0.5, 'a', 0.7)"),
@@ -274,11 +279,11 @@ def test_nan_is_no_number(cfg):
             ("STAGE_LOSS_WEIGHTS", "of length 0", "Give 1 or 3 values"),
         ),
         (
-            ("MODEL.CASCADE.EXIT.THRESHOLDS", "(0.9, 0.9, 0.9)"),
+            (*EARLY_EXIT, "MODEL.CASCADE.EXIT.THRESHOLDS", "(0.9, 0.9, 0.9)"),
             ("EXIT.THRESHOLDS", "of length 3", "Give 1 or 2 values"),
         ),
         (
-            ("MODEL.CASCADE.EXIT.PRUNE_THRESHOLDS", "()"),
+            (*EARLY_EXIT, "MODEL.CASCADE.EXIT.PRUNE_THRESHOLDS", "()"),
             ("EXIT.PRUNE_THRESHOLDS", "of length 0", "Give 1 or 2 values"),
         ),
         (
@@ -296,6 +301,14 @@ def test_nan_is_no_number(cfg):
         (
             ("MODEL.CASCADE.EXIT.ENABLED", "True"),
             ("EXIT.ENABLED is True", "'CascadeROIHeads'", "EarlyExitCascadeROIHeads"),
+        ),
+        (
+            ("MODEL.CASCADE.EXIT.THRESHOLDS", "(0.8,)"),
+            ("EXIT.THRESHOLDS is (0.8,)", "'CascadeROIHeads'", "EarlyExitCascadeROIHeads"),
+        ),
+        (
+            ("MODEL.BACKBONE.NAME", LIGHT, "MODEL.RESNETS.NORM", "GN"),
+            ("RESNETS.NORM is GN", "mobilenet_v2", "BN"),
         ),
         (
             ("MODEL.RESNETS.DEPTH", "18"),

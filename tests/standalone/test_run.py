@@ -158,7 +158,6 @@ def test_training_learns(instant_cfg, output):
     instant_cfg.INPUT.RANDOM_FLIP = "none"
     instant_cfg.DATASETS.TRAIN = ("shapes_val",)
     instant_cfg.MODEL.CASCADE.EXIT.ENABLED = False
-    instant_cfg.MODEL.ROI_HEADS.NAME = "CascadeROIHeads"
     instant_cfg.TEST.EVAL_PERIOD = 0
     results = train(instant_cfg)
     lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
@@ -211,3 +210,41 @@ def test_half_precision_trains_and_stays_finite(instant_cfg, output):
     assert all(torch.isfinite(value).all() for value in half.values())
     assert not torch.equal(half[name], single[name])
     torch.testing.assert_close(half[name], single[name], atol=0.02, rtol=0)
+
+
+def test_a_test_set_with_other_classes_is_refused(instant_cfg, shapes, tmp_path):
+    content = json.loads((shapes / "val.json").read_text())
+    names = [category["name"] for category in content["categories"]]
+    for category, name in zip(content["categories"], reversed(names), strict=True):
+        category["name"] = name
+    (tmp_path / "turned.json").write_text(json.dumps(content))
+    datasets = [list(d) for d in instant_cfg.CASCADE.DATASETS]
+    datasets[1][1] = str(tmp_path / "turned.json")
+    instant_cfg.CASCADE.DATASETS = datasets
+    with pytest.raises(DatasetError, match=r"turned\.json has the classes ring, cross"):
+        train(instant_cfg)
+
+
+def test_resuming_with_another_set_of_trained_parameters_is_refused(instant_cfg, output):
+    instant_cfg.DATASETS.TEST = ()
+    train(instant_cfg)
+    (output / "last_checkpoint").write_text("model_0000002.pth")
+    instant_cfg.CASCADE.OPTIMIZER = "SGD"
+    instant_cfg.SOLVER.WEIGHT_DECAY_NORM = 0.05
+    with pytest.raises(CheckpointError, match=r"model_0000002\.pth"):
+        train(instant_cfg, resume=True)
+
+
+def test_backend_keys_are_applied(instant_cfg, output, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    precision = torch.get_float32_matmul_precision()
+    instant_cfg.CUDNN_BENCHMARK = True
+    instant_cfg.FLOAT32_PRECISION = "high"
+    instant_cfg.DATASETS.TEST = ()
+    instant_cfg.SOLVER.MAX_ITER = 1
+    try:
+        train(instant_cfg)
+        assert torch.backends.cudnn.benchmark
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(precision)

@@ -170,6 +170,7 @@ def test_predictor_takes_arrays_and_paths_one_or_many(trained):
             np.testing.assert_allclose(one.scores, detections.scores, atol=1e-4)
             np.testing.assert_allclose(one.boxes, detections.boxes, atol=1e-2)
     assert predictor([]) == []
+    many[0].boxes[:] = 0  # plain tensors, not of inference mode
     for wrong in (np.zeros((5, 5), np.uint8), np.zeros((5, 5, 3), np.float32)):
         with pytest.raises(ValueError, match="uint8"):
             predictor(wrong)
@@ -178,3 +179,15 @@ def test_predictor_takes_arrays_and_paths_one_or_many(trained):
     cfg.MODEL.WEIGHTS = ""
     with pytest.raises(ConfigError, match=r"MODEL\.WEIGHTS"):
         Predictor(cfg)
+
+
+def test_predict_does_not_replace_its_input(trained, tmp_path, capfd):
+    folder, _, _ = trained
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes((folder / "shapes" / "val" / "000001.jpg").read_bytes())
+    before = photo.read_bytes()
+    arguments = ["--config-file", str(CONFIG), "--input", str(photo), "--output", str(tmp_path)]
+    arguments += ["--opts", "MODEL.WEIGHTS", str(folder / "output" / "model_final.pth")]
+    assert predict.main(arguments) == 1
+    assert "photo.jpg" in capfd.readouterr().err
+    assert photo.read_bytes() == before

@@ -229,7 +229,7 @@ def test_resuming_with_another_set_of_trained_parameters_is_refused(instant_cfg,
     instant_cfg.DATASETS.TEST = ()
     train(instant_cfg)
     (output / "last_checkpoint").write_text("model_0000002.pth")
-    instant_cfg.SOLVER.WEIGHT_DECAY_NORM = 0.05
+    instant_cfg.SOLVER.BIAS_LR_FACTOR = 2.0
     with pytest.raises(CheckpointError, match=r"model_0000002\.pth"):
         train(instant_cfg, resume=True)
 

@@ -280,7 +280,9 @@ class CascadeHead(nn.Module):
         kept = torch.cat(
             [group for i, group in enumerate(groups[1:]) if i != exit_codes.BACKGROUND]
         )
-        leaving = self._score(live[kept], pooled[kept], decoded[kept], stage)
+        # Crops are many numbers for each region: they are gathered only where they are used.
+        crops = pooled[kept] if self.ensemble.reruns_heads else pooled
+        leaving = self._score(live[kept], crops, decoded[kept], stage)
         by_reason = {name: n for name, n in zip(EXIT_REASONS, counts[1:], strict=True) if n}
         return live[groups[0]], leaving, by_reason
 

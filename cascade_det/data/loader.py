@@ -8,6 +8,7 @@ of the resized image) and ``gt_classes`` (int64 ``[G]``), without crowds.
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -96,8 +97,6 @@ def build_test_loader(
     image_format: str,
     images_per_batch: int,
     num_workers: int,
-    sampling: str = "choice",
-    flip: str = "none",
 ) -> DataLoader[Sample]:
     """Build a loader that gives every image once, by image id; the last batch may be shorter.
 
@@ -108,19 +107,14 @@ def build_test_loader(
         image_format: ``"BGR"`` or ``"RGB"``.
         images_per_batch: images in a batch.
         num_workers: processes that read ahead; 0 reads in this one.
-        sampling: here so that training and testing take the same keywords; ``"choice"`` only.
-        flip: likewise; ``"none"`` only.
 
     Raises:
         DatasetError: while iterating, an image that cannot be read or is not of the size that the
             json says.
-        ValueError: a value that would leave something to chance.
+        ValueError: not exactly one size.
     """
-    if len(min_sizes) != 1 or (sampling, flip) != ("choice", "none"):
-        raise ValueError(
-            "testing takes one size and no flip, not "
-            f"min_sizes {tuple(min_sizes)}, sampling {sampling!r}, flip {flip!r}"
-        )
+    if len(min_sizes) != 1:
+        raise ValueError(f"testing takes one size, not min_sizes {tuple(min_sizes)}")
     return _Loader(
         _TestSamples(dataset.records, min_sizes[0], max_size, image_format),
         batch_size=images_per_batch,
@@ -170,11 +164,11 @@ class _Loader(DataLoader[Sample]):
             yield batch
 
 
-class _Samples(Dataset[Sample], Generic[_Reference]):
+class _Samples(Dataset[Sample], Generic[_Reference], ABC):
     """Makes samples, a batch at a time; a user's error is handed to :class:`_Loader`."""
 
-    def __getitem__(self, reference: _Reference) -> Sample:
-        raise NotImplementedError
+    @abstractmethod
+    def __getitem__(self, reference: _Reference) -> Sample: ...
 
     def __getitems__(self, references: list[_Reference]) -> Batch | DatasetError:
         try:

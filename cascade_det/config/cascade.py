@@ -44,12 +44,19 @@ _CASCADE: dict[str, Any] = {
     # Data sets of one's own in COCO format: (name, annotation file, image folder) each. A path
     # is relative to the folder that the command runs in. The name goes to DATASETS.
     "DATASETS": (),
-    # Of training sets: "error" stops at a record that cannot be used, "skip" leaves it out. A test
-    # set is never shortened.
+    # "error" stops at a record or an image that cannot be used, "skip" leaves it out.
     "ON_BAD_DATA": "error",
     "MAX_TO_KEEP": 5,  # latest checkpoints that are kept; 0 = all of them
+    # The figure that decides which checkpoint is the best one, and that PATIENCE watches: more is
+    # better, but of a name that ends in "loss", such as "validation/total_loss", less.
+    "BEST_METRIC": "bbox/AP",
     "PATIENCE": 0,  # evaluations without a better BEST_METRIC before training ends; 0 = never
-    "BEST_METRIC": "bbox/AP",  # the figure that PATIENCE watches; more is better
+    "VALIDATION_LOSS": False,  # compute the losses on DATASETS.TEST too, at every evaluation
+    # Parts that an iteration's images are computed in, one after another, for less memory; >= 1.
+    "ACCUMULATION_STEPS": 1,
+    # Weights averaged over the iterations, for evaluation and in checkpoints: the share that the
+    # average keeps at each one, in [0, 1), such as 0.999; 0 = no averaging.
+    "EMA_DECAY": 0.0,
     "OPTIMIZER": "SGD",  # or "AdamW"
     # Under SOLVER.AMP: "bfloat16", "float16", or "auto" = float16 on a GPU, on a
     # CPU bfloat16 where it has instructions for it and float32 where not.

@@ -240,6 +240,14 @@ def _check_solver(cfg: CfgNode) -> Iterator[str]:
             f"CASCADE.PATIENCE is {cfg.CASCADE.PATIENCE} evaluations, but TEST.EVAL_PERIOD is 0, "
             "so that there are none. Give a period, or a patience of 0."
         )
+    parts, images = cfg.CASCADE.ACCUMULATION_STEPS, solver.IMS_PER_BATCH
+    if images % parts:
+        yield (
+            f"CASCADE.ACCUMULATION_STEPS is {parts}, which does not divide SOLVER.IMS_PER_BATCH, "
+            f"{images}. Give a divisor of it: an iteration's images are computed in equal parts."
+        )
+    if cfg.CASCADE.VALIDATION_LOSS and not cfg.DATASETS.TEST:
+        yield "CASCADE.VALIDATION_LOSS is True, but DATASETS.TEST is empty. Name a data set."
 
 
 # Each check with the keys that it relies on, as far as rules of their own can find them wrong.
@@ -271,5 +279,11 @@ _CHECKS: dict[Callable[[CfgNode], Iterator[str]], tuple[str, ...]] = {
     _check_group_norm: ("MODEL.CASCADE.BOX_HEAD.CONV_DIM",),
     _check_sizes: ("INPUT.MIN_SIZE_TRAIN",),
     _check_datasets: ("CASCADE.DATASETS", "DATASETS.TRAIN", "DATASETS.TEST"),
-    _check_solver: ("SOLVER.BASE_LR", "SOLVER.BASE_LR_END"),
+    _check_solver: (
+        "SOLVER.BASE_LR",
+        "SOLVER.BASE_LR_END",
+        "SOLVER.IMS_PER_BATCH",
+        "CASCADE.ACCUMULATION_STEPS",
+        "DATASETS.TEST",
+    ),
 }

@@ -63,6 +63,7 @@ _GROUPS: tuple[tuple[Condition, str, tuple[str, ...]], ...] = (
             "TEST.DETECTIONS_PER_IMAGE",
             "CASCADE.TEST_IMS_PER_BATCH",
             "CASCADE.LOG_PERIOD",
+            "CASCADE.ACCUMULATION_STEPS",
         ),
     ),
     (
@@ -84,6 +85,7 @@ _GROUPS: tuple[tuple[Condition, str, tuple[str, ...]], ...] = (
             "SOLVER.WEIGHT_DECAY",
             "SOLVER.WEIGHT_DECAY_NORM",
             "SOLVER.WARMUP_ITERS",
+            "SOLVER.REFERENCE_WORLD_SIZE",
             "TEST.EVAL_PERIOD",
             "CASCADE.MAX_TO_KEEP",
             "CASCADE.PATIENCE",
@@ -116,7 +118,7 @@ _GROUPS: tuple[tuple[Condition, str, tuple[str, ...]], ...] = (
     (
         _in_0_to_below_1,
         "Give a number from 0 to below 1.",
-        ("MODEL.ANCHOR_GENERATOR.OFFSET", "SOLVER.MOMENTUM"),
+        ("MODEL.ANCHOR_GENERATOR.OFFSET", "SOLVER.MOMENTUM", "CASCADE.EMA_DECAY"),
     ),
     (
         each(is_text),

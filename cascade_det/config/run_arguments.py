@@ -107,4 +107,7 @@ def trainer_arguments(cfg: CfgNode) -> dict[str, Any]:
         "amp_dtype": cfg.CASCADE.AMP_DTYPE if cfg.SOLVER.AMP.ENABLED else None,
         "best_metric": cfg.CASCADE.BEST_METRIC,
         "patience": cfg.CASCADE.PATIENCE,
+        "validation_loss": cfg.CASCADE.VALIDATION_LOSS,
+        "accumulation_steps": cfg.CASCADE.ACCUMULATION_STEPS,
+        "ema_decay": cfg.CASCADE.EMA_DECAY,
     }

@@ -70,7 +70,6 @@ SUPPORTED: tuple[Rule, ...] = (
     ),
     only("SOLVER.WARMUP_METHOD", "linear", "constant"),
     only("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "value", "norm", "full_model"),
-    only("SOLVER.REFERENCE_WORLD_SIZE", 0, why="Scale IMS_PER_BATCH and BASE_LR by hand."),
     only("TEST.EXPECTED_RESULTS", [], why=_D2_ONLY),
     only("TEST.AUG.ENABLED", False, why=_D2_ONLY),
     only("TEST.PRECISE_BN.ENABLED", False, why=_D2_ONLY),

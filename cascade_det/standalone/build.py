@@ -98,3 +98,10 @@ def _build_cascade(cfg: CfgNode, pooler: RoIPooler, in_channels: int) -> Cascade
     return CascadeHead(
         pooler=pooler, box_heads=heads, box_predictors=predictors, exits=exits, **arguments
     )
+
+
+def set_backends(cfg: CfgNode) -> None:
+    """Set what PyTorch keeps for the whole process: cuDNN's benchmark, precision of float32."""
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+    if cfg.FLOAT32_PRECISION:
+        torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)

@@ -168,7 +168,6 @@ def test_any_number_of_stages(cfg, stages):
         ("SOLVER.LR_SCHEDULER_NAME", "Plateau"),
         ("SOLVER.WARMUP_METHOD", "cubic"),
         ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "adaptive"),
-        ("SOLVER.REFERENCE_WORLD_SIZE", "8"),
         ("TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 38.5, 0.2]]"),
         ("TEST.AUG.ENABLED", "True"),
         ("TEST.PRECISE_BN.ENABLED", "True"),

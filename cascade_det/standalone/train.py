@@ -1,10 +1,10 @@
-"""The wiring of data, detector, engine and evaluation: train a configuration, evaluate it."""
+"""Training of a configuration: the wiring of data, detector, engine and evaluation."""
 
 from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,25 +13,16 @@ import torch
 from fvcore.common.config import CfgNode
 
 from cascade_det import config
-from cascade_det.data.catalog import find_dataset
-from cascade_det.data.coco import CocoDataset, load_dataset
-from cascade_det.data.loader import build_test_loader, build_train_loader
+from cascade_det.data.loader import build_train_loader
 from cascade_det.engine.checkpoint import Checkpointer
 from cascade_det.engine.hooks import EarlyStopping, EvalHook, PeriodicCheckpoint, WriterHook
-from cascade_det.engine.inference import run_inference
 from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, build_scheduler
 from cascade_det.engine.trainer import Trainer
 from cascade_det.engine.writers import ConsoleWriter, JsonWriter, TensorBoardWriter
-from cascade_det.errors import ConfigError, DatasetError
-from cascade_det.evaluation import (
-    default_evaluators,
-    describe_machine,
-    format_report,
-    write_results,
-)
-from cascade_det.evaluation.figures import plot_report
-from cascade_det.standalone.build import build_detector
+from cascade_det.standalone.build import build_detector, set_backends
+from cascade_det.standalone.datasets import check_class_names, load_datasets
 from cascade_det.standalone.detector import Detector
+from cascade_det.standalone.evaluate import evaluate_all
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +67,10 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
         FloatingPointError: if training diverges.
     """
     output_dir = Path(cfg.OUTPUT_DIR)
-    datasets = _load_datasets(cfg, train=True)
-    test_datasets = _load_datasets(cfg, train=False)
+    datasets = load_datasets(cfg, train=True)
+    test_datasets = load_datasets(cfg, train=False)
     for dataset in test_datasets:
-        _check_class_names(datasets[0], dataset)
+        check_class_names(datasets[0], dataset)
     loader_arguments = config.train_loader_arguments(cfg)
     info = RunInfo(
         seed=loader_arguments.pop("seed"),
@@ -90,7 +81,7 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
         info.seed = secrets.randbelow(2**31)
         logger.info("SEED is negative: drew %d", info.seed)
     torch.manual_seed(info.seed)
-    _set_backends(cfg)
+    set_backends(cfg)
     detector = build_detector(cfg)
     checkpointer = Checkpointer(detector, output_dir)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
@@ -108,79 +99,10 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
             start_batch=checkpointer.start_iter,
         ),
         checkpointer,
-        evaluate=lambda: _evaluate_all(cfg, detector, test_datasets, output_dir),
+        evaluate=lambda: evaluate_all(cfg, detector, test_datasets, output_dir),
     )
     trainer.train()
     return trainer.results
-
-
-def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
-    """Evaluate the weights of a configuration on ``DATASETS.TEST``.
-
-    Args:
-        cfg: a checked configuration with ``MODEL.WEIGHTS``.
-        resume: take the last checkpoint in ``OUTPUT_DIR`` instead, if there is one.
-
-    Returns:
-        ``bbox``, ``stages``, ``exits`` and ``latency`` figures; by data set if there are several.
-        They are also in ``results.json``, as tables in the log, and in ``report.png``.
-
-    Raises:
-        ConfigError: if there is no test data set or no weights.
-        DatasetError: if data are missing or wrong.
-        CheckpointError: if weights cannot be read or do not fit.
-    """
-    datasets = _load_datasets(cfg, train=False)
-    if not datasets:
-        raise ConfigError("DATASETS.TEST is empty: name a data set to evaluate on")
-    _set_backends(cfg)
-    detector = build_detector(cfg)
-    checkpointer = Checkpointer(detector, cfg.OUTPUT_DIR)
-    if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
-        raise ConfigError("MODEL.WEIGHTS is empty: give the file of weights to evaluate")
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    return _evaluate_all(cfg, detector, datasets, Path(cfg.OUTPUT_DIR))
-
-
-def _load_datasets(cfg: CfgNode, *, train: bool) -> list[CocoDataset]:
-    arguments = config.datasets_arguments(cfg, train)
-    if train and not arguments["names"]:
-        raise ConfigError("DATASETS.TRAIN is empty: name a data set to train on")
-    datasets = [
-        load_dataset(
-            find_dataset(name, arguments["own_datasets"]),
-            arguments["on_bad_data"] if train else "error",
-        )
-        for name in arguments["names"]
-    ]
-    for dataset in datasets:
-        _check_classes(cfg, dataset)
-    return datasets
-
-
-def _check_classes(cfg: CfgNode, dataset: CocoDataset) -> None:
-    wanted, found = cfg.MODEL.ROI_HEADS.NUM_CLASSES, len(dataset.class_names)
-    if wanted != found:
-        raise ConfigError(
-            f"MODEL.ROI_HEADS.NUM_CLASSES is {wanted}, but {dataset.source.json_file} has {found} "
-            f"categories ({', '.join(dataset.class_names[:10])}{', ...' if found > 10 else ''}): "
-            f"set MODEL.ROI_HEADS.NUM_CLASSES {found}"
-        )
-
-
-def _set_backends(cfg: CfgNode) -> None:
-    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
-    if cfg.FLOAT32_PRECISION:
-        torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
-
-
-def _check_class_names(trained: CocoDataset, tested: CocoDataset) -> None:
-    if tuple(trained.class_names) != tuple(tested.class_names):
-        raise DatasetError(
-            f"{tested.source.json_file} has the classes {', '.join(tested.class_names)}, but "
-            f"{trained.source.json_file} has {', '.join(trained.class_names)} (by category id): "
-            "test on the classes that are trained, in the same order"
-        )
 
 
 def _warn_of_frozen_noise(cfg: CfgNode) -> None:
@@ -249,41 +171,3 @@ def _amp_dtype(name: str | None, device: torch.device) -> str | None:
         return "bfloat16"
     logger.warning("SOLVER.AMP: this CPU is not known to compute in bfloat16, training in float32")
     return None
-
-
-def _evaluate_all(
-    cfg: CfgNode, detector: Detector, datasets: Sequence[CocoDataset], output_dir: Path
-) -> dict[str, Any]:
-    """Results of one data set as they are; of several, by name and in folders of their own."""
-    if len(datasets) == 1:
-        return _evaluate_one(cfg, detector, datasets[0], output_dir)
-    return {
-        dataset.source.name: _evaluate_one(cfg, detector, dataset, output_dir / dataset.source.name)
-        for dataset in datasets
-    }
-
-
-def _evaluate_one(
-    cfg: CfgNode, detector: Detector, dataset: CocoDataset, output_dir: Path
-) -> dict[str, Any]:
-    arguments = config.input_arguments(cfg, train=False)
-    loader = build_test_loader(
-        dataset,
-        min_sizes=arguments["min_sizes"],
-        max_size=arguments["max_size"],
-        image_format=arguments["image_format"],
-        **config.test_loader_arguments(cfg),
-    )
-    evaluators = default_evaluators(
-        json_file=dataset.source.json_file,
-        class_names=dataset.class_names,
-        category_ids=dataset.category_ids,
-        output_dir=output_dir,
-    )
-    results = run_inference(detector, loader, evaluators, stages=True)
-    machine = describe_machine(detector.device)
-    write_results(results, output_dir, machine=machine)
-    plot_report(results, output_dir / "report.png")
-    report = format_report({**results, "machine": machine})
-    logger.info("Results on %s:\n\n%s\n", dataset.source.name, report)
-    return results

@@ -1,0 +1,56 @@
+"""The data sets that a configuration names, checked against it and against each other."""
+
+from __future__ import annotations
+
+from fvcore.common.config import CfgNode
+
+from cascade_det import config
+from cascade_det.data.catalog import find_dataset
+from cascade_det.data.coco import CocoDataset, load_dataset
+from cascade_det.errors import ConfigError, DatasetError
+
+
+def load_datasets(cfg: CfgNode, *, train: bool) -> list[CocoDataset]:
+    """Load ``DATASETS.TRAIN`` or ``DATASETS.TEST``.
+
+    Raises:
+        ConfigError: nothing to train on is named, or NUM_CLASSES is not that of the data.
+        DatasetError: data are missing or wrong.
+    """
+    arguments = config.datasets_arguments(cfg, train)
+    if train and not arguments["names"]:
+        raise ConfigError("DATASETS.TRAIN is empty: name a data set to train on")
+    datasets = [
+        load_dataset(
+            find_dataset(name, arguments["own_datasets"]),
+            arguments["on_bad_data"] if train else "error",
+        )
+        for name in arguments["names"]
+    ]
+    for dataset in datasets:
+        _check_classes(cfg, dataset)
+    return datasets
+
+
+def _check_classes(cfg: CfgNode, dataset: CocoDataset) -> None:
+    wanted, found = cfg.MODEL.ROI_HEADS.NUM_CLASSES, len(dataset.class_names)
+    if wanted != found:
+        raise ConfigError(
+            f"MODEL.ROI_HEADS.NUM_CLASSES is {wanted}, but {dataset.source.json_file} has {found} "
+            f"categories ({', '.join(dataset.class_names[:10])}{', ...' if found > 10 else ''}): "
+            f"set MODEL.ROI_HEADS.NUM_CLASSES {found}"
+        )
+
+
+def check_class_names(trained: CocoDataset, tested: CocoDataset) -> None:
+    """Make sure that a test set has the classes of the training set, in their order.
+
+    Raises:
+        DatasetError: it has not.
+    """
+    if tuple(trained.class_names) != tuple(tested.class_names):
+        raise DatasetError(
+            f"{tested.source.json_file} has the classes {', '.join(tested.class_names)}, but "
+            f"{trained.source.json_file} has {', '.join(trained.class_names)} (by category id): "
+            "test on the classes that are trained, in the same order"
+        )

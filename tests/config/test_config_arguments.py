@@ -244,6 +244,9 @@ def test_trainer(cfg):
         "amp_dtype": None,
         "best_metric": "bbox/AP",
         "patience": 0,
+        "validation_loss": False,
+        "accumulation_steps": 1,
+        "ema_decay": 0.0,
     }
     assert config.trainer_arguments(cfg) == expected
     set_keys(cfg, "SOLVER.AMP.ENABLED", "True", "CASCADE.MAX_TO_KEEP", "0")

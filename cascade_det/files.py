@@ -2,33 +2,60 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that replaces it when the block succeeds.
 
-    The folder is made where it is missing. After an error ``path`` is as it was before.
+    The folder is made where it is missing. After an error, a full disk included, ``path`` is as it
+    was before. What was written survives a crash of the machine from the end of the block on. A
+    process that is killed leaves the temporary file behind, see :func:`remove_leftovers`.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with temporary.open("ab") as held:
+        try:
+            _lock(held.fileno())
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    _sync_folder(target.parent)
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Remove the temporary files of :func:`atomic_path` in ``folder`` that nobody writes any more.
+
+    A writer holds a lock on its file, which ends with its process. The number of the process says
+    less: another one may have it by now, and in a container it is the same after every start.
+
+    Args:
+        folder: where the complete files are; folders below it are left alone. It may be missing.
+    """
+    for path in Path(folder).glob(".*.tmp"):
+        if not _TEMPORARY.fullmatch(path.name):
+            continue
+        # The file may vanish at any time: its writer renames it.
+        with suppress(FileNotFoundError), path.open("rb") as file:
+            if _lock(file.fileno()):
+                path.unlink()
 
 
 def write_json(value: Any, path: str | os.PathLike[str], *, indent: int | None = None) -> None:
@@ -36,6 +63,26 @@ def write_json(value: Any, path: str | os.PathLike[str], *, indent: int | None =
     text = json.dumps(_plain(value), allow_nan=False, indent=indent)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock a file until it is closed; ``False`` if another has it, or if locks are unknown here."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let the new name survive a crash of the machine as well."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        # The file is in its place already. Some network file systems cannot do this to a folder.
+        with suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _plain(value: Any) -> Any:

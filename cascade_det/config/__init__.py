@@ -8,6 +8,7 @@ takes plain values.
 from cascade_det.config.cascade import add_cascade_config
 from cascade_det.config.checks import check_config
 from cascade_det.config.defaults import get_cfg
+from cascade_det.config.keys import changed_keys, flat
 from cascade_det.config.loading import load_config, merge_config
 from cascade_det.config.model_arguments import (
     backbone_arguments,
@@ -33,10 +34,12 @@ __all__ = [
     "backbone_arguments",
     "box_head_arguments",
     "cascade_arguments",
+    "changed_keys",
     "check_config",
     "datasets_arguments",
     "detector_arguments",
     "exit_arguments",
+    "flat",
     "get_cfg",
     "input_arguments",
     "load_config",

@@ -16,6 +16,7 @@ import yaml
 from fvcore.common.config import BASE_KEY, CfgNode
 
 from cascade_det.config.defaults import get_cfg
+from cascade_det.config.keys import flat
 from cascade_det.errors import ConfigError
 
 # Keys that may be null, with the type of their values otherwise.
@@ -179,15 +180,7 @@ def _wrong_type(full_key: str, value: object, wanted: type, source: str) -> Conf
 
 
 def _unknown_key(cfg: CfgNode, full_key: str, source: str) -> ConfigError:
-    known = {key.upper(): key for key in _all_keys(cfg, "")}
+    known = {key.upper(): key for key in flat(cfg)}
     nearest = difflib.get_close_matches(full_key.upper(), known, n=1, cutoff=0.5)
     hint = f"Did you mean {known[nearest[0]]}?" if nearest else "No known key resembles it."
     return ConfigError(f"{source}: there is no key {full_key}. {hint}")
-
-
-def _all_keys(node: CfgNode, prefix: str) -> Iterator[str]:
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from _all_keys(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key

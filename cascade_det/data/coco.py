@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cascade_det.data.catalog import DatasetSource
-from cascade_det.data.coco_json import JsonObject, check_coco_json
+from cascade_det.data.coco_json import CheckedJson, JsonObject, check_coco_json
 from cascade_det.errors import DatasetError
 
 logger = logging.getLogger(__name__)
@@ -51,24 +52,44 @@ class CocoDataset:
         class_names: length K, in the order of ``category_ids``.
         category_ids: the category id of the json for each class; ascending, gaps allowed.
         source: where it was read from.
+        ground_truth: what detections are held against, in COCO format: ``images``, ``categories``
+            and ``annotations`` (``id``, ``image_id``, ``category_id``, ``bbox``, ``area``,
+            ``iscrowd``), the latter only where the json has that key. Boxes of zero width or
+            height are among them: pycocotools counts them. Empty unless it was asked for.
+        left_out: how many entries of each kind of problem are in neither ``records`` nor
+            ``ground_truth``.
     """
 
     records: list[ImageRecord]
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
     source: DatasetSource
+    ground_truth: dict[str, Any] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
-def load_dataset(source: DatasetSource, on_bad_data: str = "error") -> CocoDataset:
-    """Read and check a COCO-format json. The images themselves are not opened.
+def load_dataset(
+    source: DatasetSource,
+    on_bad_data: str = "error",
+    *,
+    keep_ground_truth: bool = False,
+    share: tuple[int, int] = (0, 1),
+    gather: Callable[[Any], list[Any]] = lambda findings: [findings],
+) -> CocoDataset:
+    """Read and check a COCO-format json and the images that it names.
 
     A json without the key ``annotations`` is a set to run on, not to train on. Boxes of zero width
-    or height are always left out, with a warning: COCO's own training files hold a few.
+    or height are never trained on, and a warning says so: COCO's own training files hold a few.
 
     Args:
         source: the json and the folder of its images.
         on_bad_data: ``"error"`` stops at bad images or annotations, all of them listed together;
             ``"skip"`` leaves them out and logs how many.
+        keep_ground_truth: whether to keep the annotations as an evaluation needs them.
+        share: (rank, number of processes) where several load the same data set: each opens its
+            part of the images.
+        gather: gives what all processes found, in the order of their ranks, for what this one
+            found; so all of them leave out the same, or raise the same error.
 
     Raises:
         DatasetError: the file is not COCO-format json, or holds bad data that may not be skipped.
@@ -91,7 +112,12 @@ def load_dataset(source: DatasetSource, on_bad_data: str = "error") -> CocoDatas
         for image_id, image in checked.images.items()
     ]
     return CocoDataset(
-        records, tuple(checked.categories.values()), tuple(checked.categories), source
+        records,
+        tuple(checked.categories.values()),
+        tuple(checked.categories),
+        source,
+        ground_truth=_ground_truth(checked) if keep_ground_truth else {},
+        left_out={kind: len(entries) for kind, entries in checked.bad.items()},
     )
 
 
@@ -129,6 +155,7 @@ def _record(
     source: DatasetSource,
     class_of: dict[int, int],
 ) -> ImageRecord:
+    annotations = [entry for entry in annotations if min(entry["bbox"][2:]) > 0]
     boxes = np.array([entry["bbox"] for entry in annotations], np.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]  # XYWH to XYXY
     return ImageRecord(
@@ -140,6 +167,36 @@ def _record(
         classes=np.array([class_of[entry["category_id"]] for entry in annotations], np.int64),
         iscrowd=np.array([entry.get("iscrowd", 0) for entry in annotations], np.bool_),
     )
+
+
+def _ground_truth(checked: CheckedJson) -> dict[str, Any]:
+    """The usable entries with no more than an evaluation reads: polygons alone can take GBs."""
+    content: dict[str, Any] = {
+        "images": [
+            {key: image[key] for key in ("id", "file_name", "height", "width")}
+            for image in checked.images.values()
+        ],
+        "categories": [
+            {"id": category_id, "name": name} for category_id, name in checked.categories.items()
+        ],
+    }
+    if checked.has_annotations:
+        content["annotations"] = [
+            _true_object(annotation)
+            for image_id in checked.images
+            for annotation in checked.annotations.get(image_id, [])
+        ]
+    return content
+
+
+def _true_object(annotation: JsonObject) -> JsonObject:
+    _, _, width, height = annotation["bbox"]
+    area = annotation.get("area")
+    return {
+        **{key: annotation[key] for key in ("id", "image_id", "category_id", "bbox")},
+        "area": width * height if area is None else area,
+        "iscrowd": int(annotation.get("iscrowd", 0)),
+    }
 
 
 def _few(these: list[tuple[int, str]], those: list[tuple[int, str]]) -> str:

@@ -31,14 +31,16 @@ class CheckedJson:
 
     Attributes:
         images: by image id, ascending.
-        annotations: by image id, in the order of the json.
+        annotations: by image id, in the order of the json; also those of ``of_no_area``.
+        has_annotations: whether the json has the key ``annotations``.
         categories: names by category id, ascending.
         bad: images and annotations left out because they are wrong.
-        of_no_area: annotations left out because their box is empty.
+        of_no_area: annotations whose box is empty: counted by an evaluation, of no use in training.
     """
 
     images: dict[int, JsonObject]
     annotations: dict[int, list[JsonObject]]
+    has_annotations: bool
     categories: dict[int, str]
     bad: Problems
     of_no_area: Problems
@@ -63,7 +65,7 @@ def check_coco_json(json_file: Path, image_root: Path) -> CheckedJson:
     usable = _usable_images(images, image_root, bad)
     # A bad image stays known here, so that its annotations are not blamed as well.
     annotations = _usable_annotations(content, json_file, images, categories, bad, of_no_area)
-    return CheckedJson(usable, annotations, categories, bad, of_no_area)
+    return CheckedJson(usable, annotations, "annotations" in content, categories, bad, of_no_area)
 
 
 def _read_object(json_file: Path) -> JsonObject:
@@ -182,8 +184,7 @@ def _usable_annotations(
         ids.add(entry["id"])
         if min(entry["bbox"][2:]) == 0:
             of_no_area["box of zero width or height"].append(_name_of(entry))
-        else:
-            by_image[entry["image_id"]].append(entry)
+        by_image[entry["image_id"]].append(entry)
     return by_image
 
 

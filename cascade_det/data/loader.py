@@ -8,9 +8,10 @@ of the resized image) and ``gt_classes`` (int64 ``[G]``), without crowds.
 from __future__ import annotations
 
 import logging
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from cascade_det.data.sampler import (
     TrainingBatchSampler,
     aspect_ratio_groups,
     augmentation_generator,
+    replacement_generator,
 )
 from cascade_det.data.transforms import Pixels, TrainTransform, read_image, resize_shortest_edge
 from cascade_det.errors import DatasetError
@@ -31,6 +33,9 @@ logger = logging.getLogger(__name__)
 Sample = dict[str, Any]
 Batch = list[Sample]
 _Reference = TypeVar("_Reference")
+
+# So many broken images in a row mean that something else is wrong, such as a disk that is gone.
+_REPLACEMENTS_TRIED = 20
 
 
 def build_train_loader(
@@ -47,11 +52,13 @@ def build_train_loader(
     filter_empty: bool,
     seed: int,
     start_batch: int = 0,
+    share: tuple[int, int] = (0, 1),
+    on_bad_data: str = "error",
 ) -> DataLoader[Sample]:
     """Build an endless loader of training batches.
 
-    Batch *i* depends on the seed and *i* alone, whatever the number of workers and wherever the
-    loader started. Every ``iter()`` starts again at ``start_batch``.
+    Batch *i* depends on the seed and *i* alone, whatever the number of workers and processes and
+    wherever the loader started. Every ``iter()`` starts again at ``start_batch``.
 
     Args:
         datasets: one or more, with the same classes; their images are shuffled together.
@@ -60,14 +67,19 @@ def build_train_loader(
         sampling: see ``min_sizes``.
         flip: see ``min_sizes``.
         image_format: ``"BGR"`` or ``"RGB"``.
-        images_per_batch: images in every batch.
+        images_per_batch: images in every batch, over all processes.
         num_workers: processes that read ahead; 0 reads in this one.
         aspect_ratio_grouping: whether landscape and portrait images go in separate batches.
         filter_empty: whether to leave out images that have no box, or only crowds.
         seed: 0 or more.
         start_batch: the number of the first batch, to resume a run.
+        share: (rank, number of processes): this process gets the rank-th part of every batch.
+        on_bad_data: for an image that turns out to be broken when it is read: ``"error"`` raises;
+            ``"skip"`` logs it, and takes another image that depends on the seed and on the place
+            in the stream alone.
 
     Raises:
+        ConfigError: the processes cannot share ``images_per_batch`` evenly.
         DatasetError: no image to train on, or different classes; while iterating, an image that
             cannot be read or is not of the size that the json says.
         ValueError: a value out of range.
@@ -75,15 +87,24 @@ def build_train_loader(
     check_same_classes(datasets)
     records = _training_records(datasets, filter_empty)
     sizes = [(record.height, record.width) for record in records]
+    groups = aspect_ratio_groups(sizes) if aspect_ratio_grouping else [0] * len(sizes)
     transform = TrainTransform(min_sizes=min_sizes, max_size=max_size, sampling=sampling, flip=flip)
     return _Loader(
-        _TrainingSamples(records, transform, image_format, seed),
+        _TrainingSamples(
+            records,
+            transform,
+            image_format,
+            seed,
+            groups=groups,
+            replace_broken=on_bad_data == "skip",
+        ),
         batch_sampler=TrainingBatchSampler(
             len(records),
             images_per_batch,
             seed=seed,
-            groups=aspect_ratio_groups(sizes) if aspect_ratio_grouping else None,
+            groups=groups,
             start_batch=start_batch,
+            share=share,
         ),
         **_loader_arguments(num_workers),
     )
@@ -97,16 +118,21 @@ def build_test_loader(
     image_format: str,
     images_per_batch: int,
     num_workers: int,
+    share: tuple[int, int] = (0, 1),
+    annotated: bool = False,
 ) -> DataLoader[Sample]:
     """Build a loader that gives every image once, by image id; the last batch may be shorter.
 
     Args:
-        dataset: may be without annotations; they are not read.
+        dataset: may be without annotations.
         min_sizes: one shorter edge in pixels; 0 for no resizing.
         max_size: largest longer edge in pixels.
         image_format: ``"BGR"`` or ``"RGB"``.
-        images_per_batch: images in a batch.
+        images_per_batch: images in a batch of this process.
         num_workers: processes that read ahead; 0 reads in this one.
+        share: (rank, number of processes): this process gets the rank-th part of the images, all
+            in one piece; none where there are fewer images than processes before it.
+        annotated: whether samples have ``gt_boxes`` and ``gt_classes`` as in training.
 
     Raises:
         DatasetError: while iterating, an image that cannot be read or is not of the size that the
@@ -115,8 +141,12 @@ def build_test_loader(
     """
     if len(min_sizes) != 1:
         raise ValueError(f"testing takes one size, not min_sizes {tuple(min_sizes)}")
+    rank, processes = share
+    total = len(dataset.records)
+    records = dataset.records[total * rank // processes : total * (rank + 1) // processes]
+    samples = _AnnotatedSamples if annotated else _TestSamples
     return _Loader(
-        _TestSamples(dataset.records, min_sizes[0], max_size, image_format),
+        samples(records, min_sizes[0], max_size, image_format),
         batch_size=images_per_batch,
         **_loader_arguments(num_workers),
     )
@@ -141,27 +171,54 @@ def _loader_arguments(num_workers: int) -> dict[str, Any]:
     return {
         "num_workers": num_workers,
         "collate_fn": _as_it_is,
+        "worker_init_fn": _ignore_interrupt if num_workers else None,
         # Its own generator: starting to iterate must not advance the run's global one, which a
         # resumed run could not repeat.
         "generator": torch.Generator(),
     }
 
 
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
+def _as_it_is(fetched: _Fetched) -> _Fetched:
+    return fetched
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal; what to do about it is the main one's business.
+
+    It ends its workers itself when it is done, with the batches that it still wants.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class _Fetched(NamedTuple):
+    """What a worker hands over: a batch, or the error that ends the loading."""
+
+    batch: Batch
+    # Messages about broken images that others of the batch stand in for.
+    replaced: list[str]
+    error: DatasetError | None = None
 
 
 class _Loader(DataLoader[Sample]):
-    """A DataLoader that raises the errors of its workers as they were.
+    """A DataLoader that raises the errors of its workers as they were, and logs in one process.
 
     PyTorch raises them with the worker's whole traceback as the message.
     """
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        for batch in super().__iter__():
-            if isinstance(batch, DatasetError):
-                raise batch
-            yield batch
+        known: set[str] = set()
+        for fetched in super().__iter__():
+            if fetched.error is not None:
+                raise fetched.error
+            for message in fetched.replaced:
+                if message not in known:
+                    known.add(message)
+                    logger.warning(
+                        "%s. Another image is trained on in its place (broken images so far: %d)",
+                        message,
+                        len(known),
+                    )
+            yield fetched.batch
 
 
 class _Samples(Dataset[Sample], Generic[_Reference], ABC):
@@ -170,37 +227,67 @@ class _Samples(Dataset[Sample], Generic[_Reference], ABC):
     @abstractmethod
     def __getitem__(self, reference: _Reference) -> Sample: ...
 
-    def __getitems__(self, references: list[_Reference]) -> Batch | DatasetError:
+    def __getitems__(self, references: list[_Reference]) -> _Fetched:
+        replaced: list[str] = []
         try:
-            return [self[reference] for reference in references]
+            batch = [self._make(reference, replaced) for reference in references]
         except DatasetError as error:
-            return error
+            return _Fetched([], replaced, error)
+        return _Fetched(batch, replaced)
+
+    def _make(self, reference: _Reference, replaced: list[str]) -> Sample:
+        return self[reference]
 
 
 class _TrainingSamples(_Samples[SampleReference]):
     def __init__(
-        self, records: list[ImageRecord], transform: TrainTransform, image_format: str, seed: int
+        self,
+        records: list[ImageRecord],
+        transform: TrainTransform,
+        image_format: str,
+        seed: int,
+        *,
+        groups: Sequence[int],
+        replace_broken: bool,
     ) -> None:
         self.records = records
         self.transform = transform
         self.image_format = image_format
         self.seed = seed
+        self.groups = np.asarray(groups)
+        self.replace_broken = replace_broken
 
     def __getitem__(self, reference: SampleReference) -> Sample:
         position, index = reference
-        record = self.records[index]
-        usable = ~record.iscrowd
-        image, boxes, classes = self.transform(
-            _read(record, self.image_format),
-            record.boxes[usable],
-            record.classes[usable],
+        return _annotated_sample(
+            self.records[index],
+            self.transform,
+            self.image_format,
             augmentation_generator(self.seed, position),
         )
-        return {
-            **_sample(record, image),
-            "gt_boxes": torch.from_numpy(boxes),
-            "gt_classes": torch.from_numpy(classes),
-        }
+
+    def _make(self, reference: SampleReference, replaced: list[str]) -> Sample:
+        try:
+            return self[reference]
+        except DatasetError as error:
+            if not self.replace_broken:
+                raise
+            replaced.append(str(error))
+            return self._replacement(reference, replaced)
+
+    def _replacement(self, reference: SampleReference, replaced: list[str]) -> Sample:
+        """The first readable one of some other images of the same group, drawn by position."""
+        position, broken = reference
+        others = np.flatnonzero(self.groups == self.groups[broken])
+        generator = replacement_generator(self.seed, position)
+        for index in generator.permutation(others[others != broken])[:_REPLACEMENTS_TRIED].tolist():
+            try:
+                return self[position, index]
+            except DatasetError as error:
+                replaced.append(str(error))
+        raise DatasetError(
+            f"no image could be read in place of a broken one, the last said: {replaced[-1]}"
+        )
 
 
 class _TestSamples(_Samples[int]):
@@ -219,6 +306,41 @@ class _TestSamples(_Samples[int]):
         record = self.records[reference]
         image = _read(record, self.image_format)
         return _sample(record, resize_shortest_edge(image, self.short_edge, self.max_size))
+
+
+class _AnnotatedSamples(_TestSamples):
+    """The same with boxes and classes, for losses on images as they are tested."""
+
+    def __init__(
+        self, records: list[ImageRecord], short_edge: int, max_size: int, image_format: str
+    ) -> None:
+        super().__init__(records, short_edge, max_size, image_format)
+        self.transform = TrainTransform(
+            min_sizes=(short_edge,), max_size=max_size, sampling="choice", flip="none"
+        )
+
+    def __getitem__(self, reference: int) -> Sample:
+        nothing_to_draw = np.random.default_rng(0)
+        return _annotated_sample(
+            self.records[reference], self.transform, self.image_format, nothing_to_draw
+        )
+
+
+def _annotated_sample(
+    record: ImageRecord,
+    transform: TrainTransform,
+    image_format: str,
+    generator: np.random.Generator,
+) -> Sample:
+    usable = ~record.iscrowd
+    image, boxes, classes = transform(
+        _read(record, image_format), record.boxes[usable], record.classes[usable], generator
+    )
+    return {
+        **_sample(record, image),
+        "gt_boxes": torch.from_numpy(boxes),
+        "gt_classes": torch.from_numpy(classes),
+    }
 
 
 def _read(record: ImageRecord, image_format: str) -> Pixels:

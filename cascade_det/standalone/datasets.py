@@ -23,7 +23,8 @@ def load_datasets(cfg: CfgNode, *, train: bool) -> list[CocoDataset]:
     datasets = [
         load_dataset(
             find_dataset(name, arguments["own_datasets"]),
-            arguments["on_bad_data"] if train else "error",
+            arguments["on_bad_data"],
+            keep_ground_truth=not train,
         )
         for name in arguments["names"]
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,12 @@ from pycocotools.cocoeval import COCOeval
 from cascade_det.core.structures import Detections, DetectorOutput
 from cascade_det.errors import DatasetError
 from cascade_det.evaluation.evaluator import Evaluator, Sample
-from cascade_det.evaluation.ground_truth import admit_images, load_ground_truth, stdout_to_log
+from cascade_det.evaluation.ground_truth import (
+    admit_images,
+    load_ground_truth,
+    merge_seen,
+    stdout_to_log,
+)
 from cascade_det.evaluation.notes import explain, unprocessed_note
 from cascade_det.files import write_json
 
@@ -29,29 +34,29 @@ class CocoEvaluator(Evaluator):
     """Average precision over a COCO-format data set.
 
     Args:
-        json_file: the annotations, boxes in pixels of the original images.
+        ground_truth: the content of a COCO-format json, see ``load_ground_truth``.
         class_names: name of each class ``0..K-1`` of the detector.
         category_ids: category id in the json of each of these classes.
         output_dir: folder of the run; the detections are written below it, to
             ``inference/coco_instances_results.json``. ``None``: nothing is written.
 
     Raises:
-        DatasetError: the json cannot be used, or names and ids differ in number.
+        DatasetError: the ground truth cannot be used, or names and ids differ in number.
     """
 
     def __init__(
         self,
         *,
-        json_file: str | os.PathLike[str],
+        ground_truth: Mapping[str, Any],
         class_names: Sequence[str],
         category_ids: Sequence[int],
         output_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         if len(class_names) != len(category_ids):
             raise DatasetError(
-                f"{json_file}: {len(class_names)} class names but {len(category_ids)} category ids"
+                f"{len(class_names)} class names but {len(category_ids)} category ids"
             )
-        self._coco_gt = load_ground_truth(json_file)
+        self._coco_gt = load_ground_truth(ground_truth)
         self._category_ids = tuple(category_ids)
         self._output_dir = output_dir
         self.reset()
@@ -71,6 +76,19 @@ class CocoEvaluator(Evaluator):
         admit_images(batch, output.detections, self._coco_gt, self._seen)
         for sample, detections in zip(batch, output.detections, strict=True):
             self._results += coco_results(detections, sample["image_id"], self._category_ids)
+
+    def state(self) -> dict[str, Any]:
+        """``seen`` image ids and ``results`` in COCO's result format."""
+        return {"seen": sorted(self._seen), "results": self._results}
+
+    def merge(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go on from the states of all processes.
+
+        Raises:
+            DatasetError: two processes saw the same image.
+        """
+        self._seen = merge_seen(state["seen"] for state in states)
+        self._results = [result for state in states for result in state["results"]]
 
     def evaluate(self, image_ids: Collection[int] | None = None) -> dict[str, Any]:
         """``{"bbox": {"AP": ..., "AP-<class>": ...}, "notes": [...]}``, AP in percent.

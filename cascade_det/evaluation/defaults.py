@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from cascade_det.evaluation.coco import CocoEvaluator
 from cascade_det.evaluation.evaluator import Evaluator
@@ -14,7 +15,7 @@ from cascade_det.evaluation.stages import StageEvaluator
 
 def default_evaluators(
     *,
-    json_file: str | os.PathLike[str],
+    ground_truth: Mapping[str, Any],
     class_names: Sequence[str],
     category_ids: Sequence[int],
     output_dir: str | os.PathLike[str] | None = None,
@@ -28,12 +29,12 @@ def default_evaluators(
     """
     evaluators: list[Evaluator] = [
         CocoEvaluator(
-            json_file=json_file,
+            ground_truth=ground_truth,
             class_names=class_names,
             category_ids=category_ids,
             output_dir=output_dir,
         )
     ]
     if stages:
-        evaluators.append(StageEvaluator(json_file=json_file, category_ids=category_ids))
+        evaluators.append(StageEvaluator(ground_truth=ground_truth, category_ids=category_ids))
     return [*evaluators, ExitEvaluator(), LatencyEvaluator(warmup=warmup)]

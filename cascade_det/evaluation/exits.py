@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cascade_det.core.structures import EXIT_REASONS, DetectorOutput
@@ -28,14 +28,23 @@ class ExitEvaluator(Evaluator):
         Raises:
             ValueError: the number of stages differs from that of the batches before.
         """
-        stats = output.stats
-        if not self._num_images:
-            self._entered = [0] * len(stats.entered)
-            self._left = [Counter() for _ in stats.left]
-        self._num_images += len(batch)
-        self._entered = [a + b for a, b in zip(self._entered, stats.entered, strict=True)]
-        for total, left in zip(self._left, stats.left, strict=True):
-            total.update(left)
+        self._add(len(batch), output.stats.entered, output.stats.left)
+
+    def state(self) -> dict[str, Any]:
+        """``images``, and per stage the regions that ``entered`` and that ``left`` by reason."""
+        left = [dict(counts) for counts in self._left]
+        return {"images": self._num_images, "entered": self._entered, "left": left}
+
+    def merge(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go on from the states of all processes.
+
+        Raises:
+            ValueError: the number of stages differs between two that saw images.
+        """
+        self.reset()
+        for state in states:
+            if state["images"]:
+                self._add(state["images"], state["entered"], state["left"])
 
     def evaluate(self) -> dict[str, Any]:
         """``{"exits": {"images": n, "stages_per_region": m, "stage0": {...}, ...}}``.
@@ -64,6 +73,15 @@ class ExitEvaluator(Evaluator):
                 },
             }
         return {"exits": figures}
+
+    def _add(self, images: int, entered: Sequence[int], left: Sequence[Mapping[str, int]]) -> None:
+        if not self._num_images:
+            self._entered = [0] * len(entered)
+            self._left = [Counter() for _ in left]
+        self._num_images += images
+        self._entered = [a + b for a, b in zip(self._entered, entered, strict=True)]
+        for total, counts in zip(self._left, left, strict=True):
+            total.update(counts)
 
 
 def _share(part: int, whole: int) -> float:

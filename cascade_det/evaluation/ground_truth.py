@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from pycocotools.coco import COCO
 
@@ -17,31 +16,32 @@ from cascade_det.evaluation.evaluator import Sample
 logger = logging.getLogger(__name__)
 
 
-def load_ground_truth(json_file: str | os.PathLike[str]) -> COCO:
-    """Read a COCO-format json so that pycocotools evaluates it correctly.
+def load_ground_truth(content: Mapping[str, Any]) -> COCO:
+    """Index the content of a COCO-format json so that pycocotools evaluates it correctly.
 
     Annotations get ids 1, 2, ...: pycocotools marks a match with the id of the annotation, so
     an object with id 0 could never be found, and of two equal ids one would be lost. Missing
     ``iscrowd`` and ``area`` become 0 and the area of the box.
 
+    Args:
+        content: ``images``, ``categories`` and, where there are any, ``annotations``, boxes in
+            pixels of the original images; not changed.
+
     Raises:
-        DatasetError: the file cannot be read or is not COCO format.
+        DatasetError: it is not COCO format.
     """
-    dataset = _read_json(json_file)
-    for number, annotation in enumerate(dataset.get("annotations", []), start=1):
-        try:
-            _, _, width, height = annotation["bbox"]
-            annotation["image_id"], annotation["category_id"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise DatasetError(
-                f"{json_file}: annotation {number} needs image_id, category_id and "
-                f"bbox = [x, y, width, height]: {error!r}"
-            ) from error
-        annotation["id"] = number
-        annotation.setdefault("iscrowd", 0)
-        annotation.setdefault("area", width * height)
+    if not {"images", "categories"} <= content.keys():
+        raise DatasetError(
+            "the ground truth is not COCO format: it needs the lists 'images' and 'categories' "
+            "(and 'annotations' for an evaluation)"
+        )
     coco = COCO()
-    coco.dataset = dataset
+    coco.dataset = dict(content)
+    if "annotations" in content:
+        coco.dataset["annotations"] = [
+            _completed(annotation, number)
+            for number, annotation in enumerate(content["annotations"], start=1)
+        ]
     with stdout_to_log():
         coco.createIndex()
     return coco
@@ -77,6 +77,23 @@ def admit_images(
         seen.add(image_id)
 
 
+def merge_seen(seen_by_process: Iterable[Iterable[int]]) -> set[int]:
+    """The images that any process saw.
+
+    Raises:
+        DatasetError: two of them saw the same image, which would count its detections twice.
+    """
+    seen: set[int] = set()
+    for image_ids in seen_by_process:
+        if twice := seen.intersection(image_ids):
+            raise DatasetError(
+                f"{len(twice)} images, {min(twice)} among them, were processed by two processes: "
+                "give each process images of its own"
+            )
+        seen.update(image_ids)
+    return seen
+
+
 @contextlib.contextmanager
 def stdout_to_log() -> Iterator[None]:
     """Send what pycocotools prints to the log, at level DEBUG."""
@@ -87,15 +104,13 @@ def stdout_to_log() -> Iterator[None]:
         logger.debug(line)
 
 
-def _read_json(json_file: str | os.PathLike[str]) -> dict:
+def _completed(annotation: Mapping[str, Any], number: int) -> dict[str, Any]:
     try:
-        with open(json_file, encoding="utf-8") as file:
-            dataset = json.load(file)
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"cannot read the annotation file {json_file}: {error}") from error
-    if not isinstance(dataset, dict) or not {"images", "categories"} <= dataset.keys():
+        _, _, width, height = annotation["bbox"]
+        annotation["image_id"], annotation["category_id"]
+    except (KeyError, TypeError, ValueError) as error:
         raise DatasetError(
-            f"{json_file}: not COCO format: it needs the lists 'images' and 'categories' "
-            "(and 'annotations' for an evaluation)"
-        )
-    return dataset
+            f"annotation {number} of the ground truth needs image_id, category_id and "
+            f"bbox = [x, y, width, height]: {error!r}"
+        ) from error
+    return {"iscrowd": 0, "area": width * height, **annotation, "id": number}

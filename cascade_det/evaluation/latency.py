@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from statistics import median
 from typing import Any
 
@@ -22,8 +24,22 @@ _NOT_TIMED_IN_FULL = (
     "The most that exits could save is unknown: the cascade was only timed with exits. Run the "
     "detector with stages=True."
 )
+_SEVERAL_PROCESSES = (
+    "Times are of {} processes that ran at once: where they share a processor, they are longer "
+    "than those of one process."
+)
 
 Times = dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """One measurement: milliseconds per image and part, and what they were measured on."""
+
+    times: Times
+    size: int
+    input_sizes: list[tuple[int, int]]
+    left_early: bool
 
 
 class LatencyEvaluator(Evaluator):
@@ -33,7 +49,7 @@ class LatencyEvaluator(Evaluator):
     run for a batch, as a stage that no region reached, took 0 ms there.
 
     Args:
-        warmup: batches at the beginning that are left out.
+        warmup: batches at the beginning that are left out, of every process.
     """
 
     def __init__(self, warmup: int = 5) -> None:
@@ -42,25 +58,34 @@ class LatencyEvaluator(Evaluator):
 
     def reset(self) -> None:
         """Forget everything that was processed."""
-        self._times: list[Times] = []
-        self._batch_sizes: list[int] = []
-        self._input_sizes: list[list[tuple[int, int]]] = []
-        self._exits_seen = False
+        # Process by process: each one warms up.
+        self._batches: list[list[_Batch]] = [[]]
 
     def process(self, batch: Sequence[Sample], output: DetectorOutput) -> None:
         """Take in the times of one batch; a batch without times is passed over."""
         milliseconds = output.stats.milliseconds
         if not milliseconds or not batch:
             return
-        self._times.append({part: time / len(batch) for part, time in milliseconds.items()})
-        self._batch_sizes.append(len(batch))
-        self._input_sizes.append([_size(sample) for sample in batch if "image" in sample])
-        self._exits_seen |= any(
-            count
-            for left in output.stats.left[:-1]
-            for reason, count in left.items()
-            if reason != "completed"
+        measured = _Batch(
+            times={part: time / len(batch) for part, time in milliseconds.items()},
+            size=len(batch),
+            input_sizes=[_size(sample) for sample in batch if "image" in sample],
+            left_early=any(
+                count
+                for left in output.stats.left[:-1]
+                for reason, count in left.items()
+                if reason != "completed"
+            ),
         )
+        self._batches[-1].append(measured)
+
+    def state(self) -> list[dict[str, Any]]:
+        """The measurements, in order."""
+        return [vars(batch) for batch in chain(*self._batches)]
+
+    def merge(self, states: Sequence[list[dict[str, Any]]]) -> None:
+        """Go on from the states of all processes, each with a warm-up of its own."""
+        self._batches = [[_Batch(**batch) for batch in state] for state in states] or [[]]
 
     def evaluate(self) -> dict[str, Any]:
         """``{"latency": {...}}``, all times in milliseconds per image.
@@ -73,27 +98,30 @@ class LatencyEvaluator(Evaluator):
         ``batch_size``, ``images``, ``batches``, ``warmup_batches`` and ``input_size`` (median
         of the network's input in pixels) say what was measured, ``notes`` what to beware of.
         """
-        if not self._times:
+        recorded = list(chain(*self._batches))
+        if not recorded:
             note = "No times were recorded: run the detector with a timer."
             return {"latency": {"images": 0, "batches": 0, "notes": [note]}}
-        enough = len(self._times) > self._warmup
-        skip = self._warmup if enough else 0
-        times, sizes = self._times[skip:], self._batch_sizes[skip:]
+        warm = list(chain(*(batches[self._warmup :] for batches in self._batches)))
+        batches = warm or recorded
+        times, sizes = [batch.times for batch in batches], [batch.size for batch in batches]
         figures: dict[str, Any] = {
             # The last batch may be smaller: the size that most batches have is named.
             "batch_size": Counter(sizes).most_common(1)[0][0],
             "images": sum(sizes),
             "batches": len(times),
-            "warmup_batches": skip,
-            **_input_size(self._input_sizes[skip:]),
+            "warmup_batches": len(recorded) - len(batches),
+            **_input_size(batch.input_sizes for batch in batches),
             **_times_of("parts", "total", [_configured(batch) for batch in times]),
         }
-        notes = [] if enough else [_too_few(len(times), self._warmup)]
+        notes = [] if warm else [_too_few(len(times), self._warmup)]
+        if len(self._batches) > 1:
+            notes.append(_SEVERAL_PROCESSES.format(len(self._batches)))
         full = [_full(batch) for batch in times]
         was_timed = any(part.startswith(FULL_PREFIX) for batch in times for part in batch)
         if was_timed:
             figures |= _times_of("full_parts", "full_total", full)
-        if was_timed or not self._exits_seen:
+        if was_timed or not any(batch.left_early for batch in recorded):
             figures["most_exits_could_save"] = _largest_saving(full)
         else:
             figures["most_exits_could_save"] = float("nan")
@@ -154,7 +182,7 @@ def _size(sample: Mapping[str, Any]) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _input_size(sizes_per_batch: Sequence[list[tuple[int, int]]]) -> dict[str, Any]:
+def _input_size(sizes_per_batch: Iterable[list[tuple[int, int]]]) -> dict[str, Any]:
     sizes = [size for sizes in sizes_per_batch for size in sizes]
     if not sizes:
         return {}

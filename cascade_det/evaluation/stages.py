@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from pycocotools.coco import COCO
 from torch import Tensor
@@ -14,7 +15,7 @@ from torchvision.ops import box_convert, box_iou
 from cascade_det.core.structures import Detections, DetectorOutput, StageOutput
 from cascade_det.evaluation.coco import coco_ap, coco_results
 from cascade_det.evaluation.evaluator import Evaluator, Sample
-from cascade_det.evaluation.ground_truth import admit_images, load_ground_truth
+from cascade_det.evaluation.ground_truth import admit_images, load_ground_truth, merge_seen
 
 MATCH_IOU = 0.5
 _STAGE_METRICS = ("AP", "AP50", "AP75")
@@ -28,25 +29,25 @@ class StageEvaluator(Evaluator):
     the region's target at every stage, so that the figures of the stages can be compared.
 
     Args:
-        json_file: the annotations, boxes in pixels of the original images.
+        ground_truth: the content of a COCO-format json, see ``load_ground_truth``.
         category_ids: category id in the json of each class of the detector.
 
     Raises:
-        DatasetError: the json cannot be used.
+        DatasetError: the ground truth cannot be used.
     """
 
-    def __init__(self, *, json_file: str | os.PathLike[str], category_ids: Sequence[int]) -> None:
-        self._coco_gt = load_ground_truth(json_file)
+    def __init__(self, *, ground_truth: Mapping[str, Any], category_ids: Sequence[int]) -> None:
+        self._coco_gt = load_ground_truth(ground_truth)
         self._category_ids = tuple(category_ids)
         self.reset()
 
     def reset(self) -> None:
         """Forget everything that was processed."""
         self._seen: set[int] = set()
-        # Per stage: (image id, detections) of every image, and sums of IoU [before, after].
+        # Per stage: (image id, detections) of every image.
         self._detections: list[list[tuple[int, Detections]]] = []
-        self._iou_sums = torch.zeros(0, 2, dtype=torch.float64)
-        self._num_regions = 0
+        # By image: the number of matched regions, and their sums of IoU [stage][before, after].
+        self._ious: dict[int, tuple[int, list[list[float]]]] = {}
 
     def process(self, batch: Sequence[Sample], output: DetectorOutput) -> None:
         """Take in the stages of a batch, in pixels of the original images.
@@ -60,7 +61,6 @@ class StageEvaluator(Evaluator):
         admit_images(batch, output.detections, self._coco_gt, self._seen)
         if not self._detections:
             self._detections = [[] for _ in output.stages]
-            self._iou_sums = torch.zeros(len(output.stages), 2, dtype=torch.float64)
         image_ids = [sample["image_id"] for sample in batch]
         for kept, stage in zip(self._detections, output.stages, strict=True):
             kept += [
@@ -68,7 +68,39 @@ class StageEvaluator(Evaluator):
                 for image_id, detections in zip(image_ids, stage.detections, strict=True)
             ]
         for index, image_id in enumerate(image_ids):
-            self._add_ious(output.stages, index, image_id)
+            self._ious[image_id] = _iou_sums(
+                output.stages, index, _boxes_of(self._coco_gt, image_id)
+            )
+
+    def state(self) -> dict[str, Any]:
+        """``seen`` image ids, ``ious`` by image, and ``detections`` as arrays, stage by stage."""
+        return {
+            "seen": sorted(self._seen),
+            "ious": self._ious,
+            "detections": [
+                [(image_id, _as_arrays(found)) for image_id, found in of_stage]
+                for of_stage in self._detections
+            ],
+        }
+
+    def merge(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go on from the states of all processes.
+
+        Raises:
+            DatasetError: two processes saw the same image.
+            ValueError: the number of stages differs between two that saw images.
+        """
+        self._seen = merge_seen(state["seen"] for state in states)
+        self._ious = {key: value for state in states for key, value in state["ious"].items()}
+        shares = [state["detections"] for state in states if state["seen"]]
+        self._detections = [
+            [
+                (image_id, _as_detections(arrays))
+                for of_share in of_stage
+                for image_id, arrays in of_share
+            ]
+            for of_stage in zip(*shares, strict=True)
+        ]
 
     def evaluate(self, image_ids: Collection[int] | None = None) -> dict[str, Any]:
         """``{"stages": {"regions": n, "stage0": {...}, ...}}``.
@@ -80,13 +112,18 @@ class StageEvaluator(Evaluator):
         Args:
             image_ids: images for the AP; ``None`` for all of the json.
         """
-        figures: dict[str, Any] = {"regions": self._num_regions}
-        mean_ious = (self._iou_sums / (self._num_regions or torch.nan)).tolist()
-        for index, (before, after) in enumerate(mean_ious):
+        regions = sum(count for count, _ in self._ious.values())
+        figures: dict[str, Any] = {"regions": regions}
+        for index, detections in enumerate(self._detections):
+            before, after = (
+                # An exact sum does not depend on which process saw an image, or when.
+                math.fsum(sums[index][column] for _, sums in self._ious.values())
+                for column in (0, 1)
+            )
             figures[f"stage{index}"] = {
-                **self._stage_ap(self._detections[index], image_ids),
-                "iou_before": before,
-                "iou_after": after,
+                **self._stage_ap(detections, image_ids),
+                "iou_before": before / (regions or math.nan),
+                "iou_after": after / (regions or math.nan),
             }
         return {"stages": figures}
 
@@ -106,14 +143,21 @@ class StageEvaluator(Evaluator):
         metrics = coco_ap(self._coco_gt, results, images)
         return {name: metrics[name] for name in _STAGE_METRICS}
 
-    def _add_ious(self, stages: Sequence[StageOutput], index: int, image_id: int) -> None:
-        targets = _boxes_of(self._coco_gt, image_id)
-        regions, matches = _match(_cpu(stages[0].boxes_before[index]), targets)
-        self._num_regions += len(regions)
-        for sums, stage in zip(self._iou_sums, stages, strict=True):
-            for column, boxes in enumerate((stage.boxes_before, stage.boxes_after)):
-                overlap = box_iou(_cpu(boxes[index])[regions], targets)
-                sums[column] += overlap[torch.arange(len(regions)), matches].sum()
+
+def _iou_sums(
+    stages: Sequence[StageOutput], index: int, targets: Tensor
+) -> tuple[int, list[list[float]]]:
+    """Matched regions of one image of the batch, and per stage their IoU before and after."""
+    regions, matches = _match(_cpu(stages[0].boxes_before[index]), targets)
+    rows = torch.arange(len(regions))
+    sums = [
+        [
+            box_iou(_cpu(boxes[index])[regions], targets)[rows, matches].sum().item()
+            for boxes in (stage.boxes_before, stage.boxes_after)
+        ]
+        for stage in stages
+    ]
+    return len(regions), sums
 
 
 def _boxes_of(coco_gt: COCO, image_id: int) -> Tensor:
@@ -130,6 +174,14 @@ def _match(boxes: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     overlap, target = box_iou(boxes, targets).max(dim=1)
     regions = torch.nonzero(overlap >= MATCH_IOU).flatten()
     return regions, target[regions]
+
+
+def _as_arrays(detections: Detections) -> dict[str, np.ndarray]:
+    return {name: value.detach().numpy() for name, value in vars(detections).items()}
+
+
+def _as_detections(arrays: Mapping[str, np.ndarray]) -> Detections:
+    return Detections(**{name: torch.from_numpy(value) for name, value in arrays.items()})
 
 
 def _cpu(boxes: Tensor) -> Tensor:

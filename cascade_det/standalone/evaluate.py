@@ -81,7 +81,7 @@ def _evaluate_one(
         **config.test_loader_arguments(cfg),
     )
     evaluators = default_evaluators(
-        json_file=dataset.source.json_file,
+        ground_truth=dataset.ground_truth,
         class_names=dataset.class_names,
         category_ids=dataset.category_ids,
         output_dir=output_dir,

@@ -1,10 +1,9 @@
-"""Small COCO files and detector outputs, built by hand."""
+"""Small ground truths and detector outputs, built by hand."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +15,11 @@ CLASS_NAMES = ("cat", "dog")
 
 
 @pytest.fixture
-def coco_file(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a json: ``objects`` are (image id, category id, XYWH box[, iscrowd])."""
+def coco_content() -> Callable[..., dict[str, Any]]:
+    """Content of a json: ``objects`` are (image id, category id, XYWH box[, iscrowd])."""
 
-    def write(objects: Sequence[tuple], *, image_ids: Sequence[int] = (1, 2)) -> Path:
-        dataset = {
+    def build(objects: Sequence[tuple], *, image_ids: Sequence[int] = (1, 2)) -> dict[str, Any]:
+        return {
             "images": [
                 {"id": image_id, "file_name": f"{image_id}.jpg", "height": 300, "width": 400}
                 for image_id in image_ids
@@ -42,11 +41,8 @@ def coco_file(tmp_path: Path) -> Callable[..., Path]:
                 for number, (image_id, category_id, box, *crowd) in enumerate(objects)
             ],
         }
-        path = tmp_path / "annotations.json"
-        path.write_text(json.dumps(dataset))
-        return path
 
-    return write
+    return build
 
 
 @pytest.fixture

@@ -23,23 +23,23 @@ MEDIUM_BOX = (10, 20, 50, 50)
 LARGE_BOX = (100, 100, 120, 110)
 
 
-def make_evaluator(path, **kwargs):
+def make_evaluator(content, **kwargs):
     return CocoEvaluator(
-        json_file=path, class_names=("cat", "dog"), category_ids=CATEGORY_IDS, **kwargs
+        ground_truth=content, class_names=("cat", "dog"), category_ids=CATEGORY_IDS, **kwargs
     )
 
 
-def evaluate(path, detections_of_images, detector_output, **kwargs):
-    evaluator = make_evaluator(path, **kwargs)
+def evaluate(content, detections_of_images, detector_output, **kwargs):
+    evaluator = make_evaluator(content, **kwargs)
     for image_id, found in detections_of_images.items():
         evaluator.process([{"image_id": image_id}], detector_output([found]))
     return evaluator.evaluate()
 
 
-def test_perfect_predictions_have_an_ap_of_100(coco_file, detections, detector_output):
-    path = coco_file([(1, 3, MEDIUM_BOX), (1, 7, LARGE_BOX), (2, 3, LARGE_BOX)])
+def test_perfect_predictions_have_an_ap_of_100(coco_content, detections, detector_output):
+    content = coco_content([(1, 3, MEDIUM_BOX), (1, 7, LARGE_BOX), (2, 3, LARGE_BOX)])
     results = evaluate(
-        path,
+        content,
         {
             1: detections((MEDIUM_BOX, 0.9, 0), (LARGE_BOX, 0.8, 1)),
             2: detections((LARGE_BOX, 1, 0)),
@@ -51,11 +51,11 @@ def test_perfect_predictions_have_an_ap_of_100(coco_file, detections, detector_o
         assert results["bbox"][name] == pytest.approx(100), name
 
 
-def test_one_of_two_objects_found(coco_file, detections, detector_output):
+def test_one_of_two_objects_found(coco_content, detections, detector_output):
     # Precision is 1 up to a recall of 0.5: that is 51 of the 101 recall values 0, 0.01, ..., 1.
-    path = coco_file([(1, 3, MEDIUM_BOX), (2, 3, MEDIUM_BOX)])
+    content = coco_content([(1, 3, MEDIUM_BOX), (2, 3, MEDIUM_BOX)])
     found = {1: detections((MEDIUM_BOX, 0.9, 0)), 2: detections()}
-    results = evaluate(path, found, detector_output)
+    results = evaluate(content, found, detector_output)
     assert results["bbox"]["AP"] == pytest.approx(100 * 51 / 101)
     assert results["notes"] == [
         "APs is nan: the ground truth has no small object (up to 32 x 32 px).",
@@ -65,42 +65,40 @@ def test_one_of_two_objects_found(coco_file, detections, detector_output):
 
 
 def test_a_false_positive_above_the_hit_halves_the_precision(
-    coco_file, detections, detector_output
+    coco_content, detections, detector_output
 ):
-    path = coco_file([(1, 3, MEDIUM_BOX)], image_ids=(1,))
+    content = coco_content([(1, 3, MEDIUM_BOX)], image_ids=(1,))
     found = {1: detections(((200, 200, 30, 40), 0.9, 0), (MEDIUM_BOX, 0.8, 0))}
-    assert evaluate(path, found, detector_output)["bbox"]["AP50"] == pytest.approx(50)
+    assert evaluate(content, found, detector_output)["bbox"]["AP50"] == pytest.approx(50)
 
 
-def test_iou_decides_which_thresholds_are_passed(coco_file, detections, detector_output):
+def test_iou_decides_which_thresholds_are_passed(coco_content, detections, detector_output):
     # 100 x 100 against its left 72 columns: IoU 0.72 passes 0.50, 0.55, 0.60, 0.65 and 0.70.
-    path = coco_file([(1, 3, (0, 0, 100, 100))], image_ids=(1,))
-    bbox = evaluate(path, {1: detections(((0, 0, 72, 100), 0.9, 0))}, detector_output)["bbox"]
+    content = coco_content([(1, 3, (0, 0, 100, 100))], image_ids=(1,))
+    bbox = evaluate(content, {1: detections(((0, 0, 72, 100), 0.9, 0))}, detector_output)["bbox"]
     assert (bbox["AP"], bbox["AP50"], bbox["AP75"]) == pytest.approx((50, 100, 0))
 
 
-def test_detections_in_a_crowd_do_not_count(coco_file, detections, detector_output):
+def test_detections_in_a_crowd_do_not_count(coco_content, detections, detector_output):
     crowd = (100, 100, 200, 150)
-    path = coco_file([(1, 3, MEDIUM_BOX), (1, 3, crowd, 1)], image_ids=(1,))
+    content = coco_content([(1, 3, MEDIUM_BOX), (1, 3, crowd, 1)], image_ids=(1,))
     found = {1: detections(((110, 110, 60, 60), 0.99, 0), (MEDIUM_BOX, 0.5, 0))}
-    assert evaluate(path, found, detector_output)["bbox"]["AP"] == pytest.approx(100)
+    assert evaluate(content, found, detector_output)["bbox"]["AP"] == pytest.approx(100)
 
 
-def test_the_object_with_id_0_can_be_found(coco_file, detections, detector_output):
+def test_the_object_with_id_0_can_be_found(coco_content, detections, detector_output):
     # pycocotools takes the id of the matched object for "was matched", so it misses id 0.
-    path = coco_file([(1, 3, MEDIUM_BOX)], image_ids=(1,))
-    assert json.loads(path.read_text())["annotations"][0]["id"] == 0
+    content = coco_content([(1, 3, MEDIUM_BOX)], image_ids=(1,))
+    assert content["annotations"][0]["id"] == 0
     found = {1: detections((MEDIUM_BOX, 0.9, 0))}
-    assert evaluate(path, found, detector_output)["bbox"]["AP"] == pytest.approx(100)
+    assert evaluate(content, found, detector_output)["bbox"]["AP"] == pytest.approx(100)
 
 
-def test_missing_area_and_crowd_flag_are_filled_in(coco_file, detections, detector_output):
-    path = coco_file([(1, 3, MEDIUM_BOX)], image_ids=(1,))
-    dataset = json.loads(path.read_text())
+def test_missing_area_and_crowd_flag_are_filled_in(coco_content, detections, detector_output):
+    content = coco_content([(1, 3, MEDIUM_BOX)], image_ids=(1,))
     for name in ("id", "area", "iscrowd"):
-        del dataset["annotations"][0][name]
-    path.write_text(json.dumps(dataset))
-    bbox = evaluate(path, {1: detections((MEDIUM_BOX, 0.9, 0))}, detector_output)["bbox"]
+        del content["annotations"][0][name]
+    bbox = evaluate(content, {1: detections((MEDIUM_BOX, 0.9, 0))}, detector_output)["bbox"]
     assert bbox["APm"] == pytest.approx(100)
 
 
@@ -144,13 +142,12 @@ def plain_pycocotools(dataset, results):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_figures_equal_those_of_pycocotools(coco_file, detector_output, seed):
+def test_figures_equal_those_of_pycocotools(coco_content, detector_output, seed):
     objects, found = random_case(seed)
-    path = coco_file(objects, image_ids=range(1, 7))
-    bbox = evaluate(path, found, detector_output)["bbox"]
+    content = coco_content(objects, image_ids=range(1, 7))
+    bbox = evaluate(content, found, detector_output)["bbox"]
 
-    dataset = json.loads(path.read_text())
-    for annotation in dataset["annotations"]:
+    for annotation in content["annotations"]:
         annotation["id"] += 1000
     rows = []
     for image_id, item in found.items():
@@ -162,7 +159,7 @@ def test_figures_equal_those_of_pycocotools(coco_file, detector_output, seed):
             rows.append(
                 {"image_id": image_id, "category_id": category, "bbox": box, "score": score}
             )
-    expected = plain_pycocotools(dataset, rows)
+    expected = plain_pycocotools(content, rows)
     ours = [-1 if math.isnan(bbox[name]) else bbox[name] / 100 for name in METRICS]
     assert 0.1 < bbox["AP"] < 99
     np.testing.assert_allclose(ours, expected.stats[:6], atol=1e-9)
@@ -171,23 +168,23 @@ def test_figures_equal_those_of_pycocotools(coco_file, detector_output, seed):
         assert bbox[f"AP-{name}"] == pytest.approx(100 * precision[precision > -1].mean())
 
 
-def test_images_that_were_not_processed_count_as_missed(coco_file, detections, detector_output):
-    path = coco_file([(1, 3, MEDIUM_BOX), (2, 3, MEDIUM_BOX)])
-    results = evaluate(path, {1: detections((MEDIUM_BOX, 0.9, 0))}, detector_output)
+def test_images_that_were_not_processed_count_as_missed(coco_content, detections, detector_output):
+    content = coco_content([(1, 3, MEDIUM_BOX), (2, 3, MEDIUM_BOX)])
+    results = evaluate(content, {1: detections((MEDIUM_BOX, 0.9, 0))}, detector_output)
     assert results["bbox"]["AP"] == pytest.approx(100 * 51 / 101)
     assert results["notes"][0].startswith("1 images of the json were not processed (ids 2)")
 
 
-def test_evaluation_on_chosen_images(coco_file, detections, detector_output):
-    evaluator = make_evaluator(coco_file([(1, 3, MEDIUM_BOX), (2, 3, MEDIUM_BOX)]))
+def test_evaluation_on_chosen_images(coco_content, detections, detector_output):
+    evaluator = make_evaluator(coco_content([(1, 3, MEDIUM_BOX), (2, 3, MEDIUM_BOX)]))
     batch = [{"image_id": 1}, {"image_id": 2}]
     evaluator.process(batch, detector_output([detections((MEDIUM_BOX, 0.9, 0)), detections()]))
     assert evaluator.evaluate(image_ids=[1])["bbox"]["AP"] == pytest.approx(100)
     assert evaluator.evaluate(image_ids=[2])["bbox"]["AP"] == 0
 
 
-def test_coco_ap_changes_neither_the_detections_nor_its_answer(coco_file, detections):
-    truth = load_ground_truth(coco_file([(1, 3, MEDIUM_BOX)]))
+def test_coco_ap_changes_neither_the_detections_nor_its_answer(coco_content, detections):
+    truth = load_ground_truth(coco_content([(1, 3, MEDIUM_BOX)]))
     results = coco_results(detections((MEDIUM_BOX, 0.9, 0)), 1, CATEGORY_IDS)
     before = copy.deepcopy(results)
     first = coco_ap(truth, results, [1, 2])
@@ -196,11 +193,11 @@ def test_coco_ap_changes_neither_the_detections_nor_its_answer(coco_file, detect
 
 
 def test_written_file_holds_what_was_evaluated(
-    coco_file, detections, detector_output, tmp_path, capsys
+    coco_content, detections, detector_output, tmp_path, capsys
 ):
-    path = coco_file([(1, 3, MEDIUM_BOX), (2, 7, LARGE_BOX)])
+    content = coco_content([(1, 3, MEDIUM_BOX), (2, 7, LARGE_BOX)])
     found = {1: detections((MEDIUM_BOX, 0.9, 0, 2)), 2: detections((LARGE_BOX, 0.25, 1, 0))}
-    evaluate(path, found, detector_output, output_dir=tmp_path / "run")
+    evaluate(content, found, detector_output, output_dir=tmp_path / "run")
     folder = tmp_path / "run" / "inference"
     assert [file.name for file in folder.iterdir()] == ["coco_instances_results.json"]
     rows = json.loads((folder / "coco_instances_results.json").read_text())
@@ -225,8 +222,8 @@ def test_neighbouring_scores_stay_apart(detections):
     assert first["score"] > second["score"]
 
 
-def test_reset_forgets(coco_file, detections, detector_output):
-    evaluator = make_evaluator(coco_file([(1, 3, MEDIUM_BOX)], image_ids=(1,)))
+def test_reset_forgets(coco_content, detections, detector_output):
+    evaluator = make_evaluator(coco_content([(1, 3, MEDIUM_BOX)], image_ids=(1,)))
     wrong = detector_output([detections(((200, 200, 50, 50), 0.9, 0))])
     right = detector_output([detections((MEDIUM_BOX, 0.9, 0))])
     evaluator.process([{"image_id": 1}], wrong)
@@ -235,65 +232,66 @@ def test_reset_forgets(coco_file, detections, detector_output):
     assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
 
 
-def test_same_image_twice_is_refused(coco_file, detections, detector_output):
-    evaluator = make_evaluator(coco_file([(1, 3, MEDIUM_BOX)]))
+def test_same_image_twice_is_refused(coco_content, detections, detector_output):
+    evaluator = make_evaluator(coco_content([(1, 3, MEDIUM_BOX)]))
     evaluator.process([{"image_id": 1}], detector_output([detections()]))
     with pytest.raises(DatasetError, match=r"image 1 .*twice"):
         evaluator.process([{"image_id": 1}], detector_output([detections()]))
 
 
-def test_foreign_image_is_refused(coco_file, detections, detector_output):
-    evaluator = make_evaluator(coco_file([(1, 3, MEDIUM_BOX)]))
+def test_foreign_image_is_refused(coco_content, detections, detector_output):
+    evaluator = make_evaluator(coco_content([(1, 3, MEDIUM_BOX)]))
     with pytest.raises(DatasetError, match=r"image 99 \(a.jpg\) is not in the annotation file"):
         evaluator.process([{"image_id": 99, "file_name": "a.jpg"}], detector_output([detections()]))
 
 
-def test_class_without_category_is_refused(coco_file, detections, detector_output):
-    evaluator = make_evaluator(coco_file([(1, 3, MEDIUM_BOX)]))
+def test_class_without_category_is_refused(coco_content, detections, detector_output):
+    evaluator = make_evaluator(coco_content([(1, 3, MEDIUM_BOX)]))
     found = detections((MEDIUM_BOX, 0.9, 2))
     with pytest.raises(DatasetError, match="NUM_CLASSES to 2"):
         evaluator.process([{"image_id": 1}], detector_output([found]))
 
 
-def test_outputs_must_be_as_many_as_images(coco_file, detector_output):
-    evaluator = make_evaluator(coco_file([(1, 3, MEDIUM_BOX)]))
+def test_outputs_must_be_as_many_as_images(coco_content, detector_output):
+    evaluator = make_evaluator(coco_content([(1, 3, MEDIUM_BOX)]))
     with pytest.raises(ValueError, match="1 images but 0"):
         evaluator.process([{"image_id": 1}], detector_output([]))
 
 
-def test_names_and_ids_must_be_as_many(coco_file):
+def test_names_and_ids_must_be_as_many(coco_content):
     with pytest.raises(DatasetError, match="1 class names but 2 category ids"):
-        CocoEvaluator(json_file=coco_file([]), class_names=("cat",), category_ids=CATEGORY_IDS)
+        CocoEvaluator(
+            ground_truth=coco_content([]), class_names=("cat",), category_ids=CATEGORY_IDS
+        )
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("content", "message"),
     [
-        ("{", "cannot read"),
-        ("[]", "not COCO format"),
-        ('{"images": [], "categories": [], "annotations": [{"bbox": [1]}]}', "annotation 1 needs"),
+        ({"images": []}, "not COCO format"),
+        ({"images": [], "categories": [], "annotations": [{"bbox": [1]}]}, "annotation 1 .* needs"),
     ],
 )
-def test_unusable_file_is_named(tmp_path, text, message):
-    path = tmp_path / "broken.json"
-    path.write_text(text)
-    with pytest.raises(DatasetError, match=message) as error:
-        load_ground_truth(path)
-    assert str(path) in str(error.value)
+def test_unusable_ground_truth_is_refused(content, message):
+    with pytest.raises(DatasetError, match=message):
+        load_ground_truth(content)
 
 
-def test_missing_file_is_named(tmp_path):
-    with pytest.raises(DatasetError, match=r"nowhere\.json"):
-        load_ground_truth(tmp_path / "nowhere.json")
+def test_ground_truth_stays_as_it_was(coco_content, detections, detector_output):
+    content = coco_content([(1, 3, MEDIUM_BOX), (1, 7, LARGE_BOX, 1)])
+    del content["annotations"][0]["area"]
+    before = copy.deepcopy(content)
+    evaluate(content, {1: detections((MEDIUM_BOX, 0.9, 0))}, detector_output)
+    assert content == before
 
 
-def test_file_without_annotations_only_collects(coco_file, detections, detector_output, tmp_path):
-    path = coco_file([])
-    dataset = json.loads(path.read_text())
-    del dataset["annotations"]
-    path.write_text(json.dumps(dataset))
+def test_file_without_annotations_only_collects(
+    coco_content, detections, detector_output, tmp_path
+):
+    content = coco_content([])
+    del content["annotations"]
     found = {1: detections((MEDIUM_BOX, 0.9, 0)), 2: detections()}
-    results = evaluate(path, found, detector_output, output_dir=tmp_path)
+    results = evaluate(content, found, detector_output, output_dir=tmp_path)
     assert results["bbox"] == {}
     assert "no annotations" in results["notes"][0]
     assert (tmp_path / "inference" / "coco_instances_results.json").exists()

@@ -160,3 +160,26 @@ def test_any_part_may_be_timed_again_without_exits(detector_output):
     feed(evaluator, detector_output, times, left=EXITS)
     latency = evaluator.evaluate()["latency"]
     assert (latency["total"]["median_ms"], latency["full_total"]["median_ms"]) == (12, 16)
+
+
+def test_every_process_warms_up(detector_output):
+    merged = LatencyEvaluator(warmup=2)
+    states = []
+    for slow, times in ((1000.0, [10.0, 20.0]), (2000.0, [30.0]), (3000.0, [])):
+        evaluator = LatencyEvaluator(warmup=2)
+        for time in [slow, slow, *times]:
+            feed(evaluator, detector_output, {"rpn": time})
+        states.append(evaluator.state())
+    merged.merge([*states, []])
+    latency = merged.evaluate()["latency"]
+    assert latency["parts"]["rpn"] == {"median_ms": 20, "p95_ms": pytest.approx(29)}
+    assert (latency["batches"], latency["warmup_batches"]) == (3, 6)
+    assert "4 processes that ran at once" in latency["notes"][0]
+
+
+def test_exits_of_any_process_are_exits_of_all(detector_output):
+    first, second = LatencyEvaluator(warmup=0), LatencyEvaluator(warmup=0)
+    feed(first, detector_output, {"stage0": 20, "stage1": 3}, left=EXITS)
+    feed(second, detector_output, {"stage0": 20, "stage1": 3})
+    second.merge([second.state(), first.state()])
+    assert math.isnan(second.evaluate()["latency"]["most_exits_could_save"])

@@ -155,10 +155,10 @@ def test_picture_of_what_was_measured(results, tmp_path, keys):
     assert os.listdir(path.parent) == ["report.png"]
 
 
-def test_all_evaluators_together(coco_file, detections, detector_output, tmp_path):
+def test_all_evaluators_together(coco_content, detections, detector_output, tmp_path):
     box = (10, 20, 50, 50)
     evaluators = default_evaluators(
-        json_file=coco_file([(1, 3, box)], image_ids=(1,)),
+        ground_truth=coco_content([(1, 3, box)], image_ids=(1,)),
         class_names=("cat", "dog"),
         category_ids=(3, 7),
         output_dir=tmp_path,
@@ -188,8 +188,8 @@ def test_all_evaluators_together(coco_file, detections, detector_output, tmp_pat
     assert "Latency per image" in report
 
 
-def test_stages_can_be_left_out(coco_file):
-    dataset = {"json_file": coco_file([]), "class_names": ["cat"], "category_ids": [3]}
+def test_stages_can_be_left_out(coco_content):
+    dataset = {"ground_truth": coco_content([]), "class_names": ["cat"], "category_ids": [3]}
     with_stages = [type(item).__name__ for item in default_evaluators(**dataset)]
     without = [type(item).__name__ for item in default_evaluators(**dataset, stages=False)]
     assert set(with_stages) - set(without) == {"StageEvaluator"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
@@ -20,14 +19,14 @@ def no_boxes(images=1):
     return [torch.zeros(0, 4) for _ in range(images)]
 
 
-def test_ap_of_every_stage_is_that_of_its_own_detections(coco_file, detections, detector_output):
+def test_ap_of_every_stage_is_that_of_its_own_detections(coco_content, detections, detector_output):
     # IoU 0.52, 0.72 and 1: one, five and ten of the thresholds 0.50, 0.55, ..., 0.95.
-    path = coco_file([(1, 3, BOX)], image_ids=(1,))
+    content = coco_content([(1, 3, BOX)], image_ids=(1,))
     stages = [
         StageOutput([detections(((0, 0, width, 100), 0.9, 0))], no_boxes(), no_boxes())
         for width in (52, 72, 100)
     ]
-    evaluator = StageEvaluator(json_file=path, category_ids=CATEGORY_IDS)
+    evaluator = StageEvaluator(ground_truth=content, category_ids=CATEGORY_IDS)
     evaluator.process([{"image_id": 1}], detector_output([detections()], stages=stages))
     figures = evaluator.evaluate()["stages"]
     assert [figures[f"stage{k}"]["AP"] for k in range(3)] == pytest.approx([10, 50, 100])
@@ -35,16 +34,18 @@ def test_ap_of_every_stage_is_that_of_its_own_detections(coco_file, detections, 
     assert [figures[f"stage{k}"]["AP75"] for k in range(3)] == pytest.approx([0, 0, 100])
 
 
-def test_last_stage_equals_the_main_ap(coco_file, detections, detector_output):
-    path = coco_file([(1, 3, BOX), (2, 7, BOX), (2, 3, (150, 100, 60, 60))])
+def test_last_stage_equals_the_main_ap(coco_content, detections, detector_output):
+    content = coco_content([(1, 3, BOX), (2, 7, BOX), (2, 3, (150, 100, 60, 60))])
     found = [
         detections(((0, 0, 90, 100), 0.9, 0), ((5, 5, 80, 80), 0.95, 0)),
         detections(((150, 103, 60, 60), 0.3, 0)),
     ]
     batch = [{"image_id": 1}, {"image_id": 2}]
     output = detector_output(found, stages=[StageOutput(found, no_boxes(2), no_boxes(2))])
-    whole = CocoEvaluator(json_file=path, class_names=("cat", "dog"), category_ids=CATEGORY_IDS)
-    staged = StageEvaluator(json_file=path, category_ids=CATEGORY_IDS)
+    whole = CocoEvaluator(
+        ground_truth=content, class_names=("cat", "dog"), category_ids=CATEGORY_IDS
+    )
+    staged = StageEvaluator(ground_truth=content, category_ids=CATEGORY_IDS)
     for evaluator in (whole, staged):
         evaluator.process(batch, output)
     bbox, stage = whole.evaluate()["bbox"], staged.evaluate()["stages"]["stage0"]
@@ -70,7 +71,7 @@ def random_boxes(generator, count):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_mean_iou_equals_a_loop_over_the_regions(coco_file, detections, detector_output, seed):
+def test_mean_iou_equals_a_loop_over_the_regions(coco_content, detections, detector_output, seed):
     generator = torch.Generator().manual_seed(seed)
     image_ids = (1, 2, 3)
     truth = {1: random_boxes(generator, 3), 2: random_boxes(generator, 4), 3: torch.zeros(0, 4)}
@@ -80,7 +81,7 @@ def test_mean_iou_equals_a_loop_over_the_regions(coco_file, detections, detector
         for i in image_ids
         for row, box in enumerate(truth[i].tolist())
     ]
-    path = coco_file(objects, image_ids=image_ids)
+    content = coco_content(objects, image_ids=image_ids)
     chain = [[], [], []]  # Boxes before stage 0, between the stages, and after stage 1.
     for image_id in image_ids:
         boxes = torch.cat([truth[image_id]] * 4 + [random_boxes(generator, 5)])
@@ -91,7 +92,7 @@ def test_mean_iou_equals_a_loop_over_the_regions(coco_file, detections, detector
 
     found = [detections() for _ in image_ids]
     stages = [StageOutput(found, chain[k], chain[k + 1]) for k in range(2)]
-    evaluator = StageEvaluator(json_file=path, category_ids=CATEGORY_IDS)
+    evaluator = StageEvaluator(ground_truth=content, category_ids=CATEGORY_IDS)
     # One batch of one image and one of two.
     for part in (slice(0, 1), slice(1, 3)):
         evaluator.process(
@@ -124,26 +125,26 @@ def test_mean_iou_equals_a_loop_over_the_regions(coco_file, detections, detector
     assert ours == pytest.approx([expected[0], expected[1], expected[1], expected[2]], abs=1e-6)
 
 
-def test_a_region_keeps_its_first_target(coco_file, detections, detector_output):
+def test_a_region_keeps_its_first_target(coco_content, detections, detector_output):
     # The region starts on the left object and is moved onto the right one: that is a loss.
-    path = coco_file([(1, 3, (0, 0, 100, 100)), (1, 3, (200, 0, 100, 100))], image_ids=(1,))
+    content = coco_content([(1, 3, (0, 0, 100, 100)), (1, 3, (200, 0, 100, 100))], image_ids=(1,))
     left, right = torch.tensor([[0.0, 0, 100, 100]]), torch.tensor([[200.0, 0, 300, 100]])
     stages = [
         StageOutput([detections()], [left], [right]),
         StageOutput([detections()], [right], [left]),
     ]
-    evaluator = StageEvaluator(json_file=path, category_ids=CATEGORY_IDS)
+    evaluator = StageEvaluator(ground_truth=content, category_ids=CATEGORY_IDS)
     evaluator.process([{"image_id": 1}], detector_output([detections()], stages=stages))
     figures = evaluator.evaluate()["stages"]
     assert (figures["stage0"]["iou_before"], figures["stage0"]["iou_after"]) == (1, 0)
     assert (figures["stage1"]["iou_before"], figures["stage1"]["iou_after"]) == (0, 1)
 
 
-def test_no_matching_region_gives_nan(coco_file, detections, detector_output):
-    path = coco_file([(1, 3, BOX)], image_ids=(1,))
+def test_no_matching_region_gives_nan(coco_content, detections, detector_output):
+    content = coco_content([(1, 3, BOX)], image_ids=(1,))
     far = [torch.tensor([[300.0, 200, 320, 220]])]
     stages = [StageOutput([detections()], far, far)]
-    evaluator = StageEvaluator(json_file=path, category_ids=CATEGORY_IDS)
+    evaluator = StageEvaluator(ground_truth=content, category_ids=CATEGORY_IDS)
     evaluator.process([{"image_id": 1}], detector_output([detections()], stages=stages))
     figures = evaluator.evaluate()["stages"]
     assert figures["regions"] == 0
@@ -152,19 +153,17 @@ def test_no_matching_region_gives_nan(coco_file, detections, detector_output):
     assert figures["stage0"]["AP"] == 0
 
 
-def test_file_without_annotations_gives_nan(coco_file, detections, detector_output):
-    path = coco_file([], image_ids=(1,))
-    dataset = json.loads(path.read_text())
-    del dataset["annotations"]
-    path.write_text(json.dumps(dataset))
-    evaluator = StageEvaluator(json_file=path, category_ids=CATEGORY_IDS)
+def test_file_without_annotations_gives_nan(coco_content, detections, detector_output):
+    content = coco_content([], image_ids=(1,))
+    del content["annotations"]
+    evaluator = StageEvaluator(ground_truth=content, category_ids=CATEGORY_IDS)
     stages = [StageOutput([detections((BOX, 0.9, 0))], no_boxes(), no_boxes())]
     evaluator.process([{"image_id": 1}], detector_output([detections()], stages=stages))
     assert math.isnan(evaluator.evaluate()["stages"]["stage0"]["AP"])
 
 
-def test_images_are_checked_and_reset_forgets_them(coco_file, detections, detector_output):
-    evaluator = StageEvaluator(json_file=coco_file([(1, 3, BOX)]), category_ids=CATEGORY_IDS)
+def test_images_are_checked_and_reset_forgets_them(coco_content, detections, detector_output):
+    evaluator = StageEvaluator(ground_truth=coco_content([(1, 3, BOX)]), category_ids=CATEGORY_IDS)
     stages = [StageOutput([detections()], no_boxes(), no_boxes())]
     output = detector_output([detections()], stages=stages)
     evaluator.process([{"image_id": 1}], output)
@@ -176,7 +175,7 @@ def test_images_are_checked_and_reset_forgets_them(coco_file, detections, detect
     evaluator.process([{"image_id": 1}], output)
 
 
-def test_output_without_stages_is_refused(coco_file, detections, detector_output):
-    evaluator = StageEvaluator(json_file=coco_file([]), category_ids=CATEGORY_IDS)
+def test_output_without_stages_is_refused(coco_content, detections, detector_output):
+    evaluator = StageEvaluator(ground_truth=coco_content([]), category_ids=CATEGORY_IDS)
     with pytest.raises(ValueError, match="stages=True"):
         evaluator.process([{"image_id": 1}], detector_output([detections()]))

@@ -1,0 +1,225 @@
+"""Child processes that live and die together, whatever it is that they do."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from torch import multiprocessing
+
+from cascade_det.errors import CascadeDetError
+from cascade_det.files import atomic_path
+
+logger = logging.getLogger(__name__)
+
+# What the caller of a command can mend: these come out as they are, without a traceback.
+USER_ERRORS = (CascadeDetError, FloatingPointError)
+# As a shell says it of a command that ends by Ctrl-C.
+INTERRUPTED = 128 + signal.SIGINT
+
+# Seconds that processes have to end by themselves once one of them has failed, and then to obey
+# SIGTERM, which one that hangs in a collective does not, before they are killed.
+_GRACE = 15.0
+_TERMINATION = 10.0
+# The same after Ctrl-C: time for the main process to write a checkpoint.
+_INTERRUPTION = 600.0
+
+
+class PeerError(RuntimeError):
+    """Another process failed, and this one cannot go on; the other one says why."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """How a process failed: the time by the clock, the error, and its traceback as text."""
+
+    time: float
+    error: Exception
+    trace: str
+
+
+def run_processes(
+    function: Callable[..., int], args: tuple[Any, ...], count: int, *, first_rank: int = 0
+) -> int:
+    """Call ``function(index, *args)`` in ``count`` new processes and wait for all of them.
+
+    If one fails, the others are given a few seconds and then stopped. Ctrl-C reaches them from the
+    terminal and is theirs to handle; a SIGTERM is handed on to them. If this process dies, they
+    are interrupted. To be called from the main thread.
+
+    Args:
+        function: at the top level of a module; gives an exit status.
+        args: picklable.
+        count: 1 or more.
+        first_rank: the rank of process 0, for messages.
+
+    Returns:
+        What all of them gave; 130 after Ctrl-C, 143 after SIGTERM. 1 for a process that died or
+        gave another status than the others, after an error in the log that names rank and cause.
+
+    Raises:
+        CascadeDetError, FloatingPointError: what the first process that failed raised.
+    """
+    with tempfile.TemporaryDirectory(prefix="cascade-det-") as folder, _signals() as caught:
+        context = multiprocessing.start_processes(
+            _call, (function, args, Path(folder)), count, join=False
+        )
+        processes: list[BaseProcess] = context.processes
+        caught.processes = processes
+        if caught.terminated:
+            caught.terminate()
+        _wait_for(processes, caught)
+        stopped = _stop(processes)
+        failures = {index: _read_failure(Path(folder) / str(index)) for index in range(count)}
+    statuses = [process.exitcode or 0 for process in processes]
+    if caught.terminated:
+        return 128 + signal.SIGTERM
+    if INTERRUPTED in statuses:
+        # What else is there are processes that lost those that ended first.
+        return INTERRUPTED
+    if len(set(statuses)) == 1 and not any(failures.values()):
+        return statuses[0]
+    cause = _first_cause(statuses, failures, stopped)
+    failure = failures[cause]
+    if failure is not None and isinstance(failure.error, USER_ERRORS):
+        raise failure.error
+    logger.error("%s", _describe(first_rank + cause, processes[cause], failure))
+    return 1
+
+
+class _Caught:
+    """The signals that came while waiting."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self.terminated = False
+        self.processes: Sequence[BaseProcess] = ()
+
+    def interrupt(self, *_: Any) -> None:
+        self.interrupted = True
+
+    def terminate(self, *_: Any) -> None:
+        self.terminated = True
+        for process in self.processes:
+            process.terminate()
+
+
+@contextmanager
+def _signals() -> Iterator[_Caught]:
+    caught = _Caught()
+    handlers = {signal.SIGINT: caught.interrupt, signal.SIGTERM: caught.terminate}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait_for(processes: Sequence[BaseProcess], caught: _Caught) -> None:
+    """Return when all have ended, or some time after one that failed."""
+    deadline: float | None = None
+    alive = list(processes)
+    while alive and (deadline is None or time.monotonic() < deadline):
+        # A signal does not end the wait, and may have changed how long to wait.
+        connection.wait([process.sentinel for process in alive], timeout=0.5)
+        alive = [process for process in alive if process.is_alive()]
+        codes = {process.exitcode for process in processes} - {None, 0}
+        if codes and deadline is None:
+            orderly = caught.interrupted or caught.terminated or codes == {INTERRUPTED}
+            deadline = time.monotonic() + (_INTERRUPTION if orderly else _GRACE)
+
+
+def _stop(processes: Sequence[BaseProcess]) -> set[int]:
+    """End those that are still there; their places."""
+    stopped = {index for index, process in enumerate(processes) if process.is_alive()}
+    for index in stopped:
+        processes[index].terminate()
+    deadline = time.monotonic() + _TERMINATION
+    for index in stopped:
+        processes[index].join(max(deadline - time.monotonic(), 0.0))
+        if processes[index].is_alive():
+            processes[index].kill()
+    for process in processes:
+        process.join()
+    return stopped
+
+
+def _first_cause(
+    statuses: Sequence[int], failures: dict[int, _Failure | None], stopped: set[int]
+) -> int:
+    """The place of the process that failed by itself, not because another one had."""
+
+    def order(index: int) -> tuple[int, float]:
+        failure = failures[index]
+        if failure is not None:
+            return (2 if isinstance(failure.error, PeerError) else 1), failure.time
+        # NCCL aborts a process whose peers are gone; any other signal comes from outside.
+        killed = statuses[index] < 0 and statuses[index] != -signal.SIGABRT
+        return (0 if killed else 3), 0.0
+
+    died = [index for index, status in enumerate(statuses) if status and index not in stopped]
+    return min(died, key=order)
+
+
+def _describe(rank: int, process: BaseProcess, failure: _Failure | None) -> str:
+    who = f"The process of rank {rank} (pid {process.pid})"
+    rest = "The other processes were ended. --resume goes on from the last checkpoint."
+    if failure is not None:
+        return f"{who} failed: {failure.trace.rstrip()}\n{rest}"
+    status = process.exitcode or 0
+    if status >= 0:
+        return f"{who} ended with status {status}. {rest}"
+    name = signal.Signals(-status).name
+    hint = ""
+    if -status == signal.SIGKILL:
+        hint = (
+            " A system that runs out of memory does that: lower SOLVER.IMS_PER_BATCH or "
+            "DATALOADER.NUM_WORKERS if the kernel's log (dmesg) says so."
+        )
+    return f"{who} was killed by the signal {name}.{hint} {rest}"
+
+
+def _call(index: int, function: Callable[..., int], args: tuple[Any, ...], folder: Path) -> None:
+    """In the new process: call, and leave word of a failure."""
+    try:
+        status = function(index, *args)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except Exception as error:
+        status = 1
+        failure = _Failure(time.time(), portable(error), traceback.format_exc())
+        with atomic_path(folder / str(index)) as temporary:
+            temporary.write_bytes(pickle.dumps(failure))
+    sys.exit(status)
+
+
+def portable(error: Exception) -> Exception:
+    """The error itself if it is one of the user's, or a peer's, and can be pickled; else its text.
+
+    Not every exception can be unpickled, and of a bug it is the traceback that helps.
+    """
+    if isinstance(error, (*USER_ERRORS, PeerError)):
+        try:
+            return pickle.loads(pickle.dumps(error))
+        except Exception:
+            kind = next(kind for kind in (*USER_ERRORS, PeerError) if isinstance(error, kind))
+            return kind(str(error))
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _read_failure(path: Path) -> _Failure | None:
+    # Written by our own child, into a folder that only this user can read.
+    return pickle.loads(path.read_bytes()) if path.exists() else None

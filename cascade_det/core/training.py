@@ -114,7 +114,8 @@ class TrainingRules:
     ) -> dict[str, Tensor]:
         """What to watch: region counts, accuracies, and IoU before and after the stage.
 
-        Means over foreground are NaN where a stage has none.
+        ``nonfinite_boxes`` counts refined boxes that are NaN: training has diverged. Means over
+        foreground are NaN where a stage has none.
         """
         foreground = self._is_foreground(regions)
         correct = logits.argmax(dim=1) == regions.gt_classes
@@ -127,6 +128,7 @@ class TrainingRules:
             "fast_rcnn/false_negative": false_negative[foreground].float().mean(),
             "iou_before": regions.ious[foreground].mean(),
             "iou_after": refined.ious[foreground].mean(),
+            "nonfinite_boxes": (~refined.boxes.isfinite().all(dim=1)).sum(),
         }
         return {f"stage{stage}/{name}": value for name, value in values.items()}
 

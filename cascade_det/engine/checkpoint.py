@@ -14,6 +14,10 @@ from cascade_det.engine.weights import load_weights
 from cascade_det.errors import CheckpointError
 from cascade_det.files import atomic_path
 
+LAST = "last_checkpoint"
+# What goes with weights that are to be used, beside the weights themselves.
+WITH_WEIGHTS = ("run",)
+
 
 class Checkpointer(fvcore_checkpoint.Checkpointer):
     """fvcore's checkpointer, which writes atomically and executes nothing when it loads.
@@ -24,7 +28,8 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
     Args:
         model: its state dict is saved under ``"model"``.
         save_dir: an existing folder.
-        save_to_disk: ``False`` makes :meth:`save` do nothing.
+        save_to_disk: ``False`` makes :meth:`save` collect the state, but write nothing; of several
+            processes all save, and one writes.
         checkpointables: objects with ``state_dict()`` and ``load_state_dict()``. The trainer,
             which :class:`~cascade_det.engine.hooks.PeriodicCheckpoint` adds, covers optimiser,
             schedule, loss scaling, random numbers, history and hooks.
@@ -55,29 +60,60 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
             return
         try:
             checkpointable.load_state_dict(self._resumed.pop(key))
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (CheckpointError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"{self.get_checkpoint_file()}: its {key!r} does not fit this run ({error}). "
                 "Resume with the configuration that it was written with, or start without resuming."
             ) from error
 
+    def has_resumed(self, key: str) -> bool:
+        """Whether the resumed checkpoint has state under ``key`` that nobody took yet."""
+        return key in self._resumed
+
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write ``name.pth``; an earlier file of that name is there, whole, until this one is."""
-        if not self.save_dir or not self.save_to_disk:
-            return
+        """Write ``name.pth``; an earlier file of that name is there, whole, until this one is.
+
+        Raises:
+            CheckpointError: the file cannot be written, for example because the disk is full.
+        """
         data = {"model": self.model.state_dict()}
         data.update({key: object_.state_dict() for key, object_ in self.checkpointables.items()})
         data.update(kwargs)
-        path = Path(self.save_dir) / f"{name}.pth"
-        self.logger.info("Saving checkpoint to %s", path)
-        with atomic_path(path) as temporary:
-            torch.save(data, temporary)
-        self.tag_last_checkpoint(path.name)
+        if self._write(name, data):
+            self.tag_last_checkpoint(f"{name}.pth")
+
+    def save_weights(self, name: str, **kwargs: Any) -> None:
+        """Write ``name.pth`` without the trainer's state, beside the checkpoints to resume from.
+
+        Raises:
+            CheckpointError: see :meth:`save`.
+        """
+        others = {k: o.state_dict() for k, o in self.checkpointables.items() if k in WITH_WEIGHTS}
+        self._write(name, {"model": self.model.state_dict(), **others, **kwargs})
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Write the name of the newest checkpoint to ``last_checkpoint``."""
-        with atomic_path(Path(self.save_dir) / "last_checkpoint") as temporary:
+        with atomic_path(Path(self.save_dir) / LAST) as temporary:
             temporary.write_text(last_filename_basename)
+
+    def get_checkpoint_file(self) -> str:
+        """The path of the newest checkpoint; empty where there is none.
+
+        Raises:
+            CheckpointError: ``last_checkpoint`` holds no name of a file beside it.
+        """
+        try:
+            name = (Path(self.save_dir) / LAST).read_bytes().decode().strip()
+        except FileNotFoundError:
+            return ""
+        except UnicodeDecodeError:
+            name = ""
+        if not name or name in (".", "..") or "\0" in name or Path(name).name != name:
+            raise CheckpointError(
+                f"{Path(self.save_dir) / LAST}: holds no name of a checkpoint. Write into it the "
+                f"name of the one in {self.save_dir} to go on from, such as model_0004999.pth."
+            )
+        return str(Path(self.save_dir) / name)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load a checkpoint of this very model; see :meth:`resume_or_load` for other weights.
@@ -101,35 +137,70 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
             return super().load(path, checkpointables)
         except CheckpointError:
             raise
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"{path}: does not belong to this model and optimiser ({error}). Resume with the "
                 "configuration that it was written with, or start without resuming."
             ) from error
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """Go on from the last checkpoint if there is one; else load weights only.
+        """Go on from the last checkpoint, or load weights only.
 
         Args:
             path: file of weights for a start; empty for a start from the initialisation.
-            resume: whether to look for a last checkpoint.
+            resume: whether to go on from the last checkpoint.
 
         Returns:
             What the resumed checkpoint holds beyond the checkpointables; empty for a start.
 
         Raises:
-            CheckpointError: see :meth:`load` and :func:`cascade_det.engine.weights.load_weights`.
+            CheckpointError: there is nothing to resume; else see :meth:`load` and
+                :func:`cascade_det.engine.weights.load_weights`.
         """
         self.start_iter, self._resumed = 0, {}
-        if resume and self.has_checkpoint():
-            self._resumed = self.load(self.get_checkpoint_file())
-            self.start_iter = int(self._resumed.get("iteration", -1)) + 1
+        if resume:
+            file = self._file_to_resume()
+            self._resumed = self.load(file)
+            iteration = self._resumed.get("iteration")
+            if not isinstance(iteration, int) or iteration < -1:
+                raise CheckpointError(
+                    f"{file}: holds weights, but no training to go on with (its 'iteration' is "
+                    f"{iteration!r}). Give it as MODEL.WEIGHTS, without --resume."
+                )
+            self.start_iter = iteration + 1
             self.logger.info("Resuming at iteration %d", self.start_iter)
         elif path:
             load_weights(self.model, path)
         else:
             self.logger.info("No weights given: starting from the initialisation")
         return self._resumed
+
+    def _file_to_resume(self) -> str:
+        if file := self.get_checkpoint_file():
+            return file
+        folder = Path(self.save_dir)
+        found = sorted(file.name for file in folder.glob("*.pth"))
+        listed = f"only {', '.join(found[:5])} without {LAST}" if found else "no checkpoint"
+        raise CheckpointError(
+            f"--resume: there is nothing to resume in OUTPUT_DIR {folder}: it has {listed}. Start "
+            "without --resume, or give the OUTPUT_DIR of the run to go on with."
+        )
+
+    def _write(self, name: str, data: dict[str, Any]) -> bool:
+        if not self.save_dir or not self.save_to_disk:
+            return False
+        path = Path(self.save_dir) / f"{name}.pth"
+        self.logger.info("Saving checkpoint to %s", path)
+        try:
+            with atomic_path(path) as temporary:
+                torch.save(data, temporary)
+        # torch reports a full disk as a RuntimeError about its archive.
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{path}: cannot be written ({error}). Is the disk full? Make room and go on with "
+                f"--resume, which starts from {self.get_checkpoint_file() or 'no checkpoint yet'}."
+            ) from error
+        return True
 
     def _load_file(self, f: str) -> dict[str, Any]:
         content = load_torch_file(Path(f))
@@ -139,10 +210,10 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         """Raise, where fvcore warns: a resumed model that lacks weights is no resumed model."""
-        problems = [f"{name} is missing" for name in incompatible.missing_keys]
-        problems += [f"{name} is not in the model" for name in incompatible.unexpected_keys]
+        problems = [f"{name} is only in the model" for name in incompatible.missing_keys]
+        problems += [f"{name} is only in the file" for name in incompatible.unexpected_keys]
         problems += [
-            f"{name} is {in_file}, the model's is {in_model}"
+            f"{name} is {in_file} in the file, {in_model} in the model"
             for name, in_file, in_model in incompatible.incorrect_shapes
         ]
         if problems:

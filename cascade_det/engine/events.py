@@ -18,12 +18,10 @@ class History:
 
     Attributes:
         iteration: the iteration that :meth:`put` files values under.
-        restored_until: the last iteration that :meth:`load_state_dict` brought back; -1 if none.
     """
 
     def __init__(self) -> None:
         self.iteration = 0
-        self.restored_until = -1
         self._buffers: dict[str, HistoryBuffer] = {}
         self._smoothed: dict[str, bool] = {}
 
@@ -80,5 +78,4 @@ class History:
         for name, entry in state.items():
             for value, self.iteration in entry["values"]:
                 self.put(name, value, smooth=entry["smooth"])
-                self.restored_until = max(self.restored_until, self.iteration)
         self.iteration = now

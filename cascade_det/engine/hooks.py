@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from fvcore.common.checkpoint import PeriodicCheckpointer
 
+from cascade_det.engine import distributed
 from cascade_det.engine.checkpoint import Checkpointer
 from cascade_det.engine.writers import Writer
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from cascade_det.engine.trainer import Trainer
 
 logger = logging.getLogger(__name__)
+
+START, BEST = "model_start", "model_best"
 
 
 class Hook:
@@ -48,7 +51,9 @@ class Hook:
 class PeriodicCheckpoint(Hook):
     """Saves ``model_0004999.pth`` every ``period`` iterations and ``model_final.pth`` at the end.
 
-    Put it before evaluation: an evaluation that fails must not cost the training before it.
+    ``model_start.pth`` is there until the first of them is, so that a run can be resumed from its
+    first moment on. An interrupted run is saved where it stopped. Put it before evaluation: an
+    evaluation that fails must not cost the training before it.
 
     Args:
         checkpointer: tracks the trainer from the start of training on.
@@ -60,6 +65,7 @@ class PeriodicCheckpoint(Hook):
         self._checkpointer = checkpointer
         self._period = period
         self._max_to_keep = max_to_keep
+        self._saved: int | None = None
 
     def before_train(self, trainer: Trainer) -> None:
         """Track the trainer, which gives it the state of a resumed run."""
@@ -69,20 +75,39 @@ class PeriodicCheckpoint(Hook):
             self._checkpointer,
             self._period if self._period > 0 else trainer.max_iter + 1,
             trainer.max_iter,
-            self._max_to_keep or None,
+            # One process deletes files for all.
+            (self._max_to_keep or None) if distributed.is_main() else None,
         )
         # The files of the run that is resumed count too.
         self._periodic.recent_checkpoints = self._files_before(trainer.start_iter)
+        if trainer.start_iter == 0:
+            self._checkpointer.save(START, iteration=-1)
+        self._saved = trainer.start_iter - 1
+        trainer.last_checkpoint = self._checkpointer.get_checkpoint_file()
 
     def after_step(self, trainer: Trainer) -> None:
         """Save when it is time."""
-        self._periodic.step(trainer.iteration)
+        done = trainer.iteration + 1
+        if done >= trainer.max_iter or (self._period > 0 and done % self._period == 0):
+            self._periodic.step(trainer.iteration)
+            self._note(trainer)
 
     def after_train(self, trainer: Trainer) -> None:
-        """Save the last state of a training that stopped early."""
-        stopped_early = trainer.start_iter <= trainer.iteration < trainer.max_iter - 1
-        if trainer.finished and stopped_early:
+        """Save the last state of a training that ended before its time."""
+        if trainer.iteration == self._saved:
+            return
+        if trainer.finished:
             self._checkpointer.save("model_final", iteration=trainer.iteration)
+            self._note(trainer)
+        elif trainer.resumable:
+            self._checkpointer.save(f"model_{trainer.iteration:07d}", iteration=trainer.iteration)
+            self._note(trainer)
+
+    def _note(self, trainer: Trainer) -> None:
+        self._saved = trainer.iteration
+        trainer.last_checkpoint = self._checkpointer.get_checkpoint_file()
+        if distributed.is_main():
+            Path(self._checkpointer.save_dir, f"{START}.pth").unlink(missing_ok=True)
 
     def _files_before(self, iteration: int) -> list[str]:
         files = sorted(Path(self._checkpointer.save_dir).glob("model_*.pth"))
@@ -94,7 +119,8 @@ class EvalHook(Hook):
     """Evaluates every ``period`` iterations and after the last one, never twice in one place.
 
     Figures go to the history under names like ``bbox/AP``, and whole into ``trainer.results``.
-    Evaluation does not touch the random numbers of training.
+    Evaluation does not touch the random numbers of training. A run that was stopped between a
+    checkpoint and its evaluation begins with that evaluation when it is resumed.
 
     Args:
         period: iterations between two evaluations; 0 for the last one only.
@@ -106,16 +132,30 @@ class EvalHook(Hook):
         self._evaluate = evaluate
         self._evaluated: int | None = None
 
+    def before_train(self, trainer: Trainer) -> None:
+        """Catch up on the evaluation that the run before did not come to."""
+        if trainer.start_iter > 0:
+            self.after_step(trainer)
+
     def after_step(self, trainer: Trainer) -> None:
         """Evaluate when it is time."""
         done = trainer.iteration + 1
-        if self._period > 0 and done % self._period == 0 and done < trainer.max_iter:
+        is_time = self._period > 0 and done % self._period == 0 and done < trainer.max_iter
+        if is_time and self._evaluated != trainer.iteration:
             self._run(trainer)
 
     def after_train(self, trainer: Trainer) -> None:
         """Evaluate the final weights."""
         if trainer.finished and self._evaluated != trainer.iteration:
             self._run(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The iteration that was evaluated last."""
+        return {} if self._evaluated is None else {"evaluated": self._evaluated}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Know what was evaluated before."""
+        self._evaluated = state["evaluated"]
 
     def _run(self, trainer: Trainer) -> None:
         self._evaluated = trainer.iteration
@@ -125,59 +165,92 @@ class EvalHook(Hook):
         trainer.history.put_all(dict(_figures(trainer.results)), smooth=False)
 
 
-class EarlyStopping(Hook):
-    """Stops after ``patience`` evaluations without a better figure. Put it after evaluation.
+class BestModel(Hook):
+    """Saves the best weights as ``model_best.pth``, and stops when nothing better comes.
+
+    Put it after evaluation. The file has no state of training: it is to be used, not resumed, and
+    ``last_checkpoint`` does not name it.
 
     Args:
-        best_metric: name in the history, such as ``bbox/AP``; more is better.
+        checkpointer: writes the file.
+        metric: name in the history, such as ``bbox/AP``; more is better, but of a name that ends
+            in ``loss``, less. NaN is never better.
         patience: evaluations in a row without improvement that end training; 0 for never.
     """
 
-    def __init__(self, best_metric: str, patience: int) -> None:
-        self._metric = best_metric
+    def __init__(self, checkpointer: Checkpointer, metric: str, patience: int = 0) -> None:
+        self._checkpointer = checkpointer
+        self._metric = metric
+        self._sign = -1.0 if metric.endswith("loss") else 1.0
         self._patience = patience
-        self._best, self._best_iteration = -math.inf, -1
+        self._best: float | None = None
+        self._best_iteration = self._seen = -1
         self._waited = 0
         self._warned = False
 
+    def before_train(self, trainer: Trainer) -> None:
+        """Look at an evaluation that a resumed run begins with."""
+        self.after_step(trainer)
+
     def after_step(self, trainer: Trainer) -> None:
-        """Look at the figure, if this iteration has one."""
-        if self._patience <= 0 or not trainer.results:
+        """Look at the figure, if this iteration has a new one."""
+        if not trainer.results:
             return
         if self._metric not in trainer.history:
             self._warn_once(trainer)
             return
         value, iteration = trainer.history.latest(self._metric)
-        if iteration != trainer.iteration:
+        if iteration != trainer.iteration or iteration == self._seen:
             return
-        # NaN is never greater: it counts as no improvement.
-        if value > self._best:
+        self._seen = iteration
+        is_first = self._best is None and not math.isnan(value)
+        if is_first or self._sign * value > self._sign * (self._best or 0.0):
             self._best, self._best_iteration, self._waited = value, iteration, 0
+            self._checkpointer.save_weights(BEST, iteration=iteration, metric={self._metric: value})
             return
         self._waited += 1
-        if self._waited >= self._patience:
+        if 0 < self._patience <= self._waited:
             logger.info(
-                "Stopping after iteration %d: %s has not risen above %.4g (iteration %d) in %d "
-                "evaluations (CASCADE.PATIENCE %d).",
-                *(iteration, self._metric, self._best, self._best_iteration),
-                *(self._waited, self._patience),
+                "Stopping after iteration %d: %s has not become better than %.4g (iteration %d) in "
+                "%d evaluations (CASCADE.PATIENCE %d).",
+                *(iteration, self._metric, math.nan if self._best is None else self._best),
+                *(self._best_iteration, self._waited, self._patience),
             )
             trainer.stop()
 
+    def after_train(self, trainer: Trainer) -> None:
+        """Look at the last evaluation, and say which one was the best."""
+        self.after_step(trainer)
+        if trainer.finished and self._best is not None:
+            logger.info(
+                "Best %s: %.4g after iteration %d, in %s",
+                *(self._metric, self._best, self._best_iteration),
+                Path(self._checkpointer.save_dir, f"{BEST}.pth"),
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """The best so far, and how long ago it was."""
-        return {"best": self._best, "iteration": self._best_iteration, "waited": self._waited}
+        return {
+            "metric": self._metric,
+            "best": self._best,
+            "iteration": self._best_iteration,
+            "seen": self._seen,
+            "waited": self._waited,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on waiting where the last run stopped."""
+        """Go on waiting where the last run stopped; begin anew with another metric."""
+        if state["metric"] != self._metric:
+            logger.info("CASCADE.BEST_METRIC was %s: the best is sought anew", state["metric"])
+            return
         self._best, self._best_iteration = state["best"], state["iteration"]
-        self._waited = state["waited"]
+        self._seen, self._waited = state["seen"], state["waited"]
 
     def _warn_once(self, trainer: Trainer) -> None:
         if not self._warned:
             self._warned = True
             logger.warning(
-                "CASCADE.BEST_METRIC %r is not among the results, so training will not stop early. "
+                "CASCADE.BEST_METRIC %r is not among the results, so no best checkpoint is kept. "
                 "There are: %s",
                 self._metric,
                 ", ".join(name for name, _ in _figures(trainer.results)),
@@ -195,13 +268,20 @@ class WriterHook(Hook):
     def __init__(self, writers: Sequence[Writer], period: int = 20) -> None:
         self._writers = writers
         self._period = period
+        self._written = -1
+
+    def before_train(self, trainer: Trainer) -> None:
+        """Take back what the run before wrote after its last checkpoint: it comes again."""
+        for writer in self._writers:
+            writer.resume(self._written)
+        if trainer.start_iter > 0 and self._is_time(trainer):
+            self._write(trainer)
 
     def after_step(self, trainer: Trainer) -> None:
         """Let the writers see the step, and write when it is time."""
         for writer in self._writers:
             writer.step(trainer.history)
-        done = trainer.iteration + 1
-        if done % self._period == 0 or done >= trainer.max_iter:
+        if self._is_time(trainer):
             self._write(trainer)
 
     def after_train(self, trainer: Trainer) -> None:
@@ -212,6 +292,18 @@ class WriterHook(Hook):
             for writer in self._writers:
                 writer.close()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Until which iteration everything was written."""
+        return {"written": self._written}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Know until where the run before wrote."""
+        self._written = state["written"]
+
+    def _is_time(self, trainer: Trainer) -> bool:
+        done = trainer.iteration + 1
+        return done % self._period == 0 or done >= trainer.max_iter
+
     def _write(self, trainer: Trainer) -> None:
         history = trainer.history
         # After an error the last iteration has no time.
@@ -220,6 +312,7 @@ class WriterHook(Hook):
             history.put("eta_seconds", history.median("time", 1000) * left, smooth=False)
         for writer in self._writers:
             writer.write(history)
+        self._written = trainer.iteration
 
 
 def _figures(results: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

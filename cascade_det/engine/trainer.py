@@ -1,4 +1,4 @@
-"""The training loop: iterations, mixed precision, hooks."""
+"""The training loop: iterations, mixed precision, several processes, hooks."""
 
 from __future__ import annotations
 
@@ -6,22 +6,35 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
+from cascade_det.engine import distributed
+from cascade_det.engine.divergence import divergence, save_step
 from cascade_det.engine.events import History
 from cascade_det.engine.hooks import Hook
+from cascade_det.engine.interrupts import Interrupted, InterruptRequest, interrupt_request
 from cascade_det.engine.precision import amp_dtype_of, autocast
 from cascade_det.engine.solver import GradientClipper
+from cascade_det.engine.training_state import (
+    load_optimizer_state,
+    load_scheduler_state,
+    optimizer_state,
+    own_random_state,
+    random_state,
+    set_random_state,
+)
 
 logger = logging.getLogger(__name__)
 
 Batch = list[dict[str, Any]]
+_INTERRUPTED = "interrupted"
 
 
 class Trainer:
@@ -29,8 +42,10 @@ class Trainer:
 
     Args:
         detector: called with a batch, returns a dict of scalar losses to be summed. A dict of
-            scalars in its attribute ``metrics`` is logged; NaN there means no value.
-        loader: batches without end; its first one is that of ``start_iter``.
+            scalars in its attribute ``metrics`` is logged; NaN there means no value. May be
+            wrapped by DistributedDataParallel.
+        loader: batches without end, of each process its share; the first is that of
+            ``start_iter``.
         optimizer: of the detector's parameters.
         scheduler: stepped after every iteration.
         max_iter: iterations of the whole training, those before ``start_iter`` included.
@@ -39,16 +54,23 @@ class Trainer:
         amp_dtype: type of mixed precision, ``None`` for float32. The loss is scaled only for
             float16 on a GPU.
         clip_gradients: see :func:`cascade_det.engine.solver.build_gradient_clipper`.
+        accumulation_steps: equal parts that a batch is computed in; gradients are the mean.
         device: of the detector.
+        output_dir: where the batch of a step that diverged goes; ``None``: nowhere.
 
     Attributes:
         iteration: the iteration that runs, or was completed last; from 0.
         start_iter: the first one of this run.
         max_iter: one more than the last one.
-        history: losses (``total_loss`` and each one), ``lr``, ``time`` and ``data_time`` in
-            seconds per iteration, the detector's ``metrics`` and what hooks add.
+        history: losses (``total_loss`` and each one), ``gradient_norm``, ``lr``, ``time`` and
+            ``data_time`` in seconds per iteration, the detector's ``metrics`` and what hooks add.
+            Losses and metrics are means over the processes.
         results: of the last evaluation; empty before it.
         finished: whether training came to a good end, by ``max_iter`` or by :meth:`stop`.
+        resumable: whether a checkpoint now, after an end that was not good, would go on with the
+            next iteration as if nothing had happened. Of several processes, only one that was
+            interrupted together with the others is.
+        last_checkpoint: the newest file that was saved or resumed, for messages.
     """
 
     def __init__(
@@ -56,14 +78,16 @@ class Trainer:
         detector: nn.Module,
         loader: Iterable[Batch],
         optimizer: Optimizer,
-        scheduler: LRScheduler,
+        scheduler: LambdaLR,
         *,
         max_iter: int,
         start_iter: int = 0,
         hooks: Sequence[Hook] = (),
         amp_dtype: torch.dtype | str | None = None,
         clip_gradients: GradientClipper | None = None,
+        accumulation_steps: int = 1,
         device: torch.device | str = "cpu",
+        output_dir: str | Path | None = None,
     ) -> None:
         self.detector = detector
         self.loader = loader
@@ -74,56 +98,70 @@ class Trainer:
         self.iteration = start_iter - 1
         self.hooks = list(hooks)
         self.device = torch.device(device)
+        self.output_dir = None if output_dir is None else Path(output_dir)
         self.history = History()
         self.results: dict[str, Any] = {}
         self.finished = False
+        self.resumable = False
+        self.last_checkpoint: str | None = None
         self._stopping = False
         self._clip_gradients = clip_gradients
+        self._accumulation_steps = accumulation_steps
         self._amp_dtype = amp_dtype_of(amp_dtype)
         scaled = self._amp_dtype == torch.float16 and self.device.type == "cuda"
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
-        self._random_state: dict[str, Any] | None = None
+        self._resumed_random: Mapping[str, Any] | None = None
 
     def train(self) -> None:
         """Run from ``start_iter`` to ``max_iter``, or until :meth:`stop`.
 
         Raises:
-            FloatingPointError: a loss is not finite; the weights are as before that iteration.
+            FloatingPointError: losses, gradients or boxes are not finite; the weights are as
+                before that iteration.
+            Interrupted: a signal asked for an end; the hooks have saved a checkpoint.
             RuntimeError: the loader ended.
         """
         logger.info("Training from iteration %d to %d", self.start_iter, self.max_iter)
-        self.finished = self._stopping = False
+        self.finished = self.resumable = self._stopping = False
         self.history.iteration = max(self.iteration, 0)
         self.detector.train()
-        with ExitStack() as ends:
+        with interrupt_request() as interrupt, ExitStack() as ends:
             # Every hook gets its end, in their order, even if an earlier one fails at its own.
             for hook in reversed(self.hooks):
                 ends.callback(hook.after_train, self)
             for hook in self.hooks:
                 hook.before_train(self)
-            self._run()
+            self._run(interrupt)
             self.finished = True
 
     def stop(self) -> None:
         """End training, as if done, after the hooks of this iteration."""
         self._stopping = True
 
+    @property
+    def module(self) -> nn.Module:
+        """The detector itself, which DistributedDataParallel keeps one level below."""
+        return getattr(self.detector, "module", self.detector)
+
     def state_dict(self) -> dict[str, Any]:
-        """What goes on after a resume beside model, optimiser and schedule, as plain types."""
+        """What goes on after a resume beside the weights, as plain types.
+
+        Every process has to call it: each one's random numbers are in it.
+        """
         hooks = {type(hook).__name__: hook.state_dict() for hook in self.hooks}
         return {
+            "optimizer": optimizer_state(self.optimizer, self.module),
             "scheduler": self.scheduler.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
-            "random": _random_state(),
+            "random": distributed.all_gather(random_state()),
             "history": self.history.state_dict(),
             "hooks": {name: state for name, state in hooks.items() if state},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`. ``start_iter`` is given to the constructor."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        load_optimizer_state(self.optimizer, self.module, state["optimizer"])
+        load_scheduler_state(self.scheduler, state["scheduler"])
         if state["scaler"] and self._scaler.is_enabled():
             self._scaler.load_state_dict(state["scaler"])
         self.history.load_state_dict(state["history"])
@@ -131,94 +169,148 @@ class Trainer:
             if type(hook).__name__ in state["hooks"]:
                 hook.load_state_dict(state["hooks"][type(hook).__name__])
         # Starting the loader draws from the same generator: set it when that is over.
-        self._random_state = dict(state["random"])
+        self._resumed_random = own_random_state(state["random"])
 
-    def _run(self) -> None:
+    def _run(self, interrupt: InterruptRequest) -> None:
         if self.start_iter >= self.max_iter:
-            logger.info("Nothing to train: all %d iterations are done", self.max_iter)
+            logger.info(
+                "This training is complete: all %d iterations of SOLVER.MAX_ITER are done. Raise "
+                "SOLVER.MAX_ITER to train longer.",
+                self.max_iter,
+            )
             return
+        alone = distributed.world_size() == 1
+        self.resumable = alone
         batches = iter(self.loader)
         for iteration in range(self.start_iter, self.max_iter):
-            self.iteration = self.history.iteration = iteration
-            self._step(batches)
-            for hook in self.hooks:
-                hook.after_step(self)
             if self._stopping:
                 return
+            start = time.perf_counter()
+            batch = self._next(batches, iteration)
+            self.resumable = False
+            self.iteration = self.history.iteration = iteration
+            self.history.put("data_time", time.perf_counter() - start)
+            stop = self._step(batch, bool(interrupt))
+            self.history.put("time", time.perf_counter() - start)
+            self.resumable = alone
+            for hook in self.hooks:
+                hook.after_step(self)
+            if stop and iteration < self.max_iter - 1:
+                self.resumable = True
+                raise Interrupted(f"Interrupted after iteration {iteration} of {self.max_iter}")
 
-    def _step(self, batches: Iterator[Batch]) -> None:
-        start = time.perf_counter()
+    def _next(self, batches: Iterator[Batch], iteration: int) -> Batch:
         batch = next(batches, None)
         if batch is None:
             raise RuntimeError(
-                f"The loader ended before iteration {self.iteration}; it has to go on for ever."
+                f"The loader ended before iteration {iteration}; it has to go on for ever."
             )
-        data_time = time.perf_counter() - start
-        if self._random_state is not None:
-            _set_random_state(self._random_state)
-            self._random_state = None
+        if self._resumed_random is not None:
+            set_random_state(self._resumed_random)
+            self._resumed_random = None
+        return batch
 
-        with autocast(self.device, self._amp_dtype):
-            losses = self.detector(batch)
-            total = sum(losses.values())
+    def _step(self, batch: Batch, interrupted: bool) -> bool:
+        """One step of the optimiser; whether any process was asked to stop."""
+        random = random_state()
         self.optimizer.zero_grad()
-        self._scaler.scale(total).backward()
+        parts, count = [], self._accumulation_steps
+        size = len(batch) // count
+        for part in range(count):
+            # Gradients of all processes are averaged once, with the last part.
+            last = part == count - 1
+            wait = nullcontext() if last else getattr(self.detector, "no_sync", nullcontext)()
+            with wait:
+                parts.append(self._backward(batch[part * size : (part + 1) * size], 1 / count))
+        self._scaler.unscale_(self.optimizer)
+        parts[-1]["gradient_norm"] = self._gradient_norm()
         # One wait for the device: after it has been given all of the work, before weights change.
-        metrics = _metrics_of(self.detector)
-        figures = _to_floats({"total_loss": total, **losses, **metrics})
-        self._check_finite({name: figures[name] for name in ("total_loss", *losses)}, batch)
-        self._update_weights()
+        figures = _means(parts, {_INTERRUPTED: float(interrupted)}, self.device)
+        stop = figures.pop(_INTERRUPTED) > 0
+        self._check(figures, batch, random)
+        if self._clip_gradients is not None:
+            self._clip_gradients(self._parameters())
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
 
         # A mean over nothing, such as the accuracy of a stage without objects, is no figure.
         self.history.put_all({k: v for k, v in figures.items() if not math.isnan(v)})
         self.history.put("lr", self._lr(), smooth=False)
         self.scheduler.step()
-        self.history.put("data_time", data_time)
-        self.history.put("time", time.perf_counter() - start)
+        return stop
 
-    def _update_weights(self) -> None:
-        if self._clip_gradients is not None:
-            self._scaler.unscale_(self.optimizer)
-            groups = self.optimizer.param_groups
-            self._clip_gradients([p for group in groups for p in group["params"]])
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
+    def _backward(self, batch: Batch, share: float) -> dict[str, Tensor | float]:
+        """Add ``share`` of the gradients of a batch; its losses and metrics."""
+        with autocast(self.device, self._amp_dtype):
+            losses = self.detector(batch)
+            total = sum(losses.values())
+        self._scaler.scale(total * share).backward()
+        return {"total_loss": total, **losses, **(getattr(self.module, "metrics", None) or {})}
 
-    def _check_finite(self, figures: Mapping[str, float], batch: Batch) -> None:
-        if all(math.isfinite(value) for value in figures.values()):
+    def _gradient_norm(self) -> Tensor:
+        gradients = [p.grad for p in self._parameters() if p.grad is not None]
+        norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+        norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        # A scaled gradient that overflows is expected: the scaler leaves out such a step itself.
+        return torch.where(norm.isfinite(), norm, 0.0) if self._scaler.is_enabled() else norm
+
+    def _check(self, figures: Mapping[str, float], batch: Batch, random: Mapping[str, Any]) -> None:
+        problem = divergence(figures)
+        if problem is None:
             return
-        losses = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
         images = [sample.get("image_id") for sample in batch]
-        raise FloatingPointError(
-            f"The loss is not finite at iteration {self.iteration}: {losses} (learning rate "
-            f"{self._lr():.4g}, image ids {images}). Lower SOLVER.BASE_LR, lengthen "
-            "SOLVER.WARMUP_ITERS, clip gradients (SOLVER.CLIP_GRADIENTS.ENABLED True), or compute "
-            "in float32 (SOLVER.AMP.ENABLED False)."
+        message = (
+            f"Training diverged at iteration {self.iteration}, {problem}; learning rate "
+            f"{self._lr():.4g}, image ids {images}. The last good checkpoint is "
+            f"{self.last_checkpoint or 'none'}."
         )
+        if self.output_dir is not None:
+            name = f"diverged_{self.iteration:07d}_rank{distributed.rank()}.pth"
+            save_step(
+                self.output_dir / name,
+                detector=self.module,
+                batch=batch,
+                random=random,
+                iteration=self.iteration,
+                amp_dtype=self._amp_dtype,
+            )
+            message += f" The batch is in {self.output_dir / name}: see it with --replay-batch."
+        raise FloatingPointError(
+            f"{message} Lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, clip gradients "
+            "(SOLVER.CLIP_GRADIENTS.ENABLED True), or compute in float32 (SOLVER.AMP.ENABLED "
+            "False)."
+        )
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _lr(self) -> float:
         """The learning rate of the group with the most parameters."""
         return max(self.optimizer.param_groups, key=lambda group: len(group["params"]))["lr"]
 
 
-def _to_floats(scalars: Mapping[str, Tensor | float]) -> dict[str, float]:
-    device = next(value.device for value in scalars.values() if isinstance(value, Tensor))
-    tensors = [torch.as_tensor(v, dtype=torch.float32, device=device) for v in scalars.values()]
-    values = torch.stack([tensor.detach() for tensor in tensors]).tolist()
-    return dict(zip(scalars, values, strict=True))
+def _means(
+    parts: Sequence[Mapping[str, Tensor | float]],
+    flags: Mapping[str, float],
+    device: torch.device,
+) -> dict[str, float]:
+    """Means over the parts of a batch and over the processes, with one transfer from the device.
 
-
-def _metrics_of(detector: nn.Module) -> dict[str, Tensor | float]:
-    # DistributedDataParallel keeps the detector one level below.
-    return getattr(getattr(detector, "module", detector), "metrics", None) or {}
-
-
-def _random_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def _set_random_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    A metric is averaged over those that have it: NaN means no value. A loss that is NaN anywhere
+    is NaN.
+    """
+    names = [*parts[-1], *flags]
+    rows = [
+        [torch.as_tensor(value, dtype=torch.float32, device=device).detach() for value in row]
+        for row in ([{**part, **flags}.get(name, 0.0) for name in names] for part in parts)
+    ]
+    table = torch.stack([torch.stack(row) for row in rows])
+    is_loss = torch.tensor(["loss" in name or name == "gradient_norm" for name in names])
+    known = ~table.isnan() | is_loss.to(device)
+    sums = torch.where(known, table, 0.0).sum(dim=0)
+    counts = known.sum(dim=0).float()
+    # Only the last part knows the norm of the gradients, which is that of all of them.
+    counts[[i for i, name in enumerate(names) if name == "gradient_norm"]] = 1.0
+    totals = distributed.mean_over_processes(torch.cat([sums, counts]))
+    values = (totals[: len(names)] / totals[len(names) :]).tolist()
+    return dict(zip(names, values, strict=True))

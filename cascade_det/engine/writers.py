@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from cascade_det.engine.events import History
+from cascade_det.files import atomic_path
 
 logger = logging.getLogger(__name__)
 # Lines of progress: in log.txt always, on the console only where no bar can be drawn.
@@ -23,6 +24,9 @@ progress_logger = logging.getLogger("cascade_det.engine.progress")
 
 class Writer:
     """A reader of the history; does nothing by itself."""
+
+    def resume(self, written: int) -> None:
+        """Called once at the start: go on after iteration ``written``, and forget what is later."""
 
     def step(self, history: History) -> None:
         """Called after every iteration."""
@@ -39,6 +43,7 @@ class _NewScalars:
 
     def __init__(self) -> None:
         self._seen: dict[str, int] = {}
+        self.since = -1
 
     def take(self, history: History) -> dict[int, dict[str, float]]:
         """Iteration to name to smoothed value, iterations ascending."""
@@ -46,7 +51,7 @@ class _NewScalars:
         for name in history:
             iteration = history.latest(name)[1]
             # What a resume brought back was written by the run before.
-            if iteration > self._seen.get(name, history.restored_until):
+            if iteration > self._seen.get(name, self.since):
                 self._seen[name] = iteration
                 rows[iteration][name] = history.smoothed(name)
         return dict(sorted(rows.items()))
@@ -59,9 +64,20 @@ class JsonWriter(Writer):
     """
 
     def __init__(self, path: str | Path) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self._path = Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
         self._new = _NewScalars()
+
+    def resume(self, written: int) -> None:
+        """Drop the lines of later iterations, and one that was cut short."""
+        self._new.since = written
+        self._file.close()
+        lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = [line for line in lines if _iteration_of(line) <= written]
+        with atomic_path(self._path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
 
     def write(self, history: History) -> None:
         """Append one line for each iteration that has new figures."""
@@ -83,13 +99,18 @@ class TensorBoardWriter(Writer):
 
     def __init__(self, log_dir: str | Path) -> None:
         self._new = _NewScalars()
+        self._log_dir = str(log_dir)
         self._writer: Any = None
+
+    def resume(self, written: int) -> None:
+        """Begin an event file that takes the place of what is later in earlier ones."""
+        self._new.since = written
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             logger.info("No TensorBoard files: tensorboard is missing (pip install tensorboard).")
         else:
-            self._writer = SummaryWriter(str(log_dir))
+            self._writer = SummaryWriter(self._log_dir, purge_step=written + 1)
 
     def write(self, history: History) -> None:
         """Add what is new."""
@@ -114,6 +135,10 @@ class ConsoleWriter(Writer):
         self._bar: tqdm[Any] | None = None
         self._written = -1
 
+    def resume(self, written: int) -> None:
+        """Say nothing of what was said before."""
+        self._written = written
+
     def step(self, history: History) -> None:
         """Move the bar on."""
         if self._bar is None:
@@ -128,7 +153,7 @@ class ConsoleWriter(Writer):
     def write(self, history: History) -> None:
         """Log one line, unless this iteration has been logged."""
         iteration = history.latest("total_loss")[1] if "total_loss" in history else -1
-        if iteration > max(self._written, history.restored_until):
+        if iteration > self._written:
             self._written = iteration
             progress_logger.info("%s", _progress_line(history, iteration))
 
@@ -136,6 +161,14 @@ class ConsoleWriter(Writer):
         """Leave the bar as it is."""
         if self._bar is not None:
             self._bar.close()
+
+
+def _iteration_of(line: str) -> float:
+    """The iteration of a line of ``metrics.json``; infinite where there is none."""
+    try:
+        return float(json.loads(line)["iteration"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def _progress_line(history: History, iteration: int) -> str:

@@ -4,6 +4,14 @@ from cascade_det.standalone.build import build_detector, resolve_device
 from cascade_det.standalone.detector import Detector
 from cascade_det.standalone.evaluate import evaluate
 from cascade_det.standalone.predictor import Predictor
-from cascade_det.standalone.train import train
+from cascade_det.standalone.train import replay_batch, train
 
-__all__ = ["Detector", "Predictor", "build_detector", "evaluate", "resolve_device", "train"]
+__all__ = [
+    "Detector",
+    "Predictor",
+    "build_detector",
+    "evaluate",
+    "replay_batch",
+    "resolve_device",
+    "train",
+]

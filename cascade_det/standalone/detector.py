@@ -60,7 +60,7 @@ class Detector(nn.Module):
     @property
     def metrics(self) -> dict[str, Tensor]:
         """Scalars to watch beside the losses, of the last call of ``losses``."""
-        return self.roi_heads.metrics
+        return {**self.proposal_generator.metrics, **self.roi_heads.metrics}
 
     def forward(self, batch: Sequence[Sample]) -> dict[str, Tensor]:
         """The same as ``losses``, for wrappers that only see ``forward``."""

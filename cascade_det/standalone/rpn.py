@@ -132,6 +132,7 @@ class RPN(nn.Module):
         self.box_reg_loss_type = box_reg_loss_type
         self.smooth_l1_beta = smooth_l1_beta
         self.loss_weights = loss_weights
+        self.metrics: dict[str, Tensor] = {}
 
     def losses(
         self, features: dict[str, Tensor], gt_boxes: Sequence[Tensor], image_sizes: ImageSizes
@@ -143,8 +144,7 @@ class RPN(nn.Module):
             gt_boxes: per image float32 ``[G_i, 4]``.
             image_sizes: N ``(height, width)``.
 
-        Raises:
-            FloatingPointError: if a proposal is NaN or Inf: training has diverged.
+        Proposals that are NaN or Inf are left out, and counted in ``metrics``.
         """
         anchors, logits, deltas = self._run_head(features)
         all_anchors = torch.cat(anchors)
@@ -251,12 +251,8 @@ class RPN(nn.Module):
             torch.cat(levels),
         )
         finite = torch.isfinite(all_boxes).all(dim=2) & torch.isfinite(all_scores)
-        if training and not finite.all():
-            raise FloatingPointError(
-                "the RPN predicts boxes or scores that are NaN or Inf: training has diverged; "
-                "lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS or switch on "
-                "SOLVER.CLIP_GRADIENTS"
-            )
+        if training:
+            self.metrics = {"rpn/nonfinite_boxes": (~finite).sum()}
         limits = image_limits(image_sizes, torch.arange(len(image_sizes), device=all_boxes.device))
         proposals = []
         for image in range(len(image_sizes)):

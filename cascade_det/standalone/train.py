@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import secrets
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,150 +11,206 @@ import torch
 from fvcore.common.config import CfgNode
 
 from cascade_det import config
-from cascade_det.data.loader import build_train_loader
+from cascade_det.data.coco import CocoDataset
+from cascade_det.data.loader import build_test_loader, build_train_loader
+from cascade_det.engine import distributed
+from cascade_det.engine.averaging import WeightAverage
 from cascade_det.engine.checkpoint import Checkpointer
-from cascade_det.engine.hooks import EarlyStopping, EvalHook, PeriodicCheckpoint, WriterHook
+from cascade_det.engine.divergence import replay
+from cascade_det.engine.hooks import BestModel, EvalHook, Hook, PeriodicCheckpoint, WriterHook
 from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, build_scheduler
 from cascade_det.engine.trainer import Trainer
-from cascade_det.engine.writers import ConsoleWriter, JsonWriter, TensorBoardWriter
+from cascade_det.engine.validation import validation_losses
+from cascade_det.engine.writers import ConsoleWriter, JsonWriter, TensorBoardWriter, Writer
 from cascade_det.standalone.build import build_detector, set_backends
 from cascade_det.standalone.datasets import check_class_names, load_datasets
 from cascade_det.standalone.detector import Detector
 from cascade_det.standalone.evaluate import evaluate_all
+from cascade_det.standalone.run_info import (
+    RunInfo,
+    log_learning_rate,
+    prepare_output,
+    warn_of_frozen_noise,
+)
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class RunInfo:
-    """What a checkpoint says beyond weights: enough to resume, and to name what it detects.
-
-    Attributes:
-        seed: of the data order and of everything random.
-        class_names: K names.
-        category_ids: K ids that the training data set gives these classes.
-    """
-
-    seed: int
-    class_names: list[str]
-    category_ids: list[int]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain types, for a checkpoint."""
-        return dict(vars(self))
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the seed of the resumed run; the classes are those of the data."""
-        self.seed = int(state["seed"])
 
 
 def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     """Train a detector, with checkpoints, figures and evaluation in ``OUTPUT_DIR``.
 
+    Every one of several processes calls it with the same arguments.
+
     Args:
         cfg: a checked configuration; ``SEED`` below 0 draws a seed.
-        resume: go on from the last checkpoint in ``OUTPUT_DIR`` if there is one.
+        resume: go on from the last checkpoint in ``OUTPUT_DIR``.
 
     Returns:
         The results of the last evaluation, see ``evaluate``; empty without ``DATASETS.TEST``.
 
     Raises:
-        ConfigError: if ``MODEL.ROI_HEADS.NUM_CLASSES`` is not that of the data.
+        ConfigError: if ``MODEL.ROI_HEADS.NUM_CLASSES`` is not that of the data, or ``OUTPUT_DIR``
+            holds another run.
         DatasetError: if data are missing or wrong.
-        CheckpointError: if weights cannot be read or do not fit.
+        CheckpointError: if weights cannot be read or do not fit, or there is nothing to resume.
         FloatingPointError: if training diverges.
+        Interrupted: if a signal asked for an end; there is a checkpoint then.
     """
-    output_dir = Path(cfg.OUTPUT_DIR)
+    set_backends(cfg)
     datasets = load_datasets(cfg, train=True)
     test_datasets = load_datasets(cfg, train=False)
     for dataset in test_datasets:
         check_class_names(datasets[0], dataset)
-    loader_arguments = config.train_loader_arguments(cfg)
     info = RunInfo(
-        seed=loader_arguments.pop("seed"),
+        seed=cfg.SEED,
         class_names=list(datasets[0].class_names),
         category_ids=list(datasets[0].category_ids),
     )
-    if info.seed < 0:
-        info.seed = secrets.randbelow(2**31)
-        logger.info("SEED is negative: drew %d", info.seed)
     torch.manual_seed(info.seed)
-    set_backends(cfg)
     detector = build_detector(cfg)
-    checkpointer = Checkpointer(detector, output_dir)
+    checkpointer = Checkpointer(detector, cfg.OUTPUT_DIR, save_to_disk=distributed.is_main())
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     checkpointer.add_checkpointable("run", info)
-    if not cfg.MODEL.WEIGHTS and checkpointer.start_iter == 0:
-        _warn_of_frozen_noise(cfg)
+    prepare_output(cfg, checkpointer, resume=resume)
+    log_learning_rate(cfg)
+    if not cfg.MODEL.WEIGHTS and not resume:
+        warn_of_frozen_noise(cfg)
+    if distributed.rank() > 0:
+        # Each process draws its own regions; rank 0 those of a run with one process.
+        torch.manual_seed(info.seed + distributed.rank())
     trainer = _build_trainer(
-        cfg,
-        detector,
-        build_train_loader(
-            datasets,
-            **config.input_arguments(cfg, train=True),
-            **loader_arguments,
-            seed=info.seed,
-            start_batch=checkpointer.start_iter,
-        ),
-        checkpointer,
-        evaluate=lambda: evaluate_all(cfg, detector, test_datasets, output_dir),
+        cfg, detector, _train_loader(cfg, datasets, info, checkpointer), checkpointer, test_datasets
     )
     trainer.train()
     return trainer.results
 
 
-def _warn_of_frozen_noise(cfg: CfgNode) -> None:
-    """From random weights, what is frozen stays random: seldom meant, and seen in the AP alone."""
-    freeze_at, norm = cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.RESNETS.NORM
-    if freeze_at > 0 or norm == "FrozenBN":
-        logger.warning(
-            "MODEL.WEIGHTS is empty, but MODEL.BACKBONE.FREEZE_AT is %d and MODEL.RESNETS.NORM is "
-            "%s: give a file of weights, or set FREEZE_AT 0 and a NORM that is trained (BN, GN)",
-            freeze_at,
-            norm,
-        )
+def replay_batch(cfg: CfgNode, path: str | Path) -> list[str]:
+    """Run the batch of a training that diverged again, on the detector of a configuration.
+
+    Args:
+        cfg: the configuration of that training.
+        path: the file that it wrote.
+
+    Returns:
+        What was found, see :func:`cascade_det.engine.divergence.replay`.
+
+    Raises:
+        CheckpointError: the file cannot be read or is of another model.
+    """
+    set_backends(cfg)
+    detector = build_detector(cfg)
+    return replay(path, detector, device=detector.device)
+
+
+def _train_loader(
+    cfg: CfgNode, datasets: Sequence[CocoDataset], info: RunInfo, checkpointer: Checkpointer
+) -> Iterable[list[dict[str, Any]]]:
+    return build_train_loader(
+        datasets,
+        **config.input_arguments(cfg, train=True),
+        **{**config.train_loader_arguments(cfg), "seed": info.seed},
+        start_batch=checkpointer.start_iter,
+        share=(distributed.rank(), distributed.world_size()),
+        on_bad_data=cfg.CASCADE.ON_BAD_DATA,
+    )
 
 
 def _build_trainer(
     cfg: CfgNode,
     detector: Detector,
-    loader: Any,
+    loader: Iterable[list[dict[str, Any]]],
     checkpointer: Checkpointer,
-    *,
-    evaluate: Callable[[], Mapping[str, Any]],
+    test_datasets: Sequence[CocoDataset],
 ) -> Trainer:
     arguments = config.trainer_arguments(cfg)
+    amp_dtype = _amp_dtype(arguments["amp_dtype"], detector.device)
     optimizer_arguments = config.optimizer_arguments(cfg)
     clip = build_gradient_clipper(optimizer_arguments.pop("clip"))
     optimizer = build_optimizer(detector, **optimizer_arguments)
-    output_dir = Path(cfg.OUTPUT_DIR)
-    hooks = [
+    hooks: list[Hook] = []
+    best: Any = detector
+    if arguments["ema_decay"] > 0:
+        average = WeightAverage(detector, arguments["ema_decay"])
+        hooks.append(average)
+        # A checkpoint's model is what detects best, for whoever loads it.
+        best = checkpointer.model = average.module
+    # Beside an average, the weights that training goes on with; a run may also drop its average.
+    if arguments["ema_decay"] > 0 or checkpointer.has_resumed("training_weights"):
+        checkpointer.add_checkpointable("training_weights", detector)
+
+    hooks.append(
         PeriodicCheckpoint(
             checkpointer, arguments["checkpoint_period"], arguments["max_to_keep"] or 0
-        ),
-        *([EvalHook(arguments["eval_period"], evaluate)] if cfg.DATASETS.TEST else []),
-        EarlyStopping(arguments["best_metric"], arguments["patience"]),
-        WriterHook(
-            [
-                JsonWriter(output_dir / "metrics.json"),
-                TensorBoardWriter(output_dir),
-                ConsoleWriter(arguments["max_iter"]),
-            ],
-            arguments["log_period"],
-        ),
-    ]
+        )
+    )
+    if test_datasets:
+        evaluate = _evaluation(cfg, best, test_datasets, arguments["validation_loss"], amp_dtype)
+        hooks.append(EvalHook(arguments["eval_period"], evaluate))
+        hooks.append(BestModel(checkpointer, arguments["best_metric"], arguments["patience"]))
+    hooks.append(WriterHook(_writers(cfg), arguments["log_period"]))
     return Trainer(
-        detector,
+        distributed.wrap(detector),
         loader,
         optimizer,
         build_scheduler(optimizer, **config.scheduler_arguments(cfg)),
         max_iter=arguments["max_iter"],
         start_iter=checkpointer.start_iter,
         hooks=hooks,
-        amp_dtype=_amp_dtype(arguments["amp_dtype"], detector.device),
+        amp_dtype=amp_dtype,
         clip_gradients=clip,
+        accumulation_steps=arguments["accumulation_steps"],
         device=detector.device,
+        output_dir=cfg.OUTPUT_DIR,
     )
+
+
+def _writers(cfg: CfgNode) -> list[Writer]:
+    if not distributed.is_main():
+        return []
+    folder = Path(cfg.OUTPUT_DIR)
+    return [
+        JsonWriter(folder / "metrics.json"),
+        TensorBoardWriter(folder),
+        ConsoleWriter(cfg.SOLVER.MAX_ITER),
+    ]
+
+
+def _evaluation(
+    cfg: CfgNode,
+    detector: Detector,
+    datasets: Sequence[CocoDataset],
+    with_losses: bool,
+    amp_dtype: str | None,
+) -> Callable[[], Mapping[str, Any]]:
+    """What the evaluation hook calls: figures of the test sets, and the losses on them if asked."""
+    arguments = {
+        key: value
+        for key, value in config.input_arguments(cfg, train=False).items()
+        if key in ("min_sizes", "max_size", "image_format")
+    }
+
+    def losses() -> dict[str, float]:
+        loaders = [
+            build_test_loader(
+                dataset,
+                **arguments,
+                **config.test_loader_arguments(cfg),
+                share=(distributed.rank(), distributed.world_size()),
+                annotated=True,
+            )
+            for dataset in datasets
+        ]
+        batches = (batch for loader in loaders for batch in loader)
+        return validation_losses(detector, batches, amp_dtype=amp_dtype, device=detector.device)
+
+    def evaluate() -> dict[str, Any]:
+        # The statistics of norms that are trained differ from process to process.
+        distributed.synchronise_buffers(detector)
+        results = evaluate_all(cfg, detector, datasets, Path(cfg.OUTPUT_DIR))
+        return {**results, "validation": losses()} if with_losses else results
+
+    return evaluate
 
 
 def _amp_dtype(name: str | None, device: torch.device) -> str | None:

@@ -1,0 +1,167 @@
+"""When training diverges: what to say, and a file from which the fatal step can be run again."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cascade_det.engine.precision import amp_dtype_of, autocast
+from cascade_det.engine.training_state import set_random_state
+from cascade_det.engine.weight_files import load_torch_file
+from cascade_det.errors import CheckpointError
+from cascade_det.files import atomic_path
+
+logger = logging.getLogger(__name__)
+
+# A metric with such a name counts boxes that are NaN or Inf.
+NONFINITE_BOXES = "nonfinite_boxes"
+_ENTRIES = ("model", "batch", "random", "iteration", "amp_dtype")
+_SHOWN = 5
+
+
+def divergence(figures: Mapping[str, float]) -> str | None:
+    """What is wrong with the figures of a step: where it shows first, and all losses.
+
+    Args:
+        figures: losses, ``gradient_norm``, and metrics; a metric may be NaN, which means no value,
+            unless its name ends in ``NONFINITE_BOXES``.
+
+    Returns:
+        ``None`` where all is well.
+    """
+    boxes = [n for n, v in figures.items() if n.endswith(NONFINITE_BOXES) and v != 0]
+    losses = {n: v for n, v in figures.items() if "loss" in n or n == "gradient_norm"}
+    wrong = [name for name, value in losses.items() if not math.isfinite(value)]
+    if not boxes and not wrong:
+        return None
+    # In the order of the computation: the RPN, then stage by stage; sums come last.
+    first = min([*boxes, *wrong], key=_order)
+    values = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+    stage = re.search(r"stage(\d+)", first)
+    place = f"stage {stage[1]} of the cascade" if stage else _place_of(first)
+    what = "boxes are NaN or Inf" if first in boxes else f"{first} is {losses[first]:.4g}"
+    return f"in {place}, {what} (losses: {values})"
+
+
+def save_step(
+    path: Path,
+    *,
+    detector: nn.Module,
+    batch: Sequence[Mapping[str, Any]],
+    random: Mapping[str, Any],
+    iteration: int,
+    amp_dtype: torch.dtype | None,
+) -> None:
+    """Write a step to a file, as plain types, so that :func:`replay` can run it again.
+
+    Args:
+        path: replaced in one step if it is there.
+        detector: its weights are those before the step.
+        batch: samples.
+        random: of before the step, see :func:`~cascade_det.engine.training_state.random_state`.
+        iteration: number of the step.
+        amp_dtype: of mixed precision.
+    """
+    content = {
+        "model": detector.state_dict(),
+        "batch": [dict(sample) for sample in batch],
+        "random": dict(random),
+        "iteration": iteration,
+        "amp_dtype": None if amp_dtype is None else str(amp_dtype).removeprefix("torch."),
+    }
+    with atomic_path(path) as temporary:
+        torch.save(content, temporary)
+
+
+def replay(path: str | Path, detector: nn.Module, *, device: torch.device | str) -> list[str]:
+    """Run a step of :func:`save_step` again, forward and backward, and watch every module.
+
+    Args:
+        path: the file.
+        detector: of the same configuration; it gets the weights of the file.
+        device: of the detector.
+
+    Returns:
+        Lines for people: losses, modules with an output that is not finite in the order of the
+        computation, and parameters whose gradient is not finite.
+
+    Raises:
+        CheckpointError: the file cannot be read, is of another kind, or of another model.
+    """
+    content = load_torch_file(Path(path))
+    if not isinstance(content, dict) or not content.keys() >= set(_ENTRIES):
+        raise CheckpointError(f"{path}: holds no batch to replay: it needs {', '.join(_ENTRIES)}.")
+    try:
+        detector.load_state_dict(content["model"])
+        set_random_state(content["random"])
+        amp_dtype = amp_dtype_of(content["amp_dtype"])
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: does not belong to this model ({error}). Give the configuration that it was "
+            "written with."
+        ) from error
+    detector.train()
+    with _watched(detector) as broken, autocast(torch.device(device), amp_dtype):
+        losses = detector(content["batch"])
+        total = torch.stack(list(losses.values())).sum()
+    total.backward()
+    gradients = [
+        name
+        for name, parameter in detector.named_parameters()
+        if parameter.grad is not None and not parameter.grad.isfinite().all()
+    ]
+    ids = [sample.get("image_id") for sample in content["batch"]]
+    return [
+        f"iteration {content['iteration']}, image ids {ids}",
+        *(f"{name} {float(value.detach()):.6g}" for name, value in losses.items()),
+        f"outputs that are not finite: {_listed(broken)}",
+        f"gradients that are not finite: {_listed(gradients)}",
+    ]
+
+
+@contextmanager
+def _watched(detector: nn.Module) -> Iterator[list[str]]:
+    """Collect the names of modules whose output is not finite, in the order of the computation."""
+    broken: list[str] = []
+    handles = []
+    for name, module in detector.named_modules():
+        # A module that holds others breaks because one of them does.
+        if any(True for _ in module.children()):
+            continue
+
+        def look(_module: nn.Module, _inputs: Any, output: Any, name: str = name) -> None:
+            if isinstance(output, Tensor) and not output.isfinite().all() and name not in broken:
+                broken.append(name)
+
+        handles.append(module.register_forward_hook(look))
+    try:
+        yield broken
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _order(name: str) -> tuple[int, int]:
+    if name in ("total_loss", "gradient_norm"):
+        return (2, 0)
+    stage = re.search(r"stage(\d+)", name)
+    return (1, int(stage[1])) if stage else (0, 0)
+
+
+def _place_of(name: str) -> str:
+    if name == "gradient_norm":
+        return "the backward pass"
+    return "the RPN" if "rpn" in name else "the detector"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return (", ".join(names[:_SHOWN]) or "none") + more

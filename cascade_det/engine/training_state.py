@@ -1,0 +1,97 @@
+"""What a training has to go on with beside its weights, as plain types for a checkpoint.
+
+State comes from the checkpoint, settings from the configuration: a run that is resumed with another
+learning rate or weight decay uses it from there on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from cascade_det.engine import distributed
+from cascade_det.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
+    """The optimiser's memory of each parameter, by the parameter's name.
+
+    Names, unlike the positions that PyTorch stores, survive a change of the parameter groups.
+    """
+    names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        "type": type(optimizer).__name__,
+        "state": {names[parameter]: dict(state) for parameter, state in optimizer.state.items()},
+    }
+
+
+def load_optimizer_state(optimizer: Optimizer, model: nn.Module, saved: Mapping[str, Any]) -> None:
+    """Go on from :func:`optimizer_state`.
+
+    Raises:
+        CheckpointError: it is of another kind of optimiser, or of other parameters.
+    """
+    kind = type(optimizer).__name__
+    if saved["type"] != kind:
+        raise CheckpointError(
+            f"the optimiser in the checkpoint is {saved['type']}, CASCADE.OPTIMIZER asks for {kind}"
+        )
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    trained = [names[p] for group in optimizer.param_groups for p in group["params"]]
+    only_saved, only_here = set(saved["state"]) - set(trained), set(trained) - set(saved["state"])
+    # An optimiser that never stepped has no state at all.
+    if saved["state"] and (only_saved or only_here):
+        raise CheckpointError(
+            f"the checkpoint trained {_some(only_saved)} that this run does not, and this run "
+            f"trains {_some(only_here)} that the checkpoint did not; look at "
+            "MODEL.BACKBONE.FREEZE_AT"
+        )
+    state = {i: saved["state"][name] for i, name in enumerate(trained) if name in saved["state"]}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def load_scheduler_state(scheduler: LambdaLR, saved: Mapping[str, Any]) -> None:
+    """Go on at the iteration of a scheduler's ``state_dict``, with the rates of this one."""
+    position = {key: saved[key] for key in ("last_epoch", "_step_count")}
+    scheduler.load_state_dict({**scheduler.state_dict(), **position})
+    rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    for group, (base, factor) in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = base * factor(scheduler.last_epoch)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of PyTorch's generators in this process: ``cpu``, and ``cuda`` where it is used."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Go on from :func:`random_state`."""
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def own_random_state(of_all: list[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """This process' share of the states of all processes; ``None`` where their number changed."""
+    if len(of_all) == distributed.world_size():
+        return of_all[distributed.rank()]
+    logger.warning(
+        "Written by %d processes, resumed by %d: their random numbers begin anew",
+        len(of_all),
+        distributed.world_size(),
+    )
+    return None
+
+
+def _some(names: set[str]) -> str:
+    shown = ", ".join(sorted(names)[:3])
+    return (f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown) or "nothing"

@@ -1,0 +1,120 @@
+"""What a run knows of itself beside its weights."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fvcore.common.config import CfgNode
+
+from cascade_det import config
+from cascade_det.engine import distributed
+from cascade_det.engine.checkpoint import Checkpointer
+from cascade_det.engine.hooks import START
+from cascade_det.errors import CheckpointError, ConfigError
+from cascade_det.files import atomic_path, remove_leftovers
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
+# Detectron2's recipes: this rate for this many images (and SGD).
+_USUAL_LR, _USUAL_IMAGES = 0.02, 16
+
+
+@dataclass
+class RunInfo:
+    """What a checkpoint says beyond weights: enough to resume, and to name what it detects.
+
+    Attributes:
+        seed: of the data order and of everything random; below 0 draws one.
+        class_names: K names.
+        category_ids: K ids that the training data set gives these classes.
+    """
+
+    seed: int
+    class_names: list[str]
+    category_ids: list[int]
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            self.seed = distributed.broadcast(secrets.randbelow(2**31))
+            logger.info("SEED is negative: drew %d", self.seed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types, for a checkpoint."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the seed of the resumed run.
+
+        Raises:
+            CheckpointError: its classes are not those of the data.
+        """
+        if list(state["class_names"]) != self.class_names:
+            raise CheckpointError(
+                f"the checkpoint has the classes {', '.join(state['class_names'])}; the data have "
+                f"{', '.join(self.class_names)}"
+            )
+        self.seed = int(state["seed"])
+
+
+def prepare_output(cfg: CfgNode, checkpointer: Checkpointer, *, resume: bool) -> None:
+    """Make sure that ``OUTPUT_DIR`` is free, or say what changed since; then write the config.
+
+    Raises:
+        ConfigError: a run lies there that is not resumed: it would be overwritten.
+    """
+    folder = Path(cfg.OUTPUT_DIR)
+    newest = checkpointer.get_checkpoint_file()
+    if newest and not resume and Path(newest).stem != START and Path(newest).exists():
+        raise ConfigError(
+            f"OUTPUT_DIR {folder} holds the run of an earlier training ({newest}), which this one "
+            "would overwrite. Add --resume to go on with it, or give another OUTPUT_DIR, or remove "
+            "it."
+        )
+    if not distributed.is_main():
+        return
+    remove_leftovers(folder)
+    if resume and (folder / CONFIG_FILE).is_file():
+        before = config.load_config(folder / CONFIG_FILE)
+        for key, (old, new) in config.changed_keys(before, cfg).items():
+            logger.info("Resumed with another %s: %r -> %r", key, old, new)
+    with atomic_path(folder / CONFIG_FILE) as temporary:
+        temporary.write_text(cfg.dump())
+
+
+def log_learning_rate(cfg: CfgNode) -> None:
+    """Say what the rate is for how many images, and what the linear scaling rule would make of it.
+
+    arXiv 1706.02677, section 2.1: the rate of SGD grows in proportion to the images of a step.
+    """
+    solver, processes = cfg.SOLVER, distributed.world_size()
+    parts = cfg.CASCADE.ACCUMULATION_STEPS
+    logger.info(
+        "%s, learning rate %g for %d images per iteration: %d process(es) x %d part(s) x %d images",
+        *(cfg.CASCADE.OPTIMIZER, solver.BASE_LR, solver.IMS_PER_BATCH),
+        *(processes, parts, solver.IMS_PER_BATCH // processes // parts),
+    )
+    usual = _USUAL_LR * solver.IMS_PER_BATCH / _USUAL_IMAGES
+    if cfg.CASCADE.OPTIMIZER == "SGD" and not usual / 2 <= solver.BASE_LR <= usual * 2:
+        logger.info(
+            "Detectron2's recipes have %g for %d images; by the linear scaling rule that is "
+            "SOLVER.BASE_LR %g for these %d",
+            *(_USUAL_LR, _USUAL_IMAGES, usual, solver.IMS_PER_BATCH),
+        )
+
+
+def warn_of_frozen_noise(cfg: CfgNode) -> None:
+    """From random weights, what is frozen stays random: seldom meant, and seen in the AP alone."""
+    freeze_at, norm = cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.RESNETS.NORM
+    if freeze_at > 0 or norm == "FrozenBN":
+        logger.warning(
+            "MODEL.WEIGHTS is empty, but MODEL.BACKBONE.FREEZE_AT is %d and MODEL.RESNETS.NORM is "
+            "%s: give a file of weights, or set FREEZE_AT 0 and a NORM that is trained (BN, GN)",
+            freeze_at,
+            norm,
+        )

@@ -9,7 +9,7 @@ from cascade_det.config.cascade import add_cascade_config
 from cascade_det.config.checks import check_config
 from cascade_det.config.defaults import get_cfg
 from cascade_det.config.keys import changed_keys, flat
-from cascade_det.config.loading import load_config, merge_config
+from cascade_det.config.loading import History, Setting, load_config, merge_config
 from cascade_det.config.model_arguments import (
     backbone_arguments,
     box_head_arguments,
@@ -28,14 +28,18 @@ from cascade_det.config.run_arguments import (
     train_loader_arguments,
     trainer_arguments,
 )
+from cascade_det.config.scaling import check_processes, scale_to_world_size
 
 __all__ = [
+    "History",
+    "Setting",
     "add_cascade_config",
     "backbone_arguments",
     "box_head_arguments",
     "cascade_arguments",
     "changed_keys",
     "check_config",
+    "check_processes",
     "datasets_arguments",
     "detector_arguments",
     "exit_arguments",
@@ -47,6 +51,7 @@ __all__ = [
     "optimizer_arguments",
     "pooler_arguments",
     "rpn_arguments",
+    "scale_to_world_size",
     "scheduler_arguments",
     "test_loader_arguments",
     "train_loader_arguments",

@@ -14,7 +14,7 @@ from fvcore.common.config import CfgNode
 
 from cascade_det.config.cascade import EXIT_DEFAULTS
 from cascade_det.config.ranges import RANGES
-from cascade_det.config.rules import value_of
+from cascade_det.config.rules import shown, value_of
 from cascade_det.config.supported import SUPPORTED
 from cascade_det.errors import ConfigError
 
@@ -38,7 +38,7 @@ def check_config(cfg: CfgNode) -> None:
         value = value_of(cfg, rule.key)
         if not rule.holds(value):
             wrong.add(rule.key)
-            problems.append(f"{rule.key} is {value!r}. {rule.remedy}")
+            problems.append(f"{rule.key} is {shown(value)}. {rule.remedy}")
     for check, keys in _CHECKS.items():
         if wrong.isdisjoint(keys):
             problems += check(cfg)

@@ -1,22 +1,27 @@
 """YAML files and command-line options into a configuration, loudly and safely.
 
 A layer is one file or the options; later layers win. Each value is checked as it is merged, so
-that an error names the very file that it stands in, not the one that was asked for.
+that an error names the very line that it stands in, and is noted, so that one can ask later
+where a value came from.
 """
 
 from __future__ import annotations
 
 import ast
 import difflib
-from collections.abc import Iterator, Sequence
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from fvcore.common.config import BASE_KEY, CfgNode
 
 from cascade_det.config.defaults import get_cfg
 from cascade_det.config.keys import flat
+from cascade_det.config.rules import shown
+from cascade_det.config.yaml_files import Entry, read_entries
 from cascade_det.errors import ConfigError
 
 # Keys that may be null, with the type of their values otherwise.
@@ -28,6 +33,24 @@ _EXAMPLES: dict[type, str] = {
     float: "Write a number, such as 0.02.",
     str: "Put quotes around it if it is text.",
 }
+
+_MAX_FILES = 100  # read for one configuration; bases of bases can name each other without end
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value that a key had at some time of the merging.
+
+    Attributes:
+        value: as it stands in the configuration.
+        source: ``default``, ``<file>:<line>`` or ``command line``.
+    """
+
+    value: Any
+    source: str
+
+
+History = dict[str, list[Setting]]
 
 
 def load_config(config_file: str | Path | None, opts: Sequence[Any] = ()) -> CfgNode:
@@ -43,138 +66,153 @@ def load_config(config_file: str | Path | None, opts: Sequence[Any] = ()) -> Cfg
         ``check_config``.
 
     Raises:
-        ConfigError: a file cannot be read or is not a mapping, a key is unknown, or a value has
-            the wrong type. The message names file, key, value and remedy.
+        ConfigError: a file cannot be read or is not a mapping, a key is unknown or set twice in
+            one file, or a value has the wrong type. The message names file, line, key, value and
+            remedy.
     """
     cfg = get_cfg()
     merge_config(cfg, config_file, opts)
     return cfg
 
 
-def merge_config(cfg: CfgNode, config_file: str | Path | None, opts: Sequence[Any] = ()) -> None:
-    """Merge a file and options into ``cfg`` in place; see ``load_config``."""
+def merge_config(cfg: CfgNode, config_file: str | Path | None, opts: Sequence[Any] = ()) -> History:
+    """Merge a file and options into ``cfg`` in place; see ``load_config``.
+
+    Returns:
+        For each key that was set, what it was before (as ``default``) and every value that it
+        was given, in order. The last one holds.
+    """
+    merge = _Merge(cfg)
     if config_file is not None:
-        _merge_file(cfg, Path(config_file).expanduser(), including=())
+        merge.file(Path(os.path.expanduser(config_file)), including=())
     if len(opts) % 2:
         raise ConfigError(
             f"Options come as pairs, KEY VALUE, but there are {len(opts)} items: {list(opts)}. "
             "Separate key and value by a space, and quote a value that contains spaces."
         )
     for key, value in zip(opts[0::2], opts[1::2], strict=True):
-        _merge_value(cfg, str(key), value, "command line")
+        merge.value(str(key), value, "command line")
+    return merge.history
 
 
-def _merge_file(cfg: CfgNode, path: Path, including: tuple[Path, ...]) -> None:
-    if path.resolve() in including:
-        raise ConfigError(f"{path}: {BASE_KEY} leads back to this file. Remove one of the links.")
-    content = _read_yaml(path)
-    for base in _bases(content, path):
-        _merge_file(cfg, base, (*including, path.resolve()))
-    version = content.get("VERSION", cfg.VERSION)
-    if version != cfg.VERSION:
-        raise ConfigError(
-            f"{path}: VERSION is {version!r}, but only {cfg.VERSION} is read. "
-            "Let Detectron2 load the file and dump it again to upgrade it."
-        )
-    for key, value in _leaves(content, "", path):
-        _merge_value(cfg, key, value, str(path))
+class _Merge:
+    """One merging: the configuration, and what happened to its keys so far."""
 
+    def __init__(self, cfg: CfgNode) -> None:
+        self.cfg = cfg
+        self.history: History = {}
+        self._files = 0
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such configuration file.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a configuration file ({error}).") from error
-    except yaml.constructor.ConstructorError as error:
-        raise ConfigError(
-            f"{path}: {error}\nOnly plain YAML is read: no tag is ever executed. Write the value "
-            "itself in place of the tag."
-        ) from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: this is not valid YAML: {error}") from error
-    if content is None:
-        raise ConfigError(f"{path}: the file is empty. It needs at least one KEY: value.")
-    if not isinstance(content, dict):
-        kind = type(content).__name__
-        raise ConfigError(f"{path}: holds a {kind}, not a mapping of keys to values.")
-    return content
-
-
-def _bases(content: dict[str, Any], path: Path) -> list[Path]:
-    """Take ``_BASE_`` out of ``content``: the files to merge before it, in order."""
-    named = content.pop(BASE_KEY, [])
-    bases = [named] if isinstance(named, str) else named
-    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(f"{path}: {BASE_KEY} is {named!r}; give a path or a list of paths.")
-    found = [path.parent / Path(base).expanduser() for base in bases]
-    for base in found:
-        if not base.is_file():
+    def file(self, path: Path, including: tuple[str, ...]) -> None:
+        """Merge the bases of a file, then the file; ``including`` are those on the way to it."""
+        self._files += 1
+        if self._files > _MAX_FILES:
+            raise ConfigError(f"{path}: is one of more than {_MAX_FILES} files. Use fewer bases.")
+        try:
+            entries = read_entries(path)
+        except ConfigError as error:
+            named = f" It is a {BASE_KEY} of {including[-1]}." if including else ""
+            raise ConfigError(f"{error}{named}") from error
+        real = os.path.realpath(path)
+        if real in including:
             raise ConfigError(
-                f"{path}: {BASE_KEY} names {base}, which does not exist. "
-                "The path is relative to the file that it stands in."
+                f"{path}: {BASE_KEY} leads back to this file. Remove one of the links."
             )
-    return found
+        if os.path.realpath(os.path.normpath(path)) == real:
+            path = Path(os.path.normpath(path))  # configs/base.yaml, not configs/sub/../base.yaml
+        for entry in entries:
+            if entry.key == BASE_KEY:
+                self._bases(entry, path, (*including, real))
+        for entry in sorted(entries, key=lambda entry: entry.key != "VERSION"):
+            if entry.key != BASE_KEY:  # VERSION first: it explains why other keys are unknown
+                self.value(entry.key, entry.value, f"{path}:{entry.line}")
 
+    def _bases(self, entry: Entry, path: Path, including: tuple[str, ...]) -> None:
+        bases = [entry.value] if isinstance(entry.value, str) else entry.value
+        where = f"{path}:{entry.line}: {BASE_KEY}"
+        if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+            raise ConfigError(f"{where} is {shown(entry.value)}; give a path or a list of paths.")
+        for base in bases:
+            self.file(path.parent / os.path.expanduser(base), including)
 
-def _leaves(content: dict[str, Any], prefix: str, path: Path) -> Iterator[tuple[str, Any]]:
-    for key, value in content.items():
-        if not isinstance(key, str) or "." in key:
+    def value(self, full_key: str, raw: object, source: str) -> None:
+        """Give one key a value, which may be the text of one."""
+        *parents, name = full_key.split(".")
+        node: Any = self.cfg
+        for part in parents:
+            node = node.get(part) if isinstance(node, CfgNode) else None
+        if not isinstance(node, CfgNode) or name not in node:
+            raise _unknown_key(self.cfg, full_key, source)
+        if isinstance(node[name], CfgNode):
+            if raw == {}:
+                return
             raise ConfigError(
-                f"{path}: {prefix}{key} is not a key. Nest the parts: 'MODEL:' and, indented "
-                "below it, 'DEVICE: cpu'."
+                f"{source}: {full_key} is {shown(raw)}, but it is a group of keys: "
+                f"{', '.join(node[name])}. Set one of them."
             )
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.", path)
-        else:
-            yield f"{prefix}{key}", value
+        is_nullable = full_key in _NULLABLE
+        wanted = _NULLABLE[full_key] if is_nullable else type(node[name])
+        value = _converted(raw, wanted, is_nullable, f"{source}: {full_key}")
+        if full_key == "VERSION" and value != node[name]:
+            raise ConfigError(
+                f"{source}: VERSION is {value!r}, but only {node[name]} is read. Let Detectron2 "
+                "load the file and dump it again to upgrade it."
+            )
+        settings = self.history.setdefault(full_key, [Setting(node[name], "default")])
+        settings.append(Setting(value, source))
+        node[name] = value
 
 
-def _merge_value(cfg: CfgNode, full_key: str, raw: object, source: str) -> None:
-    *parents, name = full_key.split(".")
-    node: Any = cfg
-    for part in parents:
-        node = node.get(part) if isinstance(node, CfgNode) else None
-    if not isinstance(node, CfgNode) or name not in node:
-        raise _unknown_key(cfg, full_key, source)
-    if isinstance(node[name], CfgNode):
-        raise ConfigError(
-            f"{source}: {full_key} is {raw!r}, but it is a group of keys: "
-            f"{', '.join(node[name])}. Set one of them."
-        )
-    wanted = _NULLABLE.get(full_key, type(node[name]))
-    value = _converted(raw, wanted)
-    # Not isinstance: to Python a bool is an int, but "MAX_ITER: yes" is a mistake.
-    if type(value) is not wanted and not (value is None and full_key in _NULLABLE):
-        raise _wrong_type(full_key, value, wanted, source)
-    node[name] = value
-
-
-def _converted(raw: object, wanted: type) -> object:
+def _converted(raw: object, wanted: type, is_nullable: bool, where: str) -> object:
+    """``raw`` as a value of the ``wanted`` type, or a ``ConfigError`` that starts by ``where``."""
     value = _literal(raw) if isinstance(raw, str) else raw
     if wanted is str and isinstance(raw, str) and not isinstance(value, str):
-        return raw  # a folder may be called 2024
+        value = raw  # a folder may be called 2024
+    oddity = _oddity(value) if isinstance(value, (int, str, list, tuple)) else ""
+    if oddity:
+        raise ConfigError(
+            f"{where} holds {oddity}. Write text, numbers, True, False, or lists of them."
+        )
+    if value is None and is_nullable:
+        return value
+    # Not isinstance: to Python a bool is an int, but "MAX_ITER: yes" is a mistake.
     if wanted is float and type(value) is int:
         return float(value)
     if wanted in (list, tuple) and isinstance(value, (list, tuple)):
         return wanted(value)
+    if type(value) is not wanted:
+        raise _wrong_type(where, value, wanted)
     return value
 
 
 def _literal(text: str) -> object:
     """The Python value that ``text`` spells, such as ``(640, 800)``, or ``text`` itself."""
     try:
-        return ast.literal_eval(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python's remarks about text that is no code
+            return ast.literal_eval(text)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
 
 
-def _wrong_type(full_key: str, value: object, wanted: type, source: str) -> ConfigError:
+def _oddity(value: object) -> str:
+    """What no configuration can hold in ``value`` or the items of a list; "" if all is plain."""
+    if isinstance(value, (list, tuple)):
+        return next(filter(None, map(_oddity, value)), "")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return "a whole number that is too large for 64 bits"
+    if isinstance(value, str) and "\0" in value:
+        return "text with a null character"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return ""
+    return f"a value of type {type(value).__name__} inside a list"
+
+
+def _wrong_type(where: str, value: object, wanted: type) -> ConfigError:
     is_list = wanted in (list, tuple)
     remedy = "Write [a, b], or [a] for a single value." if is_list else _EXAMPLES[wanted]
     return ConfigError(
-        f"{source}: {full_key} is {value!r}, of type {type(value).__name__}, "
+        f"{where} is {shown(value)}, of type {type(value).__name__}, "
         f"but a {'list' if is_list else wanted.__name__} is expected. {remedy}"
     )
 
@@ -183,4 +221,4 @@ def _unknown_key(cfg: CfgNode, full_key: str, source: str) -> ConfigError:
     known = {key.upper(): key for key in flat(cfg)}
     nearest = difflib.get_close_matches(full_key.upper(), known, n=1, cutoff=0.5)
     hint = f"Did you mean {known[nearest[0]]}?" if nearest else "No known key resembles it."
-    return ConfigError(f"{source}: there is no key {full_key}. {hint}")
+    return ConfigError(f"{source}: there is no key {full_key[:200]}. {hint}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -42,9 +43,22 @@ def only(key: str, *allowed: object, why: str = "") -> Rule:
     return Rule(key, lambda value: value in allowed, f"Supported: {listed}.{why and ' ' + why}")
 
 
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 200
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = _REPR.maxset = 40
+
+
+def shown(value: object) -> str:
+    """``repr`` for a message: one that never fails, and is short however long the value is."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # Python spells no integers of many thousand digits
+        return f"a very long {type(value).__name__}"
+
+
 def is_number(value: object) -> TypeGuard[float]:
     """A finite number, which a bool is not."""
-    return isinstance(value, (int, float)) and type(value) is not bool and math.isfinite(value)
+    return type(value) is not bool and isinstance(value, (int, float)) and abs(value) < math.inf
 
 
 def at_least(low: float) -> Condition:

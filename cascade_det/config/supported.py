@@ -12,7 +12,7 @@ _LOSSES = ("smooth_l1", "giou", "diou", "ciou")
 
 
 def _is_device(value: object) -> bool:
-    return isinstance(value, str) and bool(re.fullmatch(r"cpu|cuda(:\d+)?", value))
+    return isinstance(value, str) and bool(re.fullmatch(r"cpu|cuda(:[0-9]+)?", value))
 
 
 SUPPORTED: tuple[Rule, ...] = (

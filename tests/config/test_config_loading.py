@@ -245,7 +245,7 @@ def test_dots_and_numbers_are_no_keys_in_a_file(write_yaml):
         ("", "empty"),
         ("# nothing but a comment\n", "empty"),
         ("- a\n- b\n", "holds a list, not a mapping"),
-        ("just text\n", "holds a str, not a mapping"),
+        ("just text\n", "holds a single value, not a mapping"),
         ("MODEL: [\n", "not valid YAML"),
         ("MODEL: {A: 1\nB: }\n", "not valid YAML"),
     ],
@@ -295,11 +295,11 @@ def test_an_option_is_not_executed(tmp_path):
 def test_bases_that_lead_nowhere_or_in_a_circle(write_yaml, tmp_path):
     file = write_yaml("_BASE_: missing.yaml\n")
     message = error_of(file)
-    assert message.startswith(f"{file}: _BASE_ names {tmp_path / 'missing.yaml'}")
+    assert message.startswith(f"{tmp_path / 'missing.yaml'}: there is no such")
+    assert message.endswith(f"It is a _BASE_ of {file}.")
     message = error_of(write_yaml("_BASE_: [a.yaml, 3]\n"))
     assert "give a path or a list of paths" in message
-    message = error_of(write_yaml("_BASE_: {a: b}\n"))
-    assert "give a path or a list of paths" in message
+    assert "there is no key _BASE_.a" in error_of(write_yaml("_BASE_: {a: b}\n"))
     write_yaml("_BASE_: b.yaml\n", "a.yaml")
     write_yaml("_BASE_: a.yaml\n", "b.yaml")
     assert "leads back to this file" in error_of(tmp_path / "a.yaml")

@@ -1,0 +1,196 @@
+"""A YAML file as a flat list of full keys, each with its value and the line that it stands in.
+
+Configurations are passed around, so a file may be broken or hostile. Only plain YAML is read
+(text, numbers, booleans, null, lists and mappings), and what would run code, never end or fill
+the memory is refused before any value is made of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cascade_det.config.rules import shown
+from cascade_det.errors import ConfigError
+
+# A dumped configuration has some 10 KB and 400 values; these are far beyond any, and soon read.
+_MAX_BYTES = 256 * 1024
+_MAX_VALUES = 20_000
+
+_YAML = "tag:yaml.org,2002:"
+_TEXT, _MAPPING, _MERGE = _YAML + "str", _YAML + "map", _YAML + "merge"
+_PLAIN = {_YAML + name for name in ("bool", "float", "int", "null", "seq")}
+_READABLE = _PLAIN | {_TEXT, _MAPPING, _MERGE}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A value in a file.
+
+    Attributes:
+        key: full name, such as ``SOLVER.BASE_LR``.
+        value: anything plain; a mapping only where it is empty or inside a list.
+        line: where the key stands, from 1 on.
+    """
+
+    key: str
+    value: Any
+    line: int
+
+
+def read_entries(path: Path) -> list[Entry]:
+    """The values of a file in their order; those of a merge key (``<<``) before the others.
+
+    Raises:
+        ConfigError: the file cannot be read, is too large, is not one YAML mapping of nested
+            text keys, has a key twice in one mapping, or holds a tag, a date, binary data, or
+            aliases that make very many values. The message names file and line.
+    """
+    text = _read_text(path)
+    loader = None
+    try:
+        loader = yaml.SafeLoader(text)
+        loader.name = str(path)  # the marks of all nodes carry it
+        root = loader.get_single_node()
+        if root is not None:
+            _examine(root, {})
+        return _entries(loader, root, path)
+    except ConfigError:  # a ValueError too
+        raise
+    except yaml.YAMLError as error:
+        raise ConfigError(_invalid(path, error)) from error
+    except RecursionError:
+        raise ConfigError(f"{path}: is nested too deeply for a configuration.") from None
+    except (ValueError, OverflowError) as error:  # of escapes and directives that PyYAML converts
+        where = path if loader is None else _at(loader.get_mark())
+        raise ConfigError(f"{where}: this is not valid YAML: {shown(error)}") from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise ConfigError(
+                f"{path}: has more than {_MAX_BYTES // 1024} KiB, which no configuration needs. "
+                "Is it another kind of file?"
+            )
+        return content.decode("utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such configuration file.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: cannot be read as a configuration file ({error.reason} at byte "
+            f"{error.start}). Save it as UTF-8 text."
+        ) from error
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        raise ConfigError(f"{path}: cannot be read as a configuration file ({error}).") from error
+
+
+def _invalid(path: Path, error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return f"{path}: this is not valid YAML: {error}"
+    reason = str(error.problem)
+    if error.context and error.context_mark:
+        reason = f"{error.context} (line {error.context_mark.line + 1}): {reason}"
+    hint = " Indent with spaces, not with tabs." if "\\t" in reason else ""
+    return f"{_at(mark)}: this is not valid YAML: {reason}.{hint}"
+
+
+def _at(mark: yaml.Mark) -> str:
+    return f"{mark.name}:{mark.line + 1}"
+
+
+def _examine(node: yaml.Node, sizes: dict[yaml.Node, float]) -> float:
+    """The number of values at and below a node once its aliases are written out.
+
+    Looks at each node once, however often aliases name it, and raises ``ConfigError`` for
+    whatever is not plain.
+    """
+    if node in sizes:
+        return sizes[node]
+    sizes[node] = math.inf  # as long as it is not known: a node inside itself has no end
+    if node.tag not in _READABLE:
+        raise ConfigError(
+            f"{_at(node.start_mark)}: {_name(node)} has the tag {_short(node.tag)}. Only "
+            "plain YAML is read: no tag is ever executed. Write the value itself in place of the "
+            "tag, and put quotes around it if it is text."
+        )
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        _refuse_duplicates(node)
+        children = [child for pair in node.value for child in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    sizes[node] = 1 + sum(_examine(child, sizes) for child in children)
+    if sizes[node] > _MAX_VALUES:
+        raise ConfigError(
+            f"{_at(node.start_mark)}: makes more than {_MAX_VALUES} values, which no "
+            "configuration needs. Aliases (*name) repeat what they stand for: use fewer."
+        )
+    return sizes[node]
+
+
+def _short(tag: str) -> str:
+    return "!!" + tag.removeprefix(_YAML) if tag.startswith(_YAML) else tag
+
+
+def _refuse_duplicates(node: yaml.MappingNode) -> None:
+    """YAML's rule that the last one wins is a puzzle in a long file."""
+    first: dict[str, int] = {}
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            continue
+        line = key.start_mark.line + 1
+        if key.value in first:
+            raise ConfigError(
+                f"{_at(key.start_mark)}: {shown(key.value)} is set here and in line "
+                f"{first[key.value]} already. Remove one of the two."
+            )
+        first[key.value] = line
+
+
+def _entries(loader: yaml.SafeLoader, root: yaml.Node | None, path: Path) -> list[Entry]:
+    if root is None:
+        raise ConfigError(f"{path}: the file is empty. It needs at least one KEY: value.")
+    if not isinstance(root, yaml.MappingNode):
+        kind = "list" if isinstance(root, yaml.SequenceNode) else "single value"
+        raise ConfigError(f"{path}: holds a {kind}, not a mapping of keys to values.")
+    entries = list(_leaves(loader, root, ""))
+    if not entries:
+        raise ConfigError(f"{path}: the file is empty. It needs at least one KEY: value.")
+    return entries
+
+
+def _leaves(loader: yaml.SafeLoader, node: yaml.MappingNode, prefix: str) -> Iterator[Entry]:
+    loader.flatten_mapping(node)  # merge keys; an earlier value of the same key is overridden
+    for key, value in node.value:
+        if key.tag != _TEXT or "." in key.value or not isinstance(key, yaml.ScalarNode):
+            raise ConfigError(
+                f"{_at(key.start_mark)}: {prefix}{_name(key)} is not a key. Nest the parts: "
+                "'MODEL:' and, indented below it, 'DEVICE: cpu'."
+            )
+        full_key = prefix + key.value
+        if isinstance(value, yaml.MappingNode) and value.tag == _MAPPING and value.value:
+            yield from _leaves(loader, value, f"{full_key}.")
+        else:
+            yield Entry(full_key, _value(loader, full_key, value), key.start_mark.line + 1)
+
+
+def _name(node: yaml.Node) -> str:
+    return node.value[:200] if isinstance(node, yaml.ScalarNode) else f"a {node.id}"
+
+
+def _value(loader: yaml.SafeLoader, full_key: str, node: yaml.Node) -> Any:
+    try:
+        return loader.construct_object(node, deep=True)
+    except (ValueError, KeyError) as error:  # such as 0x_, !!bool maybe, or a million digits
+        raise ConfigError(
+            f"{_at(node.start_mark)}: the value of {full_key} cannot be read ({shown(error)})."
+        ) from error

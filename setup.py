@@ -21,6 +21,7 @@ REQUIREMENTS = [
     "numpy>=1.26",
     "Pillow>=10.0",
     "tqdm>=4.66",
+    "filelock>=3.12",
     "tabulate>=0.9",
     "matplotlib>=3.8",
 ]

@@ -15,3 +15,7 @@ class DatasetError(CascadeDetError, ValueError):
 
 class CheckpointError(CascadeDetError, ValueError):
     """A file of weights or a checkpoint cannot be read, or does not fit the model."""
+
+
+class DownloadError(CascadeDetError, OSError):
+    """An address cannot be fetched, or what it serves is not what it should be."""

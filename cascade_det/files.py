@@ -22,8 +22,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that replaces it when the block succeeds.
 
     The folder is made where it is missing. After an error, a full disk included, ``path`` is as it
-    was before. What was written survives a crash of the machine from the end of the block on. A
-    process that is killed leaves the temporary file behind, see :func:`remove_leftovers`.
+    was before. Once the block has ended, what was written survives a crash of the machine. A killed
+    process leaves its temporary file behind, see :func:`remove_leftovers`.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -32,12 +32,26 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         try:
             _lock(held.fileno())
             yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
+            move_into_place(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
-    _sync_folder(target.parent)
+
+
+def move_into_place(finished: Path, target: Path) -> None:
+    """Let ``finished``, a file in the same folder, replace ``target`` at once and for good.
+
+    Bytes and name survive a crash of the machine.
+    """
+    with finished.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(finished, target)
+    descriptor = os.open(target.parent, os.O_RDONLY)
+    try:
+        # The file is in its place already. Some network file systems cannot do this to a folder.
+        with suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
@@ -72,17 +86,6 @@ def _lock(descriptor: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _sync_folder(folder: Path) -> None:
-    """Let the new name survive a crash of the machine as well."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        # The file is in its place already. Some network file systems cannot do this to a folder.
-        with suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _plain(value: Any) -> Any:

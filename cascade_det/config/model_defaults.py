@@ -119,7 +119,9 @@ MODEL: dict[str, Any] = {
     "KEYPOINT_ON": False,
     "DEVICE": "cuda",  # "cpu", "cuda" or "cuda:<index>"
     "META_ARCHITECTURE": "GeneralizedRCNN",
-    "WEIGHTS": "",  # file to start from (.pth, .pkl, .safetensors); "" = random weights
+    # to start from: a .pth, .pkl or .safetensors file, or an https://, detectron2:// or
+    # torchvision:// address; "" = random weights
+    "WEIGHTS": "",
     "PIXEL_MEAN": [103.530, 116.280, 123.675],  # subtracted; 0..255, in the order INPUT.FORMAT
     "PIXEL_STD": [1.0, 1.0, 1.0],  # divided by; 1 for MSRA weights, about 58 for torchvision's
     "BACKBONE": _BACKBONE,

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from cascade_det.engine.array_pickle import read_array_pickle
+from cascade_det.engine.weight_addresses import SUFFIXES, local_path
 from cascade_det.engine.weight_names import (
     caffe2_to_detectron2,
     has_caffe2_names,
@@ -24,7 +25,6 @@ from cascade_det.errors import CheckpointError
 
 # The global that torch.load(weights_only=True) names when it refuses a file.
 _REFUSED = re.compile(r"[Uu]nsupported (?:global: GLOBAL|GLOBAL|class) ([\w.]+)")
-_DETECTRON2_ADDRESS = "https://dl.fbaipublicfiles.com/detectron2/"
 
 
 @dataclass(frozen=True)
@@ -53,28 +53,35 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     zoo, and the names of Caffe2's Detectron and of torchvision's ResNets.
 
     Args:
-        path: a local file.
+        path: a local file, or an address, see
+            :func:`cascade_det.engine.weight_addresses.local_path`.
 
     Returns:
         Detectron2's name to CPU tensor.
 
     Raises:
-        CheckpointError: the file is missing, an address, truncated, unsafe, or holds no weights.
+        CheckpointError: the file is missing, truncated, unsafe, cannot be downloaded, or holds no
+            weights.
     """
     return read_weights_file(path).weights
 
 
 def read_weights_file(path: str | Path) -> WeightsFile:
     """As :func:`read_weights`, with what else is known of the file."""
-    file = _local_file(path)
+    file = local_path(path)
     reader = _READERS.get(file.suffix.lower())
     if reader is None:
         raise CheckpointError(
-            f"{file}: weights are read from {', '.join(_READERS)} files, "
+            f"{file}: weights are read from {', '.join(SUFFIXES)} files, "
             f"not from {file.suffix or 'a file without extension'}."
         )
-    content = reader(file)
-    weights = _find_weights(content, file)
+    try:
+        content = reader(file)
+        weights = _find_weights(content, file)
+    except CheckpointError as error:
+        if "://" not in str(path):
+            raise
+        raise CheckpointError(f"{error} Delete it to download {path} again.") from error
     return _with_detectron2_names(file, weights, bool(content.get("matching_heuristics", False)))
 
 
@@ -99,20 +106,6 @@ def load_torch_file(path: Path) -> Any:
             f"{path}: cannot be read as a PyTorch file ({type(error).__name__}). It is probably "
             "truncated or of another kind: fetch or save it again."
         ) from error
-
-
-def _local_file(path: str | Path) -> Path:
-    text = str(path)
-    if "://" in text:
-        address = text.replace("detectron2://", _DETECTRON2_ADDRESS)
-        raise CheckpointError(
-            f"{text}: weights are read from local files. Download {address} and set "
-            "MODEL.WEIGHTS to the path of the file."
-        )
-    file = Path(text).expanduser()
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file of weights. Check MODEL.WEIGHTS.")
-    return file
 
 
 def _read_torch(path: Path) -> dict[str, Any]:
@@ -141,12 +134,10 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         ) from error
 
 
-_READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    ".pth": _read_torch,
-    ".pt": _read_torch,
-    ".pkl": _read_pickle,
-    ".safetensors": _read_safetensors,
-}
+_Reader = Callable[[Path], dict[str, Any]]
+_READERS: dict[str, _Reader] = dict(
+    zip(SUFFIXES, (_read_torch, _read_torch, _read_pickle, _read_safetensors), strict=True)
+)
 
 
 def _as_dict(content: object, path: Path) -> dict[str, Any]:

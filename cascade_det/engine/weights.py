@@ -40,7 +40,7 @@ class LoadReport:
     """What became of the weights of a file. ``str(report)`` is for reading.
 
     Attributes:
-        path: the file.
+        path: the local file.
         origin: whose names it used: "Detectron2", "Caffe2" or "torchvision".
         loaded: names of the model's tensors that were set.
         total: how many tensors the model has.
@@ -96,13 +96,13 @@ def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
 
     Args:
         model: its state dict has Detectron2's names.
-        path: a local file, see :func:`read_weights`.
+        path: a file or an address, see :func:`cascade_det.engine.weight_addresses.local_path`.
 
     Returns:
         The report, which has also been logged.
 
     Raises:
-        CheckpointError: the file cannot be read, or nothing in it fits the model.
+        CheckpointError: the file cannot be had or read, or nothing in it fits the model.
     """
     file = read_weights_file(path)
     state = model.state_dict()

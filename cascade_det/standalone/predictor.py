@@ -48,9 +48,9 @@ class Predictor:
         if not cfg.MODEL.WEIGHTS:
             raise ConfigError("MODEL.WEIGHTS is empty: give the file of weights to predict with")
         self.detector = build_detector(cfg).eval()
-        load_weights(self.detector, cfg.MODEL.WEIGHTS)
+        weights = load_weights(self.detector, cfg.MODEL.WEIGHTS).path
         num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-        run = _run_info(cfg.MODEL.WEIGHTS)
+        run = _run_info(weights)
         self.class_names = list(run.get("class_names", ()))
         self.category_ids = list(run.get("category_ids", ()))
         if len(self.class_names) != num_classes:
@@ -106,9 +106,8 @@ class Predictor:
         return {"image": tensor, "height": height, "width": width}
 
 
-def _run_info(path: str) -> dict[str, Any]:
+def _run_info(file: Path) -> dict[str, Any]:
     """What our own checkpoints say of their run; nothing for weights from elsewhere."""
-    file = Path(path).expanduser()
     if file.suffix not in (".pth", ".pt"):
         return {}
     content = load_torch_file(file)

@@ -270,22 +270,6 @@ def test_nothing_fits_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("path", "wanted"),
-    [
-        (
-            "detectron2://ImageNetPretrained/MSRA/R-50.pkl",
-            "https://dl.fbaipublicfiles.com/detectron2/ImageNetPretrained/MSRA/R-50.pkl",
-        ),
-        ("https://example.org/a.pth", "Download https://example.org/a.pth"),
-        ("/nowhere/a.pth", "no such file"),
-    ],
-)
-def test_what_is_not_a_local_file(path, wanted):
-    with pytest.raises(CheckpointError, match=wanted):
-        read_weights(path)
-
-
-@pytest.mark.parametrize(
     ("content", "wanted"),
     [
         ({"net": {"a": torch.ones(1)}}, "net.*'state_dict'"),

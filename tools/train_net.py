@@ -4,18 +4,30 @@
 python tools/train_net.py --config-file configs/quick_schedules/demo.yaml [KEY VALUE ...]
 python tools/train_net.py --config-file ... --resume
 python tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
+python tools/train_net.py --config-file ... --num-gpus 8
+
+With several processes, --num-gpus of them run on each machine: one on each GPU, or all on the CPU
+where MODEL.DEVICE is cpu. Under torchrun its own options say how many there are:
+
+torchrun --nproc-per-node 8 tools/train_net.py --config-file ...
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import sys
 from pathlib import Path
 
-from cascade_det.config import check_config, load_config
+from fvcore.common.config import CfgNode
+
+from cascade_det.config import check_config, check_processes, load_config, scale_to_world_size
+from cascade_det.engine import distributed
+from cascade_det.engine.interrupts import Interrupted
 from cascade_det.engine.log import setup_logging
-from cascade_det.errors import CascadeDetError, ConfigError
+from cascade_det.engine.processes import INTERRUPTED
+from cascade_det.errors import CascadeDetError
 from cascade_det.files import atomic_path
 from cascade_det.standalone import evaluate, train
 
@@ -27,22 +39,52 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     setup_logging()
     try:
-        if args.num_gpus > 1:
-            raise ConfigError("--num-gpus: only one process is supported so far")
         cfg = load_config(args.config_file, args.opts)
         check_config(cfg)
-        setup_logging(cfg.OUTPUT_DIR)
-        with atomic_path(Path(cfg.OUTPUT_DIR) / "config.yaml") as temporary:
-            temporary.write_text(cfg.dump())
-        if args.eval_only:
-            evaluate(cfg, resume=args.resume)
-        else:
-            train(cfg, resume=args.resume)
+        setup_logging(cfg.OUTPUT_DIR if args.machine_rank == 0 else None)
+        return distributed.launch(
+            run,
+            (cfg, args),
+            num_processes=args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            device_type=cfg.MODEL.DEVICE.partition(":")[0],
+        )
     except (CascadeDetError, FloatingPointError) as error:
         # A traceback would hide what the user can mend.
         logger.error("%s", error)
         return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def run(cfg: CfgNode, args: argparse.Namespace) -> int:
+    """The work of one process, among others or alone; returns its exit status."""
+    setup_logging(cfg.OUTPUT_DIR)
+    processes = distributed.world_size()
+    check_processes(cfg, processes, train=not args.eval_only)
+    if not args.eval_only:
+        cfg = scale_to_world_size(cfg, processes)
+        check_config(cfg)
+    if distributed.is_main():
+        with atomic_path(Path(cfg.OUTPUT_DIR) / "config.yaml") as temporary:
+            temporary.write_text(cfg.dump())
+    try:
+        if args.eval_only:
+            evaluate(cfg, resume=args.resume)
+        else:
+            train(cfg, resume=args.resume)
+    except Interrupted as end:
+        if distributed.is_main():
+            logger.warning("%s. To go on: %s", end, _resuming_command())
+        return INTERRUPTED
     return 0
+
+
+def _resuming_command() -> str:
+    given = [argument for argument in sys.argv[1:] if argument != "--resume"]
+    return shlex.join(["python", sys.argv[0], "--resume", *given])
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -54,7 +96,18 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR"
     )
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
-    parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine")
+    parser.add_argument(
+        "--num-gpus", type=int, default=1, metavar="N", help="processes on each machine"
+    )
+    parser.add_argument("--num-machines", type=int, default=1, metavar="N")
+    parser.add_argument("--machine-rank", type=int, default=0, metavar="I", help="from 0")
+    parser.add_argument(
+        "--dist-url",
+        default="auto",
+        metavar="URL",
+        help="tcp://host:port, an address of machine 0 with a free port; needed for several\n"
+        "machines only",
+    )
     parser.add_argument(
         "opts",
         nargs=argparse.REMAINDER,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -73,6 +74,24 @@ class FPN(nn.Module):
         self.strides = {f"p{level}": 2**level for level in [*levels, levels[-1] + 1]}
         self.size_divisibility = 2 ** levels[-1]
         self.bottom_up = bottom_up
+
+    def freeze_unread(self, names: Collection[str]) -> None:
+        """Freeze the convolutions that only maps need which nothing reads.
+
+        They get no gradients anyway, but processes that train together wait for those of every
+        parameter that is not frozen.
+
+        Args:
+            names: of the maps that are read.
+        """
+        # The coarsest map is made of the one before.
+        top = self.levels[-1]
+        read = [i for i in self.levels if f"p{i}" in names or (i == top and f"p{i + 1}" in names)]
+        for level in set(self.levels) - set(read):
+            self.get_submodule(f"fpn_output{level}").requires_grad_(False)
+            # A lateral convolution feeds its own level and all finer ones.
+            if level < min(read):
+                self.get_submodule(f"fpn_lateral{level}").requires_grad_(False)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Images ``[N, 3, H, W]``, sides multiples of ``size_divisibility``, to maps by name."""

@@ -8,8 +8,8 @@ notices (see :mod:`cascade_det.engine.processes`), and gloo sees the closed conn
 
 from __future__ import annotations
 
+import inspect
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -141,19 +141,20 @@ def wrap(detector: nn.Module) -> nn.Module:
     :func:`synchronise_buffers`.
 
     Args:
-        detector: on the training device.
+        detector: on the training device. Each of its parameters that is not frozen has to get a
+            gradient in every iteration, if need be of zeros.
     """
     if world_size() == 1:
         return detector
-    # A pyramid level that nothing reads has parameters without gradients, which is no error; that
-    # most detectors have none is no news either.
-    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
     device = next(detector.parameters()).device
+    # The name that newer versions of torch have for it.
+    arguments = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in arguments else "broadcast_buffers"
+    without_syncing: dict[str, Any] = {name: False}
     return DistributedDataParallel(
         detector,
         device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False,
-        find_unused_parameters=True,
+        **without_syncing,
     )
 
 

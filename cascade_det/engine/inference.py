@@ -1,4 +1,4 @@
-"""A detector over a loader, into evaluators."""
+"""A detector over a loader, or over this process's share of it, into evaluators."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from cascade_det.core.structures import DetectorOutput, PartTimer
+from cascade_det.engine import distributed
 from cascade_det.engine.precision import amp_dtype_of, autocast
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,12 @@ class Evaluator(Protocol):
 
     def process(self, batch: list[dict[str, Any]], output: DetectorOutput) -> None:
         """Take the output for one batch."""
+
+    def state(self) -> Any:
+        """What it took, as something picklable."""
+
+    def merge(self, states: Sequence[Any]) -> None:
+        """Put the states of all processes, in the order of ranks, in the place of its own."""
 
     def evaluate(self) -> Mapping[str, Any]:
         """Results of all batches, by name."""
@@ -52,11 +59,12 @@ def run_inference(
     """Detect on every batch in evaluation mode and give the evaluators what was found.
 
     The modes of all modules are as before afterwards. An empty loader gives the evaluators
-    nothing, and their results.
+    nothing, and their results. Several processes all call this, each with its share of the
+    batches: the main one merges what they saw and computes the results.
 
     Args:
         detector: has ``detect(batch, stages=, timer=)``.
-        loader: its batches.
+        loader: the batches of this process, which may be none.
         evaluators: called in order.
         amp_dtype: type of mixed precision; ``None`` for float32.
         warmup: how often the first batch is run in advance, its output thrown away, so that no
@@ -65,19 +73,17 @@ def run_inference(
         timed: measure milliseconds per part, into ``output.stats.milliseconds``.
 
     Returns:
-        The evaluators' results, merged.
+        The evaluators' results, merged; the same on every process.
 
     Raises:
         ValueError: two evaluators give results of the same name.
+        PeerError: on the other processes, if the main one cannot compute the results.
     """
     # DistributedDataParallel keeps the detector one level below.
     model: Any = getattr(detector, "module", detector)
     device = _device_of(model)
-    if len(loader) == 0:
-        logger.warning("No images to detect on: the loader is empty.")
-
     images, start = 0, time.perf_counter()
-    with _evaluation_mode(model), torch.inference_mode():
+    with evaluation_mode(model), torch.inference_mode():
         for index, batch in enumerate(_with_progress(loader)):
             with autocast(device, amp_dtype_of(amp_dtype)):
                 for _ in range(warmup if timed and index == 0 else 0):
@@ -89,12 +95,15 @@ def run_inference(
             for evaluator in evaluators:
                 evaluator.process(batch, output)
             images += len(batch)
+    images = sum(distributed.all_gather(images))
     seconds = time.perf_counter() - start
+    if images == 0:
+        logger.warning("No images to detect on: the loader is empty.")
     logger.info(
         "Inference on %d images took %.1f s (%.4f s per image)",
         *(images, seconds, seconds / max(images, 1)),
     )
-    return _merged_results(evaluators)
+    return _results_of_all(evaluators)
 
 
 def _device_of(detector: nn.Module) -> torch.device:
@@ -103,7 +112,8 @@ def _device_of(detector: nn.Module) -> torch.device:
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within the block all modules are in evaluation mode; afterwards in the mode of before."""
     # Module by module: what is frozen in evaluation mode inside a training model stays so.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -115,7 +125,7 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _with_progress(loader: BatchLoader) -> Iterator[list[dict[str, Any]]]:
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and distributed.is_main():
         yield from tqdm(loader, desc="inference", unit="batch", leave=False)
         return
     start = logged = time.perf_counter()
@@ -126,6 +136,19 @@ def _with_progress(loader: BatchLoader) -> Iterator[list[dict[str, Any]]]:
             left = (now - start) / done * (len(loader) - done)
             logger.info("Inference: %d of %d batches, %.0f s left", done, len(loader), left)
         yield batch
+
+
+def _results_of_all(evaluators: Sequence[Evaluator]) -> dict[str, Any]:
+    if distributed.world_size() == 1:
+        return _merged_results(evaluators)
+    states = [distributed.gather(evaluator.state()) for evaluator in evaluators]
+
+    def evaluate() -> dict[str, Any]:
+        for evaluator, states_of_all in zip(evaluators, states, strict=True):
+            evaluator.merge(states_of_all or [])
+        return _merged_results(evaluators)
+
+    return distributed.on_main(evaluate)
 
 
 def _merged_results(evaluators: Sequence[Evaluator]) -> dict[str, Any]:

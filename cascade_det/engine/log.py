@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from cascade_det.engine import distributed
 from cascade_det.engine.writers import progress_logger
 
 _LOGGERS = ("cascade_det", "fvcore")
@@ -16,21 +17,27 @@ _LOGGERS = ("cascade_det", "fvcore")
 def setup_logging(output_dir: str | Path | None = None, *, level: int = logging.INFO) -> None:
     """Log to the console and, where a folder is given, append to its ``log.txt``.
 
-    May be called again: the handlers of the last call are replaced.
+    May be called again: the handlers of the last call are replaced. Of several processes, those
+    beside the main one log to ``log.txt.rank1`` and so on, and show warnings only.
 
     Args:
         output_dir: made if needed; ``None`` for the console alone.
         level: of the least important lines that are shown.
     """
-    handlers: list[logging.Handler] = [_ConsoleHandler()]
+    rank = distributed.rank()
+    console = _ConsoleHandler()
+    handlers: list[logging.Handler] = [console]
+    if rank > 0:
+        console.setLevel(logging.WARNING)
     if output_dir is not None:
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        handlers.append(_LogFile(folder / "log.txt", encoding="utf-8"))
+        name = "log.txt" if rank == 0 else f"log.txt.rank{rank}"
+        handlers.append(_LogFile(folder / name, encoding="utf-8"))
+    who = "" if rank == 0 else f" rank {rank}"
+    line = f"[%(asctime)s{who} %(name)s] %(levelname)s: %(message)s"
     for handler in handlers:
-        handler.setFormatter(
-            logging.Formatter("[%(asctime)s %(name)s] %(levelname)s: %(message)s", "%m/%d %H:%M:%S")
-        )
+        handler.setFormatter(logging.Formatter(line, "%m/%d %H:%M:%S"))
     for name in _LOGGERS:
         logger = logging.getLogger(name)
         logger.setLevel(level)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import pickle
 import signal
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 
 from torch import multiprocessing
 
+from cascade_det.engine.interrupts import Interrupted
 from cascade_det.errors import CascadeDetError
 from cascade_det.files import atomic_path
 
@@ -33,8 +35,10 @@ INTERRUPTED = 128 + signal.SIGINT
 # SIGTERM, which one that hangs in a collective does not, before they are killed.
 _GRACE = 15.0
 _TERMINATION = 10.0
-# The same after Ctrl-C: time for the main process to write a checkpoint.
+# The same after Ctrl-C, unless it is pressed again: time for the main process to save.
 _INTERRUPTION = 600.0
+# Between two looks at the signals that came, which do not end a wait.
+_POLL = 0.5
 
 
 class PeerError(RuntimeError):
@@ -103,12 +107,12 @@ class _Caught:
     """The signals that came while waiting."""
 
     def __init__(self) -> None:
-        self.interrupted = False
+        self.interruptions = 0
         self.terminated = False
         self.processes: Sequence[BaseProcess] = ()
 
     def interrupt(self, *_: Any) -> None:
-        self.interrupted = True
+        self.interruptions += 1
 
     def terminate(self, *_: Any) -> None:
         self.terminated = True
@@ -129,17 +133,19 @@ def _signals() -> Iterator[_Caught]:
 
 
 def _wait_for(processes: Sequence[BaseProcess], caught: _Caught) -> None:
-    """Return when all have ended, or some time after one that failed."""
-    deadline: float | None = None
+    """Return when all have ended, or some time after one that failed or a second Ctrl-C."""
+    failed_at = math.inf
     alive = list(processes)
-    while alive and (deadline is None or time.monotonic() < deadline):
-        # A signal does not end the wait, and may have changed how long to wait.
-        connection.wait([process.sentinel for process in alive], timeout=0.5)
+    while alive:
+        connection.wait([process.sentinel for process in alive], timeout=_POLL)
         alive = [process for process in alive if process.is_alive()]
         codes = {process.exitcode for process in processes} - {None, 0}
-        if codes and deadline is None:
-            orderly = caught.interrupted or caught.terminated or codes == {INTERRUPTED}
-            deadline = time.monotonic() + (_INTERRUPTION if orderly else _GRACE)
+        if codes or caught.interruptions > 1:
+            failed_at = min(failed_at, time.monotonic())
+        in_order = codes == {INTERRUPTED} or caught.interruptions == 1 or caught.terminated
+        patience = _INTERRUPTION if in_order and caught.interruptions < 2 else _GRACE
+        if time.monotonic() > failed_at + patience:
+            return
 
 
 def _stop(processes: Sequence[BaseProcess]) -> set[int]:
@@ -196,7 +202,7 @@ def _call(index: int, function: Callable[..., int], args: tuple[Any, ...], folde
     """In the new process: call, and leave word of a failure."""
     try:
         status = function(index, *args)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted):
         status = INTERRUPTED
     except Exception as error:
         status = 1

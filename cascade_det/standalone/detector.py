@@ -46,6 +46,7 @@ class Detector(nn.Module):
         self.proposal_generator = proposal_generator
         self.roi_heads = roi_heads
         self.roi_in_features = tuple(roi_in_features)
+        backbone.freeze_unread({*proposal_generator.in_features, *roi_in_features})
         self.pixel_mean: Tensor
         self.pixel_std: Tensor
         mean, std = torch.tensor(pixel_mean), torch.tensor(pixel_std)

@@ -20,7 +20,7 @@ from cascade_det.errors import ConfigError
 
 # A dumped configuration has some 10 KB and 400 values; these are far beyond any, and soon read.
 _MAX_BYTES = 256 * 1024
-_MAX_VALUES = 20_000
+_MAX_VALUES = 10_000
 
 _YAML = "tag:yaml.org,2002:"
 _TEXT, _MAPPING, _MERGE = _YAML + "str", _YAML + "map", _YAML + "merge"
@@ -100,7 +100,7 @@ def _invalid(path: Path, error: yaml.YAMLError) -> str:
     if error.context and error.context_mark:
         reason = f"{error.context} (line {error.context_mark.line + 1}): {reason}"
     hint = " Indent with spaces, not with tabs." if "\\t" in reason else ""
-    return f"{_at(mark)}: this is not valid YAML: {reason}.{hint}"
+    return f"{_at(mark)}: this is not valid YAML: {reason[:400]}.{hint}"
 
 
 def _at(mark: yaml.Mark) -> str:
@@ -138,7 +138,7 @@ def _examine(node: yaml.Node, sizes: dict[yaml.Node, float]) -> float:
 
 
 def _short(tag: str) -> str:
-    return "!!" + tag.removeprefix(_YAML) if tag.startswith(_YAML) else tag
+    return ("!!" + tag.removeprefix(_YAML) if tag.startswith(_YAML) else tag)[:200]
 
 
 def _refuse_duplicates(node: yaml.MappingNode) -> None:

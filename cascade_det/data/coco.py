@@ -12,7 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cascade_det.data.catalog import DatasetSource
-from cascade_det.data.coco_json import CheckedJson, JsonObject, check_coco_json
+from cascade_det.data.coco_json import CheckedJson, JsonObject
+from cascade_det.data.dataset_check import check_dataset
+from cascade_det.data.image_check import MISSING
 from cascade_det.errors import DatasetError
 
 logger = logging.getLogger(__name__)
@@ -97,15 +99,13 @@ def load_dataset(
     """
     if on_bad_data not in ("error", "skip"):
         raise ValueError(f"on_bad_data must be 'error' or 'skip', not {on_bad_data!r}")
-    checked = check_coco_json(source.json_file, source.image_root)
-    if checked.bad and on_bad_data == "error":
-        raise DatasetError(
-            f"{source.json_file}: bad data\n{_summary(checked.bad)}\nMend the file, or set "
-            "CASCADE.ON_BAD_DATA to 'skip' to go on without these."
-        )
-    left_out = {**checked.bad, **checked.of_no_area}
-    if left_out:
-        logger.warning("%s: left out\n%s", source.json_file, _summary(left_out))
+    checked = check_dataset(source, share=share, gather=gather)
+    if checked.unusable or (checked.bad and on_bad_data == "error"):
+        raise DatasetError(_refusal(source, checked))
+    for problems in (checked.bad, checked.of_no_area):
+        if problems:
+            logger.warning("%s: left out\n%s", source.json_file, problems)
+    _log_absent_classes(source, checked)
     class_of = {category_id: index for index, category_id in enumerate(checked.categories)}
     records = [
         _record(image, checked.annotations.get(image_id, []), source, class_of)
@@ -117,7 +117,7 @@ def load_dataset(
         tuple(checked.categories),
         source,
         ground_truth=_ground_truth(checked) if keep_ground_truth else {},
-        left_out={kind: len(entries) for kind, entries in checked.bad.items()},
+        left_out=dict(checked.bad.counts),
     )
 
 
@@ -139,14 +139,34 @@ def check_same_classes(datasets: Sequence[CocoDataset]) -> None:
             )
 
 
-def _summary(problems: dict[str, list[str]]) -> str:
-    """One line per kind: how many, and the first examples."""
-    lines = []
-    for kind, examples in problems.items():
-        shown = ", ".join(examples[:_DIFFERENCES_SHOWN])
-        more = ", ..." if len(examples) > _DIFFERENCES_SHOWN else ""
-        lines.append(f"  {len(examples)} x {kind}: {shown}{more}")
-    return "\n".join(lines)
+def _refusal(source: DatasetSource, checked: CheckedJson) -> str:
+    problems = "\n".join(str(part) for part in (checked.unusable, checked.bad) if part)
+    if checked.unusable:
+        remedy = "Mend the file."
+    else:
+        remedy = "Mend these, or set CASCADE.ON_BAD_DATA to 'skip' to go on without them."
+    if MISSING in checked.bad.counts and not checked.images:
+        remedy += f" No image is there: is {source.image_root} their folder?"
+    return f"{source.json_file}: bad data\n{problems}\n{remedy}"
+
+
+def _log_absent_classes(source: DatasetSource, checked: CheckedJson) -> None:
+    present = {
+        annotation["category_id"]
+        for entries in checked.annotations.values()
+        for annotation in entries
+    }
+    absent = [
+        name for category_id, name in checked.categories.items() if category_id not in present
+    ]
+    if checked.has_annotations and absent:
+        logger.info(
+            "%s: no box of %d of %d categories: %s",
+            source.json_file,
+            len(absent),
+            len(checked.categories),
+            ", ".join(absent[:10]) + ", ..." * (len(absent) > 10),
+        )
 
 
 def _record(

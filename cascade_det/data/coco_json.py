@@ -6,26 +6,25 @@ duplicate ids vanish before they can be reported, and on other bad data it fails
 
 from __future__ import annotations
 
-import json
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Container
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cascade_det.errors import DatasetError
+from cascade_det.data.annotation_file import read_annotation_file
+from cascade_det.data.problems import Problems, shown
 
 JsonObject = dict[str, Any]
-# Kind of problem: the entries that have it, as the user can find them.
-Problems = dict[str, list[str]]
 
 # Beyond any image, and far from where float32 ends.
 _COORDINATE_LIMIT = 1e9
+_ID_LIMIT = 2**63  # of what other programs can hold
 
 
-@dataclass(frozen=True)
+@dataclass
 class CheckedJson:
     """The entries of a json that may be used as they are, and a list of all others.
 
@@ -34,96 +33,157 @@ class CheckedJson:
         annotations: by image id, in the order of the json; also those of ``of_no_area``.
         has_annotations: whether the json has the key ``annotations``.
         categories: names by category id, ascending.
+        unusable: what leaves no data set: the structure of the file, or its categories.
         bad: images and annotations left out because they are wrong.
         of_no_area: annotations whose box is empty: counted by an evaluation, of no use in training.
     """
 
-    images: dict[int, JsonObject]
-    annotations: dict[int, list[JsonObject]]
-    has_annotations: bool
-    categories: dict[int, str]
-    bad: Problems
-    of_no_area: Problems
+    images: dict[int, JsonObject] = field(default_factory=dict)
+    annotations: dict[int, list[JsonObject]] = field(default_factory=dict)
+    has_annotations: bool = False
+    categories: dict[int, str] = field(default_factory=dict)
+    unusable: Problems = field(default_factory=Problems)
+    bad: Problems = field(default_factory=Problems)
+    of_no_area: Problems = field(default_factory=Problems)
 
 
 def check_coco_json(json_file: Path, image_root: Path) -> CheckedJson:
-    """Read a json and check every image and annotation in it.
+    """Read a json and check every image, category and annotation in it, but no image file.
 
     Args:
         json_file: COCO format; ``annotations`` may be absent.
         image_root: the folder that no file name may leave.
 
     Raises:
-        DatasetError: the file as a whole is unusable: unreadable, not json, not COCO's structure,
-            or with image or category ids that are no integers or not unique.
+        DatasetError: the file cannot be read, is no json, or has no object at the top.
     """
-    content = _read_object(json_file)
-    categories = _categories(content, json_file)
-    bad: Problems = defaultdict(list)
-    of_no_area: Problems = defaultdict(list)
-    images = _by_id(_entries(content, "images", json_file), "image", json_file)
-    usable = _usable_images(images, image_root, bad)
-    # A bad image stays known here, so that its annotations are not blamed as well.
-    annotations = _usable_annotations(content, json_file, images, categories, bad, of_no_area)
-    return CheckedJson(usable, annotations, "annotations" in content, categories, bad, of_no_area)
+    content = read_annotation_file(json_file)
+    checked = CheckedJson(has_annotations="annotations" in content)
+    categories = _entries(content, "categories", checked, checked.unusable)
+    known_categories = _check_categories(categories, checked)
+    images = _entries(content, "images", checked, checked.bad)
+    known_images = _check_images(images, image_root, checked)
+    if checked.has_annotations:
+        _check_annotations(
+            _entries(content, "annotations", checked, checked.bad),
+            # What is bad stays known, so that its annotations are not blamed as well.
+            known_images if isinstance(content.get("images"), list) else _Everything(),
+            known_categories if isinstance(content.get("categories"), list) else _Everything(),
+            # COCO's own 2014 minival files repeat ids; Detectron2 takes them, and so do we.
+            ids_may_repeat="minival" in json_file.name,
+            checked=checked,
+        )
+    return checked
 
 
-def _read_object(json_file: Path) -> JsonObject:
-    try:
-        content = json.loads(json_file.read_bytes())
-    except OSError as error:
-        raise DatasetError(f"{json_file}: cannot be read: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise DatasetError(f"{json_file}: is not valid json: {error}") from error
-    if not isinstance(content, dict):
-        raise DatasetError(f"{json_file}: is not COCO-format json: no object at the top")
-    return content
+class _Everything(Container[object]):
+    """What is known where the list that would say so is missing."""
+
+    def __contains__(self, _: object) -> bool:
+        return True
 
 
-def _entries(content: JsonObject, key: str, json_file: Path) -> list[JsonObject]:
-    """The list of objects under a key of the top level."""
-    if key not in content:
-        raise DatasetError(f"{json_file}: is not COCO-format json: it has no key {key!r}")
-    entries = content[key]
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise DatasetError(f"{json_file}: is not COCO-format json: {key!r} is no list of objects")
-    return entries
+def _entries(
+    content: JsonObject, key: str, checked: CheckedJson, problems: Problems
+) -> list[JsonObject]:
+    """The objects in the list under a key of the top level."""
+    entries = content.get(key)
+    if not isinstance(entries, list):
+        how = "is no list" if key in content else "is missing"
+        checked.unusable.add(
+            "key without which this is not COCO format", "{!r} {}".format, key, how
+        )
+        return []
+    for index, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            problems.add(f"entry of {key!r} that is no object", "{}[{}]".format, key, index)
+    return [entry for entry in entries if isinstance(entry, dict)]
 
 
-def _by_id(entries: list[JsonObject], what: str, json_file: Path) -> dict[int, JsonObject]:
-    found: dict[int, JsonObject] = {}
+def _check_categories(entries: list[JsonObject], checked: CheckedJson) -> set[Any]:
+    """Fill in the categories. All of them must be right: each one less would renumber the rest."""
+    counts = Counter(_plain_id(entry) for entry in entries)
     for entry in entries:
-        entry_id = entry.get("id")
-        if type(entry_id) is not int:
-            raise DatasetError(f"{json_file}: {what} with the id {entry_id!r:.80}, no integer")
-        if entry_id in found:
-            raise DatasetError(f"{json_file}: more than one {what} has the id {entry_id}")
-        found[entry_id] = entry
-    return found
-
-
-def _categories(content: JsonObject, json_file: Path) -> dict[int, str]:
-    entries = _by_id(_entries(content, "categories", json_file), "category", json_file)
-    if not entries:
-        raise DatasetError(f"{json_file}: 'categories' is empty; the classes come from there")
-    for category_id, entry in entries.items():
-        if not isinstance(entry.get("name"), str):
-            raise DatasetError(f"{json_file}: category {category_id} has no 'name'")
-    return {category_id: entries[category_id]["name"] for category_id in sorted(entries)}
-
-
-def _usable_images(
-    images: dict[int, JsonObject], image_root: Path, bad: Problems
-) -> dict[int, JsonObject]:
-    leaves_folder = _folder_guard(image_root)
-    usable = {}
-    for image_id, image in sorted(images.items()):
-        problem = _image_problem(image, leaves_folder)
+        problem = _id_problem(entry, "category", counts) or _name_problem(entry.get("name"))
         if problem:
-            bad[problem].append(f"image {image_id} ({image.get('file_name')!r:.80})")
+            checked.unusable.add(problem, _describe, "category", entry, "name")
         else:
-            usable[image_id] = image
-    return usable
+            checked.categories[entry["id"]] = entry["name"]
+    if not entries and not checked.unusable:
+        checked.unusable.add("list of classes without any", "'categories'".format)
+    checked.categories = dict(sorted(checked.categories.items()))
+    return set(counts)
+
+
+def _name_problem(name: object) -> str | None:
+    usable = isinstance(name, str) and name and _is_encodable(name)
+    return None if usable else "category without a usable 'name'"
+
+
+def _check_images(entries: list[JsonObject], image_root: Path, checked: CheckedJson) -> set[Any]:
+    """Fill in the images; of those that share an id none, as nobody knows whose the boxes are."""
+    leaves_folder = _folder_guard(image_root)
+    counts = Counter(_plain_id(entry) for entry in entries)
+    for entry in entries:
+        problem = _id_problem(entry, "image", counts) or _image_problem(entry, leaves_folder)
+        if problem:
+            checked.bad.add(problem, _describe, "image", entry, "file_name")
+        else:
+            checked.images[entry["id"]] = entry
+    checked.images = dict(sorted(checked.images.items()))
+    return set(counts)
+
+
+def _check_annotations(
+    entries: list[JsonObject],
+    image_ids: Container[object],
+    category_ids: Container[object],
+    *,
+    ids_may_repeat: bool,
+    checked: CheckedJson,
+) -> None:
+    by_image: dict[int, list[JsonObject]] = defaultdict(list)
+    ids: set[int] = set()
+    for entry in entries:
+        problem = _annotation_problem(entry, image_ids, category_ids) or _box_problem(
+            entry.get("bbox"), checked.images.get(entry["image_id"])
+        )
+        if not problem and entry["id"] in ids and not ids_may_repeat:
+            problem = "annotation with the id of another one"
+        if problem:
+            checked.bad.add(problem, _describe_annotation, entry)
+            continue
+        ids.add(entry["id"])
+        if min(entry["bbox"][2:]) == 0:
+            checked.of_no_area.add("box of zero width or height", _describe_annotation, entry)
+        by_image[entry["image_id"]].append(entry)
+    checked.annotations = by_image
+
+
+# -- ids ------------------------------------------------------------------------------------------
+
+
+def _plain_id(entry: JsonObject) -> int | str | None:
+    """The id where it can be looked up: a text is no id, but its annotations can be told by it."""
+    value = entry.get("id")
+    return value if type(value) in (int, str) else None
+
+
+def _id_problem(entry: JsonObject, what: str, counts: Counter[Any]) -> str | None:
+    if not _is_id(entry.get("id")):
+        return f"{what} without an integer 'id'"
+    return f"{what} that shares its id with another" if counts[entry["id"]] > 1 else None
+
+
+def _is_id(value: object) -> bool:
+    return type(value) is int and -_ID_LIMIT <= value < _ID_LIMIT
+
+
+def _describe(what: str, entry: JsonObject, key: str) -> str:
+    return f"{what} {shown(entry.get('id'))} ({shown(entry.get(key))})"
+
+
+# -- images ---------------------------------------------------------------------------------------
 
 
 def _folder_guard(image_root: Path) -> Callable[[str], bool]:
@@ -162,58 +222,52 @@ def _is_path(value: object) -> bool:
     return True
 
 
-def _usable_annotations(
-    content: JsonObject,
-    json_file: Path,
-    image_ids: Container[int],
-    category_ids: Container[int],
-    bad: Problems,
-    of_no_area: Problems,
-) -> dict[int, list[JsonObject]]:
-    by_image: dict[int, list[JsonObject]] = defaultdict(list)
-    ids: set[int] = set()
-    # COCO's own 2014 minival files repeat ids; Detectron2 takes them as they are, and so do we.
-    ids_may_repeat = "minival" in json_file.name
-    for entry in _entries(content, "annotations", json_file) if "annotations" in content else []:
-        problem = _annotation_problem(entry, image_ids, category_ids)
-        if not problem and entry["id"] in ids and not ids_may_repeat:
-            problem = "annotation with the id of another one"
-        if problem:
-            bad[problem].append(_name_of(entry))
-            continue
-        ids.add(entry["id"])
-        if min(entry["bbox"][2:]) == 0:
-            of_no_area["box of zero width or height"].append(_name_of(entry))
-        by_image[entry["image_id"]].append(entry)
-    return by_image
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+# -- annotations ----------------------------------------------------------------------------------
 
 
 def _annotation_problem(
-    annotation: JsonObject, image_ids: Container[int], category_ids: Container[int]
+    annotation: JsonObject, image_ids: Container[object], category_ids: Container[object]
 ) -> str | None:
-    if type(annotation.get("id")) is not int:
+    if not _is_id(annotation.get("id")):
         return "annotation without an integer 'id'"
-    if not _is_id_in(image_ids, annotation.get("image_id")):
+    if not _is_known(image_ids, annotation.get("image_id")):
         return "annotation of an unknown image"
-    if not _is_id_in(category_ids, annotation.get("category_id")):
+    if not _is_known(category_ids, annotation.get("category_id")):
         return "annotation of an unknown category"
     if annotation.get("iscrowd", 0) not in (0, 1):
         return "annotation whose 'iscrowd' is neither 0 nor 1"
     if annotation.get("ignore", 0) != 0:
         return "annotation with 'ignore', which is not supported (use 'iscrowd')"
-    return _box_problem(annotation.get("bbox"))
+    if annotation.get("area") is not None and not _is_coordinate(annotation["area"]):
+        return "annotation whose 'area' is no finite number"
+    return None
 
 
-def _is_id_in(ids: Container[int], value: object) -> bool:
-    return type(value) is int and value in ids
+def _is_known(ids: Container[object], value: object) -> bool:
+    return type(value) in (int, str) and value in ids
 
 
-def _box_problem(box: object) -> str | None:
+def _box_problem(box: Any, image: JsonObject | None) -> str | None:
+    """What is wrong with a box in COCO's XYWH; the image is None where it is bad itself."""
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_coordinate, box)):
         return "box that is not four finite numbers"
-    if min(box[2:]) < 0:
+    left, top, width, height = box
+    if min(width, height) < 0:
         return "box of negative width or height"
-    return None
+    if image is None or min(width, height) == 0:
+        return None
+    inside = (
+        left < image["width"] and top < image["height"] and left + width > 0 and top + height > 0
+    )
+    return None if inside else "box outside its image"
 
 
 def _is_coordinate(value: object) -> bool:
@@ -225,7 +279,7 @@ def _is_coordinate(value: object) -> bool:
     )
 
 
-def _name_of(annotation: JsonObject) -> str:
+def _describe_annotation(annotation: JsonObject) -> str:
     told = {"image_id": "image", "category_id": "category", "bbox": "bbox"}
-    facts = ", ".join(f"{name} {annotation.get(key)!r:.60}" for key, name in told.items())
-    return f"annotation {annotation.get('id')!r:.20} ({facts})"
+    facts = ", ".join(f"{name} {shown(annotation.get(key))}" for key, name in told.items())
+    return f"annotation {shown(annotation.get('id'))} ({facts})"

@@ -9,33 +9,26 @@ from __future__ import annotations
 
 import logging
 import signal
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from cascade_det.data.coco import CocoDataset, ImageRecord, check_same_classes
-from cascade_det.data.sampler import (
-    SampleReference,
-    TrainingBatchSampler,
-    aspect_ratio_groups,
-    augmentation_generator,
-    replacement_generator,
+from cascade_det.data.sampler import TrainingBatchSampler, aspect_ratio_groups
+from cascade_det.data.samples import (
+    AnnotatedSamples,
+    Batch,
+    Fetched,
+    Sample,
+    TestSamples,
+    TrainingSamples,
 )
-from cascade_det.data.transforms import Pixels, TrainTransform, read_image, resize_shortest_edge
+from cascade_det.data.transforms import TrainTransform
 from cascade_det.errors import DatasetError
 
 logger = logging.getLogger(__name__)
-
-Sample = dict[str, Any]
-Batch = list[Sample]
-_Reference = TypeVar("_Reference")
-
-# So many broken images in a row mean that something else is wrong, such as a disk that is gone.
-_REPLACEMENTS_TRIED = 20
 
 
 def build_train_loader(
@@ -90,7 +83,7 @@ def build_train_loader(
     groups = aspect_ratio_groups(sizes) if aspect_ratio_grouping else [0] * len(sizes)
     transform = TrainTransform(min_sizes=min_sizes, max_size=max_size, sampling=sampling, flip=flip)
     return _Loader(
-        _TrainingSamples(
+        TrainingSamples(
             records,
             transform,
             image_format,
@@ -144,7 +137,7 @@ def build_test_loader(
     rank, processes = share
     total = len(dataset.records)
     records = dataset.records[total * rank // processes : total * (rank + 1) // processes]
-    samples = _AnnotatedSamples if annotated else _TestSamples
+    samples = AnnotatedSamples if annotated else TestSamples
     return _Loader(
         samples(records, min_sizes[0], max_size, image_format),
         batch_size=images_per_batch,
@@ -154,17 +147,15 @@ def build_test_loader(
 
 def _training_records(datasets: Sequence[CocoDataset], filter_empty: bool) -> list[ImageRecord]:
     records = [record for dataset in datasets for record in dataset.records]
-    if filter_empty:
-        total = len(records)
-        records = [record for record in records if not record.iscrowd.all()]
-        logger.info("%d of %d images have boxes to train on", len(records), total)
-    if not records:
+    with_boxes = [record for record in records if not record.iscrowd.all()]
+    if not with_boxes:
         names = ", ".join(repr(dataset.source.name) for dataset in datasets)
         raise DatasetError(
-            f"nothing to train on in {names or 'no data set'}: there is no image"
-            + (" with a box that is not a crowd" if filter_empty else "")
+            f"nothing to train on in {names or 'no data set'}: none of {len(records)} images has a "
+            "box that is not a crowd"
         )
-    return records
+    logger.info("%d of %d images have boxes to train on", len(with_boxes), len(records))
+    return with_boxes if filter_empty else records
 
 
 def _loader_arguments(num_workers: int) -> dict[str, Any]:
@@ -178,7 +169,7 @@ def _loader_arguments(num_workers: int) -> dict[str, Any]:
     }
 
 
-def _as_it_is(fetched: _Fetched) -> _Fetched:
+def _as_it_is(fetched: Fetched) -> Fetched:
     return fetched
 
 
@@ -188,15 +179,6 @@ def _ignore_interrupt(worker: int) -> None:
     It ends its workers itself when it is done, with the batches that it still wants.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-class _Fetched(NamedTuple):
-    """What a worker hands over: a batch, or the error that ends the loading."""
-
-    batch: Batch
-    # Messages about broken images that others of the batch stand in for.
-    replaced: list[str]
-    error: DatasetError | None = None
 
 
 class _Loader(DataLoader[Sample]):
@@ -219,149 +201,3 @@ class _Loader(DataLoader[Sample]):
                         len(known),
                     )
             yield fetched.batch
-
-
-class _Samples(Dataset[Sample], Generic[_Reference], ABC):
-    """Makes samples, a batch at a time; a user's error is handed to :class:`_Loader`."""
-
-    @abstractmethod
-    def __getitem__(self, reference: _Reference) -> Sample: ...
-
-    def __getitems__(self, references: list[_Reference]) -> _Fetched:
-        replaced: list[str] = []
-        try:
-            batch = [self._make(reference, replaced) for reference in references]
-        except DatasetError as error:
-            return _Fetched([], replaced, error)
-        return _Fetched(batch, replaced)
-
-    def _make(self, reference: _Reference, replaced: list[str]) -> Sample:
-        return self[reference]
-
-
-class _TrainingSamples(_Samples[SampleReference]):
-    def __init__(
-        self,
-        records: list[ImageRecord],
-        transform: TrainTransform,
-        image_format: str,
-        seed: int,
-        *,
-        groups: Sequence[int],
-        replace_broken: bool,
-    ) -> None:
-        self.records = records
-        self.transform = transform
-        self.image_format = image_format
-        self.seed = seed
-        self.groups = np.asarray(groups)
-        self.replace_broken = replace_broken
-
-    def __getitem__(self, reference: SampleReference) -> Sample:
-        position, index = reference
-        return _annotated_sample(
-            self.records[index],
-            self.transform,
-            self.image_format,
-            augmentation_generator(self.seed, position),
-        )
-
-    def _make(self, reference: SampleReference, replaced: list[str]) -> Sample:
-        try:
-            return self[reference]
-        except DatasetError as error:
-            if not self.replace_broken:
-                raise
-            replaced.append(str(error))
-            return self._replacement(reference, replaced)
-
-    def _replacement(self, reference: SampleReference, replaced: list[str]) -> Sample:
-        """The first readable one of some other images of the same group, drawn by position."""
-        position, broken = reference
-        others = np.flatnonzero(self.groups == self.groups[broken])
-        generator = replacement_generator(self.seed, position)
-        for index in generator.permutation(others[others != broken])[:_REPLACEMENTS_TRIED].tolist():
-            try:
-                return self[position, index]
-            except DatasetError as error:
-                replaced.append(str(error))
-        raise DatasetError(
-            f"no image could be read in place of a broken one, the last said: {replaced[-1]}"
-        )
-
-
-class _TestSamples(_Samples[int]):
-    def __init__(
-        self, records: list[ImageRecord], short_edge: int, max_size: int, image_format: str
-    ) -> None:
-        self.records = records
-        self.short_edge = short_edge
-        self.max_size = max_size
-        self.image_format = image_format
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, reference: int) -> Sample:
-        record = self.records[reference]
-        image = _read(record, self.image_format)
-        return _sample(record, resize_shortest_edge(image, self.short_edge, self.max_size))
-
-
-class _AnnotatedSamples(_TestSamples):
-    """The same with boxes and classes, for losses on images as they are tested."""
-
-    def __init__(
-        self, records: list[ImageRecord], short_edge: int, max_size: int, image_format: str
-    ) -> None:
-        super().__init__(records, short_edge, max_size, image_format)
-        self.transform = TrainTransform(
-            min_sizes=(short_edge,), max_size=max_size, sampling="choice", flip="none"
-        )
-
-    def __getitem__(self, reference: int) -> Sample:
-        nothing_to_draw = np.random.default_rng(0)
-        return _annotated_sample(
-            self.records[reference], self.transform, self.image_format, nothing_to_draw
-        )
-
-
-def _annotated_sample(
-    record: ImageRecord,
-    transform: TrainTransform,
-    image_format: str,
-    generator: np.random.Generator,
-) -> Sample:
-    usable = ~record.iscrowd
-    image, boxes, classes = transform(
-        _read(record, image_format), record.boxes[usable], record.classes[usable], generator
-    )
-    return {
-        **_sample(record, image),
-        "gt_boxes": torch.from_numpy(boxes),
-        "gt_classes": torch.from_numpy(classes),
-    }
-
-
-def _read(record: ImageRecord, image_format: str) -> Pixels:
-    image = read_image(record.file_name, image_format)
-    height, width = image.shape[:2]
-    if (height, width) != (record.height, record.width):
-        raise DatasetError(
-            f"{record.file_name}: the image is {width}x{height} pixels (width x height, upright), "
-            f"but the json says {record.width}x{record.height} for image {record.image_id}. "
-            "Correct the json: its boxes would be in the wrong place."
-        )
-    return image
-
-
-def _sample(record: ImageRecord, image: Pixels) -> Sample:
-    # np.array and not ascontiguousarray: always a writable copy, which torch asks for.
-    channels_first = np.array(image.transpose(2, 0, 1), order="C")
-    return {
-        "image": torch.from_numpy(channels_first),
-        "height": record.height,
-        "width": record.width,
-        "image_id": record.image_id,
-        "file_name": record.file_name,
-    }

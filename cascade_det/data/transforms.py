@@ -60,6 +60,7 @@ def read_image(path: str, image_format: str) -> Pixels:
             # Remarks of Pillow about EXIF data or size: either it decodes the file or it raises.
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
+                image.load()  # Turns TIFFs upright by itself, so only then is there less to do.
                 rgb = _to_rgb(_upright(image))
                 # Pillow writes either order; numpy would take longer to reverse than to decode.
                 pixels = bytearray(rgb.tobytes("raw", image_format))

@@ -7,6 +7,7 @@ from fvcore.common.config import CfgNode
 from cascade_det import config
 from cascade_det.data.catalog import find_dataset
 from cascade_det.data.coco import CocoDataset, load_dataset
+from cascade_det.engine import distributed
 from cascade_det.errors import ConfigError, DatasetError
 
 
@@ -25,6 +26,8 @@ def load_datasets(cfg: CfgNode, *, train: bool) -> list[CocoDataset]:
             find_dataset(name, arguments["own_datasets"]),
             arguments["on_bad_data"],
             keep_ground_truth=not train,
+            share=(distributed.rank(), distributed.world_size()),
+            gather=distributed.all_gather,
         )
         for name in arguments["names"]
     ]

@@ -30,11 +30,20 @@ class CocoMaker:
         return {key: value for key, value in (entry | changes).items() if value is not None}
 
     def write(self, images, annotations=(), *, name="set", categories=categories):
-        """Write ``name.json``, without pictures; ``annotations=None`` leaves the key out."""
+        """Write ``name.json`` and a picture for every image that keeps its usual name and size.
+
+        ``annotations`` or ``categories`` of None leave the key out.
+        """
         content = {"images": images, "categories": categories, "annotations": annotations}
-        if annotations is None:
-            del content["annotations"]
-        return self.write_text(json.dumps(content), name=name)
+        content = {key: value for key, value in content.items() if value is not None}
+        source = self.write_text(json.dumps(content), name=name)
+        self.draw(source, [entry for entry in images if self._is_usual(entry)])
+        return source
+
+    def _is_usual(self, image):
+        return image.get("file_name") == f"{image['id']}.png" and all(
+            isinstance(image.get(side), int) and image[side] > 0 for side in ("height", "width")
+        )
 
     def write_text(self, text, *, name="set"):
         """Write a json of any text."""
@@ -48,7 +57,8 @@ class CocoMaker:
         """Write a picture of noise for each image."""
         for image in images:
             size = (image["height"], image["width"], 3)
-            pixels = np.random.default_rng(image["id"]).integers(0, 256, size, np.uint8)
+            generator = np.random.default_rng(list(str(image["id"]).encode()))
+            pixels = generator.integers(0, 256, size, np.uint8)
             Image.fromarray(pixels).save(source.image_root / image["file_name"])
 
 

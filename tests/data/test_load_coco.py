@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import logging
+import os
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from cascade_det.data import annotation_file
 from cascade_det.data.catalog import find_dataset
 from cascade_det.data.coco import check_same_classes, load_dataset
 from cascade_det.errors import DatasetError
@@ -60,6 +63,7 @@ def test_inner_folders_and_links_inside_are_fine(coco):
         [coco.image(1, file_name="sub/../sub/a.png"), coco.image(2, file_name="link.png")]
     )
     (source.image_root / "sub").mkdir()
+    Image.new("RGB", (40, 30)).save(source.image_root / "sub" / "a.png")
     (source.image_root / "link.png").symlink_to(source.image_root / "sub" / "a.png")
     assert len(load_dataset(source).records) == 2
 
@@ -115,6 +119,12 @@ BAD_BOXES = {
     "beyond float32": {"bbox": [1, 2, 10**400, 4]},
     "negative width": {"bbox": [1, 2, -3, 4]},
     "negative height": {"bbox": [1, 2, 3, -4]},
+    "outside (left)": {"bbox": [-9, 2, 9, 4]},
+    "outside (right)": {"bbox": [40, 2, 3, 4]},
+    "outside (above)": {"bbox": [3, -5, 3, 4]},
+    "outside (below)": {"bbox": [3, 30.5, 3, 4]},
+    "area": {"area": "9"},
+    "area (not a number)": {"area": NAN},
     "iscrowd": {"iscrowd": 2},
     "ignore": {"ignore": 1},
 }
@@ -125,6 +135,8 @@ SAID = {
     "id that another has": "annotation with the id of another one",
     "negative width": "box of negative width or height",
     "negative height": "box of negative width or height",
+    "outside": "box outside its image",
+    "area": "annotation whose 'area' is no finite number",
     "iscrowd": "annotation whose 'iscrowd' is neither 0 nor 1",
     "ignore": "annotation with 'ignore', which is not supported (use 'iscrowd')",
 }
@@ -206,6 +218,79 @@ def test_boxes_of_no_area_are_left_out_with_a_warning(coco, caplog):
     assert "2 x box of zero width or height: annotation 1" in caplog.text
 
 
+def test_ground_truth_is_kept_where_asked_for(coco):
+    """Checked against the definition: all usable entries, boxes of no area among them."""
+    boxes = [
+        coco.box(5, 2, (1, 2, 3, 4), area=7.5, segmentation=[[1, 2, 3, 4, 5, 6]]),
+        coco.box(6, 2, (1, 2, 0, 4), iscrowd=1, area=None),
+        coco.box(7, 1, (1, 2, -1, 4)),
+        coco.box(8, 3),
+    ]
+    source = coco.write([coco.image(2), coco.image(1), coco.image(3)], boxes)
+    (source.image_root / "3.png").unlink()
+    assert load_dataset(source, "skip").ground_truth == {}
+    dataset = load_dataset(source, "skip", keep_ground_truth=True)
+    assert dataset.ground_truth == {
+        "images": [coco.image(1), coco.image(2)],
+        "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}],
+        "annotations": [
+            {
+                "id": 5,
+                "image_id": 2,
+                "category_id": 3,
+                "bbox": [1, 2, 3, 4],
+                "area": 7.5,
+                "iscrowd": 0,
+            },
+            {
+                "id": 6,
+                "image_id": 2,
+                "category_id": 3,
+                "bbox": [1, 2, 0, 4],
+                "area": 0,
+                "iscrowd": 1,
+            },
+        ],
+    }
+    assert dataset.left_out == {"box of negative width or height": 1, "missing image file": 1}
+    assert [len(record.boxes) for record in dataset.records] == [0, 1]
+
+
+def test_ground_truth_of_a_json_without_annotations_has_none(coco):
+    dataset = load_dataset(coco.write([coco.image(1)], None), keep_ground_truth=True)
+    assert sorted(dataset.ground_truth) == ["categories", "images"]
+
+
+def test_processes_that_check_a_part_each_find_the_same(coco):
+    """Two processes by turns: what the first found is handed to the second, and the reverse."""
+    images = [coco.image(number) for number in range(1, 8)]
+    source = coco.write(images, [coco.box(n, n) for n in range(1, 8)])
+    for number in (2, 5, 6):
+        (source.image_root / f"{number}.png").unlink()
+    found = {}
+
+    def keep(rank):
+        return lambda mine: found.setdefault(rank, mine) and [mine]
+
+    for rank in (0, 1):
+        load_dataset(source, "skip", share=(rank, 2), gather=keep(rank))
+    assert sorted([*found[0], *found[1]]) == [2, 5, 6]
+    assert found[0]
+    assert found[1]
+    for rank in (0, 1):
+        both = [found[0], found[1]]
+        dataset = load_dataset(source, "skip", share=(rank, 2), gather=lambda _, both=both: both)
+        assert [record.image_id for record in dataset.records] == [1, 3, 4, 7]
+        assert dataset.left_out == {"missing image file": 3}
+
+
+def test_a_wrong_folder_is_recognised(coco):
+    source = coco.write([coco.image(1)], [coco.box(1, 1)])
+    (source.image_root / "1.png").unlink()
+    with pytest.raises(DatasetError, match=r"No image is there: is .*/set their folder\?"):
+        load_dataset(source)
+
+
 def test_good_data_is_not_warned_about(coco, caplog):
     with caplog.at_level(logging.WARNING):
         load_dataset(coco.write([coco.image(1)], [coco.box(1, 1)]))
@@ -221,29 +306,40 @@ def test_minival_may_repeat_annotation_ids(coco):
 # -- bad files ------------------------------------------------------------------------------------
 
 
+CATEGORY = '"categories": [{"id": 1, "name": "a"}]'
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("", "not valid json"),
         ('{"images": [', "not valid json"),
         ("[" * 100_000, "not valid json"),
+        ("\0" * 9, "not valid json"),
+        ('{"images": ' + "1" * 5000 + "}", r"not valid json|'images' is no list"),
         ("[]", "no object at the top"),
-        ("{}", "no key 'categories'"),
-        ('{"categories": [], "images": []}', "'categories' is empty"),
-        ('{"categories": [{"id": 1}], "images": []}', "category 1 has no 'name'"),
-        ('{"categories": [{"id": "1", "name": "a"}], "images": []}', "'1', no integer"),
+        ("{}", "2 x key without which .* not COCO format: 'categories' is missing, 'images' is"),
+        ('{"categories": [], "images": []}', "list of classes without any: 'categories'"),
+        ('{"categories": [3], "images": []}', r"entry of 'categories' that is no object: .*\[0\]"),
+        (
+            '{"categories": [{"id": 1}], "images": []}',
+            "category without a usable 'name': category 1",
+        ),
+        (
+            '{"categories": [{"id": 1, "name": "\\ud800"}], "images": []}',
+            "category without a usable 'name': category 1",
+        ),
+        (
+            '{"categories": [{"id": "1", "name": "a"}], "images": []}',
+            "category without an integer 'id': category '1'",
+        ),
         (
             '{"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}], "images": []}',
-            "more than one category has the id 1",
+            r"2 x category that shares its id with another: category 1 \('a'\), category 1 \('b'\)",
         ),
-        ('{"categories": [{"id": 1, "name": "a"}]}', "no key 'images'"),
-        ('{"categories": [{"id": 1, "name": "a"}], "images": {}}', "'images' is no list"),
-        ('{"categories": [{"id": 1, "name": "a"}], "images": [3]}', "'images' is no list"),
-        ('{"categories": [{"id": 1, "name": "a"}], "images": [{}]}', "id None, no integer"),
-        (
-            '{"categories": [{"id": 1, "name": "a"}], "images": [], "annotations": 3}',
-            "'annotations' is no list",
-        ),
+        (f"{{{CATEGORY}}}", "'images' is missing"),
+        (f'{{{CATEGORY}, "images": {{}}}}', "'images' is no list"),
+        (f'{{{CATEGORY}, "images": [], "annotations": 3}}', "'annotations' is no list"),
     ],
 )
 def test_files_that_are_not_coco(coco, text, said):
@@ -252,19 +348,111 @@ def test_files_that_are_not_coco(coco, text, said):
         with pytest.raises(DatasetError, match=said) as caught:
             load_dataset(source, on_bad_data)
         assert str(source.json_file) in str(caught.value)
+        assert "CASCADE.ON_BAD_DATA" not in str(caught.value)
 
 
-def test_duplicate_image_ids_cannot_be_skipped(coco):
-    source = coco.write([coco.image(4), coco.image(4)])
-    with pytest.raises(DatasetError, match="more than one image has the id 4"):
-        load_dataset(source, "skip")
+def test_what_is_wrong_with_the_whole_and_with_entries_is_told_together(coco):
+    categories = [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]
+    annotations = [coco.box(1, 5, (1, 1, -3, 3), category_id=1), coco.box(2, 6, category_id=8)]
+    images = [coco.image(5), coco.image(7)]
+    source = coco.write(images, annotations, categories=categories)
+    (source.image_root / "7.png").unlink()
+    with pytest.raises(DatasetError) as caught:
+        load_dataset(source)
+    lines = str(caught.value).splitlines()
+    assert [line.split(":")[0].strip() for line in lines[1:-1]] == [
+        "2 x category that shares its id with another",
+        "1 x box of negative width or height",
+        "1 x annotation of an unknown image",
+        "1 x missing image file",
+    ]
+
+
+def test_without_categories_annotations_are_not_blamed_for_theirs(coco):
+    source = coco.write([coco.image(1)], [coco.box(1, 1)], categories=None)
+    with pytest.raises(DatasetError) as caught:
+        load_dataset(source)
+    assert str(caught.value).count(" x ") == 1
+
+
+def test_images_that_share_an_id_are_left_out_with_their_boxes(coco):
+    """Nobody knows whose the boxes are."""
+    images = [coco.image(4), coco.image(4), coco.image(5)]
+    source = coco.write(images, [coco.box(1, 4), coco.box(2, 5)])
+    with pytest.raises(DatasetError, match="2 x image that shares its id with another: image 4"):
+        load_dataset(source)
+    assert [record.image_id for record in load_dataset(source, "skip").records] == [5]
+
+
+@pytest.mark.parametrize("image_id", ["1", "abc", None, 1.5, 2**63])
+def test_images_without_an_integer_id(coco, image_id):
+    """Their annotations are not blamed as well where they can be told."""
+    images = [coco.image(9), coco.image(1) | {"id": image_id}]
+    boxes = [coco.box(1, 9), *([coco.box(2, image_id)] if isinstance(image_id, str) else [])]
+    source = coco.write(images, boxes)
+    with pytest.raises(DatasetError, match="1 x image without an integer 'id': image") as caught:
+        load_dataset(source)
+    assert str(caught.value).count(" x ") == 1
+    assert len(load_dataset(source, "skip").records) == 1
+
+
+def test_gaps_in_ids_are_fine(coco):
+    categories = [{"id": 90, "name": "last"}, {"id": -4, "name": "first"}]
+    images = [coco.image(10**12), coco.image(0), coco.image(-5)]
+    boxes = [coco.box(7 * n, image["id"], category_id=90) for n, image in enumerate(images)]
+    dataset = load_dataset(coco.write(images, boxes, categories=categories))
+    assert [record.image_id for record in dataset.records] == [-5, 0, 10**12]
+    assert dataset.category_ids == (-4, 90)
+    assert [record.classes.tolist() for record in dataset.records] == [[1]] * 3
+
+
+def test_categories_without_a_box_are_a_remark(coco, caplog):
+    with caplog.at_level(logging.INFO):
+        load_dataset(coco.write([coco.image(1)], [coco.box(1, 1)]))
+    assert "no box of 1 of 2 categories: dog" in caplog.text
+    assert {record.levelname for record in caplog.records} == {"INFO"}
 
 
 def test_missing_json(coco):
     source = coco.write([])
     source.json_file.unlink()
-    with pytest.raises(DatasetError, match=r"set\.json: cannot be read"):
+    with pytest.raises(DatasetError, match=r"set\.json: there is no such file"):
         load_dataset(source)
+
+
+def test_a_pipe_is_not_waited_for(coco):
+    source = coco.write([])
+    source.json_file.unlink()
+    os.mkfifo(source.json_file)
+    with pytest.raises(DatasetError, match=r"set\.json: there is no such file"):
+        load_dataset(source)
+
+
+def test_json_that_does_not_fit_in_memory_is_not_read(coco, monkeypatch):
+    source = coco.write([coco.image(1)], [coco.box(1, 1)])
+    size = source.json_file.stat().st_size
+    monkeypatch.setattr(annotation_file, "available_memory", lambda: 10 * size)
+    load_dataset(source)
+    monkeypatch.setattr(annotation_file, "available_memory", lambda: 2 * size)
+    with pytest.raises(
+        DatasetError, match=r"set\.json: reading it takes .* of memory, and .* free"
+    ):
+        load_dataset(source)
+
+
+def test_memory_is_what_the_container_has_left(tmp_path, monkeypatch):
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 900 kB\nMemAvailable:    500 kB\n")
+    monkeypatch.setattr(annotation_file, "_MEMINFO", meminfo)
+    monkeypatch.setattr(annotation_file, "_CGROUP", tmp_path)
+    assert annotation_file.available_memory() == 500 * 1024
+    (tmp_path / "memory.stat").write_text("anon 1000\nfile 5000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert annotation_file.available_memory() == 500 * 1024
+    (tmp_path / "memory.max").write_text("7000\n")
+    assert annotation_file.available_memory() == 6000
+    meminfo.unlink()
+    assert annotation_file.available_memory() is None
 
 
 def test_on_bad_data_has_two_values(coco):

@@ -2,6 +2,9 @@
 
 import itertools
 import logging
+import multiprocessing
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from cascade_det.data.catalog import find_dataset
 from cascade_det.data.coco import load_dataset
 from cascade_det.data.loader import build_test_loader, build_train_loader
 from cascade_det.data.transforms import read_image, resize_shortest_edge
-from cascade_det.errors import DatasetError
+from cascade_det.errors import ConfigError, DatasetError
 
 TRAIN = {
     "min_sizes": (16, 24, 32),
@@ -183,19 +186,15 @@ def test_sets_of_different_classes_cannot_be_mixed(coco, dataset):
         build_train_loader([dataset, other], **TRAIN)
 
 
+@pytest.mark.parametrize("filter_empty", [True, False])
 @pytest.mark.parametrize(
-    ("images", "boxes", "filter_empty", "said"),
-    [
-        ([], [], False, "no image$"),
-        ([1], [], True, "no image with a box"),
-        ([1], None, True, "no image with a box"),
-        ([1], [{"iscrowd": 1}], True, "no image with a box that is not a crowd"),
-    ],
+    ("images", "boxes"), [([], []), ([1], []), ([1], None), ([1], [{"iscrowd": 1}])]
 )
-def test_nothing_to_train_on(coco, images, boxes, filter_empty, said):
+def test_nothing_to_train_on(coco, images, boxes, filter_empty):
     entries = None if boxes is None else [coco.box(1, 1, **changes) for changes in boxes]
     empty = load_dataset(coco.write([coco.image(number) for number in images], entries))
-    with pytest.raises(DatasetError, match=f"nothing to train on in 'set'.*{said}"):
+    said = f"nothing to train on in 'set': none of {len(images)} images has a box"
+    with pytest.raises(DatasetError, match=said):
         build_train_loader([empty], **TRAIN | {"filter_empty": filter_empty})
 
 
@@ -285,6 +284,136 @@ def test_errors_reach_the_user_as_they_were(dataset, how, num_workers):
             take(loader, 20)
         assert str(caught.value).startswith(f"{path}: ")
         assert "Traceback" not in str(caught.value)
+
+
+def broken(dataset, *image_ids):
+    for image_id in image_ids:
+        path = dataset.source.image_root / f"{image_id}.png"
+        path.write_bytes(path.read_bytes()[:300])
+
+
+SKIP = {"on_bad_data": "skip"}
+
+
+@pytest.mark.parametrize("grouping", [True, False])
+def test_broken_images_are_replaced_and_nothing_else_changes(dataset, caplog, grouping):
+    arguments = TRAIN | SKIP | {"aspect_ratio_grouping": grouping}
+    whole = take(build_train_loader([dataset], **arguments), 30)
+    broken(dataset, 2, 3)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        replaced = take(build_train_loader([dataset], **arguments), 30)
+    stand_ins = set()
+    for before, after in zip(itertools.chain(*whole), itertools.chain(*replaced), strict=True):
+        if before["image_id"] not in (2, 3):
+            assert_same_batches([[before]], [[after]])
+            continue
+        stand_ins.add((before["image_id"], after["image_id"]))
+        if grouping:
+            assert (after["width"] > after["height"]) == (before["width"] > before["height"])
+    by_group = {(2, 4), (3, 1), (3, 5)}
+    everything = {(broken, other) for broken in (2, 3) for other in (1, 4, 5)}
+    assert stand_ins == (by_group if grouping else everything)
+    for number in (2, 3):  # each once, however often it was met
+        assert caplog.text.count(f"{number}.png: cannot be read as an image") == 1
+    assert "broken images so far: 2" in caplog.text
+
+
+def test_replacements_do_not_depend_on_workers_resuming_or_processes(dataset, caplog):
+    broken(dataset, 2, 3)
+    arguments = TRAIN | SKIP | {"images_per_batch": 4, "aspect_ratio_grouping": False}
+    alone = take(build_train_loader([dataset], **arguments), 9)
+    with caplog.at_level(logging.WARNING):
+        caplog.clear()
+        helped = take(build_train_loader([dataset], **arguments | {"num_workers": 2}), 9)
+    assert "Another image is trained on in its place" in caplog.text
+    assert_same_batches(helped, alone)
+    assert_same_batches(
+        take(build_train_loader([dataset], **arguments, start_batch=5), 4), alone[5:]
+    )
+    parts = [
+        take(build_train_loader([dataset], **arguments, share=(rank, 2)), 9) for rank in (0, 1)
+    ]
+    assert_same_batches([one + other for one, other in zip(*parts, strict=True)], alone)
+
+
+def test_when_no_image_can_be_read_it_ends(dataset):
+    broken(dataset, *range(1, 8))
+    with pytest.raises(DatasetError, match="no image could be read in place of a broken one"):
+        take(build_train_loader([dataset], **TRAIN | SKIP), 1)
+
+
+# -- several processes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 6])
+def test_processes_take_their_parts_of_every_batch(dataset, processes):
+    arguments = TRAIN | {"images_per_batch": 6}
+    whole = take(build_train_loader([dataset], **arguments), 5)
+    parts = [
+        take(build_train_loader([dataset], **arguments, share=(rank, processes)), 5)
+        for rank in range(processes)
+    ]
+    together = [list(itertools.chain(*batches)) for batches in zip(*parts, strict=True)]
+    assert_same_batches(together, whole)
+    assert {len(batch) for part in parts for batch in part} == {6 // processes}
+
+
+def test_processes_that_cannot_share_a_batch(dataset):
+    with pytest.raises(ConfigError, match=r"SOLVER.IMS_PER_BATCH is 2, .* a multiple of 4"):
+        build_train_loader([dataset], **TRAIN, share=(0, 4))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 7, 9])
+def test_processes_test_every_image_once(dataset, processes):
+    whole = [
+        list(build_test_loader(dataset, **TEST, share=(r, processes))) for r in range(processes)
+    ]
+    samples = [sample["image_id"] for batches in whole for batch in batches for sample in batch]
+    assert samples == list(range(1, 8))
+    sizes = [sum(map(len, batches)) for batches in whole]
+    assert max(sizes) - min(sizes) <= 1
+
+
+# -- losses on a test set -------------------------------------------------------------------------
+
+
+def test_annotated_test_samples_are_the_same_with_boxes(dataset):
+    """Boxes scale with the image, without crowds: from the records, by the rule of three."""
+    plain = list(itertools.chain(*build_test_loader(dataset, **TEST)))
+    annotated = list(itertools.chain(*build_test_loader(dataset, **TEST, annotated=True)))
+    assert len(annotated) == 7
+    for record, one, other in zip(dataset.records, plain, annotated, strict=True):
+        boxes, classes = other.pop("gt_boxes"), other.pop("gt_classes")
+        assert_same_batches([[one]], [[other]])
+        height, width = one["image"].shape[1:]
+        scale = np.array([width / record.width, height / record.height] * 2)
+        wanted = record.boxes[~record.iscrowd] * scale
+        torch.testing.assert_close(boxes, torch.tensor(wanted, dtype=torch.float32))
+        assert classes.tolist() == record.classes[~record.iscrowd].tolist()
+
+
+# -- interruption ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["train", "test"])
+def test_workers_leave_ctrl_c_to_the_main_process(dataset, kind):
+    """As a terminal does it: the signal reaches the workers as well, and batches go on coming."""
+    arguments = {"num_workers": 2, "images_per_batch": 1}
+    loader = (
+        build_train_loader([dataset], **TRAIN | arguments)
+        if kind == "train"
+        else build_test_loader(dataset, **TEST | arguments)
+    )
+    batches = iter(loader)
+    seen = [next(batches), next(batches)]  # one from each, so that both are up
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGINT)
+    seen += itertools.islice(batches, 5)
+    assert len(seen) == 7
+    assert all(worker.is_alive() for worker in workers) or kind == "test"
 
 
 # -- real data ------------------------------------------------------------------------------------

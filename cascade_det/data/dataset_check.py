@@ -1,0 +1,53 @@
+"""The whole check of a data set, json and image files, before anything runs on it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from cascade_det.data.catalog import DatasetSource
+from cascade_det.data.coco_json import CheckedJson, check_coco_json
+from cascade_det.data.image_check import ImageEntry, find_bad_images
+
+
+def check_dataset(
+    source: DatasetSource,
+    *,
+    decode: bool = False,
+    share: tuple[int, int] = (0, 1),
+    gather: Callable[[Any], list[Any]] = lambda findings: [findings],
+) -> CheckedJson:
+    """Check a json and the files of its images; images whose file is bad are among ``bad``.
+
+    Args:
+        source: the json and the folder of its images.
+        decode: see :func:`find_bad_images`, as for ``share`` and ``gather``.
+        share: see ``decode``.
+        gather: see ``decode``.
+
+    Raises:
+        DatasetError: the json cannot be read at all.
+    """
+    checked = check_coco_json(source.json_file, source.image_root)
+    entries = [
+        ImageEntry(
+            image_id,
+            os.path.join(source.image_root, image["file_name"]),
+            image["height"],
+            image["width"],
+        )
+        for image_id, image in checked.images.items()
+    ]
+    found = find_bad_images(
+        entries,
+        decode=decode,
+        share=share,
+        gather=gather,
+        progress=f"checking the images of {source.name}",
+    )
+    for image_id in checked.images.keys() & found.keys():
+        del checked.images[image_id]
+    for _, (kind, detail) in sorted(found.items()):
+        checked.bad.add(kind, str, detail)
+    return checked

@@ -1,0 +1,263 @@
+#!/usr/bin/env python3
+"""Fetch COCO 2017 and unpack it where the configurations look for it.
+
+    python datasets/prepare_coco.py --splits val
+
+Interrupted, it goes on where it was when it is started again; what is there already is left alone.
+The training images take 19 GB, and as much again until their archive is unpacked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import stat
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from zipfile import ZipFile, ZipInfo
+
+from tqdm import tqdm
+
+from cascade_det.engine.downloads import download
+from cascade_det.errors import CascadeDetError, DatasetError
+
+BASE_URL = "http://images.cocodataset.org"
+
+
+@dataclass(frozen=True)
+class Archive:
+    """One of COCO's zip files.
+
+    Attributes:
+        path: below the address of the server.
+        size: bytes.
+        sha256: of the file.
+        unpacked: about how many bytes are unpacked from it; twice as many are refused.
+    """
+
+    path: str
+    size: int
+    sha256: str
+    unpacked: int
+
+
+ANNOTATIONS = Archive(
+    "annotations/annotations_trainval2017.zip",
+    252_907_541,
+    "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268",
+    500_000_000,
+)
+IMAGES = {
+    "train": Archive(
+        "zips/train2017.zip",
+        19_336_861_798,
+        "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929",
+        19_400_000_000,
+    ),
+    "val": Archive(
+        "zips/val2017.zip",
+        815_585_330,
+        "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
+        820_000_000,
+    ),
+}
+COUNTS = {"train": 118_287, "val": 5_000}  # images
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line and prepare the data set."""
+    parser = argparse.ArgumentParser(description="Fetch and unpack COCO 2017.")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(os.environ.get("DETECTRON2_DATASETS", "datasets")),
+        help="the folder of data sets, in which coco/ is made ($DETECTRON2_DATASETS or datasets)",
+    )
+    parser.add_argument("--splits", nargs="+", choices=list(IMAGES), default=list(IMAGES))
+    parser.add_argument("--base-url", default=BASE_URL, help=f"of a mirror ({BASE_URL})")
+    parser.add_argument(
+        "--keep-archives", action="store_true", help="do not delete the zip files after unpacking"
+    )
+    values = parser.parse_args(arguments)
+    try:
+        prepare_coco(
+            values.output,
+            values.splits,
+            base_url=values.base_url,
+            keep_archives=values.keep_archives,
+        )
+    except CascadeDetError as error:
+        raise SystemExit(str(error)) from error
+    print(f"{values.output / 'coco'}: {' and '.join(values.splits)} complete")
+
+
+def prepare_coco(
+    output: str | Path,
+    splits: Iterable[str] = ("val", "train"),
+    *,
+    base_url: str = BASE_URL,
+    keep_archives: bool = False,
+) -> None:
+    """Make ``coco/annotations``, ``coco/train2017`` and ``coco/val2017`` in ``output``.
+
+    Of the annotations only ``instances_*.json`` are unpacked. An archive that lies in ``coco``
+    already is used as it is, so it may be brought by other means.
+
+    Args:
+        output: the folder of data sets.
+        splits: ``"train"``, ``"val"`` or both.
+        base_url: of a server with COCO's folders ``zips`` and ``annotations``.
+        keep_archives: do not delete the zip files when they are unpacked.
+
+    Raises:
+        DownloadError: an archive cannot be fetched.
+        DatasetError: the disk has no room, an archive is damaged or unsafe, or something is missing
+            in it.
+    """
+    folder = Path(output, "coco")
+    splits = sorted(set(splits), key=COUNTS.__getitem__)
+    annotations = [f"annotations/instances_{split}2017.json" for split in splits]
+    work: list[tuple[Archive, str]] = []  # with the names of what is wanted of it
+    if not all((folder / name).is_file() for name in annotations):
+        work.append((ANNOTATIONS, "|".join(re.escape(name) for name in annotations)))
+    for split in splits:
+        if _count(folder / f"{split}2017") < COUNTS[split]:
+            work.append((IMAGES[split], rf"{split}2017/[^/]+\.jpg"))
+    _check_room(folder, [archive for archive, _ in work])
+    for archive, wanted in work:
+        path = folder / PurePosixPath(archive.path).name
+        download(f"{base_url.rstrip('/')}/{archive.path}", path, sha256=archive.sha256)
+        unpack(path, folder, wanted, limit=2 * archive.unpacked)
+        if not keep_archives:
+            path.unlink()
+            Path(f"{path}.lock").unlink(missing_ok=True)
+    for split in splits:
+        _check_split(folder, split)
+
+
+def unpack(path: Path, folder: Path, wanted: str, *, limit: int) -> None:
+    """Unpack what is missing of a zip file; nothing ever lands outside of ``folder``.
+
+    Every file appears whole and with the checksum that the archive has for it. Files that are there
+    with this checksum are left alone, others are replaced.
+
+    Args:
+        path: the zip file.
+        folder: where its names begin.
+        wanted: a regular expression for the whole names of the files to unpack.
+        limit: bytes that these files may have together.
+
+    Raises:
+        DatasetError: names the archive and what is wrong with it; a name that is absolute or leads
+            upwards, a link, or more bytes than ``limit``, are refused before anything is unpacked.
+    """
+    try:
+        with ZipFile(path) as archive:
+            members = _safe_members(archive, path)
+            members = [member for member in members if re.fullmatch(wanted, member.filename)]
+            if (total := sum(member.file_size for member in members)) > limit:
+                raise DatasetError(f"{path}: would unpack to {total:,} bytes, over {limit:,}")
+            for member in tqdm(members, desc=f"unpacking {path.name}", disable=None):
+                if not _is_unpacked(member, folder):
+                    _unpack_member(archive, member, folder)
+    except CascadeDetError:
+        raise
+    except OSError as error:
+        raise DatasetError(f"{path}: cannot be unpacked into {folder} ({error})") from error
+    # A damaged archive ends in whatever its reader stumbled over.
+    except Exception as error:
+        raise DatasetError(
+            f"{path}: is no whole zip file ({error}). Delete it and run this again."
+        ) from error
+
+
+def _safe_members(archive: ZipFile, path: Path) -> list[ZipInfo]:
+    for member in archive.infolist():
+        name = PurePosixPath(member.filename)
+        if name.is_absolute() or ".." in name.parts or "\\" in member.filename:
+            raise DatasetError(f"{path}: refused, it would write to {member.filename}")
+        if stat.S_ISLNK(member.external_attr >> 16):
+            raise DatasetError(f"{path}: refused, its {member.filename} is a link")
+    return [member for member in archive.infolist() if not member.is_dir()]
+
+
+def _is_unpacked(member: ZipInfo, folder: Path) -> bool:
+    target = folder / member.filename
+    if not target.is_file() or target.stat().st_size != member.file_size:
+        return False
+    checksum = 0
+    with target.open("rb") as file:
+        while block := file.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum == member.CRC
+
+
+def _unpack_member(archive: ZipFile, member: ZipInfo, folder: Path) -> None:
+    target = folder / member.filename
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Not atomic_path(), which waits for the disk at every file: there are 100,000 of them, and
+    # those that a crash of the machine damages are found by their checksum.
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with archive.open(member) as source, temporary.open("wb") as file:
+            shutil.copyfileobj(source, file, 1 << 20)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _check_room(folder: Path, archives: Iterable[Archive]) -> None:
+    """Raise DatasetError unless what is still to fetch and to unpack has room."""
+    needed = 0
+    for archive in archives:
+        path = folder / PurePosixPath(archive.path).name
+        here = max(_size(path), _size(Path(f"{path}.part")))
+        unpacked = sum(_size(file) for file in (folder / path.stem).glob("*.jpg"))
+        needed += max(0, archive.size - here) + max(0, archive.unpacked - unpacked)
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise DatasetError(
+            f"{folder}: {needed / 1e9:.1f} GB are needed, for archives and what is unpacked from "
+            f"them, and {free / 1e9:.1f} GB are free. Give another --output, or fewer --splits."
+        )
+
+
+def _check_split(folder: Path, split: str) -> None:
+    """Raise DatasetError unless annotations and images are all there."""
+    path = folder / "annotations" / f"instances_{split}2017.json"
+    try:
+        names = [str(image["file_name"]) for image in json.loads(path.read_bytes())["images"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DatasetError(
+            f"{path}: cannot be read ({error}). Delete it and run this again."
+        ) from error
+    if len(names) != COUNTS[split]:
+        raise DatasetError(
+            f"{path}: has {len(names):,} images, and COCO's has {COUNTS[split]:,}. Move it away "
+            "and run this again."
+        )
+    images = folder / f"{split}2017"
+    missing = sorted(set(names) - set(os.listdir(images)))
+    if missing:
+        raise DatasetError(
+            f"{images}: lacks {len(missing):,} images, {missing[0]} among them. Other files are in "
+            "their place: give another --output, or move the folder away."
+        )
+
+
+def _count(folder: Path) -> int:
+    return sum(1 for _ in folder.glob("*.jpg"))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+if __name__ == "__main__":
+    main()

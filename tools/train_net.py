@@ -4,6 +4,7 @@
 python tools/train_net.py --config-file configs/quick_schedules/demo.yaml [KEY VALUE ...]
 python tools/train_net.py --config-file ... --resume
 python tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
+python tools/train_net.py --config-file ... --replay-batch output/diverged_0000123_rank0.pth
 python tools/train_net.py --config-file ... --num-gpus 8
 
 With several processes, --num-gpus of them run on each machine: one on each GPU, or all on the CPU
@@ -18,7 +19,6 @@ import argparse
 import logging
 import shlex
 import sys
-from pathlib import Path
 
 from fvcore.common.config import CfgNode
 
@@ -28,8 +28,7 @@ from cascade_det.engine.interrupts import Interrupted
 from cascade_det.engine.log import setup_logging
 from cascade_det.engine.processes import INTERRUPTED
 from cascade_det.errors import CascadeDetError
-from cascade_det.files import atomic_path
-from cascade_det.standalone import evaluate, train
+from cascade_det.standalone import evaluate, replay_batch, train
 
 logger = logging.getLogger("cascade_det.tools.train_net")
 
@@ -41,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         cfg = load_config(args.config_file, args.opts)
         check_config(cfg)
+        if args.replay_batch:
+            print("\n".join(replay_batch(cfg, args.replay_batch)))
+            return 0
         setup_logging(cfg.OUTPUT_DIR if args.machine_rank == 0 else None)
         return distributed.launch(
             run,
@@ -67,9 +69,6 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> int:
     if not args.eval_only:
         cfg = scale_to_world_size(cfg, processes)
         check_config(cfg)
-    if distributed.is_main():
-        with atomic_path(Path(cfg.OUTPUT_DIR) / "config.yaml") as temporary:
-            temporary.write_text(cfg.dump())
     try:
         if args.eval_only:
             evaluate(cfg, resume=args.resume)
@@ -96,6 +95,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR"
     )
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
+    parser.add_argument(
+        "--replay-batch",
+        metavar="FILE",
+        help="run the batch of a training that diverged again, and say what breaks first",
+    )
     parser.add_argument(
         "--num-gpus", type=int, default=1, metavar="N", help="processes on each machine"
     )

@@ -189,8 +189,9 @@ class Trainer:
             batch = self._next(batches, iteration)
             self.resumable = False
             self.iteration = self.history.iteration = iteration
-            self.history.put("data_time", time.perf_counter() - start)
+            loaded = time.perf_counter()
             stop = self._step(batch, bool(interrupt))
+            self.history.put("data_time", loaded - start)
             self.history.put("time", time.perf_counter() - start)
             self.resumable = alone
             for hook in self.hooks:

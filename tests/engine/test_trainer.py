@@ -1,13 +1,9 @@
-import logging
-import math
-import re
-
 import pytest
 import torch
 from torch import nn
 
 from cascade_det.engine.checkpoint import Checkpointer
-from cascade_det.engine.hooks import EarlyStopping, EvalHook, Hook, PeriodicCheckpoint
+from cascade_det.engine.hooks import EvalHook, Hook, PeriodicCheckpoint
 from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, build_scheduler
 from cascade_det.engine.trainer import Trainer
 from cascade_det.errors import ConfigError
@@ -89,6 +85,7 @@ def test_history_holds_losses_metrics_and_times(make_detector, make_loader):
     trainer.train()
     history = trainer.history
     names = {"total_loss", "loss_square", "loss_abs", "toy/error", "lr", "time", "data_time"}
+    names.add("gradient_norm")
     assert set(history) == names
     assert all(history.latest(name)[1] == 7 for name in names)
     parts = history.latest("loss_square")[0] + history.latest("loss_abs")[0]
@@ -125,33 +122,6 @@ def test_every_hook_gets_its_end_after_an_error(make_detector, make_loader):
     assert "step failed" in str(caught.value.__context__)
     assert [call[:2] for call in calls[-3:]] == [("a", "after"), ("b", "after"), ("c", "after")]
     assert not trainer.finished
-
-
-def test_loss_that_is_not_finite_names_everything_and_keeps_the_weights(make_detector, make_loader):
-    class Breaks(make_detector):
-        def losses(self, batch):
-            losses = super().losses(batch)
-            if batch[0]["image_id"] == 30:
-                losses["loss_abs"] = losses["loss_abs"] * math.nan
-            return losses
-
-    detector = Breaks()
-    kept = {}
-
-    class Keep(Hook):
-        def after_step(self, trainer):
-            kept.update({n: p.detach().clone() for n, p in trainer.detector.named_parameters()})
-
-    trainer = build(detector, make_loader(), hooks=[Keep()])
-    with pytest.raises(FloatingPointError) as caught:
-        trainer.train()
-    message = str(caught.value)
-    assert "iteration 3:" in message
-    assert "loss_abs nan" in message
-    assert re.search(r"loss_square \d", message)
-    assert "learning rate 0.05" in message
-    assert "image ids [30, 31, 32, 33]" in message
-    assert_equal(dict(detector.named_parameters()), kept)
 
 
 def test_loader_that_ends_is_an_error(make_detector, make_loader):
@@ -207,13 +177,12 @@ def test_resumed_run_equals_uninterrupted_one(
     for one, other in zip(
         *(f["trainer"]["optimizer"]["state"].values() for f in final), strict=True
     ):
-        for key in one:
-            torch.testing.assert_close(one[key], other[key], rtol=0, atol=0)
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
     for name in ("total_loss", "loss_abs", "lr"):
         assert resumed.history.latest(name) == whole.history.latest(name)
         assert resumed.history.median(name) == whole.history.median(name)
     torch.testing.assert_close(
-        final[1]["trainer"]["random"]["cpu"], final[0]["trainer"]["random"]["cpu"]
+        final[1]["trainer"]["random"], final[0]["trainer"]["random"], rtol=0, atol=0
     )
 
 
@@ -302,75 +271,6 @@ def test_no_evaluation_after_an_error(make_detector, make_loader):
     hooks = [Record([], "x", fail_at=3), EvalHook(0, lambda: pytest.fail("evaluated"))]
     with pytest.raises(RuntimeError, match="step failed"):
         build(make_detector(), make_loader(), hooks=hooks).train()
-
-
-@pytest.mark.parametrize(
-    ("values", "patience", "stopped_at"),
-    [
-        ([1, 2, 3, 4], 1, None),
-        ([3, 1, 2, 9], 2, 5),
-        ([3, 3, 9, 9], 1, 3),
-        ([1, math.nan, math.nan, 5], 2, 5),
-        ([math.nan, math.nan, 5, 6], 3, None),
-        ([3, 1, 4, 1], 2, None),
-        ([4, 3, 2, 1], 0, None),
-    ],
-)
-def test_early_stopping(make_detector, make_loader, caplog, tmp_path, values, patience, stopped_at):
-    left, counts = iter(values), []
-
-    def evaluate():
-        counts.append(1)
-        return {"bbox": {"AP": next(left)}}
-
-    detector = make_detector()
-    checkpointer = Checkpointer(detector, tmp_path)
-    hooks = [
-        PeriodicCheckpoint(checkpointer, 100),
-        EvalHook(2, evaluate),
-        EarlyStopping("bbox/AP", patience),
-    ]
-    trainer = build(detector, make_loader(), hooks=hooks)
-    with caplog.at_level(logging.INFO):
-        trainer.train()
-    assert trainer.finished
-    assert trainer.iteration == (7 if stopped_at is None else stopped_at)
-    assert len(counts) == (trainer.iteration + 1) // 2
-    assert ("CASCADE.PATIENCE" in caplog.text) == (stopped_at is not None)
-    saved = torch.load(tmp_path / "model_final.pth")
-    assert saved["iteration"] == trainer.iteration
-    assert_equal(saved["model"], state_of(detector))
-
-
-def test_early_stopping_goes_on_waiting_after_a_resume(make_detector, make_loader, tmp_path):
-    def run(values, resume, fail_at=None):
-        left = iter(values)
-        detector = make_detector()
-        checkpointer = Checkpointer(detector, tmp_path)
-        checkpointer.resume_or_load("", resume=resume)
-        start = checkpointer.start_iter
-        hooks = [
-            EvalHook(1, lambda: {"AP": next(left)}),
-            EarlyStopping("AP", 3),
-            PeriodicCheckpoint(checkpointer, 1),
-            Record([], "x", fail_at=fail_at),
-        ]
-        trainer = build(detector, make_loader(start), start_iter=start, hooks=hooks)
-        trainer.train()
-        return trainer.iteration
-
-    with pytest.raises(RuntimeError, match="step failed"):
-        run([5.0, 4.0], False, fail_at=1)
-    assert run([4.0, 4.0, 9.0, 9.0, 9.0, 9.0], True) == 3
-
-
-def test_early_stopping_by_an_unknown_figure_says_so_once(make_detector, make_loader, caplog):
-    hooks = [EvalHook(1, lambda: {"bbox": {"AP50": 1.0}}), EarlyStopping("bbox/AP", 1)]
-    trainer = build(make_detector(), make_loader(), hooks=hooks)
-    trainer.train()
-    assert trainer.iteration == 7
-    assert caplog.text.count("CASCADE.BEST_METRIC 'bbox/AP'") == 1
-    assert "bbox/AP50" in caplog.text
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])

@@ -174,9 +174,14 @@ def test_small_proposals_are_dropped(maps):
         assert (boxes[:, 2:] - boxes[:, :2] > 14.0).all()
 
 
-def test_diverged_training_is_an_error_and_inference_goes_on(maps):
+def test_broken_proposals_are_counted_in_training_and_left_out_always(maps):
     rpn = make_rpn()
+    targets = [torch.tensor([[10.0, 10, 42, 40]])] * 2
+    rpn.losses(maps, targets, SIZES)
+    assert rpn.metrics == {"rpn/nonfinite_boxes": 0}
     maps["p3"][0, :, 0, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match="diverged"):
-        rpn.losses(maps, [torch.tensor([[10.0, 10, 42, 40]])] * 2, SIZES)
+    proposals, losses = rpn.losses(maps, targets, SIZES)
+    assert rpn.metrics["rpn/nonfinite_boxes"] > 0
+    assert not torch.isfinite(losses["loss_rpn_cls"])
+    assert all(torch.isfinite(boxes).all() for boxes in proposals)
     assert all(torch.isfinite(boxes).all() for boxes in rpn.propose(maps, SIZES))

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
+from cascade_det.config import load_config
 from cascade_det.data.catalog import find_dataset
 from cascade_det.errors import CheckpointError, ConfigError, DatasetError
-from cascade_det.standalone import evaluate, train
+from cascade_det.standalone import evaluate, replay_batch, train
 
 
 def weights_of(folder):
@@ -85,9 +86,10 @@ def test_another_seed_gives_other_weights(instant_cfg, output):
     train(instant_cfg)
     first = weights_of(output)
     instant_cfg.SEED = 1
+    instant_cfg.OUTPUT_DIR = str(output / "other")
     train(instant_cfg)
     name = "roi_heads.box_head.0.fc1.weight"
-    assert not torch.equal(first[name], weights_of(output)[name])
+    assert not torch.equal(first[name], weights_of(output / "other")[name])
 
 
 def test_a_drawn_seed_is_kept_over_a_resume(instant_cfg, output, caplog):
@@ -203,8 +205,9 @@ def test_half_precision_trains_and_stays_finite(instant_cfg, output):
     train(instant_cfg)
     half = weights_of(output)
     instant_cfg.SOLVER.AMP.ENABLED = False
+    instant_cfg.OUTPUT_DIR = str(output / "single")
     train(instant_cfg)
-    single = weights_of(output)
+    single = weights_of(output / "single")
     name = "roi_heads.box_head.0.fc1.weight"
     assert half[name].dtype == torch.float32
     assert all(torch.isfinite(value).all() for value in half.values())
@@ -228,10 +231,100 @@ def test_a_test_set_with_other_classes_is_refused(instant_cfg, shapes, tmp_path)
 def test_resuming_with_another_set_of_trained_parameters_is_refused(instant_cfg, output):
     instant_cfg.DATASETS.TEST = ()
     train(instant_cfg)
-    (output / "last_checkpoint").write_text("model_0000002.pth")
-    instant_cfg.SOLVER.BIAS_LR_FACTOR = 2.0
-    with pytest.raises(CheckpointError, match=r"model_0000002\.pth"):
+    instant_cfg.MODEL.BACKBONE.FREEZE_AT = 3
+    instant_cfg.SOLVER.MAX_ITER = 7
+    with pytest.raises(CheckpointError, match=r"model_final\.pth.*backbone.*FREEZE_AT"):
         train(instant_cfg, resume=True)
+
+
+def test_a_resume_with_other_settings_says_which_and_uses_them(instant_cfg, output, caplog):
+    instant_cfg.DATASETS.TEST = ()
+    train(instant_cfg)
+    (output / "last_checkpoint").write_text("model_0000002.pth")
+    instant_cfg.SOLVER.BASE_LR = 0.5
+    instant_cfg.SOLVER.BIAS_LR_FACTOR = 2.0
+    with caplog.at_level("INFO"):
+        train(instant_cfg, resume=True)
+    assert "Resumed with another SOLVER.BASE_LR: 0.0005 -> 0.5" in caplog.text
+    lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    assert lines[-1]["lr"] > 0.01
+    assert load_config(output / "config.yaml").SOLVER.BASE_LR == 0.5
+
+
+def test_a_finished_run_says_so_and_is_not_overwritten(instant_cfg, output, caplog):
+    instant_cfg.DATASETS.TEST = ()
+    train(instant_cfg)
+    before = (output / "model_final.pth").read_bytes()
+    with pytest.raises(ConfigError, match=r"OUTPUT_DIR .*model_final\.pth.*--resume"):
+        train(instant_cfg)
+    with caplog.at_level("INFO"):
+        train(instant_cfg, resume=True)
+    assert "all 6 iterations of SOLVER.MAX_ITER are done" in caplog.text
+    assert (output / "model_final.pth").read_bytes() == before
+
+
+def test_resuming_with_other_classes_is_refused(instant_cfg, output, shapes, tmp_path):
+    instant_cfg.DATASETS.TEST = ()
+    train(instant_cfg)
+    content = json.loads((shapes / "train.json").read_text())
+    content["categories"][0]["name"] = "blob"
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    instant_cfg.CASCADE.DATASETS = [
+        ["shapes_train", str(tmp_path / "other.json"), str(shapes / "train")]
+    ]
+    with pytest.raises(CheckpointError, match=r"checkpoint has the classes .*data have blob"):
+        train(instant_cfg, resume=True)
+
+
+def test_dropping_the_average_goes_on_with_the_trained_weights(instant_cfg, output):
+    instant_cfg.DATASETS.TEST = ()
+    instant_cfg.CASCADE.EMA_DECAY = 0.9
+    train(instant_cfg)
+    saved = torch.load(output / "model_final.pth", weights_only=True)
+    name = "roi_heads.box_head.0.fc1.weight"
+    assert not torch.equal(saved["model"][name], saved["training_weights"][name])
+    instant_cfg.CASCADE.EMA_DECAY = 0.0
+    instant_cfg.SOLVER.BASE_LR = 1e-12
+    instant_cfg.SOLVER.MAX_ITER = 7
+    train(instant_cfg, resume=True)
+    torch.testing.assert_close(weights_of(output)[name], saved["training_weights"][name])
+
+
+def test_accumulation_and_validation_loss_in_a_run(instant_cfg, output):
+    instant_cfg.CASCADE.ACCUMULATION_STEPS = 2
+    instant_cfg.CASCADE.VALIDATION_LOSS = True
+    instant_cfg.CASCADE.BEST_METRIC = "validation/total_loss"
+    instant_cfg.TEST.EVAL_PERIOD = 3
+    results = train(instant_cfg)
+    losses = results["validation"]
+    assert losses["total_loss"] == pytest.approx(
+        sum(value for name, value in losses.items() if name != "total_loss")
+    )
+    assert "loss_box_reg_stage2" in losses
+    lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    values = [line["validation/total_loss"] for line in lines if "validation/total_loss" in line]
+    assert len(values) == 2
+    best = torch.load(output / "model_best.pth", weights_only=True)
+    assert best["metric"]["validation/total_loss"] == min(values)
+
+
+def test_a_batch_that_diverges_is_replayed_to_the_broken_part(instant_cfg, output, tmp_path):
+    instant_cfg.DATASETS.TEST = ()
+    train(instant_cfg)
+    checkpoint = torch.load(output / "model_final.pth", weights_only=True)
+    checkpoint["model"]["roi_heads.box_predictor.1.bbox_pred.weight"].fill_(float("nan"))
+    torch.save(checkpoint["model"], tmp_path / "broken.pth")
+    instant_cfg.MODEL.WEIGHTS = str(tmp_path / "broken.pth")
+    instant_cfg.OUTPUT_DIR = str(output / "broken")
+    with pytest.raises(
+        FloatingPointError, match=r"iteration 0, in stage 1 of the cascade"
+    ) as error:
+        train(instant_cfg)
+    assert "model_start.pth" in str(error.value)
+    (file,) = (output / "broken").glob("diverged_*.pth")
+    report = "\n".join(replay_batch(instant_cfg, file))
+    assert "outputs that are not finite: roi_heads.box_predictor.1.bbox_pred" in report
+    assert "loss_box_reg_stage1 nan" in report
 
 
 def test_backend_keys_are_applied(instant_cfg, output, monkeypatch):

@@ -1,0 +1,191 @@
+"""Runs that are killed, at random moments and while they save, go on as if nothing had happened.
+
+Each run is a forked process: torch is loaded once, and a kill is a kill.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cascade_det.config import load_config
+from cascade_det.engine.checkpoint import Checkpointer
+from cascade_det.errors import CheckpointError
+from cascade_det.standalone.train import train
+
+INSTANT = Path(__file__).resolve().parents[2] / "configs" / "quick_schedules" / "instant_test.yaml"
+FORK = multiprocessing.get_context("fork")
+
+
+def start(function, *arguments):
+    process = FORK.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def finish(process):
+    process.join(120)
+    assert process.exitcode is not None, "the run hangs"
+    return process.exitcode
+
+
+def quick_evaluation(cfg, detector, datasets, output_dir):
+    """Figures that depend on all weights: what else an evaluation does is tested elsewhere."""
+    values = [value.double().sum() for value in detector.state_dict().values()]
+    return {"bbox": {"AP": float(torch.stack(values).sum())}}
+
+
+def has_started(cfg):
+    return (Path(cfg.OUTPUT_DIR) / "last_checkpoint").exists()
+
+
+def final_state(cfg):
+    content = torch.load(Path(cfg.OUTPUT_DIR) / "model_final.pth", weights_only=True)
+    # How long an iteration took is no part of what has to be equal.
+    history = content["trainer"].pop("history")
+    content["losses"] = {k: v for k, v in history.items() if "time" not in k and "eta" not in k}
+    return content
+
+
+def in_folder(cfg, folder):
+    other = cfg.clone()
+    other.OUTPUT_DIR = str(folder)
+    return other
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_runs():
+    with contextlib.suppress(ImportError):
+        import torch.utils.tensorboard  # once here, not in every process  # noqa: F401
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[train.__module__], "evaluate_all", quick_evaluation)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(shape_options, tmp_path_factory):
+    """A configuration with evaluations on the way, and what it trains without a kill."""
+    cfg = load_config(INSTANT, shape_options)
+    cfg.SOLVER.MAX_ITER = 8
+    cfg.SOLVER.STEPS = ()
+    cfg.SOLVER.CHECKPOINT_PERIOD = 2
+    cfg.TEST.EVAL_PERIOD = 3
+    cfg.CASCADE.EMA_DECAY = 0.9
+    cfg.OUTPUT_DIR = str(tmp_path_factory.mktemp("runs") / "whole")
+    assert finish(start(train, cfg)) == 0
+    return cfg, final_state(cfg)
+
+
+def assert_same(found, expected, at=""):
+    """Equal to the last bit, in whatever containers."""
+    assert type(found) is type(expected), at
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), at
+        for key in expected:
+            assert_same(found[key], expected[key], f"{at}/{key}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), at
+        for number, pair in enumerate(zip(found, expected, strict=True)):
+            assert_same(*pair, f"{at}/{number}")
+    elif isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected), at
+    else:
+        assert found == expected, at
+
+
+def metrics(cfg):
+    lines = (Path(cfg.OUTPUT_DIR) / "metrics.json").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    timed = ("time", "eta", "latency", "ms")
+    return [{k: v for k, v in row.items() if not any(t in k for t in timed)} for row in rows]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_at_random_moments(whole, tmp_path, workers):
+    cfg, expected = whole
+    cut = in_folder(cfg, tmp_path / "cut")
+    cut.DATALOADER.NUM_WORKERS = workers
+    dice = random.Random(workers)
+    kills = 0
+    for _ in range(40):
+        process = start(train, cut) if not has_started(cut) else start(resume, cut)
+        process.join(dice.uniform(0.1, 2.0) if kills < 3 else 120)
+        if process.exitcode is not None:
+            assert process.exitcode == 0
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        finish(process)
+        kills += 1
+    assert kills == 3
+    found = final_state(cut)
+    assert_same(found, expected)
+    assert metrics(cut) == metrics(cfg)
+    best = [Path(c.OUTPUT_DIR) / "model_best.pth" for c in (cfg, cut)]
+    assert_same(*(torch.load(file, weights_only=True) for file in best))
+    leftovers = {p.name for p in Path(cut.OUTPUT_DIR).iterdir()} - {
+        p.name for p in Path(cfg.OUTPUT_DIR).iterdir()
+    }
+    assert {name for name in leftovers if not name.startswith("events.out")} == set()
+
+
+def resume(cfg):
+    train(cfg, resume=True)
+
+
+def killed_in_save(cfg, number, resumed):
+    """Train, and die in the middle of writing checkpoint ``number`` of this process."""
+    saved, save = [], torch.save
+
+    def dying(data, path):
+        saved.append(path)
+        if len(saved) == number:
+            Path(path).write_bytes(b"half of a checkpoint")
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(data, path)
+
+    torch.save = dying
+    train(cfg, resume=resumed)
+
+
+def test_killed_during_a_save(whole, tmp_path):
+    cfg, expected = whole
+    cut = in_folder(cfg, tmp_path / "cut")
+    assert finish(start(killed_in_save, cut, 1, False)) == -signal.SIGKILL
+    assert not has_started(cut)
+    assert finish(start(killed_in_save, cut, 2, False)) == -signal.SIGKILL
+    for number in (1, 2, 3):
+        assert finish(start(killed_in_save, cut, number, True)) == -signal.SIGKILL
+    assert finish(start(resume, cut)) == 0
+    assert_same(final_state(cut), expected)
+    assert not list(Path(cut.OUTPUT_DIR).glob(".*.tmp"))
+
+
+def fills_the_disk(folder, size, messages):
+    """Save a checkpoint that is larger than the largest file this process may write."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    model = torch.nn.Linear(500, 500)
+    try:
+        Checkpointer(model, folder).save("model_0000009", iteration=9)
+    except CheckpointError as error:
+        messages.put(str(error))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
+    model = torch.nn.Linear(500, 500)
+    Checkpointer(model, tmp_path).save("model_0000004", iteration=4)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    messages = FORK.SimpleQueue()
+    assert finish(start(fills_the_disk, tmp_path, 100_000, messages)) == 0
+    message = messages.get()
+    assert "model_0000009.pth: cannot be written" in message
+    assert "--resume, which starts from" in message
+    assert "model_0000004.pth" in message
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

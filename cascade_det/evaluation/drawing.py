@@ -1,4 +1,4 @@
-"""Detections drawn into a picture."""
+"""Detections and other boxes drawn into a picture."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import cv2
 import numpy as np
+from torch import Tensor
 
 from cascade_det.core.structures import Detections
 
@@ -53,23 +54,42 @@ def draw_detections(
     shown = _lowest_score_first(detections.to("cpu"), score_threshold)
     if not len(shown):
         return picture
-    height, width = picture.shape[:2]
-    scale = max(_MIN_FONT_SCALE, min(height, width) / 1400)
-    line = max(1, round(min(height, width) / 400))
-    boxes = _pixels(shown, height, width)
+    boxes = _pixels(shown.boxes, picture.shape)
     stages = shown.exit_stages.tolist()
-    for (left, top, right, bottom), stage in zip(boxes, stages, strict=True):
-        cv2.rectangle(picture, (left, top), (right, bottom), stage_color(stage), line)
+    colors = [stage_color(stage) for stage in stages]
     labels = [
         f"{class_names[class_index]} {score:.2f} s{stage}"
         for class_index, score, stage in zip(
             shown.classes.tolist(), shown.scores.tolist(), stages, strict=True
         )
     ]
-    occupied = [_draw_legend(picture, sorted(set(stages)), boxes, scale)]
-    # The best score gets the first choice of place.
-    for box, label, stage in reversed(list(zip(boxes, labels, stages, strict=True))):
-        occupied.append(_draw_label(picture, label, box, stage_color(stage), scale, occupied))
+    _draw_outlines(picture, boxes, colors)
+    legend = _draw_legend(picture, sorted(set(stages)), boxes, _font_scale(picture))
+    _draw_labels(picture, boxes, labels, colors, [legend])
+    return picture
+
+
+def draw_boxes(
+    image_bgr: np.ndarray,
+    boxes: Tensor,
+    labels: Sequence[str],
+    colors: Sequence[tuple[int, int, int]],
+) -> np.ndarray:
+    """Draw labelled boxes, the last one on top.
+
+    Args:
+        image_bgr: uint8 ``[H, W, 3]``; not changed.
+        boxes: ``[N, 4]``, XYXY in pixels of this image.
+        labels: N texts.
+        colors: N colours, BGR.
+
+    Returns:
+        A new picture of the same size.
+    """
+    picture = np.ascontiguousarray(image_bgr).copy()
+    corners = _pixels(boxes, picture.shape)
+    _draw_outlines(picture, corners, colors)
+    _draw_labels(picture, corners, labels, colors, [])
     return picture
 
 
@@ -78,11 +98,38 @@ def _lowest_score_first(detections: Detections, score_threshold: float) -> Detec
     return detections[order[detections.scores[order] >= score_threshold]]
 
 
-def _pixels(detections: Detections, height: int, width: int) -> list[tuple[int, int, int, int]]:
-    corners = detections.boxes.detach().round().long()
-    corners[:, 0::2].clamp_(0, width - 1)
-    corners[:, 1::2].clamp_(0, height - 1)
+def _pixels(boxes: Tensor, shape: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
+    corners = boxes.detach().round().long()
+    corners[:, 0::2].clamp_(0, shape[1] - 1)
+    corners[:, 1::2].clamp_(0, shape[0] - 1)
     return [(left, top, right, bottom) for left, top, right, bottom in corners.tolist()]
+
+
+def _font_scale(picture: np.ndarray) -> float:
+    return max(_MIN_FONT_SCALE, min(picture.shape[:2]) / 1400)
+
+
+def _draw_outlines(
+    picture: np.ndarray,
+    boxes: Sequence[tuple[int, int, int, int]],
+    colors: Sequence[tuple[int, int, int]],
+) -> None:
+    line = max(1, round(min(picture.shape[:2]) / 400))
+    for (left, top, right, bottom), color in zip(boxes, colors, strict=True):
+        cv2.rectangle(picture, (left, top), (right, bottom), color, line)
+
+
+def _draw_labels(
+    picture: np.ndarray,
+    boxes: Sequence[tuple[int, int, int, int]],
+    labels: Sequence[str],
+    colors: Sequence[tuple[int, int, int]],
+    occupied: list[Area],
+) -> None:
+    """Write all labels; the last box, which has the best score, gets the first choice of place."""
+    scale = _font_scale(picture)
+    for box, label, color in reversed(list(zip(boxes, labels, colors, strict=True))):
+        occupied.append(_draw_label(picture, label, box, color, scale, occupied))
 
 
 def _draw_label(

@@ -44,15 +44,19 @@ _CASCADE: dict[str, Any] = {
     # Data sets of one's own in COCO format: (name, annotation file, image folder) each. A path
     # is relative to the folder that the command runs in. The name goes to DATASETS.
     "DATASETS": (),
-    # "error" stops at a record or an image that cannot be used, "skip" leaves it out.
+    # Of a record or an image that cannot be used, in training and in test sets: "error" lists
+    # them all and stops, "skip" leaves them out and says how many.
     "ON_BAD_DATA": "error",
     "MAX_TO_KEEP": 5,  # latest checkpoints that are kept; 0 = all of them
     # The figure that decides which checkpoint is the best one, and that PATIENCE watches: more is
-    # better, but of a name that ends in "loss", such as "validation/total_loss", less.
+    # better, but of a name that ends in "loss", less. Of several test sets, begin with the name of
+    # one ("my_val/bbox/AP"); "validation/total_loss" and the like need VALIDATION_LOSS.
     "BEST_METRIC": "bbox/AP",
-    "PATIENCE": 0,  # evaluations without a better BEST_METRIC before training ends; 0 = never
-    "VALIDATION_LOSS": False,  # compute the losses on DATASETS.TEST too, at every evaluation
-    # Parts that an iteration's images are computed in, one after another, for less memory; >= 1.
+    "PATIENCE": 0,  # evaluations in a row without a better BEST_METRIC that end training; 0 = never
+    # Compute the losses on DATASETS.TEST too, at every evaluation, over all test sets together.
+    "VALIDATION_LOSS": False,
+    # Equal parts that an iteration's images are computed in, one after another, for less memory;
+    # >= 1, and SOLVER.IMS_PER_BATCH is a multiple of it.
     "ACCUMULATION_STEPS": 1,
     # Weights averaged over the iterations, for evaluation and in checkpoints: the share that the
     # average keeps at each one, in [0, 1), such as 0.999; 0 = no averaging.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from fvcore.common.config import CfgNode
 
 Condition = Callable[[object], bool]
+Check = Callable[[CfgNode], Iterator[str]]  # of several keys; yields the problems that it finds
 
 
 @dataclass(frozen=True)

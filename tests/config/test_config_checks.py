@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +15,7 @@ from cascade_det.config.ranges import RANGES
 from cascade_det.config.rules import value_of
 from cascade_det.config.supported import SUPPORTED
 from cascade_det.errors import ConfigError
+from cascade_det.standalone.build import build_detector
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
@@ -102,6 +105,10 @@ def test_early_exit_twins_differ_in_nothing_but_the_exits(file, flatten):
         ("MODEL.ROI_MASK_HEAD.NUM_CONV", "4"),
         ("MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", "(1, 1, 1, 1)"),
         ("DATALOADER.REPEAT_THRESHOLD", "0.1"),
+        ("CASCADE.ACCUMULATION_STEPS", "4", "SOLVER.IMS_PER_BATCH", "12"),
+        ("CASCADE.EMA_DECAY", "0.9998"),
+        ("CASCADE.VALIDATION_LOSS", "True", "CASCADE.PATIENCE", "3", "TEST.EVAL_PERIOD", "10"),
+        ("CASCADE.ON_BAD_DATA", "skip"),
     ],
 )
 def test_good_values_pass(cfg, opts):
@@ -245,6 +252,11 @@ def test_a_part_that_is_not_built_is_refused_by_name(cfg, key, value):
         ("CASCADE.TEST_IMS_PER_BATCH", "0"),
         ("CASCADE.LOG_PERIOD", "0"),
         ("CASCADE.BEST_METRIC", ""),
+        ("CASCADE.ACCUMULATION_STEPS", "0"),
+        ("CASCADE.EMA_DECAY", "1.0"),
+        ("CASCADE.EMA_DECAY", "-0.1"),
+        ("CASCADE.PATIENCE", "-1"),
+        ("CASCADE.MAX_TO_KEEP", "-1"),
         ("OUTPUT_DIR", ""),
     ],
 )
@@ -386,6 +398,10 @@ def test_nan_is_no_number(cfg):
             ("SOLVER.NESTEROV", "True", "SOLVER.MOMENTUM", "0"),
             ("NESTEROV is True, but SOLVER.MOMENTUM is 0",),
         ),
+        (
+            ("CASCADE.ACCUMULATION_STEPS", "3"),
+            ("ACCUMULATION_STEPS is 3", "SOLVER.IMS_PER_BATCH, 16", "divisor"),
+        ),
         (("CASCADE.PATIENCE", "2"), ("PATIENCE is 2 evaluations, but TEST.EVAL_PERIOD is 0",)),
     ],
 )
@@ -393,6 +409,82 @@ def test_keys_that_contradict_each_other(cfg, opts, names):
     message = problem(cfg, *opts)
     for name in names:
         assert name in message
+
+
+@pytest.mark.parametrize(
+    ("opts", "names"),
+    [
+        (
+            ("CASCADE.VALIDATION_LOSS", "True"),
+            ("VALIDATION_LOSS is True", "DATASETS.TEST is empty"),
+        ),
+        (
+            ("CASCADE.PATIENCE", "2", "TEST.EVAL_PERIOD", "9"),
+            ("PATIENCE is 2", "DATASETS.TEST is empty"),
+        ),
+    ],
+)
+def test_evaluations_need_a_test_set(cfg, opts, names):
+    message = problem(cfg, *opts, "DATASETS.TEST", "()")
+    for name in names:
+        assert name in message
+
+
+def test_a_best_metric_that_there_will_be(cfg):
+    losses = ("CASCADE.VALIDATION_LOSS", "True")
+    metric = "CASCADE.BEST_METRIC"
+    watch = ("CASCADE.PATIENCE", "1", "TEST.EVAL_PERIOD", "9", "DATASETS.TEST", "('a', 'b')")
+    good = [
+        (*losses, metric, "validation/total_loss"),
+        (*losses, metric, "validation/loss_box_reg_stage2"),
+        (*watch, metric, "a/bbox/AP50"),
+        (*watch, *losses, metric, "validation/loss_rpn_cls"),
+        ("DATASETS.TEST", "('a', 'b')"),  # without patience a metric is only looked for
+    ]
+    for opts in good:
+        passing = cfg.clone()
+        config.merge_config(passing, None, opts)
+        config.check_config(passing)
+    message = problem(cfg.clone(), metric, "validation/total_loss")
+    assert "BEST_METRIC is 'validation/total_loss'" in message
+    assert "CASCADE.VALIDATION_LOSS is False" in message
+    message = problem(cfg.clone(), *losses, metric, "validation/loss_cls_stage3")
+    assert "validation/loss_cls_stage3" in message
+    assert "validation/loss_cls_stage2" in message
+    message = problem(cfg.clone(), *watch)
+    assert "'bbox/AP', but DATASETS.TEST has 2 sets" in message
+    assert "a/bbox/AP" in message
+
+
+def test_validation_losses_have_the_names_of_the_detectors_losses(cfg):
+    small = ("MODEL.FPN.OUT_CHANNELS", "8", "MODEL.ROI_BOX_HEAD.FC_DIM", "8", *R18)
+    config.merge_config(cfg, None, [*small, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
+    sample = {
+        "image": torch.zeros(3, 64, 64, dtype=torch.uint8),
+        "gt_boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]),
+        "gt_classes": torch.tensor([0]),
+    }
+    names = build_detector(cfg).losses([sample])
+    for name in [*names, "total_loss"]:
+        opts = ("CASCADE.VALIDATION_LOSS", "True", "CASCADE.BEST_METRIC", f"validation/{name}")
+        config.merge_config(cfg, None, opts)
+        config.check_config(cfg)
+    listed = problem(cfg, "CASCADE.BEST_METRIC", "validation/none").split("losses are ")[1]
+    assert len(listed.split(", ")) == len(names) + 1
+
+
+@pytest.mark.parametrize("value", [None, 1, -1, 0.5, "a", [], [None], [[1]], {}, object(), 10**400])
+def test_values_that_python_code_put_there(value, flatten):
+    """Loading would have refused most of these; code that sets keys itself is told as well."""
+    for key in flatten(config.get_cfg()):
+        cfg = BASE.clone()
+        *groups, name = key.split(".")
+        node = cfg
+        for group in groups:
+            node = node[group]
+        node[name] = value
+        with contextlib.suppress(ConfigError):
+            config.check_config(cfg)
 
 
 def test_all_problems_are_listed_at_once(cfg):

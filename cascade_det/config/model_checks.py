@@ -1,0 +1,206 @@
+"""Keys of ``MODEL`` against each other."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from fvcore.common.config import CfgNode
+
+from cascade_det.config.cascade import EXIT_DEFAULTS
+from cascade_det.config.rules import Check, value_of
+
+_LEVELS = ("res2", "res3", "res4", "res5")
+_BOX_HEAD_LAYERS = ("NUM_CONV", "CONV_DIM", "NUM_FC", "FC_DIM", "NORM")
+_GROUP_NORM_GROUPS = 32
+
+
+def _check_stage_lengths(cfg: CfgNode) -> Iterator[str]:
+    stages = len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)
+    lengths: list[tuple[str, set[int]]] = [
+        ("MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS", {stages}),
+        ("MODEL.CASCADE.STAGE_LOSS_WEIGHTS", {1, stages}),
+        ("MODEL.CASCADE.EXIT.THRESHOLDS", {1, stages - 1}),
+        ("MODEL.CASCADE.EXIT.PRUNE_THRESHOLDS", {1, stages - 1}),
+    ]
+    lengths += [(f"MODEL.CASCADE.BOX_HEAD.{key}", {0, 1, stages}) for key in _BOX_HEAD_LAYERS]
+    for key, allowed in lengths:
+        value = value_of(cfg, key)
+        if len(value) not in allowed:
+            yield (
+                f"{key} is {value!r}, of length {len(value)}, but MODEL.ROI_BOX_CASCADE_HEAD.IOUS "
+                f"has {stages} stages. Give {' or '.join(map(str, sorted(allowed)))} values."
+            )
+
+
+def _check_box_heads(cfg: CfgNode) -> Iterator[str]:
+    own, shared = cfg.MODEL.CASCADE.BOX_HEAD, cfg.MODEL.ROI_BOX_HEAD
+    convs, fcs = (own[key] or (shared[key],) for key in ("NUM_CONV", "NUM_FC"))
+    stages = zip(itertools.cycle(convs), itertools.cycle(fcs), cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)
+    for stage, (num_conv, num_fc, _) in enumerate(stages):
+        if num_conv + num_fc == 0:
+            yield (
+                f"MODEL.ROI_BOX_HEAD.NUM_CONV and NUM_FC are both 0 at stage {stage} (or the keys "
+                "of the same name under MODEL.CASCADE.BOX_HEAD). Give the head at least one layer."
+            )
+
+
+def _check_first_iou(cfg: CfgNode) -> Iterator[str]:
+    first, wanted = cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS[0], cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS[0]
+    if first != wanted:
+        yield (
+            f"MODEL.ROI_HEADS.IOU_THRESHOLDS is [{first}], but the first of "
+            f"MODEL.ROI_BOX_CASCADE_HEAD.IOUS is {wanted}. Give both the same value."
+        )
+
+
+def _check_exits(cfg: CfgNode) -> Iterator[str]:
+    if cfg.MODEL.ROI_HEADS.NAME != "CascadeROIHeads":
+        return
+    for key, default in EXIT_DEFAULTS.items():
+        value = cfg.MODEL.CASCADE.EXIT[key]
+        if value != default and tuple(_as_list(value)) != tuple(_as_list(default)):
+            yield (
+                f"MODEL.CASCADE.EXIT.{key} is {value!r}, but MODEL.ROI_HEADS.NAME is "
+                "'CascadeROIHeads', a cascade without exits. Set the name to "
+                f"EarlyExitCascadeROIHeads, or leave the key at {default!r}."
+            )
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _check_resnet(cfg: CfgNode) -> Iterator[str]:
+    resnets = cfg.MODEL.RESNETS
+    is_small = resnets.DEPTH in (18, 34)
+    channels, wanted = resnets.RES2_OUT_CHANNELS, 64 if is_small else 256
+    if channels != wanted:
+        yield (
+            f"MODEL.RESNETS.RES2_OUT_CHANNELS is {channels}, but depth {resnets.DEPTH} has "
+            f"{wanted}. Set it to {wanted}."
+        )
+    if is_small and resnets.NUM_GROUPS != 1:
+        yield (
+            f"MODEL.RESNETS.NUM_GROUPS is {resnets.NUM_GROUPS}, but depth {resnets.DEPTH} has no "
+            "groups. Set it to 1, or take depth 50 or more."
+        )
+    missing = [name for name in cfg.MODEL.FPN.IN_FEATURES if name not in resnets.OUT_FEATURES]
+    if cfg.MODEL.BACKBONE.NAME == "build_resnet_fpn_backbone" and missing:
+        yield (
+            f"MODEL.RESNETS.OUT_FEATURES is {resnets.OUT_FEATURES}, but MODEL.FPN.IN_FEATURES "
+            f"needs {', '.join(missing)}. Add it."
+        )
+
+
+def _check_levels(cfg: CfgNode) -> Iterator[str]:
+    inputs = tuple(cfg.MODEL.FPN.IN_FEATURES)
+    if not inputs or inputs != _LEVELS[-len(inputs) :]:
+        yield (
+            f"MODEL.FPN.IN_FEATURES is {list(inputs)}. Give neighbouring levels up to the "
+            f"coarsest, such as {list(_LEVELS)}."
+        )
+        return
+    outputs = [name.replace("res", "p") for name in inputs] + ["p6"]
+    for key in ("MODEL.RPN.IN_FEATURES", "MODEL.ROI_HEADS.IN_FEATURES"):
+        names = list(value_of(cfg, key))
+        start = outputs.index(names[0]) if names and names[0] in outputs else 0
+        if not names or names != outputs[start : start + len(names)]:
+            yield f"{key} is {names}. Give neighbouring levels, finest first, out of {outputs}."
+
+
+def _check_anchors(cfg: CfgNode) -> Iterator[str]:
+    anchors, levels = cfg.MODEL.ANCHOR_GENERATOR, len(cfg.MODEL.RPN.IN_FEATURES)
+    good = True
+    for key in ("SIZES", "ASPECT_RATIOS"):
+        if len(anchors[key]) not in (1, levels):
+            good = False
+            yield (
+                f"MODEL.ANCHOR_GENERATOR.{key} is {anchors[key]}, with {len(anchors[key])} lists. "
+                f"Give 1 list, or {levels}: one for each level of MODEL.RPN.IN_FEATURES."
+            )
+    if not good:
+        return
+    per_level = zip(
+        itertools.cycle(anchors.SIZES), itertools.cycle(anchors.ASPECT_RATIOS), range(levels)
+    )
+    counts = [len(sizes) * len(ratios) for sizes, ratios, _ in per_level]
+    if len(set(counts)) > 1:
+        yield (
+            f"MODEL.ANCHOR_GENERATOR.SIZES and ASPECT_RATIOS make {counts} anchors per place on "
+            "the levels, but one RPN head serves them all. Give each level as many."
+        )
+
+
+def _check_group_norm(cfg: CfgNode) -> Iterator[str]:
+    model = cfg.MODEL
+    widths: list[tuple[str, int]] = []
+    is_mobilenet = "mobilenet" in model.BACKBONE.NAME
+    if model.RESNETS.NORM == "GN" and is_mobilenet:
+        yield (
+            f"MODEL.RESNETS.NORM is GN, but the layers of {model.BACKBONE.NAME} are too narrow for "
+            f"{_GROUP_NORM_GROUPS} groups. Take BN, SyncBN or FrozenBN."
+        )
+    if model.RESNETS.NORM == "GN" and model.RESNETS.DEPTH >= 50 and not is_mobilenet:
+        width = model.RESNETS.WIDTH_PER_GROUP * model.RESNETS.NUM_GROUPS
+        widths.append(("MODEL.RESNETS.WIDTH_PER_GROUP x NUM_GROUPS", width))
+    if model.FPN.NORM == "GN":
+        widths.append(("MODEL.FPN.OUT_CHANNELS", model.FPN.OUT_CHANNELS))
+    if "GN" in (model.ROI_BOX_HEAD.NORM, *model.CASCADE.BOX_HEAD.NORM):
+        widths.append(("MODEL.ROI_BOX_HEAD.CONV_DIM", model.ROI_BOX_HEAD.CONV_DIM))
+        own = model.CASCADE.BOX_HEAD.CONV_DIM
+        widths += [("MODEL.CASCADE.BOX_HEAD.CONV_DIM", width) for width in own]
+    for key, width in widths:
+        if width % _GROUP_NORM_GROUPS:
+            yield (
+                f"{key} is {width}, but norm GN splits the channels into {_GROUP_NORM_GROUPS} "
+                f"groups. Give a multiple of {_GROUP_NORM_GROUPS}, or another norm."
+            )
+
+
+# Each check with the keys that it relies on, as far as rules of their own can find them wrong.
+MODEL_CHECKS: dict[Check, tuple[str, ...]] = {
+    _check_stage_lengths: (
+        "MODEL.ROI_BOX_CASCADE_HEAD.IOUS",
+        "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS",
+        "MODEL.CASCADE.STAGE_LOSS_WEIGHTS",
+        "MODEL.CASCADE.EXIT.THRESHOLDS",
+        "MODEL.CASCADE.EXIT.PRUNE_THRESHOLDS",
+        *(f"MODEL.CASCADE.BOX_HEAD.{key}" for key in _BOX_HEAD_LAYERS),
+    ),
+    _check_box_heads: (
+        "MODEL.ROI_BOX_CASCADE_HEAD.IOUS",
+        "MODEL.ROI_BOX_HEAD.NUM_CONV",
+        "MODEL.ROI_BOX_HEAD.NUM_FC",
+        "MODEL.CASCADE.BOX_HEAD.NUM_CONV",
+        "MODEL.CASCADE.BOX_HEAD.NUM_FC",
+    ),
+    _check_first_iou: ("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", "MODEL.ROI_HEADS.IOU_THRESHOLDS"),
+    _check_exits: (
+        "MODEL.ROI_HEADS.NAME",
+        "MODEL.CASCADE.EXIT.THRESHOLDS",
+        "MODEL.CASCADE.EXIT.PRUNE_THRESHOLDS",
+    ),
+    _check_resnet: ("MODEL.RESNETS.DEPTH", "MODEL.FPN.IN_FEATURES", "MODEL.RESNETS.OUT_FEATURES"),
+    _check_levels: (
+        "MODEL.FPN.IN_FEATURES",
+        "MODEL.RPN.IN_FEATURES",
+        "MODEL.ROI_HEADS.IN_FEATURES",
+    ),
+    _check_anchors: (
+        "MODEL.ANCHOR_GENERATOR.SIZES",
+        "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS",
+        "MODEL.RPN.IN_FEATURES",
+    ),
+    _check_group_norm: (
+        "MODEL.BACKBONE.NAME",
+        "MODEL.RESNETS.DEPTH",
+        "MODEL.RESNETS.NUM_GROUPS",
+        "MODEL.RESNETS.WIDTH_PER_GROUP",
+        "MODEL.FPN.OUT_CHANNELS",
+        "MODEL.ROI_BOX_HEAD.CONV_DIM",
+        "MODEL.CASCADE.BOX_HEAD.CONV_DIM",
+        "MODEL.CASCADE.BOX_HEAD.NORM",
+    ),
+}

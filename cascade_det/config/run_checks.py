@@ -1,0 +1,119 @@
+"""Keys of data, solver and evaluation against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fvcore.common.config import CfgNode
+
+from cascade_det.config.rules import Check
+
+
+def _check_sizes(cfg: CfgNode) -> Iterator[str]:
+    source = cfg.INPUT
+    bounds = (
+        ("TRAIN", max(source.MIN_SIZE_TRAIN), source.MAX_SIZE_TRAIN),
+        ("TEST", source.MIN_SIZE_TEST, source.MAX_SIZE_TEST),
+    )
+    for phase, smallest, largest in bounds:
+        if smallest > largest:
+            yield (
+                f"INPUT.MIN_SIZE_{phase} is {smallest}, above INPUT.MAX_SIZE_{phase}, {largest}. "
+                "The shorter edge cannot be the longer one: lower the first or raise the second."
+            )
+    sizes = tuple(source.MIN_SIZE_TRAIN)
+    is_range = len(sizes) == 2 and sizes[0] <= sizes[1]
+    if source.MIN_SIZE_TRAIN_SAMPLING == "range" and not is_range:
+        yield (
+            f"INPUT.MIN_SIZE_TRAIN is {sizes}, but INPUT.MIN_SIZE_TRAIN_SAMPLING is 'range'. "
+            "Give the smallest and the largest size, or sample by 'choice'."
+        )
+
+
+def _check_datasets(cfg: CfgNode) -> Iterator[str]:
+    own = [name for name, _, _ in cfg.CASCADE.DATASETS]
+    lists = {
+        "DATASETS.TRAIN": cfg.DATASETS.TRAIN,
+        "DATASETS.TEST": cfg.DATASETS.TEST,
+        "CASCADE.DATASETS": own,
+    }
+    for key, names in lists.items():
+        twice = sorted({name for name in names if list(names).count(name) > 1})
+        if twice:
+            yield f"{key} names {', '.join(twice)} more than once. Name each data set once."
+
+
+def _check_solver(cfg: CfgNode) -> Iterator[str]:
+    solver = cfg.SOLVER
+    is_cosine = solver.LR_SCHEDULER_NAME == "WarmupCosineLR"
+    if is_cosine and solver.BASE_LR_END > solver.BASE_LR:
+        yield (
+            f"SOLVER.BASE_LR_END is {solver.BASE_LR_END}, above SOLVER.BASE_LR, {solver.BASE_LR}. "
+            "Lower it: the rate of a cosine schedule falls."
+        )
+    if cfg.CASCADE.OPTIMIZER == "SGD" and solver.NESTEROV and solver.MOMENTUM == 0:
+        yield "SOLVER.NESTEROV is True, but SOLVER.MOMENTUM is 0. Give it a momentum, such as 0.9."
+    parts, images = cfg.CASCADE.ACCUMULATION_STEPS, solver.IMS_PER_BATCH
+    if images % parts:
+        yield (
+            f"CASCADE.ACCUMULATION_STEPS is {parts}, which does not divide SOLVER.IMS_PER_BATCH, "
+            f"{images}. Give a divisor of it: an iteration's images are computed in equal parts."
+        )
+
+
+def _check_evaluation(cfg: CfgNode) -> Iterator[str]:
+    cascade, test_sets = cfg.CASCADE, list(cfg.DATASETS.TEST)
+    metric, patience = cascade.BEST_METRIC, cascade.PATIENCE
+    if cascade.VALIDATION_LOSS and not test_sets:
+        yield "CASCADE.VALIDATION_LOSS is True, but DATASETS.TEST is empty. Name a data set."
+    if patience and not test_sets:
+        yield f"CASCADE.PATIENCE is {patience}, but DATASETS.TEST is empty. Name a data set."
+    if patience and not cfg.TEST.EVAL_PERIOD:
+        yield (
+            f"CASCADE.PATIENCE is {patience} evaluations, but TEST.EVAL_PERIOD is 0, "
+            "so that there are none. Give a period, or a patience of 0."
+        )
+    losses = [f"validation/{name}" for name in _loss_names(cfg)]
+    if metric.startswith("validation/"):
+        if not cascade.VALIDATION_LOSS:
+            yield (
+                f"CASCADE.BEST_METRIC is {metric!r}, but CASCADE.VALIDATION_LOSS is False. Set it "
+                "to True, or watch a figure of the evaluation, such as bbox/AP."
+            )
+        if metric not in losses:
+            yield f"CASCADE.BEST_METRIC is {metric!r}. Such losses are {', '.join(losses)}."
+    elif patience and len(test_sets) > 1 and metric.split("/")[0] not in test_sets:
+        yield (
+            f"CASCADE.BEST_METRIC is {metric!r}, but DATASETS.TEST has {len(test_sets)} sets, and "
+            f"their figures begin with their names. Choose one, such as {test_sets[0]}/bbox/AP."
+        )
+
+
+def _loss_names(cfg: CfgNode) -> list[str]:
+    stages = range(len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS))
+    per_stage = [f"{name}_stage{i}" for i in stages for name in ("loss_cls", "loss_box_reg")]
+    return ["total_loss", "loss_rpn_cls", "loss_rpn_loc", *per_stage]
+
+
+# Each check with the keys that it relies on, as far as rules of their own can find them wrong.
+RUN_CHECKS: dict[Check, tuple[str, ...]] = {
+    _check_sizes: (
+        "INPUT.MIN_SIZE_TRAIN",
+        "INPUT.MAX_SIZE_TRAIN",
+        "INPUT.MIN_SIZE_TEST",
+        "INPUT.MAX_SIZE_TEST",
+    ),
+    _check_datasets: ("CASCADE.DATASETS", "DATASETS.TRAIN", "DATASETS.TEST"),
+    _check_solver: (
+        "SOLVER.BASE_LR",
+        "SOLVER.BASE_LR_END",
+        "SOLVER.IMS_PER_BATCH",
+        "CASCADE.ACCUMULATION_STEPS",
+    ),
+    _check_evaluation: (
+        "MODEL.ROI_BOX_CASCADE_HEAD.IOUS",
+        "DATASETS.TEST",
+        "CASCADE.BEST_METRIC",
+        "CASCADE.PATIENCE",
+    ),
+}

@@ -180,8 +180,7 @@ def test_broken_proposals_are_counted_in_training_and_left_out_always(maps):
     rpn.losses(maps, targets, SIZES)
     assert rpn.metrics == {"rpn/nonfinite_boxes": 0}
     maps["p3"][0, :, 0, 0] = float("nan")
-    proposals, losses = rpn.losses(maps, targets, SIZES)
+    proposals, _ = rpn.losses(maps, targets, SIZES)
     assert rpn.metrics["rpn/nonfinite_boxes"] > 0
-    assert not torch.isfinite(losses["loss_rpn_cls"])
     assert all(torch.isfinite(boxes).all() for boxes in proposals)
     assert all(torch.isfinite(boxes).all() for boxes in rpn.propose(maps, SIZES))

@@ -40,7 +40,8 @@ demo: data
 	@if [ -f $(OUTPUT)/demo_finished ]; then \
 	  echo '$(OUTPUT): trained and evaluated already; `make clean-demo demo` does it again'; \
 	else \
-	  $(BIN)/python tools/train_net.py --config-file $(CONFIG) --resume OUTPUT_DIR $(OUTPUT) && \
+	  $(BIN)/python tools/train_net.py --config-file $(CONFIG) \
+	    $$(test -f $(OUTPUT)/last_checkpoint && echo --resume) OUTPUT_DIR $(OUTPUT) && \
 	  touch $(OUTPUT)/demo_finished; \
 	fi
 	@$(BIN)/python tools/predict.py --config-file $(CONFIG) --input $(DATA)/val/00000[1-8].jpg \

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from fvcore.common.history_buffer import HistoryBuffer
+from torch import Tensor
+
+from cascade_det.engine import distributed
 
 # Losses jump from batch to batch; readers get the median of this many.
 WINDOW = 20
@@ -79,3 +83,36 @@ class History:
             for value, self.iteration in entry["values"]:
                 self.put(name, value, smooth=entry["smooth"])
         self.iteration = now
+
+
+def mean_figures(
+    parts: Sequence[Mapping[str, Tensor | float]],
+    flags: Mapping[str, float],
+    device: torch.device,
+) -> dict[str, float]:
+    """Means over the parts of a batch and over the processes, with one transfer from the device.
+
+    A metric is averaged over those that have it: NaN means no value. A loss that is NaN anywhere
+    is NaN.
+
+    Args:
+        parts: losses and metrics of each part, scalars, all of the same names; the last one may
+            also have the ``gradient_norm`` of all parts together.
+        flags: of this process, as 0 or 1: the mean tells whether any process has one.
+        device: where the scalars are.
+    """
+    names = [*parts[-1], *flags]
+    rows = [
+        [torch.as_tensor(value, dtype=torch.float32, device=device).detach() for value in row]
+        for row in ([{**part, **flags}.get(name, 0.0) for name in names] for part in parts)
+    ]
+    table = torch.stack([torch.stack(row) for row in rows])
+    is_loss = torch.tensor(["loss" in name or name == "gradient_norm" for name in names])
+    known = ~table.isnan() | is_loss.to(device)
+    sums = torch.where(known, table, 0.0).sum(dim=0)
+    counts = known.sum(dim=0).float()
+    # Only the last part knows the norm of the gradients, which is that of all of them.
+    counts[[i for i, name in enumerate(names) if name == "gradient_norm"]] = 1.0
+    totals = distributed.mean_over_processes(torch.cat([sums, counts]))
+    values = (totals[: len(names)] / totals[len(names) :]).tolist()
+    return dict(zip(names, values, strict=True))

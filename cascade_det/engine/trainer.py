@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from cascade_det.engine import distributed
 from cascade_det.engine.divergence import divergence, save_step
-from cascade_det.engine.events import History
+from cascade_det.engine.events import History, mean_figures
 from cascade_det.engine.hooks import Hook
 from cascade_det.engine.interrupts import Interrupted, InterruptRequest, interrupt_request
 from cascade_det.engine.precision import amp_dtype_of, autocast
@@ -226,7 +226,7 @@ class Trainer:
         self._scaler.unscale_(self.optimizer)
         parts[-1]["gradient_norm"] = self._gradient_norm()
         # One wait for the device: after it has been given all of the work, before weights change.
-        figures = _means(parts, {_INTERRUPTED: float(interrupted)}, self.device)
+        figures = mean_figures(parts, {_INTERRUPTED: float(interrupted)}, self.device)
         stop = figures.pop(_INTERRUPTED) > 0
         self._check(figures, batch, random)
         if self._clip_gradients is not None:
@@ -288,30 +288,3 @@ class Trainer:
     def _lr(self) -> float:
         """The learning rate of the group with the most parameters."""
         return max(self.optimizer.param_groups, key=lambda group: len(group["params"]))["lr"]
-
-
-def _means(
-    parts: Sequence[Mapping[str, Tensor | float]],
-    flags: Mapping[str, float],
-    device: torch.device,
-) -> dict[str, float]:
-    """Means over the parts of a batch and over the processes, with one transfer from the device.
-
-    A metric is averaged over those that have it: NaN means no value. A loss that is NaN anywhere
-    is NaN.
-    """
-    names = [*parts[-1], *flags]
-    rows = [
-        [torch.as_tensor(value, dtype=torch.float32, device=device).detach() for value in row]
-        for row in ([{**part, **flags}.get(name, 0.0) for name in names] for part in parts)
-    ]
-    table = torch.stack([torch.stack(row) for row in rows])
-    is_loss = torch.tensor(["loss" in name or name == "gradient_norm" for name in names])
-    known = ~table.isnan() | is_loss.to(device)
-    sums = torch.where(known, table, 0.0).sum(dim=0)
-    counts = known.sum(dim=0).float()
-    # Only the last part knows the norm of the gradients, which is that of all of them.
-    counts[[i for i, name in enumerate(names) if name == "gradient_norm"]] = 1.0
-    totals = distributed.mean_over_processes(torch.cat([sums, counts]))
-    values = (totals[: len(names)] / totals[len(names) :]).tolist()
-    return dict(zip(names, values, strict=True))

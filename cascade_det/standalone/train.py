@@ -15,9 +15,10 @@ from cascade_det.data.coco import CocoDataset
 from cascade_det.data.loader import build_test_loader, build_train_loader
 from cascade_det.engine import distributed
 from cascade_det.engine.averaging import WeightAverage
+from cascade_det.engine.best_model import BestModel
 from cascade_det.engine.checkpoint import Checkpointer
 from cascade_det.engine.divergence import replay
-from cascade_det.engine.hooks import BestModel, EvalHook, Hook, PeriodicCheckpoint, WriterHook
+from cascade_det.engine.hooks import EvalHook, Hook, PeriodicCheckpoint, WriterHook
 from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, build_scheduler
 from cascade_det.engine.trainer import Trainer
 from cascade_det.engine.validation import validation_losses

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
+from cascade_det.engine.best_model import BestModel
 from cascade_det.engine.checkpoint import Checkpointer
-from cascade_det.engine.hooks import BestModel, EvalHook, Hook, PeriodicCheckpoint, WriterHook
+from cascade_det.engine.hooks import EvalHook, Hook, PeriodicCheckpoint, WriterHook
 from cascade_det.engine.solver import build_optimizer, build_scheduler
 from cascade_det.engine.trainer import Trainer
 from cascade_det.engine.writers import JsonWriter

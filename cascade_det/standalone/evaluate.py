@@ -12,9 +12,11 @@ from fvcore.common.config import CfgNode
 from cascade_det import config
 from cascade_det.data.coco import CocoDataset
 from cascade_det.data.loader import build_test_loader
+from cascade_det.engine import distributed
 from cascade_det.engine.checkpoint import Checkpointer
 from cascade_det.engine.inference import run_inference
-from cascade_det.errors import ConfigError
+from cascade_det.engine.weight_addresses import local_path
+from cascade_det.errors import ConfigError, DatasetError
 from cascade_det.evaluation import (
     default_evaluators,
     describe_machine,
@@ -25,6 +27,7 @@ from cascade_det.evaluation.figures import plot_report
 from cascade_det.standalone.build import build_detector, set_backends
 from cascade_det.standalone.datasets import load_datasets
 from cascade_det.standalone.detector import Detector
+from cascade_det.standalone.predictor import run_info
 
 logger = logging.getLogger(__name__)
 
@@ -34,26 +37,31 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
 
     Args:
         cfg: a checked configuration with ``MODEL.WEIGHTS``.
-        resume: take the last checkpoint in ``OUTPUT_DIR`` instead, if there is one.
+        resume: take the last checkpoint in ``OUTPUT_DIR`` instead.
 
     Returns:
         ``bbox``, ``stages``, ``exits`` and ``latency`` figures; by data set if there are several.
-        They are also in ``results.json``, as tables in the log, and in ``report.png``.
+        They are also in ``results.json``, as tables in the log, and in ``report.png``. Several
+        processes share the images; all return the same, and the main one writes the files.
 
     Raises:
         ConfigError: if there is no test data set or no weights.
-        DatasetError: if data are missing or wrong.
-        CheckpointError: if weights cannot be read or do not fit.
+        DatasetError: if data are missing or wrong, or are not of the classes that the checkpoint
+            was trained on, where it names them.
+        CheckpointError: if weights cannot be read or do not fit, or there is nothing to resume.
     """
     datasets = load_datasets(cfg, train=False)
     if not datasets:
         raise ConfigError("DATASETS.TEST is empty: name a data set to evaluate on")
     set_backends(cfg)
     detector = build_detector(cfg)
-    checkpointer = Checkpointer(detector, cfg.OUTPUT_DIR)
-    if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
+    if not cfg.MODEL.WEIGHTS and not resume:
         raise ConfigError("MODEL.WEIGHTS is empty: give the file of weights to evaluate")
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    checkpointer = Checkpointer(detector, cfg.OUTPUT_DIR)
+    rest = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    run = rest.get("run", {}) if resume else run_info(local_path(cfg.MODEL.WEIGHTS))
+    for dataset in datasets:
+        _check_trained_classes(run.get("class_names"), dataset)
     return evaluate_all(cfg, detector, datasets, Path(cfg.OUTPUT_DIR))
 
 
@@ -79,6 +87,7 @@ def _evaluate_one(
         max_size=arguments["max_size"],
         image_format=arguments["image_format"],
         **config.test_loader_arguments(cfg),
+        share=(distributed.rank(), distributed.world_size()),
     )
     evaluators = default_evaluators(
         ground_truth=dataset.ground_truth,
@@ -87,9 +96,30 @@ def _evaluate_one(
         output_dir=output_dir,
     )
     results = run_inference(detector, loader, evaluators, stages=True)
+    results = {**results, "notes": [*results["notes"], *_left_out_note(dataset)]}
     machine = describe_machine(detector.device)
-    write_results(results, output_dir, machine=machine)
-    plot_report(results, output_dir / "report.png")
     report = format_report({**results, "machine": machine})
     logger.info("Results on %s:\n\n%s\n", dataset.source.name, report)
+
+    def write() -> None:
+        write_results(results, output_dir, machine=machine)
+        plot_report(results, output_dir / "report.png")
+
+    distributed.on_main(write)
     return results
+
+
+def _check_trained_classes(class_names: Sequence[str] | None, dataset: CocoDataset) -> None:
+    if class_names is not None and tuple(class_names) != tuple(dataset.class_names):
+        raise DatasetError(
+            f"{dataset.source.json_file} has the classes {', '.join(dataset.class_names)} (by "
+            f"category id), but the checkpoint was trained on {', '.join(class_names)}: evaluate "
+            "on the classes that were trained, in the same order"
+        )
+
+
+def _left_out_note(dataset: CocoDataset) -> list[str]:
+    if not dataset.left_out:
+        return []
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in dataset.left_out.items())
+    return [f"Left out as CASCADE.ON_BAD_DATA is 'skip': {kinds}. The figures are of the rest."]

@@ -50,7 +50,7 @@ class Predictor:
         self.detector = build_detector(cfg).eval()
         weights = load_weights(self.detector, cfg.MODEL.WEIGHTS).path
         num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-        run = _run_info(weights)
+        run = run_info(weights)
         self.class_names = list(run.get("class_names", ()))
         self.category_ids = list(run.get("category_ids", ()))
         if len(self.class_names) != num_classes:
@@ -106,7 +106,7 @@ class Predictor:
         return {"image": tensor, "height": height, "width": width}
 
 
-def _run_info(file: Path) -> dict[str, Any]:
+def run_info(file: Path) -> dict[str, Any]:
     """What our own checkpoints say of their run; nothing for weights from elsewhere."""
     if file.suffix not in (".pth", ".pt"):
         return {}

@@ -1,0 +1,80 @@
+"""What an evaluation of a checkpoint checks, says and writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cascade_det.errors import CheckpointError, ConfigError, DatasetError
+from cascade_det.standalone import evaluate
+from cascade_det.standalone.build import build_detector
+
+
+@pytest.fixture
+def test_json(shapes, tmp_path):
+    """A copy of the annotations of the test set, to be changed."""
+    path = tmp_path / "test.json"
+    path.write_text((shapes / "val.json").read_text())
+    return path
+
+
+@pytest.fixture
+def cfg(instant_cfg, shapes, test_json, tmp_path):
+    """Weights as they are initialised, and a test set at ``test_json``."""
+    names = [category["name"] for category in json.loads(test_json.read_text())["categories"]]
+    torch.manual_seed(0)
+    weights = {
+        "model": build_detector(instant_cfg).state_dict(),
+        "run": {"seed": 1, "class_names": names, "category_ids": [1, 2, 3]},
+    }
+    torch.save(weights, tmp_path / "weights.pth")
+    instant_cfg.CASCADE.DATASETS = [("own", str(test_json), str(shapes / "val"))]
+    instant_cfg.DATASETS.TEST = ("own",)
+    instant_cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
+    return instant_cfg
+
+
+def change(path, edit):
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def test_other_classes_than_the_trained_ones_are_refused(cfg, test_json):
+    def swap(content):
+        first, second, *_ = content["categories"]
+        first["name"], second["name"] = second["name"], first["name"]
+
+    names = [category["name"] for category in json.loads(test_json.read_text())["categories"]]
+    change(test_json, swap)
+    swapped = [names[1], names[0], *names[2:]]
+    with pytest.raises(DatasetError) as error:
+        evaluate(cfg)
+    assert f"test.json has the classes {', '.join(swapped)}" in str(error.value)
+    assert f"trained on {', '.join(names)}" in str(error.value)
+
+
+def test_weights_without_class_names_are_taken(cfg, tmp_path):
+    content = torch.load(tmp_path / "weights.pth", weights_only=True)
+    torch.save({"model": content["model"]}, tmp_path / "weights.pth")
+    assert "AP" in evaluate(cfg)["bbox"]
+
+
+def test_what_was_left_out_is_counted_in_the_notes(cfg, test_json):
+    change(test_json, lambda content: content["annotations"][0].update(category_id=77))
+    cfg.CASCADE.ON_BAD_DATA = "skip"
+    notes = evaluate(cfg)["notes"]
+    assert "Left out as CASCADE.ON_BAD_DATA is 'skip': 1 x" in notes[-1]
+    saved = json.loads((Path(cfg.OUTPUT_DIR) / "results.json").read_text())
+    assert saved["notes"] == notes
+
+
+def test_weights_are_needed(cfg):
+    cfg.MODEL.WEIGHTS = ""
+    with pytest.raises(ConfigError, match=r"MODEL\.WEIGHTS is empty"):
+        evaluate(cfg)
+    with pytest.raises(CheckpointError, match="nothing to resume"):
+        evaluate(cfg, resume=True)

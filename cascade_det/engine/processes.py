@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import multiprocessing
+import os
 import pickle
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +20,6 @@ from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
-
-from torch import multiprocessing
 
 from cascade_det.engine.interrupts import Interrupted
 from cascade_det.errors import CascadeDetError
@@ -60,8 +61,8 @@ def run_processes(
     """Call ``function(index, *args)`` in ``count`` new processes and wait for all of them.
 
     If one fails, the others are given a few seconds and then stopped. Ctrl-C reaches them from the
-    terminal and is theirs to handle; a SIGTERM is handed on to them. If this process dies, they
-    are interrupted. To be called from the main thread.
+    terminal and is theirs to handle; a SIGTERM is handed on to them, and they get one if this
+    process dies. To be called from the main thread.
 
     Args:
         function: at the top level of a module; gives an exit status.
@@ -77,15 +78,18 @@ def run_processes(
         CascadeDetError, FloatingPointError: what the first process that failed raised.
     """
     with tempfile.TemporaryDirectory(prefix="cascade-det-") as folder, _signals() as caught:
-        context = multiprocessing.start_processes(
-            _call, (function, args, Path(folder)), count, join=False
-        )
-        processes: list[BaseProcess] = context.processes
-        caught.processes = processes
-        if caught.terminated:
-            caught.terminate()
-        _wait_for(processes, caught)
-        stopped = _stop(processes)
+        start = multiprocessing.get_context("spawn").Process
+        processes = caught.processes
+        try:
+            for index in range(count):
+                process = start(target=_call, args=(index, function, args, Path(folder)))
+                process.start()
+                processes.append(process)
+            if caught.terminated:
+                caught.terminate()
+            _wait_for(processes, caught)
+        finally:
+            stopped = _stop(processes)
         failures = {index: _read_failure(Path(folder) / str(index)) for index in range(count)}
     statuses = [process.exitcode or 0 for process in processes]
     if caught.terminated:
@@ -109,7 +113,7 @@ class _Caught:
     def __init__(self) -> None:
         self.interruptions = 0
         self.terminated = False
-        self.processes: Sequence[BaseProcess] = ()
+        self.processes: list[BaseProcess] = []
 
     def interrupt(self, *_: Any) -> None:
         self.interruptions += 1
@@ -200,6 +204,7 @@ def _describe(rank: int, process: BaseProcess, failure: _Failure | None) -> str:
 
 def _call(index: int, function: Callable[..., int], args: tuple[Any, ...], folder: Path) -> None:
     """In the new process: call, and leave word of a failure."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         status = function(index, *args)
     except (KeyboardInterrupt, Interrupted):
@@ -210,6 +215,16 @@ def _call(index: int, function: Callable[..., int], args: tuple[Any, ...], folde
         with atomic_path(folder / str(index)) as temporary:
             temporary.write_bytes(pickle.dumps(failure))
     sys.exit(status)
+
+
+def _end_with_parent() -> None:
+    # The kernel can do this too, but may send its signal twice, and a second one means haste.
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_INTERRUPTION)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def portable(error: Exception) -> Exception:

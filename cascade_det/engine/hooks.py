@@ -157,10 +157,10 @@ class EvalHook(Hook):
         self._evaluated = state["evaluated"]
 
     def _run(self, trainer: Trainer) -> None:
-        self._evaluated = trainer.iteration
         devices = [trainer.device] if trainer.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        with trainer.interruptible(), torch.random.fork_rng(devices):
             trainer.results = dict(self._evaluate())
+        self._evaluated = trainer.iteration
         trainer.history.put_all(dict(figures_of(trainer.results)), smooth=False)
 
 

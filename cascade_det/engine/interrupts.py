@@ -19,10 +19,15 @@ class Interrupted(Exception):
 
 
 class InterruptRequest:
-    """Whether someone asked to stop; true from the first signal on."""
+    """Whether someone asked to stop; true from the first signal on.
+
+    Attributes:
+        immediate: whether a signal is to end what runs at once, by a KeyboardInterrupt.
+    """
 
     def __init__(self) -> None:
         self._received = False
+        self.immediate = False
 
     def __bool__(self) -> bool:
         return self._received
@@ -31,9 +36,9 @@ class InterruptRequest:
         """Handle a signal: the first one is remembered, the second one ends everything at once.
 
         Raises:
-            KeyboardInterrupt: it is the second one.
+            KeyboardInterrupt: it is the second one, or ``immediate`` is set.
         """
-        if self._received:
+        if self._received or self.immediate:
             raise KeyboardInterrupt
         self._received = True
         logger.warning(

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,7 @@ class Trainer:
         self.resumable = False
         self.last_checkpoint: str | None = None
         self._stopping = False
+        self._interrupt = InterruptRequest()
         self._clip_gradients = clip_gradients
         self._accumulation_steps = accumulation_steps
         self._amp_dtype = amp_dtype_of(amp_dtype)
@@ -125,18 +126,42 @@ class Trainer:
         self.finished = self.resumable = self._stopping = False
         self.history.iteration = max(self.iteration, 0)
         self.detector.train()
-        with interrupt_request() as interrupt, ExitStack() as ends:
+        with interrupt_request() as self._interrupt, ExitStack() as ends:
             # Every hook gets its end, in their order, even if an earlier one fails at its own.
             for hook in reversed(self.hooks):
                 ends.callback(hook.after_train, self)
             for hook in self.hooks:
                 hook.before_train(self)
-            self._run(interrupt)
+            self._run()
             self.finished = True
 
     def stop(self) -> None:
         """End training, as if done, after the hooks of this iteration."""
         self._stopping = True
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """For what a hook does for long: within the block a signal ends the training at once.
+
+        Several processes would lose each other, so there the signal waits for the next iteration.
+
+        Raises:
+            Interrupted: a signal came, before the block or within.
+        """
+        if distributed.world_size() > 1:
+            yield
+            return
+        try:
+            if self._interrupt:
+                raise KeyboardInterrupt
+            self._interrupt.immediate = True
+            yield
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"Interrupted in the hooks after iteration {self.iteration}"
+            ) from None
+        finally:
+            self._interrupt.immediate = False
 
     @property
     def module(self) -> nn.Module:
@@ -171,7 +196,7 @@ class Trainer:
         # Starting the loader draws from the same generator: set it when that is over.
         self._resumed_random = own_random_state(state["random"])
 
-    def _run(self, interrupt: InterruptRequest) -> None:
+    def _run(self) -> None:
         if self.start_iter >= self.max_iter:
             logger.info(
                 "This training is complete: all %d iterations of SOLVER.MAX_ITER are done. Raise "
@@ -190,7 +215,7 @@ class Trainer:
             self.resumable = False
             self.iteration = self.history.iteration = iteration
             loaded = time.perf_counter()
-            stop = self._step(batch, bool(interrupt))
+            stop = self._step(batch, bool(self._interrupt))
             self.history.put("data_time", loaded - start)
             self.history.put("time", time.perf_counter() - start)
             self.resumable = alone

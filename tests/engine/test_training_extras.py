@@ -9,7 +9,7 @@ from torch import nn
 
 from cascade_det.engine.averaging import WeightAverage
 from cascade_det.engine.checkpoint import Checkpointer
-from cascade_det.engine.hooks import Hook, PeriodicCheckpoint
+from cascade_det.engine.hooks import EvalHook, Hook, PeriodicCheckpoint
 from cascade_det.engine.interrupts import Interrupted
 from cascade_det.engine.solver import build_optimizer, build_scheduler
 from cascade_det.engine.trainer import Trainer
@@ -66,6 +66,31 @@ def test_an_interrupted_run_goes_on_where_it_was(make_detector, make_loader, tmp
         resumed.detector.state_dict(), whole.detector.state_dict(), rtol=0, atol=0
     )
     assert signal.getsignal(number) == before
+
+
+def test_an_interrupted_evaluation_ends_at_once_and_is_made_up_for(
+    make_detector, make_loader, tmp_path
+):
+    evaluated = []
+
+    def evaluate(interrupted):
+        if interrupted:
+            os.kill(os.getpid(), signal.SIGINT)
+        evaluated.append(interrupted)
+        return {"AP": 1.0}
+
+    def run(interrupted, resume):
+        hooks = [EvalHook(3, lambda: evaluate(interrupted))]
+        return resumable(tmp_path, make_detector, make_loader, hooks=hooks, resume=resume)
+
+    trainer = run(True, False)
+    with pytest.raises(Interrupted, match="after iteration 2"):
+        trainer.train()
+    assert evaluated == []
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000002.pth"
+    resumed = run(False, True)
+    resumed.train()
+    assert evaluated == [False] * 3  # after iterations 2, 5 and 7
 
 
 def test_the_second_signal_ends_at_once(make_detector, make_loader, tmp_path):

@@ -97,7 +97,7 @@ def run_processes(
     if INTERRUPTED in statuses:
         # What else is there are processes that lost those that ended first.
         return INTERRUPTED
-    if len(set(statuses)) == 1 and not any(failures.values()):
+    if len(set(statuses)) == 1 and statuses[0] >= 0 and not any(failures.values()):
         return statuses[0]
     cause = _first_cause(statuses, failures, stopped)
     failure = failures[cause]

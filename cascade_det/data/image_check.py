@@ -172,6 +172,8 @@ def _size_problem(
     if stored == (entry.height, entry.width):
         kind = "image whose size in the json is that before its EXIF rotation"
         return _problem(kind, entry, f"upright {sizes}")
+    if found == (entry.width, entry.height):
+        return _problem("image whose width and height are exchanged in the json", entry, sizes)
     return _problem("image whose size is not that in the json", entry, sizes)
 
 

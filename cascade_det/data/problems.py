@@ -32,6 +32,19 @@ class Problems:
         if len(examples) < EXAMPLES_KEPT:
             examples.append(describe(*entry))
 
+    def update(self, other: Problems) -> None:
+        """Count what others have found as well."""
+        for kind, count in other.counts.items():
+            self.counts[kind] += count
+            mine = self.examples.setdefault(kind, [])
+            mine += other.examples[kind][: EXAMPLES_KEPT - len(mine)]
+
+    def copy(self) -> Problems:
+        """One that can be added to while this one stays as it is."""
+        copied = Problems()
+        copied.update(self)
+        return copied
+
     def __bool__(self) -> bool:
         return bool(self.counts)
 

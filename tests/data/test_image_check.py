@@ -113,7 +113,7 @@ def test_rotated_images_are_upright_for_all(tmp_path, picture, suffix, orientati
     assert check_image(entry(path)) is None
     problem = check_image(entry(path, WIDTH, HEIGHT))
     if orientation <= 4:
-        assert problem.kind == "image whose size is not that in the json"
+        assert problem.kind == "image whose width and height are exchanged in the json"
     elif suffix != "tif":  # Pillow does not say how a TIFF was stored
         assert problem.kind == "image whose size in the json is that before its EXIF rotation"
     assert f"{WIDTH}x{HEIGHT} in the file, {HEIGHT}x{WIDTH} in the json" in problem.detail
@@ -266,7 +266,7 @@ def test_all_problems_of_files_are_told_together_and_can_be_skipped(coco):
         (root / f"{number}.png").unlink()
     (root / "6.png").write_bytes(b"")
     (root / "7.png").write_bytes((root / "7.png").read_bytes()[:300])
-    Image.new("RGB", (30, 40)).save(root / "8.png")
+    Image.new("RGB", (31, 40)).save(root / "8.png")
     with pytest.raises(DatasetError) as caught:
         load_dataset(source)
     message = str(caught.value)
@@ -274,7 +274,7 @@ def test_all_problems_of_files_are_told_together_and_can_be_skipped(coco):
     assert f"4 x missing image file: {missing}, ...\n" in message
     assert "1 x empty image file: image 6 ('6.png')\n" in message
     assert "1 x image file that is truncated or no image: image 7 ('7.png'): " in message
-    assert "image 8 ('8.png'): 30x40 in the file, 40x30 in the json\n" in message
+    assert "1 x image whose size is not that in the json: image 8 ('8.png'): 31x40 in" in message
     dataset = load_dataset(source, "skip", keep_ground_truth=True)
     assert [record.image_id for record in dataset.records] == [1, 9]
     assert [image["id"] for image in dataset.ground_truth["images"]] == [1, 9]

@@ -1,0 +1,131 @@
+"""What a checked data set holds: figures, and remarks on what is unusual without being wrong."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from cascade_det.data.coco_json import CheckedJson, JsonObject
+from cascade_det.data.problems import Problems, shown
+
+# COCO's limits between small, medium and large, in square pixels.
+_AREA_LIMITS = (32**2, 96**2)
+_TINY_SIDE = 2  # pixels
+_OUTSIDE = 1  # pixels; annotation tools round
+
+
+@dataclass
+class DatasetSummary:
+    """Figures of the usable part of a data set.
+
+    Attributes:
+        images: how many.
+        images_with_boxes: of them, those with a box that is not a crowd.
+        boxes: how many, crowds included and boxes of no area not.
+        crowds: of them, those that stand for a crowd.
+        sizes: how many images there are of each (width, height).
+        areas: how many boxes are small, medium and large, by COCO's limits.
+        category_boxes: boxes by category id, in the order of the ids; 0 where there is none.
+        category_images: images by category id.
+        notes: what is unusual.
+    """
+
+    images: int = 0
+    images_with_boxes: int = 0
+    boxes: int = 0
+    crowds: int = 0
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    areas: Counter[str] = field(default_factory=Counter)
+    category_boxes: Counter[int] = field(default_factory=Counter)
+    category_images: Counter[int] = field(default_factory=Counter)
+    notes: Problems = field(default_factory=Problems)
+
+
+def summarise(checked: CheckedJson) -> DatasetSummary:
+    """Count what is usable in a data set, and note what its owner may want to look at."""
+    summary = DatasetSummary(notes=checked.of_no_area.copy())
+    summary.category_boxes.update(dict.fromkeys(checked.categories, 0))
+    if not checked.has_annotations:
+        summary.notes.add("data set without annotations", "good to run on, not to train on".format)
+    for image in checked.images.values():
+        _count_image(image, list(_boxes(checked, image)), checked.has_annotations, summary)
+    _note_file_names(checked, summary.notes)
+    _note_categories(checked, summary)
+    return summary
+
+
+def _boxes(checked: CheckedJson, image: JsonObject) -> Iterator[JsonObject]:
+    for annotation in checked.annotations.get(image["id"], []):
+        if min(annotation["bbox"][2:]) > 0:
+            yield annotation
+
+
+def _count_image(
+    image: JsonObject, boxes: list[JsonObject], annotated: bool, summary: DatasetSummary
+) -> None:
+    summary.images += 1
+    summary.sizes[image["width"], image["height"]] += 1
+    crowds = sum(bool(box.get("iscrowd", 0)) for box in boxes)
+    summary.boxes += len(boxes)
+    summary.crowds += crowds
+    if len(boxes) > crowds:
+        summary.images_with_boxes += 1
+    elif annotated:
+        summary.notes.add("image without a box that is not a crowd", _image_name, image)
+    for category_id, count in Counter(box["category_id"] for box in boxes).items():
+        summary.category_boxes[category_id] += count
+        summary.category_images[category_id] += 1
+    seen = set()
+    for box in boxes:
+        summary.areas[_size_class(box)] += 1
+        key = (box["category_id"], *box["bbox"])
+        for kind in _oddities(box, image, key in seen):
+            summary.notes.add(kind, _box_name, box)
+        seen.add(key)
+
+
+def _size_class(box: JsonObject) -> str:
+    _, _, width, height = box["bbox"]
+    small, medium = _AREA_LIMITS
+    area = width * height
+    return "small" if area < small else "medium" if area < medium else "large"
+
+
+def _oddities(box: JsonObject, image: JsonObject, repeated: bool) -> Iterator[str]:
+    left, top, width, height = box["bbox"]
+    if min(width, height) < _TINY_SIDE:
+        yield f"box with a side below {_TINY_SIDE} pixels"
+    beyond = max(-left, -top, left + width - image["width"], top + height - image["height"])
+    if beyond > _OUTSIDE:
+        yield "box that is partly outside its image (and is clipped)"
+    if repeated:
+        yield "box that is there twice, with the same class"
+
+
+def _note_file_names(checked: CheckedJson, notes: Problems) -> None:
+    users = Counter(image["file_name"] for image in checked.images.values())
+    for name, count in users.items():
+        if count > 1:
+            notes.add("file that several images name", shown, name)
+
+
+def _note_categories(checked: CheckedJson, summary: DatasetSummary) -> None:
+    names = Counter(checked.categories.values())
+    for category_id, name in checked.categories.items():
+        if checked.has_annotations and not summary.category_boxes[category_id]:
+            summary.notes.add("category without a box", shown, name)
+        if names[name] > 1:
+            summary.notes.add("category that has its name with another", shown, name)
+    for one, other in pairwise(checked.categories):
+        if other > one + 1:
+            summary.notes.add("gap in the ids of categories", "{} to {}".format, one, other)
+
+
+def _image_name(image: JsonObject) -> str:
+    return f"image {image['id']} ({shown(image['file_name'])})"
+
+
+def _box_name(box: JsonObject) -> str:
+    return f"annotation {box['id']} (image {box['image_id']}, bbox {shown(box['bbox'])})"

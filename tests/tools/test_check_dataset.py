@@ -1,0 +1,199 @@
+"""tools/check_dataset.py on small data sets with known contents and faults."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import check_dataset
+
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quick_schedules" / "instant_test.yaml"
+CATEGORIES = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 5, "name": "dog"}]
+
+
+def box(number, image_id, bbox, category_id=1, **rest):
+    return {
+        "id": number,
+        "image_id": image_id,
+        "category_id": category_id,
+        "bbox": bbox,
+        "iscrowd": 0,
+    } | rest
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Four images, the last of them empty, and boxes of every size."""
+    generator = np.random.default_rng(2)
+    images = []
+    for number, (width, height) in enumerate([(200, 150), (200, 150), (64, 48), (50, 60)], 1):
+        pixels = generator.integers(0, 256, (height, width, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        entry = {"id": number, "file_name": f"{number}.png", "width": width, "height": height}
+        images.append(entry)
+    boxes = [
+        box(1, 1, [0, 0, 10, 10]),
+        box(2, 1, [5, 5, 50, 50]),
+        box(3, 1, [5, 5, 150, 120], category_id=2),
+        box(4, 2, [1, 1, 40, 40], iscrowd=1),
+        box(5, 3, [1, 1, 20, 20], category_id=2),
+    ]
+    write(tmp_path, images, boxes)
+    return tmp_path
+
+
+def write(folder, images, boxes, categories=CATEGORIES):
+    content = {"images": images, "annotations": boxes, "categories": categories}
+    (folder / "set.json").write_text(json.dumps(content))
+
+
+def read(folder):
+    content = json.loads((folder / "set.json").read_text())
+    return content["images"], content["annotations"]
+
+
+def check(folder, *options):
+    out = folder / "findings.json"
+    status = check_dataset.main(
+        ["--json", str(folder / "set.json"), "--json-out", str(out), *options]
+    )
+    return status, json.loads(out.read_text())["set"]
+
+
+def test_figures_of_a_good_data_set(folder, capsys):
+    status, found = check(folder)
+    assert status == 0
+    assert found["problems"] == {}
+    assert found["figures"] == {
+        "usable images": 4,
+        "with boxes": 2,
+        "boxes": 5,
+        "of them crowds": 1,
+        "small boxes": 2,
+        "medium boxes": 2,
+        "large boxes": 1,
+        "categories": 3,
+        "image sizes": 3,
+        "smallest image": "50x60",
+        "largest image": "200x150",
+        "most common size": "200x150 (2 images)",
+    }
+    assert [(row["boxes"], row["images"]) for row in found["categories"]] == [
+        (3, 2),
+        (2, 2),
+        (0, 0),
+    ]
+    printed = capsys.readouterr().out
+    assert "No problems." in printed
+    for row in ("| medium boxes ", "|    1 | cat    |       3 |        2 |"):
+        assert row in printed
+
+
+def test_notes(folder):
+    images, boxes = read(folder)
+    images.append(images[2] | {"id": 9})
+    boxes += [
+        box(10, 9, [3, 3, 0, 5]),
+        box(11, 9, [3, 3, 1.5, 5]),
+        box(12, 9, [60, 3, 9, 5]),
+        box(13, 9, [60, 3, 4.9, 5]),
+        box(14, 9, [60, 3, 4.9, 5]),
+    ]
+    write(folder, images, boxes)
+    status, found = check(folder)
+    assert status == 0
+    notes = {kind: (note["count"], note["examples"]) for kind, note in found["notes"].items()}
+    assert notes == {
+        "box of zero width or height": (
+            1,
+            ["annotation 10 (image 9, category 1, bbox [3, 3, 0, 5])"],
+        ),
+        "image without a box that is not a crowd": (2, ["image 2 ('2.png')", "image 4 ('4.png')"]),
+        "box with a side below 2 pixels": (1, ["annotation 11 (image 9, bbox [3, 3, 1.5, 5])"]),
+        "box that is partly outside its image (and is clipped)": (
+            1,
+            ["annotation 12 (image 9, bbox [60, 3, 9, 5])"],
+        ),
+        "box that is there twice, with the same class": (
+            1,
+            ["annotation 14 (image 9, bbox [60, 3, 4.9, 5])"],
+        ),
+        "file that several images name": (1, ["'3.png'"]),
+        "category without a box": (1, ["'dog'"]),
+        "category that has its name with another": (2, ["'dog'", "'dog'"]),
+        "gap in the ids of categories": (1, ["2 to 5"]),
+    }
+
+
+def test_problems_are_counted_and_the_status_tells(folder, capsys):
+    images, boxes = read(folder)
+    boxes += [box(20 + n, 1, [300 + n, 1, 5, 5]) for n in range(30)]
+    boxes.append(box(3, 1, [1, 1, 5, 5]))
+    write(folder, images, boxes)
+    (folder / "3.png").unlink()
+    status, found = check(folder)
+    assert status == 1
+    assert {kind: problem["count"] for kind, problem in found["problems"].items()} == {
+        "box outside its image": 30,
+        "annotation with the id of another one": 1,
+        "missing image file": 1,
+    }
+    assert len(found["problems"]["box outside its image"]["examples"]) == 20
+    assert found["figures"]["usable images"] == 3
+    printed = capsys.readouterr().out
+    assert "bbox [302, 1, 5, 5]" in printed
+    assert "bbox [303, 1, 5, 5]" not in printed
+
+
+def test_decoding_finds_damage_inside_a_file(folder):
+    path = folder / "1.png"
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 60] = bytes(60)
+    path.write_bytes(data)
+    assert check(folder)[0] == 0
+    status, found = check(folder, "--decode")
+    assert status == 1
+    assert list(found["problems"]) == ["image file that is truncated or no image"]
+
+
+def test_what_leaves_no_data_set(folder, capsys):
+    (folder / "set.json").write_text("[]")
+    assert check_dataset.main(["--json", str(folder / "set.json")]) == 1
+    assert "no object at the top" in capsys.readouterr().out
+    assert check_dataset.main(["--json", str(folder / "gone.json")]) == 1
+    assert "there is no such file" in capsys.readouterr().out
+    options = ["--json", str(folder / "set.json"), "--images", str(folder / "gone")]
+    assert check_dataset.main(options) == 1
+    assert "--images" in capsys.readouterr().err
+
+
+def check_config(folder, *options):
+    datasets = [("mine", str(folder / "set.json"), str(folder))]
+    return check_dataset.main(
+        ["--config-file", str(CONFIG), "CASCADE.DATASETS", str(datasets), *options]
+    )
+
+
+def test_sets_of_a_configuration(folder, capsys):
+    names = ["DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "('mine',)"]
+    assert check_config(folder, *names, "MODEL.ROI_HEADS.NUM_CLASSES", "3") == 0
+    assert capsys.readouterr().out.count(f"mine: {folder / 'set.json'}") == 1
+    assert check_config(folder, *names, "MODEL.ROI_HEADS.NUM_CLASSES", "7") == 1
+    assert "7, not 3" in capsys.readouterr().out
+    assert check_config(folder, "DATASETS.TRAIN", "()", "DATASETS.TEST", "()") == 1
+    assert "there is nothing to check" in capsys.readouterr().err
+
+
+def test_without_boxes_a_set_is_good_for_testing_only(folder, capsys):
+    images, _ = read(folder)
+    (folder / "set.json").write_text(json.dumps({"images": images, "categories": CATEGORIES}))
+    classes = ["MODEL.ROI_HEADS.NUM_CLASSES", "3"]
+    testing = ["DATASETS.TRAIN", "()", "DATASETS.TEST", "('mine',)"]
+    assert check_config(folder, *testing, *classes) == 0
+    assert "data set without annotations" in capsys.readouterr().out
+    training = ["DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "()"]
+    assert check_config(folder, *training, *classes) == 1
+    assert "nothing to train on" in capsys.readouterr().out

@@ -1,0 +1,94 @@
+"""tools/visualize_data.py against the loader itself and a scene whose colours are known."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+import visualize_data
+
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quick_schedules" / "instant_test.yaml"
+RED = (200, 30, 10)  # RGB
+
+
+@pytest.fixture
+def options(tmp_path):
+    """One red picture with one box in the upper left quarter."""
+    Image.new("RGB", (80, 60), RED).save(tmp_path / "a.png")
+    content = {
+        "images": [{"id": 4, "file_name": "a.png", "width": 80, "height": 60}],
+        "annotations": [{"id": 1, "image_id": 4, "category_id": 1, "bbox": [10, 5, 30, 25]}],
+        "categories": [{"id": 1, "name": "cat"}],
+    }
+    (tmp_path / "set.json").write_text(json.dumps(content))
+    datasets = [("mine", str(tmp_path / "set.json"), str(tmp_path))]
+    return [
+        *("CASCADE.DATASETS", str(datasets)),
+        *("DATASETS.TRAIN", "('mine',)"),
+        *("DATASETS.TEST", "()"),
+        *("MODEL.ROI_HEADS.NUM_CLASSES", "1"),
+        *("INPUT.MIN_SIZE_TRAIN", "(120,)"),
+        *("INPUT.MAX_SIZE_TRAIN", "400"),
+        *("SOLVER.IMS_PER_BATCH", "2"),
+    ]
+
+
+def draw(tmp_path, *arguments):
+    output = tmp_path / "pictures"
+    status = visualize_data.main(
+        ["--config-file", str(CONFIG), "--output", str(output), *arguments]
+    )
+    return status, output
+
+
+@pytest.mark.parametrize("image_format", ["BGR", "RGB"])
+def test_pictures_have_the_colours_of_the_scene_and_boxes_where_they_are(
+    tmp_path, options, image_format
+):
+    status, output = draw(tmp_path, "--num", "5", *options, "INPUT.FORMAT", image_format)
+    assert status == 0
+    names = sorted(path.name for path in output.iterdir())
+    assert names == [f"000{number}_image4.png" for number in range(5)]
+    sides = set()
+    for name in names:
+        picture = cv2.imread(str(output / name))
+        assert picture.shape == (120, 160, 3)
+        red = (picture[..., ::-1] == RED).all(axis=2)
+        assert red.mean() > 0.6
+        # Twice as large: the outline runs from 20 to 80 or, flipped, from 80 to 140; 10 to 60 down.
+        assert red[70:].all()
+        rows = np.flatnonzero(~red[:, 90 if red[55, 20] else 30])
+        assert rows.max() == 60
+        sides.add("right" if red[55, 20] else "left")
+    assert sides == {"left", "right"}
+
+
+def test_a_grid_holds_all_pictures(tmp_path, options):
+    status, output = draw(tmp_path, "--num", "5", "--grid", *options)
+    assert status == 0
+    assert [path.name for path in output.iterdir()] == ["grid.png"]
+    assert cv2.imread(str(output / "grid.png")).shape == (240, 480, 3)
+
+
+def test_tiles_keep_their_pixels():
+    generator = np.random.default_rng(0)
+    pictures = [
+        generator.integers(0, 256, (h, w, 3), np.uint8) for h, w in ((3, 5), (4, 2), (1, 1))
+    ]
+    grid = visualize_data.tile(pictures)
+    assert grid.shape == (8, 10, 3)
+    for picture, (top, left) in zip(pictures, ((0, 0), (0, 5), (4, 0)), strict=True):
+        height, width = picture.shape[:2]
+        np.testing.assert_array_equal(grid[top : top + height, left : left + width], picture)
+    assert (grid[4:, 5:] == 128).all()
+
+
+def test_errors_are_told_without_a_traceback(tmp_path, options, capsys):
+    (tmp_path / "a.png").unlink()
+    assert draw(tmp_path, *options)[0] == 1
+    assert "missing image file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        draw(tmp_path, "--num", "0")

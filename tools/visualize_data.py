@@ -1,0 +1,122 @@
+#!/usr/bin/env python3
+"""Draw what the training loader gives: images after augmentation, with their boxes and classes.
+
+python tools/visualize_data.py --config-file ... --output pictures --num 16 [--grid] [KEY VALUE ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from fvcore.common.config import CfgNode
+
+from cascade_det import config
+from cascade_det.config import check_config, load_config
+from cascade_det.data.loader import build_train_loader
+from cascade_det.data.samples import Sample
+from cascade_det.engine.log import setup_logging
+from cascade_det.errors import CascadeDetError, DatasetError
+from cascade_det.evaluation.drawing import draw_boxes, stage_color
+from cascade_det.standalone.datasets import load_datasets
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = _parse(argv)
+    setup_logging()
+    try:
+        cfg = load_config(args.config_file, args.opts)
+        check_config(cfg)
+        pictures = list(itertools.islice(draw_training_samples(cfg), args.num))
+        if args.grid:
+            pictures = [("grid", tile([picture for _, picture in pictures]))]
+        _write(pictures, Path(args.output))
+        print(f"{args.num} training images drawn: {args.output}")
+    except CascadeDetError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def draw_training_samples(cfg: CfgNode) -> Iterator[tuple[str, np.ndarray]]:
+    """Pictures of the first samples of a training run, without end.
+
+    Args:
+        cfg: a checked configuration. A ``SEED`` below 0, which a run would draw, is 0 here.
+
+    Yields:
+        A name from the place in the run and the image id, and the picture, uint8 ``[H, W, 3]`` BGR.
+    """
+    datasets = load_datasets(cfg, train=True)
+    arguments = config.train_loader_arguments(cfg)
+    arguments.update(seed=max(arguments["seed"], 0), num_workers=0)
+    loader = build_train_loader(
+        datasets,
+        **config.input_arguments(cfg, train=True),
+        **arguments,
+        on_bad_data=cfg.CASCADE.ON_BAD_DATA,
+    )
+    for number, sample in enumerate(itertools.chain.from_iterable(loader)):
+        name = f"{number:04d}_image{sample['image_id']}"
+        yield name, _draw(sample, cfg.INPUT.FORMAT, datasets[0].class_names)
+
+
+def tile(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """One picture of all, row by row in a grid that is about square, on grey ground."""
+    columns = math.ceil(math.sqrt(len(pictures)))
+    height = max(picture.shape[0] for picture in pictures)
+    width = max(picture.shape[1] for picture in pictures)
+    rows = math.ceil(len(pictures) / columns)
+    canvas = np.full((rows * height, columns * width, 3), 128, np.uint8)
+    for index, picture in enumerate(pictures):
+        top, left = index // columns * height, index % columns * width
+        canvas[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return canvas
+
+
+def _draw(sample: Sample, image_format: str, class_names: Sequence[str]) -> np.ndarray:
+    pixels = sample["image"].permute(1, 2, 0).numpy()
+    classes = sample["gt_classes"].tolist()
+    return draw_boxes(
+        pixels if image_format == "BGR" else pixels[..., ::-1],
+        sample["gt_boxes"],
+        [class_names[index] for index in classes],
+        [stage_color(index) for index in classes],
+    )
+
+
+def _write(pictures: Sequence[tuple[str, np.ndarray]], output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures:
+        path = output / f"{name}.png"
+        if not cv2.imwrite(str(path), picture):
+            raise DatasetError(f"{path}: could not be written")
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Draw what the training loader gives.")
+    parser.add_argument("--config-file", required=True, metavar="YAML")
+    parser.add_argument("--output", required=True, help="folder for the pictures")
+    parser.add_argument("--num", type=_positive, default=16, help="images to draw")
+    parser.add_argument("--grid", action="store_true", help="all in one picture, grid.png")
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="as for train_net.py"
+    )
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

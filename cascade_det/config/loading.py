@@ -27,11 +27,12 @@ from cascade_det.errors import ConfigError
 # Keys that may be null, with the type of their values otherwise.
 _NULLABLE: dict[str, type] = {"SOLVER.WEIGHT_DECAY_BIAS": float}
 
-_EXAMPLES: dict[type, str] = {
-    bool: "Write True or False.",
-    int: "Write a whole number, such as 90000.",
-    float: "Write a number, such as 0.02.",
-    str: "Put quotes around it if it is text.",
+_REMEDIES = {
+    "bool": "Write True or False.",
+    "int": "Write a whole number, such as 90000.",
+    "float": "Write a number, such as 0.02.",
+    "str": "Put quotes around it if it is text.",
+    "list": "Write [a, b], or [a] for a single value.",
 }
 
 _MAX_FILES = 100  # read for one configuration; bases of bases can name each other without end
@@ -209,11 +210,10 @@ def _oddity(value: object) -> str:
 
 
 def _wrong_type(where: str, value: object, wanted: type) -> ConfigError:
-    is_list = wanted in (list, tuple)
-    remedy = "Write [a, b], or [a] for a single value." if is_list else _EXAMPLES[wanted]
+    kind = "list" if wanted in (list, tuple) else wanted.__name__
     return ConfigError(
         f"{where} is {shown(value)}, of type {type(value).__name__}, "
-        f"but a {'list' if is_list else wanted.__name__} is expected. {remedy}"
+        f"but {'an' if kind == 'int' else 'a'} {kind} is expected. {_REMEDIES[kind]}"
     )
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import yaml
 
-from cascade_det.config.rules import shown
 from cascade_det.errors import ConfigError
 
 # A dumped configuration has some 10 KB and 400 values; these are far beyond any, and soon read.
@@ -68,19 +67,16 @@ def read_entries(path: Path) -> list[Entry]:
         raise ConfigError(f"{path}: is nested too deeply for a configuration.") from None
     except (ValueError, OverflowError) as error:  # of escapes and directives that PyYAML converts
         where = path if loader is None else _at(loader.get_mark())
-        raise ConfigError(f"{where}: this is not valid YAML: {shown(error)}") from error
+        raise ConfigError(
+            f"{where}: this is not valid YAML: the number in an escape or a directive is too large."
+        ) from error
 
 
 def _read_text(path: Path) -> str:
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
-        if len(content) > _MAX_BYTES:
-            raise ConfigError(
-                f"{path}: has more than {_MAX_BYTES // 1024} KiB, which no configuration needs. "
-                "Is it another kind of file?"
-            )
-        return content.decode("utf-8")
+        text = content.decode("utf-8") if len(content) <= _MAX_BYTES else ""
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such configuration file.") from None
     except UnicodeDecodeError as error:
@@ -90,9 +86,18 @@ def _read_text(path: Path) -> str:
         ) from error
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         raise ConfigError(f"{path}: cannot be read as a configuration file ({error}).") from error
+    if len(content) > _MAX_BYTES:
+        raise ConfigError(
+            f"{path}: has more than {_MAX_BYTES // 1024} KiB, which no configuration needs. "
+            "Is it another kind of file?"
+        )
+    return text
 
 
 def _invalid(path: Path, error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.reader.ReaderError):
+        where = f"character #x{error.character:04x} at position {error.position}"
+        return f"{path}: this is not valid YAML: {where}: {error.reason}."
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return f"{path}: this is not valid YAML: {error}"
@@ -150,7 +155,7 @@ def _refuse_duplicates(node: yaml.MappingNode) -> None:
         line = key.start_mark.line + 1
         if key.value in first:
             raise ConfigError(
-                f"{_at(key.start_mark)}: {shown(key.value)} is set here and in line "
+                f"{_at(key.start_mark)}: {_name(key)} is set here and in line "
                 f"{first[key.value]} already. Remove one of the two."
             )
         first[key.value] = line
@@ -184,13 +189,14 @@ def _leaves(loader: yaml.SafeLoader, node: yaml.MappingNode, prefix: str) -> Ite
 
 
 def _name(node: yaml.Node) -> str:
-    return node.value[:200] if isinstance(node, yaml.ScalarNode) else f"a {node.id}"
+    return node.value[:200] or "''" if isinstance(node, yaml.ScalarNode) else f"a {node.id}"
 
 
 def _value(loader: yaml.SafeLoader, full_key: str, node: yaml.Node) -> Any:
     try:
         return loader.construct_object(node, deep=True)
-    except (ValueError, KeyError) as error:  # such as 0x_, !!bool maybe, or a million digits
+    except (ValueError, LookupError) as error:  # of 0x_, !!bool maybe, or a million digits
         raise ConfigError(
-            f"{_at(node.start_mark)}: the value of {full_key} cannot be read ({shown(error)})."
+            f"{_at(node.start_mark)}: the value of {full_key} is no number or word that YAML can "
+            "read. Put quotes around it if it is text."
         ) from error

@@ -147,7 +147,7 @@ def test_a_wrong_type_names_key_value_and_both_types(key, text, actual, wanted):
     assert key in message
     assert text.strip("()") in message
     assert f"of type {actual}," in message
-    assert f"a {wanted} is expected" in message
+    assert f" {wanted} is expected" in message
 
 
 def test_a_number_for_text_is_refused_in_a_file(write_yaml):

@@ -9,39 +9,44 @@ from __future__ import annotations
 
 import argparse
 import glob
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
+import numpy as np
 from tqdm import tqdm
 
 from cascade_det.config import check_config, load_config
+from cascade_det.core import Detections
 from cascade_det.data.transforms import read_image
 from cascade_det.engine.log import setup_logging
 from cascade_det.errors import CascadeDetError, DatasetError
 from cascade_det.evaluation.coco import coco_results
 from cascade_det.evaluation.drawing import draw_detections
-from cascade_det.files import write_json
+from cascade_det.files import atomic_path, write_json
 from cascade_det.standalone import Predictor
 
+INTERRUPTED = 130  # as shells have it
+MOST_TOLD = 20  # failed files on the terminal
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; returns its exit status: 1 if a file failed, 130 after Ctrl-C."""
     args = _parse(argv)
     setup_logging()
     try:
         files = find_images(args.input)
         cfg = load_config(args.config_file, args.opts)
         check_config(cfg)
-        predictor = Predictor(cfg)
-        predict(predictor, files, Path(args.output), args.score_threshold)
-    except CascadeDetError as error:
+        return predict(Predictor(cfg), files, Path(args.output), args.score_threshold)
+    except (CascadeDetError, OSError) as error:  # OSError: --output cannot be written, disk full
         print(error, file=sys.stderr)
         return 1
-    return 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def find_images(patterns: list[str]) -> list[Path]:
@@ -60,50 +65,99 @@ def find_images(patterns: list[str]) -> list[Path]:
     return list(found)
 
 
-def predict(predictor: Predictor, files: list[Path], output: Path, score_threshold: float) -> None:
+def predict(predictor: Predictor, files: list[Path], output: Path, score_threshold: float) -> int:
     """Write a picture for every image, and ``predictions.json`` for all of them.
+
+    A file that cannot be read is left out and told at the end, in the json as well: ``failed`` is
+    a list of ``{"file_name", "reason"}``. After Ctrl-C the json has the images that were done.
 
     Args:
         predictor: the detector.
-        files: image files.
+        files: image files; an image's id is its place among them, from 1 on.
         output: folder, made if missing.
         score_threshold: detections below it are in the json, but not drawn.
+
+    Returns:
+        The exit status: 0, 1 if a file failed, or 130 after Ctrl-C.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    results = tqdm(_detect(predictor, files), total=len(files), disable=None, unit="img")
-    images: list[dict] = []
-    annotations: list[dict] = []
-    for image_id, (file, name, image, detections) in enumerate(results, 1):
-        picture = draw_detections(
-            image, detections, predictor.class_names, score_threshold=score_threshold
-        )
+    names = _picture_names(files)
+    for file, name in zip(files, names, strict=True):
         if (output / name).resolve() == file.resolve():
             raise DatasetError(f"--output {output}: its pictures would replace the input {file}")
-        if not cv2.imwrite(str(output / name), picture):
-            raise DatasetError(f"{output / name}: could not be written")
-        height, width = image.shape[:2]
-        images.append({"id": image_id, "file_name": str(file), "height": height, "width": width})
-        for result in coco_results(detections, image_id, predictor.category_ids):
-            _, _, box_width, box_height = result["bbox"]
-            rest = {"id": len(annotations) + 1, "area": box_width * box_height, "iscrowd": 0}
-            annotations.append({**result, **rest})
+    done: list[tuple[dict, list[dict]]] = []
+    failed: list[dict[str, str]] = []
+    interrupted = False
+    results = tqdm(_detect(predictor, files), total=len(files), disable=None, unit="img")
+    try:
+        for number, found in enumerate(results):
+            file = files[number]
+            if isinstance(found, DatasetError):
+                reason = str(found).removeprefix(f"{file}: ")
+                failed.append({"file_name": str(file), "reason": reason})
+                continue
+            image, detections = found
+            picture = draw_detections(
+                image, detections, predictor.class_names, score_threshold=score_threshold
+            )
+            with atomic_path(output / names[number]) as temporary:
+                temporary.write_bytes(cv2.imencode(".jpg", picture)[1].tobytes())
+            height, width = image.shape[:2]
+            record = {"id": number + 1, "file_name": str(file), "height": height, "width": width}
+            done.append((record, coco_results(detections, number + 1, predictor.category_ids)))
+    except KeyboardInterrupt:
+        interrupted = True
+    write_json(_coco_json(predictor, done, failed), output / "predictions.json")
+    count = sum(len(annotations) for _, annotations in done)
+    print(f"{len(done)} images, {count} detections: {output}")
+    _tell(failed, unfinished=len(files) - len(done) - len(failed))
+    return INTERRUPTED if interrupted else int(bool(failed))
+
+
+def _detect(
+    predictor: Predictor, files: list[Path]
+) -> Iterator[tuple[np.ndarray, Detections] | DatasetError]:
+    """For each file its pixels and detections, or why it could not be read; batch by batch."""
+    for start in range(0, len(files), predictor.batch_size):
+        batch = [_read(file) for file in files[start : start + predictor.batch_size]]
+        images = [image for image in batch if not isinstance(image, DatasetError)]
+        detections = iter(predictor(images))
+        for image in batch:
+            yield image if isinstance(image, DatasetError) else (image, next(detections))
+
+
+def _read(file: Path) -> np.ndarray | DatasetError:
+    try:
+        return read_image(str(file), "BGR")
+    except DatasetError as error:
+        return error
+
+
+def _coco_json(
+    predictor: Predictor, done: list[tuple[dict, list[dict]]], failed: list[dict[str, str]]
+) -> dict:
+    annotations: list[dict] = []
+    for result in itertools.chain.from_iterable(results for _, results in done):
+        _, _, width, height = result["bbox"]
+        rest = {"id": len(annotations) + 1, "area": width * height, "iscrowd": 0}
+        annotations.append({**result, **rest})
     categories = [
         {"id": category_id, "name": name}
         for category_id, name in zip(predictor.category_ids, predictor.class_names, strict=True)
     ]
+    images = [record for record, _ in done]
     content = {"images": images, "annotations": annotations, "categories": categories}
-    write_json(content, output / "predictions.json")
-    print(f"{len(files)} images, {len(annotations)} detections: {output}")
+    return {**content, "failed": failed}
 
 
-def _detect(predictor: Predictor, files: list[Path]) -> Iterator[tuple]:
-    """File, name of its picture, pixels and detections, in batches of the predictor's size."""
-    named = list(zip(files, _picture_names(files), strict=True))
-    for start in range(0, len(named), predictor.batch_size):
-        batch = named[start : start + predictor.batch_size]
-        images = [read_image(str(file), "BGR") for file, _ in batch]
-        for (file, name), image, detections in zip(batch, images, predictor(images), strict=True):
-            yield file, name, image, detections
+def _tell(failed: list[dict[str, str]], unfinished: int) -> None:
+    if unfinished:
+        print(f"Interrupted: {unfinished} images are not done.", file=sys.stderr)
+    if failed:
+        print(f"{len(failed)} files could not be read:", file=sys.stderr)
+    for failure in failed[:MOST_TOLD]:
+        print(f"  - {failure['file_name']}: {failure['reason']}", file=sys.stderr)
+    if len(failed) > MOST_TOLD:
+        print("  - ... the others are in predictions.json, failed", file=sys.stderr)
 
 
 def _images_at(path: Path) -> list[Path]:

@@ -12,6 +12,7 @@ from cascade_det import config
 from cascade_det.backbones import FPN, MobileNetV2, MobileNetV3Large, ResNet
 from cascade_det.backbones.fpn import Trunk
 from cascade_det.core import BoxPredictor, CascadeHead, ConfidenceExit, ConvFCBoxHead, RoIPooler
+from cascade_det.errors import ConfigError
 from cascade_det.standalone.detector import Detector
 from cascade_det.standalone.rpn import RPN
 
@@ -31,7 +32,8 @@ def build_detector(cfg: CfgNode) -> Detector:
         cfg: a configuration with our nodes, see ``cascade_det.config.get_cfg``.
 
     Raises:
-        ConfigError: if keys contradict each other or ask for a part that this host lacks.
+        ConfigError: if keys contradict each other, or ask for a part that this host lacks or for
+            a GPU that is not there.
     """
     config.check_config(cfg)
     backbone = _build_backbone(cfg)
@@ -61,12 +63,27 @@ def build_detector(cfg: CfgNode) -> Detector:
 
 
 def resolve_device(cfg: CfgNode) -> torch.device:
-    """``MODEL.DEVICE``, or the CPU with a warning where it asks for a GPU that is not there."""
-    device = torch.device(cfg.MODEL.DEVICE)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        logger.warning("MODEL.DEVICE is %s, but no GPU is available: using the CPU.", device)
+    """``MODEL.DEVICE``; for ``cuda`` without any GPU the CPU, with a warning.
+
+    Raises:
+        ConfigError: the key asks for one GPU by its index, and there is none of that index.
+    """
+    name: str = cfg.MODEL.DEVICE
+    kind, _, index = name.partition(":")
+    if kind != "cuda":
+        return torch.device(name)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if index and int(index) >= count:
+        gpus = [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(count)]
+        there = f"the GPUs here are {', '.join(gpus)}" if gpus else "there is no GPU here"
+        raise ConfigError(
+            f"MODEL.DEVICE is {name}, but {there}. Give {'one of these, ' if gpus else ''}cuda "
+            "for any, or cpu."
+        )
+    if not count:
+        logger.warning("MODEL.DEVICE is %s, but no GPU is available: using the CPU.", name)
         return torch.device("cpu")
-    return device
+    return torch.device(name)
 
 
 def _build_backbone(cfg: CfgNode) -> FPN:

@@ -9,11 +9,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from pycocotools.coco import COCO
 
 import predict
 import train_net
 from cascade_det.config import load_config
+from cascade_det.core import Detections
 from cascade_det.errors import ConfigError, DatasetError
 from cascade_det.standalone import Predictor
 from make_shapes import make_dataset
@@ -73,7 +75,7 @@ def test_eval_only(trained):
         (["SOLVER.MAX_ITR", "5"], ["SOLVER.MAX_ITR", "SOLVER.MAX_ITER"]),
         (["SOLVER.MAX_ITER", "many"], ["SOLVER.MAX_ITER", "many"]),
         (["MODEL.MASK_ON", "True"], ["MODEL.MASK_ON"]),
-        (["--num-gpus", "2"], ["--num-gpus"]),
+        (["--num-gpus", "0"], ["--num-gpus is 0"]),
         (["MODEL.WEIGHTS", "gone.pth"], ["gone.pth"]),
         (["MODEL.ROI_HEADS.NUM_CLASSES", "3"], ["NUM_CLASSES", "6 categories"]),
     ],
@@ -188,6 +190,109 @@ def test_predict_does_not_replace_its_input(trained, tmp_path, capfd):
     before = photo.read_bytes()
     arguments = ["--config-file", str(CONFIG), "--input", str(photo), "--output", str(tmp_path)]
     arguments += ["--opts", "MODEL.WEIGHTS", str(folder / "output" / "model_final.pth")]
+    (tmp_path / "a.png").write_bytes(photo.read_bytes())
+    arguments[3:4] = [str(tmp_path / "a.png"), str(photo)]
     assert predict.main(arguments) == 1
     assert "photo.jpg" in capfd.readouterr().err
+    assert not (tmp_path / "a.jpg").exists()  # refused before anything is done
     assert photo.read_bytes() == before
+
+
+def test_one_broken_file_does_not_lose_the_others(trained, tmp_path, capfd):
+    folder, _, _ = trained
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    whole = sorted((folder / "shapes" / "train").iterdir())
+    for name, content in {
+        "a.jpg": whole[0].read_bytes(),
+        "b.jpg": whole[0].read_bytes()[:500],
+        "c.jpg": b"",
+        "d.jpg": whole[1].read_bytes(),
+        "e.jpg": b"<html>404</html>",
+    }.items():
+        (inputs / name).write_bytes(content)
+    output = tmp_path / "out"
+    arguments = ["--config-file", CONFIG, "--input", inputs, "--output", output, "--opts"]
+    arguments += ["MODEL.WEIGHTS", folder / "output" / "model_final.pth"]
+    arguments += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "CASCADE.TEST_IMS_PER_BATCH", 2]
+    assert predict.main([str(argument) for argument in arguments]) == 1
+    captured = capfd.readouterr()
+    assert "2 images" in captured.out
+    assert "3 files could not be read" in captured.err
+    coco = COCO(output / "predictions.json")
+    assert [(i["id"], Path(i["file_name"]).name) for i in coco.loadImgs(coco.getImgIds())] == [
+        (1, "a.jpg"),
+        (4, "d.jpg"),
+    ]
+    assert {a["image_id"] for a in coco.loadAnns(coco.getAnnIds())} == {1, 4}
+    assert sorted(path.name for path in output.glob("*.jpg")) == ["a.jpg", "d.jpg"]
+    failed = coco.dataset["failed"]
+    assert [Path(failure["file_name"]).name for failure in failed] == ["b.jpg", "c.jpg", "e.jpg"]
+    for failure in failed:
+        assert f"{failure['file_name']}: {failure['reason']}" in captured.err
+        assert failure["reason"]
+        assert not failure["reason"].startswith("/")
+
+
+class SlowPredictor:
+    """Finds one box in every image, and is interrupted at the third batch."""
+
+    batch_size = 2
+    class_names = ("thing",)
+    category_ids = (7,)
+
+    def __init__(self):
+        self.batches = 0
+
+    def __call__(self, images):
+        self.batches += 1
+        if self.batches == 3:
+            raise KeyboardInterrupt
+        return [
+            Detections(
+                boxes=torch.tensor([[1.0, 2.0, 11.0, 22.0]]),
+                scores=torch.tensor([0.75]),
+                classes=torch.tensor([0]),
+                exit_stages=torch.tensor([1]),
+            )
+            for _ in images
+        ]
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path, capfd):
+    files = [tmp_path / f"{i}.png" for i in range(9)]
+    for file in files:
+        cv2.imwrite(str(file), np.full((40, 30, 3), 128, np.uint8))
+    output = tmp_path / "out"
+    assert predict.predict(SlowPredictor(), files, output, 0.5) == 130
+    assert "5 images are not done" in capfd.readouterr().err
+    assert sorted(path.name for path in output.iterdir()) == [
+        *(f"{i}.jpg" for i in range(4)),
+        "predictions.json",
+    ]
+    content = json.loads((output / "predictions.json").read_text())
+    assert [image["file_name"] for image in content["images"]] == [str(f) for f in files[:4]]
+    assert content["annotations"][3] == {
+        **{"id": 4, "image_id": 4, "category_id": 7, "bbox": [1.0, 2.0, 10.0, 20.0]},
+        **{"score": 0.75, "exit_stage": 1, "area": 200.0, "iscrowd": 0},
+    }
+    assert content["failed"] == []
+
+
+def test_ctrl_c_while_the_weights_are_loaded(monkeypatch, tmp_path):
+    def interrupted(cfg):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict, "Predictor", interrupted)
+    arguments = ["--config-file", str(CONFIG), "--input", str(CONFIG), "--output", str(tmp_path)]
+    assert predict.main(arguments) == 130
+
+
+def test_an_output_that_cannot_be_written(trained, tmp_path, capfd):
+    folder, _, _ = trained
+    (tmp_path / "file").write_text("")
+    arguments = ["--config-file", str(CONFIG), "--input", str(folder / "shapes" / "val")]
+    arguments += ["--output", str(tmp_path / "file" / "out")]
+    arguments += ["--opts", "MODEL.WEIGHTS", str(folder / "output" / "model_final.pth")]
+    assert predict.main(arguments) == 1
+    assert "file" in capfd.readouterr().err

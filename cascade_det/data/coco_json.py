@@ -23,6 +23,8 @@ JsonObject = dict[str, Any]
 _COORDINATE_LIMIT = 1e9
 _ID_LIMIT = 2**63  # of what other programs can hold
 
+_TOLD = ("image_id", "category_id", "bbox")  # of an annotation
+
 
 @dataclass
 class CheckedJson:
@@ -60,7 +62,9 @@ def check_coco_json(json_file: Path, image_root: Path) -> CheckedJson:
     content = read_annotation_file(json_file)
     checked = CheckedJson(has_annotations="annotations" in content)
     categories = _entries(content, "categories", checked, checked.unusable)
-    known_categories = _check_categories(categories, checked)
+    _check_categories(categories, checked)
+    # Where categories are wrong or missing, annotations are not blamed for theirs.
+    category_ids = _Everything() if checked.unusable else checked.categories
     images = _entries(content, "images", checked, checked.bad)
     known_images = _check_images(images, image_root, checked)
     if checked.has_annotations:
@@ -68,7 +72,7 @@ def check_coco_json(json_file: Path, image_root: Path) -> CheckedJson:
             _entries(content, "annotations", checked, checked.bad),
             # What is bad stays known, so that its annotations are not blamed as well.
             known_images if isinstance(content.get("images"), list) else _Everything(),
-            known_categories if isinstance(content.get("categories"), list) else _Everything(),
+            category_ids,
             # COCO's own 2014 minival files repeat ids; Detectron2 takes them, and so do we.
             ids_may_repeat="minival" in json_file.name,
             checked=checked,
@@ -100,19 +104,18 @@ def _entries(
     return [entry for entry in entries if isinstance(entry, dict)]
 
 
-def _check_categories(entries: list[JsonObject], checked: CheckedJson) -> set[Any]:
+def _check_categories(entries: list[JsonObject], checked: CheckedJson) -> None:
     """Fill in the categories. All of them must be right: each one less would renumber the rest."""
     counts = Counter(_plain_id(entry) for entry in entries)
     for entry in entries:
         problem = _id_problem(entry, "category", counts) or _name_problem(entry.get("name"))
         if problem:
-            checked.unusable.add(problem, _describe, "category", entry, "name")
+            checked.unusable.add(problem, _describe, "category", entry, ("name",))
         else:
             checked.categories[entry["id"]] = entry["name"]
     if not entries and not checked.unusable:
         checked.unusable.add("list of classes without any", "'categories'".format)
     checked.categories = dict(sorted(checked.categories.items()))
-    return set(counts)
 
 
 def _name_problem(name: object) -> str | None:
@@ -127,7 +130,7 @@ def _check_images(entries: list[JsonObject], image_root: Path, checked: CheckedJ
     for entry in entries:
         problem = _id_problem(entry, "image", counts) or _image_problem(entry, leaves_folder)
         if problem:
-            checked.bad.add(problem, _describe, "image", entry, "file_name")
+            checked.bad.add(problem, _describe, "image", entry, ("file_name", "width", "height"))
         else:
             checked.images[entry["id"]] = entry
     checked.images = dict(sorted(checked.images.items()))
@@ -151,11 +154,13 @@ def _check_annotations(
         if not problem and entry["id"] in ids and not ids_may_repeat:
             problem = "annotation with the id of another one"
         if problem:
-            checked.bad.add(problem, _describe_annotation, entry)
+            checked.bad.add(problem, _describe, "annotation", entry, _TOLD)
             continue
         ids.add(entry["id"])
         if min(entry["bbox"][2:]) == 0:
-            checked.of_no_area.add("box of zero width or height", _describe_annotation, entry)
+            checked.of_no_area.add(
+                "box of zero width or height", _describe, "annotation", entry, _TOLD
+            )
         by_image[entry["image_id"]].append(entry)
     checked.annotations = by_image
 
@@ -179,8 +184,9 @@ def _is_id(value: object) -> bool:
     return type(value) is int and -_ID_LIMIT <= value < _ID_LIMIT
 
 
-def _describe(what: str, entry: JsonObject, key: str) -> str:
-    return f"{what} {shown(entry.get('id'))} ({shown(entry.get(key))})"
+def _describe(what: str, entry: JsonObject, keys: tuple[str, ...]) -> str:
+    facts = ", ".join(f"{key} {shown(entry[key])}" for key in keys if key in entry)
+    return f"{what} {shown(entry.get('id'))} ({facts})"
 
 
 # -- images ---------------------------------------------------------------------------------------
@@ -277,9 +283,3 @@ def _is_coordinate(value: object) -> bool:
         and not isinstance(value, bool)
         and -_COORDINATE_LIMIT < value < _COORDINATE_LIMIT
     )
-
-
-def _describe_annotation(annotation: JsonObject) -> str:
-    told = {"image_id": "image", "category_id": "category", "bbox": "bbox"}
-    facts = ", ".join(f"{name} {shown(annotation.get(key))}" for key, name in told.items())
-    return f"annotation {shown(annotation.get('id'))} ({facts})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -32,10 +31,7 @@ def check_dataset(
     checked = check_coco_json(source.json_file, source.image_root)
     entries = [
         ImageEntry(
-            image_id,
-            os.path.join(source.image_root, image["file_name"]),
-            image["height"],
-            image["width"],
+            image_id, str(source.image_root), image["file_name"], image["height"], image["width"]
         )
         for image_id, image in checked.images.items()
     ]

@@ -44,15 +44,22 @@ class ImageEntry(NamedTuple):
 
     Attributes:
         image_id: its id.
-        path: the file.
+        folder: where all images are.
+        file_name: the file, from there.
         height: pixels.
         width: pixels.
     """
 
     image_id: int
-    path: str
+    folder: str
+    file_name: str
     height: int
     width: int
+
+    @property
+    def path(self) -> str:
+        """The file."""
+        return os.path.join(self.folder, self.file_name)
 
 
 class ImageProblem(NamedTuple):
@@ -143,7 +150,7 @@ def _check_open_file(file: IO[bytes], entry: ImageEntry, decode: bool) -> ImageP
     try:
         with Image.open(file) as image:
             if _has_several_frames(image):
-                return _problem("animated image (boxes belong to one frame: say which)", entry)
+                return _problem("image of several frames or pages (whose boxes are these?)", entry)
             if image.mode == "F":
                 return _problem("image of floating-point pixels, whose range is unknown", entry)
             stored, found = image.size[::-1], _upright_size(image)
@@ -178,7 +185,7 @@ def _size_problem(
 
 
 def _problem(kind: str, entry: ImageEntry, reason: str = "") -> ImageProblem:
-    name = f"image {entry.image_id} ({shown(os.path.basename(entry.path))})"
+    name = f"image {entry.image_id} ({shown(entry.file_name)})"
     return ImageProblem(kind, f"{name}: {reason}" if reason else name)
 
 

@@ -29,7 +29,7 @@ def picture():
 
 
 def entry(path, height=HEIGHT, width=WIDTH):
-    return ImageEntry(7, str(path), height, width)
+    return ImageEntry(7, str(path.parent), path.name, height, width)
 
 
 def save(pixels, path, mode=None, **options):
@@ -161,7 +161,7 @@ def test_real_photographs_pass(bccd):
     entries = []
     for number, path in enumerate(files):
         height, width = cv2.imread(str(path)).shape[:2]
-        entries.append(ImageEntry(number, str(path), height, width))
+        entries.append(ImageEntry(number, str(path.parent), path.name, height, width))
     assert find_bad_images(entries) == {}
     assert find_bad_images(entries, decode=True) == {}
 
@@ -217,7 +217,7 @@ def test_animations_are_refused(tmp_path, picture, suffix):
     path = tmp_path / f"a.{suffix}"
     others = [Image.fromarray(picture[::-1])]
     Image.fromarray(picture).save(path, save_all=True, append_images=others)
-    assert check_image(entry(path)).kind.startswith("animated image")
+    assert check_image(entry(path)).kind.startswith("image of several frames or pages")
 
 
 def test_floating_point_pixels_are_refused(tmp_path, picture):
@@ -284,7 +284,9 @@ def test_all_problems_of_files_are_told_together_and_can_be_skipped(coco):
 def test_many_images_are_each_looked_at(tmp_path, picture):
     path = save(picture, tmp_path / "a.png")
     wrong = {0, 63, 64, 127, 200, 299}
-    entries = [ImageEntry(n, str(path), HEIGHT + (n in wrong), WIDTH) for n in range(300)]
+    entries = [
+        ImageEntry(n, str(tmp_path), path.name, HEIGHT + (n in wrong), WIDTH) for n in range(300)
+    ]
     assert set(find_bad_images(entries)) == wrong
 
 

@@ -200,8 +200,10 @@ def test_all_problems_are_told_together_with_counts_and_three_examples(coco):
         load_dataset(source)
     message = str(caught.value)
     assert "5 x annotation of an unknown category" in message
-    assert [f"category {50 + index}" in message for index in range(5)] == [True] * 3 + [False] * 2
-    assert "1 x annotation of an unknown image: annotation 90 (image 77" in message
+    assert [f"category_id {50 + index}" in message for index in range(5)] == [True] * 3 + [
+        False
+    ] * 2
+    assert "1 x annotation of an unknown image: annotation 90 (image_id 77" in message
     assert "1 x image without a positive integer 'height' and 'width': image 2" in message
 
 

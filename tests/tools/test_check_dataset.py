@@ -108,7 +108,7 @@ def test_notes(folder):
     assert notes == {
         "box of zero width or height": (
             1,
-            ["annotation 10 (image 9, category 1, bbox [3, 3, 0, 5])"],
+            ["annotation 10 (image_id 9, category_id 1, bbox [3, 3, 0, 5])"],
         ),
         "image without a box that is not a crowd": (2, ["image 2 ('2.png')", "image 4 ('4.png')"]),
         "box with a side below 2 pixels": (1, ["annotation 11 (image 9, bbox [3, 3, 1.5, 5])"]),

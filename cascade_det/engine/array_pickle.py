@@ -7,7 +7,9 @@ shape, the type and the bytes; every other name is refused, ``builtins`` include
 
 from __future__ import annotations
 
+import io
 import pickle
+import pickletools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -35,16 +37,32 @@ def read_array_pickle(path: Path) -> Any:
         CheckpointError: the file asks for any other global, or is truncated or no pickle at all.
     """
     try:
-        with path.open("rb") as file:
-            return _unwrap(_ArrayUnpickler(file, path).load())
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
+    try:
+        _check_sizes(content)
+        return _unwrap(_ArrayUnpickler(io.BytesIO(content), path).load(), {})
     except CheckpointError:
         raise
     # The bytes may be anything, and so may be the exception that reading them ends in.
     except Exception as error:
         raise CheckpointError(
-            f"{path}: cannot be read as a pickle of arrays ({type(error).__name__}: {error}). "
-            "The file is probably truncated or of another kind: fetch it again."
+            f"{path}: cannot be read as a pickle of arrays ({type(error).__name__}: "
+            f"{str(error)[:200]}). The file is probably truncated or of another kind: fetch it "
+            "again."
         ) from error
+
+
+def _check_sizes(content: bytes) -> None:
+    """Raise ValueError where the pickle claims more than it has.
+
+    The unpickler believes lengths and places in its memo before it has seen the bytes: five damaged
+    ones make it fill gigabytes.
+    """
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+        if opcode.name.endswith("PUT") and argument is not None and argument > count:
+            raise ValueError(f"place {argument} in a memo of at most {count}")
 
 
 class _DType:
@@ -100,9 +118,9 @@ class _ArrayUnpickler(pickle.Unpickler):
         known = self._admitted.get((module.replace("numpy._core", "numpy.core"), name))
         if known is None:
             raise CheckpointError(
-                f"{self._path}: refused, because reading it would call {module}.{name}. A file of "
-                "weights holds numpy arrays and nothing else. Take it from a source that you "
-                "trust, or convert it there to .safetensors."
+                f"{self._path}: refused, because reading it would call {module[:99]}.{name[:99]}. "
+                "A file of weights holds numpy arrays and nothing else. Take it from a source that "
+                "you trust, or convert it there to .safetensors."
             )
         return known
 
@@ -125,11 +143,20 @@ class _ArrayUnpickler(pickle.Unpickler):
         return text.encode("latin1")
 
 
-def _unwrap(value: Any) -> Any:
+def _unwrap(value: Any, done: dict[int, Any]) -> Any:
+    """Arrays in place of their stand-ins. What is shared stays so, or it could grow endlessly."""
+    if id(value) in done:
+        return done[id(value)]
     if isinstance(value, _Array):
         return value.value
     if isinstance(value, dict):
-        return {key: _unwrap(item) for key, item in value.items()}
+        result: Any = {}
+        done[id(value)] = result
+        result.update((key, _unwrap(item, done)) for key, item in value.items())
+        return result
     if isinstance(value, (list, tuple)):
-        return [_unwrap(item) for item in value]
+        result = []
+        done[id(value)] = result
+        result.extend(_unwrap(item, done) for item in value)
+        return result
     return value

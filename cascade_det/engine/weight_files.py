@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile, is_zipfile
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from cascade_det.engine.weight_names import (
 )
 from cascade_det.errors import CheckpointError
 
+# Times the size of the file.
+_MOST_UNPACKED = 10
 # The global that torch.load(weights_only=True) names when it refuses a file.
 _REFUSED = re.compile(r"[Uu]nsupported (?:global: GLOBAL|GLOBAL|class) ([\w.]+)")
 
@@ -92,7 +95,12 @@ def load_torch_file(path: Path) -> Any:
         CheckpointError: the file is truncated, of another kind, or holds other objects.
     """
     try:
+        _refuse_bomb(path)
         return torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except PermissionError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
     # A damaged archive ends in whatever its reader stumbled over.
     except Exception as error:
         # torch's own message goes on to advise switching the protection off.
@@ -108,6 +116,20 @@ def load_torch_file(path: Path) -> Any:
         ) from error
 
 
+def _refuse_bomb(path: Path) -> None:
+    """PyTorch stores tensors as they are, but reads a compressed archive as well."""
+    if not is_zipfile(path):
+        return
+    with ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    size = path.stat().st_size
+    if unpacked > _MOST_UNPACKED * size:
+        raise CheckpointError(
+            f"{path}: refused, its {size:,} bytes would unpack to {unpacked:,}. Take it from a "
+            "source that you trust, or save it with PyTorch, which does not compress."
+        )
+
+
 def _read_torch(path: Path) -> dict[str, Any]:
     return _as_dict(load_torch_file(path), path)
 
@@ -119,7 +141,6 @@ def _read_pickle(path: Path) -> dict[str, Any]:
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError as error:
         raise CheckpointError(
@@ -127,10 +148,13 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         ) from error
     try:
         return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+    except PermissionError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
+    # As above.
+    except Exception as error:
         raise CheckpointError(
-            f"{path}: cannot be read as a safetensors file ({error}). It is probably truncated "
-            "or of another kind: fetch it again."
+            f"{path}: cannot be read as a safetensors file ({str(error)[:200]}). It is probably "
+            "truncated or of another kind: fetch it again."
         ) from error
 
 
@@ -155,12 +179,12 @@ def _find_weights(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
             state = content[key]
             break
     weights = {
-        str(name): torch.as_tensor(value)
+        name: _plain_tensor(value, name, path)
         for name, value in state.items()
-        if isinstance(value, (Tensor, np.ndarray))
+        if isinstance(name, str) and isinstance(value, (Tensor, np.ndarray))
     }
     if not weights:
-        names = ", ".join(str(key) for key in list(state)[:8]) or "nothing"
+        names = ", ".join(str(key)[:80] for key in list(state)[:8]) or "nothing"
         raise CheckpointError(
             f"{path}: holds no tensors; found {names}. Weights are looked for at the top, under "
             "'model' and under 'state_dict'."
@@ -168,6 +192,25 @@ def _find_weights(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
     # Left by DistributedDataParallel.
     consume_prefix_in_state_dict_if_present(weights, "module.")
     return weights
+
+
+def _plain_tensor(value: Tensor | np.ndarray, name: str, path: Path) -> Tensor:
+    """``value`` as a tensor of numbers that are there, one by one."""
+    try:
+        tensor = torch.as_tensor(value)
+    except TypeError as error:
+        raise CheckpointError(f"{path}: {name[:80]} is no tensor of numbers ({error}).") from error
+    kind = f"{tensor.dtype} {tensor.layout} {tensor.device}".replace("torch.", "")
+    if not re.fullmatch(r"(bool|b?float\w+|u?int\w+) strided cpu", kind):
+        raise CheckpointError(
+            f"{path}: {name[:80]} is a tensor of kind {kind}; weights are dense numbers."
+        )
+    if tensor.numel() * tensor.element_size() > path.stat().st_size * _MOST_UNPACKED:
+        raise CheckpointError(
+            f"{path}: {name[:80]} claims to be {tuple(tensor.shape)}, which is more than the file "
+            "holds."
+        )
+    return tensor
 
 
 def _with_detectron2_names(path: Path, weights: dict[str, Tensor], by_suffix: bool) -> WeightsFile:

@@ -331,5 +331,6 @@ def test_pth_executes_nothing(tmp_path, name, legacy):
 def test_missing_safetensors_package_says_how_to_get_it(tmp_path, monkeypatch):
     (tmp_path / "a.safetensors").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(CheckpointError, match="pip install safetensors"):
         read_weights(tmp_path / "a.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
             name = (Path(self.save_dir) / LAST).read_bytes().decode().strip()
         except FileNotFoundError:
             return ""
-        except UnicodeDecodeError:
+        except (OSError, UnicodeDecodeError):
             name = ""
         if not name or name in (".", "..") or "\0" in name or Path(name).name != name:
             raise CheckpointError(
@@ -128,7 +129,7 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
         Raises:
             CheckpointError: the file is missing, damaged, or of another model or optimiser.
         """
-        if not Path(path).is_file():
+        if not os.path.isfile(path):  # False for impossible names too
             raise CheckpointError(
                 f"{path}: no such checkpoint. Delete {Path(self.save_dir) / 'last_checkpoint'}, or "
                 "write into it the name of a checkpoint that is there."

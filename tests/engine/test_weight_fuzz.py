@@ -156,3 +156,30 @@ def test_undamaged_files_load(tmp_path, form):
 @given(change=mutations())
 def test_damaged_files_load_or_say_so(tmp_path_factory, form, change):
     load(form, change, tmp_path_factory.getbasetemp())
+
+
+NAMES = st.lists(
+    st.sampled_from([b"a.pth", b"..", b"/", b"\n", b"\0", b" ", b"x" * 300]), max_size=5
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(content=st.binary(max_size=50) | NAMES.map(b"".join))
+def test_any_last_checkpoint_is_resumed_or_named(tmp_path_factory, content):
+    folder = tmp_path_factory.getbasetemp() / "run"
+    folder.mkdir(exist_ok=True)
+    (folder / "a.pth").write_bytes(saved())
+    (folder / "last_checkpoint").write_bytes(content)
+    checkpointer = Checkpointer(make_model(), folder)
+    if content.decode(errors="replace").strip() == "a.pth":
+        checkpointer.resume_or_load("", resume=True)
+        assert checkpointer.start_iter == 8
+    else:
+        with pytest.raises(CheckpointError, match="last_checkpoint"):
+            checkpointer.resume_or_load("", resume=True)
+
+
+def test_a_folder_named_last_checkpoint(tmp_path):
+    (tmp_path / "last_checkpoint").mkdir()
+    with pytest.raises(CheckpointError, match="last_checkpoint: holds no name"):
+        Checkpointer(make_model(), tmp_path).resume_or_load("", resume=True)

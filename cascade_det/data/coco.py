@@ -102,10 +102,8 @@ def load_dataset(
     checked = check_dataset(source, share=share, gather=gather)
     if checked.unusable or (checked.bad and on_bad_data == "error"):
         raise DatasetError(_refusal(source, checked))
-    for problems in (checked.bad, checked.of_no_area):
-        if problems:
-            logger.warning("%s: left out\n%s", source.json_file, problems)
-    _log_absent_classes(source, checked)
+    if share[0] == 0:  # all processes know the same
+        _log_findings(source, checked)
     class_of = {category_id: index for index, category_id in enumerate(checked.categories)}
     records = [
         _record(image, checked.annotations.get(image_id, []), source, class_of)
@@ -150,15 +148,16 @@ def _refusal(source: DatasetSource, checked: CheckedJson) -> str:
     return f"{source.json_file}: bad data\n{problems}\n{remedy}"
 
 
-def _log_absent_classes(source: DatasetSource, checked: CheckedJson) -> None:
+def _log_findings(source: DatasetSource, checked: CheckedJson) -> None:
+    for problems in (checked.bad, checked.of_no_area):
+        if problems:
+            logger.warning("%s: left out\n%s", source.json_file, problems)
     present = {
         annotation["category_id"]
-        for entries in checked.annotations.values()
-        for annotation in entries
+        for annotations in checked.annotations.values()
+        for annotation in annotations
     }
-    absent = [
-        name for category_id, name in checked.categories.items() if category_id not in present
-    ]
+    absent = [name for key, name in checked.categories.items() if key not in present]
     if checked.has_annotations and absent:
         logger.info(
             "%s: no box of %d of %d categories: %s",

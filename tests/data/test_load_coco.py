@@ -258,7 +258,7 @@ def test_ground_truth_of_a_json_without_annotations_has_none(coco):
     assert sorted(dataset.ground_truth) == ["categories", "images"]
 
 
-def test_processes_that_check_a_part_each_find_the_same(coco):
+def test_processes_that_check_a_part_each_find_the_same(coco, caplog):
     """Two processes by turns: what the first found is handed to the second, and the reverse."""
     images = [coco.image(number) for number in range(1, 8)]
     source = coco.write(images, [coco.box(n, n) for n in range(1, 8)])
@@ -279,6 +279,7 @@ def test_processes_that_check_a_part_each_find_the_same(coco):
         dataset = load_dataset(source, "skip", share=(rank, 2), gather=lambda _, both=both: both)
         assert [record.image_id for record in dataset.records] == [1, 3, 4, 7]
         assert dataset.left_out == {"missing image file": 3}
+    assert caplog.text.count("3 x missing image file") == 1  # by the first process alone
 
 
 def test_a_wrong_folder_is_recognised(coco):

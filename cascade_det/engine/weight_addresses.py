@@ -49,10 +49,11 @@ def local_path(name: str | Path) -> Path:
     try:
         address, fragment = urldefrag(_web_address(text))
         path = _cached_path(address)
+        sha256 = _known_sha256(path.name, fragment)
     except ValueError as error:
         raise CheckpointError(f"{text}: {error}. Check MODEL.WEIGHTS.") from error
     try:
-        download(address, path, sha256=_known_sha256(path.name, fragment))
+        download(address, path, sha256=sha256)
     except DownloadError as error:
         raise CheckpointError(
             f"{error}. If it cannot be fetched from here, bring the file by other means and set "
@@ -94,5 +95,8 @@ def _cached_path(address: str) -> Path:
 
 def _known_sha256(file_name: str, fragment: str) -> str:
     """The first digits of the checksum, as far as the address says; else empty."""
-    found = re.fullmatch(r"sha256=([0-9a-f]{8,64})", fragment) or _HASH_IN_NAME.search(file_name)
-    return found[1] if found else ""
+    if not fragment:
+        found = _HASH_IN_NAME.search(file_name)
+    elif not (found := re.fullmatch("sha256=([0-9a-fA-F]{8,64})", fragment)):
+        raise ValueError(f"after # comes sha256= and 8 to 64 hexadecimal digits, not {fragment!r}")
+    return found[1].lower() if found else ""

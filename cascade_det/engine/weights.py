@@ -108,9 +108,12 @@ def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
     state = model.state_dict()
     values, report = _match(file, state)
     if not values:
+        # With the shapes, where these are what differs.
+        in_file = [f"{m.name} {m.in_file}" for m in report.reinitialised] or file.weights
+        in_model = [f"{m.name} {m.in_model}" for m in report.reinitialised] or state
         raise CheckpointError(
-            f"{path}: nothing in it fits this model. The file has {_examples(file.weights)}; the "
-            f"model wants {_examples(state)}. Check that the file belongs to this architecture."
+            f"{path}: nothing in it fits this model. The file has {_examples(in_file)}; the "
+            f"model wants {_examples(in_model)}. Check that the file belongs to this architecture."
         )
     model.load_state_dict({**_unit_statistics(values, state), **values}, strict=False)
     logger.info("%s", report)

@@ -83,7 +83,7 @@ def test_a_broken_transfer_goes_on_where_it_broke(web, path, cuts):
 def test_the_next_call_goes_on_as_well(web, path):
     web.faults = [Fault(cut=6000), Fault(cut=0), Fault(cut=0)]
     with pytest.raises(
-        DownloadError, match=r"a\.bin: the transfer broke off after 6,000 of 10,240"
+        DownloadError, match=r"a\.bin: the transfer broke off .* 6,000 bytes, which"
     ):
         fetch(web, path)
     assert not path.exists()

@@ -71,8 +71,9 @@ def pth(weights):
             "11ad3fa6",
         ),
         ("HTTPS://h:81/a/b.PTH", "https://h:81/a/b.PTH", "h:81/a/b.PTH", ""),
-        ("http://h/w.safetensors#x", "http://h/w.safetensors", "h/w.safetensors", ""),
+        ("http://h/w.safetensors", "http://h/w.safetensors", "h/w.safetensors", ""),
         ("http://h/w.pt#sha256=0123456789", "http://h/w.pt", "h/w.pt", "0123456789"),
+        ("http://h/w.pt#sha256=DECADE01", "http://h/w.pt", "h/w.pt", "decade01"),
         # Eight digits of a checksum, of a date, and of both kinds of letters.
         ("http://h/w-43635321.pth", "http://h/w-43635321.pth", "h/w-43635321.pth", "43635321"),
         ("http://h/w-20231105.pth", "http://h/w-20231105.pth", "h/w-20231105.pth", ""),
@@ -130,6 +131,8 @@ def test_the_cache_of_the_home_folder(asked, monkeypatch, tmp_path):
         ("https://h/..%2f..%2fa.pth", "no address of a file"),
         ("detectron2://../../a.pkl", "no address of a file"),
         ("https://h/a%00.pth", "no address of a file"),
+        ("https://h/a.pth#sha256=12", "8 to 64 hexadecimal digits, not 'sha256=12'"),
+        ("https://h/a.pth#md5=0123456789", "after # comes sha256="),
         ("https://[h/a.pth", "Invalid IPv6"),
         (
             "torchvision://resnet50",

@@ -269,6 +269,14 @@ def test_nothing_fits_is_an_error(tmp_path):
         load_weights(make_model(), tmp_path / "other.pth")
 
 
+def test_nothing_fits_because_of_the_shapes(tmp_path):
+    torch.save({"weight": torch.ones(3), "bias": torch.ones(9)}, tmp_path / "a.pth")
+    with pytest.raises(
+        CheckpointError, match=r"has bias \(9,\), weight \(3,\); .* \(2,\), weight \(2, 4\)"
+    ):
+        load_weights(nn.Linear(4, 2), tmp_path / "a.pth")
+
+
 @pytest.mark.parametrize(
     ("content", "wanted"),
     [

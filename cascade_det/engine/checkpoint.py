@@ -20,6 +20,43 @@ LAST = "last_checkpoint"
 WITH_WEIGHTS = ("run",)
 
 
+def newest_checkpoint(folder: str | Path) -> str:
+    """The path of the newest checkpoint in a folder; empty where there is none.
+
+    Raises:
+        CheckpointError: ``last_checkpoint`` holds no name of a file beside it.
+    """
+    last = Path(folder) / LAST
+    try:
+        name = last.read_bytes().decode().strip()
+    except FileNotFoundError:
+        return ""
+    except UnicodeDecodeError:
+        name = ""
+    if not name or name in (".", "..") or "\0" in name or Path(name).name != name:
+        raise CheckpointError(
+            f"{last}: holds no name of a checkpoint. Write into it the name of the one in {folder} "
+            "to go on from, such as model_0004999.pth."
+        )
+    return str(Path(folder) / name)
+
+
+def checkpoint_to_resume(folder: str | Path) -> str:
+    """As :func:`newest_checkpoint`, where there has to be one.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if file := newest_checkpoint(folder):
+        return file
+    found = sorted(file.name for file in Path(folder).glob("*.pth"))
+    listed = f"only {', '.join(found[:5])} without {LAST}" if found else "no checkpoint"
+    raise CheckpointError(
+        f"--resume: there is nothing to resume in OUTPUT_DIR {folder}: it has {listed}. Start "
+        "without --resume, or give the OUTPUT_DIR of the run to go on with."
+    )
+
+
 class Checkpointer(fvcore_checkpoint.Checkpointer):
     """fvcore's checkpointer, which writes atomically and executes nothing when it loads.
 
@@ -103,18 +140,7 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
         Raises:
             CheckpointError: ``last_checkpoint`` holds no name of a file beside it.
         """
-        try:
-            name = (Path(self.save_dir) / LAST).read_bytes().decode().strip()
-        except FileNotFoundError:
-            return ""
-        except (OSError, UnicodeDecodeError):
-            name = ""
-        if not name or name in (".", "..") or "\0" in name or Path(name).name != name:
-            raise CheckpointError(
-                f"{Path(self.save_dir) / LAST}: holds no name of a checkpoint. Write into it the "
-                f"name of the one in {self.save_dir} to go on from, such as model_0004999.pth."
-            )
-        return str(Path(self.save_dir) / name)
+        return newest_checkpoint(self.save_dir)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load a checkpoint of this very model; see :meth:`resume_or_load` for other weights.
@@ -160,7 +186,7 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
         """
         self.start_iter, self._resumed = 0, {}
         if resume:
-            file = self._file_to_resume()
+            file = checkpoint_to_resume(self.save_dir)
             self._resumed = self.load(file)
             iteration = self._resumed.get("iteration")
             if not isinstance(iteration, int) or iteration < -1:
@@ -175,17 +201,6 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
         else:
             self.logger.info("No weights given: starting from the initialisation")
         return self._resumed
-
-    def _file_to_resume(self) -> str:
-        if file := self.get_checkpoint_file():
-            return file
-        folder = Path(self.save_dir)
-        found = sorted(file.name for file in folder.glob("*.pth"))
-        listed = f"only {', '.join(found[:5])} without {LAST}" if found else "no checkpoint"
-        raise CheckpointError(
-            f"--resume: there is nothing to resume in OUTPUT_DIR {folder}: it has {listed}. Start "
-            "without --resume, or give the OUTPUT_DIR of the run to go on with."
-        )
 
     def _write(self, name: str, data: dict[str, Any]) -> bool:
         if not self.save_dir or not self.save_to_disk:
@@ -211,12 +226,15 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         """Raise, where fvcore warns: a resumed model that lacks weights is no resumed model."""
-        problems = [f"{name} is only in the model" for name in incompatible.missing_keys]
-        problems += [f"{name} is only in the file" for name in incompatible.unexpected_keys]
-        problems += [
+        differing = {name for name, _, _ in incompatible.incorrect_shapes}
+        problems = [
             f"{name} is {in_file} in the file, {in_model} in the model"
             for name, in_file, in_model in incompatible.incorrect_shapes
         ]
+        # fvcore passes over tensors of another shape, so that they count as missing too.
+        missing = [name for name in incompatible.missing_keys if name not in differing]
+        problems += [f"{name} is only in the model" for name in missing]
+        problems += [f"{name} is only in the file" for name in incompatible.unexpected_keys]
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise ValueError("; ".join(problems[:5]) + more)

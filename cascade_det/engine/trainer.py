@@ -122,7 +122,6 @@ class Trainer:
             Interrupted: a signal asked for an end; the hooks have saved a checkpoint.
             RuntimeError: the loader ended.
         """
-        logger.info("Training from iteration %d to %d", self.start_iter, self.max_iter)
         self.finished = self.resumable = self._stopping = False
         self.history.iteration = max(self.iteration, 0)
         self.detector.train()
@@ -204,6 +203,7 @@ class Trainer:
                 self.max_iter,
             )
             return
+        logger.info("Training from iteration %d to %d", self.start_iter, self.max_iter)
         alone = distributed.world_size() == 1
         self.resumable = alone
         batches = iter(self.loader)

@@ -13,7 +13,7 @@ from fvcore.common.config import CfgNode
 
 from cascade_det import config
 from cascade_det.engine import distributed
-from cascade_det.engine.checkpoint import Checkpointer
+from cascade_det.engine.checkpoint import checkpoint_to_resume, newest_checkpoint
 from cascade_det.engine.hooks import START
 from cascade_det.errors import CheckpointError, ConfigError
 from cascade_det.files import atomic_path, remove_leftovers
@@ -62,28 +62,42 @@ class RunInfo:
         self.seed = int(state["seed"])
 
 
-def prepare_output(cfg: CfgNode, checkpointer: Checkpointer, *, resume: bool) -> None:
-    """Make sure that ``OUTPUT_DIR`` is free, or say what changed since; then write the config.
+def check_output(cfg: CfgNode, *, resume: bool) -> None:
+    """Make sure, before any work, that ``OUTPUT_DIR`` has a run to resume, or none to overwrite.
 
     Raises:
-        ConfigError: a run lies there that is not resumed: it would be overwritten.
+        CheckpointError: there is nothing to resume.
+        ConfigError: a run lies there that is not resumed.
     """
-    folder = Path(cfg.OUTPUT_DIR)
-    newest = checkpointer.get_checkpoint_file()
-    if newest and not resume and Path(newest).stem != START and Path(newest).exists():
+    if resume:
+        checkpoint_to_resume(cfg.OUTPUT_DIR)
+        return
+    newest = newest_checkpoint(cfg.OUTPUT_DIR)
+    if newest and Path(newest).stem != START and Path(newest).exists():
         raise ConfigError(
-            f"OUTPUT_DIR {folder} holds the run of an earlier training ({newest}), which this one "
-            "would overwrite. Add --resume to go on with it, or give another OUTPUT_DIR, or remove "
-            "it."
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds the run of an earlier training ({newest}), which "
+            "this one would overwrite. Add --resume to go on with it, or give another OUTPUT_DIR, "
+            "or remove it."
         )
+
+
+def changes(cfg: CfgNode, within: str = "") -> list[str]:
+    """The keys below ``within`` that ``OUTPUT_DIR/config.yaml`` has other values for."""
+    file = Path(cfg.OUTPUT_DIR) / CONFIG_FILE
+    if not file.is_file():
+        return []
+    changed = config.changed_keys(config.load_config(file), cfg)
+    return [f"{k} {old!r} -> {new!r}" for k, (old, new) in changed.items() if k.startswith(within)]
+
+
+def write_config(cfg: CfgNode, *, resume: bool) -> None:
+    """Write ``config.yaml``, and say what a resumed run changes; clean up after a killed run."""
     if not distributed.is_main():
         return
-    remove_leftovers(folder)
-    if resume and (folder / CONFIG_FILE).is_file():
-        before = config.load_config(folder / CONFIG_FILE)
-        for key, (old, new) in config.changed_keys(before, cfg).items():
-            logger.info("Resumed with another %s: %r -> %r", key, old, new)
-    with atomic_path(folder / CONFIG_FILE) as temporary:
+    remove_leftovers(cfg.OUTPUT_DIR)
+    for change in changes(cfg) if resume else ():
+        logger.info("Resumed with another %s", change)
+    with atomic_path(Path(cfg.OUTPUT_DIR) / CONFIG_FILE) as temporary:
         temporary.write_text(cfg.dump())
 
 

@@ -23,15 +23,18 @@ from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, b
 from cascade_det.engine.trainer import Trainer
 from cascade_det.engine.validation import validation_losses
 from cascade_det.engine.writers import ConsoleWriter, JsonWriter, TensorBoardWriter, Writer
+from cascade_det.errors import CheckpointError
 from cascade_det.standalone.build import build_detector, set_backends
 from cascade_det.standalone.datasets import check_class_names, load_datasets
 from cascade_det.standalone.detector import Detector
 from cascade_det.standalone.evaluate import evaluate_all
 from cascade_det.standalone.run_info import (
     RunInfo,
+    changes,
+    check_output,
     log_learning_rate,
-    prepare_output,
     warn_of_frozen_noise,
+    write_config,
 )
 
 logger = logging.getLogger(__name__)
@@ -57,6 +60,7 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
         FloatingPointError: if training diverges.
         Interrupted: if a signal asked for an end; there is a checkpoint then.
     """
+    check_output(cfg, resume=resume)
     set_backends(cfg)
     datasets = load_datasets(cfg, train=True)
     test_datasets = load_datasets(cfg, train=False)
@@ -70,9 +74,15 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     torch.manual_seed(info.seed)
     detector = build_detector(cfg)
     checkpointer = Checkpointer(detector, cfg.OUTPUT_DIR, save_to_disk=distributed.is_main())
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    try:
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    except CheckpointError as error:
+        changed = changes(cfg, "MODEL.") if resume else []
+        if not changed:
+            raise
+        raise CheckpointError(f"{error} Changed since: {', '.join(changed)}.") from error
     checkpointer.add_checkpointable("run", info)
-    prepare_output(cfg, checkpointer, resume=resume)
+    write_config(cfg, resume=resume)
     log_learning_rate(cfg)
     if not cfg.MODEL.WEIGHTS and not resume:
         warn_of_frozen_noise(cfg)

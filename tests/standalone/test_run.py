@@ -237,6 +237,17 @@ def test_resuming_with_another_set_of_trained_parameters_is_refused(instant_cfg,
         train(instant_cfg, resume=True)
 
 
+def test_resuming_another_model_shows_both_sides_and_the_keys(instant_cfg, output):
+    instant_cfg.DATASETS.TEST = ()
+    train(instant_cfg)
+    instant_cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 48
+    with pytest.raises(CheckpointError) as error:
+        train(instant_cfg, resume=True)
+    assert "fc1.weight is (32, 1568) in the file, (48, 1568) in the model" in str(error.value)
+    assert "only in the model" not in str(error.value)
+    assert "Changed since: MODEL.ROI_BOX_HEAD.FC_DIM 32 -> 48." in str(error.value)
+
+
 def test_a_resume_with_other_settings_says_which_and_uses_them(instant_cfg, output, caplog):
     instant_cfg.DATASETS.TEST = ()
     train(instant_cfg)
@@ -245,7 +256,7 @@ def test_a_resume_with_other_settings_says_which_and_uses_them(instant_cfg, outp
     instant_cfg.SOLVER.BIAS_LR_FACTOR = 2.0
     with caplog.at_level("INFO"):
         train(instant_cfg, resume=True)
-    assert "Resumed with another SOLVER.BASE_LR: 0.0005 -> 0.5" in caplog.text
+    assert "Resumed with another SOLVER.BASE_LR 0.0005 -> 0.5" in caplog.text
     lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
     assert lines[-1]["lr"] > 0.01
     assert load_config(output / "config.yaml").SOLVER.BASE_LR == 0.5

@@ -4,7 +4,8 @@
 that needs neither does not load them.
 """
 
-from cascade_det.evaluation.coco import CocoEvaluator, coco_ap
+from cascade_det.evaluation.average_precision import coco_ap
+from cascade_det.evaluation.coco import CocoEvaluator, score_results
 from cascade_det.evaluation.defaults import default_evaluators
 from cascade_det.evaluation.evaluator import Evaluator
 from cascade_det.evaluation.exits import ExitEvaluator
@@ -24,5 +25,6 @@ __all__ = [
     "describe_machine",
     "explain",
     "format_report",
+    "score_results",
     "write_results",
 ]

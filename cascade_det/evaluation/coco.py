@@ -8,25 +8,23 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from cascade_det.core.structures import Detections, DetectorOutput
 from cascade_det.errors import DatasetError
+from cascade_det.evaluation.analysis import SCORE_THRESHOLD, analyse
+from cascade_det.evaluation.average_precision import ap_figures, run_cocoeval
 from cascade_det.evaluation.evaluator import Evaluator, Sample
 from cascade_det.evaluation.ground_truth import (
     admit_images,
     load_ground_truth,
     merge_seen,
-    stdout_to_log,
 )
 from cascade_det.evaluation.notes import explain, unprocessed_note
 from cascade_det.files import write_json
 
 logger = logging.getLogger(__name__)
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 RESULTS_FILE = Path("inference", "coco_instances_results.json")
 
 
@@ -39,6 +37,7 @@ class CocoEvaluator(Evaluator):
         category_ids: category id in the json of each of these classes.
         output_dir: folder of the run; the detections are written below it, to
             ``inference/coco_instances_results.json``. ``None``: nothing is written.
+        score_threshold: from which score on detections are counted in the analysis.
 
     Raises:
         DatasetError: the ground truth cannot be used, or names and ids differ in number.
@@ -51,6 +50,7 @@ class CocoEvaluator(Evaluator):
         class_names: Sequence[str],
         category_ids: Sequence[int],
         output_dir: str | os.PathLike[str] | None = None,
+        score_threshold: float = SCORE_THRESHOLD,
     ) -> None:
         if len(class_names) != len(category_ids):
             raise DatasetError(
@@ -59,6 +59,7 @@ class CocoEvaluator(Evaluator):
         self._coco_gt = load_ground_truth(ground_truth)
         self._category_ids = tuple(category_ids)
         self._output_dir = output_dir
+        self._score_threshold = score_threshold
         self.reset()
 
     def reset(self) -> None:
@@ -91,7 +92,9 @@ class CocoEvaluator(Evaluator):
         self._results = [result for state in states for result in state["results"]]
 
     def evaluate(self, image_ids: Collection[int] | None = None) -> dict[str, Any]:
-        """``{"bbox": {"AP": ..., "AP-<class>": ...}, "notes": [...]}``, AP in percent.
+        """``{"bbox": {"AP": ..., "AP-<class>": ...}, "analysis": {...}, "notes": [...]}``.
+
+        AP is in percent. See ``score_results``, whose figures these are.
 
         Args:
             image_ids: images to evaluate on; ``None``, as in Detectron2, for all of the json,
@@ -99,49 +102,46 @@ class CocoEvaluator(Evaluator):
         """
         if self._output_dir is not None:
             write_json(self._results, Path(self._output_dir) / RESULTS_FILE)
-        if "annotations" not in self._coco_gt.dataset:
-            metrics, notes = {}, ["The json has no annotations: AP cannot be computed."]
-        else:
-            image_ids = sorted(self._coco_gt.imgs if image_ids is None else image_ids)
-            metrics = coco_ap(self._coco_gt, self._results, image_ids)
-            notes = unprocessed_note(image_ids, self._seen)
-            notes += explain(metrics, self._coco_gt, self._results, image_ids)
-        for note in notes:
+        image_ids = sorted(self._coco_gt.imgs if image_ids is None else image_ids)
+        scored = score_results(
+            self._coco_gt, self._results, image_ids, score_threshold=self._score_threshold
+        )
+        if scored["bbox"]:
+            scored["notes"] = [*unprocessed_note(image_ids, self._seen), *scored["notes"]]
+        for note in scored["notes"]:
             logger.warning(note)
-        return {"bbox": metrics, "notes": notes}
+        return scored
 
 
-def coco_ap(
-    coco_gt: COCO, results: Sequence[dict[str, Any]], image_ids: Collection[int]
-) -> dict[str, float]:
-    """Average precision in percent by pycocotools' ``COCOeval``.
+def score_results(
+    coco_gt: COCO,
+    results: Sequence[Mapping[str, Any]],
+    image_ids: Collection[int],
+    *,
+    score_threshold: float = SCORE_THRESHOLD,
+) -> dict[str, Any]:
+    """All figures of detections.
 
     Args:
         coco_gt: ground truth, see ``load_ground_truth``.
-        results: detections in COCO's result format (``image_id``, ``category_id``, ``bbox``
-            as XYWH, ``score``); not changed. May be empty: AP is then 0, not nan.
+        results: detections in COCO's result format.
         image_ids: images to evaluate on.
+        score_threshold: from which score on detections are counted in the analysis.
 
     Returns:
-        ``AP``, ``AP50``, ``AP75``, ``APs``, ``APm``, ``APl`` and, with more than one category,
-        ``AP-<name>`` for each. A figure for which there is no ground truth is nan.
+        ``bbox`` (see ``ap_figures``), ``analysis`` (see ``analyse``) and ``notes`` on what is 0 or
+        nan. Without annotations ``bbox`` and ``analysis`` are empty.
     """
-    with stdout_to_log():
-        evaluation = COCOeval(coco_gt, _as_coco(coco_gt, results), "bbox")
-        evaluation.params.imgIds = list(image_ids)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    metrics = {
-        name: float(value) * 100 if value >= 0 else float("nan")
-        for name, value in zip(METRICS, evaluation.stats, strict=False)
+    if "annotations" not in coco_gt.dataset:
+        notes = ["The json has no annotations: AP cannot be computed."]
+        return {"bbox": {}, "analysis": {}, "notes": notes}
+    evaluation = run_cocoeval(coco_gt, results, image_ids)
+    figures = ap_figures(evaluation)
+    return {
+        "bbox": figures,
+        "analysis": analyse(evaluation, results, score_threshold=score_threshold),
+        "notes": explain(figures, coco_gt, results, image_ids),
     }
-    if len(coco_gt.cats) > 1:
-        # [IoU, recall, category, area range, detections per image]; area range 0 is "all".
-        precision = evaluation.eval["precision"][:, :, :, 0, -1]
-        for index, category_id in enumerate(evaluation.params.catIds):
-            metrics[f"AP-{coco_gt.cats[category_id]['name']}"] = _mean_valid(precision[:, :, index])
-    return metrics
 
 
 def coco_results(
@@ -180,23 +180,3 @@ def coco_results(
         }
         for box, score, class_index, exit_stage in zip(*columns, strict=True)
     ]
-
-
-def _as_coco(coco_gt: COCO, results: Sequence[dict[str, Any]]) -> COCO:
-    # COCO.loadRes() would do, but it fails on an empty list and writes into the results.
-    coco = COCO()
-    coco.dataset = {
-        "images": coco_gt.dataset["images"],
-        "categories": coco_gt.dataset["categories"],
-        "annotations": [
-            {**result, "id": number, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
-            for number, result in enumerate(results, start=1)
-        ],
-    }
-    coco.createIndex()
-    return coco
-
-
-def _mean_valid(precision: np.ndarray) -> float:
-    valid = precision[precision > -1]
-    return float(valid.mean()) * 100 if valid.size else float("nan")

@@ -80,7 +80,7 @@ def draw_boxes(
     Args:
         image_bgr: uint8 ``[H, W, 3]``; not changed.
         boxes: ``[N, 4]``, XYXY in pixels of this image.
-        labels: N texts.
+        labels: N texts; an empty one is not written.
         colors: N colours, BGR.
 
     Returns:
@@ -91,6 +91,15 @@ def draw_boxes(
     _draw_outlines(picture, corners, colors)
     _draw_labels(picture, corners, labels, colors, [])
     return picture
+
+
+def caption(picture: np.ndarray, text: str, color: tuple[int, int, int]) -> np.ndarray:
+    """A line of text on a BGR colour, ``[h, W, 3]``, as wide as the picture that it belongs to."""
+    width = picture.shape[1]
+    scale, _, height = _fit(text, _font_scale(picture), width)
+    line = np.zeros((height + 4, width, 3), np.uint8)
+    _write(line, text, (0, 0, width, height + 4), color, scale)
+    return line
 
 
 def _lowest_score_first(detections: Detections, score_threshold: float) -> Detections:
@@ -129,7 +138,8 @@ def _draw_labels(
     """Write all labels; the last box, which has the best score, gets the first choice of place."""
     scale = _font_scale(picture)
     for box, label, color in reversed(list(zip(boxes, labels, colors, strict=True))):
-        occupied.append(_draw_label(picture, label, box, color, scale, occupied))
+        if label:
+            occupied.append(_draw_label(picture, label, box, color, scale, occupied))
 
 
 def _draw_label(

@@ -13,11 +13,12 @@ import torch
 from tabulate import tabulate
 
 from cascade_det.core.structures import EXIT_REASONS
-from cascade_det.evaluation.coco import METRICS
+from cascade_det.evaluation.average_precision import METRICS
 from cascade_det.files import write_json
 
 RESULTS_FILE = "results.json"
 _TIMES = ("median_ms", "p95_ms")
+_MOST_CONFUSED = _WORST_NAMED = 5
 Figures = Mapping[str, Any]
 
 
@@ -68,7 +69,8 @@ def format_report(results: Figures) -> str:
             is missing is left out.
     """
     sections = (
-        *_ap_sections(results.get("bbox")),
+        _ap_section(results.get("bbox")),
+        *_analysis_sections(results.get("analysis")),
         _stage_section(results.get("stages")),
         _exit_section(results.get("exits")),
         _latency_section(results.get("latency")),
@@ -84,16 +86,69 @@ def stage_names(figures: Figures) -> list[str]:
     return sorted(names, key=lambda name: int(name.removeprefix("stage")))
 
 
-def _ap_sections(bbox: Figures | None) -> list[str]:
+def _ap_section(bbox: Figures | None) -> str:
     if not bbox:
+        return ""
+    return _table("Box AP (%)", METRICS, [[bbox[name] for name in METRICS]], ".1f")
+
+
+def _analysis_sections(analysis: Figures | None) -> list[str]:
+    if not analysis:
         return []
-    sections = [_table("Box AP (%)", METRICS, [[bbox[name] for name in METRICS]], ".1f")]
-    classes = [
-        (name.removeprefix("AP-"), value) for name, value in bbox.items() if name.startswith("AP-")
+    chosen, best = analysis["overall"]
+    shares = ("precision", "recall", "F1")
+    counts = ("true_positives", "false_positives", "misses")
+    points = [
+        (point["score"], *(point[name] for name in (*shares, *counts))) for point in (chosen, best)
     ]
-    if classes:
-        sections.append(_table("Box AP per class (%)", ("class", "AP"), classes, ".1f"))
-    return sections
+    overall = _table(
+        f"Precision and recall at IoU {chosen['IoU']}, for two lowest scores: chosen, best for F1",
+        ("score", *(f"{name} (%)" for name in shares), "hits", "false positives", "misses"),
+        points,
+        (".3f", ".1f", ".1f", ".1f"),
+    )
+    headers = ("class", "objects", "AP (%)", "AP50 (%)", *(f"{name} (%)" for name in shares))
+    classes = [
+        (
+            *(row[name] for name in ("class", "objects", "AP", "AP50", *shares)),
+            *(row["best"][name] for name in ("F1", "score")),
+        )
+        for row in analysis["per_class"]
+    ]
+    per_class = _table(
+        f"Box AP per class; precision, recall and F1 at score {chosen['score']}",
+        (*headers, "best F1 (%)", "at score"),
+        classes,
+        ("", "", *[".1f"] * 6, ".2f"),
+    )
+    return [overall, per_class, *_mistake_lines(analysis)]
+
+
+def _mistake_lines(analysis: Figures) -> list[str]:
+    names, counts = (analysis["confusion_matrix"][key] for key in ("classes", "counts"))
+    confused = sorted(
+        (
+            (-count, names[true], names[detected])
+            for true, row in enumerate(counts[:-1])
+            for detected, count in enumerate(row[:-1])
+            if count and true != detected
+        ),
+    )[:_MOST_CONFUSED]
+    worst = analysis["worst_images"][:_WORST_NAMED]
+    lines = []
+    if confused:
+        listed = ", ".join(
+            f"{true} as {detected} ({-count:,})" for count, true, detected in confused
+        )
+        lines.append(f"Most confused: {listed}.")
+    if worst:
+        listed = ", ".join(
+            f"{image['file_name'] or image['image_id']} ({image['false_positives']} false, "
+            f"{image['misses']} missed)"
+            for image in worst
+        )
+        lines.append(f"Images with the most mistakes: {listed}.")
+    return lines
 
 
 def _stage_section(stages: Figures | None) -> str:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
 from cascade_det.core.structures import Detections, DetectorOutput, StageOutput
-from cascade_det.evaluation.coco import coco_ap, coco_results
+from cascade_det.evaluation.average_precision import coco_ap
+from cascade_det.evaluation.coco import coco_results
 from cascade_det.evaluation.evaluator import Evaluator, Sample
 from cascade_det.evaluation.ground_truth import admit_images, load_ground_truth, merge_seen
 

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from fvcore.common.config import CfgNode
+from numpy.typing import NDArray
 
 from cascade_det import config
 from cascade_det.data.coco import CocoDataset
 from cascade_det.data.loader import build_test_loader
+from cascade_det.data.transforms import read_image
 from cascade_det.engine import distributed
 from cascade_det.engine.checkpoint import Checkpointer
 from cascade_det.engine.inference import run_inference
@@ -23,6 +26,7 @@ from cascade_det.evaluation import (
     format_report,
     write_results,
 )
+from cascade_det.evaluation.analysis_files import write_analysis
 from cascade_det.evaluation.figures import plot_report
 from cascade_det.standalone.build import build_detector, set_backends
 from cascade_det.standalone.datasets import load_datasets
@@ -40,9 +44,10 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
         resume: take the last checkpoint in ``OUTPUT_DIR`` instead.
 
     Returns:
-        ``bbox``, ``stages``, ``exits`` and ``latency`` figures; by data set if there are several.
-        They are also in ``results.json``, as tables in the log, and in ``report.png``. Several
-        processes share the images; all return the same, and the main one writes the files.
+        ``bbox``, ``analysis``, ``stages``, ``exits`` and ``latency`` figures; by data set if there
+        are several. They are also in ``results.json``, as tables in the log, in ``report.png`` and
+        in ``analysis/``. Several processes share the images; all return the same, and the main one
+        writes the files.
 
     Raises:
         ConfigError: if there is no test data set or no weights.
@@ -101,9 +106,14 @@ def _evaluate_one(
     report = format_report({**results, "machine": machine})
     logger.info("Results on %s:\n\n%s\n", dataset.source.name, report)
 
+    def read(file_name: str) -> NDArray[np.uint8]:
+        return read_image(str(dataset.source.image_root / file_name), "BGR")
+
     def write() -> None:
         write_results(results, output_dir, machine=machine)
         plot_report(results, output_dir / "report.png")
+        if results["analysis"]:
+            write_analysis(results["analysis"], output_dir, read_image=read)
 
     distributed.on_main(write)
     return results

@@ -21,6 +21,11 @@ from cascade_det.evaluation.figures import plot_report
 from cascade_det.files import atomic_path, write_json
 
 NAN = float("nan")
+POINT = {
+    "IoU": 0.5, "score": 0.5, "precision": 80.0, "recall": 57.14, "F1": 66.67,
+    "true_positives": 4, "false_positives": 1, "misses": 3,
+}  # fmt: skip
+BEST = {**POINT, "score": 0.3333, "precision": NAN, "F1": 77.77}
 
 
 @pytest.fixture
@@ -29,6 +34,22 @@ def results():
         "bbox": {
             "AP": 45.12, "AP50": 70.27, "AP75": 50.38, "APs": NAN, "APm": 30.41, "APl": 60.59,
             "AP-cat": 44.04, "AP-dog": 46.16,
+        },
+        "analysis": {
+            "precision": 80.0, "recall": 57.14, "F1": 66.67,
+            "overall": [POINT, BEST],
+            "per_class": [
+                {"class": "cat", "objects": 5, "AP": 44.04, "AP50": 69.0, **POINT, "best": BEST},
+                {"class": "dog", "objects": 2, "AP": 46.16, "AP50": 71.5, **POINT, "best": POINT},
+            ],
+            "confusion_matrix": {
+                "classes": ["cat", "dog", "background"],
+                "counts": [[3, 2, 0], [1, 1, 9], [8, 7, 0]],
+            },
+            "worst_images": [
+                {"image_id": 4, "file_name": "a.jpg", "false_positives": 3, "misses": 1},
+                {"image_id": 5, "file_name": "", "false_positives": 0, "misses": 2},
+            ],
         },
         "notes": ["APs is nan: because."],
         "stages": {
@@ -72,16 +93,22 @@ def results():
 
 def cells(report, first):
     """The cells of the table row that begins with ``first``."""
-    row = next(line for line in report.splitlines() if line.startswith(f"| {first} "))
+    row = next(line for line in report.splitlines() if line.strip("| ").startswith(f"{first} "))
     return [cell.strip() for cell in row.strip("|").split("|")]
 
 
 def test_report_holds_the_figures(results):
     report = format_report(results)
     assert cells(report, "45.1") == ["45.1", "70.3", "50.4", "nan", "30.4", "60.6"]
-    assert cells(report, "cat") == ["cat", "44.0"]
+    assert cells(report, "0.500") == ["0.500", "80.0", "57.1", "66.7", "4", "1", "3"]
+    assert cells(report, "0.333") == ["0.333", "nan", "57.1", "77.8", "4", "1", "3"]
+    assert cells(report, "cat") == [
+        *("cat", "5", "44.0", "69.0", "80.0", "57.1", "66.7", "77.8", "0.33")
+    ]
+    assert "Most confused: cat as dog (2), dog as cat (1)." in report
+    assert "most mistakes: a.jpg (3 false, 1 missed), 5 (0 false, 2 missed)." in report
     tables = report.split("**")
-    stages, exits, latency = (tables[index] for index in (6, 8, 10))
+    stages, exits, latency = (tables[index] for index in (8, 10, 12))
     assert cells(stages, "stage0") == ["stage0", "40.1", "69.0", "42.0", "0.651", "0.722"]
     assert cells(exits, "stage0") == ["stage0", "1000.0", "100.0", "75.0", "70.0", "5.0", "0.0"]
     assert cells(latency, "stage0") == ["stage0", "30.50", "31.50", "30.60", "31.60"]
@@ -180,11 +207,11 @@ def test_all_evaluators_together(coco_content, detections, detector_output, tmp_
         figures = evaluator.evaluate()
         assert not merged.keys() & figures.keys()
         merged |= figures
-    assert merged.keys() == {"bbox", "notes", "stages", "exits", "latency"}
+    assert merged.keys() == {"bbox", "analysis", "notes", "stages", "exits", "latency"}
     write_results(merged, tmp_path, machine=describe_machine())
     plot_report(merged, tmp_path / "report.png")
     report = format_report(merged)
-    assert cells(report.split("**")[6], "stage1") == ["stage1", *["100.0"] * 3, "1.000", "1.000"]
+    assert cells(report.split("**")[8], "stage1") == ["stage1", *["100.0"] * 3, "1.000", "1.000"]
     assert "Latency per image" in report
 
 

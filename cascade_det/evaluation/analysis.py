@@ -1,0 +1,153 @@
+"""Where a detector goes wrong: precision and recall, confused classes, the worst images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pycocotools.cocoeval import COCOeval
+
+from cascade_det.evaluation.average_precision import ap_per_class
+from cascade_det.evaluation.confusion import confusion_matrix
+from cascade_det.evaluation.matches import IOU, Matches, best_point, point_at, read_matches
+
+SCORE_THRESHOLD = 0.5
+BACKGROUND = "background"
+_WORST_IMAGES = 20
+
+
+def analyse(
+    evaluation: COCOeval,
+    results: Sequence[Mapping[str, Any]],
+    *,
+    score_threshold: float = SCORE_THRESHOLD,
+) -> dict[str, Any]:
+    """Look into an evaluation at ``matches.IOU``.
+
+    Args:
+        evaluation: see ``run_cocoeval``.
+        results: what it was run on.
+        score_threshold: detections with a lower score are not counted.
+
+    Returns:
+        - ``precision``, ``recall`` and ``F1`` of all classes together, in percent;
+        - ``overall``: the same with the counts behind it (see ``matches.point_at``), at the
+          threshold and at the score that is best for F1;
+        - ``per_class``: a dict for each class in the order of the category ids, with ``class``,
+          ``category_id``, ``objects``, ``AP``, ``AP50``, ``AP75``, the point at the threshold,
+          and ``best``, the point that is best for its F1;
+        - ``confusion_matrix``: ``classes`` and ``counts``, see ``confusion.confusion_matrix``;
+        - ``worst_images``: those with the most mistakes, see below.
+
+        A mistake is a false positive or a miss. An image has ``image_id``, ``file_name``,
+        ``true_positives``, ``false_positives``, ``misses``, ``F1`` and ``boxes``; each box has
+        ``kind`` (``found`` and ``missed`` are objects, ``false positive`` is a detection),
+        ``class``, ``bbox`` (XYWH in pixels) and, for detections, ``score``. The number of
+        mistakes and not F1 makes an image a bad one: mistakes are what the overall F1 suffers
+        from, and an image with one object would else be the worst as soon as it is missed.
+    """
+    matches = read_matches(evaluation)
+    overall = [
+        point_at(matches.scores, matches.hits, len(matches.object_ids), score_threshold),
+        best_point(matches.scores, matches.hits, len(matches.object_ids)),
+    ]
+    categories = evaluation.cocoGt.cats
+    names = [categories[category_id]["name"] for category_id in sorted(categories)]
+    counts = confusion_matrix(
+        *(evaluation.cocoGt, results, evaluation.params.imgIds),
+        score_threshold=score_threshold,
+        iou_threshold=IOU,
+    )
+    return {
+        **{name: overall[0][name] for name in ("precision", "recall", "F1")},
+        "overall": overall,
+        "per_class": _per_class(evaluation, matches, score_threshold),
+        "confusion_matrix": {"classes": [*names, BACKGROUND], "counts": counts.tolist()},
+        "worst_images": _worst_images(evaluation, matches, score_threshold),
+    }
+
+
+def _per_class(
+    evaluation: COCOeval, matches: Matches, score_threshold: float
+) -> list[dict[str, Any]]:
+    rows = []
+    for index, (category_id, ap) in enumerate(ap_per_class(evaluation).items()):
+        detected = matches.detection_classes == index
+        of_class = (
+            matches.scores[detected],
+            matches.hits[detected],
+            int((matches.object_classes == index).sum()),
+        )
+        rows.append(
+            {
+                "class": evaluation.cocoGt.cats[category_id]["name"],
+                "category_id": int(category_id),
+                "objects": of_class[2],
+                **ap,
+                **point_at(*of_class, score_threshold),
+                "best": best_point(*of_class),
+            }
+        )
+    return rows
+
+
+def _worst_images(
+    evaluation: COCOeval, matches: Matches, score_threshold: float
+) -> list[dict[str, Any]]:
+    confident, found = matches.scores >= score_threshold, matches.found_at >= score_threshold
+    hits = _count(matches, matches.object_images[found])
+    misses = _count(matches, matches.object_images[~found])
+    wrong = _count(matches, matches.detection_images[confident & ~matches.hits])
+    mistakes = misses + wrong
+    f1 = 200 * hits / np.maximum(2 * hits + mistakes, 1)
+    worst = np.lexsort((matches.images, f1, -mistakes))[:_WORST_IMAGES]
+    images = evaluation.cocoGt.imgs
+    return [
+        {
+            "image_id": int(matches.images[index]),
+            "file_name": images[matches.images[index]].get("file_name", ""),
+            "true_positives": int(hits[index]),
+            "false_positives": int(wrong[index]),
+            "misses": int(misses[index]),
+            "F1": float(f1[index]),
+            "boxes": _boxes(evaluation, matches, index, score_threshold),
+        }
+        for index in worst
+        if mistakes[index]
+    ]
+
+
+def _count(matches: Matches, image_indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return np.bincount(image_indices, minlength=len(matches.images))
+
+
+def _boxes(
+    evaluation: COCOeval, matches: Matches, image_index: int, score_threshold: float
+) -> list[dict[str, Any]]:
+    """What an image shows: objects that were found, false positives, objects that were missed."""
+    here = matches.object_images == image_index
+    found = matches.found_at >= score_threshold
+    wrong = (
+        (matches.detection_images == image_index)
+        & (matches.scores >= score_threshold)
+        & ~matches.hits
+    )
+    truth, detected = evaluation.cocoGt.anns, evaluation.cocoDt.anns
+    of_kind = {
+        "found": [truth[number] for number in matches.object_ids[here & found]],
+        "false positive": [detected[number] for number in matches.detection_ids[wrong]],
+        "missed": [truth[number] for number in matches.object_ids[here & ~found]],
+    }
+    categories = evaluation.cocoGt.cats
+    return [
+        {
+            "kind": kind,
+            "class": categories[item["category_id"]]["name"],
+            "bbox": item["bbox"],
+            **({"score": item["score"]} if "score" in item else {}),
+        }
+        for kind, items in of_kind.items()
+        for item in items
+    ]

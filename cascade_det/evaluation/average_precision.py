@@ -1,0 +1,88 @@
+"""COCO average precision by pycocotools."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from cascade_det.evaluation.ground_truth import stdout_to_log
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+def coco_ap(
+    coco_gt: COCO, results: Sequence[Mapping[str, Any]], image_ids: Collection[int]
+) -> dict[str, float]:
+    """Average precision in percent; see ``run_cocoeval`` and ``ap_figures``."""
+    return ap_figures(run_cocoeval(coco_gt, results, image_ids))
+
+
+def run_cocoeval(
+    coco_gt: COCO, results: Sequence[Mapping[str, Any]], image_ids: Collection[int]
+) -> COCOeval:
+    """Evaluate, accumulate and summarize with pycocotools.
+
+    Args:
+        coco_gt: ground truth, see ``load_ground_truth``.
+        results: detections in COCO's result format (``image_id``, ``category_id``, ``bbox``
+            as XYWH, ``score``); not changed. May be empty: AP is then 0, not nan. The id of
+            each in ``cocoDt`` is its place, counted from 1.
+        image_ids: images to evaluate on.
+    """
+    with stdout_to_log():
+        evaluation = COCOeval(coco_gt, _as_coco(coco_gt, results), "bbox")
+        evaluation.params.imgIds = list(image_ids)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
+
+
+def ap_figures(evaluation: COCOeval) -> dict[str, float]:
+    """``AP``, ``AP50``, ``AP75``, ``APs``, ``APm``, ``APl`` and ``AP-<name>`` of every category.
+
+    All in percent; a figure for which there is no ground truth is nan.
+    """
+    figures = {
+        name: float(value) * 100 if value >= 0 else float("nan")
+        for name, value in zip(METRICS, evaluation.stats, strict=False)
+    }
+    categories = evaluation.cocoGt.cats
+    for category_id, of_class in ap_per_class(evaluation).items():
+        figures[f"AP-{categories[category_id]['name']}"] = of_class["AP"]
+    return figures
+
+
+def ap_per_class(evaluation: COCOeval) -> dict[int, dict[str, float]]:
+    """``AP``, ``AP50`` and ``AP75`` in percent, by category id; nan without ground truth."""
+    # [IoU, recall, category, area range, detections per image]; area range 0 is "all".
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    rows = {"AP": slice(None), "AP50": slice(0, 1), "AP75": slice(5, 6)}  # IoU 0.50, 0.55, ...
+    return {
+        category_id: {name: _mean_valid(precision[row, :, index]) for name, row in rows.items()}
+        for index, category_id in enumerate(evaluation.params.catIds)
+    }
+
+
+def _as_coco(coco_gt: COCO, results: Sequence[Mapping[str, Any]]) -> COCO:
+    # COCO.loadRes() would do, but it fails on an empty list and writes into the results.
+    coco = COCO()
+    coco.dataset = {
+        "images": coco_gt.dataset["images"],
+        "categories": coco_gt.dataset["categories"],
+        "annotations": [
+            {**result, "id": number, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
+            for number, result in enumerate(results, start=1)
+        ],
+    }
+    coco.createIndex()
+    return coco
+
+
+def _mean_valid(precision: np.ndarray) -> float:
+    valid = precision[precision > -1]
+    return float(valid.mean()) * 100 if valid.size else float("nan")

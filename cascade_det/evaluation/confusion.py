@@ -1,0 +1,125 @@
+"""Which classes are taken for which."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+
+def confusion_matrix(
+    coco_gt: COCO,
+    results: Sequence[Mapping[str, Any]],
+    image_ids: Collection[int],
+    *,
+    score_threshold: float = 0.5,
+    iou_threshold: float = 0.5,
+) -> npt.NDArray[np.int64]:
+    """Count what objects of each class were detected as.
+
+    In each image the detections whose score is ``score_threshold`` or more choose by falling
+    score, the earlier one in ``results`` first where scores are equal. Each takes, among the
+    objects of all classes that nobody has taken, the one of the highest IoU, if that is
+    ``iou_threshold`` or more; of equally good ones an object of its own class, else the first
+    in the json. A detection that takes none is one of background, unless ``iou_threshold`` or
+    more of its area lies in a crowd region of its class: then it does not count. An object that
+    nobody takes was detected as background. Crowd regions are no objects.
+
+    This is not the matching of AP, which never compares classes: here a detection of a wrong
+    class takes the object away from one of the right class with a lower score.
+
+    Args:
+        coco_gt: ground truth, see ``load_ground_truth``.
+        results: detections in COCO's result format; those of unknown categories do not count.
+        image_ids: images to count.
+        score_threshold: the lowest score that counts.
+        iou_threshold: the lowest IoU of a match.
+
+    Returns:
+        int64 ``[K + 1, K + 1]``: row, the true class; column, the detected class; both in the
+        order of the category ids, with background last.
+    """
+    index_of = {category_id: index for index, category_id in enumerate(sorted(coco_gt.cats))}
+    confident = [result for result in results if result["score"] >= score_threshold]
+    detections = _by_image(sorted(confident, key=lambda item: -item["score"]), index_of)
+    truth = coco_gt.dataset.get("annotations", [])
+    objects = _by_image((item for item in truth if not item["iscrowd"]), index_of)
+    crowds = _by_image((item for item in truth if item["iscrowd"]), index_of)
+    size = len(index_of) + 1
+    pairs = [np.zeros((2, 0), np.int64)]
+    for image_id in image_ids:
+        found, wanted = detections.get(image_id, _NONE), objects.get(image_id, _NONE)
+        pairs += _pairs(found, wanted, crowds.get(image_id, _NONE), iou_threshold, size - 1)
+    true, detected = np.concatenate(pairs, axis=1)
+    return np.bincount(true * size + detected, minlength=size * size).reshape(size, size)
+
+
+@dataclass(frozen=True)
+class _Boxes:
+    """Boxes of one image: float64 ``[N, 4]``, XYWH in pixels, and class indices int64 ``[N]``."""
+
+    boxes: npt.NDArray[np.float64]
+    classes: npt.NDArray[np.int64]
+
+
+_NONE = _Boxes(np.zeros((0, 4)), np.zeros(0, np.int64))
+
+
+def _by_image(items: Any, index_of: Mapping[int, int]) -> dict[int, _Boxes]:
+    groups: dict[int, tuple[list, list]] = {}
+    for item in items:
+        if item["category_id"] in index_of:
+            boxes, classes = groups.setdefault(item["image_id"], ([], []))
+            boxes.append(item["bbox"])
+            classes.append(index_of[item["category_id"]])
+    return {
+        image_id: _Boxes(np.array(boxes, np.float64), np.array(classes, np.int64))
+        for image_id, (boxes, classes) in groups.items()
+    }
+
+
+def _pairs(
+    found: _Boxes, wanted: _Boxes, crowds: _Boxes, iou_threshold: float, background: int
+) -> list[npt.NDArray[np.int64]]:
+    """True and detected classes ``[2, N]`` of the matches, the misses and the lone detections."""
+    taken = _match(found, wanted, iou_threshold)
+    hit = taken >= 0
+    missed = np.ones(len(wanted.classes), np.bool_)
+    missed[taken[hit]] = False
+    misses = wanted.classes[missed]
+    alone = found.classes[~hit & ~_in_crowd(found, crowds, iou_threshold)]
+    return [
+        np.stack([wanted.classes[taken[hit]], found.classes[hit]]),
+        np.stack([misses, np.full_like(misses, background)]),
+        np.stack([np.full_like(alone, background), alone]),
+    ]
+
+
+def _match(found: _Boxes, wanted: _Boxes, iou_threshold: float) -> npt.NDArray[np.int64]:
+    """The object that each detection takes, -1 for none; the detections best score first."""
+    taken = np.full(len(found.classes), -1)
+    if not len(found.classes) or not len(wanted.classes):
+        return taken
+    overlap = coco_mask.iou(found.boxes, wanted.boxes, [0] * len(wanted.classes))
+    for row in np.flatnonzero(overlap.max(axis=1) >= iou_threshold):
+        best = overlap[row].max()
+        if best >= iou_threshold:
+            equals = overlap[row] == best
+            own = equals & (wanted.classes == found.classes[row])
+            taken[row] = (own if own.any() else equals).argmax()
+            overlap[:, taken[row]] = -1.0  # Nobody else can take it.
+    return taken
+
+
+def _in_crowd(found: _Boxes, crowds: _Boxes, threshold: float) -> npt.NDArray[np.bool_]:
+    if not len(found.classes) or not len(crowds.classes):
+        return np.zeros(len(found.classes), np.bool_)
+    # The share of the detection, as the flags say.
+    covered = coco_mask.iou(found.boxes, crowds.boxes, [1] * len(crowds.classes))
+    same = np.equal.outer(found.classes, crowds.classes)
+    return ((covered >= threshold) & same).any(axis=1)

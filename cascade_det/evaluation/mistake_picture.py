@@ -1,0 +1,63 @@
+"""An image with what a detector found, missed and made up."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torchvision.ops import box_convert
+
+from cascade_det.evaluation.drawing import STAGE_COLORS, caption, draw_boxes
+
+_GREEN, _, _, _, _YELLOW, _RED = STAGE_COLORS
+# In the order in which they are drawn: mistakes on top.
+_COLORS = {"found": _GREEN, "false positive": _RED, "missed": _YELLOW}
+_LEGEND = {
+    "found": "object that was found",
+    "false positive": "false positive",
+    "missed": "object that was missed",
+}
+_WHITE = (255, 255, 255)
+# Smaller images are enlarged: labels on them would hide what they name.
+_LEAST_SIDE = 480
+
+
+def draw_mistakes(
+    image_bgr: npt.NDArray[np.uint8], image: Mapping[str, Any]
+) -> npt.NDArray[np.uint8]:
+    """Draw the boxes of one of the ``worst_images`` of an analysis.
+
+    Args:
+        image_bgr: uint8 ``[H, W, 3]``; not changed.
+        image: its entry, see ``analysis.analyse``.
+
+    Returns:
+        A new picture, enlarged by a whole number where the image is small, below a legend that
+        says what each colour stands for, and how often it occurs.
+    """
+    factor = max(1, _LEAST_SIDE // min(image_bgr.shape[:2]))
+    picture = image_bgr.repeat(factor, axis=0).repeat(factor, axis=1)
+    boxes = sorted(image["boxes"], key=lambda box: list(_COLORS).index(box["kind"]))
+    picture = draw_boxes(
+        picture,
+        box_convert(
+            torch.tensor([box["bbox"] for box in boxes]).reshape(-1, 4) * factor, "xywh", "xyxy"
+        ),
+        [_label(box) for box in boxes],
+        [_COLORS[box["kind"]] for box in boxes],
+    )
+    counts = Counter(box["kind"] for box in boxes)
+    lines = [(f"{image['file_name']}: F1 {image['F1']:.0f} %", _WHITE)]
+    lines += [(f"{counts[kind]} x {_LEGEND[kind]}", color) for kind, color in _COLORS.items()]
+    return np.concatenate([*(caption(picture, *line) for line in lines), picture])
+
+
+def _label(box: Mapping[str, Any]) -> str:
+    """Nothing for what was found: its box says it, and labels hide other boxes."""
+    if box["kind"] == "found":
+        return ""
+    return f"{box['class']} {box['score']:.2f}" if "score" in box else box["class"]

@@ -1,0 +1,140 @@
+"""Tables and pictures of an analysis, read back."""
+
+from __future__ import annotations
+
+import csv
+
+import cv2
+import numpy as np
+import pytest
+
+from cascade_det.errors import DatasetError
+from cascade_det.evaluation import score_results
+from cascade_det.evaluation.analysis_files import write_analysis
+from cascade_det.evaluation.confusion_picture import plot_confusion
+from cascade_det.evaluation.drawing import STAGE_COLORS
+from cascade_det.evaluation.ground_truth import load_ground_truth
+from cascade_det.evaluation.mistake_picture import draw_mistakes
+
+FOUND, MISSED, WRONG = (40, 60, 80, 50), (150, 60, 60, 90), (220, 160, 70, 60)
+GREY = 128
+
+
+@pytest.fixture
+def analysis(coco_content):
+    content = coco_content([(1, 3, FOUND), (1, 7, MISSED), (2, 3, FOUND)])
+    results = [
+        {"image_id": 1, "category_id": 3, "bbox": list(FOUND), "score": 0.9},
+        {"image_id": 1, "category_id": 3, "bbox": list(WRONG), "score": 0.75},
+    ]
+    return score_results(load_ground_truth(content), results, [1, 2])["analysis"]
+
+
+def grey_image(_):
+    return np.full((300, 400, 3), GREY, np.uint8)
+
+
+def table(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def test_tables_hold_the_figures(analysis, tmp_path):
+    folder = write_analysis(analysis, tmp_path)
+    assert folder == tmp_path / "analysis"
+    headers, cat, dog = table(folder / "per_class.csv")
+    cat, dog = (dict(zip(headers, row, strict=True)) for row in (cat, dog))
+    assert (cat["class"], cat["category_id"], cat["objects"]) == ("cat", "3", "2")
+    assert float(cat["AP50"]) == analysis["per_class"][0]["AP50"]
+    assert (cat["true_positives"], cat["false_positives"], cat["misses"]) == ("1", "1", "1")
+    assert (float(cat["precision"]), float(cat["best_precision"])) == (50, 100)
+    assert float(cat["best_score"]) == 0.9
+    # Nothing is detected as a dog: its precision is nan.
+    assert (dog["precision"], float(dog["recall"])) == ("", 0)
+    assert table(folder / "confusion_matrix.csv") == [
+        ["true \\ detected", "cat", "dog", "background"],
+        ["cat", "1", "0", "1"],
+        ["dog", "0", "0", "1"],
+        ["background", "1", "0", "0"],
+    ]
+    headers, *worst = table(folder / "worst_images.csv")
+    assert headers[1:] == [
+        "file_name", "true_positives", "false_positives", "misses", "F1", "picture"
+    ]  # fmt: skip
+    assert worst == [
+        ["1", "1.jpg", "1", "1", "1", "50.0", ""],
+        ["2", "2.jpg", "0", "0", "1", "0.0", ""],
+    ]
+    assert not (folder / "worst_images").exists()
+
+
+def test_pictures_replace_those_of_the_last_time(analysis, tmp_path, caplog):
+    asked = []
+
+    def read(file_name):
+        asked.append(file_name)
+        return grey_image(file_name)
+
+    def fail_for_the_second(file_name):
+        if file_name == "2.jpg":
+            raise DatasetError("2.jpg: there is no such image")
+        return grey_image(file_name)
+
+    folder = write_analysis(analysis, tmp_path, read_image=read)
+    assert asked == ["1.jpg", "2.jpg"]
+    pictures = folder / "worst_images"
+    assert sorted(p.name for p in pictures.iterdir()) == ["01.jpg", "02.jpg"]
+    assert cv2.imread(str(pictures / "01.jpg")).shape[1] == 400
+    write_analysis(analysis, tmp_path, read_image=fail_for_the_second)
+    assert [p.name for p in pictures.iterdir()] == ["01.jpg"]
+    assert [row[-1] for row in table(folder / "worst_images.csv")[1:]] == [
+        "worst_images/01.jpg",
+        "",
+    ]
+    assert "image 2: 2.jpg: there is no such image" in caplog.text
+
+
+def test_mistakes_are_drawn_in_their_colours(analysis):
+    image = grey_image("")
+    picture = draw_mistakes(image, analysis["worst_images"][0])
+    assert (image == GREY).all()
+    legend = len(picture) - 300
+    assert 40 < legend < 120
+    drawn = picture[legend:]
+    colors = {"found": 0, "missed": 4, "false positive": 5}
+    for kind, (x, y, w, h) in {"found": FOUND, "missed": MISSED, "false positive": WRONG}.items():
+        color = list(STAGE_COLORS[colors[kind]])
+        # The lower halves of both sides: no label covers them.
+        assert (drawn[y + h // 2 : y + h, x] == color).all(), kind
+        assert (drawn[y + h // 2 : y + h, x + w] == color).all(), kind
+        assert (drawn[y + 12 : y + h - 12, x + 12 : x + w - 12] == GREY).all(), kind
+        assert (picture[:legend] == color).all(axis=2).sum() > 400, kind
+
+
+def test_small_images_are_enlarged_with_their_boxes():
+    box = {"kind": "missed", "class": "cat", "bbox": [10, 20, 30, 40]}
+    entry = {"file_name": "small.png", "F1": 0.0, "boxes": [box]}
+    picture = draw_mistakes(np.full((96, 128, 3), GREY, np.uint8), entry)
+    assert picture.shape[1] == 5 * 128
+    drawn = picture[-5 * 96 :]
+    assert (drawn[250, 50] == STAGE_COLORS[4]).all()
+    assert (drawn[300, 100:150] == STAGE_COLORS[4]).all()
+
+
+@pytest.mark.parametrize("size", [1, 12, 40, 160])
+def test_the_confusion_matrix_is_drawn_for_any_number_of_classes(size, tmp_path):
+    counts = np.zeros((size + 1, size + 1), np.int64)
+    counts[0, size // 2] = 10
+    plot_confusion(
+        [f"class ${i}$_" * 5 for i in range(size)] + ["background"], counts, tmp_path / "m.png"
+    )
+    picture = cv2.imread(str(tmp_path / "m.png"))
+    assert min(picture.shape[:2]) > 400
+    # Dark blue is the cell that holds its whole row, and the end of the colour bar on the right.
+    dark = (picture[..., 0] > 90) & (picture[..., 0] < 130) & (picture[..., 2] < 20)
+    rows, columns = np.nonzero(dark[:, : picture.shape[1] * 4 // 5])
+    assert len(rows) > 20
+    assert rows.max() < picture.shape[0] * 0.5
+    # One cell and no more.
+    assert np.ptp(rows) < picture.shape[0] / size
+    assert np.ptp(columns) < picture.shape[1] / size

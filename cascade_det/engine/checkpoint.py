@@ -16,6 +16,8 @@ from cascade_det.errors import CheckpointError
 from cascade_det.files import atomic_path
 
 LAST = "last_checkpoint"
+# What loading the state of something else ends in; CheckpointErrors are ValueErrors.
+_DOES_NOT_FIT = (AttributeError, LookupError, TypeError, ValueError, RuntimeError)
 # What goes with weights that are to be used, beside the weights themselves.
 WITH_WEIGHTS = ("run",)
 
@@ -31,7 +33,7 @@ def newest_checkpoint(folder: str | Path) -> str:
         name = last.read_bytes().decode().strip()
     except FileNotFoundError:
         return ""
-    except UnicodeDecodeError:
+    except (OSError, UnicodeDecodeError):
         name = ""
     if not name or name in (".", "..") or "\0" in name or Path(name).name != name:
         raise CheckpointError(
@@ -98,7 +100,7 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
             return
         try:
             checkpointable.load_state_dict(self._resumed.pop(key))
-        except (CheckpointError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except _DOES_NOT_FIT as error:
             raise CheckpointError(
                 f"{self.get_checkpoint_file()}: its {key!r} does not fit this run ({error}). "
                 "Resume with the configuration that it was written with, or start without resuming."
@@ -164,7 +166,7 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
             return super().load(path, checkpointables)
         except CheckpointError:
             raise
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except _DOES_NOT_FIT as error:
             raise CheckpointError(
                 f"{path}: does not belong to this model and optimiser ({error}). Resume with the "
                 "configuration that it was written with, or start without resuming."

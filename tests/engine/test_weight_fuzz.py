@@ -158,6 +158,18 @@ def test_damaged_files_load_or_say_so(tmp_path_factory, form, change):
     load(form, change, tmp_path_factory.getbasetemp())
 
 
+@pytest.mark.parametrize("state", [None, 3, "x", [], {}, {"state": 1}, torch.ones(2)], ids=repr)
+def test_state_of_something_else_does_not_fit(tmp_path, state):
+    model = make_model()
+    content = {"model": model.state_dict(), "iteration": 3, "trainer": state}
+    torch.save(content, tmp_path / "a.pth")
+    (tmp_path / "last_checkpoint").write_text("a.pth")
+    checkpointer = Checkpointer(model, tmp_path)
+    checkpointer.resume_or_load("", resume=True)
+    with pytest.raises(CheckpointError, match=r"a\.pth: its 'trainer' does not fit"):
+        checkpointer.add_checkpointable("trainer", torch.optim.SGD(model.parameters()))
+
+
 NAMES = st.lists(
     st.sampled_from([b"a.pth", b"..", b"/", b"\n", b"\0", b" ", b"x" * 300]), max_size=5
 )

@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(replay_batch(cfg, args.replay_batch)))
             return 0
         setup_logging(cfg.OUTPUT_DIR if args.machine_rank == 0 else None)
+        cfg = _for_processes(cfg, args)
         return distributed.launch(
             run,
             (cfg, args),
@@ -64,11 +65,6 @@ def main(argv: list[str] | None = None) -> int:
 def run(cfg: CfgNode, args: argparse.Namespace) -> int:
     """The work of one process, among others or alone; returns its exit status."""
     setup_logging(cfg.OUTPUT_DIR)
-    processes = distributed.world_size()
-    check_processes(cfg, processes, train=not args.eval_only)
-    if not args.eval_only:
-        cfg = scale_to_world_size(cfg, processes)
-        check_config(cfg)
     try:
         if args.eval_only:
             evaluate(cfg, resume=args.resume)
@@ -79,6 +75,15 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> int:
             logger.warning("%s. To go on: %s", end, _resuming_command())
         return INTERRUPTED
     return 0
+
+
+def _for_processes(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
+    processes = distributed.planned_world_size(args.num_gpus, args.num_machines)
+    check_processes(cfg, processes, train=not args.eval_only)
+    if not args.eval_only:
+        cfg = scale_to_world_size(cfg, processes)
+        check_config(cfg)
+    return cfg
 
 
 def _resuming_command() -> str:

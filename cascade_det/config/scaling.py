@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-
 from fvcore.common.config import CfgNode
 
 from cascade_det.config.rules import value_of
 from cascade_det.errors import ConfigError
-
-logger = logging.getLogger(__name__)
 
 _NORMS = ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM")
 _OWN_NORMS = "MODEL.CASCADE.BOX_HEAD.NORM"
@@ -83,12 +79,6 @@ def _scaled(cfg: CfgNode, world_size: int) -> CfgNode:
         solver[key] = shorter(solver[key])
     solver.STEPS = tuple(shorter(step) for step in solver.STEPS)
     cfg.TEST.EVAL_PERIOD = shorter(cfg.TEST.EVAL_PERIOD)
-    logger.info(
-        "Scaled from SOLVER.REFERENCE_WORLD_SIZE %d to %d processes: IMS_PER_BATCH %d, "
-        "BASE_LR %g, MAX_ITER %d, WARMUP_ITERS %d, STEPS %s",
-        *(solver.REFERENCE_WORLD_SIZE, world_size, solver.IMS_PER_BATCH, solver.BASE_LR),
-        *(solver.MAX_ITER, solver.WARMUP_ITERS, solver.STEPS),
-    )
     solver.REFERENCE_WORLD_SIZE = world_size
     if frozen:
         cfg.freeze()

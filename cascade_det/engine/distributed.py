@@ -53,6 +53,22 @@ def world_size() -> int:
     return dist.get_world_size() if _in_group() else 1
 
 
+def planned_world_size(num_processes: int, num_machines: int = 1) -> int:
+    """How many processes :func:`launch` will make of these, or torchrun has made.
+
+    Raises:
+        ConfigError: a number is below 1.
+    """
+    if _under_torchrun():
+        return int(os.environ["WORLD_SIZE"])
+    if num_processes < 1 or num_machines < 1:
+        raise ConfigError(
+            f"--num-gpus is {num_processes} and --num-machines is {num_machines}: "
+            "each has to be 1 or more"
+        )
+    return num_processes * num_machines
+
+
 def local_rank() -> int:
     """Which of the processes on this machine this one is, from 0; on GPUs the GPU's index."""
     return _joined.local_rank
@@ -200,15 +216,16 @@ def launch(
         ConfigError: the arguments contradict each other or the machine, or nobody is at the URL.
         CascadeDetError, FloatingPointError: raised by ``main``.
     """
-    if all(name in os.environ for name in _TORCHRUN):
+    if _under_torchrun():
         return _run_under_torchrun(main, args, device_type)
-    _check(num_processes, num_machines, machine_rank, dist_url)
-    if num_processes * num_machines == 1:
+    total = planned_world_size(num_processes, num_machines)
+    _check_address(num_machines, machine_rank, dist_url)
+    if total == 1:
         return main(*args)
     _check_devices(num_processes, device_type)
     store, host, port = _serve(dist_url, machine_rank)
     first_rank = machine_rank * num_processes
-    place = _Place(host, port, first_rank, num_processes * num_machines, device_type)
+    place = _Place(host, port, first_rank, total, device_type)
     threads = None
     if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         threads = max(torch.get_num_threads() // num_processes, 1)
@@ -299,12 +316,7 @@ def _serve(dist_url: str, machine_rank: int) -> tuple[dist.TCPStore | None, str,
     return store, host, store.port
 
 
-def _check(num_processes: int, num_machines: int, machine_rank: int, dist_url: str) -> None:
-    if num_processes < 1 or num_machines < 1:
-        raise ConfigError(
-            f"--num-gpus is {num_processes} and --num-machines is {num_machines}: "
-            "each has to be 1 or more"
-        )
+def _check_address(num_machines: int, machine_rank: int, dist_url: str) -> None:
     if not 0 <= machine_rank < num_machines:
         raise ConfigError(
             f"--machine-rank is {machine_rank}, but --num-machines is {num_machines}: number the "
@@ -334,6 +346,10 @@ def _check_devices(num_processes: int, device_type: str) -> None:
             f"{num_processes} processes need as many GPUs, but this machine has "
             f"{torch.cuda.device_count()}: lower --num-gpus, or set MODEL.DEVICE cpu"
         )
+
+
+def _under_torchrun() -> bool:
+    return all(name in os.environ for name in _TORCHRUN)
 
 
 def _in_group() -> bool:

@@ -10,7 +10,7 @@ import torch
 from cascade_det.engine import distributed
 from cascade_det.errors import ConfigError
 from make_shapes import make_dataset
-from tests.reference import shared_work
+from tests.reference import launched, shared_work
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +30,11 @@ def found(tmp_path_factory, ground_truth):
     arguments = {"num_processes": 1, "num_machines": 2, "dist_url": url, "device_type": "cpu"}
     other = multiprocessing.get_context("spawn").Process(
         target=distributed.launch,
-        args=(shared_work.work_together, (folder, ground_truth)),
+        args=(launched.work_together, (folder, ground_truth)),
         kwargs={**arguments, "machine_rank": 1},
     )
     other.start()
-    status = distributed.launch(shared_work.work_together, (folder, ground_truth), **arguments)
+    status = distributed.launch(launched.work_together, (folder, ground_truth), **arguments)
     other.join()
     assert (status, other.exitcode) == (0, 0)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
@@ -105,7 +105,7 @@ def test_an_evaluation_that_fails_on_the_main_process_fails_on_all(found):
 
 def test_a_process_killed_in_training_ends_the_launch(tmp_path, caplog):
     status = distributed.launch(
-        shared_work.die_in_training, (tmp_path,), num_processes=2, device_type="cpu"
+        launched.die_in_training, (tmp_path,), num_processes=2, device_type="cpu"
     )
     assert status != 0
     assert "rank 1" in caplog.text

@@ -1,8 +1,6 @@
-"""What one of two processes does in the tests of several processes; each leaves what it found."""
+"""What two processes do in the tests: gradients and figures; each leaves what it found."""
 
 import itertools
-import os
-import signal
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -172,15 +170,4 @@ def work_together(folder, ground_truth):
     except (PeerError, ZeroDivisionError) as error:
         found["failure"] = f"{type(error).__name__}: {error}"
     torch.save(found, folder / f"rank{rank}.pt")
-    return 0
-
-
-def die_in_training(folder):
-    """Process 1 kills itself while process 0 waits for its gradients."""
-    model = distributed.wrap(nn.Linear(2, 1))
-    for step in range(3):
-        model(torch.ones(1, 2)).sum().backward()
-        (folder / f"rank{distributed.rank()}_step{step}").touch()
-        if distributed.rank() == 1 and step == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
     return 0

@@ -284,23 +284,25 @@ class Trainer:
         problem = divergence(figures)
         if problem is None:
             return
-        images = [sample.get("image_id") for sample in batch]
+        # All processes are here: they look at the same means.
+        images = distributed.all_gather([sample.get("image_id") for sample in batch])
         message = (
             f"Training diverged at iteration {self.iteration}, {problem}; learning rate "
-            f"{self._lr():.4g}, image ids {images}. The last good checkpoint is "
-            f"{self.last_checkpoint or 'none'}."
+            f"{self._lr():.4g}, image ids {' | '.join(map(str, images))}. The last good checkpoint "
+            f"is {self.last_checkpoint or 'none'}."
         )
         if self.output_dir is not None:
-            name = f"diverged_{self.iteration:07d}_rank{distributed.rank()}.pth"
+            name = f"diverged_{self.iteration:07d}_rank{{}}.pth"
             save_step(
-                self.output_dir / name,
+                self.output_dir / name.format(distributed.rank()),
                 detector=self.module,
                 batch=batch,
                 random=random,
                 iteration=self.iteration,
                 amp_dtype=self._amp_dtype,
             )
-            message += f" The batch is in {self.output_dir / name}: see it with --replay-batch."
+            files = ", ".join(str(self.output_dir / name.format(r)) for r in range(len(images)))
+            message += f" The batch is in {files}: see it with --replay-batch."
         raise FloatingPointError(
             f"{message} Lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, clip gradients "
             "(SOLVER.CLIP_GRADIENTS.ENABLED True), or compute in float32 (SOLVER.AMP.ENABLED "

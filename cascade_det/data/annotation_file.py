@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,29 @@ def read_annotation_file(json_file: Path) -> dict[str, Any]:
         DatasetError: the file cannot be read, does not fit in memory, is no json, or holds
             something else than an object.
     """
+    content = read_json(json_file, _without_segmentation)
+    if not isinstance(content, dict):
+        raise DatasetError(f"{json_file}: is not COCO-format json: no object at the top")
+    return content
+
+
+def read_json(
+    json_file: Path, object_hook: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+) -> Any:
+    """Read any json.
+
+    Args:
+        json_file: the file.
+        object_hook: given every object in it, returns what takes its place.
+
+    Raises:
+        DatasetError: the file cannot be read, does not fit in memory, or is no json.
+    """
     try:
         if not json_file.is_file():
             raise DatasetError(f"{json_file}: there is no such file")
         _check_memory(json_file)
-        content = json.loads(json_file.read_bytes(), object_hook=_without_segmentation)
+        return json.loads(json_file.read_bytes(), object_hook=object_hook)
     except OSError as error:
         raise DatasetError(f"{json_file}: cannot be read: {error}") from error
     except MemoryError as error:
@@ -39,9 +58,6 @@ def read_annotation_file(json_file: Path) -> dict[str, Any]:
         if isinstance(error, DatasetError):
             raise
         raise DatasetError(f"{json_file}: is not valid json: {error}") from error
-    if not isinstance(content, dict):
-        raise DatasetError(f"{json_file}: is not COCO-format json: no object at the top")
-    return content
 
 
 def _without_segmentation(entry: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cascade_det.data.catalog import DatasetSource
-from cascade_det.data.coco_json import CheckedJson, JsonObject
+from cascade_det.data.coco_json import CheckedJson, JsonObject, check_coco_json
 from cascade_det.data.dataset_check import check_dataset
 from cascade_det.data.image_check import MISSING
 from cascade_det.errors import DatasetError
@@ -75,6 +75,7 @@ def load_dataset(
     on_bad_data: str = "error",
     *,
     keep_ground_truth: bool = False,
+    check_images: bool = True,
     share: tuple[int, int] = (0, 1),
     gather: Callable[[Any], list[Any]] = lambda findings: [findings],
 ) -> CocoDataset:
@@ -88,6 +89,7 @@ def load_dataset(
         on_bad_data: ``"error"`` stops at bad images or annotations, all of them listed together;
             ``"skip"`` leaves them out and logs how many.
         keep_ground_truth: whether to keep the annotations as an evaluation needs them.
+        check_images: whether to look at the files of the images; without, they need not exist.
         share: (rank, number of processes) where several load the same data set: each opens its
             part of the images.
         gather: gives what all processes found, in the order of their ranks, for what this one
@@ -99,7 +101,10 @@ def load_dataset(
     """
     if on_bad_data not in ("error", "skip"):
         raise ValueError(f"on_bad_data must be 'error' or 'skip', not {on_bad_data!r}")
-    checked = check_dataset(source, share=share, gather=gather)
+    if check_images:
+        checked = check_dataset(source, share=share, gather=gather)
+    else:
+        checked = check_coco_json(source.json_file, source.image_root)
     if checked.unusable or (checked.bad and on_bad_data == "error"):
         raise DatasetError(_refusal(source, checked))
     if share[0] == 0:  # all processes know the same

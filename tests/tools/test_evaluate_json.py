@@ -1,0 +1,260 @@
+"""tools/evaluate_json.py against pycocotools itself, and on files that are no predictions."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import math
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+import evaluate_json
+
+CATEGORY_IDS = (3, 7)
+IMAGE_IDS = (1, 2, 5, 6)
+
+
+def noisy_case():
+    """Annotations of four images, and predictions near them, some of the wrong class."""
+    rng = np.random.default_rng(3)
+    annotations, predictions = [], []
+    for image_id in IMAGE_IDS:
+        for _ in range(4):
+            size = rng.choice([15, 60, 110]) * rng.uniform(0.8, 1.2, 2)
+            box = np.concatenate([rng.uniform(0, 80, 2), size])
+            category = int(rng.choice(CATEGORY_IDS))
+            annotations.append(
+                {
+                    "id": len(annotations) + 10,
+                    "image_id": image_id,
+                    "category_id": category,
+                    "bbox": box.tolist(),
+                    "area": float(box[2] * box[3]),
+                    "iscrowd": int(rng.random() < 0.1),
+                }
+            )
+            for _ in range(2):
+                guess = (box + rng.normal(0, 4, 4)).clip(1)
+                kind = category if rng.random() < 0.8 else int(rng.choice(CATEGORY_IDS))
+                predictions.append(
+                    {
+                        "image_id": image_id,
+                        "category_id": kind,
+                        "bbox": guess.tolist(),
+                        "score": float(rng.random()),
+                        "exit_stage": 1,
+                    }
+                )
+    content = {
+        "images": [
+            {"id": i, "file_name": f"{i}.png", "height": 200, "width": 220} for i in IMAGE_IDS
+        ],
+        "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}],
+        "annotations": annotations,
+    }
+    return content, predictions
+
+
+@pytest.fixture
+def files(tmp_path):
+    content, predictions = noisy_case()
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    (tmp_path / "predictions.json").write_text(json.dumps(predictions))
+    return tmp_path
+
+
+def run(folder, *options):
+    return evaluate_json.main(
+        ["--json", f"{folder}/val.json", "--predictions", f"{folder}/predictions.json", *options]
+    )
+
+
+def plain_pycocotools(folder):
+    truth = COCO(str(folder / "val.json"))
+    evaluation = COCOeval(truth, truth.loadRes(str(folder / "predictions.json")), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return evaluation
+
+
+def test_ap_is_bit_for_bit_that_of_pycocotools(files, capsys):
+    assert run(files, "--output", str(files / "out")) == 0
+    expected = plain_pycocotools(files)
+    scores = json.loads((files / "out" / "scores.json").read_text())
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+    assert [scores["bbox"][name] for name in names] == [100 * v for v in expected.stats[:6]]
+    assert 5 < scores["bbox"]["AP"] < 95
+    for index, row in enumerate(scores["analysis"]["per_class"]):
+        precision = expected.eval["precision"][:, :, index, 0, 2]
+        assert row["AP"] == scores["bbox"][f"AP-{row['class']}"] == 100 * precision.mean()
+        assert row["AP75"] == 100 * precision[5].mean()
+    report = capsys.readouterr().out
+    assert "**Box AP (%)**" in report
+    assert f"{scores['bbox']['AP']:.1f}" in report
+    analysis = {path.name for path in (files / "out" / "analysis").iterdir()}
+    assert analysis == {
+        *("per_class.csv", "confusion_matrix.csv", "confusion_matrix.png", "worst_images.csv")
+    }
+
+
+def test_the_score_threshold_moves_precision_and_recall_alone(files):
+    found = {}
+    for threshold in ("0.2", "0.9"):
+        folder = files / threshold
+        assert run(files, "--score-threshold", threshold, "--output", str(folder)) == 0
+        found[threshold] = json.loads((folder / "scores.json").read_text())
+    low, high = found["0.2"], found["0.9"]
+    assert low["bbox"] == high["bbox"]
+    assert low["analysis"]["recall"] > high["analysis"]["recall"]
+    assert low["analysis"]["overall"][0]["score"] == 0.2
+
+
+def test_pictures_where_the_images_are(files, capsys):
+    folder = files / "images"
+    assert run(files, "--images", str(folder), "--output", str(files / "out")) == 1
+    assert "no such folder" in capsys.readouterr().err
+    folder.mkdir()
+    for image_id in IMAGE_IDS[:3]:
+        cv2.imwrite(str(folder / f"{image_id}.png"), np.full((200, 220, 3), 128, np.uint8))
+    assert run(files, "--images", str(folder), "--output", str(files / "out")) == 1
+    assert "6.png" in capsys.readouterr().err
+    cv2.imwrite(str(folder / "6.png"), np.full((200, 220, 3), 128, np.uint8))
+    assert run(files, "--images", str(folder), "--output", str(files / "out")) == 0
+    pictures = sorted((files / "out" / "analysis" / "worst_images").iterdir())
+    assert [path.name for path in pictures] == ["01.jpg", "02.jpg", "03.jpg", "04.jpg"]
+    assert cv2.imread(str(pictures[0])).shape[1] == 440  # Enlarged.
+
+
+def test_nothing_detected_is_an_ap_of_0(files, capsys):
+    (files / "predictions.json").write_text("[]")
+    assert run(files) == 0
+    assert "there are no detections at all" in capsys.readouterr().out
+
+
+def test_all_problems_are_listed_together(files, capsys):
+    _, predictions = noisy_case()
+    bad = copy.deepcopy(predictions[:9])
+    bad[0]["image_id"] = bad[1]["image_id"] = 77
+    bad[2]["category_id"] = "cat"
+    bad[3]["bbox"] = [1, 2, 3]
+    bad[4]["bbox"] = [1, 2, -3, 4]
+    bad[5]["score"] = math.nan
+    del bad[6]["score"]
+    bad[6]["image_id"] = True
+    bad[7]["bbox"][0] = 10**400
+    bad[8] = 5
+    (files / "predictions.json").write_text(json.dumps([*bad, predictions[9]]))
+    assert run(files) == 1
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    for line in (
+        "predictions.json: bad predictions, of 10",
+        "3 x prediction with an unknown 'image_id': number 1 (77), number 2 (77), number 7 (True)",
+        "1 x prediction with an unknown 'category_id': number 3 ('cat')",
+        "2 x prediction whose 'bbox' is not four finite numbers: number 4 ([1, 2, 3])",
+        "1 x prediction whose 'bbox' has a negative width or height: number 5",
+        "2 x prediction whose 'score' is no finite number: number 6 (nan), number 7 (None)",
+        "1 x prediction that is no object: number 9 (5)",
+    ):
+        assert line in message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "is no list of predictions: its top level is dict"),
+        ("[1, ", "is not valid json"),
+        ("[" * 100_000, "is not valid json"),
+        ("", "is not valid json"),
+        (None, "there is no such file"),
+    ],
+)
+def test_a_file_that_is_no_list_is_named(files, capsys, text, message):
+    path = files / "predictions.json"
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+    assert run(files) == 1
+    error = capsys.readouterr().err
+    assert str(path) in error
+    assert message in error
+
+
+def test_bad_annotations_stop_unless_they_are_skipped(files, capsys):
+    content, _ = noisy_case()
+    content["annotations"][0]["category_id"] = 99
+    (files / "val.json").write_text(json.dumps(content))
+    assert run(files) == 1
+    assert "unknown category" in capsys.readouterr().err
+    assert run(files, "--on-bad-data", "skip") == 0
+
+
+def test_annotations_are_needed(files, capsys):
+    content, _ = noisy_case()
+    del content["annotations"]
+    (files / "val.json").write_text(json.dumps(content))
+    assert run(files) == 1
+    assert "has no annotations to score against" in capsys.readouterr().err
+
+
+plain = st.none() | st.booleans() | st.integers(-3, 9) | st.floats() | st.text(max_size=3)
+values = st.recursive(
+    plain,
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6,
+)
+good = st.fixed_dictionaries(
+    {
+        "image_id": st.sampled_from(IMAGE_IDS),
+        "category_id": st.sampled_from(CATEGORY_IDS),
+        "bbox": st.lists(st.floats(0, 100), min_size=4, max_size=4),
+        "score": st.floats(0, 1),
+    }
+)
+doubtful = st.fixed_dictionaries(
+    {},
+    optional={
+        "image_id": st.sampled_from(IMAGE_IDS) | values,
+        "category_id": st.sampled_from(CATEGORY_IDS) | values,
+        "bbox": st.lists(st.floats(0, 100) | plain, min_size=3, max_size=5) | values,
+        "score": st.floats(0, 1) | values,
+    },
+)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(content=st.lists(good, max_size=4) | st.lists(good | doubtful | values, max_size=4) | values)
+def test_any_json_is_scored_or_refused(files, content):
+    path = files / "predictions.json"
+    path.write_text(json.dumps(content))
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        status = run(files)
+    usable = isinstance(content, list) and all(map(is_prediction, content))
+    assert status == int(not usable)
+    assert (str(path) in errors.getvalue()) == (not usable)
+
+
+def is_prediction(entry):
+    try:
+        numbers = [*entry["bbox"], entry["score"]]
+        return (
+            entry["image_id"] in IMAGE_IDS
+            and entry["category_id"] in CATEGORY_IDS
+            and len(entry["bbox"]) == 4
+            and min(entry["bbox"][2:]) >= 0
+            and all(type(number) in (int, float) and abs(number) < 1e9 for number in numbers)
+            and type(entry["image_id"]) is type(entry["category_id"]) is int
+        )
+    except (TypeError, KeyError):
+        return False

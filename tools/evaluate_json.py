@@ -1,0 +1,187 @@
+#!/usr/bin/env python3
+"""Score a file of predictions: the tables of an evaluation without running a detector.
+
+python tools/evaluate_json.py --json val.json \
+    --predictions output/inference/coco_instances_results.json
+python tools/evaluate_json.py --json val.json --predictions ... --images folder/ --output scored/
+
+AP is computed over all images of the json. --output gets scores.json and the tables and pictures
+of analysis/; the images with the most mistakes are drawn where --images is given too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from cascade_det.data.annotation_file import read_json
+from cascade_det.data.catalog import DatasetSource
+from cascade_det.data.coco import CocoDataset, load_dataset
+from cascade_det.data.problems import Problems, shown
+from cascade_det.data.transforms import read_image
+from cascade_det.engine.log import setup_logging
+from cascade_det.errors import CascadeDetError, DatasetError
+from cascade_det.evaluation import format_report, score_results
+from cascade_det.evaluation.analysis_files import write_analysis
+from cascade_det.evaluation.ground_truth import load_ground_truth
+from cascade_det.files import write_json
+
+SCORES_FILE = "scores.json"
+# Beyond any image or score, and far from where floats end.
+_LIMIT = 1e9
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = _parse(argv)
+    setup_logging()
+    try:
+        dataset = _load(args)
+        results = evaluate(dataset, Path(args.predictions), args.score_threshold)
+        print(format_report(results))
+        if args.output:
+            _write(results, dataset, Path(args.output), with_pictures=args.images is not None)
+    except CascadeDetError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"--output {args.output}: cannot be written: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def evaluate(
+    dataset: CocoDataset, predictions_file: Path, score_threshold: float = 0.5
+) -> dict[str, Any]:
+    """The figures of a file of predictions, see ``score_results``.
+
+    Raises:
+        DatasetError: the predictions cannot be used, or there are no annotations to hold them
+            against.
+    """
+    coco_gt = load_ground_truth(dataset.ground_truth)
+    if "annotations" not in dataset.ground_truth:
+        raise DatasetError(f"{dataset.source.json_file}: has no annotations to score against")
+    predictions = read_predictions(predictions_file, coco_gt.imgs, coco_gt.cats)
+    return score_results(
+        coco_gt, predictions, sorted(coco_gt.imgs), score_threshold=score_threshold
+    )
+
+
+def read_predictions(
+    path: Path, image_ids: Collection[int], category_ids: Collection[int]
+) -> list[dict[str, Any]]:
+    """Read a list of predictions in COCO's result format, and check each of them.
+
+    Args:
+        path: json: a list of objects with ``image_id``, ``category_id``, ``bbox`` (XYWH in pixels)
+            and ``score``; what else they hold is left alone.
+        image_ids: those that may occur.
+        category_ids: those that may occur.
+
+    Raises:
+        DatasetError: the file cannot be read, or anything in it is wrong; all kinds of problem are
+            listed with counts and examples.
+    """
+    predictions = read_json(path)
+    if not isinstance(predictions, list):
+        raise DatasetError(
+            f"{path}: is no list of predictions: its top level is {type(predictions).__name__}. "
+            "Give a file like inference/coco_instances_results.json."
+        )
+    problems = Problems()
+    for number, prediction in enumerate(predictions, start=1):
+        for problem, value in _problems_of(prediction, image_ids, category_ids):
+            problems.add(problem, _describe, number, value)
+    if problems:
+        raise DatasetError(
+            f"{path}: bad predictions, of {len(predictions)}\n{problems}\n"
+            "Predictions belong to one annotation file: are these of the given --json?"
+        )
+    return predictions
+
+
+def _problems_of(
+    prediction: Any, image_ids: Collection[int], category_ids: Collection[int]
+) -> list[tuple[str, Any]]:
+    if not isinstance(prediction, dict):
+        return [("prediction that is no object", prediction)]
+    image_id, category_id = prediction.get("image_id"), prediction.get("category_id")
+    box, score = prediction.get("bbox"), prediction.get("score")
+    found = []
+    if type(image_id) is not int or image_id not in image_ids:
+        found.append(("prediction with an unknown 'image_id'", image_id))
+    if type(category_id) is not int or category_id not in category_ids:
+        found.append(("prediction with an unknown 'category_id'", category_id))
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+        found.append(("prediction whose 'bbox' is not four finite numbers", box))
+    elif min(box[2:]) < 0:
+        found.append(("prediction whose 'bbox' has a negative width or height", box))
+    if not _is_number(score):
+        found.append(("prediction whose 'score' is no finite number", score))
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    # NaN and the infinities fail the comparison.
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and -_LIMIT < value < _LIMIT
+    )
+
+
+def _describe(number: int, value: Any) -> str:
+    return f"number {number} ({shown(value)})"
+
+
+def _load(args: argparse.Namespace) -> CocoDataset:
+    json_file = Path(args.json)
+    images = Path(args.images or json_file.parent)
+    if not images.is_dir():
+        raise DatasetError(f"--images {images}: there is no such folder")
+    return load_dataset(
+        DatasetSource(json_file.stem, json_file, images),
+        args.on_bad_data,
+        keep_ground_truth=True,
+        check_images=args.images is not None,
+    )
+
+
+def _write(
+    results: dict[str, Any], dataset: CocoDataset, folder: Path, *, with_pictures: bool
+) -> None:
+    def read(file_name: str) -> Any:
+        return read_image(str(dataset.source.image_root / file_name), "BGR")
+
+    write_json(results, folder / SCORES_FILE, indent=2)
+    analysis = write_analysis(
+        results["analysis"], folder, read_image=read if with_pictures else None
+    )
+    logger.info("Written: %s and %s", folder / SCORES_FILE, analysis)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Score a file of predictions.")
+    parser.add_argument("--predictions", required=True, metavar="JSON", help="COCO result format")
+    parser.add_argument("--json", required=True, metavar="JSON", help="the annotations")
+    parser.add_argument("--images", metavar="FOLDER", help="of the annotations; they are checked")
+    parser.add_argument("--output", metavar="FOLDER", help="for figures, tables and pictures")
+    parser.add_argument(
+        "--score-threshold", type=float, default=0.5, help="of what counts beside AP (0.5)"
+    )
+    parser.add_argument(
+        "--on-bad-data",
+        choices=("error", "skip"),
+        default="error",
+        help="what to do about bad annotations, as CASCADE.ON_BAD_DATA does",
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -99,13 +99,14 @@ def _analysis_sections(analysis: Figures | None) -> list[str]:
     shares = ("precision", "recall", "F1")
     counts = ("true_positives", "false_positives", "misses")
     points = [
-        (point["score"], *(point[name] for name in (*shares, *counts))) for point in (chosen, best)
+        (label.format(point["score"]), *(point[name] for name in (*shares, *counts)))
+        for label, point in (("{:.3f} or more", chosen), ("{:.3f} or more (best F1)", best))
     ]
     overall = _table(
-        f"Precision and recall at IoU {chosen['IoU']}, for two lowest scores: chosen, best for F1",
+        f"Precision and recall at IoU {chosen['IoU']}",
         ("score", *(f"{name} (%)" for name in shares), "hits", "false positives", "misses"),
         points,
-        (".3f", ".1f", ".1f", ".1f"),
+        ("", ".1f", ".1f", ".1f"),
     )
     headers = ("class", "objects", "AP (%)", "AP50 (%)", *(f"{name} (%)" for name in shares))
     classes = [

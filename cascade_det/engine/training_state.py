@@ -54,6 +54,14 @@ def load_optimizer_state(optimizer: Optimizer, model: nn.Module, saved: Mapping[
             f"trains {_some(only_here)} that the checkpoint did not; look at "
             "MODEL.BACKBONE.FREEZE_AT"
         )
+    shapes = {name: parameter.shape for parameter, name in names.items()}
+    for name, entries in saved["state"].items():
+        for key, value in entries.items():
+            if isinstance(value, torch.Tensor) and value.shape not in ((), shapes[name]):
+                raise CheckpointError(
+                    f"the optimiser's {key} of {name} is {tuple(value.shape)} in the checkpoint, "
+                    f"the parameter is {tuple(shapes[name])}"
+                )
     state = {i: saved["state"][name] for i, name in enumerate(trained) if name in saved["state"]}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 

@@ -288,3 +288,9 @@ def test_another_optimiser_or_other_parameters_cannot_be_resumed(
 
     with pytest.raises(CheckpointError, match=r"trained head\.bias, head\.weight .*trains nothing"):
         resumable(tmp_path, Frozen, make_loader, resume=True, max_iter=9).train()
+
+    content = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    content["trainer"]["optimizer"]["state"]["head.weight"]["momentum_buffer"] = torch.ones(2, 3)
+    torch.save(content, tmp_path / "model_final.pth")
+    with pytest.raises(CheckpointError, match=r"momentum_buffer of head\.weight is \(2, 3\)"):
+        resumable(tmp_path, make_detector, make_loader, resume=True, max_iter=9).train()

@@ -53,7 +53,7 @@ demo: data
 
 # One thread per process: two test processes on two cores do not fight for them.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 lint: $(VENV)/lint-installed
 	$(BIN)/ruff check .

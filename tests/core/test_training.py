@@ -254,13 +254,16 @@ def test_metrics_by_hand():
         "stage1/fast_rcnn/false_negative": 1 / 3,
         "stage1/iou_before": 0.6,
         "stage1/iou_after": 0.7,
+        "stage1/nonfinite_boxes": 0,
     }
+    refined.boxes[3, 2], refined.boxes[4] = torch.nan, torch.nan
+    assert rules.metrics(1, logits, regions, refined)["stage1/nonfinite_boxes"] == 2
 
 
 def test_losses_fill_the_metrics_of_every_stage():
     cascade, scene = make_cascade(), make_scene()
     cascade.losses(scene.features, scene.proposals, *scene.targets, scene.image_sizes)
-    assert len(cascade.metrics) == 3 * 7
+    assert len(cascade.metrics) == 3 * 8
     assert {name.split("/")[0] for name in cascade.metrics} == {"stage0", "stage1", "stage2"}
 
 

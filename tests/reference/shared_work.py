@@ -21,6 +21,7 @@ _EVERYTHING = ("BATCH_SIZE_PER_IMAGE", 100_000, "POSITIVE_FRACTION", 1.0)
 KEYS = [
     *(f"MODEL.RPN.{x}" if isinstance(x, str) else x for x in _EVERYTHING),
     *(f"MODEL.ROI_HEADS.{x}" if isinstance(x, str) else x for x in _EVERYTHING),
+    *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
     *("MODEL.RESNETS.NORM", "GN", "MODEL.BACKBONE.FREEZE_AT", 0),
     # The finest level is read by nobody: its convolutions get no gradient.
     *("MODEL.RPN.IN_FEATURES", ["p3", "p4", "p5", "p6"]),

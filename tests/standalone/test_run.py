@@ -150,6 +150,7 @@ def test_missing_things_are_named(instant_cfg, tmp_path):
 
 def test_training_learns(instant_cfg, output):
     """Three images, learned by heart: anchors are told apart and the objects are found."""
+    instant_cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
     instant_cfg.MODEL.RESNETS.NORM = "GN"
     instant_cfg.MODEL.FPN.NORM = "GN"
     instant_cfg.CASCADE.OPTIMIZER = "AdamW"

@@ -45,12 +45,14 @@ _CASCADE: dict[str, Any] = {
     # is relative to the folder that the command runs in. The name goes to DATASETS.
     "DATASETS": (),
     # Of a record or an image that cannot be used, in training and in test sets: "error" lists
-    # them all and stops, "skip" leaves them out and says how many.
+    # them all and stops, "skip" leaves them out and says how many. For that, images of test sets
+    # are decoded before a run, and of training sets only their heads and ends are looked at: one
+    # that proves broken when it is read stops the training, or ("skip") another takes its place.
     "ON_BAD_DATA": "error",
     "MAX_TO_KEEP": 5,  # latest checkpoints that are kept; 0 = all of them
     # The figure that decides which checkpoint is the best one, and that PATIENCE watches: more is
-    # better, but of a name that ends in "loss", less. Of several test sets, begin with the name of
-    # one ("my_val/bbox/AP"); "validation/total_loss" and the like need VALIDATION_LOSS.
+    # better, but of losses less. Of several test sets, begin with the name of one
+    # ("my_val/bbox/AP"); "validation/total_loss" and the like need VALIDATION_LOSS.
     "BEST_METRIC": "bbox/AP",
     "PATIENCE": 0,  # evaluations in a row without a better BEST_METRIC that end training; 0 = never
     # Compute the losses on DATASETS.TEST too, at every evaluation, over all test sets together.

@@ -21,8 +21,6 @@ def input_arguments(cfg: CfgNode, train: bool) -> dict[str, Any]:
     return {
         "min_sizes": (source.MIN_SIZE_TEST,),
         "max_size": source.MAX_SIZE_TEST,
-        "sampling": "choice",
-        "flip": "none",
         "image_format": source.FORMAT,
     }
 

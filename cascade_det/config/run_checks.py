@@ -73,6 +73,11 @@ def _check_evaluation(cfg: CfgNode) -> Iterator[str]:
             f"CASCADE.PATIENCE is {patience} evaluations, but TEST.EVAL_PERIOD is 0, "
             "so that there are none. Give a period, or a patience of 0."
         )
+    if cascade.VALIDATION_LOSS and "validation" in test_sets:
+        yield (
+            "DATASETS.TEST names a set 'validation', which is the name of the losses of "
+            "CASCADE.VALIDATION_LOSS in the results. Give the set another name."
+        )
     losses = [f"validation/{name}" for name in _loss_names(cfg)]
     if metric.startswith("validation/"):
         if not cascade.VALIDATION_LOSS:

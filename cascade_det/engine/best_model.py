@@ -27,15 +27,16 @@ class BestModel(Hook):
 
     Args:
         checkpointer: writes the file.
-        metric: name in the history, such as ``bbox/AP``; more is better, but of a name that ends
-            in ``loss``, less. NaN is never better.
+        metric: name in the history, such as ``bbox/AP``; more is better, but of losses, which are
+            below ``validation/`` or end in ``loss``, less. NaN is never better.
         patience: evaluations in a row without improvement that end training; 0 for never.
     """
 
     def __init__(self, checkpointer: Checkpointer, metric: str, patience: int = 0) -> None:
         self._checkpointer = checkpointer
         self._metric = metric
-        self._sign = -1.0 if metric.endswith("loss") else 1.0
+        is_loss = metric.startswith("validation/") or metric.endswith("loss")
+        self._sign = -1.0 if is_loss else 1.0
         self._patience = patience
         self._best: float | None = None
         self._best_iteration = self._seen = -1
@@ -43,8 +44,9 @@ class BestModel(Hook):
         self._warned = False
 
     def before_train(self, trainer: Trainer) -> None:
-        """Look at an evaluation that a resumed run begins with."""
+        """Look at an evaluation that a resumed run begins with; end one that ended before."""
         self.after_step(trainer)
+        self._stop_without_hope(trainer)
 
     def after_step(self, trainer: Trainer) -> None:
         """Look at the figure, if this iteration has a new one."""
@@ -63,14 +65,7 @@ class BestModel(Hook):
             self._checkpointer.save_weights(BEST, iteration=iteration, metric={self._metric: value})
             return
         self._waited += 1
-        if 0 < self._patience <= self._waited:
-            logger.info(
-                "Stopping after iteration %d: %s has not become better than %.4g (iteration %d) in "
-                "%d evaluations (CASCADE.PATIENCE %d).",
-                *(iteration, self._metric, math.nan if self._best is None else self._best),
-                *(self._best_iteration, self._waited, self._patience),
-            )
-            trainer.stop()
+        self._stop_without_hope(trainer)
 
     def after_train(self, trainer: Trainer) -> None:
         """Look at the last evaluation, and say which one was the best."""
@@ -99,6 +94,17 @@ class BestModel(Hook):
             return
         self._best, self._best_iteration = state["best"], state["iteration"]
         self._seen, self._waited = state["seen"], state["waited"]
+
+    def _stop_without_hope(self, trainer: Trainer) -> None:
+        if 0 < self._patience <= self._waited:
+            logger.info(
+                "Stopping after iteration %d: %s has not become better than %.4g (iteration %d) in "
+                "%d evaluations. Raise CASCADE.PATIENCE, %d now, to train on.",
+                *(trainer.iteration, self._metric),
+                *(math.nan if self._best is None else self._best, self._best_iteration),
+                *(self._waited, self._patience),
+            )
+            trainer.stop()
 
     def _warn_once(self, trainer: Trainer) -> None:
         if not self._warned:

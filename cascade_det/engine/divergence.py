@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cascade_det.engine.batches import split_batch
 from cascade_det.engine.precision import amp_dtype_of, autocast
 from cascade_det.engine.training_state import set_random_state
 from cascade_det.engine.weight_files import load_torch_file
@@ -23,7 +25,10 @@ logger = logging.getLogger(__name__)
 
 # A metric with such a name counts boxes that are NaN or Inf.
 NONFINITE_BOXES = "nonfinite_boxes"
-_ENTRIES = ("model", "batch", "random", "iteration", "amp_dtype")
+# The factor of the loss in float16, which halves with every step whose gradients overflow.
+LOSS_SCALE = "amp/scale"
+_SMALLEST_SCALE = 1e-4
+_ENTRIES = ("model", "batch", "random", "iteration", "amp_dtype", "parts")
 _SHOWN = 5
 
 
@@ -37,18 +42,26 @@ def divergence(figures: Mapping[str, float]) -> str | None:
     Returns:
         ``None`` where all is well.
     """
-    boxes = [n for n, v in figures.items() if n.endswith(NONFINITE_BOXES) and v != 0]
     losses = {n: v for n, v in figures.items() if "loss" in n or n == "gradient_norm"}
-    wrong = [name for name, value in losses.items() if not math.isfinite(value)]
-    if not boxes and not wrong:
-        return None
-    # In the order of the computation: the RPN, then stage by stage; sums come last.
-    first = min([*boxes, *wrong], key=_order)
+    where = _place_of_divergence(figures, losses)
     values = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-    stage = re.search(r"stage(\d+)", first)
-    place = f"stage {stage[1]} of the cascade" if stage else _place_of(first)
-    what = "boxes are NaN or Inf" if first in boxes else f"{first} is {losses[first]:.4g}"
-    return f"in {place}, {what} (losses: {values})"
+    return where and f"{where} (losses: {values})"
+
+
+def _place_of_divergence(figures: Mapping[str, float], losses: Mapping[str, float]) -> str | None:
+    boxes = [n for n, v in figures.items() if n.endswith(NONFINITE_BOXES) and v != 0]
+    wrong = [name for name, value in losses.items() if not math.isfinite(value)]
+    if boxes or wrong:
+        # In the order of the computation: the RPN, then stage by stage; sums come last.
+        first = min([*boxes, *wrong], key=_order)
+        stage = re.search(r"stage(\d+)", first)
+        place = f"stage {stage[1]} of the cascade" if stage else _place_of(first)
+        what = "boxes are NaN or Inf" if first in boxes else f"{first} is {losses[first]:.4g}"
+        return f"in {place}, {what}"
+    if figures.get(LOSS_SCALE, 1.0) < _SMALLEST_SCALE:
+        scale = f"{LOSS_SCALE} {figures[LOSS_SCALE]:.4g}"
+        return f"in the backward pass, gradients overflow however small the loss is scaled, {scale}"
+    return None
 
 
 def save_step(
@@ -59,6 +72,7 @@ def save_step(
     random: Mapping[str, Any],
     iteration: int,
     amp_dtype: torch.dtype | None,
+    parts: int = 1,
 ) -> None:
     """Write a step to a file, as plain types, so that :func:`replay` can run it again.
 
@@ -69,12 +83,14 @@ def save_step(
         random: of before the step, see :func:`~cascade_det.engine.training_state.random_state`.
         iteration: number of the step.
         amp_dtype: of mixed precision.
+        parts: how many the batch was computed in.
     """
     content = {
         "model": detector.state_dict(),
         "batch": [dict(sample) for sample in batch],
         "random": dict(random),
         "iteration": iteration,
+        "parts": parts,
         "amp_dtype": None if amp_dtype is None else str(amp_dtype).removeprefix("torch."),
     }
     with atomic_path(path) as temporary:
@@ -103,16 +119,22 @@ def replay(path: str | Path, detector: nn.Module, *, device: torch.device | str)
         detector.load_state_dict(content["model"])
         set_random_state(content["random"])
         amp_dtype = amp_dtype_of(content["amp_dtype"])
+        batches = split_batch(content["batch"], content["parts"])
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"{path}: does not belong to this model ({error}). Give the configuration that it was "
             "written with."
         ) from error
     detector.train()
-    with _watched(detector) as broken, autocast(torch.device(device), amp_dtype):
-        losses = detector(content["batch"])
-        total = torch.stack(list(losses.values())).sum()
-    total.backward()
+    losses: dict[str, float] = defaultdict(float)
+    with _watched(detector) as broken:
+        for batch in batches:
+            with autocast(torch.device(device), amp_dtype):
+                found = detector(batch)
+                total = torch.stack(list(found.values())).sum() / len(batches)
+            total.backward()
+            for name, value in found.items():
+                losses[name] += float(value.detach()) / len(batches)
     gradients = [
         name
         for name, parameter in detector.named_parameters()
@@ -121,7 +143,7 @@ def replay(path: str | Path, detector: nn.Module, *, device: torch.device | str)
     ids = [sample.get("image_id") for sample in content["batch"]]
     return [
         f"iteration {content['iteration']}, image ids {ids}",
-        *(f"{name} {float(value.detach()):.6g}" for name, value in losses.items()),
+        *(f"{name} {value:.6g}" for name, value in losses.items()),
         f"outputs that are not finite: {_listed(broken)}",
         f"gradients that are not finite: {_listed(gradients)}",
     ]

@@ -87,32 +87,29 @@ class History:
 
 def mean_figures(
     parts: Sequence[Mapping[str, Tensor | float]],
-    flags: Mapping[str, float],
+    overall: Mapping[str, Tensor | float],
     device: torch.device,
 ) -> dict[str, float]:
     """Means over the parts of a batch and over the processes, with one transfer from the device.
 
     A metric is averaged over those that have it: NaN means no value. A loss that is NaN anywhere
-    is NaN.
+    is NaN, and so is what is overall.
 
     Args:
-        parts: losses and metrics of each part, scalars, all of the same names; the last one may
-            also have the ``gradient_norm`` of all parts together.
-        flags: of this process, as 0 or 1: the mean tells whether any process has one.
+        parts: losses and metrics of each part, scalars, all of the same names.
+        overall: scalars of all parts of this process together.
         device: where the scalars are.
     """
-    names = [*parts[-1], *flags]
-    rows = [
-        [torch.as_tensor(value, dtype=torch.float32, device=device).detach() for value in row]
-        for row in ([{**part, **flags}.get(name, 0.0) for name in names] for part in parts)
-    ]
-    table = torch.stack([torch.stack(row) for row in rows])
-    is_loss = torch.tensor(["loss" in name or name == "gradient_norm" for name in names])
-    known = ~table.isnan() | is_loss.to(device)
-    sums = torch.where(known, table, 0.0).sum(dim=0)
-    counts = known.sum(dim=0).float()
-    # Only the last part knows the norm of the gradients, which is that of all of them.
-    counts[[i for i, name in enumerate(names) if name == "gradient_norm"]] = 1.0
-    totals = distributed.mean_over_processes(torch.cat([sums, counts]))
+    names = [*parts[0], *overall]
+    rows = [[{**part, **overall}[name] for name in names] for part in parts]
+    table = torch.stack([torch.stack([_scalar(value, device) for value in row]) for row in rows])
+    strict = torch.tensor(["loss" in name or name in overall for name in names], device=device)
+    known = ~table.isnan() | strict
+    sums, counts = torch.where(known, table, 0.0).sum(dim=0), known.sum(dim=0)
+    totals = distributed.mean_over_processes(torch.cat([sums, counts.float()]))
     values = (totals[: len(names)] / totals[len(names) :]).tolist()
     return dict(zip(names, values, strict=True))
+
+
+def _scalar(value: Tensor | float, device: torch.device) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float32, device=device).detach()

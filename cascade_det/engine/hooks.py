@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-START = "model_start"
+START, FINAL = "model_start", "model_final"
 
 
 class Hook:
@@ -86,6 +86,8 @@ class PeriodicCheckpoint(Hook):
 
     def after_step(self, trainer: Trainer) -> None:
         """Save when it is time."""
+        # Hooks with a state that cannot be made up for come before this one.
+        trainer.resumable = distributed.world_size() == 1
         done = trainer.iteration + 1
         if done >= trainer.max_iter or (self._period > 0 and done % self._period == 0):
             self._periodic.step(trainer.iteration)
@@ -93,13 +95,14 @@ class PeriodicCheckpoint(Hook):
 
     def after_train(self, trainer: Trainer) -> None:
         """Save the last state of a training that ended before its time."""
-        if trainer.iteration == self._saved:
-            return
+        is_saved = trainer.iteration == self._saved
         if trainer.finished:
-            self._checkpointer.save("model_final", iteration=trainer.iteration)
-            self._note(trainer)
-        elif trainer.resumable:
-            self._checkpointer.save(f"model_{trainer.iteration:07d}", iteration=trainer.iteration)
+            name = FINAL
+            is_saved = is_saved and Path(trainer.last_checkpoint or "").stem == FINAL
+        else:
+            name = f"model_{trainer.iteration:07d}"
+        if not is_saved and (trainer.finished or trainer.resumable):
+            self._checkpointer.save(name, iteration=trainer.iteration)
             self._note(trainer)
 
     def _note(self, trainer: Trainer) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from cascade_det.engine import distributed
-from cascade_det.engine.divergence import divergence, save_step
+from cascade_det.engine.batches import Batch, split_batch
+from cascade_det.engine.divergence import LOSS_SCALE, divergence, save_step
 from cascade_det.engine.events import History, mean_figures
 from cascade_det.engine.hooks import Hook
 from cascade_det.engine.interrupts import Interrupted, InterruptRequest, interrupt_request
@@ -33,7 +34,6 @@ from cascade_det.engine.training_state import (
 
 logger = logging.getLogger(__name__)
 
-Batch = list[dict[str, Any]]
 _INTERRUPTED = "interrupted"
 
 
@@ -68,8 +68,8 @@ class Trainer:
         results: of the last evaluation; empty before it.
         finished: whether training came to a good end, by ``max_iter`` or by :meth:`stop`.
         resumable: whether a checkpoint now, after an end that was not good, would go on with the
-            next iteration as if nothing had happened. Of several processes, only one that was
-            interrupted together with the others is.
+            next iteration as if nothing had happened. The hook that saves checkpoints sets it
+            after a step; of several processes, only those that are interrupted together are.
         last_checkpoint: the newest file that was saved or resumed, for messages.
     """
 
@@ -131,7 +131,9 @@ class Trainer:
                 ends.callback(hook.after_train, self)
             for hook in self.hooks:
                 hook.before_train(self)
-            self._run()
+            # A hook may know that nothing is left to do.
+            if not self._stopping:
+                self._run()
             self.finished = True
 
     def stop(self) -> None:
@@ -177,7 +179,8 @@ class Trainer:
             "optimizer": optimizer_state(self.optimizer, self.module),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self._scaler.state_dict(),
-            "random": distributed.all_gather(random_state()),
+            # Before its first step a resumed run has not taken up its random numbers yet.
+            "random": distributed.all_gather(self._resumed_random or random_state()),
             "history": self.history.state_dict(),
             "hooks": {name: state for name, state in hooks.items() if state},
         }
@@ -204,12 +207,8 @@ class Trainer:
             )
             return
         logger.info("Training from iteration %d to %d", self.start_iter, self.max_iter)
-        alone = distributed.world_size() == 1
-        self.resumable = alone
         batches = iter(self.loader)
         for iteration in range(self.start_iter, self.max_iter):
-            if self._stopping:
-                return
             start = time.perf_counter()
             batch = self._next(batches, iteration)
             self.resumable = False
@@ -218,9 +217,10 @@ class Trainer:
             stop = self._step(batch, bool(self._interrupt))
             self.history.put("data_time", loaded - start)
             self.history.put("time", time.perf_counter() - start)
-            self.resumable = alone
             for hook in self.hooks:
                 hook.after_step(self)
+            if self._stopping:
+                return
             if stop and iteration < self.max_iter - 1:
                 self.resumable = True
                 raise Interrupted(f"Interrupted after iteration {iteration} of {self.max_iter}")
@@ -240,20 +240,24 @@ class Trainer:
         """One step of the optimiser; whether any process was asked to stop."""
         random = random_state()
         self.optimizer.zero_grad()
-        parts, count = [], self._accumulation_steps
-        size = len(batch) // count
-        for part in range(count):
+        parts: list[dict[str, Tensor | float]] = []
+        batches = split_batch(batch, self._accumulation_steps)
+        for number, images in enumerate(batches, start=1):
             # Gradients of all processes are averaged once, with the last part.
-            last = part == count - 1
+            last = number == len(batches)
             wait = nullcontext() if last else getattr(self.detector, "no_sync", nullcontext)()
             with wait:
-                parts.append(self._backward(batch[part * size : (part + 1) * size], 1 / count))
+                parts.append(self._backward(images, 1 / len(batches)))
         self._scaler.unscale_(self.optimizer)
-        parts[-1]["gradient_norm"] = self._gradient_norm()
+        overall: dict[str, Tensor | float] = {"gradient_norm": self._gradient_norm()}
+        if self._scaler.is_enabled():
+            overall[LOSS_SCALE] = self._scaler.get_scale()
         # One wait for the device: after it has been given all of the work, before weights change.
-        figures = mean_figures(parts, {_INTERRUPTED: float(interrupted)}, self.device)
+        overall[_INTERRUPTED] = float(interrupted)
+        figures = mean_figures(parts, overall, self.device)
         stop = figures.pop(_INTERRUPTED) > 0
-        self._check(figures, batch, random)
+        if problem := divergence(figures):
+            self._fail(problem, parts, batch, random)
         if self._clip_gradients is not None:
             self._clip_gradients(self._parameters())
         self._scaler.step(self.optimizer)
@@ -280,34 +284,51 @@ class Trainer:
         # A scaled gradient that overflows is expected: the scaler leaves out such a step itself.
         return torch.where(norm.isfinite(), norm, 0.0) if self._scaler.is_enabled() else norm
 
-    def _check(self, figures: Mapping[str, float], batch: Batch, random: Mapping[str, Any]) -> None:
-        problem = divergence(figures)
-        if problem is None:
-            return
-        # All processes are here: they look at the same means.
-        images = distributed.all_gather([sample.get("image_id") for sample in batch])
+    def _fail(
+        self,
+        problem: str,
+        parts: Sequence[Mapping[str, Tensor | float]],
+        batch: Batch,
+        random: Mapping[str, Any],
+    ) -> NoReturn:
+        """Write the batch where it diverged, and raise. All processes come here together."""
+        with torch.no_grad():
+            own = any(divergence({k: float(v) for k, v in part.items()}) for part in parts)
+        images = [sample.get("image_id") for sample in batch]
+        verdicts = distributed.all_gather((own, images))
+        # Where only the mean of the gradients is broken, it may be due to any process.
+        guilty = [r for r, (broken, _) in enumerate(verdicts) if broken] or range(len(verdicts))
         message = (
             f"Training diverged at iteration {self.iteration}, {problem}; learning rate "
-            f"{self._lr():.4g}, image ids {' | '.join(map(str, images))}. The last good checkpoint "
-            f"is {self.last_checkpoint or 'none'}."
+            f"{self._lr():.4g}, image ids {' | '.join(str(verdicts[r][1]) for r in guilty)}. The "
+            f"last good checkpoint is {self.last_checkpoint or 'none'}."
         )
         if self.output_dir is not None:
             name = f"diverged_{self.iteration:07d}_rank{{}}.pth"
-            save_step(
-                self.output_dir / name.format(distributed.rank()),
-                detector=self.module,
-                batch=batch,
-                random=random,
-                iteration=self.iteration,
-                amp_dtype=self._amp_dtype,
-            )
-            files = ", ".join(str(self.output_dir / name.format(r)) for r in range(len(images)))
+            if distributed.rank() in guilty:
+                self._save_step(self.output_dir / name.format(distributed.rank()), batch, random)
+            files = ", ".join(str(self.output_dir / name.format(r)) for r in guilty)
             message += f" The batch is in {files}: see it with --replay-batch."
         raise FloatingPointError(
             f"{message} Lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, clip gradients "
             "(SOLVER.CLIP_GRADIENTS.ENABLED True), or compute in float32 (SOLVER.AMP.ENABLED "
             "False)."
         )
+
+    def _save_step(self, path: Path, batch: Batch, random: Mapping[str, Any]) -> None:
+        try:
+            save_step(
+                path,
+                detector=self.module,
+                batch=batch,
+                random=random,
+                iteration=self.iteration,
+                amp_dtype=self._amp_dtype,
+                parts=self._accumulation_steps,
+            )
+        except (OSError, RuntimeError):
+            # What matters more is why training ends.
+            logger.exception("%s cannot be written", path)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -59,7 +59,11 @@ def build_detector(cfg: CfgNode) -> Detector:
         roi_in_features=roi_in_features,
         **config.detector_arguments(cfg),
     )
-    return detector.to(resolve_device(cfg))
+    device = resolve_device(cfg)
+    if device.index is not None:
+        # Random numbers and memory are asked for of the current GPU.
+        torch.cuda.set_device(device)
+    return detector.to(device)
 
 
 def resolve_device(cfg: CfgNode) -> torch.device:

@@ -13,7 +13,7 @@ from fvcore.common.config import CfgNode
 
 from cascade_det import config
 from cascade_det.engine import distributed
-from cascade_det.engine.checkpoint import checkpoint_to_resume, newest_checkpoint
+from cascade_det.engine.checkpoint import checkpoint_to_resume
 from cascade_det.engine.hooks import START
 from cascade_det.errors import CheckpointError, ConfigError
 from cascade_det.files import atomic_path, remove_leftovers
@@ -72,12 +72,13 @@ def check_output(cfg: CfgNode, *, resume: bool) -> None:
     if resume:
         checkpoint_to_resume(cfg.OUTPUT_DIR)
         return
-    newest = newest_checkpoint(cfg.OUTPUT_DIR)
-    if newest and Path(newest).stem != START and Path(newest).exists():
+    files = sorted(Path(cfg.OUTPUT_DIR).glob("model_*.pth"))
+    trained = [file for file in files if file.stem != START]
+    if trained:
         raise ConfigError(
-            f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds the run of an earlier training ({newest}), which "
-            "this one would overwrite. Add --resume to go on with it, or give another OUTPUT_DIR, "
-            "or remove it."
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds the run of an earlier training "
+            f"({trained[-1].name}), which this one would overwrite. Add --resume to go on with it, "
+            "or give another OUTPUT_DIR, or remove it."
         )
 
 
@@ -94,7 +95,9 @@ def write_config(cfg: CfgNode, *, resume: bool) -> None:
     """Write ``config.yaml``, and say what a resumed run changes; clean up after a killed run."""
     if not distributed.is_main():
         return
-    remove_leftovers(cfg.OUTPUT_DIR)
+    folder = Path(cfg.OUTPUT_DIR)
+    for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        remove_leftovers(path)
     for change in changes(cfg) if resume else ():
         logger.info("Resumed with another %s", change)
     with atomic_path(Path(cfg.OUTPUT_DIR) / CONFIG_FILE) as temporary:

@@ -195,17 +195,12 @@ def _evaluation(
     amp_dtype: str | None,
 ) -> Callable[[], Mapping[str, Any]]:
     """What the evaluation hook calls: figures of the test sets, and the losses on them if asked."""
-    arguments = {
-        key: value
-        for key, value in config.input_arguments(cfg, train=False).items()
-        if key in ("min_sizes", "max_size", "image_format")
-    }
 
     def losses() -> dict[str, float]:
         loaders = [
             build_test_loader(
                 dataset,
-                **arguments,
+                **config.input_arguments(cfg, train=False),
                 **config.test_loader_arguments(cfg),
                 share=(distributed.rank(), distributed.world_size()),
                 annotated=True,

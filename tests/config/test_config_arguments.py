@@ -171,8 +171,6 @@ def test_input(cfg):
     assert config.input_arguments(cfg, train=False) == {
         "min_sizes": (800,),
         "max_size": 999,
-        "sampling": "choice",
-        "flip": "none",
         "image_format": "BGR",
     }
 

@@ -93,19 +93,47 @@ def test_best_weights_are_kept_and_patience_ends(
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
 
 
-def test_of_a_loss_the_lowest_is_best(make_detector, make_loader, tmp_path):
+@pytest.mark.parametrize("name", ["total_loss", "loss_rpn_cls", "loss_box_reg_stage2"])
+def test_of_a_loss_the_lowest_is_best(make_detector, make_loader, tmp_path, name):
     left = iter([3.0, 1.0, 2.0, 4.0])
     run(
         tmp_path,
         make_detector(),
         make_loader,
         lambda c: [
-            EvalHook(2, lambda: {"validation": {"total_loss": next(left)}}),
-            BestModel(c, "validation/total_loss"),
+            EvalHook(2, lambda: {"validation": {name: next(left)}}),
+            BestModel(c, f"validation/{name}"),
         ],
     )
     saved = torch.load(tmp_path / "model_best.pth", weights_only=True)
-    assert saved["metric"] == {"validation/total_loss": 1.0}
+    assert saved["metric"] == {f"validation/{name}": 1.0}
+
+
+@pytest.mark.parametrize("period", [1, 2, 3, 100])
+def test_a_run_without_hope_stays_ended_until_the_patience_is_raised(
+    make_detector, make_loader, tmp_path, caplog, period
+):
+    def train(patience, resume):
+        return run(
+            tmp_path,
+            make_detector(),
+            make_loader,
+            lambda c: [EvalHook(1, lambda: {"AP": 1.0}), BestModel(c, "AP", patience)],
+            resume=resume,
+            period=period,
+        )
+
+    assert train(2, False).iteration == 2
+    first = (tmp_path / "model_final.pth").read_bytes()
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    with caplog.at_level(logging.INFO):
+        again = train(2, True)
+    assert again.iteration == 2
+    assert again.finished
+    assert "Raise CASCADE.PATIENCE, 2 now" in caplog.text
+    assert (tmp_path / "model_final.pth").read_bytes() == first
+    assert train(4, True).iteration == 4
+    assert torch.load(tmp_path / "model_final.pth")["iteration"] == 4
 
 
 @pytest.mark.parametrize("killed_at", range(8))

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from cascade_det.engine.checkpoint import Checkpointer
-from cascade_det.engine.divergence import divergence, replay
+from cascade_det.engine.divergence import divergence, replay, save_step
 from cascade_det.engine.hooks import Hook, PeriodicCheckpoint
 from cascade_det.engine.solver import build_optimizer, build_scheduler
 from cascade_det.engine.trainer import Trainer
+from cascade_det.engine.training_state import random_state
 from cascade_det.errors import CheckpointError
 
 GOOD = {
@@ -42,6 +43,10 @@ GOOD = {
             "in stage 0 of the cascade, loss_cls_stage0 is -inf",
         ),
         ({"rpn/nonfinite_boxes": 1.0}, "in the RPN, boxes are NaN or Inf"),
+        (
+            {"amp/scale": 6e-5},
+            "in the backward pass, gradients overflow however small the loss is scaled",
+        ),
         ({"gradient_norm": math.inf}, "in the backward pass, gradient_norm is inf"),
     ],
 )
@@ -54,6 +59,63 @@ def test_the_first_place_in_the_order_of_the_computation_is_named(bad, place):
 
 def test_a_metric_without_value_is_no_divergence():
     assert divergence(GOOD) is None
+    assert divergence({**GOOD, "amp/scale": 1.0}) is None
+
+
+def test_float16_that_overflows_at_every_scale_is_a_divergence(make_detector, make_loader):
+    """The scaler leaves out every step, and the losses stay as they are: nothing else shows it."""
+
+    class Overflows(make_detector):
+        def losses(self, batch):
+            losses = super().losses(batch)
+            self.head.weight.register_hook(lambda gradient: gradient * math.inf)
+            return losses
+
+    detector = Overflows()
+    optimizer = build_optimizer(detector, base_lr=0.05)
+    scheduler = build_scheduler(optimizer, max_iter=100, warmup_iters=0)
+    trainer = Trainer(detector, make_loader(), optimizer, scheduler, max_iter=100)
+    trainer._scaler = torch.amp.GradScaler("cpu")  # the CPU's stands in for the GPU's
+    with pytest.raises(FloatingPointError, match="however small the loss is scaled"):
+        trainer.train()
+    assert 25 < trainer.iteration < 35  # 2^16 halved until it is below 1e-4
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_step_in_parts_is_replayed_in_parts(make_detector, make_loader, tmp_path, parts):
+    """Norms and dropout see the parts, so the losses agree only if the replay has them too."""
+    detector = make_detector()
+    batch = next(iter(make_loader()))
+    torch.manual_seed(4)
+    optimizer = build_optimizer(detector, base_lr=0.05)
+    scheduler = build_scheduler(optimizer, max_iter=1, warmup_iters=0)
+    save_step(
+        tmp_path / "step.pth",
+        detector=detector,
+        batch=batch,
+        random=random_state(),
+        iteration=0,
+        amp_dtype=None,
+        parts=parts,
+    )
+    trainer = Trainer(detector, [batch], optimizer, scheduler, max_iter=1, accumulation_steps=parts)
+    trainer.train()
+    report = "\n".join(replay(tmp_path / "step.pth", make_detector(), device="cpu"))
+    found = float(re.search(r"loss_square ([\d.e+]+)", report)[1])
+    assert found == pytest.approx(trainer.history.latest("loss_square")[0], rel=1e-5)
+
+
+def test_a_disk_that_is_full_does_not_hide_the_divergence(diverged, monkeypatch, caplog):
+    def full(data, path):
+        if "diverged" in str(path):
+            raise OSError("No space left on device")
+        save(data, path)
+
+    save = torch.save
+    monkeypatch.setattr(torch, "save", full)
+    message, _, _ = diverged()
+    assert "iteration 3" in message
+    assert "No space left" in caplog.text
 
 
 @pytest.fixture

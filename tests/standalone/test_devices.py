@@ -1,11 +1,15 @@
 """The device that MODEL.DEVICE asks for, on machines with some GPUs, one or none."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from cascade_det.config import load_config
 from cascade_det.errors import ConfigError
-from cascade_det.standalone import resolve_device
+from cascade_det.standalone import build_detector, resolve_device
+
+INSTANT = Path(__file__).resolve().parents[2] / "configs" / "quick_schedules" / "instant_test.yaml"
 
 
 @pytest.fixture
@@ -41,6 +45,16 @@ def test_a_gpu_that_is_not_there_is_refused_with_those_that_are(count, name, the
     with pytest.raises(ConfigError) as caught:
         resolve_device(load_config(None, ["MODEL.DEVICE", name]))
     assert str(caught.value).startswith(f"MODEL.DEVICE is {name}, but {there}")
+
+
+def test_an_indexed_gpu_becomes_the_current_one(gpus, monkeypatch):
+    chosen = []
+    gpus(2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: module)
+    for name in ("cuda:1", "cuda", "cpu"):
+        build_detector(load_config(INSTANT, ["MODEL.DEVICE", name]))
+    assert chosen == [torch.device("cuda:1")]
 
 
 def test_cuda_without_a_gpu_is_the_cpu_and_says_so(gpus, caplog):

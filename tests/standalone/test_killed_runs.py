@@ -168,6 +168,21 @@ def test_killed_during_a_save(whole, tmp_path):
     assert not list(Path(cut.OUTPUT_DIR).glob(".*.tmp"))
 
 
+def test_killed_again_and_again_before_the_first_checkpoint_with_a_drawn_seed(whole, tmp_path):
+    cut = in_folder(whole[0], tmp_path / "cut")
+    cut.SEED = -1
+    cut.CASCADE.EMA_DECAY = 0.0
+    for resumed in (False, True, True):
+        assert finish(start(killed_in_save, cut, 2, resumed)) == -signal.SIGKILL
+        assert (tmp_path / "cut" / "last_checkpoint").read_text() == "model_start.pth"
+    assert finish(start(resume, cut)) == 0
+    found = final_state(cut)
+    again = in_folder(cut, tmp_path / "again")
+    again.SEED = found["run"]["seed"]
+    assert finish(start(train, again)) == 0
+    assert_same(found, final_state(again))
+
+
 def fills_the_disk(folder, size, messages):
     """Save a checkpoint that is larger than the largest file this process may write."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))

@@ -269,6 +269,10 @@ def test_a_finished_run_says_so_and_is_not_overwritten(instant_cfg, output, capl
     before = (output / "model_final.pth").read_bytes()
     with pytest.raises(ConfigError, match=r"OUTPUT_DIR .*model_final\.pth.*--resume"):
         train(instant_cfg)
+    (output / "model_final.pth").rename(output / "elsewhere.pth")
+    with pytest.raises(ConfigError, match=r"model_0000005\.pth.*--resume"):
+        train(instant_cfg)
+    (output / "elsewhere.pth").rename(output / "model_final.pth")
     with caplog.at_level("INFO"):
         train(instant_cfg, resume=True)
     assert "all 6 iterations of SOLVER.MAX_ITER are done" in caplog.text

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from zipfile import ZipFile, ZipInfo
 
 from tqdm import tqdm
 
+from cascade_det.engine.commands import without_traceback
 from cascade_det.engine.downloads import download
 from cascade_det.errors import CascadeDetError, DatasetError
 
@@ -69,8 +71,9 @@ IMAGES = {
 COUNTS = {"train": 118_287, "val": 5_000}  # images
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the command line and prepare the data set."""
+@without_traceback
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the command line and prepare the data set; returns the exit status."""
     parser = argparse.ArgumentParser(description="Fetch and unpack COCO 2017.")
     parser.add_argument(
         "--output",
@@ -91,9 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             base_url=values.base_url,
             keep_archives=values.keep_archives,
         )
-    except CascadeDetError as error:
-        raise SystemExit(str(error)) from error
+    except KeyboardInterrupt:
+        print("Interrupted. Run the same again to go on from here.", file=sys.stderr)
+        raise
     print(f"{values.output / 'coco'}: {' and '.join(values.splits)} complete")
+    return 0
 
 
 def prepare_coco(
@@ -106,7 +111,7 @@ def prepare_coco(
     """Make ``coco/annotations``, ``coco/train2017`` and ``coco/val2017`` in ``output``.
 
     Of the annotations only ``instances_*.json`` are unpacked. An archive that lies in ``coco``
-    already is used as it is, so it may be brought by other means.
+    already is not fetched again, so it may be brought by other means.
 
     Args:
         output: the folder of data sets.
@@ -115,7 +120,7 @@ def prepare_coco(
         keep_archives: do not delete the zip files when they are unpacked.
 
     Raises:
-        DownloadError: an archive cannot be fetched.
+        DownloadError: an archive cannot be fetched, or what lies in its place is another file.
         DatasetError: the disk has no room, an archive is damaged or unsafe, or something is missing
             in it.
     """
@@ -260,4 +265,4 @@ def _size(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -21,32 +21,28 @@ from tqdm import tqdm
 from cascade_det.config import check_config, load_config
 from cascade_det.core import Detections
 from cascade_det.data.transforms import read_image
+from cascade_det.engine.commands import without_traceback
 from cascade_det.engine.log import setup_logging
-from cascade_det.errors import CascadeDetError, DatasetError
+from cascade_det.engine.processes import INTERRUPTED
+from cascade_det.errors import DatasetError
 from cascade_det.evaluation.coco import coco_results
 from cascade_det.evaluation.drawing import draw_detections
 from cascade_det.files import atomic_path, write_json
 from cascade_det.standalone import Predictor
 
-INTERRUPTED = 130  # as shells have it
 MOST_TOLD = 20  # failed files on the terminal
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
+@without_traceback
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 1 if a file failed, 130 after Ctrl-C."""
     args = _parse(argv)
     setup_logging()
-    try:
-        files = find_images(args.input)
-        cfg = load_config(args.config_file, args.opts)
-        check_config(cfg)
-        return predict(Predictor(cfg), files, Path(args.output), args.score_threshold)
-    except (CascadeDetError, OSError) as error:  # OSError: --output cannot be written, disk full
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    files = find_images(args.input)
+    cfg = load_config(args.config_file, args.opts)
+    check_config(cfg)
+    return predict(Predictor(cfg), files, Path(args.output), args.score_threshold)
 
 
 def find_images(patterns: list[str]) -> list[Path]:

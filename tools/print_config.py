@@ -27,25 +27,23 @@ from cascade_det.config import (
     get_cfg,
     merge_config,
 )
-from cascade_det.errors import ConfigError
+from cascade_det.config.keys import as_lists
+from cascade_det.engine.commands import without_traceback
 
 _COMMENT_COLUMN = 64
 
 
+@without_traceback
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = _parse(argv)
     cfg = get_cfg()
-    try:
-        history = merge_config(cfg, args.config_file, args.opts)
-        keys = changed_keys(get_cfg(), cfg) if args.changed else flat(cfg)
-        print("\n".join(lines(cfg, keys, history)) or "# Every value is the default.")
-        if args.config_file:  # the defaults alone describe no cascade
-            # Last, since whoever asks why keys contradict each other wants to see them.
-            check_config(cfg)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 1
+    history = merge_config(cfg, args.config_file, args.opts)
+    keys = changed_keys(get_cfg(), cfg) if args.changed else flat(cfg)
+    print("\n".join(lines(cfg, keys, history)) or "# Every value is the default.")
+    if args.config_file:  # the defaults alone describe no cascade
+        # Last, since whoever asks why keys contradict each other wants to see them.
+        check_config(cfg)
     return 0
 
 
@@ -69,7 +67,7 @@ def _origin(settings: list[Setting]) -> str:
     if not settings:
         return "default"
     *_, replaced, last = settings
-    if _as_lists(replaced.value) == _as_lists(last.value):
+    if as_lists(replaced.value) == as_lists(last.value):
         return _printable(last.source)
     value, source = _in_one_line(replaced.value), _printable(replaced.source)
     before = f"the default {value}" if source == "default" else f"{value} of {source}"
@@ -78,12 +76,8 @@ def _origin(settings: list[Setting]) -> str:
 
 def _in_one_line(value: Any) -> str:
     """YAML on one line; tuples become lists, as in every file."""
-    text = yaml.safe_dump(_as_lists(value), default_flow_style=True, width=sys.maxsize)
+    text = yaml.safe_dump(as_lists(value), default_flow_style=True, width=sys.maxsize)
     return text.removesuffix("\n").removesuffix("\n...")
-
-
-def _as_lists(value: Any) -> Any:
-    return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _printable(source: str) -> str:

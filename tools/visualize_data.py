@@ -21,27 +21,27 @@ from cascade_det import config
 from cascade_det.config import check_config, load_config
 from cascade_det.data.loader import build_train_loader
 from cascade_det.data.samples import Sample
+from cascade_det.engine.commands import without_traceback
 from cascade_det.engine.log import setup_logging
-from cascade_det.errors import CascadeDetError, DatasetError
 from cascade_det.evaluation.drawing import draw_boxes, stage_color
+from cascade_det.files import atomic_path
 from cascade_det.standalone.datasets import load_datasets
 
 
+@without_traceback
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = _parse(argv)
     setup_logging()
-    try:
-        cfg = load_config(args.config_file, args.opts)
-        check_config(cfg)
-        pictures = list(itertools.islice(draw_training_samples(cfg), args.num))
-        if args.grid:
-            pictures = [("grid", tile([picture for _, picture in pictures]))]
-        _write(pictures, Path(args.output))
-        print(f"{args.num} training images drawn: {args.output}")
-    except CascadeDetError as error:
-        print(error, file=sys.stderr)
-        return 1
+    cfg = load_config(args.config_file, args.opts)
+    check_config(cfg)
+    pictures = list(itertools.islice(draw_training_samples(cfg), args.num))
+    if args.grid:
+        pictures = [("grid", tile([picture for _, picture in pictures]))]
+    for name, picture in pictures:
+        with atomic_path(Path(args.output) / f"{name}.png") as temporary:
+            temporary.write_bytes(cv2.imencode(".png", picture)[1].tobytes())
+    print(f"{args.num} training images drawn: {args.output}")
     return 0
 
 
@@ -90,14 +90,6 @@ def _draw(sample: Sample, image_format: str, class_names: Sequence[str]) -> np.n
         [class_names[index] for index in classes],
         [stage_color(index) for index in classes],
     )
-
-
-def _write(pictures: Sequence[tuple[str, np.ndarray]], output: Path) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    for name, picture in pictures:
-        path = output / f"{name}.png"
-        if not cv2.imwrite(str(path), picture):
-            raise DatasetError(f"{path}: could not be written")
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

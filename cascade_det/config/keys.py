@@ -23,7 +23,7 @@ def changed_keys(old: CfgNode, new: CfgNode) -> dict[str, tuple[Any, Any]]:
     return {
         key: (before.get(key), after.get(key))
         for key in (*after, *(key for key in before if key not in after))
-        if _as_lists(before.get(key)) != _as_lists(after.get(key))
+        if as_lists(before.get(key)) != as_lists(after.get(key))
     }
 
 
@@ -35,5 +35,6 @@ def _leaves(node: CfgNode, prefix: str) -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
-def _as_lists(value: Any) -> Any:
-    return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+def as_lists(value: Any) -> Any:
+    """Tuples as lists, at every depth, as YAML has them."""
+    return [as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value

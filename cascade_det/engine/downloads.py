@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from cascade_det.engine.transfer import Interrupted, Transfer, is_web
+from cascade_det.engine.transfer import Transfer, TransferFault, is_web, sha256_of
 from cascade_det.errors import DownloadError
 
 logger = logging.getLogger(__name__)
@@ -34,10 +34,11 @@ def download(
 
     ``path`` appears whole. What came before an interruption waits in ``path.part``; it is continued
     if the server still has the same file, in this call and in later ones. Of several processes on a
-    machine one downloads and the others wait.
+    machine one downloads and the others wait. A file that is there is held against its checksum.
 
     Args:
-        address: http:// or https://; redirects may lead to such addresses alone.
+        address: http:// or https://; redirects may lead to such addresses alone, and from
+            https:// to https:// alone.
         path: a local file; its folder is made.
         sha256: of the file, or the first digits of it, lower case; empty where it is not known.
         attempts: how often in a row a try may bring nothing new before giving up.
@@ -46,24 +47,34 @@ def download(
 
     Raises:
         DownloadError: names the address; the server does not answer, refuses, or serves another
-            file than it should, or the disk has no room.
+            file than it should, the disk has no room, or the file that is there is another one.
     """
-    if path.is_file():
-        return
-    if not is_web(address):
-        raise DownloadError(f"{address}: only http:// and https:// are fetched")
     try:
+        if path.is_file():
+            return _check_present(address, path, sha256)
+        if not is_web(address):
+            raise DownloadError(f"{address}: only http:// and https:// are fetched")
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(path):
-            if not path.is_file():
-                logger.info("Downloading %s to %s", address, path)
-                transfer = Transfer(address, path, sha256, timeout)
-                _persist(transfer, attempts, pause)
-                transfer.finish()
+            if path.is_file():
+                return _check_present(address, path, sha256)
+            logger.info("Downloading %s to %s", address, path)
+            transfer = Transfer(address, path, sha256, timeout)
+            _persist(transfer, attempts, pause)
+            transfer.finish()
     except DownloadError:
         raise
     except (OSError, NotImplementedError) as error:
         raise DownloadError(f"{address}: cannot be stored as {path} ({error})") from error
+
+
+def _check_present(address: str, path: Path, sha256: str) -> None:
+    digest = sha256_of(path) if sha256 else ""
+    if not digest.startswith(sha256):
+        raise DownloadError(
+            f"{path}: its SHA-256 is {digest}, and that of {address} should be {sha256}; the file "
+            "is damaged, or another one. Delete it to fetch it again"
+        )
 
 
 def _persist(transfer: Transfer, attempts: int, pause: float) -> None:
@@ -72,7 +83,7 @@ def _persist(transfer: Transfer, attempts: int, pause: float) -> None:
     while True:
         try:
             return transfer.attempt()
-        except Interrupted as error:
+        except TransferFault as error:
             failures = failures + 1 if transfer.size <= most else 1
             most = max(most, transfer.size)
             if failures >= attempts:

@@ -28,7 +28,7 @@ _PASSING = (
 )
 
 
-class Interrupted(Exception):
+class TransferFault(Exception):
     """The transfer failed in a way that another try may mend."""
 
 
@@ -58,7 +58,7 @@ class Transfer:
         return self.size if self._sha256 or self._read_tag()[0] else 0
 
     def attempt(self) -> None:
-        """Go on from what is here to the whole file, with one request; raises Interrupted."""
+        """Go on from what is here to the whole file, with one request; raises TransferFault."""
         version, total = self._read_tag()
         kept = self.kept
         if kept == 0 or kept != total:
@@ -87,12 +87,12 @@ class Transfer:
                 self._discard()
             reason = f"the server answers {error.code} {error.reason}".partition("\n")[0]
             if error.code >= 500 or error.code in _PASSING:
-                raise Interrupted(reason) from error
+                raise TransferFault(reason) from error
             raise DownloadError(f"{self.address}: {reason}") from error
         except (InvalidURL, ValueError) as error:
             raise DownloadError(f"{self.address}: is no valid address ({error})") from error
         except (OSError, HTTPException) as error:
-            raise Interrupted(f"no answer ({error})") from error
+            raise TransferFault(f"no answer ({error})") from error
 
     def _receive(self, response: HTTPResponse, kept: int, version: str) -> int:
         """Write the answer behind what is kept, or instead of it; return how much was kept."""
@@ -113,7 +113,7 @@ class Transfer:
             _copy(response, file, total, self.path.name)
             size = file.tell()
         if total is not None and size != total:
-            raise Interrupted(f"the transfer broke off after {size:,} of {total:,} bytes")
+            raise TransferFault(f"the transfer broke off after {size:,} of {total:,} bytes")
         return kept
 
     def _check_kind(self, response: HTTPResponse) -> None:
@@ -136,7 +136,7 @@ class Transfer:
         is_same = not version or _version(response) in ("", version)
         if not found or int(found[1]) != kept or not is_same:
             self._discard()
-            raise Interrupted("the server has another file now; starting over")
+            raise TransferFault("the server has another file now; starting over")
         return int(found[2])
 
     def _check_room(self, total: int | None) -> None:
@@ -149,12 +149,12 @@ class Transfer:
             )
 
     def _verify(self, *, continued: bool) -> None:
-        digest = _sha256(self._part) if self._sha256 else ""
+        digest = sha256_of(self._part) if self._sha256 else ""
         if digest.startswith(self._sha256):
             return
         self._discard()
         if continued:
-            raise Interrupted("the checksum of what was continued is wrong; starting over")
+            raise TransferFault("the checksum of what was continued is wrong; starting over")
         raise DownloadError(
             f"{self.address}: the SHA-256 of what came is {digest}, and should be {self._sha256}; "
             "the file is damaged, or another one"
@@ -173,13 +173,14 @@ class Transfer:
 
 
 class _WebRedirects(request.HTTPRedirectHandler):
-    """urllib follows redirects to ftp:// as well."""
+    """urllib follows redirects to ftp:// as well, and from https:// to http://."""
 
     def redirect_request(
         self, req: request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> request.Request | None:
-        """Follow http and https."""
-        if not is_web(newurl):
+        """Follow http and https, but not from the safe one to the other."""
+        wanted = "https" if req.type == "https" else "https?"
+        if not re.match(f"{wanted}://[^/]", newurl, re.IGNORECASE):
             raise HTTPError(req.full_url, code, f"and redirects to {newurl}", headers, fp)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
@@ -200,7 +201,7 @@ def _copy(response: HTTPResponse, file: IO[bytes], total: int | None, name: str)
                 # Unlike read(), it hands out what is there before the connection breaks.
                 block = response.read1(_BLOCK)
             except (OSError, HTTPException) as error:
-                raise Interrupted(f"the transfer broke off ({error})") from error
+                raise TransferFault(f"the transfer broke off ({error})") from error
             if not block:
                 return
             file.write(block)
@@ -213,7 +214,8 @@ def _version(response: HTTPResponse) -> str:
     return etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The checksum of a file, 64 digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):

@@ -1,9 +1,11 @@
 """COCO is complete after prepare_coco, whatever came between; nothing lands outside its folder."""
 
+import dataclasses
 import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import stat
 import zipfile
@@ -74,8 +76,23 @@ def web(monkeypatch):
         yield server
 
 
+def run(web, output, *arguments):
+    return main(["--output", str(output), "--base-url", web.address("/coco/"), *arguments])
+
+
 def prepare(web, output, *arguments):
-    main(["--output", str(output), "--base-url", web.address("/coco/"), *arguments])
+    assert run(web, output, *arguments) == 0
+
+
+@pytest.fixture
+def refusal(web, tmp_path, capsys):
+    """What the command says when it refuses."""
+
+    def say(output=tmp_path):
+        assert run(web, output, "--splits", "val") == 1
+        return capsys.readouterr().err
+
+    return say
 
 
 def files_in(folder):
@@ -135,11 +152,10 @@ def test_what_is_there_is_not_fetched_again(web, tmp_path):
     assert files_in(tmp_path / "coco") == expected("val", "train")
 
 
-def test_a_broken_transfer_goes_on(web, tmp_path, monkeypatch):
+def test_a_broken_transfer_goes_on(web, tmp_path, monkeypatch, refusal):
     monkeypatch.setattr("cascade_det.engine.downloads.time.sleep", lambda _: None)
     web.faults = [Fault(), Fault(cut=200), Fault(status=404)]
-    with pytest.raises(SystemExit, match=r"val2017\.zip: the server answers 404"):
-        prepare(web, tmp_path, "--splits", "val")
+    assert "val2017.zip: the server answers 404" in refusal()
     web.requests.clear()
     prepare(web, tmp_path, "--splits", "val")
     assert files_in(tmp_path / "coco") == expected("val")
@@ -170,26 +186,32 @@ def test_a_half_unpacked_folder_is_completed(web, tmp_path, damage):
     assert web.requests == []  # the archive was kept
 
 
-def test_wrong_bytes_are_refused(web, tmp_path):
+def test_wrong_bytes_are_refused(web, tmp_path, refusal):
     web.files["/coco/zips/val2017.zip"] = zipped({"val2017/000000000000.jpg": b"other"})
-    with pytest.raises(SystemExit, match=r"val2017\.zip: the SHA-256"):
-        prepare(web, tmp_path, "--splits", "val")
+    assert "val2017.zip: the SHA-256" in refusal()
     assert not (tmp_path / "coco/val2017").exists()
 
 
 @pytest.mark.parametrize(
     ("content", "wanted"),
     [
-        (b"no zip file", "no whole zip file.*Delete it"),
+        (b"no zip file", "no whole zip file"),
         (zipped(ARCHIVES["zips/val2017.zip"])[:-30], "no whole zip file"),
         (zipped({"val2017/000000000000.jpg": b"x"}), "lacks 2 images, 000000000001.jpg"),
     ],
 )
-def test_an_archive_brought_by_hand_is_checked(web, tmp_path, content, wanted):
-    (tmp_path / "coco").mkdir()
-    (tmp_path / "coco/val2017.zip").write_bytes(content)
-    with pytest.raises(SystemExit, match=wanted):
-        prepare(web, tmp_path, "--splits", "val")
+def test_an_archive_brought_by_hand_is_checked(
+    web, tmp_path, monkeypatch, refusal, content, wanted
+):
+    path = tmp_path / "coco/val2017.zip"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    assert f"{path}: its SHA-256 is" in refusal()
+    right = dataclasses.replace(
+        prepare_coco.IMAGES["val"], sha256=hashlib.sha256(content).hexdigest()
+    )
+    monkeypatch.setitem(prepare_coco.IMAGES, "val", right)
+    assert wanted in refusal()
 
 
 @pytest.mark.parametrize(
@@ -201,15 +223,31 @@ def test_an_archive_brought_by_hand_is_checked(web, tmp_path, content, wanted):
         (b'{"images": [{}]}', "cannot be read"),
     ],
 )
-def test_other_annotations_are_named(web, tmp_path, content, wanted):
+def test_other_annotations_are_named(tmp_path, refusal, content, wanted):
     path = tmp_path / "coco/annotations/instances_val2017.json"
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
-    with pytest.raises(SystemExit, match=rf"instances_val2017\.json: {wanted}"):
-        prepare(web, tmp_path, "--splits", "val")
+    assert f"instances_val2017.json: {wanted}" in refusal()
 
 
-def test_room_is_needed_for_archives_and_files(web, tmp_path, monkeypatch):
+def test_an_output_that_cannot_be_made(tmp_path, refusal):
+    (tmp_path / "file").write_text("")
+    message = refusal(tmp_path / "file")
+    assert "file/coco" in message
+    assert "Not a directory" in message
+    assert message.count("\n") == 1
+
+
+def test_ctrl_c_says_how_to_go_on(web, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_coco, "unpack", interrupted)
+    assert run(web, tmp_path, "--splits", "val") == 130
+    assert "Run the same again to go on" in capsys.readouterr().err
+
+
+def test_room_is_needed_for_archives_and_files(web, tmp_path, monkeypatch, refusal):
     needed = sum(
         archive.size + archive.unpacked
         for archive in (prepare_coco.ANNOTATIONS, prepare_coco.IMAGES["val"])
@@ -218,8 +256,8 @@ def test_room_is_needed_for_archives_and_files(web, tmp_path, monkeypatch):
         usage = shutil._ntuple_diskusage(needed, 0, free)
         monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
         if free < needed:
-            with pytest.raises(SystemExit, match=r"GB are needed.*GB are free.*--output"):
-                prepare(web, tmp_path / "new" / "folder", "--splits", "val")
+            message = refusal(tmp_path / "new" / "folder")
+            assert re.search("GB are needed.*GB are free.*--output", message)
             assert web.requests == []
             assert list(tmp_path.iterdir()) == []
     prepare(web, tmp_path / "new" / "folder", "--splits", "val")

@@ -1,6 +1,7 @@
 """A download is the file, whole and right, or an error that names the address."""
 
 import hashlib
+import http.client
 import json
 import os
 import resource
@@ -11,12 +12,13 @@ import sys
 import time
 from pathlib import Path
 from threading import Thread
+from urllib import request
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cascade_det.engine import downloads
+from cascade_det.engine import downloads, transfer
 from cascade_det.engine.downloads import download
 from cascade_det.errors import DownloadError
 from tests.reference.web_server import Fault, serving
@@ -62,6 +64,33 @@ def test_a_file_is_fetched_once(web, path):
     assert path.read_bytes() == CONTENT
     assert len(web.requests) == 1
     assert left_beside(path) == ["a.bin"]
+
+
+@pytest.mark.parametrize("digits", [64, 8])
+def test_a_file_that_is_there_is_held_against_its_checksum(web, path, digits):
+    path.parent.mkdir()
+    path.write_bytes(OTHER)
+    fetch(web, path)
+    fetch(web, path, sha256=hashlib.sha256(OTHER).hexdigest()[:digits])
+    with pytest.raises(DownloadError, match=rf"^{path}: its SHA-256 is .* Delete it"):
+        fetch(web, path, sha256=DIGEST[:digits])
+    assert path.read_bytes() == OTHER
+    assert web.requests == []
+    path.unlink()
+    fetch(web, path, sha256=DIGEST[:digits])
+    assert path.read_bytes() == CONTENT
+
+
+def test_what_another_process_fetched_meanwhile_is_checked_too(web, path):
+    web.faults = [Fault(stall=0.3)]
+    other = Thread(target=fetch, args=(web, path))
+    other.start()
+    while not web.requests:
+        time.sleep(0.01)
+    with pytest.raises(DownloadError, match="Delete it"):
+        fetch(web, path, sha256=hashlib.sha256(OTHER).hexdigest())
+    other.join()
+    assert path.read_bytes() == CONTENT
 
 
 def test_an_empty_file(web, path):
@@ -241,6 +270,27 @@ def test_redirects_elsewhere_are_refused(web, path, target):
         fetch(web, path)
     assert left_beside(path) == []
     assert len(web.requests) == 1
+
+
+class HttpsWithoutEncryption(request.HTTPSHandler):
+    def https_open(self, req):
+        return self.do_open(http.client.HTTPConnection, req)
+
+
+@pytest.mark.parametrize("sha256", ["", DIGEST])
+def test_redirects_do_not_leave_encryption(web, path, monkeypatch, sha256):
+    opener = request.build_opener(transfer._WebRedirects, HttpsWithoutEncryption)
+    monkeypatch.setattr(transfer, "_OPENER", opener)
+    plain = web.address("/b.bin")
+    safe = plain.replace("http://", "https://")
+    web.files["/b.bin"] = CONTENT
+    web.faults = [Fault(status=302, headers={"Location": target}) for target in (safe, plain)]
+    with pytest.raises(DownloadError, match=f"redirects to {plain}"):
+        download(safe, path, sha256=sha256)
+    assert left_beside(path) == []
+    web.faults = [Fault(status=302, headers={"Location": safe})]
+    download(safe, path, sha256=sha256)
+    assert path.read_bytes() == CONTENT
 
 
 def test_redirects_in_a_circle(web, path):

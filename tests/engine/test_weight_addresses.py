@@ -198,6 +198,13 @@ def test_the_checksum_of_the_name_is_checked(web):
         read_weights(web.address(f"/good-{digest[:8]}.pth?again#sha256=00000000"))
 
 
+def test_a_file_in_the_cache_with_another_checksum_is_named(web, cache):
+    web.files["/w.pth"] = pth({"w": torch.ones(2)})
+    kept = local_path(web.address("/w.pth"))
+    with pytest.raises(CheckpointError, match=rf"{kept}: its SHA-256 is .* Delete it"):
+        local_path(web.address(f"/w.pth#sha256={'0' * 64}"))
+
+
 def test_a_download_that_is_no_weights_can_be_deleted(web, cache):
     web.files["/w.pth"] = b"nothing of the kind"
     with pytest.raises(CheckpointError, match=r"cache.*w\.pth: cannot be read.*Delete it to"):

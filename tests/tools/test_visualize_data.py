@@ -92,3 +92,11 @@ def test_errors_are_told_without_a_traceback(tmp_path, options, capsys):
     assert "missing image file" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         draw(tmp_path, "--num", "0")
+
+
+def test_an_output_that_is_a_file(tmp_path, options, capsys):
+    (tmp_path / "pictures").write_text("mine")
+    status, output = draw(tmp_path, *options)
+    assert status == 1
+    assert capsys.readouterr().err == f"{output}: is no folder\n"
+    assert output.read_text() == "mine"

@@ -10,20 +10,20 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
 from cascade_det import config
 from cascade_det.config import check_config, load_config
-from cascade_det.data.catalog import DatasetSource, find_dataset
+from cascade_det.data.catalog import DatasetSource, dataset_of_files, find_dataset
 from cascade_det.data.coco_json import CheckedJson
 from cascade_det.data.dataset_check import check_dataset
 from cascade_det.data.dataset_summary import DatasetSummary, summarise
 from cascade_det.data.problems import Problems
+from cascade_det.engine.commands import without_traceback
 from cascade_det.engine.log import setup_logging
-from cascade_det.errors import CascadeDetError, ConfigError, DatasetError
+from cascade_det.errors import ConfigError, DatasetError
 from cascade_det.files import write_json
 
 
@@ -33,32 +33,28 @@ class Wanted:
 
     source: DatasetSource
     for_training: bool = False
+    for_testing: bool = False
     num_classes: int | None = None
 
 
+@without_traceback
 def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit status is 1 where training or testing would stop."""
     args = _parse(argv)
     setup_logging()
-    reports = {}
-    try:
-        for wanted in _wanted(args):
-            reports[wanted.source.name] = _report(wanted, args.decode)
-        if args.json_out:
-            write_json(reports, args.json_out, indent=2)
-    except CascadeDetError as error:
-        print(error, file=sys.stderr)
-        return 1
+    reports = {
+        # Testing decodes all images before it begins, so what it would refuse is told here.
+        wanted.source.name: _report(wanted, decode=args.decode or wanted.for_testing)
+        for wanted in _wanted(args)
+    }
+    if args.json_out:
+        write_json(reports, args.json_out, indent=2)
     return int(any(report["problems"] for report in reports.values()))
 
 
 def _wanted(args: argparse.Namespace) -> list[Wanted]:
     if args.json:
-        json_file = Path(args.json)
-        images = Path(args.images or json_file.parent)
-        if not images.is_dir():
-            raise DatasetError(f"--images {images}: there is no such folder")
-        return [Wanted(DatasetSource(json_file.stem, json_file, images))]
+        return [Wanted(dataset_of_files(args.json, args.images))]
     cfg = load_config(args.config_file, args.opts)
     check_config(cfg)
     found: dict[str, Wanted] = {}
@@ -66,13 +62,17 @@ def _wanted(args: argparse.Namespace) -> list[Wanted]:
         arguments = config.datasets_arguments(cfg, train)
         for name in arguments["names"]:
             source = find_dataset(name, arguments["own_datasets"])
-            found.setdefault(name, Wanted(source, train, cfg.MODEL.ROI_HEADS.NUM_CLASSES))
+            wanted = found.setdefault(
+                name, Wanted(source, num_classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+            )
+            wanted.for_training |= train
+            wanted.for_testing |= not train
     if not found:
         raise ConfigError("DATASETS.TRAIN and DATASETS.TEST are empty: there is nothing to check")
     return list(found.values())
 
 
-def _report(wanted: Wanted, decode: bool) -> dict[str, Any]:
+def _report(wanted: Wanted, *, decode: bool) -> dict[str, Any]:
     """Check and print one data set; returns the same as plain values."""
     source = wanted.source
     print(f"\n{source.name}: {source.json_file}, images in {source.image_root}\n", flush=True)
@@ -177,7 +177,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument("--config-file", metavar="YAML", help="check its DATASETS.TRAIN and TEST")
     parser.add_argument("--images", metavar="FOLDER", help="of --json; its own folder if not given")
     parser.add_argument(
-        "--decode", action="store_true", help="decode every image: slow, finds all that is broken"
+        "--decode",
+        action="store_true",
+        help="decode every image, not those of DATASETS.TEST alone: slow, finds all that is broken",
     )
     parser.add_argument("--json-out", metavar="FILE", help="write the findings for programs")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="of the YAML")

@@ -5,8 +5,9 @@ python tools/evaluate_json.py --json val.json \
     --predictions output/inference/coco_instances_results.json
 python tools/evaluate_json.py --json val.json --predictions ... --images folder/ --output scored/
 
-AP is computed over all images of the json. --output gets scores.json and the tables and pictures
-of analysis/; the images with the most mistakes are drawn where --images is given too.
+AP is computed over all images of the json, but for those that --on-bad-data skips. --output gets
+scores.json and the tables and pictures of analysis/; the images with the most mistakes are drawn
+where --images is given too.
 """
 
 from __future__ import annotations
@@ -19,40 +20,43 @@ from pathlib import Path
 from typing import Any
 
 from cascade_det.data.annotation_file import read_json
-from cascade_det.data.catalog import DatasetSource
-from cascade_det.data.coco import CocoDataset, load_dataset
+from cascade_det.data.catalog import dataset_of_files
+from cascade_det.data.coco import CocoDataset, left_out_notes, load_dataset
 from cascade_det.data.problems import Problems, shown
 from cascade_det.data.transforms import read_image
+from cascade_det.engine.commands import without_traceback
 from cascade_det.engine.log import setup_logging
-from cascade_det.errors import CascadeDetError, DatasetError
+from cascade_det.errors import DatasetError
 from cascade_det.evaluation import format_report, score_results
 from cascade_det.evaluation.analysis_files import write_analysis
 from cascade_det.evaluation.ground_truth import load_ground_truth
 from cascade_det.files import write_json
 
 SCORES_FILE = "scores.json"
+_BAD_DATA_OPTION = "--on-bad-data"
 # Beyond any image or score, and far from where floats end.
 _LIMIT = 1e9
 
 logger = logging.getLogger(__name__)
 
 
+@without_traceback
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = _parse(argv)
     setup_logging()
-    try:
-        dataset = _load(args)
-        results = evaluate(dataset, Path(args.predictions), args.score_threshold)
-        print(format_report(results))
-        if args.output:
-            _write(results, dataset, Path(args.output), with_pictures=args.images is not None)
-    except CascadeDetError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"--output {args.output}: cannot be written: {error}", file=sys.stderr)
-        return 1
+    dataset = load_dataset(
+        dataset_of_files(args.json, args.images),
+        args.on_bad_data,
+        keep_ground_truth=True,
+        check_images=args.images is not None,
+        decode=True,  # as before a run, so that the same images are left out
+        option=_BAD_DATA_OPTION,
+    )
+    results = evaluate(dataset, Path(args.predictions), args.score_threshold)
+    print(format_report(results))
+    if args.output:
+        _write(results, dataset, Path(args.output), with_pictures=args.images is not None)
     return 0
 
 
@@ -61,6 +65,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """The figures of a file of predictions, see ``score_results``.
 
+    Predictions on images that the data set leaves out are left out too; ``notes`` say how many.
+
     Raises:
         DatasetError: the predictions cannot be used, or there are no annotations to hold them
             against.
@@ -68,10 +74,15 @@ def evaluate(
     coco_gt = load_ground_truth(dataset.ground_truth)
     if "annotations" not in dataset.ground_truth:
         raise DatasetError(f"{dataset.source.json_file}: has no annotations to score against")
-    predictions = read_predictions(predictions_file, coco_gt.imgs, coco_gt.cats)
-    return score_results(
-        coco_gt, predictions, sorted(coco_gt.imgs), score_threshold=score_threshold
+    predictions = read_predictions(
+        predictions_file, coco_gt.imgs.keys() | dataset.left_out_images, coco_gt.cats
     )
+    kept = [entry for entry in predictions if entry["image_id"] in coco_gt.imgs]
+    results = score_results(coco_gt, kept, sorted(coco_gt.imgs), score_threshold=score_threshold)
+    notes = [*results["notes"], *left_out_notes(dataset, _BAD_DATA_OPTION)]
+    if dropped := len(predictions) - len(kept):
+        notes.append(f"{dropped} of {len(predictions)} predictions are on images left out.")
+    return {**results, "notes": notes}
 
 
 def read_predictions(
@@ -139,19 +150,6 @@ def _describe(number: int, value: Any) -> str:
     return f"number {number} ({shown(value)})"
 
 
-def _load(args: argparse.Namespace) -> CocoDataset:
-    json_file = Path(args.json)
-    images = Path(args.images or json_file.parent)
-    if not images.is_dir():
-        raise DatasetError(f"--images {images}: there is no such folder")
-    return load_dataset(
-        DatasetSource(json_file.stem, json_file, images),
-        args.on_bad_data,
-        keep_ground_truth=True,
-        check_images=args.images is not None,
-    )
-
-
 def _write(
     results: dict[str, Any], dataset: CocoDataset, folder: Path, *, with_pictures: bool
 ) -> None:
@@ -175,10 +173,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--score-threshold", type=float, default=0.5, help="of what counts beside AP (0.5)"
     )
     parser.add_argument(
-        "--on-bad-data",
+        _BAD_DATA_OPTION,
         choices=("error", "skip"),
         default="error",
-        help="what to do about bad annotations, as CASCADE.ON_BAD_DATA does",
+        help="what to do about bad annotations and images, as CASCADE.ON_BAD_DATA does; without "
+        "--images the files are not looked at, so AP differs from that of a run that skipped some",
     )
     return parser.parse_args(argv)
 

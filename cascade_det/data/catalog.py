@@ -70,6 +70,22 @@ def find_dataset(name: str, own_datasets: Iterable[tuple[str, str, str]] = ()) -
     return source
 
 
+def dataset_of_files(json_file: str, image_folder: str | None = None) -> DatasetSource:
+    """A data set that needs no entry anywhere; its name is that of the json.
+
+    Args:
+        json_file: COCO format.
+        image_folder: of its images; where it is not given, the folder of the json.
+
+    Raises:
+        DatasetError: the folder is not there.
+    """
+    path = Path(json_file)
+    if image_folder is not None and not Path(image_folder).is_dir():
+        raise DatasetError(f"{image_folder}: there is no such folder of images")
+    return DatasetSource(path.stem, path, Path(image_folder or path.parent))
+
+
 def _own_sources(own_datasets: Iterable[tuple[str, str, str]]) -> dict[str, DatasetSource]:
     """The user's data sets by name; a name must mean one thing only."""
     sources: dict[str, DatasetSource] = {}

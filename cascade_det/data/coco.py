@@ -19,6 +19,7 @@ from cascade_det.errors import DatasetError
 
 logger = logging.getLogger(__name__)
 
+ON_BAD_DATA = "CASCADE.ON_BAD_DATA"
 _DIFFERENCES_SHOWN = 3
 
 
@@ -60,6 +61,7 @@ class CocoDataset:
             height are among them: pycocotools counts them. Empty unless it was asked for.
         left_out: how many entries of each kind of problem are in neither ``records`` nor
             ``ground_truth``.
+        left_out_images: the ids of the images among them.
     """
 
     records: list[ImageRecord]
@@ -68,6 +70,7 @@ class CocoDataset:
     source: DatasetSource
     ground_truth: dict[str, Any] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
+    left_out_images: frozenset[int] = frozenset()
 
 
 def load_dataset(
@@ -76,6 +79,8 @@ def load_dataset(
     *,
     keep_ground_truth: bool = False,
     check_images: bool = True,
+    decode: bool = False,
+    option: str = ON_BAD_DATA,
     share: tuple[int, int] = (0, 1),
     gather: Callable[[Any], list[Any]] = lambda findings: [findings],
 ) -> CocoDataset:
@@ -90,6 +95,8 @@ def load_dataset(
             ``"skip"`` leaves them out and logs how many.
         keep_ground_truth: whether to keep the annotations as an evaluation needs them.
         check_images: whether to look at the files of the images; without, they need not exist.
+        decode: whether to decode each image: then none turns out to be broken when it is needed.
+        option: what the user sets ``on_bad_data`` by, for messages.
         share: (rank, number of processes) where several load the same data set: each opens its
             part of the images.
         gather: gives what all processes found, in the order of their ranks, for what this one
@@ -102,11 +109,11 @@ def load_dataset(
     if on_bad_data not in ("error", "skip"):
         raise ValueError(f"on_bad_data must be 'error' or 'skip', not {on_bad_data!r}")
     if check_images:
-        checked = check_dataset(source, share=share, gather=gather)
+        checked = check_dataset(source, decode=decode, share=share, gather=gather)
     else:
         checked = check_coco_json(source.json_file, source.image_root)
     if checked.unusable or (checked.bad and on_bad_data == "error"):
-        raise DatasetError(_refusal(source, checked))
+        raise DatasetError(_refusal(source, checked, option))
     if share[0] == 0:  # all processes know the same
         _log_findings(source, checked)
     class_of = {category_id: index for index, category_id in enumerate(checked.categories)}
@@ -121,7 +128,21 @@ def load_dataset(
         source,
         ground_truth=_ground_truth(checked) if keep_ground_truth else {},
         left_out=dict(checked.bad.counts),
+        left_out_images=frozenset(checked.image_ids - checked.images.keys()),
     )
+
+
+def left_out_notes(dataset: CocoDataset, option: str = ON_BAD_DATA) -> list[str]:
+    """What to say beside figures of a data set: nothing, or what they leave out.
+
+    Args:
+        dataset: what the figures are of.
+        option: what the user sets ``on_bad_data`` by.
+    """
+    if not dataset.left_out:
+        return []
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in dataset.left_out.items())
+    return [f"Left out as {option} is 'skip': {kinds}. The figures are of the rest."]
 
 
 def check_same_classes(datasets: Sequence[CocoDataset]) -> None:
@@ -142,12 +163,12 @@ def check_same_classes(datasets: Sequence[CocoDataset]) -> None:
             )
 
 
-def _refusal(source: DatasetSource, checked: CheckedJson) -> str:
+def _refusal(source: DatasetSource, checked: CheckedJson, option: str) -> str:
     problems = "\n".join(str(part) for part in (checked.unusable, checked.bad) if part)
     if checked.unusable:
         remedy = "Mend the file."
     else:
-        remedy = "Mend these, or set CASCADE.ON_BAD_DATA to 'skip' to go on without them."
+        remedy = f"Mend these, or set {option} to 'skip' to go on without them."
     if MISSING in checked.bad.counts and not checked.images:
         remedy += f" No image is there: is {source.image_root} their folder?"
     return f"{source.json_file}: bad data\n{problems}\n{remedy}"

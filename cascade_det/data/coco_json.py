@@ -32,6 +32,7 @@ class CheckedJson:
 
     Attributes:
         images: by image id, ascending.
+        image_ids: of all images, those that are left out included.
         annotations: by image id, in the order of the json; also those of ``of_no_area``.
         has_annotations: whether the json has the key ``annotations``.
         categories: names by category id, ascending.
@@ -41,6 +42,7 @@ class CheckedJson:
     """
 
     images: dict[int, JsonObject] = field(default_factory=dict)
+    image_ids: set[Any] = field(default_factory=set)
     annotations: dict[int, list[JsonObject]] = field(default_factory=dict)
     has_annotations: bool = False
     categories: dict[int, str] = field(default_factory=dict)
@@ -66,12 +68,12 @@ def check_coco_json(json_file: Path, image_root: Path) -> CheckedJson:
     # Where categories are wrong or missing, annotations are not blamed for theirs.
     category_ids = _Everything() if checked.unusable else checked.categories
     images = _entries(content, "images", checked, checked.bad)
-    known_images = _check_images(images, image_root, checked)
+    _check_images(images, image_root, checked)
     if checked.has_annotations:
         _check_annotations(
             _entries(content, "annotations", checked, checked.bad),
             # What is bad stays known, so that its annotations are not blamed as well.
-            known_images if isinstance(content.get("images"), list) else _Everything(),
+            checked.image_ids if isinstance(content.get("images"), list) else _Everything(),
             category_ids,
             # COCO's own 2014 minival files repeat ids; Detectron2 takes them, and so do we.
             ids_may_repeat="minival" in json_file.name,
@@ -123,7 +125,7 @@ def _name_problem(name: object) -> str | None:
     return None if usable else "category without a usable 'name'"
 
 
-def _check_images(entries: list[JsonObject], image_root: Path, checked: CheckedJson) -> set[Any]:
+def _check_images(entries: list[JsonObject], image_root: Path, checked: CheckedJson) -> None:
     """Fill in the images; of those that share an id none, as nobody knows whose the boxes are."""
     leaves_folder = _folder_guard(image_root)
     counts = Counter(_plain_id(entry) for entry in entries)
@@ -134,7 +136,7 @@ def _check_images(entries: list[JsonObject], image_root: Path, checked: CheckedJ
         else:
             checked.images[entry["id"]] = entry
     checked.images = dict(sorted(checked.images.items()))
-    return set(counts)
+    checked.image_ids = set(counts)
 
 
 def _check_annotations(

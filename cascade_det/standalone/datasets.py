@@ -14,6 +14,9 @@ from cascade_det.errors import ConfigError, DatasetError
 def load_datasets(cfg: CfgNode, *, train: bool) -> list[CocoDataset]:
     """Load ``DATASETS.TRAIN`` or ``DATASETS.TEST``.
 
+    The images of test sets are decoded, so that no evaluation ends a long run at a damaged one.
+    There is no other image to take in its place, as there is in training.
+
     Raises:
         ConfigError: nothing to train on is named, or NUM_CLASSES is not that of the data.
         DatasetError: data are missing or wrong.
@@ -26,6 +29,7 @@ def load_datasets(cfg: CfgNode, *, train: bool) -> list[CocoDataset]:
             find_dataset(name, arguments["own_datasets"]),
             arguments["on_bad_data"],
             keep_ground_truth=not train,
+            decode=not train,
             share=(distributed.rank(), distributed.world_size()),
             gather=distributed.all_gather,
         )

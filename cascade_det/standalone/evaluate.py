@@ -12,7 +12,7 @@ from fvcore.common.config import CfgNode
 from numpy.typing import NDArray
 
 from cascade_det import config
-from cascade_det.data.coco import CocoDataset
+from cascade_det.data.coco import CocoDataset, left_out_notes
 from cascade_det.data.loader import build_test_loader
 from cascade_det.data.transforms import read_image
 from cascade_det.engine import distributed
@@ -85,12 +85,9 @@ def evaluate_all(
 def _evaluate_one(
     cfg: CfgNode, detector: Detector, dataset: CocoDataset, output_dir: Path
 ) -> dict[str, Any]:
-    arguments = config.input_arguments(cfg, train=False)
     loader = build_test_loader(
         dataset,
-        min_sizes=arguments["min_sizes"],
-        max_size=arguments["max_size"],
-        image_format=arguments["image_format"],
+        **config.input_arguments(cfg, train=False),
         **config.test_loader_arguments(cfg),
         share=(distributed.rank(), distributed.world_size()),
     )
@@ -101,7 +98,7 @@ def _evaluate_one(
         output_dir=output_dir,
     )
     results = run_inference(detector, loader, evaluators, stages=True)
-    results = {**results, "notes": [*results["notes"], *_left_out_note(dataset)]}
+    results = {**results, "notes": [*results["notes"], *left_out_notes(dataset)]}
     machine = describe_machine(detector.device)
     report = format_report({**results, "machine": machine})
     logger.info("Results on %s:\n\n%s\n", dataset.source.name, report)
@@ -126,10 +123,3 @@ def _check_trained_classes(class_names: Sequence[str] | None, dataset: CocoDatas
             f"category id), but the checkpoint was trained on {', '.join(class_names)}: evaluate "
             "on the classes that were trained, in the same order"
         )
-
-
-def _left_out_note(dataset: CocoDataset) -> list[str]:
-    if not dataset.left_out:
-        return []
-    kinds = ", ".join(f"{count} x {kind}" for kind, count in dataset.left_out.items())
-    return [f"Left out as CASCADE.ON_BAD_DATA is 'skip': {kinds}. The figures are of the rest."]

@@ -281,6 +281,24 @@ def test_all_problems_of_files_are_told_together_and_can_be_skipped(coco):
     assert [box["image_id"] for box in dataset.ground_truth["annotations"]] == [1, 9]
 
 
+def test_decoding_leaves_damaged_images_out_of_images_and_boxes(coco):
+    source = coco.write([coco.image(n) for n in (1, 2)], [coco.box(n, n) for n in (1, 2)])
+    noise = np.random.default_rng(1).integers(0, 256, (30, 40, 3), np.uint8)
+    path = save(noise, source.image_root / "2.png")
+    path.write_bytes(path.read_bytes()[:500] + bytes(60) + path.read_bytes()[560:])
+    assert len(load_dataset(source).records) == 2
+    with pytest.raises(
+        DatasetError, match=r"truncated or no image: image 2.*\n.*set --x to 'skip'"
+    ):
+        load_dataset(source, decode=True, option="--x")
+    dataset = load_dataset(source, "skip", decode=True, keep_ground_truth=True)
+    assert [record.image_id for record in dataset.records] == [1]
+    assert [image["id"] for image in dataset.ground_truth["images"]] == [1]
+    assert [box["image_id"] for box in dataset.ground_truth["annotations"]] == [1]
+    assert dataset.left_out_images == {2}
+    assert dataset.left_out == {"image file that is truncated or no image": 1}
+
+
 def test_many_images_are_each_looked_at(tmp_path, picture):
     path = save(picture, tmp_path / "a.png")
     wrong = {0, 63, 64, 127, 200, 299}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
 from cascade_det.errors import CheckpointError, ConfigError, DatasetError
-from cascade_det.standalone import evaluate
+from cascade_det.standalone import evaluate, train
 from cascade_det.standalone.build import build_detector
 
 
@@ -70,6 +73,33 @@ def test_what_was_left_out_is_counted_in_the_notes(cfg, test_json):
     assert "Left out as CASCADE.ON_BAD_DATA is 'skip': 1 x" in notes[-1]
     saved = json.loads((Path(cfg.OUTPUT_DIR) / "results.json").read_text())
     assert saved["notes"] == notes
+
+
+def test_a_test_image_that_breaks_in_the_middle_is_found_before_the_run(
+    cfg, test_json, shapes, tmp_path
+):
+    folder = tmp_path / "images"
+    shutil.copytree(shapes / "val", folder)
+    noise = np.random.default_rng(1).integers(0, 256, (96, 128, 3), np.uint8)
+    cv2.imwrite(str(folder / "broken.png"), noise)
+    data = (folder / "broken.png").read_bytes()
+    middle = len(data) // 2
+    (folder / "broken.png").write_bytes(data[:middle] + bytes(60) + data[middle + 60 :])
+    images = json.loads(test_json.read_text())["images"]
+    change(test_json, lambda content: content["images"][1].update(file_name="broken.png"))
+    cfg.CASCADE.DATASETS = [
+        ("own", str(test_json), str(folder)),
+        ("shapes_train", str(shapes / "train.json"), str(shapes / "train")),
+    ]
+    with pytest.raises(DatasetError, match=r"1 x image file that is truncated.*broken\.png"):
+        train(cfg)
+    assert not Path(cfg.OUTPUT_DIR).exists()
+    cfg.CASCADE.ON_BAD_DATA = "skip"
+    results = evaluate(cfg)
+    assert "1 x image file that is truncated" in results["notes"][-1]
+    detections = Path(cfg.OUTPUT_DIR, "inference", "coco_instances_results.json").read_text()
+    found = {detection["image_id"] for detection in json.loads(detections)}
+    assert found <= {image["id"] for image in images} - {images[1]["id"]}
 
 
 def test_weights_are_needed(cfg):

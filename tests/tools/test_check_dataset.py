@@ -147,12 +147,15 @@ def test_problems_are_counted_and_the_status_tells(folder, capsys):
     assert "bbox [303, 1, 5, 5]" not in printed
 
 
-def test_decoding_finds_damage_inside_a_file(folder):
-    path = folder / "1.png"
+def damage_the_middle(path):
     data = bytearray(path.read_bytes())
     middle = len(data) // 2
     data[middle : middle + 60] = bytes(60)
     path.write_bytes(data)
+
+
+def test_decoding_finds_damage_inside_a_file(folder):
+    damage_the_middle(folder / "1.png")
     assert check(folder)[0] == 0
     status, found = check(folder, "--decode")
     assert status == 1
@@ -167,7 +170,15 @@ def test_what_leaves_no_data_set(folder, capsys):
     assert "there is no such file" in capsys.readouterr().out
     options = ["--json", str(folder / "set.json"), "--images", str(folder / "gone")]
     assert check_dataset.main(options) == 1
-    assert "--images" in capsys.readouterr().err
+    assert "gone: there is no such folder of images" in capsys.readouterr().err
+
+
+def test_findings_that_cannot_be_written(folder, capsys):
+    out = folder / "set.json" / "findings.json"
+    assert check_dataset.main(["--json", str(folder / "set.json"), "--json-out", str(out)]) == 1
+    captured = capsys.readouterr()
+    assert captured.err == f"{out.parent}: is no folder\n"
+    assert "No problems." in captured.out
 
 
 def check_config(folder, *options):
@@ -185,6 +196,14 @@ def test_sets_of_a_configuration(folder, capsys):
     assert "7, not 3" in capsys.readouterr().out
     assert check_config(folder, "DATASETS.TRAIN", "()", "DATASETS.TEST", "()") == 1
     assert "there is nothing to check" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("uses", [("TRAIN",), ("TEST",), ("TRAIN", "TEST")])
+def test_sets_for_testing_are_decoded_as_before_a_run(folder, uses):
+    damage_the_middle(folder / "1.png")
+    names = {f"DATASETS.{use}": "('mine',)" if use in uses else "()" for use in ("TRAIN", "TEST")}
+    options = [part for pair in names.items() for part in pair]
+    assert check_config(folder, *options, "MODEL.ROI_HEADS.NUM_CLASSES", "3") == ("TEST" in uses)
 
 
 def test_without_boxes_a_set_is_good_for_testing_only(folder, capsys):

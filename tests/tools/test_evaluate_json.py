@@ -198,6 +198,45 @@ def test_bad_annotations_stop_unless_they_are_skipped(files, capsys):
     assert run(files, "--on-bad-data", "skip") == 0
 
 
+def test_predictions_on_skipped_images_are_dropped_and_counted(files, capsys):
+    content, predictions = noisy_case()
+    folder = files / "images"
+    folder.mkdir()
+    for image_id in IMAGE_IDS:
+        noise = np.random.default_rng(1).integers(0, 256, (200, 220, 3), np.uint8)
+        cv2.imwrite(str(folder / f"{image_id}.png"), noise)
+    data = (folder / "5.png").read_bytes()
+    (folder / "5.png").write_bytes(data[:50_000] + bytes(60) + data[50_060:])
+    del content["images"][3]["height"]
+    (files / "val.json").write_text(json.dumps(content))
+    output = ["--images", str(folder), "--output", str(files / "skipped")]
+    assert run(files, *output) == 1
+    assert "set --on-bad-data to 'skip'" in capsys.readouterr().err
+    assert run(files, *output, "--on-bad-data", "skip") == 0
+    scores = json.loads((files / "skipped" / "scores.json").read_text())
+    assert "Left out as --on-bad-data is 'skip': 1 x image" in scores["notes"][-2]
+    dropped = sum(prediction["image_id"] in (5, 6) for prediction in predictions)
+    assert scores["notes"][-1] == (
+        f"{dropped} of {len(predictions)} predictions are on images left out."
+    )
+    # The same as if neither json had ever named these images.
+    for key in ("images", "annotations"):
+        entries = content[key]
+        content[key] = [e for e in entries if e.get("image_id", e["id"]) not in (5, 6)]
+    (files / "val.json").write_text(json.dumps(content))
+    rest = [prediction for prediction in predictions if prediction["image_id"] not in (5, 6)]
+    (files / "predictions.json").write_text(json.dumps(rest))
+    assert scores["bbox"]["AP"] == 100 * plain_pycocotools(files).stats[0]
+    (files / "predictions.json").write_text(json.dumps([*rest, {**rest[0], "image_id": 77}]))
+    assert run(files, "--on-bad-data", "skip") == 1
+    assert "1 x prediction with an unknown 'image_id'" in capsys.readouterr().err
+
+
+def test_an_output_that_is_a_file(files, capsys):
+    assert run(files, "--output", str(files / "val.json")) == 1
+    assert capsys.readouterr().err == f"{files / 'val.json'}: is no folder\n"
+
+
 def test_annotations_are_needed(files, capsys):
     content, _ = noisy_case()
     del content["annotations"]

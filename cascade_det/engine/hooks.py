@@ -81,8 +81,7 @@ class PeriodicCheckpoint(Hook):
         self._periodic.recent_checkpoints = self._files_before(trainer.start_iter)
         if trainer.start_iter == 0:
             self._checkpointer.save(START, iteration=-1)
-        self._saved = trainer.start_iter - 1
-        trainer.last_checkpoint = self._checkpointer.get_checkpoint_file()
+        self._note(trainer.start_iter - 1, trainer)
 
     def after_step(self, trainer: Trainer) -> None:
         """Save when it is time."""
@@ -91,7 +90,7 @@ class PeriodicCheckpoint(Hook):
         done = trainer.iteration + 1
         if done >= trainer.max_iter or (self._period > 0 and done % self._period == 0):
             self._periodic.step(trainer.iteration)
-            self._note(trainer)
+            self._note(trainer.iteration, trainer)
 
     def after_train(self, trainer: Trainer) -> None:
         """Save the last state of a training that ended before its time."""
@@ -103,12 +102,14 @@ class PeriodicCheckpoint(Hook):
             name = f"model_{trainer.iteration:07d}"
         if not is_saved and (trainer.finished or trainer.resumable):
             self._checkpointer.save(name, iteration=trainer.iteration)
-            self._note(trainer)
+            self._note(trainer.iteration, trainer)
 
-    def _note(self, trainer: Trainer) -> None:
-        self._saved = trainer.iteration
-        trainer.last_checkpoint = self._checkpointer.get_checkpoint_file()
-        if distributed.is_main():
+    def _note(self, saved: int, trainer: Trainer) -> None:
+        self._saved = saved
+        # The others might look for the file before the main process has written it.
+        newest = self._checkpointer.get_checkpoint_file() if distributed.is_main() else ""
+        trainer.last_checkpoint = distributed.broadcast(newest)
+        if saved >= 0 and distributed.is_main():
             Path(self._checkpointer.save_dir, f"{START}.pth").unlink(missing_ok=True)
 
     def _files_before(self, iteration: int) -> list[str]:

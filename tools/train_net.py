@@ -16,9 +16,12 @@ torchrun --nproc-per-node 8 tools/train_net.py --config-file ...
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from fvcore.common.config import CfgNode
 
@@ -32,28 +35,20 @@ from cascade_det.standalone import evaluate, replay_batch, train
 
 logger = logging.getLogger("cascade_det.tools.train_net")
 
+# What a user can mend about files. The traceback of any other OSError tells more.
+_FILE_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+}
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = _parse(argv)
     setup_logging()
     try:
-        cfg = load_config(args.config_file, args.opts)
-        check_config(cfg)
-        if args.replay_batch:
-            print("\n".join(replay_batch(cfg, args.replay_batch)))
-            return 0
-        setup_logging(cfg.OUTPUT_DIR if args.machine_rank == 0 else None)
-        cfg = _for_processes(cfg, args)
-        return distributed.launch(
-            run,
-            (cfg, args),
-            num_processes=args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            device_type=cfg.MODEL.DEVICE.partition(":")[0],
-        )
+        with _file_errors_told():
+            return _launch(args)
     except (CascadeDetError, FloatingPointError) as error:
         # A traceback would hide what the user can mend.
         logger.error("%s", error)
@@ -62,19 +57,49 @@ def main(argv: list[str] | None = None) -> int:
         return INTERRUPTED
 
 
+def _launch(args: argparse.Namespace) -> int:
+    cfg = load_config(args.config_file, args.opts)
+    check_config(cfg)
+    if args.replay_batch:
+        print("\n".join(replay_batch(cfg, args.replay_batch)))
+        return 0
+    setup_logging(cfg.OUTPUT_DIR if args.machine_rank == 0 else None)
+    cfg = _for_processes(cfg, args)
+    return distributed.launch(
+        run,
+        (cfg, args),
+        num_processes=args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        device_type=cfg.MODEL.DEVICE.partition(":")[0],
+    )
+
+
 def run(cfg: CfgNode, args: argparse.Namespace) -> int:
     """The work of one process, among others or alone; returns its exit status."""
     setup_logging(cfg.OUTPUT_DIR)
     try:
-        if args.eval_only:
-            evaluate(cfg, resume=args.resume)
-        else:
-            train(cfg, resume=args.resume)
+        with _file_errors_told():
+            if args.eval_only:
+                evaluate(cfg, resume=args.resume)
+            else:
+                train(cfg, resume=args.resume)
     except Interrupted as end:
         if distributed.is_main():
             logger.warning("%s. To go on: %s", end, _resuming_command())
         return INTERRUPTED
     return 0
+
+
+@contextmanager
+def _file_errors_told() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FILE_ERRORS:
+            raise
+        raise CascadeDetError(f"{error.filename or 'A file'}: {error.strerror}") from error
 
 
 def _for_processes(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
@@ -87,6 +112,8 @@ def _for_processes(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
 
 
 def _resuming_command() -> str:
+    if distributed.under_torchrun():
+        return "the same torchrun command with --resume"
     given = [argument for argument in sys.argv[1:] if argument != "--resume"]
     return shlex.join(["python", sys.argv[0], "--resume", *given])
 

@@ -8,7 +8,9 @@ of the resized image) and ``gt_classes`` (int64 ``[G]``), without crowds.
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,6 +31,10 @@ from cascade_det.data.transforms import TrainTransform
 from cascade_det.errors import DatasetError
 
 logger = logging.getLogger(__name__)
+
+# What to do about these is the main process's business. A worker tells the SIGTERM of its parent
+# from another's by sigwaitinfo, which macOS does not have.
+_NOT_FOR_WORKERS = {signal.SIGINT} | ({signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else set())
 
 
 def build_train_loader(
@@ -162,7 +168,7 @@ def _loader_arguments(num_workers: int) -> dict[str, Any]:
     return {
         "num_workers": num_workers,
         "collate_fn": _as_it_is,
-        "worker_init_fn": _ignore_interrupt if num_workers else None,
+        "worker_init_fn": _obey_main_process if num_workers else None,
         # Its own generator: starting to iterate must not advance the run's global one, which a
         # resumed run could not repeat.
         "generator": torch.Generator(),
@@ -173,12 +179,22 @@ def _as_it_is(fetched: Fetched) -> Fetched:
     return fetched
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; what to do about it is the main one's business.
+def _obey_main_process(worker: int) -> None:
+    """Ctrl-C and SIGTERM may reach all processes of a group, and leave the workers as they are.
 
-    It ends its workers itself when it is done, with the batches that it still wants.
+    The main one ends them itself when it is done, with the batches that it still wants: by a
+    message, and at its own exit by a SIGTERM, which they obey.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if signal.SIGTERM in _NOT_FOR_WORKERS:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
+
+
+def _end_when_the_parent_says_so() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class _Loader(DataLoader[Sample]):
@@ -189,7 +205,7 @@ class _Loader(DataLoader[Sample]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         known: set[str] = set()
-        for fetched in super().__iter__():
+        for fetched in self._start():
             if fetched.error is not None:
                 raise fetched.error
             for message in fetched.replaced:
@@ -201,3 +217,11 @@ class _Loader(DataLoader[Sample]):
                         len(known),
                     )
             yield fetched.batch
+
+    def _start(self) -> Iterator[Fetched]:
+        # Workers are born with the signals blocked, which else could end one before it is set up.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)

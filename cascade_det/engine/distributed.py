@@ -59,7 +59,7 @@ def planned_world_size(num_processes: int, num_machines: int = 1) -> int:
     Raises:
         ConfigError: a number is below 1.
     """
-    if _under_torchrun():
+    if under_torchrun():
         return int(os.environ["WORLD_SIZE"])
     if num_processes < 1 or num_machines < 1:
         raise ConfigError(
@@ -216,7 +216,7 @@ def launch(
         ConfigError: the arguments contradict each other or the machine, or nobody is at the URL.
         CascadeDetError, FloatingPointError: raised by ``main``.
     """
-    if _under_torchrun():
+    if under_torchrun():
         return _run_under_torchrun(main, args, device_type)
     total = planned_world_size(num_processes, num_machines)
     _check_address(num_machines, machine_rank, dist_url)
@@ -348,7 +348,8 @@ def _check_devices(num_processes: int, device_type: str) -> None:
         )
 
 
-def _under_torchrun() -> bool:
+def under_torchrun() -> bool:
+    """Whether torchrun has started this process, which its environment says."""
     return all(name in os.environ for name in _TORCHRUN)
 
 

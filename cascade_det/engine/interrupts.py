@@ -22,29 +22,36 @@ class InterruptRequest:
     """Whether someone asked to stop; true from the first signal on.
 
     Attributes:
-        immediate: whether a signal is to end what runs at once, by a KeyboardInterrupt.
+        immediate: whether the next signal is to end what runs at once, by a KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
-        self._received = False
+        self._received: set[int] = set()
         self.immediate = False
 
     def __bool__(self) -> bool:
-        return self._received
+        return bool(self._received)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal: the first one is remembered, the second one ends everything at once.
+        """Handle a signal: it is remembered, and a second Ctrl-C ends everything at once.
+
+        SIGTERM may come several times for one and the same wish, to the group of processes and
+        from the parent: however often, it never means haste.
 
         Raises:
-            KeyboardInterrupt: it is the second one, or ``immediate`` is set.
+            KeyboardInterrupt: it is the second Ctrl-C, or ``immediate`` is set.
         """
-        if self._received or self.immediate:
+        first, again = not self._received, number in self._received
+        self._received.add(number)
+        if self.immediate or (again and number == signal.SIGINT):
+            # Once: what is ended saves before it goes.
+            self.immediate = False
             raise KeyboardInterrupt
-        self._received = True
-        logger.warning(
-            "%s: stopping after this iteration, with a checkpoint (once more: at once)",
-            signal.Signals(number).name,
-        )
+        if first:
+            logger.warning(
+                "%s: stopping after this iteration, with a checkpoint (a second Ctrl-C: at once)",
+                signal.Signals(number).name,
+            )
 
 
 @contextmanager

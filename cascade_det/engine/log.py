@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from cascade_det.engine import distributed
 from cascade_det.engine.writers import progress_logger
+from cascade_det.errors import ConfigError
 
 _LOGGERS = ("cascade_det", "fvcore")
 
@@ -23,6 +24,9 @@ def setup_logging(output_dir: str | Path | None = None, *, level: int = logging.
     Args:
         output_dir: made if needed; ``None`` for the console alone.
         level: of the least important lines that are shown.
+
+    Raises:
+        ConfigError: no log can be written to ``output_dir``.
     """
     rank = distributed.rank()
     console = _ConsoleHandler()
@@ -30,10 +34,7 @@ def setup_logging(output_dir: str | Path | None = None, *, level: int = logging.
     if rank > 0:
         console.setLevel(logging.WARNING)
     if output_dir is not None:
-        folder = Path(output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        name = "log.txt" if rank == 0 else f"log.txt.rank{rank}"
-        handlers.append(_LogFile(folder / name, encoding="utf-8"))
+        handlers.append(_open(Path(output_dir), rank))
     who = "" if rank == 0 else f" rank {rank}"
     line = f"[%(asctime)s{who} %(name)s] %(levelname)s: %(message)s"
     for handler in handlers:
@@ -46,6 +47,18 @@ def setup_logging(output_dir: str | Path | None = None, *, level: int = logging.
             old.close()
         for handler in handlers:
             logger.addHandler(handler)
+
+
+def _open(folder: Path, rank: int) -> _LogFile:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        name = "log.txt" if rank == 0 else f"log.txt.rank{rank}"
+        return _LogFile(folder / name, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"OUTPUT_DIR is {str(folder)!r}, but {error.filename}: {error.strerror}. Give a folder "
+            "that can be made and written to."
+        ) from error
 
 
 class _LogFile(logging.FileHandler):

@@ -60,9 +60,10 @@ def run_processes(
 ) -> int:
     """Call ``function(index, *args)`` in ``count`` new processes and wait for all of them.
 
-    If one fails, the others are given a few seconds and then stopped. Ctrl-C reaches them from the
-    terminal and is theirs to handle; a SIGTERM is handed on to them, and they get one if this
-    process dies. To be called from the main thread.
+    If one fails, the others are given a few seconds and then stopped. Signals are theirs to
+    handle: for each SIGINT or SIGTERM of this process they get a SIGTERM, beside the one that may
+    reach them from the terminal, and they get one if this process dies. To be called from the main
+    thread.
 
     Args:
         function: at the top level of a module; gives an exit status.
@@ -85,18 +86,16 @@ def run_processes(
                 process = start(target=_call, args=(index, function, args, Path(folder)))
                 process.start()
                 processes.append(process)
-            if caught.terminated:
-                caught.terminate()
+            if caught.terminated or caught.interruptions:
+                caught.hand_on()
             _wait_for(processes, caught)
         finally:
             stopped = _stop(processes)
         failures = {index: _read_failure(Path(folder) / str(index)) for index in range(count)}
     statuses = [process.exitcode or 0 for process in processes]
-    if caught.terminated:
-        return 128 + signal.SIGTERM
-    if INTERRUPTED in statuses:
-        # What else is there are processes that lost those that ended first.
-        return INTERRUPTED
+    ended = _end_by_signals(statuses, failures, stopped, caught)
+    if ended is not None:
+        return ended
     if len(set(statuses)) == 1 and statuses[0] >= 0 and not any(failures.values()):
         return statuses[0]
     cause = _first_cause(statuses, failures, stopped)
@@ -117,9 +116,15 @@ class _Caught:
 
     def interrupt(self, *_: Any) -> None:
         self.interruptions += 1
+        self.hand_on()
 
     def terminate(self, *_: Any) -> None:
         self.terminated = True
+        self.hand_on()
+
+    def hand_on(self) -> None:
+        # Nothing tells whether the signal has reached the others already, as from a terminal, or
+        # this process alone. A SIGTERM too many does no harm, while a second SIGINT means haste.
         for process in self.processes:
             process.terminate()
 
@@ -165,6 +170,31 @@ def _stop(processes: Sequence[BaseProcess]) -> set[int]:
     for process in processes:
         process.join()
     return stopped
+
+
+def _end_by_signals(
+    statuses: Sequence[int],
+    failures: dict[int, _Failure | None],
+    stopped: set[int],
+    caught: _Caught,
+) -> int | None:
+    """The exit status after signals; ``None`` if there were none, or if they are not the cause.
+
+    Raises:
+        CascadeDetError, FloatingPointError: raised on the way out, as by a save to a full disk.
+    """
+    if caught.interruptions > 1:
+        return INTERRUPTED
+    by_themselves = {s for index, s in enumerate(statuses) if index not in stopped}
+    # Of processes that had no handlers yet, or none any more.
+    killed = caught.interruptions > 0 and bool(by_themselves & {-signal.SIGINT, -signal.SIGTERM})
+    if not (caught.terminated or killed or INTERRUPTED in statuses):
+        return None
+    # Other failures are of processes that lost those that ended first.
+    told = [f for f in failures.values() if f is not None and isinstance(f.error, USER_ERRORS)]
+    if told:
+        raise min(told, key=lambda failure: failure.time).error
+    return 128 + signal.SIGTERM if caught.terminated else INTERRUPTED
 
 
 def _first_cause(
@@ -218,7 +248,7 @@ def _call(index: int, function: Callable[..., int], args: tuple[Any, ...], folde
 
 
 def _end_with_parent() -> None:
-    # The kernel can do this too, but may send its signal twice, and a second one means haste.
+    # The kernel can do this too, but only Linux, and when the thread ends that started this one.
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from cascade_det.engine.events import History
-from cascade_det.files import atomic_path
+from cascade_det.files import atomic_path, naming
 
 logger = logging.getLogger(__name__)
 # Lines of progress: in log.txt always, on the console only where no bar can be drawn.
@@ -81,17 +81,21 @@ class JsonWriter(Writer):
 
     def write(self, history: History) -> None:
         """Append one line for each iteration that has new figures."""
+        lines = []
         for iteration, scalars in self._new.take(history).items():
             row: dict[str, Any] = {
                 name: value if math.isfinite(value) else None for name, value in scalars.items()
             }
-            self._file.write(json.dumps({**row, "iteration": iteration}, sort_keys=True) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+            lines.append(json.dumps({**row, "iteration": iteration}, sort_keys=True))
+        with naming(self._path):
+            self._file.writelines(f"{line}\n" for line in lines)
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with naming(self._path):
+            self._file.close()
 
 
 class TensorBoardWriter(Writer):

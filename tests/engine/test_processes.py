@@ -6,15 +6,16 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from cascade_det.engine import processes
-from cascade_det.engine.interrupts import Interrupted
+from cascade_det.engine.interrupts import Interrupted, interrupt_request
 from cascade_det.engine.processes import PeerError, run_processes
-from cascade_det.errors import CascadeDetError, ConfigError, DatasetError
+from cascade_det.errors import CascadeDetError, CheckpointError, ConfigError, DatasetError
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,17 +44,28 @@ def die(index, folder):
     time.sleep(600)
 
 
-def wait_for_a_signal(index, folder):
-    """Leave word of each signal, and end in good order after the first."""
-    received = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: received.append(number))
+def work_until_a_signal(index, folder):
+    """As training does: go on until a signal asks for an end, and save, which takes a while."""
+    with interrupt_request() as request:
+        (folder / f"{index}.pid").write_text(str(os.getpid()))
+        while not request:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        (folder / f"{index}.saved").touch()
+    raise Interrupted("after a checkpoint")
+
+
+def wait(index, folder):
+    """As what comes before training: no signal has a handler."""
     (folder / f"{index}.pid").write_text(str(os.getpid()))
-    while not received:
-        time.sleep(0.01)
-    time.sleep(0.3)
-    (folder / f"{index}.txt").write_text(" ".join(signal.Signals(n).name for n in received))
-    return 0
+    time.sleep(600)
+
+
+def hang(index, folder):
+    """As in a collective that never comes back to Python."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    wait(index, folder)
 
 
 class NotUnpicklable(DatasetError):
@@ -107,6 +119,31 @@ def test_interrupted_processes_are_no_failure(caplog):
     assert not caplog.records
 
 
+def test_a_save_that_fails_after_a_signal_is_told():
+    errors = [CheckpointError("the disk is full"), Interrupted("after a checkpoint")]
+    with pytest.raises(CheckpointError, match=r"^the disk is full$"):
+        run_processes(raise_errors, (errors,), 2)
+
+
+@pytest.mark.parametrize(("function", "times"), [(wait, 1), (hang, 2)])
+def test_ctrl_c_ends_processes_without_a_handler(tmp_path, caplog, monkeypatch, function, times):
+    monkeypatch.setattr(processes, "_GRACE", 0.3)
+    monkeypatch.setattr(processes, "_TERMINATION", 0.3)
+
+    def press():
+        wait_until(lambda: all((tmp_path / f"{i}.pid").exists() for i in (0, 1)))
+        for _ in range(times):
+            time.sleep(0.2)  # else two signals may be one
+            os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    assert run_processes(function, (tmp_path,), 2) == 130
+    thread.join()
+    assert not caplog.records
+    assert not any(is_alive(tmp_path / f"{i}.pid") for i in (0, 1))
+
+
 def test_a_killed_process_takes_the_others_down(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(processes, "_GRACE", 0.3)
     monkeypatch.setattr(processes, "_TERMINATION", 0.3)
@@ -122,20 +159,22 @@ def test_patience_is_less_than_a_minute():
 
 
 @pytest.mark.parametrize(
-    ("number", "to_group", "status", "received"),
+    ("number", "to_group", "status"),
     [
-        (signal.SIGINT, True, 0, "SIGINT"),  # a terminal tells all of them
-        (signal.SIGTERM, False, 143, "SIGTERM"),
-        (signal.SIGKILL, False, -9, "SIGTERM"),
+        (signal.SIGINT, True, 130),  # a terminal tells all of them
+        (signal.SIGINT, False, 130),
+        (signal.SIGTERM, True, 143),  # and so do clusters
+        (signal.SIGTERM, False, 143),
+        (signal.SIGKILL, False, -9),
     ],
 )
-def test_signals_of_the_parent(tmp_path, number, to_group, status, received):
+def test_after_a_signal_all_save(tmp_path, number, to_group, status):
     program = (
         "from pathlib import Path\n"
         "from cascade_det.engine.processes import run_processes\n"
-        "from tests.engine.test_processes import wait_for_a_signal\n"
+        "from tests.engine.test_processes import work_until_a_signal\n"
         "if __name__ == '__main__':\n"
-        f"    raise SystemExit(run_processes(wait_for_a_signal, (Path({str(tmp_path)!r}),), 2))\n"
+        f"    raise SystemExit(run_processes(work_until_a_signal, (Path({str(tmp_path)!r}),), 2))\n"
     )
     (tmp_path / "program.py").write_text(program)
     parent = subprocess.Popen(
@@ -147,9 +186,8 @@ def test_signals_of_the_parent(tmp_path, number, to_group, status, received):
     time.sleep(0.1)
     (os.killpg if to_group else os.kill)(parent.pid, number)
     assert parent.wait(timeout=60) == status
-    wait_until(lambda: all((tmp_path / f"{i}.txt").exists() for i in (0, 1)))
     wait_until(lambda: not any(is_alive(tmp_path / f"{i}.pid") for i in (0, 1)))
-    assert [(tmp_path / f"{i}.txt").read_text() for i in (0, 1)] == [received] * 2
+    assert all((tmp_path / f"{i}.saved").exists() for i in (0, 1))
 
 
 def wait_until(condition):

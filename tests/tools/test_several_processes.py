@@ -1,28 +1,38 @@
-"""The command with several processes, as a user types it."""
+"""The command with several processes, as a user types it; signals and files that fail, too."""
 
 import json
 import os
+import re
+import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import train_net
 from cascade_det.config import load_config
+from cascade_det.engine.interrupts import Interrupted
 from make_shapes import make_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "train_net.py"
 CONFIG = ROOT / "configs" / "quick_schedules" / "instant_test.yaml"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def run(*command):
+def command(*arguments):
+    return [str(word) for word in (sys.executable, TOOL, "--config-file", CONFIG, *arguments)]
+
+
+def run(*arguments):
     done = subprocess.run(
-        [sys.executable, *map(str, command)],
+        [sys.executable, *map(str, arguments)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -113,3 +123,72 @@ def test_mistakes_are_told_before_anything_starts(keys, tmp_path, capfd, argumen
     output = "".join(capfd.readouterr())
     assert all(word in output for word in words)
     assert "Traceback" not in output
+
+
+def test_sigterm_to_all_processes_costs_nothing(keys, tmp_path):
+    """As clusters send it: to the process that trains and its workers at once."""
+    options = [*keys, "OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 100_000, "DATASETS.TEST", "()"]
+    options += ["DATALOADER.NUM_WORKERS", 2, "SOLVER.CHECKPOINT_PERIOD", 100_000]
+    training = subprocess.Popen(
+        command(*options),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    figures = tmp_path / "metrics.json"
+    deadline = time.monotonic() + 100
+    while not (figures.exists() and figures.read_text().count("\n") > 2):
+        assert time.monotonic() < deadline
+        assert training.poll() is None
+        time.sleep(0.05)
+    os.killpg(training.pid, signal.SIGTERM)
+    output, _ = training.communicate(timeout=100)
+    assert training.returncode == 130, output
+    last = int(re.search(r"Interrupted after iteration (\d+)", output)[1])
+    assert (tmp_path / "last_checkpoint").read_text() == f"model_{last:07d}.pth"
+    assert (tmp_path / f"model_{last:07d}.pth").exists()
+    assert f"python {TOOL} --resume --config-file" in output
+    assert "Traceback" not in output
+
+
+def test_under_torchrun_the_command_to_go_on_is_torchruns(keys, tmp_path, capfd, monkeypatch):
+    def interrupted(cfg, resume):
+        raise Interrupted("Interrupted after iteration 3")
+
+    monkeypatch.setattr(train_net, "train", interrupted)
+    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "::1", "MASTER_PORT": 1}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    assert train_net.main(["--config-file", str(CONFIG), *keys, "OUTPUT_DIR", str(tmp_path)]) == 130
+    assert "the same torchrun command with --resume" in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("where", ["file", "file/below", "locked"])
+def test_a_folder_that_cannot_be_written_to(keys, tmp_path, capfd, where):
+    (tmp_path / "file").touch()
+    (tmp_path / "locked" / "log.txt").mkdir(parents=True)
+    output = ["OUTPUT_DIR", str(tmp_path / where)]
+    assert train_net.main(["--config-file", str(CONFIG), *keys, *output]) == 1
+    told = "".join(capfd.readouterr())
+    assert f"OUTPUT_DIR is '{tmp_path / where}'" in told
+    assert re.search("File exists|Not a directory|Is a directory", told)
+    assert "Traceback" not in told
+
+
+def test_a_file_that_cannot_be_written_is_told_in_a_line(keys, tmp_path):
+    """As on a full disk: no file may become larger than 5 kB."""
+    done = subprocess.run(
+        command(*keys, "OUTPUT_DIR", tmp_path),
+        env=ENVIRONMENT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    errors = [line for line in done.stdout.splitlines() if "ERROR" in line]
+    assert len(errors) == 1
+    assert f"{tmp_path / 'config.yaml'}: File too large" in errors[0]
+    assert "Traceback" not in done.stdout

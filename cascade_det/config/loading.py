@@ -221,4 +221,6 @@ def _unknown_key(cfg: CfgNode, full_key: str, source: str) -> ConfigError:
     known = {key.upper(): key for key in flat(cfg)}
     nearest = difflib.get_close_matches(full_key.upper(), known, n=1, cutoff=0.5)
     hint = f"Did you mean {known[nearest[0]]}?" if nearest else "No known key resembles it."
+    if full_key.startswith("-"):
+        hint = "Options that begin with - come before the keys."
     return ConfigError(f"{source}: there is no key {full_key[:200]}. {hint}")

@@ -217,6 +217,7 @@ def test_the_nearest_key_is_suggested(key, nearest):
 
 def test_no_suggestion_is_better_than_a_wild_one():
     assert "No known key resembles it." in error_of(None, ("XYZZY", "1"))
+    assert "begin with - come before the keys" in error_of(None, ("--resume", "1"))
 
 
 def test_an_error_in_a_base_names_the_base(write_yaml):

@@ -62,6 +62,7 @@ def test_a_metric_without_value_is_no_divergence():
     assert divergence({**GOOD, "amp/scale": 1.0}) is None
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 def test_float16_that_overflows_at_every_scale_is_a_divergence(make_detector, make_loader):
     """The scaler leaves out every step, and the losses stay as they are: nothing else shows it."""
 

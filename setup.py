@@ -10,8 +10,9 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "cascade_det/__init__.py").
 
 # Lower bounds are versions that the tests were run with, and nothing is pinned.
 REQUIREMENTS = [
-    "torch>=2.4",
-    "torchvision>=0.19",
+    # Before 2.6 a crafted file could run code in spite of weights_only=True (CVE-2025-32434).
+    "torch>=2.6",
+    "torchvision>=0.21",
     "fvcore>=0.1.5.post20221221",
     "yacs>=0.1.8",
     "PyYAML>=6.0",
@@ -19,7 +20,7 @@ REQUIREMENTS = [
     # The same `import cv2` as opencv-python, without its need for libGL and X11 on the machine.
     "opencv-python-headless>=4.8",
     "numpy>=1.26",
-    "Pillow>=10.0",
+    "Pillow>=11.0",
     "tqdm>=4.66",
     "filelock>=3.12",
     "tabulate>=0.9",

@@ -256,7 +256,7 @@ def _run_spawned(
         torch.set_num_threads(threads)
     try:
         store = dist.TCPStore(place.host, place.port, timeout=_CONNECTION_TIMEOUT)
-    except dist.DistError as error:
+    except RuntimeError as error:
         raise ConfigError(
             f"--dist-url tcp://{place.host}:{place.port}: cannot be reached ({error}). Give the "
             "address of machine 0, and a port of it that is open to the others."
@@ -308,7 +308,7 @@ def _serve(dist_url: str, machine_rank: int) -> tuple[dist.TCPStore | None, str,
         return None, host, port
     try:
         store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False)
-    except dist.DistError as error:
+    except RuntimeError as error:
         raise ConfigError(
             f"--dist-url {dist_url}: cannot listen there ({error}). Give an address of this "
             "machine and a port that is free."

@@ -84,7 +84,8 @@ def test_good_images_pass_and_are_read_as_opencv_reads_them(tmp_path, picture, c
     ours = read_image(str(path), "BGR")
     assert ours.shape == (HEIGHT, WIDTH, 3)
     theirs = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    if case not in NOT_AS_OPENCV:
+    # Not every OpenCV reads GIF.
+    if theirs is not None and case not in NOT_AS_OPENCV:
         assert np.abs(ours.astype(int) - theirs).mean() < 2
 
 
@@ -153,6 +154,10 @@ def test_a_tiff_with_previews_has_one_picture(tmp_path, picture):
     preview = Image.fromarray(np.ascontiguousarray(picture[::2, ::2]))
     preview.encoderinfo = {"tiffinfo": {254: 1}}
     Image.fromarray(picture).save(path, save_all=True, append_images=[preview])
+    with Image.open(path) as image:
+        image.seek(1)
+        if image.tag_v2.get(254) != 1:
+            pytest.skip("this Pillow cannot mark a page as a preview")
     assert check_image(entry(path)) is None
 
 

@@ -194,12 +194,14 @@ def test_claims_beyond_the_file_are_not_believed(tmp_path, legacy, places):
     claiming(path, legacy=legacy, places=places)
     try:
         weights = read_weights(path)
-    except CheckpointError as error:
-        assert "claims.pth" in str(error)
+    except CheckpointError as refused:
+        message = str(refused)
     else:
         # Some versions of PyTorch do not look at what the storage of a zip says of itself.
         assert (legacy, places) == (False, ["storage"])
         assert torch.equal(weights["w"], torch.arange(4.0))
+        return
+    assert "claims.pth" in message
 
 
 def test_one_number_repeated_beyond_the_file_is_refused(tmp_path):

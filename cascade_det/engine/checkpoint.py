@@ -96,6 +96,14 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
         That lets the loader and the trainer be built when the iteration to start with is known.
         """
         super().add_checkpointable(key, checkpointable)
+        self.load_resumed(key, checkpointable)
+
+    def load_resumed(self, key: str, checkpointable: Any) -> None:
+        """Give an object its state from the resumed checkpoint, if that has one; do not track it.
+
+        Raises:
+            CheckpointError: the state does not fit.
+        """
         if key not in self._resumed:
             return
         try:
@@ -105,10 +113,6 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
                 f"{self.get_checkpoint_file()}: its {key!r} does not fit this run ({error}). "
                 "Resume with the configuration that it was written with, or start without resuming."
             ) from error
-
-    def has_resumed(self, key: str) -> bool:
-        """Whether the resumed checkpoint has state under ``key`` that nobody took yet."""
-        return key in self._resumed
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``name.pth``; an earlier file of that name is there, whole, until this one is.

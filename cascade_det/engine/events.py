@@ -101,8 +101,9 @@ def mean_figures(
         device: where the scalars are.
     """
     names = [*parts[0], *overall]
-    rows = [[{**part, **overall}[name] for name in names] for part in parts]
-    table = torch.stack([torch.stack([_scalar(value, device) for value in row]) for row in rows])
+    merged = [{**part, **overall} for part in parts]
+    rows = [torch.stack([_scalar(row[name], device) for name in names]) for row in merged]
+    table = torch.stack(rows)
     strict = torch.tensor(["loss" in name or name in overall for name in names], device=device)
     known = ~table.isnan() | strict
     sums, counts = torch.where(known, table, 0.0).sum(dim=0), known.sum(dim=0)

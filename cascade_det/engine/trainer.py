@@ -279,8 +279,7 @@ class Trainer:
 
     def _gradient_norm(self) -> Tensor:
         gradients = [p.grad for p in self._parameters() if p.grad is not None]
-        norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
-        norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        norm = nn.utils.get_total_norm(gradients)
         # A scaled gradient that overflows is expected: the scaler leaves out such a step itself.
         return torch.where(norm.isfinite(), norm, 0.0) if self._scaler.is_enabled() else norm
 

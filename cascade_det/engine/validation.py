@@ -50,8 +50,9 @@ def validation_losses(
         for batch in loader:
             with autocast(device, amp_dtype_of(amp_dtype)):
                 losses = model.losses(batch)
-            for name, value in losses.items():
-                sums[name] += float(value) * len(batch)
+            values = torch.stack(list(losses.values())).tolist()
+            for name, value in zip(losses, values, strict=True):
+                sums[name] += value * len(batch)
             images += len(batch)
     shares = distributed.all_gather((dict(sums), images))
     total = sum(count for _, count in shares)

@@ -146,10 +146,10 @@ def _build_trainer(
         hooks.append(average)
         # A checkpoint's model is what detects best, for whoever loads it.
         best = checkpointer.model = average.module
-    # Beside an average, the weights that training goes on with; a run may also drop its average.
-    if arguments["ema_decay"] > 0 or checkpointer.has_resumed("training_weights"):
+        # Beside it, the weights that training goes on with.
         checkpointer.add_checkpointable("training_weights", detector)
-
+    else:
+        checkpointer.load_resumed("training_weights", detector)
     hooks.append(
         PeriodicCheckpoint(
             checkpointer, arguments["checkpoint_period"], arguments["max_to_keep"] or 0

@@ -85,7 +85,7 @@ BAD = {
     "unknown_empty_group": ("SOLVR: {}", ":1:", "no key SOLVR"),
     "long_tag": ("SEED: !" + "x" * 9000, ":1:", "has the tag !xxx"),
     "long_alias": ("SEED: *" + "x" * 9000, ":1:", "undefined alias"),
-    "long_key": ("X" * 1000 + ": 1", "there is no key XXX"),
+    "long_key": ("Q" * 1000 + ": 1", "there is no key QQQ"),
     "flood": ("SEED: " + "x" * 9000, "SEED is 'xxx", "...", "of type str"),
 }
 

@@ -304,6 +304,8 @@ def test_dropping_the_average_goes_on_with_the_trained_weights(instant_cfg, outp
     instant_cfg.SOLVER.MAX_ITER = 7
     train(instant_cfg, resume=True)
     torch.testing.assert_close(weights_of(output)[name], saved["training_weights"][name])
+    # The weights are not kept twice from there on.
+    assert "training_weights" not in torch.load(output / "model_final.pth", weights_only=True)
 
 
 def test_accumulation_and_validation_loss_in_a_run(instant_cfg, output):

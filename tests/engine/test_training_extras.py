@@ -255,6 +255,17 @@ def test_validation_losses_repeat_and_leave_norms_alone(make_detector, make_load
     torch.testing.assert_close(dict(detector.state_dict()), state, rtol=0, atol=0)
 
 
+def test_validation_losses_draw_the_same_every_time(make_loader):
+    class Sampling(Plain):
+        def losses(self, batch):
+            return {"loss_drawn": torch.rand(()) + 0 * super().losses(batch)["loss_square"]}
+
+    batches = [batch for batch, _ in zip(make_loader(), range(3), strict=False)]
+    first = validation_losses(Sampling(), batches)
+    torch.rand(5)
+    assert validation_losses(Sampling(), batches) == first
+
+
 def test_settings_are_the_new_runs_and_state_is_the_old_ones(make_detector, make_loader, tmp_path):
     def run(**arguments):
         return resumable(tmp_path, make_detector, make_loader, **arguments)

@@ -5,8 +5,9 @@ import math
 import sys
 
 import pytest
+import torch
 
-from cascade_det.engine.events import WINDOW, History
+from cascade_det.engine.events import WINDOW, History, mean_figures
 from cascade_det.engine.hooks import EvalHook, Hook, WriterHook
 from cascade_det.engine.log import setup_logging
 from cascade_det.engine.solver import build_optimizer, build_scheduler
@@ -70,6 +71,17 @@ def test_history_comes_back_from_its_state():
     assert other.latest("lr") == history.latest("lr")
     assert other.median("total_loss") == history.median("total_loss")
     assert other.iteration == 50
+
+
+def test_means_over_parts_hide_no_broken_loss_and_leave_out_metrics_without_value():
+    nan = math.nan
+    parts = [
+        {"loss_a": torch.tensor(1.0), "loss_b": torch.tensor(nan), "accuracy": nan, "none": nan},
+        {"loss_a": torch.tensor(3.0), "loss_b": torch.tensor(2.0), "accuracy": 0.5, "none": nan},
+    ]
+    found = mean_figures(parts, {"gradient_norm": 7.0}, torch.device("cpu"))
+    expected = {"loss_a": 2.0, "loss_b": nan, "accuracy": 0.5, "none": nan, "gradient_norm": 7.0}
+    assert found == pytest.approx(expected, nan_ok=True)
 
 
 def test_json_lines_hold_what_is_new(tmp_path):

@@ -261,9 +261,10 @@ def test_validation_losses_draw_the_same_every_time(make_loader):
             return {"loss_drawn": torch.rand(()) + 0 * super().losses(batch)["loss_square"]}
 
     batches = [batch for batch, _ in zip(make_loader(), range(3), strict=False)]
-    first = validation_losses(Sampling(), batches)
+    detector = Sampling()
+    first = validation_losses(detector, batches)
     torch.rand(5)
-    assert validation_losses(Sampling(), batches) == first
+    assert validation_losses(detector, batches) == first
 
 
 def test_settings_are_the_new_runs_and_state_is_the_old_ones(make_detector, make_loader, tmp_path):

@@ -6,13 +6,14 @@ takes plain values.
 """
 
 from cascade_det.config.cascade import add_cascade_config
-from cascade_det.config.checks import check_config
+from cascade_det.config.checks import check_config, check_heads, check_run
 from cascade_det.config.defaults import get_cfg
 from cascade_det.config.keys import changed_keys, flat
 from cascade_det.config.loading import History, Setting, load_config, merge_config
 from cascade_det.config.model_arguments import (
     backbone_arguments,
     box_head_arguments,
+    box_head_configs,
     cascade_arguments,
     detector_arguments,
     exit_arguments,
@@ -36,10 +37,13 @@ __all__ = [
     "add_cascade_config",
     "backbone_arguments",
     "box_head_arguments",
+    "box_head_configs",
     "cascade_arguments",
     "changed_keys",
     "check_config",
+    "check_heads",
     "check_processes",
+    "check_run",
     "datasets_arguments",
     "detector_arguments",
     "exit_arguments",

@@ -1,4 +1,4 @@
-"""Checks of a whole configuration for the standalone host.
+"""Checks of a whole configuration.
 
 First each key on its own (``supported``, ``ranges``), then keys against each other. A check
 across keys is left out where one of its keys is wrong by itself, and never meets odd values.
@@ -6,14 +6,30 @@ across keys is left out where one of its keys is wrong by itself, and never meet
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+
 from fvcore.common.config import CfgNode
 
-from cascade_det.config.model_checks import MODEL_CHECKS
+from cascade_det.config.model_checks import HEAD_CHECKS, MODEL_CHECKS
 from cascade_det.config.ranges import RANGES
-from cascade_det.config.rules import shown, value_of
+from cascade_det.config.rules import Check, Rule, shown, value_of
 from cascade_det.config.run_checks import RUN_CHECKS
-from cascade_det.config.supported import SUPPORTED
+from cascade_det.config.supported import DETECTRON2_ALONE, SUPPORTED
 from cascade_det.errors import ConfigError
+
+Checks = dict[Check, tuple[str, ...]]
+
+# Detectron2 finds these in its registries, and leaves what they may be to whoever wrote them.
+_REGISTERED = ("MODEL.ROI_HEADS.NAME", "MODEL.ROI_BOX_HEAD.NAME", "MODEL.ROI_BOX_HEAD.NORM")
+# What Detectron2's cascades do not look at.
+_NOT_OF_A_CASCADE = ("MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES",)
+_HEADS = (
+    "MODEL.ROI_HEADS.",
+    "MODEL.ROI_BOX_HEAD.",
+    "MODEL.ROI_BOX_CASCADE_HEAD.",
+    "MODEL.CASCADE.",
+)
+_RUN = ("CASCADE.", "SOLVER.", "DATASETS.", "DATALOADER.", "INPUT.", "TEST.", "OUTPUT_DIR")
 
 
 def check_config(cfg: CfgNode) -> None:
@@ -25,14 +41,47 @@ def check_config(cfg: CfgNode) -> None:
     Raises:
         ConfigError: lists every problem that was found, each with key, value and remedy.
     """
+    _check(cfg, (*SUPPORTED, *RANGES), {**MODEL_CHECKS, **HEAD_CHECKS, **RUN_CHECKS})
+
+
+def check_heads(cfg: CfgNode) -> None:
+    """Check what our ROI heads need to know, whatever model of Detectron2 they are part of.
+
+    Args:
+        cfg: a configuration with ``MODEL.CASCADE``; it is not changed.
+
+    Raises:
+        ConfigError: as ``check_config``.
+    """
+    _check(cfg, _rules(_HEADS, without=(*_REGISTERED, *_NOT_OF_A_CASCADE)), HEAD_CHECKS)
+
+
+def check_run(cfg: CfgNode) -> None:
+    """Check data, solver and evaluation of a run, whatever model it trains in Detectron2.
+
+    Args:
+        cfg: a configuration with ``CASCADE``; it is not changed.
+
+    Raises:
+        ConfigError: as ``check_config``.
+    """
+    _check(cfg, _rules(_RUN, without=DETECTRON2_ALONE), RUN_CHECKS)
+
+
+def _rules(prefixes: tuple[str, ...], *, without: Collection[str]) -> list[Rule]:
+    rules = (*SUPPORTED, *RANGES)
+    return [rule for rule in rules if rule.key.startswith(prefixes) and rule.key not in without]
+
+
+def _check(cfg: CfgNode, rules: Iterable[Rule], checks: Checks) -> None:
     problems: list[str] = []
     wrong: set[str] = set()
-    for rule in (*SUPPORTED, *RANGES):
+    for rule in rules:
         value = value_of(cfg, rule.key)
         if not rule.holds(value):
             wrong.add(rule.key)
             problems.append(f"{rule.key} is {shown(value)}. {rule.remedy}")
-    for check, keys in {**MODEL_CHECKS, **RUN_CHECKS}.items():
+    for check, keys in checks.items():
         if wrong.isdisjoint(keys):
             problems += check(cfg)
     if problems:

@@ -89,25 +89,29 @@ def pooler_arguments(cfg: CfgNode) -> dict[str, Any]:
     }
 
 
+def box_head_configs(cfg: CfgNode) -> list[CfgNode]:
+    """For each stage the configuration whose ``MODEL.ROI_BOX_HEAD`` describes its box head."""
+    own = cfg.MODEL.CASCADE.BOX_HEAD
+    stages = len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)
+    configs = [cfg.clone() for _ in range(stages)]
+    for key in own:
+        values = _for_each(own[key] or (cfg.MODEL.ROI_BOX_HEAD[key],), stages)
+        for stage, value in zip(configs, values, strict=True):
+            stage.defrost()
+            stage.MODEL.ROI_BOX_HEAD[key] = value
+    return configs
+
+
 def box_head_arguments(cfg: CfgNode) -> list[dict[str, Any]]:
     """The layers of each stage's head: ``conv_dims``, then ``fc_dims``, and ``norm``."""
-    stages = len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)
-    shared, own = cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.CASCADE.BOX_HEAD
-
-    def per_stage(key: str) -> tuple[Any, ...]:
-        return _for_each(own[key] or (shared[key],), stages)
-
-    convs = zip(per_stage("NUM_CONV"), per_stage("CONV_DIM"), strict=True)
-    fcs = zip(per_stage("NUM_FC"), per_stage("FC_DIM"), strict=True)
+    heads = [stage.MODEL.ROI_BOX_HEAD for stage in box_head_configs(cfg)]
     return [
         {
-            "conv_dims": (conv_dim,) * num_conv,
-            "fc_dims": (fc_dim,) * num_fc,
-            "norm": norm,
+            "conv_dims": (head.CONV_DIM,) * head.NUM_CONV,
+            "fc_dims": (head.FC_DIM,) * head.NUM_FC,
+            "norm": head.NORM,
         }
-        for (num_conv, conv_dim), (num_fc, fc_dim), norm in zip(
-            convs, fcs, per_stage("NORM"), strict=True
-        )
+        for head in heads
     ]
 
 

@@ -160,7 +160,7 @@ def _check_group_norm(cfg: CfgNode) -> Iterator[str]:
 
 
 # Each check with the keys that it relies on, as far as rules of their own can find them wrong.
-MODEL_CHECKS: dict[Check, tuple[str, ...]] = {
+HEAD_CHECKS: dict[Check, tuple[str, ...]] = {
     _check_stage_lengths: (
         "MODEL.ROI_BOX_CASCADE_HEAD.IOUS",
         "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS",
@@ -169,6 +169,9 @@ MODEL_CHECKS: dict[Check, tuple[str, ...]] = {
         "MODEL.CASCADE.EXIT.PRUNE_THRESHOLDS",
         *(f"MODEL.CASCADE.BOX_HEAD.{key}" for key in _BOX_HEAD_LAYERS),
     ),
+    _check_first_iou: ("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", "MODEL.ROI_HEADS.IOU_THRESHOLDS"),
+}
+MODEL_CHECKS: dict[Check, tuple[str, ...]] = {
     _check_box_heads: (
         "MODEL.ROI_BOX_CASCADE_HEAD.IOUS",
         "MODEL.ROI_BOX_HEAD.NUM_CONV",
@@ -176,7 +179,6 @@ MODEL_CHECKS: dict[Check, tuple[str, ...]] = {
         "MODEL.CASCADE.BOX_HEAD.NUM_CONV",
         "MODEL.CASCADE.BOX_HEAD.NUM_FC",
     ),
-    _check_first_iou: ("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", "MODEL.ROI_HEADS.IOU_THRESHOLDS"),
     _check_exits: (
         "MODEL.ROI_HEADS.NAME",
         "MODEL.CASCADE.EXIT.THRESHOLDS",

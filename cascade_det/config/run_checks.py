@@ -97,7 +97,9 @@ def _check_evaluation(cfg: CfgNode) -> Iterator[str]:
 def _loss_names(cfg: CfgNode) -> list[str]:
     stages = range(len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS))
     per_stage = [f"{name}_stage{i}" for i in stages for name in ("loss_cls", "loss_box_reg")]
-    return ["total_loss", "loss_rpn_cls", "loss_rpn_loc", *per_stage]
+    others = [("loss_mask", cfg.MODEL.MASK_ON), ("loss_keypoint", cfg.MODEL.KEYPOINT_ON)]
+    asked = [name for name, is_on in others if is_on]
+    return ["total_loss", "loss_rpn_cls", "loss_rpn_loc", *per_stage, *asked]
 
 
 # Each check with the keys that it relies on, as far as rules of their own can find them wrong.

@@ -1,4 +1,4 @@
-"""Which parts the standalone host builds. A value that asks for another one is refused."""
+"""Which parts are built: by the standalone host, and, where the key is ours, by both hosts."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ SUPPORTED: tuple[Rule, ...] = (
     only("MODEL.RPN.IOU_LABELS", [0, -1, 1], why=_D2_ONLY),
     only("MODEL.RPN.BBOX_REG_LOSS_TYPE", *_LOSSES),
     only("MODEL.ROI_HEADS.NAME", "EarlyExitCascadeROIHeads", "CascadeROIHeads"),
-    only("MODEL.ROI_HEADS.IOU_LABELS", [0, 1], why=_D2_ONLY),
+    only("MODEL.ROI_HEADS.IOU_LABELS", [0, 1], why="A cascade ignores no region."),
     only("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"),
     only("MODEL.ROI_BOX_HEAD.NORM", *_NORMS),
-    only("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlignV2", "ROIAlign", why=_D2_ONLY),
+    only("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlignV2", "ROIAlign"),
     only("MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", *_LOSSES),
     only("MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", False, why="A cascade does so by itself."),
-    only("MODEL.ROI_BOX_HEAD.USE_FED_LOSS", False, why=_D2_ONLY),
-    only("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", False, why=_D2_ONLY),
+    only("MODEL.ROI_BOX_HEAD.USE_FED_LOSS", False, why="The class loss is softmax cross-entropy."),
+    only("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", False, why="The class loss is softmax cross-entropy."),
     only("MODEL.CASCADE.ENSEMBLE", "mean_probs", "last", "mean_logits", "last_boxes"),
     only("MODEL.CASCADE.POOLER_KERNEL", "auto", "bags", "torchvision"),
     only("INPUT.FORMAT", "BGR", "RGB"),
@@ -79,4 +79,11 @@ SUPPORTED: tuple[Rule, ...] = (
     only("CASCADE.ON_BAD_DATA", "error", "skip"),
     only("CASCADE.OPTIMIZER", "SGD", "AdamW"),
     only("CASCADE.AMP_DTYPE", "auto", "bfloat16", "float16"),
+)
+
+# Of these Detectron2 takes more than we do.
+DETECTRON2_ALONE = (
+    *(rule.key for rule in SUPPORTED if rule.remedy.endswith(_D2_ONLY)),
+    "DATASETS.PROPOSAL_FILES_TRAIN",
+    "DATASETS.PROPOSAL_FILES_TEST",
 )

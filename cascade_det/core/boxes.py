@@ -83,7 +83,8 @@ def clip_boxes(boxes: Tensor, limits: Tensor) -> Tensor:
     Returns:
         A tensor shaped as ``boxes``; NaN stays NaN.
     """
-    limits = limits.view(len(limits), *([1] * (boxes.dim() - 2)), 4)
+    for _ in range(boxes.dim() - 2):
+        limits = limits.unsqueeze(1)
     return torch.minimum(boxes.clamp(min=0), limits)
 
 
@@ -97,8 +98,9 @@ def image_limits(image_sizes: Sequence[tuple[int, int]], image_index: Tensor) ->
     Returns:
         float32 ``[R, 4]``.
     """
-    sizes = torch.tensor([(w, h, w, h) for h, w in image_sizes], dtype=torch.float32)
-    return sizes.to(image_index.device)[image_index]
+    # A tracer hands over tensors in the place of numbers, which as_tensor leaves in its graph.
+    sizes = torch.stack([torch.as_tensor(size, dtype=torch.float32) for size in image_sizes])
+    return sizes.flip(1).repeat(1, 2).to(image_index.device)[image_index]
 
 
 def is_nonempty(boxes: Tensor, min_size: float = 0.0) -> Tensor:
@@ -111,7 +113,7 @@ def select_class(per_class: Tensor, classes: Tensor) -> Tensor:
     if per_class.shape[1] == 4:
         return per_class
     per_class = per_class.unflatten(1, (-1, 4))
-    return per_class[torch.arange(len(classes), device=classes.device), classes]
+    return per_class[torch.arange(classes.shape[0], device=classes.device), classes]
 
 
 def flatten_images(per_image: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -123,6 +125,8 @@ def flatten_images(per_image: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     Returns:
         ``[R, ...]`` and the int64 ``[R]`` image index of each row.
     """
-    rows = torch.cat(list(per_image))
-    counts = torch.tensor([len(r) for r in per_image])
-    return rows, torch.repeat_interleave(counts).to(rows.device)
+    # shape[0], not len(): a tracer would write the latter into its graph as a constant.
+    image_index = [
+        rows.new_full((rows.shape[0],), i, dtype=torch.int64) for i, rows in enumerate(per_image)
+    ]
+    return torch.cat(list(per_image)), torch.cat(image_index)

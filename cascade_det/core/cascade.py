@@ -182,7 +182,9 @@ class CascadeHead(nn.Module):
                 targets,
                 image_limits(image_sizes, regions.image_index),
             )
-            self.metrics.update(self.training_rules.metrics(stage, logits, regions, refined))
+            self.metrics |= self.training_rules.metrics(
+                stage, logits, regions, refined, len(image_sizes)
+            )
             regions = refined[is_nonempty(refined.boxes)]
         return losses
 
@@ -196,6 +198,8 @@ class CascadeHead(nn.Module):
         timer: PartTimer | None = None,
     ) -> tuple[list[Detections], CascadeStats]:
         """Run the cascade; regions that left are neither pooled nor computed again.
+
+        Under ``torch.jit.trace`` every region sees every stage.
 
         Args:
             features: L maps ``[N, C, H_l, W_l]``, finest first.
@@ -270,7 +274,8 @@ class CascadeHead(nn.Module):
         if stage == self.num_stages - 1:
             completed = {"completed": len(live)}
             return live[:0], self._score(live, pooled, decoded, stage), completed
-        if self.exits is None:
+        # Who leaves depends on the input: a tracer could not record it.
+        if self.exits is None or torch.jit.is_tracing():
             return live, None, {}
         reasons = self.exits.decide(stage, self.ensemble.probs(live.total, stage + 1))
         # One synchronisation tells all counts; a stable sort by reason then makes every group

@@ -64,7 +64,8 @@ class RoIPooler(nn.Module):
         strides: stride of each level in pixels, powers of two, each twice the one before.
         sampling_ratio: samples per bin and axis; 0 takes one per feature pixel (adaptive).
         aligned: shift by half a pixel as Detectron2's ``ROIAlignV2``; ``False`` is ``ROIAlign``.
-        kernel: ``bags``, ``torchvision``, or ``auto`` (bags on the CPU, torchvision elsewhere).
+        kernel: ``bags``, ``torchvision``, or ``auto`` (bags on the CPU, torchvision elsewhere and
+            under ``torch.jit.trace``).
 
     Raises:
         ValueError: if the strides do not form a pyramid or the kernel is unknown.
@@ -103,8 +104,9 @@ class RoIPooler(nn.Module):
         """
         if len(features) != len(self.strides):
             raise ValueError(f"{len(features)} feature maps for {len(self.strides)} strides")
-        on_cpu = features[0].device.type == "cpu"
-        if self.kernel == "torchvision" or (self.kernel == "auto" and not on_cpu):
+        # Of the two kernels a tracer can record one.
+        has_fast_bags = features[0].device.type == "cpu" and not torch.jit.is_tracing()
+        if self.kernel == "torchvision" or (self.kernel == "auto" and not has_fast_bags):
             return Pyramid(features, None)
         pixels = torch.cat([level.flatten(2).transpose(1, 2) for level in features], dim=1)
         return Pyramid(features, pixels.reshape(-1, pixels.shape[-1]))
@@ -130,7 +132,7 @@ class RoIPooler(nn.Module):
     ) -> Tensor:
         regions = torch.cat([image_index[:, None].to(boxes.dtype), boxes], dim=1)
         size = self.output_size
-        pooled = features[0].new_zeros(len(boxes), features[0].shape[1], size, size)
+        pooled = features[0].new_zeros(boxes.shape[0], features[0].shape[1], size, size)
         for level, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
             rows = torch.nonzero(levels == level).squeeze(1)
             # Coordinates stay float32: in half precision a box of 500 px is off by pixels.

@@ -110,9 +110,14 @@ class TrainingRules:
 
     @torch.no_grad()
     def metrics(
-        self, stage: int, logits: Tensor, regions: LabelledRegions, refined: LabelledRegions
+        self,
+        stage: int,
+        logits: Tensor,
+        regions: LabelledRegions,
+        refined: LabelledRegions,
+        num_images: int,
     ) -> dict[str, Tensor]:
-        """What to watch: region counts, accuracies, and IoU before and after the stage.
+        """What to watch: regions per image, accuracies, and IoU before and after the stage.
 
         ``nonfinite_boxes`` counts refined boxes that are NaN: training has diverged. Means over
         foreground are NaN where a stage has none.
@@ -121,8 +126,8 @@ class TrainingRules:
         correct = logits.argmax(dim=1) == regions.gt_classes
         false_negative = logits.argmax(dim=1) == self.num_classes
         values = {
-            "roi_head/num_fg_samples": foreground.sum(),
-            "roi_head/num_bg_samples": (~foreground).sum(),
+            "roi_head/num_fg_samples": foreground.sum() / num_images,
+            "roi_head/num_bg_samples": (~foreground).sum() / num_images,
             "fast_rcnn/cls_accuracy": correct.float().mean(),
             "fast_rcnn/fg_cls_accuracy": correct[foreground].float().mean(),
             "fast_rcnn/false_negative": false_negative[foreground].float().mean(),

@@ -70,7 +70,7 @@ def test_what_is_there_does_not_become_never():
     assert (scaled["STEPS"], scaled["WARMUP_ITERS"]) == ((1,), 0)
 
 
-@pytest.mark.detectron2
+@pytest.mark.needs_detectron2
 def test_the_rule_is_detectron2s():
     engine = pytest.importorskip("detectron2.engine", exc_type=ImportError)
     d2_cfg = pytest.importorskip("detectron2.config").get_cfg()

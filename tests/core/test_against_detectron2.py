@@ -32,7 +32,7 @@ from detectron2.modeling.sampling import subsample_labels
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
 
-pytestmark = pytest.mark.detectron2
+pytestmark = pytest.mark.needs_detectron2
 
 NUM_CLASSES = 5
 CHANNELS = 16

@@ -245,10 +245,10 @@ def test_metrics_by_hand():
     refined.ious = torch.tensor([0.6, 0.6, 0.9, 0.8, 0.0])
     # Right, wrong, missed; one background right and one taken for an object.
     logits = 9 * F.one_hot(torch.tensor([0, 0, 3, 3, 1]), NUM_CLASSES + 1).float()
-    metrics = rules.metrics(1, logits, regions, refined)
+    metrics = rules.metrics(1, logits, regions, refined, num_images=2)
     assert {name: pytest.approx(float(value)) for name, value in metrics.items()} == {
-        "stage1/roi_head/num_fg_samples": 3,
-        "stage1/roi_head/num_bg_samples": 2,
+        "stage1/roi_head/num_fg_samples": 1.5,
+        "stage1/roi_head/num_bg_samples": 1,
         "stage1/fast_rcnn/cls_accuracy": 2 / 5,
         "stage1/fast_rcnn/fg_cls_accuracy": 1 / 3,
         "stage1/fast_rcnn/false_negative": 1 / 3,
@@ -257,7 +257,7 @@ def test_metrics_by_hand():
         "stage1/nonfinite_boxes": 0,
     }
     refined.boxes[3, 2], refined.boxes[4] = torch.nan, torch.nan
-    assert rules.metrics(1, logits, regions, refined)["stage1/nonfinite_boxes"] == 2
+    assert rules.metrics(1, logits, regions, refined, 2)["stage1/nonfinite_boxes"] == 2
 
 
 def test_losses_fill_the_metrics_of_every_stage():

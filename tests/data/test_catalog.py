@@ -74,7 +74,7 @@ def test_builtin_layout(tmp_path, monkeypatch, name, json_name, folder):
     assert find_dataset(name).name == name
 
 
-@pytest.mark.detectron2
+@pytest.mark.needs_detectron2
 @pytest.mark.parametrize("name", BUILTIN_NAMES)
 def test_builtin_layout_is_detectron2s(name, tmp_path, monkeypatch):
     data = pytest.importorskip("detectron2.data")

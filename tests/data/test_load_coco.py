@@ -71,7 +71,7 @@ def test_the_image_folder_itself_may_be_a_link(coco):
     assert dataset.records[0].file_name == str(link / "1.png")
 
 
-@pytest.mark.detectron2
+@pytest.mark.needs_detectron2
 def test_equals_detectron2(bccd):
     d2_coco = pytest.importorskip("detectron2.data.datasets.coco")
     d2_utils = pytest.importorskip("detectron2.data.detection_utils")

@@ -436,7 +436,7 @@ def test_real_images_for_training(blood_cells):
     assert_same_batches(take(helped, 2), batches[1:])
 
 
-@pytest.mark.detectron2
+@pytest.mark.needs_detectron2
 def test_real_images_equal_detectron2s(blood_cells):
     mapper = pytest.importorskip("detectron2.data.dataset_mapper")
     transforms = pytest.importorskip("detectron2.data.transforms")

@@ -183,7 +183,7 @@ def importable_detection_utils():
     return detection_utils
 
 
-@pytest.mark.detectron2
+@pytest.mark.needs_detectron2
 @settings(deadline=None)
 @given(height=sides, width=sides, short_edge=short_edges, max_size=max_sizes)
 def test_resized_size_is_detectron2s(height, width, short_edge, max_size):
@@ -200,7 +200,7 @@ def test_resizing_is_pillows_bilinear():
     np.testing.assert_array_equal(resize_shortest_edge(image, 30, 1000), expected)
 
 
-@pytest.mark.detectron2
+@pytest.mark.needs_detectron2
 @pytest.mark.parametrize("size", [(30, 45), (200, 300), (61, 90), (60, 90), (1, 1)])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_resizing_is_detectron2s_to_the_bit(size, reverse):
@@ -340,7 +340,7 @@ def test_wrong_arguments(wrong):
         make_transform(**wrong)
 
 
-@pytest.mark.detectron2
+@pytest.mark.needs_detectron2
 @pytest.mark.parametrize("flip", [None, "horizontal", "vertical"])
 def test_equals_detectron2_to_the_bit(flip):
     """Same size and same flip: the same image and boxes as Detectron2's own functions give."""

@@ -51,7 +51,7 @@ def test_groups_by_hand():
     ]
 
 
-@pytest.mark.detectron2
+@pytest.mark.needs_detectron2
 @pytest.mark.parametrize("weight_decay_norm", [0.0, 1e-4, None])
 @pytest.mark.parametrize("bias_lr_factor", [1.0, 2.0])
 @pytest.mark.parametrize("weight_decay_bias", [None, 0.0, 1e-4])
@@ -134,7 +134,7 @@ def test_clipping_the_norm_of_all():
 
 
 @pytest.mark.parametrize("kind", ["value", "norm"])
-@pytest.mark.detectron2
+@pytest.mark.needs_detectron2
 def test_clipping_equals_detectron2s(kind):
     solver = pytest.importorskip("detectron2.solver.build")
     config = pytest.importorskip("detectron2.config").get_cfg()
@@ -234,7 +234,7 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.detectron2
+@pytest.mark.needs_detectron2
 @settings(max_examples=60, deadline=None)
 @given(arguments=st.fixed_dictionaries(SCHEDULES))
 def test_schedules_equal_detectron2s(arguments):

@@ -90,7 +90,7 @@ def test_momentum_is_dropped():
     ) == ["box_head.fc1.weight"]
 
 
-@pytest.mark.detectron2
+@pytest.mark.needs_detectron2
 @pytest.mark.parametrize("make", [resnet50_blobs, detectron_blobs])
 def test_equals_detectron2(make):
     loading = pytest.importorskip("detectron2.checkpoint.c2_model_loading")
@@ -116,7 +116,7 @@ def test_torchvision_names_become_detectron2s():
     assert out["fc.weight"] is state["fc.weight"]
 
 
-@pytest.mark.detectron2
+@pytest.mark.needs_detectron2
 @pytest.mark.parametrize("depth", [18, 50])
 def test_torchvision_names_fill_detectron2s_resnet(depth):
     torchvision = pytest.importorskip("torchvision")

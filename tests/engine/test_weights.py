@@ -244,7 +244,7 @@ def test_torchvision_mobilenet_by_suffix(tmp_path):
     assert {name.split(".")[0] for name in report.unexpected} == {"classifier"}
 
 
-@pytest.mark.detectron2
+@pytest.mark.needs_detectron2
 def test_suffix_matching_equals_detectron2(tmp_path):
     loading = pytest.importorskip("detectron2.checkpoint.c2_model_loading")
     model = make_model()

@@ -9,7 +9,7 @@ from cascade_det.config import add_cascade_config, load_config
 from cascade_det.standalone import build_detector
 
 pytest.importorskip("detectron2")
-pytestmark = pytest.mark.detectron2
+pytestmark = pytest.mark.needs_detectron2
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "COCO-Detection" / "cascade_rcnn_R_50_FPN_1x.yaml"

@@ -1,0 +1,61 @@
+"""Our light trunks as backbones of Detectron2, under the names that YAML files give them."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+
+from cascade_det import config
+from cascade_det.backbones import MobileNetV2, MobileNetV3Large
+from cascade_det.backbones.fpn import LEVELS
+
+
+class MobileNetV2Backbone(MobileNetV2, Backbone):
+    """:class:`~cascade_det.backbones.MobileNetV2` with the shapes that Detectron2 asks for."""
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of every feature."""
+        return _shapes(self.channels)
+
+
+class MobileNetV3LargeBackbone(MobileNetV3Large, Backbone):
+    """:class:`~cascade_det.backbones.MobileNetV3Large`, likewise."""
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of every feature."""
+        return _shapes(self.channels)
+
+
+@BACKBONE_REGISTRY.register()
+def build_mobilenet_v2_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """MobileNetV2 below a feature pyramid; keys as for ``build_resnet_fpn_backbone``."""
+    return _build_fpn(cfg, MobileNetV2Backbone)
+
+
+@BACKBONE_REGISTRY.register()
+def build_mobilenet_v3_large_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """MobileNetV3-Large below a feature pyramid."""
+    return _build_fpn(cfg, MobileNetV3LargeBackbone)
+
+
+def _build_fpn(
+    cfg: CfgNode, trunk: type[MobileNetV2Backbone] | type[MobileNetV3LargeBackbone]
+) -> FPN:
+    arguments = config.backbone_arguments(cfg)
+    fpn = arguments["fpn"]
+    in_features = fpn.pop("in_features")
+    return FPN(
+        bottom_up=trunk(out_features=in_features, **arguments["bottom_up"]),
+        in_features=in_features,
+        top_block=LastLevelMaxPool(),
+        **fpn,
+    )
+
+
+def _shapes(channels: dict[str, int]) -> dict[str, ShapeSpec]:
+    return {
+        name: ShapeSpec(channels=width, stride=2 ** LEVELS[name])
+        for name, width in channels.items()
+    }

@@ -1,0 +1,294 @@
+"""The ROI heads for Detectron2: its interface around, our cascade within."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ROIAlign, ShapeSpec
+from detectron2.modeling import ROI_HEADS_REGISTRY
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers, build_box_head
+from detectron2.structures import Instances
+from detectron2.utils.events import get_event_storage, has_event_storage
+from torch import Tensor, nn
+
+from cascade_det import config
+from cascade_det.core import CascadeHead, CascadeStats, ConfidenceExit, RoIPooler
+from cascade_det.core.boxes import MAX_LOG_SCALE
+from cascade_det.core.roi_pooling import CANONICAL_BOX_SIZE, CANONICAL_LEVEL
+from cascade_det.d2.structures import instances_of, labelled_regions_of, targets_of
+
+Losses = dict[str, Tensor]
+
+
+@ROI_HEADS_REGISTRY.register()
+class EarlyExitCascadeROIHeads(CascadeROIHeads):
+    """Detectron2's cascade of box heads, from which regions may leave early.
+
+    In place of :class:`CascadeROIHeads` it takes the same arguments and the same weights. Without
+    ``exits``, and with ``pooler_kernel="torchvision"``, losses and detections are the same to the
+    last bit. Mask and keypoint heads are Detectron2's own, on the boxes that the cascade gives.
+    Detections have one more field, ``exit_stages``: int64 ``[D]``, the last stage (from 0) that
+    each region saw.
+
+    What the cascade computes itself is not to be overridden in a subclass: ``_run_stage``,
+    ``_match_and_label_boxes``, ``_create_proposals_from_boxes``. The box heads are free, and so are
+    ``_init_box_head``, ``_init_mask_head``, ``_init_keypoint_head``, ``label_and_sample_proposals``
+    and ``forward``.
+
+    Args:
+        box_in_features: names of the maps that regions are cropped from, finest first.
+        box_pooler: of type ``ROIAlign`` or ``ROIAlignV2``. It stays as ``self.box_pooler``; the
+            cascade crops with a pooler of its own that computes the same.
+        box_heads: S modules, ``[R, C, P, P]`` to ``[R, F]``.
+        box_predictors: S ``FastRCNNOutputLayers``; they carry the deltas' weights, the losses and
+            the thresholds of inference.
+        proposal_matchers: S matchers of one threshold each, below it background.
+        stage_loss_weights: S factors of the losses of a stage; ``None`` for 1.
+        ensemble: how the stages' opinions become one score, see ``MODEL.CASCADE.ENSEMBLE``.
+        pooler_kernel: see ``MODEL.CASCADE.POOLER_KERNEL``.
+        exits: when regions leave early, in inference only; ``None`` for never.
+        kwargs: further arguments of :class:`CascadeROIHeads`.
+
+    Raises:
+        ValueError: a part that the cascade cannot stand in for.
+        ConfigError: from a configuration: a key that does not fit, see
+            :func:`cascade_det.config.check_heads`.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        box_in_features: Sequence[str],
+        box_pooler: ROIPooler,
+        box_heads: Sequence[nn.Module],
+        box_predictors: Sequence[FastRCNNOutputLayers],
+        proposal_matchers: Sequence[Matcher],
+        stage_loss_weights: Sequence[float] | None = None,
+        ensemble: str = "mean_probs",
+        pooler_kernel: str = "auto",
+        exits: ConfidenceExit | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            box_in_features=box_in_features,
+            box_pooler=box_pooler,
+            box_heads=box_heads,
+            box_predictors=box_predictors,
+            proposal_matchers=proposal_matchers,
+            **kwargs,
+        )
+        _refuse_overrides(type(self), CascadeROIHeads, _COMPUTED_BY_THE_CORE)
+        for predictor in box_predictors:
+            _check_predictor(predictor)
+        cascade = CascadeHead(
+            pooler=_pooler_like(box_pooler, pooler_kernel),
+            box_heads=box_heads,
+            box_predictors=box_predictors,
+            num_classes=self.num_classes,
+            ious=[_threshold(matcher) for matcher in proposal_matchers],
+            bbox_reg_weights=[tuple(p.box2box_transform.weights) for p in box_predictors],
+            box_reg_loss_type=_common(p.box_reg_loss_type for p in box_predictors),
+            smooth_l1_beta=_common(p.smooth_l1_beta for p in box_predictors),
+            stage_loss_weights=stage_loss_weights,
+            ensemble=ensemble,
+            exits=exits,
+        )
+        # One set of modules: who replaces a head or a predictor here replaces it in the cascade.
+        cascade.box_head, cascade.box_predictor = self.box_head, self.box_predictor
+        # Past nn.Module, which would register every parameter under a second name.
+        self.__dict__["cascade"] = cascade
+        self.cascade: CascadeHead
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        """Arguments from a configuration; nodes and keys of ours that it lacks have defaults."""
+        cfg = _completed(cfg)
+        config.check_heads(cfg)
+        arguments, exits = config.cascade_arguments(cfg), config.exit_arguments(cfg)
+        return {
+            **super().from_config(cfg, input_shape),
+            "stage_loss_weights": arguments["stage_loss_weights"],
+            "ensemble": arguments["ensemble"],
+            "pooler_kernel": cfg.MODEL.CASCADE.POOLER_KERNEL,
+            "exits": None if exits is None else ConfidenceExit(**exits),
+        }
+
+    @classmethod
+    def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        pooling = config.pooler_arguments(cfg)
+        in_features, size = list(pooling["in_features"]), pooling["output_size"]
+        channels = _common(input_shape[name].channels for name in in_features)
+        cascade = cfg.MODEL.ROI_BOX_CASCADE_HEAD
+        heads, predictors = [], []
+        stages = zip(config.box_head_configs(cfg), cascade.BBOX_REG_WEIGHTS, strict=True)
+        for stage_cfg, weights in stages:
+            head = build_box_head(stage_cfg, ShapeSpec(channels=channels, height=size, width=size))
+            transform = Box2BoxTransform(weights=weights)
+            heads.append(head)
+            predictors.append(
+                FastRCNNOutputLayers(stage_cfg, head.output_shape, box2box_transform=transform)
+            )
+        return {
+            "box_in_features": in_features,
+            "box_pooler": ROIPooler(
+                output_size=size,
+                scales=[1.0 / input_shape[name].stride for name in in_features],
+                sampling_ratio=pooling["sampling_ratio"],
+                pooler_type=cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE,
+            ),
+            "box_heads": heads,
+            "box_predictors": predictors,
+            "proposal_matchers": [Matcher([iou], [0, 1]) for iou in cascade.IOUS],
+        }
+
+    def _forward_box(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Instances],
+        targets: list[Instances] | None = None,
+    ) -> Losses | list[Instances]:
+        """Losses from sampled proposals in training; else detections."""
+        maps = [features[name] for name in self.box_in_features]
+        image_sizes = [x.image_size for x in proposals]
+        if self.training:
+            assert targets is not None
+            return self._losses(maps, proposals, targets, image_sizes)
+        self.follow_predictors()
+        boxes = [x.proposal_boxes.tensor for x in proposals]
+        detections, stats = self.cascade.detect(maps, boxes, image_sizes)
+        _log_exit_rates(stats)
+        return [instances_of(d, size) for d, size in zip(detections, image_sizes, strict=True)]
+
+    def follow_predictors(self) -> None:
+        """Take the thresholds of inference from the last predictor, where Detectron2 has them."""
+        last = self.box_predictor[-1]
+        self.cascade.score_thresh = last.test_score_thresh
+        self.cascade.nms_thresh = last.test_nms_thresh
+        self.cascade.detections_per_image = last.test_topk_per_image
+
+    def _losses(
+        self,
+        maps: list[Tensor],
+        proposals: list[Instances],
+        targets: list[Instances],
+        image_sizes: list[tuple[int, int]],
+    ) -> Losses:
+        losses = self.cascade.losses_of_regions(
+            maps, labelled_regions_of(proposals), targets_of(targets), image_sizes
+        )
+        _log_metrics(self.cascade.metrics)
+        for stage, predictor in enumerate(self.box_predictor):
+            for name, weight in predictor.loss_weight.items():
+                losses[f"{name}_stage{stage}"] = losses[f"{name}_stage{stage}"] * weight
+        return losses
+
+
+_COMPUTED_BY_THE_CORE = ("_run_stage", "_match_and_label_boxes", "_create_proposals_from_boxes")
+_PREDICTED_BY_THE_CORE = ("losses", "box_reg_loss", "inference", "predict_boxes", "predict_probs")
+
+
+def _completed(cfg: CfgNode) -> CfgNode:
+    """A copy with all keys of ours."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    config.add_cascade_config(cfg)
+    return cfg
+
+
+def _refuse_overrides(own: type, base: type, names: Iterable[str]) -> None:
+    overridden = [name for name in names if getattr(own, name) is not getattr(base, name)]
+    if overridden:
+        raise ValueError(
+            f"{own.__name__} overrides {', '.join(overridden)}, which {base.__name__} has, but "
+            "EarlyExitCascadeROIHeads never calls: its cascade does that work itself. Override "
+            "another method, or take Detectron2's CascadeROIHeads."
+        )
+
+
+def _check_predictor(predictor: FastRCNNOutputLayers) -> None:
+    _refuse_overrides(type(predictor), FastRCNNOutputLayers, _PREDICTED_BY_THE_CORE)
+    for option in ("use_sigmoid_ce", "use_fed_loss"):
+        if getattr(predictor, option):
+            raise ValueError(
+                f"box_predictors: {option} is True, but the class loss of EarlyExitCascadeROIHeads "
+                "is softmax cross-entropy. Set it to False, or take Detectron2's CascadeROIHeads."
+            )
+    transform = predictor.box2box_transform
+    if type(transform) is not Box2BoxTransform or transform.scale_clamp != MAX_LOG_SCALE:
+        raise ValueError(
+            "box_predictors: box2box_transform has to be Detectron2's Box2BoxTransform with its "
+            f"usual scale_clamp, not {type(transform).__name__} with {transform.scale_clamp}"
+        )
+
+
+def _pooler_like(pooler: ROIPooler, kernel: str) -> RoIPooler:
+    """Our pooler that computes the same.
+
+    Raises:
+        ValueError: Detectron2's is of another kind.
+    """
+    levels = list(pooler.level_poolers)
+    height, width = pooler.output_size
+    canonical = (pooler.canonical_box_size, pooler.canonical_level)
+    if (
+        not all(isinstance(level, ROIAlign) for level in levels)
+        or canonical != (CANONICAL_BOX_SIZE, CANONICAL_LEVEL)
+        or height != width
+    ):
+        raise ValueError(
+            "box_pooler has to crop squares by ROIAlign or ROIAlignV2, with the canonical box size "
+            f"{CANONICAL_BOX_SIZE} on level {CANONICAL_LEVEL}, not {pooler}"
+        )
+    return RoIPooler(
+        output_size=height,
+        strides=tuple(round(1 / level.spatial_scale) for level in levels),
+        sampling_ratio=_common(level.sampling_ratio for level in levels),
+        aligned=_common(level.aligned for level in levels),
+        kernel=kernel,
+    )
+
+
+def _threshold(matcher: Matcher) -> float:
+    if matcher.labels != [0, 1] or matcher.allow_low_quality_matches:
+        raise ValueError(
+            "proposal_matchers need one threshold each, background below it, without low-quality "
+            f"matches: Matcher([0.5], [0, 1]), not thresholds {matcher.thresholds} with labels "
+            f"{matcher.labels}"
+        )
+    return float(matcher.thresholds[1])
+
+
+def _common(values: Iterable[Any]) -> Any:
+    """The value that all are.
+
+    Raises:
+        ValueError: they differ.
+    """
+    first, *others = values
+    if any(other != first for other in others):
+        raise ValueError(f"stages and levels have to agree, but one has {first}, another {others}")
+    return first
+
+
+def _log_metrics(metrics: dict[str, Tensor]) -> None:
+    values = torch.stack([value.float() for value in metrics.values()]).tolist()
+    # NaN: a stage without foreground has no mean over it.
+    known = {name: value for name, value in zip(metrics, values, strict=True) if value == value}
+    get_event_storage().put_scalars(**known)
+
+
+def _log_exit_rates(stats: CascadeStats) -> None:
+    """While a model in training is evaluated: of the last batches, who left after which stage."""
+    if not has_event_storage():
+        return
+    for stage, (entered, left) in enumerate(zip(stats.entered, stats.left, strict=True)):
+        if entered and stage < len(stats.entered) - 1:
+            rate = sum(left.values()) / entered
+            get_event_storage().put_scalar(f"stage{stage}/exit_rate", rate)

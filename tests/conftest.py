@@ -1,11 +1,16 @@
-"""What every test gets: a known state of the random generators, and the old state back."""
+"""What every test gets: the references, a known state of all chance, and the old state back."""
 
 import logging
 import random
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+# What tests compare with.
+sys.path.append(str(Path(__file__).parent / "reference"))
 
 torch.set_num_threads(1)
 

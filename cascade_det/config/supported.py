@@ -7,6 +7,7 @@ import re
 from cascade_det.config.rules import Rule, only
 
 _D2_ONLY = "Other values need the Detectron2 host."
+_SOFTMAX = "The class loss is softmax cross-entropy."
 _NORMS = ("", "GN", "BN", "SyncBN")
 _LOSSES = ("smooth_l1", "giou", "diou", "ciou")
 
@@ -51,8 +52,8 @@ SUPPORTED: tuple[Rule, ...] = (
     only("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlignV2", "ROIAlign"),
     only("MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", *_LOSSES),
     only("MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", False, why="A cascade does so by itself."),
-    only("MODEL.ROI_BOX_HEAD.USE_FED_LOSS", False, why="The class loss is softmax cross-entropy."),
-    only("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", False, why="The class loss is softmax cross-entropy."),
+    only("MODEL.ROI_BOX_HEAD.USE_FED_LOSS", False, why=_SOFTMAX),
+    only("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", False, why=_SOFTMAX),
     only("MODEL.CASCADE.ENSEMBLE", "mean_probs", "last", "mean_logits", "last_boxes"),
     only("MODEL.CASCADE.POOLER_KERNEL", "auto", "bags", "torchvision"),
     only("INPUT.FORMAT", "BGR", "RGB"),

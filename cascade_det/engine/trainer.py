@@ -1,28 +1,26 @@
-"""The training loop: iterations, mixed precision, several processes, hooks."""
+"""The training loop: iterations, hooks, interrupts."""
 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from cascade_det.engine import distributed
-from cascade_det.engine.batches import Batch, split_batch
-from cascade_det.engine.divergence import LOSS_SCALE, divergence, save_step
-from cascade_det.engine.events import History, mean_figures
+from cascade_det.engine.batches import Batch
+from cascade_det.engine.events import History
 from cascade_det.engine.hooks import Hook
 from cascade_det.engine.interrupts import Interrupted, InterruptRequest, interrupt_request
-from cascade_det.engine.precision import amp_dtype_of, autocast
 from cascade_det.engine.solver import GradientClipper
+from cascade_det.engine.step import TrainingStep
 from cascade_det.engine.training_state import (
     load_optimizer_state,
     load_scheduler_state,
@@ -34,16 +32,13 @@ from cascade_det.engine.training_state import (
 
 logger = logging.getLogger(__name__)
 
-_INTERRUPTED = "interrupted"
-
 
 class Trainer:
     """Trains a detector for a number of iterations.
 
     Args:
-        detector: called with a batch, returns a dict of scalar losses to be summed. A dict of
-            scalars in its attribute ``metrics`` is logged; NaN there means no value. May be
-            wrapped by DistributedDataParallel.
+        detector: called with a batch, returns a dict of scalar losses to be summed, see
+            :class:`~cascade_det.engine.step.TrainingStep`.
         loader: batches without end, of each process its share; the first is that of
             ``start_iter``.
         optimizer: of the detector's parameters.
@@ -51,14 +46,14 @@ class Trainer:
         max_iter: iterations of the whole training, those before ``start_iter`` included.
         start_iter: how many are done already.
         hooks: called in this order, see :class:`Hook`.
-        amp_dtype: type of mixed precision, ``None`` for float32. The loss is scaled only for
-            float16 on a GPU.
-        clip_gradients: see :func:`cascade_det.engine.solver.build_gradient_clipper`.
-        accumulation_steps: equal parts that a batch is computed in; gradients are the mean.
-        device: of the detector.
-        output_dir: where the batch of a step that diverged goes; ``None``: nowhere.
+        amp_dtype: these and the following are those of the step.
+        clip_gradients: likewise.
+        accumulation_steps: likewise.
+        device: likewise.
+        output_dir: likewise.
 
     Attributes:
+        step: what an iteration does.
         iteration: the iteration that runs, or was completed last; from 0.
         start_iter: the first one of this run.
         max_iter: one more than the last one.
@@ -89,6 +84,15 @@ class Trainer:
         device: torch.device | str = "cpu",
         output_dir: str | Path | None = None,
     ) -> None:
+        self.step = TrainingStep(
+            detector,
+            optimizer,
+            amp_dtype=amp_dtype,
+            clip_gradients=clip_gradients,
+            accumulation_steps=accumulation_steps,
+            device=device,
+            output_dir=output_dir,
+        )
         self.detector = detector
         self.loader = loader
         self.optimizer = optimizer
@@ -98,7 +102,6 @@ class Trainer:
         self.iteration = start_iter - 1
         self.hooks = list(hooks)
         self.device = torch.device(device)
-        self.output_dir = None if output_dir is None else Path(output_dir)
         self.history = History()
         self.results: dict[str, Any] = {}
         self.finished = False
@@ -106,11 +109,6 @@ class Trainer:
         self.last_checkpoint: str | None = None
         self._stopping = False
         self._interrupt = InterruptRequest()
-        self._clip_gradients = clip_gradients
-        self._accumulation_steps = accumulation_steps
-        self._amp_dtype = amp_dtype_of(amp_dtype)
-        scaled = self._amp_dtype == torch.float16 and self.device.type == "cuda"
-        self._scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         self._resumed_random: Mapping[str, Any] | None = None
 
     def train(self) -> None:
@@ -164,11 +162,6 @@ class Trainer:
         finally:
             self._interrupt.immediate = False
 
-    @property
-    def module(self) -> nn.Module:
-        """The detector itself, which DistributedDataParallel keeps one level below."""
-        return getattr(self.detector, "module", self.detector)
-
     def state_dict(self) -> dict[str, Any]:
         """What goes on after a resume beside the weights, as plain types.
 
@@ -176,9 +169,9 @@ class Trainer:
         """
         hooks = {type(hook).__name__: hook.state_dict() for hook in self.hooks}
         return {
-            "optimizer": optimizer_state(self.optimizer, self.module),
+            "optimizer": optimizer_state(self.optimizer, self.step.module),
             "scheduler": self.scheduler.state_dict(),
-            "scaler": self._scaler.state_dict(),
+            "scaler": self.step.state_dict(),
             # Before its first step a resumed run has not taken up its random numbers yet.
             "random": distributed.all_gather(self._resumed_random or random_state()),
             "history": self.history.state_dict(),
@@ -187,10 +180,9 @@ class Trainer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`. ``start_iter`` is given to the constructor."""
-        load_optimizer_state(self.optimizer, self.module, state["optimizer"])
+        load_optimizer_state(self.optimizer, self.step.module, state["optimizer"])
         load_scheduler_state(self.scheduler, state["scheduler"])
-        if state["scaler"] and self._scaler.is_enabled():
-            self._scaler.load_state_dict(state["scaler"])
+        self.step.load_state_dict(state["scaler"])
         self.history.load_state_dict(state["history"])
         for hook in self.hooks:
             if type(hook).__name__ in state["hooks"]:
@@ -214,7 +206,15 @@ class Trainer:
             self.resumable = False
             self.iteration = self.history.iteration = iteration
             loaded = time.perf_counter()
-            stop = self._step(batch, bool(self._interrupt))
+            figures, stop = self.step.run(
+                batch,
+                iteration,
+                interrupted=bool(self._interrupt),
+                last_checkpoint=self.last_checkpoint or "",
+            )
+            self.history.put_all(figures)
+            self.history.put("lr", self.step.learning_rate(), smooth=False)
+            self.scheduler.step()
             self.history.put("data_time", loaded - start)
             self.history.put("time", time.perf_counter() - start)
             for hook in self.hooks:
@@ -235,103 +235,3 @@ class Trainer:
             set_random_state(self._resumed_random)
             self._resumed_random = None
         return batch
-
-    def _step(self, batch: Batch, interrupted: bool) -> bool:
-        """One step of the optimiser; whether any process was asked to stop."""
-        random = random_state()
-        self.optimizer.zero_grad()
-        parts: list[dict[str, Tensor | float]] = []
-        batches = split_batch(batch, self._accumulation_steps)
-        for number, images in enumerate(batches, start=1):
-            # Gradients of all processes are averaged once, with the last part.
-            last = number == len(batches)
-            wait = nullcontext() if last else getattr(self.detector, "no_sync", nullcontext)()
-            with wait:
-                parts.append(self._backward(images, 1 / len(batches)))
-        self._scaler.unscale_(self.optimizer)
-        overall: dict[str, Tensor | float] = {"gradient_norm": self._gradient_norm()}
-        if self._scaler.is_enabled():
-            overall[LOSS_SCALE] = self._scaler.get_scale()
-        # One wait for the device: after it has been given all of the work, before weights change.
-        overall[_INTERRUPTED] = float(interrupted)
-        figures = mean_figures(parts, overall, self.device)
-        stop = figures.pop(_INTERRUPTED) > 0
-        if problem := divergence(figures):
-            self._fail(problem, parts, batch, random)
-        if self._clip_gradients is not None:
-            self._clip_gradients(self._parameters())
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
-
-        # A mean over nothing, such as the accuracy of a stage without objects, is no figure.
-        self.history.put_all({k: v for k, v in figures.items() if not math.isnan(v)})
-        self.history.put("lr", self._lr(), smooth=False)
-        self.scheduler.step()
-        return stop
-
-    def _backward(self, batch: Batch, share: float) -> dict[str, Tensor | float]:
-        """Add ``share`` of the gradients of a batch; its losses and metrics."""
-        with autocast(self.device, self._amp_dtype):
-            losses = self.detector(batch)
-            total = sum(losses.values())
-        self._scaler.scale(total * share).backward()
-        return {"total_loss": total, **losses, **(getattr(self.module, "metrics", None) or {})}
-
-    def _gradient_norm(self) -> Tensor:
-        gradients = [p.grad for p in self._parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        # A scaled gradient that overflows is expected: the scaler leaves out such a step itself.
-        return torch.where(norm.isfinite(), norm, 0.0) if self._scaler.is_enabled() else norm
-
-    def _fail(
-        self,
-        problem: str,
-        parts: Sequence[Mapping[str, Tensor | float]],
-        batch: Batch,
-        random: Mapping[str, Any],
-    ) -> NoReturn:
-        """Write the batch where it diverged, and raise. All processes come here together."""
-        with torch.no_grad():
-            own = any(divergence({k: float(v) for k, v in part.items()}) for part in parts)
-        images = [sample.get("image_id") for sample in batch]
-        verdicts = distributed.all_gather((own, images))
-        # Where only the mean of the gradients is broken, it may be due to any process.
-        guilty = [r for r, (broken, _) in enumerate(verdicts) if broken] or range(len(verdicts))
-        message = (
-            f"Training diverged at iteration {self.iteration}, {problem}; learning rate "
-            f"{self._lr():.4g}, image ids {' | '.join(str(verdicts[r][1]) for r in guilty)}. The "
-            f"last good checkpoint is {self.last_checkpoint or 'none'}."
-        )
-        if self.output_dir is not None:
-            name = f"diverged_{self.iteration:07d}_rank{{}}.pth"
-            if distributed.rank() in guilty:
-                self._save_step(self.output_dir / name.format(distributed.rank()), batch, random)
-            files = ", ".join(str(self.output_dir / name.format(r)) for r in guilty)
-            message += f" The batch is in {files}: see it with --replay-batch."
-        raise FloatingPointError(
-            f"{message} Lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, clip gradients "
-            "(SOLVER.CLIP_GRADIENTS.ENABLED True), or compute in float32 (SOLVER.AMP.ENABLED "
-            "False)."
-        )
-
-    def _save_step(self, path: Path, batch: Batch, random: Mapping[str, Any]) -> None:
-        try:
-            save_step(
-                path,
-                detector=self.module,
-                batch=batch,
-                random=random,
-                iteration=self.iteration,
-                amp_dtype=self._amp_dtype,
-                parts=self._accumulation_steps,
-            )
-        except (OSError, RuntimeError):
-            # What matters more is why training ends.
-            logger.exception("%s cannot be written", path)
-
-    def _parameters(self) -> list[nn.Parameter]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
-
-    def _lr(self) -> float:
-        """The learning rate of the group with the most parameters."""
-        return max(self.optimizer.param_groups, key=lambda group: len(group["params"]))["lr"]

@@ -76,7 +76,7 @@ def test_float16_that_overflows_at_every_scale_is_a_divergence(make_detector, ma
     optimizer = build_optimizer(detector, base_lr=0.05)
     scheduler = build_scheduler(optimizer, max_iter=100, warmup_iters=0)
     trainer = Trainer(detector, make_loader(), optimizer, scheduler, max_iter=100)
-    trainer._scaler = torch.amp.GradScaler("cpu")  # the CPU's stands in for the GPU's
+    trainer.step._scaler = torch.amp.GradScaler("cpu")  # the CPU's stands in for the GPU's
     with pytest.raises(FloatingPointError, match="however small the loss is scaled"):
         trainer.train()
     assert 25 < trainer.iteration < 35  # 2^16 halved until it is below 1e-4

@@ -322,7 +322,7 @@ def test_scaled_loss_changes_nothing_but_the_range(make_detector, make_loader):
         clip = build_gradient_clipper({"type": "full_model", "value": 0.5})
         trainer = build(detector, make_loader(), clip_gradients=clip)
         if scaled:  # the CPU's scaler stands in for the GPU's
-            trainer._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+            trainer.step._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
         torch.manual_seed(0)
         trainer.train()
         return trainer

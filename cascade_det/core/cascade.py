@@ -215,7 +215,8 @@ class CascadeHead(nn.Module):
         with _part(timer, "stage0"):
             pyramid, live = self._start(features, proposals, image_sizes)
         for stage in range(self.num_stages):
-            if len(live) == 0:
+            # A tracer would leave the stages out for all inputs.
+            if len(live) == 0 and not torch.jit.is_tracing():
                 break
             stats.entered[stage] = len(live)
             with _part(timer, f"stage{stage}"):

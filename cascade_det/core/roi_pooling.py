@@ -64,8 +64,8 @@ class RoIPooler(nn.Module):
         strides: stride of each level in pixels, powers of two, each twice the one before.
         sampling_ratio: samples per bin and axis; 0 takes one per feature pixel (adaptive).
         aligned: shift by half a pixel as Detectron2's ``ROIAlignV2``; ``False`` is ``ROIAlign``.
-        kernel: ``bags``, ``torchvision``, or ``auto`` (bags on the CPU, torchvision elsewhere and
-            under ``torch.jit.trace``).
+        kernel: ``bags``, ``torchvision``, or ``auto`` (bags on the CPU, torchvision elsewhere).
+            Under ``torch.jit.trace`` it is always torchvision's, the one that can be recorded.
 
     Raises:
         ValueError: if the strides do not form a pyramid or the kernel is unknown.
@@ -104,9 +104,9 @@ class RoIPooler(nn.Module):
         """
         if len(features) != len(self.strides):
             raise ValueError(f"{len(features)} feature maps for {len(self.strides)} strides")
-        # Of the two kernels a tracer can record one.
-        has_fast_bags = features[0].device.type == "cpu" and not torch.jit.is_tracing()
-        if self.kernel == "torchvision" or (self.kernel == "auto" and not has_fast_bags):
+        has_fast_bags = features[0].device.type == "cpu"
+        wants_bags = self.kernel == "bags" or (self.kernel == "auto" and has_fast_bags)
+        if not wants_bags or torch.jit.is_tracing():
             return Pyramid(features, None)
         pixels = torch.cat([level.flatten(2).transpose(1, 2) for level in features], dim=1)
         return Pyramid(features, pixels.reshape(-1, pixels.shape[-1]))

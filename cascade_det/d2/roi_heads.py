@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers, build_box_head
 from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
+from detectron2.utils.logger import log_first_n
 from torch import Tensor, nn
 
 from cascade_det import config
@@ -34,7 +37,8 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
     ``exits``, and with ``pooler_kernel="torchvision"``, losses and detections are the same to the
     last bit. Mask and keypoint heads are Detectron2's own, on the boxes that the cascade gives.
     Detections have one more field, ``exit_stages``: int64 ``[D]``, the last stage (from 0) that
-    each region saw.
+    each region saw. ``GeneralizedRCNNWithTTA`` builds new ``Instances``, without it.
+    Traced by ``torch.jit.trace``, every region sees every stage.
 
     What the cascade computes itself is not to be overridden in a subclass: ``_run_stage``,
     ``_match_and_label_boxes``, ``_create_proposals_from_boxes``. The box heads are free, and so are
@@ -85,26 +89,19 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             **kwargs,
         )
         _refuse_overrides(type(self), CascadeROIHeads, _COMPUTED_BY_THE_CORE)
-        for predictor in box_predictors:
-            _check_predictor(predictor)
         cascade = CascadeHead(
             pooler=_pooler_like(box_pooler, pooler_kernel),
             box_heads=box_heads,
             box_predictors=box_predictors,
-            num_classes=self.num_classes,
-            ious=[_threshold(matcher) for matcher in proposal_matchers],
-            bbox_reg_weights=[tuple(p.box2box_transform.weights) for p in box_predictors],
-            box_reg_loss_type=_common(p.box_reg_loss_type for p in box_predictors),
-            smooth_l1_beta=_common(p.smooth_l1_beta for p in box_predictors),
             stage_loss_weights=stage_loss_weights,
             ensemble=ensemble,
             exits=exits,
+            **self._rules(),
         )
-        # One set of modules: who replaces a head or a predictor here replaces it in the cascade.
-        cascade.box_head, cascade.box_predictor = self.box_head, self.box_predictor
         # Past nn.Module, which would register every parameter under a second name.
         self.__dict__["cascade"] = cascade
         self.cascade: CascadeHead
+        self.follow_predictors()
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
@@ -157,21 +154,44 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         """Losses from sampled proposals in training; else detections."""
         maps = [features[name] for name in self.box_in_features]
         image_sizes = [x.image_size for x in proposals]
+        self.follow_predictors()
         if self.training:
             assert targets is not None
             return self._losses(maps, proposals, targets, image_sizes)
-        self.follow_predictors()
+        if torch.jit.is_tracing() and self.cascade.exits is not None:
+            log_first_n(logging.WARNING, "Traced: every region sees every stage, exits are off.")
         boxes = [x.proposal_boxes.tensor for x in proposals]
         detections, stats = self.cascade.detect(maps, boxes, image_sizes)
         _log_exit_rates(stats)
         return [instances_of(d, size) for d, size in zip(detections, image_sizes, strict=True)]
 
     def follow_predictors(self) -> None:
-        """Take the thresholds of inference from the last predictor, where Detectron2 has them."""
-        last = self.box_predictor[-1]
-        self.cascade.score_thresh = last.test_score_thresh
-        self.cascade.nms_thresh = last.test_nms_thresh
-        self.cascade.detections_per_image = last.test_topk_per_image
+        """Take over what may have been replaced or set here since, as users of Detectron2 do.
+
+        Raises:
+            ValueError: a part that the cascade cannot stand in for.
+        """
+        cascade, rules, last = self.cascade, self._rules(), self.box_predictor[-1]
+        cascade.box_head, cascade.box_predictor = self.box_head, self.box_predictor
+        cascade.training_rules = replace(cascade.training_rules, **rules)
+        cascade.num_classes = rules["num_classes"]
+        cascade.bbox_reg_weights = rules["bbox_reg_weights"]
+        cascade.score_thresh = last.test_score_thresh
+        cascade.nms_thresh = last.test_nms_thresh
+        cascade.detections_per_image = last.test_topk_per_image
+
+    def _rules(self) -> dict[str, Any]:
+        """What Detectron2 has in the predictors and matchers, as arguments of the cascade."""
+        predictors = self.box_predictor
+        for predictor in predictors:
+            _check_predictor(predictor)
+        return {
+            "num_classes": self.num_classes,
+            "ious": tuple(_threshold(matcher) for matcher in self.proposal_matchers),
+            "bbox_reg_weights": tuple(tuple(p.box2box_transform.weights) for p in predictors),
+            "box_reg_loss_type": _common(p.box_reg_loss_type for p in predictors),
+            "smooth_l1_beta": _common(p.smooth_l1_beta for p in predictors),
+        }
 
     def _losses(
         self,
@@ -185,7 +205,8 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         )
         _log_metrics(self.cascade.metrics)
         for stage, predictor in enumerate(self.box_predictor):
-            for name, weight in predictor.loss_weight.items():
+            for name in ("loss_cls", "loss_box_reg"):
+                weight = predictor.loss_weight.get(name, 1.0)
                 losses[f"{name}_stage{stage}"] = losses[f"{name}_stage{stage}"] * weight
         return losses
 

@@ -22,10 +22,10 @@ from cascade_det.config import check_config, load_config
 from cascade_det.data.loader import build_train_loader
 from cascade_det.data.samples import Sample
 from cascade_det.engine.commands import without_traceback
+from cascade_det.engine.datasets import load_datasets
 from cascade_det.engine.log import setup_logging
 from cascade_det.evaluation.drawing import draw_boxes, stage_color
 from cascade_det.files import atomic_path
-from cascade_det.standalone.datasets import load_datasets
 
 
 @without_traceback

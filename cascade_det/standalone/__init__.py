@@ -1,6 +1,6 @@
 """The host without Detectron2: torch and torchvision parts, and the wiring of a run."""
 
-from cascade_det.standalone.build import build_detector, resolve_device
+from cascade_det.standalone.build import build_detector
 from cascade_det.standalone.detector import Detector
 from cascade_det.standalone.evaluate import evaluate
 from cascade_det.standalone.predictor import Predictor
@@ -12,6 +12,5 @@ __all__ = [
     "build_detector",
     "evaluate",
     "replay_batch",
-    "resolve_device",
     "train",
 ]

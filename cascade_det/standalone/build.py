@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import torch
@@ -12,11 +11,9 @@ from cascade_det import config
 from cascade_det.backbones import FPN, MobileNetV2, MobileNetV3Large, ResNet
 from cascade_det.backbones.fpn import Trunk
 from cascade_det.core import BoxPredictor, CascadeHead, ConfidenceExit, ConvFCBoxHead, RoIPooler
-from cascade_det.errors import ConfigError
+from cascade_det.engine.devices import resolve_device
 from cascade_det.standalone.detector import Detector
 from cascade_det.standalone.rpn import RPN
-
-logger = logging.getLogger(__name__)
 
 TRUNKS: dict[str, Callable[..., Trunk]] = {
     "resnet": ResNet,
@@ -66,30 +63,6 @@ def build_detector(cfg: CfgNode) -> Detector:
     return detector.to(device)
 
 
-def resolve_device(cfg: CfgNode) -> torch.device:
-    """``MODEL.DEVICE``; for ``cuda`` without any GPU the CPU, with a warning.
-
-    Raises:
-        ConfigError: the key asks for one GPU by its index, and there is none of that index.
-    """
-    name: str = cfg.MODEL.DEVICE
-    kind, _, index = name.partition(":")
-    if kind != "cuda":
-        return torch.device(name)
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if index and int(index) >= count:
-        gpus = [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(count)]
-        there = f"the GPUs here are {', '.join(gpus)}" if gpus else "there is no GPU here"
-        raise ConfigError(
-            f"MODEL.DEVICE is {name}, but {there}. Give {'one of these, ' if gpus else ''}cuda "
-            "for any, or cpu."
-        )
-    if not count:
-        logger.warning("MODEL.DEVICE is %s, but no GPU is available: using the CPU.", name)
-        return torch.device("cpu")
-    return torch.device(name)
-
-
 def _build_backbone(cfg: CfgNode) -> FPN:
     arguments = config.backbone_arguments(cfg)
     fpn = dict(arguments["fpn"])
@@ -119,10 +92,3 @@ def _build_cascade(cfg: CfgNode, pooler: RoIPooler, in_channels: int) -> Cascade
     return CascadeHead(
         pooler=pooler, box_heads=heads, box_predictors=predictors, exits=exits, **arguments
     )
-
-
-def set_backends(cfg: CfgNode) -> None:
-    """Set what PyTorch keeps for the whole process: cuDNN's benchmark, precision of float32."""
-    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
-    if cfg.FLOAT32_PRECISION:
-        torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)

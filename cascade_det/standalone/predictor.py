@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from os import PathLike
-from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from cascade_det import config
 from cascade_det.core import Detections
 from cascade_det.data.transforms import read_image, resize_shortest_edge
-from cascade_det.engine.weight_files import load_torch_file
+from cascade_det.engine.run_info import run_of
 from cascade_det.engine.weights import load_weights
 from cascade_det.errors import ConfigError
 from cascade_det.standalone.build import build_detector
@@ -50,7 +49,7 @@ class Predictor:
         self.detector = build_detector(cfg).eval()
         weights = load_weights(self.detector, cfg.MODEL.WEIGHTS).path
         num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-        run = run_info(weights)
+        run = run_of(weights)
         self.class_names = list(run.get("class_names", ()))
         self.category_ids = list(run.get("category_ids", ()))
         if len(self.class_names) != num_classes:
@@ -104,12 +103,3 @@ class Predictor:
         resized = resize_shortest_edge(pixels, self._short_edge, self._max_size)
         tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
         return {"image": tensor, "height": height, "width": width}
-
-
-def run_info(file: Path) -> dict[str, Any]:
-    """What our own checkpoints say of their run; nothing for weights from elsewhere."""
-    if file.suffix not in (".pth", ".pt"):
-        return {}
-    content = load_torch_file(file)
-    run = content.get("run", {}) if isinstance(content, dict) else {}
-    return run if isinstance(run, dict) else {}

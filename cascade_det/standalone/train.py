@@ -17,18 +17,11 @@ from cascade_det.engine import distributed
 from cascade_det.engine.averaging import WeightAverage
 from cascade_det.engine.best_model import BestModel
 from cascade_det.engine.checkpoint import Checkpointer
+from cascade_det.engine.datasets import check_class_names, load_datasets
+from cascade_det.engine.devices import resolve_amp_dtype, set_backends
 from cascade_det.engine.divergence import replay
 from cascade_det.engine.hooks import EvalHook, Hook, PeriodicCheckpoint, WriterHook
-from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, build_scheduler
-from cascade_det.engine.trainer import Trainer
-from cascade_det.engine.validation import validation_losses
-from cascade_det.engine.writers import ConsoleWriter, JsonWriter, TensorBoardWriter, Writer
-from cascade_det.errors import CheckpointError
-from cascade_det.standalone.build import build_detector, set_backends
-from cascade_det.standalone.datasets import check_class_names, load_datasets
-from cascade_det.standalone.detector import Detector
-from cascade_det.standalone.evaluate import evaluate_all
-from cascade_det.standalone.run_info import (
+from cascade_det.engine.run_info import (
     RunInfo,
     changes,
     check_output,
@@ -36,6 +29,14 @@ from cascade_det.standalone.run_info import (
     warn_of_frozen_noise,
     write_config,
 )
+from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, build_scheduler
+from cascade_det.engine.trainer import Trainer
+from cascade_det.engine.validation import validation_losses
+from cascade_det.engine.writers import ConsoleWriter, JsonWriter, TensorBoardWriter, Writer
+from cascade_det.errors import CheckpointError
+from cascade_det.standalone.build import build_detector
+from cascade_det.standalone.detector import Detector
+from cascade_det.standalone.evaluate import evaluate_all
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
         seed=cfg.SEED,
         class_names=list(datasets[0].class_names),
         category_ids=list(datasets[0].category_ids),
+        host="standalone",
     )
     torch.manual_seed(info.seed)
     detector = build_detector(cfg)
@@ -135,7 +137,7 @@ def _build_trainer(
     test_datasets: Sequence[CocoDataset],
 ) -> Trainer:
     arguments = config.trainer_arguments(cfg)
-    amp_dtype = _amp_dtype(arguments["amp_dtype"], detector.device)
+    amp_dtype = resolve_amp_dtype(arguments["amp_dtype"], detector.device)
     optimizer_arguments = config.optimizer_arguments(cfg)
     clip = build_gradient_clipper(optimizer_arguments.pop("clip"))
     optimizer = build_optimizer(detector, **optimizer_arguments)
@@ -217,17 +219,3 @@ def _evaluation(
         return {**results, "validation": losses()} if with_losses else results
 
     return evaluate
-
-
-def _amp_dtype(name: str | None, device: torch.device) -> str | None:
-    """``auto`` is float16 on GPUs, bfloat16 on CPUs with instructions for it, float32 on others."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "float16"
-    # Without such instructions bfloat16 is emulated, many times slower than float32.
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"):
-        return "bfloat16"
-    logger.warning("SOLVER.AMP: this CPU is not known to compute in bfloat16, training in float32")
-    return None

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from cascade_det.config import get_cfg, load_config
+from cascade_det.engine.devices import resolve_device
 from cascade_det.errors import ConfigError
-from cascade_det.standalone import build_detector, resolve_device
+from cascade_det.standalone import build_detector
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
 from fvcore.common.config import CfgNode
 
 from cascade_det import config
-from cascade_det.data.catalog import find_dataset
+from cascade_det.data.catalog import DatasetSource, find_dataset
 from cascade_det.data.coco import CocoDataset, load_dataset
 from cascade_det.engine import distributed
 from cascade_det.errors import ConfigError, DatasetError
 
+Find = Callable[[str, Iterable[tuple[str, str, str]]], DatasetSource]
 
-def load_datasets(cfg: CfgNode, *, train: bool) -> list[CocoDataset]:
+
+def load_datasets(cfg: CfgNode, *, train: bool, find: Find = find_dataset) -> list[CocoDataset]:
     """Load ``DATASETS.TRAIN`` or ``DATASETS.TEST``.
 
     The images of test sets are decoded, so that no evaluation ends a long run at a damaged one.
     There is no other image to take in its place, as there is in training.
+
+    Args:
+        cfg: a checked configuration.
+        train: which of the two.
+        find: where a data set lies, by its name and the user's own ones.
 
     Raises:
         ConfigError: nothing to train on is named, or NUM_CLASSES is not that of the data.
@@ -26,7 +36,7 @@ def load_datasets(cfg: CfgNode, *, train: bool) -> list[CocoDataset]:
         raise ConfigError("DATASETS.TRAIN is empty: name a data set to train on")
     datasets = [
         load_dataset(
-            find_dataset(name, arguments["own_datasets"]),
+            find(name, arguments["own_datasets"]),
             arguments["on_bad_data"],
             keep_ground_truth=not train,
             decode=not train,
@@ -61,4 +71,24 @@ def check_class_names(trained: CocoDataset, tested: CocoDataset) -> None:
             f"{tested.source.json_file} has the classes {', '.join(tested.class_names)}, but "
             f"{trained.source.json_file} has {', '.join(trained.class_names)} (by category id): "
             "test on the classes that are trained, in the same order"
+        )
+
+
+def check_trained_classes(run: Mapping[str, Any], dataset: CocoDataset) -> None:
+    """Make sure that a test set has the classes that a checkpoint was trained on.
+
+    Args:
+        run: what the checkpoint says of its run, see :func:`cascade_det.engine.run_info.run_of`;
+            one that names no classes is taken as it is.
+        dataset: to be evaluated on.
+
+    Raises:
+        DatasetError: it has other classes, or another order of them.
+    """
+    class_names = run.get("class_names")
+    if class_names is not None and tuple(class_names) != tuple(dataset.class_names):
+        raise DatasetError(
+            f"{dataset.source.json_file} has the classes {', '.join(dataset.class_names)} (by "
+            f"category id), but the checkpoint was trained on {', '.join(class_names)}: evaluate "
+            "on the classes that were trained, in the same order"
         )

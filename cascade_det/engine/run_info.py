@@ -15,6 +15,7 @@ from cascade_det import config
 from cascade_det.engine import distributed
 from cascade_det.engine.checkpoint import checkpoint_to_resume
 from cascade_det.engine.hooks import START
+from cascade_det.engine.weight_files import load_torch_file
 from cascade_det.errors import CheckpointError, ConfigError
 from cascade_det.files import atomic_path, remove_leftovers
 
@@ -33,11 +34,13 @@ class RunInfo:
         seed: of the data order and of everything random; below 0 draws one.
         class_names: K names.
         category_ids: K ids that the training data set gives these classes.
+        host: which of the hosts trains, "standalone" or "detectron2".
     """
 
     seed: int
     class_names: list[str]
     category_ids: list[int]
+    host: str
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -52,14 +55,28 @@ class RunInfo:
         """Go on with the seed of the resumed run.
 
         Raises:
-            CheckpointError: its classes are not those of the data.
+            CheckpointError: it ran in another host, or its classes are not those of the data.
         """
+        if (host := state.get("host", self.host)) != self.host:
+            raise CheckpointError(
+                f"the run was trained by --host {host}, and cannot be resumed by --host "
+                f"{self.host}; its weights can be taken as MODEL.WEIGHTS in either"
+            )
         if list(state["class_names"]) != self.class_names:
             raise CheckpointError(
                 f"the checkpoint has the classes {', '.join(state['class_names'])}; the data have "
                 f"{', '.join(self.class_names)}"
             )
         self.seed = int(state["seed"])
+
+
+def run_of(file: Path) -> dict[str, Any]:
+    """What our own checkpoints say of their run; nothing for weights from elsewhere."""
+    if file.suffix not in (".pth", ".pt"):
+        return {}
+    content = load_torch_file(file)
+    run = content.get("run", {}) if isinstance(content, dict) else {}
+    return run if isinstance(run, dict) else {}
 
 
 def check_output(cfg: CfgNode, *, resume: bool) -> None:

@@ -1,0 +1,57 @@
+"""What a configuration leaves to the machine: device, type of mixed precision, backends."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from fvcore.common.config import CfgNode
+
+from cascade_det.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_device(cfg: CfgNode) -> torch.device:
+    """``MODEL.DEVICE``; for ``cuda`` without any GPU the CPU, with a warning.
+
+    Raises:
+        ConfigError: the key asks for one GPU by its index, and there is none of that index.
+    """
+    name: str = cfg.MODEL.DEVICE
+    kind, _, index = name.partition(":")
+    if kind != "cuda":
+        return torch.device(name)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if index and int(index) >= count:
+        gpus = [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(count)]
+        there = f"the GPUs here are {', '.join(gpus)}" if gpus else "there is no GPU here"
+        raise ConfigError(
+            f"MODEL.DEVICE is {name}, but {there}. Give {'one of these, ' if gpus else ''}cuda "
+            "for any, or cpu."
+        )
+    if not count:
+        logger.warning("MODEL.DEVICE is %s, but no GPU is available: using the CPU.", name)
+        return torch.device("cpu")
+    return torch.device(name)
+
+
+def resolve_amp_dtype(name: str | None, device: torch.device) -> str | None:
+    """``auto`` is float16 on GPUs, bfloat16 on CPUs with instructions for it, float32 on others."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "float16"
+    # Without such instructions bfloat16 is emulated, many times slower than float32.
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"):
+        return "bfloat16"
+    logger.warning("SOLVER.AMP: this CPU is not known to compute in bfloat16, training in float32")
+    return None
+
+
+def set_backends(cfg: CfgNode) -> None:
+    """Set what PyTorch keeps for the whole process: cuDNN's benchmark, precision of float32."""
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+    if cfg.FLOAT32_PRECISION:
+        torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)

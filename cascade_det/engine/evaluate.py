@@ -1,0 +1,96 @@
+"""A detector on a data set: all figures, as a report in the log and in files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from cascade_det.data.coco import CocoDataset, left_out_notes
+from cascade_det.data.transforms import read_image
+from cascade_det.engine import distributed
+from cascade_det.engine.inference import BatchLoader, Evaluator, run_inference
+from cascade_det.evaluation import (
+    default_evaluators,
+    describe_machine,
+    format_report,
+    write_results,
+)
+from cascade_det.evaluation.analysis_files import write_analysis
+from cascade_det.evaluation.figures import plot_report
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate_dataset(
+    detector: nn.Module,
+    loader: BatchLoader,
+    dataset: CocoDataset,
+    output_dir: Path,
+    *,
+    device: torch.device,
+    stages: bool = True,
+    further: Sequence[Evaluator] = (),
+    finish: Callable[[dict[str, Any]], Mapping[str, Any]] = dict,
+) -> dict[str, Any]:
+    """Evaluate a detector; several processes share the images, and the main one writes the files.
+
+    Args:
+        detector: see :func:`cascade_det.engine.inference.run_inference`.
+        loader: batches of this process.
+        dataset: with its ground truth.
+        output_dir: of ``results.json``, ``report.png``, ``analysis/`` and ``inference/``.
+        device: of the detector.
+        stages: whether the detector can say what each stage alone would give.
+        further: evaluators beside those of the project.
+        finish: called with the results on every process; gives what is reported.
+
+    Returns:
+        ``bbox``, ``analysis``, ``stages``, ``exits`` and ``latency`` figures and ``notes``; the
+        same on every process.
+    """
+    evaluators = default_evaluators(
+        ground_truth=dataset.ground_truth,
+        class_names=dataset.class_names,
+        category_ids=dataset.category_ids,
+        output_dir=output_dir,
+        stages=stages,
+    )
+    found = run_inference(detector, loader, [*evaluators, *further], stages=stages)
+    results = dict(finish({**found, "notes": [*found["notes"], *left_out_notes(dataset)]}))
+    machine = describe_machine(device)
+    report = format_report({**results, "machine": machine})
+    logger.info("Results on %s:\n\n%s\n", dataset.source.name, report)
+
+    def read(file_name: str) -> NDArray[np.uint8]:
+        return read_image(str(dataset.source.image_root / file_name), "BGR")
+
+    def write() -> None:
+        write_results(results, output_dir, machine=machine)
+        plot_report(results, output_dir / "report.png")
+        if results["analysis"]:
+            write_analysis(results["analysis"], output_dir, read_image=read)
+
+    distributed.on_main(write)
+    return results
+
+
+def by_dataset(
+    datasets: Sequence[CocoDataset],
+    output_dir: Path,
+    evaluate: Callable[[CocoDataset, Path], dict[str, Any]],
+) -> dict[str, Any]:
+    """Evaluate: results of one set as they are; of several, by name, in folders of their own."""
+    if len(datasets) == 1:
+        return evaluate(datasets[0], output_dir)
+    names = [dataset.source.name for dataset in datasets]
+    return {
+        name: evaluate(dataset, output_dir / name)
+        for name, dataset in zip(names, datasets, strict=True)
+    }

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 
 from cascade_det.core.boxes import is_nonempty
-from cascade_det.core.structures import Detections
+from cascade_det.core.structures import Detections, StageOutput
 
 
 @torch.no_grad()
@@ -82,3 +82,24 @@ def rescale_boxes(boxes: Tensor, from_size: Sequence[int], to_size: Sequence[int
     limits = boxes.new_tensor([to_size[1], to_size[0], to_size[1], to_size[0]])
     scaled = boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
     return torch.minimum(scaled.clamp(min=0), limits)
+
+
+def rescale_stage(
+    stage: StageOutput, frames: Sequence[tuple[tuple[int, int], tuple[int, int]]]
+) -> StageOutput:
+    """The output of a stage in pixels of other sizes of its images.
+
+    Args:
+        stage: for N images.
+        frames: N pairs of ``from_size`` and ``to_size``, see ``rescale_detections``.
+    """
+
+    def boxes(per_image: list[Tensor]) -> list[Tensor]:
+        return [rescale_boxes(b, *frame) for b, frame in zip(per_image, frames, strict=True)]
+
+    detections = zip(stage.detections, frames, strict=True)
+    return StageOutput(
+        [rescale_detections(d, *frame) for d, frame in detections],
+        boxes(stage.boxes_before),
+        boxes(stage.boxes_after),
+    )

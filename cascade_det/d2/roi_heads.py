@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,11 +17,16 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers, build_box_head
 from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
-from detectron2.utils.logger import log_first_n
 from torch import Tensor, nn
 
 from cascade_det import config
-from cascade_det.core import CascadeHead, CascadeStats, ConfidenceExit, RoIPooler
+from cascade_det.core import (
+    CascadeHead,
+    CascadeStats,
+    ConfidenceExit,
+    PartTimer,
+    RoIPooler,
+)
 from cascade_det.core.boxes import MAX_LOG_SCALE
 from cascade_det.core.roi_pooling import CANONICAL_BOX_SIZE, CANONICAL_LEVEL
 from cascade_det.d2.structures import instances_of, labelled_regions_of, targets_of
@@ -58,6 +63,11 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         pooler_kernel: see ``MODEL.CASCADE.POOLER_KERNEL``.
         exits: when regions leave early, in inference only; ``None`` for never.
         kwargs: further arguments of :class:`CascadeROIHeads`.
+
+    Attributes:
+        cascade: the box heads in a row; no submodule, its parts are those of this module.
+        stats: of the last inference, how many regions entered and left each stage.
+        timer: takes the milliseconds of the stages of each inference if it is set.
 
     Raises:
         ValueError: a part that the cascade cannot stand in for.
@@ -101,6 +111,8 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         # Past nn.Module, which would register every parameter under a second name.
         self.__dict__["cascade"] = cascade
         self.cascade: CascadeHead
+        self.stats: CascadeStats | None = None
+        self.timer: PartTimer | None = None
         self.follow_predictors()
 
     @classmethod
@@ -159,10 +171,10 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             assert targets is not None
             return self._losses(maps, proposals, targets, image_sizes)
         if torch.jit.is_tracing() and self.cascade.exits is not None:
-            log_first_n(logging.WARNING, "Traced: every region sees every stage, exits are off.")
+            warnings.warn("A traced cascade has no exits: it runs every stage.", stacklevel=2)
         boxes = [x.proposal_boxes.tensor for x in proposals]
-        detections, stats = self.cascade.detect(maps, boxes, image_sizes)
-        _log_exit_rates(stats)
+        detections, self.stats = self.cascade.detect(maps, boxes, image_sizes, timer=self.timer)
+        _log_exit_rates(self.stats)
         return [instances_of(d, size) for d, size in zip(detections, image_sizes, strict=True)]
 
     def follow_predictors(self) -> None:

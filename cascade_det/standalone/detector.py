@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cascade_det.backbones import FPN
-from cascade_det.core import CascadeHead, DetectorOutput, PartTimer, StageOutput
-from cascade_det.core.postprocess import rescale_boxes, rescale_detections
+from cascade_det.core import CascadeHead, DetectorOutput, PartTimer
+from cascade_det.core.postprocess import rescale_detections, rescale_stage
 from cascade_det.standalone.rpn import RPN
 
 Sample = dict[str, Any]
@@ -123,7 +123,7 @@ class Detector(nn.Module):
         output = DetectorOutput(detections, stats)
         if stages:
             full = self.roi_heads.detect_stages(features, proposals, image_sizes, timer=timer)
-            output.stages = [_rescale_stage(stage, frames) for stage in full]
+            output.stages = [rescale_stage(stage, frames) for stage in full]
         return output
 
     def preprocess(self, images: Sequence[Tensor]) -> tuple[Tensor, ImageSizes]:
@@ -142,17 +142,3 @@ class Detector(nn.Module):
         normalised = [(i.to(self.device) - self.pixel_mean) / self.pixel_std for i in images]
         padded = [F.pad(i, (0, width - i.shape[-1], 0, height - i.shape[-2])) for i in normalised]
         return torch.stack(padded), sizes
-
-
-def _rescale_stage(
-    stage: StageOutput, frames: Sequence[tuple[tuple[int, int], tuple[int, int]]]
-) -> StageOutput:
-    def boxes(per_image: list[Tensor]) -> list[Tensor]:
-        return [rescale_boxes(b, *frame) for b, frame in zip(per_image, frames, strict=True)]
-
-    detections = zip(stage.detections, frames, strict=True)
-    return StageOutput(
-        [rescale_detections(d, *frame) for d, frame in detections],
-        boxes(stage.boxes_before),
-        boxes(stage.boxes_after),
-    )

@@ -32,6 +32,6 @@ def _own_randomness():
 def _own_logging():
     """Take away the handlers that a command has set up."""
     yield
-    for name in ("cascade_det", "fvcore"):
+    for name in ("cascade_det", "fvcore", "detectron2"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).setLevel(logging.NOTSET)

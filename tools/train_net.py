@@ -11,30 +11,36 @@ With several processes, --num-gpus of them run on each machine: one on each GPU,
 where MODEL.DEVICE is cpu. Under torchrun its own options say how many there are:
 
 torchrun --nproc-per-node 8 tools/train_net.py --config-file ...
+
+--host says who runs it: Detectron2 with our heads in it, or the standalone host; where it is not
+given, Detectron2 if it can be imported.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import logging
 import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 from fvcore.common.config import CfgNode
 
-from cascade_det.config import check_config, check_processes, load_config, scale_to_world_size
+from cascade_det.config import check_processes, scale_to_world_size
 from cascade_det.engine import distributed
 from cascade_det.engine.interrupts import Interrupted
 from cascade_det.engine.log import setup_logging
 from cascade_det.engine.processes import INTERRUPTED
-from cascade_det.errors import CascadeDetError
-from cascade_det.standalone import evaluate, replay_batch, train
+from cascade_det.errors import CascadeDetError, ConfigError
 
 logger = logging.getLogger("cascade_det.tools.train_net")
 
+# The rooms of the package that they are in.
+_HOSTS = {"standalone": "standalone", "detectron2": "d2"}
 # What a user can mend about files. The traceback of any other OSError tells more.
 _FILE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
@@ -58,13 +64,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _launch(args: argparse.Namespace) -> int:
-    cfg = load_config(args.config_file, args.opts)
-    check_config(cfg)
+    args.host, why = _choose(args.host)
+    host = _host(args.host)
+    cfg = host.load_config(args.config_file, args.opts)
+    host.check_config(cfg)
     if args.replay_batch:
-        print("\n".join(replay_batch(cfg, args.replay_batch)))
+        print("\n".join(host.replay_batch(cfg, args.replay_batch)))
         return 0
     setup_logging(cfg.OUTPUT_DIR if args.machine_rank == 0 else None)
-    cfg = _for_processes(cfg, args)
+    logger.info("Host: %s, %s", args.host, why)
+    cfg = _for_processes(cfg, host, args)
     return distributed.launch(
         run,
         (cfg, args),
@@ -79,12 +88,14 @@ def _launch(args: argparse.Namespace) -> int:
 def run(cfg: CfgNode, args: argparse.Namespace) -> int:
     """The work of one process, among others or alone; returns its exit status."""
     setup_logging(cfg.OUTPUT_DIR)
+    host = _host(args.host)
+    host.join()
     try:
         with _file_errors_told():
             if args.eval_only:
-                evaluate(cfg, resume=args.resume)
+                host.evaluate(cfg, resume=args.resume)
             else:
-                train(cfg, resume=args.resume)
+                host.train(cfg, resume=args.resume)
     except Interrupted as end:
         if distributed.is_main():
             logger.warning("%s. To go on: %s", end, _resuming_command())
@@ -102,12 +113,33 @@ def _file_errors_told() -> Iterator[None]:
         raise CascadeDetError(f"{error.filename or 'A file'}: {error.strerror}") from error
 
 
-def _for_processes(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
+def _choose(asked: str) -> tuple[str, str]:
+    """The host to run, and why it is that one."""
+    if asked == "standalone":
+        return asked, "as --host says"
+    try:
+        importlib.import_module("detectron2.engine")
+    except ImportError as error:
+        missing = f"Detectron2 cannot be imported ({error})"
+        if asked == "auto":
+            return "standalone", f"since {missing}"
+        raise ConfigError(
+            f"--host detectron2: {missing}. Install it as the README says under Inside "
+            "Detectron2, or take --host standalone."
+        ) from error
+    return "detectron2", "as --host says" if asked != "auto" else "since it can be imported"
+
+
+def _host(name: str) -> ModuleType:
+    return importlib.import_module(f"cascade_det.{_HOSTS[name]}.host")
+
+
+def _for_processes(cfg: CfgNode, host: ModuleType, args: argparse.Namespace) -> CfgNode:
     processes = distributed.planned_world_size(args.num_gpus, args.num_machines)
     check_processes(cfg, processes, train=not args.eval_only)
     if not args.eval_only:
         cfg = scale_to_world_size(cfg, processes)
-        check_config(cfg)
+        host.check_config(cfg)
     return cfg
 
 
@@ -123,6 +155,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         description="Train or evaluate a cascade.", formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--config-file", required=True, metavar="YAML")
+    parser.add_argument(
+        "--host",
+        default="auto",
+        choices=("auto", *_HOSTS),
+        help="who builds and trains the model; auto: Detectron2 where it can be imported",
+    )
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR"
     )

@@ -29,7 +29,10 @@ _HEADS = (
     "MODEL.ROI_BOX_CASCADE_HEAD.",
     "MODEL.CASCADE.",
 )
-_RUN = ("CASCADE.", "SOLVER.", "DATASETS.", "DATALOADER.", "INPUT.", "TEST.", "OUTPUT_DIR")
+_RUN = (
+    *("CASCADE.", "SOLVER.", "DATASETS.", "DATALOADER.", "INPUT.", "TEST."),
+    *("MODEL.DEVICE", "OUTPUT_DIR", "FLOAT32_PRECISION"),
+)
 
 
 def check_config(cfg: CfgNode) -> None:

@@ -1,15 +1,17 @@
-"""Detectron2's ``Instances`` to the core's types and back.
+"""Detectron2's ``Instances`` to the core's types, or to plain ones, and back.
 
 Boxes are float32 XYXY in absolute pixels of the resized image in both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks
 from detectron2.structures.boxes import matched_pairwise_iou
+from torch import Tensor
 
 from cascade_det.core import Detections
 from cascade_det.core.boxes import flatten_images
@@ -56,3 +58,32 @@ def detections_of(instances: Instances) -> Detections:
         instances.pred_classes,
         instances.exit_stages if has_stages else torch.zeros_like(instances.pred_classes),
     )
+
+
+def sample_of(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """One image's input of a training model as tensors and plain values, for a file."""
+    plain = {k: v for k, v in inputs.items() if isinstance(v, (Tensor, int, float, str))}
+    fields = inputs["instances"].get_fields() if "instances" in inputs else {}
+    return {**plain, **{name: _plain(value) for name, value in fields.items()}}
+
+
+def inputs_of(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """The reverse of ``sample_of``: fields whose names begin with ``gt_`` become instances."""
+    fields = {name: _rich(name, value) for name, value in sample.items() if name.startswith("gt_")}
+    rest = {name: value for name, value in sample.items() if name not in fields}
+    return {**rest, "instances": Instances(tuple(sample["image"].shape[-2:]), **fields)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, PolygonMasks):
+        return [[torch.as_tensor(p) for p in polygons] for polygons in value.polygons]
+    return value if isinstance(value, Tensor) else value.tensor
+
+
+def _rich(name: str, value: Any) -> Any:
+    if name == "gt_masks":
+        if isinstance(value, Tensor):
+            return BitMasks(value)
+        return PolygonMasks([[polygon.numpy() for polygon in polygons] for polygons in value])
+    rich = {"gt_boxes": Boxes, "gt_keypoints": Keypoints}.get(name)
+    return value if rich is None else rich(value)

@@ -50,6 +50,22 @@ def load_datasets(cfg: CfgNode, *, train: bool, find: Find = find_dataset) -> li
     return datasets
 
 
+def load_training_data(
+    cfg: CfgNode, find: Find = find_dataset
+) -> tuple[list[CocoDataset], list[CocoDataset]]:
+    """Load ``DATASETS.TRAIN`` and ``DATASETS.TEST``, which have to have the same classes.
+
+    Raises:
+        ConfigError: as ``load_datasets``.
+        DatasetError: data are missing or wrong, or a test set has other classes.
+    """
+    datasets = load_datasets(cfg, train=True, find=find)
+    test_datasets = load_datasets(cfg, train=False, find=find)
+    for dataset in test_datasets:
+        _check_class_names(datasets[0], dataset)
+    return datasets, test_datasets
+
+
 def _check_classes(cfg: CfgNode, dataset: CocoDataset) -> None:
     wanted, found = cfg.MODEL.ROI_HEADS.NUM_CLASSES, len(dataset.class_names)
     if wanted != found:
@@ -60,12 +76,7 @@ def _check_classes(cfg: CfgNode, dataset: CocoDataset) -> None:
         )
 
 
-def check_class_names(trained: CocoDataset, tested: CocoDataset) -> None:
-    """Make sure that a test set has the classes of the training set, in their order.
-
-    Raises:
-        DatasetError: it has not.
-    """
+def _check_class_names(trained: CocoDataset, tested: CocoDataset) -> None:
     if tuple(trained.class_names) != tuple(tested.class_names):
         raise DatasetError(
             f"{tested.source.json_file} has the classes {', '.join(tested.class_names)}, but "

@@ -36,6 +36,20 @@ def resolve_device(cfg: CfgNode) -> torch.device:
     return torch.device(name)
 
 
+def on_its_device(cfg: CfgNode) -> CfgNode:
+    """The configuration with the device that ``resolve_device`` gives, for who reads the key.
+
+    Raises:
+        ConfigError: see ``resolve_device``.
+    """
+    cfg, frozen = cfg.clone(), cfg.is_frozen()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = str(resolve_device(cfg))
+    if frozen:
+        cfg.freeze()
+    return cfg
+
+
 def resolve_amp_dtype(name: str | None, device: torch.device) -> str | None:
     """``auto`` is float16 on GPUs, bfloat16 on CPUs with instructions for it, float32 on others."""
     if name != "auto":

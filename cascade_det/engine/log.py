@@ -12,7 +12,7 @@ from cascade_det.engine import distributed
 from cascade_det.engine.writers import progress_logger
 from cascade_det.errors import ConfigError
 
-_LOGGERS = ("cascade_det", "fvcore")
+_LOGGERS = ("cascade_det", "fvcore", "detectron2")
 
 
 def setup_logging(output_dir: str | Path | None = None, *, level: int = logging.INFO) -> None:

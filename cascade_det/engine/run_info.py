@@ -13,7 +13,7 @@ from fvcore.common.config import CfgNode
 
 from cascade_det import config
 from cascade_det.engine import distributed
-from cascade_det.engine.checkpoint import checkpoint_to_resume
+from cascade_det.engine.checkpoint import Checkpointer, checkpoint_to_resume
 from cascade_det.engine.hooks import START
 from cascade_det.engine.weight_files import load_torch_file
 from cascade_det.errors import CheckpointError, ConfigError
@@ -97,6 +97,21 @@ def check_output(cfg: CfgNode, *, resume: bool) -> None:
             f"({trained[-1].name}), which this one would overwrite. Add --resume to go on with it, "
             "or give another OUTPUT_DIR, or remove it."
         )
+
+
+def resume_or_load(checkpointer: Checkpointer, cfg: CfgNode, *, resume: bool) -> None:
+    """Go on from the last checkpoint in ``OUTPUT_DIR``, or load ``MODEL.WEIGHTS``.
+
+    Raises:
+        CheckpointError: as the checkpointer, and naming the keys of ``MODEL`` that were changed.
+    """
+    try:
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    except CheckpointError as error:
+        changed = changes(cfg, "MODEL.") if resume else []
+        if not changed:
+            raise
+        raise CheckpointError(f"{error} Changed since: {', '.join(changed)}.") from error
 
 
 def changes(cfg: CfgNode, within: str = "") -> list[str]:

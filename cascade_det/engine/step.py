@@ -62,7 +62,7 @@ class TrainingStep:
         self.optimizer = optimizer
         self.device = torch.device(device)
         self.output_dir = None if output_dir is None else Path(output_dir)
-        self._metrics = metrics or (lambda: getattr(self.module, "metrics", None) or {})
+        self.metrics = metrics or (lambda: getattr(self.module, "metrics", None) or {})
         self._as_sample = as_sample
         self._clip_gradients = clip_gradients
         self._accumulation_steps = accumulation_steps
@@ -76,7 +76,12 @@ class TrainingStep:
         return getattr(self.detector, "module", self.detector)
 
     def run(
-        self, batch: Batch, iteration: int, *, interrupted: bool = False, last_checkpoint: str = ""
+        self,
+        batch: Batch,
+        iteration: int,
+        *,
+        interrupted: bool = False,
+        last_checkpoint: Callable[[], str] = lambda: "",
     ) -> tuple[dict[str, float], bool]:
         """Train on a batch.
 
@@ -84,7 +89,7 @@ class TrainingStep:
             batch: of this process.
             iteration: number of the step, for messages.
             interrupted: whether this process was asked to stop.
-            last_checkpoint: the newest one, for messages.
+            last_checkpoint: gives the newest one, for messages.
 
         Returns:
             Figures that are known (``total_loss``, losses, ``gradient_norm`` and metrics, means
@@ -145,7 +150,7 @@ class TrainingStep:
             losses = self.detector(batch)
             total = sum(losses.values())
         self._scaler.scale(total * share).backward()
-        return {"total_loss": total, **losses, **self._metrics()}
+        return {"total_loss": total, **losses, **self.metrics()}
 
     def _gradient_norm(self) -> Tensor:
         gradients = [p.grad for p in self._parameters() if p.grad is not None]
@@ -159,14 +164,14 @@ class TrainingStep:
         guilty: Mapping[int, list[Any]],
         batch: Batch,
         iteration: int,
-        last_checkpoint: str,
+        last_checkpoint: Callable[[], str],
         random: Mapping[str, Any],
     ) -> NoReturn:
         """Write the batch where it diverged, and raise."""
         message = (
             f"Training diverged at iteration {iteration}, {problem}; learning rate "
             f"{self.learning_rate():.4g}, image ids {' | '.join(map(str, guilty.values()))}. The "
-            f"last good checkpoint is {last_checkpoint or 'none'}."
+            f"last good checkpoint is {last_checkpoint() or 'none'}."
         )
         if self.output_dir is not None:
             name = f"diverged_{iteration:07d}_rank{{}}.pth"

@@ -210,7 +210,7 @@ class Trainer:
                 batch,
                 iteration,
                 interrupted=bool(self._interrupt),
-                last_checkpoint=self.last_checkpoint or "",
+                last_checkpoint=lambda: self.last_checkpoint or "",
             )
             self.history.put_all(figures)
             self.history.put("lr", self.step.learning_rate(), smooth=False)

@@ -17,15 +17,15 @@ from cascade_det.engine import distributed
 from cascade_det.engine.averaging import WeightAverage
 from cascade_det.engine.best_model import BestModel
 from cascade_det.engine.checkpoint import Checkpointer
-from cascade_det.engine.datasets import check_class_names, load_datasets
+from cascade_det.engine.datasets import load_training_data
 from cascade_det.engine.devices import resolve_amp_dtype, set_backends
 from cascade_det.engine.divergence import replay
 from cascade_det.engine.hooks import EvalHook, Hook, PeriodicCheckpoint, WriterHook
 from cascade_det.engine.run_info import (
     RunInfo,
-    changes,
     check_output,
     log_learning_rate,
+    resume_or_load,
     warn_of_frozen_noise,
     write_config,
 )
@@ -33,7 +33,6 @@ from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, b
 from cascade_det.engine.trainer import Trainer
 from cascade_det.engine.validation import validation_losses
 from cascade_det.engine.writers import ConsoleWriter, JsonWriter, TensorBoardWriter, Writer
-from cascade_det.errors import CheckpointError
 from cascade_det.standalone.build import build_detector
 from cascade_det.standalone.detector import Detector
 from cascade_det.standalone.evaluate import evaluate_all
@@ -63,10 +62,7 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     """
     check_output(cfg, resume=resume)
     set_backends(cfg)
-    datasets = load_datasets(cfg, train=True)
-    test_datasets = load_datasets(cfg, train=False)
-    for dataset in test_datasets:
-        check_class_names(datasets[0], dataset)
+    datasets, test_datasets = load_training_data(cfg)
     info = RunInfo(
         seed=cfg.SEED,
         class_names=list(datasets[0].class_names),
@@ -76,13 +72,7 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     torch.manual_seed(info.seed)
     detector = build_detector(cfg)
     checkpointer = Checkpointer(detector, cfg.OUTPUT_DIR, save_to_disk=distributed.is_main())
-    try:
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    except CheckpointError as error:
-        changed = changes(cfg, "MODEL.") if resume else []
-        if not changed:
-            raise
-        raise CheckpointError(f"{error} Changed since: {', '.join(changed)}.") from error
+    resume_or_load(checkpointer, cfg, resume=resume)
     checkpointer.add_checkpointable("run", info)
     write_config(cfg, resume=resume)
     log_learning_rate(cfg)

@@ -1,0 +1,68 @@
+"""The data sets of a configuration in Detectron2's catalogs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+
+from cascade_det.data.catalog import DatasetSource, find_dataset
+from cascade_det.errors import DatasetError
+
+
+def register_dataset(name: str, own_datasets: Iterable[tuple[str, str, str]] = ()) -> DatasetSource:
+    """Register a data set in Detectron2, unless it is there, and say where it lies.
+
+    Args:
+        name: one of ``own_datasets``, one of Detectron2's COCO names, or any that is registered
+            in its catalog from a COCO-format json.
+        own_datasets: ``CASCADE.DATASETS``: name, json file and image folder each.
+
+    Raises:
+        DatasetError: no such name, a missing file or folder, or a name that is registered for
+            other files.
+    """
+    own_datasets = list(own_datasets)
+    registered = _registered(name)
+    is_own = any(name == own for own, _, _ in own_datasets)
+    if registered is not None and not is_own:
+        return _existing(registered)
+    source = find_dataset(name, own_datasets)
+    if registered is None:
+        register_coco_instances(name, {}, str(source.json_file), str(source.image_root))
+    elif _paths(registered) != _paths(source):
+        raise DatasetError(
+            f"CASCADE.DATASETS: {name!r} is {source.json_file} with images in {source.image_root}, "
+            f"but Detectron2 has registered it as {registered.json_file} with images in "
+            f"{registered.image_root}. Give it another name."
+        )
+    return source
+
+
+def _registered(name: str) -> DatasetSource | None:
+    if name not in DatasetCatalog.list():
+        return None
+    metadata = MetadataCatalog.get(name)
+    json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
+    if json_file is None or image_root is None:
+        raise DatasetError(
+            f"data set {name!r} is registered in Detectron2 without a COCO-format json: its "
+            "metadata needs json_file and image_root (see register_coco_instances)"
+        )
+    return DatasetSource(name, Path(json_file), Path(image_root))
+
+
+def _existing(source: DatasetSource) -> DatasetSource:
+    if not source.json_file.is_file() or not source.image_root.is_dir():
+        raise DatasetError(
+            f"data set {source.name!r} is registered in Detectron2 as {source.json_file} with "
+            f"images in {source.image_root}, of which one is missing. For its own data sets, set "
+            "the environment variable DETECTRON2_DATASETS to the folder that holds 'coco/'."
+        )
+    return source
+
+
+def _paths(source: DatasetSource) -> tuple[Path, Path]:
+    return source.json_file.resolve(), source.image_root.resolve()

@@ -1,0 +1,126 @@
+"""A model of Detectron2 as the engine knows a detector."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from detectron2.modeling import GeneralizedRCNN, detector_postprocess
+from detectron2.structures import Instances
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from cascade_det.core import CascadeStats, DetectorOutput, PartTimer
+from cascade_det.core.postprocess import rescale_stage
+from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
+from cascade_det.d2.structures import detections_of
+
+Inputs = Mapping[str, Any]
+
+
+class Detector(nn.Module):
+    """Inputs of Detectron2 in, losses or detections out.
+
+    Args:
+        model: of Detectron2, trained or in training.
+
+    Attributes:
+        outputs: of the last call of :meth:`detect`, as the model itself returns them.
+        has_stages: whether the model is an R-CNN with our heads; any other is a single part.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.outputs: list[dict[str, Instances]] = []
+        heads = getattr(model, "roi_heads", None)
+        self.has_stages = isinstance(model, GeneralizedRCNN) and isinstance(
+            heads, EarlyExitCascadeROIHeads
+        )
+
+    def losses(self, batch: Sequence[Inputs]) -> dict[str, Tensor]:
+        """Losses without a step: norms stay in the mode that they are in, nothing is logged.
+
+        Args:
+            batch: inputs with ``instances``, the ground truth.
+        """
+        with _training_heads(self.model), EventStorage():
+            return self.model(batch)
+
+    @torch.no_grad()
+    def detect(
+        self, batch: Sequence[Inputs], *, stages: bool = False, timer: PartTimer | None = None
+    ) -> DetectorOutput:
+        """Detections of a batch, in pixels of the original images.
+
+        Args:
+            batch: inputs with ``image`` and, if it was resized, ``height`` and ``width`` of the
+                original.
+            stages: also run the full cascade and report what it gives after every stage; only
+                where ``has_stages``.
+            timer: takes the milliseconds of every part if given.
+        """
+        if self.has_stages:
+            return self._detect_in_parts(batch, stages, timer)
+        with timer.part("model") if timer is not None else nullcontext():
+            self.outputs = self.model(batch)
+        detections = [detections_of(output["instances"]) for output in self.outputs]
+        return DetectorOutput(detections, CascadeStats([], []))
+
+    def _detect_in_parts(
+        self, batch: Sequence[Inputs], stages: bool, timer: PartTimer | None
+    ) -> DetectorOutput:
+        model: Any = self.model
+        heads: EarlyExitCascadeROIHeads = model.roi_heads
+        part = timer.part if timer is not None else lambda name: nullcontext()
+        with part("preprocess"):
+            images = model.preprocess_image(batch)
+        with part("backbone"):
+            maps = model.backbone(images.tensor)
+        with part("rpn"):
+            proposals, _ = model.proposal_generator(images, maps, None)
+        heads.timer = timer
+        try:
+            instances, _ = heads(images, maps, proposals, None)
+        finally:
+            heads.timer = None
+        original_sizes = [
+            (inputs.get("height", size[0]), inputs.get("width", size[1]))
+            for inputs, size in zip(batch, images.image_sizes, strict=True)
+        ]
+        with part("postprocess"):
+            self.outputs = [
+                {"instances": detector_postprocess(found, *size)}
+                for found, size in zip(instances, original_sizes, strict=True)
+            ]
+        assert heads.stats is not None
+        detections = [detections_of(output["instances"]) for output in self.outputs]
+        output = DetectorOutput(detections, heads.stats)
+        if stages:
+            full = heads.cascade.detect_stages(
+                [maps[name] for name in heads.box_in_features],
+                [x.proposal_boxes.tensor for x in proposals],
+                images.image_sizes,
+                timer=timer,
+            )
+            frames = list(zip(images.image_sizes, original_sizes, strict=True))
+            output.stages = [rescale_stage(stage, frames) for stage in full]
+        return output
+
+
+@contextmanager
+def _training_heads(model: nn.Module) -> Iterator[None]:
+    """Within the block what computes losses does so, without any norm or dropout in training."""
+    heads = getattr(model, "roi_heads", None)
+    parts = [model, getattr(model, "proposal_generator", None), heads]
+    parts += [getattr(heads, name, None) for name in ("mask_head", "keypoint_head")]
+    modes = [(part, part.training) for part in parts if part is not None]
+    for part, _ in modes:
+        part.training = True
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

@@ -1,0 +1,69 @@
+"""The engine's hooks among those of Detectron2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from detectron2.engine import HookBase, hooks
+from detectron2.utils.events import EventStorage
+
+from cascade_det.engine.hooks import Hook
+from cascade_det.engine.training_state import load_scheduler_state
+
+
+class Figures:
+    """Detectron2's storage of events, read as :class:`cascade_det.engine.events.History` is.
+
+    Args:
+        storage: of a training.
+        max_iter: what comes after the last iteration counts as part of it.
+    """
+
+    def __init__(self, storage: EventStorage, max_iter: int) -> None:
+        self._storage = storage
+        self._last = max_iter - 1
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._storage.latest()
+
+    def latest(self, name: str) -> tuple[float, int]:
+        """The last value of ``name``, and its iteration."""
+        value, iteration = self._storage.latest()[name]
+        return value, min(iteration, self._last)
+
+
+class LearningRate(hooks.LRScheduler):
+    """Detectron2's hook, that takes the place in the schedule from a checkpoint, not the rates."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on at the iteration of the checkpoint, with the rates of the configuration."""
+        load_scheduler_state(self.scheduler, state_dict)
+
+
+def as_detectron2_hook(hook: Hook) -> HookBase:
+    """One of the engine's hooks, for a trainer of Detectron2 that has what it looks at.
+
+    Its state is kept under its own name.
+    """
+    return type(type(hook).__name__, (_Adapted,), {})(hook)
+
+
+class _Adapted(HookBase):
+    def __init__(self, hook: Hook) -> None:
+        self._hook = hook
+
+    def before_train(self) -> None:
+        self._hook.before_train(self.trainer)
+
+    def after_step(self) -> None:
+        self._hook.after_step(self.trainer)
+
+    def after_train(self) -> None:
+        self._hook.after_train(self.trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._hook.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._hook.load_state_dict(state)

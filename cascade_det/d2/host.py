@@ -1,0 +1,52 @@
+"""What ``tools/train_net.py`` asks of this host; ``cascade_det.standalone`` has the same."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import detectron2.config
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+from detectron2.utils.env import collect_env_info
+
+from cascade_det import config
+from cascade_det.d2.evaluate import evaluate
+from cascade_det.d2.train import replay_batch, train
+from cascade_det.engine import distributed
+
+__all__ = ["check_config", "evaluate", "join", "load_config", "replay_batch", "train"]
+
+logger = logging.getLogger(__name__)
+
+
+def load_config(config_file: str | Path | None, opts: Sequence[Any] = ()) -> CfgNode:
+    """Detectron2's configuration with our nodes, and a file and options merged into it.
+
+    Args and errors are those of :func:`cascade_det.config.load_config`.
+    """
+    cfg = detectron2.config.get_cfg()
+    config.add_cascade_config(cfg)
+    config.merge_config(cfg, config_file, opts)
+    return cfg
+
+
+def check_config(cfg: CfgNode) -> None:
+    """Check what is ours; the rest is left to Detectron2.
+
+    Raises:
+        ConfigError: lists every problem that was found, each with key, value and remedy.
+    """
+    config.check_run(cfg)
+    if cfg.MODEL.ROI_HEADS.NAME == "EarlyExitCascadeROIHeads":
+        config.check_heads(cfg)
+
+
+def join() -> None:
+    """Tell Detectron2 of the processes that train together, once in each of them."""
+    logger.debug("%s", collect_env_info())
+    if distributed.world_size() > 1:
+        per_machine = max(distributed.all_gather(distributed.local_rank())) + 1
+        comm.create_local_process_group(per_machine)

@@ -26,6 +26,7 @@ from detectron2.utils.events import EventStorage
 from small_cascades import CHANNELS, NUM_CLASSES, POOLED, STRIDES, make_scene, naive_twin
 from small_plugin import (
     EXITS,
+    MASKS,
     NAMES,
     SAME_KERNEL,
     SHAPES,
@@ -124,7 +125,7 @@ class TestConstruction:
         assert_same_instances(detect(ours, make_scene()), wanted)
 
     def test_own_arguments(self):
-        exits = ConfidenceExit(thresholds=(0.8, 0.8), prune_thresholds=(0.2, 0.3))
+        exits = ConfidenceExit(thresholds=(0.7, 0.6), prune_thresholds=(0.1, 0.2))
         plain = EarlyExitCascadeROIHeads(
             **plain_arguments(), exits=exits, ensemble="last", stage_loss_weights=[1.0, 0.5, 0.25]
         ).eval()
@@ -285,7 +286,7 @@ class TestOneSetOfModules:
         wanted = detect(heads.eval(), make_scene())
         twin = duplicate(heads)
         assert_same_instances(detect(twin, make_scene()), wanted)
-        assert twin.cascade.exits.thresholds == (0.8, 0.8)
+        assert twin.cascade.exits.thresholds == (0.7, 0.6)
         with torch.no_grad():
             twin.box_predictor[0].cls_score.weight.zero_()
         assert [len(x) for x in detect(twin, make_scene())] != [len(x) for x in wanted]
@@ -573,9 +574,7 @@ class TestInference:
 
     @pytest.mark.parametrize("autocast", [False, True])
     def test_masks_for_given_boxes(self, autocast):
-        options = ["MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"]
-        options += ["MODEL.ROI_MASK_HEAD.CONV_DIM", 8, "MODEL.ROI_MASK_HEAD.NUM_CONV", 1]
-        ours, theirs = twins(options)
+        ours, theirs = twins(MASKS)
         scene = make_scene()
         found = detect(ours, scene)
         assert found[0].pred_masks.shape == (len(found[0]), 1, 28, 28)

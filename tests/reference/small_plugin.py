@@ -1,14 +1,18 @@
-"""The ROI heads inside Detectron2, small, on the scenes of ``small_cascades``."""
+"""The plugin in Detectron2, small: the heads on scenes of ``small_cascades``, and whole models."""
+
+from pathlib import Path
 
 import torch
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_model
 from detectron2.modeling.roi_heads import build_roi_heads
 from detectron2.structures import Boxes, Instances
 from small_cascades import CHANNELS, NUM_CLASSES, POOLED, STRIDES
 
 from cascade_det.d2 import add_cascade_config
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 OURS, THEIRS = "EarlyExitCascadeROIHeads", "CascadeROIHeads"
 NAMES = ["p2", "p3"]
 SHAPES = {
@@ -17,10 +21,25 @@ SHAPES = {
 }
 EXITS = [
     *("MODEL.CASCADE.EXIT.ENABLED", True),
-    *("MODEL.CASCADE.EXIT.THRESHOLDS", (0.8, 0.8)),
-    *("MODEL.CASCADE.EXIT.PRUNE_THRESHOLDS", (0.2, 0.3)),
+    *("MODEL.CASCADE.EXIT.THRESHOLDS", (0.7, 0.6)),
+    *("MODEL.CASCADE.EXIT.PRUNE_THRESHOLDS", (0.1, 0.2)),
 ]
 SAME_KERNEL = ["MODEL.CASCADE.POOLER_KERNEL", "torchvision"]
+MASKS = [
+    *("MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"),
+    *("MODEL.ROI_MASK_HEAD.CONV_DIM", 8, "MODEL.ROI_MASK_HEAD.NUM_CONV", 1),
+]
+# Group norm keeps the numbers in range without statistics, which random weights do not have.
+SMALL_MODEL = [
+    *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.BACKBONE.FREEZE_AT", 0),
+    *("MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
+    *("MODEL.RESNETS.NORM", "GN", "MODEL.FPN.OUT_CHANNELS", 32),
+    *("MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32], [64], [96], [128]]),
+    *("MODEL.RPN.POST_NMS_TOPK_TEST", 60, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 60),
+    *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 32, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16),
+    *("MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.ROI_HEADS.NUM_CLASSES", 6),
+    *("DATALOADER.NUM_WORKERS", 0),
+]
 
 
 def heads_cfg(name=OURS, options=()):
@@ -51,7 +70,7 @@ def build_heads(name=OURS, options=(), *, seed=0):
 def decided(heads):
     """The same heads with weights that give confident classes and boxes that move."""
     for predictor in heads.box_predictor:
-        torch.nn.init.normal_(predictor.cls_score.weight, std=3.0)
+        torch.nn.init.normal_(predictor.cls_score.weight, std=8.0)
         torch.nn.init.normal_(predictor.bbox_pred.weight, std=1.5)
         torch.nn.init.normal_(predictor.bbox_pred.bias, std=0.5)
     return heads
@@ -62,6 +81,33 @@ def twins(options=(), *, kernel=SAME_KERNEL):
     ours, theirs = build_heads(OURS, [*options, *kernel]), build_heads(THEIRS, options)
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs
+
+
+def model_cfg(name=OURS, options=(), *, file=CONFIGS / "Base-Cascade-RCNN-FPN.yaml"):
+    """A whole detector of 6 classes on a ResNet-18, from one of our files."""
+    cfg = get_cfg()
+    add_cascade_config(cfg)
+    cfg.merge_from_file(str(file))
+    cfg.merge_from_list([*SMALL_MODEL, "MODEL.ROI_HEADS.NAME", name, *options])
+    return cfg
+
+
+def build_detector(cfg, *, seed=0):
+    """The model in inference, with scores that differ and boxes that move."""
+    torch.manual_seed(seed)
+    model = build_model(cfg).eval()
+    for predictor in model.roi_heads.box_predictor:
+        torch.nn.init.normal_(predictor.cls_score.weight, std=0.3)
+        torch.nn.init.normal_(predictor.bbox_pred.weight, std=0.3)
+        # They grow: over the borders, too, so that it matters where an image ends.
+        predictor.bbox_pred.bias.detach().view(-1, 4)[:, 2:] = 3.0
+    return model
+
+
+def make_image(size, *, seed=0):
+    """Coloured blocks, float32 ``[3, H, W]`` in 0..255; ``size`` is (height, width)."""
+    blocks = 255 * torch.rand(1, 3, 6, 8, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(blocks, size).squeeze(0)
 
 
 def features_of(scene):

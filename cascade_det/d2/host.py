@@ -10,7 +10,7 @@ from typing import Any
 import detectron2.config
 from detectron2.config import CfgNode
 from detectron2.utils import comm
-from detectron2.utils.env import collect_env_info
+from detectron2.utils.collect_env import collect_env_info
 
 from cascade_det import config
 from cascade_det.d2.evaluate import evaluate

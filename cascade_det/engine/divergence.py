@@ -127,12 +127,17 @@ def replay(path: str | Path, detector: nn.Module, *, device: torch.device | str)
         ) from error
     detector.train()
     losses: dict[str, float] = defaultdict(float)
+    noticed: list[str] = []
     with _watched(detector) as broken:
         for batch in batches:
-            with autocast(torch.device(device), amp_dtype):
-                found = detector(batch)
-                total = torch.stack(list(found.values())).sum() / len(batches)
-            total.backward()
+            try:
+                with autocast(torch.device(device), amp_dtype):
+                    found = detector(batch)
+                    total = torch.stack(list(found.values())).sum() / len(batches)
+                total.backward()
+            except FloatingPointError as error:
+                noticed = [f"the detector noticed: {error}"]
+                break
             for name, value in found.items():
                 losses[name] += float(value.detach()) / len(batches)
     gradients = [
@@ -144,6 +149,7 @@ def replay(path: str | Path, detector: nn.Module, *, device: torch.device | str)
     return [
         f"iteration {content['iteration']}, image ids {ids}",
         *(f"{name} {value:.6g}" for name, value in losses.items()),
+        *noticed,
         f"outputs that are not finite: {_listed(broken)}",
         f"gradients that are not finite: {_listed(gradients)}",
     ]

@@ -112,8 +112,9 @@ class TrainingStep:
                 with wait:
                     parts.append(self._backward(images, 1 / len(batches)))
             except FloatingPointError as error:
-                # The detector noticed itself; the other processes wait for gradients, not for talk.
-                self._fail(str(error), {distributed.rank(): _image_ids(batch)}, *step)
+                # The other processes wait for gradients, not for talk.
+                own = {distributed.rank(): _image_ids(batch)}
+                self._fail(f"as the detector noticed ({error})", own, *step)
         self._scaler.unscale_(self.optimizer)
         overall: dict[str, Tensor | float] = {"gradient_norm": self._gradient_norm()}
         if self._scaler.is_enabled():

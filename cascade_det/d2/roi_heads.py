@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -176,6 +177,14 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         detections, self.stats = self.cascade.detect(maps, boxes, image_sizes, timer=self.timer)
         _log_exit_rates(self.stats)
         return [instances_of(d, size) for d, size in zip(detections, image_sizes, strict=True)]
+
+    def forward_with_given_boxes(
+        self, features: dict[str, Tensor], instances: list[Instances]
+    ) -> list[Instances]:
+        """Masks and keypoints of detections, by Detectron2's own heads."""
+        has_any = self.mask_on or self.keypoint_on
+        with self.timer.part("masks") if self.timer is not None and has_any else nullcontext():
+            return super().forward_with_given_boxes(features, instances)
 
     def follow_predictors(self) -> None:
         """Take over what may have been replaced or set here since, as users of Detectron2 do.

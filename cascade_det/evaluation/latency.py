@@ -94,7 +94,8 @@ class LatencyEvaluator(Evaluator):
         configured; ``full_parts`` and ``full_total`` the same of the cascade without exits,
         where it was timed. ``most_exits_could_save`` is ``(t_full - t_stage1) / t_full``,
         where ``t_full`` is the median time without exits and ``t_stage1`` the median of all of
-        it but the second and later stages; nan where only a cascade with exits was timed.
+        it but the second and later stages; nan where only a cascade with exits was timed, or no
+        stage was.
         ``batch_size``, ``images``, ``batches``, ``warmup_batches`` and ``input_size`` (median
         of the network's input in pixels) say what was measured, ``notes`` what to beware of.
         """
@@ -147,6 +148,8 @@ def _full(times: Times) -> Times:
 
 
 def _largest_saving(times: Sequence[Times]) -> float:
+    if not any(_STAGE.fullmatch(part) for batch in times for part in batch):
+        return float("nan")
     t_full = median(sum(batch.values()) for batch in times)
     t_stage1 = median(
         sum(time for part, time in batch.items() if not _LATER_STAGE.fullmatch(part))

@@ -13,10 +13,10 @@ import torch
 from tabulate import tabulate
 
 from cascade_det.core.structures import EXIT_REASONS
-from cascade_det.evaluation.average_precision import METRICS
 from cascade_det.files import write_json
 
 RESULTS_FILE = "results.json"
+_TASKS = {"bbox": "Box AP", "segm": "Mask AP", "keypoints": "Keypoint AP"}
 _TIMES = ("median_ms", "p95_ms")
 _MOST_CONFUSED = _WORST_NAMED = 5
 Figures = Mapping[str, Any]
@@ -69,7 +69,7 @@ def format_report(results: Figures) -> str:
             is missing is left out.
     """
     sections = (
-        _ap_section(results.get("bbox")),
+        *(_ap_section(title, results.get(task)) for task, title in _TASKS.items()),
         *_analysis_sections(results.get("analysis")),
         _stage_section(results.get("stages")),
         _exit_section(results.get("exits")),
@@ -86,10 +86,12 @@ def stage_names(figures: Figures) -> list[str]:
     return sorted(names, key=lambda name: int(name.removeprefix("stage")))
 
 
-def _ap_section(bbox: Figures | None) -> str:
-    if not bbox:
+def _ap_section(title: str, figures: Figures | None) -> str:
+    if not figures:
         return ""
-    return _table("Box AP (%)", METRICS, [[bbox[name] for name in METRICS]], ".1f")
+    # Beside them are those of each class, AP-<class>.
+    names = [name for name in figures if "-" not in name]
+    return _table(f"{title} (%)", names, [[figures[name] for name in names]], ".1f")
 
 
 def _analysis_sections(analysis: Figures | None) -> list[str]:

@@ -22,6 +22,7 @@ from make_shapes import make_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "quick_schedules" / "instant_test.yaml"
+RUN = ["--host", "standalone", "--config-file", str(CONFIG)]
 
 
 def run_tool(name, *arguments):
@@ -44,7 +45,7 @@ def trained(tmp_path_factory):
         for s in ("train", "val")
     ]
     options = ["CASCADE.DATASETS", str(datasets), "OUTPUT_DIR", str(folder / "output")]
-    done = run_tool("train_net.py", "--config-file", CONFIG, *options)
+    done = run_tool("train_net.py", *RUN, *options)
     assert done.returncode == 0, done.stderr
     return folder, options, done
 
@@ -64,7 +65,7 @@ def test_eval_only(trained):
     folder, options, _ = trained
     before = json.loads((folder / "output" / "results.json").read_text())
     weights = ["MODEL.WEIGHTS", str(folder / "output" / "model_final.pth")]
-    assert train_net.main(["--config-file", str(CONFIG), "--eval-only", *options, *weights]) == 0
+    assert train_net.main([*RUN, "--eval-only", *options, *weights]) == 0
     after = json.loads((folder / "output" / "results.json").read_text())
     assert after["bbox"] == before["bbox"]
 
@@ -85,7 +86,7 @@ def test_mistakes_end_with_a_clear_message(trained, tmp_path, capfd, arguments, 
     flags = arguments if arguments[0].startswith("--") else []
     keys = [] if flags else arguments
     keys = [*keys, "OUTPUT_DIR", str(tmp_path)]
-    assert train_net.main(["--config-file", str(CONFIG), *flags, *options, *keys]) == 1
+    assert train_net.main([*RUN, *flags, *options, *keys]) == 1
     output = "".join(capfd.readouterr())
     assert all(word in output for word in words)
 

@@ -20,11 +20,12 @@ from make_shapes import make_dataset
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "train_net.py"
 CONFIG = ROOT / "configs" / "quick_schedules" / "instant_test.yaml"
+RUN = ["--host", "standalone", "--config-file", str(CONFIG)]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def command(*arguments):
-    return [str(word) for word in (sys.executable, TOOL, "--config-file", CONFIG, *arguments)]
+    return [str(word) for word in (sys.executable, TOOL, *RUN, *arguments)]
 
 
 def run(*arguments):
@@ -58,11 +59,9 @@ def keys(tmp_path_factory):
 def trained(keys):
     """Begun under torchrun, gone on with by processes of the command's own."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    begun = run(
-        *torchrun, TOOL, "--config-file", CONFIG, *keys, "SOLVER.MAX_ITER", 4, "DATASETS.TEST", "()"
-    )
+    begun = run(*torchrun, TOOL, *RUN, *keys, "SOLVER.MAX_ITER", 4, "DATASETS.TEST", "()")
     resumed = run(
-        *(TOOL, "--config-file", CONFIG, "--num-gpus", 2, "--resume"),
+        *(TOOL, *RUN, "--num-gpus", 2, "--resume"),
         *(*keys, "SOLVER.MAX_ITER", 6, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0),
     )
     return Path(keys[keys.index("OUTPUT_DIR") + 1]), begun, resumed
@@ -98,7 +97,7 @@ def test_figures_are_those_of_one_process(trained, keys, tmp_path):
     folder, _, _ = trained
     options = [*keys, "OUTPUT_DIR", str(tmp_path), "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
     options += ["MODEL.WEIGHTS", str(folder / "model_final.pth")]
-    assert train_net.main(["--config-file", str(CONFIG), "--eval-only", *options]) == 0
+    assert train_net.main([*RUN, "--eval-only", *options]) == 0
     together, alone = (
         json.loads((path / "results.json").read_text()) for path in (folder, tmp_path)
     )
@@ -119,7 +118,7 @@ def test_figures_are_those_of_one_process(trained, keys, tmp_path):
 def test_mistakes_are_told_before_anything_starts(keys, tmp_path, capfd, arguments, words):
     options = [*keys, "SOLVER.REFERENCE_WORLD_SIZE", "0", "OUTPUT_DIR", str(tmp_path)]
     options += ["SOLVER.IMS_PER_BATCH", "1" if arguments == ["--num-gpus", "2"] else "2"]
-    assert train_net.main(["--config-file", str(CONFIG), *arguments, *options]) == 1
+    assert train_net.main([*RUN, *arguments, *options]) == 1
     output = "".join(capfd.readouterr())
     assert all(word in output for word in words)
     assert "Traceback" not in output
@@ -149,7 +148,7 @@ def test_sigterm_to_all_processes_costs_nothing(keys, tmp_path):
     last = int(re.search(r"Interrupted after iteration (\d+)", output)[1])
     assert (tmp_path / "last_checkpoint").read_text() == f"model_{last:07d}.pth"
     assert (tmp_path / f"model_{last:07d}.pth").exists()
-    assert f"python {TOOL} --resume --config-file" in output
+    assert f"python {TOOL} --resume --host standalone --config-file" in output
     assert "Traceback" not in output
 
 
@@ -157,11 +156,11 @@ def test_under_torchrun_the_command_to_go_on_is_torchruns(keys, tmp_path, capfd,
     def interrupted(cfg, resume):
         raise Interrupted("Interrupted after iteration 3")
 
-    monkeypatch.setattr(train_net, "train", interrupted)
+    monkeypatch.setattr("cascade_det.standalone.host.train", interrupted)
     place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "::1", "MASTER_PORT": 1}
     for name, value in place.items():
         monkeypatch.setenv(name, str(value))
-    assert train_net.main(["--config-file", str(CONFIG), *keys, "OUTPUT_DIR", str(tmp_path)]) == 130
+    assert train_net.main([*RUN, *keys, "OUTPUT_DIR", str(tmp_path)]) == 130
     assert "the same torchrun command with --resume" in "".join(capfd.readouterr())
 
 
@@ -170,7 +169,7 @@ def test_a_folder_that_cannot_be_written_to(keys, tmp_path, capfd, where):
     (tmp_path / "file").touch()
     (tmp_path / "locked" / "log.txt").mkdir(parents=True)
     output = ["OUTPUT_DIR", str(tmp_path / where)]
-    assert train_net.main(["--config-file", str(CONFIG), *keys, *output]) == 1
+    assert train_net.main([*RUN, *keys, *output]) == 1
     told = "".join(capfd.readouterr())
     assert f"OUTPUT_DIR is '{tmp_path / where}'" in told
     assert re.search("File exists|Not a directory|Is a directory", told)

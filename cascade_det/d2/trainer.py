@@ -6,7 +6,7 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from detectron2.config import CfgNode
@@ -27,7 +27,12 @@ from cascade_det.engine.averaging import WeightAverage
 from cascade_det.engine.best_model import BestModel
 from cascade_det.engine.devices import resolve_amp_dtype
 from cascade_det.engine.hooks import FINAL, figures_of, periodic_checkpoints
-from cascade_det.engine.interrupts import Interrupted, InterruptRequest, interrupt_request
+from cascade_det.engine.interrupts import (
+    Interrupted,
+    InterruptRequest,
+    ending_at_once,
+    interrupt_request,
+)
 from cascade_det.engine.run_info import RunInfo, resume_or_load
 from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, build_scheduler
 from cascade_det.engine.step import TrainingStep
@@ -190,7 +195,9 @@ class Trainer(DefaultTrainer):
         model = self.tested
         # The statistics of norms that are trained differ from process to process.
         distributed.synchronise_buffers(model)
-        self.results = self._evaluate(model)
+        where = f"Interrupted in the evaluation after iteration {self.iteration}"
+        with ending_at_once(self._interrupt, where):
+            self.results = self._evaluate(model)
         return dict(figures_of(self.results))
 
     def stop(self) -> None:
@@ -210,18 +217,25 @@ class Trainer(DefaultTrainer):
 
     def after_step(self) -> None:
         """Call the hooks; end where one of them, or a signal, asked for it."""
-        super().after_step()
+        try:
+            super().after_step()
+        except Interrupted as error:
+            self._end_interrupted(error)
         if self._stopping:
             self.checkpointer.save(FINAL, iteration=self.iter)
             raise _End
         if self._interrupted and self.iter < self.max_iter - 1:
-            self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
-            raise _End(Interrupted(f"Interrupted after iteration {self.iter} of {self.max_iter}"))
+            where = f"Interrupted after iteration {self.iter} of {self.max_iter}"
+            self._end_interrupted(Interrupted(where))
 
     def after_train(self) -> None:
         """Call the hooks."""
         self.finished = self._stopping or self.iter >= self.max_iter
         super().after_train()
+
+    def _end_interrupted(self, error: Interrupted) -> NoReturn:
+        self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
+        raise _End(error) from None
 
     def _build_steps(self, cfg: CfgNode, model: nn.Module) -> _Steps:
         arguments, device = self._arguments, torch.device(cfg.MODEL.DEVICE)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from cascade_det.engine import distributed
+
 logger = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -68,3 +70,26 @@ def interrupt_request() -> Iterator[InterruptRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def ending_at_once(request: InterruptRequest, message: str) -> Iterator[None]:
+    """For what takes long between two iterations: within the block a signal ends it at once.
+
+    Several processes would lose each other, so there the signal waits for the next iteration.
+
+    Raises:
+        Interrupted: a signal came, before the block or within; ``message`` says where.
+    """
+    if distributed.world_size() > 1:
+        yield
+        return
+    try:
+        if request:
+            raise KeyboardInterrupt
+        request.immediate = True
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(message) from None
+    finally:
+        request.immediate = False

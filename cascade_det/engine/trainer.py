@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,12 @@ from cascade_det.engine import distributed
 from cascade_det.engine.batches import Batch
 from cascade_det.engine.events import History
 from cascade_det.engine.hooks import Hook
-from cascade_det.engine.interrupts import Interrupted, InterruptRequest, interrupt_request
+from cascade_det.engine.interrupts import (
+    Interrupted,
+    InterruptRequest,
+    ending_at_once,
+    interrupt_request,
+)
 from cascade_det.engine.solver import GradientClipper
 from cascade_det.engine.step import TrainingStep
 from cascade_det.engine.training_state import (
@@ -138,29 +143,10 @@ class Trainer:
         """End training, as if done, after the hooks of this iteration."""
         self._stopping = True
 
-    @contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """For what a hook does for long: within the block a signal ends the training at once.
-
-        Several processes would lose each other, so there the signal waits for the next iteration.
-
-        Raises:
-            Interrupted: a signal came, before the block or within.
-        """
-        if distributed.world_size() > 1:
-            yield
-            return
-        try:
-            if self._interrupt:
-                raise KeyboardInterrupt
-            self._interrupt.immediate = True
-            yield
-        except KeyboardInterrupt:
-            raise Interrupted(
-                f"Interrupted in the hooks after iteration {self.iteration}"
-            ) from None
-        finally:
-            self._interrupt.immediate = False
+    def interruptible(self) -> AbstractContextManager[None]:
+        """For what a hook does for long: within the block a signal ends the training at once."""
+        where = f"Interrupted in the hooks after iteration {self.iteration}"
+        return ending_at_once(self._interrupt, where)
 
     def state_dict(self) -> dict[str, Any]:
         """What goes on after a resume beside the weights, as plain types.

@@ -1,0 +1,260 @@
+"""The LazyConfig of the main model is its YAML file in other words."""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2.engine", exc_type=ImportError)
+pytest.importorskip("omegaconf")
+
+import detectron2
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyCall, LazyConfig, instantiate
+from detectron2.data import DatasetMapper
+from detectron2.data.datasets import register_coco_instances
+from detectron2.engine import default_argument_parser
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_model
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNConvFCHead, FastRCNNOutputLayers
+from detectron2.solver import LRMultiplier, build_lr_scheduler, build_optimizer
+from small_cascades import CHANNELS, NUM_CLASSES, POOLED, STRIDES, make_scene
+from small_plugin import CONFIGS, NAMES, assert_same_instances, decided, detect, make_image
+
+from cascade_det.config import get_cfg
+from cascade_det.d2 import EarlyExitCascadeROIHeads
+from make_shapes import make_dataset
+
+pytestmark = pytest.mark.needs_detectron2
+
+NAME = "cascade_rcnn_R_50_FPN_1x_early_exit"
+LAZY_FILE = CONFIGS / "lazy" / f"{NAME}.py"
+DETECTRON2_TOOL = Path(detectron2.__file__).parents[1] / "tools" / "lazyconfig_train_net.py"
+
+
+@pytest.fixture(scope="module")
+def lazy():
+    return LazyConfig.load(str(LAZY_FILE))
+
+
+@pytest.fixture(scope="module")
+def yaml_cfg():
+    cfg = get_cfg()
+    cfg.merge_from_file(str(CONFIGS / "COCO-Detection" / f"{NAME}.yaml"))
+    cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def models(lazy, yaml_cfg):
+    """Lazy and YAML, with the same weights."""
+    from_yaml = build_model(yaml_cfg).eval()
+    from_lazy = instantiate(lazy.model).eval()
+    # Frozen norms have no statistics of random weights: these keep the numbers in range.
+    for name, value in from_yaml.named_buffers():
+        if name.endswith("conv3.norm.weight"):
+            value.fill_(0.1)
+        elif name.endswith("stem.conv1.norm.weight"):
+            value.fill_(0.02)
+    for predictor in from_yaml.roi_heads.box_predictor:
+        torch.nn.init.normal_(predictor.cls_score.weight, std=1.2)
+        torch.nn.init.normal_(predictor.bbox_pred.weight, std=0.1)
+    return from_lazy, from_yaml
+
+
+def test_state_dict(models):
+    from_lazy, from_yaml = ({k: v.shape for k, v in m.state_dict().items()} for m in models)
+    assert list(from_lazy.items()) == list(from_yaml.items())
+    trained = [{n for n, p in m.named_parameters() if p.requires_grad} for m in models]
+    assert trained[0] == trained[1]
+
+
+def test_detections_with_exits(models):
+    from_lazy, from_yaml = models
+    from_lazy.load_state_dict(from_yaml.state_dict())
+    image = make_image((96, 128))
+    with torch.no_grad():
+        (found,), (wanted,) = (m([{"image": image}]) for m in models)
+    assert from_lazy.roi_heads.stats == from_yaml.roi_heads.stats
+    assert from_lazy.roi_heads.stats.entered[0] > from_lazy.roi_heads.stats.entered[2]
+    assert len(wanted["instances"]) > 5
+    assert_same_instances([found["instances"]], [wanted["instances"]])
+    assert torch.equal(found["instances"].exit_stages, wanted["instances"].exit_stages)
+
+
+def plain(value):
+    """A setting in simple types, lists for all sequences."""
+    if isinstance(value, (str, int, float, type(None))):
+        return value
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (Matcher, Box2BoxTransform)):
+        return plain(vars(value))
+    if isinstance(value, Sequence):
+        return [plain(item) for item in value]
+    return type(value).__name__
+
+
+def test_every_setting_of_the_model(models):
+    for (name, ours), (_, theirs) in zip(*(m.named_modules() for m in models), strict=True):
+        keys = {key for key in vars(theirs) if not key.startswith("_")}
+        assert keys == {key for key in vars(ours) if not key.startswith("_")}
+        # A factor of each loss, or one for both.
+        for key in keys - {"loss_weight"}:
+            assert plain(vars(ours)[key]) == plain(vars(theirs)[key]), f"{name}.{key}"
+    heads, their_heads = (m.roi_heads for m in models)
+    for ours, theirs in zip(heads.box_predictor, their_heads.box_predictor, strict=True):
+        for loss in ("loss_cls", "loss_box_reg"):
+            assert ours.loss_weight.get(loss, 1.0) == theirs.loss_weight.get(loss, 1.0)
+    assert heads.cascade.training_rules == their_heads.cascade.training_rules
+    assert vars(heads.cascade.exits) == vars(their_heads.cascade.exits)
+    generators = (m.proposal_generator.anchor_generator for m in models)
+    for ours, theirs in zip(*(g.cell_anchors for g in generators), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_optimizer_and_schedule(lazy, yaml_cfg):
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+    wanted = build_optimizer(yaml_cfg, model)
+    settings = lazy.copy()
+    settings.optimizer.params.model = model
+    found = instantiate(settings.optimizer)
+    groups = [
+        sorted(
+            (g["lr"], g["momentum"], g["weight_decay"], g["nesterov"], len(g["params"]))
+            for g in optimizer.param_groups
+        )
+        for optimizer in (found, wanted)
+    ]
+    assert groups[0] == groups[1]
+    assert len(groups[0]) == 2
+    their_schedule = build_lr_scheduler(yaml_cfg, wanted)
+    our_schedule = LRMultiplier(found, instantiate(lazy.lr_multiplier), lazy.train.max_iter)
+    assert lazy.train.max_iter == yaml_cfg.SOLVER.MAX_ITER
+    for iteration in (0, 1, 500, 999, 1000, 59999, 60000, 79999, 80000, 89999):
+        our_schedule.last_epoch = their_schedule.last_epoch = iteration
+        assert our_schedule.get_lr() == pytest.approx(their_schedule.get_lr(), rel=1e-9)
+
+
+def steps(mapper):
+    return [(type(step), plain(vars(step))) for step in mapper.augmentations.augs]
+
+
+def test_data_and_run(lazy, yaml_cfg):
+    data, run, solver = lazy.dataloader, lazy.train, yaml_cfg.SOLVER
+    assert (data.train.dataset.names,) == yaml_cfg.DATASETS.TRAIN
+    assert (data.test.dataset.names,) == yaml_cfg.DATASETS.TEST
+    assert data.evaluator.dataset_name == data.test.dataset.names
+    assert data.train.total_batch_size == solver.IMS_PER_BATCH
+    assert data.train.num_workers == data.test.num_workers == yaml_cfg.DATALOADER.NUM_WORKERS
+    for is_train, part in ((True, data.train), (False, data.test)):
+        ours, theirs = instantiate(part.mapper), DatasetMapper(yaml_cfg, is_train)
+        names = ("is_train", "image_format", "use_instance_mask", "use_keypoint", "recompute_boxes")
+        for name in names:
+            assert getattr(ours, name) == getattr(theirs, name)
+        assert steps(ours) == steps(theirs)
+    assert run.init_checkpoint == yaml_cfg.MODEL.WEIGHTS
+    assert run.checkpointer.period == solver.CHECKPOINT_PERIOD
+    assert run.eval_period == yaml_cfg.TEST.EVAL_PERIOD
+    assert run.amp.enabled == solver.AMP.ENABLED
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """The names of two small registered data sets."""
+    folder = tmp_path_factory.mktemp("shapes") / "data"
+    make_dataset(folder, train=4, val=2, width=96, height=64)
+    for split in ("train", "val"):
+        name = f"lazy_shapes_{split}"
+        register_coco_instances(name, {}, str(folder / f"{split}.json"), str(folder / split))
+    return "lazy_shapes_train", "lazy_shapes_val"
+
+
+@pytest.mark.skipif(not DETECTRON2_TOOL.is_file(), reason="Detectron2's tools are not beside it")
+def test_detectron2s_tool_trains_and_evaluates_it(shapes, tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("lazyconfig_train_net", DETECTRON2_TOOL)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    own = tmp_path / "own.py"
+    (tmp_path / LAZY_FILE.name).write_text(LAZY_FILE.read_text())
+    own.write_text(
+        f"from .{NAME} import dataloader, lr_multiplier, model, optimizer, train\n"
+        f"dataloader.train.dataset.names = {shapes[0]!r}\n"
+        f"dataloader.test.dataset.names = {shapes[1]!r}\n"
+        "dataloader.train.total_batch_size = 1\n"
+        "dataloader.train.num_workers = dataloader.test.num_workers = 0\n"
+        "for _part in (dataloader.train, dataloader.test):\n"
+        "    _part.mapper.augmentations[0].short_edge_length = 64\n"
+        "model.roi_heads.num_classes = 6\n"
+        "for _head in model.roi_heads.box_heads:\n"
+        "    _head.fc_dims = [32, 32]\n"
+        "for _predictor in model.roi_heads.box_predictors:\n"
+        "    _predictor.input_shape.channels = 32\n"
+        "model.proposal_generator.post_nms_topk = (50, 50)\n"
+        "train.init_checkpoint = ''\n"
+        f"train.output_dir = {str(tmp_path / 'output')!r}\n"
+    )
+    options = ["train.max_iter=2", "train.device=cpu", "optimizer.lr=0.0001"]
+    parser = default_argument_parser()
+    tool.main(parser.parse_args(["--config-file", str(own), *options]))
+    assert (tmp_path / "output" / "model_final.pth").is_file()
+    dumped = LazyConfig.load(str(tmp_path / "output" / "config.yaml"))
+    again = instantiate(dumped.model)
+    DetectionCheckpointer(again).load(str(tmp_path / "output" / "model_final.pth"))
+    assert again.roi_heads.cascade.exits.thresholds == (0.9, 0.9)
+    parsed = parser.parse_args(
+        ["--config-file", str(own), "--eval-only", *options, "model.roi_heads.exits=null"]
+    )
+    parsed.opts.append(f"train.init_checkpoint={tmp_path / 'output' / 'model_final.pth'}")
+    tool.main(parsed)
+
+
+def test_the_target_of_a_users_own_file_can_be_swapped():
+    L = LazyCall
+    heads = L(CascadeROIHeads)(
+        num_classes=NUM_CLASSES,
+        batch_size_per_image=16,
+        positive_fraction=0.25,
+        box_in_features=NAMES,
+        box_pooler=L(ROIPooler)(
+            output_size=POOLED,
+            scales=tuple(1 / stride for stride in STRIDES),
+            sampling_ratio=0,
+            pooler_type="ROIAlignV2",
+        ),
+        box_heads=[
+            L(FastRCNNConvFCHead)(
+                input_shape=ShapeSpec(channels=CHANNELS, height=POOLED, width=POOLED),
+                conv_dims=[],
+                fc_dims=[12],
+            )
+            for _ in range(3)
+        ],
+        box_predictors=[
+            L(FastRCNNOutputLayers)(
+                input_shape=ShapeSpec(channels=12),
+                test_score_thresh=0.05,
+                box2box_transform=L(Box2BoxTransform)(weights=(w, w, w / 2, w / 2)),
+                cls_agnostic_bbox_reg=True,
+                num_classes="${...num_classes}",
+            )
+            for w in (10, 20, 30)
+        ],
+        proposal_matchers=[
+            L(Matcher)(thresholds=[iou], labels=[0, 1], allow_low_quality_matches=False)
+            for iou in (0.5, 0.6, 0.7)
+        ],
+    )
+    theirs = decided(instantiate(heads)).eval()
+    heads["_target_"] = EarlyExitCascadeROIHeads
+    heads.pooler_kernel = "torchvision"
+    ours = instantiate(heads).eval()
+    ours.load_state_dict(theirs.state_dict())
+    wanted = detect(theirs, make_scene())
+    assert min(map(len, wanted)) > 5
+    assert_same_instances(detect(ours, make_scene()), wanted)

@@ -33,6 +33,7 @@ from cascade_det.engine.interrupts import (
     ending_at_once,
     interrupt_request,
 )
+from cascade_det.engine.processes import USER_ERRORS
 from cascade_det.engine.run_info import RunInfo, resume_or_load
 from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, build_scheduler
 from cascade_det.engine.step import TrainingStep
@@ -212,7 +213,7 @@ class Trainer(DefaultTrainer):
                 interrupted=bool(self._interrupt),
                 last_checkpoint=self.checkpointer.get_checkpoint_file,
             )
-        except FloatingPointError as error:
+        except USER_ERRORS as error:
             raise _End(error) from None
 
     def after_step(self) -> None:
@@ -221,6 +222,8 @@ class Trainer(DefaultTrainer):
             super().after_step()
         except Interrupted as error:
             self._end_interrupted(error)
+        except USER_ERRORS as error:
+            raise _End(error) from None
         if self._stopping:
             self.checkpointer.save(FINAL, iteration=self.iter)
             raise _End

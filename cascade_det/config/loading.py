@@ -18,6 +18,7 @@ from typing import Any
 
 from fvcore.common.config import BASE_KEY, CfgNode
 
+from cascade_det.config.cascade import add_cascade_config
 from cascade_det.config.defaults import get_cfg
 from cascade_det.config.keys import flat
 from cascade_det.config.rules import shown
@@ -94,6 +95,27 @@ def merge_config(cfg: CfgNode, config_file: str | Path | None, opts: Sequence[An
     for key, value in zip(opts[0::2], opts[1::2], strict=True):
         merge.value(str(key), value, "command line")
     return merge.history
+
+
+def with_own_keys(cfg: CfgNode) -> CfgNode:
+    """A copy of ``cfg`` with both nodes of ours in full, whatever it has of them.
+
+    A configuration of Detectron2's that allows new keys takes any, and takes their values as a
+    YAML file spells them: ``(0.9, 0.9)`` is text there.
+
+    Raises:
+        ConfigError: a key in one of our nodes is unknown, or its value has the wrong type.
+    """
+    own = {k: v for k, v in flat(cfg).items() if f"{k}.".startswith(("MODEL.CASCADE.", "CASCADE."))}
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.pop("CASCADE", None)
+    cfg.MODEL.pop("CASCADE", None)
+    add_cascade_config(cfg)
+    merge = _Merge(cfg)
+    for key, value in own.items():
+        merge.value(key, value, "configuration")
+    return cfg
 
 
 class _Merge:

@@ -119,7 +119,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         """Arguments from a configuration; nodes and keys of ours that it lacks have defaults."""
-        cfg = _completed(cfg)
+        cfg = config.with_own_keys(cfg)
         config.check_heads(cfg)
         arguments, exits = config.cascade_arguments(cfg), config.exit_arguments(cfg)
         return {
@@ -234,14 +234,6 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
 
 _COMPUTED_BY_THE_CORE = ("_run_stage", "_match_and_label_boxes", "_create_proposals_from_boxes")
 _PREDICTED_BY_THE_CORE = ("losses", "box_reg_loss", "inference", "predict_boxes", "predict_probs")
-
-
-def _completed(cfg: CfgNode) -> CfgNode:
-    """A copy with all keys of ours."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    config.add_cascade_config(cfg)
-    return cfg
 
 
 def _refuse_overrides(own: type, base: type, names: Iterable[str]) -> None:

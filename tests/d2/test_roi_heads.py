@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -97,6 +98,13 @@ def pooler(kind, **changes):
     return ROIPooler(POOLED, [1 / stride for stride in STRIDES], 0, kind, **changes)
 
 
+def without_own_keys():
+    """A configuration as one has it who never called ``add_cascade_config``."""
+    cfg = heads_cfg()
+    del cfg["CASCADE"], cfg.MODEL["CASCADE"]
+    return cfg
+
+
 def losses_of(heads, scene, *, seed=0):
     """Losses, with what was put into the event storage."""
     torch.manual_seed(seed)
@@ -160,17 +168,44 @@ class TestConstruction:
 
     @pytest.mark.parametrize("given_keys", [{}, {"ENSEMBLE": "last"}])
     def test_nodes_that_lack_keys_have_defaults(self, given_keys):
-        cfg = heads_cfg()
-        del cfg["CASCADE"]
-        cfg.MODEL.CASCADE = type(cfg)(given_keys)
-        if not given_keys:
-            del cfg.MODEL["CASCADE"]
+        cfg = without_own_keys()
+        if given_keys:
+            cfg.MODEL.CASCADE = type(cfg)(given_keys)
         cfg.freeze()
         before = cfg.dump()
         heads = build_roi_heads(cfg, SHAPES)
         assert heads.cascade.exits is None
         assert heads.cascade.ensemble.name == given_keys.get("ENSEMBLE", "mean_probs")
         assert cfg.dump() == before
+
+    def test_keys_that_were_new_when_they_were_merged(self, tmp_path):
+        """As SAHI merges: no node of ours, but new keys allowed, which keeps values as text."""
+        cfg = without_own_keys()
+        cfg.set_new_allowed(True)
+        file = tmp_path / "config.yaml"
+        file.write_text(
+            "MODEL: {CASCADE: {EXIT: {ENABLED: true, THRESHOLDS: '(0.7, 0.6)'}}}\n"
+            "CASCADE: {EMA_DECAY: 0}\n"
+        )
+        cfg.merge_from_file(str(file))
+        assert cfg.MODEL.CASCADE.EXIT.THRESHOLDS == "(0.7, 0.6)"
+        exits = build_roi_heads(cfg, SHAPES).cascade.exits
+        assert exits.thresholds == (0.7, 0.6)
+        assert exits.prune_thresholds == (0.02, 0.02)
+
+    @pytest.mark.parametrize(
+        ("node", "complaint"),
+        [
+            ({"EXIT": {"TRESHOLDS": (0.7,)}}, "no key MODEL.CASCADE.EXIT.TRESHOLDS"),
+            ({"EXIT": {"ENABLED": "perhaps"}}, "MODEL.CASCADE.EXIT.ENABLED is 'perhaps'"),
+            ({"EXIT": None}, "MODEL.CASCADE.EXIT is None"),
+        ],
+    )
+    def test_new_keys_that_are_wrong(self, node, complaint):
+        cfg = without_own_keys()
+        cfg.MODEL.CASCADE = type(cfg)(node)
+        with pytest.raises(ConfigError, match=re.escape(complaint)):
+            build_roi_heads(cfg, SHAPES)
 
     def test_box_head_of_a_user(self):
         options = ["MODEL.ROI_BOX_HEAD.NAME", "MeanAndLinear"]

@@ -24,7 +24,15 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNConvFCHead, FastRCNNOutputLayers
 from detectron2.solver import LRMultiplier, build_lr_scheduler, build_optimizer
 from small_cascades import CHANNELS, NUM_CLASSES, POOLED, STRIDES, make_scene
-from small_plugin import CONFIGS, NAMES, assert_same_instances, decided, detect, make_image
+from small_plugin import (
+    CONFIGS,
+    NAMES,
+    assert_same_instances,
+    decided,
+    detect,
+    keep_in_range,
+    make_image,
+)
 
 from cascade_det.config import get_cfg
 from cascade_det.d2 import EarlyExitCascadeROIHeads
@@ -55,15 +63,7 @@ def models(lazy, yaml_cfg):
     """Lazy and YAML, with the same weights."""
     from_yaml = build_model(yaml_cfg).eval()
     from_lazy = instantiate(lazy.model).eval()
-    # Frozen norms have no statistics of random weights: these keep the numbers in range.
-    for name, value in from_yaml.named_buffers():
-        if name.endswith("conv3.norm.weight"):
-            value.fill_(0.1)
-        elif name.endswith("stem.conv1.norm.weight"):
-            value.fill_(0.02)
-    for predictor in from_yaml.roi_heads.box_predictor:
-        torch.nn.init.normal_(predictor.cls_score.weight, std=1.2)
-        torch.nn.init.normal_(predictor.bbox_pred.weight, std=0.1)
+    keep_in_range(from_yaml)
     return from_lazy, from_yaml
 
 

@@ -104,6 +104,18 @@ def build_detector(cfg, *, seed=0):
     return model
 
 
+def keep_in_range(model):
+    """Give a random ResNet-50 norms and predictors as after a training, as far as sizes go."""
+    for name, value in model.named_buffers():
+        if name.endswith("conv3.norm.weight"):
+            value.fill_(0.1)
+        elif name.endswith("stem.conv1.norm.weight"):
+            value.fill_(0.02)
+    for predictor in model.roi_heads.box_predictor:
+        torch.nn.init.normal_(predictor.cls_score.weight, std=1.2)
+        torch.nn.init.normal_(predictor.bbox_pred.weight, std=0.1)
+
+
 def make_image(size, *, seed=0):
     """Coloured blocks, float32 ``[3, H, W]`` in 0..255; ``size`` is (height, width)."""
     blocks = 255 * torch.rand(1, 3, 6, 8, generator=torch.Generator().manual_seed(seed))

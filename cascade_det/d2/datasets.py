@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from cascade_det.data.catalog import DatasetSource, find_dataset
+from cascade_det.data.coco import CocoDataset
 from cascade_det.errors import DatasetError
 
 
@@ -39,6 +40,22 @@ def register_dataset(name: str, own_datasets: Iterable[tuple[str, str, str]] = (
             f"{registered.image_root}. Give it another name."
         )
     return source
+
+
+def refuse_left_out(datasets: Sequence[CocoDataset]) -> None:
+    """Make sure that ``CASCADE.ON_BAD_DATA skip`` has left out nothing.
+
+    Raises:
+        DatasetError: it has, but Detectron2 reads the json itself, with what is wrong in it.
+    """
+    for dataset in datasets:
+        if dataset.left_out:
+            kinds = ", ".join(f"{count} x {kind}" for kind, count in dataset.left_out.items())
+            raise DatasetError(
+                f"{dataset.source.json_file}: {kinds}. Detectron2 reads the file itself, so that "
+                "this cannot be left out there (CASCADE.ON_BAD_DATA 'skip'). Mend the file, or "
+                "take --host standalone."
+            )
 
 
 def _registered(name: str) -> DatasetSource | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
 from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
@@ -18,19 +18,22 @@ from detectron2.evaluation import (
 from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from torch import nn
 
-from cascade_det import config
 from cascade_det.core import DetectorOutput
 from cascade_det.d2.checkpoint import Checkpointer
-from cascade_det.d2.datasets import register_dataset
+from cascade_det.d2.datasets import refuse_left_out, register_dataset
 from cascade_det.d2.detector import Detector
+from cascade_det.d2.loader import build_test_loader
 from cascade_det.data.coco import CocoDataset
 from cascade_det.engine import distributed
 from cascade_det.engine.datasets import check_trained_classes, load_datasets
 from cascade_det.engine.devices import on_its_device, set_backends
 from cascade_det.engine.evaluate import by_dataset, evaluate_dataset
+from cascade_det.engine.inference import evaluation_mode
 from cascade_det.engine.run_info import run_of
 from cascade_det.engine.weight_addresses import local_path
 from cascade_det.errors import ConfigError
+from cascade_det.evaluation import write_results
+from cascade_det.evaluation.report import RESULTS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,7 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     datasets = load_datasets(cfg, train=False, find=register_dataset)
     if not datasets:
         raise ConfigError("DATASETS.TEST is empty: name a data set to evaluate on")
+    refuse_left_out(datasets)
     set_backends(cfg)
     model = build_model(on_its_device(cfg))
     if not cfg.MODEL.WEIGHTS and not resume:
@@ -55,9 +59,8 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
         check_trained_classes(run, dataset)
     results = evaluate_all(cfg, model, datasets)
     if cfg.TEST.AUG.ENABLED:
-        results = {**results, **evaluate_augmented(cfg, model)}
-    if cfg.TEST.EXPECTED_RESULTS and distributed.is_main():
-        verify_results(cfg, results)
+        results = with_augmentation(cfg, model, datasets, results)
+    check_expected(cfg, results)
     return results
 
 
@@ -73,11 +76,9 @@ def evaluate_all(cfg: CfgNode, model: nn.Module, datasets: Sequence[CocoDataset]
 
     def evaluate_one(dataset: CocoDataset, folder: Path) -> dict[str, Any]:
         name = dataset.source.name
-        loader = build_detection_test_loader(
-            cfg, name, batch_size=config.test_loader_arguments(cfg)["images_per_batch"]
-        )
+        loader = build_test_loader(cfg, name)
         # One of the two writes the detections: who has more to say about them.
-        own = COCOEvaluator(name, output_dir=str(folder / "inference") if has_others else None)
+        own = coco_evaluator(cfg, name, folder / "inference" if has_others else None)
         own.reset()
 
         def finish(results: dict[str, Any]) -> Mapping[str, Any]:
@@ -97,17 +98,67 @@ def evaluate_all(cfg: CfgNode, model: nn.Module, datasets: Sequence[CocoDataset]
     return by_dataset(datasets, Path(cfg.OUTPUT_DIR), evaluate_one)
 
 
-def evaluate_augmented(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
-    """AP with Detectron2's test-time augmentation (``TEST.AUG``), as ``bbox_TTA`` and so on."""
+def with_augmentation(
+    cfg: CfgNode, model: nn.Module, datasets: Sequence[CocoDataset], results: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Evaluate with Detectron2's test-time augmentation (``TEST.AUG``) too.
+
+    Returns:
+        ``results`` of the same data sets, with ``bbox_TTA`` and so on beside ``bbox``. They are
+        added to ``results.json`` as well.
+    """
     augmented = GeneralizedRCNNWithTTA(cfg, model)
-    results: dict[str, Any] = {}
-    for name in cfg.DATASETS.TEST:
-        loader = build_detection_test_loader(cfg, name)
-        found = inference_on_dataset(augmented, loader, COCOEvaluator(name))
+
+    def evaluate_one(dataset: CocoDataset, folder: Path) -> dict[str, Any]:
+        name = dataset.source.name
+        loader, evaluator = build_test_loader(cfg, name), coco_evaluator(cfg, name)
+        with evaluation_mode(model):
+            found = inference_on_dataset(augmented, loader, evaluator)
         figures = {f"{task}_TTA": value for task, value in distributed.broadcast(found).items()}
-        results |= figures if len(cfg.DATASETS.TEST) == 1 else {f"{name}_TTA": figures}
-    logger.info("With test-time augmentation: %s", results)
-    return results
+        logger.info("Results on %s with test-time augmentation: %s", name, figures)
+        if distributed.is_main():
+            saved = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+            write_results({**saved, **figures}, folder)
+        return {**(results if len(datasets) == 1 else results.get(name, {})), **figures}
+
+    return {**results, **by_dataset(datasets, Path(cfg.OUTPUT_DIR), evaluate_one)}
+
+
+def coco_evaluator(cfg: CfgNode, name: str, output_dir: Path | None = None) -> COCOEvaluator:
+    """Detectron2's evaluator of a data set; its json may leave out what has an obvious value.
+
+    Args:
+        cfg: a configuration.
+        name: of a registered data set.
+        output_dir: where detections are written; ``None`` for nowhere.
+    """
+    evaluator = COCOEvaluator(
+        name,
+        output_dir=None if output_dir is None else str(output_dir),
+        kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+    )
+    for annotation in evaluator._coco_api.dataset.get("annotations", ()):
+        annotation.setdefault("iscrowd", 0)
+        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+    return evaluator
+
+
+def check_expected(cfg: CfgNode, results: Mapping[str, Any]) -> None:
+    """End the process if results are not those of ``TEST.EXPECTED_RESULTS``, as Detectron2 does.
+
+    Raises:
+        ConfigError: something is expected of a task that was not evaluated.
+        SystemExit: of the main process, with status 1, after the figures are logged.
+    """
+    # A training that was complete before has nothing to show.
+    expected = cfg.TEST.EXPECTED_RESULTS if results else []
+    if unknown := {task for task, *_ in expected} - results.keys():
+        raise ConfigError(
+            f"TEST.EXPECTED_RESULTS names {', '.join(sorted(unknown))}, but the results are of "
+            f"{', '.join(results)}"
+        )
+    if expected and distributed.is_main():
+        verify_results(cfg, results)
 
 
 class _Feed:

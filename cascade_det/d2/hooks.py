@@ -17,12 +17,12 @@ class Figures:
 
     Args:
         storage: of a training.
-        max_iter: what comes after the last iteration counts as part of it.
+        last: the iteration that was completed last; what comes after it counts as part of it.
     """
 
-    def __init__(self, storage: EventStorage, max_iter: int) -> None:
+    def __init__(self, storage: EventStorage, last: int) -> None:
         self._storage = storage
-        self._last = max_iter - 1
+        self._last = last
 
     def __contains__(self, name: str) -> bool:
         return name in self._storage.latest()
@@ -31,6 +31,10 @@ class Figures:
         """The last value of ``name``, and its iteration."""
         value, iteration = self._storage.latest()[name]
         return value, min(iteration, self._last)
+
+    def put_all(self, values: Mapping[str, float], *, smooth: bool = True) -> None:
+        """File values; ``smooth`` says whether writers should show a median."""
+        self._storage.put_scalars(**values, smoothing_hint=smooth)
 
 
 class LearningRate(hooks.LRScheduler):

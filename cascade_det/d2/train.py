@@ -8,21 +8,22 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
-from detectron2.evaluation import verify_results
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 from cascade_det import config
-from cascade_det.d2.datasets import register_dataset
+from cascade_det.d2.datasets import refuse_left_out, register_dataset
 from cascade_det.d2.detector import Detector
-from cascade_det.d2.evaluate import evaluate_all, evaluate_augmented
+from cascade_det.d2.evaluate import check_expected, evaluate_all, with_augmentation
+from cascade_det.d2.loader import build_test_loader
 from cascade_det.d2.structures import inputs_of
 from cascade_det.d2.trainer import Results, Trainer
-from cascade_det.data.coco import CocoDataset
+from cascade_det.data.coco import CocoDataset, check_same_classes
+from cascade_det.data.loader import training_records
 from cascade_det.engine import distributed
 from cascade_det.engine.datasets import load_training_data
 from cascade_det.engine.devices import on_its_device, resolve_amp_dtype, set_backends
@@ -35,7 +36,6 @@ from cascade_det.engine.run_info import (
     write_config,
 )
 from cascade_det.engine.validation import validation_losses
-from cascade_det.errors import DatasetError
 
 
 def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
@@ -47,7 +47,9 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     set_backends(cfg)
     cfg = on_its_device(cfg)
     datasets, test_datasets = load_training_data(cfg, register_dataset)
-    _refuse_left_out([*datasets, *test_datasets])
+    refuse_left_out([*datasets, *test_datasets])
+    check_same_classes(datasets)
+    training_records(datasets, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     run = RunInfo(
         seed=cfg.SEED,
         class_names=list(datasets[0].class_names),
@@ -69,11 +71,11 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     if not cfg.MODEL.WEIGHTS and not resume:
         warn_of_frozen_noise(cfg)
     trainer.train()
-    if cfg.TEST.AUG.ENABLED and test_datasets:
-        trainer.results |= evaluate_augmented(cfg, trainer.tested)
-    if cfg.TEST.EXPECTED_RESULTS and distributed.is_main():
-        verify_results(cfg, trainer.results)
-    return trainer.results
+    results = trainer.results
+    if cfg.TEST.AUG.ENABLED:
+        results = with_augmentation(cfg, trainer.tested, test_datasets, results)
+    check_expected(cfg, results)
+    return results
 
 
 def replay_batch(cfg: CfgNode, path: str | Path) -> list[str]:
@@ -106,15 +108,7 @@ def _losses_on(cfg: CfgNode, model: nn.Module, datasets: Sequence[CocoDataset]) 
         augmentations=[T.ResizeShortestEdge(sizes, cfg.INPUT.MAX_SIZE_TEST)],
         recompute_boxes=False,
     )
-    loaders = [
-        build_detection_test_loader(
-            get_detection_dataset_dicts(dataset.source.name, filter_empty=False),
-            mapper=mapper,
-            batch_size=config.test_loader_arguments(cfg)["images_per_batch"],
-            num_workers=cfg.DATALOADER.NUM_WORKERS,
-        )
-        for dataset in datasets
-    ]
+    loaders = [build_test_loader(cfg, dataset.source.name, mapper) for dataset in datasets]
     device = torch.device(cfg.MODEL.DEVICE)
     return validation_losses(
         Detector(model),
@@ -122,12 +116,3 @@ def _losses_on(cfg: CfgNode, model: nn.Module, datasets: Sequence[CocoDataset]) 
         amp_dtype=resolve_amp_dtype(config.trainer_arguments(cfg)["amp_dtype"], device),
         device=device,
     )
-
-
-def _refuse_left_out(datasets: Sequence[CocoDataset]) -> None:
-    for dataset in datasets:
-        if dataset.left_out:
-            raise DatasetError(
-                f"{dataset.source.json_file}: Detectron2 reads it itself, so that what is wrong "
-                "with it cannot be left out there. Mend the file, or train with --host standalone."
-            )

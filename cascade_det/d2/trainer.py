@@ -1,18 +1,27 @@
-"""Detectron2's ``DefaultTrainer`` with the engine's step, best model, patience and averages."""
+"""Detectron2's ``DefaultTrainer`` with the engine's step, checkpoints, evaluation and averages."""
 
 from __future__ import annotations
 
+import importlib.util
 import logging
-import time
+import random
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, TrainerBase, hooks
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.evaluation import COCOEvaluator
-from detectron2.utils.events import get_event_storage
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import (
+    EventStorage,
+    EventWriter,
+    TensorboardXWriter,
+)
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,24 +29,25 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from cascade_det import config
 from cascade_det.d2.checkpoint import Checkpointer
+from cascade_det.d2.evaluate import coco_evaluator
 from cascade_det.d2.hooks import Figures, LearningRate, as_detectron2_hook
+from cascade_det.d2.loader import Batches, build_train_loader
+from cascade_det.d2.steps import Steps
 from cascade_det.d2.structures import sample_of
 from cascade_det.engine import distributed
 from cascade_det.engine.averaging import WeightAverage
 from cascade_det.engine.best_model import BestModel
 from cascade_det.engine.devices import resolve_amp_dtype
-from cascade_det.engine.hooks import FINAL, figures_of, periodic_checkpoints
+from cascade_det.engine.hooks import EvalHook, PeriodicCheckpoint
 from cascade_det.engine.interrupts import (
     Interrupted,
     InterruptRequest,
     ending_at_once,
     interrupt_request,
 )
-from cascade_det.engine.processes import USER_ERRORS
 from cascade_det.engine.run_info import RunInfo, resume_or_load
 from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, build_scheduler
 from cascade_det.engine.step import TrainingStep
-from cascade_det.engine.training_state import load_optimizer_state, optimizer_state
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +63,12 @@ class Trainer(DefaultTrainer):
         evaluate: gives the results of a model; ``None`` for a training without test sets.
 
     Attributes:
+        iteration: the one that runs, or was completed last; from 0. Detectron2's ``iter`` may be
+            one that was not begun.
         results: of the last evaluation, empty before it.
-        finished: whether training came to a good end.
+        finished: whether training came to a good end, by ``max_iter`` or by :meth:`stop`.
+        resumable: whether a checkpoint now would go on with the next iteration.
+        last_checkpoint: the newest file that was saved or resumed, for messages.
     """
 
     def __init__(
@@ -64,11 +78,14 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         self.cfg = cfg
         self.run = run
+        self.device = torch.device(cfg.MODEL.DEVICE)
         self.results: Results = {}
-        self.finished = False
+        self.finished = self.resumable = False
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.iteration = -1
+        self.last_checkpoint: str | None = None
         self._evaluate = evaluate
-        self._stopping = False
+        self._stopping = self._interrupted = False
         self._interrupt = InterruptRequest()
         self._arguments = config.trainer_arguments(cfg)
         model = self.build_model(cfg)
@@ -90,14 +107,9 @@ class Trainer(DefaultTrainer):
         return self.module if self._average is None else self._average.module
 
     @property
-    def iteration(self) -> int:
-        """The iteration that runs, or was completed last."""
-        return min(self.iter, self.max_iter - 1)
-
-    @property
     def history(self) -> Figures:
         """What was measured, for the engine's hooks."""
-        return Figures(self.storage, self.max_iter)
+        return Figures(self.storage, self.iteration)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
@@ -112,9 +124,14 @@ class Trainer(DefaultTrainer):
         return build_scheduler(optimizer, **config.scheduler_arguments(cfg))
 
     @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Batches:
+        """Detectron2's, see :func:`cascade_det.d2.loader.build_train_loader`."""
+        return build_train_loader(cfg)
+
+    @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
         """What Detectron2's own ``test`` evaluates with."""
-        return COCOEvaluator(dataset_name, output_dir=f"{cfg.OUTPUT_DIR}/inference")
+        return coco_evaluator(cfg, dataset_name, Path(cfg.OUTPUT_DIR, "inference"))
 
     def build_hooks(self) -> list[HookBase | None]:
         """Detectron2's usual hooks, with the engine's in their places among them."""
@@ -122,28 +139,31 @@ class Trainer(DefaultTrainer):
         found: list[HookBase | None] = [hooks.IterationTimer(), LearningRate()]
         if self._average is not None:
             found.append(as_detectron2_hook(self._average))
-        if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.module):
+        if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.tested):
             reader = cfg.clone()
             reader.defrost()
             reader.DATALOADER.NUM_WORKERS = 0
             loader = self.build_train_loader(reader)
-            precise = (cfg.TEST.EVAL_PERIOD, self.module, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
+            precise = (cfg.TEST.EVAL_PERIOD, self.tested, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
             found.append(hooks.PreciseBN(*precise))
-        if distributed.is_main():
-            found.append(
-                hooks.PeriodicCheckpointer(
-                    self.checkpointer,
-                    arguments["checkpoint_period"],
-                    max_to_keep=arguments["max_to_keep"],
-                )
-            )
+        period, max_to_keep = arguments["checkpoint_period"], arguments["max_to_keep"] or 0
+        checkpoints = PeriodicCheckpoint(self.checkpointer, period, max_to_keep)
+        found.append(as_detectron2_hook(checkpoints))
         if self._evaluate is not None:
             best = BestModel(self.checkpointer, arguments["best_metric"], arguments["patience"])
-            found.append(hooks.EvalHook(arguments["eval_period"], self.evaluate))
+            found.append(as_detectron2_hook(EvalHook(arguments["eval_period"], self.evaluate)))
             found.append(as_detectron2_hook(best))
         if distributed.is_main():
             found.append(hooks.PeriodicWriter(self.build_writers(), arguments["log_period"]))
         return found
+
+    def build_writers(self) -> list[EventWriter]:
+        """Detectron2's; where tensorboard is not installed, one log line in the place of its."""
+        writers: list[EventWriter] = super().build_writers()
+        if importlib.util.find_spec("tensorboard") is not None:
+            return writers
+        logger.info("No TensorBoard files: tensorboard is missing (pip install tensorboard).")
+        return [writer for writer in writers if not isinstance(writer, TensorboardXWriter)]
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Go on from the last checkpoint in ``OUTPUT_DIR``, or load ``MODEL.WEIGHTS``.
@@ -162,9 +182,9 @@ class Trainer(DefaultTrainer):
             self.checkpointer.add_checkpointable("training_weights", self.module)
         self.checkpointer.add_checkpointable("run", self.run)
         self.checkpointer.add_checkpointable("trainer", weakref.proxy(self))
-        for hook in self._hooks:
-            if isinstance(hook, hooks.PeriodicCheckpointer):
-                hook.recent_checkpoints = periodic_checkpoints(self.cfg.OUTPUT_DIR, self.start_iter)
+        if self.start_iter > 0:
+            # That of the run, which may be another one than has been drawn for this start.
+            seed_all_rng(self.run.seed + distributed.rank())
 
     def train(self) -> None:
         """Run to ``SOLVER.MAX_ITER``, or until patience ends it.
@@ -172,76 +192,90 @@ class Trainer(DefaultTrainer):
         Raises:
             FloatingPointError: training diverged; the message names stage, images and the file
                 that the batch is in.
+            DatasetError: an image cannot be read.
             Interrupted: a signal asked for an end; there is a checkpoint.
         """
-        if self.start_iter >= self.max_iter:
-            logger.info(
-                "This training is complete: all %d iterations of SOLVER.MAX_ITER are done. Raise "
-                "SOLVER.MAX_ITER to train longer. Its weights are evaluated once more.",
-                self.max_iter,
-            )
-            self.evaluate()
-            return
-        with interrupt_request() as self._interrupt:
+        # Not TrainerBase's own: it logs a traceback of whatever ends it.
+        self.finished = self.resumable = self._stopping = False
+        self.iter, self.iteration = self.start_iter, self.start_iter - 1
+        with (
+            interrupt_request() as self._interrupt,
+            EventStorage(max(self.iteration, 0)) as self.storage,
+        ):
             try:
-                TrainerBase.train(self, self.start_iter, self.max_iter)
-            except _End as end:
-                if end.error is not None:
-                    raise end.error from None
+                self.before_train()
+                # A hook may know that nothing is left to do.
+                if not self._stopping:
+                    self._run()
+                self.finished = True
+            finally:
+                self.after_train()
 
-    def evaluate(self) -> dict[str, float]:
-        """Evaluate what a checkpoint would hold; all goes to ``results``, figures are returned."""
-        if self._evaluate is None:
-            return {}
+    def evaluate(self) -> Results:
+        """The results of what a checkpoint would hold."""
+        assert self._evaluate is not None
         model = self.tested
         # The statistics of norms that are trained differ from process to process.
         distributed.synchronise_buffers(model)
-        where = f"Interrupted in the evaluation after iteration {self.iteration}"
-        with ending_at_once(self._interrupt, where):
-            self.results = self._evaluate(model)
-        return dict(figures_of(self.results))
+        with _numpy_randomness_kept():
+            return self._evaluate(model)
 
     def stop(self) -> None:
         """End training, as if done, after the hooks of this iteration."""
         self._stopping = True
 
+    def interruptible(self) -> AbstractContextManager[None]:
+        """For what a hook does for long: within the block a signal ends the training at once."""
+        where = f"Interrupted in the hooks after iteration {self.iteration}"
+        return ending_at_once(self._interrupt, where)
+
     def run_step(self) -> None:
         """One iteration."""
         self._trainer.iter = self.iter
-        try:
-            self._interrupted = self._trainer.run_batch(
-                interrupted=bool(self._interrupt),
-                last_checkpoint=self.checkpointer.get_checkpoint_file,
+        batch = self._trainer.next_batch()
+        self.resumable = False
+        self.iteration = self.iter
+        self._interrupted = self._trainer.run_batch(
+            batch,
+            interrupted=bool(self._interrupt),
+            last_checkpoint=lambda: self.last_checkpoint or "",
+        )
+
+    def _run(self) -> None:
+        if self.start_iter >= self.max_iter:
+            logger.info(
+                "This training is complete: all %d iterations of SOLVER.MAX_ITER are done. Raise "
+                "SOLVER.MAX_ITER to train longer.",
+                self.max_iter,
             )
-        except USER_ERRORS as error:
-            raise _End(error) from None
+            return
+        logger.info("Training from iteration %d to %d", self.start_iter, self.max_iter)
+        self._trainer.data_loader = self.build_train_loader(self._seeded())
+        if self.start_iter > 0:
+            # Not again the regions and the augmentations that the run began with.
+            seed_all_rng(self.run.seed + self.start_iter + distributed.rank())
+        for iteration in range(self.start_iter, self.max_iter):
+            self.iter = iteration
+            self.before_step()
+            self.run_step()
+            self.after_step()
+            if self._stopping:
+                return
+            if self._interrupted and self.iter < self.max_iter - 1:
+                self.resumable = True
+                where = f"Interrupted after iteration {self.iter} of {self.max_iter}"
+                raise Interrupted(where)
+        # That tells Detectron2's hooks of a good end.
+        self.iter += 1
 
-    def after_step(self) -> None:
-        """Call the hooks; end where one of them, or a signal, asked for it."""
-        try:
-            super().after_step()
-        except Interrupted as error:
-            self._end_interrupted(error)
-        except USER_ERRORS as error:
-            raise _End(error) from None
-        if self._stopping:
-            self.checkpointer.save(FINAL, iteration=self.iter)
-            raise _End
-        if self._interrupted and self.iter < self.max_iter - 1:
-            where = f"Interrupted after iteration {self.iter} of {self.max_iter}"
-            self._end_interrupted(Interrupted(where))
+    def _seeded(self) -> CfgNode:
+        """The configuration with a seed for the order of images: a resumed run has another one."""
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.SEED = self.run.seed + self.start_iter
+        return cfg
 
-    def after_train(self) -> None:
-        """Call the hooks."""
-        self.finished = self._stopping or self.iter >= self.max_iter
-        super().after_train()
-
-    def _end_interrupted(self, error: Interrupted) -> NoReturn:
-        self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
-        raise _End(error) from None
-
-    def _build_steps(self, cfg: CfgNode, model: nn.Module) -> _Steps:
-        arguments, device = self._arguments, torch.device(cfg.MODEL.DEVICE)
+    def _build_steps(self, cfg: CfgNode, model: nn.Module) -> Steps:
         optimizer = self.build_optimizer(cfg, model)
 
         def metrics() -> Mapping[str, Tensor]:
@@ -252,52 +286,22 @@ class Trainer(DefaultTrainer):
             distributed.wrap(model),
             optimizer,
             metrics=metrics,
-            amp_dtype=resolve_amp_dtype(arguments["amp_dtype"], device),
+            amp_dtype=resolve_amp_dtype(self._arguments["amp_dtype"], self.device),
             clip_gradients=build_gradient_clipper(config.optimizer_arguments(cfg)["clip"]),
-            accumulation_steps=arguments["accumulation_steps"],
-            device=device,
+            accumulation_steps=self._arguments["accumulation_steps"],
+            device=self.device,
             output_dir=cfg.OUTPUT_DIR,
             as_sample=sample_of,
         )
-        return _Steps(step, self.build_train_loader(cfg))
+        return Steps(step)
 
 
-class _End(BaseException):
-    """The end of a training, past ``except Exception``, which would print a traceback."""
-
-    def __init__(self, error: Exception | None = None) -> None:
-        super().__init__()
-        self.error = error
-
-
-class _Steps(SimpleTrainer):
-    """The engine's step where Detectron2 has its own."""
-
-    def __init__(self, step: TrainingStep, loader: Any) -> None:
-        super().__init__(step.detector, loader, step.optimizer)
-        self.step = step
-
-    def run_batch(self, *, interrupted: bool, last_checkpoint: Callable[[], str]) -> bool:
-        """Train on the next batch; whether any process was asked to stop."""
-        start = time.perf_counter()
-        batch = next(self._data_loader_iter)
-        data_time = time.perf_counter() - start
-        figures, stop = self.step.run(
-            batch, self.iter, interrupted=interrupted, last_checkpoint=last_checkpoint
-        )
-        # The heads have put theirs into the storage themselves.
-        rest = {name: figures[name] for name in figures.keys() - self.step.metrics().keys()}
-        get_event_storage().put_scalars(data_time=data_time, **rest)
-        return stop
-
-    def state_dict(self) -> dict[str, Any]:
-        """What goes on after a resume."""
-        state = TrainerBase.state_dict(self)
-        optimizer = optimizer_state(self.optimizer, self.step.module)
-        return {**state, "optimizer": optimizer, "scaler": self.step.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`, with the settings of the configuration."""
-        TrainerBase.load_state_dict(self, state)
-        load_optimizer_state(self.optimizer, self.step.module, state["optimizer"])
-        self.step.load_state_dict(state["scaler"])
+@contextmanager
+def _numpy_randomness_kept() -> Iterator[None]:
+    """Detectron2's augmentations draw from the global generators, even where nothing is random."""
+    states = np.random.get_state(), random.getstate()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        np.random.set_state(states[0])  # noqa: NPY002
+        random.setstate(states[1])

@@ -8,9 +8,6 @@ of the resized image) and ``gt_classes`` (int64 ``[G]``), without crowds.
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,13 +25,10 @@ from cascade_det.data.samples import (
     TrainingSamples,
 )
 from cascade_det.data.transforms import TrainTransform
+from cascade_det.data.worker_signals import obey_main_process, signals_held
 from cascade_det.errors import DatasetError
 
 logger = logging.getLogger(__name__)
-
-# What to do about these is the main process's business. A worker tells the SIGTERM of its parent
-# from another's by sigwaitinfo, which macOS does not have.
-_NOT_FOR_WORKERS = {signal.SIGINT} | ({signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else set())
 
 
 def build_train_loader(
@@ -84,7 +78,7 @@ def build_train_loader(
         ValueError: a value out of range.
     """
     check_same_classes(datasets)
-    records = _training_records(datasets, filter_empty)
+    records = training_records(datasets, filter_empty)
     sizes = [(record.height, record.width) for record in records]
     groups = aspect_ratio_groups(sizes) if aspect_ratio_grouping else [0] * len(sizes)
     transform = TrainTransform(min_sizes=min_sizes, max_size=max_size, sampling=sampling, flip=flip)
@@ -151,7 +145,16 @@ def build_test_loader(
     )
 
 
-def _training_records(datasets: Sequence[CocoDataset], filter_empty: bool) -> list[ImageRecord]:
+def training_records(datasets: Sequence[CocoDataset], filter_empty: bool) -> list[ImageRecord]:
+    """The images to train on.
+
+    Args:
+        datasets: one or more.
+        filter_empty: whether to leave out images that have no box, or only crowds.
+
+    Raises:
+        DatasetError: there is none that has a box.
+    """
     records = [record for dataset in datasets for record in dataset.records]
     with_boxes = [record for record in records if not record.iscrowd.all()]
     if not with_boxes:
@@ -168,7 +171,7 @@ def _loader_arguments(num_workers: int) -> dict[str, Any]:
     return {
         "num_workers": num_workers,
         "collate_fn": _as_it_is,
-        "worker_init_fn": _obey_main_process if num_workers else None,
+        "worker_init_fn": _init_worker if num_workers else None,
         # Its own generator: starting to iterate must not advance the run's global one, which a
         # resumed run could not repeat.
         "generator": torch.Generator(),
@@ -179,22 +182,8 @@ def _as_it_is(fetched: Fetched) -> Fetched:
     return fetched
 
 
-def _obey_main_process(worker: int) -> None:
-    """Ctrl-C and SIGTERM may reach all processes of a group, and leave the workers as they are.
-
-    The main one ends them itself when it is done, with the batches that it still wants: by a
-    message, and at its own exit by a SIGTERM, which they obey.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if signal.SIGTERM in _NOT_FOR_WORKERS:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
-
-
-def _end_when_the_parent_says_so() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
+def _init_worker(worker: int) -> None:
+    obey_main_process()
 
 
 class _Loader(DataLoader[Sample]):
@@ -219,9 +208,5 @@ class _Loader(DataLoader[Sample]):
             yield fetched.batch
 
     def _start(self) -> Iterator[Fetched]:
-        # Workers are born with the signals blocked, which else could end one before it is set up.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
-        try:
+        with signals_held():
             return super().__iter__()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)

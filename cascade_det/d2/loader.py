@@ -1,0 +1,113 @@
+"""Detectron2's loaders, with workers that outlive signals and images that are named if broken."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetMapper,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
+from torch.utils.data import get_worker_info
+
+from cascade_det import config
+from cascade_det.data.worker_signals import obey_main_process, signals_held
+from cascade_det.errors import DatasetError
+
+logger = logging.getLogger(__name__)
+
+Inputs = dict[str, Any]
+Mapper = Callable[[Inputs], Inputs]
+
+_ERROR = "error"
+# So many broken images in a row mean that something else is wrong, such as a disk that is gone.
+_SKIPPED_IN_A_ROW = 20
+
+
+def build_train_loader(cfg: CfgNode) -> Batches:
+    """Detectron2's endless loader of ``DATASETS.TRAIN``.
+
+    ``CASCADE.ON_BAD_DATA`` says what becomes of an image that turns out to be broken when it is
+    read: ``error`` raises, ``skip`` logs it, and another one takes its place.
+    """
+    mapper = _Reader(DatasetMapper(cfg, is_train=True), skip=cfg.CASCADE.ON_BAD_DATA == "skip")
+    return Batches(build_detection_train_loader(cfg, mapper=mapper))
+
+
+def build_test_loader(cfg: CfgNode, name: str, mapper: Mapper | None = None) -> Batches:
+    """Detectron2's loader of a test set, of this process its share, in its order.
+
+    Args:
+        cfg: a configuration.
+        name: of a registered data set.
+        mapper: ``None`` for Detectron2's own, without ground truth.
+    """
+    return Batches(
+        build_detection_test_loader(
+            cfg,
+            name,
+            mapper=_Reader(mapper or DatasetMapper(cfg, is_train=False), skip=False),
+            batch_size=config.test_loader_arguments(cfg)["images_per_batch"],
+        )
+    )
+
+
+class Batches:
+    """Batches of a loader of Detectron2's.
+
+    Args:
+        loader: of inputs that a mapper of this module made.
+    """
+
+    def __init__(self, loader: Iterable[list[Inputs]]) -> None:
+        self._loader: Any = loader
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[list[Inputs]]:
+        """The batches.
+
+        Raises:
+            DatasetError: an image cannot be read.
+        """
+        with signals_held():
+            batches = iter(self._loader)
+            # Grouping by aspect ratio starts the workers only now.
+            first = list(itertools.islice(batches, 1))
+        for batch in itertools.chain(first, batches):
+            for inputs in batch:
+                if _ERROR in inputs:
+                    raise DatasetError(inputs[_ERROR])
+            yield batch
+
+
+class _Reader:
+    """A mapper whose errors travel as inputs: PyTorch would add a worker's traceback to them."""
+
+    def __init__(self, mapper: Mapper, *, skip: bool) -> None:
+        self._mapper = mapper
+        self._skip = skip
+        self._skipped = 0  # in a row
+        self._obeys = False
+
+    def __call__(self, record: Inputs) -> Inputs | None:
+        if not self._obeys and get_worker_info() is not None:
+            self._obeys = True
+            obey_main_process()
+        try:
+            inputs = self._mapper(record)
+        except Exception as error:  # decoders fail in many ways: SyntaxError, struct.error, ...
+            message = f"{record['file_name']}: cannot be read ({type(error).__name__}: {error})"
+            if self._skip and self._skipped < _SKIPPED_IN_A_ROW:
+                self._skipped += 1
+                logger.warning("%s. Another image is trained on in its place", message)
+                return None
+            return {**record, _ERROR: message}
+        self._skipped = 0
+        return inputs

@@ -1,0 +1,43 @@
+"""Signals and the workers of a loader: what to do about them is the main process's business."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# A worker tells the SIGTERM of its parent from another's by sigwaitinfo, which macOS does not have.
+_NOT_FOR_WORKERS = {signal.SIGINT} | ({signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else set())
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """For starting workers: they are born with the signals blocked that could end them.
+
+    Signals that come within the block are handled when it is over.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def obey_main_process() -> None:
+    """Called in a worker, once: only the main process may end it from there on.
+
+    Ctrl-C and SIGTERM may reach all processes of a group. The main one ends its workers itself when
+    it is done with the batches that it still wants: by a message, and at its own exit by a SIGTERM.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if signal.SIGTERM in _NOT_FOR_WORKERS:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
+
+
+def _end_when_the_parent_says_so() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

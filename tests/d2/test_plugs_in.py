@@ -398,27 +398,27 @@ def detectron2_yaml(name):
     pytest.skip(f"Detectron2's {name} is not there")
 
 
+@pytest.fixture(scope="module")
+def mask_rcnns():
+    """Cascade Mask R-CNN from Detectron2's own YAML, with only the name of the heads changed."""
+    pair = []
+    for name in (OURS, THEIRS):
+        cfg = get_cfg()
+        cfg.merge_from_file(detectron2_yaml("Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml"))
+        cfg.MODEL.ROI_HEADS.NAME = name
+        cfg.MODEL.DEVICE = "cpu"
+        torch.manual_seed(0)
+        pair.append(build_model(cfg))
+    ours, theirs = pair
+    keep_in_range(theirs)
+    ours.load_state_dict(theirs.state_dict())
+    return pair
+
+
 class TestCascadeMaskRCNN:
-    """From Detectron2's own YAML, with only the name of the ROI heads changed."""
-
-    @pytest.fixture(scope="class")
-    def pair(self):
-        pair = []
-        for name in (OURS, THEIRS):
-            cfg = get_cfg()
-            cfg.merge_from_file(detectron2_yaml("Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml"))
-            cfg.MODEL.ROI_HEADS.NAME = name
-            cfg.MODEL.DEVICE = "cpu"
-            torch.manual_seed(0)
-            pair.append(build_model(cfg))
-        ours, theirs = pair
-        keep_in_range(theirs)
-        ours.load_state_dict(theirs.state_dict())
-        return pair
-
-    def test_inference(self, pair):
+    def test_inference(self, mask_rcnns):
         outputs = []
-        for model in pair:
+        for model in mask_rcnns:
             model.eval()
             # Few detections: masks take the time of this test.
             model.roi_heads.box_predictor[-1].test_topk_per_image = 8
@@ -436,9 +436,9 @@ class TestCascadeMaskRCNN:
         )
         assert (found.pred_masks != wanted.pred_masks).float().mean() < 1e-3
 
-    def test_losses_of_a_step(self, pair):
+    def test_losses_of_a_step(self, mask_rcnns):
         losses = []
-        for model in pair:
+        for model in mask_rcnns:
             model.train()
             model.roi_heads.batch_size_per_image = 16
             torch.manual_seed(3)

@@ -358,6 +358,7 @@ class TestOneSetOfModules:
             decided(heads)
         assert_same_instances(detect(ours, make_scene()), detect(theirs, make_scene()))
         assert_same_training(ours, theirs, make_scene())
+        assert ours.cascade.num_classes == 5
 
     def test_replaced_predictor_is_looked_at(self, heads):
         heads.box_predictor[1] = box_predictor(use_sigmoid_ce=True)

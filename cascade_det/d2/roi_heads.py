@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import ROIAlign, ShapeSpec
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
@@ -21,18 +21,19 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
 from cascade_det import config
-from cascade_det.core import (
-    CascadeHead,
-    CascadeStats,
-    ConfidenceExit,
-    PartTimer,
-    RoIPooler,
+from cascade_det.core import CascadeHead, CascadeStats, ConfidenceExit, PartTimer
+from cascade_det.d2.parts import (
+    check_predictor,
+    common,
+    pooler_like,
+    refuse_overrides,
+    threshold,
 )
-from cascade_det.core.boxes import MAX_LOG_SCALE
-from cascade_det.core.roi_pooling import CANONICAL_BOX_SIZE, CANONICAL_LEVEL
 from cascade_det.d2.structures import instances_of, labelled_regions_of, targets_of
 
 Losses = dict[str, Tensor]
+
+_COMPUTED_BY_THE_CORE = ("_run_stage", "_match_and_label_boxes", "_create_proposals_from_boxes")
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -99,9 +100,9 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             proposal_matchers=proposal_matchers,
             **kwargs,
         )
-        _refuse_overrides(type(self), CascadeROIHeads, _COMPUTED_BY_THE_CORE)
+        refuse_overrides(type(self), CascadeROIHeads, _COMPUTED_BY_THE_CORE)
         cascade = CascadeHead(
-            pooler=_pooler_like(box_pooler, pooler_kernel),
+            pooler=pooler_like(box_pooler, pooler_kernel),
             box_heads=box_heads,
             box_predictors=box_predictors,
             stage_loss_weights=stage_loss_weights,
@@ -134,7 +135,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
     def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         pooling = config.pooler_arguments(cfg)
         in_features, size = list(pooling["in_features"]), pooling["output_size"]
-        channels = _common(input_shape[name].channels for name in in_features)
+        channels = common(input_shape[name].channels for name in in_features)
         cascade = cfg.MODEL.ROI_BOX_CASCADE_HEAD
         heads, predictors = [], []
         stages = zip(config.box_head_configs(cfg), cascade.BBOX_REG_WEIGHTS, strict=True)
@@ -205,13 +206,13 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         """What Detectron2 has in the predictors and matchers, as arguments of the cascade."""
         predictors = self.box_predictor
         for predictor in predictors:
-            _check_predictor(predictor)
+            check_predictor(predictor)
         return {
             "num_classes": self.num_classes,
-            "ious": tuple(_threshold(matcher) for matcher in self.proposal_matchers),
+            "ious": tuple(threshold(matcher) for matcher in self.proposal_matchers),
             "bbox_reg_weights": tuple(tuple(p.box2box_transform.weights) for p in predictors),
-            "box_reg_loss_type": _common(p.box_reg_loss_type for p in predictors),
-            "smooth_l1_beta": _common(p.smooth_l1_beta for p in predictors),
+            "box_reg_loss_type": common(p.box_reg_loss_type for p in predictors),
+            "smooth_l1_beta": common(p.smooth_l1_beta for p in predictors),
         }
 
     def _losses(
@@ -230,85 +231,6 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
                 weight = predictor.loss_weight.get(name, 1.0)
                 losses[f"{name}_stage{stage}"] = losses[f"{name}_stage{stage}"] * weight
         return losses
-
-
-_COMPUTED_BY_THE_CORE = ("_run_stage", "_match_and_label_boxes", "_create_proposals_from_boxes")
-_PREDICTED_BY_THE_CORE = ("losses", "box_reg_loss", "inference", "predict_boxes", "predict_probs")
-
-
-def _refuse_overrides(own: type, base: type, names: Iterable[str]) -> None:
-    overridden = [name for name in names if getattr(own, name) is not getattr(base, name)]
-    if overridden:
-        raise ValueError(
-            f"{own.__name__} overrides {', '.join(overridden)}, which {base.__name__} has, but "
-            "EarlyExitCascadeROIHeads never calls: its cascade does that work itself. Override "
-            "another method, or take Detectron2's CascadeROIHeads."
-        )
-
-
-def _check_predictor(predictor: FastRCNNOutputLayers) -> None:
-    _refuse_overrides(type(predictor), FastRCNNOutputLayers, _PREDICTED_BY_THE_CORE)
-    for option in ("use_sigmoid_ce", "use_fed_loss"):
-        if getattr(predictor, option):
-            raise ValueError(
-                f"box_predictors: {option} is True, but the class loss of EarlyExitCascadeROIHeads "
-                "is softmax cross-entropy. Set it to False, or take Detectron2's CascadeROIHeads."
-            )
-    transform = predictor.box2box_transform
-    if type(transform) is not Box2BoxTransform or transform.scale_clamp != MAX_LOG_SCALE:
-        raise ValueError(
-            "box_predictors: box2box_transform has to be Detectron2's Box2BoxTransform with its "
-            f"usual scale_clamp, not {type(transform).__name__} with {transform.scale_clamp}"
-        )
-
-
-def _pooler_like(pooler: ROIPooler, kernel: str) -> RoIPooler:
-    """Our pooler that computes the same.
-
-    Raises:
-        ValueError: Detectron2's is of another kind.
-    """
-    levels = list(pooler.level_poolers)
-    height, width = pooler.output_size
-    canonical = (pooler.canonical_box_size, pooler.canonical_level)
-    if (
-        not all(isinstance(level, ROIAlign) for level in levels)
-        or canonical != (CANONICAL_BOX_SIZE, CANONICAL_LEVEL)
-        or height != width
-    ):
-        raise ValueError(
-            "box_pooler has to crop squares by ROIAlign or ROIAlignV2, with the canonical box size "
-            f"{CANONICAL_BOX_SIZE} on level {CANONICAL_LEVEL}, not {pooler}"
-        )
-    return RoIPooler(
-        output_size=height,
-        strides=tuple(round(1 / level.spatial_scale) for level in levels),
-        sampling_ratio=_common(level.sampling_ratio for level in levels),
-        aligned=_common(level.aligned for level in levels),
-        kernel=kernel,
-    )
-
-
-def _threshold(matcher: Matcher) -> float:
-    if matcher.labels != [0, 1] or matcher.allow_low_quality_matches:
-        raise ValueError(
-            "proposal_matchers need one threshold each, background below it, without low-quality "
-            f"matches: Matcher([0.5], [0, 1]), not thresholds {matcher.thresholds} with labels "
-            f"{matcher.labels}"
-        )
-    return float(matcher.thresholds[1])
-
-
-def _common(values: Iterable[Any]) -> Any:
-    """The value that all are.
-
-    Raises:
-        ValueError: they differ.
-    """
-    first, *others = values
-    if any(other != first for other in others):
-        raise ValueError(f"stages and levels have to agree, but one has {first}, another {others}")
-    return first
 
 
 def _log_metrics(metrics: dict[str, Tensor]) -> None:

@@ -299,6 +299,11 @@ class TestRefused:
         with pytest.raises(ValueError, match=f"OwnPredictor overrides {method}"):
             EarlyExitCascadeROIHeads(**plain_arguments(box_predictors=predictors))
 
+    def test_predictor_of_another_kind(self):
+        predictors = [box_predictor(), box_predictor(), torch.nn.Linear(12, 4)]
+        with pytest.raises(ValueError, match="Linear overrides losses, box_reg_loss"):
+            EarlyExitCascadeROIHeads(**plain_arguments(box_predictors=predictors))
+
     @pytest.mark.parametrize(
         "method", ["_run_stage", "_match_and_label_boxes", "_create_proposals_from_boxes"]
     )

@@ -1,0 +1,108 @@
+"""Parts of Detectron2 in terms of the cascade's, and a refusal of those that it cannot replace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from detectron2.layers import ROIAlign
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers
+
+from cascade_det.core import RoIPooler
+from cascade_det.core.boxes import MAX_LOG_SCALE
+from cascade_det.core.roi_pooling import CANONICAL_BOX_SIZE, CANONICAL_LEVEL
+
+_PREDICTED_BY_THE_CORE = ("losses", "box_reg_loss", "inference", "predict_boxes", "predict_probs")
+
+
+def refuse_overrides(own: type, base: type, names: Iterable[str]) -> None:
+    """Make sure that a class has methods as ``base`` has them.
+
+    Raises:
+        ValueError: ``own`` has another one, or none.
+    """
+    overridden = [name for name in names if getattr(own, name, None) is not getattr(base, name)]
+    if overridden:
+        raise ValueError(
+            f"{own.__name__} overrides {', '.join(overridden)}, which {base.__name__} has, but "
+            "EarlyExitCascadeROIHeads never calls: its cascade does that work itself. Override "
+            "another method, or take Detectron2's CascadeROIHeads."
+        )
+
+
+def check_predictor(predictor: FastRCNNOutputLayers) -> None:
+    """Make sure that losses and boxes of a predictor are those that the cascade computes.
+
+    Raises:
+        ValueError: they are others.
+    """
+    refuse_overrides(type(predictor), FastRCNNOutputLayers, _PREDICTED_BY_THE_CORE)
+    for option in ("use_sigmoid_ce", "use_fed_loss"):
+        if getattr(predictor, option):
+            raise ValueError(
+                f"box_predictors: {option} is True, but the class loss of EarlyExitCascadeROIHeads "
+                "is softmax cross-entropy. Set it to False, or take Detectron2's CascadeROIHeads."
+            )
+    transform = predictor.box2box_transform
+    if type(transform) is not Box2BoxTransform or transform.scale_clamp != MAX_LOG_SCALE:
+        raise ValueError(
+            "box_predictors: box2box_transform has to be Detectron2's Box2BoxTransform with its "
+            f"usual scale_clamp, not {type(transform).__name__} with {transform.scale_clamp}"
+        )
+
+
+def pooler_like(pooler: ROIPooler, kernel: str) -> RoIPooler:
+    """Our pooler that computes the same.
+
+    Raises:
+        ValueError: Detectron2's is of another kind.
+    """
+    levels = list(pooler.level_poolers)
+    height, width = pooler.output_size
+    canonical = (pooler.canonical_box_size, pooler.canonical_level)
+    if (
+        not all(isinstance(level, ROIAlign) for level in levels)
+        or canonical != (CANONICAL_BOX_SIZE, CANONICAL_LEVEL)
+        or height != width
+    ):
+        raise ValueError(
+            "box_pooler has to crop squares by ROIAlign or ROIAlignV2, with the canonical box size "
+            f"{CANONICAL_BOX_SIZE} on level {CANONICAL_LEVEL}, not {pooler}"
+        )
+    return RoIPooler(
+        output_size=height,
+        strides=tuple(round(1 / level.spatial_scale) for level in levels),
+        sampling_ratio=common(level.sampling_ratio for level in levels),
+        aligned=common(level.aligned for level in levels),
+        kernel=kernel,
+    )
+
+
+def threshold(matcher: Matcher) -> float:
+    """The IoU from which a matcher of a stage takes regions for foreground.
+
+    Raises:
+        ValueError: it does not tell foreground from background by one threshold alone.
+    """
+    if matcher.labels != [0, 1] or matcher.allow_low_quality_matches:
+        raise ValueError(
+            "proposal_matchers need one threshold each, background below it, without low-quality "
+            f"matches: Matcher([0.5], [0, 1]), not thresholds {matcher.thresholds} with labels "
+            f"{matcher.labels}"
+        )
+    return float(matcher.thresholds[1])
+
+
+def common(values: Iterable[Any]) -> Any:
+    """The value that all are.
+
+    Raises:
+        ValueError: they differ.
+    """
+    first, *others = values
+    if any(other != first for other in others):
+        raise ValueError(f"stages and levels have to agree, but one has {first}, another {others}")
+    return first

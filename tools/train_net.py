@@ -22,6 +22,7 @@ import argparse
 import errno
 import importlib
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -68,11 +69,14 @@ def _launch(args: argparse.Namespace) -> int:
     host = _host(args.host)
     cfg = host.load_config(args.config_file, args.opts)
     host.check_config(cfg)
+    first = args.machine_rank == 0 and os.environ.get("RANK", "0") == "0"
+    if not args.replay_batch:
+        setup_logging(cfg.OUTPUT_DIR if first else None)
+    if first:
+        logger.info("Host: %s, %s", args.host, why)
     if args.replay_batch:
         print("\n".join(host.replay_batch(cfg, args.replay_batch)))
         return 0
-    setup_logging(cfg.OUTPUT_DIR if args.machine_rank == 0 else None)
-    logger.info("Host: %s, %s", args.host, why)
     cfg = _for_processes(cfg, host, args)
     return distributed.launch(
         run,
@@ -118,14 +122,15 @@ def _choose(asked: str) -> tuple[str, str]:
     if asked == "standalone":
         return asked, "as --host says"
     try:
-        importlib.import_module("detectron2.engine")
-    except ImportError as error:
-        missing = f"Detectron2 cannot be imported ({error})"
+        _host("detectron2")
+    # Not ImportError alone: versions that do not fit each other fail in many ways.
+    except Exception as error:
+        cause = f"Detectron2 cannot be imported ({type(error).__name__}: {error})"
         if asked == "auto":
-            return "standalone", f"since {missing}"
+            return "standalone", f"since {cause}"
         raise ConfigError(
-            f"--host detectron2: {missing}. Install it as the README says under Inside "
-            "Detectron2, or take --host standalone."
+            f"--host detectron2: {cause}. Install it as the README says under Inside Detectron2, "
+            "or take --host standalone."
         ) from error
     return "detectron2", "as --host says" if asked != "auto" else "since it can be imported"
 

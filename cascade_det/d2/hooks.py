@@ -1,15 +1,27 @@
-"""The engine's hooks among those of Detectron2."""
+"""The engine's hooks among those of Detectron2, and its writers."""
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from detectron2.engine import HookBase, hooks
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import (
+    CommonMetricPrinter,
+    EventStorage,
+    EventWriter,
+    JSONWriter,
+    TensorboardXWriter,
+    get_event_storage,
+)
 
 from cascade_det.engine.hooks import Hook
 from cascade_det.engine.training_state import load_scheduler_state
+
+logger = logging.getLogger(__name__)
 
 
 class Figures:
@@ -43,6 +55,33 @@ class LearningRate(hooks.LRScheduler):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on at the iteration of the checkpoint, with the rates of the configuration."""
         load_scheduler_state(self.scheduler, state_dict)
+
+
+class Printer(CommonMetricPrinter):
+    """Detectron2's, that divides by zero where a run ends early and a line would come twice."""
+
+    _printed = -1
+
+    def write(self) -> None:
+        """Log losses, rate and times, unless this iteration has been logged."""
+        iteration = get_event_storage().iter
+        if iteration != self._printed:
+            super().write()
+        self._printed = iteration
+
+
+def build_writers(output_dir: str | Path, max_iter: int) -> list[EventWriter]:
+    """Detectron2's writers; where tensorboard is not installed, one log line in place of its.
+
+    Args:
+        output_dir: an existing folder.
+        max_iter: iterations of the whole training.
+    """
+    writers = [Printer(max_iter), JSONWriter(str(Path(output_dir, "metrics.json")))]
+    if importlib.util.find_spec("tensorboard") is None:
+        logger.info("No TensorBoard files: tensorboard is missing (pip install tensorboard).")
+        return writers
+    return [*writers, TensorboardXWriter(str(output_dir))]
 
 
 def as_detectron2_hook(hook: Hook) -> HookBase:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import detectron2.config
 from detectron2.config import CfgNode
 from detectron2.utils import comm
-from detectron2.utils.collect_env import collect_env_info
 
 from cascade_det import config
 from cascade_det.d2.evaluate import evaluate
@@ -18,8 +16,6 @@ from cascade_det.d2.train import replay_batch, train
 from cascade_det.engine import distributed
 
 __all__ = ["check_config", "evaluate", "join", "load_config", "replay_batch", "train"]
-
-logger = logging.getLogger(__name__)
 
 
 def load_config(config_file: str | Path | None, opts: Sequence[Any] = ()) -> CfgNode:
@@ -46,7 +42,6 @@ def check_config(cfg: CfgNode) -> None:
 
 def join() -> None:
     """Tell Detectron2 of the processes that train together, once in each of them."""
-    logger.debug("%s", collect_env_info())
     if distributed.world_size() > 1:
         per_machine = max(distributed.all_gather(distributed.local_rank())) + 1
         comm.create_local_process_group(per_machine)

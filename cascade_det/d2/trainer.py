@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import random
 import weakref
@@ -17,11 +16,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.events import (
-    EventStorage,
-    EventWriter,
-    TensorboardXWriter,
-)
+from detectron2.utils.events import EventStorage, EventWriter
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -30,7 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from cascade_det import config
 from cascade_det.d2.checkpoint import Checkpointer
 from cascade_det.d2.evaluate import coco_evaluator
-from cascade_det.d2.hooks import Figures, LearningRate, as_detectron2_hook
+from cascade_det.d2.hooks import Figures, LearningRate, as_detectron2_hook, build_writers
 from cascade_det.d2.loader import Batches, build_train_loader
 from cascade_det.d2.steps import Steps
 from cascade_det.d2.structures import sample_of
@@ -158,12 +153,8 @@ class Trainer(DefaultTrainer):
         return found
 
     def build_writers(self) -> list[EventWriter]:
-        """Detectron2's; where tensorboard is not installed, one log line in the place of its."""
-        writers: list[EventWriter] = super().build_writers()
-        if importlib.util.find_spec("tensorboard") is not None:
-            return writers
-        logger.info("No TensorBoard files: tensorboard is missing (pip install tensorboard).")
-        return [writer for writer in writers if not isinstance(writer, TensorboardXWriter)]
+        """Detectron2's, see :func:`cascade_det.d2.hooks.build_writers`."""
+        return build_writers(self.cfg.OUTPUT_DIR, self.max_iter)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Go on from the last checkpoint in ``OUTPUT_DIR``, or load ``MODEL.WEIGHTS``.

@@ -9,7 +9,13 @@ from cascade_det.config.cascade import add_cascade_config
 from cascade_det.config.checks import check_config, check_heads, check_run
 from cascade_det.config.defaults import get_cfg
 from cascade_det.config.keys import changed_keys, flat
-from cascade_det.config.loading import History, Setting, load_config, merge_config, with_own_keys
+from cascade_det.config.loading import (
+    History,
+    Setting,
+    load_config,
+    merge_config,
+    with_cascade_keys,
+)
 from cascade_det.config.model_arguments import (
     backbone_arguments,
     box_head_arguments,
@@ -60,5 +66,5 @@ __all__ = [
     "test_loader_arguments",
     "train_loader_arguments",
     "trainer_arguments",
-    "with_own_keys",
+    "with_cascade_keys",
 ]

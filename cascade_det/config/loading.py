@@ -97,19 +97,18 @@ def merge_config(cfg: CfgNode, config_file: str | Path | None, opts: Sequence[An
     return merge.history
 
 
-def with_own_keys(cfg: CfgNode) -> CfgNode:
-    """A copy of ``cfg`` with both nodes of ours in full, whatever it has of them.
+def with_cascade_keys(cfg: CfgNode) -> CfgNode:
+    """A copy of ``cfg`` with the node ``MODEL.CASCADE`` in full, whatever it has of it.
 
     A configuration of Detectron2's that allows new keys takes any, and takes their values as a
     YAML file spells them: ``(0.9, 0.9)`` is text there.
 
     Raises:
-        ConfigError: a key in one of our nodes is unknown, or its value has the wrong type.
+        ConfigError: a key in that node is unknown, or its value has the wrong type.
     """
-    own = {k: v for k, v in flat(cfg).items() if f"{k}.".startswith(("MODEL.CASCADE.", "CASCADE."))}
+    own = {key: value for key, value in flat(cfg).items() if key.startswith("MODEL.CASCADE.")}
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.pop("CASCADE", None)
     cfg.MODEL.pop("CASCADE", None)
     add_cascade_config(cfg)
     merge = _Merge(cfg)

@@ -120,7 +120,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         """Arguments from a configuration; nodes and keys of ours that it lacks have defaults."""
-        cfg = config.with_own_keys(cfg)
+        cfg = config.with_cascade_keys(cfg)
         config.check_heads(cfg)
         arguments, exits = config.cascade_arguments(cfg), config.exit_arguments(cfg)
         return {

@@ -1,0 +1,174 @@
+"""One model, one set of batches: the same training, whoever runs it.
+
+How far apart they are at most is recorded: ``pytest --junitxml`` writes it down.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2.engine", exc_type=ImportError)
+
+from two_hosts import (
+    BACKBONES,
+    FAST_KERNEL,
+    SAME_KERNEL,
+    SMALL,
+    build_three,
+    build_two,
+    make_batch,
+    with_weights_of,
+)
+
+pytestmark = pytest.mark.needs_detectron2
+
+R18 = BACKBONES["R-18"]
+# Everything is trained, the first layers and the statistics of norms as well.
+FROM_SCRATCH = (
+    *("MODEL.RESNETS.NORM", "BN", "MODEL.FPN.NORM", "GN", "MODEL.BACKBONE.FREEZE_AT", 0),
+    *("MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA", 0.5, "MODEL.RPN.SMOOTH_L1_BETA", 0.1),
+)
+OUR_METRICS = ("iou_before", "iou_after", "nonfinite_boxes")
+COUNTS = ("roi_head/num_fg_samples", "roi_head/num_bg_samples")
+
+
+def step(host, batch):
+    """Losses and gradients, by name, from one seed."""
+    torch.manual_seed(5)
+    losses = host.losses(batch)
+    host.model.zero_grad()
+    sum(losses.values()).backward()
+    gradients = {name: parameter.grad for name, parameter in host.model.named_parameters()}
+    return {name: loss.item() for name, loss in losses.items()}, gradients
+
+
+def largest_relative(got, wanted):
+    """Of losses, by name."""
+    assert got.keys() == wanted.keys()
+    assert all(wanted.values())
+    return max(abs(got[name] / wanted[name] - 1) for name in wanted)
+
+
+def largest_of_gradients(got, wanted):
+    """Of each tensor relative to its largest element."""
+    assert got.keys() == wanted.keys()
+    assert [n for n in got if got[n] is None] == [n for n in wanted if wanted[n] is None]
+    trained = [name for name, gradient in wanted.items() if gradient is not None]
+    assert all(wanted[name].any() for name in trained)
+    return max(
+        ((got[name] - wanted[name]).abs().max() / wanted[name].abs().max()).item()
+        for name in trained
+    )
+
+
+@pytest.mark.parametrize("kernel", [SAME_KERNEL, FAST_KERNEL], ids=["same", "fast"])
+@pytest.mark.parametrize("options", [(), FROM_SCRATCH], ids=["frozen", "from_scratch"])
+def test_one_step(kernel, options, record_property):
+    own, ours, alone = build_three(*R18, *kernel, *options, stirred=False)
+    # In one of the images nothing is to be found.
+    batch = [*make_batch(2), *make_batch(1, seed=1, objects=0)]
+    wanted = step(own, batch)
+    for name, host in (("plugin", ours), ("standalone", alone)):
+        losses, gradients = step(host, batch)
+        largest = {
+            "losses": largest_relative(losses, wanted[0]),
+            "gradients": largest_of_gradients(gradients, wanted[1]),
+        }
+        record_property(name, largest)
+        assert largest["losses"] <= 1e-5
+        assert largest["gradients"] <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", False),
+        ("MODEL.CASCADE.STAGE_LOSS_WEIGHTS", (1.0, 0.5, 0.25)),
+        ("MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT", 2.5, "MODEL.RPN.LOSS_WEIGHT", 0.5),
+        (
+            *("MODEL.ROI_HEADS.PROPOSAL_APPEND_GT", False, "MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.3]),
+            *("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", (0.3, 0.31, 0.32)),
+        ),
+    ],
+    ids=lambda options: options[0].removeprefix("MODEL."),
+)
+def test_one_step_with_options(options):
+    ours, alone = (
+        step(host, make_batch(2))
+        for host in build_two(*R18, *FROM_SCRATCH, *options, stirred=False)
+    )
+    assert largest_relative(alone[0], ours[0]) <= 1e-5
+    assert largest_of_gradients(alone[1], ours[1]) <= 1e-4
+
+
+def test_scalars_are_those_of_detectron2_and_ours_beside_them():
+    own, ours, alone = build_three(*R18, *SAME_KERNEL, stirred=False)
+    for host in (own, ours, alone):
+        step(host, make_batch(2))
+    assert set(own.scalars) <= set(ours.scalars)
+    for name, value in own.scalars.items():
+        assert ours.scalars[name] == pytest.approx(value, rel=1e-6), name
+    for name in own.scalars.keys() & alone.scalars.keys():
+        assert alone.scalars[name] == pytest.approx(own.scalars[name], rel=1e-6), name
+    added = {f"stage{s}/{name}" for s in range(3) for name in (*OUR_METRICS, *COUNTS)}
+    assert set(ours.scalars) == set(own.scalars) | added
+    # Stage 0 has the counts that Detectron2 logs without a stage.
+    for name in COUNTS:
+        assert ours.scalars[f"stage0/{name}"] == own.scalars[name]
+        assert own.scalars[name] > 0
+    for s in range(3):
+        assert 0 < ours.scalars[f"stage{s}/iou_before"] <= 1
+        assert 0 <= ours.scalars[f"stage{s}/iou_after"] <= 1
+
+
+# A difference in the last bit grows from step to step, the faster the higher the rate, until a
+# proposal comes or goes; the more regions are drawn, the less one of them matters.
+RUN = (
+    *(*BACKBONES["mobilenet_v3"], *FROM_SCRATCH),
+    *("SOLVER.BASE_LR", 0.0005, "SOLVER.MAX_ITER", 50, "SOLVER.WARMUP_ITERS", 5),
+    *("SOLVER.STEPS", (30, 40), "SOLVER.WEIGHT_DECAY_NORM", 0.01, "SOLVER.BIAS_LR_FACTOR", 2.0),
+    *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 256, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 512),
+    *("MODEL.RPN.POST_NMS_TOPK_TRAIN", 80, "MODEL.FPN.OUT_CHANNELS", 32),
+    *("MODEL.PIXEL_STD", [57.0, 57.0, 57.0]),
+)
+
+
+def train(host, steps):
+    """Losses of each iteration, from one seed, on batches that come again and again."""
+    batches = [make_batch(1, seed=seed, sizes=[(64, 96)]) for seed in range(4)]
+    optimizer, scheduler = host.solver()
+    torch.manual_seed(5)
+    history = []
+    for iteration in range(steps):
+        losses = host.losses(batches[iteration % len(batches)])
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        scheduler.step()
+        history.append({name: loss.item() for name, loss in losses.items()})
+    return history
+
+
+def total(history):
+    return torch.tensor([sum(losses.values()) for losses in history])
+
+
+@pytest.mark.slow
+def test_a_run(record_property):
+    hosts = build_three(*RUN, *SAME_KERNEL, stirred=False)
+    own, ours, alone = hosts
+    _, fast = with_weights_of(own.model, *SMALL, *RUN, *FAST_KERNEL)
+    wanted = train(own, 50)
+    assert total(wanted)[-10:].mean() < 0.75 * total(wanted)[:10].mean()
+
+    each = [largest_relative(g, w) for g, w in zip(train(ours, 10), wanted[:10], strict=True)]
+    record_property("plugin, 10 steps", max(each))
+    assert max(each) <= 1e-6
+
+    for name, host, steps in (("standalone", alone, 10), ("standalone, fast", fast, 50)):
+        losses = total(train(host, steps))
+        apart = (losses[:10] / total(wanted)[:10] - 1).abs().max().item()
+        record_property(f"{name}, 10 steps", apart)
+        assert apart <= 1e-3
+    means = abs(losses.mean() / total(wanted).mean() - 1).item()
+    record_property("standalone, fast, mean of 50", means)
+    assert means <= 0.02

@@ -1,0 +1,245 @@
+"""One model three times: Detectron2 with its own heads, with ours in them, and standalone.
+
+The three take the same batches, in the form of the core: dicts with ``image``, ``height``,
+``width`` and, in training, ``gt_boxes`` and ``gt_classes``.
+"""
+
+from pathlib import Path
+
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler
+from detectron2.solver import build_optimizer as build_detectron2_optimizer
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch.nn import functional as F
+
+from cascade_det import config
+from cascade_det.core import Detections
+from cascade_det.d2 import add_cascade_config
+from cascade_det.engine.solver import build_optimizer, build_scheduler
+from cascade_det.standalone import build_detector
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "configs" / "Base-Cascade-RCNN-FPN.yaml"
+OWN_HEADS = ("MODEL.ROI_HEADS.NAME", "CascadeROIHeads")
+OUR_HEADS = ("MODEL.ROI_HEADS.NAME", "EarlyExitCascadeROIHeads")
+EXITS = (
+    *("MODEL.CASCADE.EXIT.ENABLED", True),
+    *("MODEL.CASCADE.EXIT.THRESHOLDS", (0.6, 0.4)),
+    *("MODEL.CASCADE.EXIT.PRUNE_THRESHOLDS", (0.1, 0.15)),
+)
+SAME_KERNEL = ("MODEL.CASCADE.POOLER_KERNEL", "torchvision")
+FAST_KERNEL = ("MODEL.CASCADE.POOLER_KERNEL", "bags")
+# Small, so that a test takes a second: what is compared does not depend on it.
+SMALL = (
+    *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.ROI_HEADS.NUM_CLASSES", 7),
+    *("MODEL.FPN.OUT_CHANNELS", 64, "MODEL.ROI_BOX_HEAD.FC_DIM", 64),
+    *("MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32], [64], [96], [128]]),
+    *("MODEL.RPN.POST_NMS_TOPK_TEST", 150, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 150),
+    *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 64, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 32),
+    *("DATALOADER.NUM_WORKERS", 0),
+)
+BACKBONES = {
+    "R-18": ("MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
+    "R-34": ("MODEL.RESNETS.DEPTH", 34, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
+    "R-50": ("MODEL.RESNETS.DEPTH", 50),
+    "R-101": ("MODEL.RESNETS.DEPTH", 101),
+    "R-152": ("MODEL.RESNETS.DEPTH", 152),
+    "mobilenet_v2": ("MODEL.BACKBONE.NAME", "build_mobilenet_v2_fpn_backbone"),
+    "mobilenet_v3": ("MODEL.BACKBONE.NAME", "build_mobilenet_v3_large_fpn_backbone"),
+}
+
+
+class InDetectron2:
+    """A model of Detectron2 with the methods of the standalone detector.
+
+    Attributes:
+        scalars: what the last call of ``losses`` put into the event storage.
+    """
+
+    def __init__(self, options):
+        self.cfg = detectron2_config(options)
+        self.model = build_model(self.cfg)
+        self.scalars = {}
+
+    @property
+    def cascade(self):
+        return self.model.roi_heads.cascade
+
+    @torch.no_grad()
+    def detect(self, batch):
+        outputs = [output["instances"] for output in self.model.eval()(batch)]
+        return [
+            Detections(
+                found.pred_boxes.tensor,
+                found.scores,
+                found.pred_classes,
+                found.exit_stages if found.has("exit_stages") else None,
+            )
+            for found in outputs
+        ]
+
+    def losses(self, batch):
+        with EventStorage() as storage:
+            losses = self.model.train()([with_instances(sample) for sample in batch])
+            self.scalars = {name: value for name, (value, _) in storage.latest().items()}
+        return losses
+
+    def solver(self):
+        optimizer = build_detectron2_optimizer(self.cfg, self.model)
+        return optimizer, build_lr_scheduler(self.cfg, optimizer)
+
+
+class Standalone:
+    """The standalone detector, with the same methods."""
+
+    def __init__(self, options):
+        self.cfg = config.load_config(CONFIG, options)
+        self.model = build_detector(self.cfg)
+        self.scalars = {}
+
+    @property
+    def cascade(self):
+        return self.model.roi_heads
+
+    def detect(self, batch):
+        return self.model.eval().detect(batch).detections
+
+    def losses(self, batch):
+        losses = self.model.train().losses(batch)
+        self.scalars = {name: float(value) for name, value in self.model.metrics.items()}
+        return losses
+
+    def solver(self):
+        arguments = config.optimizer_arguments(self.cfg)
+        del arguments["clip"]
+        optimizer = build_optimizer(self.model, **arguments)
+        return optimizer, build_scheduler(optimizer, **config.scheduler_arguments(self.cfg))
+
+
+def detectron2_config(options, file=CONFIG):
+    """Detectron2's own configuration with our nodes, a file and options."""
+    cfg = get_cfg()
+    add_cascade_config(cfg)
+    cfg.merge_from_file(str(file))
+    cfg.merge_from_list(list(options))
+    return cfg
+
+
+def build_three(*options, seed=0, stirred=True):
+    """Detectron2 with its own heads, with ours, and standalone, with the same weights.
+
+    They are Detectron2's initial ones, or ``stirred``.
+    """
+    torch.manual_seed(seed)
+    options = [*SMALL, *options]
+    own = InDetectron2([*options, *OWN_HEADS])
+    if stirred:
+        stir(own.model)
+    return own, *with_weights_of(own.model, *options)
+
+
+def build_two(*options, seed=0, stirred=True):
+    """Detectron2 with our heads, and standalone, likewise."""
+    torch.manual_seed(seed)
+    options = [*SMALL, *options, *OUR_HEADS]
+    ours, alone = InDetectron2(options), Standalone(options)
+    if stirred:
+        stir(ours.model)
+    alone.model.load_state_dict(ours.model.state_dict(), strict=True)
+    return ours, alone
+
+
+def with_weights_of(model, *options):
+    """Detectron2 with our heads, and standalone, with the weights of a model of Detectron2."""
+    hosts = InDetectron2([*options, *OUR_HEADS]), Standalone([*options, *OUR_HEADS])
+    for host in hosts:
+        host.model.load_state_dict(model.state_dict(), strict=True)
+    return hosts
+
+
+@torch.no_grad()
+def stir(model):
+    """Random weights with which classes differ in score, boxes move, and no layer is silent."""
+    hooks = []
+    for module in model.backbone.modules():
+        if hasattr(module, "running_var"):
+            module.weight.uniform_(0.5, 1.5)
+            module.bias.normal_(std=0.2)
+            hooks.append(module.register_forward_pre_hook(_take_statistics))
+    # As after a training, norms know what they see.
+    model.backbone.eval()(model.preprocess_image(make_batch(2)).tensor)
+    for hook in hooks:
+        hook.remove()
+    for name, value in model.named_parameters():
+        if "cls_score.weight" in name or "bbox_pred.weight" in name:
+            value.normal_(std=0.1)
+        elif "anchor_deltas.weight" in name:
+            value.normal_(std=0.03)
+
+
+def _take_statistics(module, inputs):
+    module.running_mean.copy_(inputs[0].mean(dim=(0, 2, 3)))
+    module.running_var.copy_(inputs[0].var(dim=(0, 2, 3)))
+
+
+def make_batch(count, *, seed=0, objects=3, sizes=((96, 128), (90, 120), (64, 126))):
+    """Images of coloured blocks, of these sizes in turn, with boxes of objects in them."""
+    generator = torch.Generator().manual_seed(seed)
+    return [_make_sample(sizes[i % len(sizes)], generator, objects) for i in range(count)]
+
+
+def _make_sample(size, generator, objects):
+    height, width = size
+    blocks = 255 * torch.rand(1, 3, 6, 8, generator=generator)
+    image = F.interpolate(blocks, size).squeeze(0)
+    corners = torch.rand(objects, 2, generator=generator) * torch.tensor([width, height]) / 2
+    sides = 16 + torch.rand(objects, 2, generator=generator) * (min(size) / 2 - 16)
+    return {
+        "image": image.to(torch.uint8),
+        "height": 2 * height,
+        "width": 3 * width,
+        "gt_boxes": torch.cat([corners, corners + sides], dim=1),
+        "gt_classes": torch.randint(7, (objects,), generator=generator),
+    }
+
+
+def with_instances(sample):
+    """The sample with its objects as Detectron2 has them."""
+    instances = Instances(
+        tuple(sample["image"].shape[1:]),
+        gt_boxes=Boxes(sample["gt_boxes"].clone()),
+        gt_classes=sample["gt_classes"].clone(),
+    )
+    return {**sample, "instances": instances}
+
+
+def largest_differences(got, wanted):
+    """Largest differences of detections: ``boxes`` in pixels, and ``scores``.
+
+    The order may differ among those that are as close in place and score as the limits below: each
+    is compared with the nearest one of its class.
+
+    Raises:
+        AssertionError: the number, the classes or the order differ.
+    """
+    boxes, scores = 0.0, 0.0
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert len(ours) == len(theirs)
+        scores = max(scores, _largest(ours.scores - theirs.scores))
+        if torch.equal(ours.classes, theirs.classes):
+            boxes = max(boxes, _largest(ours.boxes - theirs.boxes))
+            continue
+        apart = (ours.boxes[:, None] - theirs.boxes).abs().amax(dim=2)
+        alike = (ours.scores[:, None] - theirs.scores).abs() <= 1e-4
+        apart[~(alike & (ours.classes[:, None] == theirs.classes))] = torch.inf
+        nearest = apart.argmin(dim=1)
+        assert sorted(nearest.tolist()) == list(range(len(theirs)))
+        boxes = max(boxes, _largest(apart.min(dim=1).values))
+    return {"boxes": boxes, "scores": scores}
+
+
+def _largest(values):
+    return values.abs().max().item() if values.numel() else 0.0

@@ -73,6 +73,7 @@ def load_scheduler_state(scheduler: LambdaLR, saved: Mapping[str, Any]) -> None:
     rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
     for group, (base, factor) in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = base * factor(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
 
 
 def random_state() -> dict[str, Any]:

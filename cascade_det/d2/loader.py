@@ -13,6 +13,7 @@ from detectron2.data import (
     build_detection_test_loader,
     build_detection_train_loader,
 )
+from PIL import Image
 from torch.utils.data import get_worker_info
 
 from cascade_det import config
@@ -101,6 +102,7 @@ class _Reader:
             self._obeys = True
             obey_main_process()
         try:
+            _check_png(record["file_name"])
             inputs = self._mapper(record)
         except Exception as error:  # decoders fail in many ways: SyntaxError, struct.error, ...
             message = f"{record['file_name']}: cannot be read ({type(error).__name__}: {error})"
@@ -111,3 +113,14 @@ class _Reader:
             return {**record, _ERROR: message}
         self._skipped = 0
         return inputs
+
+
+def _check_png(path: str) -> None:
+    """Look for damage by the check sums: Detectron2 passes over what Pillow says of a PNG.
+
+    It asks for EXIF data first, which decodes such an image, ignores any error of that, and takes
+    what was decoded until then.
+    """
+    if path.lower().endswith(".png"):
+        with Image.open(path) as image:
+            image.verify()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from cascade_det.engine.step import TrainingStep
 from make_shapes import make_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,3 +58,30 @@ def make_cfg(options, tmp_path):
         return cfg
 
     return make
+
+
+@pytest.fixture
+def on_step(monkeypatch):
+    """``on_step(f)``: ``f(iteration, batch)`` is called before each step, and sees all of them."""
+    step = TrainingStep.run
+
+    def watch(call):
+        def run(self, batch, iteration, **arguments):
+            call(iteration, batch)
+            return step(self, batch, iteration, **arguments)
+
+        monkeypatch.setattr(TrainingStep, "run", run)
+
+    return watch
+
+
+@pytest.fixture
+def on_evaluation(monkeypatch):
+    """``on_evaluation(f)``: what ``f()`` returns is the AP, and evaluating takes no time."""
+
+    def replace(call):
+        monkeypatch.setattr(
+            "cascade_det.d2.train.evaluate_all", lambda *_: {"bbox": {"AP": call()}}
+        )
+
+    return replace

@@ -21,7 +21,6 @@ from cascade_det.d2 import host
 from cascade_det.d2.trainer import Trainer
 from cascade_det.engine.interrupts import Interrupted
 from cascade_det.engine.run_info import RunInfo
-from cascade_det.engine.step import TrainingStep
 from cascade_det.errors import CheckpointError, ConfigError
 
 pytestmark = pytest.mark.needs_detectron2
@@ -36,33 +35,6 @@ NAME = "roi_heads.box_head.0.fc1.weight"
 
 class Killed(BaseException):
     """Ends a run in the place where it is, as ``kill -9`` does as far as files go."""
-
-
-@pytest.fixture
-def on_step(monkeypatch):
-    """``on_step(f)``: ``f(iteration, batch)`` is called before each step, and sees all of them."""
-    step = TrainingStep.run
-
-    def watch(call):
-        def run(self, batch, iteration, **arguments):
-            call(iteration, batch)
-            return step(self, batch, iteration, **arguments)
-
-        monkeypatch.setattr(TrainingStep, "run", run)
-
-    return watch
-
-
-@pytest.fixture
-def on_evaluation(monkeypatch):
-    """``on_evaluation(f)``: what ``f()`` returns is the AP, and evaluating takes no time."""
-
-    def replace(call):
-        monkeypatch.setattr(
-            "cascade_det.d2.train.evaluate_all", lambda *_: {"bbox": {"AP": call()}}
-        )
-
-    return replace
 
 
 @pytest.fixture(scope="module")

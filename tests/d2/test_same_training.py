@@ -12,7 +12,6 @@ from two_hosts import (
     BACKBONES,
     FAST_KERNEL,
     SAME_KERNEL,
-    SMALL,
     build_three,
     build_two,
     make_batch,
@@ -156,7 +155,7 @@ def total(history):
 def test_a_run(record_property):
     hosts = build_three(*RUN, *SAME_KERNEL, stirred=False)
     own, ours, alone = hosts
-    _, fast = with_weights_of(own.model, *SMALL, *RUN, *FAST_KERNEL)
+    _, fast = with_weights_of(own.model, *RUN, *FAST_KERNEL)
     wanted = train(own, 50)
     assert total(wanted)[-10:].mean() < 0.75 * total(wanted)[:10].mean()
 

@@ -59,9 +59,9 @@ class InDetectron2:
         scalars: what the last call of ``losses`` put into the event storage.
     """
 
-    def __init__(self, options):
-        self.cfg = detectron2_config(options)
-        self.model = build_model(self.cfg)
+    def __init__(self, cfg):
+        self.cfg = cfg
+        self.model = build_model(cfg)
         self.scalars = {}
 
     @property
@@ -95,8 +95,8 @@ class InDetectron2:
 class Standalone:
     """The standalone detector, with the same methods."""
 
-    def __init__(self, options):
-        self.cfg = config.load_config(CONFIG, options)
+    def __init__(self, cfg):
+        self.cfg = cfg
         self.model = build_detector(self.cfg)
         self.scalars = {}
 
@@ -119,13 +119,23 @@ class Standalone:
         return optimizer, build_scheduler(optimizer, **config.scheduler_arguments(self.cfg))
 
 
-def detectron2_config(options, file=CONFIG):
-    """Detectron2's own configuration with our nodes, a file and options."""
+def detectron2_cfg(options, file=CONFIG):
+    """Detectron2's configuration with our nodes, a file and options."""
     cfg = get_cfg()
     add_cascade_config(cfg)
     cfg.merge_from_file(str(file))
     cfg.merge_from_list(list(options))
     return cfg
+
+
+def in_detectron2(*options):
+    """A small model of Detectron2, with its initial weights."""
+    return InDetectron2(detectron2_cfg([*SMALL, *options]))
+
+
+def standalone(*options):
+    """A small standalone detector, likewise."""
+    return Standalone(config.load_config(CONFIG, [*SMALL, *options]))
 
 
 def build_three(*options, seed=0, stirred=True):
@@ -134,8 +144,7 @@ def build_three(*options, seed=0, stirred=True):
     They are Detectron2's initial ones, or ``stirred``.
     """
     torch.manual_seed(seed)
-    options = [*SMALL, *options]
-    own = InDetectron2([*options, *OWN_HEADS])
+    own = in_detectron2(*options, *OWN_HEADS)
     if stirred:
         stir(own.model)
     return own, *with_weights_of(own.model, *options)
@@ -144,8 +153,7 @@ def build_three(*options, seed=0, stirred=True):
 def build_two(*options, seed=0, stirred=True):
     """Detectron2 with our heads, and standalone, likewise."""
     torch.manual_seed(seed)
-    options = [*SMALL, *options, *OUR_HEADS]
-    ours, alone = InDetectron2(options), Standalone(options)
+    ours, alone = in_detectron2(*options, *OUR_HEADS), standalone(*options, *OUR_HEADS)
     if stirred:
         stir(ours.model)
     alone.model.load_state_dict(ours.model.state_dict(), strict=True)
@@ -154,7 +162,7 @@ def build_two(*options, seed=0, stirred=True):
 
 def with_weights_of(model, *options):
     """Detectron2 with our heads, and standalone, with the weights of a model of Detectron2."""
-    hosts = InDetectron2([*options, *OUR_HEADS]), Standalone([*options, *OUR_HEADS])
+    hosts = in_detectron2(*options, *OUR_HEADS), standalone(*options, *OUR_HEADS)
     for host in hosts:
         host.model.load_state_dict(model.state_dict(), strict=True)
     return hosts

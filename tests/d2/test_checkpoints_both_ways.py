@@ -1,0 +1,270 @@
+"""Weights and configurations go from one host to the other as they are."""
+
+import logging
+import pickle
+import re
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("detectron2.engine", exc_type=ImportError)
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from two_hosts import (
+    BACKBONES,
+    CONFIG,
+    EXITS,
+    OUR_HEADS,
+    OWN_HEADS,
+    ROOT,
+    SMALL,
+    InDetectron2,
+    detectron2_cfg,
+    in_detectron2,
+    largest_differences,
+    make_batch,
+    standalone,
+    stir,
+)
+
+from cascade_det.config import add_cascade_config, load_config
+from cascade_det.engine.weights import load_weights
+from cascade_det.standalone import build_detector, train
+
+pytestmark = pytest.mark.needs_detectron2
+
+R18 = BACKBONES["R-18"]
+
+
+@pytest.fixture
+def detectron2_log(caplog, monkeypatch):
+    """What Detectron2's checkpointer says, whatever an earlier test has done to its loggers."""
+    for name in ("fvcore", "fvcore.common.checkpoint", "detectron2"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    caplog.set_level(logging.INFO, "fvcore")
+    return caplog
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    """Detectron2's own cascade."""
+    torch.manual_seed(0)
+    host = in_detectron2(*R18, *OWN_HEADS)
+    stir(host.model)
+    return host
+
+
+def shapes_of(model):
+    return {name: value.shape for name, value in model.state_dict().items()}
+
+
+def assert_same_state(model, state):
+    found = model.state_dict()
+    assert found.keys() == state.keys()
+    for name, value in state.items():
+        assert torch.equal(found[name], torch.as_tensor(value)), name
+
+
+def assert_complete(report):
+    assert (report.missing, report.unexpected, report.reinitialised) == ([], [], [])
+    assert len(report.loaded) == report.total
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_parameters_have_the_same_names_and_shapes(name):
+    own = in_detectron2(*BACKBONES[name], *OWN_HEADS).model
+    alone = standalone(*BACKBONES[name], *OUR_HEADS, *EXITS).model
+    assert shapes_of(alone) == shapes_of(own)
+
+
+@pytest.mark.parametrize("exits", [(), EXITS], ids=["off", "on"])
+def test_exits_need_no_parameters(theirs, exits):
+    assert shapes_of(in_detectron2(*R18, *OUR_HEADS, *exits).model) == shapes_of(theirs.model)
+    assert shapes_of(standalone(*R18, *OUR_HEADS, *exits).model) == shapes_of(theirs.model)
+
+
+class TestDetectron2ToStandalone:
+    @pytest.fixture
+    def alone(self):
+        return standalone(*R18, *OWN_HEADS).model
+
+    def test_checkpoint_of_a_run(self, theirs, alone, tmp_path):
+        optimizer, scheduler = theirs.solver()
+        saver = DetectionCheckpointer(
+            theirs.model, tmp_path, optimizer=optimizer, scheduler=scheduler
+        )
+        saver.save("model_0000009", iteration=9)
+        assert_complete(load_weights(alone, tmp_path / "model_0000009.pth"))
+        assert_same_state(alone, theirs.model.state_dict())
+
+    def test_model_zoo_file(self, theirs, alone, tmp_path):
+        arrays = {name: value.numpy() for name, value in theirs.model.state_dict().items()}
+        # Older files of the zoo have what is a matter of the configuration today.
+        arrays["pixel_mean"] = arrays["pixel_std"] = torch.ones(3, 1, 1).numpy()
+        arrays["proposal_generator.anchor_generator.cell_anchors.0"] = torch.ones(3, 4).numpy()
+        path = tmp_path / "model_final_480dd8.pkl"
+        path.write_bytes(pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}))
+        assert_complete(load_weights(alone, path))
+        assert_same_state(alone, theirs.model.state_dict())
+
+    @pytest.mark.parametrize("kind", ["heuristics", "Caffe2"])
+    def test_backbone_of_imagenet(self, theirs, tmp_path, kind):
+        """Each host on its own makes the same of it."""
+        trunk = theirs.model.backbone.bottom_up.state_dict()
+        if kind == "Caffe2":
+            # Statistics are part of the scale and the shift there.
+            trunk = {name: x for name, x in trunk.items() if "running" not in name}
+            content = {blob_name(name): value.numpy() for name, value in trunk.items()}
+        else:
+            arrays = {name: value.numpy() for name, value in trunk.items()}
+            content = {"model": arrays, "__author__": "torchvision", "matching_heuristics": True}
+        path = tmp_path / "R-18.pkl"
+        path.write_bytes(pickle.dumps(content, protocol=2))
+
+        torch.manual_seed(1)
+        ours, alone = (host(*R18, *OUR_HEADS).model for host in (in_detectron2, standalone))
+        alone.load_state_dict(ours.state_dict())
+        before = {name: value.clone() for name, value in ours.state_dict().items()}
+        DetectionCheckpointer(ours).load(str(path))
+        load_weights(alone, path)
+        assert_same_state(alone, ours.state_dict())
+        changed = {n for n, value in ours.state_dict().items() if not torch.equal(value, before[n])}
+        assert changed >= {f"backbone.bottom_up.{name}" for name in trunk}
+
+
+def blob_name(name):
+    """``res2.0.conv1.norm.weight`` -> ``res2_0_branch2a_bn_s``."""
+    if name.startswith("stem."):
+        name = name.replace("stem.conv1.norm", "res.conv1.norm").removeprefix("stem.")
+    else:
+        name = re.sub(r"conv(\d)", lambda found: f"branch2{' abc'[int(found[1])]}", name)
+    for ours, theirs in (
+        *(("shortcut", "branch1"), ("norm.weight", "bn_s"), ("norm.bias", "bn_b")),
+        *(("weight", "w"), (".", "_")),
+    ):
+        name = name.replace(ours, theirs)
+    return name
+
+
+class TestStandaloneToDetectron2:
+    @pytest.fixture(scope="class")
+    def run(self, options, tmp_path_factory):
+        """A configuration and the folder of a short run with averaged weights."""
+        folder = tmp_path_factory.mktemp("run")
+        file = ROOT / "configs" / "quick_schedules" / "instant_test.yaml"
+        more = ["SOLVER.MAX_ITER", 2, "DATASETS.TEST", (), "CASCADE.EMA_DECAY", 0.9]
+        cfg = load_config(file, [*options, *more, "OUTPUT_DIR", str(folder)])
+        train(cfg)
+        return cfg, folder
+
+    def test_checkpoint_of_a_run(self, run, detectron2_log):
+        cfg, folder = run
+        model = build_model(merged_from(cfg, folder))
+        checkpointer = DetectionCheckpointer(model)
+        detectron2_log.clear()
+        rest = checkpointer.load(str(folder / "model_final.pth"))
+        said = [r.getMessage() for r in detectron2_log.records]
+        assert any("model_final.pth" in line for line in said)
+        assert [r for r in detectron2_log.records if r.levelno >= logging.WARNING] == []
+
+        content = torch.load(folder / "model_final.pth", weights_only=True)
+        assert_same_state(model, content["model"])
+        # The weights that training goes on with are beside those that detect, and not the same.
+        assert rest["iteration"] == 1
+        assert rest["training_weights"].keys() == content["model"].keys()
+        assert any(
+            not torch.equal(value, content["model"][name])
+            for name, value in rest["training_weights"].items()
+        )
+
+    def test_there_and_back(self, run, tmp_path):
+        cfg, folder = run
+        model = build_model(merged_from(cfg, folder))
+        DetectionCheckpointer(model, tmp_path).load(str(folder / "model_final.pth"))
+        DetectionCheckpointer(model, tmp_path).save("back")
+        detector = build_detector(cfg)
+        assert_complete(load_weights(detector, tmp_path / "back.pth"))
+        content = torch.load(folder / "model_final.pth", weights_only=True)
+        assert_same_state(detector, content["model"])
+
+
+def merged_from(cfg, folder):
+    """Detectron2's configuration, with what the run has dumped."""
+    merged = get_cfg()
+    add_cascade_config(merged)
+    merged.merge_from_file(str(folder / "config.yaml"))
+    assert as_yaml(merged) == as_yaml(cfg)
+    return merged
+
+
+def as_yaml(cfg):
+    """Values as a file has them: tuples and lists are the same there."""
+    return yaml.safe_load(cfg.dump())
+
+
+class TestConfigurations:
+    @pytest.mark.parametrize(
+        "file", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda f: f.stem
+    )
+    def test_shipped_ones_are_the_same_in_both_hosts(self, file, tmp_path):
+        ours = load_config(file)
+        theirs = detectron2_cfg([], file)
+        dumped = tmp_path / "config.yaml"
+        dumped.write_text(ours.dump())
+        assert as_yaml(detectron2_cfg([], dumped)) == as_yaml(ours) == as_yaml(theirs)
+        dumped.write_text(theirs.dump())
+        assert as_yaml(load_config(dumped)) == as_yaml(ours)
+
+    @pytest.mark.parametrize(
+        "options", [OWN_HEADS, (*OUR_HEADS, *EXITS)], ids=["own heads", "exits"]
+    )
+    def test_dumped_by_detectron2(self, options, tmp_path):
+        theirs = in_detectron2(*R18, *options)
+        (tmp_path / "config.yaml").write_text(theirs.cfg.dump())
+        assert_same_detections(theirs, build_detector(load_config(tmp_path / "config.yaml")))
+
+    def test_dumped_without_our_nodes(self, tmp_path):
+        cfg = get_cfg()
+        cfg.merge_from_file(str(CONFIG))
+        cfg.merge_from_list([*SMALL, *R18, *OWN_HEADS])
+        assert "CASCADE" not in as_yaml(cfg) | as_yaml(cfg.MODEL)
+        (tmp_path / "config.yaml").write_text(cfg.dump())
+        theirs = in_detectron2(*R18, *OWN_HEADS)
+        assert_same_detections(theirs, build_detector(load_config(tmp_path / "config.yaml")))
+
+    @pytest.mark.parametrize("nodes", ["", "part"])
+    def test_with_part_of_our_nodes(self, nodes, tmp_path):
+        """As those make one who let Detectron2 merge keys that it does not know."""
+        content = {"_BASE_": str(CONFIG), "MODEL": {"ROI_HEADS": {"NAME": OUR_HEADS[1]}}}
+        if nodes:
+            exits = {"ENABLED": True, "THRESHOLDS": [0.6, 0.4], "PRUNE_THRESHOLDS": [0.1, 0.15]}
+            content["MODEL"]["CASCADE"] = {"EXIT": exits}
+        (tmp_path / "own.yaml").write_text(yaml.safe_dump(content))
+        cfg = get_cfg()
+        cfg.set_new_allowed(True)
+        cfg.merge_from_file(str(tmp_path / "own.yaml"))
+        cfg.merge_from_list([*SMALL, *R18])
+        assert ("CASCADE" in cfg.MODEL) == bool(nodes)
+        theirs = InDetectron2(cfg)
+        alone = build_detector(load_config(tmp_path / "own.yaml", [*SMALL, *R18]))
+        stages = assert_same_detections(theirs, alone)
+        assert stages == ({0, 1, 2} if nodes else {2})
+
+
+def assert_same_detections(theirs, detector):
+    """Of Detectron2 and the standalone detector with its weights; return the exit stages."""
+    torch.manual_seed(0)
+    stir(theirs.model)
+    detector.load_state_dict(theirs.model.state_dict())
+    wanted, got = theirs.detect(make_batch(2)), detector.eval().detect(make_batch(2)).detections
+    assert all(len(found) > 20 for found in wanted)
+    largest = largest_differences(got, wanted)
+    assert largest["boxes"] <= 0.01
+    assert largest["scores"] <= 1e-4
+    stages = torch.cat([found.exit_stages for found in got])
+    if wanted[0].exit_stages is not None:
+        assert torch.equal(stages, torch.cat([found.exit_stages for found in wanted]))
+    return set(stages.tolist())

@@ -149,8 +149,8 @@ def coco_results(
 ) -> list[dict[str, Any]]:
     """Detections of one image in COCO's result format, plus ``exit_stage`` for each.
 
-    Boxes keep five decimals and scores eight: as much as float32 holds. With coarser boxes the
-    AP would move, since many an IoU is close to a threshold.
+    Nothing is rounded: many an IoU is close to a threshold, and small scores that rounding made
+    equal would change places.
 
     Raises:
         DatasetError: a class index has no category.
@@ -165,7 +165,7 @@ def coco_results(
     boxes = detections.boxes.detach().cpu().clone()
     boxes[:, 2:] -= boxes[:, :2]
     columns = (
-        boxes.double().numpy().round(5).tolist(),
+        boxes.tolist(),
         detections.scores.tolist(),
         classes,
         detections.exit_stages.tolist(),
@@ -175,7 +175,7 @@ def coco_results(
             "image_id": image_id,
             "category_id": category_ids[class_index],
             "bbox": box,
-            "score": round(score, 8),
+            "score": score,
             "exit_stage": exit_stage,
         }
         for box, score, class_index, exit_stage in zip(*columns, strict=True)

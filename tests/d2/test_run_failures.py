@@ -27,7 +27,10 @@ pytestmark = pytest.mark.needs_detectron2
 ROOT = Path(__file__).resolve().parents[2]
 INSTANT = str(ROOT / "configs" / "quick_schedules" / "instant_test.yaml")
 SHORT = ("DATASETS.TEST", "()", "SOLVER.MAX_ITER", "4")
-STANDARD = ("MODEL.ROI_HEADS.NAME", "StandardROIHeads")
+STANDARD = (
+    *("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.CASCADE.EXIT.ENABLED", "False"),
+    *("MODEL.CASCADE.EXIT.THRESHOLDS", "(0.9,)", "MODEL.CASCADE.EXIT.PRUNE_THRESHOLDS", "(0.02,)"),
+)
 BROKEN = "roi_heads.box_predictor.1.bbox_pred"
 
 

@@ -1,0 +1,137 @@
+"""A model of Detectron2 as the engine knows a detector."""
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2.engine", exc_type=ImportError)
+
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+from cascade_det.core import PartTimer
+from cascade_det.d2.detector import Detector
+
+pytestmark = pytest.mark.needs_detectron2
+
+PLAIN = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "VIS_PERIOD", "3"]
+NO_EXITS = [
+    *("MODEL.CASCADE.EXIT.ENABLED", "False", "MODEL.CASCADE.EXIT.THRESHOLDS", "(0.9,)"),
+    *("MODEL.CASCADE.EXIT.PRUNE_THRESHOLDS", "(0.02,)"),
+]
+OWN_CASCADE = [*NO_EXITS, "MODEL.ROI_HEADS.NAME", "CascadeROIHeads"]
+STANDARD = [*NO_EXITS, "MODEL.ROI_HEADS.NAME", "StandardROIHeads"]
+
+
+@pytest.fixture
+def build(make_cfg):
+    def model(*options):
+        torch.manual_seed(0)
+        built = build_model(make_cfg(*PLAIN, *options)).eval()
+        for name, parameter in built.named_parameters():
+            if "cls_score.weight" in name:
+                torch.nn.init.normal_(parameter, std=2.0)
+        return built
+
+    return model
+
+
+@pytest.fixture
+def batch():
+    """Two images, the second of which was resized, with objects."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = []
+    for size, original in (((64, 96), {}), ((64, 80), {"height": 128, "width": 160})):
+        image = torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
+        boxes = torch.tensor([[4.0, 6.0, 30.0, 40.0], [20.0, 8.0, 60.0, 50.0]])
+        truth = Instances(size, gt_boxes=Boxes(boxes), gt_classes=torch.tensor([1, 4]))
+        inputs.append({"image": image, "instances": truth, **original})
+    return inputs
+
+
+def state_of(model):
+    modes = [module.training for module in model.modules()]
+    return modes, copy.deepcopy(dict(model.named_buffers()))
+
+
+@pytest.mark.parametrize("exits", ["True", "False"])
+def test_detections_are_those_of_the_model(build, batch, exits):
+    model = build("MODEL.CASCADE.EXIT.ENABLED", exits)
+    detector = Detector(model)
+    assert detector.has_stages
+    timer = PartTimer()
+    output = detector.detect(batch, stages=True, timer=timer)
+    assert {"preprocess", "backbone", "rpn", "stage0", "postprocess"} <= timer.milliseconds.keys()
+    with torch.no_grad():
+        expected = model(batch)
+    for found, own, wanted in zip(output.detections, detector.outputs, expected, strict=True):
+        instances = wanted["instances"]
+        assert len(instances) > 3
+        assert torch.equal(found.boxes, instances.pred_boxes.tensor)
+        assert torch.equal(found.scores, instances.scores)
+        assert torch.equal(found.classes, instances.pred_classes)
+        assert torch.equal(found.exit_stages, instances.exit_stages)
+        assert own["instances"].image_size == instances.image_size
+    assert [instances["instances"].image_size for instances in expected] == [(64, 96), (128, 160)]
+    assert len(output.stages) == 3
+    if exits == "False":
+        for image, found in enumerate(output.detections):
+            assert torch.equal(output.stages[-1].detections[image].boxes, found.boxes)
+    assert model.roi_heads.timer is None
+
+
+@pytest.mark.parametrize("options", [OWN_CASCADE, STANDARD])
+def test_a_model_without_our_heads_is_one_part(build, batch, options):
+    model = build(*options)
+    detector, timer = Detector(model), PartTimer()
+    assert not detector.has_stages
+    output = detector.detect(batch, timer=timer)
+    assert list(timer.milliseconds) == ["model"]
+    assert output.stats.entered == []
+    with torch.no_grad():
+        expected = model(batch)
+    for found, wanted in zip(output.detections, expected, strict=True):
+        assert torch.equal(found.boxes, wanted["instances"].pred_boxes.tensor)
+        assert not found.exit_stages.any()
+
+
+@pytest.mark.parametrize("options", [[], OWN_CASCADE, STANDARD])
+def test_losses_are_those_of_training_but_leave_no_trace(build, batch, options):
+    """Of a model whose norms are frozen, since others see the batch in training alone."""
+    model = build(*options, "MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", "")
+    before = state_of(model)
+    torch.manual_seed(3)
+    with EventStorage() as storage:
+        losses = Detector(model).losses(batch)
+        assert not storage.histories()
+        assert not storage._vis_data
+    assert state_of(model)[0] == before[0]
+    model.train()
+    torch.manual_seed(3)
+    with EventStorage():
+        expected = model(batch)
+    assert losses.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(losses[name], value), name
+
+
+def test_losses_change_no_statistics_of_norms(build, batch):
+    model = build()
+    modes, buffers = state_of(model)
+    assert any("running_mean" in name for name in buffers)
+    with torch.no_grad():
+        Detector(model).losses(batch)
+    assert state_of(model)[0] == modes
+    for name, value in state_of(model)[1].items():
+        assert torch.equal(value, buffers[name]), name
+
+
+def test_modes_come_back_after_an_error(build, batch):
+    model = build()
+    modes, _ = state_of(model)
+    del batch[0]["instances"]
+    with pytest.raises(KeyError):
+        Detector(model).losses(batch[::-1])
+    assert state_of(model)[0] == modes

@@ -1,0 +1,233 @@
+"""The same figures in both hosts: of the same predictions, and of a checkpoint from end to end."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("detectron2.engine", exc_type=ImportError)
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import DatasetCatalog, build_detection_test_loader
+from detectron2.data.datasets import register_coco_instances
+from detectron2.engine import DefaultPredictor
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from two_hosts import (
+    BACKBONES,
+    CONFIG,
+    EXITS,
+    OUR_HEADS,
+    OWN_HEADS,
+    ROOT,
+    SMALL,
+    detectron2_cfg,
+    in_detectron2,
+    stir,
+)
+
+from cascade_det.config import load_config
+from cascade_det.core import CascadeStats, Detections, DetectorOutput
+from cascade_det.evaluation import CocoEvaluator
+from cascade_det.standalone import evaluate
+
+pytestmark = pytest.mark.needs_detectron2
+
+# Not in a row, not from 1, and one that nothing belongs to.
+CATEGORIES = {4: "cell", 7: "plate", 12: "rod", 30: "nothing"}
+
+
+def random_objects(generator, count, size=(480, 640)):
+    """XYXY, of all of COCO's three ranges of area."""
+    height, width = size
+    sides = np.exp(generator.uniform(np.log(6), np.log(300), (count, 2)))
+    corners = generator.uniform(0, 1, (count, 2)) * np.maximum([width, height] - sides, 0)
+    return np.concatenate([corners, np.minimum(corners + sides, [width, height])], axis=1)
+
+
+def random_truth(generator, images=12):
+    annotations = []
+    for image_id in range(1, images + 1):
+        for box in random_objects(generator, generator.integers(0, 12)):
+            x0, y0, x1, y1 = (float(v) for v in box.round(2))
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": int(generator.choice([4, 7, 12])),
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "area": (x1 - x0) * (y1 - y0) * generator.uniform(0.5, 1),
+                    "iscrowd": int(generator.random() < 0.1),
+                }
+            )
+    return {
+        "images": [
+            {"id": i, "file_name": f"{i}.jpg", "height": 480, "width": 640}
+            for i in range(1, images + 1)
+        ],
+        "categories": [{"id": i, "name": name} for i, name in CATEGORIES.items()],
+        "annotations": annotations,
+    }
+
+
+def random_detections(generator, truth, image_id):
+    """Some near the objects, twice at times, some anywhere; some scores are equal or tiny."""
+    boxes, classes = [], []
+    for annotation in truth["annotations"]:
+        if annotation["image_id"] == image_id:
+            x, y, w, h = annotation["bbox"]
+            for _ in range(generator.integers(0, 3)):
+                noise = generator.normal(0, generator.choice([0.01, 0.1]), 4) * [w, h, w, h]
+                boxes.append(np.array([x, y, x + w, y + h]) + noise)
+                classes.append(list(CATEGORIES).index(annotation["category_id"]))
+    anywhere = int(generator.choice([0, 20, 150]))
+    boxes = np.concatenate([np.reshape(boxes, (-1, 4)), random_objects(generator, anywhere)])
+    classes += generator.integers(0, len(CATEGORIES), anywhere).tolist()
+    scores = np.exp(generator.uniform(np.log(1e-9), 0, len(boxes)))
+    scores = np.where(generator.random(len(boxes)) < 0.3, scores.round(1), scores)
+    order = np.argsort(-scores, kind="stable")
+    return Detections(
+        torch.tensor(boxes[order], dtype=torch.float32),
+        torch.tensor(scores[order], dtype=torch.float32),
+        torch.tensor(np.array(classes, dtype=np.int64)[order]),
+        torch.zeros(len(order), dtype=torch.int64),
+    )
+
+
+def assert_same_figures(got, wanted, tolerance):
+    """Return the largest difference."""
+    assert got.keys() == wanted.keys()
+    assert {n for n in got if math.isnan(got[n])} == {n for n in wanted if math.isnan(wanted[n])}
+    largest = max(abs(got[name] - x) for name, x in wanted.items() if not math.isnan(x))
+    assert largest <= tolerance, (got, wanted)
+    return largest
+
+
+def register(name, json_file, folder):
+    register_coco_instances(name, {}, str(json_file), str(folder))
+    # Reading it is what gives the metadata its categories.
+    DatasetCatalog.get(name)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_of_the_same_predictions(seed, tmp_path, record_property):
+    generator = np.random.default_rng(seed)
+    truth = random_truth(generator)
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    register(f"random_{seed}", tmp_path / "truth.json", tmp_path)
+    theirs = COCOEvaluator(f"random_{seed}", distributed=False)
+    theirs.reset()
+    ours = CocoEvaluator(
+        ground_truth=truth,
+        class_names=list(CATEGORIES.values()),
+        category_ids=list(CATEGORIES),
+    )
+    for image in truth["images"]:
+        found = random_detections(generator, truth, image["id"])
+        sample = [{"image_id": image["id"]}]
+        ours.process(sample, DetectorOutput([found], CascadeStats([], [])))
+        instances = Instances(
+            (480, 640),
+            pred_boxes=Boxes(found.boxes),
+            scores=found.scores,
+            pred_classes=found.classes,
+        )
+        theirs.process(sample, [{"instances": instances}])
+    got, wanted = ours.evaluate()["bbox"], theirs.evaluate()["bbox"]
+    assert {"AP", "AP50", "AP75", "APs", "APm", "APl", "AP-cell", "AP-nothing"} <= got.keys()
+    assert all(wanted[name] > 1 for name in ("AP", "APs", "APm", "APl"))
+    record_property("largest", assert_same_figures(got, wanted, 1e-9))
+
+
+R18 = BACKBONES["R-18"]
+INPUT = ("INPUT.MIN_SIZE_TEST", 112, "INPUT.MAX_SIZE_TEST", 150)
+
+
+@pytest.fixture(params=["scenes", "coco_mini"])
+def images(request):
+    """A folder and the names of some images in it."""
+    if request.param == "scenes":
+        folder = request.getfixturevalue("scenes") / "train"
+    else:
+        shared = Path(os.environ.get("CASCADE_DET_TEST_DATA", ROOT.parent / "shared" / "data"))
+        folder = shared / "coco_mini" / "images"
+        if not folder.is_dir():
+            pytest.skip(f"no real photographs at {folder}")
+    return folder, sorted(path.name for path in folder.glob("*.jpg"))[:6]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Random weights that find something everywhere."""
+    torch.manual_seed(0)
+    own = in_detectron2(*R18, *OWN_HEADS)
+    stir(own.model)
+    DetectionCheckpointer(own.model, tmp_path).save("model")
+    return str(tmp_path / "model.pth")
+
+
+@pytest.fixture(params=[OWN_HEADS, (*OUR_HEADS, *EXITS)], ids=["own_heads", "exits"])
+def model_options(request, checkpoint):
+    return [*SMALL, *R18, *INPUT, *request.param, "MODEL.WEIGHTS", checkpoint]
+
+
+@pytest.fixture
+def json_file(images, model_options, tmp_path):
+    """Ground truth that such weights can find: half of what they do find, a little displaced."""
+    folder, names = images
+    predictor = DefaultPredictor(detectron2_cfg(model_options))
+    generator = np.random.default_rng(0)
+    truth = {"images": [], "annotations": [], "categories": []}
+    truth["categories"] = [{"id": 2 * i + 1, "name": f"class {i}"} for i in range(7)]
+    for image_id, name in enumerate(names, start=1):
+        pixels = np.array(Image.open(folder / name).convert("RGB"))[:, :, ::-1]
+        height, width = pixels.shape[:2]
+        truth["images"].append(
+            {"id": image_id, "file_name": name, "height": height, "width": width}
+        )
+        found = predictor(pixels)["instances"][:40:2]
+        for (x0, y0, x1, y1), index in zip(
+            found.pred_boxes.tensor.tolist(), found.pred_classes.tolist(), strict=True
+        ):
+            w, h = x1 - x0, y1 - y0
+            x0, y0 = generator.normal([x0, y0], [0.04 * w, 0.04 * h]).clip(0).tolist()
+            truth["annotations"].append(
+                {
+                    "id": len(truth["annotations"]) + 1,
+                    "image_id": image_id,
+                    "category_id": 2 * index + 1,
+                    "bbox": [x0, y0, w, h],
+                    "area": w * h,
+                    "iscrowd": 0,
+                }
+            )
+    path = tmp_path / "truth.json"
+    path.write_text(json.dumps(truth))
+    return path
+
+
+def test_of_a_checkpoint_from_end_to_end(
+    model_options, images, json_file, tmp_path, record_property
+):
+    """Each host reads the weights and the images itself."""
+    folder, _ = images
+    register("found", json_file, folder)
+    output = ["DATASETS.TEST", ("found",), "OUTPUT_DIR", str(tmp_path / "output")]
+    options = [*model_options, *output]
+    cfg = detectron2_cfg(options)
+    model = build_model(cfg)
+    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    evaluator = COCOEvaluator("found", distributed=False)
+    wanted = inference_on_dataset(model, build_detection_test_loader(cfg, "found"), evaluator)
+
+    datasets = [("found", str(json_file), str(folder))]
+    got = evaluate(load_config(CONFIG, [*options, "CASCADE.DATASETS", datasets]))
+    assert wanted["bbox"]["AP"] > 10
+    record_property("AP", wanted["bbox"]["AP"])
+    record_property("largest", assert_same_figures(got["bbox"], wanted["bbox"], 0.1))

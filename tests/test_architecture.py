@@ -8,6 +8,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,50 @@ def test_what_is_allowed_passes(tmp_path, file, line):
     path.parent.mkdir(parents=True)
     path.write_text(line + "\n")
     assert violations(tmp_path / "cascade_det") == []
+
+
+def import_cycle(package: Path) -> list[str]:
+    """Modules that import each other in a ring as they are loaded; empty if there is none."""
+    names = {path: module_name(package, path) for path in package.rglob("*.py")}
+    modules = set(names.values())
+    graph: dict[str, set[str]] = {}
+    for path, name in names.items():
+        folder = (package.name, *path.relative_to(package).parent.parts)
+        # Not those inside functions, nor for type checkers: they run later, or never.
+        statements = [n for n in ast.parse(path.read_text()).body if not isinstance(n, ast.If)]
+        tops = [n for n in statements if isinstance(n, (ast.Import, ast.ImportFrom))]
+        targets = [target for top in tops for _, target in imported(top, folder)]
+        # `from a.b import c` loads a.b.c if that is a module, else a.b.
+        loaded = (t if t in modules else t.rpartition(".")[0] for t in targets)
+        graph[name] = {target for target in loaded if target in modules and target != package.name}
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def module_name(package: Path, path: Path) -> str:
+    return ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(
+        ".__init__"
+    )
+
+
+def test_every_module_can_be_loaded_first():
+    """As one is that a new process is told to call something in."""
+    assert import_cycle(PACKAGE) == []
+
+
+def test_a_ring_of_imports_is_found(tmp_path):
+    folder = tmp_path / "cascade_det" / "engine"
+    folder.mkdir(parents=True)
+    (folder / "a.py").write_text("from cascade_det.engine import b\n")
+    (folder / "b.py").write_text("from cascade_det.engine.c import D\n")
+    (folder / "c.py").write_text("def f():\n    import cascade_det.engine.a\n")
+    assert import_cycle(tmp_path / "cascade_det") == []
+    (folder / "c.py").write_text("from .a import f\n")
+    ring = import_cycle(tmp_path / "cascade_det")
+    assert {name.rpartition(".")[2] for name in ring} == {"a", "b", "c"}
 
 
 def test_the_core_loads_alone():

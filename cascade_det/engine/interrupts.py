@@ -10,14 +10,11 @@ from contextlib import contextmanager
 from types import FrameType
 
 from cascade_det.engine import distributed
+from cascade_det.engine.processes import Interrupted
 
 logger = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class Interrupted(Exception):
-    """Training ended because it was asked to, after a checkpoint."""
 
 
 class InterruptRequest:

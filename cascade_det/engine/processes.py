@@ -21,7 +21,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from cascade_det.engine.interrupts import Interrupted
 from cascade_det.errors import CascadeDetError
 from cascade_det.files import atomic_path
 
@@ -40,6 +39,10 @@ _TERMINATION = 10.0
 _INTERRUPTION = 600.0
 # Between two looks at the signals that came, which do not end a wait.
 _POLL = 0.5
+
+
+class Interrupted(Exception):
+    """Training ended because it was asked to, after a checkpoint."""
 
 
 class PeerError(RuntimeError):

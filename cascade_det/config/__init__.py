@@ -6,7 +6,12 @@ takes plain values.
 """
 
 from cascade_det.config.cascade import add_cascade_config
-from cascade_det.config.checks import check_config, check_heads, check_run
+from cascade_det.config.checks import (
+    check_config,
+    check_heads,
+    check_run,
+    check_unread_cascade,
+)
 from cascade_det.config.defaults import get_cfg
 from cascade_det.config.keys import changed_keys, flat
 from cascade_det.config.loading import (
@@ -50,6 +55,7 @@ __all__ = [
     "check_heads",
     "check_processes",
     "check_run",
+    "check_unread_cascade",
     "datasets_arguments",
     "detector_arguments",
     "exit_arguments",

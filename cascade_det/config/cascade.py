@@ -81,8 +81,13 @@ def add_cascade_config(cfg: CfgNode) -> None:
     Args:
         cfg: a configuration with a ``MODEL`` node, not frozen.
     """
-    _add_missing(cfg.MODEL, {"CASCADE": _MODEL_CASCADE}, type(cfg))
+    add_model_node(cfg)
     _add_missing(cfg, {"CASCADE": _CASCADE}, type(cfg))
+
+
+def add_model_node(cfg: CfgNode) -> None:
+    """Add ``MODEL.CASCADE`` alone, which is all that a model needs; as ``add_cascade_config``."""
+    _add_missing(cfg.MODEL, {"CASCADE": _MODEL_CASCADE}, type(cfg))
 
 
 def _add_missing(node: CfgNode, defaults: dict[str, Any], node_type: type[CfgNode]) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterable
 
 from fvcore.common.config import CfgNode
 
+from cascade_det.config.defaults import get_cfg
+from cascade_det.config.keys import changed_keys
 from cascade_det.config.model_checks import HEAD_CHECKS, MODEL_CHECKS
 from cascade_det.config.ranges import RANGES
 from cascade_det.config.rules import Check, Rule, shown, value_of
@@ -57,6 +59,30 @@ def check_heads(cfg: CfgNode) -> None:
         ConfigError: as ``check_config``.
     """
     _check(cfg, _rules(_HEADS, without=(*_REGISTERED, *_NOT_OF_A_CASCADE)), HEAD_CHECKS)
+
+
+def check_unread_cascade(cfg: CfgNode) -> None:
+    """Check that nothing is asked of ``MODEL.CASCADE`` where the ROI heads do not read it.
+
+    What says how something is computed, not what, and thresholds of exits that are off, may stay.
+
+    Raises:
+        ConfigError: names the keys that are off their defaults.
+    """
+    changed = changed_keys(get_cfg(), cfg)
+    idle = ["MODEL.CASCADE.POOLER_KERNEL"]
+    idle += [] if cfg.MODEL.CASCADE.EXIT.ENABLED else ["MODEL.CASCADE.EXIT."]
+    asked = [
+        key
+        for key in changed
+        if key.startswith("MODEL.CASCADE.") and not key.startswith(tuple(idle))
+    ]
+    if asked:
+        raise ConfigError(
+            f"{', '.join(asked)}: set, but MODEL.ROI_HEADS.NAME is "
+            f"{shown(cfg.MODEL.ROI_HEADS.NAME)}, which does not read them. Set it to "
+            "EarlyExitCascadeROIHeads, or leave the keys at their defaults."
+        )
 
 
 def check_run(cfg: CfgNode) -> None:

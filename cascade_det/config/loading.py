@@ -18,7 +18,7 @@ from typing import Any
 
 from fvcore.common.config import BASE_KEY, CfgNode
 
-from cascade_det.config.cascade import add_cascade_config
+from cascade_det.config.cascade import add_model_node
 from cascade_det.config.defaults import get_cfg
 from cascade_det.config.keys import flat
 from cascade_det.config.rules import shown
@@ -110,7 +110,7 @@ def with_cascade_keys(cfg: CfgNode) -> CfgNode:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.pop("CASCADE", None)
-    add_cascade_config(cfg)
+    add_model_node(cfg)
     merge = _Merge(cfg)
     for key, value in own.items():
         merge.value(key, value, "configuration")

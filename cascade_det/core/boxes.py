@@ -98,9 +98,16 @@ def image_limits(image_sizes: Sequence[tuple[int, int]], image_index: Tensor) ->
     Returns:
         float32 ``[R, 4]``.
     """
-    # A tracer hands over tensors in the place of numbers, which as_tensor leaves in its graph.
-    sizes = torch.stack([torch.as_tensor(size, dtype=torch.float32) for size in image_sizes])
-    return sizes.flip(1).repeat(1, 2).to(image_index.device)[image_index]
+    # A tracer hands over a tensor in the place of numbers, which has to stay in its graph.
+    tensors = [size if torch.is_tensor(size) else torch.tensor(size) for size in image_sizes]
+    sizes = torch.stack(tensors).to(torch.float32)
+    return _on_device_of(sizes.flip(1).repeat(1, 2), image_index)[image_index]
+
+
+@torch.jit.script_if_tracing
+def _on_device_of(tensor: Tensor, other: Tensor) -> Tensor:
+    # Scripted, so that a trace which is made on one device runs on another.
+    return tensor.to(other.device)
 
 
 def is_nonempty(boxes: Tensor, min_size: float = 0.0) -> Tensor:

@@ -188,7 +188,6 @@ class CascadeHead(nn.Module):
             regions = refined[is_nonempty(refined.boxes)]
         return losses
 
-    @torch.no_grad()
     def detect(
         self,
         features: list[Tensor],
@@ -199,7 +198,8 @@ class CascadeHead(nn.Module):
     ) -> tuple[list[Detections], CascadeStats]:
         """Run the cascade; regions that left are neither pooled nor computed again.
 
-        Under ``torch.jit.trace`` every region sees every stage.
+        Under ``torch.jit.trace`` every region sees every stage. Where gradients are on, scores and
+        final boxes have them; what a stage crops and who leaves does not.
 
         Args:
             features: L maps ``[N, C, H_l, W_l]``, finest first.
@@ -300,7 +300,7 @@ class CascadeHead(nn.Module):
         logits, deltas = self.box_predictor[stage](self.box_head[stage](pooled))
         decoded = decode_boxes(deltas, regions.boxes, self.bbox_reg_weights[stage])
         decoded = clip_boxes(decoded.unflatten(1, (-1, 4)), regions.limits).flatten(1)
-        boxes = select_class(decoded, logits[:, :-1].argmax(dim=1))
+        boxes = select_class(decoded.detach(), logits[:, :-1].argmax(dim=1))
         total = self.ensemble.add(regions.total, logits)
         return Regions(boxes, regions.image_index, regions.limits, total), pooled, decoded
 

@@ -12,7 +12,6 @@ from cascade_det.core.boxes import is_nonempty
 from cascade_det.core.structures import Detections, StageOutput
 
 
-@torch.no_grad()
 def select_detections(
     boxes: Tensor,
     probs: Tensor,

@@ -35,10 +35,13 @@ class Detector(nn.Module):
         super().__init__()
         self.model = model
         self.outputs: list[dict[str, Instances]] = []
-        heads = getattr(model, "roi_heads", None)
-        self.has_stages = isinstance(model, GeneralizedRCNN) and isinstance(
-            heads, EarlyExitCascadeROIHeads
+        # A model that a user derived may do more than its parts one after another.
+        is_plain = all(
+            getattr(type(model), name, None) is getattr(GeneralizedRCNN, name)
+            for name in ("forward", "inference", "preprocess_image", "_postprocess")
         )
+        heads = getattr(model, "roi_heads", None)
+        self.has_stages = is_plain and isinstance(heads, EarlyExitCascadeROIHeads)
 
     def losses(self, batch: Sequence[Inputs]) -> dict[str, Tensor]:
         """Losses without a step: norms stay in the mode that they are in, nothing is logged.
@@ -80,7 +83,10 @@ class Detector(nn.Module):
         with part("backbone"):
             maps = model.backbone(images.tensor)
         with part("rpn"):
-            proposals, _ = model.proposal_generator(images, maps, None)
+            if model.proposal_generator is None:
+                proposals = [inputs["proposals"].to(model.device) for inputs in batch]
+            else:
+                proposals, _ = model.proposal_generator(images, maps, None)
         heads.timer = timer
         try:
             instances, _ = heads(images, maps, proposals, None)
@@ -111,16 +117,19 @@ class Detector(nn.Module):
 
 
 @contextmanager
-def _training_heads(model: nn.Module) -> Iterator[None]:
+def _training_heads(model: Any) -> Iterator[None]:
     """Within the block what computes losses does so, without any norm or dropout in training."""
     heads = getattr(model, "roi_heads", None)
     parts = [model, getattr(model, "proposal_generator", None), heads]
     parts += [getattr(heads, name, None) for name in ("mask_head", "keypoint_head")]
     modes = [(part, part.training) for part in parts if part is not None]
+    vis_period = getattr(model, "vis_period", 0)
     for part, _ in modes:
         part.training = True
+    model.vis_period = 0  # nobody would see the pictures
     try:
         yield
     finally:
+        model.vis_period = vis_period
         for part, training in modes:
             part.training = training

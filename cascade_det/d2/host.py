@@ -8,10 +8,12 @@ from typing import Any
 
 import detectron2.config
 from detectron2.config import CfgNode
+from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.utils import comm
 
 from cascade_det import config
 from cascade_det.d2.evaluate import evaluate
+from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
 from cascade_det.d2.train import replay_batch, train
 from cascade_det.engine import distributed
 
@@ -36,8 +38,12 @@ def check_config(cfg: CfgNode) -> None:
         ConfigError: lists every problem that was found, each with key, value and remedy.
     """
     config.check_run(cfg)
-    if cfg.MODEL.ROI_HEADS.NAME == "EarlyExitCascadeROIHeads":
+    name = cfg.MODEL.ROI_HEADS.NAME
+    heads = ROI_HEADS_REGISTRY.get(name) if name in ROI_HEADS_REGISTRY else None
+    if isinstance(heads, type) and issubclass(heads, EarlyExitCascadeROIHeads):
         config.check_heads(cfg)
+    else:
+        config.check_unread_cascade(cfg)
 
 
 def join() -> None:

@@ -64,13 +64,16 @@ def pooler_like(pooler: ROIPooler, kernel: str) -> RoIPooler:
     height, width = pooler.output_size
     canonical = (pooler.canonical_box_size, pooler.canonical_level)
     if (
-        not all(isinstance(level, ROIAlign) for level in levels)
+        # Not of a class of the user's own, that may compute something else.
+        type(pooler) is not ROIPooler
+        or any(type(level) is not ROIAlign for level in levels)
         or canonical != (CANONICAL_BOX_SIZE, CANONICAL_LEVEL)
         or height != width
     ):
         raise ValueError(
-            "box_pooler has to crop squares by ROIAlign or ROIAlignV2, with the canonical box size "
-            f"{CANONICAL_BOX_SIZE} on level {CANONICAL_LEVEL}, not {pooler}"
+            "box_pooler has to be Detectron2's ROIPooler, which crops squares by ROIAlign or "
+            f"ROIAlignV2, with the canonical box size {CANONICAL_BOX_SIZE} on level "
+            f"{CANONICAL_LEVEL}, not {pooler}"
         )
     return RoIPooler(
         output_size=height,

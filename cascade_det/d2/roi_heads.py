@@ -112,6 +112,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         )
         # Past nn.Module, which would register every parameter under a second name.
         self.__dict__["cascade"] = cascade
+        self.__dict__["_pooler"] = box_pooler
         self.cascade: CascadeHead
         self.stats: CascadeStats | None = None
         self.timer: PartTimer | None = None
@@ -195,6 +196,9 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         """
         cascade, rules, last = self.cascade, self._rules(), self.box_predictor[-1]
         cascade.box_head, cascade.box_predictor = self.box_head, self.box_predictor
+        if self.box_pooler is not self.__dict__["_pooler"]:
+            cascade.pooler = pooler_like(self.box_pooler, cascade.pooler.kernel)
+            self.__dict__["_pooler"] = self.box_pooler
         cascade.training_rules = replace(cascade.training_rules, **rules)
         cascade.num_classes = rules["num_classes"]
         cascade.bbox_reg_weights = rules["bbox_reg_weights"]

@@ -21,7 +21,7 @@ from cascade_det.core.matching import LabelledRegions, Targets
 def targets_of(instances: Sequence[Instances]) -> Targets:
     """The ground truth of a batch, from the fields ``gt_boxes`` and ``gt_classes``."""
     boxes, image_index = flatten_images([x.gt_boxes.tensor for x in instances])
-    return Targets(boxes, torch.cat([x.gt_classes for x in instances]), image_index)
+    return Targets(boxes, _classes(instances), image_index)
 
 
 def labelled_regions_of(proposals: Sequence[Instances]) -> LabelledRegions:
@@ -34,8 +34,7 @@ def labelled_regions_of(proposals: Sequence[Instances]) -> LabelledRegions:
         ]
     )
     ious = matched_pairwise_iou(Boxes(boxes), Boxes(gt_boxes))
-    gt_classes = torch.cat([x.gt_classes for x in proposals])
-    return LabelledRegions(boxes, image_index, gt_classes, gt_boxes, ious)
+    return LabelledRegions(boxes, image_index, _classes(proposals), gt_boxes, ious)
 
 
 def instances_of(detections: Detections, image_size: tuple[int, int]) -> Instances:
@@ -64,7 +63,7 @@ def sample_of(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """One image's input of a training model as tensors and plain values, for a file."""
     plain = {k: v for k, v in inputs.items() if isinstance(v, (Tensor, int, float, str))}
     fields = inputs["instances"].get_fields() if "instances" in inputs else {}
-    return {**plain, **{name: _plain(value) for name, value in fields.items()}}
+    return {**plain, **{k: _plain(v) for k, v in fields.items() if isinstance(v, _KNOWN)}}
 
 
 def inputs_of(sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,6 +71,14 @@ def inputs_of(sample: Mapping[str, Any]) -> dict[str, Any]:
     fields = {name: _rich(name, value) for name, value in sample.items() if name.startswith("gt_")}
     rest = {name: value for name, value in sample.items() if name not in fields}
     return {**rest, "instances": Instances(tuple(sample["image"].shape[-2:]), **fields)}
+
+
+_KNOWN = (Tensor, Boxes, BitMasks, PolygonMasks, Keypoints)
+
+
+def _classes(instances: Sequence[Instances]) -> Tensor:
+    # Mappers of users give an image without objects torch.tensor([]), which is float.
+    return torch.cat([x.gt_classes.to(torch.int64) for x in instances])
 
 
 def _plain(value: Any) -> Any:

@@ -6,7 +6,7 @@ import logging
 import random
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,7 @@ class Trainer(DefaultTrainer):
             self.checkpointer.add_checkpointable("training_weights", self.module)
         self.checkpointer.add_checkpointable("run", self.run)
         self.checkpointer.add_checkpointable("trainer", weakref.proxy(self))
-        if self.start_iter > 0:
+        if resume:
             # That of the run, which may be another one than has been drawn for this start.
             seed_all_rng(self.run.seed + distributed.rank())
 
@@ -201,6 +201,13 @@ class Trainer(DefaultTrainer):
                 self.finished = True
             finally:
                 self.after_train()
+
+    def after_train(self) -> None:
+        """Give every hook its end, in their order, even if an earlier one fails at its own."""
+        self.storage.iter = self.iter
+        with ExitStack() as ends:
+            for hook in reversed(self._hooks):
+                ends.callback(hook.after_train)
 
     def evaluate(self) -> Results:
         """The results of what a checkpoint would hold."""

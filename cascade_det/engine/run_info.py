@@ -57,7 +57,7 @@ class RunInfo:
         Raises:
             CheckpointError: it ran in another host, or its classes are not those of the data.
         """
-        if (host := state.get("host", self.host)) != self.host:
+        if (host := state.get("host", "standalone")) != self.host:
             raise CheckpointError(
                 f"the run was trained by --host {host}, and cannot be resumed by --host "
                 f"{self.host}; its weights can be taken as MODEL.WEIGHTS in either"

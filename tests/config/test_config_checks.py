@@ -20,6 +20,7 @@ from cascade_det.standalone.build import build_detector
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
 LIGHT = "build_mobilenet_v2_fpn_backbone"
+PLAIN = ("MODEL.ROI_HEADS.NAME", "CascadeROIHeads")
 EARLY_EXIT = ("MODEL.ROI_HEADS.NAME", "EarlyExitCascadeROIHeads")
 R18 = ("MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64")
 
@@ -310,11 +311,11 @@ def test_nan_is_no_number(cfg):
             ("IOU_THRESHOLDS is [0.4]", "IOUS is 0.5", "same value"),
         ),
         (
-            ("MODEL.CASCADE.EXIT.ENABLED", "True"),
+            (*PLAIN, "MODEL.CASCADE.EXIT.ENABLED", "True"),
             ("EXIT.ENABLED is True", "'CascadeROIHeads'", "EarlyExitCascadeROIHeads"),
         ),
         (
-            ("MODEL.CASCADE.EXIT.THRESHOLDS", "(0.8,)"),
+            (*PLAIN, "MODEL.CASCADE.EXIT.THRESHOLDS", "(0.8,)"),
             ("EXIT.THRESHOLDS is (0.8,)", "'CascadeROIHeads'", "EarlyExitCascadeROIHeads"),
         ),
         (

@@ -144,3 +144,20 @@ def test_exits_are_left_out_and_that_is_said():
     # Outside the tracer regions leave as before.
     stages = adapter.outputs_schema(adapter(*inputs)).exit_stages
     assert set(stages.tolist()) == {0, 1, 2}
+
+
+def test_graph_has_no_device_of_its_own():
+    heads = build_heads()
+    scene = make_scene(num_proposals=(24,), num_objects=(4,), image_sizes=((240, 320),))
+    inputs = (*scene.features, *scene.proposals)
+    graph = traced(TracingAdapter(heads, inputs, heads_on(heads, torch.tensor([240, 320]))))
+    recorded = graph.inlined_graph
+    nodes = recorded.findAllNodes("aten::to")
+    assert len(nodes) > 5
+    assert not any(moves_it(node) for node in nodes)
+
+
+def moves_it(node):
+    """Whether a node brings a tensor to a device that was written into the graph."""
+    inputs = [(value.type().kind(), value.node().kind()) for value in node.inputs()]
+    return ("DeviceObjType", "prim::Constant") in inputs

@@ -658,3 +658,46 @@ class TestAutocast:
         sum(losses.values()).backward()
         assert all(bool(value.grad.isfinite().all()) for value in heads.parameters())
         assert all(bool(x.pred_boxes.tensor.isfinite().all()) for x in found)
+
+
+def test_detections_have_detectron2s_gradients():
+    scene, gradients = make_scene(), []
+    for heads in twins():
+        found, _ = heads.eval()(None, features_of(scene), proposals_of(scene))
+        sum(x.scores.sum() + x.pred_boxes.tensor.sum() for x in found).backward()
+        gradients.append({name: p.grad for name, p in heads.named_parameters()})
+    ours, theirs = gradients
+    assert {k for k, v in ours.items() if v is None} == {k for k, v in theirs.items() if v is None}
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+class ClippedPooler(ROIPooler):
+    """One that a user has derived."""
+
+
+@pytest.mark.parametrize("kind", ["ROIAlign", "ROIAlignV2"])
+def test_a_pooler_that_is_replaced_is_followed(kind):
+    scene = make_scene()
+    for heads in (ours := twins()):
+        heads.eval().box_pooler = pooler(kind)
+    assert_same_instances(*(detect(heads, scene) for heads in ours))
+
+
+def test_a_pooler_of_the_users_own_is_refused():
+    theirs = ClippedPooler(POOLED, [1 / stride for stride in STRIDES], 0, "ROIAlignV2")
+    with pytest.raises(ValueError, match="ClippedPooler"):
+        EarlyExitCascadeROIHeads(**plain_arguments(box_pooler=theirs))
+
+
+def test_an_image_without_objects_may_have_classes_of_any_type():
+    scene = make_scene(num_objects=(4, 0))
+    losses = []
+    for heads in twins():
+        targets = targets_of(scene)
+        targets[1].gt_classes = torch.tensor([])
+        torch.manual_seed(0)
+        with EventStorage():
+            found = heads.train()(None, features_of(scene), proposals_of(scene), targets)[1]
+        losses.append(found)
+    torch.testing.assert_close(*losses)

@@ -74,9 +74,10 @@ def build_writers(output_dir: str | Path, max_iter: int) -> list[EventWriter]:
     """Detectron2's writers; where tensorboard is not installed, one log line in place of its.
 
     Args:
-        output_dir: an existing folder.
+        output_dir: made if needed.
         max_iter: iterations of the whole training.
     """
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
     writers = [Printer(max_iter), JSONWriter(str(Path(output_dir, "metrics.json")))]
     if importlib.util.find_spec("tensorboard") is None:
         logger.info("No TensorBoard files: tensorboard is missing (pip install tensorboard).")

@@ -85,3 +85,10 @@ def on_evaluation(monkeypatch):
         )
 
     return replace
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Evaluation draws no charts: they take longer than everything else in these runs."""
+    monkeypatch.setattr("cascade_det.engine.evaluate.plot_report", lambda *_, **__: None)
+    monkeypatch.setattr("cascade_det.engine.evaluate.write_analysis", lambda *_, **__: None)

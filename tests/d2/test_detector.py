@@ -17,10 +17,7 @@ from cascade_det.d2.detector import Detector
 pytestmark = pytest.mark.needs_detectron2
 
 PLAIN = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "VIS_PERIOD", "3"]
-NO_EXITS = [
-    *("MODEL.CASCADE.EXIT.ENABLED", "False", "MODEL.CASCADE.EXIT.THRESHOLDS", "(0.9,)"),
-    *("MODEL.CASCADE.EXIT.PRUNE_THRESHOLDS", "(0.02,)"),
-]
+NO_EXITS = ["MODEL.CASCADE.EXIT.ENABLED", "False"]
 OWN_CASCADE = [*NO_EXITS, "MODEL.ROI_HEADS.NAME", "CascadeROIHeads"]
 STANDARD = [*NO_EXITS, "MODEL.ROI_HEADS.NAME", "StandardROIHeads"]
 

@@ -22,7 +22,7 @@ from cascade_det.d2 import host
 from cascade_det.d2.datasets import register_dataset
 from cascade_det.d2.structures import inputs_of, sample_of
 
-pytestmark = pytest.mark.needs_detectron2
+pytestmark = [pytest.mark.needs_detectron2, pytest.mark.usefixtures("no_pictures")]
 
 POINTS = 3
 MODEL = [

@@ -185,7 +185,7 @@ def test_the_validation_loss_is_that_of_the_standalone_host(output, scenes):
         assert line[f"validation/{name}"] == pytest.approx(value, rel=1e-4), name
 
 
-def test_evaluation_alone_repeats_the_figures(runs, tmp_path, make_cfg):
+def test_evaluation_alone_repeats_the_figures(runs, tmp_path, make_cfg, no_pictures):
     """Those of the run, those of ``--resume``, and those of the other host on the same weights."""
     weights = ["MODEL.WEIGHTS", str(runs["detectron2"] / "model_final.pth")]
     more = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "CASCADE.TEST_IMS_PER_BATCH", "2"]

@@ -17,15 +17,12 @@ from cascade_det.d2.datasets import register_dataset
 from cascade_det.d2.loader import build_train_loader
 from cascade_det.engine.step import TrainingStep
 
-pytestmark = pytest.mark.needs_detectron2
+pytestmark = [pytest.mark.needs_detectron2, pytest.mark.usefixtures("no_pictures")]
 
 NO_TESTS = ("DATASETS.TEST", "()")
 ONE = ("SOLVER.MAX_ITER", "1")
 TWO = ("SOLVER.MAX_ITER", "2")
-NO_EXITS = (
-    *("MODEL.CASCADE.EXIT.ENABLED", "False", "MODEL.CASCADE.EXIT.THRESHOLDS", "(0.9,)"),
-    *("MODEL.CASCADE.EXIT.PRUNE_THRESHOLDS", "(0.02,)"),
-)
+NO_EXITS = ("MODEL.CASCADE.EXIT.ENABLED", "False")
 OWN_CASCADE = (*NO_EXITS, "MODEL.ROI_HEADS.NAME", "CascadeROIHeads")
 STANDARD = (*NO_EXITS, "MODEL.ROI_HEADS.NAME", "StandardROIHeads")
 NAME = "roi_heads.box_head.0.fc1.weight"
@@ -50,7 +47,8 @@ class TestSolver:
     def test_evaluating_on_the_way_changes_nothing(self, make_cfg):
         """Neither weights nor statistics of norms, whatever an evaluation draws."""
         often = ("TEST.EVAL_PERIOD", "1", "CASCADE.VALIDATION_LOSS", "True")
-        evaluated, quiet = make_cfg(*TWO, *often), make_cfg(*TWO, *NO_TESTS, output="quiet")
+        keys = (*TWO, "INPUT.MIN_SIZE_TRAIN", "(40, 48, 56, 64, 72, 80)")
+        evaluated, quiet = make_cfg(*keys, *often), make_cfg(*keys, *NO_TESTS, output="quiet")
         host.train(evaluated)
         host.train(quiet)
         assert_same_weights(evaluated, quiet)
@@ -132,6 +130,15 @@ class TestSolver:
         assert half == pytest.approx(single, rel=0.05)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_and_without_a_folder(make_cfg, caplog):
+    cfg = make_cfg(*ONE, *NO_TESTS, "MODEL.DEVICE", "cuda")
+    cfg.OUTPUT_DIR = f"{cfg.OUTPUT_DIR}/not/there"
+    host.train(cfg)
+    assert "MODEL.DEVICE is cuda, but no GPU is available" in caplog.text
+    assert saved(cfg)["iteration"] == 0
+
+
 class TestModels:
     @pytest.mark.parametrize("heads", [OWN_CASCADE, STANDARD])
     def test_models_without_our_heads(self, make_cfg, heads, caplog):
@@ -142,12 +149,11 @@ class TestModels:
         assert results["bbox"]["AP"] >= 0
         assert "stages" not in results
         assert list(results["latency"]["parts"]) == ["model"]
-        assert Path(cfg.OUTPUT_DIR, "report.png").is_file()
         expected = "loss_cls_stage2" if heads == OWN_CASCADE else "loss_cls"
         assert expected in lines_of(cfg)[0]
 
     def test_our_heads_without_exits(self, make_cfg):
-        exits = host.train(make_cfg(*ONE, "MODEL.CASCADE.EXIT.ENABLED", "False"))["exits"]
+        exits = host.train(make_cfg(*ONE, *NO_EXITS))["exits"]
         assert exits["stage0"]["entered"] == exits["stage2"]["entered"] > 0
 
     def test_several_test_sets(self, make_cfg):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,11 @@ def evaluate_all(cfg: CfgNode, model: nn.Module, datasets: Sequence[CocoDataset]
         own.reset()
 
         def finish(results: dict[str, Any]) -> Mapping[str, Any]:
-            return {**results, **distributed.broadcast(own.evaluate())}
+            theirs = dict(distributed.broadcast(own.evaluate()))
+            # Of no detections at all it makes nan, where the AP is 0.
+            if all(math.isnan(value) for value in theirs.get("bbox", {}).values()):
+                theirs.pop("bbox", None)
+            return {**results, **theirs}
 
         return evaluate_dataset(
             detector,

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,25 @@ class TestModels:
         assert list(results) == ["scenes_val", "scenes_train"]
         assert results["scenes_train"]["exits"]["images"] == 6
         assert Path(cfg.OUTPUT_DIR, "scenes_val", "results.json").is_file()
+
+    @pytest.mark.parametrize(
+        ("threshold", "annotated", "ap"), [("0.999", True, 0.0), ("0.0", False, math.nan)]
+    )
+    def test_nothing_found_and_nothing_to_find(
+        self, make_cfg, scenes, tmp_path, threshold, annotated, ap
+    ):
+        content = json.loads((scenes / "val.json").read_text())
+        if not annotated:
+            content["annotations"].clear()
+        (tmp_path / "own.json").write_text(json.dumps(content))
+        cfg = make_cfg(*ONE, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", threshold)
+        train, _ = cfg.CASCADE.DATASETS
+        own = ("scenes_own", str(tmp_path / "own.json"), str(scenes / "val"))
+        cfg.CASCADE.DATASETS, cfg.DATASETS.TEST = (train, own), ("scenes_own",)
+        results = host.train(cfg)
+        assert results["bbox"]["AP"] == pytest.approx(ap, nan_ok=True)
+        assert len(results["bbox"]) == 6 + 6
+        assert any("AP is" in note for note in results["notes"])
 
 
 class TestDetectron2sOwn:

@@ -149,17 +149,19 @@ R18 = BACKBONES["R-18"]
 INPUT = ("INPUT.MIN_SIZE_TEST", 112, "INPUT.MAX_SIZE_TEST", 150)
 
 
-@pytest.fixture(params=["scenes", "coco_mini"])
-def images(request):
-    """A folder and the names of some images in it."""
-    if request.param == "scenes":
-        folder = request.getfixturevalue("scenes") / "train"
-    else:
-        shared = Path(os.environ.get("CASCADE_DET_TEST_DATA", ROOT.parent / "shared" / "data"))
-        folder = shared / "coco_mini" / "images"
-        if not folder.is_dir():
-            pytest.skip(f"no real photographs at {folder}")
-    return folder, sorted(path.name for path in folder.glob("*.jpg"))[:6]
+@pytest.fixture
+def photographs():
+    """The folder of real ones."""
+    shared = Path(os.environ.get("CASCADE_DET_TEST_DATA", ROOT.parent / "shared" / "data"))
+    folder = shared / "coco_mini" / "images"
+    if not folder.is_dir():
+        pytest.skip(f"no real photographs at {folder}")
+    return folder
+
+
+@pytest.fixture
+def drawings(scenes):
+    return scenes / "train"
 
 
 @pytest.fixture
@@ -172,24 +174,18 @@ def checkpoint(tmp_path):
     return str(tmp_path / "model.pth")
 
 
-@pytest.fixture(params=[OWN_HEADS, (*OUR_HEADS, *EXITS)], ids=["own_heads", "exits"])
-def model_options(request, checkpoint):
-    return [*SMALL, *R18, *INPUT, *request.param, "MODEL.WEIGHTS", checkpoint]
-
-
-@pytest.fixture
-def json_file(images, model_options, tmp_path):
-    """Ground truth that such weights can find: half of what they do find, a little displaced."""
-    folder, names = images
-    predictor = DefaultPredictor(detectron2_cfg(model_options))
+def make_truth(path, folder, options):
+    """Ground truth that a model can find: half of what it does find, a little displaced."""
+    predictor = DefaultPredictor(detectron2_cfg(options))
     generator = np.random.default_rng(0)
     truth = {"images": [], "annotations": [], "categories": []}
     truth["categories"] = [{"id": 2 * i + 1, "name": f"class {i}"} for i in range(7)]
-    for image_id, name in enumerate(names, start=1):
-        pixels = np.array(Image.open(folder / name).convert("RGB"))[:, :, ::-1]
+    files = sorted(folder.glob("*.jpg"))[:6]
+    for image_id, file in enumerate(files, start=1):
+        pixels = np.array(Image.open(file).convert("RGB"))[:, :, ::-1]
         height, width = pixels.shape[:2]
         truth["images"].append(
-            {"id": image_id, "file_name": name, "height": height, "width": width}
+            {"id": image_id, "file_name": file.name, "height": height, "width": width}
         )
         found = predictor(pixels)["instances"][:40:2]
         for (x0, y0, x1, y1), index in zip(
@@ -207,27 +203,31 @@ def json_file(images, model_options, tmp_path):
                     "iscrowd": 0,
                 }
             )
-    path = tmp_path / "truth.json"
     path.write_text(json.dumps(truth))
-    return path
 
 
+@pytest.mark.parametrize(
+    ("images", "heads"), [("photographs", OWN_HEADS), ("drawings", (*OUR_HEADS, *EXITS))]
+)
 def test_of_a_checkpoint_from_end_to_end(
-    model_options, images, json_file, tmp_path, record_property
+    images, heads, checkpoint, tmp_path, request, record_property
 ):
     """Each host reads the weights and the images itself."""
-    folder, _ = images
+    folder, json_file = request.getfixturevalue(images), tmp_path / "truth.json"
+    options = [
+        *(*SMALL, *R18, *INPUT, *heads, "MODEL.WEIGHTS", checkpoint),
+        *("DATASETS.TEST", ("found",), "OUTPUT_DIR", str(tmp_path / "output")),
+    ]
+    make_truth(json_file, folder, options)
     register("found", json_file, folder)
-    output = ["DATASETS.TEST", ("found",), "OUTPUT_DIR", str(tmp_path / "output")]
-    options = [*model_options, *output]
     cfg = detectron2_cfg(options)
     model = build_model(cfg)
     DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     evaluator = COCOEvaluator("found", distributed=False)
     wanted = inference_on_dataset(model, build_detection_test_loader(cfg, "found"), evaluator)
 
-    datasets = [("found", str(json_file), str(folder))]
-    got = evaluate(load_config(CONFIG, [*options, "CASCADE.DATASETS", datasets]))
+    options += ["CASCADE.DATASETS", [("found", str(json_file), str(folder))]]
+    got = evaluate(load_config(CONFIG, options))
     assert wanted["bbox"]["AP"] > 10
     record_property("AP", wanted["bbox"]["AP"])
     record_property("largest", assert_same_figures(got["bbox"], wanted["bbox"], 0.1))

@@ -182,10 +182,11 @@ def stir(model):
     for hook in hooks:
         hook.remove()
     for name, value in model.named_parameters():
+        width = value[0].numel()
         if "cls_score.weight" in name or "bbox_pred.weight" in name:
-            value.normal_(std=0.1)
+            value.normal_(std=0.8 / width**0.5)
         elif "anchor_deltas.weight" in name:
-            value.normal_(std=0.03)
+            value.normal_(std=0.24 / width**0.5)
 
 
 def _take_statistics(module, inputs):

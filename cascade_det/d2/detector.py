@@ -123,13 +123,15 @@ def _training_heads(model: Any) -> Iterator[None]:
     parts = [model, getattr(model, "proposal_generator", None), heads]
     parts += [getattr(heads, name, None) for name in ("mask_head", "keypoint_head")]
     modes = [(part, part.training) for part in parts if part is not None]
-    vis_period = getattr(model, "vis_period", 0)
+    periods = [(part, part.vis_period) for part, _ in modes if hasattr(part, "vis_period")]
     for part, _ in modes:
         part.training = True
-    model.vis_period = 0  # nobody would see the pictures
+    for part, _ in periods:
+        part.vis_period = 0  # nobody would see the pictures
     try:
         yield
     finally:
-        model.vis_period = vis_period
+        for part, period in periods:
+            part.vis_period = period
         for part, training in modes:
             part.training = training

@@ -144,7 +144,8 @@ def coco_evaluator(cfg: CfgNode, name: str, output_dir: Path | None = None) -> C
     )
     for annotation in evaluator._coco_api.dataset.get("annotations", ()):
         annotation.setdefault("iscrowd", 0)
-        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+        if annotation.get("area") is None:
+            annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
         visible = [flag for flag in annotation.get("keypoints", ())[2::3] if flag > 0]
         annotation.setdefault("num_keypoints", len(visible))
     return evaluator

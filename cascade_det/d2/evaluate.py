@@ -26,12 +26,11 @@ from cascade_det.d2.detector import Detector
 from cascade_det.d2.loader import build_test_loader
 from cascade_det.data.coco import CocoDataset
 from cascade_det.engine import distributed
-from cascade_det.engine.datasets import check_trained_classes, load_datasets
+from cascade_det.engine.datasets import load_datasets_to_evaluate
 from cascade_det.engine.devices import on_its_device, set_backends
 from cascade_det.engine.evaluate import by_dataset, evaluate_dataset
 from cascade_det.engine.inference import evaluation_mode
-from cascade_det.engine.run_info import run_of
-from cascade_det.engine.weight_addresses import local_path
+from cascade_det.engine.run_info import load_to_evaluate
 from cascade_det.errors import ConfigError
 from cascade_det.evaluation import write_results
 from cascade_det.evaluation.report import RESULTS_FILE
@@ -45,19 +44,12 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     Args, results and errors are those of :func:`cascade_det.standalone.evaluate`; the box AP is
     Detectron2's, and masks and keypoints have theirs beside it (``segm``, ``keypoints``).
     """
-    datasets = load_datasets(cfg, train=False, find=register_dataset)
-    if not datasets:
-        raise ConfigError("DATASETS.TEST is empty: name a data set to evaluate on")
+    datasets = load_datasets_to_evaluate(cfg, register_dataset, resume=resume)
     refuse_left_out(datasets)
     set_backends(cfg)
     model = build_model(on_its_device(cfg))
-    if not cfg.MODEL.WEIGHTS and not resume:
-        raise ConfigError("MODEL.WEIGHTS is empty: give the file of weights to evaluate")
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
-    rest = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    run = rest.get("run", {}) if resume else run_of(local_path(cfg.MODEL.WEIGHTS))
-    for dataset in datasets:
-        check_trained_classes(run, dataset)
+    load_to_evaluate(checkpointer, cfg, datasets, resume=resume)
     results = evaluate_all(cfg, model, datasets)
     if cfg.TEST.AUG.ENABLED:
         results = with_augmentation(cfg, model, datasets, results)

@@ -17,6 +17,7 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 
 from cascade_det import config
+from cascade_det.data.samples import REPLACEMENTS_TRIED
 from cascade_det.data.worker_signals import obey_main_process, signals_held
 from cascade_det.errors import DatasetError
 
@@ -26,8 +27,6 @@ Inputs = dict[str, Any]
 Mapper = Callable[[Inputs], Inputs]
 
 _ERROR = "error"
-# So many broken images in a row mean that something else is wrong, such as a disk that is gone.
-_SKIPPED_IN_A_ROW = 20
 
 
 def build_train_loader(cfg: CfgNode) -> Batches:
@@ -106,7 +105,7 @@ class _Reader:
             inputs = self._mapper(record)
         except Exception as error:  # decoders fail in many ways: SyntaxError, struct.error, ...
             message = f"{record['file_name']}: cannot be read ({type(error).__name__}: {error})"
-            if self._skip and self._skipped < _SKIPPED_IN_A_ROW:
+            if self._skip and self._skipped < REPLACEMENTS_TRIED:
                 self._skipped += 1
                 logger.warning("%s. Another image is trained on in its place", message)
                 return None

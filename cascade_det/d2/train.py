@@ -31,9 +31,7 @@ from cascade_det.engine.divergence import replay
 from cascade_det.engine.run_info import (
     RunInfo,
     check_output,
-    log_learning_rate,
-    warn_of_frozen_noise,
-    write_config,
+    record_start,
 )
 from cascade_det.engine.validation import validation_losses
 
@@ -50,12 +48,7 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     refuse_left_out([*datasets, *test_datasets])
     check_same_classes(datasets)
     training_records(datasets, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
-    run = RunInfo(
-        seed=cfg.SEED,
-        class_names=list(datasets[0].class_names),
-        category_ids=list(datasets[0].category_ids),
-        host="detectron2",
-    )
+    run = RunInfo.of(cfg, datasets[0], "detectron2")
     seed_all_rng(run.seed + distributed.rank())
 
     def evaluate(model: nn.Module) -> Results:
@@ -66,10 +59,7 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
 
     trainer = Trainer(cfg, run, evaluate if test_datasets else None)
     trainer.resume_or_load(resume)
-    write_config(cfg, resume=resume)
-    log_learning_rate(cfg)
-    if not cfg.MODEL.WEIGHTS and not resume:
-        warn_of_frozen_noise(cfg)
+    record_start(cfg, resume=resume)
     trainer.train()
     results = trainer.results
     if cfg.TEST.AUG.ENABLED:

@@ -6,7 +6,7 @@ import logging
 import random
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,8 @@ from cascade_det.engine.averaging import WeightAverage
 from cascade_det.engine.best_model import BestModel
 from cascade_det.engine.devices import resolve_amp_dtype
 from cascade_det.engine.hooks import EvalHook, PeriodicCheckpoint
-from cascade_det.engine.interrupts import (
-    Interrupted,
-    InterruptRequest,
-    ending_at_once,
-    interrupt_request,
-)
+from cascade_det.engine.interrupts import InterruptRequest, interrupt_request
+from cascade_det.engine.run_control import RunControl
 from cascade_det.engine.run_info import RunInfo, resume_or_load
 from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, build_scheduler
 from cascade_det.engine.step import TrainingStep
@@ -49,7 +45,7 @@ logger = logging.getLogger(__name__)
 Results = dict[str, Any]
 
 
-class Trainer(DefaultTrainer):
+class Trainer(RunControl, DefaultTrainer):
     """Trains a model of Detectron2, ours or its own, as ``CASCADE`` and its own keys say.
 
     Args:
@@ -62,7 +58,6 @@ class Trainer(DefaultTrainer):
             one that was not begun.
         results: of the last evaluation, empty before it.
         finished: whether training came to a good end, by ``max_iter`` or by :meth:`stop`.
-        resumable: whether a checkpoint now would go on with the next iteration.
         last_checkpoint: the newest file that was saved or resumed, for messages.
     """
 
@@ -75,12 +70,12 @@ class Trainer(DefaultTrainer):
         self.run = run
         self.device = torch.device(cfg.MODEL.DEVICE)
         self.results: Results = {}
-        self.finished = self.resumable = False
+        self.finished = False
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.iteration = -1
         self.last_checkpoint: str | None = None
         self._evaluate = evaluate
-        self._stopping = self._interrupted = False
+        self._interrupted = False
         self._interrupt = InterruptRequest()
         self._arguments = config.trainer_arguments(cfg)
         model = self.build_model(cfg)
@@ -218,15 +213,6 @@ class Trainer(DefaultTrainer):
         with _numpy_randomness_kept():
             return self._evaluate(model)
 
-    def stop(self) -> None:
-        """End training, as if done, after the hooks of this iteration."""
-        self._stopping = True
-
-    def interruptible(self) -> AbstractContextManager[None]:
-        """For what a hook does for long: within the block a signal ends the training at once."""
-        where = f"Interrupted in the hooks after iteration {self.iteration}"
-        return ending_at_once(self._interrupt, where)
-
     def run_step(self) -> None:
         """One iteration."""
         self._trainer.iter = self.iter
@@ -240,14 +226,8 @@ class Trainer(DefaultTrainer):
         )
 
     def _run(self) -> None:
-        if self.start_iter >= self.max_iter:
-            logger.info(
-                "This training is complete: all %d iterations of SOLVER.MAX_ITER are done. Raise "
-                "SOLVER.MAX_ITER to train longer.",
-                self.max_iter,
-            )
+        if self._is_complete():
             return
-        logger.info("Training from iteration %d to %d", self.start_iter, self.max_iter)
         self._trainer.data_loader = self.build_train_loader(self._seeded())
         if self.start_iter > 0:
             # Not again the regions and the augmentations that the run began with.
@@ -257,12 +237,8 @@ class Trainer(DefaultTrainer):
             self.before_step()
             self.run_step()
             self.after_step()
-            if self._stopping:
+            if self._is_stopped(self._interrupted):
                 return
-            if self._interrupted and self.iter < self.max_iter - 1:
-                self.resumable = True
-                where = f"Interrupted after iteration {self.iter} of {self.max_iter}"
-                raise Interrupted(where)
         # That tells Detectron2's hooks of a good end.
         self.iter += 1
 

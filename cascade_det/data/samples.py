@@ -24,7 +24,7 @@ Batch = list[Sample]
 _Reference = TypeVar("_Reference")
 
 # So many broken images in a row mean that something else is wrong, such as a disk that is gone.
-_REPLACEMENTS_TRIED = 20
+REPLACEMENTS_TRIED = 20
 
 
 class Fetched(NamedTuple):
@@ -97,7 +97,7 @@ class TrainingSamples(_Samples[SampleReference]):
         position, broken = reference
         others = np.flatnonzero(self.groups == self.groups[broken])
         generator = replacement_generator(self.seed, position)
-        for index in generator.permutation(others[others != broken])[:_REPLACEMENTS_TRIED].tolist():
+        for index in generator.permutation(others[others != broken])[:REPLACEMENTS_TRIED].tolist():
             try:
                 return self[position, index]
             except DatasetError as error:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
 
 from fvcore.common.config import CfgNode
 
@@ -50,6 +49,22 @@ def load_datasets(cfg: CfgNode, *, train: bool, find: Find = find_dataset) -> li
     return datasets
 
 
+def load_datasets_to_evaluate(
+    cfg: CfgNode, find: Find = find_dataset, *, resume: bool
+) -> list[CocoDataset]:
+    """Load ``DATASETS.TEST`` for an evaluation, which needs weights as well.
+
+    Raises:
+        ConfigError: there is no test set, or neither ``MODEL.WEIGHTS`` nor a run to resume.
+        DatasetError: data are missing or wrong.
+    """
+    if not cfg.DATASETS.TEST:
+        raise ConfigError("DATASETS.TEST is empty: name a data set to evaluate on")
+    if not cfg.MODEL.WEIGHTS and not resume:
+        raise ConfigError("MODEL.WEIGHTS is empty: give the file of weights to evaluate")
+    return load_datasets(cfg, train=False, find=find)
+
+
 def load_training_data(
     cfg: CfgNode, find: Find = find_dataset
 ) -> tuple[list[CocoDataset], list[CocoDataset]]:
@@ -82,24 +97,4 @@ def _check_class_names(trained: CocoDataset, tested: CocoDataset) -> None:
             f"{tested.source.json_file} has the classes {', '.join(tested.class_names)}, but "
             f"{trained.source.json_file} has {', '.join(trained.class_names)} (by category id): "
             "test on the classes that are trained, in the same order"
-        )
-
-
-def check_trained_classes(run: Mapping[str, Any], dataset: CocoDataset) -> None:
-    """Make sure that a test set has the classes that a checkpoint was trained on.
-
-    Args:
-        run: what the checkpoint says of its run, see :func:`cascade_det.engine.run_info.run_of`;
-            one that names no classes is taken as it is.
-        dataset: to be evaluated on.
-
-    Raises:
-        DatasetError: it has other classes, or another order of them.
-    """
-    class_names = run.get("class_names")
-    if class_names is not None and tuple(class_names) != tuple(dataset.class_names):
-        raise DatasetError(
-            f"{dataset.source.json_file} has the classes {', '.join(dataset.class_names)} (by "
-            f"category id), but the checkpoint was trained on {', '.join(class_names)}: evaluate "
-            "on the classes that were trained, in the same order"
         )

@@ -78,8 +78,7 @@ class PeriodicCheckpoint(Hook):
             (self._max_to_keep or None) if distributed.is_main() else None,
         )
         # The files of the run that is resumed count too.
-        folder = self._checkpointer.save_dir
-        self._periodic.recent_checkpoints = periodic_checkpoints(folder, trainer.start_iter)
+        self._periodic.recent_checkpoints = self._files_before(trainer.start_iter)
         if trainer.start_iter == 0:
             self._checkpointer.save(START, iteration=-1)
         self._note(trainer.start_iter - 1, trainer)
@@ -112,6 +111,11 @@ class PeriodicCheckpoint(Hook):
         trainer.last_checkpoint = distributed.broadcast(newest)
         if saved >= 0 and distributed.is_main():
             Path(self._checkpointer.save_dir, f"{START}.pth").unlink(missing_ok=True)
+
+    def _files_before(self, iteration: int) -> list[str]:
+        files = sorted(Path(self._checkpointer.save_dir).glob("model_*.pth"))
+        numbers = ((file, re.fullmatch(r"model_(\d{7,})", file.stem)) for file in files)
+        return [str(file) for file, number in numbers if number and int(number[1]) < iteration]
 
 
 class EvalHook(Hook):
@@ -229,10 +233,3 @@ def figures_of(results: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[s
             yield from figures_of(value, f"{prefix}{name}/")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             yield f"{prefix}{name}", float(value)
-
-
-def periodic_checkpoints(folder: str | Path, before: int) -> list[str]:
-    """The files ``model_0004999.pth`` and so on of the iterations before one, the oldest first."""
-    files = sorted(Path(folder).glob("model_*.pth"))
-    numbers = ((file, re.fullmatch(r"model_(\d{7,})", file.stem)) for file in files)
-    return [str(file) for file, number in numbers if number and int(number[1]) < before]

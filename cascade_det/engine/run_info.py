@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from cascade_det import config
+from cascade_det.data.coco import CocoDataset
 from cascade_det.engine import distributed
 from cascade_det.engine.checkpoint import Checkpointer, checkpoint_to_resume
 from cascade_det.engine.hooks import START
+from cascade_det.engine.weight_addresses import local_path
 from cascade_det.engine.weight_files import load_torch_file
-from cascade_det.errors import CheckpointError, ConfigError
+from cascade_det.errors import CheckpointError, ConfigError, DatasetError
 from cascade_det.files import atomic_path, remove_leftovers
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,11 @@ class RunInfo:
         if self.seed < 0:
             self.seed = distributed.broadcast(secrets.randbelow(2**31))
             logger.info("SEED is negative: drew %d", self.seed)
+
+    @classmethod
+    def of(cls, cfg: CfgNode, dataset: CocoDataset, host: str) -> RunInfo:
+        """That of a configuration on the classes of a data set."""
+        return cls(cfg.SEED, list(dataset.class_names), list(dataset.category_ids), host)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types, for a checkpoint."""
@@ -114,6 +121,21 @@ def resume_or_load(checkpointer: Checkpointer, cfg: CfgNode, *, resume: bool) ->
         raise CheckpointError(f"{error} Changed since: {', '.join(changed)}.") from error
 
 
+def load_to_evaluate(
+    checkpointer: Checkpointer, cfg: CfgNode, datasets: Sequence[CocoDataset], *, resume: bool
+) -> None:
+    """Load the weights to evaluate, which have to know the classes of the data.
+
+    Raises:
+        CheckpointError: they cannot be read or do not fit, or there is nothing to resume.
+        DatasetError: they were trained on other classes, where the checkpoint names them.
+    """
+    rest = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    run = rest.get("run", {}) if resume else run_of(local_path(cfg.MODEL.WEIGHTS))
+    for dataset in datasets:
+        _check_trained_classes(run.get("class_names"), dataset)
+
+
 def changes(cfg: CfgNode, within: str = "") -> list[str]:
     """The keys below ``within`` that ``OUTPUT_DIR/config.yaml`` has other values for."""
     file = Path(cfg.OUTPUT_DIR) / CONFIG_FILE
@@ -123,7 +145,15 @@ def changes(cfg: CfgNode, within: str = "") -> list[str]:
     return [f"{k} {old!r} -> {new!r}" for k, (old, new) in changed.items() if k.startswith(within)]
 
 
-def write_config(cfg: CfgNode, *, resume: bool) -> None:
+def record_start(cfg: CfgNode, *, resume: bool) -> None:
+    """Write ``config.yaml``, and say in the log what a reader of the run should know of it."""
+    _write_config(cfg, resume=resume)
+    _log_learning_rate(cfg)
+    if not cfg.MODEL.WEIGHTS and not resume:
+        _warn_of_frozen_noise(cfg)
+
+
+def _write_config(cfg: CfgNode, *, resume: bool) -> None:
     """Write ``config.yaml``, and say what a resumed run changes; clean up after a killed run."""
     if not distributed.is_main():
         return
@@ -136,7 +166,7 @@ def write_config(cfg: CfgNode, *, resume: bool) -> None:
         temporary.write_text(cfg.dump())
 
 
-def log_learning_rate(cfg: CfgNode) -> None:
+def _log_learning_rate(cfg: CfgNode) -> None:
     """Say what the rate is for how many images, and what the linear scaling rule would make of it.
 
     arXiv 1706.02677, section 2.1: the rate of SGD grows in proportion to the images of a step.
@@ -157,7 +187,7 @@ def log_learning_rate(cfg: CfgNode) -> None:
         )
 
 
-def warn_of_frozen_noise(cfg: CfgNode) -> None:
+def _warn_of_frozen_noise(cfg: CfgNode) -> None:
     """From random weights, what is frozen stays random: seldom meant, and seen in the AP alone."""
     freeze_at, norm = cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.RESNETS.NORM
     if freeze_at > 0 or norm == "FrozenBN":
@@ -166,4 +196,13 @@ def warn_of_frozen_noise(cfg: CfgNode) -> None:
             "%s: give a file of weights, or set FREEZE_AT 0 and a NORM that is trained (BN, GN)",
             freeze_at,
             norm,
+        )
+
+
+def _check_trained_classes(class_names: Sequence[str] | None, dataset: CocoDataset) -> None:
+    if class_names is not None and tuple(class_names) != tuple(dataset.class_names):
+        raise DatasetError(
+            f"{dataset.source.json_file} has the classes {', '.join(dataset.class_names)} (by "
+            f"category id), but the checkpoint was trained on {', '.join(class_names)}: evaluate "
+            "on the classes that were trained, in the same order"
         )

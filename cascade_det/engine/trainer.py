@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,8 @@ from cascade_det.engine import distributed
 from cascade_det.engine.batches import Batch
 from cascade_det.engine.events import History
 from cascade_det.engine.hooks import Hook
-from cascade_det.engine.interrupts import (
-    Interrupted,
-    InterruptRequest,
-    ending_at_once,
-    interrupt_request,
-)
+from cascade_det.engine.interrupts import InterruptRequest, interrupt_request
+from cascade_det.engine.run_control import RunControl
 from cascade_det.engine.solver import GradientClipper
 from cascade_det.engine.step import TrainingStep
 from cascade_det.engine.training_state import (
@@ -38,7 +34,7 @@ from cascade_det.engine.training_state import (
 logger = logging.getLogger(__name__)
 
 
-class Trainer:
+class Trainer(RunControl):
     """Trains a detector for a number of iterations.
 
     Args:
@@ -67,9 +63,6 @@ class Trainer:
             Losses and metrics are means over the processes.
         results: of the last evaluation; empty before it.
         finished: whether training came to a good end, by ``max_iter`` or by :meth:`stop`.
-        resumable: whether a checkpoint now, after an end that was not good, would go on with the
-            next iteration as if nothing had happened. The hook that saves checkpoints sets it
-            after a step; of several processes, only those that are interrupted together are.
         last_checkpoint: the newest file that was saved or resumed, for messages.
     """
 
@@ -110,9 +103,7 @@ class Trainer:
         self.history = History()
         self.results: dict[str, Any] = {}
         self.finished = False
-        self.resumable = False
         self.last_checkpoint: str | None = None
-        self._stopping = False
         self._interrupt = InterruptRequest()
         self._resumed_random: Mapping[str, Any] | None = None
 
@@ -138,15 +129,6 @@ class Trainer:
             if not self._stopping:
                 self._run()
             self.finished = True
-
-    def stop(self) -> None:
-        """End training, as if done, after the hooks of this iteration."""
-        self._stopping = True
-
-    def interruptible(self) -> AbstractContextManager[None]:
-        """For what a hook does for long: within the block a signal ends the training at once."""
-        where = f"Interrupted in the hooks after iteration {self.iteration}"
-        return ending_at_once(self._interrupt, where)
 
     def state_dict(self) -> dict[str, Any]:
         """What goes on after a resume beside the weights, as plain types.
@@ -177,14 +159,8 @@ class Trainer:
         self._resumed_random = own_random_state(state["random"])
 
     def _run(self) -> None:
-        if self.start_iter >= self.max_iter:
-            logger.info(
-                "This training is complete: all %d iterations of SOLVER.MAX_ITER are done. Raise "
-                "SOLVER.MAX_ITER to train longer.",
-                self.max_iter,
-            )
+        if self._is_complete():
             return
-        logger.info("Training from iteration %d to %d", self.start_iter, self.max_iter)
         batches = iter(self.loader)
         for iteration in range(self.start_iter, self.max_iter):
             start = time.perf_counter()
@@ -205,11 +181,8 @@ class Trainer:
             self.history.put("time", time.perf_counter() - start)
             for hook in self.hooks:
                 hook.after_step(self)
-            if self._stopping:
+            if self._is_stopped(stop):
                 return
-            if stop and iteration < self.max_iter - 1:
-                self.resumable = True
-                raise Interrupted(f"Interrupted after iteration {iteration} of {self.max_iter}")
 
     def _next(self, batches: Iterator[Batch], iteration: int) -> Batch:
         batch = next(batches, None)

@@ -13,12 +13,10 @@ from cascade_det.data.coco import CocoDataset
 from cascade_det.data.loader import build_test_loader
 from cascade_det.engine import distributed
 from cascade_det.engine.checkpoint import Checkpointer
-from cascade_det.engine.datasets import check_trained_classes, load_datasets
+from cascade_det.engine.datasets import load_datasets_to_evaluate
 from cascade_det.engine.devices import set_backends
 from cascade_det.engine.evaluate import by_dataset, evaluate_dataset
-from cascade_det.engine.run_info import run_of
-from cascade_det.engine.weight_addresses import local_path
-from cascade_det.errors import ConfigError
+from cascade_det.engine.run_info import load_to_evaluate
 from cascade_det.standalone.build import build_detector
 from cascade_det.standalone.detector import Detector
 
@@ -42,18 +40,11 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
             was trained on, where it names them.
         CheckpointError: if weights cannot be read or do not fit, or there is nothing to resume.
     """
-    datasets = load_datasets(cfg, train=False)
-    if not datasets:
-        raise ConfigError("DATASETS.TEST is empty: name a data set to evaluate on")
+    datasets = load_datasets_to_evaluate(cfg, resume=resume)
     set_backends(cfg)
     detector = build_detector(cfg)
-    if not cfg.MODEL.WEIGHTS and not resume:
-        raise ConfigError("MODEL.WEIGHTS is empty: give the file of weights to evaluate")
     checkpointer = Checkpointer(detector, cfg.OUTPUT_DIR)
-    rest = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    run = rest.get("run", {}) if resume else run_of(local_path(cfg.MODEL.WEIGHTS))
-    for dataset in datasets:
-        check_trained_classes(run, dataset)
+    load_to_evaluate(checkpointer, cfg, datasets, resume=resume)
     return evaluate_all(cfg, detector, datasets, Path(cfg.OUTPUT_DIR))
 
 

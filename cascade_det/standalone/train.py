@@ -24,10 +24,8 @@ from cascade_det.engine.hooks import EvalHook, Hook, PeriodicCheckpoint, WriterH
 from cascade_det.engine.run_info import (
     RunInfo,
     check_output,
-    log_learning_rate,
+    record_start,
     resume_or_load,
-    warn_of_frozen_noise,
-    write_config,
 )
 from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, build_scheduler
 from cascade_det.engine.trainer import Trainer
@@ -63,21 +61,13 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     check_output(cfg, resume=resume)
     set_backends(cfg)
     datasets, test_datasets = load_training_data(cfg)
-    info = RunInfo(
-        seed=cfg.SEED,
-        class_names=list(datasets[0].class_names),
-        category_ids=list(datasets[0].category_ids),
-        host="standalone",
-    )
+    info = RunInfo.of(cfg, datasets[0], "standalone")
     torch.manual_seed(info.seed)
     detector = build_detector(cfg)
     checkpointer = Checkpointer(detector, cfg.OUTPUT_DIR, save_to_disk=distributed.is_main())
     resume_or_load(checkpointer, cfg, resume=resume)
     checkpointer.add_checkpointable("run", info)
-    write_config(cfg, resume=resume)
-    log_learning_rate(cfg)
-    if not cfg.MODEL.WEIGHTS and not resume:
-        warn_of_frozen_noise(cfg)
+    record_start(cfg, resume=resume)
     if distributed.rank() > 0:
         # Each process draws its own regions; rank 0 those of a run with one process.
         torch.manual_seed(info.seed + distributed.rank())

@@ -678,10 +678,11 @@ class ClippedPooler(ROIPooler):
 
 @pytest.mark.parametrize("kind", ["ROIAlign", "ROIAlignV2"])
 def test_a_pooler_that_is_replaced_is_followed(kind):
-    scene = make_scene()
-    for heads in (ours := twins()):
-        heads.eval().box_pooler = pooler(kind)
-    assert_same_instances(*(detect(heads, scene) for heads in ours))
+    both = twins()
+    for heads in both:
+        heads.box_pooler = pooler(kind)
+    ours, theirs = (detect(heads.eval(), make_scene()) for heads in both)
+    assert_same_instances(ours, theirs)
 
 
 def test_a_pooler_of_the_users_own_is_refused():

@@ -137,3 +137,15 @@ def flatten_images(per_image: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         rows.new_full((rows.shape[0],), i, dtype=torch.int64) for i, rows in enumerate(per_image)
     ]
     return torch.cat(list(per_image)), torch.cat(image_index)
+
+
+def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """IoU of each box with the one in the same row: ``[R]`` in [0, 1] for two ``[R, 4]``.
+
+    0 where both are empty.
+    """
+    sizes = torch.minimum(boxes[:, 2:], others[:, 2:]) - torch.maximum(boxes[:, :2], others[:, :2])
+    intersection = sizes.clamp(min=0).prod(dim=1)
+    areas = [(b[:, 2:] - b[:, :2]).prod(dim=1) for b in (boxes, others)]
+    union = areas[0] + areas[1] - intersection
+    return intersection / union.where(union > 0, 1.0)

@@ -13,6 +13,7 @@ from cascade_det.config.checks import (
     check_unread_cascade,
 )
 from cascade_det.config.defaults import get_cfg
+from cascade_det.config.exits import exit_arguments
 from cascade_det.config.keys import changed_keys, flat
 from cascade_det.config.loading import (
     History,
@@ -27,7 +28,6 @@ from cascade_det.config.model_arguments import (
     box_head_configs,
     cascade_arguments,
     detector_arguments,
-    exit_arguments,
     pooler_arguments,
     rpn_arguments,
 )

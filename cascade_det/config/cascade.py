@@ -9,6 +9,8 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
+from cascade_det.config.exits import EXIT_DEFAULTS
+
 _MODEL_CASCADE: dict[str, Any] = {
     "STAGE_LOSS_WEIGHTS": (1.0,),  # per stage, >= 0; of its class and box loss
     # How the stages' opinions become one score: "mean_probs" (mean of their probabilities),
@@ -27,18 +29,8 @@ _MODEL_CASCADE: dict[str, Any] = {
         "FC_DIM": (),  # each >= 1
         "NORM": (),  # of the convolutions: "", "GN", "BN" or "SyncBN"
     },
-    # Regions that leave before the last stage, in inference only. Both tuples are per stage
-    # without the last one (from which everything leaves), and look at the ensemble's
-    # probabilities up to that stage.
-    "EXIT": {
-        "ENABLED": False,
-        # A region is final when its best class reaches this; > 0, above 1 = never.
-        "THRESHOLDS": (0.9,),
-        # A region is background, and dropped, when no class reaches this; in [0, 1], 0 = never.
-        "PRUNE_THRESHOLDS": (0.02,),
-    },
+    "EXIT": EXIT_DEFAULTS,
 }
-EXIT_DEFAULTS: dict[str, Any] = _MODEL_CASCADE["EXIT"]
 
 _CASCADE: dict[str, Any] = {
     # Data sets of one's own in COCO format: (name, annotation file, image folder) each. A path

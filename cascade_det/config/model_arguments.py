@@ -139,21 +139,6 @@ def cascade_arguments(cfg: CfgNode) -> dict[str, Any]:
     }
 
 
-def exit_arguments(cfg: CfgNode) -> dict[str, Any] | None:
-    """When regions leave: ``thresholds`` and ``prune_thresholds``, one per stage but the last.
-
-    ``None`` where exits are off, which ``CascadeROIHeads`` means by its name.
-    """
-    exits = cfg.MODEL.CASCADE.EXIT
-    if not exits.ENABLED or cfg.MODEL.ROI_HEADS.NAME == "CascadeROIHeads":
-        return None
-    gates = len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS) - 1
-    return {
-        "thresholds": _floats(_for_each(exits.THRESHOLDS, gates)),
-        "prune_thresholds": _floats(_for_each(exits.PRUNE_THRESHOLDS, gates)),
-    }
-
-
 def _floats(values: Sequence[float]) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 

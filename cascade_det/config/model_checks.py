@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from cascade_det.config.cascade import EXIT_DEFAULTS
+from cascade_det.config.exits import (
+    LENGTH_KEYS,
+    NODE,
+    PART_KEYS,
+    check_parts,
+    check_unused,
+    exit_lengths,
+)
 from cascade_det.config.rules import Check, value_of
 
 _LEVELS = ("res2", "res3", "res4", "res5")
@@ -21,8 +27,7 @@ def _check_stage_lengths(cfg: CfgNode) -> Iterator[str]:
     lengths: list[tuple[str, set[int]]] = [
         ("MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS", {stages}),
         ("MODEL.CASCADE.STAGE_LOSS_WEIGHTS", {1, stages}),
-        ("MODEL.CASCADE.EXIT.THRESHOLDS", {1, stages - 1}),
-        ("MODEL.CASCADE.EXIT.PRUNE_THRESHOLDS", {1, stages - 1}),
+        *exit_lengths(stages),
     ]
     lengths += [(f"MODEL.CASCADE.BOX_HEAD.{key}", {0, 1, stages}) for key in _BOX_HEAD_LAYERS]
     for key, allowed in lengths:
@@ -53,23 +58,6 @@ def _check_first_iou(cfg: CfgNode) -> Iterator[str]:
             f"MODEL.ROI_HEADS.IOU_THRESHOLDS is [{first}], but the first of "
             f"MODEL.ROI_BOX_CASCADE_HEAD.IOUS is {wanted}. Give both the same value."
         )
-
-
-def _check_exits(cfg: CfgNode) -> Iterator[str]:
-    if cfg.MODEL.ROI_HEADS.NAME != "CascadeROIHeads":
-        return
-    for key, default in EXIT_DEFAULTS.items():
-        value = cfg.MODEL.CASCADE.EXIT[key]
-        if value != default and tuple(_as_list(value)) != tuple(_as_list(default)):
-            yield (
-                f"MODEL.CASCADE.EXIT.{key} is {value!r}, but MODEL.ROI_HEADS.NAME is "
-                "'CascadeROIHeads', a cascade without exits. Set the name to "
-                f"EarlyExitCascadeROIHeads, or leave the key at {default!r}."
-            )
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _check_resnet(cfg: CfgNode) -> Iterator[str]:
@@ -165,10 +153,10 @@ HEAD_CHECKS: dict[Check, tuple[str, ...]] = {
         "MODEL.ROI_BOX_CASCADE_HEAD.IOUS",
         "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS",
         "MODEL.CASCADE.STAGE_LOSS_WEIGHTS",
-        "MODEL.CASCADE.EXIT.THRESHOLDS",
-        "MODEL.CASCADE.EXIT.PRUNE_THRESHOLDS",
+        *LENGTH_KEYS,
         *(f"MODEL.CASCADE.BOX_HEAD.{key}" for key in _BOX_HEAD_LAYERS),
     ),
+    check_parts: (*PART_KEYS, f"{NODE}.ENABLED"),
     _check_first_iou: ("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", "MODEL.ROI_HEADS.IOU_THRESHOLDS"),
 }
 MODEL_CHECKS: dict[Check, tuple[str, ...]] = {
@@ -179,11 +167,7 @@ MODEL_CHECKS: dict[Check, tuple[str, ...]] = {
         "MODEL.CASCADE.BOX_HEAD.NUM_CONV",
         "MODEL.CASCADE.BOX_HEAD.NUM_FC",
     ),
-    _check_exits: (
-        "MODEL.ROI_HEADS.NAME",
-        "MODEL.CASCADE.EXIT.THRESHOLDS",
-        "MODEL.CASCADE.EXIT.PRUNE_THRESHOLDS",
-    ),
+    check_unused: ("MODEL.ROI_HEADS.NAME",),
     _check_resnet: ("MODEL.RESNETS.DEPTH", "MODEL.FPN.IN_FEATURES", "MODEL.RESNETS.OUT_FEATURES"),
     _check_levels: (
         "MODEL.FPN.IN_FEATURES",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from cascade_det.config.exits import EXIT_RULES
 from cascade_det.config.rules import (
     Condition,
     Rule,
@@ -194,16 +195,6 @@ _SINGLE: tuple[Rule, ...] = (
         "Give a list of numbers, 0 or more each.",
     ),
     Rule(
-        "MODEL.CASCADE.EXIT.THRESHOLDS",
-        each(above(0)),
-        "Give a list of numbers above 0; above 1 means never.",
-    ),
-    Rule(
-        "MODEL.CASCADE.EXIT.PRUNE_THRESHOLDS",
-        each(within(0, 1)),
-        "Give a list of numbers from 0 to 1; 0 means never.",
-    ),
-    Rule(
         "INPUT.MIN_SIZE_TRAIN",
         each(whole(at_least(1)), least=1),
         "Give a list of sizes in pixels, 1 or more each.",
@@ -238,6 +229,7 @@ def _rules() -> Iterator[Rule]:
         for key in keys:
             yield Rule(key, condition, remedy)
     yield from _SINGLE
+    yield from EXIT_RULES
 
 
 RANGES: tuple[Rule, ...] = tuple(_rules())

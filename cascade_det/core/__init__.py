@@ -2,7 +2,7 @@
 
 from cascade_det.core.box_head import BoxPredictor, ConvFCBoxHead
 from cascade_det.core.cascade import CascadeHead
-from cascade_det.core.exits import ConfidenceExit
+from cascade_det.core.exits import ExitPolicy, build_exits
 from cascade_det.core.roi_pooling import RoIPooler
 from cascade_det.core.structures import (
     EXIT_REASONS,
@@ -18,11 +18,12 @@ __all__ = [
     "BoxPredictor",
     "CascadeHead",
     "CascadeStats",
-    "ConfidenceExit",
     "ConvFCBoxHead",
     "Detections",
     "DetectorOutput",
+    "ExitPolicy",
     "PartTimer",
     "RoIPooler",
     "StageOutput",
+    "build_exits",
 ]

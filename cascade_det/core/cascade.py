@@ -8,35 +8,27 @@ absolute pixels of the resized image; image sizes are ``(height, width)``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from cascade_det.core import exits as exit_codes
 from cascade_det.core.boxes import (
     Weights,
-    clip_boxes,
-    decode_boxes,
     flatten_images,
     image_limits,
-    is_nonempty,
-    select_class,
 )
+from cascade_det.core.cascade_losses import cascade_losses
 from cascade_det.core.ensemble import ScoreEnsemble
-from cascade_det.core.exits import ConfidenceExit
+from cascade_det.core.exits import ExitPolicy
 from cascade_det.core.matching import LabelledRegions, Targets
-from cascade_det.core.postprocess import select_detections
+from cascade_det.core.network import Network
+from cascade_det.core.record import CascadeRecord, select_scored
+from cascade_det.core.regime import TrainingRegime
 from cascade_det.core.regions import Regions, Scored
-from cascade_det.core.roi_pooling import Pyramid, RoIPooler
-from cascade_det.core.structures import (
-    EXIT_REASONS,
-    CascadeStats,
-    Detections,
-    PartTimer,
-    StageOutput,
-)
+from cascade_det.core.roi_pooling import RoIPooler
+from cascade_det.core.structures import CascadeStats, Detections, PartTimer, StageOutput
 from cascade_det.core.training import TrainingRules
+from cascade_det.core.walk import Walker, part
 
 ImageSizes = Sequence[tuple[int, int]]
 
@@ -63,6 +55,7 @@ class CascadeHead(nn.Module):
         nms_thresh: of the per-class NMS.
         detections_per_image: the most to return.
         exits: when regions leave early; ``None`` runs every stage on every region.
+        regime: what training does beyond the sum of the stages' losses; ``None`` for nothing.
 
     Raises:
         ValueError: if the per-stage arguments differ in length.
@@ -88,7 +81,8 @@ class CascadeHead(nn.Module):
         score_thresh: float = 0.05,
         nms_thresh: float = 0.5,
         detections_per_image: int = 100,
-        exits: ConfidenceExit | None = None,
+        exits: ExitPolicy | None = None,
+        regime: TrainingRegime | None = None,
     ) -> None:
         super().__init__()
         self.num_stages = len(ious)
@@ -102,12 +96,12 @@ class CascadeHead(nn.Module):
         for name, values in per_stage.items():
             if len(values) != self.num_stages:
                 raise ValueError(f"{len(values)} {name} for {self.num_stages} ious")
-        if exits is not None and len(exits.thresholds) != self.num_stages - 1:
-            raise ValueError(
-                f"{len(exits.thresholds)} exit thresholds for {self.num_stages} stages: "
-                "one is needed for each stage but the last"
-            )
+        if exits is not None and exits.num_stages != self.num_stages:
+            raise ValueError(f"exits of {exits.num_stages} stages for {self.num_stages} ious")
         self.pooler = pooler
+        self.crop_pooler = RoIPooler(
+            output_size=1, strides=pooler.strides, sampling_ratio=2, kernel="torchvision"
+        )
         self.box_head = nn.ModuleList(box_heads)
         self.box_predictor = nn.ModuleList(box_predictors)
         self.num_classes = num_classes
@@ -124,6 +118,7 @@ class CascadeHead(nn.Module):
             positive_fraction=positive_fraction,
             proposal_append_gt=proposal_append_gt,
         )
+        self.regime = regime or TrainingRegime(num_stages=self.num_stages)
         self.ensemble = ScoreEnsemble(ensemble)
         self.score_thresh = score_thresh
         self.nms_thresh = nms_thresh
@@ -149,11 +144,16 @@ class CascadeHead(nn.Module):
             image_sizes: N ``(height, width)``.
 
         Returns:
-            ``loss_cls_stage<s>`` and ``loss_box_reg_stage<s>`` for every stage, scalars.
+            those of ``cascade_losses``, scalars.
         """
         boxes, image_index = flatten_images(gt_boxes)
         targets = Targets(boxes, torch.cat(list(gt_classes)), image_index)
-        regions = self.training_rules.sample(proposals, gt_boxes, targets)
+        rules = self.regime.rules(self.training_rules)
+        candidates = rules.candidates(proposals, gt_boxes, targets)
+        self.regime.observe_proposals(
+            candidates.ious, candidates.image_index, targets, len(image_sizes)
+        )
+        regions = rules.sample(candidates, len(image_sizes))
         return self.losses_of_regions(features, regions, targets, image_sizes)
 
     def losses_of_regions(
@@ -165,27 +165,24 @@ class CascadeHead(nn.Module):
     ) -> dict[str, Tensor]:
         """Losses of all stages from regions that are already sampled and labelled for stage 0."""
         pyramid = self.pooler.prepare(features)
-        losses: dict[str, Tensor] = {}
-        self.metrics = {}
-        for stage in range(self.num_stages):
+
+        def run_stage(stage: int, regions: LabelledRegions) -> tuple[Tensor, Tensor]:
             pooled = self.pooler(pyramid, regions.boxes, regions.image_index)
             if pooled.requires_grad:
                 # The sum of S losses would train the backbone S times as fast as one head does.
                 pooled.register_hook(lambda grad: grad * (1.0 / self.num_stages))
             logits, deltas = self.box_predictor[stage](self.box_head[stage](pooled))
-            losses.update(self.training_rules.stage_losses(stage, logits, deltas, regions))
-            refined = self.training_rules.refine(
-                stage,
-                logits,
-                deltas,
-                regions,
-                targets,
-                image_limits(image_sizes, regions.image_index),
-            )
-            self.metrics |= self.training_rules.metrics(
-                stage, logits, regions, refined, len(image_sizes)
-            )
-            regions = refined[is_nonempty(refined.boxes)]
+            return logits, deltas
+
+        losses, self.metrics = cascade_losses(
+            run_stage,
+            regions,
+            targets,
+            image_sizes,
+            rules=self.training_rules,
+            regime=self.regime,
+            ensemble=self.ensemble,
+        )
         return losses
 
     def detect(
@@ -194,7 +191,9 @@ class CascadeHead(nn.Module):
         proposals: Sequence[Tensor],
         image_sizes: ImageSizes,
         *,
+        objectness: Sequence[Tensor] | None = None,
         timer: PartTimer | None = None,
+        started: float | None = None,
     ) -> tuple[list[Detections], CascadeStats]:
         """Run the cascade; regions that left are neither pooled nor computed again.
 
@@ -205,29 +204,50 @@ class CascadeHead(nn.Module):
             features: L maps ``[N, C, H_l, W_l]``, finest first.
             proposals: per image float32 ``[R_i, 4]``, clipped to the image.
             image_sizes: N ``(height, width)``.
+            objectness: per image float32 ``[R_i]``, logits of the proposals.
             timer: takes the milliseconds of ``stage<s>`` and ``postprocess`` if given.
+            started: reading of the time budget's clock when work on the images began; ``None``
+                for now.
 
         Returns:
             N ``Detections`` in pixels of the resized images, and what was done.
+
+        Raises:
+            ValueError: exits look at the objectness, and none is given.
         """
-        stats = CascadeStats([0] * self.num_stages, [{} for _ in range(self.num_stages)])
-        left: list[Scored] = []
-        with _part(timer, "stage0"):
-            pyramid, live = self._start(features, proposals, image_sizes)
-        for stage in range(self.num_stages):
-            # A tracer would leave the stages out for all inputs.
-            if len(live) == 0 and not torch.jit.is_tracing():
-                break
-            stats.entered[stage] = len(live)
-            with _part(timer, f"stage{stage}"):
-                live, leaving, stats.left[stage] = self._advance(pyramid, live, stage)
-            if leaving is not None:
-                left.append(leaving)
-        with _part(timer, "postprocess"):
-            detections = self._select(left, live, len(image_sizes))
+        # Who leaves depends on the input: a tracer could not record it.
+        exits = None if torch.jit.is_tracing() else self.exits
+        budget = None if exits is None else exits.time_budget
+        if budget is not None:
+            budget.start(len(image_sizes), started)
+        if exits is not None and exits.asks_for_objectness and objectness is None:
+            raise ValueError("exits before stage 0 look at the objectness of the proposals")
+        with part(timer, "stage0"):
+            network, regions = self._start(features, proposals, objectness, image_sizes)
+        walker = Walker(
+            network,
+            num_stages=self.num_stages,
+            ensemble=self.ensemble,
+            policy=exits,
+            timer=timer,
+        )
+        scored = walker.walk(regions)
+        device = regions.boxes.device
+        if budget is not None:
+            budget.stages_are_done(device)
+        with part(timer, "postprocess"):
+            detections = self._select(scored, regions, len(image_sizes))
+        if budget is not None:
+            budget.finish(device)
+            walker.stats.overrun_ms = budget.overrun_ms
         if timer is not None:
-            stats.milliseconds = timer.milliseconds
-        return detections, stats
+            walker.stats.milliseconds = timer.milliseconds
+        return detections, walker.stats
+
+    def now(self) -> float | None:
+        """Reading of the time budget's clock, for ``started``; ``None`` where there is none."""
+        budget = None if self.exits is None else self.exits.time_budget
+        return None if budget is None else budget.clock()
 
     @torch.no_grad()
     def detect_stages(
@@ -242,15 +262,18 @@ class CascadeHead(nn.Module):
 
         Arguments as in ``detect``; the timer's parts are ``full/stage<s>``.
         """
-        with _part(timer, "full/stage0"):
-            pyramid, regions = self._start(features, proposals, image_sizes)
+        with part(timer, "full/stage0"):
+            network, regions = self._start(features, proposals, None, image_sizes)
         counts = [len(p) for p in proposals]
         outputs = []
         for stage in range(self.num_stages):
             before = regions.boxes
-            with _part(timer, f"full/stage{stage}"):
-                regions, pooled, decoded = self._run_stage(pyramid, regions, stage)
-            scored = self._score(regions, pooled, decoded, stage)
+            with part(timer, f"full/stage{stage}"):
+                run = network.run(regions, stage)
+            regions = run.regions
+            stages = torch.full_like(regions.image_index, stage)
+            probs = network.reported(run, stage)
+            scored = Scored(run.decoded, probs, regions.image_index, stages, regions.rows)
             outputs.append(
                 StageOutput(
                     self._select([scored], regions, len(image_sizes)),
@@ -260,78 +283,69 @@ class CascadeHead(nn.Module):
             )
         return outputs
 
-    def _start(
-        self, features: list[Tensor], proposals: Sequence[Tensor], image_sizes: ImageSizes
-    ) -> tuple[Pyramid, Regions]:
-        boxes, image_index = flatten_images(proposals)
-        limits = image_limits(image_sizes, image_index)
-        return self.pooler.prepare(features), Regions(boxes, image_index, limits)
+    @torch.no_grad()
+    def record(
+        self,
+        features: list[Tensor],
+        proposals: Sequence[Tensor],
+        image_sizes: ImageSizes,
+        *,
+        objectness: Sequence[Tensor] | None = None,
+        hidden: bool = False,
+    ) -> CascadeRecord:
+        """What every region sees at every stage of the full cascade.
 
-    def _advance(
-        self, pyramid: Pyramid, live: Regions, stage: int
-    ) -> tuple[Regions, Scored | None, dict[str, int]]:
-        """One stage: who goes on, who leaves with a score, and how many left for which reason."""
-        live, pooled, decoded = self._run_stage(pyramid, live, stage)
-        if stage == self.num_stages - 1:
-            completed = {"completed": len(live)}
-            return live[:0], self._score(live, pooled, decoded, stage), completed
-        # Who leaves depends on the input: a tracer could not record it.
-        if self.exits is None or torch.jit.is_tracing():
-            return live, None, {}
-        reasons = self.exits.decide(stage, self.ensemble.probs(live.total, stage + 1))
-        # One synchronisation tells all counts; a stable sort by reason then makes every group
-        # a slice, in the order in which the regions came.
-        counts = torch.bincount(reasons - exit_codes.STAY, minlength=len(EXIT_REASONS) + 1).tolist()
-        groups = torch.argsort(reasons, stable=True).split(counts)
-        kept = torch.cat(
-            [group for i, group in enumerate(groups[1:]) if i != exit_codes.BACKGROUND]
-        )
-        # Crops are many numbers for each region: they are gathered only where they are used.
-        crops = pooled[kept] if self.ensemble.reruns_heads else pooled
-        leaving = self._score(live[kept], crops, decoded[kept], stage)
-        by_reason = {name: n for name, n in zip(EXIT_REASONS, counts[1:], strict=True) if n}
-        return live[groups[0]], leaving, by_reason
-
-    def _run_stage(
-        self, pyramid: Pyramid, regions: Regions, stage: int
-    ) -> tuple[Regions, Tensor, Tensor]:
-        """Pool, classify and refine: the refined regions, their crops, and all decoded boxes."""
-        pooled = self.pooler(pyramid, regions.boxes, regions.image_index)
-        logits, deltas = self.box_predictor[stage](self.box_head[stage](pooled))
-        decoded = decode_boxes(deltas, regions.boxes, self.bbox_reg_weights[stage])
-        decoded = clip_boxes(decoded.unflatten(1, (-1, 4)), regions.limits).flatten(1)
-        boxes = select_class(decoded.detach(), logits[:, :-1].argmax(dim=1))
-        total = self.ensemble.add(regions.total, logits)
-        return Regions(boxes, regions.image_index, regions.limits, total), pooled, decoded
-
-    def _score(self, regions: Regions, pooled: Tensor, decoded: Tensor, stage: int) -> Scored:
-        """What regions are reported as if they leave after ``stage``."""
-        if self.ensemble.reruns_heads:
-            heads = zip(self.box_head[: stage + 1], self.box_predictor[: stage + 1], strict=True)
-            all_probs = [torch.softmax(p(h(pooled))[0].float(), dim=1) for h, p in heads]
-            probs = torch.stack(all_probs).mean(dim=0)
-        else:
-            probs = self.ensemble.probs(regions.total, stage + 1)
-        stages = torch.full_like(regions.image_index, stage)
-        return Scored(decoded, probs, regions.image_index, stages)
-
-    def _select(self, scored: list[Scored], rest: Regions, num_images: int) -> list[Detections]:
-        if not scored:
-            device = rest.boxes.device
-            none = torch.zeros(0, dtype=torch.int64, device=device)
-            boxes, probs = rest.boxes[:0], rest.boxes.new_zeros(0, self.num_classes + 1)
-            scored = [Scored(boxes, probs, none, none)]
-        return select_detections(
-            torch.cat([s.boxes for s in scored]),
-            torch.cat([s.probs for s in scored]),
-            torch.cat([s.image_index for s in scored]),
-            torch.cat([s.exit_stages for s in scored]),
-            num_images=num_images,
+        Arguments as in ``detect``; ``hidden`` keeps the outputs of the box heads too.
+        """
+        network, regions = self._start(features, proposals, objectness, image_sizes)
+        learned = None if self.exits is None else self.exits.learned
+        crops = network.crops(regions) if learned is not None and learned.crop_channels else None
+        return CascadeRecord(
+            image_sizes=[(int(height), int(width)) for height, width in image_sizes],
+            image_index=regions.image_index,
+            proposals=regions.boxes,
+            objectness=regions.objectness,
+            crops=crops,
+            stages=network.record(regions, self.num_stages, hidden=hidden),
+            ensemble=self.ensemble,
             score_thresh=self.score_thresh,
             nms_thresh=self.nms_thresh,
             detections_per_image=self.detections_per_image,
         )
 
+    def _start(
+        self,
+        features: list[Tensor],
+        proposals: Sequence[Tensor],
+        objectness: Sequence[Tensor] | None,
+        image_sizes: ImageSizes,
+    ) -> tuple[Network, Regions]:
+        boxes, image_index = flatten_images(proposals)
+        limits = image_limits(image_sizes, image_index)
+        logits = boxes.new_zeros(boxes.shape[0]) if objectness is None else torch.cat([*objectness])
+        rows = torch.arange(boxes.shape[0], device=boxes.device)
+        network = Network(
+            self.pooler.prepare(features),
+            len(image_sizes),
+            pooler=self.pooler,
+            crop_pooler=self.crop_pooler,
+            box_heads=self.box_head,
+            box_predictors=self.box_predictor,
+            bbox_reg_weights=self.bbox_reg_weights,
+            ensemble=self.ensemble,
+            learned=None if self.exits is None else self.exits.learned,
+        )
+        return network, Regions(boxes, image_index, limits, logits, rows)
 
-def _part(timer: PartTimer | None, name: str) -> AbstractContextManager[None]:
-    return nullcontext() if timer is None else timer.part(name)
+    def _select(self, scored: list[Scored], rest: Regions, num_images: int) -> list[Detections]:
+        if not scored:
+            none = rest.image_index[:0]
+            probs = rest.boxes.new_zeros(0, self.num_classes + 1)
+            scored = [Scored(rest.boxes[:0], probs, none, none, none)]
+        return select_scored(
+            scored,
+            num_images,
+            score_thresh=self.score_thresh,
+            nms_thresh=self.nms_thresh,
+            detections_per_image=self.detections_per_image,
+        )

@@ -6,6 +6,7 @@ R regions, K foreground classes. Boxes are float32 XYXY in absolute pixels of th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -16,29 +17,73 @@ class Regions:
 
     Attributes:
         boxes: float32 ``[R, 4]``.
-        image_index: int64 ``[R]``.
+        image_index: int64 ``[R]``, rising.
         limits: float32 ``[R, 4]``, see ``image_limits``.
-        total: ``[R, K + 1]``, running state of the score ensemble, ``None`` before stage 0.
+        objectness: float32 ``[R]``, logits of the proposals.
+        rows: int64 ``[R]``, which of the proposals of the batch each region was.
+        boxes_before: float32 ``[R, 4]``, what the last stage cropped; ``None`` before stage 0,
+            as all that follow.
+        total: ``[R, K + 1]``, running state of the score ensemble.
+        top_class: int64 ``[R]`` in ``[0, K]``, the most probable one.
+        agreements: int64 ``[R]``, how many stages before the last one had the same, in a row.
+        predicted_ious: float32 ``[R]``; ``None`` without a head for them.
     """
 
     boxes: Tensor
     image_index: Tensor
     limits: Tensor
+    objectness: Tensor
+    rows: Tensor
+    boxes_before: Tensor | None = None
     total: Tensor | None = None
+    top_class: Tensor | None = None
+    agreements: Tensor | None = None
+    predicted_ious: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.boxes)
 
     def __getitem__(self, index: Tensor | slice) -> Regions:
-        total = None if self.total is None else self.total[index]
-        return Regions(self.boxes[index], self.image_index[index], self.limits[index], total)
+        fields = vars(self).items()
+        rows: dict[str, Any] = {name: None if x is None else x[index] for name, x in fields}
+        return Regions(**rows)
+
+
+@dataclass
+class StageRun:
+    """What a stage made of the regions that entered it.
+
+    Attributes:
+        regions: refined, in the order in which they came.
+        decoded: all boxes that it predicts, ``[R, 4]`` or ``[R, 4 K]``.
+        pooled: the crops ``[R, C, P, P]``, of a network that is running.
+        hidden: ``[R, F]``, what the box head made of them, likewise.
+    """
+
+    regions: Regions
+    decoded: Tensor
+    pooled: Tensor | None = None
+    hidden: Tensor | None = None
+
+    def __getitem__(self, index: Tensor) -> StageRun:
+        pooled, hidden = (None if x is None else x[index] for x in (self.pooled, self.hidden))
+        return StageRun(self.regions[index], self.decoded[index], pooled, hidden)
 
 
 @dataclass
 class Scored:
-    """What regions are reported as: boxes ``[R, 4]`` or ``[R, 4 K]``, probabilities, exits."""
+    """What regions are reported as.
+
+    Attributes:
+        boxes: ``[R, 4]`` or ``[R, 4 K]``.
+        probs: ``[R, K + 1]``.
+        image_index: int64 ``[R]``.
+        exit_stages: int64 ``[R]``, the last stage that each saw.
+        rows: int64 ``[R]``, see ``Regions``.
+    """
 
     boxes: Tensor
     probs: Tensor
     image_index: Tensor
     exit_stages: Tensor
+    rows: Tensor

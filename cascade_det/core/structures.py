@@ -56,11 +56,21 @@ class CascadeStats:
         left: for each stage, how many regions left after it, by reason (a subset of
             ``EXIT_REASONS``); ``sum(left[s].values()) == entered[s] - entered[s + 1]``.
         milliseconds: wall time per part; empty unless a timer was given.
+        proposed: proposals of the whole batch.
+        left_before: how many of them left before stage 0, by reason;
+            ``proposed - sum(left_before.values()) == entered[0]``.
+        confidence: for each stage, the sum of the scores (largest foreground probabilities) of
+            those that left after it, by reason; empty without exits.
+        overrun_ms: by how much the call took longer than its time budget, 0 without one.
     """
 
     entered: list[int]
     left: list[dict[str, int]]
     milliseconds: dict[str, float] = field(default_factory=dict)
+    proposed: int = 0
+    left_before: dict[str, int] = field(default_factory=dict)
+    confidence: list[dict[str, float]] = field(default_factory=list, compare=False)
+    overrun_ms: float = field(default=0.0, compare=False)
 
 
 @dataclass

@@ -78,6 +78,7 @@ class Detector(nn.Module):
         model: Any = self.model
         heads: EarlyExitCascadeROIHeads = model.roi_heads
         part = timer.part if timer is not None else lambda name: nullcontext()
+        heads.started = heads.cascade.now()
         with part("preprocess"):
             images = model.preprocess_image(batch)
         with part("backbone"):
@@ -91,7 +92,7 @@ class Detector(nn.Module):
         try:
             instances, _ = heads(images, maps, proposals, None)
         finally:
-            heads.timer = None
+            heads.timer = heads.started = None
         original_sizes = [
             (inputs.get("height", size[0]), inputs.get("width", size[1]))
             for inputs, size in zip(batch, images.image_sizes, strict=True)

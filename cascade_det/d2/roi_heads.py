@@ -21,7 +21,7 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
 from cascade_det import config
-from cascade_det.core import CascadeHead, CascadeStats, ConfidenceExit, PartTimer
+from cascade_det.core import CascadeHead, CascadeStats, ExitPolicy, PartTimer, build_exits
 from cascade_det.d2.parts import (
     check_predictor,
     common,
@@ -29,7 +29,7 @@ from cascade_det.d2.parts import (
     refuse_overrides,
     threshold,
 )
-from cascade_det.d2.structures import instances_of, labelled_regions_of, targets_of
+from cascade_det.d2.structures import instances_of, labelled_regions_of, objectness_of, targets_of
 
 Losses = dict[str, Tensor]
 
@@ -70,6 +70,8 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         cascade: the box heads in a row; no submodule, its parts are those of this module.
         stats: of the last inference, how many regions entered and left each stage.
         timer: takes the milliseconds of the stages of each inference if it is set.
+        started: reading of the time budget's clock when work on the images began, if it is set;
+            else the budget counts from where proposals come in.
 
     Raises:
         ValueError: a part that the cascade cannot stand in for.
@@ -89,7 +91,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         stage_loss_weights: Sequence[float] | None = None,
         ensemble: str = "mean_probs",
         pooler_kernel: str = "auto",
-        exits: ConfidenceExit | None = None,
+        exits: ExitPolicy | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -110,12 +112,14 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             exits=exits,
             **self._rules(),
         )
+        self.exits = exits
         # Past nn.Module, which would register every parameter under a second name.
         self.__dict__["cascade"] = cascade
         self.__dict__["_pooler"] = box_pooler
         self.cascade: CascadeHead
         self.stats: CascadeStats | None = None
         self.timer: PartTimer | None = None
+        self.started: float | None = None
         self.follow_predictors()
 
     @classmethod
@@ -123,13 +127,15 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         """Arguments from a configuration; nodes and keys of ours that it lacks have defaults."""
         cfg = config.with_cascade_keys(cfg)
         config.check_heads(cfg)
-        arguments, exits = config.cascade_arguments(cfg), config.exit_arguments(cfg)
+        arguments, parts = config.cascade_arguments(cfg), super().from_config(cfg, input_shape)
+        hidden_features = [_size(head.output_shape) for head in parts["box_heads"]]
+        channels = common(input_shape[name].channels for name in parts["box_in_features"])
         return {
-            **super().from_config(cfg, input_shape),
+            **parts,
             "stage_loss_weights": arguments["stage_loss_weights"],
             "ensemble": arguments["ensemble"],
             "pooler_kernel": cfg.MODEL.CASCADE.POOLER_KERNEL,
-            "exits": None if exits is None else ConfidenceExit(**exits),
+            "exits": build_exits(config.exit_arguments(cfg), hidden_features, channels),
         }
 
     @classmethod
@@ -173,10 +179,16 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         if self.training:
             assert targets is not None
             return self._losses(maps, proposals, targets, image_sizes)
-        if torch.jit.is_tracing() and self.cascade.exits is not None:
+        if torch.jit.is_tracing() and self.exits is not None:
             warnings.warn("A traced cascade has no exits: it runs every stage.", stacklevel=2)
-        boxes = [x.proposal_boxes.tensor for x in proposals]
-        detections, self.stats = self.cascade.detect(maps, boxes, image_sizes, timer=self.timer)
+        detections, self.stats = self.cascade.detect(
+            maps,
+            [x.proposal_boxes.tensor for x in proposals],
+            image_sizes,
+            objectness=objectness_of(proposals),
+            timer=self.timer,
+            started=self.started,
+        )
         _log_exit_rates(self.stats)
         return [instances_of(d, size) for d, size in zip(detections, image_sizes, strict=True)]
 
@@ -196,6 +208,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         """
         cascade, rules, last = self.cascade, self._rules(), self.box_predictor[-1]
         cascade.box_head, cascade.box_predictor = self.box_head, self.box_predictor
+        cascade.exits = self.exits
         if self.box_pooler is not self.__dict__["_pooler"]:
             cascade.pooler = pooler_like(self.box_pooler, cascade.pooler.kernel)
             self.__dict__["_pooler"] = self.box_pooler
@@ -235,6 +248,10 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
                 weight = predictor.loss_weight.get(name, 1.0)
                 losses[f"{name}_stage{stage}"] = losses[f"{name}_stage{stage}"] * weight
         return losses
+
+
+def _size(shape: ShapeSpec) -> int:
+    return (shape.channels or 1) * (shape.height or 1) * (shape.width or 1)
 
 
 def _log_metrics(metrics: dict[str, Tensor]) -> None:

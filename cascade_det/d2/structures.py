@@ -94,3 +94,10 @@ def _rich(name: str, value: Any) -> Any:
         return PolygonMasks([[polygon.numpy() for polygon in polygons] for polygons in value])
     rich = {"gt_boxes": Boxes, "gt_keypoints": Keypoints}.get(name)
     return value if rich is None else rich(value)
+
+
+def objectness_of(proposals: list[Instances]) -> list[Tensor] | None:
+    """Per image the logits ``[R_i]`` of proposals; ``None`` if they do not carry them."""
+    if not all(x.has("objectness_logits") for x in proposals):
+        return None
+    return [x.objectness_logits.float() for x in proposals]

@@ -103,14 +103,22 @@ class Detector(nn.Module):
             timer: takes the milliseconds of every part if given.
         """
         part = timer.part if timer is not None else lambda name: nullcontext()
+        started = self.roi_heads.now()
         with part("preprocess"):
             images, image_sizes = self.preprocess([s["image"] for s in batch])
         with part("backbone"):
             maps = self.backbone(images)
         with part("rpn"):
-            proposals = self.proposal_generator.propose(maps, image_sizes)
+            proposals, objectness = self.proposal_generator.propose(maps, image_sizes)
         features = [maps[name] for name in self.roi_in_features]
-        detections, stats = self.roi_heads.detect(features, proposals, image_sizes, timer=timer)
+        detections, stats = self.roi_heads.detect(
+            features,
+            proposals,
+            image_sizes,
+            objectness=objectness,
+            timer=timer,
+            started=started,
+        )
         original_sizes = [
             (s.get("height", size[0]), s.get("width", size[1]))
             for s, size in zip(batch, image_sizes, strict=True)

@@ -154,14 +154,17 @@ class RPN(nn.Module):
         losses = self._losses(
             all_anchors, torch.cat(logits, 1), torch.cat(deltas, 1), labels, targets
         )
-        proposals = self._propose(anchors, logits, deltas, image_sizes, training=True)
+        proposals, _ = self._propose(anchors, logits, deltas, image_sizes, training=True)
         return proposals, losses
 
-    def propose(self, features: dict[str, Tensor], image_sizes: ImageSizes) -> list[Tensor]:
+    def propose(
+        self, features: dict[str, Tensor], image_sizes: ImageSizes
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Proposals for inference.
 
         Returns:
-            per image float32 ``[R_i, 4]``, by falling objectness, clipped to the image.
+            per image float32 ``[R_i, 4]``, by falling objectness, clipped to the image; and the
+            logits of their objectness, float32 ``[R_i]``.
         """
         anchors, logits, deltas = self._run_head(features)
         return self._propose(anchors, logits, deltas, image_sizes, training=False)
@@ -230,7 +233,7 @@ class RPN(nn.Module):
         image_sizes: ImageSizes,
         *,
         training: bool,
-    ) -> list[Tensor]:
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Top-k of each level, decoded, clipped, non-empty, after NMS within the level."""
         mode = 0 if training else 1
         scores, boxes, levels = [], [], []
@@ -254,11 +257,13 @@ class RPN(nn.Module):
         if training:
             self.metrics = {"rpn/nonfinite_boxes": (~finite).sum()}
         limits = image_limits(image_sizes, torch.arange(len(image_sizes), device=all_boxes.device))
-        proposals = []
+        proposals, objectness = [], []
         for image in range(len(image_sizes)):
             clipped = clip_boxes(all_boxes[image], limits[image].expand(all_boxes.shape[1], 4))
             keep = finite[image] & is_nonempty(clipped, self.min_box_size)
-            clipped = clipped[keep]
-            kept = batched_nms(clipped, all_scores[image][keep], level_index[keep], self.nms_thresh)
-            proposals.append(clipped[kept[: self.post_nms_topk[mode]]])
-        return proposals
+            clipped, finite_scores = clipped[keep], all_scores[image][keep]
+            kept = batched_nms(clipped, finite_scores, level_index[keep], self.nms_thresh)
+            kept = kept[: self.post_nms_topk[mode]]
+            proposals.append(clipped[kept])
+            objectness.append(finite_scores[kept])
+        return proposals, objectness

@@ -36,7 +36,7 @@ from detectron2.solver import WarmupParamScheduler
 from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
-from cascade_det.core import ConfidenceExit
+from cascade_det.core import ExitPolicy
 from cascade_det.d2 import EarlyExitCascadeROIHeads
 
 # Weights of (dx, dy, dw, dh) and the matching IoU of each stage.
@@ -104,7 +104,7 @@ model = L(GeneralizedRCNN)(
         ],
         proposal_matchers=[L(Matcher)(thresholds=[iou], labels=[0, 1]) for _, iou in _STAGES],
         # Starting points, not results: calibrate them on data of your own.
-        exits=L(ConfidenceExit)(thresholds=[0.9, 0.9], prune_thresholds=[0.02, 0.02]),
+        exits=L(ExitPolicy)(num_stages=3, prune_thresholds=[0.02, 0.02], redundancy_iou=0.8),
     ),
     pixel_mean=[103.530, 116.280, 123.675],
     pixel_std=[1.0, 1.0, 1.0],

@@ -17,7 +17,7 @@ from small_cascades import (
     truncate,
 )
 
-from cascade_det.core import ConfidenceExit, ConvFCBoxHead, Detections, PartTimer, RoIPooler
+from cascade_det.core import ConvFCBoxHead, Detections, ExitPolicy, PartTimer, RoIPooler
 from cascade_det.core.ensemble import ENSEMBLES
 
 NEVER = 1.1
@@ -25,7 +25,10 @@ SOME_LEAVE = {"thresholds": (0.7, 0.65, 0.6), "prune_thresholds": (0.35, 0.3, 0.
 
 
 def exits_for(num_stages):
-    return ConfidenceExit(**{name: values[: num_stages - 1] for name, values in SOME_LEAVE.items()})
+    return ExitPolicy(
+        num_stages=num_stages,
+        **{name: values[: num_stages - 1] for name, values in SOME_LEAVE.items()},
+    )
 
 
 def detect(cascade, scene):
@@ -161,7 +164,7 @@ def test_rows_run_again_for_last_boxes_are_those_that_are_reported():
 def test_leaving_after_the_first_stage_is_a_one_stage_head(ensemble):
     cascade, scene = make_cascade(ensemble=ensemble), make_scene()
     wanted, _ = detect(truncate(cascade, 1), scene)
-    cascade.exits = ConfidenceExit(thresholds=(0.0, 0.0), prune_thresholds=(0.0, 0.0))
+    cascade.exits = ExitPolicy(num_stages=3, thresholds=(0.0, 0.0), prune_thresholds=(0.0, 0.0))
     pooled, _ = record_calls(cascade)
     detections, stats = detect(cascade, scene)
     assert_same_detections(detections, wanted, exact=True)
@@ -174,7 +177,7 @@ def test_leaving_after_the_first_stage_is_a_one_stage_head(ensemble):
 def test_exits_that_let_nobody_go_change_no_bit(ensemble):
     cascade, scene = make_cascade(ensemble=ensemble), make_scene()
     wanted, stats = detect(cascade, scene)
-    cascade.exits = ConfidenceExit(thresholds=(NEVER, NEVER), prune_thresholds=(0.0, 0.0))
+    cascade.exits = ExitPolicy(num_stages=3, thresholds=(NEVER, NEVER), prune_thresholds=(0.0, 0.0))
     detections, stats_with_exits = detect(cascade, scene)
     assert_same_detections(detections, wanted, exact=True)
     assert stats_with_exits == stats
@@ -182,7 +185,7 @@ def test_exits_that_let_nobody_go_change_no_bit(ensemble):
 
 def test_when_all_are_background_nothing_is_found():
     cascade = make_cascade()
-    cascade.exits = ConfidenceExit(thresholds=(0.0, 0.0), prune_thresholds=(NEVER, NEVER))
+    cascade.exits = ExitPolicy(num_stages=3, thresholds=(0.0, 0.0), prune_thresholds=(NEVER, NEVER))
     detections, stats = detect(cascade, make_scene())
     assert stats.left == [{"background": 41}, {}, {}]
     assert [len(d) for d in detections] == [0, 0]
@@ -236,7 +239,9 @@ def test_work_is_monotone_in_each_kind_of_threshold(pairs):
     cascade, scene = make_cascade(), make_scene(num_proposals=(8, 6))
 
     def work(thresholds, prune_thresholds):
-        cascade.exits = ConfidenceExit(thresholds=thresholds, prune_thresholds=prune_thresholds)
+        cascade.exits = ExitPolicy(
+            num_stages=3, thresholds=thresholds, prune_thresholds=prune_thresholds
+        )
         return detect(cascade, scene)[1].entered
 
     low, high = zip(*pairs, strict=True)
@@ -339,7 +344,7 @@ def test_detections_have_gradients_where_they_are_on():
         ({"ious": (0.5, 0.6)}, "3 box_heads for 2 ious"),
         ({"bbox_reg_weights": ((1.0,) * 4,)}, "1 bbox_reg_weights for 3 ious"),
         ({"stage_loss_weights": (1.0, 0.5)}, "2 stage_loss_weights for 3 ious"),
-        ({"exits": exits_for(4)}, "3 exit thresholds for 3 stages"),
+        ({"exits": exits_for(4)}, "exits of 4 stages for 3 ious"),
         ({"ensemble": "median"}, "unknown ensemble 'median'"),
     ],
 )

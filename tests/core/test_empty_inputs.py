@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_cascades import POOLED, STRIDES, make_cascade, make_scene
 
-from cascade_det.core import ConfidenceExit, RoIPooler
+from cascade_det.core import ExitPolicy, RoIPooler
 from cascade_det.core.ensemble import ENSEMBLES
 from cascade_det.core.losses import BOX_LOSSES
 
@@ -80,7 +80,9 @@ def test_a_stage_that_loses_all_its_regions():
 def test_detecting(ensemble, with_exits, counts):
     cascade, scene = cascade_and_scene(counts, ensemble=ensemble, score_thresh=0.0)
     if with_exits:
-        cascade.exits = ConfidenceExit(thresholds=(0.9, 0.9), prune_thresholds=(0.01, 0.01))
+        cascade.exits = ExitPolicy(
+            num_stages=3, thresholds=(0.9, 0.9), prune_thresholds=(0.01, 0.01)
+        )
     detections, stats = cascade.detect(scene.features, scene.proposals, scene.image_sizes)
     num_proposals = COUNTS[counts][0]
     assert [len(d) > 0 for d in detections] == [n > 0 for n in num_proposals]

@@ -20,7 +20,7 @@ def decide(policy, stage, probs):
 
 
 def test_reasons_by_hand():
-    policy = ConfidenceExit(thresholds=(0.8, 0.5), prune_thresholds=(0.1, 0.3))
+    policy = ExitPolicy(num_stages=3, thresholds=(0.8, 0.5), prune_thresholds=(0.1, 0.3))
     probs = torch.tensor(
         [
             [0.80, 0.05, 0.15],  # reaches the threshold of stage 0
@@ -36,23 +36,23 @@ def test_reasons_by_hand():
 
 
 def test_background_comes_before_confident():
-    policy = ConfidenceExit(thresholds=(0.2,), prune_thresholds=(0.6,))
+    policy = ExitPolicy(num_stages=3, thresholds=(0.2,), prune_thresholds=(0.6,))
     assert decide(policy, 0, torch.tensor([[0.4, 0.6], [0.7, 0.3]])) == ["background", "confident"]
 
 
 def test_neutral_thresholds_let_nobody_go():
-    policy = ConfidenceExit(thresholds=(NEVER,), prune_thresholds=(0.0,))
+    policy = ExitPolicy(num_stages=3, thresholds=(NEVER,), prune_thresholds=(0.0,))
     assert decide(policy, 0, torch.tensor([[1.0, 0.0], [0.0, 1.0]])) == ["stay", "stay"]
 
 
 def test_nobody_is_there():
-    policy = ConfidenceExit(thresholds=(0.5,), prune_thresholds=(0.1,))
+    policy = ExitPolicy(num_stages=3, thresholds=(0.5,), prune_thresholds=(0.1,))
     assert policy.decide(0, torch.zeros(0, 4)).shape == (0,)
 
 
 def test_thresholds_of_different_length_are_refused():
     with pytest.raises(ValueError, match="2 thresholds but 1 prune"):
-        ConfidenceExit(thresholds=(0.5, 0.6), prune_thresholds=(0.1,))
+        ExitPolicy(num_stages=3, thresholds=(0.5, 0.6), prune_thresholds=(0.1,))
 
 
 pair = st.tuples(st.floats(0, 1.2), st.floats(0, 1.2)).map(sorted)
@@ -64,12 +64,14 @@ def test_thresholds_are_monotone_for_each_region(pair, seed):
     generator = torch.Generator().manual_seed(seed)
     probs = torch.softmax(3 * torch.randn(30, 4, generator=generator), dim=1)
     low, high = (
-        ConfidenceExit(thresholds=(value,), prune_thresholds=(0.0,)).decide(0, probs) == STAY
+        ExitPolicy(num_stages=3, thresholds=(value,), prune_thresholds=(0.0,)).decide(0, probs)
+        == STAY
         for value in pair
     )
     assert bool((high | ~low).all())
     low, high = (
-        ConfidenceExit(thresholds=(NEVER,), prune_thresholds=(value,)).decide(0, probs) == STAY
+        ExitPolicy(num_stages=3, thresholds=(NEVER,), prune_thresholds=(value,)).decide(0, probs)
+        == STAY
         for value in pair
     )
     assert bool((low | ~high).all())

@@ -43,7 +43,7 @@ from small_plugin import (
     twins,
 )
 
-from cascade_det.core import ConfidenceExit
+from cascade_det.core import ExitPolicy
 from cascade_det.d2 import EarlyExitCascadeROIHeads
 from cascade_det.errors import ConfigError
 
@@ -133,7 +133,7 @@ class TestConstruction:
         assert_same_instances(detect(ours, make_scene()), wanted)
 
     def test_own_arguments(self):
-        exits = ConfidenceExit(thresholds=(0.7, 0.6), prune_thresholds=(0.1, 0.2))
+        exits = ExitPolicy(num_stages=3, thresholds=(0.7, 0.6), prune_thresholds=(0.1, 0.2))
         plain = EarlyExitCascadeROIHeads(
             **plain_arguments(), exits=exits, ensemble="last", stage_loss_weights=[1.0, 0.5, 0.25]
         ).eval()

@@ -6,6 +6,8 @@ float32 XYXY in absolute pixels of the resized image.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +17,35 @@ from torch import Tensor
 from cascade_det.core.boxes import paired_iou
 
 BEFORE_STAGES = -1
+
+
+@dataclass
+class Accepted:
+    """Regions that are final already.
+
+    Attributes:
+        boxes: float32 ``[A, 4]``.
+        scores: float32 ``[A]``, of their best class.
+        classes: int64 ``[A]`` in ``[0, K)``.
+        image_index: int64 ``[A]``.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    classes: Tensor
+    image_index: Tensor
+
+    @classmethod
+    def of(cls, views: Sequence[RegionView]) -> Accepted | None:
+        """Those of several stages together; ``None`` for nothing."""
+        if not views:
+            return None
+        return cls(
+            torch.cat([view.boxes for view in views]),
+            torch.cat([view.scores for view in views]),
+            torch.cat([view.classes for view in views]),
+            torch.cat([view.image_index for view in views]),
+        )
 
 
 @dataclass
@@ -36,10 +67,7 @@ class RegionView:
             where there is no head for it.
         crops: float32 ``[R, C]``, one feature vector for each proposal, before stage 0 and only
             where a pruner wants them.
-        accepted_boxes: float32 ``[A, 4]``, regions that left as confident before this stage.
-        accepted_scores: float32 ``[A]``.
-        accepted_classes: int64 ``[A]``.
-        accepted_image_index: int64 ``[A]``.
+        accepted: regions that left as confident before this stage; ``None`` where no rule asks.
     """
 
     stage: int
@@ -52,13 +80,19 @@ class RegionView:
     agreements: Tensor | None = None
     predicted_ious: Tensor | None = None
     crops: Tensor | None = None
-    accepted_boxes: Tensor | None = None
-    accepted_scores: Tensor | None = None
-    accepted_classes: Tensor | None = None
-    accepted_image_index: Tensor | None = None
+    accepted: Accepted | None = None
 
     def __len__(self) -> int:
         return len(self.boxes)
+
+    def __getitem__(self, index: Tensor) -> RegionView:
+        own = ("stage", "num_images", "accepted")
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        rows = {n: x if n in own or x is None else x[index] for n, x in fields.items()}
+        subset = RegionView(**rows)
+        if "_best" in vars(self):  # the maximum over many classes is not looked for twice
+            vars(subset)["_best"] = tuple(x[index] for x in self._best)
+        return subset
 
     @cached_property
     def scores(self) -> Tensor:
@@ -72,7 +106,7 @@ class RegionView:
 
     @cached_property
     def is_foreground(self) -> Tensor:
-        """bool ``[R]``: no class, background included, is more probable than ``classes``."""
+        """Bool ``[R]``: no class, background included, is more probable than ``classes``."""
         assert self.probs is not None
         return self.scores >= self.probs[:, -1]
 

@@ -1,0 +1,254 @@
+"""What every region of some images saw at every stage of the full cascade.
+
+Exit rules are tried on a record without the network: the way that ``Walker`` leads the regions is
+the same, only that a record hands it what a network would compute. N images, R regions of all of
+them, S stages, K foreground classes. Boxes are float32 XYXY in pixels of the resized images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cascade_det.core.boxes import image_limits
+from cascade_det.core.ensemble import ScoreEnsemble
+from cascade_det.core.exits import ExitPolicy, RegionView
+from cascade_det.core.postprocess import select_detections
+from cascade_det.core.regions import Regions, Scored, StageRun
+from cascade_det.core.structures import CascadeStats, Detections
+from cascade_det.core.walk import Walker
+
+
+@dataclass
+class RecordedStage:
+    """One stage; row *i* is the same region at every stage.
+
+    Attributes:
+        boxes: float32 ``[R, 4]``, as it refined them.
+        decoded: all boxes that it predicts, ``[R, 4]`` or ``[R, 4 K]``.
+        total: ``[R, K + 1]``, state of the score ensemble.
+        top_class: int64 ``[R]`` in ``[0, K]``, the most probable one up to here.
+        agreements: int64 ``[R]``, how many stages before had the same, in a row.
+        predicted_ious: float32 ``[R]``; ``None`` without a head for them.
+        reported: ``[R, K + 1]``, what a region is reported with that leaves here; ``None`` where
+            the state of the ensemble says so.
+        hidden: ``[R, F]`` of the box head, where they were asked for.
+    """
+
+    boxes: Tensor
+    decoded: Tensor
+    total: Tensor
+    top_class: Tensor
+    agreements: Tensor
+    predicted_ious: Tensor | None = None
+    reported: Tensor | None = None
+    hidden: Tensor | None = None
+
+
+@dataclass
+class CascadeRecord:
+    """The full cascade on some images.
+
+    Attributes:
+        image_sizes: N ``(height, width)``.
+        image_index: int64 ``[R]``, rising.
+        proposals: float32 ``[R, 4]``.
+        objectness: float32 ``[R]``, logits.
+        crops: float32 ``[R, C]``, one feature vector for each proposal, or ``None``.
+        stages: S stages.
+        ensemble: how the stages' opinions become one score.
+        score_thresh: of detections.
+        nms_thresh: likewise.
+        detections_per_image: likewise.
+    """
+
+    image_sizes: list[tuple[int, int]]
+    image_index: Tensor
+    proposals: Tensor
+    objectness: Tensor
+    crops: Tensor | None
+    stages: list[RecordedStage]
+    ensemble: ScoreEnsemble
+    score_thresh: float
+    nms_thresh: float
+    detections_per_image: int
+
+    @property
+    def num_images(self) -> int:
+        """N."""
+        return len(self.image_sizes)
+
+    @property
+    def num_stages(self) -> int:
+        """S."""
+        return len(self.stages)
+
+    def start(self) -> Regions:
+        """All regions, before stage 0."""
+        limits = image_limits(self.image_sizes, self.image_index)
+        rows = torch.arange(len(self.proposals), device=self.proposals.device)
+        return Regions(self.proposals, self.image_index, limits, self.objectness, rows)
+
+    def view(self, stage: int) -> RegionView:
+        """What exit rules see after ``stage`` (-1: before the first) where nobody left."""
+        before = self.proposals if stage < 1 else self.stages[stage - 1].boxes
+        if stage < 0:
+            return RegionView(
+                stage=stage,
+                num_images=self.num_images,
+                image_index=self.image_index,
+                boxes=self.proposals,
+                objectness=self.objectness,
+                crops=self.crops,
+            )
+        of_stage = self.stages[stage]
+        return RegionView(
+            stage=stage,
+            num_images=self.num_images,
+            image_index=self.image_index,
+            boxes=of_stage.boxes,
+            objectness=self.objectness,
+            boxes_before=before,
+            probs=self.ensemble.probs(of_stage.total, stage + 1),
+            agreements=of_stage.agreements,
+            predicted_ious=of_stage.predicted_ious,
+        )
+
+    def run(self, regions: Regions, stage: int) -> StageRun:
+        """The outcome of a stage for some of the regions."""
+        of_stage, rows = self.stages[stage], regions.rows
+        ious = of_stage.predicted_ious
+        refined = Regions(
+            of_stage.boxes[rows],
+            regions.image_index,
+            regions.limits,
+            regions.objectness,
+            rows,
+            boxes_before=regions.boxes,
+            total=of_stage.total[rows],
+            top_class=of_stage.top_class[rows],
+            agreements=of_stage.agreements[rows],
+            predicted_ious=None if ious is None else ious[rows],
+        )
+        return StageRun(refined, of_stage.decoded[rows])
+
+    def reported(self, run: StageRun, stage: int) -> Tensor:
+        """Class probabilities ``[R, K + 1]`` of regions that leave after ``stage``."""
+        reported = self.stages[stage].reported
+        if reported is not None:
+            return reported[run.regions.rows]
+        return self.ensemble.probs(run.regions.total, stage + 1)
+
+    def recorded_crops(self, regions: Regions) -> Tensor:
+        """The crops ``[R, C]`` of some of the proposals.
+
+        Raises:
+            ValueError: none were recorded.
+        """
+        if self.crops is None:
+            raise ValueError("the record has no crops: record with a policy that asks for them")
+        return self.crops[regions.rows]
+
+    def replay(
+        self, policy: ExitPolicy | None, num_stages: int | None = None
+    ) -> tuple[list[Scored], CascadeStats]:
+        """What a cascade with these exits would do.
+
+        Args:
+            policy: its exits, of which time budgets have no meaning here.
+            num_stages: of the cascade, if it stops before the last one.
+
+        Returns:
+            what is reported of the regions, for ``select``, and the statistics.
+        """
+        walker = Walker(
+            _Replay(self),
+            num_stages=num_stages or self.num_stages,
+            ensemble=self.ensemble,
+            policy=policy,
+        )
+        return walker.walk(self.start()), walker.stats
+
+    def select(self, scored: Sequence[Scored]) -> list[Detections]:
+        """Detections of every image, in pixels of the resized ones."""
+        if not scored:  # no proposal entered stage 0
+            last, none = self.stages[-1], self.image_index[:0]
+            scored = [Scored(last.decoded[:0], last.total[:0], none, none, none)]
+        return select_scored(
+            scored,
+            self.num_images,
+            score_thresh=self.score_thresh,
+            nms_thresh=self.nms_thresh,
+            detections_per_image=self.detections_per_image,
+        )
+
+
+class _Replay:
+    """A record in the place of a network."""
+
+    def __init__(self, record: CascadeRecord) -> None:
+        self.num_images = record.num_images
+        self.run, self.reported, self.crops = record.run, record.reported, record.recorded_crops
+
+
+def join_records(records: Sequence[CascadeRecord]) -> CascadeRecord:
+    """One record of the images of several, in order.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not records:
+        raise ValueError("no records to join")
+    first = records[0]
+    shifts = [0]
+    for record in records:
+        shifts.append(shifts[-1] + record.num_images)
+    pairs = zip(records, shifts, strict=False)
+    stages = [
+        RecordedStage(**_join([vars(record.stages[stage]) for record in records]))
+        for stage in range(first.num_stages)
+    ]
+    names = ("proposals", "objectness", "crops")
+    return CascadeRecord(
+        image_sizes=[size for record in records for size in record.image_sizes],
+        image_index=torch.cat([record.image_index + shift for record, shift in pairs]),
+        stages=stages,
+        ensemble=first.ensemble,
+        score_thresh=first.score_thresh,
+        nms_thresh=first.nms_thresh,
+        detections_per_image=first.detections_per_image,
+        **_join([{name: getattr(record, name) for name in names} for record in records]),
+    )
+
+
+def select_scored(
+    scored: Sequence[Scored],
+    num_images: int,
+    *,
+    score_thresh: float,
+    nms_thresh: float,
+    detections_per_image: int,
+) -> list[Detections]:
+    """Detections of what regions are reported as; arguments as in ``select_detections``."""
+    return select_detections(
+        torch.cat([s.boxes for s in scored]),
+        torch.cat([s.probs for s in scored]),
+        torch.cat([s.image_index for s in scored]),
+        torch.cat([s.exit_stages for s in scored]),
+        num_images=num_images,
+        score_thresh=score_thresh,
+        nms_thresh=nms_thresh,
+        detections_per_image=detections_per_image,
+    )
+
+
+def _join(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    joined: dict[str, Any] = {}
+    for name, value in parts[0].items():
+        values = [part[name] for part in parts]
+        joined[name] = None if value is None else torch.cat([v for v in values if v is not None])
+    return joined

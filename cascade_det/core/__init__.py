@@ -6,6 +6,7 @@ from cascade_det.core.exits import ExitPolicy, build_exits
 from cascade_det.core.roi_pooling import RoIPooler
 from cascade_det.core.structures import (
     EXIT_REASONS,
+    CascadeInputs,
     CascadeStats,
     Detections,
     DetectorOutput,
@@ -17,6 +18,7 @@ __all__ = [
     "EXIT_REASONS",
     "BoxPredictor",
     "CascadeHead",
+    "CascadeInputs",
     "CascadeStats",
     "ConvFCBoxHead",
     "Detections",

@@ -90,6 +90,23 @@ class StageOutput:
 
 
 @dataclass
+class CascadeInputs:
+    """What a detector hands to its cascade for a batch of N images; see ``CascadeHead.detect``.
+
+    Attributes:
+        features: L maps ``[N, C, H_l, W_l]``, finest first.
+        proposals: per image float32 ``[R_i, 4]``.
+        image_sizes: N ``(height, width)``, of the images that the boxes refer to.
+        objectness: per image float32 ``[R_i]``, logits; ``None`` where nobody knows.
+    """
+
+    features: list[Tensor]
+    proposals: list[Tensor]
+    image_sizes: list[tuple[int, int]]
+    objectness: list[Tensor] | None = None
+
+
+@dataclass
 class DetectorOutput:
     """What a detector returns for a batch.
 

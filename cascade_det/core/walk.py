@@ -89,6 +89,7 @@ class Walker:
             image_index=proposals.image_index,
             boxes=proposals.boxes,
             objectness=proposals.objectness,
+            rows=proposals.rows,
             crops=self.source.crops(proposals) if policy.asks_for_crops else None,
         )
         decision = policy.decide(view)
@@ -127,6 +128,7 @@ class Walker:
             image_index=live.image_index,
             boxes=live.boxes,
             objectness=live.objectness,
+            rows=live.rows,
             boxes_before=live.boxes_before,
             probs=self.ensemble.probs(live.total, stage + 1),
             agreements=live.agreements,

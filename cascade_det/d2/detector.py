@@ -8,14 +8,20 @@ from typing import Any
 
 import torch
 from detectron2.modeling import GeneralizedRCNN, detector_postprocess
-from detectron2.structures import Instances
+from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from cascade_det.core import CascadeStats, DetectorOutput, PartTimer
+from cascade_det.core import (
+    CascadeHead,
+    CascadeInputs,
+    CascadeStats,
+    DetectorOutput,
+    PartTimer,
+)
 from cascade_det.core.postprocess import rescale_stage
 from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
-from cascade_det.d2.structures import detections_of
+from cascade_det.d2.structures import detections_of, objectness_of
 
 Inputs = Mapping[str, Any]
 
@@ -72,13 +78,38 @@ class Detector(nn.Module):
         detections = [detections_of(output["instances"]) for output in self.outputs]
         return DetectorOutput(detections, CascadeStats([], []))
 
-    def _detect_in_parts(
-        self, batch: Sequence[Inputs], stages: bool, timer: PartTimer | None
-    ) -> DetectorOutput:
+    @property
+    def cascade(self) -> CascadeHead:
+        """The cascade, where ``has_stages``."""
+        heads = self._heads
+        heads.follow_predictors()
+        return heads.cascade
+
+    @torch.no_grad()
+    def cascade_inputs(
+        self, batch: Sequence[Inputs], *, timer: PartTimer | None = None
+    ) -> CascadeInputs:
+        """What the cascade gets of a batch, where ``has_stages``; arguments as in ``detect``."""
+        images, maps, proposals = self._enter(batch, timer)
+        return CascadeInputs(
+            [maps[name] for name in self._heads.box_in_features],
+            [x.proposal_boxes.tensor for x in proposals],
+            images.image_sizes,
+            objectness_of(proposals),
+        )
+
+    @property
+    def _heads(self) -> EarlyExitCascadeROIHeads:
         model: Any = self.model
         heads: EarlyExitCascadeROIHeads = model.roi_heads
+        return heads
+
+    def _enter(
+        self, batch: Sequence[Inputs], timer: PartTimer | None
+    ) -> tuple[ImageList, dict[str, Tensor], list[Instances]]:
+        """All before the heads."""
+        model: Any = self.model
         part = timer.part if timer is not None else lambda name: nullcontext()
-        heads.started = heads.cascade.now()
         with part("preprocess"):
             images = model.preprocess_image(batch)
         with part("backbone"):
@@ -88,6 +119,15 @@ class Detector(nn.Module):
                 proposals = [inputs["proposals"].to(model.device) for inputs in batch]
             else:
                 proposals, _ = model.proposal_generator(images, maps, None)
+        return images, maps, proposals
+
+    def _detect_in_parts(
+        self, batch: Sequence[Inputs], stages: bool, timer: PartTimer | None
+    ) -> DetectorOutput:
+        heads = self._heads
+        part = timer.part if timer is not None else lambda name: nullcontext()
+        heads.started = heads.cascade.now()
+        images, maps, proposals = self._enter(batch, timer)
         heads.timer = timer
         try:
             instances, _ = heads(images, maps, proposals, None)

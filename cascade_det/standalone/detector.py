@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cascade_det.backbones import FPN
-from cascade_det.core import CascadeHead, DetectorOutput, PartTimer
+from cascade_det.core import CascadeHead, CascadeInputs, DetectorOutput, PartTimer
 from cascade_det.core.postprocess import rescale_detections, rescale_stage
 from cascade_det.standalone.rpn import RPN
 
@@ -59,6 +59,11 @@ class Detector(nn.Module):
         return self.pixel_mean.device
 
     @property
+    def cascade(self) -> CascadeHead:
+        """The cascade, in either host."""
+        return self.roi_heads
+
+    @property
     def metrics(self) -> dict[str, Tensor]:
         """Scalars to watch beside the losses, of the last call of ``losses``."""
         return {**self.proposal_generator.metrics, **self.roi_heads.metrics}
@@ -104,21 +109,9 @@ class Detector(nn.Module):
         """
         part = timer.part if timer is not None else lambda name: nullcontext()
         started = self.roi_heads.now()
-        with part("preprocess"):
-            images, image_sizes = self.preprocess([s["image"] for s in batch])
-        with part("backbone"):
-            maps = self.backbone(images)
-        with part("rpn"):
-            proposals, objectness = self.proposal_generator.propose(maps, image_sizes)
-        features = [maps[name] for name in self.roi_in_features]
-        detections, stats = self.roi_heads.detect(
-            features,
-            proposals,
-            image_sizes,
-            objectness=objectness,
-            timer=timer,
-            started=started,
-        )
+        inputs = self.cascade_inputs(batch, timer=timer)
+        detections, stats = self.roi_heads.detect(**vars(inputs), timer=timer, started=started)
+        image_sizes = inputs.image_sizes
         original_sizes = [
             (s.get("height", size[0]), s.get("width", size[1]))
             for s, size in zip(batch, image_sizes, strict=True)
@@ -130,9 +123,26 @@ class Detector(nn.Module):
             ]
         output = DetectorOutput(detections, stats)
         if stages:
-            full = self.roi_heads.detect_stages(features, proposals, image_sizes, timer=timer)
+            full = self.roi_heads.detect_stages(
+                inputs.features, inputs.proposals, image_sizes, timer=timer
+            )
             output.stages = [rescale_stage(stage, frames) for stage in full]
         return output
+
+    @torch.no_grad()
+    def cascade_inputs(
+        self, batch: Sequence[Sample], *, timer: PartTimer | None = None
+    ) -> CascadeInputs:
+        """What the cascade gets of a batch; arguments as in ``detect``."""
+        part = timer.part if timer is not None else lambda name: nullcontext()
+        with part("preprocess"):
+            images, image_sizes = self.preprocess([s["image"] for s in batch])
+        with part("backbone"):
+            maps = self.backbone(images)
+        with part("rpn"):
+            proposals, objectness = self.proposal_generator.propose(maps, image_sizes)
+        features = [maps[name] for name in self.roi_in_features]
+        return CascadeInputs(features, proposals, image_sizes, objectness)
 
     def preprocess(self, images: Sequence[Tensor]) -> tuple[Tensor, ImageSizes]:
         """Normalise, pad on the right and at the bottom with 0, and stack.

@@ -58,6 +58,8 @@ class RegionView:
         image_index: int64 ``[R]``, rising.
         boxes: float32 ``[R, 4]``, as the stage refined them; the proposals before stage 0.
         objectness: float32 ``[R]``, logits of the proposals.
+        rows: int64 ``[R]``, which of the proposals of the batch each region was; ``None``
+            where nobody asks.
         boxes_before: float32 ``[R, 4]``, what the stage cropped; ``None`` before stage 0.
         probs: float32 ``[R, K + 1]`` of the score ensemble up to ``stage``: by default the mean of
             the stages; ``None`` before stage 0.
@@ -75,6 +77,7 @@ class RegionView:
     image_index: Tensor
     boxes: Tensor
     objectness: Tensor
+    rows: Tensor | None = None
     boxes_before: Tensor | None = None
     probs: Tensor | None = None
     agreements: Tensor | None = None

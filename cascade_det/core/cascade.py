@@ -150,9 +150,8 @@ class CascadeHead(nn.Module):
         targets = Targets(boxes, torch.cat(list(gt_classes)), image_index)
         rules = self.regime.rules(self.training_rules)
         candidates = rules.candidates(proposals, gt_boxes, targets)
-        self.regime.observe_proposals(
-            candidates.ious, candidates.image_index, targets, len(image_sizes)
-        )
+        has_objects = targets.are_in(len(image_sizes))
+        self.regime.observe_proposals(candidates.ious, candidates.image_index, has_objects)
         regions = rules.sample(candidates, len(image_sizes))
         return self.losses_of_regions(features, regions, targets, image_sizes)
 

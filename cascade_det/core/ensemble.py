@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -48,3 +51,19 @@ class ScoreEnsemble:
             return total
         mean = total * (1.0 / num_seen)
         return torch.softmax(mean, dim=1) if self.name == "mean_logits" else mean
+
+    def log_probs(self, logits: Sequence[Tensor]) -> Tensor:
+        """Logarithms ``[R, K + 1]`` of what these stages together give as probabilities.
+
+        Args:
+            logits: ``[R, K + 1]`` each, at least one, of the same regions.
+
+        Raises:
+            ValueError: "last" has one stage alone, and "last_boxes" needs other crops.
+        """
+        stacked = torch.stack([x.float() for x in logits])
+        if self.name == "mean_logits":
+            return torch.log_softmax(stacked.mean(dim=0), dim=1)
+        if self.name != "mean_probs":
+            raise ValueError(f"the ensemble {self.name!r} is no mean over stages")
+        return torch.logsumexp(torch.log_softmax(stacked, dim=2), dim=0) - math.log(len(logits))

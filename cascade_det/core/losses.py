@@ -1,4 +1,4 @@
-"""The two losses of one stage: classification and box regression."""
+"""The losses of one stage: classification and box regression."""
 
 from __future__ import annotations
 
@@ -32,6 +32,17 @@ def classification_loss(logits: Tensor, gt_classes: Tensor) -> Tensor:
     if len(gt_classes) == 0:
         return logits.sum() * 0.0
     return F.cross_entropy(logits.float(), gt_classes)
+
+
+def weighted_classification_loss(logits: Tensor, gt_classes: Tensor, weights: Tensor) -> Tensor:
+    """Softmax cross-entropy of all regions, each times its weight, summed.
+
+    Args:
+        logits: ``[R, K + 1]``.
+        gt_classes: int64 ``[R]`` in ``[0, K]``.
+        weights: float32 ``[R]``.
+    """
+    return (weights * F.cross_entropy(logits.float(), gt_classes, reduction="none")).sum()
 
 
 def box_loss(

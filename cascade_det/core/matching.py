@@ -26,6 +26,10 @@ class Targets:
     classes: Tensor
     image_index: Tensor
 
+    def are_in(self, num_images: int) -> Tensor:
+        """Which images have any: bool ``[N]``."""
+        return torch.bincount(self.image_index, minlength=num_images) > 0
+
 
 @dataclass
 class LabelledRegions:

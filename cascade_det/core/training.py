@@ -14,6 +14,7 @@ from torch import Tensor
 from cascade_det.core.boxes import Weights, clip_boxes, decode_boxes, flatten_images, select_class
 from cascade_det.core.losses import box_loss, classification_loss
 from cascade_det.core.matching import LabelledRegions, Targets, label_regions, sample_regions
+from cascade_det.core.stage_pass import StagePass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,36 +32,36 @@ class TrainingRules:
     positive_fraction: float
     proposal_append_gt: bool
 
-    def sample(
+    def candidates(
         self, proposals: Sequence[Tensor], gt_boxes: Sequence[Tensor], targets: Targets
     ) -> LabelledRegions:
-        """Label the proposals for stage 0 and draw the minibatch of each image."""
+        """What the minibatches are drawn from: the proposals, labelled for stage 0."""
         if self.proposal_append_gt:
             proposals = [torch.cat(pair) for pair in zip(proposals, gt_boxes, strict=True)]
         boxes, image_index = flatten_images(proposals)
+        return self._label(boxes, image_index, targets, 0)
+
+    def sample(self, candidates: LabelledRegions, num_images: int) -> LabelledRegions:
+        """Draw the minibatch of each image."""
         return sample_regions(
-            self._label(boxes, image_index, targets, 0),
-            num_images=len(proposals),
+            candidates,
+            num_images=num_images,
             batch_size_per_image=self.batch_size_per_image,
             positive_fraction=self.positive_fraction,
             num_classes=self.num_classes,
         )
 
-    def stage_losses(
-        self, stage: int, logits: Tensor, deltas: Tensor, regions: LabelledRegions
-    ) -> dict[str, Tensor]:
-        """Weighted losses of one stage (arXiv 1712.00726, equation 8).
+    def class_loss(self, stage: int, run: StagePass) -> Tensor:
+        """Weighted class loss of one stage (arXiv 1712.00726, equation 8)."""
+        loss = classification_loss(run.logits, run.regions.gt_classes)
+        return self.stage_loss_weights[stage] * loss
 
-        Args:
-            stage: from 0.
-            logits: ``[R, K + 1]``.
-            deltas: ``[R, 4]`` or ``[R, 4 K]``.
-            regions: labelled for this stage.
-        """
-        rows = torch.nonzero(self._is_foreground(regions)).squeeze(1)
-        foreground = regions[rows]
+    def regression_loss(self, stage: int, run: StagePass) -> Tensor:
+        """Weighted box loss of one stage, of its foreground."""
+        rows = self.foreground(run.regions)
+        foreground = run.regions[rows]
         regression = box_loss(
-            select_class(deltas[rows], foreground.gt_classes),
+            select_class(run.deltas[rows], foreground.gt_classes),
             foreground.boxes,
             foreground.gt_boxes,
             weights=self.bbox_reg_weights[stage],
@@ -69,12 +70,12 @@ class TrainingRules:
         )
         # All regions count, also background, so that each foreground box weighs the same
         # however many there are (Fast R-CNN, arXiv 1504.08083, section 2.3).
-        regression = regression / max(len(regions), 1) * self.box_reg_loss_weight
-        weight = self.stage_loss_weights[stage]
-        return {
-            f"loss_cls_stage{stage}": weight * classification_loss(logits, regions.gt_classes),
-            f"loss_box_reg_stage{stage}": weight * regression,
-        }
+        regression = regression / max(len(run.regions), 1) * self.box_reg_loss_weight
+        return self.stage_loss_weights[stage] * regression
+
+    def foreground(self, regions: LabelledRegions) -> Tensor:
+        """int64 rows of the regions that have an object."""
+        return torch.nonzero(self._is_foreground(regions)).squeeze(1)
 
     @torch.no_grad()
     def refine(

@@ -19,6 +19,7 @@ from cascade_det.core import RoIPooler
 from cascade_det.core.boxes import flatten_images, image_limits
 from cascade_det.core.losses import BOX_LOSSES
 from cascade_det.core.matching import LabelledRegions, Targets, label_regions
+from cascade_det.core.stage_pass import StagePass
 
 
 def flat_targets(scene):
@@ -161,10 +162,11 @@ def test_box_loss_is_divided_by_all_regions(loss_type):
     logits, deltas = torch.randn(len(regions), NUM_CLASSES + 1), torch.randn(len(regions), 4)
     foreground = regions.gt_classes < NUM_CLASSES
     assert 0 < foreground.sum() < len(regions)
-    with_background = rules.stage_losses(0, logits, deltas, regions)["loss_box_reg_stage0"]
+    everything = StagePass(regions, torch.arange(len(regions)), logits, deltas)
+    with_background = rules.regression_loss(0, everything)
     rows = torch.nonzero(foreground).squeeze(1)
-    without = rules.stage_losses(0, logits[rows], deltas[rows], regions[rows])
-    without = without["loss_box_reg_stage0"]
+    objects = StagePass(regions[rows], rows, logits[rows], deltas[rows])
+    without = rules.regression_loss(0, objects)
     torch.testing.assert_close(with_background, without * len(rows) / len(regions))
 
 
@@ -273,7 +275,9 @@ def test_ground_truth_joins_the_proposals_if_asked(append):
     cascade = make_cascade(
         proposal_append_gt=append, batch_size_per_image=100, positive_fraction=1.0
     )
-    sampled = cascade.training_rules.sample(scene.proposals, scene.gt_boxes, flat_targets(scene))
+    rules = cascade.training_rules
+    candidates = rules.candidates(scene.proposals, scene.gt_boxes, flat_targets(scene))
+    sampled = rules.sample(candidates, num_images=2)
     assert len(sampled) == (10 + 4 + 3 if append else 10)
     exact = sampled.ious == 1
     assert exact.sum() == (7 if append else 0)
@@ -286,7 +290,7 @@ def test_samples_are_labelled_by_the_iou_of_the_first_stage():
     objects = [torch.tensor([[0.0, 0, 10, 10]])]
     targets = Targets(objects[0], torch.tensor([1]), torch.tensor([0]))
     overlaps = [torch.tensor([[0.0, 0, 10, 4.5], [0, 0, 10, 5.5], [0, 0, 10, 6.5]])]
-    sampled = rules.sample(overlaps, objects, targets)
+    sampled = rules.sample(rules.candidates(overlaps, objects, targets), num_images=1)
     by_iou = sorted(zip(sampled.ious.tolist(), sampled.gt_classes.tolist(), strict=True))
     assert [label for _, label in by_iou] == [NUM_CLASSES, 1, 1]
 

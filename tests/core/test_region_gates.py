@@ -1,0 +1,153 @@
+"""Confidence-gated training: the weights of regions against loops, and what they do to losses."""
+
+import math
+
+import pytest
+import torch
+from small_cascades import NUM_CLASSES, make_cascade, make_scene
+from training_passes import losses_of, make_pass, random_passes
+
+from cascade_det.core.regime import TrainingRegime
+from cascade_det.core.region_gates import RegionGates
+
+STAGE_WEIGHTS = (1.0, 0.7, 0.2)
+
+
+def settled(kind, probs, label, threshold, scale):
+    if kind == "hard":
+        best = max(range(len(probs)), key=probs.__getitem__)
+        return float(probs[best] >= threshold and best == label)
+    return 1 / (1 + math.exp(-scale * (probs[label] - threshold)))
+
+
+def naive_weights(passes, kind, threshold, scale):
+    """By a loop over regions: (stage, row) to weight, and to eligibility."""
+    weights, eligibility = {}, {}
+    for row in passes[0].rows.tolist():
+        left, own = 1.0, {}
+        for stage, run in enumerate(passes):
+            if row not in run.rows.tolist():
+                continue
+            place = run.rows.tolist().index(row)
+            logits = run.logits[place].tolist()
+            exps = [math.exp(x) for x in logits]
+            probs = [x / sum(exps) for x in exps]
+            own[stage] = STAGE_WEIGHTS[stage] * left + 1e-3
+            eligibility[stage, row] = left
+            label = run.regions.gt_classes[place].item()
+            left *= 1 - settled(kind, probs, label, threshold, scale)
+        weights |= {(stage, row): w / sum(own.values()) for stage, w in own.items()}
+    return weights, eligibility
+
+
+@pytest.mark.parametrize(("kind", "threshold", "scale"), [("hard", 0.7, 0), ("soft", 0.8, 15)])
+def test_weights_equal_a_loop_over_regions(kind, threshold, scale):
+    passes = random_passes()
+    gates = RegionGates(kind, threshold=threshold, scale=scale)
+    weights, eligible = gates.weights(passes, STAGE_WEIGHTS)
+    wanted, eligibility = naive_weights(passes, kind, threshold, scale)
+    got = {}
+    for stage, run in enumerate(passes):
+        for place, row in enumerate(run.rows.tolist()):
+            got[stage, row] = weights[stage][place].item()
+            assert eligible[stage][place].item() == pytest.approx(eligibility[stage, row], abs=1e-5)
+    assert got == pytest.approx(wanted, abs=1e-5)
+    # Some regions are settled by the first stage, some go to the last, some did not get there.
+    last = [got[2, row] for row in passes[2].rows.tolist()]
+    assert min(last) < 0.01 < 0.1 < max(last)
+    assert len(passes[2].rows) < 40
+    totals = torch.zeros(40)
+    for run, weight in zip(passes, weights, strict=True):
+        totals[run.rows] += weight
+    torch.testing.assert_close(totals, torch.ones(40))
+
+
+def test_who_is_confident_and_wrong_goes_on():
+    sure = [[9.0, 0, 0, 0]] * 2 + [[1.0, 0, 0, 0]]
+    passes = [make_pass([0, 1, 2], sure, [0, 1, 0]) for _ in range(2)]
+    _, eligible = RegionGates("hard", threshold=0.9, scale=0).weights(passes, (1.0, 1.0))
+    assert eligible[0].tolist() == [1, 1, 1]
+    assert eligible[1].tolist() == [0, 1, 1]
+
+
+def test_background_counts_as_correct():
+    passes = [make_pass([0], [[0.0, 0, 0, 9]], [NUM_CLASSES]) for _ in range(2)]
+    _, eligible = RegionGates("hard", threshold=0.9, scale=0).weights(passes, (1.0, 1.0))
+    assert eligible[1].tolist() == [0]
+
+
+def gated(gates, **changes):
+    return make_cascade(regime=TrainingRegime(num_stages=3, gates=gates, **changes))
+
+
+def test_gates_that_never_close_are_plain_training():
+    scene = make_scene()
+    plain = losses_of(make_cascade(stage_loss_weights=STAGE_WEIGHTS), scene)
+    gates = RegionGates("soft", threshold=1.0, scale=1e4)
+    regime = TrainingRegime(num_stages=3, gates=gates)
+    losses = losses_of(make_cascade(stage_loss_weights=STAGE_WEIGHTS, regime=regime), scene)
+    assert list(losses) == list(plain)
+    torch.testing.assert_close(losses, plain, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_losses_are_weighted_cross_entropies(kind):
+    scene, gates = make_scene(), RegionGates(kind, threshold=0.5, scale=15)
+    cascade = gated(gates)
+    seen = []
+    weights = gates.weights
+
+    def watch(passes, stage_weights):
+        seen.append((passes, weights(passes, stage_weights)[0], stage_weights))
+        return weights(passes, stage_weights)
+
+    gates.weights = watch
+    losses = losses_of(cascade, scene)
+    (passes, of_regions, stage_weights) = seen[0]
+    assert stage_weights == (1.0, 1.0, 1.0)
+    for stage, (run, weight) in enumerate(zip(passes, of_regions, strict=True)):
+        assert not weight.requires_grad
+        log_probs = torch.log_softmax(run.logits, dim=1)
+        terms = [
+            -weight[i] * log_probs[i, label]
+            for i, label in enumerate(run.regions.gt_classes.tolist())
+        ]
+        wanted = 3 * sum(terms) / len(passes[0].rows)
+        torch.testing.assert_close(losses[f"loss_cls_stage{stage}"], wanted)
+        eligible = cascade.metrics[f"stage{stage}/eligible"]
+        assert 0 < eligible <= 1
+    plain = losses_of(make_cascade(), scene)
+    for stage in range(3):
+        name = f"loss_box_reg_stage{stage}"
+        assert torch.equal(losses[name], plain[name])
+    assert cascade.metrics["stage2/eligible"] < 1
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_a_stage_has_no_gradient_from_gates_of_later_losses(kind):
+    cascade, scene = gated(RegionGates(kind, threshold=0.5, scale=15)), make_scene()
+    losses, parameters = losses_of(cascade, scene), dict(cascade.named_parameters())
+    for stage in range(3):
+        gradients = torch.autograd.grad(
+            losses[f"loss_cls_stage{stage}"],
+            list(parameters.values()),
+            retain_graph=True,
+            allow_unused=True,
+        )
+        used = {n for n, g in zip(parameters, gradients, strict=True) if g is not None}
+        assert used == {
+            n for n in parameters if n.split(".")[1] == str(stage) and "bbox_pred" not in n
+        }
+
+
+def test_no_regions_have_losses_of_zero():
+    cascade = gated(RegionGates("hard", threshold=0.5, scale=15))
+    scene = make_scene(num_proposals=(0, 0), num_objects=(0, 0))
+    losses = losses_of(cascade, scene)
+    assert all(loss.item() == 0 for loss in losses.values())
+    sum(losses.values()).backward()
+
+
+def test_unknown_gates_are_refused():
+    with pytest.raises(ValueError, match="hard, soft"):
+        RegionGates("firm", threshold=0.5, scale=1)

@@ -20,6 +20,7 @@ REQUIREMENTS = [
     # The same `import cv2` as opencv-python, without its need for libGL and X11 on the machine.
     "opencv-python-headless>=4.8",
     "numpy>=1.26",
+    "scipy>=1.11",
     "Pillow>=11.0",
     "tqdm>=4.66",
     "filelock>=3.12",

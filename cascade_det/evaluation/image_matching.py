@@ -1,0 +1,263 @@
+"""COCO's matching image by image, so that images whose detections did not change keep theirs.
+
+I images, K classes, T IoU thresholds (COCO's 0.50, 0.55, ..., 0.95), D detections.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pycocotools import mask
+from pycocotools.cocoeval import COCOeval
+
+from cascade_det.core.structures import Detections
+from cascade_det.errors import DatasetError
+from cascade_det.evaluation.ground_truth import load_ground_truth
+
+IOUS = COCOeval(iouType="bbox").params.iouThrs
+MAX_DETECTIONS = 100  # Per image and class, in figures that name no other number.
+ALL_AREAS = [0, 1e10]
+
+
+@dataclass(frozen=True)
+class ImageMatches:
+    """One image: which of its detections hit an object. Best score first within a class.
+
+    Attributes:
+        image_id: of the json.
+        classes: int64 ``[D]`` in ``[0, K)``.
+        scores: float64 ``[D]``.
+        exit_stages: int64 ``[D]``.
+        hits: bool ``[T, D]``, whether the detection takes an object.
+        ignored: bool ``[T, D]``, whether it lies in a crowd instead and does not count.
+        objects: int64 ``[K]``, how many there are to find; no crowds.
+    """
+
+    image_id: int
+    classes: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float64]
+    exit_stages: npt.NDArray[np.int64]
+    hits: npt.NDArray[np.bool_]
+    ignored: npt.NDArray[np.bool_]
+    objects: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class MatchedDetections:
+    """The detections of several images, as in ``ImageMatches``.
+
+    Attributes:
+        image_ids: int64 ``[I]``, ascending.
+        images: int64 ``[D]``, ascending indices into ``image_ids``.
+        classes: int64 ``[D]``.
+        scores: float64 ``[D]``.
+        exit_stages: int64 ``[D]``.
+        hits: bool ``[T, D]``.
+        ignored: bool ``[T, D]``.
+        objects: int64 ``[I, K]``.
+    """
+
+    image_ids: npt.NDArray[np.int64]
+    images: npt.NDArray[np.int64]
+    classes: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float64]
+    exit_stages: npt.NDArray[np.int64]
+    hits: npt.NDArray[np.bool_]
+    ignored: npt.NDArray[np.bool_]
+    objects: npt.NDArray[np.int64]
+
+    def subset(self, image_ids: Collection[int]) -> MatchedDetections:
+        """Those of some of the images."""
+        chosen = np.isin(self.image_ids, list(image_ids))
+        kept = chosen[self.images]
+        return MatchedDetections(
+            image_ids=self.image_ids[chosen],
+            images=(chosen.cumsum() - 1)[self.images[kept]],
+            classes=self.classes[kept],
+            scores=self.scores[kept],
+            exit_stages=self.exit_stages[kept],
+            hits=self.hits[:, kept],
+            ignored=self.ignored[:, kept],
+            objects=self.objects[chosen],
+        )
+
+
+class ImageMatcher:
+    """Matches the detections of an image to its objects, once for the same detections.
+
+    Args:
+        ground_truth: content of a COCO-format json with annotations, see ``load_ground_truth``.
+        category_ids: its category id for each class ``0..K-1``.
+        cache_size: matched images to remember; one takes about 50 bytes per detection.
+
+    Raises:
+        DatasetError: the ground truth cannot be used.
+    """
+
+    def __init__(
+        self,
+        ground_truth: Mapping[str, Any],
+        category_ids: Sequence[int],
+        *,
+        cache_size: int = 100_000,
+    ) -> None:
+        coco = load_ground_truth(ground_truth)
+        if not coco.anns:
+            raise DatasetError("the ground truth has no annotations to match detections to")
+        self.num_classes = len(category_ids)
+        class_of = {category_id: index for index, category_id in enumerate(category_ids)}
+        self._objects: dict[int, dict[int, list[dict[str, Any]]]] = {
+            image_id: defaultdict(list) for image_id in coco.imgs
+        }
+        for annotation in coco.anns.values():
+            index = class_of.get(annotation["category_id"])
+            if index is not None and annotation["image_id"] in self._objects:
+                entry = {**annotation, "ignore": int(annotation["iscrowd"])}
+                self._objects[annotation["image_id"]][index].append(entry)
+        self._cache: OrderedDict[tuple[int, bytes], ImageMatches] = OrderedDict()
+        self._cache_size = cache_size
+
+    def objects_of(self, image_id: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+        """Boxes ``[G, 4]`` (XYXY, original pixels) and classes ``[G]`` of what is to be found."""
+        objects = [
+            (item["bbox"], index)
+            for index, items in self._objects[image_id].items()
+            for item in items
+            if not item["ignore"]
+        ]
+        boxes = np.array([box for box, _ in objects], np.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        return boxes, np.array([index for _, index in objects], np.int64)
+
+    def match(self, image_id: int, detections: Detections) -> ImageMatches:
+        """What the detections of an image hit.
+
+        Args:
+            image_id: of the json.
+            detections: boxes in pixels of the original image, classes in ``[0, K)``.
+
+        Raises:
+            DatasetError: the image is not in the json, or a class has no category.
+        """
+        columns = [
+            np.ascontiguousarray(column.detach().cpu().numpy())
+            for column in (
+                detections.boxes,
+                detections.scores,
+                detections.classes,
+                detections.exit_stages,
+            )
+        ]
+        key = image_id, hashlib.blake2b(b"".join(map(np.ndarray.tobytes, columns))).digest()
+        record = self._cache.pop(key, None) or self._match(image_id, *columns)
+        self._cache[key] = record  # The last one to be forgotten.
+        if len(self._cache) > self._cache_size:
+            self._cache.popitem(last=False)
+        return record
+
+    def collect(self, records: Iterable[ImageMatches]) -> MatchedDetections:
+        """Join images, each of which may come once; those without detections count as well.
+
+        Raises:
+            ValueError: an image comes twice.
+        """
+        images = sorted(records, key=lambda record: record.image_id)
+        image_ids = np.array([record.image_id for record in images], np.int64)
+        if (np.diff(image_ids) == 0).any():
+            raise ValueError("an image is there twice: weigh it instead")
+        none = np.zeros((len(IOUS), 0), bool)
+        return MatchedDetections(
+            image_ids=image_ids,
+            images=np.arange(len(images)).repeat([len(record.scores) for record in images]),
+            classes=_joined([record.classes for record in images], np.int64),
+            scores=_joined([record.scores for record in images], np.float64),
+            exit_stages=_joined([record.exit_stages for record in images], np.int64),
+            hits=np.concatenate([none, *(record.hits for record in images)], axis=1),
+            ignored=np.concatenate([none, *(record.ignored for record in images)], axis=1),
+            objects=_joined([record.objects for record in images], np.int64).reshape(
+                -1, self.num_classes
+            ),
+        )
+
+    def _match(
+        self,
+        image_id: int,
+        boxes: npt.NDArray[np.float32],
+        scores: npt.NDArray[np.float32],
+        classes: npt.NDArray[np.int64],
+        exit_stages: npt.NDArray[np.int64],
+    ) -> ImageMatches:
+        if image_id not in self._objects:
+            raise DatasetError(f"image {image_id} is not in the ground truth")
+        if len(classes) and not 0 <= classes.min() <= classes.max() < self.num_classes:
+            raise DatasetError(
+                f"image {image_id} has detections of class {classes.max()}, but there are "
+                f"categories for {self.num_classes} classes"
+            )
+        objects = self._objects[image_id]
+        by_score = np.lexsort((-scores, classes))  # Stable, as in COCOeval.
+        firsts = np.searchsorted(classes[by_score], classes[by_score])
+        kept = by_score[np.arange(len(classes)) - firsts < MAX_DETECTIONS]
+        hits, ignored = np.zeros((2, len(IOUS), len(kept)), bool)
+        # Float32 as the files of results have it, then float64.
+        xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)[kept]
+        for index in np.unique(classes[kept]).tolist():
+            if objects.get(index):
+                rows = np.flatnonzero(classes[kept] == index)
+                found = _match_class(xywh[rows].astype(np.float64), objects[index])
+                hits[:, rows], ignored[:, rows] = found
+        counts = [
+            sum(not item["ignore"] for item in objects.get(index, ()))
+            for index in range(self.num_classes)
+        ]
+        return ImageMatches(
+            image_id=image_id,
+            classes=classes[kept],
+            scores=scores[kept].astype(np.float64),
+            exit_stages=exit_stages[kept],
+            hits=hits,
+            ignored=ignored,
+            objects=np.array(counts, np.int64),
+        )
+
+
+def match_images(
+    ground_truth: Mapping[str, Any],
+    category_ids: Sequence[int],
+    detections_by_image: Mapping[int, Detections],
+) -> MatchedDetections:
+    """Match the detections of all images at once; see ``ImageMatcher``."""
+    matcher = ImageMatcher(ground_truth, category_ids, cache_size=0)
+    return matcher.collect(matcher.match(*item) for item in detections_by_image.items())
+
+
+def _match_class(
+    boxes: npt.NDArray[np.float64], objects: list[dict[str, Any]]
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Hits and ignored, ``[T, D]``, of the boxes of one class (XYWH, best first)."""
+    truth = np.array([item["bbox"] for item in objects], np.float64)
+    overlaps = mask.iou(boxes, truth, [item["iscrowd"] for item in objects])
+    # COCOeval's loops over all pairs are in Python: what matches nothing need not pass them.
+    near = np.flatnonzero((overlaps >= IOUS[0]).any(axis=1))
+    evaluation = COCOeval(iouType="bbox")
+    evaluation._gts[0, 0] = objects
+    # Scores only order the boxes, which are in order.
+    evaluation._dts[0, 0] = [
+        {"id": rank + 1, "score": -rank, "area": 0} for rank in range(len(near))
+    ]
+    evaluation.ious = {(0, 0): overlaps[near]}
+    entry = evaluation.evaluateImg(0, 0, ALL_AREAS, MAX_DETECTIONS)
+    hits, ignored = np.zeros((2, len(IOUS), len(boxes)), bool)
+    hits[:, near] = (entry["dtMatches"] > 0) & ~entry["dtIgnore"]
+    ignored[:, near] = entry["dtIgnore"]
+    return hits, ignored
+
+
+def _joined(parts: list, dtype: npt.DTypeLike) -> np.ndarray:
+    return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)

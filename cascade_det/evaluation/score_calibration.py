@@ -1,0 +1,120 @@
+"""Scores that mean the same whichever stage a region left at.
+
+A detection's score ``p`` becomes ``sigmoid(a_s * logit(p) + b_s)``, where *s* is the last stage
+that its region saw: Platt scaling (1999) on the logit, and with ``b_s = 0`` the temperature
+``1 / a_s`` of Guo et al. (arXiv 1706.04599). N detections, S stages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import minimize
+from scipy.special import expit, logit
+
+MIN_SAMPLES = 50
+# Keeps a stage whose scores tell the outcomes apart without an error from infinity, and the order
+# of the scores as it was. Beyond 1e-6, scores are what rounding made of them.
+SCALE_RANGE = (0.01, 100.0)
+SHIFT_RANGE = (-50.0, 50.0)
+SMALLEST_SCORE = 1e-6
+
+
+@dataclass(frozen=True)
+class ScoreCalibration:
+    """A rising map of the scores for each exit stage.
+
+    Attributes:
+        scales: ``a`` per stage, above 0.
+        shifts: ``b`` per stage.
+    """
+
+    scales: tuple[float, ...]
+    shifts: tuple[float, ...]
+
+    def __call__(
+        self, scores: npt.ArrayLike, exit_stages: npt.ArrayLike
+    ) -> npt.NDArray[np.float64]:
+        """Calibrated scores ``[N]``; 0 and 1 stay what they are.
+
+        Args:
+            scores: ``[N]`` in [0, 1].
+            exit_stages: ``[N]``, whole numbers in ``[0, S)``.
+        """
+        stages = np.asarray(exit_stages, np.int64)
+        logits = logit(np.asarray(scores, np.float64))
+        return expit(np.array(self.scales)[stages] * logits + np.array(self.shifts)[stages])
+
+
+def fit_score_calibration(
+    scores: npt.ArrayLike,
+    correct: npt.ArrayLike,
+    exit_stages: npt.ArrayLike,
+    num_stages: int,
+    *,
+    with_shift: bool = True,
+) -> ScoreCalibration:
+    """The calibration under which the outcomes are most likely, stage by stage.
+
+    Stages with fewer than ``MIN_SAMPLES`` detections, or with one outcome only, keep their scores.
+
+    Args:
+        scores: ``[N]`` in [0, 1].
+        correct: ``[N]``, whether the detection is a true positive (at IoU 0.5, say); leave those
+            out that COCO ignores.
+        exit_stages: ``[N]``, whole numbers in ``[0, S)``.
+        num_stages: S.
+        with_shift: ``False``: the temperature alone.
+    """
+    logits = logit(np.clip(np.asarray(scores, np.float64), SMALLEST_SCORE, 1 - SMALLEST_SCORE))
+    outcomes, stages = np.asarray(correct, bool), np.asarray(exit_stages, np.int64)
+    fitted = []
+    for stage in range(num_stages):
+        rows = stages == stage
+        hits = int(outcomes[rows].sum())
+        enough = rows.sum() >= MIN_SAMPLES and 0 < hits < rows.sum()
+        fitted.append(_fit(logits[rows], outcomes[rows], with_shift) if enough else (1.0, 0.0))
+    return ScoreCalibration(tuple(a for a, _ in fitted), tuple(b for _, b in fitted))
+
+
+def expected_calibration_error(
+    scores: npt.ArrayLike, correct: npt.ArrayLike, bins: int = 15
+) -> float:
+    """How far scores are from the share of true positives among their like (1706.04599, eq. 3).
+
+    Args:
+        scores: ``[N]`` in [0, 1].
+        correct: ``[N]``, whether the detection is a true positive.
+        bins: of equal width; the mean difference in each, weighted with its detections.
+
+    Returns:
+        In [0, 1]; nan without detections.
+    """
+    values, outcomes = np.asarray(scores, np.float64), np.asarray(correct, np.float64)
+    if len(values) == 0:
+        return float("nan")
+    place = np.minimum((values * bins).astype(np.int64), bins - 1)
+    return float(np.abs(np.bincount(place, outcomes - values)).sum() / len(values))
+
+
+def _fit(
+    logits: npt.NDArray[np.float64], outcomes: npt.NDArray[np.bool_], with_shift: bool
+) -> tuple[float, float]:
+    """The scale and shift of the least mean cross entropy, which is convex in them."""
+    signs = np.where(outcomes, 1.0, -1.0)
+
+    def loss(parameters: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
+        scale, shift = parameters
+        margins = signs * (scale * logits + shift)
+        slopes = -signs * expit(-margins)
+        gradient = np.array([(slopes * logits).mean(), slopes.mean()])
+        return float(np.logaddexp(0, -margins).mean()), gradient
+
+    shifts = SHIFT_RANGE if with_shift else (0.0, 0.0)
+    start = np.array([1.0, 0.0])
+    found = minimize(
+        loss, start, jac=True, bounds=[SCALE_RANGE, shifts], options={"ftol": 1e-14, "gtol": 1e-9}
+    )
+    return float(found.x[0]), float(found.x[1])

@@ -50,6 +50,21 @@ class RecordedStage:
 
 
 @dataclass
+class Replay:
+    """What a cascade with exits would have done.
+
+    Attributes:
+        scored: what is reported of the regions, for ``CascadeRecord.select``.
+        stats: of all images together.
+        entered: int64 ``[S, N]``, regions of each image that enter each stage.
+    """
+
+    scored: list[Scored]
+    stats: CascadeStats
+    entered: Tensor
+
+
+@dataclass
 class CascadeRecord:
     """The full cascade on some images.
 
@@ -86,6 +101,24 @@ class CascadeRecord:
     def num_stages(self) -> int:
         """S."""
         return len(self.stages)
+
+    def of_images(self, images: Sequence[int]) -> CascadeRecord:
+        """The record of some of the images, in the given order."""
+        counts = torch.bincount(self.image_index, minlength=self.num_images).tolist()
+        rows_of = torch.arange(len(self.proposals)).split(counts)
+        chosen = [rows_of[image] for image in images]
+        rows = torch.cat([*chosen, torch.zeros(0, dtype=torch.int64)])
+
+        def pick(part: Any) -> dict[str, Any]:
+            return {n: x[rows] if isinstance(x, Tensor) else x for n, x in vars(part).items()}
+
+        lengths = torch.tensor([len(one) for one in chosen], dtype=torch.int64)
+        fields = pick(self) | {
+            "image_sizes": [self.image_sizes[image] for image in images],
+            "image_index": torch.arange(len(chosen)).repeat_interleave(lengths),
+            "stages": [RecordedStage(**pick(stage)) for stage in self.stages],
+        }
+        return CascadeRecord(**fields)
 
     def start(self) -> Regions:
         """All regions, before stage 0."""
@@ -153,25 +186,22 @@ class CascadeRecord:
             raise ValueError("the record has no crops: record with a policy that asks for them")
         return self.crops[regions.rows]
 
-    def replay(
-        self, policy: ExitPolicy | None, num_stages: int | None = None
-    ) -> tuple[list[Scored], CascadeStats]:
+    def replay(self, policy: ExitPolicy | None, num_stages: int | None = None) -> Replay:
         """What a cascade with these exits would do.
 
         Args:
             policy: its exits, of which time budgets have no meaning here.
             num_stages: of the cascade, if it stops before the last one.
-
-        Returns:
-            what is reported of the regions, for ``select``, and the statistics.
         """
+        source = _Source(self)
         walker = Walker(
-            _Replay(self),
+            source,
             num_stages=num_stages or self.num_stages,
             ensemble=self.ensemble,
             policy=policy,
         )
-        return walker.walk(self.start()), walker.stats
+        scored = walker.walk(self.start())
+        return Replay(scored, walker.stats, source.entered)
 
     def select(self, scored: Sequence[Scored]) -> list[Detections]:
         """Detections of every image, in pixels of the resized ones."""
@@ -187,12 +217,18 @@ class CascadeRecord:
         )
 
 
-class _Replay:
+class _Source:
     """A record in the place of a network."""
 
     def __init__(self, record: CascadeRecord) -> None:
         self.num_images = record.num_images
-        self.run, self.reported, self.crops = record.run, record.reported, record.recorded_crops
+        self.reported, self.crops = record.reported, record.recorded_crops
+        self.entered = record.image_index.new_zeros(record.num_stages, record.num_images)
+        self._record = record
+
+    def run(self, regions: Regions, stage: int) -> StageRun:
+        self.entered[stage] = torch.bincount(regions.image_index, minlength=self.num_images)
+        return self._record.run(regions, stage)
 
 
 def join_records(records: Sequence[CascadeRecord]) -> CascadeRecord:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchvision.ops import nms
+from torchvision.ops import batched_nms
 
-from cascade_det.core.exits.view import Accepted, RegionView
+from cascade_det.core.exits.view import RegionView
 
 
 class DropCovered:
@@ -30,24 +30,23 @@ class DropCovered:
 
     def leaves(self, view: RegionView) -> Tensor:
         """Bool ``[R]``."""
-        boxes, scores, groups = view.boxes, view.scores, self._groups(view)
+        assert view.probs is not None
+        classes = view.probs.shape[1] - 1
+        boxes, scores = view.boxes, view.scores
+        groups = view.image_index * classes + view.classes
         if view.accepted is not None:
             accepted = view.accepted
             boxes = torch.cat((boxes, accepted.boxes))
             scores = torch.cat((scores, accepted.scores))
-            groups = torch.cat((groups, self._groups(accepted)))
-        # Groups that are shifted apart never overlap; float64 keeps the fraction of a pixel
-        # however many there are, so that a batch decides as its images do one by one.
-        _, groups = torch.unique(groups, return_inverse=True)
-        apart = boxes.double() + (groups * (boxes.max() + 1.0).double())[:, None]
+            groups = torch.cat((groups, accepted.image_index * classes + accepted.classes))
+        # In float64, so that a batch decides as its images do one by one: torchvision may shift
+        # the boxes of each group, and float32 would lose the fraction of a pixel.
+        kept = batched_nms(boxes.double(), scores.double(), groups, _just_below(self.iou))
         covered = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
-        # nms() drops what overlaps by more; the largest number below makes that "or more".
-        covered[nms(apart, scores.double(), _just_below(self.iou))] = False
+        covered[kept] = False
         return covered[: len(view)]
-
-    def _groups(self, regions: RegionView | Accepted) -> Tensor:
-        return regions.image_index * (1 << 20) + regions.classes
 
 
 def _just_below(value: float) -> float:
+    """Of NMS, which drops what overlaps by more than a threshold: what makes it "or more"."""
     return torch.nextafter(torch.tensor(value).double(), torch.tensor(0.0).double()).item()

@@ -98,7 +98,7 @@ def ends_as_true_positive(record: CascadeRecord, targets: Targets) -> Tensor:
     Returns:
         bool ``[R]``.
     """
-    scored, _ = record.replay(None)
+    scored = record.replay(None).scored
     # Each detection comes back with its region in the place of its exit stage.
     detections = record.select([replace(s, exit_stages=s.rows) for s in scored])
     found = torch.zeros_like(record.image_index, dtype=torch.bool)

@@ -154,7 +154,7 @@ def test_exits_have_one_threshold_per_stage_but_the_last(cfg, ious, given, expec
     set_keys(cfg, "MODEL.ROI_BOX_CASCADE_HEAD.IOUS", ious)
     set_keys(cfg, "MODEL.CASCADE.EXIT.THRESHOLDS", given)
     arguments = config.exit_arguments(cfg)
-    assert set(arguments) == {"thresholds", "prune_thresholds"}
+    assert arguments["num_stages"] == len(expected) + 1
     assert arguments["thresholds"] == expected
     assert arguments["prune_thresholds"] == (0.02,) * len(expected)
 

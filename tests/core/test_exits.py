@@ -1,109 +1,301 @@
-"""Exit policies and score ensembles on their own."""
+"""The exit policy as a whole: which rule comes first, who stays, and what it asks for."""
 
-import math
+import dataclasses
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_records import make_parts
+from region_views import (
+    as_accepted,
+    as_seen,
+    both_policies,
+    make_view,
+    policy,
+    reasons_of,
+    view_of,
+    view_of_image,
+)
 
-from cascade_det.core import EXIT_REASONS, ConfidenceExit
-from cascade_det.core.ensemble import ScoreEnsemble
-from cascade_det.core.exits import STAY
+from cascade_det.core.exits import CONFIDENCES, RegionView, build_exits
 
 NEVER = 1.1
 
 
-def decide(policy, stage, probs):
-    reasons = policy.decide(stage, probs).tolist()
-    return ["stay" if reason == STAY else EXIT_REASONS[reason] for reason in reasons]
+def decide(exits, view):
+    return reasons_of(exits.decide(view), len(view))
 
 
 def test_reasons_by_hand():
-    policy = ExitPolicy(num_stages=3, thresholds=(0.8, 0.5), prune_thresholds=(0.1, 0.3))
-    probs = torch.tensor(
-        [
-            [0.80, 0.05, 0.15],  # reaches the threshold of stage 0
-            [0.10, 0.70, 0.20],
-            [0.09, 0.08, 0.83],
-            [0.10, 0.00, 0.90],  # just not below the prune threshold of stage 0
-            [0.25, 0.25, 0.50],  # background is the top class, and never what counts
-        ]
-    )
-    assert decide(policy, 0, probs) == ["confident", "stay", "background", "stay", "stay"]
+    exits = policy(thresholds=(0.8, 0.5), prune_thresholds=(0.1, 0.3))
+    probs = [
+        [0.80, 0.05, 0.15],  # reaches the threshold of stage 0
+        [0.10, 0.70, 0.20],
+        [0.09, 0.08, 0.83],
+        [0.10, 0.00, 0.90],  # just not below the prune threshold of stage 0
+        [0.25, 0.25, 0.50],  # background is the top class, and never what counts
+    ]
+    assert decide(exits, view_of(probs)) == ["confident", None, "background", None, None]
     wanted = ["confident", "confident", "background", "background", "background"]
-    assert decide(policy, 1, probs) == wanted
+    assert decide(exits, view_of(probs, stage=1)) == wanted
 
 
-def test_background_comes_before_confident():
-    policy = ExitPolicy(num_stages=3, thresholds=(0.2,), prune_thresholds=(0.6,))
-    assert decide(policy, 0, torch.tensor([[0.4, 0.6], [0.7, 0.3]])) == ["background", "confident"]
+def test_the_first_reason_that_holds_counts():
+    every_reason = {
+        "prune_thresholds": (0.3, 0.3),
+        "redundancy_iou": 0.5,
+        "thresholds": (0.5, 0.5),
+        "region_budget": (0, 1, 1),
+    }
+    box = [0.0, 0.0, 10.0, 10.0]
+    # Alike boxes: the first covers the others of its class, and is the best.
+    view = view_of([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]], boxes=[box] * 3)
+
+    def without(*names):
+        exits = policy(**{k: v for k, v in every_reason.items() if k not in names})
+        return decide(exits, view)
+
+    assert without() == ["confident", "redundant", "background"]
+    assert without("prune_thresholds") == ["confident", "redundant", "redundant"]
+    assert without("redundancy_iou") == ["confident", "confident", "background"]
+    # The budget counts those that no other rule took.
+    assert without("redundancy_iou", "prune_thresholds") == ["confident", "confident", None]
+    assert without("redundancy_iou", "thresholds") == [None, "budget", "background"]
+    assert without("redundancy_iou", "prune_thresholds", "thresholds") == [None, "budget", "budget"]
 
 
-def test_neutral_thresholds_let_nobody_go():
-    policy = ExitPolicy(num_stages=3, thresholds=(NEVER,), prune_thresholds=(0.0,))
-    assert decide(policy, 0, torch.tensor([[1.0, 0.0], [0.0, 1.0]])) == ["stay", "stay"]
+def test_rules_look_at_those_that_no_rule_before_took():
+    # Of three that overlap in a row, the first covers the second; pruned, it covers nothing.
+    boxes = [[0.0, 0, 10, 10], [0.0, 0, 10, 8], [0.0, 0, 10, 6]]
+    probs = [[0.9, 0.0, 0.1], [0.3, 0.0, 0.7], [0.5, 0.0, 0.5]]
+    view = view_of(probs, boxes=boxes)
+    assert decide(policy(redundancy_iou=0.7), view) == [None, "redundant", None]
+    # The third covers the second, were it not pruned.
+    view = view_of([[0.5, 0.0, 0.5], [0.9, 0.0, 0.1], [0.2, 0.0, 0.8]], boxes=boxes)
+    both = {"redundancy_iou": 0.7, "prune_thresholds": (0.3, 0.3)}
+    assert decide(policy(redundancy_iou=0.7), view) == ["redundant", None, "redundant"]
+    assert decide(policy(**both), view) == ["redundant", None, "background"]
 
 
-def test_nobody_is_there():
-    policy = ExitPolicy(num_stages=3, thresholds=(0.5,), prune_thresholds=(0.1,))
-    assert policy.decide(0, torch.zeros(0, 4)).shape == (0,)
+def test_both_kinds_of_background_are_one_reason():
+    exits = policy(prune_thresholds=(0.1, 0.1), prune_margins=(1, 0.2, 0.2), prune_best=1)
+    view = view_of([[0.05, 0.95], [0.5, 0.5], [0.9, 0.1], [0.75, 0.25]])
+    assert decide(exits, view) == ["background", "background", None, None]
 
 
-def test_thresholds_of_different_length_are_refused():
-    with pytest.raises(ValueError, match="2 thresholds but 1 prune"):
-        ExitPolicy(num_stages=3, thresholds=(0.5, 0.6), prune_thresholds=(0.1,))
+@pytest.mark.parametrize("stage", [-1, 0, 1])
+def test_without_rules_everybody_stays(stage):
+    neutral = {
+        "thresholds": (NEVER, NEVER),
+        "prune_thresholds": (0.0, 0.0),
+        "prune_margins": (1, 1, 1),
+        "pruner_thresholds": (0.0,) * 3,
+        "region_budget": (0, 0, 0),
+    }
+    for exits in (policy(), policy(**neutral), policy(**neutral, confidence="margin")):
+        assert exits.rules == ()
+        assert not exits.asks_for_crops
+        assert not exits.asks_for_objectness
+        assert not exits.asks_for_accepted
+        decision = exits.decide(make_view(stage=stage))
+        assert decision.stay is None
+        assert decision.left == {}
 
 
-pair = st.tuples(st.floats(0, 1.2), st.floats(0, 1.2)).map(sorted)
+POLICIES = st.fixed_dictionaries(
+    {},
+    optional={
+        "proposal_threshold": st.floats(0.05, 0.5),
+        "prune_thresholds": st.tuples(*[st.floats(0, 0.4)] * 2),
+        "prune_margins": st.tuples(*[st.floats(0.05, 1)] * 3),
+        "prune_best": st.integers(1, 12),
+        "redundancy_iou": st.floats(0.2, 0.9),
+        "thresholds": st.tuples(*[st.floats(0.3, NEVER)] * 2),
+        "confidence": st.sampled_from(["max_prob", "entropy", "margin", "agreement"]),
+        "region_budget": st.tuples(*[st.integers(0, 9)] * 3),
+    },
+)
 
 
-@given(pair=pair, seed=st.integers(0, 50))
-@settings(deadline=None, max_examples=100, derandomize=True)
-def test_thresholds_are_monotone_for_each_region(pair, seed):
-    generator = torch.Generator().manual_seed(seed)
-    probs = torch.softmax(3 * torch.randn(30, 4, generator=generator), dim=1)
-    low, high = (
-        ExitPolicy(num_stages=3, thresholds=(value,), prune_thresholds=(0.0,)).decide(0, probs)
-        == STAY
-        for value in pair
+@given(
+    arguments=POLICIES,
+    localisation=st.sampled_from(["none", "refinement", "predicted_iou"]),
+    seed=st.integers(0, 1000),
+)
+@settings(deadline=None, max_examples=60, derandomize=True)
+def test_any_policy_decides_as_the_naive_one(arguments, localisation, seed):
+    exits, naive = both_policies(
+        **arguments,
+        localisation=localisation,
+        localisation_thresholds=(0.4, 0.7),
+        learned=make_parts(names=("iou_head",)),
     )
-    assert bool((high | ~low).all())
-    low, high = (
-        ExitPolicy(num_stages=3, thresholds=(NEVER,), prune_thresholds=(value,)).decide(0, probs)
-        == STAY
-        for value in pair
+    for stage in (-1, 0, 1):
+        view = make_view(stage=stage, seed=seed + stage, num_accepted=3 if stage == 1 else 0)
+        wanted = naive.decide(stage, as_seen(view), as_accepted(view))
+        assert naive.closest > 1e-6
+        assert decide(exits, view) == wanted
+
+
+@given(arguments=POLICIES, seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=20, derandomize=True)
+def test_a_batch_is_decided_as_its_images_one_by_one(arguments, seed):
+    exits = policy(**arguments)
+    for stage in (-1, 0, 1):
+        view = make_view(stage=stage, seed=seed, counts=(9, 0, 12, 7), num_accepted=4)
+        together = decide(exits, view)
+        for image in range(4):
+            own = [together[row] for row in torch.nonzero(view.image_index == image).squeeze(1)]
+            assert decide(exits, view_of_image(view, image)) == own
+
+
+@pytest.mark.parametrize("stage", [-1, 0, 1])
+def test_nobody_is_there(stage):
+    everything = policy(
+        thresholds=(0.5, 0.5),
+        localisation="refinement",
+        localisation_thresholds=(0.5, 0.5),
+        prune_thresholds=(0.1, 0.1),
+        proposal_threshold=0.1,
+        prune_margins=(0.1,) * 3,
+        redundancy_iou=0.8,
+        region_budget=(5, 5, 5),
+        time_budget_ms=1.0,
+        pruner_thresholds=(0.5,) * 3,
+        confidence="learned",
+        learned=make_parts(),
     )
-    assert bool((low | ~high).all())
+    view = make_view(stage=stage, counts=(0, 0))
+    decision = everything.decide(view)
+    assert decision.stay is None
+    assert decision.left == {}
+
+
+def test_what_a_policy_asks_for():
+    parts = make_parts()
+
+    def asks(**arguments):
+        exits = policy(**arguments, learned=parts)
+        return exits.asks_for_objectness, exits.asks_for_crops, exits.asks_for_accepted
+
+    accept = {"thresholds": (0.9, 0.9)}
+    assert asks(**accept) == (False, False, False)
+    assert asks(**accept, prune_thresholds=(0.1, 0.1), redundancy_iou=0.8) == (False, False, True)
+    assert asks(redundancy_iou=0.8) == (False, False, False)
+    assert asks(redundancy_iou=0.8, thresholds=(NEVER, NEVER)) == (False, False, False)
+    assert asks(proposal_threshold=0.1) == (True, False, False)
+    assert asks(prune_margins=(0.5, 1, 1)) == (True, False, False)
+    assert asks(prune_margins=(1, 0.5, 1)) == (False, False, False)
+    assert asks(region_budget=(5, 0, 0)) == (True, False, False)
+    assert asks(region_budget=(0, 5, 5)) == (False, False, False)
+    assert asks(time_budget_ms=5.0) == (False, False, False)
+    assert asks(pruner_thresholds=(0.5, 0, 0)) == (True, True, False)
+    # The objectness is among what they see at every gate.
+    assert asks(pruner_thresholds=(0, 0.5, 0)) == (True, False, False)
+    assert asks(confidence="learned", **accept) == (True, False, False)
+    assert asks(confidence="learned", thresholds=(NEVER, NEVER)) == (False, False, False)
+    # Two stages or more in a row is no probability above 1.
+    assert asks(confidence="agreement", thresholds=(2, 2), redundancy_iou=0.8)[2]
 
 
 @pytest.mark.parametrize(
-    ("name", "wanted"),
+    ("arguments", "message"),
     [
-        # Odds of 3 : 1, then 1 : 9, then 1 : 1, for the first class.
-        ("mean_probs", [3 / 4, (3 / 4 + 1 / 10) / 2, (3 / 4 + 1 / 10 + 1 / 2) / 3]),
-        ("last_boxes", [3 / 4, (3 / 4 + 1 / 10) / 2, (3 / 4 + 1 / 10 + 1 / 2) / 3]),
-        ("last", [3 / 4, 1 / 10, 1 / 2]),
-        # Odds of logits are averaged geometrically.
-        ("mean_logits", [3 / 4, 1 / (1 + 3 ** (1 / 2)), 1 / (1 + 3 ** (1 / 3))]),
+        ({"thresholds": (0.5, 0.5, 0.5)}, "3 thresholds for 3 stages: give 2"),
+        ({"localisation_thresholds": (0.5,)}, "1 localisation thresholds for 3 stages: give 2"),
+        ({"prune_thresholds": (0.5,)}, "1 prune thresholds for 3 stages: give 2"),
+        ({"prune_margins": (0.5, 0.5)}, "2 prune margins for 3 stages: give 3"),
+        ({"pruner_thresholds": (0.5, 0.5)}, "2 pruner thresholds for 3 stages: give 3"),
+        ({"region_budget": (5, 5)}, "2 region budgets for 3 stages: give 3"),
+        ({"score_scales": (1.0, 1.0)}, "2 score scales for 3 stages: give 3"),
+        ({"score_shifts": (1.0, 1.0)}, "2 score shifts for 3 stages: give 3"),
+        ({"pruner_thresholds": (0, 0.5, 0)}, "learned part 'pruner'"),
+        ({"thresholds": (0.5, 0.5), "confidence": "learned"}, "learned part 'gate'"),
+        ({"thresholds": (0.5, 0.5), "localisation": "predicted_iou"}, "learned part 'iou_head'"),
     ],
 )
-def test_running_scores_by_hand(name, wanted):
-    ensemble = ScoreEnsemble(name)
-    total = None
-    for stage, odds in enumerate((3.0, 1 / 9, 1.0)):
-        total = ensemble.add(total, torch.tensor([[math.log(odds), 0.0]]))
-        probs = ensemble.probs(total, stage + 1)
-        torch.testing.assert_close(probs, torch.tensor([[wanted[stage], 1 - wanted[stage]]]))
+def test_arguments_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        policy(**arguments)
 
 
-def test_only_last_boxes_runs_heads_again():
-    assert {name: ScoreEnsemble(name).reruns_heads for name in ("mean_probs", "last_boxes")} == {
-        "mean_probs": False,
-        "last_boxes": True,
-    }
+def test_names_of_the_confidences_are_those_that_there_are():
+    for confidence in CONFIDENCES:
+        exits = policy(confidence=confidence, thresholds=(0.5, 0.5), learned=make_parts())
+        decide(exits, make_view())
 
 
-def test_unknown_ensemble_is_named():
-    with pytest.raises(ValueError, match=r"'median'.*mean_probs, last, mean_logits, last_boxes"):
-        ScoreEnsemble("median")
+def test_building_with_parts():
+    assert build_exits(None, [8, 8, 8], 4) is None
+    exits = build_exits({"num_stages": 3, "learned": ()}, [8, 8, 8], 4)
+    assert exits.learned is None
+    assert list(exits.state_dict()) == []
+    parts = {"num_stages": 3, "learned": ("iou_head", "pruner"), "pruner_thresholds": (0.5,) * 3}
+    exits = build_exits(parts, [8, 9, 10], 4)
+    assert exits.learned.names == ("iou_head", "pruner")
+    assert [layer.in_features for layer in exits.learned.iou_head] == [8, 9, 10]
+    assert exits.learned.crop_channels == 4
+    assert {name.split(".")[1] for name in exits.state_dict()} == {"iou_head", "pruner"}
+
+
+class TestCalibration:
+    def test_by_hand(self):
+        exits = policy(score_scales=(2.0, 1.0, 1.0), score_shifts=(0.0, 0.0, 1.0))
+        probs = torch.tensor([[0.75, 0.05, 0.2]])
+        # Odds are squared: 9 : 1, and 1 : 361.
+        wanted = torch.tensor([[0.9, 1 / 362, 0.2]])
+        torch.testing.assert_close(exits.calibrated(probs, 0), wanted)
+        assert torch.equal(exits.calibrated(probs, 1), probs)
+        # Odds times e.
+        odds = [3 * torch.e, torch.e / 19]
+        wanted = torch.tensor([[*(o / (1 + o) for o in odds), 0.2]])
+        torch.testing.assert_close(exits.calibrated(probs, 2), wanted)
+
+    def test_of_certain_scores_is_finite_and_keeps_their_order(self):
+        exits = policy(score_scales=(3.0, 3.0, 3.0), score_shifts=(-2.0,) * 3)
+        scores = torch.tensor([0.0, 1e-7, 1e-3, 0.5, 0.999, 1.0])
+        got = exits.calibrated(torch.stack((scores, 1 - scores), dim=1), 0)
+        assert got.isfinite().all()
+        assert (got[1:, 0] >= got[:-1, 0]).all()
+        assert torch.equal(got[:, 1], 1 - scores)
+
+    def test_is_off_by_default(self):
+        probs = torch.rand(3, 4)
+        assert policy().calibrated(probs, 1) is probs
+        assert (
+            policy(score_scales=(1.0,) * 3, score_shifts=(0.0,) * 3).calibrated(probs, 1) is probs
+        )
+
+
+class TestView:
+    def test_a_part_of_a_view_is_that_of_every_field(self):
+        view = dataclasses.replace(make_view(stage=1, num_accepted=2))  # nothing cached yet
+        rows = torch.tensor([1, 3, 4, 15])
+        for looked_at in (False, True):
+            part = view[rows]
+            for field in dataclasses.fields(RegionView):
+                whole, own = getattr(view, field.name), getattr(part, field.name)
+                if field.name in ("stage", "num_images", "accepted"):
+                    assert own is whole
+                elif whole is None:
+                    assert own is None
+                else:
+                    assert torch.equal(own, whole[rows])
+            assert torch.equal(part.scores, view.probs[rows, :-1].amax(dim=1))
+            assert torch.equal(part.classes, view.probs[rows, :-1].argmax(dim=1))
+            assert looked_at == ("_best" in vars(view[rows]))
+            assert len(view.scores) == len(view)
+
+    def test_ranks_and_counts(self):
+        view = make_view(counts=(3, 0, 4), stage=-1)
+        view.objectness = torch.tensor([0.1, 0.3, 0.2, 0.5, 0.7, 0.5, 0.6])
+        assert view.ranks.tolist() == [2, 0, 1, 2, 0, 3, 1]
+        assert view.counts.tolist() == [3, 0, 4]
+        torch.testing.assert_close(view.scores, torch.sigmoid(view.objectness))
+
+    def test_refinement(self):
+        view = make_view(stage=0, counts=(1,))
+        view.boxes_before = torch.tensor([[0.0, 0, 10, 10]])
+        view.boxes = torch.tensor([[5.0, 0, 15, 10]])
+        torch.testing.assert_close(view.refinement_ious, torch.tensor([1 / 3]))

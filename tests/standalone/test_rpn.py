@@ -94,7 +94,7 @@ def test_losses_by_definition(maps):
     rpn = make_rpn(loss_weights={"loss_rpn_cls": 2.0, "loss_rpn_loc": 3.0})
     gt = [torch.tensor([[10.0, 10, 42, 40]]), torch.zeros(0, 4)]
     torch.manual_seed(3)
-    _, losses = rpn.losses(maps, gt, SIZES)
+    _, _, losses = rpn.losses(maps, gt, SIZES)
     torch.manual_seed(3)
     anchors, logits, deltas = rpn._run_head(maps)
     anchors, logits, deltas = torch.cat(anchors), torch.cat(logits, 1), torch.cat(deltas, 1)
@@ -123,7 +123,7 @@ def test_losses_by_definition(maps):
 
 def test_no_ground_truth_gives_zero_box_loss_and_finite_gradients(maps):
     rpn = make_rpn()
-    _, losses = rpn.losses(maps, [torch.zeros(0, 4)] * 2, SIZES)
+    _, _, losses = rpn.losses(maps, [torch.zeros(0, 4)] * 2, SIZES)
     assert losses["loss_rpn_loc"] == 0
     sum(losses.values()).backward()
     assert all(torch.isfinite(p.grad).all() for p in rpn.parameters())
@@ -133,9 +133,11 @@ def test_proposals_are_ordered_inside_the_image_and_do_not_overlap(maps):
     rpn = make_rpn()
     for parameter in rpn.rpn_head.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    proposals = rpn.propose(maps, SIZES)
-    for boxes, (height, width) in zip(proposals, SIZES, strict=True):
+    proposals, objectness = rpn.propose(maps, SIZES)
+    for boxes, logits, (height, width) in zip(proposals, objectness, SIZES, strict=True):
         assert 0 < len(boxes) <= 20
+        assert logits.shape == (len(boxes),)
+        assert (logits[1:] <= logits[:-1]).all()
         assert (boxes >= 0).all()
         assert (boxes[:, 0::2] <= width).all()
         assert (boxes[:, 1::2] <= height).all()
@@ -152,7 +154,7 @@ def test_one_level_equals_decoding_everything_first(maps):
     )
     for parameter in rpn.rpn_head.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    (proposals, _) = rpn.propose(maps, SIZES)
+    (proposals, _), (objectness, _) = rpn.propose(maps, SIZES)
     (anchors,), (logits,), (deltas,) = rpn._run_head(maps)
     w, h = anchors[:, 2] - anchors[:, 0], anchors[:, 3] - anchors[:, 1]
     d = deltas[0]
@@ -164,13 +166,14 @@ def test_one_level_equals_decoding_everything_first(maps):
     boxes[:, 1::2] = boxes[:, 1::2].clamp(0, SIZES[0][0])
     top = logits[0].argsort(descending=True)[:40]
     top = top[(boxes[top][:, 2:] > boxes[top][:, :2]).all(1)]
-    expected = boxes[top][nms(boxes[top], logits[0][top], 0.7)]
-    torch.testing.assert_close(proposals, expected, atol=1e-4, rtol=0)
+    kept = top[nms(boxes[top], logits[0][top], 0.7)]
+    torch.testing.assert_close(proposals, boxes[kept], atol=1e-4, rtol=0)
+    assert torch.equal(objectness, logits[0][kept])
 
 
 def test_small_proposals_are_dropped(maps):
     rpn = make_rpn(min_box_size=14.0)
-    for boxes in rpn.propose(maps, SIZES):
+    for boxes in rpn.propose(maps, SIZES)[0]:
         assert (boxes[:, 2:] - boxes[:, :2] > 14.0).all()
 
 
@@ -180,7 +183,7 @@ def test_broken_proposals_are_counted_in_training_and_left_out_always(maps):
     rpn.losses(maps, targets, SIZES)
     assert rpn.metrics == {"rpn/nonfinite_boxes": 0}
     maps["p3"][0, :, 0, 0] = float("nan")
-    proposals, _ = rpn.losses(maps, targets, SIZES)
+    proposals, _, _ = rpn.losses(maps, targets, SIZES)
     assert rpn.metrics["rpn/nonfinite_boxes"] > 0
     assert all(torch.isfinite(boxes).all() for boxes in proposals)
-    assert all(torch.isfinite(boxes).all() for boxes in rpn.propose(maps, SIZES))
+    assert all(torch.isfinite(boxes).all() for boxes in rpn.propose(maps, SIZES)[0])

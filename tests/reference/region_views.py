@@ -1,0 +1,150 @@
+"""What exit rules see, made at random or by hand."""
+
+import torch
+from naive_exits import NaivePolicy, Seen
+from small_cascades import random_boxes
+
+from cascade_det.core import ExitPolicy
+from cascade_det.core.exits import Accepted, RegionView
+
+NUM_STAGES = 3
+IMAGE_SIZE = (120, 160)
+
+
+def make_view(
+    *, stage=0, counts=(12, 0, 9), num_classes=4, seed=0, num_accepted=0, image_size=IMAGE_SIZE
+):
+    """Boxes in bunches that overlap, and probabilities of which some are certain."""
+    generator = torch.Generator().manual_seed(seed)
+    boxes, before = [], []
+    for count in counts:
+        bunches = random_boxes(max(1, count // 4), image_size, generator=generator)
+        own = bunches[torch.randint(len(bunches), (count,), generator=generator)]
+        before.append(own + 2 * torch.randn(count, 4, generator=generator))
+        boxes.append(before[-1] + 2 * torch.randn(count, 4, generator=generator))
+    image_index = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    logits = 3 * torch.randn(len(image_index), num_classes + 1, generator=generator)
+    view = RegionView(
+        stage=stage,
+        num_images=len(counts),
+        image_index=image_index,
+        boxes=torch.cat(boxes),
+        objectness=2 * torch.randn(len(image_index), generator=generator),
+    )
+    if stage >= 0:
+        view.boxes_before = torch.cat(before)
+        view.probs = torch.softmax(logits, dim=1)
+        view.agreements = torch.randint(stage + 2, (len(image_index),), generator=generator)
+        view.predicted_ious = torch.rand(len(image_index), generator=generator)
+    if num_accepted:
+        chosen = torch.randint(len(image_index), (num_accepted,), generator=generator)
+        view.accepted = Accepted(
+            view.boxes[chosen] + torch.randn(num_accepted, 4, generator=generator),
+            torch.rand(num_accepted, generator=generator),
+            view.classes[chosen],
+            image_index[chosen],
+        )
+    return view
+
+
+def view_of(probs, *, boxes=None, image_index=None, stage=0, **others):
+    """A view of hand-made regions: of one image, and far from each other, unless told otherwise."""
+    probs = torch.tensor(probs)
+    count = len(probs)
+    if boxes is None:
+        boxes = [[100.0 * i, 0.0, 100.0 * i + 50, 50.0] for i in range(count)]
+    index = torch.tensor(image_index or [0] * count)
+    return RegionView(
+        stage=stage,
+        num_images=int(index.max()) + 1,
+        image_index=index,
+        boxes=torch.tensor(boxes),
+        objectness=torch.zeros(count),
+        boxes_before=torch.tensor(boxes),
+        probs=probs,
+        agreements=others.pop("agreements", torch.zeros(count, dtype=torch.int64)),
+        **others,
+    )
+
+
+def view_of_image(view, image):
+    """The regions of one image, as if it were alone."""
+    one = view[torch.nonzero(view.image_index == image).squeeze(1)]
+    one.num_images, one.image_index = 1, torch.zeros_like(one.image_index)
+    accepted = view.accepted
+    if accepted is not None:
+        own = accepted.image_index == image
+        one.accepted = Accepted(
+            accepted.boxes[own],
+            accepted.scores[own],
+            accepted.classes[own],
+            torch.zeros_like(accepted.image_index[own]),
+        )
+    return one
+
+
+def as_seen(view):
+    """The regions of a view, for the naive rules."""
+
+    def rows(values):
+        return [None] * len(view) if values is None else values.tolist()
+
+    columns = (view.boxes_before, view.probs, view.agreements, view.predicted_ious, view.crops)
+    return [
+        Seen(image, tuple(box), objectness, before and tuple(before), *others)
+        for image, box, objectness, before, *others in zip(
+            rows(view.image_index), rows(view.boxes), rows(view.objectness), *map(rows, columns)
+        )
+    ]
+
+
+def as_accepted(view):
+    """The accepted regions of a view: all of their probability is that of their class."""
+    accepted = view.accepted
+    if accepted is None:
+        return []
+    columns = (accepted.image_index, accepted.boxes, accepted.scores, accepted.classes)
+    regions = []
+    for image, box, score, label in zip(*(column.tolist() for column in columns)):
+        regions.append(Seen(image, tuple(box), probs=[0.0] * label + [score, 0.0]))
+    return regions
+
+
+def policy(*, num_stages=NUM_STAGES, **arguments):
+    """The real policy."""
+    return ExitPolicy(num_stages=num_stages, **arguments)
+
+
+def both_policies(*, num_stages=NUM_STAGES, **arguments):
+    """The real policy and the naive one; what is the same for all gates may be one number."""
+    lengths = {
+        "thresholds": num_stages - 1,
+        "localisation_thresholds": num_stages - 1,
+        "prune_thresholds": num_stages - 1,
+        "prune_margins": num_stages,
+        "region_budget": num_stages,
+    }
+    for name, length in lengths.items():
+        if isinstance(arguments.get(name), (int, float)):
+            arguments[name] = (arguments[name],) * length
+    real = ExitPolicy(num_stages=num_stages, **arguments)
+    arguments.pop("learned", None)
+    return real, NaivePolicy(**arguments)
+
+
+def reasons_of(decision, count):
+    """The reason of each of the regions, ``None`` for those that stay; they are a partition."""
+    reasons = [None] * count
+    for reason, rows in decision.left.items():
+        assert rows.dtype == torch.int64
+        assert len(rows)
+        for row in rows.tolist():
+            assert reasons[row] is None
+            reasons[row] = reason
+    staying = [row for row in range(count) if reasons[row] is None]
+    if decision.stay is None:
+        assert not decision.left
+    else:
+        assert decision.stay.dtype == torch.int64
+        assert decision.stay.tolist() == staying
+    return reasons

@@ -13,7 +13,7 @@ from cascade_det.config.checks import (
     check_unread_cascade,
 )
 from cascade_det.config.defaults import get_cfg
-from cascade_det.config.exits import exit_arguments
+from cascade_det.config.exits import exit_arguments, with_exits
 from cascade_det.config.keys import changed_keys, flat
 from cascade_det.config.loading import (
     History,
@@ -31,6 +31,7 @@ from cascade_det.config.model_arguments import (
     pooler_arguments,
     rpn_arguments,
 )
+from cascade_det.config.regime import training_arguments
 from cascade_det.config.run_arguments import (
     datasets_arguments,
     input_arguments,
@@ -72,5 +73,7 @@ __all__ = [
     "test_loader_arguments",
     "train_loader_arguments",
     "trainer_arguments",
+    "training_arguments",
     "with_cascade_keys",
+    "with_exits",
 ]

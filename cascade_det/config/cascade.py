@@ -10,6 +10,7 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from cascade_det.config.exits import EXIT_DEFAULTS
+from cascade_det.config.regime import TRAINING_DEFAULTS
 
 _MODEL_CASCADE: dict[str, Any] = {
     "STAGE_LOSS_WEIGHTS": (1.0,),  # per stage, >= 0; of its class and box loss
@@ -30,6 +31,7 @@ _MODEL_CASCADE: dict[str, Any] = {
         "NORM": (),  # of the convolutions: "", "GN", "BN" or "SyncBN"
     },
     "EXIT": EXIT_DEFAULTS,
+    "TRAINING": TRAINING_DEFAULTS,
 }
 
 _CASCADE: dict[str, Any] = {

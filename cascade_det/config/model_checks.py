@@ -15,6 +15,7 @@ from cascade_det.config.exits import (
     check_unused,
     exit_lengths,
 )
+from cascade_det.config.regime import TRAINING_KEYS, check_training
 from cascade_det.config.rules import Check, value_of
 
 _LEVELS = ("res2", "res3", "res4", "res5")
@@ -156,6 +157,7 @@ HEAD_CHECKS: dict[Check, tuple[str, ...]] = {
         *LENGTH_KEYS,
         *(f"MODEL.CASCADE.BOX_HEAD.{key}" for key in _BOX_HEAD_LAYERS),
     ),
+    check_training: TRAINING_KEYS,
     check_parts: (*PART_KEYS, f"{NODE}.ENABLED"),
     _check_first_iou: ("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", "MODEL.ROI_HEADS.IOU_THRESHOLDS"),
 }

@@ -3,6 +3,7 @@
 from cascade_det.core.box_head import BoxPredictor, ConvFCBoxHead
 from cascade_det.core.cascade import CascadeHead
 from cascade_det.core.exits import ExitPolicy, build_exits
+from cascade_det.core.regime import TrainingRegime, build_regime
 from cascade_det.core.roi_pooling import RoIPooler
 from cascade_det.core.structures import (
     EXIT_REASONS,
@@ -27,5 +28,7 @@ __all__ = [
     "PartTimer",
     "RoIPooler",
     "StageOutput",
+    "TrainingRegime",
     "build_exits",
+    "build_regime",
 ]

@@ -20,13 +20,21 @@ from cascade_det.core.boxes import (
 from cascade_det.core.cascade_losses import cascade_losses
 from cascade_det.core.ensemble import ScoreEnsemble
 from cascade_det.core.exits import ExitPolicy
+from cascade_det.core.exits.learned_training import exit_losses
 from cascade_det.core.matching import LabelledRegions, Targets
+from cascade_det.core.modes import evaluation_mode
 from cascade_det.core.network import Network
 from cascade_det.core.record import CascadeRecord, select_scored
 from cascade_det.core.regime import TrainingRegime
 from cascade_det.core.regions import Regions, Scored
 from cascade_det.core.roi_pooling import RoIPooler
-from cascade_det.core.structures import CascadeStats, Detections, PartTimer, StageOutput
+from cascade_det.core.structures import (
+    CascadeInputs,
+    CascadeStats,
+    Detections,
+    PartTimer,
+    StageOutput,
+)
 from cascade_det.core.training import TrainingRules
 from cascade_det.core.walk import Walker, part
 
@@ -183,6 +191,28 @@ class CascadeHead(nn.Module):
             ensemble=self.ensemble,
         )
         return losses
+
+    def exit_losses(
+        self, inputs: CascadeInputs, gt_boxes: Sequence[Tensor], gt_classes: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """Losses of the learned parts of exits, of which there may be none.
+
+        The cascade runs on the inputs as in inference, and learns nothing from it.
+
+        Args:
+            inputs: proposals that were not sampled, with their objectness.
+            gt_boxes: as in ``losses``.
+            gt_classes: likewise.
+
+        Returns:
+            ``loss_exit_*``, see ``exits.learned_training.exit_losses``.
+        """
+        learned = None if self.exits is None else self.exits.learned
+        if learned is None:
+            return {}
+        with evaluation_mode(self.box_head, self.box_predictor):
+            record = self.record(**vars(inputs), hidden=True)
+        return exit_losses(learned, record, gt_boxes, gt_classes)
 
     def detect(
         self,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -142,3 +143,33 @@ class TrainingRegime(nn.Module):
             for run, weight in zip(passes, weights, strict=True)
         ]
         return losses, {f"stage{s}/eligible": share.mean() for s, share in enumerate(eligible)}
+
+
+def build_regime(
+    *,
+    num_stages: int,
+    gating: str | None,
+    gate_threshold: float,
+    gate_scale: float,
+    dynamic: Mapping[str, Any] | None,
+    **arguments: Any,
+) -> TrainingRegime:
+    """A regime from plain values.
+
+    Args:
+        num_stages: S.
+        gating: one of ``GATES``, or ``None``.
+        gate_threshold: see ``RegionGates``.
+        gate_scale: likewise.
+        dynamic: arguments of ``DynamicTargets`` but for the first, or ``None``.
+        arguments: further ones of ``TrainingRegime``.
+    """
+    gates = None
+    if gating is not None:
+        gates = RegionGates(gating, threshold=gate_threshold, scale=gate_scale)
+    return TrainingRegime(
+        num_stages=num_stages,
+        gates=gates,
+        dynamic=None if dynamic is None else DynamicTargets(num_stages=num_stages, **dynamic),
+        **arguments,
+    )

@@ -17,7 +17,9 @@ from cascade_det.core import (
     CascadeInputs,
     CascadeStats,
     DetectorOutput,
+    ExitPolicy,
     PartTimer,
+    TrainingRegime,
 )
 from cascade_det.core.postprocess import rescale_stage
 from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
@@ -84,6 +86,10 @@ class Detector(nn.Module):
         heads = self._heads
         heads.follow_predictors()
         return heads.cascade
+
+    def set_exits(self, exits: ExitPolicy | None) -> None:
+        """Let regions leave by other exits, where ``has_stages``."""
+        self._heads.exits = exits
 
     @torch.no_grad()
     def cascade_inputs(
@@ -161,7 +167,10 @@ class Detector(nn.Module):
 def _training_heads(model: Any) -> Iterator[None]:
     """Within the block what computes losses does so, without any norm or dropout in training."""
     heads = getattr(model, "roi_heads", None)
-    parts = [model, getattr(model, "proposal_generator", None), heads]
+    regime = getattr(heads, "regime", None)
+    parts = [model, heads]
+    if not isinstance(regime, TrainingRegime) or not regime.exits_alone:
+        parts.append(getattr(model, "proposal_generator", None))
     parts += [getattr(heads, name, None) for name in ("mask_head", "keypoint_head")]
     modes = [(part, part.training) for part in parts if part is not None]
     periods = [(part, part.vis_period) for part, _ in modes if hasattr(part, "vis_period")]

@@ -20,6 +20,7 @@ from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from torch import nn
 
 from cascade_det.core import DetectorOutput
+from cascade_det.core.modes import evaluation_mode
 from cascade_det.d2.checkpoint import Checkpointer
 from cascade_det.d2.datasets import refuse_left_out, register_dataset
 from cascade_det.d2.detector import Detector
@@ -29,7 +30,6 @@ from cascade_det.engine import distributed
 from cascade_det.engine.datasets import load_datasets_to_evaluate
 from cascade_det.engine.devices import on_its_device, set_backends
 from cascade_det.engine.evaluate import by_dataset, evaluate_dataset
-from cascade_det.engine.inference import evaluation_mode
 from cascade_det.engine.run_info import load_to_evaluate
 from cascade_det.errors import ConfigError
 from cascade_det.evaluation import write_results

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from detectron2.layers import ROIAlign
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
+from torch import Tensor
 
-from cascade_det.core import RoIPooler
+from cascade_det.core import RoIPooler, TrainingRegime
 from cascade_det.core.boxes import MAX_LOG_SCALE
 from cascade_det.core.roi_pooling import CANONICAL_BOX_SIZE, CANONICAL_LEVEL
 
@@ -97,6 +99,32 @@ def threshold(matcher: Matcher) -> float:
             f"{matcher.labels}"
         )
     return float(matcher.thresholds[1])
+
+
+class DynamicMatcher(Matcher):
+    """The matcher of the proposals, by the threshold of stage 0 as it is now.
+
+    It is also where a regime sees the proposals: sampling is Detectron2's own.
+
+    Raises:
+        ValueError: see ``threshold``.
+    """
+
+    def __init__(self, matcher: Matcher, regime: TrainingRegime) -> None:
+        super().__init__([threshold(matcher)], matcher.labels)
+        self.regime = regime
+
+    def __call__(self, match_quality_matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """Ground truth and label of each of R proposals, from their IoUs ``[G, R]``."""
+        dynamic = self.regime.dynamic
+        if dynamic is None or not self.regime.training:
+            return super().__call__(match_quality_matrix)
+        if match_quality_matrix.numel():
+            ious = match_quality_matrix.max(dim=0).values
+            image_index = torch.zeros_like(ious, dtype=torch.int64)
+            self.regime.observe_proposals(ious, image_index, image_index[:1] == 0)
+        now = dynamic.ious((self.thresholds[1],))
+        return Matcher(list(now), self.labels)(match_quality_matrix)
 
 
 def common(values: Iterable[Any]) -> Any:

@@ -16,13 +16,23 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers, build_box_head
-from detectron2.structures import Instances
+from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
 from cascade_det import config
-from cascade_det.core import CascadeHead, CascadeStats, ExitPolicy, PartTimer, build_exits
+from cascade_det.core import (
+    CascadeHead,
+    CascadeInputs,
+    CascadeStats,
+    ExitPolicy,
+    PartTimer,
+    TrainingRegime,
+    build_exits,
+    build_regime,
+)
 from cascade_det.d2.parts import (
+    DynamicMatcher,
     check_predictor,
     common,
     pooler_like,
@@ -64,6 +74,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         ensemble: how the stages' opinions become one score, see ``MODEL.CASCADE.ENSEMBLE``.
         pooler_kernel: see ``MODEL.CASCADE.POOLER_KERNEL``.
         exits: when regions leave early, in inference only; ``None`` for never.
+        regime: what training does beyond the sum of the stages' losses; ``None`` for nothing.
         kwargs: further arguments of :class:`CascadeROIHeads`.
 
     Attributes:
@@ -79,6 +90,8 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             :func:`cascade_det.config.check_heads`.
     """
 
+    proposal_matcher: Matcher
+
     @configurable
     def __init__(
         self,
@@ -92,6 +105,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         ensemble: str = "mean_probs",
         pooler_kernel: str = "auto",
         exits: ExitPolicy | None = None,
+        regime: TrainingRegime | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -110,9 +124,13 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             stage_loss_weights=stage_loss_weights,
             ensemble=ensemble,
             exits=exits,
+            regime=regime,
             **self._rules(),
         )
         self.exits = exits
+        self.regime = cascade.regime
+        if self.regime.dynamic is not None:
+            self.proposal_matcher = DynamicMatcher(self.proposal_matcher, self.regime)
         # Past nn.Module, which would register every parameter under a second name.
         self.__dict__["cascade"] = cascade
         self.__dict__["_pooler"] = box_pooler
@@ -136,6 +154,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             "ensemble": arguments["ensemble"],
             "pooler_kernel": cfg.MODEL.CASCADE.POOLER_KERNEL,
             "exits": build_exits(config.exit_arguments(cfg), hidden_features, channels),
+            "regime": build_regime(**config.training_arguments(cfg)),
         }
 
     @classmethod
@@ -165,6 +184,30 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             "box_predictors": predictors,
             "proposal_matchers": [Matcher([iou], [0, 1]) for iou in cascade.IOUS],
         }
+
+    def forward(
+        self,
+        images: ImageList,
+        features: dict[str, Tensor],
+        proposals: list[Instances],
+        targets: list[Instances] | None = None,
+    ) -> tuple[list[Instances], Losses]:
+        """As in Detectron2; in training with the losses of learned exits, or these alone."""
+        if not self.training or self.exits is None or self.exits.learned is None:
+            return super().forward(images, features, proposals, targets)
+        assert targets is not None
+        sampled, losses = proposals, {}
+        if not self.regime.exits_alone:
+            sampled, losses = super().forward(images, features, proposals, targets)
+        self.follow_predictors()
+        inputs = CascadeInputs(
+            [features[name] for name in self.box_in_features],
+            [x.proposal_boxes.tensor for x in proposals],
+            [x.image_size for x in proposals],
+            objectness_of(proposals),
+        )
+        objects = [x.gt_boxes.tensor for x in targets], [x.gt_classes.long() for x in targets]
+        return sampled, {**losses, **self.cascade.exit_losses(inputs, *objects)}
 
     def _forward_box(
         self,
@@ -208,7 +251,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         """
         cascade, rules, last = self.cascade, self._rules(), self.box_predictor[-1]
         cascade.box_head, cascade.box_predictor = self.box_head, self.box_predictor
-        cascade.exits = self.exits
+        cascade.exits, cascade.regime = self.exits, self.regime
         if self.box_pooler is not self.__dict__["_pooler"]:
             cascade.pooler = pooler_like(self.box_pooler, cascade.pooler.kernel)
             self.__dict__["_pooler"] = self.box_pooler

@@ -35,6 +35,7 @@ from cascade_det.engine.best_model import BestModel
 from cascade_det.engine.devices import resolve_amp_dtype
 from cascade_det.engine.hooks import EvalHook, PeriodicCheckpoint
 from cascade_det.engine.interrupts import InterruptRequest, interrupt_request
+from cascade_det.engine.regimes import freeze_detector, training_mode
 from cascade_det.engine.run_control import RunControl
 from cascade_det.engine.run_info import RunInfo, resume_or_load
 from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, build_scheduler
@@ -250,6 +251,7 @@ class Trainer(RunControl, DefaultTrainer):
         return cfg
 
     def _build_steps(self, cfg: CfgNode, model: nn.Module) -> Steps:
+        freeze_detector(model)
         optimizer = self.build_optimizer(cfg, model)
 
         def metrics() -> Mapping[str, Tensor]:
@@ -263,11 +265,14 @@ class Trainer(RunControl, DefaultTrainer):
             amp_dtype=resolve_amp_dtype(self._arguments["amp_dtype"], self.device),
             clip_gradients=build_gradient_clipper(config.optimizer_arguments(cfg)["clip"]),
             accumulation_steps=self._arguments["accumulation_steps"],
+            max_iter=self.max_iter,
             device=self.device,
             output_dir=cfg.OUTPUT_DIR,
             as_sample=sample_of,
         )
-        return Steps(step)
+        steps = Steps(step)
+        training_mode(step.detector)
+        return steps
 
 
 @contextmanager

@@ -16,6 +16,12 @@ from torch import Tensor, nn
 
 from cascade_det.engine.batches import split_batch
 from cascade_det.engine.precision import amp_dtype_of, autocast
+from cascade_det.engine.regimes import (
+    freeze_detector,
+    progress_of,
+    set_progress,
+    training_mode,
+)
 from cascade_det.engine.training_state import set_random_state
 from cascade_det.engine.weight_files import load_torch_file
 from cascade_det.errors import CheckpointError
@@ -90,6 +96,7 @@ def save_step(
         "batch": [dict(sample) for sample in batch],
         "random": dict(random),
         "iteration": iteration,
+        "progress": progress_of(detector),
         "parts": parts,
         "amp_dtype": None if amp_dtype is None else str(amp_dtype).removeprefix("torch."),
     }
@@ -125,7 +132,9 @@ def replay(path: str | Path, detector: nn.Module, *, device: torch.device | str)
             f"{path}: does not belong to this model ({error}). Give the configuration that it was "
             "written with."
         ) from error
-    detector.train()
+    set_progress(detector, content.get("progress", 0.0))
+    freeze_detector(detector)
+    training_mode(detector)
     losses: dict[str, float] = defaultdict(float)
     noticed: list[str] = []
     with _watched(detector) as broken:

@@ -6,13 +6,13 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from cascade_det.core.modes import evaluation_mode
 from cascade_det.core.structures import DetectorOutput, PartTimer
 from cascade_det.engine import distributed
 from cascade_det.engine.precision import amp_dtype_of, autocast
@@ -109,19 +109,6 @@ def run_inference(
 def _device_of(detector: nn.Module) -> torch.device:
     parameter = next(detector.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Within the block all modules are in evaluation mode; afterwards in the mode of before."""
-    # Module by module: what is frozen in evaluation mode inside a training model stays so.
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _with_progress(loader: BatchLoader) -> Iterator[list[dict[str, Any]]]:

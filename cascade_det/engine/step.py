@@ -17,6 +17,7 @@ from cascade_det.engine.batches import Batch, split_batch
 from cascade_det.engine.divergence import LOSS_SCALE, divergence, save_step
 from cascade_det.engine.events import mean_figures
 from cascade_det.engine.precision import amp_dtype_of, autocast
+from cascade_det.engine.regimes import set_progress
 from cascade_det.engine.solver import GradientClipper
 from cascade_det.engine.training_state import random_state
 
@@ -40,6 +41,8 @@ class TrainingStep:
             float16 on a GPU.
         clip_gradients: see :func:`cascade_det.engine.solver.build_gradient_clipper`.
         accumulation_steps: equal parts that a batch is computed in; gradients are the mean.
+        max_iter: iterations of the whole training, of which regimes that change in its course are
+            told the share that is done.
         device: of the detector.
         output_dir: where the batch of a step that diverged goes; ``None``: nowhere.
         as_sample: what of a batch such a file can hold: tensors and plain values.
@@ -54,6 +57,7 @@ class TrainingStep:
         amp_dtype: torch.dtype | str | None = None,
         clip_gradients: GradientClipper | None = None,
         accumulation_steps: int = 1,
+        max_iter: int | None = None,
         device: torch.device | str = "cpu",
         output_dir: str | Path | None = None,
         as_sample: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
@@ -66,6 +70,7 @@ class TrainingStep:
         self._as_sample = as_sample
         self._clip_gradients = clip_gradients
         self._accumulation_steps = accumulation_steps
+        self._max_iter = max_iter
         self._amp_dtype = amp_dtype_of(amp_dtype)
         scaled = self._amp_dtype == torch.float16 and self.device.type == "cuda"
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
@@ -100,6 +105,8 @@ class TrainingStep:
                 before.
         """
         random = random_state()
+        if self._max_iter is not None:
+            set_progress(self.module, iteration / self._max_iter)
         self.optimizer.zero_grad()
         parts: list[dict[str, Tensor | float]] = []
         batches = split_batch(batch, self._accumulation_steps)

@@ -19,6 +19,7 @@ from cascade_det.engine.batches import Batch
 from cascade_det.engine.events import History
 from cascade_det.engine.hooks import Hook
 from cascade_det.engine.interrupts import InterruptRequest, interrupt_request
+from cascade_det.engine.regimes import training_mode
 from cascade_det.engine.run_control import RunControl
 from cascade_det.engine.solver import GradientClipper
 from cascade_det.engine.step import TrainingStep
@@ -88,6 +89,7 @@ class Trainer(RunControl):
             amp_dtype=amp_dtype,
             clip_gradients=clip_gradients,
             accumulation_steps=accumulation_steps,
+            max_iter=max_iter,
             device=device,
             output_dir=output_dir,
         )
@@ -118,7 +120,7 @@ class Trainer(RunControl):
         """
         self.finished = self.resumable = self._stopping = False
         self.history.iteration = max(self.iteration, 0)
-        self.detector.train()
+        training_mode(self.detector)
         with interrupt_request() as self._interrupt, ExitStack() as ends:
             # Every hook gets its end, in their order, even if an earlier one fails at its own.
             for hook in reversed(self.hooks):

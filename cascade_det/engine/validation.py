@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from cascade_det.core.modes import evaluation_mode
 from cascade_det.engine import distributed
-from cascade_det.engine.inference import evaluation_mode
 from cascade_det.engine.precision import amp_dtype_of, autocast
 
 # Which regions are sampled must not change from one evaluation to the next.

@@ -10,7 +10,14 @@ from fvcore.common.config import CfgNode
 from cascade_det import config
 from cascade_det.backbones import FPN, MobileNetV2, MobileNetV3Large, ResNet
 from cascade_det.backbones.fpn import Trunk
-from cascade_det.core import BoxPredictor, CascadeHead, ConvFCBoxHead, RoIPooler, build_exits
+from cascade_det.core import (
+    BoxPredictor,
+    CascadeHead,
+    ConvFCBoxHead,
+    RoIPooler,
+    build_exits,
+    build_regime,
+)
 from cascade_det.engine.devices import resolve_device
 from cascade_det.standalone.detector import Detector
 from cascade_det.standalone.rpn import RPN
@@ -91,5 +98,10 @@ def _build_cascade(cfg: CfgNode, pooler: RoIPooler, in_channels: int) -> Cascade
         config.exit_arguments(cfg), [head.out_features for head in heads], in_channels
     )
     return CascadeHead(
-        pooler=pooler, box_heads=heads, box_predictors=predictors, exits=exits, **arguments
+        pooler=pooler,
+        box_heads=heads,
+        box_predictors=predictors,
+        exits=exits,
+        regime=build_regime(**config.training_arguments(cfg)),
+        **arguments,
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cascade_det.backbones import FPN
-from cascade_det.core import CascadeHead, CascadeInputs, DetectorOutput, PartTimer
+from cascade_det.core import CascadeHead, CascadeInputs, DetectorOutput, ExitPolicy, PartTimer
 from cascade_det.core.postprocess import rescale_detections, rescale_stage
 from cascade_det.standalone.rpn import RPN
 
@@ -63,6 +63,10 @@ class Detector(nn.Module):
         """The cascade, in either host."""
         return self.roi_heads
 
+    def set_exits(self, exits: ExitPolicy | None) -> None:
+        """Let regions leave by other exits, in either host."""
+        self.roi_heads.exits = exits
+
     @property
     def metrics(self) -> dict[str, Tensor]:
         """Scalars to watch beside the losses, of the last call of ``losses``."""
@@ -82,14 +86,17 @@ class Detector(nn.Module):
         Returns:
             scalars by Detectron2's names; their sum is to be minimised.
         """
-        images, image_sizes = self.preprocess([s["image"] for s in batch])
         gt_boxes = [s["gt_boxes"].to(self.device) for s in batch]
         gt_classes = [s["gt_classes"].to(self.device) for s in batch]
+        if self.roi_heads.regime.exits_alone:
+            return self.roi_heads.exit_losses(self.cascade_inputs(batch), gt_boxes, gt_classes)
+        images, image_sizes = self.preprocess([s["image"] for s in batch])
         maps = self.backbone(images)
-        proposals, losses = self.proposal_generator.losses(maps, gt_boxes, image_sizes)
+        proposals, objectness, losses = self.proposal_generator.losses(maps, gt_boxes, image_sizes)
         features = [maps[name] for name in self.roi_in_features]
         losses.update(self.roi_heads.losses(features, proposals, gt_boxes, gt_classes, image_sizes))
-        return losses
+        inputs = CascadeInputs(features, proposals, image_sizes, objectness)
+        return {**losses, **self.roi_heads.exit_losses(inputs, gt_boxes, gt_classes)}
 
     @torch.no_grad()
     def detect(

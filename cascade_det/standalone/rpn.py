@@ -136,8 +136,10 @@ class RPN(nn.Module):
 
     def losses(
         self, features: dict[str, Tensor], gt_boxes: Sequence[Tensor], image_sizes: ImageSizes
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Proposals for training the heads, and the losses ``loss_rpn_cls``, ``loss_rpn_loc``.
+    ) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
+        """Proposals for training the heads, the logits of their objectness, and the losses.
+
+        These are ``loss_rpn_cls`` and ``loss_rpn_loc``.
 
         Args:
             features: pyramid maps by name.
@@ -154,8 +156,8 @@ class RPN(nn.Module):
         losses = self._losses(
             all_anchors, torch.cat(logits, 1), torch.cat(deltas, 1), labels, targets
         )
-        proposals, _ = self._propose(anchors, logits, deltas, image_sizes, training=True)
-        return proposals, losses
+        proposals, objectness = self._propose(anchors, logits, deltas, image_sizes, training=True)
+        return proposals, objectness, losses
 
     def propose(
         self, features: dict[str, Tensor], image_sizes: ImageSizes

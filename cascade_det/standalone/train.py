@@ -21,6 +21,7 @@ from cascade_det.engine.datasets import load_training_data
 from cascade_det.engine.devices import resolve_amp_dtype, set_backends
 from cascade_det.engine.divergence import replay
 from cascade_det.engine.hooks import EvalHook, Hook, PeriodicCheckpoint, WriterHook
+from cascade_det.engine.regimes import freeze_detector
 from cascade_det.engine.run_info import (
     RunInfo,
     check_output,
@@ -120,6 +121,7 @@ def _build_trainer(
     amp_dtype = resolve_amp_dtype(arguments["amp_dtype"], detector.device)
     optimizer_arguments = config.optimizer_arguments(cfg)
     clip = build_gradient_clipper(optimizer_arguments.pop("clip"))
+    freeze_detector(detector)
     optimizer = build_optimizer(detector, **optimizer_arguments)
     hooks: list[Hook] = []
     best: Any = detector

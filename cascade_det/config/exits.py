@@ -7,7 +7,7 @@ value holds for all of them (before stage 0 too).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fvcore.common.config import CfgNode
@@ -71,6 +71,8 @@ EXIT_DEFAULTS: dict[str, Any] = {
     "EXPECTED_LOSS_DEVIATION": 0.0,
     "DEVICE_NAME": "",  # on which latency was measured, where thresholds depend on it
 }
+
+_OFF: dict[str, Any] = {"ENABLED": True, "PRUNE_THRESHOLDS": (0.0,), "REDUNDANCY_IOU": 1.01}
 
 _PER_STAGE = ("PRUNE_THRESHOLDS", "THRESHOLDS", "LOCALISATION_THRESHOLDS")
 _PER_GATE = ("PRUNE_MARGINS", "PRUNER_THRESHOLDS", "REGION_BUDGET", "SCORE_SCALES", "SCORE_SHIFTS")
@@ -178,6 +180,23 @@ def exit_arguments(cfg: CfgNode) -> dict[str, Any] | None:
         "time_budget_per_image": exits.TIME_BUDGET_PER == "image",
         "learned": tuple(exits.LEARNED),
     }
+
+
+def with_exits(cfg: CfgNode, setting: Mapping[str, Any]) -> CfgNode:
+    """A copy of ``cfg`` with exits on, of which ``setting`` names all that are not off.
+
+    Args:
+        cfg: of a cascade.
+        setting: values by keys of ``MODEL.CASCADE.EXIT``.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.ROI_HEADS.NAME = "EarlyExitCascadeROIHeads"
+    exits = cfg.MODEL.CASCADE.EXIT
+    for key, value in {**EXIT_DEFAULTS, **_OFF, **setting}.items():
+        if key != "LEARNED":  # those are parts of the model
+            exits[key] = value
+    return cfg
 
 
 def _for_each(values: Any, count: int) -> tuple[Any, ...]:

@@ -102,6 +102,15 @@ class CascadeRecord:
         """S."""
         return len(self.stages)
 
+    def cpu(self) -> CascadeRecord:
+        """The same on the CPU."""
+
+        def move(part: Any) -> dict[str, Any]:
+            return {n: x.cpu() if isinstance(x, Tensor) else x for n, x in vars(part).items()}
+
+        stages = [RecordedStage(**move(stage)) for stage in self.stages]
+        return CascadeRecord(**{**move(self), "stages": stages})
+
     def of_images(self, images: Sequence[int]) -> CascadeRecord:
         """The record of some of the images, in the given order."""
         counts = torch.bincount(self.image_index, minlength=self.num_images).tolist()

@@ -44,17 +44,23 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     Args, results and errors are those of :func:`cascade_det.standalone.evaluate`; the box AP is
     Detectron2's, and masks and keypoints have theirs beside it (``segm``, ``keypoints``).
     """
+    model, datasets = load_model(cfg, resume=resume)
+    results = evaluate_all(cfg, model, datasets)
+    if cfg.TEST.AUG.ENABLED:
+        results = with_augmentation(cfg, model, datasets, results)
+    check_expected(cfg, results)
+    return results
+
+
+def load_model(cfg: CfgNode, *, resume: bool = False) -> tuple[nn.Module, list[CocoDataset]]:
+    """The model with its weights, and ``DATASETS.TEST``; arguments and errors as above."""
     datasets = load_datasets_to_evaluate(cfg, register_dataset, resume=resume)
     refuse_left_out(datasets)
     set_backends(cfg)
     model = build_model(on_its_device(cfg))
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
     load_to_evaluate(checkpointer, cfg, datasets, resume=resume)
-    results = evaluate_all(cfg, model, datasets)
-    if cfg.TEST.AUG.ENABLED:
-        results = with_augmentation(cfg, model, datasets, results)
-    check_expected(cfg, results)
-    return results
+    return model, datasets
 
 
 def evaluate_all(cfg: CfgNode, model: nn.Module, datasets: Sequence[CocoDataset]) -> dict[str, Any]:

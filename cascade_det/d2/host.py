@@ -12,12 +12,40 @@ from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.utils import comm
 
 from cascade_det import config
-from cascade_det.d2.evaluate import evaluate
+from cascade_det.d2.detector import Detector
+from cascade_det.d2.evaluate import evaluate, load_model
+from cascade_det.d2.loader import build_test_loader
 from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
 from cascade_det.d2.train import replay_batch, train
+from cascade_det.data.coco import CocoDataset
 from cascade_det.engine import distributed
+from cascade_det.errors import ConfigError
 
-__all__ = ["check_config", "evaluate", "join", "load_config", "replay_batch", "train"]
+__all__ = [
+    "check_config",
+    "evaluate",
+    "join",
+    "load_config",
+    "open_detector",
+    "replay_batch",
+    "train",
+]
+
+
+def open_detector(cfg: CfgNode) -> tuple[Detector, CocoDataset, Any]:
+    """A trained detector with the first of ``DATASETS.TEST``; errors as of ``evaluate``.
+
+    Raises:
+        ConfigError: its heads are not ours.
+    """
+    model, datasets = load_model(cfg)
+    detector = Detector(model)
+    if not detector.has_stages:
+        raise ConfigError(
+            f"MODEL.ROI_HEADS.NAME is {cfg.MODEL.ROI_HEADS.NAME!r}: a model without our heads has "
+            "no exits. Set it to EarlyExitCascadeROIHeads."
+        )
+    return detector, datasets[0], build_test_loader(cfg, datasets[0].source.name)
 
 
 def load_config(config_file: str | Path | None, opts: Sequence[Any] = ()) -> CfgNode:

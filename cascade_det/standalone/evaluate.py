@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fvcore.common.config import CfgNode
+from torch.utils.data import DataLoader
 
 from cascade_det import config
 from cascade_det.data.coco import CocoDataset
@@ -18,7 +19,7 @@ from cascade_det.engine.devices import set_backends
 from cascade_det.engine.evaluate import by_dataset, evaluate_dataset
 from cascade_det.engine.run_info import load_to_evaluate
 from cascade_det.standalone.build import build_detector
-from cascade_det.standalone.detector import Detector
+from cascade_det.standalone.detector import Detector, Sample
 
 
 def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
@@ -40,12 +41,28 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
             was trained on, where it names them.
         CheckpointError: if weights cannot be read or do not fit, or there is nothing to resume.
     """
+    detector, datasets = load_detector(cfg, resume=resume)
+    return evaluate_all(cfg, detector, datasets, Path(cfg.OUTPUT_DIR))
+
+
+def load_detector(cfg: CfgNode, *, resume: bool = False) -> tuple[Detector, list[CocoDataset]]:
+    """The detector with its weights, and ``DATASETS.TEST``; arguments and errors as above."""
     datasets = load_datasets_to_evaluate(cfg, resume=resume)
     set_backends(cfg)
     detector = build_detector(cfg)
     checkpointer = Checkpointer(detector, cfg.OUTPUT_DIR)
     load_to_evaluate(checkpointer, cfg, datasets, resume=resume)
-    return evaluate_all(cfg, detector, datasets, Path(cfg.OUTPUT_DIR))
+    return detector, datasets
+
+
+def test_loader(cfg: CfgNode, dataset: CocoDataset) -> DataLoader[Sample]:
+    """Batches of this process's share of a test set."""
+    return build_test_loader(
+        dataset,
+        **config.input_arguments(cfg, train=False),
+        **config.test_loader_arguments(cfg),
+        share=(distributed.rank(), distributed.world_size()),
+    )
 
 
 def evaluate_all(
@@ -54,12 +71,7 @@ def evaluate_all(
     """Evaluate a detector on data sets, see :func:`cascade_det.engine.evaluate.by_dataset`."""
 
     def evaluate_one(dataset: CocoDataset, folder: Path) -> dict[str, Any]:
-        loader = build_test_loader(
-            dataset,
-            **config.input_arguments(cfg, train=False),
-            **config.test_loader_arguments(cfg),
-            share=(distributed.rank(), distributed.world_size()),
-        )
+        loader = test_loader(cfg, dataset)
         return evaluate_dataset(detector, loader, dataset, folder, device=detector.device)
 
     return by_dataset(datasets, output_dir, evaluate_one)

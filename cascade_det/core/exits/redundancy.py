@@ -40,13 +40,18 @@ class DropCovered:
             scores = torch.cat((scores, accepted.scores))
             groups = torch.cat((groups, accepted.image_index * classes + accepted.classes))
         # In float64, so that a batch decides as its images do one by one: torchvision may shift
-        # the boxes of each group, and float32 would lose the fraction of a pixel.
-        kept = batched_nms(boxes.double(), scores.double(), groups, _just_below(self.iou))
+        # the boxes of each group, and float32 would lose the fraction of a pixel. It shifts by
+        # the largest coordinate, which must not be NaN; what is empty covers nothing.
+        boxes = boxes.double().where(boxes.isfinite(), 0.0)
+        kept = batched_nms(boxes, scores.double(), groups, _just_below(self.iou))
         covered = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
         covered[kept] = False
         return covered[: len(view)]
 
 
 def _just_below(value: float) -> float:
-    """Of NMS, which drops what overlaps by more than a threshold: what makes it "or more"."""
-    return torch.nextafter(torch.tensor(value).double(), torch.tensor(0.0).double()).item()
+    """Of NMS, which drops what overlaps by more than a threshold: what makes it "or more".
+
+    In float32, to which NMS rounds its threshold on a GPU.
+    """
+    return torch.nextafter(torch.tensor(value), torch.tensor(0.0)).item()

@@ -1,0 +1,169 @@
+"""The full cascade on a data set, recorded; and the milliseconds that exits take on this device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from fvcore.nn import FlopCountAnalysis
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cascade_det.core import CascadeHead, CascadeInputs, DetectorOutput, ExitPolicy, PartTimer
+from cascade_det.core.record import CascadeRecord, join_records
+from cascade_det.engine.inference import BatchLoader, evaluation_mode
+from cascade_det.evaluation.exit_trials import Recording
+
+Batch = list[dict[str, Any]]
+
+
+class Detector(Protocol):
+    """A detector around a cascade, in either host."""
+
+    @property
+    def cascade(self) -> CascadeHead:
+        """The cascade."""
+
+    def cascade_inputs(self, batch: Batch, *, timer: PartTimer | None = None) -> CascadeInputs:
+        """What the cascade gets of a batch."""
+
+    def detect(
+        self, batch: Batch, *, stages: bool = False, timer: PartTimer | None = None
+    ) -> DetectorOutput:
+        """Detections of a batch."""
+
+    def set_exits(self, exits: ExitPolicy | None) -> None:
+        """Let regions leave by other exits."""
+
+
+def record_dataset(detector: Any, loader: BatchLoader, most_images: int) -> Recording:
+    """Run the full cascade and keep what every region saw.
+
+    Args:
+        detector: see ``Detector``.
+        loader: of the images, by id.
+        most_images: the rest of the loader is left out.
+
+    Raises:
+        ValueError: there is no image.
+    """
+    records, image_ids, frames = [], [], []
+    flops: tuple[float, ...] = ()
+    progress = tqdm(total=most_images, desc="recording", unit="img", disable=None, leave=False)
+    with evaluation_mode(detector), torch.no_grad():
+        for batch in loader:
+            if len(image_ids) + len(batch) > most_images:
+                break
+            inputs = detector.cascade_inputs(batch)
+            records.append(detector.cascade.record(**vars(inputs)).cpu())
+            image_ids += [sample["image_id"] for sample in batch]
+            sizes = [(int(height), int(width)) for height, width in inputs.image_sizes]
+            frames += [
+                (size, (sample["height"], sample["width"]))
+                for sample, size in zip(batch, sizes, strict=True)
+            ]
+            flops = flops or stage_flops(detector.cascade, inputs.features[0])
+            progress.update(len(batch))
+    progress.close()
+    if not records:
+        raise ValueError("no image to record")
+    return Recording(join_small(records), image_ids, frames, flops)
+
+
+def join_small(records: Sequence[CascadeRecord], images: int = 32) -> list[CascadeRecord]:
+    """Fewer and larger records: each step of a replay has a cost of its own."""
+    joined: list[CascadeRecord] = []
+    waiting: list[CascadeRecord] = []
+    for record in records:
+        waiting.append(record)
+        if sum(one.num_images for one in waiting) >= images:
+            joined.append(join_records(waiting))
+            waiting = []
+    return [*joined, join_records(waiting)] if waiting else joined
+
+
+def stage_flops(cascade: CascadeHead, features: Tensor) -> tuple[float, ...]:
+    """Multiply-adds of one region in the box head and predictor of each stage, as fvcore counts.
+
+    Args:
+        cascade: in evaluation mode.
+        features: a map ``[N, C, H, W]`` that it pools.
+    """
+    size = cascade.pooler.output_size
+    crop = features.new_zeros(1, features.shape[1], size, size)
+    return tuple(
+        float(
+            FlopCountAnalysis(nn.Sequential(head, predictor), crop)
+            .unsupported_ops_warnings(False)
+            .uncalled_modules_warnings(False)
+            .total()
+        )
+        for head, predictor in zip(cascade.box_head, cascade.box_predictor, strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One call of a detector.
+
+    Attributes:
+        entered: regions of the batch that entered each stage.
+        milliseconds: of the whole call, for the whole batch.
+        stage_milliseconds: of the stages alone.
+    """
+
+    entered: tuple[int, ...]
+    milliseconds: float
+    stage_milliseconds: tuple[float, ...]
+
+
+def time_policies(
+    detector: Any,
+    batches: Sequence[Batch],
+    policies: Mapping[str, ExitPolicy | None],
+    *,
+    rounds: int,
+) -> dict[str, list[Timing]]:
+    """Run the detector with every policy in turn, so that noise meets all of them alike.
+
+    Args:
+        detector: see ``Detector``; it keeps its exits.
+        batches: to run on; the first is run once more before, untimed.
+        policies: by name.
+        rounds: how often each batch is run with each policy.
+
+    Returns:
+        By name, the calls in order.
+    """
+    device = next(detector.parameters()).device
+    timings: dict[str, list[Timing]] = {name: [] for name in policies}
+    own = detector.cascade.exits
+    try:
+        with evaluation_mode(detector), torch.no_grad():
+            for exits in policies.values():
+                detector.set_exits(exits)
+                detector.detect(batches[0])
+            for batch in [*batches] * rounds:
+                for name, exits in policies.items():
+                    detector.set_exits(exits)
+                    timings[name].append(_time(detector, batch, device))
+    finally:
+        detector.set_exits(own)
+    return timings
+
+
+def _time(detector: Any, batch: Batch, device: torch.device) -> Timing:
+    timer = PartTimer(device)
+    stats = detector.detect(batch, timer=timer).stats
+    stages = tuple(
+        timer.milliseconds.get(f"stage{stage}", 0.0) for stage in range(len(stats.entered))
+    )
+    return Timing(tuple(stats.entered), sum(timer.milliseconds.values()), stages)
+
+
+def first_batches(loader: Iterable[Batch], count: int) -> list[Batch]:
+    """Some batches of a loader, to be run again and again."""
+    return list(islice(loader, count))

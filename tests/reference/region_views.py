@@ -89,12 +89,13 @@ def as_seen(view):
     def rows(values):
         return [None] * len(view) if values is None else values.tolist()
 
-    columns = (view.boxes_before, view.probs, view.agreements, view.predicted_ious, view.crops)
+    tensors = (
+        *(view.image_index, view.boxes, view.objectness, view.boxes_before),
+        *(view.probs, view.agreements, view.predicted_ious, view.crops),
+    )
     return [
         Seen(image, tuple(box), objectness, before and tuple(before), *others)
-        for image, box, objectness, before, *others in zip(
-            rows(view.image_index), rows(view.boxes), rows(view.objectness), *map(rows, columns)
-        )
+        for image, box, objectness, before, *others in zip(*map(rows, tensors), strict=True)
     ]
 
 
@@ -105,7 +106,7 @@ def as_accepted(view):
         return []
     columns = (accepted.image_index, accepted.boxes, accepted.scores, accepted.classes)
     regions = []
-    for image, box, score, label in zip(*(column.tolist() for column in columns)):
+    for image, box, score, label in zip(*(column.tolist() for column in columns), strict=True):
         regions.append(Seen(image, tuple(box), probs=[0.0] * label + [score, 0.0]))
     return regions
 

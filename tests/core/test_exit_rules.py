@@ -1,0 +1,294 @@
+"""Every exit rule on its own: by hand, and against plain loops."""
+
+import math
+
+import pytest
+import torch
+from random_records import make_parts, make_recorded_scene
+from region_views import (
+    as_accepted,
+    as_seen,
+    both_policies,
+    make_view,
+    policy,
+    reasons_of,
+    view_of,
+    view_of_image,
+)
+
+from cascade_det.core.exits import Accepted
+from cascade_det.core.exits.background import KeepNearBest, PruneBelow
+from cascade_det.core.exits.confidence import MEASURES, AcceptConfident
+from cascade_det.core.exits.redundancy import DropCovered
+
+SEEDS = range(8)
+
+
+def leaves(rule, view):
+    assert rule.is_active(view.stage)
+    leaving = rule.leaves(view)
+    assert leaving.dtype == torch.bool
+    return leaving.tolist()
+
+
+def assert_as_naive(seed, *, stages=(-1, 0, 1), num_accepted=0, **arguments):
+    """Compare with loops on random regions; return how often each reason was found."""
+    found = {}
+    for stage in stages:
+        exits, naive = both_policies(**arguments)
+        view = make_view(
+            stage=stage, seed=seed, counts=(15, 1, 0, 12), num_classes=3, num_accepted=num_accepted
+        )
+        wanted = naive.decide(stage, as_seen(view), as_accepted(view))
+        assert naive.closest > 1e-6
+        assert reasons_of(exits.decide(view), len(view)) == wanted
+        for reason in wanted:
+            found[reason] = found.get(reason, 0) + 1
+    return found
+
+
+class TestPruneBelow:
+    def test_at_the_threshold_a_region_stays(self):
+        view = view_of([[0.25, 0.5, 0.25], [0.125, 0.25, 0.625], [0.2, 0.125, 0.675]])
+        assert leaves(PruneBelow((0.0, 0.25)), view) == [False, False, True]
+
+    def test_each_gate_has_its_own_threshold(self):
+        rule = PruneBelow((0.5, 0.0, 0.3))
+        assert [rule.is_active(stage) for stage in (-1, 0, 1)] == [True, False, True]
+        view = view_of([[0.25, 0.75], [0.4, 0.6]], stage=1)
+        assert leaves(rule, view) == [True, False]
+
+    def test_before_stage_0_the_objectness_counts(self):
+        view = make_view(stage=-1, counts=(3,))
+        view.objectness = torch.tensor([0.0, -0.1, 3.0])
+        assert leaves(PruneBelow((0.5, 0.0, 0.0)), view) == [False, True, False]
+
+    def test_a_score_that_is_no_number_stays(self):
+        view = view_of([[math.nan, math.nan], [0.1, 0.9]])
+        assert leaves(PruneBelow((0.0, 0.5)), view) == [False, True]
+
+    @pytest.mark.parametrize("seed", SEEDS)
+    def test_against_loops(self, seed):
+        found = assert_as_naive(seed, proposal_threshold=0.4, prune_thresholds=(0.3, 0.6))
+        assert set(found) == {None, "background"}
+
+
+class TestKeepNearBest:
+    def test_by_hand(self):
+        probs = [[0.9, 0.1], [0.75, 0.25], [0.5, 0.5], [0.4, 0.6], [0.25, 0.75], [0.2, 0.8]]
+        view = view_of(probs, image_index=[0, 0, 0, 0, 1, 1])
+        # The second best of image 0 has 0.75, that of image 1 0.2.
+        kept = [False, False, False, True, False, False]
+        assert leaves(KeepNearBest((1, 0.25), best=2), view) == kept
+        # Of fewer than k all stay, of exactly k too.
+        assert leaves(KeepNearBest((1, 0.0), best=3), view) == kept
+        assert not any(leaves(KeepNearBest((1, 0.0), best=4), view))
+        assert not any(leaves(KeepNearBest((1, 0.0), best=5), view))
+        assert leaves(KeepNearBest((1, 0.0), best=1), view) == [False, *[True] * 3, False, True]
+
+    def test_each_gate_has_its_own_margin(self):
+        rule = KeepNearBest((1, 0.1, 0.5), best=1)
+        assert [rule.is_active(stage) for stage in (-1, 0, 1)] == [False, True, True]
+        probs = [[0.9, 0.1], [0.5, 0.5], [0.3, 0.7]]
+        assert leaves(rule, view_of(probs)) == [False, True, True]
+        assert leaves(rule, view_of(probs, stage=1)) == [False, False, True]
+
+    def test_equal_scores_leave_together(self):
+        view = view_of([[0.5, 0.5]] * 4)
+        assert not any(leaves(KeepNearBest((1, 0.0), best=2), view))
+
+    @pytest.mark.parametrize("best", [1, 3, 11, 14])
+    def test_against_loops(self, best):
+        found = {}
+        for seed in SEEDS:
+            found |= assert_as_naive(seed, prune_margins=(0.15, 0.1, 0.2), prune_best=best)
+        assert set(found) == {None, "background"}
+
+
+class TestDropCovered:
+    def test_of_a_chain_the_second_goes_and_covers_nothing(self):
+        # Each has 4/5 of the one before it, 3/5 of the one before that.
+        boxes = [[0.0, 0, 100, 10], [0.0, 0, 80, 10], [0.0, 0, 64, 10]]
+        probs = [[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]]
+        assert leaves(DropCovered(0.75), view_of(probs, boxes=boxes)) == [False, True, False]
+        # Without the first the second covers the third.
+        rest = view_of(probs[1:], boxes=boxes[1:])
+        assert leaves(DropCovered(0.75), rest) == [False, True]
+
+    @pytest.mark.parametrize("iou", [0.5, 0.6, 0.7, 0.75, 0.8, 0.9])
+    @pytest.mark.parametrize("shift", [0.0, 517.0])
+    def test_at_the_threshold_a_region_is_covered(self, iou, shift):
+        boxes = torch.tensor([[0.0, 0, 100, 10], [0.0, 0, 100 * iou, 10], [200.0, 0, 300, 10]])
+        view = view_of([[0.9, 0.1], [0.8, 0.2], [0.1, 0.9]], boxes=(boxes + shift).tolist())
+        assert leaves(DropCovered(iou), view) == [False, True, False]
+        assert not any(leaves(DropCovered(iou + 1e-6), view))
+
+    def test_only_of_its_class_and_image(self):
+        box = [0.0, 0.0, 10.0, 10.0]
+        probs = [[0.1, 0.8, 0.1], [0.7, 0.2, 0.1], [0.2, 0.7, 0.1], [0.1, 0.6, 0.3]]
+        view = view_of(probs, boxes=[box] * 4, image_index=[0, 0, 1, 1])
+        assert leaves(DropCovered(0.5), view) == [False, False, False, True]
+
+    def test_the_class_is_that_of_the_foreground(self):
+        box = [0.0, 0.0, 10.0, 10.0]
+        probs = [[0.3, 0.1, 0.6], [0.2, 0.1, 0.7]]
+        assert leaves(DropCovered(0.5), view_of(probs, boxes=[box] * 2)) == [False, True]
+
+    def test_of_equal_scores_the_first_stays(self):
+        view = view_of([[0.5, 0.5]] * 3, boxes=[[0.0, 0.0, 10.0, 10.0]] * 3)
+        assert leaves(DropCovered(0.5), view) == [False, True, True]
+
+    def test_accepted_regions_cover_what_they_are_better_than(self):
+        box, other = [0.0, 0.0, 10.0, 10.0], [50.0, 0.0, 60.0, 10.0]
+        probs = [[0.6, 0.3, 0.1], [0.8, 0.1, 0.1], [0.2, 0.6, 0.2], [0.6, 0.2, 0.2]]
+        view = view_of(probs, boxes=[box, other, box, box], image_index=[0, 0, 0, 1])
+        view.accepted = Accepted(
+            boxes=torch.tensor([box, other]),
+            scores=torch.tensor([0.7, 0.7]),
+            classes=torch.tensor([0, 0]),
+            image_index=torch.tensor([0, 0]),
+        )
+        # Worse than the accepted one; better; of another class; of another image.
+        assert leaves(DropCovered(0.5), view) == [True, False, False, False]
+
+    def test_an_empty_box_or_one_that_is_no_number_covers_nothing(self):
+        nan = math.nan
+        broken = [[5.0, 5, 5, 5], [nan, 0, nan, 10], [nan] * 4]
+        boxes = [[0.0, 0, 10, 10], [0.0, 0, 10, 9], *broken, *broken]
+        probs = [[0.9, 0.1], [0.8, 0.2], *[[0.95, 0.05]] * 6]
+        assert leaves(DropCovered(0.8), view_of(probs, boxes=boxes)) == [False, True, *[False] * 6]
+
+    def test_is_not_active_before_there_are_classes(self):
+        assert not DropCovered(0.5).is_active(-1)
+
+    @pytest.mark.parametrize("num_accepted", [0, 12])
+    @pytest.mark.parametrize("iou", [0.4, 0.8])
+    def test_against_loops(self, iou, num_accepted):
+        found = {}
+        for seed in SEEDS:
+            found |= assert_as_naive(
+                seed, stages=(0, 1), redundancy_iou=iou, num_accepted=num_accepted
+            )
+        assert set(found) == {None, "redundant"}
+
+    @pytest.mark.parametrize(
+        ("counts", "num_classes"), [((40,) * 60, 2), ((9,) * 30, 400), ((700, 3, 600), 1)]
+    )
+    def test_a_large_batch_is_decided_as_its_images(self, counts, num_classes):
+        # With 60 images of this size, float32 coordinates would have steps of 1/64 pixel.
+        view = make_view(
+            counts=counts, num_classes=num_classes, image_size=(800, 1333), num_accepted=40
+        )
+        rule = DropCovered(0.85)
+        together = rule.leaves(view)
+        assert 0 < together.sum() < len(view)
+        for image in range(0, len(counts), 3):
+            own = together[view.image_index == image]
+            assert leaves(rule, view_of_image(view, image)) == own.tolist()
+
+
+class TestConfidence:
+    CERTAIN, EVEN, HALF = [1.0, 0.0, 0.0, 0.0], [0.25] * 4, [0.5, 0.5, 0.0, 0.0]
+
+    @pytest.mark.parametrize(
+        ("measure", "probs", "wanted"),
+        [
+            ("max_prob", CERTAIN, 1.0),
+            ("max_prob", EVEN, 0.25),
+            ("max_prob", [0.1, 0.2, 0.0, 0.7], 0.2),  # background is no class
+            ("entropy", CERTAIN, 1.0),
+            ("entropy", EVEN, 0.0),
+            ("entropy", HALF, 0.5),  # ln 2 of ln 4
+            ("entropy", [0.0, 0.5, 0.25, 0.25], 0.25),  # 3/2 ln 2 of 2 ln 2
+            ("entropy", [0.0, 0.0, 0.0, 1.0], 0.0),  # certain of background
+            ("margin", CERTAIN, 1.0),
+            ("margin", EVEN, 0.0),
+            ("margin", [0.5, 0.2, 0.0, 0.3], 0.2),  # the second may be background
+            ("margin", [0.5, 0.4, 0.1, 0.0], 0.1),
+            ("margin", [0.0, 0.0, 0.2, 0.8], 0.0),
+        ],
+    )
+    def test_by_hand(self, measure, probs, wanted):
+        got = MEASURES[measure](view_of([probs, self.EVEN]))
+        assert got.shape == (2,)
+        assert got[0].item() == pytest.approx(wanted, abs=1e-6)
+
+    def test_agreement_counts_stages_of_foreground(self):
+        probs = [[0.6, 0.1, 0.3], [0.3, 0.1, 0.6], [0.2, 0.5, 0.3]]
+        view = view_of(probs, agreements=torch.tensor([2, 2, 0]))
+        assert MEASURES["agreement"](view).tolist() == [2.0, 0.0, 0.0]
+
+    @pytest.mark.parametrize("measure", ["max_prob", "entropy", "margin"])
+    def test_one_class_is_enough(self, measure):
+        got = MEASURES[measure](view_of([[1.0, 0.0], [0.5, 0.5], [0.2, 0.8]]))
+        assert got.tolist() == pytest.approx(
+            [1.0, *{"max_prob": (0.5, 0.2), "entropy": (0, 0), "margin": (0, 0)}[measure]]
+        )
+
+    def test_at_the_threshold_a_region_is_accepted(self):
+        view = view_of([[0.75, 0.25], [0.74, 0.26]])
+        assert leaves(AcceptConfident(MEASURES["max_prob"], (0.75,)), view) == [True, False]
+
+    def test_each_stage_has_its_own_thresholds(self):
+        probs = [[0.75, 0.25], [0.5, 0.5]]
+        ious = torch.tensor([0.5, 0.75])
+        rule = AcceptConfident(
+            MEASURES["max_prob"], (0.7, 0.4), lambda view: view.predicted_ious, (0.5, 0.75)
+        )
+        assert not rule.is_active(-1)
+        assert leaves(rule, view_of(probs, predicted_ious=ious)) == [True, False]
+        assert leaves(rule, view_of(probs, predicted_ious=ious, stage=1)) == [False, True]
+
+    @pytest.mark.parametrize("localisation", ["none", "refinement", "predicted_iou"])
+    @pytest.mark.parametrize(
+        ("confidence", "thresholds"),
+        [
+            ("max_prob", (0.7, 0.5)),
+            ("entropy", (0.4, 0.2)),
+            ("margin", (0.5, 0.3)),
+            ("agreement", (1, 2)),
+        ],
+    )
+    def test_against_loops(self, confidence, thresholds, localisation):
+        found = {}
+        for seed in SEEDS:
+            found |= assert_as_naive(
+                seed,
+                stages=(0, 1),
+                confidence=confidence,
+                thresholds=thresholds,
+                localisation=localisation,
+                localisation_thresholds=(0.6, 0.8),
+                learned=make_parts(names=("iou_head",)),
+            )
+        assert set(found) == {None, "confident"}
+
+
+class TestLearned:
+    """The parts have tests of their own: here they are asked at the right time."""
+
+    def test_the_gate_accepts(self):
+        parts, record = make_parts(), make_recorded_scene().record
+        for stage in (0, 1):
+            view = record.view(stage)
+            answers = parts.readiness(view)
+            thresholds = [2.0, 2.0]
+            thresholds[stage] = answers.median().item()
+            exits = policy(thresholds=thresholds, confidence="learned", learned=parts)
+            wanted = ["confident" if x else None for x in answers >= thresholds[stage]]
+            assert len(set(wanted)) == 2
+            assert reasons_of(exits.decide(view), len(view)) == wanted
+            assert exits.decide(record.view(1 - stage)).stay is None
+
+    def test_the_pruner_drops(self):
+        parts, record = make_parts(), make_recorded_scene().record
+        for gate, stage in enumerate((-1, 0, 1)):
+            view = record.view(stage)
+            answers = parts.continue_probability(view)
+            thresholds = [0.0, 0.0, 0.0]
+            thresholds[gate] = answers.median().item()
+            exits = policy(pruner_thresholds=thresholds, learned=parts)
+            wanted = ["background" if x else None for x in answers < thresholds[gate]]
+            assert len(set(wanted)) == 2
+            assert reasons_of(exits.decide(view), len(view)) == wanted
+            assert all(exits.decide(record.view(s)).stay is None for s in (-1, 0, 1) if s != stage)

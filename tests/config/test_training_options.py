@@ -1,0 +1,106 @@
+"""``MODEL.CASCADE.TRAINING``: what contradicts itself or the rest, and what becomes of the keys."""
+
+import pytest
+
+from cascade_det import config
+from cascade_det.core import build_regime
+from cascade_det.errors import ConfigError
+
+NODE = "MODEL.CASCADE.TRAINING"
+LEARNED = ("MODEL.CASCADE.EXIT.ENABLED", True, "MODEL.CASCADE.EXIT.LEARNED", ("gate",))
+FREEZE = (f"{NODE}.FREEZE_DETECTOR", True)
+SCHEDULED = (f"{NODE}.STAGE_WEIGHTING", "scheduled", f"{NODE}.STAGE_LOSS_WEIGHTS_END")
+DYNAMIC = (f"{NODE}.DYNAMIC.ENABLED", True)
+GIOU = ("MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "giou")
+
+
+def cfg_of(*options):
+    cfg = config.get_cfg()
+    cfg.MODEL.ROI_HEADS.NAME = "EarlyExitCascadeROIHeads"
+    cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
+    cfg.merge_from_list(list(options))
+    return cfg
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        (f"{NODE}.GATING", "hard", f"{NODE}.PREFIX_LOSS_WEIGHT", 1.0),
+        (*SCHEDULED, (0.5,), f"{NODE}.GATING", "soft"),
+        (*SCHEDULED, (0.2, 0.0, 1.0)),
+        (f"{NODE}.STAGE_WEIGHTING", "learned"),
+        DYNAMIC,
+        (*DYNAMIC, *GIOU, f"{NODE}.DYNAMIC.K_BETA", 0),
+        # Off, it may say what it likes.
+        (*GIOU, f"{NODE}.DYNAMIC.IOU_FLOOR", 0.9),
+        (*LEARNED, *FREEZE),
+    ],
+)
+def test_what_fits_builds_a_regime(options):
+    cfg = cfg_of(*options)
+    config.check_heads(cfg)
+    build_regime(**config.training_arguments(cfg))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((f"{NODE}.GATING", "firm"), "GATING is 'firm'.*'hard', 'soft'"),
+        ((f"{NODE}.GATE_THRESHOLD", 0.0), "GATE_THRESHOLD is 0.0.*above 0 and up to 1"),
+        ((f"{NODE}.GATE_THRESHOLD", 1.5), "GATE_THRESHOLD is 1.5"),
+        ((f"{NODE}.GATE_SCALE", 0.0), "GATE_SCALE is 0.0"),
+        ((f"{NODE}.STAGE_WEIGHTING", "random"), "STAGE_WEIGHTING is 'random'"),
+        ((*SCHEDULED, ()), r"END is \(\).*1 or 3 values"),
+        ((*SCHEDULED, (0.5, 0.5)), "1 or 3 values"),
+        ((*SCHEDULED, (0.5, -0.5, 1.0)), "END is .*0 or more"),
+        ((f"{NODE}.STAGE_LOSS_WEIGHTS_END", (0.5,)), "STAGE_WEIGHTING is 'fixed'"),
+        (
+            (
+                *(f"{NODE}.STAGE_WEIGHTING", "learned"),
+                *("MODEL.CASCADE.STAGE_LOSS_WEIGHTS", (1.0, 0.0, 1.0)),
+            ),
+            "above 0",
+        ),
+        ((f"{NODE}.PREFIX_LOSS_WEIGHT", -1.0), "PREFIX_LOSS_WEIGHT is -1.0"),
+        (
+            (f"{NODE}.PREFIX_LOSS_WEIGHT", 0.5, "MODEL.CASCADE.ENSEMBLE", "last_boxes"),
+            "ENSEMBLE is 'last_boxes'.*mean_probs or mean_logits",
+        ),
+        ((f"{NODE}.DYNAMIC.PERIOD", 0), "PERIOD is 0"),
+        ((f"{NODE}.DYNAMIC.K_I", -1), "K_I is -1"),
+        ((*DYNAMIC, f"{NODE}.DYNAMIC.K_I", 0, f"{NODE}.DYNAMIC.K_BETA", 0), "both 0"),
+        ((*DYNAMIC, *GIOU), "'giou', which has no beta.*K_BETA to 0"),
+        ((*DYNAMIC, f"{NODE}.DYNAMIC.IOU_FLOOR", 0.55), "0.55, above the first.*0.5"),
+        ((f"{NODE}.DYNAMIC.IOU_FLOOR", 1.0), "IOU_FLOOR is 1.0"),
+        ((f"{NODE}.DYNAMIC.BETA_START", 0.0), "BETA_START is 0.0"),
+        (FREEZE, r"nothing else to train.*EXIT\.LEARNED"),
+        ((*FREEZE, *LEARNED[:2]), "nothing else to train"),
+        ((*FREEZE, *LEARNED, *DYNAMIC), r"DYNAMIC\.ENABLED is True.*FREEZE_DETECTOR is True"),
+        ((*FREEZE, *LEARNED, f"{NODE}.GATING", "soft"), "GATING is 'soft'.*FREEZE_DETECTOR"),
+    ],
+)
+def test_what_does_not_is_an_error_with_a_remedy(options, message):
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
+        config.check_heads(cfg_of(*options))
+
+
+def test_values_reach_the_regime():
+    cfg = cfg_of(
+        *(f"{NODE}.GATING", "soft", f"{NODE}.GATE_THRESHOLD", 0.8, f"{NODE}.GATE_SCALE", 12.0),
+        *(*SCHEDULED, (0.5,), f"{NODE}.PREFIX_LOSS_WEIGHT", 0.25),
+        *(*DYNAMIC, f"{NODE}.DYNAMIC.K_I", 7, f"{NODE}.DYNAMIC.K_BETA", 3),
+        *(f"{NODE}.DYNAMIC.PERIOD", 9, f"{NODE}.DYNAMIC.IOU_FLOOR", 0.45),
+        *(f"{NODE}.DYNAMIC.BETA_START", 2.0),
+    )
+    regime = build_regime(**config.training_arguments(cfg))
+    gates, dynamic = regime.gates, regime.dynamic
+    assert (gates.kind, gates.threshold, gates.scale) == ("soft", 0.8, 12.0)
+    assert regime.stage_loss_weights_end == (0.5, 0.5, 0.5)
+    assert regime.prefix_loss_weight == 0.25
+    assert (dynamic.k_iou, dynamic.k_beta, dynamic.period) == (7, 3, 9)
+    assert (dynamic.iou_floor, dynamic.beta_start) == (0.45, 2.0)
+    assert not regime.exits_alone
+    plain = build_regime(**config.training_arguments(cfg_of(*LEARNED, *FREEZE)))
+    assert (plain.gates, plain.dynamic, plain.exits_alone) == (None, None, True)
+    assert not plain.state_dict()

@@ -1,0 +1,137 @@
+"""How long a call of a detector takes, told from the regions that enter each stage.
+
+S stages, M measured calls with the same number of images each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import nnls
+
+from cascade_det.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """Milliseconds of a call: a constant, and for each stage a fixed part and one per region.
+
+    Attributes:
+        constant: of all that does not depend on exits, such as the backbone.
+        per_call: S milliseconds that a stage takes as soon as any region enters it.
+        per_region: S milliseconds for each region that enters it.
+        device_name: what it was measured on.
+        batch_size: images of a call.
+        samples: M.
+        spread: the median of the absolute relative errors on what it was fitted to.
+    """
+
+    constant: float
+    per_call: tuple[float, ...]
+    per_region: tuple[float, ...]
+    device_name: str = ""
+    batch_size: int = 1
+    samples: int = 0
+    spread: float = 0.0
+
+    @classmethod
+    def fit(
+        cls,
+        entered: npt.ArrayLike,
+        milliseconds: npt.ArrayLike,
+        *,
+        device_name: str = "",
+        batch_size: int = 1,
+    ) -> LatencyModel:
+        """The model with the least squares of relative errors, in which no part is negative.
+
+        What a stage takes as soon as any region enters it can only be told from calls some of
+        which leave it empty.
+
+        Args:
+            entered: ``[M, S]``, regions of all images of a call that entered each stage; they
+                should differ much.
+            milliseconds: ``[M]``, of the whole call; better the median of several runs.
+            device_name: where they were measured.
+            batch_size: images of each of them.
+
+        Raises:
+            ValueError: fewer than 2 S + 1 calls, or one without a duration.
+        """
+        regions, times = np.asarray(entered, np.float64), np.asarray(milliseconds, np.float64)
+        count, num_stages = regions.shape
+        if count < 2 * num_stages + 1:
+            raise ValueError(
+                f"{count} measured calls for {num_stages} stages: measure at least "
+                f"{2 * num_stages + 1}, with different numbers of regions"
+            )
+        if not (np.isfinite(times) & (times > 0)).all():
+            raise ValueError("a measured call has no positive, finite duration")
+        parts = np.hstack([np.ones((count, 1)), regions > 0, regions])
+        # Errors relative to the duration: a few long calls would decide everything otherwise.
+        weighted = parts / times[:, None]
+        scales = np.linalg.norm(weighted, axis=0)
+        scales[scales == 0] = 1.0  # a stage that nothing ever entered
+        solution = nnls(weighted / scales, np.ones(count))[0] / scales
+        errors = np.abs(weighted @ solution - 1)
+        return cls(
+            constant=float(solution[0]),
+            per_call=tuple(solution[1 : 1 + num_stages].tolist()),
+            per_region=tuple(solution[1 + num_stages :].tolist()),
+            device_name=device_name,
+            batch_size=batch_size,
+            samples=count,
+            spread=float(np.median(errors)),
+        )
+
+    def predict(self, entered: npt.ArrayLike) -> Any:
+        """Milliseconds of calls.
+
+        Args:
+            entered: regions that enter each stage: ``[S]`` of one call, or ``[S, N]`` of N calls.
+
+        Returns:
+            A float, or float64 ``[N]``.
+        """
+        regions = np.asarray(entered, np.float64)
+        by_call = np.array(self.per_call) @ (regions > 0)
+        times = self.constant + by_call + np.array(self.per_region) @ regions
+        return float(times) if regions.ndim == 1 else times
+
+    def per_image(self, entered: npt.ArrayLike) -> float:
+        """Mean milliseconds per image, where images come in the batches that were measured.
+
+        Args:
+            entered: ``[S, N]``, regions of N images that enter each stage; nan for N = 0. A last
+                batch that is not full counts as a part of a full one with as many regions each.
+        """
+        regions = np.asarray(entered, np.float64)
+        firsts = np.arange(0, regions.shape[1], self.batch_size)
+        if len(firsts) == 0:
+            return float("nan")
+        sizes = np.diff(firsts, append=regions.shape[1])
+        in_batches = np.add.reduceat(regions, firsts, axis=1) * (self.batch_size / sizes)
+        return float(self.predict(in_batches) @ sizes / (sizes.sum() * self.batch_size))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for a file."""
+        return {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LatencyModel:
+        """The model that ``as_dict`` was called on.
+
+        Raises:
+            ConfigError: these are not its values.
+        """
+        names = {field.name for field in fields(cls)}
+        if wrong := names ^ values.keys():
+            raise ConfigError(
+                f"no latency model: {', '.join(sorted(wrong))} missing or unknown; measure again"
+            )
+        stages = {name: tuple(map(float, values[name])) for name in ("per_call", "per_region")}
+        return cls(**{**values, **stages})

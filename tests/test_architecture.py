@@ -31,6 +31,7 @@ RANKS = {
     "engine": 3,
     "standalone": 4,
     "d2": 4,
+    "hosts": 5,
 }
 # Where a library may be imported; one that is not named here may be imported everywhere.
 HOMES = {

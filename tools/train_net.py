@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import importlib
 import logging
 import os
 import shlex
@@ -36,12 +35,11 @@ from cascade_det.engine import distributed
 from cascade_det.engine.interrupts import Interrupted
 from cascade_det.engine.log import setup_logging
 from cascade_det.engine.processes import INTERRUPTED
-from cascade_det.errors import CascadeDetError, ConfigError
+from cascade_det.errors import CascadeDetError
+from cascade_det.hosts import HOSTS, choose_host, load_host
 
 logger = logging.getLogger("cascade_det.tools.train_net")
 
-# The rooms of the package that they are in.
-_HOSTS = {"standalone": "standalone", "detectron2": "d2"}
 # What a user can mend about files. The traceback of any other OSError tells more.
 _FILE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
@@ -65,8 +63,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _launch(args: argparse.Namespace) -> int:
-    args.host, why = _choose(args.host)
-    host = _host(args.host)
+    args.host, why = choose_host(args.host)
+    host = load_host(args.host)
     cfg = host.load_config(args.config_file, args.opts)
     host.check_config(cfg)
     first = args.machine_rank == 0 and os.environ.get("RANK", "0") == "0"
@@ -92,7 +90,7 @@ def _launch(args: argparse.Namespace) -> int:
 def run(cfg: CfgNode, args: argparse.Namespace) -> int:
     """The work of one process, among others or alone; returns its exit status."""
     setup_logging(cfg.OUTPUT_DIR)
-    host = _host(args.host)
+    host = load_host(args.host)
     host.join()
     try:
         with _file_errors_told():
@@ -115,28 +113,6 @@ def _file_errors_told() -> Iterator[None]:
         if error.errno not in _FILE_ERRORS:
             raise
         raise CascadeDetError(f"{error.filename or 'A file'}: {error.strerror}") from error
-
-
-def _choose(asked: str) -> tuple[str, str]:
-    """The host to run, and why it is that one."""
-    if asked == "standalone":
-        return asked, "as --host says"
-    try:
-        _host("detectron2")
-    # Not ImportError alone: versions that do not fit each other fail in many ways.
-    except Exception as error:
-        cause = f"Detectron2 cannot be imported ({type(error).__name__}: {error})"
-        if asked == "auto":
-            return "standalone", f"since {cause}"
-        raise ConfigError(
-            f"--host detectron2: {cause}. Install it as the README says under Inside Detectron2, "
-            "or take --host standalone."
-        ) from error
-    return "detectron2", "as --host says" if asked != "auto" else "since it can be imported"
-
-
-def _host(name: str) -> ModuleType:
-    return importlib.import_module(f"cascade_det.{_HOSTS[name]}.host")
 
 
 def _for_processes(cfg: CfgNode, host: ModuleType, args: argparse.Namespace) -> CfgNode:
@@ -163,7 +139,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--host",
         default="auto",
-        choices=("auto", *_HOSTS),
+        choices=HOSTS,
         help="who builds and trains the model; auto: Detectron2 where it can be imported",
     )
     parser.add_argument(

@@ -35,6 +35,9 @@ from small_plugin import (
 )
 
 from cascade_det.config import get_cfg
+from cascade_det.core import ExitPolicy
+from cascade_det.core.exits.background import PruneBelow
+from cascade_det.core.exits.redundancy import DropCovered
 from cascade_det.d2 import EarlyExitCascadeROIHeads
 from make_shapes import make_dataset
 
@@ -93,7 +96,7 @@ def plain(value):
         return value
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (Matcher, Box2BoxTransform)):
+    if isinstance(value, (Matcher, Box2BoxTransform, PruneBelow, DropCovered)):
         return plain(vars(value))
     if isinstance(value, Sequence):
         return [plain(item) for item in value]
@@ -102,6 +105,9 @@ def plain(value):
 
 def test_every_setting_of_the_model(models):
     for (name, ours), (_, theirs) in zip(*(m.named_modules() for m in models), strict=True):
+        if isinstance(ours, ExitPolicy):
+            assert plain(ours.rules) == plain(theirs.rules)
+            continue
         keys = {key for key in vars(theirs) if not key.startswith("_")}
         assert keys == {key for key in vars(ours) if not key.startswith("_")}
         # A factor of each loss, or one for both.
@@ -112,7 +118,12 @@ def test_every_setting_of_the_model(models):
         for loss in ("loss_cls", "loss_box_reg"):
             assert ours.loss_weight.get(loss, 1.0) == theirs.loss_weight.get(loss, 1.0)
     assert heads.cascade.training_rules == their_heads.cascade.training_rules
-    assert vars(heads.cascade.exits) == vars(their_heads.cascade.exits)
+    probs = torch.rand(2, 3)
+    assert all(
+        h.exits.calibrated(probs, stage) is probs
+        for h in (heads, their_heads)
+        for stage in range(3)
+    )
     generators = (m.proposal_generator.anchor_generator for m in models)
     for ours, theirs in zip(*(g.cell_anchors for g in generators), strict=True):
         assert torch.equal(ours, theirs)
@@ -206,7 +217,7 @@ def test_detectron2s_tool_trains_and_evaluates_it(shapes, tmp_path, monkeypatch)
     dumped = LazyConfig.load(str(tmp_path / "output" / "config.yaml"))
     again = instantiate(dumped.model)
     DetectionCheckpointer(again).load(str(tmp_path / "output" / "model_final.pth"))
-    assert again.roi_heads.cascade.exits.thresholds == (0.9, 0.9)
+    assert again.roi_heads.exits.prune_thresholds == (0.02, 0.02)
     parsed = parser.parse_args(
         ["--config-file", str(own), "--eval-only", *options, "model.roi_heads.exits=null"]
     )

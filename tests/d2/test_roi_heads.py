@@ -133,7 +133,9 @@ class TestConstruction:
         assert_same_instances(detect(ours, make_scene()), wanted)
 
     def test_own_arguments(self):
-        exits = ExitPolicy(num_stages=3, thresholds=(0.7, 0.6), prune_thresholds=(0.1, 0.2))
+        exits = ExitPolicy(
+            num_stages=3, thresholds=(0.7, 0.6), prune_thresholds=(0.1, 0.2), redundancy_iou=0.8
+        )
         plain = EarlyExitCascadeROIHeads(
             **plain_arguments(), exits=exits, ensemble="last", stage_loss_weights=[1.0, 0.5, 0.25]
         ).eval()
@@ -159,7 +161,8 @@ class TestConstruction:
         wanted = described(theirs.named_parameters())
         assert described(ours.named_parameters()) == wanted
         assert described(ours.named_parameters(remove_duplicate=False)) == wanted
-        assert [n for n, _ in ours.named_modules()] == [n for n, _ in theirs.named_modules()]
+        names = [name for name, _ in theirs.named_modules()]
+        assert [name for name, _ in ours.named_modules()] == [*names, "regime"]
 
     def test_one_seed_gives_detectron2s_weights(self):
         ours, theirs = build_heads(), build_heads(THEIRS)
@@ -636,7 +639,7 @@ class TestAutocast:
     def test_inference_is_close(self):
         heads, scene = build_heads(options=EXITS), make_scene()
         # Nobody leaves at a threshold that rounding decides about.
-        heads.cascade.exits = None
+        heads.exits = None
         wanted = detect(heads, scene)
         with torch.autocast("cpu", torch.bfloat16):
             found = detect(heads, scene)

@@ -8,16 +8,21 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+from naive_exits import NaivePolicy, Seen, iou, sigmoid
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 
 @dataclass
 class NaiveRegion:
+    """``seen`` is what exit rules know of it, as of the last stage that it saw."""
+
     image: int
     row: int
     box: tuple[float, float, float, float]
+    seen: Seen
     logits: list[list[float]] = field(default_factory=list)
+    tops: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -35,6 +40,8 @@ class NaiveResult:
     detections: list[list[NaiveDetection]]
     survivors: list[list[tuple[int, int]]]
     left: list[dict[str, int]]
+    left_before: dict[str, int]
+    confidence: list[dict[str, float]]
 
 
 @dataclass
@@ -50,51 +57,94 @@ class NaiveCascade:
     score_thresh: float
     nms_thresh: float
     detections_per_image: int
-    thresholds: list[float] | None = None
-    prune_thresholds: list[float] | None = None
+    policy: NaivePolicy | None = None
 
     def __post_init__(self):
         self.state = {name: value.detach().double() for name, value in self.state.items()}
         self.num_stages = len(self.bbox_reg_weights)
 
-    def detect(self, features, proposals, image_sizes):
+    def detect(self, features, proposals, image_sizes, objectness=None):
         features = [f.detach().double() for f in features]
         live = []
         for image, boxes in enumerate(proposals):
             for row, box in enumerate(boxes.tolist()):
-                live.append(NaiveRegion(image, row, tuple(box)))
+                logit = 0.0 if objectness is None else objectness[image][row].item()
+                seen = Seen(image, tuple(box), logit)
+                live.append(NaiveRegion(image, row, tuple(box), seen))
+        live, left_before = self.admit(live, features)
+        stages = range(self.num_stages)
+        survivors, left, confidence = [], [{} for _ in stages], [{} for _ in stages]
         scored = [[] for _ in image_sizes]
-        survivors = [[] for _ in range(self.num_stages)]
-        left = [{} for _ in range(self.num_stages)]
-        for stage in range(self.num_stages):
+        accepted = []
+        for stage in stages:
+            survivors.append([(region.image, region.row) for region in live])
+            runs = [self.run_stage(stage, r, features, image_sizes[r.image]) for r in live]
+            reasons = self.reasons_to_leave(stage, live, accepted)
             staying = []
-            for region in live:
-                survivors[stage].append((region.image, region.row))
-                crop = self.pool(features, region.image, region.box)
-                logits, deltas = self.run_head(stage, crop)
-                region.logits.append(logits)
-                boxes = [
-                    self.move(region.box, deltas[i : i + 4], stage, image_sizes[region.image])
-                    for i in range(0, len(deltas), 4)
-                ]
-                reason = self.reason_to_leave(stage, region)
-                if reason is not None:
-                    left[stage][reason] = left[stage].get(reason, 0) + 1
-                if reason in ("confident", "completed"):
-                    probs = self.final_probs(stage, region, crop)
-                    for label in range(self.num_classes):
-                        if probs[label] > self.score_thresh:
-                            box = boxes[label] if len(boxes) > 1 else boxes[0]
-                            found = NaiveDetection(box, probs[label], label, stage)
-                            scored[region.image].append(found)
+            for region, run, reason in zip(live, runs, reasons, strict=True):
                 if reason is None:
-                    top = max(range(self.num_classes), key=lambda label: logits[label])
-                    region.box = boxes[top] if len(boxes) > 1 else boxes[0]
                     staying.append(region)
+                    continue
+                left[stage][reason] = left[stage].get(reason, 0) + 1
+                total = confidence[stage].get(reason, 0.0) + region.seen.score
+                confidence[stage][reason] = total
+                if reason == "confident":
+                    accepted.append(region.seen)
+                if reason in ("confident", "budget", "completed"):
+                    scored[region.image] += self.report(stage, region, *run)
             live = staying
-        return NaiveResult([self.select(found) for found in scored], survivors, left)
+        detections = [self.select(found) for found in scored]
+        return NaiveResult(detections, survivors, left, left_before, confidence)
 
-    def pool(self, features, image, box):
+    def report(self, stage, region, boxes, crop):
+        """What is found of a region that leaves after a stage."""
+        found = []
+        for label, score in enumerate(self.final_probs(stage, region, crop)[:-1]):
+            if score > self.score_thresh:
+                box = boxes[label] if len(boxes) > 1 else boxes[0]
+                found.append(NaiveDetection(box, score, label, stage))
+        return found
+
+    def admit(self, live, features):
+        """Those that enter stage 0, and how many did not by reason."""
+        if self.policy is None:
+            return live, {}
+        for region in live:
+            region.seen.crop = self.pool(features, region.image, region.box, 1, 2, True).flatten()
+        reasons = self.policy.decide(-1, [region.seen for region in live])
+        counts = {r: reasons.count(r) for r in reasons if r is not None}
+        staying = [x for x, reason in zip(live, reasons, strict=True) if reason is None]
+        return staying, counts
+
+    def run_stage(self, stage, region, features, image_size):
+        """Refine a region; all boxes of the stage, and its crop."""
+        crop = self.pool(features, region.image, region.box)
+        logits, deltas, predicted_iou = self.run_head(stage, crop)
+        region.logits.append(logits)
+        boxes = [
+            self.move(region.box, deltas[i : i + 4], stage, image_size)
+            for i in range(0, len(deltas), 4)
+        ]
+        before = region.box
+        top = max(range(self.num_classes), key=lambda label: logits[label])
+        region.box = boxes[top] if len(boxes) > 1 else boxes[0]
+        probs = self.running_probs(region)
+        region.tops.append(probs.index(max(probs)))
+        agreements = 0
+        while agreements < stage and region.tops[-2 - agreements] == region.tops[-1]:
+            agreements += 1
+        region.seen = Seen(
+            region.image,
+            region.box,
+            region.seen.objectness,
+            before,
+            probs,
+            agreements,
+            predicted_iou,
+        )
+        return boxes, crop
+
+    def pool(self, features, image, box, size=None, samples=None, aligned=None):
         area = (box[2] - box[0]) * (box[3] - box[1])
         finest, coarsest = math.log2(self.strides[0]), math.log2(self.strides[-1])
         level = math.floor(4 + math.log2(math.sqrt(area) / 224 + 1e-8))
@@ -102,10 +152,10 @@ class NaiveCascade:
         return roi_align(
             features[index][image : image + 1],
             torch.tensor([[0.0, *box]], dtype=torch.float64),
-            self.output_size,
+            size or self.output_size,
             1 / self.strides[index],
-            self.sampling_ratio,
-            self.aligned,
+            self.sampling_ratio if samples is None else samples,
+            self.aligned if aligned is None else aligned,
         )
 
     def run_head(self, stage, crop):
@@ -121,7 +171,10 @@ class NaiveCascade:
         for name in ("cls_score", "bbox_pred"):
             weight, bias = self.weights(f"box_predictor.{stage}.{name}")
             outputs.append((weight @ x + bias).tolist())
-        return outputs
+        if f"exits.learned.iou_head.{stage}.weight" in self.state:
+            weight, bias = self.weights(f"exits.learned.iou_head.{stage}")
+            return *outputs, sigmoid((weight @ x + bias).item())
+        return *outputs, None
 
     def weights(self, name):
         return self.state[f"{name}.weight"], self.state[f"{name}.bias"]
@@ -148,21 +201,17 @@ class NaiveCascade:
         return mean([softmax(logits) for logits in region.logits])
 
     def final_probs(self, stage, region, crop):
-        if self.ensemble != "last_boxes":
-            return self.running_probs(region)
-        return mean([softmax(self.run_head(earlier, crop)[0]) for earlier in range(stage + 1)])
+        probs = self.running_probs(region)
+        if self.ensemble == "last_boxes":
+            probs = mean([softmax(self.run_head(s, crop)[0]) for s in range(stage + 1)])
+        return probs if self.policy is None else self.policy.reported(probs, stage)
 
-    def reason_to_leave(self, stage, region):
+    def reasons_to_leave(self, stage, live, accepted):
         if stage == self.num_stages - 1:
-            return "completed"
-        if self.thresholds is None:
-            return None
-        best = max(self.running_probs(region)[:-1])
-        if best < self.prune_thresholds[stage]:
-            return "background"
-        if best >= self.thresholds[stage]:
-            return "confident"
-        return None
+            return ["completed"] * len(live)
+        if self.policy is None:
+            return [None] * len(live)
+        return self.policy.decide(stage, [region.seen for region in live], accepted)
 
     def select(self, found):
         kept = []
@@ -181,13 +230,3 @@ def softmax(logits):
 
 def mean(rows):
     return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
-
-
-def iou(a, b):
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    shared = width * height
-    total = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
-    return shared / total

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from naive_cascade import NaiveCascade
+from naive_exits import NaivePolicy
 from torch import Tensor, nn
 
 from cascade_det.core import BoxPredictor, CascadeHead, ConvFCBoxHead, RoIPooler
@@ -97,9 +98,19 @@ def make_cascade(
     return CascadeHead(box_heads=heads, box_predictors=predictors, **(arguments | changes))
 
 
-def naive_twin(cascade):
-    """The naive cascade with the weights and settings of a real one."""
+def naive_twin(cascade, policy=None):
+    """The naive cascade with the weights and settings of a real one.
+
+    Its exits are thresholds of probabilities and redundancy, unless a policy is given.
+    """
     pooler, exits = cascade.pooler, cascade.exits
+    if exits is not None and policy is None:
+        ious = [rule.iou for rule in exits.rules if rule.reason == "redundant"]
+        policy = NaivePolicy(
+            thresholds=exits.thresholds,
+            prune_thresholds=exits.prune_thresholds,
+            redundancy_iou=ious[0] if ious else None,
+        )
     return NaiveCascade(
         state=cascade.state_dict(),
         num_classes=cascade.num_classes,
@@ -112,8 +123,7 @@ def naive_twin(cascade):
         score_thresh=cascade.score_thresh,
         nms_thresh=cascade.nms_thresh,
         detections_per_image=cascade.detections_per_image,
-        thresholds=None if exits is None else exits.thresholds,
-        prune_thresholds=None if exits is None else exits.prune_thresholds,
+        policy=policy,
     )
 
 

@@ -21,6 +21,8 @@ from cascade_det.evaluation.image_matching import ImageMatcher, MatchedDetection
 from cascade_det.evaluation.reproduction import found_objects, lost_share
 
 Frame = tuple[tuple[int, int], tuple[int, int]]
+# For all records, or one for each; ``None`` for the full cascade.
+Policies = ExitPolicy | Sequence[ExitPolicy | None] | None
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ class Recording:
     image_ids: list[int]
     frames: list[Frame]
     stage_flops: tuple[float, ...]
+
+    @property
+    def most_proposals(self) -> int:
+        """The most proposals of an image."""
+        return max(int(torch.bincount(record.image_index).max()) for record in self.records)
 
     def of_images(self, images: Sequence[int]) -> Recording:
         """Some of them, by their places."""
@@ -111,11 +118,11 @@ class ExitTrials:
         self._found = {iou: self._find(self.detections(None), iou) for iou in (0.5, 0.75)}
         self.full = self.run(None)
 
-    def run(self, policy: ExitPolicy | None, num_stages: int | None = None) -> Trial:
+    def run(self, policy: Policies, num_stages: int | None = None) -> Trial:
         """Try a policy.
 
         Args:
-            policy: ``None`` for the full cascade.
+            policy: for all records, or one for each; ``None`` for the full cascade.
             num_stages: if the cascade stops before the last one.
         """
         entered, detections = self._replay(policy, num_stages)
@@ -131,17 +138,20 @@ class ExitTrials:
             work=float(entered.sum(axis=1) @ flops / max(proposed * flops.sum(), 1)),
         )
 
-    def detections(self, policy: ExitPolicy | None) -> list[Detections]:
+    def detections(self, policy: Policies) -> list[Detections]:
         """What a policy finds, in pixels of the original images."""
         return self._replay(policy, None)[1]
 
     def _replay(
-        self, policy: ExitPolicy | None, num_stages: int | None
+        self, policy: Policies, num_stages: int | None
     ) -> tuple[npt.NDArray[np.int64], list[Detections]]:
+        records = self.recording.records
+        if policy is None or isinstance(policy, ExitPolicy):
+            policy = [policy] * len(records)
         entered, detections = [], []
         with torch.no_grad():
-            for record in self.recording.records:
-                replay = record.replay(policy, num_stages)
+            for record, own in zip(records, policy, strict=True):
+                replay = record.replay(own, num_stages)
                 entered.append(replay.entered.numpy())
                 detections += record.select(replay.scored)
         frames = self.recording.frames

@@ -38,7 +38,7 @@ class TimeBudget:
     How long the next stage takes is told from the last one, region by region; how long it takes
     to report what was found, from the call before. Stage 0 always runs, so that there is
     something to report. The budget is kept as far as these foresee: by how much a call went over
-    it is measured.
+    it is measured. Outside of a call, as in a replay, nobody leaves.
 
     Args:
         milliseconds: of a call, from its start to its end.
@@ -62,7 +62,8 @@ class TimeBudget:
         self.per_image = per_image
         self.clock = clock
         self.overrun_ms = 0.0
-        self._end = self._last_gate = 0.0
+        self._end: float | None = None
+        self._last_gate = 0.0
         self._entered = 0
         self._report_seconds = 0.0
 
@@ -77,11 +78,12 @@ class TimeBudget:
         self._end = (self.clock() if started is None else started) + seconds
 
     def is_active(self, stage: int) -> bool:
-        """At every gate, if only to read the clock."""
-        return True
+        """At every gate of a call, if only to read the clock."""
+        return self._end is not None
 
     def leaves(self, view: RegionView) -> Tensor:
         """Bool ``[R]``: all or none."""
+        assert self._end is not None
         now = self._now(view.boxes.device)
         over = False
         if view.stage >= 0:
@@ -96,9 +98,11 @@ class TimeBudget:
 
     def finish(self, device: torch.device) -> None:
         """End a call."""
+        assert self._end is not None
         now = self._now(device)
         self._report_seconds = now - self._last_gate
         self.overrun_ms = max(0.0, (now - self._end) * 1000)
+        self._end = None
 
     def _now(self, device: torch.device) -> float:
         if device.type == "cuda":

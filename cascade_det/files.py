@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,20 @@ def write_json(value: Any, path: str | os.PathLike[str], *, indent: int | None =
     text = json.dumps(_plain(value), allow_nan=False, indent=indent)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def write_csv(
+    path: str | os.PathLike[str], headers: Sequence[str], rows: Iterable[Sequence[Any]]
+) -> None:
+    """Write a table; ``None`` and nan are empty cells."""
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(headers)
+        writer.writerows([_cell(value) for value in row] for row in rows)
+
+
+def _cell(value: Any) -> Any:
+    return "" if isinstance(value, float) and math.isnan(value) else value
 
 
 def _lock(descriptor: int) -> bool:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import logging
-import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import numpy.typing as npt
 from cascade_det.errors import DatasetError
 from cascade_det.evaluation.confusion_picture import plot_confusion
 from cascade_det.evaluation.mistake_picture import draw_mistakes
-from cascade_det.files import atomic_path
+from cascade_det.files import atomic_path, write_csv
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +47,10 @@ def write_analysis(
         The folder.
     """
     folder = Path(output_dir) / FOLDER
-    _write_csv(folder / "per_class.csv", *_class_table(analysis["per_class"]))
+    write_csv(folder / "per_class.csv", *_class_table(analysis["per_class"]))
     matrix = analysis["confusion_matrix"]
     rows = [[name, *row] for name, row in zip(matrix["classes"], matrix["counts"], strict=True)]
-    _write_csv(folder / "confusion_matrix.csv", ["true \\ detected", *matrix["classes"]], rows)
+    write_csv(folder / "confusion_matrix.csv", ["true \\ detected", *matrix["classes"]], rows)
     plot_confusion(matrix["classes"], np.array(matrix["counts"]), folder / "confusion_matrix.png")
     worst = analysis["worst_images"]
     for old in (folder / _PICTURES).glob("[0-9][0-9].jpg"):
@@ -64,7 +62,7 @@ def write_analysis(
             for number, image in enumerate(worst, start=1)
         ]
     columns = ("image_id", "file_name", "true_positives", "false_positives", "misses", "F1")
-    _write_csv(
+    write_csv(
         folder / "worst_images.csv",
         [*columns, "picture"],
         ([*(i[key] for key in columns), name] for i, name in zip(worst, pictures, strict=True)),
@@ -80,17 +78,6 @@ def _class_table(per_class: Sequence[Mapping[str, Any]]) -> tuple[list[str], lis
         for row in per_class
     ]
     return headers, rows
-
-
-def _write_csv(path: Path, headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(headers)
-        writer.writerows([_cell(value) for value in row] for row in rows)
-
-
-def _cell(value: Any) -> Any:
-    return "" if isinstance(value, float) and math.isnan(value) else value
 
 
 def _write_picture(image: Mapping[str, Any], folder: Path, name: str, read_image: ReadImage) -> str:

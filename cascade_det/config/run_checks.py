@@ -99,7 +99,16 @@ def _loss_names(cfg: CfgNode) -> list[str]:
     per_stage = [f"{name}_stage{i}" for i in stages for name in ("loss_cls", "loss_box_reg")]
     others = [("loss_mask", cfg.MODEL.MASK_ON), ("loss_keypoint", cfg.MODEL.KEYPOINT_ON)]
     asked = [name for name, is_on in others if is_on]
-    return ["total_loss", "loss_rpn_cls", "loss_rpn_loc", *per_stage, *asked]
+    of_detector = ["loss_rpn_cls", "loss_rpn_loc", *per_stage, *asked]
+    cascade = cfg.MODEL.CASCADE
+    parts = cascade.EXIT.LEARNED if cascade.EXIT.ENABLED else ()
+    of_exits = {
+        "iou_head": [f"loss_exit_iou_stage{i}" for i in stages],
+        "gate": [f"loss_exit_gate_stage{i}" for i in stages[:-1]],
+        "pruner": [f"loss_exit_pruner_gate{i}" for i in stages],
+    }
+    exits = [name for part, names in of_exits.items() if part in parts for name in names]
+    return ["total_loss", *([] if cascade.TRAINING.FREEZE_DETECTOR else of_detector), *exits]
 
 
 # Each check with the keys that it relies on, as far as rules of their own can find them wrong.
@@ -120,6 +129,7 @@ RUN_CHECKS: dict[Check, tuple[str, ...]] = {
     _check_evaluation: (
         "MODEL.ROI_BOX_CASCADE_HEAD.IOUS",
         "DATASETS.TEST",
+        "MODEL.CASCADE.EXIT.LEARNED",
         "CASCADE.BEST_METRIC",
         "CASCADE.PATIENCE",
     ),

@@ -16,7 +16,7 @@ from cascade_det.core.stage_pass import StagePass
 def prefix_loss(passes: Sequence[StagePass], ensemble: ScoreEnsemble) -> Tensor:
     """Mean class loss of the ensembles of all non-empty subsets of the stages.
 
-    MUTATION (MERIT, arXiv 2303.16892, section 3.3) sums one loss for each subset of the outputs,
+    MUTATION (MERIT, arXiv 2303.16892) sums one loss for each subset of the outputs,
     of their summed logits. Here the ensemble is the one that gives the scores at test: the
     negative log of the mean softmax, or cross-entropy of the mean logits. Crops and labels of a
     region differ from stage to stage: the label is that of the deepest stage of the subset, and

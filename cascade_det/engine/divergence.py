@@ -187,7 +187,8 @@ def _watched(detector: nn.Module) -> Iterator[list[str]]:
 
 
 def _order(name: str) -> tuple[int, int]:
-    if name in ("total_loss", "gradient_norm"):
+    # They are computed from those of the stages.
+    if name in ("loss_prefix", "loss_stage_weights", "total_loss", "gradient_norm"):
         return (2, 0)
     stage = re.search(r"stage(\d+)", name)
     return (1, int(stage[1])) if stage else (0, 0)

@@ -52,7 +52,7 @@ def load_optimizer_state(optimizer: Optimizer, model: nn.Module, saved: Mapping[
         raise CheckpointError(
             f"the checkpoint trained {_some(only_saved)} that this run does not, and this run "
             f"trains {_some(only_here)} that the checkpoint did not; look at "
-            "MODEL.BACKBONE.FREEZE_AT"
+            "MODEL.BACKBONE.FREEZE_AT and MODEL.CASCADE.TRAINING.FREEZE_DETECTOR"
         )
     shapes = {name: parameter.shape for parameter, name in names.items()}
     for name, entries in saved["state"].items():

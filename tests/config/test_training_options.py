@@ -85,6 +85,30 @@ def test_what_does_not_is_an_error_with_a_remedy(options, message):
         config.check_heads(cfg_of(*options))
 
 
+@pytest.mark.parametrize(
+    ("options", "metric", "is_there"),
+    [
+        ((), "loss_cls_stage0", True),
+        ((), "loss_exit_gate_stage0", False),
+        (LEARNED, "loss_exit_gate_stage1", True),
+        (LEARNED, "loss_exit_gate_stage2", False),
+        (LEARNED, "loss_exit_iou_stage0", False),
+        (LEARNED, "loss_cls_stage0", True),
+        ((*LEARNED, *FREEZE), "loss_exit_gate_stage0", True),
+        ((*LEARNED, *FREEZE), "loss_cls_stage0", False),
+        ((*LEARNED, *FREEZE), "total_loss", True),
+    ],
+)
+def test_losses_on_validation_data_that_a_run_may_be_judged_by(options, metric, is_there):
+    cfg = cfg_of(*options, "DATASETS.TEST", ("val",), "CASCADE.VALIDATION_LOSS", True)
+    cfg.CASCADE.BEST_METRIC = f"validation/{metric}"
+    if is_there:
+        config.check_run(cfg)
+    else:
+        with pytest.raises(ConfigError, match="Such losses are"):
+            config.check_run(cfg)
+
+
 def test_values_reach_the_regime():
     cfg = cfg_of(
         *(f"{NODE}.GATING", "soft", f"{NODE}.GATE_THRESHOLD", 0.8, f"{NODE}.GATE_SCALE", 12.0),

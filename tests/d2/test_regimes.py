@@ -1,6 +1,7 @@
 """Training regimes in Detectron2: the losses are those of the core, and what is frozen stays."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,8 +24,10 @@ from two_hosts import BACKBONES, Standalone, build_two, make_batch, with_instanc
 
 from cascade_det import config
 from cascade_det.core import CascadeInputs, RoIPooler, build_exits, build_regime
+from cascade_det.d2 import host
 from cascade_det.d2.detector import Detector
-from cascade_det.engine.regimes import freeze_detector, set_progress, training_mode
+from cascade_det.engine.regimes import freeze_detector, progress_of, set_progress, training_mode
+from cascade_det.engine.step import TrainingStep
 
 pytestmark = pytest.mark.needs_detectron2
 
@@ -121,37 +124,37 @@ def test_masks_have_no_loss_where_exits_alone_are_trained():
 
 
 @pytest.fixture(scope="module")
-def frozen_hosts():
+def frozen_models():
     options = [*BACKBONES["R-18"], *FROZEN, "MODEL.RESNETS.NORM", "BN"]
-    hosts = build_two(*options, "MODEL.BACKBONE.FREEZE_AT", 0, stirred=True)
-    for host in hosts:
-        freeze_detector(host.model)
-    return hosts
+    models = build_two(*options, "MODEL.BACKBONE.FREEZE_AT", 0, stirred=True)
+    for one in models:
+        freeze_detector(one.model)
+    return models
 
 
-def losses_of_frozen(host, batch):
-    training_mode(host.model)
-    if isinstance(host, Standalone):
-        return host.model.losses(batch)
+def losses_of_frozen(one, batch):
+    training_mode(one.model)
+    if isinstance(one, Standalone):
+        return one.model.losses(batch)
     with EventStorage():
-        return host.model([with_instances(sample) for sample in batch])
+        return one.model([with_instances(sample) for sample in batch])
 
 
-def test_a_frozen_detector_stays_as_it_is_in_both_hosts(frozen_hosts):
+def test_a_frozen_detector_stays_as_it_is_in_both_hosts(frozen_models):
     results = []
-    for host in frozen_hosts:
-        before = copy.deepcopy(host.model.state_dict())
-        trained = [p for p in host.model.parameters() if p.requires_grad]
+    for one in frozen_models:
+        before = copy.deepcopy(one.model.state_dict())
+        trained = [p for p in one.model.parameters() if p.requires_grad]
         optimizer, history = torch.optim.SGD(trained, lr=0.1), []
         for iteration in range(2):
             torch.manual_seed(iteration)
-            losses = losses_of_frozen(host, make_batch(2, seed=iteration))
+            losses = losses_of_frozen(one, make_batch(2, seed=iteration))
             assert all(name.startswith("loss_exit_") for name in losses)
             optimizer.zero_grad()
             sum(losses.values()).backward()
             optimizer.step()
             history.append({name: loss.item() for name, loss in losses.items()})
-        state = host.model.state_dict()
+        state = one.model.state_dict()
         changed = {name for name, value in state.items() if not torch.equal(value, before[name])}
         assert changed
         assert all(name.startswith("roi_heads.exits.learned.") for name in changed)
@@ -159,8 +162,57 @@ def test_a_frozen_detector_stays_as_it_is_in_both_hosts(frozen_hosts):
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
 
 
-def test_validation_of_a_frozen_detector_has_the_losses_of_exits(frozen_hosts):
-    model = frozen_hosts[0].model.eval()
+def test_validation_of_a_frozen_detector_has_the_losses_of_exits(frozen_models):
+    model = frozen_models[0].model.eval()
     losses = Detector(model).losses([with_instances(sample) for sample in make_batch(1)])
     assert losses
     assert all(name.startswith("loss_exit_") for name in losses)
+
+
+SHORT = ("DATASETS.TEST", "()", "SOLVER.STEPS", "()", "SOLVER.MAX_ITER")
+
+
+def weights_of(cfg, name="final", entry="model"):
+    return torch.load(Path(cfg.OUTPUT_DIR, f"model_{name}.pth"), weights_only=True)[entry]
+
+
+def test_a_run_knows_its_progress_and_keeps_its_dynamics(make_cfg, monkeypatch):
+    shares = []
+    run = TrainingStep.run
+
+    def watched(self, *args, **kwargs):
+        result = run(self, *args, **kwargs)
+        shares.append(progress_of(self.module))
+        return result
+
+    monkeypatch.setattr(TrainingStep, "run", watched)
+    options = [*DYNAMIC, f"{NODE}DYNAMIC.PERIOD", "2", *SCHEDULED]
+    cfg = make_cfg(*SHORT, "4", "SOLVER.CHECKPOINT_PERIOD", "3", *options)
+    host.train(cfg)
+    assert shares == [0, 0.25, 0.5, 0.75]
+    dynamic = "roi_heads.regime.dynamic."
+    saved, last = weights_of(cfg, "0000002"), weights_of(cfg)
+    assert [saved[dynamic + "passes"], last[dynamic + "passes"]] == [3, 4]
+    assert (saved[dynamic + "iou_counts"] == 1).all()
+    Path(cfg.OUTPUT_DIR, "last_checkpoint").write_text("model_0000002.pth")
+    host.train(cfg, resume=True)
+    assert shares[4:] == [0.75]
+    assert weights_of(cfg)[dynamic + "passes"] == 4
+
+
+def test_a_run_of_exits_alone_leaves_the_detector(make_cfg):
+    norms = ("MODEL.RESNETS.NORM", "BN")
+    detector = make_cfg(*SHORT, "1", *norms, output="detector")
+    host.train(detector)
+    weights = ("MODEL.WEIGHTS", str(Path(detector.OUTPUT_DIR, "model_final.pth")))
+    averaged = ("CASCADE.EMA_DECAY", "0.5", "SOLVER.WARMUP_ITERS", "0")
+    cfg = make_cfg(*SHORT, "2", *norms, *weights, *FROZEN, *averaged)
+    host.train(cfg)
+    before = weights_of(detector)
+    for entry in ("model", "training_weights"):
+        after = weights_of(cfg, entry=entry)
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+        added = after.keys() - before.keys()
+        assert all(name.startswith("roi_heads.exits.learned.") for name in added)
+    biases = [value for name, value in after.items() if name.endswith("logit.bias")]
+    assert all(value.any() for value in biases)

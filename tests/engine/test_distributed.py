@@ -56,6 +56,14 @@ def test_buffers_are_those_of_the_main_process(found):
     torch.testing.assert_close(second, first, rtol=0, atol=0)
 
 
+def test_dynamic_targets_are_the_same_on_all_processes(found):
+    # 0.5 is the mean of the processes' 0.4 and 0.6, and 0.7 is that of the one with objects.
+    thresholds = [[ious[0] for ious, _ in one["dynamic targets"]] for one in found]
+    assert thresholds == [pytest.approx([0.1, (0.5 + 0.7) / 2])] * 2
+    for (_, first), (_, second) in zip(*(f["dynamic targets"] for f in found), strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
 def test_gradients_are_the_mean_of_those_of_the_halves(found):
     halves = []
     for rank in (0, 1):

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from cascade_det.config import load_config
+from cascade_det.core.dynamic_targets import DynamicTargets
+from cascade_det.core.matching import Targets
 from cascade_det.core.structures import CascadeStats, Detections, DetectorOutput, StageOutput
 from cascade_det.engine import distributed
 from cascade_det.engine.inference import run_inference
@@ -132,6 +134,21 @@ class Failing:
         raise ZeroDivisionError("no figures")
 
 
+def observe_together(rank):
+    """Thresholds and states after each of two passes; in the second, process 0 has no objects."""
+    dynamic = DynamicTargets(num_stages=1, k_iou=1, k_beta=0, period=2, iou_floor=0.1)
+    found = []
+    for best, has_objects in (((0.4, 0.6)[rank], True), (0.7, rank == 1)):
+        none = torch.zeros(0, dtype=torch.int64)
+        dynamic.observe_proposals(
+            torch.tensor([best]), none.new_zeros(1), torch.tensor([has_objects])
+        )
+        dynamic.finish_pass([], [], Targets(torch.zeros(0, 4), none, none), 1)
+        state = {name: value.clone() for name, value in dynamic.state_dict().items()}
+        found.append((dynamic.ious((0.9,)), state))
+    return found
+
+
 def work_together(folder, ground_truth):
     """Everything that two processes can do, in one launch; results go to ``rank<r>.pt``."""
     torch.set_num_threads(1)
@@ -148,6 +165,8 @@ def work_together(folder, ground_truth):
     norm(torch.randn(2, 3, 4, 4) + rank)
     distributed.synchronise_buffers(norm)
     found["buffers"] = dict(norm.named_buffers())
+
+    found["dynamic targets"] = observe_together(rank)
 
     # Each process starts from weights of its own: those of the main one count.
     detector = make_detector(seed=rank)

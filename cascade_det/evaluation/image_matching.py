@@ -6,7 +6,7 @@ I images, K classes, T IoU thresholds (COCO's 0.50, 0.55, ..., 0.95), D detectio
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,6 @@ from cascade_det.evaluation.ground_truth import load_ground_truth
 
 IOUS = COCOeval(iouType="bbox").params.iouThrs
 MAX_DETECTIONS = 100  # Per image and class, in figures that name no other number.
-ALL_AREAS = [0, 1e10]
 
 
 @dataclass(frozen=True)
@@ -111,29 +110,18 @@ class ImageMatcher:
         if not coco.anns:
             raise DatasetError("the ground truth has no annotations to match detections to")
         self.num_classes = len(category_ids)
-        class_of = {category_id: index for index, category_id in enumerate(category_ids)}
-        self._objects: dict[int, dict[int, list[dict[str, Any]]]] = {
-            image_id: defaultdict(list) for image_id in coco.imgs
+        self._objects = {
+            image_id: _Objects.of(coco.imgToAnns[image_id], category_ids) for image_id in coco.imgs
         }
-        for annotation in coco.anns.values():
-            index = class_of.get(annotation["category_id"])
-            if index is not None and annotation["image_id"] in self._objects:
-                entry = {**annotation, "ignore": int(annotation["iscrowd"])}
-                self._objects[annotation["image_id"]][index].append(entry)
         self._cache: OrderedDict[tuple[int, bytes], ImageMatches] = OrderedDict()
         self._cache_size = cache_size
 
     def objects_of(self, image_id: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
         """Boxes ``[G, 4]`` (XYXY, original pixels) and classes ``[G]`` of what is to be found."""
-        objects = [
-            (item["bbox"], index)
-            for index, items in self._objects[image_id].items()
-            for item in items
-            if not item["ignore"]
-        ]
-        boxes = np.array([box for box, _ in objects], np.float64).reshape(-1, 4)
+        objects = self._objects[image_id]
+        boxes = objects.boxes[~objects.crowds]
         boxes[:, 2:] += boxes[:, :2]
-        return boxes, np.array([index for _, index in objects], np.int64)
+        return boxes, objects.classes[~objects.crowds]
 
     def match(self, image_id: int, detections: Detections) -> ImageMatches:
         """What the detections of an image hit.
@@ -205,17 +193,14 @@ class ImageMatcher:
         firsts = np.searchsorted(classes[by_score], classes[by_score])
         kept = by_score[np.arange(len(classes)) - firsts < MAX_DETECTIONS]
         hits, ignored = np.zeros((2, len(IOUS), len(kept)), bool)
-        # Float32 as the files of results have it, then float64.
+        # The difference is of float32, as in files of results.
         xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)[kept]
+        xywh = xywh.astype(np.float64)
         for index in np.unique(classes[kept]).tolist():
-            if objects.get(index):
-                rows = np.flatnonzero(classes[kept] == index)
-                found = _match_class(xywh[rows].astype(np.float64), objects[index])
-                hits[:, rows], ignored[:, rows] = found
-        counts = [
-            sum(not item["ignore"] for item in objects.get(index, ()))
-            for index in range(self.num_classes)
-        ]
+            rows = np.flatnonzero(classes[kept] == index)
+            here = objects.classes == index
+            found = _match_class(xywh[rows], objects.boxes[here], objects.crowds[here])
+            hits[:, rows], ignored[:, rows] = found
         return ImageMatches(
             image_id=image_id,
             classes=classes[kept],
@@ -223,7 +208,7 @@ class ImageMatcher:
             exit_stages=exit_stages[kept],
             hits=hits,
             ignored=ignored,
-            objects=np.array(counts, np.int64),
+            objects=np.bincount(objects.classes[~objects.crowds], minlength=self.num_classes),
         )
 
 
@@ -237,26 +222,51 @@ def match_images(
     return matcher.collect(matcher.match(*item) for item in detections_by_image.items())
 
 
+@dataclass(frozen=True)
+class _Objects:
+    """The annotations of one image: boxes ``[G, 4]`` XYWH, classes ``[G]``, crowds bool ``[G]``."""
+
+    boxes: npt.NDArray[np.float64]
+    classes: npt.NDArray[np.int64]
+    crowds: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, annotations: Iterable[Mapping[str, Any]], category_ids: Sequence[int]) -> _Objects:
+        known = [item for item in annotations if item["category_id"] in category_ids]
+        classes = [category_ids.index(item["category_id"]) for item in known]
+        return cls(
+            np.array([item["bbox"] for item in known], np.float64).reshape(-1, 4),
+            np.array(classes, np.int64),
+            np.array([item["iscrowd"] for item in known], bool),
+        )
+
+
 def _match_class(
-    boxes: npt.NDArray[np.float64], objects: list[dict[str, Any]]
+    boxes: npt.NDArray[np.float64], truth: npt.NDArray[np.float64], crowds: npt.NDArray[np.bool_]
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Hits and ignored, ``[T, D]``, of the boxes of one class (XYWH, best first)."""
-    truth = np.array([item["bbox"] for item in objects], np.float64)
-    overlaps = mask.iou(boxes, truth, [item["iscrowd"] for item in objects])
-    # COCOeval's loops over all pairs are in Python: what matches nothing need not pass them.
-    near = np.flatnonzero((overlaps >= IOUS[0]).any(axis=1))
-    evaluation = COCOeval(iouType="bbox")
-    evaluation._gts[0, 0] = objects
-    # Scores only order the boxes, which are in order.
-    evaluation._dts[0, 0] = [
-        {"id": rank + 1, "score": -rank, "area": 0} for rank in range(len(near))
-    ]
-    evaluation.ious = {(0, 0): overlaps[near]}
-    entry = evaluation.evaluateImg(0, 0, ALL_AREAS, MAX_DETECTIONS)
-    hits, ignored = np.zeros((2, len(IOUS), len(boxes)), bool)
-    hits[:, near] = (entry["dtMatches"] > 0) & ~entry["dtIgnore"]
-    ignored[:, near] = entry["dtIgnore"]
-    return hits, ignored
+    """Hits and ignored, ``[T, D]``, of the boxes of one class (XYWH, best score first).
+
+    COCOeval's rules without its loop over all pairs, as few of them overlap.
+    """
+    hits = np.zeros((len(IOUS), len(boxes)), bool)
+    if len(truth) == 0:
+        return hits, hits
+    overlaps = mask.iou(boxes, truth, crowds.astype(np.uint8))
+    alone = overlaps[:, ~crowds]
+    rows, columns = np.nonzero(alone >= IOUS[0])
+    values = alone[rows, columns]
+    # Each box has its pick in turn, the highest IoU first and of equal ones the last object.
+    order = np.lexsort((-columns, -values, rows))
+    pairs = list(zip(*(part[order].tolist() for part in (rows, columns, values)), strict=True))
+    for level, threshold in enumerate(IOUS.tolist()):
+        served, taken = set(), set()
+        for row, column, value in pairs:
+            if value >= threshold and row not in served and column not in taken:
+                served.add(row)
+                taken.add(column)
+        hits[level, list(served)] = True
+    in_crowd = overlaps[:, crowds].max(axis=1, initial=0) >= IOUS[:, None]
+    return hits, in_crowd & ~hits
 
 
 def _joined(parts: list, dtype: npt.DTypeLike) -> np.ndarray:

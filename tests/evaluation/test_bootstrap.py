@@ -105,6 +105,23 @@ def test_whole_set_as_in_pycocotools(seed):
     assert_same(average_precision(match_images(content, CATEGORY_IDS, found)), expected)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_equal_overlaps_and_scores_as_in_pycocotools(seed):
+    content, found = random_case(seed, num_images=4, max_objects=12)
+    # On a grid of 10 with sides of 60, many a box lies in the middle between two objects.
+    for item in content["annotations"]:
+        x, y, _, _ = item["bbox"]
+        item["bbox"] = [x % 80 // 10 * 10, y % 30 // 10 * 10, 60, 60]
+    rng = np.random.default_rng(seed)
+    for item in found.values():
+        item.boxes[:, :2] = torch.from_numpy(rng.integers((9, 4), size=(len(item), 2)) * 10.0)
+        item.boxes[:, 2:] = item.boxes[:, :2] + 60
+        item.scores = (item.scores * 5).round() / 5
+    matched = match_images(content, CATEGORY_IDS, found)
+    assert len(np.unique(matched.scores)) <= 6
+    assert_same(average_precision(matched), by_pycocotools(content, found))
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_weights_are_copies_of_images(seed):
     content, found = random_case(seed)
@@ -262,6 +279,21 @@ def test_rows_follow_their_detections():
     assert matched.ignored.any()
     crowds = sum(item["iscrowd"] for item in content["annotations"])
     assert matched.objects.sum() == len(content["annotations"]) - crowds
+
+
+def test_objects_of_an_image():
+    content, _ = random_case(5)
+    matcher = ImageMatcher(content, CATEGORY_IDS)
+    for image in content["images"]:
+        boxes, classes = matcher.objects_of(image["id"])
+        assert boxes.shape == (len(classes), 4)
+        wanted = [
+            (x, y, x + width, y + height, CATEGORY_IDS.index(item["category_id"]))
+            for item in content["annotations"]
+            for x, y, width, height in [item["bbox"]]
+            if item["image_id"] == image["id"] and not item["iscrowd"]
+        ]
+        assert sorted(map(tuple, np.column_stack([boxes, classes]).tolist())) == sorted(wanted)
 
 
 def test_what_does_not_fit_is_refused():

@@ -80,6 +80,12 @@ def test_the_full_cascade_where_nothing_passes():
     outcome = pareto_testing(ones(0, 90, 80), [3, 2, 1], 0.1, DELTA)
     assert outcome.setting == 0
     assert outcome.front.tolist() == [0, 2]
+    # On the images that chose it, the second is as good as the full cascade.
+    losses = np.zeros((2, 200))
+    losses[1, outcome.testing_images] = 1
+    outcome = pareto_testing(losses, [3, 2], 0.1, DELTA)
+    assert outcome.setting == 0
+    assert outcome.front.tolist() == [1]
 
 
 def test_crc_by_hand():

@@ -25,6 +25,7 @@ from cascade_det.engine.commands import without_traceback
 from cascade_det.engine.log import setup_logging
 from cascade_det.engine.processes import INTERRUPTED
 from cascade_det.errors import DatasetError
+from cascade_det.evaluation import format_report
 from cascade_det.evaluation.coco import coco_results
 from cascade_det.evaluation.drawing import draw_detections
 from cascade_det.files import atomic_path, write_json
@@ -42,7 +43,14 @@ def main(argv: list[str] | None = None) -> int:
     files = find_images(args.input)
     cfg = load_config(args.config_file, args.opts)
     check_config(cfg)
-    return predict(Predictor(cfg), files, Path(args.output), args.score_threshold)
+    output = Path(args.output)
+    watched = cfg.CASCADE.SHADOW_SHARE > 0
+    predictor = Predictor(cfg, metrics_dir=output if watched else None)
+    with predictor.monitor as monitor:
+        status = predict(predictor, files, output, args.score_threshold)
+        if watched:
+            print(format_report(monitor.report()))
+    return status
 
 
 def find_images(patterns: list[str]) -> list[Path]:
@@ -114,9 +122,10 @@ def _detect(
 ) -> Iterator[tuple[np.ndarray, Detections] | DatasetError]:
     """For each file its pixels and detections, or why it could not be read; batch by batch."""
     for start in range(0, len(files), predictor.batch_size):
-        batch = [_read(file) for file in files[start : start + predictor.batch_size]]
-        images = [image for image in batch if not isinstance(image, DatasetError)]
-        detections = iter(predictor(images))
+        part = files[start : start + predictor.batch_size]
+        batch = [_read(file) for file in part]
+        read = [i for i, image in enumerate(batch) if not isinstance(image, DatasetError)]
+        detections = iter(predictor([batch[i] for i in read], names=[str(part[i]) for i in read]))
         for image in batch:
             yield image if isinstance(image, DatasetError) else (image, next(detections))
 

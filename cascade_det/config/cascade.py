@@ -62,6 +62,10 @@ _CASCADE: dict[str, Any] = {
     # CPU bfloat16 where it has instructions for it and float32 where not.
     "AMP_DTYPE": "auto",
     "TEST_IMS_PER_BATCH": 1,  # images per batch and process in inference, >= 1
+    # The share of images that take the full cascade too, in evaluation and prediction, to see
+    # what exits lose on them; in [0, 1]. Which ones depends on image and SEED alone.
+    "SHADOW_SHARE": 0.0,
+    "SHADOW_SCORE": 0.5,  # detections below it do not count there, in [0, 1]
     "LOG_PERIOD": 20,  # iterations between lines of the log and metrics, >= 1
 }
 

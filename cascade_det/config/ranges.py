@@ -110,6 +110,8 @@ _GROUPS: tuple[tuple[Condition, str, tuple[str, ...]], ...] = (
             "MODEL.ROI_HEADS.POSITIVE_FRACTION",
             "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
             "SOLVER.WARMUP_FACTOR",
+            "CASCADE.SHADOW_SHARE",
+            "CASCADE.SHADOW_SCORE",
         ),
     ),
     (

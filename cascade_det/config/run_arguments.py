@@ -44,6 +44,18 @@ def test_loader_arguments(cfg: CfgNode) -> dict[str, Any]:
     }
 
 
+def shadow_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """Shadow runs of the full cascade; ``expected_loss`` is None where nothing was promised."""
+    promised = cfg.MODEL.CASCADE.EXIT
+    return {
+        "share": cfg.CASCADE.SHADOW_SHARE,
+        "min_score": cfg.CASCADE.SHADOW_SCORE,
+        "seed": max(cfg.SEED, 0),
+        "expected_loss": promised.EXPECTED_LOSS if promised.EXPECTED_LOSS >= 0 else None,
+        "expected_deviation": promised.EXPECTED_LOSS_DEVIATION,
+    }
+
+
 def datasets_arguments(cfg: CfgNode, train: bool) -> dict[str, Any]:
     """The ``names`` to load, and ``own_datasets``: (name, annotation file, image folder) each."""
     return {

@@ -88,6 +88,11 @@ def clip_boxes(boxes: Tensor, limits: Tensor) -> Tensor:
     return torch.minimum(boxes.clamp(min=0), limits)
 
 
+def of_images(boxes: Sequence[Tensor], chosen: Sequence[bool]) -> list[Tensor]:
+    """The boxes ``[R_i, 4]`` of the chosen images; of the others ``[0, 4]``."""
+    return [b if wanted else b[:0] for b, wanted in zip(boxes, chosen, strict=True)]
+
+
 def image_limits(image_sizes: Sequence[tuple[int, int]], image_index: Tensor) -> Tensor:
     """(width, height, width, height) of the image of each row, for ``clip_boxes``.
 

@@ -302,6 +302,9 @@ class CascadeHead(nn.Module):
             regions = run.regions
             stages = torch.full_like(regions.image_index, stage)
             probs = network.reported(run, stage)
+            if self.exits is not None:
+                # Else these scores could not be held against those of ``detect``.
+                probs = self.exits.calibrated(probs, stage)
             scored = Scored(run.decoded, probs, regions.image_index, stages, regions.rows)
             outputs.append(
                 StageOutput(

@@ -21,6 +21,7 @@ from cascade_det.core import (
     PartTimer,
     TrainingRegime,
 )
+from cascade_det.core.boxes import of_images
 from cascade_det.core.postprocess import rescale_stage
 from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
 from cascade_det.d2.structures import detections_of, objectness_of
@@ -62,19 +63,25 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def detect(
-        self, batch: Sequence[Inputs], *, stages: bool = False, timer: PartTimer | None = None
+        self,
+        batch: Sequence[Inputs],
+        *,
+        stages: bool | Sequence[bool] = False,
+        timer: PartTimer | None = None,
     ) -> DetectorOutput:
         """Detections of a batch, in pixels of the original images.
 
         Args:
             batch: inputs with ``image`` and, if it was resized, ``height`` and ``width`` of the
                 original.
-            stages: also run the full cascade and report what it gives after every stage; only
+            stages: also run the full cascade and report what it gives after every stage; of all
+                images, or of those for which it is true. The others have nothing there. Only
                 where ``has_stages``.
             timer: takes the milliseconds of every part if given.
         """
         if self.has_stages:
-            return self._detect_in_parts(batch, stages, timer)
+            chosen = [stages] * len(batch) if isinstance(stages, bool) else stages
+            return self._detect_in_parts(batch, chosen, timer)
         with timer.part("model") if timer is not None else nullcontext():
             self.outputs = self.model(batch)
         detections = [detections_of(output["instances"]) for output in self.outputs]
@@ -128,7 +135,7 @@ class Detector(nn.Module):
         return images, maps, proposals
 
     def _detect_in_parts(
-        self, batch: Sequence[Inputs], stages: bool, timer: PartTimer | None
+        self, batch: Sequence[Inputs], chosen: Sequence[bool], timer: PartTimer | None
     ) -> DetectorOutput:
         heads = self._heads
         part = timer.part if timer is not None else lambda name: nullcontext()
@@ -151,10 +158,10 @@ class Detector(nn.Module):
         assert heads.stats is not None
         detections = [detections_of(output["instances"]) for output in self.outputs]
         output = DetectorOutput(detections, heads.stats)
-        if stages:
+        if any(chosen):
             full = heads.cascade.detect_stages(
                 [maps[name] for name in heads.box_in_features],
-                [x.proposal_boxes.tensor for x in proposals],
+                of_images([x.proposal_boxes.tensor for x in proposals], chosen),
                 images.image_sizes,
                 timer=timer,
             )

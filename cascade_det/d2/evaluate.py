@@ -19,6 +19,7 @@ from detectron2.evaluation import (
 from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from torch import nn
 
+from cascade_det import config
 from cascade_det.core import DetectorOutput
 from cascade_det.core.modes import evaluation_mode
 from cascade_det.d2.checkpoint import Checkpointer
@@ -30,9 +31,11 @@ from cascade_det.engine import distributed
 from cascade_det.engine.datasets import load_datasets_to_evaluate
 from cascade_det.engine.devices import on_its_device, set_backends
 from cascade_det.engine.evaluate import by_dataset, evaluate_dataset
+from cascade_det.engine.head_flops import region_flops
 from cascade_det.engine.run_info import load_to_evaluate
 from cascade_det.errors import ConfigError
-from cascade_det.evaluation import write_results
+from cascade_det.evaluation import RegionFlops, ShadowRules, write_results
+from cascade_det.evaluation.average_precision import with_ap90
 from cascade_det.evaluation.report import RESULTS_FILE
 
 logger = logging.getLogger(__name__)
@@ -68,8 +71,8 @@ def evaluate_all(cfg: CfgNode, model: nn.Module, datasets: Sequence[CocoDataset]
     detector = Detector(model)
     if not detector.has_stages:
         logger.info(
-            "The model has none of our heads: no figures per stage. MODEL.ROI_HEADS.NAME "
-            "EarlyExitCascadeROIHeads is a cascade that has them."
+            "The model has none of our heads: no figures per stage, no shadow runs. "
+            "MODEL.ROI_HEADS.NAME EarlyExitCascadeROIHeads is a cascade that has them."
         )
     has_others = cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON
 
@@ -85,6 +88,8 @@ def evaluate_all(cfg: CfgNode, model: nn.Module, datasets: Sequence[CocoDataset]
             # Of no detections at all it makes nan, where the AP is 0.
             if all(math.isnan(value) for value in theirs.get("bbox", {}).values()):
                 theirs.pop("bbox", None)
+            if "bbox" in theirs:
+                theirs["bbox"] = with_ap90(theirs["bbox"], results["bbox"]["AP90"])
             return {**results, **theirs}
 
         return evaluate_dataset(
@@ -94,6 +99,8 @@ def evaluate_all(cfg: CfgNode, model: nn.Module, datasets: Sequence[CocoDataset]
             folder,
             device=next(model.parameters()).device,
             stages=detector.has_stages,
+            flops=_flops(detector),
+            shadow=ShadowRules(**config.shadow_arguments(cfg)),
             further=[_Feed(own, detector)],
             finish=finish,
         )
@@ -165,6 +172,20 @@ def check_expected(cfg: CfgNode, results: Mapping[str, Any]) -> None:
         )
     if expected and distributed.is_main():
         verify_results(cfg, results)
+
+
+def _flops(detector: Detector) -> RegionFlops | None:
+    """What the box heads compute for a region, if they are ours and can be traced."""
+    if not detector.has_stages:
+        return None
+    model: Any = detector.model
+    maps = model.backbone.output_shape()
+    try:
+        return region_flops(detector.cascade, maps[model.roi_heads.box_in_features[0]].channels)
+    # A head that somebody wrote may fail to be traced in many ways.
+    except Exception as error:
+        logger.info("No FLOPs of the heads: they cannot be traced (%s).", error)
+        return None
 
 
 class _Feed:

@@ -17,6 +17,8 @@ from cascade_det.data.transforms import read_image
 from cascade_det.engine import distributed
 from cascade_det.engine.inference import BatchLoader, Evaluator, run_inference
 from cascade_det.evaluation import (
+    RegionFlops,
+    ShadowRules,
     default_evaluators,
     describe_machine,
     format_report,
@@ -36,6 +38,8 @@ def evaluate_dataset(
     *,
     device: torch.device,
     stages: bool = True,
+    flops: RegionFlops | None = None,
+    shadow: ShadowRules | None = None,
     further: Sequence[Evaluator] = (),
     finish: Callable[[dict[str, Any]], Mapping[str, Any]] = dict,
 ) -> dict[str, Any]:
@@ -48,12 +52,14 @@ def evaluate_dataset(
         output_dir: of ``results.json``, ``report.png``, ``analysis/`` and ``inference/``.
         device: of the detector.
         stages: whether the detector can say what each stage alone would give.
+        flops: of one region, see :func:`cascade_det.engine.head_flops.region_flops`.
+        shadow: on which images exits are held against the full cascade; needs ``stages``.
         further: evaluators beside those of the project.
         finish: called with the results on every process; gives what is reported.
 
     Returns:
-        ``bbox``, ``analysis``, ``stages``, ``exits`` and ``latency`` figures and ``notes``; the
-        same on every process.
+        ``bbox``, ``analysis``, ``stages``, ``exits``, ``latency`` and, by ``shadow``, ``shadow``
+        figures and ``notes``; the same on every process.
     """
     evaluators = default_evaluators(
         ground_truth=dataset.ground_truth,
@@ -61,6 +67,8 @@ def evaluate_dataset(
         category_ids=dataset.category_ids,
         output_dir=output_dir,
         stages=stages,
+        flops=flops,
+        shadow=shadow,
     )
     found = run_inference(detector, loader, [*evaluators, *further], stages=stages)
     results = dict(finish({**found, "notes": [*found["notes"], *left_out_notes(dataset)]}))

@@ -4,14 +4,16 @@
 that needs neither does not load them.
 """
 
+from cascade_det.evaluation.agreement import agreement_loss
 from cascade_det.evaluation.average_precision import coco_ap
 from cascade_det.evaluation.coco import CocoEvaluator, score_results
 from cascade_det.evaluation.defaults import default_evaluators
 from cascade_det.evaluation.evaluator import Evaluator
-from cascade_det.evaluation.exits import ExitEvaluator
+from cascade_det.evaluation.exits import ExitEvaluator, RegionFlops
 from cascade_det.evaluation.latency import LatencyEvaluator
 from cascade_det.evaluation.notes import explain
 from cascade_det.evaluation.report import describe_machine, format_report, write_results
+from cascade_det.evaluation.shadow import ShadowEvaluator, ShadowRules
 from cascade_det.evaluation.stages import StageEvaluator
 
 __all__ = [
@@ -19,7 +21,11 @@ __all__ = [
     "Evaluator",
     "ExitEvaluator",
     "LatencyEvaluator",
+    "RegionFlops",
+    "ShadowEvaluator",
+    "ShadowRules",
     "StageEvaluator",
+    "agreement_loss",
     "coco_ap",
     "default_evaluators",
     "describe_machine",

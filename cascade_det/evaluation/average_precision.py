@@ -12,6 +12,8 @@ from pycocotools.cocoeval import COCOeval
 from cascade_det.evaluation.ground_truth import stdout_to_log
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+# Rows of the precisions, at IoU 0.50, 0.55, ..., 0.95.
+_AT_50, _AT_75, _AT_90 = slice(0, 1), slice(5, 6), slice(8, 9)
 
 
 def coco_ap(
@@ -43,14 +45,16 @@ def run_cocoeval(
 
 
 def ap_figures(evaluation: COCOeval) -> dict[str, float]:
-    """``AP``, ``AP50``, ``AP75``, ``APs``, ``APm``, ``APl`` and ``AP-<name>`` of every category.
+    """``AP``, ``AP50``, ``AP75``, ``AP90``, ``APs``, ``APm``, ``APl`` and ``AP-<name>`` of classes.
 
-    All in percent; a figure for which there is no ground truth is nan.
+    All in percent; a figure for which there is no ground truth is nan. All but ``AP90`` are what
+    pycocotools sums up.
     """
-    figures = {
+    summed_up = {
         name: float(value) * 100 if value >= 0 else float("nan")
         for name, value in zip(METRICS, evaluation.stats, strict=False)
     }
+    figures = with_ap90(summed_up, _mean_valid(_precision(evaluation)[_AT_90]))
     categories = evaluation.cocoGt.cats
     for category_id, of_class in ap_per_class(evaluation).items():
         figures[f"AP-{categories[category_id]['name']}"] = of_class["AP"]
@@ -59,13 +63,24 @@ def ap_figures(evaluation: COCOeval) -> dict[str, float]:
 
 def ap_per_class(evaluation: COCOeval) -> dict[int, dict[str, float]]:
     """``AP``, ``AP50`` and ``AP75`` in percent, by category id; nan without ground truth."""
-    # [IoU, recall, category, area range, detections per image]; area range 0 is "all".
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]
-    rows = {"AP": slice(None), "AP50": slice(0, 1), "AP75": slice(5, 6)}  # IoU 0.50, 0.55, ...
+    precision = _precision(evaluation)
+    rows = {"AP": slice(None), "AP50": _AT_50, "AP75": _AT_75}
     return {
         category_id: {name: _mean_valid(precision[row, :, index]) for name, row in rows.items()}
         for index, category_id in enumerate(evaluation.params.catIds)
     }
+
+
+def with_ap90(figures: Mapping[str, float], ap90: float) -> dict[str, float]:
+    """Box figures, with AP90 in its place behind AP75."""
+    before = {name: figures[name] for name in ("AP", "AP50", "AP75") if name in figures}
+    return {**before, "AP90": ap90, **figures}
+
+
+def _precision(evaluation: COCOeval) -> np.ndarray:
+    """[IoU, recall, category], of objects of all sizes; -1 where there is no ground truth."""
+    precision: np.ndarray = evaluation.eval["precision"][:, :, :, 0, -1]
+    return precision
 
 
 def _as_coco(coco_gt: COCO, results: Sequence[Mapping[str, Any]]) -> COCO:

@@ -8,8 +8,9 @@ from typing import Any
 
 from cascade_det.evaluation.coco import CocoEvaluator
 from cascade_det.evaluation.evaluator import Evaluator
-from cascade_det.evaluation.exits import ExitEvaluator
+from cascade_det.evaluation.exits import ExitEvaluator, RegionFlops
 from cascade_det.evaluation.latency import LatencyEvaluator
+from cascade_det.evaluation.shadow import ShadowEvaluator, ShadowRules
 from cascade_det.evaluation.stages import StageEvaluator
 
 
@@ -21,11 +22,14 @@ def default_evaluators(
     output_dir: str | os.PathLike[str] | None = None,
     stages: bool = True,
     warmup: int = 5,
+    flops: RegionFlops | None = None,
+    shadow: ShadowRules | None = None,
 ) -> list[Evaluator]:
-    """AP, exit rates and latency and, with ``stages``, the figures per stage.
+    """AP, exit rates and latency and, with ``stages``, the figures per stage and of shadow runs.
 
-    ``StageEvaluator`` needs a detector that is run with ``stages=True``, and
-    ``LatencyEvaluator`` one that is run with a timer. Arguments as in the evaluators.
+    ``StageEvaluator`` and ``ShadowEvaluator`` need a detector that is run with ``stages=True``,
+    and ``LatencyEvaluator`` one that is run with a timer. Arguments as in the evaluators; there
+    is no ``ShadowEvaluator`` without rules, or if they choose nothing.
     """
     evaluators: list[Evaluator] = [
         CocoEvaluator(
@@ -37,4 +41,6 @@ def default_evaluators(
     ]
     if stages:
         evaluators.append(StageEvaluator(ground_truth=ground_truth, category_ids=category_ids))
-    return [*evaluators, ExitEvaluator(), LatencyEvaluator(warmup=warmup)]
+        if shadow is not None and shadow.share > 0:
+            evaluators.append(ShadowEvaluator(shadow))
+    return [*evaluators, ExitEvaluator(flops), LatencyEvaluator(warmup=warmup)]

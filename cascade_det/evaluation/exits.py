@@ -1,26 +1,69 @@
-"""How many regions each stage computes, and why they leave."""
+"""How many regions each stage computes, why they leave, and what the heads compute for them."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
-from cascade_det.core.structures import EXIT_REASONS, DetectorOutput
+from cascade_det.core.structures import EXIT_REASONS, CascadeStats, DetectorOutput
 from cascade_det.evaluation.evaluator import Evaluator, Sample
+
+# What leaves for other reasons is dropped, without a score.
+_REPORTED = ("confident", "budget", "completed")
+_GIGA = 1e9
+
+
+@dataclass(frozen=True)
+class RegionFlops:
+    """What the box heads compute for one region; one multiply-add counts as one operation.
+
+    Attributes:
+        stages: of its way through each stage.
+        scores: of its final scores if it leaves after each stage, beyond what the stages computed.
+    """
+
+    stages: tuple[float, ...]
+    scores: tuple[float, ...]
+
+
+@dataclass
+class _Left:
+    """Regions that left at one place, by reason."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    # Exact sums do not depend on which process saw an image, or when.
+    scores: dict[str, Fraction] = field(default_factory=dict)
+
+    def add(self, counts: Mapping[str, int], scores: Mapping[str, float | Fraction]) -> None:
+        self.counts.update(counts)
+        for reason, total in scores.items():
+            self.scores[reason] = self.scores.get(reason, Fraction(0)) + Fraction(total)
+
+    def early(self) -> int:
+        return self.counts.total() - self.counts["completed"]
 
 
 class ExitEvaluator(Evaluator):
-    """Adds up the statistics of a cascade over a data set."""
+    """Adds up the statistics of a cascade over a data set.
 
-    def __init__(self) -> None:
+    Args:
+        flops: of one region; ``None`` leaves out what the heads compute.
+    """
+
+    def __init__(self, flops: RegionFlops | None = None) -> None:
+        self._flops = flops
         self.reset()
 
     def reset(self) -> None:
         """Forget everything that was processed."""
-        self._num_images = 0
+        self._num_images = self._num_batches = self._proposed = self._num_overruns = 0
+        self._longest_overrun = 0.0
+        self._before = _Left()
         self._entered: list[int] = []
-        self._left: list[Counter[str]] = []
+        self._left: list[_Left] = []
 
     def process(self, batch: Sequence[Sample], output: DetectorOutput) -> None:
         """Add the counts of one batch.
@@ -28,12 +71,21 @@ class ExitEvaluator(Evaluator):
         Raises:
             ValueError: the number of stages differs from that of the batches before.
         """
-        self._add(len(batch), output.stats.entered, output.stats.left)
+        self._add(_state_of(len(batch), output.stats))
 
     def state(self) -> dict[str, Any]:
-        """``images``, and per stage the regions that ``entered`` and that ``left`` by reason."""
-        left = [dict(counts) for counts in self._left]
-        return {"images": self._num_images, "entered": self._entered, "left": left}
+        """Counts and sums, as plain numbers and fractions."""
+        return {
+            "images": self._num_images,
+            "batches": self._num_batches,
+            "proposed": self._proposed,
+            "left_before": dict(self._before.counts),
+            "entered": self._entered,
+            "left": [dict(left.counts) for left in self._left],
+            "scores": [dict(left.scores) for left in self._left],
+            "overruns": self._num_overruns,
+            "longest_overrun": self._longest_overrun,
+        }
 
     def merge(self, states: Sequence[dict[str, Any]]) -> None:
         """Go on from the states of all processes.
@@ -44,45 +96,105 @@ class ExitEvaluator(Evaluator):
         self.reset()
         for state in states:
             if state["images"]:
-                self._add(state["images"], state["entered"], state["left"])
+                self._add(state)
 
     def evaluate(self) -> dict[str, Any]:
-        """``{"exits": {"images": n, "stages_per_region": m, "stage0": {...}, ...}}``.
+        """``{"exits": {"images": n, "stages_per_region": m, "proposals": {...}, "stage0": ...}}``.
 
-        Each stage has ``entered`` (regions), ``entered_per_image``, ``entered_share`` (of the
-        regions that entered the cascade, 0 to 1), ``exit_rate`` (share of the entered that
-        left before the cascade was complete) and ``left`` (share of the entered by reason).
-        ``stages_per_region`` is the mean number of stages computed for a region.
+        ``proposals`` and each stage have ``entered`` (regions), ``entered_per_image``,
+        ``entered_share`` (of the proposals, 0 to 1), ``exit_rate`` (share of the entered that left
+        there, before the cascade was complete), ``left`` (share of the entered by reason) and
+        ``mean_score`` (of those that left, by reason: their largest foreground probability).
+        ``stages_per_region`` is the mean number of stages computed for a proposal.
+        ``overrun_share`` of the batches took longer than their time budget, by ``overrun_ms`` at
+        most. With FLOPs, ``head_gflops_per_image`` is what the box heads computed,
+        ``full_head_gflops_per_image`` what they do for all proposals at all stages, and
+        ``head_flops_share`` the ratio of the two.
         """
-        first = self._entered[0] if self._entered else 0
-        figures: dict[str, Any] = {
-            "images": self._num_images,
-            "stages_per_region": _share(sum(self._entered), first),
+        places = {"proposals": (self._proposed, self._before)} | {
+            f"stage{index}": place
+            for index, place in enumerate(zip(self._entered, self._left, strict=True))
         }
-        for index, (entered, left) in enumerate(zip(self._entered, self._left, strict=True)):
-            early = left.total() - left["completed"]
-            figures[f"stage{index}"] = {
-                "entered": entered,
-                "entered_per_image": _share(entered, self._num_images),
-                "entered_share": _share(entered, first),
-                "exit_rate": _share(early, entered),
-                "left": {
-                    reason: _share(left[reason], entered)
-                    for reason in (*EXIT_REASONS, *sorted(left.keys() - set(EXIT_REASONS)))
-                    if left[reason]
-                },
+        return {
+            "exits": {
+                "images": self._num_images,
+                "stages_per_region": _share(sum(self._entered), self._proposed),
+                "overrun_share": _share(self._num_overruns, self._num_batches),
+                "overrun_ms": self._longest_overrun,
+                **self._head_work(),
+                **{name: self._place(entered, left) for name, (entered, left) in places.items()},
             }
-        return {"exits": figures}
+        }
 
-    def _add(self, images: int, entered: Sequence[int], left: Sequence[Mapping[str, int]]) -> None:
+    def _place(self, entered: int, left: _Left) -> dict[str, Any]:
+        return {
+            "entered": entered,
+            "entered_per_image": _share(entered, self._num_images),
+            "entered_share": _share(entered, self._proposed),
+            "exit_rate": _share(left.early(), entered),
+            "left": {
+                reason: _share(left.counts[reason], entered) for reason in _in_order(left.counts)
+            },
+            "mean_score": {
+                reason: float(left.scores[reason] / left.counts[reason])
+                for reason in _in_order(left.counts)
+                if reason in left.scores
+            },
+        }
+
+    def _head_work(self) -> dict[str, float]:
+        if self._flops is None or not self._entered:
+            return {}
+        stages, scores = self._flops.stages, self._flops.scores
+        done = _dot(self._entered, stages) + _dot(
+            (sum(left.counts[reason] for reason in _REPORTED) for left in self._left), scores
+        )
+        full = self._proposed * (sum(stages) + scores[-1])
+        return {
+            "head_gflops_per_image": _share(done / _GIGA, self._num_images),
+            "full_head_gflops_per_image": _share(full / _GIGA, self._num_images),
+            "head_flops_share": _share(done, full),
+        }
+
+    def _add(self, state: Mapping[str, Any]) -> None:
         if not self._num_images:
-            self._entered = [0] * len(entered)
-            self._left = [Counter() for _ in left]
-        self._num_images += images
-        self._entered = [a + b for a, b in zip(self._entered, entered, strict=True)]
-        for total, counts in zip(self._left, left, strict=True):
-            total.update(counts)
+            self._entered = [0] * len(state["entered"])
+            self._left = [_Left() for _ in state["entered"]]
+        self._num_images += state["images"]
+        self._num_batches += state["batches"]
+        self._proposed += state["proposed"]
+        self._before.add(state["left_before"], {})
+        self._entered = [a + b for a, b in zip(self._entered, state["entered"], strict=True)]
+        for total, counts, scores in zip(self._left, state["left"], state["scores"], strict=True):
+            total.add(counts, scores)
+        self._num_overruns += state["overruns"]
+        self._longest_overrun = max(self._longest_overrun, state["longest_overrun"])
 
 
-def _share(part: int, whole: int) -> float:
+def _state_of(images: int, stats: CascadeStats) -> dict[str, Any]:
+    return {
+        "images": images,
+        "batches": 1,
+        "proposed": stats.proposed,
+        "left_before": stats.left_before,
+        "entered": stats.entered,
+        "left": stats.left,
+        # There are none without exits.
+        "scores": stats.confidence or [{} for _ in stats.entered],
+        "overruns": int(stats.overrun_ms > 0),
+        "longest_overrun": stats.overrun_ms,
+    }
+
+
+def _in_order(counts: Mapping[str, int]) -> list[str]:
+    """The reasons that something left for, first those that the project knows."""
+    names = (*EXIT_REASONS, *sorted(counts.keys() - set(EXIT_REASONS)))
+    return [name for name in names if counts.get(name)]
+
+
+def _dot(counts: Iterable[int], weights: Iterable[float]) -> float:
+    return sum(count * weight for count, weight in zip(counts, weights, strict=True))
+
+
+def _share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0

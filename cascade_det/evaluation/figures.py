@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cascade_det.core.structures import EXIT_REASONS
-from cascade_det.evaluation.report import stage_names
+from cascade_det.evaluation.exit_tables import exit_places
+from cascade_det.evaluation.tables import stage_names
 from cascade_det.files import atomic_path
 
 _METRIC_COLORS = {"AP": "#1b5e8c", "AP50": "#5fa8d3", "AP75": "#b5d8ee"}
@@ -92,7 +93,7 @@ def _plot_iou(axes: Axes, stages: Mapping[str, Any]) -> None:
 
 
 def _plot_exits(axes: Axes, exits: Mapping[str, Any]) -> None:
-    names = stage_names(exits)
+    names = exit_places(exits)
     bottom = [0.0] * len(names)
     for reason in (*EXIT_REASONS, None):
         heights = [_regions(exits[name], reason) for name in names]

@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 
-from cascade_det.core.structures import EXIT_REASONS
+from cascade_det.evaluation.exit_tables import exit_sections, shadow_section
+from cascade_det.evaluation.tables import Figures, stage_names, table
 from cascade_det.files import write_json
 
 RESULTS_FILE = "results.json"
 _TASKS = {"bbox": "Box AP", "segm": "Mask AP", "keypoints": "Keypoint AP"}
+_STAGE_AP = ("AP", "AP50", "AP75", "AP90")
 _TIMES = ("median_ms", "p95_ms")
 _MOST_CONFUSED = _WORST_NAMED = 5
-Figures = Mapping[str, Any]
 
 
 def write_results(
@@ -72,7 +72,8 @@ def format_report(results: Figures) -> str:
         *(_ap_section(title, results.get(task)) for task, title in _TASKS.items()),
         *_analysis_sections(results.get("analysis")),
         _stage_section(results.get("stages")),
-        _exit_section(results.get("exits")),
+        *exit_sections(results.get("exits")),
+        shadow_section(results.get("shadow")),
         _latency_section(results.get("latency")),
         _machine_section(results.get("machine")),
         _notes_section(results),
@@ -80,18 +81,12 @@ def format_report(results: Figures) -> str:
     return "\n\n".join(section for section in sections if section)
 
 
-def stage_names(figures: Figures) -> list[str]:
-    """The keys ``stage0``, ``stage1``, ... of the results of an evaluator, in order."""
-    names = [name for name in figures if name.removeprefix("stage").isdigit()]
-    return sorted(names, key=lambda name: int(name.removeprefix("stage")))
-
-
 def _ap_section(title: str, figures: Figures | None) -> str:
     if not figures:
         return ""
     # Beside them are those of each class, AP-<class>.
     names = [name for name in figures if "-" not in name]
-    return _table(f"{title} (%)", names, [[figures[name] for name in names]], ".1f")
+    return table(f"{title} (%)", names, [[figures[name] for name in names]], ".1f")
 
 
 def _analysis_sections(analysis: Figures | None) -> list[str]:
@@ -104,7 +99,7 @@ def _analysis_sections(analysis: Figures | None) -> list[str]:
         (label.format(point["score"]), *(point[name] for name in (*shares, *counts)))
         for label, point in (("{:.3f} or more", chosen), ("{:.3f} or more (best F1)", best))
     ]
-    overall = _table(
+    overall = table(
         f"Precision and recall at IoU {chosen['IoU']}",
         ("score", *(f"{name} (%)" for name in shares), "hits", "false positives", "misses"),
         points,
@@ -118,7 +113,7 @@ def _analysis_sections(analysis: Figures | None) -> list[str]:
         )
         for row in analysis["per_class"]
     ]
-    per_class = _table(
+    per_class = table(
         f"Box AP per class; precision, recall and F1 at score {chosen['score']}",
         (*headers, "best F1 (%)", "at score"),
         classes,
@@ -158,43 +153,16 @@ def _stage_section(stages: Figures | None) -> str:
     if not stages or not stage_names(stages):
         return ""
     rows = [
-        (name, *(stages[name][key] for key in ("AP", "AP50", "AP75", "iou_before", "iou_after")))
+        (name, *(stages[name][key] for key in (*_STAGE_AP, "iou_before", "iou_after")))
         for name in stage_names(stages)
     ]
-    table = _table(
+    of_stages = table(
         "If the cascade stopped after a stage",
-        ("after", "AP (%)", "AP50 (%)", "AP75 (%)", "mean IoU before", "mean IoU after"),
+        ("after", *(f"{name} (%)" for name in _STAGE_AP), "mean IoU before", "mean IoU after"),
         rows,
-        ("", ".1f", ".1f", ".1f", ".3f", ".3f"),
+        ("", *[".1f"] * len(_STAGE_AP), ".3f", ".3f"),
     )
-    return f"{table}\n\nMean IoU over {stages['regions']:,} regions that match an object."
-
-
-def _exit_section(exits: Figures | None) -> str:
-    if not exits or not stage_names(exits):
-        return ""
-    stages = [exits[name] for name in stage_names(exits)]
-    reasons = [name for name in EXIT_REASONS if any(name in stage["left"] for stage in stages)]
-    rows = [
-        (
-            name,
-            stage["entered_per_image"],
-            *_percent((stage["entered_share"], stage["exit_rate"])),
-            *_percent(stage["left"].get(reason, 0.0) for reason in reasons),
-        )
-        for name, stage in zip(stage_names(exits), stages, strict=True)
-    ]
-    headers = ("stage", "regions/image", "of all (%)", "left early (%)")
-    table = _table(
-        "Regions entering and leaving each stage",
-        (*headers, *(f"{reason} (%)" for reason in reasons)),
-        rows,
-        ".1f",
-    )
-    return (
-        f"{table}\n\nMean over {exits['images']:,} images; a region sees "
-        f"{exits['stages_per_region']:.2f} of {len(stages)} stages."
-    )
+    return f"{of_stages}\n\nMean IoU over {stages['regions']:,} regions that match an object."
 
 
 def _latency_section(latency: Figures | None) -> str:
@@ -214,7 +182,7 @@ def _latency_section(latency: Figures | None) -> str:
     saving = latency["most_exits_could_save"]
     saving_text = "unknown" if math.isnan(saving) else f"{100 * saving:.1f} %"
     return (
-        f"{_table('Latency per image', headers, rows, '.2f')}\n\n"
+        f"{table('Latency per image', headers, rows, '.2f')}\n\n"
         f"Batches of {latency['batch_size']}, {latency['images']:,} images after "
         f"{latency['warmup_batches']} batches of warm-up. The most that exits could save here, "
         f"(t_full - t_stage1) / t_full: {saving_text}."
@@ -230,20 +198,6 @@ def _machine_section(machine: Figures | None) -> str:
 def _notes_section(results: Figures) -> str:
     notes = [*results.get("notes", ()), *results.get("latency", {}).get("notes", ())]
     return "\n".join(["Notes:", *(f"- {note}" for note in notes)]) if notes else ""
-
-
-def _percent(shares: Iterable[float]) -> list[float]:
-    return [100 * share for share in shares]
-
-
-def _table(
-    title: str,
-    headers: Sequence[str],
-    rows: Sequence[Sequence[Any]],
-    floatfmt: str | Sequence[str],
-) -> str:
-    formatted = tabulate(rows, headers=headers, tablefmt="github", floatfmt=floatfmt)
-    return f"**{title}**\n\n{formatted}"
 
 
 def _cpu_name() -> str:

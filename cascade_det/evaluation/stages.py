@@ -19,7 +19,7 @@ from cascade_det.evaluation.evaluator import Evaluator, Sample
 from cascade_det.evaluation.ground_truth import admit_images, load_ground_truth, merge_seen
 
 MATCH_IOU = 0.5
-_STAGE_METRICS = ("AP", "AP50", "AP75")
+_STAGE_METRICS = ("AP", "AP50", "AP75", "AP90")
 
 
 class StageEvaluator(Evaluator):
@@ -106,7 +106,7 @@ class StageEvaluator(Evaluator):
     def evaluate(self, image_ids: Collection[int] | None = None) -> dict[str, Any]:
         """``{"stages": {"regions": n, "stage0": {...}, ...}}``.
 
-        Each stage has ``AP``, ``AP50`` and ``AP75`` in percent, ``iou_before`` and
+        Each stage has ``AP``, ``AP50``, ``AP75`` and ``AP90`` in percent, ``iou_before`` and
         ``iou_after`` (nan where no region matches a ground-truth box). ``regions`` is the
         number of regions that the IoU is averaged over.
 

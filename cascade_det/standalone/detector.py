@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from cascade_det.backbones import FPN
 from cascade_det.core import CascadeHead, CascadeInputs, DetectorOutput, ExitPolicy, PartTimer
+from cascade_det.core.boxes import of_images
 from cascade_det.core.postprocess import rescale_detections, rescale_stage
 from cascade_det.standalone.rpn import RPN
 
@@ -103,7 +104,7 @@ class Detector(nn.Module):
         self,
         batch: Sequence[Sample],
         *,
-        stages: bool = False,
+        stages: bool | Sequence[bool] = False,
         timer: PartTimer | None = None,
     ) -> DetectorOutput:
         """Detections of a batch, in pixels of the original images.
@@ -111,7 +112,8 @@ class Detector(nn.Module):
         Args:
             batch: samples with ``image`` (uint8 ``[3, H, W]``) and, if it was resized, ``height``
                 and ``width`` of the original.
-            stages: also run the full cascade and report what it gives after every stage.
+            stages: also run the full cascade and report what it gives after every stage; of all
+                images, or of those for which it is true. The others have nothing there.
             timer: takes the milliseconds of every part if given.
         """
         part = timer.part if timer is not None else lambda name: nullcontext()
@@ -129,9 +131,10 @@ class Detector(nn.Module):
                 rescale_detections(d, *frame) for d, frame in zip(detections, frames, strict=True)
             ]
         output = DetectorOutput(detections, stats)
-        if stages:
+        chosen = [stages] * len(batch) if isinstance(stages, bool) else stages
+        if any(chosen):
             full = self.roi_heads.detect_stages(
-                inputs.features, inputs.proposals, image_sizes, timer=timer
+                inputs.features, of_images(inputs.proposals, chosen), image_sizes, timer=timer
             )
             output.stages = [rescale_stage(stage, frames) for stage in full]
         return output

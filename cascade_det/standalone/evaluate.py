@@ -17,7 +17,9 @@ from cascade_det.engine.checkpoint import Checkpointer
 from cascade_det.engine.datasets import load_datasets_to_evaluate
 from cascade_det.engine.devices import set_backends
 from cascade_det.engine.evaluate import by_dataset, evaluate_dataset
+from cascade_det.engine.head_flops import region_flops
 from cascade_det.engine.run_info import load_to_evaluate
+from cascade_det.evaluation import ShadowRules
 from cascade_det.standalone.build import build_detector
 from cascade_det.standalone.detector import Detector, Sample
 
@@ -30,10 +32,10 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
         resume: take the last checkpoint in ``OUTPUT_DIR`` instead.
 
     Returns:
-        ``bbox``, ``analysis``, ``stages``, ``exits`` and ``latency`` figures; by data set if there
-        are several. They are also in ``results.json``, as tables in the log, in ``report.png`` and
-        in ``analysis/``. Several processes share the images; all return the same, and the main one
-        writes the files.
+        ``bbox``, ``analysis``, ``stages``, ``exits`` and ``latency`` figures, and ``shadow`` if
+        ``CASCADE.SHADOW_SHARE`` is above 0; by data set if there are several. They are also in
+        ``results.json``, as tables in the log, in ``report.png`` and in ``analysis/``. Several
+        processes share the images; all return the same, and the main one writes the files.
 
     Raises:
         ConfigError: if there is no test data set or no weights.
@@ -71,7 +73,14 @@ def evaluate_all(
     """Evaluate a detector on data sets, see :func:`cascade_det.engine.evaluate.by_dataset`."""
 
     def evaluate_one(dataset: CocoDataset, folder: Path) -> dict[str, Any]:
-        loader = test_loader(cfg, dataset)
-        return evaluate_dataset(detector, loader, dataset, folder, device=detector.device)
+        return evaluate_dataset(
+            detector,
+            test_loader(cfg, dataset),
+            dataset,
+            folder,
+            device=detector.device,
+            flops=region_flops(detector.roi_heads, detector.backbone.out_channels),
+            shadow=ShadowRules(**config.shadow_arguments(cfg)),
+        )
 
     return by_dataset(datasets, output_dir, evaluate_one)

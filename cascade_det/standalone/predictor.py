@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any, overload
 
@@ -14,9 +15,12 @@ from numpy.typing import NDArray
 from cascade_det import config
 from cascade_det.core import Detections
 from cascade_det.data.transforms import read_image, resize_shortest_edge
+from cascade_det.engine.head_flops import region_flops
+from cascade_det.engine.monitor import ExitMonitor
 from cascade_det.engine.run_info import run_of
 from cascade_det.engine.weights import load_weights
 from cascade_det.errors import ConfigError
+from cascade_det.evaluation import ShadowRules
 from cascade_det.standalone.build import build_detector
 
 logger = logging.getLogger(__name__)
@@ -30,9 +34,14 @@ class Predictor:
     Args:
         cfg: a configuration with ``MODEL.WEIGHTS``; images are resized by
             ``INPUT.MIN_SIZE_TEST`` and ``MAX_SIZE_TEST``, and run in batches of
-            ``CASCADE.TEST_IMS_PER_BATCH``.
+            ``CASCADE.TEST_IMS_PER_BATCH``. ``CASCADE.SHADOW_SHARE`` of them take the full cascade
+            too.
+        on_drift: called with a report when exits begin to lose more than calibration promised.
+        metrics_dir: folder of a ``metrics.json`` that lines on the exits go to; ``None`` for none.
+            See ``ExitMonitor`` for both.
 
     Attributes:
+        monitor: an ``ExitMonitor``: what the exits have done so far.
         class_names: K names, from the checkpoint; ``class 0``, ... where it has none.
         category_ids: K ids of the data set that the checkpoint was trained on; ``1``, ... where
             it has none.
@@ -43,7 +52,13 @@ class Predictor:
         CheckpointError: if the weights cannot be read or do not fit.
     """
 
-    def __init__(self, cfg: CfgNode) -> None:
+    def __init__(
+        self,
+        cfg: CfgNode,
+        *,
+        on_drift: Callable[[Mapping[str, Any]], None] | None = None,
+        metrics_dir: str | PathLike[str] | None = None,
+    ) -> None:
         if not cfg.MODEL.WEIGHTS:
             raise ConfigError("MODEL.WEIGHTS is empty: give the file of weights to predict with")
         self.detector = build_detector(cfg).eval()
@@ -61,19 +76,32 @@ class Predictor:
         self._short_edge = arguments["min_sizes"][0]
         self._max_size = arguments["max_size"]
         self.batch_size = config.test_loader_arguments(cfg)["images_per_batch"]
+        self.monitor = ExitMonitor(
+            self.detector,
+            shadow=ShadowRules(**config.shadow_arguments(cfg)),
+            flops=region_flops(self.detector.roi_heads, self.detector.backbone.out_channels),
+            on_drift=on_drift,
+            output_dir=metrics_dir,
+        )
 
     @overload
-    def __call__(self, images: Image) -> Detections: ...
+    def __call__(self, images: Image, *, names: None = None) -> Detections: ...
 
     @overload
-    def __call__(self, images: list[Image]) -> list[Detections]: ...
+    def __call__(
+        self, images: list[Image], *, names: Sequence[str] | None = None
+    ) -> list[Detections]: ...
 
-    def __call__(self, images: Image | list[Image]) -> Detections | list[Detections]:
+    def __call__(
+        self, images: Image | list[Image], *, names: Sequence[str] | None = None
+    ) -> Detections | list[Detections]:
         """Detect objects.
 
         Args:
             images: one image or several; each a uint8 array ``[H, W, 3]`` in BGR order, as
                 OpenCV reads it, or the path of a file.
+            names: of each of several images, which tell whether it takes the full cascade too; by
+                default its path, or of an array how many images came before.
 
         Returns:
             ``Detections`` on the CPU, boxes in pixels of the given image; a list for a list.
@@ -84,13 +112,15 @@ class Predictor:
         """
         if isinstance(images, (np.ndarray, str, PathLike)):
             return self([images])[0]
+        paths = [str(i) if isinstance(i, (str, PathLike)) else None for i in images]
+        named = list(zip(images, paths if names is None else names, strict=True))
         detections: list[Detections] = []
         for start in range(0, len(images), self.batch_size):
-            batch = [self._sample(image) for image in images[start : start + self.batch_size]]
-            detections += [d.to("cpu") for d in self.detector.detect(batch).detections]
+            batch = [self._sample(*item) for item in named[start : start + self.batch_size]]
+            detections += [d.to("cpu") for d in self.monitor.detect(batch).detections]
         return detections
 
-    def _sample(self, image: Image) -> dict[str, Any]:
+    def _sample(self, image: Image, name: str | None) -> dict[str, Any]:
         if isinstance(image, (str, PathLike)):
             pixels = read_image(str(image), self._format)
         else:
@@ -102,4 +132,4 @@ class Predictor:
         height, width = pixels.shape[:2]
         resized = resize_shortest_edge(pixels, self._short_edge, self._max_size)
         tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
-        return {"image": tensor, "height": height, "width": width}
+        return {"image": tensor, "height": height, "width": width, "file_name": name}

@@ -187,6 +187,27 @@ def test_loaders(cfg):
     assert config.test_loader_arguments(cfg) == {"images_per_batch": 2, "num_workers": 4}
 
 
+def test_shadow_runs(cfg):
+    expected = {
+        "share": 0.0,
+        "min_score": 0.5,
+        "seed": 0,
+        "expected_loss": None,
+        "expected_deviation": 0.0,
+    }
+    assert config.shadow_arguments(cfg) == expected
+    set_keys(cfg, "CASCADE.SHADOW_SHARE", "0.1", "CASCADE.SHADOW_SCORE", "0.3", "SEED", "7")
+    set_keys(cfg, "MODEL.CASCADE.EXIT.EXPECTED_LOSS", "0.0")
+    set_keys(cfg, "MODEL.CASCADE.EXIT.EXPECTED_LOSS_DEVIATION", "0.01")
+    assert config.shadow_arguments(cfg) == {
+        "share": 0.1,
+        "min_score": 0.3,
+        "seed": 7,
+        "expected_loss": 0.0,
+        "expected_deviation": 0.01,
+    }
+
+
 def test_datasets(cfg):
     set_keys(cfg, "CASCADE.DATASETS", "[['a', 'a.json', 'a/'], ('b', 'b.json', 'b/')]")
     own = (("a", "a.json", "a/"), ("b", "b.json", "b/"))
@@ -261,6 +282,7 @@ ALL_ARGUMENTS = [
     config.box_head_arguments,
     config.cascade_arguments,
     config.exit_arguments,
+    config.shadow_arguments,
     lambda cfg: config.input_arguments(cfg, train=True),
     config.train_loader_arguments,
     config.test_loader_arguments,

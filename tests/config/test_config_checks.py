@@ -258,6 +258,8 @@ def test_a_part_that_is_not_built_is_refused_by_name(cfg, key, value):
         ("CASCADE.EMA_DECAY", "-0.1"),
         ("CASCADE.PATIENCE", "-1"),
         ("CASCADE.MAX_TO_KEEP", "-1"),
+        ("CASCADE.SHADOW_SHARE", "1.1"),
+        ("CASCADE.SHADOW_SCORE", "-0.1"),
         ("OUTPUT_DIR", ""),
     ],
 )

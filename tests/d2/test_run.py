@@ -29,6 +29,7 @@ pytestmark = pytest.mark.needs_detectron2
 ROOT = Path(__file__).resolve().parents[2]
 INSTANT = str(ROOT / "configs" / "quick_schedules" / "instant_test.yaml")
 RUN = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "CASCADE.VALIDATION_LOSS", "True"]
+RUN += ["CASCADE.SHADOW_SHARE", "1.0", "MODEL.CASCADE.EXIT.EXPECTED_LOSS", "0.1"]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,10 @@ def test_both_hosts_report_the_same_figures(runs):
         results["bbox"] = {k: v for k, v in results["bbox"].items() if not k.startswith("AP-")}
         results["analysis"].pop("confused", None)
     assert shape_of(ours) == shape_of(theirs)
-    assert {"bbox", "stages", "exits", "latency", "analysis", "notes", "machine"} <= theirs.keys()
+    names = {"bbox", "stages", "exits", "shadow", "latency", "analysis", "notes", "machine"}
+    assert names <= theirs.keys()
+    assert ours["exits"]["full_head_gflops_per_image"] > 0.001
+    assert theirs["shadow"]["images"] == 3
     assert theirs["exits"]["images"] == 3
 
 
@@ -115,6 +119,8 @@ def test_the_box_ap_is_pycocotools(output, scenes):
     assert found.anns
     for name, value in zip(("AP", "AP50", "AP75"), evaluation.stats[:3], strict=True):
         assert bbox[name] == pytest.approx(100 * value, abs=1e-9)
+    at_90 = evaluation.eval["precision"][8, :, :, 0, 2]
+    assert bbox["AP90"] == pytest.approx(100 * at_90[at_90 > -1].mean(), abs=1e-9)
 
 
 def test_the_first_line_of_the_log_names_the_host(runs):
@@ -136,7 +142,8 @@ def test_metrics_have_losses_rates_stages_and_figures(output):
     assert names >= {
         *("total_loss", "loss_rpn_cls", "loss_cls_stage2", "lr", "time", "data_time"),
         *("eta_seconds", "gradient_norm", "stage0/iou_before", "stage2/iou_after"),
-        *("bbox/AP", "stages/stage0/AP", "validation/total_loss"),
+        *("bbox/AP", "bbox/AP90", "stages/stage0/AP", "validation/total_loss"),
+        *("shadow/loss", "shadow/drift", "exits/head_gflops_per_image"),
     }
     trained = [line for line in lines if "total_loss" in line]
     assert [line["iteration"] for line in trained] == [0, 1, 2, 3, 4, 5]
@@ -192,6 +199,10 @@ def test_evaluation_alone_repeats_the_figures(runs, tmp_path, make_cfg, no_pictu
     figures = results_of(runs["detectron2"])
     again = host.evaluate(make_cfg(*more, *weights))
     assert again["bbox"] == pytest.approx(as_nan(figures["bbox"]), nan_ok=True, abs=1e-6)
+    # Sums of scores depend on what else is in a batch, in their last digits.
+    for exits in (again["exits"], figures["exits"]):
+        scores = [exits[f"stage{stage}"].pop("mean_score") for stage in range(3)]
+        assert all(0 < score < 1 for of_stage in scores for score in of_stage.values())
     assert json.dumps(again["exits"]) == json.dumps(figures["exits"])
     shutil.copytree(runs["detectron2"], tmp_path / "copy")
     resumed = host.evaluate(make_cfg(*more, output="copy"), resume=True)

@@ -48,7 +48,7 @@ def test_perfect_predictions_have_an_ap_of_100(coco_content, detections, detecto
         detector_output,
     )
     assert math.isnan(results["bbox"]["APs"])
-    for name in ("AP", "AP50", "AP75", "APm", "APl", "AP-cat", "AP-dog"):
+    for name in ("AP", "AP50", "AP75", "AP90", "APm", "APl", "AP-cat", "AP-dog"):
         assert results["bbox"][name] == pytest.approx(100), name
 
 
@@ -78,6 +78,9 @@ def test_iou_decides_which_thresholds_are_passed(coco_content, detections, detec
     content = coco_content([(1, 3, (0, 0, 100, 100))], image_ids=(1,))
     bbox = evaluate(content, {1: detections(((0, 0, 72, 100), 0.9, 0))}, detector_output)["bbox"]
     assert (bbox["AP"], bbox["AP50"], bbox["AP75"]) == pytest.approx((50, 100, 0))
+    for width, ap90 in ((89, 0), (90, 100)):
+        found = {1: detections(((0, 0, width, 100), 0.9, 0))}
+        assert evaluate(content, found, detector_output)["bbox"]["AP90"] == pytest.approx(ap90)
 
 
 def test_detections_in_a_crowd_do_not_count(coco_content, detections, detector_output):
@@ -164,6 +167,10 @@ def test_figures_equal_those_of_pycocotools(coco_content, detector_output, seed)
     ours = [-1 if math.isnan(bbox[name]) else bbox[name] / 100 for name in METRICS]
     assert 0.1 < bbox["AP"] < 99
     np.testing.assert_allclose(ours, expected.stats[:6], atol=1e-9)
+    assert expected.params.iouThrs[8] == pytest.approx(0.9)
+    at_90 = expected.eval["precision"][8, :, :, 0, 2]
+    assert bbox["AP90"] == pytest.approx(100 * at_90[at_90 > -1].mean())
+    assert list(bbox)[:4] == ["AP", "AP50", "AP75", "AP90"]
     for index, name in enumerate(("cat", "dog")):
         precision = expected.eval["precision"][:, :, index, 0, 2]
         assert bbox[f"AP-{name}"] == pytest.approx(100 * precision[precision > -1].mean())

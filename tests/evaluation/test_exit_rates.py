@@ -1,55 +1,96 @@
-"""Sums of exit statistics, worked out by hand."""
+"""Sums of exit statistics and what the heads compute, worked out by hand."""
 
 from __future__ import annotations
 
 import pytest
 
 from cascade_det.core.structures import CascadeStats
-from cascade_det.evaluation import ExitEvaluator
+from cascade_det.evaluation import ExitEvaluator, RegionFlops
+
+FIRST = CascadeStats(
+    entered=[1000, 300, 100],
+    left=[{"background": 600, "confident": 100}, {"background": 200}, {"completed": 100}],
+    proposed=1500,
+    left_before={"background": 400, "redundant": 100},
+    confidence=[{"background": 30.0, "confident": 95.0}, {"background": 5.0}, {"completed": 50.0}],
+)
+SECOND = CascadeStats(
+    entered=[1000, 100, 0],
+    left=[{"background": 900}, {"confident": 100}, {}],
+    proposed=1000,
+    confidence=[{"background": 0.0}, {"confident": 90.0}, {}],
+    overrun_ms=7.5,
+)
 
 
 def test_sums_over_batches_of_different_size(detector_output):
     evaluator = ExitEvaluator()
-    first = CascadeStats(
-        entered=[1000, 300, 100],
-        left=[{"background": 600, "confident": 100}, {"background": 200}, {"completed": 100}],
-    )
-    second = CascadeStats(
-        entered=[1000, 100, 0],
-        left=[{"background": 900}, {"confident": 100}, {}],
-    )
-    evaluator.process([{}, {}, {}], detector_output([], stats=first))
-    evaluator.process([{}], detector_output([], stats=second))
+    evaluator.process([{}, {}, {}], detector_output([], stats=FIRST))
+    evaluator.process([{}], detector_output([], stats=SECOND))
     figures = evaluator.evaluate()["exits"]
     assert figures["images"] == 4
-    # 2000 + 400 + 100 stages computed for 2000 regions.
-    assert figures["stages_per_region"] == pytest.approx(1.25)
+    # 2000 + 400 + 100 stages computed for 2500 proposals.
+    assert figures["stages_per_region"] == 1
+    assert figures["proposals"] == {
+        "entered": 2500,
+        "entered_per_image": 625,
+        "entered_share": 1,
+        "exit_rate": 0.2,
+        "left": {"background": 0.16, "redundant": 0.04},
+        "mean_score": {},
+    }
     assert figures["stage0"] == {
         "entered": 2000,
         "entered_per_image": 500,
-        "entered_share": 1,
+        "entered_share": 0.8,
         "exit_rate": 0.8,
         "left": {"background": 0.75, "confident": 0.05},
+        "mean_score": {"background": 0.02, "confident": 0.95},
     }
     assert figures["stage1"] == {
         "entered": 400,
         "entered_per_image": 100,
-        "entered_share": 0.2,
+        "entered_share": 0.16,
         "exit_rate": 0.75,
         "left": {"background": 0.5, "confident": 0.25},
+        "mean_score": {"background": 0.025, "confident": 0.9},
     }
     assert figures["stage2"] == {
         "entered": 100,
         "entered_per_image": 25,
-        "entered_share": 0.05,
+        "entered_share": 0.04,
         "exit_rate": 0,
         "left": {"completed": 1},
+        "mean_score": {"completed": 0.5},
     }
+    assert (figures["overrun_share"], figures["overrun_ms"]) == (0.5, 7.5)
+
+
+def test_heads_compute_what_entered(detector_output):
+    flops = RegionFlops(stages=(1e6, 2e6, 4e6), scores=(0.0, 0.0, 0.0))
+    evaluator = ExitEvaluator(flops)
+    evaluator.process([{}, {}, {}], detector_output([], stats=FIRST))
+    evaluator.process([{}], detector_output([], stats=SECOND))
+    figures = evaluator.evaluate()["exits"]
+    # 2000 x 1 + 400 x 2 + 100 x 4 million of 2500 x 7 million, over 4 images.
+    assert figures["head_gflops_per_image"] == pytest.approx(3.2 / 4)
+    assert figures["full_head_gflops_per_image"] == pytest.approx(17.5 / 4)
+    assert figures["head_flops_share"] == pytest.approx(3.2 / 17.5)
+
+
+def test_heads_that_run_again_for_the_final_scores(detector_output):
+    evaluator = ExitEvaluator(RegionFlops(stages=(1e6, 2e6, 4e6), scores=(1e6, 3e6, 7e6)))
+    evaluator.process([{}, {}, {}], detector_output([], stats=FIRST))
+    evaluator.process([{}], detector_output([], stats=SECOND))
+    figures = evaluator.evaluate()["exits"]
+    # Scored are 100 after stage 0, 100 after stage 1 and 100 at the end.
+    assert figures["head_gflops_per_image"] == pytest.approx((3.2 + 0.1 + 0.3 + 0.7) / 4)
+    assert figures["full_head_gflops_per_image"] == pytest.approx(2.5 * 14 / 4)
 
 
 def test_a_stage_that_no_region_reaches(detector_output):
     evaluator = ExitEvaluator()
-    stats = CascadeStats([10, 0], [{"background": 10}, {}])
+    stats = CascadeStats([10, 0], [{"background": 10}, {}], proposed=10)
     evaluator.process([{}], detector_output([], stats=stats))
     figures = evaluator.evaluate()["exits"]
     assert figures["stage0"]["exit_rate"] == 1
@@ -58,10 +99,14 @@ def test_a_stage_that_no_region_reaches(detector_output):
 
 
 def test_no_regions_and_no_batches(detector_output):
-    evaluator = ExitEvaluator()
-    assert evaluator.evaluate() == {"exits": {"images": 0, "stages_per_region": 0}}
+    evaluator = ExitEvaluator(RegionFlops((1e6,), (0.0,)))
+    figures = evaluator.evaluate()["exits"]
+    assert (figures["images"], figures["stages_per_region"]) == (0, 0)
+    assert figures["overrun_share"] == 0
     evaluator.process([{}], detector_output([], stats=CascadeStats([0], [{}])))
-    assert evaluator.evaluate()["exits"]["stage0"]["entered_share"] == 0
+    figures = evaluator.evaluate()["exits"]
+    assert figures["stage0"]["entered_share"] == figures["head_gflops_per_image"] == 0
+    assert figures["stage0"]["mean_score"] == {}
 
 
 def test_batches_with_another_number_of_stages_are_refused(detector_output):

@@ -12,6 +12,7 @@ import torch
 
 from cascade_det.core.structures import CascadeStats, StageOutput
 from cascade_det.evaluation import (
+    ShadowRules,
     default_evaluators,
     describe_machine,
     format_report,
@@ -32,7 +33,8 @@ BEST = {**POINT, "score": 0.3333, "precision": NAN, "F1": 77.77}
 def results():
     return {
         "bbox": {
-            "AP": 45.12, "AP50": 70.27, "AP75": 50.38, "APs": NAN, "APm": 30.41, "APl": 60.59,
+            "AP": 45.12, "AP50": 70.27, "AP75": 50.38, "AP90": 12.34,
+            "APs": NAN, "APm": 30.41, "APl": 60.59,
             "AP-cat": 44.04, "AP-dog": 46.16,
         },
         "analysis": {
@@ -54,22 +56,35 @@ def results():
         "notes": ["APs is nan: because."],
         "stages": {
             "regions": 1234,
-            "stage0": {"AP": 40.1, "AP50": 69.0, "AP75": 42.0, "iou_before": 0.651,
-                       "iou_after": 0.722},
-            "stage1": {"AP": 44.9, "AP50": 70.0, "AP75": 48.0, "iou_before": 0.722,
-                       "iou_after": NAN},
+            "stage0": {"AP": 40.1, "AP50": 69.0, "AP75": 42.0, "AP90": 5.05,
+                       "iou_before": 0.651, "iou_after": 0.722},
+            "stage1": {"AP": 44.9, "AP50": 70.0, "AP75": 48.0, "AP90": 9.99,
+                       "iou_before": 0.722, "iou_after": NAN},
         },
         "exits": {
             "images": 20,
-            "stages_per_region": 1.25,
+            "stages_per_region": 0.625,
+            "overrun_share": 0.1, "overrun_ms": 12.34,
+            "head_gflops_per_image": 1.234, "full_head_gflops_per_image": 9.87,
+            "head_flops_share": 0.125,
+            "proposals": {
+                "entered": 40000, "entered_per_image": 2000.0, "entered_share": 1.0,
+                "exit_rate": 0.5, "left": {"background": 0.5}, "mean_score": {},
+            },
             "stage0": {
-                "entered": 20000, "entered_per_image": 1000.0, "entered_share": 1.0,
+                "entered": 20000, "entered_per_image": 1000.0, "entered_share": 0.5,
                 "exit_rate": 0.75, "left": {"background": 0.7, "confident": 0.05},
+                "mean_score": {"background": 0.0123, "confident": 0.9},
             },
             "stage1": {
-                "entered": 5000, "entered_per_image": 250.0, "entered_share": 0.25,
-                "exit_rate": 0.0, "left": {"completed": 1.0},
+                "entered": 5000, "entered_per_image": 250.0, "entered_share": 0.125,
+                "exit_rate": 0.0, "left": {"completed": 1.0}, "mean_score": {"completed": 0.4},
             },
+        },
+        "shadow": {
+            "images": 1200, "loss": 0.0234, "loss_low": 0.0111, "loss_high": 0.04,
+            "changed": 0.1, "changed_low": 0.0526, "changed_high": 0.17, "confidence": 0.95,
+            "expected_loss": 0.01, "expected_deviation": 0.0005, "drift": 1,
         },
         "latency": {
             "batch_size": 2, "images": 20, "batches": 10, "warmup_batches": 5,
@@ -99,7 +114,7 @@ def cells(report, first):
 
 def test_report_holds_the_figures(results):
     report = format_report(results)
-    assert cells(report, "45.1") == ["45.1", "70.3", "50.4", "nan", "30.4", "60.6"]
+    assert cells(report, "45.1") == ["45.1", "70.3", "50.4", "12.3", "nan", "30.4", "60.6"]
     assert cells(report, "0.500")[1:] == ["80.0", "57.1", "66.7", "4", "1", "3"]
     best = ["0.333 or more (best F1)", "nan", "57.1", "77.8", "4", "1", "3"]
     assert cells(report, "0.333") == best
@@ -109,14 +124,25 @@ def test_report_holds_the_figures(results):
     assert "Most confused: cat as dog (2), dog as cat (1)." in report
     assert "most mistakes: a.jpg (3 false, 1 missed), 5 (0 false, 2 missed)." in report
     tables = report.split("**")
-    stages, exits, latency = (tables[index] for index in (8, 10, 12))
-    assert cells(stages, "stage0") == ["stage0", "40.1", "69.0", "42.0", "0.651", "0.722"]
-    assert cells(exits, "stage0") == ["stage0", "1000.0", "100.0", "75.0", "70.0", "5.0", "0.0"]
+    stages, exits, scores, latency = (tables[index] for index in (8, 10, 12, 14))
+    assert cells(stages, "stage0") == ["stage0", "40.1", "69.0", "42.0", "5.0", "0.651", "0.722"]
+    assert cells(exits, "proposals") == [
+        *("proposals", "2000.0", "100.0", "50.0", "50.0", "0.0", "0.0")
+    ]
+    assert cells(exits, "stage0") == ["stage0", "1000.0", "50.0", "75.0", "70.0", "5.0", "0.0"]
+    assert cells(scores, "stage0") == ["stage0", "0.012", "0.900", ""]
+    assert cells(scores, "stage1") == ["stage1", "", "", "0.400"]
     assert cells(latency, "stage0") == ["stage0", "30.50", "31.50", "30.60", "31.60"]
     assert cells(latency, "stage1") == ["stage1", "", "", "29.90", "30.90"]
     assert cells(latency, "total") == ["total", "71.73", "74.74", "101.73", "105.70"]
     assert "(t_full - t_stage1) / t_full: 29.4 %" in report
-    assert "a region sees 1.25 of 2 stages" in report
+    assert "a region sees 0.62 of 2 stages" in report
+    assert "1.23 GFLOPs per image (multiply-adds, by fvcore), 12.5 % of the 9.87" in report
+    assert "10.0 % of the batches took longer than their time budget, by 12.3 ms" in report
+    assert "1,200 images took the full cascade too" in report
+    assert "lose 2.34 % (1.11 to 4.00) of its detections per image" in report
+    assert "on 10.00 % (5.26 to 17.00) of the images (intervals of 95 %)" in report
+    assert "promised 1.00 % with a deviation of 0.05 %: this is drift." in report
     assert "Mean IoU over 1,234 regions" in report
     assert "Measured on: device cpu, threads 3." in report
     assert report.endswith("Notes:\n- APs is nan: because.\n- Only a test.")
@@ -191,6 +217,7 @@ def test_all_evaluators_together(coco_content, detections, detector_output, tmp_
         category_ids=(3, 7),
         output_dir=tmp_path,
         warmup=0,
+        shadow=ShadowRules(share=1.0),
     )
     # As the engine does it: the tensors are made in inference mode, the figures outside it.
     with torch.inference_mode():
@@ -199,7 +226,7 @@ def test_all_evaluators_together(coco_content, detections, detector_output, tmp_
         output = detector_output(
             [found],
             stages=[StageOutput([found], boxes, boxes)] * 2,
-            stats=CascadeStats([9, 1], [{"background": 8}, {"completed": 1}], {"stage0": 3.0}),
+            stats=CascadeStats([9, 1], [{"background": 8}, {"completed": 1}], {"stage0": 3.0}, 9),
         )
         for evaluator in evaluators:
             evaluator.process([{"image_id": 1}], output)
@@ -208,19 +235,23 @@ def test_all_evaluators_together(coco_content, detections, detector_output, tmp_
         figures = evaluator.evaluate()
         assert not merged.keys() & figures.keys()
         merged |= figures
-    assert merged.keys() == {"bbox", "analysis", "notes", "stages", "exits", "latency"}
+    names = {"bbox", "analysis", "notes", "stages", "shadow", "exits", "latency"}
+    assert merged.keys() == names
     write_results(merged, tmp_path, machine=describe_machine())
     plot_report(merged, tmp_path / "report.png")
     report = format_report(merged)
-    assert cells(report.split("**")[8], "stage1") == ["stage1", *["100.0"] * 3, "1.000", "1.000"]
+    assert cells(report.split("**")[8], "stage1") == ["stage1", *["100.0"] * 4, "1.000", "1.000"]
     assert "Latency per image" in report
 
 
 def test_stages_can_be_left_out(coco_content):
     dataset = {"ground_truth": coco_content([]), "class_names": ["cat"], "category_ids": [3]}
+    dataset["shadow"] = ShadowRules(share=0.1)
     with_stages = [type(item).__name__ for item in default_evaluators(**dataset)]
     without = [type(item).__name__ for item in default_evaluators(**dataset, stages=False)]
-    assert set(with_stages) - set(without) == {"StageEvaluator"}
+    assert set(with_stages) - set(without) == {"StageEvaluator", "ShadowEvaluator"}
+    dataset["shadow"] = ShadowRules(share=0.0)
+    assert "ShadowEvaluator" not in [type(item).__name__ for item in default_evaluators(**dataset)]
 
 
 def test_parts_stand_in_the_order_in_which_they_run(results):

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 
 from cascade_det.core.structures import CascadeStats, Detections, DetectorOutput, StageOutput
 from cascade_det.errors import DatasetError
-from cascade_det.evaluation import CocoEvaluator, ExitEvaluator, LatencyEvaluator, StageEvaluator
+from cascade_det.evaluation import (
+    CocoEvaluator,
+    ExitEvaluator,
+    LatencyEvaluator,
+    RegionFlops,
+    ShadowEvaluator,
+    ShadowRules,
+    StageEvaluator,
+)
 
 CATEGORY_IDS = (3, 7)
 IMAGE_IDS = tuple(range(1, 9))
@@ -54,8 +62,12 @@ def case():
             [len(entering), len(entering) - left],
             [{"background": left}, {"completed": len(entering) - left}],
             {"backbone": 10.0 * image_id, "stage0": 1.0},
+            proposed=len(entering) + image_id,
+            left_before={"background": image_id},
+            confidence=[{"background": 0.1 * image_id}, {"completed": 0.7}],
+            overrun_ms=float(image_id % 3),
         )
-        outputs[image_id] = DetectorOutput([found[1]], stats, stages)
+        outputs[image_id] = DetectorOutput([found[0]], stats, stages)
     content = {
         "images": [{"id": image_id} for image_id in IMAGE_IDS],
         "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}],
@@ -68,7 +80,8 @@ def build(content):
     return [
         CocoEvaluator(ground_truth=content, class_names=("cat", "dog"), category_ids=CATEGORY_IDS),
         StageEvaluator(ground_truth=content, category_ids=CATEGORY_IDS),
-        ExitEvaluator(),
+        ExitEvaluator(RegionFlops((1e6, 2e6), (0.0, 0.0))),
+        ShadowEvaluator(ShadowRules(share=0.7, min_score=0.3, expected_loss=0.0)),
         LatencyEvaluator(warmup=0),
     ]
 
@@ -102,17 +115,20 @@ def test_shares_give_the_figures_of_the_whole(case, owners, seed):
 
 
 def test_figures_of_the_case_are_not_trivial(case):
-    coco, stages, exits, latency = (item.evaluate() for item in processed(*case, IMAGE_IDS))
+    figures = [item.evaluate() for item in processed(*case, IMAGE_IDS)]
+    coco, stages, exits, shadow, latency = figures
     assert 1 < coco["bbox"]["AP"] < 99
     assert stages["stages"]["stage0"]["AP"] != stages["stages"]["stage1"]["AP"]
     assert stages["stages"]["regions"] > 10
     assert exits["exits"]["stage0"]["exit_rate"] > 0
+    assert 1 < shadow["shadow"]["images"] < len(IMAGE_IDS)
+    assert shadow["shadow"]["changed"] > 0
     assert latency["latency"]["batches"] == len(IMAGE_IDS)
 
 
 def test_a_merged_state_can_be_merged_again(case):
     first, second, whole = (processed(*case, ids) for ids in ((1, 2), (3,), (1, 2, 3)))
-    for one, other, both in zip(first[:3], second, whole, strict=False):
+    for one, other, both in zip(first[:4], second, whole, strict=False):
         one.merge([one.state(), other.state()])
         other.reset()
         one.merge([one.state(), other.state()])

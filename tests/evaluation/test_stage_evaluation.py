@@ -50,8 +50,8 @@ def test_last_stage_equals_the_main_ap(coco_content, detections, detector_output
         evaluator.process(batch, output)
     bbox, stage = whole.evaluate()["bbox"], staged.evaluate()["stages"]["stage0"]
     assert 0 < bbox["AP"] < 100
-    assert {name: stage[name] for name in ("AP", "AP50", "AP75")} == {
-        name: bbox[name] for name in ("AP", "AP50", "AP75")
+    assert {name: stage[name] for name in ("AP", "AP50", "AP75", "AP90")} == {
+        name: bbox[name] for name in ("AP", "AP50", "AP75", "AP90")
     }
 
 

@@ -1,0 +1,45 @@
+"""What the box heads of a cascade compute for one region, counted by fvcore."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from fvcore.nn import FlopCountAnalysis
+from torch import nn
+
+from cascade_det.core import CascadeHead
+from cascade_det.core.modes import evaluation_mode
+from cascade_det.evaluation import RegionFlops
+
+
+def region_flops(cascade: CascadeHead, channels: int) -> RegionFlops:
+    """Operations of the box head and the predictor of each stage, cropping left out.
+
+    One multiply-add is one operation, as fvcore counts; activations are none.
+
+    Args:
+        cascade: its modules are run once, on one region of zeros.
+        channels: C of the maps that regions are cropped from.
+    """
+    stages = list(zip(cascade.box_head, cascade.box_predictor, strict=True))
+    parameter = next(cascade.box_predictor.parameters())
+    side = cascade.pooler.output_size
+    crop = torch.zeros(1, channels, side, side, dtype=parameter.dtype, device=parameter.device)
+    of_stages = [_operations(nn.Sequential(*stage), crop) for stage in stages]
+    return RegionFlops(tuple(of_stages), _of_scores(cascade, of_stages))
+
+
+def _operations(head: nn.Module, crop: torch.Tensor) -> float:
+    with evaluation_mode(head), torch.no_grad():
+        counts = FlopCountAnalysis(head, crop)
+        counts.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        return float(counts.total())
+
+
+def _of_scores(cascade: CascadeHead, of_stages: Sequence[float]) -> tuple[float, ...]:
+    """Of the final scores: some ensembles run the heads so far again on the last crop."""
+    if cascade.ensemble.reruns_heads:
+        return tuple(accumulate(of_stages))
+    return (0.0,) * len(of_stages)

@@ -1,0 +1,68 @@
+"""What box heads compute for a region, against products of their widths."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_cascades import CHANNELS, NUM_CLASSES, POOLED, make_cascade, make_scene
+
+from cascade_det.core.structures import DetectorOutput
+from cascade_det.engine.head_flops import region_flops
+from cascade_det.evaluation import ExitEvaluator
+
+LOGITS = NUM_CLASSES + 1
+
+
+def test_linear_layers_are_inputs_times_outputs():
+    """One multiply-add for each weight; biases and activations are not counted."""
+    flops = region_flops(make_cascade(fc_dims=(12, 7)), CHANNELS)
+    one = CHANNELS * POOLED**2 * 12 + 12 * 7 + 7 * LOGITS + 7 * 4
+    assert flops.stages == (one, one, one)
+    assert flops.scores == (0, 0, 0)
+
+
+def test_boxes_of_each_class_cost_more():
+    flops = region_flops(make_cascade(cls_agnostic=False, fc_dims=(12,)), CHANNELS)
+    assert flops.stages[0] == CHANNELS * POOLED**2 * 12 + 12 * LOGITS + 12 * 4 * NUM_CLASSES
+
+
+def test_convolutions_are_inputs_times_outputs_times_cells_times_taps():
+    flops = region_flops(make_cascade(conv_dims=(5,), fc_dims=()), CHANNELS)
+    features = 5 * POOLED**2
+    one = CHANNELS * 5 * POOLED**2 * 9 + features * LOGITS + features * 4
+    assert flops.stages[0] == one
+
+
+def test_heads_that_run_again_count_again():
+    flops = region_flops(make_cascade(ensemble="last_boxes"), CHANNELS)
+    one = flops.stages[0]
+    assert flops.scores == (one, 2 * one, 3 * one)
+
+
+@pytest.mark.parametrize("ensemble", ["mean_probs", "last_boxes"])
+def test_the_sum_is_what_the_layers_of_a_run_compute(ensemble):
+    """Counted by hooks on every linear layer, while the cascade detects."""
+    cascade = make_cascade(ensemble=ensemble, fc_dims=(12, 7)).eval()
+    scene = make_scene()
+    counted = []
+    for layer in (m for m in cascade.modules() if isinstance(m, torch.nn.Linear)):
+        layer.register_forward_hook(
+            lambda m, inputs, _: counted.append(len(inputs[0]) * m.in_features * m.out_features)
+        )
+    flops = region_flops(cascade, CHANNELS)
+    counted.clear()
+    with torch.no_grad():
+        found, stats = cascade.detect(scene.features, scene.proposals, scene.image_sizes)
+    evaluator = ExitEvaluator(flops)
+    evaluator.process([{}, {}], DetectorOutput(found, stats))
+    figures = evaluator.evaluate()["exits"]
+    assert sum(counted) > 0
+    assert figures["head_gflops_per_image"] * 2e9 == pytest.approx(sum(counted))
+    assert figures["head_flops_share"] == 1
+
+
+def test_modes_and_gradients_are_left_alone():
+    cascade = make_cascade().train()
+    region_flops(cascade, CHANNELS)
+    assert all(module.training for module in cascade.modules())
+    assert all(parameter.grad is None for parameter in cascade.parameters())

@@ -1,0 +1,117 @@
+"""What exits lose of the full cascade's detections, against a matching in plain Python."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cascade_det.core.structures import Detections
+from cascade_det.evaluation import agreement_loss
+
+BOX, OTHER = (10, 10, 100, 100), (200, 50, 60, 80)
+
+
+def test_what_is_the_same_is_no_loss(detections):
+    found = detections((BOX, 0.9, 0), (OTHER, 0.6, 1), (BOX, 0.55, 1))
+    assert agreement_loss(found, found) == 0
+    assert agreement_loss(found[:0], found[:0]) == 0
+
+
+def test_what_is_missing_of_another_class_or_elsewhere_is_lost(detections):
+    full = detections((BOX, 0.9, 0), (OTHER, 0.6, 1), ((300, 0, 50, 50), 0.7, 0))
+    assert agreement_loss(full[:0], full) == 1
+    assert agreement_loss(full[:2], full) == 1 / 3
+    # Sorted by score the second is the third; of the first, the class is another.
+    early = detections((BOX, 0.9, 1), (OTHER, 0.6, 1), ((300, 40, 50, 50), 0.7, 0))
+    assert agreement_loss(early, full) == 2 / 3
+
+
+def test_the_overlap_has_to_reach_a_half(detections):
+    full = detections(((0, 0, 100, 100), 0.9, 0))
+    # 50 of 100 columns: IoU 0.5; 49: below.
+    assert agreement_loss(detections(((0, 0, 50, 100), 0.9, 0)), full) == 0
+    assert agreement_loss(detections(((0, 0, 49, 100), 0.9, 0)), full) == 1
+
+
+def test_scores_below_the_cut_count_on_neither_side(detections):
+    full = detections((BOX, 0.9, 0), (OTHER, 0.49, 1))
+    assert agreement_loss(detections((BOX, 0.51, 0)), full) == 0
+    assert agreement_loss(detections((BOX, 0.49, 0)), full) == 1
+    assert agreement_loss(detections((BOX, 0.49, 0)), full, min_score=0.4) == 0.5
+    assert agreement_loss(detections(), detections((BOX, 0.49, 0))) == 0
+
+
+def test_rounding_of_a_score_at_the_cut_is_no_loss(detections):
+    full = detections((BOX, 0.5, 0))
+    assert agreement_loss(detections((BOX, 0.49999, 0)), full) == 0
+    assert agreement_loss(detections((BOX, 0.4998, 0)), full) == 1
+
+
+def test_one_detection_stands_for_one_alone(detections):
+    full = detections((BOX, 0.9, 0), ((12, 10, 100, 100), 0.8, 0))
+    assert agreement_loss(detections((BOX, 0.9, 0)), full) == 0.5
+    # What the exits have on top is no loss.
+    assert agreement_loss(full, detections((BOX, 0.9, 0))) == 0
+
+
+def test_an_empty_box_overlaps_nothing_not_even_itself(detections):
+    flat = detections(((10, 10, 0, 50), 0.9, 0), (BOX, 0.8, 0))
+    assert agreement_loss(flat, flat) == 0.5
+
+
+def test_inputs_stay_and_need_no_order(detections):
+    early = detections((OTHER, 0.6, 1), (BOX, 0.9, 0))
+    before = early.boxes.clone()
+    assert agreement_loss(early, detections((OTHER, 0.6, 1), (BOX, 0.9, 0))) == 0
+    torch.testing.assert_close(early.boxes, before)
+
+
+def plain_loss(early, full, cut):
+    """Lists of (score, class, box): a loop over pairs, with IoU from the definition."""
+
+    def iou(a, b):
+        width = min(a[2], b[2]) - max(a[0], b[0])
+        height = min(a[3], b[3]) - max(a[1], b[1])
+        common = max(width, 0) * max(height, 0)
+        areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (a, b)]
+        return common / (sum(areas) - common)
+
+    free = [d for d in early if d[0] >= cut]
+    wanted = sorted((d for d in full if d[0] >= cut), key=lambda d: -d[0])
+    lost = 0
+    for _, label, box in wanted:
+        rivals = [(iou(box, d[2]), d) for d in free if d[1] == label]
+        rivals = [rival for rival in rivals if rival[0] >= 0.5]
+        if rivals:
+            free.remove(max(rivals, key=lambda rival: rival[0])[1])
+        else:
+            lost += 1
+    return lost / len(wanted) if wanted else 0.0
+
+
+def as_detections(rows):
+    return Detections(
+        torch.tensor([box for _, _, box in rows], dtype=torch.float32).reshape(-1, 4),
+        torch.tensor([score for score, _, _ in rows], dtype=torch.float32),
+        torch.tensor([label for _, label, _ in rows], dtype=torch.int64),
+        torch.zeros(len(rows), dtype=torch.int64),
+    )
+
+
+@st.composite
+def crowded(draw):
+    """Detections of few classes in a small field, no two of one score; scores off the cut."""
+    rows = []
+    for score in draw(st.lists(st.integers(0, 99), max_size=9, unique=True)):
+        x, y = draw(st.integers(0, 12)), draw(st.integers(0, 12))
+        box = (x, y, x + draw(st.integers(5, 20)), y + draw(st.integers(5, 20)))
+        rows.append((score / 100 + 0.003, draw(st.integers(0, 1)), box))
+    return rows
+
+
+@settings(max_examples=80, deadline=None)
+@given(early=crowded(), full=crowded(), cut=st.sampled_from([0.1, 0.5]))
+def test_equals_a_loop_over_all_pairs(early, full, cut):
+    ours = agreement_loss(as_detections(early), as_detections(full), min_score=cut)
+    assert ours == plain_loss(early, full, cut)

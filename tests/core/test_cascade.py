@@ -10,14 +10,16 @@ from small_cascades import (
     CHANNELS,
     POOLED,
     STRIDES,
+    as_detections,
     assert_same_detections,
     make_cascade,
     make_scene,
     naive_twin,
+    record_calls,
     truncate,
 )
 
-from cascade_det.core import ConvFCBoxHead, Detections, ExitPolicy, PartTimer, RoIPooler
+from cascade_det.core import ConvFCBoxHead, ExitPolicy, PartTimer, RoIPooler
 from cascade_det.core.ensemble import ENSEMBLES
 
 NEVER = 1.1
@@ -37,36 +39,6 @@ def detect(cascade, scene):
 
 def detect_stages(cascade, scene):
     return cascade.detect_stages(scene.features, scene.proposals, scene.image_sizes)
-
-
-def as_detections(naive_images):
-    """What the naive cascade found, in the form of the real one."""
-    images = []
-    for found in naive_images:
-        images.append(
-            Detections(
-                torch.tensor([d.box for d in found]).view(-1, 4),
-                torch.tensor([d.score for d in found]),
-                torch.tensor([d.label for d in found], dtype=torch.int64),
-                torch.tensor([d.exit_stage for d in found], dtype=torch.int64),
-            )
-        )
-    return images
-
-
-def record_calls(cascade):
-    """Boxes and image indices of each call of the pooler, and rows of each call of each head."""
-    pooled, rows = [], [[] for _ in cascade.box_head]
-
-    def on_pool(_, arguments, output):
-        pooled.append((arguments[1].clone(), arguments[2].clone()))
-        assert len(output) == len(arguments[1])
-
-    cascade.pooler.register_forward_hook(on_pool)
-    for counts, head, predictor in zip(rows, cascade.box_head, cascade.box_predictor, strict=True):
-        for module in (head, predictor):
-            module.register_forward_hook(lambda _, x, y, counts=counts: counts.append(len(x[0])))
-    return pooled, rows
 
 
 def assert_equals_naive(cascade, scene):

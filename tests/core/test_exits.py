@@ -14,6 +14,7 @@ from region_views import (
     make_view,
     policy,
     reasons_of,
+    some_policies,
     view_of,
     view_of_image,
 )
@@ -103,23 +104,8 @@ def test_without_rules_everybody_stays(stage):
         assert decision.left == {}
 
 
-POLICIES = st.fixed_dictionaries(
-    {},
-    optional={
-        "proposal_threshold": st.floats(0.05, 0.5),
-        "prune_thresholds": st.tuples(*[st.floats(0, 0.4)] * 2),
-        "prune_margins": st.tuples(*[st.floats(0.05, 1)] * 3),
-        "prune_best": st.integers(1, 12),
-        "redundancy_iou": st.floats(0.2, 0.9),
-        "thresholds": st.tuples(*[st.floats(0.3, NEVER)] * 2),
-        "confidence": st.sampled_from(["max_prob", "entropy", "margin", "agreement"]),
-        "region_budget": st.tuples(*[st.integers(0, 9)] * 3),
-    },
-)
-
-
 @given(
-    arguments=POLICIES,
+    arguments=some_policies(),
     localisation=st.sampled_from(["none", "refinement", "predicted_iou"]),
     seed=st.integers(0, 1000),
 )
@@ -138,7 +124,7 @@ def test_any_policy_decides_as_the_naive_one(arguments, localisation, seed):
         assert decide(exits, view) == wanted
 
 
-@given(arguments=POLICIES, seed=st.integers(0, 1000))
+@given(arguments=some_policies(), seed=st.integers(0, 1000))
 @settings(deadline=None, max_examples=20, derandomize=True)
 def test_a_batch_is_decided_as_its_images_one_by_one(arguments, seed):
     exits = policy(**arguments)

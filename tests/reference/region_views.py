@@ -1,6 +1,7 @@
 """What exit rules see, made at random or by hand."""
 
 import torch
+from hypothesis import strategies as st
 from naive_exits import NaivePolicy, Seen
 from small_cascades import random_boxes
 
@@ -109,6 +110,37 @@ def as_accepted(view):
     for image, box, score, label in zip(*(column.tolist() for column in columns), strict=True):
         regions.append(Seen(image, tuple(box), probs=[0.0] * label + [score, 0.0]))
     return regions
+
+
+def some_policies(num_stages=NUM_STAGES):
+    """Strategy of arguments for both policies; every rule is in or out."""
+
+    def each(values, count):
+        return st.tuples(*[values] * count)
+
+    stages, gates = num_stages - 1, num_stages
+    return st.fixed_dictionaries(
+        {},
+        optional={
+            "proposal_threshold": st.floats(0.05, 0.5),
+            "prune_thresholds": each(st.floats(0, 0.4), stages),
+            "prune_margins": each(st.floats(0.05, 1), gates),
+            "prune_best": st.integers(1, 12),
+            "redundancy_iou": st.floats(0.2, 0.9),
+            "thresholds": each(st.floats(0.3, 1.1), stages),
+            "confidence": st.sampled_from(["max_prob", "entropy", "margin", "agreement"]),
+            "region_budget": each(st.integers(0, 9), gates),
+            "score_scales": each(st.floats(0.5, 2), gates),
+            "score_shifts": each(st.floats(-1, 1), gates),
+        },
+    ).map(_whole)
+
+
+def _whole(arguments):
+    """Scales come with shifts."""
+    if ("score_scales" in arguments) != ("score_shifts" in arguments):
+        arguments = {k: v for k, v in arguments.items() if not k.startswith("score_")}
+    return arguments
 
 
 def policy(*, num_stages=NUM_STAGES, **arguments):

@@ -7,7 +7,7 @@ from naive_cascade import NaiveCascade
 from naive_exits import NaivePolicy
 from torch import Tensor, nn
 
-from cascade_det.core import BoxPredictor, CascadeHead, ConvFCBoxHead, RoIPooler
+from cascade_det.core import BoxPredictor, CascadeHead, ConvFCBoxHead, Detections, RoIPooler
 
 CHANNELS = 6
 POOLED = 3
@@ -142,6 +142,36 @@ def truncate(cascade, num_stages):
         nms_thresh=cascade.nms_thresh,
         detections_per_image=cascade.detections_per_image,
     )
+
+
+def as_detections(naive_images):
+    """What the naive cascade found, in the form of the real one."""
+    images = []
+    for found in naive_images:
+        images.append(
+            Detections(
+                torch.tensor([d.box for d in found]).view(-1, 4),
+                torch.tensor([d.score for d in found]),
+                torch.tensor([d.label for d in found], dtype=torch.int64),
+                torch.tensor([d.exit_stage for d in found], dtype=torch.int64),
+            )
+        )
+    return images
+
+
+def record_calls(cascade):
+    """Boxes and image indices of each call of the pooler, and rows of each call of each head."""
+    pooled, rows = [], [[] for _ in cascade.box_head]
+
+    def on_pool(_, arguments, output):
+        pooled.append((arguments[1].clone(), arguments[2].clone()))
+        assert len(output) == len(arguments[1])
+
+    cascade.pooler.register_forward_hook(on_pool)
+    for counts, head, predictor in zip(rows, cascade.box_head, cascade.box_predictor, strict=True):
+        for module in (head, predictor):
+            module.register_forward_hook(lambda _, x, y, counts=counts: counts.append(len(x[0])))
+    return pooled, rows
 
 
 def assert_same_detections(got, wanted, *, exact=False):

@@ -97,6 +97,9 @@ class ExitMonitor:
         """What the detector gives for the batch; arguments as its own.
 
         Images are told apart by ``image_id``, else by ``file_name``, else by their number.
+
+        Raises:
+            ValueError: an image is to take the full cascade, and the detector cannot do that.
         """
         keys = [image_key(sample, self._seen + place) for place, sample in enumerate(batch)]
         chosen = [self._shadow.chooses(key) for key in keys]
@@ -150,7 +153,9 @@ class ExitMonitor:
         self.images += len(batch)
         self._seen += len(batch)
         changed = False
-        if any(chosen) and output.stages:
+        if any(chosen):
+            if not output.stages:
+                raise ValueError("the detector gives no stages: it can have no shadow runs")
             full = output.stages[-1].detections
             for is_chosen, early, late in zip(chosen, output.detections, full, strict=True):
                 if is_chosen:

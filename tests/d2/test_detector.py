@@ -13,6 +13,8 @@ from detectron2.utils.events import EventStorage
 
 from cascade_det.core import PartTimer
 from cascade_det.d2.detector import Detector
+from cascade_det.engine.monitor import ExitMonitor
+from cascade_det.evaluation import ShadowRules, agreement_loss
 
 pytestmark = pytest.mark.needs_detectron2
 
@@ -51,6 +53,30 @@ def batch():
 def state_of(model):
     modes = [module.training for module in model.modules()]
     return modes, copy.deepcopy(dict(model.named_buffers()))
+
+
+def test_stages_of_some_images_alone(build, batch):
+    detector = Detector(build())
+    whole = detector.detect(batch, stages=True).stages
+    part = detector.detect(batch, stages=[False, True]).stages
+    for of_all, of_some in zip(whole, part, strict=True):
+        assert len(of_all.detections[0]) > 3
+        assert len(of_some.detections[0]) == len(of_some.boxes_before[0]) == 0
+        found, wanted = vars(of_some.detections[1]), vars(of_all.detections[1])
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert detector.detect(batch, stages=[False, False]).stages is None
+
+
+def test_a_monitor_shadows_a_model_of_detectron2(build, batch):
+    detector = Detector(build())
+    monitor = ExitMonitor(detector, shadow=ShadowRules(share=1.0, min_score=0.2))
+    found = monitor.detect(batch)
+    assert found.stages is None
+    output = detector.detect(batch, stages=True)
+    pairs = zip(output.detections, output.stages[-1].detections, strict=True)
+    losses = [agreement_loss(*pair, min_score=0.2) for pair in pairs]
+    shadow = monitor.report()["shadow"]
+    assert (shadow["images"], shadow["loss"]) == (2, pytest.approx(sum(losses) / 2))
 
 
 @pytest.mark.parametrize("exits", ["True", "False"])

@@ -191,6 +191,15 @@ def test_nothing_is_written_where_nothing_was_seen_or_no_folder_is_given(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_detector_without_stages_can_have_no_shadow_runs(monkeypatch):
+    detector = FakeDetector()
+    plain = detector.detect
+    monkeypatch.setattr(detector, "detect", lambda batch, **_: plain(batch))
+    ExitMonitor(detector).detect([{}])
+    with pytest.raises(ValueError, match="no stages"):
+        ExitMonitor(detector, shadow=ShadowRules(share=1.0)).detect([{}])
+
+
 @pytest.mark.parametrize("wrong", [{"window": 0}, {"period": 0}])
 def test_numbers_that_make_no_sense(wrong):
     with pytest.raises(ValueError, match="at least 1"):

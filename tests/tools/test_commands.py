@@ -108,6 +108,21 @@ def predictions(trained, tmp_path_factory):
     return output
 
 
+def test_predict_says_what_exits_lose(trained, tmp_path, capsys):
+    folder, _, _ = trained
+    arguments = ["--config-file", CONFIG, "--output", tmp_path]
+    arguments += ["--input", folder / "shapes" / "val", "--opts", "CASCADE.SHADOW_SHARE", 1.0]
+    arguments += ["MODEL.WEIGHTS", folder / "output" / "model_final.pth"]
+    assert predict.main([str(argument) for argument in arguments]) == 0
+    (line,) = (tmp_path / "metrics.json").read_text().splitlines()
+    figures = json.loads(line)
+    assert figures["shadow/images"] == figures["exits/images"] == figures["iteration"] == 2
+    assert figures["shadow/loss_low"] <= figures["shadow/loss"] <= figures["shadow/loss_high"]
+    printed = capsys.readouterr().out
+    assert "Shadow runs: 2 images took the full cascade too" in printed
+    assert "Regions entering and leaving each stage" in printed
+
+
 def test_predict_takes_folders_and_globs(trained, predictions):
     folder, _, _ = trained
     coco = COCO(predictions / "predictions.json")
@@ -245,7 +260,7 @@ class SlowPredictor:
     def __init__(self):
         self.batches = 0
 
-    def __call__(self, images):
+    def __call__(self, images, *, names):
         self.batches += 1
         if self.batches == 3:
             raise KeyboardInterrupt
@@ -281,7 +296,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, capfd):
 
 
 def test_ctrl_c_while_the_weights_are_loaded(monkeypatch, tmp_path):
-    def interrupted(cfg):
+    def interrupted(cfg, **_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(predict, "Predictor", interrupted)

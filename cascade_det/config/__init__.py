@@ -13,9 +13,11 @@ from cascade_det.config.checks import (
     check_unread_cascade,
 )
 from cascade_det.config.defaults import get_cfg
-from cascade_det.config.exits import exit_arguments, with_exits
+from cascade_det.config.exit_summary import exit_summary
+from cascade_det.config.exits import exit_arguments, exit_values, with_exits
 from cascade_det.config.keys import changed_keys, flat
 from cascade_det.config.loading import (
+    ConfigFiles,
     History,
     Setting,
     load_config,
@@ -45,6 +47,7 @@ from cascade_det.config.run_arguments import (
 from cascade_det.config.scaling import check_processes, scale_to_world_size
 
 __all__ = [
+    "ConfigFiles",
     "History",
     "Setting",
     "add_cascade_config",
@@ -61,6 +64,8 @@ __all__ = [
     "datasets_arguments",
     "detector_arguments",
     "exit_arguments",
+    "exit_summary",
+    "exit_values",
     "flat",
     "get_cfg",
     "input_arguments",

@@ -192,11 +192,18 @@ def with_exits(cfg: CfgNode, setting: Mapping[str, Any]) -> CfgNode:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.ROI_HEADS.NAME = "EarlyExitCascadeROIHeads"
-    exits = cfg.MODEL.CASCADE.EXIT
-    for key, value in {**EXIT_DEFAULTS, **_OFF, **setting}.items():
-        if key != "LEARNED":  # those are parts of the model
-            exits[key] = value
+    for key, value in exit_values(setting).items():
+        cfg.MODEL.CASCADE.EXIT[key] = value
     return cfg
+
+
+def exit_values(setting: Mapping[str, Any]) -> dict[str, Any]:
+    """All keys that say who leaves, with what ``setting`` does not name switched off.
+
+    ``LEARNED`` is not among them: those are parts of the model.
+    """
+    values = {**EXIT_DEFAULTS, **_OFF, **setting}
+    return {key: value for key, value in values.items() if key != "LEARNED"}
 
 
 def _for_each(values: Any, count: int) -> tuple[Any, ...]:

@@ -8,14 +8,14 @@ from itertools import islice
 from typing import Any, Protocol
 
 import torch
-from fvcore.nn import FlopCountAnalysis
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from cascade_det.core import CascadeHead, CascadeInputs, DetectorOutput, ExitPolicy, PartTimer
+from cascade_det.core.modes import evaluation_mode
 from cascade_det.core.record import CascadeRecord, join_records
-from cascade_det.engine.inference import BatchLoader, evaluation_mode
-from cascade_det.evaluation.exit_trials import Recording
+from cascade_det.engine.head_flops import region_flops
+from cascade_det.engine.inference import BatchLoader
+from cascade_det.evaluation.exit_trials import Frame, Recording
 
 Batch = list[dict[str, Any]]
 
@@ -50,8 +50,10 @@ def record_dataset(detector: Any, loader: BatchLoader, most_images: int) -> Reco
     Raises:
         ValueError: there is no image.
     """
-    records, image_ids, frames = [], [], []
-    flops: tuple[float, ...] = ()
+    records: list[CascadeRecord] = []
+    image_ids: list[int] = []
+    frames: list[Frame] = []
+    channels = 0
     progress = tqdm(total=most_images, desc="recording", unit="img", disable=None, leave=False)
     with evaluation_mode(detector), torch.no_grad():
         for batch in loader:
@@ -65,15 +67,16 @@ def record_dataset(detector: Any, loader: BatchLoader, most_images: int) -> Reco
                 (size, (sample["height"], sample["width"]))
                 for sample, size in zip(batch, sizes, strict=True)
             ]
-            flops = flops or stage_flops(detector.cascade, inputs.features[0])
+            channels = inputs.features[0].shape[1]
             progress.update(len(batch))
     progress.close()
     if not records:
         raise ValueError("no image to record")
-    return Recording(join_small(records), image_ids, frames, flops)
+    flops = region_flops(detector.cascade, channels).stages
+    return Recording(_join_small(records), image_ids, frames, flops)
 
 
-def join_small(records: Sequence[CascadeRecord], images: int = 32) -> list[CascadeRecord]:
+def _join_small(records: Sequence[CascadeRecord], images: int = 32) -> list[CascadeRecord]:
     """Fewer and larger records: each step of a replay has a cost of its own."""
     joined: list[CascadeRecord] = []
     waiting: list[CascadeRecord] = []
@@ -83,26 +86,6 @@ def join_small(records: Sequence[CascadeRecord], images: int = 32) -> list[Casca
             joined.append(join_records(waiting))
             waiting = []
     return [*joined, join_records(waiting)] if waiting else joined
-
-
-def stage_flops(cascade: CascadeHead, features: Tensor) -> tuple[float, ...]:
-    """Multiply-adds of one region in the box head and predictor of each stage, as fvcore counts.
-
-    Args:
-        cascade: in evaluation mode.
-        features: a map ``[N, C, H, W]`` that it pools.
-    """
-    size = cascade.pooler.output_size
-    crop = features.new_zeros(1, features.shape[1], size, size)
-    return tuple(
-        float(
-            FlopCountAnalysis(nn.Sequential(head, predictor), crop)
-            .unsupported_ops_warnings(False)
-            .uncalled_modules_warnings(False)
-            .total()
-        )
-        for head, predictor in zip(cascade.box_head, cascade.box_predictor, strict=True)
-    )
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -85,6 +86,10 @@ class Trial:
 
     def figures(self) -> dict[str, float]:
         """``AP``, ``AP50``, ``AP75`` and ``AP90`` in percent."""
+        return self._figures
+
+    @cached_property
+    def _figures(self) -> dict[str, float]:
         return average_precision(self.matched)
 
     @property

@@ -1,0 +1,102 @@
+#!/usr/bin/env python3
+"""Find thresholds of early exits for a target, on images with ground truth.
+
+python tools/calibrate_exits.py --config-file cells.yaml --output output/exits --max-ap-drop 0.1 \\
+  MODEL.WEIGHTS output/cells/model_final.pth
+python tools/calibrate_exits.py --config-file ... --output ... --latency-ms 40
+python tools/calibrate_exits.py --config-file ... --output ... --exit-rate 0.6
+python tools/calibrate_exits.py --config-file ... --output ... --risk 0.02 --delta 0.1
+
+The full cascade runs once over DATASETS.TEST and is recorded; settings are tried on the record. One
+half of the images chooses, everything that is reported comes from the other half. Out come, in
+--output: exits.yaml, to be put on top of the configuration (--config-file cells.yaml --config-file
+output/exits/exits.yaml); quality.yaml, balanced.yaml and fast.yaml, three more points of the front;
+front.csv and front.png; comparison.csv, with each exit alone and what is simpler than exits; and
+calibration.json, with what is to be expected.
+
+Images that the detector was trained on, or that its gates were, would promise too much.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from cascade_det.engine.calibrate import Options, calibrate
+from cascade_det.engine.calibration import Target
+from cascade_det.engine.commands import without_traceback
+from cascade_det.engine.log import setup_logging
+from cascade_det.hosts import HOSTS, choose_host, load_host
+
+logger = logging.getLogger("cascade_det.tools.calibrate_exits")
+
+
+@without_traceback
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = _parse(argv)
+    setup_logging(args.output)
+    name, why = choose_host(args.host)
+    logger.info("Host: %s, %s", name, why)
+    host = load_host(name)
+    cfg = host.load_config(args.config_file, args.opts)
+    host.check_config(cfg)
+    target = Target(args.max_ap_drop, args.latency_ms, args.exit_rate, args.risk, args.delta)
+    options = Options(
+        images=args.images, trials=args.trials, score=args.score_threshold, seed=args.seed
+    )
+    calibrate(cfg, lambda: host.open_detector(cfg), target, Path(args.output), options)
+    return 0
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--config-file", required=True, action="append", metavar="YAML", help="later ones on top"
+    )
+    parser.add_argument("--output", required=True, metavar="FOLDER")
+    parser.add_argument(
+        "--host", default="auto", choices=HOSTS, help="auto: Detectron2 where it can be imported"
+    )
+    target = parser.add_argument_group("target, one of")
+    target.add_argument(
+        "--max-ap-drop", type=float, metavar="POINTS", help="the least work for this much AP"
+    )
+    target.add_argument(
+        "--latency-ms", type=float, metavar="MS", help="the highest AP within this time per image"
+    )
+    target.add_argument(
+        "--exit-rate",
+        type=float,
+        metavar="SHARE",
+        help="the highest AP with this share of the later stages' regions not computed",
+    )
+    target.add_argument(
+        "--risk",
+        type=float,
+        metavar="SHARE",
+        help="the least work that loses no more of the full cascade's true positives, with a "
+        "probability of 1 - delta",
+    )
+    parser.add_argument("--delta", type=float, default=0.1, help="see --risk")
+    parser.add_argument(
+        "--score-threshold",
+        type=float,
+        default=0.5,
+        metavar="SCORE",
+        help="true positives of --risk, and of the promised agreement, have at least this score",
+    )
+    parser.add_argument("--images", type=int, default=2000, help="the most to record")
+    parser.add_argument("--trials", type=int, default=1000, help="the most settings to try")
+    parser.add_argument("--seed", type=int, default=0, help="of the split in halves")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

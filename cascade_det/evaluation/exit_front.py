@@ -1,0 +1,256 @@
+"""The front of AP against work and against milliseconds, as a table and as a plot.
+
+AP is shown as its change against the full cascade on the same images, so that points of the images
+that settings were chosen on and of others share one axis.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
+from cascade_det.evaluation.exit_comparison import FULL, ComparedExits
+from cascade_det.evaluation.exit_search import Setting
+from cascade_det.evaluation.exit_trials import Trial
+from cascade_det.files import atomic_path, write_csv
+
+QUALITY_DROP, FAST_DROP = 0.1, 1.0  # Percent points of AP.
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """A setting and what it does.
+
+    Attributes:
+        setting: keys of ``MODEL.CASCADE.EXIT``.
+        ap: in percent.
+        drop: percent points of AP below the full cascade; negative above it.
+        work: share of the full cascade's FLOPs in box heads, 0 to 1.
+        region_shares: share of all proposals that enters each of the S stages, 0 to 1.
+        milliseconds: per image, as a latency model has it; ``None`` without one.
+        chosen: whether it is the one that the target led to.
+    """
+
+    setting: Setting
+    ap: float
+    drop: float
+    work: float
+    region_shares: tuple[float, ...]
+    milliseconds: float | None = None
+    chosen: bool = False
+
+
+class Points(NamedTuple):
+    """Three settings of a front, from careful to quick."""
+
+    quality: FrontPoint
+    balanced: FrontPoint
+    fast: FrontPoint
+
+
+def front_point(
+    setting: Setting,
+    trial: Trial,
+    full: Trial,
+    *,
+    milliseconds: float | None = None,
+    chosen: bool = False,
+) -> FrontPoint:
+    """What a trial is as a point.
+
+    Args:
+        setting: that was tried.
+        trial: of it.
+        full: of the full cascade on the same images.
+        milliseconds: per image.
+        chosen: whether the target led to it.
+    """
+    ap = trial.figures()["AP"]
+    shares = trial.entered.sum(axis=1) / max(full.entered[0].sum(), 1)
+    return FrontPoint(
+        setting=setting,
+        ap=ap,
+        drop=full.figures()["AP"] - ap,
+        work=trial.work,
+        region_shares=tuple(shares.tolist()),
+        milliseconds=milliseconds,
+        chosen=chosen,
+    )
+
+
+def choose_points(front: Sequence[FrontPoint]) -> Points:
+    """Three settings of a front; AP and work are relative to the full cascade.
+
+    Quality is the least work at a drop of AP of at most 0.1 percent points, and the smallest drop
+    where none is that small. Fast is the least work at a drop of at most 1.0, and quality where
+    there is none. Balanced is the knee between them: the point farthest above the straight line
+    from quality to fast, over the logarithm of work; quality where none is above it.
+
+    Raises:
+        ValueError: the front has no point.
+    """
+    if not front:
+        raise ValueError("a front without points has none to choose")
+    most_accurate = min(front, key=lambda point: (point.drop, point.work))
+    quality = _cheapest(front, QUALITY_DROP) or most_accurate
+    fast = _cheapest(front, FAST_DROP) or quality
+    between = [quality, *(p for p in front if fast.work < p.work < quality.work)]
+    return Points(quality, max(between, key=lambda p: _above_chord(p, quality, fast)), fast)
+
+
+def write_front(front: Sequence[FrontPoint], path: str | os.PathLike[str]) -> None:
+    """Write points as CSV, settings as JSON; an old file is replaced in one step."""
+    stages = range(len(front[0].region_shares)) if front else ()
+    headers = [
+        *("AP (%)", "AP drop", "head FLOPs left"),
+        *(f"regions in stage {stage}" for stage in stages),
+        *("ms/image (predicted)", "chosen", "setting"),
+    ]
+    rows = (
+        [
+            *(p.ap, p.drop, p.work, *p.region_shares, p.milliseconds, int(p.chosen)),
+            json.dumps(p.setting),
+        ]
+        for p in front
+    )
+    write_csv(path, headers, rows)
+
+
+def plot_front(
+    front: Sequence[FrontPoint],
+    path: str | os.PathLike[str],
+    *,
+    tried: Sequence[FrontPoint] = (),
+    compared: Sequence[ComparedExits] = (),
+    chosen: str | None = None,
+) -> None:
+    """Draw a front as a PNG: over the work and, where they are known, over the milliseconds.
+
+    Args:
+        front: at least one point; those of ``choose_points`` are marked.
+        path: the PNG; its folder is made where it is missing, an old file is replaced.
+        tried: all that the search saw.
+        compared: marks, see ``compare``.
+        chosen: name of the one among them that gets an error bar.
+
+    Raises:
+        ValueError: the front has no point.
+    """
+    points = choose_points(front)
+    panels: list[tuple[str, _Cost]] = [("work of the box heads (% of the full cascade)", _percent)]
+    if any(point.milliseconds is not None for point in front):
+        panels.append(("time per image (ms)", _milliseconds))
+    figure = Figure(figsize=(8.2 * len(panels), 6.4), dpi=110, layout="constrained")
+    for place, (label, cost) in enumerate(panels, start=1):
+        first = figure.axes[0] if figure.axes else None
+        axes = figure.add_subplot(1, len(panels), place, sharey=first)
+        _draw(axes, cost, front, points, tried)
+        _mark(axes, cost, compared, chosen)
+        _dress(axes, label, wide=cost is _percent)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+_Cost = Callable[["FrontPoint | ComparedExits"], float]
+_TINY = 1e-6
+# By a word of the name; the first that fits.
+_COLORS = {"oracle": "#2e8b57", "random": "#7f7f7f", "proposals": "#e08214", "stage": "#8c564b"}
+
+
+def _percent(point: FrontPoint | ComparedExits) -> float:
+    return 100 * max(point.work, _TINY)
+
+
+def _milliseconds(point: FrontPoint | ComparedExits) -> float:
+    return float("nan") if point.milliseconds is None else point.milliseconds
+
+
+def _cheapest(front: Sequence[FrontPoint], most_drop: float) -> FrontPoint | None:
+    good = [point for point in front if point.drop <= most_drop]
+    return min(good, key=lambda point: (point.work, point.drop), default=None)
+
+
+def _above_chord(point: FrontPoint, quality: FrontPoint, fast: FrontPoint) -> float:
+    """How much more AP a point has than the straight line from quality to fast at its work."""
+    x, left, right = (np.log(max(p.work, _TINY)) for p in (point, fast, quality))
+    share = (x - left) / (right - left) if right > left else 1.0
+    return float(fast.drop + share * (quality.drop - fast.drop) - point.drop)
+
+
+def _draw(
+    axes: Axes,
+    cost: _Cost,
+    front: Sequence[FrontPoint],
+    points: Points,
+    tried: Sequence[FrontPoint],
+) -> None:
+    axes.plot(
+        [cost(p) for p in tried],
+        [-p.drop for p in tried],
+        ".",
+        color="#c4ccd3",
+        ms=4,
+        zorder=1,
+        label="tried" if tried else None,
+    )
+    line = sorted((cost(p), -p.drop) for p in front)
+    axes.plot(*zip(*line, strict=True), "o-", color="#1b5e8c", ms=3.5, lw=1.2, label="front")
+    for (name, point), shape in zip(points._asdict().items(), "s^D", strict=True):
+        axes.plot(
+            cost(point), -point.drop, shape, ms=10, mfc="none", mec="#1b5e8c", mew=1.6, label=name
+        )
+
+
+def _mark(axes: Axes, cost: _Cost, compared: Sequence[ComparedExits], chosen: str | None) -> None:
+    shapes: dict[str, Iterator[str]] = defaultdict(lambda: cycle("vPXp"))
+    for row in compared:
+        change = row.differences["AP"]
+        color = next((c for word, c in _COLORS.items() if word in row.name), "#333333")
+        if row.name == chosen:
+            axes.errorbar(
+                cost(row),
+                change.value,
+                _spread(row),
+                fmt="o",
+                color="#c0392b",
+                ms=8,
+                capsize=4,
+                zorder=5,
+                label=f"{row.name} (95 %)",
+            )
+        elif row.name != FULL:
+            shape = next(shapes[color])
+            axes.plot(cost(row), change.value, shape, color=color, ms=10, mec="w", label=row.name)
+
+
+def _spread(row: ComparedExits) -> list[list[float]]:
+    change = row.differences["AP"]
+    return [[max(change.value - change.low, 0.0)], [max(change.high - change.value, 0.0)]]
+
+
+def _dress(axes: Axes, label: str, *, wide: bool) -> None:
+    for drop in (0.0, QUALITY_DROP, FAST_DROP):
+        axes.axhline(-drop, color="#888888", lw=0.8, ls=":" if drop else "-", zorder=0)
+    if wide:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+    # Straight between the ticks around 0, where most of the front is.
+    axes.set_yscale("symlog", linthresh=QUALITY_DROP, linscale=0.6)
+    axes.yaxis.set_major_formatter(lambda x, _: f"{x:+g}" if x else "0")
+    axes.margins(y=0.08)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(xlabel=label, ylabel="change of AP against the full cascade (percent points)")

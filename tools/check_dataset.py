@@ -174,7 +174,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--json", metavar="FILE", help="COCO-format annotations")
-    source.add_argument("--config-file", metavar="YAML", help="check its DATASETS.TRAIN and TEST")
+    source.add_argument(
+        "--config-file",
+        action="append",
+        metavar="YAML",
+        help="check DATASETS.TRAIN and TEST; later files on top",
+    )
     parser.add_argument("--images", metavar="FOLDER", help="of --json; its own folder if not given")
     parser.add_argument(
         "--decode",

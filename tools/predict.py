@@ -184,7 +184,9 @@ def _picture_names(files: list[Path]) -> list[str]:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Detect objects in images.")
-    parser.add_argument("--config-file", required=True, metavar="YAML")
+    parser.add_argument(
+        "--config-file", required=True, action="append", metavar="YAML", help="later ones on top"
+    )
     parser.add_argument(
         "--input", required=True, nargs="+", help="image files, folders or quoted globs"
     )

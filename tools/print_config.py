@@ -89,7 +89,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Show a configuration and where each value comes from."
     )
-    parser.add_argument("--config-file", metavar="YAML", help="without it: the defaults")
+    parser.add_argument(
+        "--config-file",
+        action="append",
+        metavar="YAML",
+        help="later ones on top; without it: the defaults",
+    )
     parser.add_argument(
         "--changed", action="store_true", help="only the values that differ from the defaults"
     )
@@ -97,7 +102,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "opts",
         nargs=argparse.REMAINDER,
         metavar="KEY VALUE",
-        help="keys that override the file, as for train_net.py",
+        help="keys that override the files, as for train_net.py",
     )
     return parser.parse_args(argv)
 

@@ -3,6 +3,7 @@
 
 python tools/train_net.py --config-file configs/quick_schedules/demo.yaml [KEY VALUE ...]
 python tools/train_net.py --config-file ... --resume
+python tools/train_net.py --config-file ... --config-file configs/exits/cloud.yaml
 python tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
 python tools/train_net.py --config-file ... --replay-batch output/diverged_0000123_rank0.pth
 python tools/train_net.py --config-file ... --num-gpus 8
@@ -135,7 +136,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train or evaluate a cascade.", formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, metavar="YAML")
+    parser.add_argument(
+        "--config-file", required=True, action="append", metavar="YAML", help="later ones on top"
+    )
     parser.add_argument(
         "--host",
         default="auto",
@@ -167,7 +170,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "opts",
         nargs=argparse.REMAINDER,
         metavar="KEY VALUE",
-        help="configuration keys that override the file, such as SOLVER.MAX_ITER 1000",
+        help="configuration keys that override the files, such as SOLVER.MAX_ITER 1000",
     )
     return parser.parse_args(argv)
 

@@ -94,7 +94,9 @@ def _draw(sample: Sample, image_format: str, class_names: Sequence[str]) -> np.n
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Draw what the training loader gives.")
-    parser.add_argument("--config-file", required=True, metavar="YAML")
+    parser.add_argument(
+        "--config-file", required=True, action="append", metavar="YAML", help="later ones on top"
+    )
     parser.add_argument("--output", required=True, help="folder for the pictures")
     parser.add_argument("--num", type=_positive, default=16, help="images to draw")
     parser.add_argument("--grid", action="store_true", help="all in one picture, grid.png")

@@ -53,14 +53,16 @@ class Setting:
 
 
 History = dict[str, list[Setting]]
+ConfigFiles = str | Path | Sequence[str | Path] | None
 
 
-def load_config(config_file: str | Path | None, opts: Sequence[Any] = ()) -> CfgNode:
-    """The default configuration with a file and command-line options merged into it.
+def load_config(config_files: ConfigFiles, opts: Sequence[Any] = ()) -> CfgNode:
+    """The default configuration with files and command-line options merged into it.
 
     Args:
-        config_file: a YAML file, ours or one that Detectron2 dumped. Its ``_BASE_`` (a path or
-            a list of paths, relative to the file) is merged before it. ``None`` for no file.
+        config_files: a YAML file, ours or one that Detectron2 dumped, or several, each put on top
+            of those before it. The ``_BASE_`` of a file (a path or a list of paths, relative to
+            the file) is merged right before it. ``None`` for no file.
         opts: ``KEY VALUE`` pairs in one flat sequence, as they come from the command line.
 
     Returns:
@@ -73,20 +75,22 @@ def load_config(config_file: str | Path | None, opts: Sequence[Any] = ()) -> Cfg
             remedy.
     """
     cfg = get_cfg()
-    merge_config(cfg, config_file, opts)
+    merge_config(cfg, config_files, opts)
     return cfg
 
 
-def merge_config(cfg: CfgNode, config_file: str | Path | None, opts: Sequence[Any] = ()) -> History:
-    """Merge a file and options into ``cfg`` in place; see ``load_config``.
+def merge_config(cfg: CfgNode, config_files: ConfigFiles, opts: Sequence[Any] = ()) -> History:
+    """Merge files and options into ``cfg`` in place; see ``load_config``.
 
     Returns:
         For each key that was set, what it was before (as ``default``) and every value that it
         was given, in order. The last one holds.
     """
     merge = _Merge(cfg)
-    if config_file is not None:
-        merge.file(Path(os.path.expanduser(config_file)), including=())
+    if isinstance(config_files, (str, Path)):
+        config_files = [config_files]
+    for file in config_files or ():
+        merge.file(Path(os.path.expanduser(file)), including=())
     if len(opts) % 2:
         raise ConfigError(
             f"Options come as pairs, KEY VALUE, but there are {len(opts)} items: {list(opts)}. "

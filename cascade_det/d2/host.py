@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import detectron2.config
@@ -12,6 +11,7 @@ from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.utils import comm
 
 from cascade_det import config
+from cascade_det.config import ConfigFiles
 from cascade_det.d2.detector import Detector
 from cascade_det.d2.evaluate import evaluate, load_model
 from cascade_det.d2.loader import build_test_loader
@@ -48,14 +48,14 @@ def open_detector(cfg: CfgNode) -> tuple[Detector, CocoDataset, Any]:
     return detector, datasets[0], build_test_loader(cfg, datasets[0].source.name)
 
 
-def load_config(config_file: str | Path | None, opts: Sequence[Any] = ()) -> CfgNode:
-    """Detectron2's configuration with our nodes, and a file and options merged into it.
+def load_config(config_files: ConfigFiles, opts: Sequence[Any] = ()) -> CfgNode:
+    """Detectron2's configuration with our nodes, and files and options merged into it.
 
     Args and errors are those of :func:`cascade_det.config.load_config`.
     """
     cfg = detectron2.config.get_cfg()
     config.add_cascade_config(cfg)
-    config.merge_config(cfg, config_file, opts)
+    config.merge_config(cfg, config_files, opts)
     return cfg
 
 

@@ -176,12 +176,15 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
                 "configuration that it was written with, or start without resuming."
             ) from error
 
-    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+    def resume_or_load(
+        self, path: str, *, resume: bool = True, complete: bool = False
+    ) -> dict[str, Any]:
         """Go on from the last checkpoint, or load weights only.
 
         Args:
             path: file of weights for a start; empty for a start from the initialisation.
-            resume: whether to go on from the last checkpoint.
+            resume: whether to go on from the last checkpoint, which is always complete.
+            complete: whether the file of weights has to be, see ``load_weights``.
 
         Returns:
             What the resumed checkpoint holds beyond the checkpointables; empty for a start.
@@ -203,7 +206,7 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
             self.start_iter = iteration + 1
             self.logger.info("Resuming at iteration %d", self.start_iter)
         elif path:
-            load_weights(self.model, path)
+            load_weights(self.model, path, complete=complete)
         else:
             self.logger.info("No weights given: starting from the initialisation")
         return self._resumed

@@ -8,6 +8,7 @@ import torch
 from fvcore.common.config import CfgNode
 
 from cascade_det.errors import ConfigError
+from cascade_det.evaluation import describe_machine
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,12 @@ def on_its_device(cfg: CfgNode) -> CfgNode:
     if frozen:
         cfg.freeze()
     return cfg
+
+
+def device_name(device: torch.device | str) -> str:
+    """What a device is called, a GPU or the CPU: the same on every machine that has such a one."""
+    name: str = describe_machine(device)["device_name"]
+    return name
 
 
 def resolve_amp_dtype(name: str | None, device: torch.device) -> str | None:

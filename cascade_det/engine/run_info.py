@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from fvcore.common.config import CfgNode
 
 from cascade_det import config
 from cascade_det.data.coco import CocoDataset
 from cascade_det.engine import distributed
 from cascade_det.engine.checkpoint import Checkpointer, checkpoint_to_resume
+from cascade_det.engine.devices import device_name
 from cascade_det.engine.hooks import START
 from cascade_det.engine.weight_addresses import local_path
 from cascade_det.engine.weight_files import load_torch_file
@@ -124,16 +126,30 @@ def resume_or_load(checkpointer: Checkpointer, cfg: CfgNode, *, resume: bool) ->
 def load_to_evaluate(
     checkpointer: Checkpointer, cfg: CfgNode, datasets: Sequence[CocoDataset], *, resume: bool
 ) -> None:
-    """Load the weights to evaluate, which have to know the classes of the data.
+    """Load the weights to evaluate, which have to know the classes of the data; log the exits.
 
     Raises:
         CheckpointError: they cannot be read or do not fit, or there is nothing to resume.
         DatasetError: they were trained on other classes, where the checkpoint names them.
     """
-    rest = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    rest = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume, complete=True)
     run = rest.get("run", {}) if resume else run_of(local_path(cfg.MODEL.WEIGHTS))
     for dataset in datasets:
         _check_trained_classes(run.get("class_names"), dataset)
+    log_exits(cfg, next(checkpointer.model.parameters()).device)
+
+
+def log_exits(cfg: CfgNode, device: torch.device) -> None:
+    """Say which exits are used, and warn where they were found on another device than this one."""
+    logger.info("%s", config.exit_summary(cfg))
+    measured, here = cfg.MODEL.CASCADE.EXIT.DEVICE_NAME, device_name(device)
+    if cfg.MODEL.CASCADE.EXIT.ENABLED and measured not in ("", here):
+        logger.warning(
+            "MODEL.CASCADE.EXIT.DEVICE_NAME is %r, but this is %r: the thresholds of the exits "
+            "depend on latencies that were measured there. Calibrate them on this device "
+            "(tools/calibrate_exits.py).",
+            *(measured, here),
+        )
 
 
 def changes(cfg: CfgNode, within: str = "") -> list[str]:
@@ -149,6 +165,7 @@ def record_start(cfg: CfgNode, *, resume: bool) -> None:
     """Write ``config.yaml``, and say in the log what a reader of the run should know of it."""
     _write_config(cfg, resume=resume)
     _log_learning_rate(cfg)
+    logger.info("%s", config.exit_summary(cfg))
     if not cfg.MODEL.WEIGHTS and not resume:
         _warn_of_frozen_noise(cfg)
 

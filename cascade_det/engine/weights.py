@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cascade_det.engine.weight_completeness import check_complete
 from cascade_det.engine.weight_files import WeightsFile, read_weights, read_weights_file
 from cascade_det.errors import CheckpointError
 
@@ -87,7 +88,7 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
+def load_weights(model: nn.Module, path: str | Path, *, complete: bool = False) -> LoadReport:
     """Set the parameters and buffers of ``model`` that ``path`` has values for.
 
     Names are matched exactly. A file that lacks prefixes (a backbone alone, Caffe2's or
@@ -97,12 +98,15 @@ def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
     Args:
         model: its state dict has Detectron2's names.
         path: a file or an address, see :func:`cascade_det.engine.weight_addresses.local_path`.
+        complete: whether a stage of the cascade or a learned exit that is not in the file is an
+            error, as for a model that is not trained any more.
 
     Returns:
         The report, which has also been logged.
 
     Raises:
-        CheckpointError: the file cannot be had or read, or nothing in it fits the model.
+        CheckpointError: the file cannot be had or read, nothing in it fits the model, or it is not
+            complete.
     """
     file = read_weights_file(path)
     state = model.state_dict()
@@ -115,6 +119,9 @@ def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
             f"{path}: nothing in it fits this model. The file has {_examples(in_file)}; the "
             f"model wants {_examples(in_model)}. Check that the file belongs to this architecture."
         )
+    if complete:
+        mismatched = [mismatch.name for mismatch in report.reinitialised]
+        check_complete(path, report.loaded, report.missing, mismatched)
     model.load_state_dict({**_unit_statistics(values, state), **values}, strict=False)
     logger.info("%s", report)
     return report

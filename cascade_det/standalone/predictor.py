@@ -17,7 +17,7 @@ from cascade_det.core import Detections
 from cascade_det.data.transforms import read_image, resize_shortest_edge
 from cascade_det.engine.head_flops import region_flops
 from cascade_det.engine.monitor import ExitMonitor
-from cascade_det.engine.run_info import run_of
+from cascade_det.engine.run_info import log_exits, run_of
 from cascade_det.engine.weights import load_weights
 from cascade_det.errors import ConfigError
 from cascade_det.evaluation import ShadowRules
@@ -62,7 +62,8 @@ class Predictor:
         if not cfg.MODEL.WEIGHTS:
             raise ConfigError("MODEL.WEIGHTS is empty: give the file of weights to predict with")
         self.detector = build_detector(cfg).eval()
-        weights = load_weights(self.detector, cfg.MODEL.WEIGHTS).path
+        weights = load_weights(self.detector, cfg.MODEL.WEIGHTS, complete=True).path
+        log_exits(cfg, self.detector.device)
         num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
         run = run_of(weights)
         self.class_names = list(run.get("class_names", ()))

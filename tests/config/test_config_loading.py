@@ -53,6 +53,26 @@ def test_later_bases_of_a_list_win(write_yaml):
     assert (cfg.SEED, cfg.VIS_PERIOD, cfg.OUTPUT_DIR) == (2, 1, "out")
 
 
+def test_each_of_several_files_is_put_on_top_with_its_own_bases(write_yaml):
+    write_yaml("SEED: 1\nVIS_PERIOD: 1\nOUTPUT_DIR: a\n", "one_base.yaml")
+    first = write_yaml("_BASE_: one_base.yaml\nSEED: 2\nSOLVER: {GAMMA: 0.2}\n", "one.yaml")
+    write_yaml("SEED: 3\nSOLVER: {MOMENTUM: 0.3}\n", "two_base.yaml")
+    second = write_yaml("_BASE_: two_base.yaml\nVIS_PERIOD: 4\n", "two.yaml")
+    cfg = get_cfg()
+    history = merge_config(cfg, [first, str(second)], ["OUTPUT_DIR", "b"])
+    assert (cfg.SEED, cfg.VIS_PERIOD, cfg.OUTPUT_DIR) == (3, 4, "b")
+    assert (cfg.SOLVER.GAMMA, cfg.SOLVER.MOMENTUM) == (0.2, 0.3)
+    sources = [setting.source for setting in history["SEED"]]
+    assert [Path(source).name for source in sources] == [
+        "default",
+        "one_base.yaml:1",
+        "one.yaml:2",
+        "two_base.yaml:1",
+    ]
+    assert load_config([second, first]).SEED == 2
+    assert load_config([]) == load_config(None)
+
+
 def test_an_absolute_base_and_a_base_used_twice(write_yaml):
     root = write_yaml("SEED: 7\n", "root.yaml")
     write_yaml("_BASE_: root.yaml\n", "left.yaml")

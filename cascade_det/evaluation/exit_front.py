@@ -214,7 +214,7 @@ def _draw(
 
 
 def _mark(axes: Axes, cost: _Cost, compared: Sequence[ComparedExits], chosen: str | None) -> None:
-    shapes: dict[str, Iterator[str]] = defaultdict(lambda: cycle("vPXp"))
+    shapes: dict[str, Iterator[str]] = defaultdict(lambda: cycle("vPXphd"))
     for row in compared:
         change = row.differences["AP"]
         color = next((c for word, c in _COLORS.items() if word in row.name), "#333333")

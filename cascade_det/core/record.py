@@ -241,7 +241,7 @@ class _Source:
 
 
 def join_records(records: Sequence[CascadeRecord]) -> CascadeRecord:
-    """One record of the images of several, in order.
+    """One record of the images of several, in order, with what all of them have.
 
     Raises:
         ValueError: there is none.
@@ -293,7 +293,7 @@ def select_scored(
 
 def _join(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     joined: dict[str, Any] = {}
-    for name, value in parts[0].items():
+    for name in parts[0]:
         values = [part[name] for part in parts]
-        joined[name] = None if value is None else torch.cat([v for v in values if v is not None])
+        joined[name] = None if any(v is None for v in values) else torch.cat(values)
     return joined

@@ -100,7 +100,9 @@ def calibrate(
     target.check()
     detector, dataset, loader = open_detector()
     target.check_images(num_images := min(options.images, len(dataset.ground_truth["images"])))
+    logger.info("Recording the full cascade on %d images", num_images)
     recording = record_dataset(detector, loader, num_images)
+    logger.info("Trying up to %d settings on half of them", options.trials)
     own = detector.cascade.exits
     calibrator = Calibrator(
         cfg,
@@ -112,6 +114,7 @@ def calibrate(
         most_trials=options.trials,
     )
     job = _Job(calibrator, detector, first_batches(loader, options.timed_batches), options)
+    logger.info("Measuring %d batches", len(job.batches))
     latency = job.fit_latency()
     calibration = calibrator.calibrate(target, latency)
     return job.report(

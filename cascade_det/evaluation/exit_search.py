@@ -134,6 +134,10 @@ def exit_knobs(
         ),
         Knob("objectness", ({}, *({"PROPOSAL_THRESHOLD": round(v, 6)} for v in by_share))),
         Knob("proposals", _places("REGION_BUDGET", numbers, 0, num_stages, 0)),
+        *(
+            Knob(f"regions in stage {s}", _places("REGION_BUDGET", _REGIONS, s, num_stages, 0))
+            for s in range(1, num_stages)
+        ),
     ]
     if "pruner" in learned:
         knobs += [
@@ -155,6 +159,7 @@ def exit_knobs(
 
 _REDUNDANCY = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 _PRUNE = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12)
+_REGIONS = (200, 150, 120, 100, 70, 50, 30)
 _PRUNER = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 _ACCEPT = (
     *((0.95, 0.95), (0.9, 0.95), (0.9, 0.92), (0.8, 0.92), (0.9, 0.9), (0.8, 0.9)),

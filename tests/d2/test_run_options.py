@@ -180,7 +180,7 @@ class TestModels:
         cfg.CASCADE.DATASETS, cfg.DATASETS.TEST = (train, own), ("scenes_own",)
         results = host.train(cfg)
         assert results["bbox"]["AP"] == pytest.approx(ap, nan_ok=True)
-        assert len(results["bbox"]) == 6 + 6
+        assert len(results["bbox"]) == 7 + 6
         assert any("AP is" in note for note in results["notes"])
 
 

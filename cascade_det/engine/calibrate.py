@@ -32,12 +32,13 @@ from cascade_det.evaluation.exit_comparison import (
 )
 from cascade_det.evaluation.exit_front import (
     FrontPoint,
+    Points,
     choose_points,
     front_point,
     plot_front,
     write_front,
 )
-from cascade_det.evaluation.exit_search import Setting, pareto
+from cascade_det.evaluation.exit_search import Setting, pareto, usual_settings
 from cascade_det.evaluation.image_matching import ImageMatcher
 from cascade_det.evaluation.latency_model import LatencyModel
 from cascade_det.evaluation.report import describe_machine
@@ -173,7 +174,6 @@ class _Job:
         logger.info("On the other half of the images:\n\n%s\n", format_comparison(rows))
         tried, front = self.front(calibration, latency)
         points = choose_points(front)
-        named = {"quality": points.quality, "balanced": points.balanced, "fast": points.fast}
         promised: Setting = {
             "EXPECTED_LOSS": round(expected["loss"], 6),
             "EXPECTED_LOSS_DEVIATION": round(expected["loss_deviation"], 6),
@@ -181,11 +181,19 @@ class _Job:
         if target.latency_ms is not None:
             promised["DEVICE_NAME"] = latency.device_name
         _write_exits({**setting, **promised}, output_dir / "exits.yaml")
-        for name, point in named.items():
+        for name, point in points._asdict().items():
             _write_exits(point.setting, output_dir / f"{name}.yaml")
-        write_front(front, output_dir / "front.csv")
+        again = self.on_others(front, latency)
+        write_front(list(again.values()), output_dir / "front.csv")
         write_comparison(rows, output_dir / "comparison.csv")
-        plot_front(front, output_dir / "front.png", tried=tried, compared=rows, chosen=CHOSEN)
+        plot_front(
+            list(again.values()),
+            output_dir / "front.png",
+            points=Points(*(again[id(point)] for point in points)),
+            tried=tried,
+            compared=rows,
+            chosen=CHOSEN,
+        )
         content = {
             "target": {name: x for name, x in asdict(target).items() if x is not None},
             "setting": setting,
@@ -238,7 +246,12 @@ class _Job:
 
     def compared(self, calibration: Calibration, setting: Setting) -> list[ComparedExits]:
         """The setting, each of its parts alone, and what is simpler; with measured times."""
-        settings = {CHOSEN: setting, **_parts(calibration)}
+        learned = self.calibrator.learned
+        settings = {
+            CHOSEN: setting,
+            **_parts(calibration),
+            **usual_settings(self.calibrator.num_stages, () if learned is None else learned.names),
+        }
         policies: dict[str, ExitPolicy | None] = {
             name: self.calibrator.policy(one) for name, one in settings.items()
         }
@@ -281,6 +294,22 @@ class _Job:
         front = pareto(search.tried, lambda trial: trial.work)
         return list(points.values()), [points[places] for places in front]
 
+    def on_others(
+        self, front: Sequence[FrontPoint], latency: LatencyModel
+    ) -> dict[int, FrontPoint]:
+        """What points of a front are on the other half of the images, by their identity."""
+        found = {}
+        for point in front:
+            trial = self.calibrator.others.run(self.calibrator.policy(point.setting))
+            found[id(point)] = front_point(
+                point.setting,
+                trial,
+                self.calibrator.others.full,
+                milliseconds=latency.per_image(trial.entered),
+                chosen=point.chosen,
+            )
+        return found
+
     def _truncated(self) -> dict[str, ExitPolicy]:
         """The cascade that stops after its first stages."""
         stages = self.calibrator.num_stages
@@ -303,7 +332,16 @@ def _write_exits(setting: Setting, path: Path) -> None:
         }
     }
     with atomic_path(path) as temporary:
-        temporary.write_text(yaml.safe_dump(content, default_flow_style=None, sort_keys=False))
+        temporary.write_text(
+            yaml.dump(content, Dumper=_WithoutAliases, default_flow_style=None, sort_keys=False)
+        )
+
+
+class _WithoutAliases(yaml.SafeDumper):
+    """Spells a value out wherever it comes."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
 
 
 def _parts(calibration: Calibration) -> dict[str, Setting]:

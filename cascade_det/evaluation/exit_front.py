@@ -130,6 +130,7 @@ def plot_front(
     front: Sequence[FrontPoint],
     path: str | os.PathLike[str],
     *,
+    points: Points | None = None,
     tried: Sequence[FrontPoint] = (),
     compared: Sequence[ComparedExits] = (),
     chosen: str | None = None,
@@ -137,8 +138,9 @@ def plot_front(
     """Draw a front as a PNG: over the work and, where they are known, over the milliseconds.
 
     Args:
-        front: at least one point; those of ``choose_points`` are marked.
+        front: at least one point.
         path: the PNG; its folder is made where it is missing, an old file is replaced.
+        points: three to mark; by default those of ``choose_points``.
         tried: all that the search saw.
         compared: marks, see ``compare``.
         chosen: name of the one among them that gets an error bar.
@@ -146,7 +148,7 @@ def plot_front(
     Raises:
         ValueError: the front has no point.
     """
-    points = choose_points(front)
+    points = points or choose_points(front)
     panels: list[tuple[str, _Cost]] = [("work of the box heads (% of the full cascade)", _percent)]
     if any(point.milliseconds is not None for point in front):
         panels.append(("time per image (ms)", _milliseconds))

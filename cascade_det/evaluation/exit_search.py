@@ -157,6 +157,57 @@ def exit_knobs(
     return [*knobs, Knob("acceptance", ({}, *accepted))]
 
 
+def usual_settings(num_stages: int, learned: Sequence[str] = ()) -> dict[str, Setting]:
+    """Each exit rule alone, at a usual value: what it buys by itself.
+
+    Args:
+        num_stages: S.
+        learned: learned parts that the model has.
+    """
+    gates = num_stages - 1
+    accepted = {"LOCALISATION": "refinement", "LOCALISATION_THRESHOLDS": (0.9,) * gates}
+    # The last threshold that agreement can reach: all stages so far.
+    patience = tuple(float(max(gate, 1)) for gate in range(gates))
+    settings: dict[str, Setting] = {
+        "prune < 0.02": {"PRUNE_THRESHOLDS": (0.02,) * gates},
+        "prune 0.5 below 50th": {
+            "PRUNE_MARGINS": (1.0, *(0.5,) * gates),
+            "PRUNE_BEST": 50,
+        },
+        "redundant at 0.9": {"REDUNDANCY_IOU": 0.9},
+        "redundant at 0.8": {"REDUNDANCY_IOU": 0.8},
+        "prune and redundant": {"PRUNE_THRESHOLDS": (0.02,) * gates, "REDUNDANCY_IOU": 0.9},
+        "accept max_prob 0.9": {"THRESHOLDS": (0.9,) * gates},
+        "accept max_prob, box done": {"THRESHOLDS": (0.9,) * gates, **accepted},
+        "accept entropy, box done": {
+            "THRESHOLDS": (0.7,) * gates,
+            "CONFIDENCE": "entropy",
+            **accepted,
+        },
+        "accept margin, box done": {
+            "THRESHOLDS": (0.8,) * gates,
+            "CONFIDENCE": "margin",
+            **accepted,
+        },
+        "accept agreement, box done": {
+            "THRESHOLDS": patience,
+            "CONFIDENCE": "agreement",
+            **accepted,
+        },
+    }
+    if "pruner" in learned:
+        settings["learned pruner 0.1"] = {"PRUNER_THRESHOLDS": (0.1,) * num_stages}
+    if "gate" in learned:
+        settings["accept learned gate"] = {"THRESHOLDS": (0.6,) * gates, "CONFIDENCE": "learned"}
+    if "iou_head" in learned:
+        settings["accept max_prob, predicted IoU"] = {
+            "THRESHOLDS": (0.9,) * gates,
+            "LOCALISATION": "predicted_iou",
+            "LOCALISATION_THRESHOLDS": (0.85,) * gates,
+        }
+    return settings
+
+
 _REDUNDANCY = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 _PRUNE = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12)
 _REGIONS = (200, 150, 120, 100, 70, 50, 30)

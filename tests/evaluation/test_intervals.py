@@ -76,7 +76,7 @@ MEANS = {"zeros": 0, "ones": 1, "rare": 0.05, "coins": 0.5, "shares": 0.1 * 1.75
 def test_all_intervals_of_a_stream_hold_together(name):
     """Whoever looks after every tenth sample is wrong even once in at most 1 of 10 streams."""
     rng = np.random.default_rng(1)
-    streams, missed = 100, 0
+    streams, missed = 60, 0
     for _ in range(streams):
         samples = DRAWS[name](rng, 120)
         looks = (mean_interval(samples[:n], confidence=0.9) for n in range(10, 121, 10))

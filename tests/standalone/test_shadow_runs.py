@@ -123,8 +123,6 @@ def test_an_evaluation_shadows_its_share_alone(cfg):
     cfg.CASCADE.SHADOW_SHARE = 0.5
     chosen = [number for number in (1, 2, 3) if ShadowRules(share=0.5).chooses(number)]
     assert evaluate(cfg)["shadow"]["images"] == len(chosen)
-    cfg.CASCADE.SHADOW_SHARE = 0.0
-    assert "shadow" not in evaluate(cfg)
 
 
 def test_a_predictor_watches_its_exits(cfg, shapes, tmp_path, batch):

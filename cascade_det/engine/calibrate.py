@@ -180,9 +180,10 @@ class _Job:
         }
         if target.latency_ms is not None:
             promised["DEVICE_NAME"] = latency.device_name
-        _write_exits({**setting, **promised}, output_dir / "exits.yaml")
+        score = self.options.score
+        _write_exits({**setting, **promised}, score, output_dir / "exits.yaml")
         for name, point in points._asdict().items():
-            _write_exits(point.setting, output_dir / f"{name}.yaml")
+            _write_exits(point.setting, score, output_dir / f"{name}.yaml")
         again = self.on_others(front, latency)
         write_front(list(again.values()), output_dir / "front.csv")
         write_comparison(rows, output_dir / "comparison.csv")
@@ -214,7 +215,10 @@ class _Job:
         """Figures of the setting on the images that it was not chosen on."""
         others = self.calibrator.others
         policy = self.calibrator.policy(setting)
-        early, full = others.detections(policy), others.detections(None)
+        # The full cascade reports its scores by the same calibration, as shadow runs do.
+        scores = {key: setting[key] for key in ("SCORE_SCALES", "SCORE_SHIFTS") if key in setting}
+        early = others.detections(policy)
+        full = others.detections(self.calibrator.policy(scores))
         losses = np.array(
             [
                 agreement_loss(*pair, min_score=self.options.score)
@@ -322,14 +326,16 @@ class _Job:
         }
 
 
-def _write_exits(setting: Setting, path: Path) -> None:
+def _write_exits(setting: Setting, score: float, path: Path) -> None:
     """A YAML to put on top of a configuration; exits that a setting does not name are off."""
     exits = config.exit_values(setting) if setting else {"ENABLED": False}
     content = {
         "MODEL": {
             "ROI_HEADS": {"NAME": "EarlyExitCascadeROIHeads"},
             "CASCADE": {"EXIT": as_lists(exits)},
-        }
+        },
+        # What is promised of the loss is promised of these detections.
+        "CASCADE": {"SHADOW_SCORE": score},
     }
     with atomic_path(path) as temporary:
         temporary.write_text(

@@ -139,9 +139,9 @@ class Detector(nn.Module):
     ) -> DetectorOutput:
         heads = self._heads
         part = timer.part if timer is not None else lambda name: nullcontext()
-        heads.started = heads.cascade.now()
+        started = self.cascade.now()
         images, maps, proposals = self._enter(batch, timer)
-        heads.timer = timer
+        heads.timer, heads.started = timer, started
         try:
             instances, _ = heads(images, maps, proposals, None)
         finally:

@@ -216,7 +216,7 @@ class _Job:
         others = self.calibrator.others
         policy = self.calibrator.policy(setting)
         # The full cascade reports its scores by the same calibration, as shadow runs do.
-        scores = {key: setting[key] for key in ("SCORE_SCALES", "SCORE_SHIFTS") if key in setting}
+        scores: Setting = {key: x for key, x in setting.items() if key.startswith("SCORE_")}
         early = others.detections(policy)
         full = others.detections(self.calibrator.policy(scores))
         losses = np.array(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
@@ -50,42 +50,51 @@ def record_dataset(detector: Any, loader: BatchLoader, most_images: int) -> Reco
     Raises:
         ValueError: there is no image.
     """
-    records: list[CascadeRecord] = []
     image_ids: list[int] = []
     frames: list[Frame] = []
-    channels = 0
-    progress = tqdm(total=most_images, desc="recording", unit="img", disable=None, leave=False)
-    with evaluation_mode(detector), torch.no_grad():
-        for batch in loader:
-            if len(image_ids) + len(batch) > most_images:
-                break
+    flops: tuple[float, ...] = ()
+
+    def each() -> Iterator[CascadeRecord]:
+        nonlocal flops
+        for batch in _first_images(loader, most_images):
             inputs = detector.cascade_inputs(batch)
-            records.append(detector.cascade.record(**vars(inputs)).cpu())
-            image_ids += [sample["image_id"] for sample in batch]
+            # Before the long part: a head that cannot be counted is told at once.
+            flops = flops or region_flops(detector.cascade, inputs.features[0].shape[1]).stages
+            image_ids.extend(sample["image_id"] for sample in batch)
             sizes = [(int(height), int(width)) for height, width in inputs.image_sizes]
-            frames += [
+            frames.extend(
                 (size, (sample["height"], sample["width"]))
                 for sample, size in zip(batch, sizes, strict=True)
-            ]
-            channels = inputs.features[0].shape[1]
+            )
+            yield detector.cascade.record(**vars(inputs)).cpu()
             progress.update(len(batch))
-    progress.close()
+
+    progress = tqdm(total=most_images, desc="recording", unit="img", disable=None, leave=False)
+    with progress, evaluation_mode(detector), torch.no_grad():
+        records = list(_joined(each()))
     if not records:
         raise ValueError("no image to record")
-    flops = region_flops(detector.cascade, channels).stages
-    return Recording(_join_small(records), image_ids, frames, flops)
+    return Recording(records, image_ids, frames, flops)
 
 
-def _join_small(records: Sequence[CascadeRecord], images: int = 32) -> list[CascadeRecord]:
+def _first_images(loader: BatchLoader, count: int) -> Iterator[Batch]:
+    for batch in loader:
+        yield batch[:count]
+        count -= len(batch)
+        if count <= 0:
+            return
+
+
+def _joined(records: Iterable[CascadeRecord], images: int = 32) -> Iterator[CascadeRecord]:
     """Fewer and larger records: each step of a replay has a cost of its own."""
-    joined: list[CascadeRecord] = []
     waiting: list[CascadeRecord] = []
     for record in records:
         waiting.append(record)
         if sum(one.num_images for one in waiting) >= images:
-            joined.append(join_records(waiting))
+            yield join_records(waiting)
             waiting = []
-    return [*joined, join_records(waiting)] if waiting else joined
+    if waiting:
+        yield join_records(waiting)
 
 
 @dataclass(frozen=True)
@@ -148,5 +157,6 @@ def _time(detector: Any, batch: Batch, device: torch.device) -> Timing:
 
 
 def first_batches(loader: Iterable[Batch], count: int) -> list[Batch]:
-    """Some batches of a loader, to be run again and again."""
-    return list(islice(loader, count))
+    """Some batches of a loader, all as large as the first one, to be run again and again."""
+    batches = list(islice(loader, count))
+    return [batch for batch in batches if len(batch) == len(batches[0])]

@@ -192,7 +192,7 @@ def _row(
     full = trials.full
     return ComparedExits(
         name=name,
-        figures=trial.figures(),
+        figures=trial.figures,
         differences=differences,
         entered=tuple((by_stage / images).tolist()),
         later_skipped=1 - trial.later_work / max(full.later_work, 1),

@@ -21,7 +21,7 @@ from matplotlib.ticker import LogLocator
 
 from cascade_det.evaluation.exit_comparison import FULL, ComparedExits
 from cascade_det.evaluation.exit_search import Setting
-from cascade_det.evaluation.exit_trials import Trial
+from cascade_det.evaluation.exit_trials import Outcome
 from cascade_det.files import atomic_path, write_csv
 
 QUALITY_DROP, FAST_DROP = 0.1, 1.0  # Percent points of AP.
@@ -60,8 +60,8 @@ class Points(NamedTuple):
 
 def front_point(
     setting: Setting,
-    trial: Trial,
-    full: Trial,
+    trial: Outcome,
+    full: Outcome,
     *,
     milliseconds: float | None = None,
     chosen: bool = False,
@@ -75,12 +75,12 @@ def front_point(
         milliseconds: per image.
         chosen: whether the target led to it.
     """
-    ap = trial.figures()["AP"]
+    ap = trial.figures["AP"]
     shares = trial.entered.sum(axis=1) / max(full.entered[0].sum(), 1)
     return FrontPoint(
         setting=setting,
         ap=ap,
-        drop=full.figures()["AP"] - ap,
+        drop=full.figures["AP"] - ap,
         work=trial.work,
         region_shares=tuple(shares.tolist()),
         milliseconds=milliseconds,

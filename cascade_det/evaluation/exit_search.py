@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cascade_det.evaluation.exit_trials import Trial
+from cascade_det.evaluation.exit_trials import Outcome
 
 Setting = dict[str, Any]
 
@@ -45,13 +45,13 @@ class Search:
         on_trial: called after each new trial.
 
     Attributes:
-        tried: trials by the places of the knobs.
+        tried: outcomes by the places of the knobs.
     """
 
     knobs: Sequence[Knob]
-    run: Callable[[Setting], Trial]
-    on_trial: Callable[[], None] = lambda: None
-    tried: dict[tuple[int, ...], Trial] = field(default_factory=dict)
+    run: Callable[[Setting], Outcome]
+    on_trial: Callable[[], object] = lambda: None
+    tried: dict[tuple[int, ...], Outcome] = field(default_factory=dict)
 
     def setting(self, places: Sequence[int]) -> Setting:
         """All keys that knobs at these places set; tuples of several knobs are overlaid."""
@@ -61,8 +61,8 @@ class Search:
                 merged[key] = _overlay(merged[key], value) if key in merged else value
         return merged
 
-    def trial(self, places: Sequence[int]) -> Trial:
-        """The trial of the knobs at these places, at most once."""
+    def trial(self, places: Sequence[int]) -> Outcome:
+        """What comes of the knobs at these places, which are tried at most once."""
         key = tuple(places)
         if key not in self.tried:
             self.tried[key] = self.run(self.setting(places))
@@ -76,34 +76,36 @@ class Search:
         from where the one before came to.
 
         Args:
-            most_trials: stop after so many.
+            most_trials: never try more, from 1 on.
         """
         places = [0] * len(self.knobs)
         for price in PRICES:
             for _ in range(PASSES):
                 before = list(places)
                 for index in range(len(self.knobs)):
-                    if len(self.tried) >= most_trials:
-                        return
-                    places = min(self._turned(places, index), key=lambda p: self._regret(p, price))
+                    turned = self._turned(places, index, most_trials)
+                    places = min(turned, key=lambda p: self._regret(p, price))
                 if places == before:
                     break
 
-    def _turned(self, places: list[int], index: int) -> Iterator[list[int]]:
+    def _turned(self, places: list[int], index: int, most_trials: int) -> Iterator[list[int]]:
+        """One knob at each of its places, as far as further trials are allowed."""
         for place in range(len(self.knobs[index].settings)):
-            yield [*places[:index], place, *places[index + 1 :]]
+            turned = [*places[:index], place, *places[index + 1 :]]
+            if tuple(turned) in self.tried or len(self.tried) < most_trials:
+                yield turned
 
     def _regret(self, places: list[int], price: float) -> float:
-        trial, full = self.trial(places), self.trial([0] * len(places))
+        full, trial = self.trial([0] * len(places)), self.trial(places)
         return loss_of(trial, full) + price * trial.work
 
 
-def loss_of(trial: Trial, full: Trial) -> float:
+def loss_of(trial: Outcome, full: Outcome) -> float:
     """What a trial loses, in percent points: AP, and well-placed objects that are not found.
 
     AP that is won by chance does not pay for objects that are lost.
     """
-    drop = full.figures()["AP"] - trial.figures()["AP"]
+    drop = full.figures["AP"] - trial.figures["AP"]
     lost = 100 * float((trial.lost_well_placed + trial.lost).mean()) / 2
     return max(drop, 0.0) + lost
 
@@ -124,18 +126,18 @@ def exit_knobs(
         learned: learned parts that the model has.
     """
     gates = num_stages - 1
-    by_share = [float(np.quantile(objectness, q)) for q in (0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9)]
-    numbers = [n for n in (500, 300, 200, 100, 50) if n < proposals_per_image]
+    objectness_knob = [{"PROPOSAL_THRESHOLD": value} for value in _thresholds(objectness)]
+    first, later = ([n for n in m if n < proposals_per_image] for m in (_PROPOSALS, _REGIONS))
     knobs = [
         Knob("redundancy", ({}, *({"REDUNDANCY_IOU": v} for v in _REDUNDANCY))),
         *(
             Knob(f"pruning after stage {s}", _places("PRUNE_THRESHOLDS", _PRUNE, s, gates, 0.0))
             for s in range(gates)
         ),
-        Knob("objectness", ({}, *({"PROPOSAL_THRESHOLD": round(v, 6)} for v in by_share))),
-        Knob("proposals", _places("REGION_BUDGET", numbers, 0, num_stages, 0)),
+        Knob("objectness", ({}, *objectness_knob)),
+        Knob("proposals", _places("REGION_BUDGET", first, 0, num_stages, 0)),
         *(
-            Knob(f"regions in stage {s}", _places("REGION_BUDGET", _REGIONS, s, num_stages, 0))
+            Knob(f"regions in stage {s}", _places("REGION_BUDGET", later, s, num_stages, 0))
             for s in range(1, num_stages)
         ),
     ]
@@ -210,12 +212,22 @@ def usual_settings(num_stages: int, learned: Sequence[str] = ()) -> dict[str, Se
 
 _REDUNDANCY = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 _PRUNE = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12)
+_SHARES = (0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9)
+_PROPOSALS = (500, 300, 200, 100, 50)
 _REGIONS = (200, 150, 120, 100, 70, 50, 30)
 _PRUNER = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 _ACCEPT = (
     *((0.95, 0.95), (0.9, 0.95), (0.9, 0.92), (0.8, 0.92), (0.9, 0.9), (0.8, 0.9)),
     *((0.9, 0.85), (0.8, 0.85), (0.8, 0.8), (0.7, 0.7), (0.7, 0.0)),
 )
+
+
+def _thresholds(objectness: npt.NDArray[np.float32]) -> list[float]:
+    """What drops these shares of the proposals, short of none and of all."""
+    if len(objectness) == 0:
+        return []
+    rounded = [float(f"{value:.4g}") for value in np.quantile(objectness, _SHARES)]
+    return [value for value in dict.fromkeys(rounded) if objectness.min() < value < 1]
 
 
 def _places(
@@ -230,12 +242,12 @@ def _overlay(a: Any, b: Any) -> Any:
     return tuple(max(pair) for pair in zip(a, b, strict=True))
 
 
-def pareto(trials: Mapping[tuple[int, ...], Trial], cost: Callable[[Trial], float]) -> list[Any]:
+def pareto(trials: Mapping[tuple[int, ...], Outcome], cost: Callable[[Outcome], float]) -> list[Any]:
     """Keys of the trials that none beats in AP or cost without being worse in the other.
 
     By falling AP, which is by falling cost.
     """
-    rated = [(-t.figures()["AP"], cost(t), key) for key, t in trials.items()]
+    rated = [(-t.figures["AP"], cost(t), key) for key, t in trials.items()]
     front: list[Any] = []
     cheapest = float("inf")
     for _, price, key in sorted(rated, key=lambda row: row[:2]):

@@ -6,8 +6,7 @@ N images, S stages.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -45,7 +44,8 @@ class Recording:
     @property
     def most_proposals(self) -> int:
         """The most proposals of an image."""
-        return max(int(torch.bincount(record.image_index).max()) for record in self.records)
+        counts = (torch.bincount(r.image_index, minlength=r.num_images) for r in self.records)
+        return max(int(images.max()) for images in counts)
 
     def of_images(self, images: Sequence[int]) -> Recording:
         """Some of them, by their places."""
@@ -66,11 +66,11 @@ class Recording:
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What exits would do.
+class Outcome:
+    """What exits would do, in figures.
 
     Attributes:
-        matched: detections of all images, matched to their objects.
+        figures: ``AP``, ``AP50``, ``AP75`` and ``AP90`` in percent.
         entered: int64 ``[S, N]``, regions that enter each stage.
         lost: float64 ``[N]``, share of the full cascade's true positives of each image that are
             not found, at IoU 0.5; see ``reproduction``.
@@ -78,19 +78,11 @@ class Trial:
         work: share of the full cascade's FLOPs in box heads, 0 to 1.
     """
 
-    matched: MatchedDetections
+    figures: dict[str, float]
     entered: npt.NDArray[np.int64]
     lost: npt.NDArray[np.float64]
     lost_well_placed: npt.NDArray[np.float64]
     work: float
-
-    def figures(self) -> dict[str, float]:
-        """``AP``, ``AP50``, ``AP75`` and ``AP90`` in percent."""
-        return self._figures
-
-    @cached_property
-    def _figures(self) -> dict[str, float]:
-        return average_precision(self.matched)
 
     @property
     def region_stages(self) -> int:
@@ -101,6 +93,21 @@ class Trial:
     def later_work(self) -> int:
         """The same without stage 0."""
         return int(self.entered[1:].sum())
+
+
+@dataclass(frozen=True)
+class Trial(Outcome):
+    """The same with what was found, which is large.
+
+    Attributes:
+        matched: detections of all images, matched to their objects.
+    """
+
+    matched: MatchedDetections
+
+    def outcome(self) -> Outcome:
+        """The figures alone."""
+        return Outcome(**{field.name: getattr(self, field.name) for field in fields(Outcome)})
 
 
 class ExitTrials:
@@ -120,7 +127,8 @@ class ExitTrials:
         self.matcher = matcher
         self.score = score
         self._objects = [matcher.objects_of(image_id) for image_id in recording.image_ids]
-        self._found = {iou: self._find(self.detections(None), iou) for iou in (0.5, 0.75)}
+        full = self.detections(None)
+        self._found = {iou: self._find(full, iou) for iou in (0.5, 0.75)}
         self.full = self.run(None)
 
     def run(self, policy: Policies, num_stages: int | None = None) -> Trial:
@@ -135,8 +143,10 @@ class ExitTrials:
         matches = [self.matcher.match(i, found) for i, found in zip(ids, detections, strict=True)]
         flops = np.asarray(self.recording.stage_flops)
         proposed = sum(len(record.proposals) for record in self.recording.records)
+        matched = self.matcher.collect(matches)
         return Trial(
-            matched=self.matcher.collect(matches),
+            figures=average_precision(matched),
+            matched=matched,
             entered=entered,
             lost=self._lost(detections, 0.5),
             lost_well_placed=self._lost(detections, 0.75),

@@ -55,7 +55,7 @@ def test_all_competitors_are_there(rows):
 
 def test_figures_of_a_policy(rows, trials, policies):
     row, trial = by_name(rows)["pruning"], trials.run(policies["pruning"])
-    assert row.figures == trial.figures()
+    assert row.figures == trial.figures
     wanted = paired_bootstrap(trials.full.matched, trial.matched, rounds=40)
     assert row.differences == wanted
     entered = trial.entered.sum(axis=1)

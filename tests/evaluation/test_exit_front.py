@@ -40,8 +40,8 @@ def test_a_trial_as_a_point():
     assert got.region_shares == pytest.approx(entered / 250)
     wanted_work = entered @ np.array(STAGE_FLOPS) / (250 * sum(STAGE_FLOPS))
     assert got.work == pytest.approx(wanted_work)
-    assert got.ap == trial.figures()["AP"]
-    assert got.drop == pytest.approx(trials.full.figures()["AP"] - got.ap)
+    assert got.ap == trial.figures["AP"]
+    assert got.drop == pytest.approx(trials.full.figures["AP"] - got.ap)
     assert (got.setting, got.milliseconds, got.chosen) == (setting, 12.5, True)
     assert front_point({}, trials.full, trials.full).region_shares == (1, 1, 1)
 

@@ -98,7 +98,7 @@ class TestDropOracle:
         policies = [drop_oracle(record, before_stages=before_stages) for record in records]
         assert_same_detections(trials.detections(policies), trials.detections(None), exact=True)
         trial = trials.run(policies)
-        assert trial.figures() == trials.full.figures()
+        assert trial.figures == trials.full.figures
         assert not trial.lost.any()
         first = 0 if before_stages else 1
         assert (trial.entered[:first] == trials.full.entered[:first]).all()

@@ -24,8 +24,8 @@ import logging
 import sys
 from pathlib import Path
 
-from cascade_det.engine.calibrate import Options, calibrate
-from cascade_det.engine.calibration import Target
+from cascade_det.engine.calibrate import calibrate
+from cascade_det.engine.calibration_target import Options, Target
 from cascade_det.engine.commands import without_traceback
 from cascade_det.engine.log import setup_logging
 from cascade_det.hosts import HOSTS, choose_host, load_host
@@ -37,16 +37,16 @@ logger = logging.getLogger("cascade_det.tools.calibrate_exits")
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = _parse(argv)
+    target = Target(args.max_ap_drop, args.latency_ms, args.exit_rate, args.risk, args.delta)
+    options = Options(
+        images=args.images, trials=args.trials, score=args.score_threshold, seed=args.seed
+    )
     setup_logging(args.output)
     name, why = choose_host(args.host)
     logger.info("Host: %s, %s", name, why)
     host = load_host(name)
     cfg = host.load_config(args.config_file, args.opts)
     host.check_config(cfg)
-    target = Target(args.max_ap_drop, args.latency_ms, args.exit_rate, args.risk, args.delta)
-    options = Options(
-        images=args.images, trials=args.trials, score=args.score_threshold, seed=args.seed
-    )
     calibrate(cfg, lambda: host.open_detector(cfg), target, Path(args.output), options)
     return 0
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,83 +15,23 @@ from tqdm import tqdm
 from cascade_det import config
 from cascade_det.core import ExitPolicy
 from cascade_det.core.exits.learned import LearnedParts
-from cascade_det.errors import ConfigError
+from cascade_det.engine.calibration_target import Target
+from cascade_det.errors import ConfigError, DatasetError
 from cascade_det.evaluation.bootstrap import Difference, paired_bootstrap
 from cascade_det.evaluation.exit_search import Search, Setting, exit_knobs
-from cascade_det.evaluation.exit_trials import ExitTrials, Recording, Trial
+from cascade_det.evaluation.exit_trials import ExitTrials, Outcome, Recording, Trial
 from cascade_det.evaluation.image_matching import ImageMatcher
 from cascade_det.evaluation.latency_model import LatencyModel
 from cascade_det.evaluation.risk_bounds import hoeffding_bentkus_p_value
-from cascade_det.evaluation.risk_control import (
-    SampleTooSmallError,
-    fixed_sequence,
-    pareto_front,
-    smallest_sample,
-)
-from cascade_det.evaluation.score_calibration import fit_score_calibration
+from cascade_det.evaluation.risk_control import fixed_sequence, pareto_front
+from cascade_det.evaluation.score_calibration import ScoreCalibration, fit_score_calibration
 
-logger = logging.getLogger(__name__)
+Places = tuple[int, ...]
 
 # A drop of AP has to be below the target by so many standard deviations of its bootstrap.
 MARGIN = 1.0
 BOOTSTRAP_ROUNDS = 300
-
-
-@dataclass(frozen=True)
-class Target:
-    """What is wanted; one of the first four.
-
-    Attributes:
-        max_ap_drop: percent points of AP below the full cascade; the least work is looked for.
-        latency_ms: milliseconds per image; the highest AP is looked for.
-        exit_rate: share of the later stages' regions that are not computed, 0 to 1; likewise.
-        risk: bound on the mean share of the full cascade's true positives of an image that get
-            lost; the least work is looked for, and kept with a probability of ``1 - delta``.
-        delta: see ``risk``.
-    """
-
-    max_ap_drop: float | None = None
-    latency_ms: float | None = None
-    exit_rate: float | None = None
-    risk: float | None = None
-    delta: float = 0.1
-
-    def check(self) -> None:
-        """Tell in advance what has no meaning.
-
-        Raises:
-            ConfigError: not one target, or one that is out of range.
-        """
-        names = ("max_ap_drop", "latency_ms", "exit_rate", "risk")
-        given = [name for name in names if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ConfigError(
-                f"{len(given)} targets are given: give one of --max-ap-drop, --latency-ms, "
-                "--exit-rate and --risk"
-            )
-        value = getattr(self, given[0])
-        most = 1.0 if given[0] in ("exit_rate", "risk") else float("inf")
-        if not 0 <= value <= most or (given[0] == "risk" and value == 0):
-            option = "--" + given[0].replace("_", "-")
-            raise ConfigError(f"{option} is {value}: give a number from 0 to {most}")
-        if not 0 < self.delta < 1:
-            raise ConfigError(f"--delta is {self.delta}: give a number between 0 and 1")
-
-    def check_images(self, num_images: int) -> None:
-        """Tell in advance whether there are enough images for a guarantee; half of them test it.
-
-        Raises:
-            SampleTooSmallError: there are not.
-        """
-        if self.risk is None:
-            return
-        least = smallest_sample(self.risk, self.delta)
-        if num_images // 2 < least:
-            raise SampleTooSmallError(
-                f"--risk {self.risk} --delta {self.delta}: at least {least} images are needed to "
-                f"test a setting and as many to choose it, {2 * least} in all, but there are "
-                f"{num_images}. Add images, or raise --risk or --delta."
-            )
+_AS_IT_IS = (1.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -99,23 +40,17 @@ class Calibration:
 
     Attributes:
         setting: keys of ``MODEL.CASCADE.EXIT``; empty for the full cascade.
-        search: all that was tried.
-        chosen: the trial of the setting on the images that it was chosen on.
-        reported: the same on the other images.
+        plain: the same without the map of the scores.
+        reported: the trial of the setting on the images that it was not chosen on.
         full: the full cascade on these.
         differences: of AP to the full cascade on these, with their uncertainty.
-        choosing: places of the images that settings were chosen on.
-        reporting: places of the others.
     """
 
     setting: Setting
-    search: Search
-    chosen: Trial
+    plain: Setting
     reported: Trial
     full: Trial
     differences: dict[str, Difference]
-    choosing: list[int]
-    reporting: list[int]
 
 
 class Calibrator:
@@ -128,7 +63,14 @@ class Calibrator:
         learned: the model's learned parts.
         score: of the detections whose loss is looked at.
         seed: of the split in halves.
-        most_trials: settings to try.
+
+    Attributes:
+        trials: on the images that settings are chosen on.
+        others: on the rest.
+        search: all that was tried.
+
+    Raises:
+        DatasetError: in one half of the images there is no object.
     """
 
     def __init__(
@@ -140,75 +82,83 @@ class Calibrator:
         learned: LearnedParts | None,
         score: float,
         seed: int = 0,
-        most_trials: int = 1000,
     ) -> None:
         self.cfg = cfg
-        self.learned = learned
         self.num_stages = recording.records[0].num_stages
-        order = np.random.default_rng(seed).permutation(len(recording.image_ids))
-        middle = (len(order) + 1) // 2
-        self.choosing = sorted(order[:middle].tolist())
-        self.reporting = sorted(order[middle:].tolist())
-        self.trials = ExitTrials(recording.of_images(self.choosing), matcher, score=score)
-        self.others = ExitTrials(recording.of_images(self.reporting), matcher, score=score)
-        self.search = self._searched(most_trials)
+        # The detector keeps its own where it is: records are on the CPU.
+        self.learned = None if learned is None else copy.deepcopy(learned).cpu().eval()
+        choosing, reporting = split_images(recording.image_ids, matcher, seed)
+        self.trials = ExitTrials(recording.of_images(choosing), matcher, score=score)
+        self.others = ExitTrials(recording.of_images(reporting), matcher, score=score)
+        records = self.trials.recording.records
+        self.search = Search(
+            exit_knobs(
+                num_stages=self.num_stages,
+                objectness=torch.cat([torch.sigmoid(r.objectness) for r in records]).numpy(),
+                proposals_per_image=self.trials.recording.most_proposals,
+                learned=() if learned is None else learned.names,
+            ),
+            lambda setting: self.trials.run(self.policy(setting)).outcome(),
+        )
 
     def policy(self, setting: Setting) -> ExitPolicy:
-        """The exits of a setting."""
+        """The exits of a setting, for trials."""
         return build_policy(self.cfg, setting, self.learned)
 
+    def try_settings(self, most_trials: int) -> None:
+        """Search, with a bar that shows how far it is."""
+        with tqdm(desc="trials", unit="setting", disable=None, leave=False) as progress:
+            self.search.on_trial = progress.update
+            self.search.search(most_trials)
+
     def calibrate(self, target: Target, latency: LatencyModel | None = None) -> Calibration:
-        """The best setting for a target.
+        """The best setting for a target, of those that were tried.
+
+        Args:
+            target: what is wanted.
+            latency: of the device; for a target in milliseconds.
 
         Raises:
-            ConfigError: no setting is fast enough.
+            ConfigError: no setting reaches it.
             SampleTooSmallError: too few images for the guarantee.
         """
-        places = self._choose(target, latency)
-        setting = self.search.setting(places)
+        plain = self.search.setting(self._choose(target, latency))
+        setting = self.with_scores(plain)
         reported = self.others.run(self.policy(setting))
         differences = paired_bootstrap(
             self.others.full.matched, reported.matched, rounds=BOOTSTRAP_ROUNDS
         )
-        return Calibration(
-            setting,
-            self.search,
-            self.search.trial(places),
-            reported,
-            self.others.full,
-            differences,
-            self.choosing,
-            self.reporting,
-        )
+        return Calibration(setting, plain, reported, self.others.full, differences)
 
-    def _searched(self, most_trials: int) -> Search:
-        records = self.trials.recording.records
-        objectness = torch.cat([torch.sigmoid(record.objectness) for record in records]).numpy()
-        knobs = exit_knobs(
-            num_stages=records[0].num_stages,
-            objectness=objectness,
-            proposals_per_image=self.trials.recording.most_proposals,
-            learned=() if self.learned is None else self.learned.names,
-        )
-        progress = tqdm(desc="trials", unit="setting", disable=None, leave=False)
-        search = Search(
-            knobs,
-            lambda setting: self.trials.run(self.policy(setting)),
-            on_trial=lambda: progress.update() and None,
-        )
-        search.search(most_trials)
-        progress.close()
-        return search
+    def with_scores(self, setting: Setting) -> Setting:
+        """The setting, with scores that mean the same whatever stage a region left after.
 
-    def _choose(self, target: Target, latency: LatencyModel | None) -> tuple[int, ...]:
+        They are mapped to those of the last stage, so that the score threshold keeps its meaning.
+        The map is fitted to the images that settings are chosen on, and taken only where it does
+        not lower the AP on them.
+        """
+        trial = self.trials.run(self.policy(setting))
+        matched = trial.matched
+        counts = ~matched.ignored[0]
+        stages = matched.exit_stages[counts]
+        if len(np.unique(stages)) < 2:
+            return setting
+        fitted = fit_score_calibration(
+            matched.scores[counts], matched.hits[0][counts], stages, self.num_stages
+        )
+        maps = to_last_stage(fitted)
+        if maps is None:
+            return setting
+        mapped = {**setting, "SCORE_SCALES": maps.scales, "SCORE_SHIFTS": maps.shifts}
+        better = self.trials.run(self.policy(mapped)).figures["AP"] >= trial.figures["AP"]
+        return mapped if better else setting
+
+    def _choose(self, target: Target, latency: LatencyModel | None) -> Places:
         tried = self.search.tried
         if target.risk is not None:
             return self._with_guarantee(target.risk, target.delta)
         if target.max_ap_drop is not None:
-            for places in sorted(tried, key=lambda p: tried[p].work):
-                if self._drop_is_below(tried[places], target.max_ap_drop):
-                    return places
-            return (0,) * len(self.search.knobs)
+            return self._with_drop(target.max_ap_drop)
         if target.latency_ms is not None:
             assert latency is not None
             costs = {p: latency.per_image(t.entered) for p, t in tried.items()}
@@ -223,63 +173,83 @@ class Calibrator:
             fastest = f"{max(rates.values()):.3f} of the later stages' regions"
         if not wanted:
             raise ConfigError(f"{limit} {fastest}. Give another target.")
-        return max(wanted, key=lambda p: (tried[p].figures()["AP"], -tried[p].work))
+        return max(wanted, key=lambda p: (tried[p].figures["AP"], -tried[p].work))
 
     @staticmethod
-    def exit_rate(trial: Trial, full: Trial) -> float:
+    def exit_rate(outcome: Outcome, full: Outcome) -> float:
         """Share of the later stages' regions that are not computed."""
-        return 1 - trial.later_work / max(full.later_work, 1)
+        return 1 - outcome.later_work / max(full.later_work, 1)
 
-    def _drop_is_below(self, trial: Trial, most: float) -> bool:
-        full = self.trials.full
-        if full.figures()["AP"] - trial.figures()["AP"] > most:
-            return False
-        difference = paired_bootstrap(full.matched, trial.matched, rounds=BOOTSTRAP_ROUNDS)["AP"]
-        return -difference.value + MARGIN * difference.deviation <= most
+    @property
+    def _everything(self) -> Places:
+        """The full cascade."""
+        return (0,) * len(self.search.knobs)
 
-    def _with_guarantee(self, risk: float, delta: float) -> tuple[int, ...]:
+    def _with_drop(self, most: float) -> Places:
+        tried, full = self.search.tried, self.trials.full
+        for places in sorted(tried, key=lambda p: tried[p].work):
+            if full.figures["AP"] - tried[places].figures["AP"] > most:
+                continue
+            trial = self.trials.run(self.policy(self.search.setting(places)))
+            change = paired_bootstrap(full.matched, trial.matched, rounds=BOOTSTRAP_ROUNDS)["AP"]
+            if -change.value + MARGIN * change.deviation <= most:
+                return places
+        return self._everything
+
+    def _with_guarantee(self, risk: float, delta: float) -> Places:
         """Pareto testing: one half proposes settings from safe to risky, the other tests them.
 
-        Fixed-sequence testing may stop at the first setting that fails, so that the riskier ones
-        need not be run.
+        Fixed-sequence testing stops at the first setting that fails, so that the riskier ones need
+        not be run. What is tested has its map of the scores already: they decide what is found.
         """
         tried = self.search.tried
-        everything = (0,) * len(self.search.knobs)
-        keys = [everything, *(key for key in tried if key != everything)]
+        keys = [self._everything, *(key for key in tried if key != self._everything)]
         risks = np.array([tried[key].lost.mean() for key in keys])
         front = [keys[i] for i in pareto_front(risks, [tried[key].work for key in keys])]
-        sequence = [everything, *(key for key in front if key != everything)]
+        sequence = [self._everything, *(key for key in front if key != self._everything)]
         losses: list[npt.NDArray[np.float64]] = []
         for key in sequence:
-            losses.append(self.others.run(self.policy(self.search.setting(key))).lost)
+            setting = self.with_scores(self.search.setting(key))
+            losses.append(self.others.run(self.policy(setting)).lost)
             if hoeffding_bentkus_p_value(losses[-1][None], risk)[0] > delta:
                 break
         return sequence[fixed_sequence(np.array(losses), risk, delta)]
 
 
-def with_scores(calibrator: Calibrator, calibration: Calibration) -> Setting:
-    """The setting, with scores that mean the same whatever stage a region left after.
+def split_images(
+    image_ids: Sequence[int], matcher: ImageMatcher, seed: int
+) -> tuple[list[int], list[int]]:
+    """Places of the images to choose on and of those to report on, in rising order, at random.
 
-    They are mapped to those of the last stage, so that the score threshold keeps its meaning. The
-    map is taken only where it does not lower the AP on the images that it was fitted to.
+    Raises:
+        DatasetError: in one half of the images there is no object.
     """
-    matched, setting = calibration.chosen.matched, calibration.setting
-    counts = ~matched.ignored[0]
-    stages = matched.exit_stages[counts]
-    if len(np.unique(stages)) < 2:
-        return setting
-    fitted = fit_score_calibration(
-        matched.scores[counts], matched.hits[0][counts], stages, calibrator.num_stages
-    )
-    last_scale, last_shift = fitted.scales[-1], fitted.shifts[-1]
-    mapped = {
-        **setting,
-        "SCORE_SCALES": tuple(scale / last_scale for scale in fitted.scales),
-        "SCORE_SHIFTS": tuple((shift - last_shift) / last_scale for shift in fitted.shifts),
-    }
-    trial = calibrator.trials.run(calibrator.policy(mapped))
-    better = trial.figures()["AP"] >= calibration.chosen.figures()["AP"]
-    return mapped if better else setting
+    order = np.random.default_rng(seed).permutation(len(image_ids)).tolist()
+    middle = (len(order) + 1) // 2
+    halves = sorted(order[:middle]), sorted(order[middle:])
+    for places, purpose in zip(halves, ("choose exits on", "judge them by"), strict=True):
+        if not any(len(matcher.objects_of(image_ids[place])[1]) for place in places):
+            raise DatasetError(
+                f"None of the {len(places)} images to {purpose} has an object: more images with "
+                "objects are needed, or another --seed, which the two halves are drawn by."
+            )
+    return halves
+
+
+def to_last_stage(fitted: ScoreCalibration) -> ScoreCalibration | None:
+    """The map to the scores of the last stage, where ``fitted`` maps to probabilities.
+
+    Stages with too few detections to be fitted keep their scores; if the last one is among them,
+    nobody knows what its scores mean, and there is no map.
+    """
+    *_, (last_scale, last_shift) = pairs = list(zip(fitted.scales, fitted.shifts, strict=True))
+    if pairs[-1] == _AS_IT_IS:
+        return None
+    maps = [
+        pair if pair == _AS_IT_IS else (pair[0] / last_scale, (pair[1] - last_shift) / last_scale)
+        for pair in pairs
+    ]
+    return ScoreCalibration(tuple(a for a, _ in maps), tuple(b for _, b in maps))
 
 
 def build_policy(cfg: CfgNode, setting: Setting, learned: LearnedParts | None) -> ExitPolicy:

@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from statistics import median
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from cascade_det.core import CascadeHead, CascadeInputs, DetectorOutput, ExitPolicy, PartTimer
 from cascade_det.core.modes import evaluation_mode
 from cascade_det.core.record import CascadeRecord, join_records
+from cascade_det.engine.devices import device_name
 from cascade_det.engine.head_flops import region_flops
 from cascade_det.engine.inference import BatchLoader
 from cascade_det.evaluation.exit_trials import Frame, Recording
+from cascade_det.evaluation.latency_model import LatencyModel
 
 Batch = list[dict[str, Any]]
+# Regions that enter the first and the later stages when latency is measured, as shares.
+_SHARES = ((1.0, 1.0), *((first, later) for first in (1.0, 0.4, 0.1) for later in (0.3, 0.1, 0.02)))
 
 
 class Detector(Protocol):
@@ -145,6 +151,50 @@ def time_policies(
     finally:
         detector.set_exits(own)
     return timings
+
+
+def fit_latency(
+    detector: Any, batches: Sequence[Batch], *, most_proposals: int, rounds: int
+) -> LatencyModel:
+    """Measure a detector with more and fewer regions, and fit a model to the medians.
+
+    Args:
+        detector: see ``Detector``.
+        batches: to run on, of equal size.
+        most_proposals: of an image.
+        rounds: how often each batch is run with each number of regions.
+    """
+    stages = detector.cascade.num_stages
+    policies: dict[str, ExitPolicy | None] = {**truncated_cascades(stages)}
+    for first, later in _SHARES:
+        shares = (first, *[later] * (stages - 1))
+        budget = tuple(max(1, round(share * most_proposals)) for share in shares)
+        policies[str(budget)] = ExitPolicy(num_stages=stages, region_budget=budget)
+    timings = time_policies(detector, batches, policies, rounds=rounds)
+    entered, milliseconds = [], []
+    for calls in timings.values():
+        for place in range(len(batches)):
+            same = calls[place :: len(batches)]
+            entered.append(same[0].entered)
+            milliseconds.append(median(call.milliseconds for call in same))
+    return LatencyModel.fit(
+        np.array(entered),
+        np.array(milliseconds),
+        device_name=device_name(next(detector.parameters()).device),
+        batch_size=len(batches[0]),
+    )
+
+
+def truncated_cascades(num_stages: int) -> dict[str, ExitPolicy]:
+    """The cascade that stops after its first stages, by name: "1 stage", "2 stages" and so on."""
+    gates = range(num_stages - 1)
+    return {
+        f"{count} stage{'s' * (count > 1)}": ExitPolicy(
+            num_stages=num_stages,
+            thresholds=tuple(0.0 if gate == count - 1 else 2.0 for gate in gates),
+        )
+        for count in range(1, num_stages)
+    }
 
 
 def _time(detector: Any, batch: Batch, device: torch.device) -> Timing:

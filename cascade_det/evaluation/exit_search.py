@@ -242,7 +242,9 @@ def _overlay(a: Any, b: Any) -> Any:
     return tuple(max(pair) for pair in zip(a, b, strict=True))
 
 
-def pareto(trials: Mapping[tuple[int, ...], Outcome], cost: Callable[[Outcome], float]) -> list[Any]:
+def pareto(
+    trials: Mapping[tuple[int, ...], Outcome], cost: Callable[[Outcome], float]
+) -> list[Any]:
     """Keys of the trials that none beats in AP or cost without being worse in the other.
 
     By falling AP, which is by falling cost.

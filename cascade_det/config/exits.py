@@ -41,7 +41,7 @@ EXIT_DEFAULTS: dict[str, Any] = {
     "PRUNER_THRESHOLDS": (0.0,),
     # -- Redundant regions are dropped: those that a better one of their class overlaps by this
     # IoU or more; > 0, above 1 = never.
-    "REDUNDANCY_IOU": 0.8,
+    "REDUNDANCY_IOU": 0.9,
     # -- Confident regions are final, with the box that they have.
     # Per stage: from this value of CONFIDENCE on; > 0, above 1 = never.
     "THRESHOLDS": (1.01,),

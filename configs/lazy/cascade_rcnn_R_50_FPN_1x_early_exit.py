@@ -104,7 +104,7 @@ model = L(GeneralizedRCNN)(
         ],
         proposal_matchers=[L(Matcher)(thresholds=[iou], labels=[0, 1]) for _, iou in _STAGES],
         # Starting points, not results: calibrate them on data of your own.
-        exits=L(ExitPolicy)(num_stages=3, prune_thresholds=[0.02, 0.02], redundancy_iou=0.8),
+        exits=L(ExitPolicy)(num_stages=3, prune_thresholds=[0.02, 0.02], redundancy_iou=0.9),
     ),
     pixel_mean=[103.530, 116.280, 123.675],
     pixel_std=[1.0, 1.0, 1.0],

@@ -60,7 +60,7 @@ class TestEveryKeyReachesThePolicy:
         assert type(prune) is PruneBelow
         assert prune.thresholds == (0.0, 0.02, 0.02)
         assert type(redundant) is DropCovered
-        assert redundant.iou == 0.8
+        assert redundant.iou == 0.9
 
     def test_prune_thresholds(self, cfg):
         assert rule_of(cfg, PruneBelow, PRUNE_THRESHOLDS=(0.1,)).thresholds == (0, 0.1, 0.1)

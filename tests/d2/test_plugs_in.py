@@ -373,7 +373,7 @@ class TestOthers:
         )
         heads = model.model.model.roi_heads
         assert isinstance(heads, EarlyExitCascadeROIHeads)
-        assert heads.exits.prune_thresholds == (0.02, 0.02)
+        assert heads.exits.prune_thresholds == (0.2, 0.2)
         image = np.ascontiguousarray(picture((160, 240))[:, :, ::-1])
         whole = get_prediction(image, model).object_prediction_list
         assert sum(heads.stats.left[0].values()) > 0

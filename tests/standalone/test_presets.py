@@ -66,7 +66,7 @@ def test_mobile_says_what_it_is_and_what_it_leaves_out(make_cfg, images, caplog)
     assert "no place in this model, left out:\n    roi_heads.box_head.2 (" in caplog.text
     assert [r.getMessage() for r in caplog.records].count(
         "Exits: 2 stages, IoU 0.5, 0.6; background below 0.02; redundant from IoU 0.8; confident "
-        "from max_prob 0.85; at most 300, 100 of an image's regions in a stage"
+        "from max_prob 0.85 and refinement 0.9; at most 300, 100 of an image's regions in a stage"
     ) == 1
     assert len(predictor(images)) == 2
 

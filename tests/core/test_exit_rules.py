@@ -214,9 +214,10 @@ class TestConfidence:
         assert got[0].item() == pytest.approx(wanted, abs=1e-6)
 
     def test_agreement_counts_stages_of_foreground(self):
-        probs = [[0.6, 0.1, 0.3], [0.3, 0.1, 0.6], [0.2, 0.5, 0.3]]
-        view = view_of(probs, agreements=torch.tensor([2, 2, 0]))
-        assert MEASURES["agreement"](view).tolist() == [2.0, 0.0, 0.0]
+        # Where background is as probable as the class, the class counts.
+        probs = [[0.6, 0.1, 0.3], [0.3, 0.1, 0.6], [0.2, 0.5, 0.3], [0.4, 0.2, 0.4]]
+        view = view_of(probs, agreements=torch.tensor([2, 2, 0, 1]))
+        assert MEASURES["agreement"](view).tolist() == [2.0, 0.0, 0.0, 1.0]
 
     @pytest.mark.parametrize("measure", ["max_prob", "entropy", "margin"])
     def test_one_class_is_enough(self, measure):

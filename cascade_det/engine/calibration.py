@@ -18,7 +18,7 @@ from cascade_det.core.exits.learned import LearnedParts
 from cascade_det.engine.calibration_target import Target
 from cascade_det.errors import ConfigError, DatasetError
 from cascade_det.evaluation.bootstrap import Difference, paired_bootstrap
-from cascade_det.evaluation.exit_search import Search, Setting, exit_knobs, loss_of
+from cascade_det.evaluation.exit_search import Search, Setting, exit_knobs
 from cascade_det.evaluation.exit_trials import ExitTrials, Outcome, Recording, Trial
 from cascade_det.evaluation.image_matching import ImageMatcher
 from cascade_det.evaluation.latency_model import LatencyModel
@@ -28,6 +28,8 @@ from cascade_det.evaluation.score_calibration import ScoreCalibration, fit_score
 
 Places = tuple[int, ...]
 
+# A drop of AP has to be below the target by so many standard deviations of its bootstrap.
+MARGIN = 1.0
 BOOTSTRAP_ROUNDS = 300
 _AS_IT_IS = (1.0, 0.0)
 
@@ -184,14 +186,15 @@ class Calibrator:
         return (0,) * len(self.search.knobs)
 
     def _with_drop(self, most: float) -> Places:
-        """The least work that loses no more, in AP and objects that are not found together.
-
-        AP alone would be won and lost by chance among hundreds of settings: those that came out
-        best on one half of the images are not the best on the other.
-        """
-        tried, full = self.search.tried, self.search.trial(self._everything)
-        good = [places for places in tried if loss_of(tried[places], full) <= most]
-        return min(good, key=lambda places: tried[places].work)
+        tried, full = self.search.tried, self.trials.full
+        for places in sorted(tried, key=lambda p: tried[p].work):
+            if full.figures["AP"] - tried[places].figures["AP"] > most:
+                continue
+            trial = self.trials.run(self.policy(self.search.setting(places)))
+            change = paired_bootstrap(full.matched, trial.matched, rounds=BOOTSTRAP_ROUNDS)["AP"]
+            if -change.value + MARGIN * change.deviation <= most:
+                return places
+        return self._everything
 
     def _with_guarantee(self, risk: float, delta: float) -> Places:
         """Pareto testing: one half proposes settings from safe to risky, the other tests them.
@@ -239,8 +242,7 @@ def to_last_stage(fitted: ScoreCalibration) -> ScoreCalibration | None:
     Stages with too few detections to be fitted keep their scores; if the last one is among them,
     nobody knows what its scores mean, and there is no map.
     """
-    pairs = list(zip(fitted.scales, fitted.shifts, strict=True))
-    last_scale, last_shift = pairs[-1]
+    *_, (last_scale, last_shift) = pairs = list(zip(fitted.scales, fitted.shifts, strict=True))
     if pairs[-1] == _AS_IT_IS:
         return None
     maps = [

@@ -171,11 +171,19 @@ class TestDropCovered:
             )
         assert set(found) == {None, "redundant"}
 
+    def test_a_fraction_of_a_pixel_decides_in_every_image(self):
+        # Of two boxes of nearly 90 of 100 pixels, one is covered from an IoU of 0.9 on.
+        boxes = [[0.0, 0, 100, 10], [0.0, 0, 90.004, 10], [0.0, 0, 89.996, 10], [0.0, 0, 1333, 800]]
+        probs = [[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]]
+        view = view_of(
+            probs * 200, boxes=boxes * 200, image_index=[i for i in range(200) for _ in boxes]
+        )
+        assert leaves(DropCovered(0.9), view) == [False, True, False, False] * 200
+
     @pytest.mark.parametrize(
         ("counts", "num_classes"), [((40,) * 60, 2), ((9,) * 30, 400), ((700, 3, 600), 1)]
     )
     def test_a_large_batch_is_decided_as_its_images(self, counts, num_classes):
-        # With 60 images of this size, float32 coordinates would have steps of 1/64 pixel.
         view = make_view(
             counts=counts, num_classes=num_classes, image_size=(800, 1333), num_accepted=40
         )

@@ -241,25 +241,29 @@ def test_what_a_policy_sees():
 
 
 def test_accepted_regions_are_seen_where_redundancy_asks():
-    thresholds = {"thresholds": (0.7, 0.6)}
-    cascade, scene = make_cascade(exits=policy(**thresholds, redundancy_iou=1.0)), make_scene()
-    views, decide = [], cascade.exits.decide
-    cascade.exits.decide = lambda view: views.append(view) or decide(view)
-    detect(cascade, scene)
-    before, first, second = views
-    assert before.accepted is None
-    assert first.accepted is None
-    wanted = Accepted.of([first[torch.nonzero(first.scores >= 0.7).squeeze(1)]])
-    assert len(wanted.boxes) == 3
-    for name in ("boxes", "scores", "classes", "image_index"):
-        assert torch.equal(getattr(second.accepted, name), getattr(wanted, name))
+    views = []
+
+    def run(**arguments):
+        views.clear()
+        exits = policy(num_stages=4, thresholds=(0.7, 0.5, 0.4), **arguments)
+        decide = exits.decide
+        exits.decide = lambda view: views.append(view) or decide(view)
+        detect(make_cascade(num_stages=4, exits=exits), make_scene())
+        return [view.accepted for view in views]
+
+    *none, after_one, after_two = run(redundancy_iou=1.0)
+    assert none == [None, None]
+    for accepted, stages in ((after_one, 1), (after_two, 2)):
+        confident = [
+            view[torch.nonzero(view.scores >= threshold).squeeze(1)]
+            for view, threshold in zip(views[1 : 1 + stages], (0.7, 0.5), strict=False)
+        ]
+        wanted = Accepted.of(confident)
+        assert all(map(len, confident))
+        for name in ("boxes", "scores", "classes", "image_index"):
+            assert torch.equal(getattr(accepted, name), getattr(wanted, name))
+    assert run() == [None] * 4
     assert Accepted.of([]) is None
-    views.clear()
-    cascade.exits = policy(**thresholds)
-    decide_alone = cascade.exits.decide
-    cascade.exits.decide = lambda view: views.append(view) or decide_alone(view)
-    detect(cascade, scene)
-    assert [view.accepted for view in views] == [None] * 3
 
 
 class TestLaws:

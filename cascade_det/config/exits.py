@@ -142,6 +142,19 @@ def check_parts(cfg: CfgNode) -> Iterator[str]:
             )
 
 
+def check_agreement(cfg: CfgNode) -> Iterator[str]:
+    """Thresholds of agreement, which are numbers of stages."""
+    exits = cfg.MODEL.CASCADE.EXIT
+    if exits.CONFIDENCE == "agreement" and not all(
+        t >= 1 and t == int(t) for t in exits.THRESHOLDS
+    ):
+        yield (
+            f"{NODE}.THRESHOLDS is {exits.THRESHOLDS!r}, but with CONFIDENCE 'agreement' they are "
+            "numbers of stages before that had the same class. Give whole numbers from 1 on, such "
+            "as (1,); the number of stages means never."
+        )
+
+
 def check_unused(cfg: CfgNode) -> Iterator[str]:
     """Exits that are asked for from heads that have none."""
     if cfg.MODEL.ROI_HEADS.NAME != "CascadeROIHeads":

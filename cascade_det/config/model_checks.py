@@ -11,6 +11,7 @@ from cascade_det.config.exits import (
     LENGTH_KEYS,
     NODE,
     PART_KEYS,
+    check_agreement,
     check_parts,
     check_unused,
     exit_lengths,
@@ -159,6 +160,7 @@ HEAD_CHECKS: dict[Check, tuple[str, ...]] = {
     ),
     check_training: TRAINING_KEYS,
     check_parts: (*PART_KEYS, f"{NODE}.ENABLED"),
+    check_agreement: (f"{NODE}.CONFIDENCE", f"{NODE}.THRESHOLDS"),
     _check_first_iou: ("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", "MODEL.ROI_HEADS.IOU_THRESHOLDS"),
 }
 MODEL_CHECKS: dict[Check, tuple[str, ...]] = {

@@ -8,6 +8,7 @@ absolute pixels of the resized image; image sizes are ``(height, width)``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -244,31 +245,29 @@ class CascadeHead(nn.Module):
         Raises:
             ValueError: exits look at the objectness, and none is given.
         """
-        # Who leaves depends on the input: a tracer could not record it.
-        exits = None if torch.jit.is_tracing() else self.exits
-        budget = None if exits is None else exits.time_budget
-        if budget is not None:
-            budget.start(len(image_sizes), started)
+        exits = self.exits
+        budget = None if exits is None or torch.jit.is_tracing() else exits.time_budget
         if exits is not None and exits.asks_for_objectness and objectness is None:
-            raise ValueError("exits before stage 0 look at the objectness of the proposals")
-        with part(timer, "stage0"):
-            network, regions = self._start(features, proposals, objectness, image_sizes)
-        walker = Walker(
-            network,
-            num_stages=self.num_stages,
-            ensemble=self.ensemble,
-            policy=exits,
-            timer=timer,
-        )
-        scored = walker.walk(regions)
-        device = regions.boxes.device
-        if budget is not None:
-            budget.stages_are_done(device)
-        with part(timer, "postprocess"):
-            detections = self._select(scored, regions, len(image_sizes))
-        if budget is not None:
-            budget.finish(device)
-            walker.stats.overrun_ms = budget.overrun_ms
+            raise ValueError("these exits look at the objectness of the proposals: give it too")
+        with nullcontext() if budget is None else budget.call(len(image_sizes), started):
+            with part(timer, "stage0"):
+                network, regions = self._start(features, proposals, objectness, image_sizes)
+            walker = Walker(
+                network,
+                num_stages=self.num_stages,
+                ensemble=self.ensemble,
+                policy=exits,
+                timer=timer,
+            )
+            scored = walker.walk(regions)
+            device = regions.boxes.device
+            if budget is not None:
+                budget.stages_are_done(device)
+            with part(timer, "postprocess"):
+                detections = self._select(scored, regions, len(image_sizes))
+            if budget is not None:
+                budget.finish(device)
+                walker.stats.overrun_ms = budget.overrun_ms
         if timer is not None:
             walker.stats.milliseconds = timer.milliseconds
         return detections, walker.stats

@@ -81,7 +81,8 @@ class Walker:
     def _admit(self, proposals: Regions) -> Regions:
         """The proposals that enter stage 0."""
         policy = self.policy
-        if policy is None:
+        # Who leaves depends on the input: a tracer could not record it.
+        if policy is None or torch.jit.is_tracing():
             return proposals
         view = RegionView(
             stage=BEFORE_STAGES,
@@ -102,10 +103,9 @@ class Walker:
         if stage == self.num_stages - 1:
             self._take_down(run, stage)
             self.stats.left[stage] = {"completed": len(live)}
-            if self.policy is not None:
+            if self.policy is not None and not torch.jit.is_tracing():
                 self._confidence.append((stage, "completed", self._view(live, stage).scores.sum()))
             return live[:0]
-        # Who leaves depends on the input: a tracer could not record it.
         if self.policy is None or torch.jit.is_tracing():
             return live
         view = self._view(live, stage)

@@ -49,6 +49,12 @@ def calibrate(
     """
     detector, dataset, loader = open_detector()
     num_images = min(options.images, len(dataset.records))
+    if num_images < len(dataset.records):
+        logger.warning(
+            "Only the first %d of %d images are used (--images): what is promised is for images "
+            "like these",
+            *(num_images, len(dataset.records)),
+        )
     matcher = _checked_matcher(dataset, num_images, target, options.seed)
     logger.info("Recording the full cascade on %d images of %s", num_images, dataset.source.name)
     own = detector.cascade.exits

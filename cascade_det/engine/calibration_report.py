@@ -39,12 +39,15 @@ from cascade_det.evaluation.exit_search import Setting, pareto, usual_settings
 from cascade_det.evaluation.image_matching import MatchedDetections
 from cascade_det.evaluation.latency_model import LatencyModel
 from cascade_det.evaluation.report import describe_machine
+from cascade_det.evaluation.risk_bounds import wsr_ucb
 from cascade_det.evaluation.score_calibration import expected_calibration_error
 from cascade_det.files import atomic_path, write_json
 
 logger = logging.getLogger(__name__)
 
 CHOSEN = "chosen"
+# A promise of the loss is broken by a sample of calibration images that looked too well.
+PROMISE_DELTA = 0.025
 _HEADS = "EarlyExitCascadeROIHeads"
 
 
@@ -99,6 +102,7 @@ class CalibrationReport:
             compared=rows,
             chosen=CHOSEN,
         )
+        self._warn(calibration, target, rows)
         content = {
             "target": {name: x for name, x in asdict(target).items() if x is not None},
             "setting": calibration.setting,
@@ -114,6 +118,26 @@ class CalibrationReport:
         write_json(content, output_dir / "calibration.json")
         logger.info("Written to %s: exits.yaml and what it rests on", output_dir)
         return content
+
+    @staticmethod
+    def _warn(calibration: Calibration, target: Target, rows: Sequence[ComparedExits]) -> None:
+        """Say where the outcome is not what was asked for."""
+        change = calibration.differences["AP"]
+        if not calibration.setting:
+            logger.warning("No setting that was tried reaches the target: exits.yaml has no exits")
+        if target.max_ap_drop is not None and -change.value > target.max_ap_drop:
+            logger.warning(
+                "On the images that it was not chosen on, the setting loses %.2f points of AP "
+                "(95 %%: %.2f to %.2f), not at most %g. Calibrate on more images.",
+                *(-change.value, -change.high, -change.low, target.max_ap_drop),
+            )
+        measured = next(row.milliseconds for row in rows if row.name == CHOSEN)
+        if target.latency_ms is not None and (measured or 0.0) > target.latency_ms:
+            logger.warning(
+                "The setting was measured at %.1f ms per image, above the %g ms that were asked "
+                "for: the latency model is not exact. Ask for less.",
+                *(measured, target.latency_ms),
+            )
 
     def expected(self, calibration: Calibration) -> dict[str, float]:
         """Figures of the setting on the images that it was not chosen on."""
@@ -150,7 +174,10 @@ class CalibrationReport:
                 for pair in zip(early, full, strict=True)
             ]
         )
-        return float(losses.mean()), float(losses.std(ddof=1) / np.sqrt(len(losses)))
+        mean, deviation = float(losses.mean()), float(losses.std(ddof=1) / np.sqrt(len(losses)))
+        # Where hardly any image lost anything, its deviation says too little: what a bound that
+        # holds for any distribution leaves open is promised as two deviations, as drift has it.
+        return mean, max(deviation, (wsr_ucb(losses, PROMISE_DELTA) - mean) / 2)
 
     def write_exits(self, setting: Setting, path: Path, *, device: str = "") -> None:
         """A YAML to put on top of a configuration; exits that a setting does not name are off."""

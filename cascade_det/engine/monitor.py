@@ -38,9 +38,9 @@ class ExitMonitor:
     The images that ``shadow`` chooses take the full cascade in the same call, the others do not.
     If exits lose more on them than calibration promised, that is drift: a warning in the log, a
     call of ``on_drift``, and ``shadow/drift`` in the report. The verdict is looked at after every
-    shadow image; in a window's first fill, a false alarm has at most half the probability that
-    the confidence of ``shadow`` leaves, however often it is looked at. Not to be shared by
-    threads.
+    shadow image; where the promise is true, a false alarm in a window's first fill has at most
+    half the probability that the confidence of ``shadow`` leaves, however often it is looked at.
+    Not to be shared by threads.
 
     Args:
         detector: of either host, with ``detect(batch, stages=, timer=)``.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from cascade_det.core.exits.view import RegionView
@@ -57,7 +56,7 @@ class KeepNearBest:
 
     def leaves(self, view: RegionView) -> Tensor:
         """Bool ``[R]``."""
-        kth_best = torch.zeros(view.num_images, device=view.scores.device)
-        is_kth = view.ranks == self.best - 1
-        kth_best[view.image_index[is_kth]] = view.scores[is_kth]
+        # A sum over one region each: no index whose length a GPU would have to tell first.
+        kth_best = view.scores.new_zeros(view.num_images)
+        kth_best.index_add_(0, view.image_index, view.scores * (view.ranks == self.best - 1))
         return view.scores < kth_best[view.image_index] - self.margins[view.stage + 1]

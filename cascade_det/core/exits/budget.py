@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -76,6 +77,15 @@ class TimeBudget:
         """
         seconds = self.milliseconds / 1000 * (num_images if self.per_image else 1)
         self._end = (self.clock() if started is None else started) + seconds
+
+    @contextmanager
+    def call(self, num_images: int, started: float | None) -> Iterator[None]:
+        """Within the block a call runs; arguments as in ``start``. An error ends it as well."""
+        self.start(num_images, started)
+        try:
+            yield
+        finally:
+            self._end = None
 
     def is_active(self, stage: int) -> bool:
         """At every gate of a call, if only to read the clock."""

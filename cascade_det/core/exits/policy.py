@@ -167,10 +167,12 @@ class ExitPolicy(nn.Module):
             if not rule.is_active(view.stage) or not len(view):
                 continue
             leaves = rule.leaves(view)
-            leaving = torch.nonzero(leaves).squeeze(1)
+            # A stable sort keeps the order, and one count tells the lengths of both parts.
+            staying, leaving = torch.argsort(leaves.byte(), stable=True).tensor_split(
+                [len(view) - int(leaves.sum())]
+            )
             if not len(leaving):
                 continue
-            staying = torch.nonzero(~leaves).squeeze(1)
             rows = leaving if stay is None else stay[leaving]
             left[rule.reason] = (
                 torch.cat((left[rule.reason], rows)) if rule.reason in left else rows

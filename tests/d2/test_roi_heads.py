@@ -134,7 +134,7 @@ class TestConstruction:
 
     def test_own_arguments(self):
         exits = ExitPolicy(
-            num_stages=3, thresholds=(0.7, 0.6), prune_thresholds=(0.1, 0.2), redundancy_iou=0.8
+            num_stages=3, thresholds=(0.7, 0.6), prune_thresholds=(0.1, 0.2), redundancy_iou=0.9
         )
         plain = EarlyExitCascadeROIHeads(
             **plain_arguments(), exits=exits, ensemble="last", stage_loss_weights=[1.0, 0.5, 0.25]

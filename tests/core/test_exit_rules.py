@@ -16,7 +16,7 @@ from region_views import (
     view_of_image,
 )
 
-from cascade_det.core.exits import Accepted
+from cascade_det.core.exits import Accepted, redundancy
 from cascade_det.core.exits.background import KeepNearBest, PruneBelow
 from cascade_det.core.exits.confidence import MEASURES, AcceptConfident
 from cascade_det.core.exits.redundancy import DropCovered
@@ -170,6 +170,14 @@ class TestDropCovered:
                 seed, stages=(0, 1), redundancy_iou=iou, num_accepted=num_accepted
             )
         assert set(found) == {None, "redundant"}
+
+    @pytest.mark.parametrize("seed", SEEDS)
+    def test_more_regions_than_one_call_takes_are_decided_alike(self, seed, monkeypatch):
+        view = make_view(counts=(60, 1, 0, 50), num_classes=3, num_accepted=20, seed=seed)
+        wanted = leaves(DropCovered(0.5), view)
+        monkeypatch.setattr(redundancy, "MOST_IN_ONE_CALL", 20)
+        assert leaves(DropCovered(0.5), view) == wanted
+        assert any(wanted)
 
     def test_a_fraction_of_a_pixel_decides_in_every_image(self):
         # Of two boxes of nearly 90 of 100 pixels, one is covered from an IoU of 0.9 on.

@@ -1,0 +1,279 @@
+"""The command: from a trained detector and images to exits that hold what they promise."""
+
+import csv
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import cv2
+import pytest
+import yaml
+from calibration_case import INSTANT, make_calibration_case
+
+import calibrate_exits
+from cascade_det.config import load_config
+from cascade_det.engine import calibrate as calibrate_module
+from cascade_det.engine.calibration_target import Options
+from cascade_det.engine.recording import _SHARES
+from cascade_det.evaluation import exit_comparison
+from cascade_det.evaluation.exit_front import plot_front
+from cascade_det.standalone import evaluate, host
+
+FILES = [
+    *("balanced.yaml", "calibration.json", "comparison.csv", "exits.yaml", "fast.yaml"),
+    *("front.csv", "front.png", "quality.yaml"),
+]
+TARGETS = {
+    "drop": ["--max-ap-drop", "8"],
+    "latency": ["--latency-ms", "100000"],
+    "rate": ["--exit-rate", "0.1"],
+    "risk": ["--risk", "0.5", "--delta", "0.2"],
+}
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    return make_calibration_case(tmp_path_factory.mktemp("case"), images=8)
+
+
+def _fewer_pictures(front, path, **arguments):
+    if path.parent.name.startswith("drop"):
+        plot_front(front, path, **arguments)
+    else:
+        path.touch()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Measure little, and compare with less: these take longer than everything else."""
+    options = functools.partial(Options, timed_batches=1, rounds=1)
+    monkeypatch.setattr(calibrate_exits, "Options", options)
+    report = "cascade_det.engine.calibration_report"
+    monkeypatch.setattr(f"{report}.usual_settings", lambda *_: {})
+    monkeypatch.setattr("cascade_det.engine.recording._SHARES", _SHARES[:5])
+    fewer_rounds = functools.partial(exit_comparison.compare, rounds=20)
+    monkeypatch.setattr(f"{report}.compare", fewer_rounds)
+    monkeypatch.setattr(f"{report}.plot_front", _fewer_pictures)
+    monkeypatch.setattr("cascade_det.engine.evaluate.plot_report", lambda *_, **__: None)
+    monkeypatch.setattr("cascade_det.engine.evaluate.write_analysis", lambda *_, **__: None)
+
+
+def run(case, output, *arguments, options=(), host="standalone"):
+    flags = ["--host", host, "--config-file", str(INSTANT), "--output", str(output)]
+    if not any(a.startswith("--trials") for a in arguments):
+        arguments = ["--trials", "16", "--score-threshold", "0.3", *arguments]
+    return calibrate_exits.main([*flags, *arguments, *case.options, *options])
+
+
+@pytest.fixture(scope="module")
+def calibrated(case, tmp_path_factory):
+    """``calibrated(target)``: the folder of a calibration, made once."""
+
+    @functools.cache
+    def make(target):
+        output = tmp_path_factory.mktemp(target)
+        assert run(case, output, *TARGETS[target]) == 0
+        return output
+
+    return make
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_evaluation_gives_what_was_promised(case, calibrated, target, tmp_path):
+    folder = calibrated(target)
+    promised = json.loads((folder / "calibration.json").read_text())
+    options = case.with_truth("reporting", case.reporting_half())
+    files = [INSTANT, folder / "exits.yaml"]
+    shadow = ["CASCADE.SHADOW_SHARE", "1.0", "OUTPUT_DIR", str(tmp_path)]
+    cfg = load_config(files, [*options, *shadow])
+    host.check_config(cfg)
+    results = evaluate(cfg)
+    expected, exits = promised["expected"], results["exits"]
+    assert promised["images"] == {"chosen_on": 4, "reported_on": 4}
+    assert results["bbox"]["AP"] == pytest.approx(expected["AP"], abs=1e-3)
+    entered = [exits[f"stage{stage}"]["entered"] for stage in range(3)]
+    full = 4 * 60
+    assert sum(entered) / (3 * full) == pytest.approx(expected["regions_left"])
+    assert 1 - sum(entered[1:]) / (2 * full) == pytest.approx(expected["exit_rate"])
+    assert results["shadow"]["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+    if target == "rate":
+        assert sum(entered) < 3 * full
+    assert (cfg.MODEL.CASCADE.EXIT.DEVICE_NAME == "") == (target != "latency")
+
+
+def finite(value):
+    if isinstance(value, dict):
+        return all(map(finite, value.values()))
+    if isinstance(value, list):
+        return all(map(finite, value))
+    return value is not None
+
+
+class TestFiles:
+    def test_they_are_whole_and_readable(self, calibrated):
+        folder = calibrated("drop")
+        assert sorted(path.name for path in folder.iterdir() if path.name != "log.txt") == FILES
+        content = json.loads((folder / "calibration.json").read_text())
+        assert finite(content)
+        assert content["trials"] == 16
+        with (folder / "front.csv").open(newline="") as file:
+            front = list(csv.DictReader(file))
+        assert {row["head FLOPs left"] for row in front} >= {"1.0"}
+        for row in front:
+            json.loads(row["setting"])
+            assert float(row["AP (%)"]) >= 0
+        with (folder / "comparison.csv").open(newline="") as file:
+            named = {row["exits"]: row for row in csv.DictReader(file)}
+        assert {"full cascade", "chosen", "1 stage", "50 proposals", "oracle"} <= named.keys()
+        for name in ("full cascade", "chosen", "1 stage", "50 proposals"):
+            assert float(named[name]["ms/image"]) > 0
+        expected = content["expected"]
+        assert float(named["chosen"]["AP (%)"]) == pytest.approx(expected["AP"])
+        assert float(named["chosen"]["lost"]) == pytest.approx(expected["lost_true_positives"])
+        assert cv2.imread(str(folder / "front.png")).shape[0] > 300
+
+    def test_the_settings_can_be_put_on_top(self, case, calibrated):
+        for name in ("exits", "quality", "balanced", "fast"):
+            path = calibrated("drop") / f"{name}.yaml"
+            cfg = load_config([INSTANT, path], case.options)
+            host.check_config(cfg)
+            assert cfg.MODEL.CASCADE.EXIT.EXPECTED_LOSS >= 0
+            assert cfg.CASCADE.SHADOW_SCORE == 0.3
+            assert "&" not in path.read_text()
+            plain = yaml.safe_load(path.read_text())["MODEL"]["CASCADE"]["EXIT"]
+            # All that says who leaves is said, so that nothing below shines through.
+            assert {"PRUNE_THRESHOLDS", "REDUNDANCY_IOU", "THRESHOLDS", "REGION_BUDGET"} <= set(
+                plain
+            )
+
+    def test_a_second_run_replaces_them(self, case, calibrated, tmp_path):
+        shutil.copytree(calibrated("drop"), tmp_path / "again")
+        before = {name: (tmp_path / "again" / name).read_bytes() for name in FILES}
+        assert run(case, tmp_path / "again", "--exit-rate", "0.0", "--trials=2") == 0
+        after = {name: (tmp_path / "again" / name).read_bytes() for name in FILES}
+        assert json.loads(after["calibration.json"])["target"]["exit_rate"] == 0.0
+        assert before["calibration.json"] != after["calibration.json"]
+        assert not list((tmp_path / "again").glob(".*"))
+
+    def test_ctrl_c_leaves_what_was_there(self, case, calibrated, tmp_path, monkeypatch):
+        shutil.copytree(calibrated("drop"), tmp_path / "again")
+
+        def interrupted(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("cascade_det.engine.calibration_report.plot_front", interrupted)
+        assert run(case, tmp_path / "again", "--max-ap-drop", "9", "--trials=2") == 130
+        assert sorted(p.name for p in (tmp_path / "again").iterdir()) == sorted([*FILES, "log.txt"])
+        for name in ("exits", "quality"):
+            load_config([INSTANT, tmp_path / "again" / f"{name}.yaml"], case.options)
+
+
+def test_where_nothing_may_leave_exits_are_off(case, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "cascade_det.engine.calibration.Calibrator._choose",
+        lambda self, *_: (0,) * len(self.search.knobs),
+    )
+    assert run(case, tmp_path, "--max-ap-drop", "0", "--trials=2") == 0
+    cfg = load_config([INSTANT, tmp_path / "exits.yaml"], case.options)
+    host.check_config(cfg)
+    assert not cfg.MODEL.CASCADE.EXIT.ENABLED
+    assert json.loads((tmp_path / "calibration.json").read_text())["expected"]["work"] == 1
+
+
+def test_a_model_with_learned_exits(tmp_path):
+    case = make_calibration_case(
+        tmp_path / "case", images=6, learned=("iou_head", "gate", "pruner")
+    )
+    assert run(case, tmp_path / "out", "--exit-rate", "0.05", "--trials=12") == 0
+    cfg = load_config([INSTANT, tmp_path / "out" / "exits.yaml"], case.options)
+    host.check_config(cfg)
+    assert cfg.MODEL.CASCADE.EXIT.ENABLED
+    host.open_detector(cfg)
+    with (tmp_path / "out" / "front.csv").open() as file:
+        assert len(list(csv.DictReader(file))) > 1
+
+
+class TestMistakes:
+    @pytest.fixture
+    def no_work(self, monkeypatch):
+        """The detector is not run."""
+
+        def recording(*_, **__):
+            raise AssertionError("it runs the detector")
+
+        monkeypatch.setattr(calibrate_module, "record_dataset", recording)
+
+    @pytest.fixture
+    def no_model(self, monkeypatch):
+        """The detector is not even loaded."""
+
+        def loading(*_, **__):
+            raise AssertionError("it loads the detector")
+
+        monkeypatch.setattr(host, "open_detector", loading)
+
+    @pytest.mark.usefixtures("no_model")
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            ([], ["0 targets", "--exit-rate"]),
+            (["--max-ap-drop", "1", "--risk", "0.1"], ["2 targets"]),
+            (["--exit-rate", "2"], ["--exit-rate is 2.0"]),
+            (["--risk", "0.02", "--delta", "1.5"], ["--delta is 1.5"]),
+            (["--risk", "1"], ["--risk is 1.0"]),
+            (["--exit-rate", "0.5", "--images", "1"], ["--images is 1", "4 or more"]),
+            (["--exit-rate", "0.5", "--trials", "0"], ["--trials is 0"]),
+            (["--exit-rate", "0.5", "--score-threshold", "3"], ["--score-threshold is 3.0"]),
+            (["--exit-rate", "0.5", "MODEL.WIEGHTS", "x"], ["MODEL.WIEGHTS", "MODEL.WEIGHTS"]),
+        ],
+    )
+    def test_of_the_command_line(self, tmp_path, capfd, arguments, words):
+        flags = ["--host", "standalone", "--config-file", str(INSTANT), "--output", str(tmp_path)]
+        assert calibrate_exits.main([*flags, *arguments]) == 1
+        told = "".join(capfd.readouterr())
+        assert all(word in told for word in words)
+        assert "Traceback" not in told
+
+    @pytest.mark.usefixtures("no_work")
+    def test_too_few_images_for_a_guarantee(self, case, tmp_path, capfd):
+        assert run(case, tmp_path, "--risk", "0.02", "--delta", "0.1") == 1
+        told = capfd.readouterr().err
+        assert "at least 114 images" in told
+        assert "228 in all, but there are 8" in told
+
+    @pytest.mark.usefixtures("no_work")
+    def test_a_set_without_annotations(self, case, tmp_path, capfd):
+        content = {key: x for key, x in case.truth.items() if key != "annotations"}
+        options = case.with_truth("bare", content)
+        assert run(case, tmp_path, "--exit-rate", "0.5", options=options) == 1
+        assert "bare.json has no annotations" in capfd.readouterr().err
+
+    @pytest.mark.usefixtures("no_work")
+    def test_objects_in_one_half_alone(self, case, tmp_path, capfd):
+        content = case.truth
+        first = content["annotations"][0]["image_id"]
+        kept = [a for a in content["annotations"] if a["image_id"] == first]
+        options = case.with_truth("poor", {**content, "annotations": kept})
+        assert run(case, tmp_path, "--exit-rate", "0.5", options=options) == 1
+        assert "None of the 4 images to" in capfd.readouterr().err
+
+    @pytest.mark.usefixtures("no_work")
+    def test_three_images(self, case, tmp_path, capfd):
+        content = case.truth
+        images = content["images"][:3]
+        kept = [a for a in content["annotations"] if a["image_id"] <= images[-1]["id"]]
+        options = case.with_truth("three", {**content, "images": images, "annotations": kept})
+        assert run(case, tmp_path, "--exit-rate", "0.5", options=options) == 1
+        assert "3 are too few" in capfd.readouterr().err
+
+    @pytest.mark.usefixtures("no_work")
+    def test_no_set_at_all(self, case, tmp_path, capfd):
+        options = ["DATASETS.TEST", "()"]
+        assert run(case, tmp_path, "--exit-rate", "0.5", options=options) == 1
+        assert "DATASETS.TEST is empty" in capfd.readouterr().err
+
+    def test_what_no_setting_reaches(self, case, tmp_path, capfd):
+        assert run(case, tmp_path, "--latency-ms", "0.001", "--trials=3") == 1
+        assert "the fastest setting takes" in capfd.readouterr().err
+        assert [path.name for path in Path(tmp_path).iterdir()] == ["log.txt"]

@@ -47,6 +47,7 @@ def calibrate(
         DatasetError: the images lack objects.
         SampleTooSmallError: too few images, for a guarantee or at all.
     """
+    target.check_images(options.images)
     detector, dataset, loader = open_detector()
     num_images = min(options.images, len(dataset.records))
     if num_images < len(dataset.records):

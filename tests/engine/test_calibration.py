@@ -331,6 +331,17 @@ class TestScores:
         assert trial.figures["AP"] > plain.figures["AP"]
         assert trial.entered.tolist() == plain.entered.tolist()
 
+    def test_what_is_chosen_has_the_map_and_is_reported_with_it(self, many, monkeypatch):
+        monkeypatch.setattr(many, "_choose", lambda *_: ())
+        monkeypatch.setattr(many.search, "setting", lambda _: ACCEPT)
+        found = many.calibrate(Target(exit_rate=0.1))
+        assert found.plain == ACCEPT
+        assert found.setting == many.with_scores(ACCEPT)
+        mapped, plain = (many.others.run(many.policy(s)) for s in (found.setting, ACCEPT))
+        assert found.reported.figures == mapped.figures != plain.figures
+        change = mapped.figures["AP"] - many.others.full.figures["AP"]
+        assert found.differences["AP"].value == pytest.approx(change)
+
     def test_they_stay_where_it_does_not(self, many, monkeypatch):
         # What left after stage 0 comes out in a row with what did not, but below or above it.
         plain = many.trials.run(many.policy(ACCEPT)).figures["AP"]

@@ -223,6 +223,7 @@ class TestMistakes:
             (["--risk", "0.02", "--delta", "1.5"], ["--delta is 1.5"]),
             (["--risk", "1"], ["--risk is 1.0"]),
             (["--exit-rate", "0.5", "--images", "1"], ["--images is 1", "4 or more"]),
+            (["--risk", "0.02", "--images", "200"], ["228 in all", "200"]),
             (["--exit-rate", "0.5", "--trials", "0"], ["--trials is 0"]),
             (["--exit-rate", "0.5", "--score-threshold", "3"], ["--score-threshold is 3.0"]),
             (["--exit-rate", "0.5", "MODEL.WIEGHTS", "x"], ["MODEL.WIEGHTS", "MODEL.WEIGHTS"]),

@@ -169,29 +169,44 @@ class TestFiles:
             load_config([INSTANT, tmp_path / "again" / f"{name}.yaml"], case.options)
 
 
-def test_where_nothing_may_leave_exits_are_off(case, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "cascade_det.engine.calibration.Calibrator._choose",
-        lambda self, *_: (0,) * len(self.search.knobs),
-    )
-    assert run(case, tmp_path, "--max-ap-drop", "0", "--trials=2") == 0
+@pytest.fixture
+def choose(monkeypatch):
+    """``choose(name)``: this knob at its riskiest is what comes out; ``None``: no exits."""
+
+    def make(name):
+        def places(calibrator, *_):
+            knobs = calibrator.search.knobs
+            return tuple((len(k.settings) - 1) * (k.name == name) for k in knobs)
+
+        monkeypatch.setattr("cascade_det.engine.calibration.Calibrator._choose", places)
+
+    return make
+
+
+def test_where_nothing_may_leave_exits_are_off(case, tmp_path, choose):
+    choose(None)
+    assert run(case, tmp_path, "--max-ap-drop", "0", "--trials=1") == 0
     cfg = load_config([INSTANT, tmp_path / "exits.yaml"], case.options)
     host.check_config(cfg)
     assert not cfg.MODEL.CASCADE.EXIT.ENABLED
     assert json.loads((tmp_path / "calibration.json").read_text())["expected"]["work"] == 1
 
 
-def test_a_model_with_learned_exits(tmp_path):
-    case = make_calibration_case(
-        tmp_path / "case", images=6, learned=("iou_head", "gate", "pruner")
-    )
-    assert run(case, tmp_path / "out", "--exit-rate", "0.05", "--trials=12") == 0
-    cfg = load_config([INSTANT, tmp_path / "out" / "exits.yaml"], case.options)
-    host.check_config(cfg)
-    assert cfg.MODEL.CASCADE.EXIT.ENABLED
-    host.open_detector(cfg)
-    with (tmp_path / "out" / "front.csv").open() as file:
-        assert len(list(csv.DictReader(file))) > 1
+def test_a_model_with_learned_exits(tmp_path, choose):
+    names = ("iou_head", "gate", "pruner")
+    case = make_calibration_case(tmp_path / "case", images=4, learned=names)
+    for knob in (None, "pruner at gate 1"):
+        choose(knob)
+        assert run(case, tmp_path / "out", "--max-ap-drop", "0", "--trials=1") == 0
+        cfg = load_config([INSTANT, tmp_path / "out" / "exits.yaml"], case.options)
+        host.check_config(cfg)
+        # The model keeps its learned parts where none of them is used.
+        assert cfg.MODEL.CASCADE.EXIT.ENABLED
+        expected = json.loads((tmp_path / "out" / "calibration.json").read_text())["expected"]
+        assert (expected["work"] == 1) == (knob is None)
+    detector, _, loader = host.open_detector(cfg)
+    stats = detector.eval().detect(next(iter(loader))).stats
+    assert 0 < stats.left[0]["background"] < stats.entered[0]
 
 
 class TestMistakes:

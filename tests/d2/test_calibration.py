@@ -21,8 +21,6 @@ pytestmark = pytest.mark.needs_detectron2
 OPTIONS = Options(trials=10, score=0.3, timed_batches=1, rounds=1)
 TARGETS = {
     "drop": {"max_ap_drop": 8.0},
-    "latency": {"latency_ms": 1e5},
-    "rate": {"exit_rate": 0.05},
     "risk": {"risk": 0.5, "delta": 0.2},
 }
 

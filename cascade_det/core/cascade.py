@@ -251,7 +251,13 @@ class CascadeHead(nn.Module):
             raise ValueError("these exits look at the objectness of the proposals: give it too")
         with nullcontext() if budget is None else budget.call(len(image_sizes), started):
             with part(timer, "stage0"):
-                network, regions = self._start(features, proposals, objectness, image_sizes)
+                network, regions = self._start(
+                    features,
+                    proposals,
+                    objectness,
+                    image_sizes,
+                    agreements=exits is not None and exits.asks_for_agreements,
+                )
             walker = Walker(
                 network,
                 num_stages=self.num_stages,
@@ -328,7 +334,9 @@ class CascadeHead(nn.Module):
 
         Arguments as in ``detect``; ``hidden`` keeps the outputs of the box heads too.
         """
-        network, regions = self._start(features, proposals, objectness, image_sizes)
+        network, regions = self._start(
+            features, proposals, objectness, image_sizes, agreements=True
+        )
         learned = None if self.exits is None else self.exits.learned
         crops = network.crops(regions) if learned is not None and learned.crop_channels else None
         return CascadeRecord(
@@ -350,6 +358,8 @@ class CascadeHead(nn.Module):
         proposals: Sequence[Tensor],
         objectness: Sequence[Tensor] | None,
         image_sizes: ImageSizes,
+        *,
+        agreements: bool = False,
     ) -> tuple[Network, Regions]:
         boxes, image_index = flatten_images(proposals)
         limits = image_limits(image_sizes, image_index)
@@ -365,6 +375,7 @@ class CascadeHead(nn.Module):
             bbox_reg_weights=self.bbox_reg_weights,
             ensemble=self.ensemble,
             learned=None if self.exits is None else self.exits.learned,
+            counts_agreements=agreements,
         )
         return network, Regions(boxes, image_index, limits, logits, rows)
 

@@ -32,6 +32,7 @@ class Network:
         bbox_reg_weights: S multipliers of (dx, dy, dw, dh).
         ensemble: how the stages' opinions become one score.
         learned: the learned parts of exits, if there are any.
+        counts_agreements: whether regions are told how many stages agree on their class.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Network:
         bbox_reg_weights: Sequence[Weights],
         ensemble: ScoreEnsemble,
         learned: LearnedParts | None,
+        counts_agreements: bool,
     ) -> None:
         self.pyramid = pyramid
         self.num_images = num_images
@@ -56,6 +58,7 @@ class Network:
         self.bbox_reg_weights = bbox_reg_weights
         self.ensemble = ensemble
         self.learned = learned
+        self.counts_agreements = counts_agreements
 
     def run(self, regions: Regions, stage: int) -> StageRun:
         """Pool, classify and refine the regions that enter a stage."""
@@ -65,10 +68,7 @@ class Network:
         decoded = decode_boxes(deltas, regions.boxes, self.bbox_reg_weights[stage])
         decoded = clip_boxes(decoded.unflatten(1, (-1, 4)), regions.limits).flatten(1)
         total = self.ensemble.add(regions.total, logits)
-        top_class = self.ensemble.probs(total, stage + 1).argmax(dim=1)
-        agreements = torch.zeros_like(top_class)
-        if regions.top_class is not None and regions.agreements is not None:
-            agreements = (regions.agreements + 1) * (regions.top_class == top_class)
+        top_class, agreements = self._agreements(regions, total, stage)
         refined = replace(
             regions,
             boxes=select_class(decoded.detach(), logits[:, :-1].argmax(dim=1)),
@@ -108,14 +108,12 @@ class Network:
             run = self.run(regions, stage)
             regions = run.regions
             assert regions.total is not None
-            assert regions.top_class is not None
             assert regions.agreements is not None
             stages.append(
                 RecordedStage(
                     boxes=regions.boxes,
                     decoded=run.decoded,
                     total=regions.total,
-                    top_class=regions.top_class,
                     agreements=regions.agreements,
                     predicted_ious=regions.predicted_ious,
                     reported=self.reported(run, stage) if self.ensemble.reruns_heads else None,
@@ -123,6 +121,17 @@ class Network:
                 )
             )
         return stages
+
+    def _agreements(
+        self, regions: Regions, total: Tensor, stage: int
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """The most probable class now, and how many stages in a row had it before."""
+        if not self.counts_agreements:
+            return None, None
+        top_class = self.ensemble.probs(total, stage + 1).argmax(dim=1)
+        if regions.top_class is None or regions.agreements is None:
+            return top_class, torch.zeros_like(top_class)
+        return top_class, (regions.agreements + 1) * (regions.top_class == top_class)
 
     def _predicted_ious(self, hidden: Tensor, stage: int) -> Tensor | None:
         if self.learned is None or "iou_head" not in self.learned.names:

@@ -31,8 +31,8 @@ class RecordedStage:
         boxes: float32 ``[R, 4]``, as it refined them.
         decoded: all boxes that it predicts, ``[R, 4]`` or ``[R, 4 K]``.
         total: ``[R, K + 1]``, state of the score ensemble.
-        top_class: int64 ``[R]`` in ``[0, K]``, the most probable one up to here.
-        agreements: int64 ``[R]``, how many stages before had the same, in a row.
+        agreements: int64 ``[R]``, how many stages before had the same most probable class up to
+            there, in a row.
         predicted_ious: float32 ``[R]``; ``None`` without a head for them.
         reported: ``[R, K + 1]``, what a region is reported with that leaves here; ``None`` where
             the state of the ensemble says so.
@@ -42,7 +42,6 @@ class RecordedStage:
     boxes: Tensor
     decoded: Tensor
     total: Tensor
-    top_class: Tensor
     agreements: Tensor
     predicted_ious: Tensor | None = None
     reported: Tensor | None = None
@@ -172,7 +171,6 @@ class CascadeRecord:
             rows,
             boxes_before=regions.boxes,
             total=of_stage.total[rows],
-            top_class=of_stage.top_class[rows],
             agreements=of_stage.agreements[rows],
             predicted_ious=None if ious is None else ious[rows],
         )

@@ -24,8 +24,10 @@ class Regions:
         boxes_before: float32 ``[R, 4]``, what the last stage cropped; ``None`` before stage 0,
             as all that follow.
         total: ``[R, K + 1]``, running state of the score ensemble.
-        top_class: int64 ``[R]`` in ``[0, K]``, the most probable one.
-        agreements: int64 ``[R]``, how many stages before the last one had the same, in a row.
+        top_class: int64 ``[R]`` in ``[0, K]``, the most probable one; ``None`` where no rule
+            asks for agreements.
+        agreements: int64 ``[R]``, how many stages before the last one had the same, in a row;
+            likewise.
         predicted_ious: float32 ``[R]``; ``None`` without a head for them.
     """
 

@@ -110,12 +110,10 @@ class Timing:
     Attributes:
         entered: regions of the batch that entered each stage.
         milliseconds: of the whole call, for the whole batch.
-        stage_milliseconds: of the stages alone.
     """
 
     entered: tuple[int, ...]
     milliseconds: float
-    stage_milliseconds: tuple[float, ...]
 
 
 def time_policies(
@@ -200,10 +198,7 @@ def truncated_cascades(num_stages: int) -> dict[str, ExitPolicy]:
 def _time(detector: Any, batch: Batch, device: torch.device) -> Timing:
     timer = PartTimer(device)
     stats = detector.detect(batch, timer=timer).stats
-    stages = tuple(
-        timer.milliseconds.get(f"stage{stage}", 0.0) for stage in range(len(stats.entered))
-    )
-    return Timing(tuple(stats.entered), sum(timer.milliseconds.values()), stages)
+    return Timing(tuple(stats.entered), sum(timer.milliseconds.values()))
 
 
 def first_batches(loader: Iterable[Batch], count: int) -> list[Batch]:

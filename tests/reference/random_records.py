@@ -68,7 +68,6 @@ def make_recorded_scene(
                 boxes=corners[torch.arange(len(goals)), chosen],
                 decoded=corners.flatten(1),
                 total=total,
-                top_class=total.argmax(dim=1),
                 agreements=torch.randint(stage + 1, (len(goals),), generator=generator),
                 predicted_ious=torch.rand(len(goals), generator=generator),
                 hidden=torch.randn(len(goals), HIDDEN, generator=generator),

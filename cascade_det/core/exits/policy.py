@@ -157,6 +157,7 @@ class ExitPolicy(nn.Module):
         self.asks_for_objectness = uses_learned or any(
             rule.is_active(BEFORE_STAGES) for rule in self.rules if rule is not self.time_budget
         )
+        self.asks_for_agreements = uses_learned or (accepts and confidence == "agreement")
         self.asks_for_accepted = redundancy_iou is not None and accepts
 
     def decide(self, view: RegionView) -> Decision:

@@ -64,7 +64,8 @@ class RegionView:
         probs: float32 ``[R, K + 1]`` of the score ensemble up to ``stage``: by default the mean of
             the stages; ``None`` before stage 0.
         agreements: int64 ``[R]``, how many stages in a row before this one had the same most
-            probable class (background included) in ``probs``; ``None`` before stage 0.
+            probable class (background included) in ``probs``; ``None`` before stage 0, and where
+            no rule asks.
         predicted_ious: float32 ``[R]`` in [0, 1], of ``boxes`` with their object; ``None``
             where there is no head for it.
         crops: float32 ``[R, C]``, one feature vector for each proposal, before stage 0 and only

@@ -17,6 +17,22 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Draw a detection data set in COCO format.")
+    parser.add_argument("--output", type=Path, default=Path("datasets/shapes"))
+    parser.add_argument("--train", type=int, default=500, help="training images (500)")
+    parser.add_argument("--val", type=int, default=100, help="validation images (100)")
+    parser.add_argument("--width", type=int, default=320, help="of the images, pixels (320)")
+    parser.add_argument("--height", type=int, default=256, help="of the images, pixels (256)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hard", type=float, default=0.2, help="share of hard scenes, 0..1 (0.2)")
+    return parser
+
+
+if __name__ == "__main__":
+    _parser().parse_args()  # Help and errors do not wait for the imports below.
+
 import cv2
 from tqdm import tqdm
 
@@ -30,14 +46,7 @@ MARKER = "parameters.json"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line and make the data set."""
-    parser = argparse.ArgumentParser(description="Draw a detection data set in COCO format.")
-    parser.add_argument("--output", type=Path, default=Path("datasets/shapes"))
-    parser.add_argument("--train", type=int, default=500, help="training images (500)")
-    parser.add_argument("--val", type=int, default=100, help="validation images (100)")
-    parser.add_argument("--width", type=int, default=320, help="of the images, pixels (320)")
-    parser.add_argument("--height", type=int, default=256, help="of the images, pixels (256)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--hard", type=float, default=0.2, help="share of hard scenes, 0..1 (0.2)")
+    parser = _parser()
     values = vars(parser.parse_args(arguments))
     output = values.pop("output")
     try:

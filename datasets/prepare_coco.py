@@ -22,13 +22,34 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from zipfile import ZipFile, ZipInfo
 
+SPLITS = ["train", "val"]
+BASE_URL = "http://images.cocodataset.org"
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Fetch and unpack COCO 2017.")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(os.environ.get("DETECTRON2_DATASETS", "datasets")),
+        help="the folder of data sets, in which coco/ is made ($DETECTRON2_DATASETS or datasets)",
+    )
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS)
+    parser.add_argument("--base-url", default=BASE_URL, help=f"of a mirror ({BASE_URL})")
+    parser.add_argument(
+        "--keep-archives", action="store_true", help="do not delete the zip files after unpacking"
+    )
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    _parse(None)  # Help and errors do not wait for the imports below.
+
 from tqdm import tqdm
 
 from cascade_det.engine.commands import without_traceback
 from cascade_det.engine.downloads import download
 from cascade_det.errors import CascadeDetError, DatasetError
-
-BASE_URL = "http://images.cocodataset.org"
 
 
 @dataclass(frozen=True)
@@ -74,19 +95,7 @@ COUNTS = {"train": 118_287, "val": 5_000}  # images
 @without_traceback
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line and prepare the data set; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Fetch and unpack COCO 2017.")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path(os.environ.get("DETECTRON2_DATASETS", "datasets")),
-        help="the folder of data sets, in which coco/ is made ($DETECTRON2_DATASETS or datasets)",
-    )
-    parser.add_argument("--splits", nargs="+", choices=list(IMAGES), default=list(IMAGES))
-    parser.add_argument("--base-url", default=BASE_URL, help=f"of a mirror ({BASE_URL})")
-    parser.add_argument(
-        "--keep-archives", action="store_true", help="do not delete the zip files after unpacking"
-    )
-    values = parser.parse_args(arguments)
+    values = _parse(arguments)
     try:
         prepare_coco(
             values.output,

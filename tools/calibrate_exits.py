@@ -24,31 +24,7 @@ import logging
 import sys
 from pathlib import Path
 
-from cascade_det.engine.calibrate import calibrate
-from cascade_det.engine.calibration_target import Options, Target
-from cascade_det.engine.commands import without_traceback
-from cascade_det.engine.log import setup_logging
-from cascade_det.hosts import HOSTS, choose_host, load_host
-
-logger = logging.getLogger("cascade_det.tools.calibrate_exits")
-
-
-@without_traceback
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
-    args = _parse(argv)
-    target = Target(args.max_ap_drop, args.latency_ms, args.exit_rate, args.risk, args.delta)
-    options = Options(
-        images=args.images, trials=args.trials, score=args.score_threshold, seed=args.seed
-    )
-    setup_logging(args.output)
-    name, why = choose_host(args.host)
-    logger.info("Host: %s, %s", name, why)
-    host = load_host(name)
-    cfg = host.load_config(args.config_file, args.opts)
-    host.check_config(cfg)
-    calibrate(cfg, lambda: host.open_detector(cfg), target, Path(args.output), options)
-    return 0
+from cascade_det.hosts import HOSTS
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -63,7 +39,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--host", default="auto", choices=HOSTS, help="auto: Detectron2 where it can be imported"
     )
-    target = parser.add_argument_group("target, one of")
+    group = parser.add_argument_group("target, one of")
+    target = group.add_mutually_exclusive_group(required=True)
     target.add_argument(
         "--max-ap-drop", type=float, metavar="POINTS", help="the least work for this much AP"
     )
@@ -96,6 +73,36 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the split in halves")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    _parse(None)  # Help and errors do not wait for the imports below.
+
+from cascade_det.engine.calibrate import calibrate
+from cascade_det.engine.calibration_target import Options, Target
+from cascade_det.engine.commands import without_traceback
+from cascade_det.engine.log import setup_logging
+from cascade_det.hosts import choose_host, load_host
+
+logger = logging.getLogger("cascade_det.tools.calibrate_exits")
+
+
+@without_traceback
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = _parse(argv)
+    target = Target(args.max_ap_drop, args.latency_ms, args.exit_rate, args.risk, args.delta)
+    options = Options(
+        images=args.images, trials=args.trials, score=args.score_threshold, seed=args.seed
+    )
+    setup_logging(args.output)
+    name, why = choose_host(args.host)
+    logger.info("Host: %s, %s", name, why)
+    host = load_host(name)
+    cfg = host.load_config(args.config_file, args.opts)
+    host.check_config(cfg)
+    calibrate(cfg, lambda: host.open_detector(cfg), target, Path(args.output), options)
+    return 0
 
 
 if __name__ == "__main__":

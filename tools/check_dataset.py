@@ -12,6 +12,36 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Check data sets without training; exit status 1 if something is wrong.",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--json", metavar="FILE", help="COCO-format annotations")
+    source.add_argument(
+        "--config-file",
+        action="append",
+        metavar="YAML",
+        help="check DATASETS.TRAIN and TEST; later files on top",
+    )
+    parser.add_argument("--images", metavar="FOLDER", help="of --json; its own folder if not given")
+    parser.add_argument(
+        "--decode",
+        action="store_true",
+        help="decode every image, not those of DATASETS.TEST alone: slow, finds all that is broken",
+    )
+    parser.add_argument("--json-out", metavar="FILE", help="write the findings for programs")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="of the YAML")
+    args = parser.parse_args(argv)
+    if args.json and args.opts:
+        parser.error(f"unexpected with --json: {' '.join(args.opts)}")
+    return args
+
+
+if __name__ == "__main__":
+    _parse(None)  # Help and errors do not wait for the imports below.
+
 from tabulate import tabulate
 
 from cascade_det import config
@@ -166,32 +196,6 @@ def _plain(problems: Problems) -> dict[str, Any]:
         kind: {"count": count, "examples": problems.examples[kind]}
         for kind, count in problems.counts.items()
     }
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Check data sets without training; exit status 1 if something is wrong.",
-    )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--json", metavar="FILE", help="COCO-format annotations")
-    source.add_argument(
-        "--config-file",
-        action="append",
-        metavar="YAML",
-        help="check DATASETS.TRAIN and TEST; later files on top",
-    )
-    parser.add_argument("--images", metavar="FOLDER", help="of --json; its own folder if not given")
-    parser.add_argument(
-        "--decode",
-        action="store_true",
-        help="decode every image, not those of DATASETS.TEST alone: slow, finds all that is broken",
-    )
-    parser.add_argument("--json-out", metavar="FILE", help="write the findings for programs")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="of the YAML")
-    args = parser.parse_args(argv)
-    if args.json and args.opts:
-        parser.error(f"unexpected with --json: {' '.join(args.opts)}")
-    return args
 
 
 if __name__ == "__main__":

@@ -19,6 +19,31 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+_BAD_DATA_OPTION = "--on-bad-data"
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Score a file of predictions.")
+    parser.add_argument("--predictions", required=True, metavar="JSON", help="COCO result format")
+    parser.add_argument("--json", required=True, metavar="JSON", help="the annotations")
+    parser.add_argument("--images", metavar="FOLDER", help="of the annotations; they are checked")
+    parser.add_argument("--output", metavar="FOLDER", help="for figures, tables and pictures")
+    parser.add_argument(
+        "--score-threshold", type=float, default=0.5, help="of what counts beside AP (0.5)"
+    )
+    parser.add_argument(
+        _BAD_DATA_OPTION,
+        choices=("error", "skip"),
+        default="error",
+        help="what to do about bad annotations and images, as CASCADE.ON_BAD_DATA does; without "
+        "--images the files are not looked at, so AP differs from that of a run that skipped some",
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    _parse(None)  # Help and errors do not wait for the imports below.
+
 from cascade_det.data.annotation_file import read_json
 from cascade_det.data.catalog import dataset_of_files
 from cascade_det.data.coco import CocoDataset, left_out_notes, load_dataset
@@ -33,7 +58,6 @@ from cascade_det.evaluation.ground_truth import load_ground_truth
 from cascade_det.files import write_json
 
 SCORES_FILE = "scores.json"
-_BAD_DATA_OPTION = "--on-bad-data"
 # Beyond any image or score, and far from where floats end.
 _LIMIT = 1e9
 
@@ -161,25 +185,6 @@ def _write(
         results["analysis"], folder, read_image=read if with_pictures else None
     )
     logger.info("Written: %s and %s", folder / SCORES_FILE, analysis)
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Score a file of predictions.")
-    parser.add_argument("--predictions", required=True, metavar="JSON", help="COCO result format")
-    parser.add_argument("--json", required=True, metavar="JSON", help="the annotations")
-    parser.add_argument("--images", metavar="FOLDER", help="of the annotations; they are checked")
-    parser.add_argument("--output", metavar="FOLDER", help="for figures, tables and pictures")
-    parser.add_argument(
-        "--score-threshold", type=float, default=0.5, help="of what counts beside AP (0.5)"
-    )
-    parser.add_argument(
-        _BAD_DATA_OPTION,
-        choices=("error", "skip"),
-        default="error",
-        help="what to do about bad annotations and images, as CASCADE.ON_BAD_DATA does; without "
-        "--images the files are not looked at, so AP differs from that of a run that skipped some",
-    )
-    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

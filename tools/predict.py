@@ -14,6 +14,27 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Detect objects in images.")
+    parser.add_argument(
+        "--config-file", required=True, action="append", metavar="YAML", help="later ones on top"
+    )
+    parser.add_argument(
+        "--input", required=True, nargs="+", help="image files, folders or quoted globs"
+    )
+    parser.add_argument("--output", required=True, help="folder for pictures and predictions.json")
+    parser.add_argument("--score-threshold", type=float, default=0.5, help="of what is drawn")
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="as train_net.py"
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    _parse(None)  # Help and errors do not wait for the imports below.
+
+
 import cv2
 import numpy as np
 from tqdm import tqdm
@@ -180,22 +201,6 @@ def _picture_names(files: list[Path]) -> list[str]:
             name, number = f"{file.stem}_{number}.jpg", number + 1
         names[name] = None
     return list(names)
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Detect objects in images.")
-    parser.add_argument(
-        "--config-file", required=True, action="append", metavar="YAML", help="later ones on top"
-    )
-    parser.add_argument(
-        "--input", required=True, nargs="+", help="image files, folders or quoted globs"
-    )
-    parser.add_argument("--output", required=True, help="folder for pictures and predictions.json")
-    parser.add_argument("--score-threshold", type=float, default=0.5, help="of what is drawn")
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="as train_net.py"
-    )
-    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,33 @@ import sys
 from collections.abc import Collection, Iterator
 from typing import Any
 
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Show a configuration and where each value comes from."
+    )
+    parser.add_argument(
+        "--config-file",
+        action="append",
+        metavar="YAML",
+        help="later ones on top; without it: the defaults",
+    )
+    parser.add_argument(
+        "--changed", action="store_true", help="only the values that differ from the defaults"
+    )
+    parser.add_argument(
+        "opts",
+        nargs=argparse.REMAINDER,
+        metavar="KEY VALUE",
+        help="keys that override the files, as for train_net.py",
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    _parse(None)  # Help and errors do not wait for the imports below.
+
+
 import yaml
 from fvcore.common.config import CfgNode
 
@@ -83,28 +110,6 @@ def _in_one_line(value: Any) -> str:
 def _printable(source: str) -> str:
     """A file's name may hold what would end a comment."""
     return source if source.isprintable() else repr(source)
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Show a configuration and where each value comes from."
-    )
-    parser.add_argument(
-        "--config-file",
-        action="append",
-        metavar="YAML",
-        help="later ones on top; without it: the defaults",
-    )
-    parser.add_argument(
-        "--changed", action="store_true", help="only the values that differ from the defaults"
-    )
-    parser.add_argument(
-        "opts",
-        nargs=argparse.REMAINDER,
-        metavar="KEY VALUE",
-        help="keys that override the files, as for train_net.py",
-    )
-    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

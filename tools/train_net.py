@@ -29,6 +29,55 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
+from cascade_det.hosts import HOSTS
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Train or evaluate a cascade.", formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--config-file", required=True, action="append", metavar="YAML", help="later ones on top"
+    )
+    parser.add_argument(
+        "--host",
+        default="auto",
+        choices=HOSTS,
+        help="who builds and trains the model; auto: Detectron2 where it can be imported",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR"
+    )
+    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
+    parser.add_argument(
+        "--replay-batch",
+        metavar="FILE",
+        help="run the batch of a training that diverged again, and say what breaks first",
+    )
+    parser.add_argument(
+        "--num-gpus", type=int, default=1, metavar="N", help="processes on each machine"
+    )
+    parser.add_argument("--num-machines", type=int, default=1, metavar="N")
+    parser.add_argument("--machine-rank", type=int, default=0, metavar="I", help="from 0")
+    parser.add_argument(
+        "--dist-url",
+        default="auto",
+        metavar="URL",
+        help="tcp://host:port, an address of machine 0 with a free port; needed for several\n"
+        "machines only",
+    )
+    parser.add_argument(
+        "opts",
+        nargs=argparse.REMAINDER,
+        metavar="KEY VALUE",
+        help="configuration keys that override the files, such as SOLVER.MAX_ITER 1000",
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    _parse(None)  # Help and errors do not wait for the imports below.
+
 from fvcore.common.config import CfgNode
 
 from cascade_det.config import check_processes, scale_to_world_size
@@ -37,7 +86,7 @@ from cascade_det.engine.interrupts import Interrupted
 from cascade_det.engine.log import setup_logging
 from cascade_det.engine.processes import INTERRUPTED
 from cascade_det.errors import CascadeDetError
-from cascade_det.hosts import HOSTS, choose_host, load_host
+from cascade_det.hosts import choose_host, load_host
 
 logger = logging.getLogger("cascade_det.tools.train_net")
 
@@ -130,49 +179,6 @@ def _resuming_command() -> str:
         return "the same torchrun command with --resume"
     given = [argument for argument in sys.argv[1:] if argument != "--resume"]
     return shlex.join(["python", sys.argv[0], "--resume", *given])
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Train or evaluate a cascade.", formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument(
-        "--config-file", required=True, action="append", metavar="YAML", help="later ones on top"
-    )
-    parser.add_argument(
-        "--host",
-        default="auto",
-        choices=HOSTS,
-        help="who builds and trains the model; auto: Detectron2 where it can be imported",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR"
-    )
-    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
-    parser.add_argument(
-        "--replay-batch",
-        metavar="FILE",
-        help="run the batch of a training that diverged again, and say what breaks first",
-    )
-    parser.add_argument(
-        "--num-gpus", type=int, default=1, metavar="N", help="processes on each machine"
-    )
-    parser.add_argument("--num-machines", type=int, default=1, metavar="N")
-    parser.add_argument("--machine-rank", type=int, default=0, metavar="I", help="from 0")
-    parser.add_argument(
-        "--dist-url",
-        default="auto",
-        metavar="URL",
-        help="tcp://host:port, an address of machine 0 with a free port; needed for several\n"
-        "machines only",
-    )
-    parser.add_argument(
-        "opts",
-        nargs=argparse.REMAINDER,
-        metavar="KEY VALUE",
-        help="configuration keys that override the files, such as SOLVER.MAX_ITER 1000",
-    )
-    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

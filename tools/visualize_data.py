@@ -13,6 +13,31 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Draw what the training loader gives.")
+    parser.add_argument(
+        "--config-file", required=True, action="append", metavar="YAML", help="later ones on top"
+    )
+    parser.add_argument("--output", required=True, help="folder for the pictures")
+    parser.add_argument("--num", type=_positive, default=16, help="images to draw")
+    parser.add_argument("--grid", action="store_true", help="all in one picture, grid.png")
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="as for train_net.py"
+    )
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return value
+
+
+if __name__ == "__main__":
+    _parse(None)  # Help and errors do not wait for the imports below.
+
+
 import cv2
 import numpy as np
 from fvcore.common.config import CfgNode
@@ -90,26 +115,6 @@ def _draw(sample: Sample, image_format: str, class_names: Sequence[str]) -> np.n
         [class_names[index] for index in classes],
         [stage_color(index) for index in classes],
     )
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Draw what the training loader gives.")
-    parser.add_argument(
-        "--config-file", required=True, action="append", metavar="YAML", help="later ones on top"
-    )
-    parser.add_argument("--output", required=True, help="folder for the pictures")
-    parser.add_argument("--num", type=_positive, default=16, help="images to draw")
-    parser.add_argument("--grid", action="store_true", help="all in one picture, grid.png")
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="as for train_net.py"
-    )
-    return parser.parse_args(argv)
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return value
 
 
 if __name__ == "__main__":

@@ -13,15 +13,12 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from cascade_det.core.boxes import (
-    Weights,
-    flatten_images,
-    image_limits,
-)
+from cascade_det.core.boxes import Weights, flatten_images, image_limits
 from cascade_det.core.cascade_losses import cascade_losses
 from cascade_det.core.ensemble import ScoreEnsemble
 from cascade_det.core.exits import ExitPolicy
 from cascade_det.core.exits.learned_training import exit_losses
+from cascade_det.core.fast_heads import FastBoxHead, fast_box_heads
 from cascade_det.core.matching import LabelledRegions, Targets
 from cascade_det.core.modes import evaluation_mode
 from cascade_det.core.network import Network
@@ -134,6 +131,11 @@ class CascadeHead(nn.Module):
         self.detections_per_image = detections_per_image
         self.exits = exits
         self.metrics: dict[str, Tensor] = {}
+
+    def optimize(self, dtype: torch.dtype = torch.float32) -> None:
+        """Make the box heads fast for good, see ``fast_box_heads``; scores stay float32."""
+        size = self.pooler.output_size
+        self.box_head = fast_box_heads(self.box_head, pooled_size=size, dtype=dtype)
 
     def losses(
         self,
@@ -365,8 +367,10 @@ class CascadeHead(nn.Module):
         limits = image_limits(image_sizes, image_index)
         logits = boxes.new_zeros(boxes.shape[0]) if objectness is None else torch.cat([*objectness])
         rows = torch.arange(boxes.shape[0], device=boxes.device)
+        first = self.box_head[0]
+        dtype = first.dtype if isinstance(first, FastBoxHead) else None
         network = Network(
-            self.pooler.prepare(features),
+            self.pooler.prepare(features, dtype=dtype),
             len(image_sizes),
             pooler=self.pooler,
             crop_pooler=self.crop_pooler,

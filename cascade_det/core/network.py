@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cascade_det.core.boxes import Weights, clip_boxes, decode_boxes, select_class
 from cascade_det.core.ensemble import ScoreEnsemble
 from cascade_det.core.exits.learned import LearnedParts
+from cascade_det.core.fast_heads import FastBoxHead
 from cascade_det.core.record import RecordedStage
 from cascade_det.core.regions import Regions, StageRun
 from cascade_det.core.roi_pooling import Pyramid, RoIPooler
@@ -62,8 +63,7 @@ class Network:
 
     def run(self, regions: Regions, stage: int) -> StageRun:
         """Pool, classify and refine the regions that enter a stage."""
-        pooled = self.pooler(self.pyramid, regions.boxes, regions.image_index)
-        hidden = self.box_heads[stage](pooled)
+        pooled, hidden = self._hidden(regions, stage)
         logits, deltas = self.box_predictors[stage](hidden)
         decoded = decode_boxes(deltas, regions.boxes, self.bbox_reg_weights[stage])
         decoded = clip_boxes(decoded.unflatten(1, (-1, 4)), regions.limits).flatten(1)
@@ -79,6 +79,21 @@ class Network:
             predicted_ious=self._predicted_ious(hidden, stage),
         )
         return StageRun(refined, decoded, pooled, hidden)
+
+    def _hidden(self, regions: Regions, stage: int) -> tuple[Tensor | None, Tensor]:
+        """Crops ``[R, C, P, P]``, where they are of use later, and what a box head makes of them."""
+        head, boxes, image_index = self.box_heads[stage], regions.boxes, regions.image_index
+        # Crops that nobody asks for need not be in the order of the regions.
+        if (
+            isinstance(head, FastBoxHead)
+            and self.pyramid.table is not None
+            and not self.ensemble.reruns_heads
+        ):
+            rows, order = self.pooler.rows(self.pyramid, boxes, image_index)
+            hidden = head.of_rows(rows)
+            return None, torch.empty_like(hidden).index_copy_(0, order, hidden)
+        pooled = self.pooler(self.pyramid, boxes, image_index)
+        return pooled, head(pooled)
 
     def reported(self, run: StageRun, stage: int) -> Tensor:
         """Class probabilities ``[R, K + 1]`` of regions that leave after ``stage``."""

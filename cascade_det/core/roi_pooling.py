@@ -93,11 +93,12 @@ class RoIPooler(nn.Module):
         self.aligned = aligned
         self.kernel = kernel
 
-    def prepare(self, features: list[Tensor]) -> Pyramid:
+    def prepare(self, features: list[Tensor], *, dtype: torch.dtype | None = None) -> Pyramid:
         """Lay out the levels for the chosen kernel.
 
         Args:
             features: L maps ``[N, C, H_l, W_l]``, finest first, as many as strides.
+            dtype: that the ``bags`` kernel pools in and returns; ``None``: that of the features.
 
         Raises:
             ValueError: if the number of maps differs from the number of strides.
@@ -108,7 +109,8 @@ class RoIPooler(nn.Module):
         wants_bags = self.kernel == "bags" or (self.kernel == "auto" and has_fast_bags)
         if not wants_bags or torch.jit.is_tracing():
             return Pyramid(features, None)
-        pixels = torch.cat([level.flatten(2).transpose(1, 2) for level in features], dim=1)
+        levels = [level.to(dtype or level.dtype) for level in features]
+        pixels = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
         return Pyramid(features, pixels.reshape(-1, pixels.shape[-1]))
 
     def forward(self, pyramid: Pyramid, boxes: Tensor, image_index: Tensor) -> Tensor:
@@ -122,14 +124,21 @@ class RoIPooler(nn.Module):
         Returns:
             ``[R, C, P, P]`` in the type of the features; differentiable in the features.
         """
-        levels = assign_levels(boxes, min_level=self.min_level, max_level=self.max_level)
         if pyramid.table is None:
-            return self._pool_with_torchvision(pyramid.features, boxes, image_index, levels)
-        return self._pool_with_bags(pyramid, boxes, image_index, levels)
+            return self._pool_with_torchvision(pyramid.features, boxes, image_index)
+        size = self.output_size
+        rows, order = self.rows(pyramid, boxes, image_index)
+        in_place = torch.empty_like(order)
+        in_place[order] = torch.arange(len(order), device=order.device)
+        return rows[in_place].unflatten(1, (size, size, -1)).permute(0, 3, 1, 2)
+
+    def _levels(self, boxes: Tensor) -> Tensor:
+        return assign_levels(boxes, min_level=self.min_level, max_level=self.max_level)
 
     def _pool_with_torchvision(
-        self, features: list[Tensor], boxes: Tensor, image_index: Tensor, levels: Tensor
+        self, features: list[Tensor], boxes: Tensor, image_index: Tensor
     ) -> Tensor:
+        levels = self._levels(boxes)
         regions = torch.cat([image_index[:, None].to(boxes.dtype), boxes], dim=1)
         size = self.output_size
         pooled = features[0].new_zeros(boxes.shape[0], features[0].shape[1], size, size)
@@ -147,38 +156,48 @@ class RoIPooler(nn.Module):
             pooled = pooled.index_put((rows,), crops.to(pooled.dtype))
         return pooled
 
-    def _pool_with_bags(
-        self, pyramid: Pyramid, boxes: Tensor, image_index: Tensor, levels: Tensor
-    ) -> Tensor:
+    def rows(self, pyramid: Pyramid, boxes: Tensor, image_index: Tensor) -> tuple[Tensor, Tensor]:
+        """Pool regions without putting the result into the order and layout of ``forward``.
+
+        Args:
+            pyramid: of the ``bags`` kernel.
+            boxes: as in ``forward``.
+            image_index: likewise.
+
+        Returns:
+            ``[R, P * P * C]``, row r of region ``order[r]``; and int64 ``[R]``, ``order``.
+        """
         assert pyramid.table is not None
         size, channels = self.output_size, pyramid.table.shape[1]
         if len(boxes) == 0:
             # A slice keeps the graph: a stage without regions still gives (zero) gradients.
-            return pyramid.table[:0].reshape(0, size, size, channels).permute(0, 3, 1, 2)
-        device = boxes.device
+            return pyramid.table[:0].reshape(0, size * size * channels), image_index
+        boxes, device = boxes.detach(), boxes.device
         # A box with NaN has no level; any will do, since none of its samples counts.
-        levels = levels.clamp(0, len(self.strides) - 1)
+        levels = self._levels(boxes).clamp(0, len(self.strides) - 1)
         shapes = torch.tensor([f.shape[-2:] for f in pyramid.features], device=device)
         pixels = shapes.prod(dim=1)
         first_row = (pixels.cumsum(0) - pixels)[levels] + image_index * pixels.sum()
-        height, width = shapes[levels].unbind(1)
-        scale = torch.tensor([1.0 / s for s in self.strides], device=device)[levels, None]
+        # Both axes as one: the vertical one of all regions, then the horizontal one.
+        length = shapes[levels].t().flatten()
+        scale = torch.tensor([1.0 / s for s in self.strides], device=device)[levels]
         offset = 0.5 if self.aligned else 0.0
-        low, high = boxes[:, :2] * scale - offset, boxes[:, 2:] * scale - offset
+        edges = boxes.t()[[1, 0, 3, 2]] * scale - offset
+        low, high = edges[:2].flatten(), edges[2:].flatten()
         extent = high - low if self.aligned else (high - low).clamp(min=1.0)
 
-        x, x_weight, x_count = self._axis(low[:, 0], extent[:, 0], width)
-        y, y_weight, y_count = self._axis(low[:, 1], extent[:, 1], height)
-        y_row = first_row[:, None, None] + y * width[:, None, None]
-        index, weight, offsets = _outer_bags(y_row, y_weight, y_count, x, x_weight, x_count)
+        pixel, weight, count = self._axis(low, extent, length)
+        (y, x), (y_weight, x_weight) = pixel.chunk(2), weight.chunk(2)
+        y = first_row[:, None, None] + y * shapes[levels, 1][:, None, None]
+        index, weights, offsets, order = _outer_bags(y, y_weight, x, x_weight, count)
         bins = F.embedding_bag(
             index,
             pyramid.table,
             offsets,
             mode="sum",
-            per_sample_weights=weight.to(pyramid.table.dtype),
+            per_sample_weights=weights.to(pyramid.table.dtype),
         )
-        return bins.view(-1, size, size, channels).permute(0, 3, 1, 2)
+        return bins.view(len(boxes), -1), order
 
     def _axis(self, low: Tensor, extent: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pixels and weights of every bin of every region along one axis.
@@ -231,34 +250,47 @@ class RoIPooler(nn.Module):
 
 
 def _outer_bags(
-    y: Tensor, y_weight: Tensor, y_count: Tensor, x: Tensor, x_weight: Tensor, x_count: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    y: Tensor, y_weight: Tensor, x: Tensor, x_weight: Tensor, count: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The pixels of each 2-D bin: every row of its y bin with every column of its x bin.
 
+    Regions whose bins have equally many pixels are made at once, so that each entry is written
+    only once; the bags are therefore in another order than the regions.
+
     Args:
-        y: int64 ``[R, P, Ty]``, first table row of each feature row.
-        y_weight: float32 ``[R, P, Ty]``.
-        y_count: int64 ``[R]``, entries of the last axis that count.
-        x: int64 ``[R, P, Tx]``, feature columns.
-        x_weight: float32 ``[R, P, Tx]``.
-        x_count: int64 ``[R]``.
+        y: int64 ``[R, P, T]``, first table row of each feature row.
+        y_weight: float32 ``[R, P, T]``.
+        x: int64 ``[R, P, T]``, feature columns.
+        x_weight: float32 ``[R, P, T]``.
+        count: int64 ``[2 R]``, how many of the T entries count, of y and then of x.
 
     Returns:
-        Table rows int64 ``[E]``, weights float32 ``[E]``, and the start of each of the
-        ``R * P * P`` bags, int64.
+        Table rows int64 ``[E]``, weights float32 ``[E]``, the start of each of the
+        ``R * P * P`` bags, int64, and int64 ``[R]``: the region of each ``P * P`` of them.
     """
-    size, device = y.shape[1], y.device
-    per_bin = y_count * x_count
-    bag_length = per_bin.repeat_interleave(size * size)
-    offsets = bag_length.cumsum(0) - bag_length
-    bag = torch.repeat_interleave(bag_length)
-    position = torch.arange(len(bag), device=device) - offsets[bag]
-    region = bag // (size * size)
-    columns = x_count[region]
-    at_y = position // columns
-    at_x = position - at_y * columns
-    # Places in the flattened [R, P, T] arrays: bag // P runs over (region, y bin).
-    at_y += (bag // size) * y.shape[2]
-    at_x += (region * size + bag % size) * x.shape[2]
-    index = y.flatten()[at_y] + x.flatten()[at_x]
-    return index, y_weight.flatten()[at_y] * x_weight.flatten()[at_x], offsets
+    bins = y.shape[1] ** 2
+    y_count, x_count = count.view(2, -1)
+    shape = y_count * (y.shape[2] + 1) + x_count
+    shape, order = torch.sort(shape)
+    y, y_weight, x, x_weight = y[order], y_weight[order], x[order], x_weight[order]
+    per_bin = (y_count * x_count)[order]
+    length = per_bin.repeat_interleave(bins)
+    shapes, regions = torch.unique_consecutive(shape, return_counts=True)
+    index = y.new_empty(int(per_bin.sum()) * bins)
+    weights = y_weight.new_empty(len(index))
+    entry = region = 0
+    for both, many in zip(shapes.tolist(), regions.tolist(), strict=True):
+        rows, columns = divmod(both, y.shape[2] + 1)
+        of_shape = slice(region, region + many)
+        entries = slice(entry, entry + many * bins * rows * columns)
+        region, entry = of_shape.stop, entries.stop
+        for out, at_y, at_x, combine in (
+            (index, y, x, torch.add),
+            (weights, y_weight, x_weight, torch.mul),
+        ):
+            combine(
+                at_y[of_shape, :, None, :rows, None],
+                at_x[of_shape, None, :, None, :columns],
+                out=out[entries].view(many, y.shape[1], y.shape[1], rows, columns),
+            )
+    return index, weights, length.cumsum(0) - length, order

@@ -81,7 +81,7 @@ class Network:
         return StageRun(refined, decoded, pooled, hidden)
 
     def _hidden(self, regions: Regions, stage: int) -> tuple[Tensor | None, Tensor]:
-        """Crops ``[R, C, P, P]``, where they are of use later, and what a box head makes of them."""
+        """Crops ``[R, C, P, P]``, if they are of use later, and what a box head makes of them."""
         head, boxes, image_index = self.box_heads[stage], regions.boxes, regions.image_index
         # Crops that nobody asks for need not be in the order of the regions.
         if (

@@ -22,8 +22,10 @@ RANKS = {
     "": -1,
     "errors": -1,
     "files": -1,
+    "convolution": -1,
     "config": 0,
     "layers": 0,
+    "layers_winograd": 0.5,
     "core": 1,
     "backbones": 1,
     "data": 2,
@@ -32,18 +34,21 @@ RANKS = {
     "standalone": 4,
     "d2": 4,
     "hosts": 5,
+    "benchmark": 5,
 }
 # Where a library may be imported; one that is not named here may be imported everywhere.
 HOMES = {
-    "detectron2": {"d2"},
+    "detectron2": {"d2", "benchmark"},
     "fvcore.common.registry": {"d2"},
-    "torchvision.models": {"backbones", "standalone"},
+    "torchvision.models": {"backbones", "standalone", "benchmark"},
     "tools": set(),
 }
 # Rooms that live on these libraries (and the standard one) alone.
 DIETS = {
     "config": {"fvcore", "iopath", "yacs", "yaml"},
+    "convolution": {"torch"},
     "layers": {"torch", "torchvision.ops"},
+    "layers_winograd": {"torch"},
     "core": {"torch", "torchvision.ops"},
     "backbones": {"torch", "torchvision"},
 }

@@ -1,0 +1,274 @@
+"""What all contenders share: configuration, weights, images, regions, exits and device."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cascade_det import config
+from cascade_det.benchmark.options import Options, Survivors
+from cascade_det.benchmark.weights import seeded_weights
+from cascade_det.core import ExitPolicy
+from cascade_det.engine.datasets import load_datasets_to_evaluate
+from cascade_det.engine.weights import load_weights
+from cascade_det.errors import CheckpointError, ConfigError
+from cascade_det.standalone import Detector, build_detector
+from cascade_det.standalone.evaluate import test_loader
+
+logger = logging.getLogger(__name__)
+
+Sample = dict[str, Any]
+
+# Scores and overlaps that nobody reaches: the rules are computed, and remove no region.
+_NEVER_BACKGROUND = 1e-30
+_NEVER_REDUNDANT = 1.0
+_SMALLEST_SIDE = 16.0  # pixels of a drawn region; the largest is a share of the image
+_LARGEST_SHARE = 0.6
+_OBJECTS = 8  # of an image of a training batch
+
+
+@dataclass
+class Regions:
+    """Proposals of a batch.
+
+    Attributes:
+        boxes: per image float32 ``[R, 4]``, XYXY pixels, by falling objectness.
+        objectness: per image float32 ``[R]``, logits.
+    """
+
+    boxes: list[Tensor]
+    objectness: list[Tensor]
+
+
+class Setup:
+    """What all contenders share.
+
+    Args:
+        options: checked ones.
+
+    Attributes:
+        cfg: of the standalone host, with the device that is asked for.
+        device: of all contenders.
+        trained: whether the weights come from ``MODEL.WEIGHTS``; else they are drawn.
+
+    Raises:
+        ConfigError: the configuration contradicts itself, the device is not there, or survivors
+            are not of as many stages as the cascade has.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.device = find_device(options.device)
+        self.cfg = config.load_config(
+            list(options.config_file), [*options.opts, "MODEL.DEVICE", str(self.device)]
+        )
+        config.check_config(self.cfg)
+        self.trained = bool(self.cfg.MODEL.WEIGHTS)
+        self._batches: dict[int, list[list[Sample]]] = {}
+        stages = len(self.cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)
+        if not self.trained and len(options.survivors.per_stage) != stages:
+            raise ConfigError(
+                f"--survivors: {len(options.survivors.per_stage)} numbers, but "
+                f"MODEL.ROI_BOX_CASCADE_HEAD.IOUS has {stages} stages: give {stages}."
+            )
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """The state dict of all contenders of this architecture, on the CPU.
+
+        Raises:
+            CheckpointError: ``MODEL.WEIGHTS`` cannot be read, or is no whole detector.
+        """
+        if not self.trained:
+            return seeded_weights(
+                self.cfg, [self._draw_image(self.options.seed)], self.options.seed
+            )
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.DEVICE = "cpu"
+        detector = build_detector(cfg)
+        report = load_weights(detector, cfg.MODEL.WEIGHTS, complete=True)
+        lacking = [*report.missing, *(mismatch.name for mismatch in report.reinitialised)]
+        if lacking:
+            raise CheckpointError(
+                f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}: no whole detector, {lacking[0]} is missing. "
+                "Give the weights of a trained detector, or MODEL.WEIGHTS '' for drawn ones."
+            )
+        return detector.state_dict()
+
+    def build_ours(self) -> Detector:
+        """A standalone detector with the weights, for inference, its own exits off."""
+        detector = build_detector(self.cfg).eval()
+        detector.load_state_dict(self.weights)
+        detector.set_exits(None)
+        return detector
+
+    def fast_arguments(self) -> dict[str, Any]:
+        """How ours is optimised, as arguments of ``optimize``: as the configuration says."""
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.CASCADE.FAST.ENABLED = True
+        arguments = config.fast_arguments(cfg)
+        assert arguments is not None
+        return arguments
+
+    @cached_property
+    def exits(self) -> tuple[ExitPolicy | None, str]:
+        """When regions leave in contenders with exits, and a word on it; ``None``: no exits.
+
+        Those of the configuration where weights are trained. Others would decide by chance: for
+        them, as many regions enter each stage as survived in a trained model.
+        """
+        if not self.trained:
+            return replayed_exits(self.options.survivors), _describe(self.options.survivors)
+        detector = build_detector(self.cfg).eval()
+        if detector.roi_heads.exits is None:
+            return None, "MODEL.CASCADE.EXIT.ENABLED is False in the configuration"
+        detector.load_state_dict(self.weights)
+        return detector.roi_heads.exits, config.exit_summary(self.cfg)
+
+    def batches(self, size: int) -> list[list[Sample]]:
+        """Batches of this many images: of the test set where weights are trained, else drawn.
+
+        Raises:
+            ConfigError: weights are trained, but there is no test set.
+            DatasetError: it cannot be read.
+        """
+        if size not in self._batches:
+            first = self.options.seed
+            if self.trained:
+                wanted = self.options.images * size
+                there = list(itertools.islice(itertools.cycle(self._test_images), wanted))
+            else:
+                there = [self._sample(first + number) for number in range(size)]
+            starts = range(0, len(there), size)
+            self._batches[size] = [there[start : start + size] for start in starts]
+        return self._batches[size]
+
+    def training_batch(self, size: int) -> list[Sample]:
+        """Drawn images with objects of all classes, for a step of training."""
+        batch = []
+        for number in range(size):
+            sample = self._sample(self.options.seed + number)
+            generator = torch.Generator().manual_seed(self.options.seed + number)
+            sample["gt_boxes"] = draw_boxes(_OBJECTS, sample["image"].shape[-2:], generator)
+            classes = self.cfg.MODEL.ROI_HEADS.NUM_CLASSES
+            sample["gt_classes"] = torch.randint(classes, (_OBJECTS,), generator=generator)
+            batch.append(sample)
+        return batch
+
+    def regions(self, batch: Sequence[Sample], count: int) -> Regions:
+        """Regions for a batch, exactly so many of each image.
+
+        They are drawn; where weights are trained, they are the best that our RPN proposes, as
+        far as it has so many.
+        """
+        if self.trained:
+            inputs = self._reference.cascade_inputs(batch)
+            assert inputs.objectness is not None
+            return Regions(
+                [boxes[:count] for boxes in inputs.proposals],
+                [logits[:count] for logits in inputs.objectness],
+            )
+        boxes, objectness = [], []
+        for number, sample in enumerate(batch):
+            generator = torch.Generator().manual_seed(self.options.seed + number)
+            boxes.append(draw_boxes(count, sample["image"].shape[-2:], generator))
+            logits = torch.randn(count, generator=generator)
+            objectness.append(logits.sort(descending=True).values)
+        return Regions([x.to(self.device) for x in boxes], [x.to(self.device) for x in objectness])
+
+    @cached_property
+    def _reference(self) -> Detector:
+        detector = self.build_ours()
+        rpn = detector.proposal_generator
+        rpn.post_nms_topk = (rpn.post_nms_topk[0], max(self.options.proposals))
+        return detector
+
+    @cached_property
+    def _test_images(self) -> list[Sample]:
+        dataset = load_datasets_to_evaluate(self.cfg, resume=False)[0]
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.CASCADE.TEST_IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS = 1, 0
+        wanted = self.options.images * max(self.options.batches)
+        loader = itertools.islice(test_loader(cfg, dataset), wanted)
+        return [sample for batch in loader for sample in batch]
+
+    def _sample(self, seed: int) -> Sample:
+        height, width = self.options.size
+        return {"image": self._draw_image(seed), "height": height, "width": width}
+
+    def _draw_image(self, seed: int) -> Tensor:
+        """Smooth blocks with noise on them: uint8 ``[3, H, W]``."""
+        generator = torch.Generator().manual_seed(seed)
+        blocks = 200 * torch.rand(1, 3, 12, 16, generator=generator)
+        image = F.interpolate(blocks, self.options.size, mode="bilinear")[0]
+        return (image + 55 * torch.rand(image.shape, generator=generator)).to(torch.uint8)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ConfigError: there is no such GPU.
+    """
+    device = torch.device(name)
+    if device.type != "cuda":
+        return device
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = device.index or 0
+    if index >= count:
+        raise ConfigError(
+            f"--device {name}: there is no such GPU, PyTorch sees {count}. Give --device cpu"
+            f"{f' or cuda:0 to cuda:{count - 1}' if count else ''}."
+        )
+    return torch.device("cuda", index)
+
+
+def replayed_exits(survivors: Survivors) -> ExitPolicy:
+    """Exits that let as many regions of each image into the stages as were recorded.
+
+    Budgets take them away, the best stay. The rules for background and redundancy are computed on
+    all that reach a gate, at values at which they remove nobody: their cost is in.
+    """
+    stages = len(survivors.per_stage)
+    return ExitPolicy(
+        num_stages=stages,
+        proposal_threshold=_NEVER_BACKGROUND,
+        prune_thresholds=(_NEVER_BACKGROUND,) * (stages - 1),
+        redundancy_iou=_NEVER_REDUNDANT,
+        region_budget=survivors.budgets,
+    )
+
+
+def draw_boxes(count: int, size: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Boxes ``[count, 4]`` inside an image, of all sizes on a logarithmic scale."""
+    height, width = size
+    largest = max(_LARGEST_SHARE * min(height, width), _SMALLEST_SIDE + 1)
+    low, high = math.log(min(_SMALLEST_SIDE, min(height, width) / 4)), math.log(largest)
+    sides = torch.exp(low + (high - low) * torch.rand(count, 1, generator=generator))
+    aspect = 2 ** (torch.rand(count, 1, generator=generator) - 0.5)
+    sides = torch.cat((sides * aspect, sides / aspect), dim=1)
+    limits = torch.tensor([width, height], dtype=torch.float32)
+    sides = torch.minimum(sides, limits)
+    corners = torch.rand(count, 2, generator=generator) * (limits - sides)
+    return torch.cat((corners, corners + sides), dim=1)
+
+
+def _describe(survivors: Survivors) -> str:
+    counts = ", ".join(f"{count:g}" for count in survivors.per_stage)
+    return (
+        f"replayed: {counts} regions of an image enter stages 0 to {len(survivors.per_stage) - 1}, "
+        f"from {survivors.origin}; background and redundancy are computed too, at values at which "
+        "they remove nobody. What left is reported here, which real exits would mostly drop"
+    )

@@ -128,9 +128,7 @@ class RoIPooler(nn.Module):
             return self._pool_with_torchvision(pyramid.features, boxes, image_index)
         size = self.output_size
         rows, order = self.rows(pyramid, boxes, image_index)
-        in_place = torch.empty_like(order)
-        in_place[order] = torch.arange(len(order), device=order.device)
-        return rows[in_place].unflatten(1, (size, size, -1)).permute(0, 3, 1, 2)
+        return rows[torch.argsort(order)].unflatten(1, (size, size, -1)).permute(0, 3, 1, 2)
 
     def _levels(self, boxes: Tensor) -> Tensor:
         return assign_levels(boxes, min_level=self.min_level, max_level=self.max_level)
@@ -138,23 +136,26 @@ class RoIPooler(nn.Module):
     def _pool_with_torchvision(
         self, features: list[Tensor], boxes: Tensor, image_index: Tensor
     ) -> Tensor:
-        levels = self._levels(boxes)
+        levels, none = self._levels(boxes), len(features)
+        # A box with NaN belongs to no level, and pools zeros.
+        levels = levels.where((levels >= 0) & (levels < none), none)
+        rows = _rows_of_each(levels, none + 1)
         regions = torch.cat([image_index[:, None].to(boxes.dtype), boxes], dim=1)
         size = self.output_size
-        pooled = features[0].new_zeros(boxes.shape[0], features[0].shape[1], size, size)
-        for level, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
-            rows = torch.nonzero(levels == level).squeeze(1)
+        crops = []
+        for feature, stride, of_level in zip(features, self.strides, rows[:-1], strict=True):
             # Coordinates stay float32: in half precision a box of 500 px is off by pixels.
-            crops = roi_align(
+            pooled = roi_align(
                 feature.float(),
-                regions[rows],
+                regions[of_level],
                 size,
                 1.0 / stride,
                 self.sampling_ratio,
                 self.aligned,
             )
-            pooled = pooled.index_put((rows,), crops.to(pooled.dtype))
-        return pooled
+            crops.append(pooled.to(feature.dtype))
+        crops.append(features[0].new_zeros(rows[-1].shape[0], features[0].shape[1], size, size))
+        return torch.cat(crops)[torch.argsort(torch.cat(rows))]
 
     def rows(self, pyramid: Pyramid, boxes: Tensor, image_index: Tensor) -> tuple[Tensor, Tensor]:
         """Pool regions without putting the result into the order and layout of ``forward``.
@@ -247,6 +248,15 @@ class RoIPooler(nn.Module):
         merged.scatter_add_(2, (pixels - first).clamp(0, slots - 1), weights)
         slot = torch.arange(slots, device=low.device)
         return torch.minimum(first + slot, last), merged, grid + 1
+
+
+def _rows_of_each(groups: Tensor, count: int) -> list[Tensor]:
+    """The int64 indices of each of ``count`` groups, from the int64 ``[R]`` group of each row."""
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        # How many there are has to stay open.
+        return [torch.nonzero(groups == group).squeeze(1) for group in range(count)]
+    sizes = torch.bincount(groups, minlength=count).tolist()
+    return list(torch.argsort(groups, stable=True).split(sizes))
 
 
 def _outer_bags(

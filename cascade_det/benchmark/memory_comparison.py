@@ -1,0 +1,95 @@
+"""The peak memory of contenders, beside that of Detectron2's cascade."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from cascade_det.benchmark.contenders import open_contenders
+from cascade_det.benchmark.memory import Run, peak_memory
+from cascade_det.benchmark.options import Options
+from cascade_det.benchmark.setup import Setup
+from cascade_det.benchmark.training import open_training_steps
+from cascade_det.evaluation.tables import Figures, table
+
+_PEER = "detectron2-cascade"
+_MEGA = 1e6
+
+
+def compare_memory(
+    options: Options, contenders: Sequence[str], training: Sequence[str], images: int
+) -> dict[str, Any]:
+    """Peaks of contenders, each in a process of its own, in inference and in training.
+
+    Args:
+        options: which batch, how many regions, which device.
+        contenders: names of those that run.
+        training: names of those whose training steps run.
+        images: of a training batch.
+
+    Returns:
+        ``inference`` and ``training``: ``batch``, and ``contenders`` by name, each as ``Memory``
+        and with ``ratio``, its ``above_model`` by that of Detectron2's cascade, where that runs.
+    """
+    return {
+        "inference": {
+            "batch": options.batches[0],
+            "proposals": options.proposals[0],
+            "contenders": _peaks(
+                options, {name: partial(_open_whole, options, name) for name in contenders}
+            ),
+        },
+        "training": {
+            "batch": images,
+            "contenders": _peaks(
+                options,
+                {name: partial(_open_step, options, name, images) for name in training},
+            ),
+        },
+    }
+
+
+def memory_sections(results: Figures) -> list[str]:
+    """What ``compare_memory`` gave, as tables in Markdown."""
+    headers = ["contender", "above the model (MB)", "in all (MB)", f"of {_PEER}"]
+    sections = []
+    for measurement, figures in results.items():
+        rows = [
+            (name, memory["above_model"] / _MEGA, memory["total"] / _MEGA, memory.get("ratio"))
+            for name, memory in figures["contenders"].items()
+        ]
+        if rows:
+            title = f"Peak memory, {measurement}: batch of {figures['batch']}"
+            sections.append(table(title, headers, rows, ("", ".0f", ".0f", ".2f")))
+    return sections
+
+
+def _peaks(options: Options, builds: dict[str, Callable[[], Run]]) -> dict[str, dict[str, Any]]:
+    threads = options.threads or None
+    peaks = {
+        name: peak_memory(build, device=options.device, threads=threads)
+        for name, build in builds.items()
+    }
+    peer = peaks.get(_PEER)
+    against = (
+        {}
+        if peer is None
+        else {
+            name: {"ratio": memory.above_model / peer.above_model} for name, memory in peaks.items()
+        }
+    )
+    return {name: memory.to_dict() | against.get(name, {}) for name, memory in peaks.items()}
+
+
+def _open_whole(options: Options, name: str) -> Run:
+    setup = Setup(options)
+    contender = open_contenders(setup, [name])[0][name]
+    contender.limit_proposals(options.proposals[0])
+    inputs = contender.inputs(setup.batches(options.batches[0])[0])
+    return lambda: contender.whole(inputs)
+
+
+def _open_step(options: Options, name: str, images: int) -> Run:
+    setup = Setup(options)
+    return open_training_steps(setup, [name], setup.training_batch(images))[name]

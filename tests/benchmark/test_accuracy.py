@@ -1,0 +1,93 @@
+"""AP of settings: that of the command which evaluates."""
+
+import dataclasses
+import json
+
+import pytest
+from calibration_case import INSTANT, make_calibration_case
+
+import train_net
+from cascade_det.benchmark.accuracy import SETTINGS, accuracy_section, measure_accuracy
+from cascade_det.config import load_config
+from cascade_det.errors import ConfigError
+
+OFF, EXITS = "exits off, float32", "exits"
+KEYS = ("AP", "AP75", "AP90")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr("cascade_det.engine.evaluate.plot_report", lambda *_, **__: None)
+    monkeypatch.setattr("cascade_det.engine.evaluate.write_analysis", lambda *_, **__: None)
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    """A detector whose later stages see no more than ten regions where exits are on."""
+    case = make_calibration_case(tmp_path_factory.mktemp("case"), images=4)
+    budget = ["MODEL.CASCADE.EXIT.REGION_BUDGET", "(0, 10, 4)"]
+    return dataclasses.replace(case, options=[*case.options, *budget])
+
+
+@pytest.fixture
+def cfg(case):
+    return load_config(INSTANT, case.options)
+
+
+def test_figures_are_those_of_an_evaluation_of_the_setting(case, cfg, tmp_path):
+    measured = measure_accuracy(cfg, tmp_path / "accuracy")
+    rows = {row["setting"]: row for row in measured["settings"]}
+    assert list(rows) == list(SETTINGS)
+    assert measured["images"] == 4
+    for setting in (OFF, EXITS):
+        options = [*case.options, *map(str, SETTINGS[setting]), "OUTPUT_DIR", str(tmp_path)]
+        arguments = ["--host", "standalone", "--config-file", str(INSTANT), "--eval-only"]
+        assert train_net.main([*arguments, *options]) == 0
+        results = json.loads((tmp_path / "results.json").read_text())
+        assert [rows[setting][key] for key in KEYS] == [results["bbox"][key] for key in KEYS]
+        entered = [results["exits"][f"stage{stage}"]["entered_per_image"] for stage in range(3)]
+        assert rows[setting]["entered"] == entered
+    assert rows[OFF]["AP"] > 20
+    assert rows[OFF]["entered"][0] == rows[OFF]["entered"][2]
+    assert rows[EXITS]["entered"][1:] == [10, 4]
+    # In float32, as on the CPUs of tests, the fast detector is the same but for rounding.
+    assert rows["fast"]["entered"] == rows[OFF]["entered"]
+    assert rows["fast"]["milliseconds"] > 0
+
+
+def test_the_first_images_alone(case, cfg, tmp_path):
+    content = case.truth
+    first = {image["id"] for image in sorted(content["images"], key=lambda one: one["id"])[:2]}
+    part = {
+        **content,
+        "images": [image for image in content["images"] if image["id"] in first],
+        "annotations": [one for one in content["annotations"] if one["image_id"] in first],
+    }
+    alone = load_config(INSTANT, [*case.with_truth("part", part), *case.options[-2:]])
+    settings = {OFF: SETTINGS[OFF]}
+    some = measure_accuracy(cfg, tmp_path, images=2, settings=settings)
+    wanted = measure_accuracy(alone, tmp_path, settings=settings)
+    assert some["images"] == wanted["images"] == 2
+    for key in KEYS:
+        assert some["settings"][0][key] == wanted["settings"][0][key]
+
+
+def test_settings_that_cannot_be_are_told_before_any_runs(cfg, tmp_path):
+    settings = {OFF: SETTINGS[OFF], "other": ("MODEL.ROI_HEADS.NMS_THRESH_TEST", -1.0)}
+    with pytest.raises(ConfigError, match="NMS_THRESH_TEST"):
+        measure_accuracy(cfg, tmp_path, settings=settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_table_has_differences_from_the_first_setting():
+    rows = [
+        {"setting": OFF, "AP": 60.0, "AP75": 70.0, "AP90": 20.0, "milliseconds": 90.0},
+        {"setting": "fast", "AP": 59.75, "AP75": 70.5, "AP90": 20.0, "milliseconds": 30.0},
+    ]
+    rows = [{**row, "entered": [100.0, 40.0]} for row in rows]
+    text = accuracy_section({"dataset": "cells", "images": 7, "settings": rows})
+    cells = [cell.strip() for cell in text.splitlines()[-1].split("|")[1:-1]]
+    assert cells == [
+        *("fast", "59.75", "70.50", "20.00", "-0.25", "+0.50", "+0.00", "30.0", "3.00"),
+        "100.0, 40.0",
+    ]

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops.misc import FrozenBatchNorm2d as _FrozenBatchNorm2d
 
+from cascade_det.convolution import training_conv2d
+
 
 class FrozenBatchNorm2d(_FrozenBatchNorm2d):
     """torchvision's frozen batch norm through the fused kernel: one pass, and Detectron2's bits."""
@@ -84,8 +86,24 @@ class ConvNorm(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, in_channels, H, W]`` to ``[N, out_channels, H / stride, W / stride]``."""
-        x = super().forward(x)
-        return x if self.norm is None else self.norm(x)
+        if not (self.training and torch.is_grad_enabled()):
+            x = super().forward(x)
+            return x if self.norm is None else self.norm(x)
+        weight, bias, norm = self.weight, self.bias, self.norm
+        if isinstance(norm, FrozenBatchNorm2d):
+            # The same up to rounding, without a pass over the map and without keeping one of it.
+            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+            weight, bias = weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale
+            norm = None
+        x = training_conv2d(
+            x,
+            weight,
+            bias,
+            stride=self.stride[0],
+            padding=self.kernel_size[0] // 2,
+            groups=self.groups,
+        )
+        return x if norm is None else norm(x)
 
 
 def freeze(module: nn.Module) -> None:

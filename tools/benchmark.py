@@ -31,26 +31,6 @@ from cascade_det.benchmark.options import (
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "Base-Cascade-RCNN-FPN.yaml"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
-    args = _parse(argv)
-    # Heavy, and of no use to whoever only asks for --help.
-    from cascade_det.benchmark.report import format_benchmark
-    from cascade_det.benchmark.run import run
-    from cascade_det.engine.commands import without_traceback
-    from cascade_det.engine.log import setup_logging
-
-    @without_traceback
-    def measure() -> int:
-        options = _options(args)
-        options.check()
-        setup_logging(str(options.output))
-        print(format_benchmark(run(options)))
-        return 0
-
-    return measure()
-
-
 def _options(args: argparse.Namespace) -> Options:
     given = {
         name: tuple(value) if isinstance(value, list) else value
@@ -120,6 +100,25 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="KEY VALUE",
     )
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    _parse(None)  # Help and errors do not wait for the imports below.
+
+from cascade_det.benchmark.report import format_benchmark
+from cascade_det.benchmark.run import run
+from cascade_det.engine.commands import without_traceback
+from cascade_det.engine.log import setup_logging
+
+
+@without_traceback
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    options = _options(_parse(argv))
+    options.check()
+    setup_logging(str(options.output))
+    print(format_benchmark(run(options)))
+    return 0
 
 
 if __name__ == "__main__":

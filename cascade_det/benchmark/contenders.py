@@ -11,7 +11,7 @@ import torch
 
 from cascade_det.benchmark.setup import Regions, Sample, Setup
 from cascade_det.core import CascadeInputs, Detections, ExitPolicy, PartTimer
-from cascade_det.engine.devices import resolve_amp_dtype
+from cascade_det.engine.devices import has_bfloat16
 from cascade_det.standalone import Detector
 from cascade_det.standalone.optimize import optimize
 
@@ -213,9 +213,7 @@ class _Models:
         self._setup = setup
         self._built: dict[str, Model] = {}
         self._maps: Any = None
-        self._skips_autocast = (
-            not setup.options.emulated and resolve_amp_dtype("auto", setup.device) is None
-        )
+        self._skips_autocast = not setup.options.emulated and not has_bfloat16(setup.device)
 
     def reason_against(self, name: str) -> str:
         """Why a contender cannot run; empty if it can."""

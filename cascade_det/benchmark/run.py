@@ -73,7 +73,7 @@ def run(options: Options) -> Results:
         write_json(results, options.output / RESULTS_FILE, indent=2)
         with atomic_path(options.output / TABLES_FILE) as temporary:
             temporary.write_text(format_benchmark(results) + "\n", encoding="utf-8")
-        plot_benchmark(results, options.output / PICTURE_FILE)
+    plot_benchmark(results, options.output / PICTURE_FILE)
     return results
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from cascade_det import config
 from cascade_det.benchmark.contenders import why_no_detectron2
 from cascade_det.benchmark.setup import Sample, Setup
-from cascade_det.engine.devices import resolve_amp_dtype
+from cascade_det.engine.devices import has_bfloat16, resolve_amp_dtype
 from cascade_det.engine.solver import build_gradient_clipper, build_optimizer
 from cascade_det.engine.step import TrainingStep
 from cascade_det.standalone import build_detector
@@ -30,7 +30,7 @@ def trainable(setup: Setup) -> tuple[list[str], dict[str, str]]:
     left_out: dict[str, str] = {}
     if "ours" in setup.options.contenders:
         names.append("ours")
-        if resolve_amp_dtype("auto", setup.device) is None:
+        if setup.device.type == "cpu" and not has_bfloat16(setup.device):
             left_out["ours-amp"] = "this CPU has no instructions for bfloat16"
         else:
             names.append("ours-amp")

@@ -1,0 +1,76 @@
+"""What a user may ask for, and what is told at once."""
+
+import json
+
+import pytest
+
+from cascade_det.benchmark.options import read_survivors
+from cascade_det.errors import ConfigError
+
+
+def test_options_that_make_sense_pass(make_options):
+    make_options().check()
+    make_options(seconds=0.0, warmup=0, threads=0, batches=(1, 4, 16)).check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"contenders": ("ours", "theirs")}, "--contenders: 'theirs'"),
+        ({"contenders": ()}, "--contenders is empty"),
+        ({"measure": ("speed",)}, "--measure: 'speed'"),
+        ({"autocast": "float8"}, "--autocast: 'float8'"),
+        ({"proposals": (1000, 0)}, "--proposals is '1000 0'"),
+        ({"batches": (0,)}, "--batch is '0'"),
+        ({"rounds": 0}, "--rounds"),
+        ({"warmup": -1}, "--warmup"),
+        ({"seconds": -1.0}, "--seconds"),
+        ({"size": (800, 16)}, "--size"),
+        ({"config_file": ("nowhere.yaml",)}, "nowhere.yaml"),
+        ({"device": "tpu"}, "--device is 'tpu'"),
+    ],
+)
+def test_what_makes_none_is_told(make_options, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        make_options(**changes).check()
+
+
+def test_survivors_are_numbers_and_never_less_work_than_recorded():
+    survivors = read_survivors(["300", "146.7", "0.2"])
+    assert survivors.per_stage == (300.0, 146.7, 0.2)
+    # A budget of 0 would be no limit at all.
+    assert survivors.budgets == [300, 147, 1]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (["300", "301"], "grow"),
+        (["0", "0"], "no numbers of regions"),
+        (["300", "-1"], "no numbers of regions"),
+        (["inf", "3"], "no numbers of regions"),
+        (["300", "many"], "one number for each stage"),
+        (["nowhere.json"], "neither numbers nor a results.json"),
+    ],
+)
+def test_survivors_that_cannot_be_are_told(values, words):
+    with pytest.raises(ConfigError, match=words):
+        read_survivors(values)
+
+
+def test_survivors_of_an_evaluation(tmp_path):
+    exits = {"images": 2, "stage0": {"entered_per_image": 300.0}}
+    exits["stage1"] = {"entered_per_image": 100.5}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"exits": exits}))
+    survivors = read_survivors([str(path)])
+    assert survivors.per_stage == (300.0, 100.5)
+    assert survivors.origin == str(path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"exits": {"stage0": {}}}'])
+def test_a_file_without_survivors_is_told(tmp_path, text):
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"results\.json"):
+        read_survivors([str(path)])

@@ -1,0 +1,99 @@
+"""The command, on a detector that is small enough for a test."""
+
+import io
+import json
+import re
+import sys
+from contextlib import redirect_stdout
+
+import cv2
+import pytest
+
+import benchmark
+
+SMALL = (
+    *("MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"),
+    *("MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"),
+    *("MODEL.ROI_HEADS.NUM_CLASSES", "5"),
+    *("MODEL.ANCHOR_GENERATOR.SIZES", "[[8], [16], [32], [48], [64]]"),
+)
+QUICK = ("--quick", "--size", "64", "96", "--rounds", "2", "--warmup", "0", "--proposals", "30")
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A run where Detectron2 cannot be imported: its folder, what it printed, and its JSON."""
+    output = tmp_path_factory.mktemp("benchmark")
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setitem(sys.modules, "cascade_det.d2.host", None)
+        arguments = [*QUICK, "--survivors", "10", "4", "2", "--output", str(output), *SMALL]
+        assert benchmark.main(arguments) == 0
+    return output, printed.getvalue(), json.loads((output / "benchmark.json").read_text())
+
+
+def test_the_json_is_complete(done):
+    _, _, results = done
+    assert {"machine", "settings", "contenders", "left_out", "bar"} <= results.keys()
+    assert {"threads", "device", "capability", "torch", "torchvision"} <= results["machine"].keys()
+    assert results["settings"]["weights"] == "drawn, seed 0"
+    ours = ["ours", "ours-fast", "ours-fast-exits"]
+    for measurement in ("heads", "whole"):
+        [comparison] = results[measurement]
+        assert (comparison["batch"], comparison["proposals"]) == (1, 30)
+        assert list(comparison["contenders"]) == ours
+        for figures in comparison["contenders"].values():
+            assert figures["arrived"] == 30
+            assert figures["ms_per_image"]["low"] > 0
+        assert comparison["contenders"]["ours-fast-exits"]["entered"] == [10, 4, 2]
+    assert list(results["parts"][0]["contenders"]) == ours
+
+
+def test_peers_that_are_not_there_are_named(done):
+    _, shown, results = done
+    missing = {name for name in results["left_out"] if name.startswith(("plugin", "detectron2"))}
+    assert len(missing) == 7
+    assert all(
+        "cannot be imported" in results["left_out"][name]
+        for name in missing - {name for name in missing if name.endswith("autocast")}
+    )
+    for name in [*missing, "torchvision"]:
+        assert re.search(rf"\| {name} +\| left out: ", shown)
+
+
+def test_what_is_printed_is_what_is_written(done):
+    output, shown, _ = done
+    assert shown.endswith((output / "benchmark.md").read_text())
+    for words in ("Machine and settings", "RoI heads alone", "Whole model", "Parts", "replayed"):
+        assert words in shown
+    assert cv2.imread(str(output / "benchmark.png")).std() > 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--contenders", "theirs"], "--contenders: 'theirs'"),
+        (["--proposals", "0"], "--proposals is '0'"),
+        (["--survivors", "10", "20", "5"], "grow"),
+        (["--survivors", "10", "5"], "2 numbers"),
+        (["--device", "cuda:99"], "--device cuda:99"),
+        (["--config-file", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_bad_input_is_told_before_any_work(arguments, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert benchmark.main(["--output", str(tmp_path / "out"), *arguments]) == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out" / "benchmark.json").exists()
+
+
+def test_options_of_the_command_come_before_those_of_quick():
+    parsed = benchmark._options(
+        benchmark._parse(["--quick", "--rounds", "9", "--size", "64", "64"])
+    )
+    assert (parsed.rounds, parsed.size, parsed.proposals) == (9, (64, 64), (1000,))
+    assert not parsed.emulated
+    named = benchmark._parse(["--quick", "--contenders", "ours", "--", "MODEL.MASK_ON", "False"])
+    options = benchmark._options(named)
+    assert options.emulated, "a contender that is named is measured"
+    assert options.opts == ("MODEL.MASK_ON", "False")

@@ -25,12 +25,14 @@ RANKS = {
     "convolution": -1,
     "config": 0,
     "layers": 0,
+    "layers_folding": 0.5,
     "layers_winograd": 0.5,
     "core": 1,
     "backbones": 1,
     "data": 2,
     "evaluation": 2,
     "engine": 3,
+    "onnx_predictor": 3,
     "standalone": 4,
     "d2": 4,
     "hosts": 5,
@@ -48,9 +50,11 @@ DIETS = {
     "config": {"fvcore", "iopath", "yacs", "yaml"},
     "convolution": {"torch"},
     "layers": {"torch", "torchvision.ops"},
+    "layers_folding": {"torch", "torchvision.ops"},
     "layers_winograd": {"torch"},
     "core": {"torch", "torchvision.ops"},
     "backbones": {"torch", "torchvision"},
+    "onnx_predictor": {"numpy", "onnxruntime"},
 }
 # Constructors there take plain values: they know nothing of configuration.
 WITHOUT_CONFIG = {"core", "backbones"}

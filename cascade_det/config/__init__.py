@@ -15,6 +15,7 @@ from cascade_det.config.checks import (
 from cascade_det.config.defaults import get_cfg
 from cascade_det.config.exit_summary import exit_summary
 from cascade_det.config.exits import exit_arguments, exit_values, with_exits
+from cascade_det.config.fast import fast_arguments, fast_heads_dtype
 from cascade_det.config.keys import changed_keys, flat
 from cascade_det.config.loading import (
     ConfigFiles,
@@ -66,6 +67,8 @@ __all__ = [
     "exit_arguments",
     "exit_summary",
     "exit_values",
+    "fast_arguments",
+    "fast_heads_dtype",
     "flat",
     "get_cfg",
     "input_arguments",

@@ -10,6 +10,7 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from cascade_det.config.exits import EXIT_DEFAULTS
+from cascade_det.config.fast import FAST_DEFAULTS
 from cascade_det.config.regime import TRAINING_DEFAULTS
 
 _MODEL_CASCADE: dict[str, Any] = {
@@ -31,6 +32,7 @@ _MODEL_CASCADE: dict[str, Any] = {
         "NORM": (),  # of the convolutions: "", "GN", "BN" or "SyncBN"
     },
     "EXIT": EXIT_DEFAULTS,
+    "FAST": FAST_DEFAULTS,
     "TRAINING": TRAINING_DEFAULTS,
 }
 

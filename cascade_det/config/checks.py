@@ -70,7 +70,7 @@ def check_unread_cascade(cfg: CfgNode) -> None:
         ConfigError: names the keys that are off their defaults.
     """
     changed = changed_keys(get_cfg(), cfg)
-    idle = ["MODEL.CASCADE.POOLER_KERNEL"]
+    idle = ["MODEL.CASCADE.POOLER_KERNEL", "MODEL.CASCADE.FAST."]
     idle += [] if cfg.MODEL.CASCADE.EXIT.ENABLED else ["MODEL.CASCADE.EXIT."]
     asked = [
         key

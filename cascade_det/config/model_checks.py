@@ -16,6 +16,7 @@ from cascade_det.config.exits import (
     check_unused,
     exit_lengths,
 )
+from cascade_det.config.fast import FAST_KEYS, check_fast
 from cascade_det.config.regime import TRAINING_KEYS, check_training
 from cascade_det.config.rules import Check, value_of
 
@@ -160,6 +161,7 @@ HEAD_CHECKS: dict[Check, tuple[str, ...]] = {
     ),
     check_training: TRAINING_KEYS,
     check_parts: (*PART_KEYS, f"{NODE}.ENABLED"),
+    check_fast: (*FAST_KEYS, "MODEL.DEVICE"),
     check_agreement: (f"{NODE}.CONFIDENCE", f"{NODE}.THRESHOLDS"),
     _check_first_iou: ("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", "MODEL.ROI_HEADS.IOU_THRESHOLDS"),
 }

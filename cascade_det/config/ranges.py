@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from cascade_det.config.exits import EXIT_RULES
+from cascade_det.config.fast import FAST_RULES
 from cascade_det.config.regime import TRAINING_RULES
 from cascade_det.config.rules import (
     Condition,
@@ -233,6 +234,7 @@ def _rules() -> Iterator[Rule]:
             yield Rule(key, condition, remedy)
     yield from _SINGLE
     yield from EXIT_RULES
+    yield from FAST_RULES
     yield from TRAINING_RULES
 
 

@@ -63,12 +63,43 @@ def resolve_amp_dtype(name: str | None, device: torch.device) -> str | None:
         return name
     if device.type == "cuda":
         return "float16"
-    # Without such instructions bfloat16 is emulated, many times slower than float32.
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"):
+    if has_bfloat16(device):
         return "bfloat16"
     logger.warning("SOLVER.AMP: this CPU is not known to compute in bfloat16, training in float32")
     return None
+
+
+def resolve_fast_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``MODEL.CASCADE.FAST.DTYPE``; ``auto`` is the fastest type that the device computes in.
+
+    That is bfloat16 where there are instructions for it, else float16 on GPUs, float32 on CPUs.
+
+    Raises:
+        ConfigError: float16 is asked for on a CPU.
+    """
+    if name == "auto":
+        is_gpu = device.type == "cuda"
+        name = "bfloat16" if has_bfloat16(device) else "float16" if is_gpu else "float32"
+    elif name == "float16" and device.type == "cpu":
+        raise ConfigError(
+            "MODEL.CASCADE.FAST.DTYPE is 'float16', which is for GPUs. Give 'auto' on a CPU."
+        )
+    elif name == "bfloat16" and not has_bfloat16(device):
+        logger.warning(
+            "MODEL.CASCADE.FAST.DTYPE is bfloat16, which this device is not known to have "
+            "instructions for: it may be slower than float32, or than float16 on a GPU"
+        )
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for bfloat16; emulated, it is slower than float32."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 def set_backends(cfg: CfgNode) -> None:

@@ -3,6 +3,7 @@
 from cascade_det.standalone.build import build_detector
 from cascade_det.standalone.detector import Detector
 from cascade_det.standalone.evaluate import evaluate
+from cascade_det.standalone.optimize import optimize
 from cascade_det.standalone.predictor import Predictor
 from cascade_det.standalone.train import replay_batch, train
 
@@ -11,6 +12,7 @@ __all__ = [
     "Predictor",
     "build_detector",
     "evaluate",
+    "optimize",
     "replay_batch",
     "train",
 ]

@@ -84,3 +84,21 @@ class AnchorGenerator(nn.Module):
             shifts = torch.stack((grid_x, grid_y, grid_x, grid_y), dim=-1)
             anchors.append((shifts.reshape(-1, 1, 4) + cells).reshape(-1, 4))
         return anchors
+
+    def at(self, level: int, index: Tensor, width: int) -> Tensor:
+        """Some anchors of one level, without the others.
+
+        Args:
+            level: place among the levels.
+            index: int64 ``[...]``, places in the order that ``forward`` gives.
+            width: of the level in positions.
+
+        Returns:
+            float32 ``[..., 4]``, to the last bit what ``forward(...)[level][index]`` is.
+        """
+        cells, stride = self.get_buffer(f"cells{level}"), self.strides[level]
+        position = index // len(cells)
+        places = torch.stack((position % width, position // width), dim=-1)
+        # In float64 first, as torch.arange does.
+        shifts = (places.double() * stride + self.offset * stride).float()
+        return torch.cat((shifts, shifts), dim=-1) + cells[index % len(cells)]

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cascade_det.backbones import FPN
 from cascade_det.core import CascadeHead, CascadeInputs, DetectorOutput, ExitPolicy, PartTimer
@@ -30,6 +29,13 @@ class Detector(nn.Module):
         roi_in_features: names of the maps that the cascade pools, finest first.
         pixel_mean: of each channel, in the channel order of the images.
         pixel_std: likewise.
+
+    Attributes:
+        optimizations: what ``cascade_det.standalone.optimize`` did to it, a sentence each; none
+            where it was not called. A detector that has some cannot be trained.
+        memory_format: of the batch of images.
+        training_format: likewise, in training on a CPU: as the convolutions that train fast and the
+            pooling of regions want the maps. It rounds otherwise than contiguous maps do.
     """
 
     def __init__(
@@ -51,6 +57,9 @@ class Detector(nn.Module):
         self.pixel_mean: Tensor
         self.pixel_std: Tensor
         mean, std = torch.tensor(pixel_mean), torch.tensor(pixel_std)
+        self.optimizations: list[str] = []
+        self.memory_format = torch.contiguous_format
+        self.training_format = torch.channels_last
         self.register_buffer("pixel_mean", mean.view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", std.view(-1, 1, 1), persistent=False)
 
@@ -86,12 +95,23 @@ class Detector(nn.Module):
 
         Returns:
             scalars by Detectron2's names; their sum is to be minimised.
+
+        Raises:
+            RuntimeError: the detector was optimised for inference.
         """
+        if self.optimizations:
+            raise RuntimeError(
+                "an optimised detector cannot be trained: its norms are gone, and its weights are "
+                "in other types. Build it again, without optimize() and without "
+                "MODEL.CASCADE.FAST.ENABLED"
+            )
         gt_boxes = [s["gt_boxes"].to(self.device) for s in batch]
         gt_classes = [s["gt_classes"].to(self.device) for s in batch]
         if self.roi_heads.regime.exits_alone:
             return self.roi_heads.exit_losses(self.cascade_inputs(batch), gt_boxes, gt_classes)
         images, image_sizes = self.preprocess([s["image"] for s in batch])
+        if images.device.type == "cpu":
+            images = images.contiguous(memory_format=self.training_format)
         maps = self.backbone(images)
         proposals, objectness, losses = self.proposal_generator.losses(maps, gt_boxes, image_sizes)
         features = [maps[name] for name in self.roi_in_features]
@@ -167,6 +187,10 @@ class Detector(nn.Module):
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         step = self.backbone.size_divisibility
         height, width = (-(-max(side) // step) * step for side in zip(*sizes, strict=True))
-        normalised = [(i.to(self.device) - self.pixel_mean) / self.pixel_std for i in images]
-        padded = [F.pad(i, (0, width - i.shape[-1], 0, height - i.shape[-2])) for i in normalised]
-        return torch.stack(padded), sizes
+        batch = torch.empty(
+            (len(images), 3, height, width), device=self.device, memory_format=self.memory_format
+        ).zero_()
+        for place, image in zip(batch, images, strict=True):
+            normalised = (image.to(self.device) - self.pixel_mean).div_(self.pixel_std)
+            place[:, : image.shape[-2], : image.shape[-1]].copy_(normalised)
+        return batch, sizes

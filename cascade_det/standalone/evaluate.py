@@ -22,6 +22,7 @@ from cascade_det.engine.run_info import load_to_evaluate
 from cascade_det.evaluation import ShadowRules
 from cascade_det.standalone.build import build_detector
 from cascade_det.standalone.detector import Detector, Sample
+from cascade_det.standalone.optimize import optimize
 
 
 def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
@@ -48,12 +49,17 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
 
 
 def load_detector(cfg: CfgNode, *, resume: bool = False) -> tuple[Detector, list[CocoDataset]]:
-    """The detector with its weights, and ``DATASETS.TEST``; arguments and errors as above."""
+    """The detector with its weights, and ``DATASETS.TEST``; arguments and errors as above.
+
+    It is optimised as ``MODEL.CASCADE.FAST`` asks for.
+    """
     datasets = load_datasets_to_evaluate(cfg, resume=resume)
     set_backends(cfg)
     detector = build_detector(cfg)
     checkpointer = Checkpointer(detector, cfg.OUTPUT_DIR)
     load_to_evaluate(checkpointer, cfg, datasets, resume=resume)
+    if (fast := config.fast_arguments(cfg)) is not None:
+        optimize(detector, **fast)
     return detector, datasets
 
 

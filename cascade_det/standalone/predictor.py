@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cascade_det import config
 from cascade_det.core import Detections
+from cascade_det.data.read_ahead import read_ahead
 from cascade_det.data.transforms import read_image, resize_shortest_edge
 from cascade_det.engine.head_flops import region_flops
 from cascade_det.engine.monitor import ExitMonitor
@@ -22,6 +23,7 @@ from cascade_det.engine.weights import load_weights
 from cascade_det.errors import ConfigError
 from cascade_det.evaluation import ShadowRules
 from cascade_det.standalone.build import build_detector
+from cascade_det.standalone.optimize import optimize
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +37,7 @@ class Predictor:
         cfg: a configuration with ``MODEL.WEIGHTS``; images are resized by
             ``INPUT.MIN_SIZE_TEST`` and ``MAX_SIZE_TEST``, and run in batches of
             ``CASCADE.TEST_IMS_PER_BATCH``. ``CASCADE.SHADOW_SHARE`` of them take the full cascade
-            too.
+            too. The detector is optimised as ``MODEL.CASCADE.FAST`` asks for.
         on_drift: called with a report when exits begin to lose more than calibration promised.
         metrics_dir: folder of a ``metrics.json`` that lines on the exits go to; ``None`` for none.
             See ``ExitMonitor`` for both.
@@ -63,6 +65,8 @@ class Predictor:
             raise ConfigError("MODEL.WEIGHTS is empty: give the file of weights to predict with")
         self.detector = build_detector(cfg).eval()
         weights = load_weights(self.detector, cfg.MODEL.WEIGHTS, complete=True).path
+        if (fast := config.fast_arguments(cfg)) is not None:
+            optimize(self.detector, **fast)
         log_exits(cfg, self.detector.device)
         num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
         run = run_of(weights)
@@ -115,11 +119,14 @@ class Predictor:
             return self([images])[0]
         paths = [str(i) if isinstance(i, (str, PathLike)) else None for i in images]
         named = list(zip(images, paths if names is None else names, strict=True))
+        parts = [named[i : i + self.batch_size] for i in range(0, len(named), self.batch_size)]
         detections: list[Detections] = []
-        for start in range(0, len(images), self.batch_size):
-            batch = [self._sample(*item) for item in named[start : start + self.batch_size]]
+        for batch in read_ahead(self._batch, parts):
             detections += [d.to("cpu") for d in self.monitor.detect(batch).detections]
         return detections
+
+    def _batch(self, named: Sequence[tuple[Image, str | None]]) -> list[dict[str, Any]]:
+        return [self._sample(*item) for item in named]
 
     def _sample(self, image: Image, name: str | None) -> dict[str, Any]:
         if isinstance(image, (str, PathLike)):

@@ -16,53 +16,10 @@ from cascade_det.core.boxes import Weights, clip_boxes, decode_boxes, image_limi
 from cascade_det.core.losses import box_loss
 from cascade_det.core.matching import sample_labels
 from cascade_det.standalone.anchors import AnchorGenerator
+from cascade_det.standalone.rpn_head import BestAnchors, RPNHead
+from cascade_det.standalone.rpn_samples import predictions_at
 
 ImageSizes = Sequence[tuple[int, int]]
-
-
-class RPNHead(nn.Module):
-    """3x3 convolution(s) shared by the levels, then objectness and deltas of each anchor.
-
-    Args:
-        in_channels: C of the levels.
-        num_anchors: A.
-        conv_dims: output channels of the convolutions; -1 keeps the number.
-    """
-
-    def __init__(
-        self, *, in_channels: int, num_anchors: int, conv_dims: Sequence[int] = (-1,)
-    ) -> None:
-        super().__init__()
-        convs: list[nn.Conv2d] = []
-        channels = in_channels
-        for width in conv_dims:
-            out_channels = channels if width == -1 else width
-            convs.append(nn.Conv2d(channels, out_channels, 3, padding=1))
-            channels = out_channels
-        if len(convs) == 1:
-            self.conv: nn.Module = convs[0]
-        else:
-            self.conv = nn.Sequential()
-            for i, conv in enumerate(convs):
-                self.conv.add_module(f"conv{i}", conv)
-        self._convs = convs
-        self.objectness_logits = nn.Conv2d(channels, num_anchors, 1)
-        self.anchor_deltas = nn.Conv2d(channels, num_anchors * 4, 1)
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d) and layer.bias is not None:
-                nn.init.normal_(layer.weight, std=0.01)
-                nn.init.zeros_(layer.bias)
-
-    def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """L maps ``[N, C, H_l, W_l]`` to logits ``[N, M_l]``, deltas ``[N, M_l, 4]``; M = H W A."""
-        logits, deltas = [], []
-        for x in features:
-            for conv in self._convs:
-                x = F.relu(conv(x))
-            logits.append(self.objectness_logits(x).permute(0, 2, 3, 1).flatten(1))
-            level_deltas = self.anchor_deltas(x).unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2)
-            deltas.append(level_deltas.flatten(1, 3))
-        return logits, deltas
 
 
 class RPN(nn.Module):
@@ -148,15 +105,17 @@ class RPN(nn.Module):
 
         Proposals that are NaN or Inf are left out, and counted in ``metrics``.
         """
-        anchors, logits, deltas = self._run_head(features)
-        all_anchors = torch.cat(anchors)
-        labelled = [self._label_anchors(all_anchors, boxes) for boxes in gt_boxes]
+        levels = [features[name] for name in self.in_features]
+        anchors = torch.cat(self.anchor_generator([(x.shape[-2], x.shape[-1]) for x in levels]))
+        labelled = [self._label_anchors(anchors, boxes) for boxes in gt_boxes]
         labels = torch.stack([labels for labels, _ in labelled])
         targets = torch.stack([targets for _, targets in labelled])
-        losses = self._losses(
-            all_anchors, torch.cat(logits, 1), torch.cat(deltas, 1), labels, targets
-        )
-        proposals, objectness = self._propose(anchors, logits, deltas, image_sizes, training=True)
+        # Before the proposals: autocast keeps the weights that it converts for the first who asks,
+        # and those of the proposals have no gradients.
+        losses = self._losses(levels, anchors, labels, targets)
+        with torch.no_grad():
+            best = self.rpn_head.best(levels, self.pre_nms_topk[0])
+        proposals, objectness = self._propose(best, self._widths(features), image_sizes, mode=0)
         return proposals, objectness, losses
 
     def propose(
@@ -168,8 +127,9 @@ class RPN(nn.Module):
             per image float32 ``[R_i, 4]``, by falling objectness, clipped to the image; and the
             logits of their objectness, float32 ``[R_i]``.
         """
-        anchors, logits, deltas = self._run_head(features)
-        return self._propose(anchors, logits, deltas, image_sizes, training=False)
+        levels = [features[name] for name in self.in_features]
+        best = self.rpn_head.best(levels, self.pre_nms_topk[1])
+        return self._propose(best, self._widths(features), image_sizes, mode=1)
 
     def _run_head(
         self, features: dict[str, Tensor]
@@ -208,64 +168,74 @@ class RPN(nn.Module):
         return sampled, matched_boxes
 
     def _losses(
-        self, anchors: Tensor, logits: Tensor, deltas: Tensor, labels: Tensor, targets: Tensor
+        self, levels: Sequence[Tensor], anchors: Tensor, labels: Tensor, targets: Tensor
     ) -> dict[str, Tensor]:
-        positive, valid = labels == 1, labels >= 0
+        image, anchor = torch.nonzero(labels >= 0).unbind(1)
+        logits, deltas = predictions_at(self.rpn_head, levels, image, anchor)
+        is_object = labels[image, anchor] == 1
+        positive = torch.nonzero(is_object).squeeze(1)
         location = box_loss(
             deltas[positive],
-            anchors.expand_as(targets)[positive],
-            targets[positive],
+            anchors[anchor[positive]],
+            targets[image[positive], anchor[positive]],
             weights=self.bbox_reg_weights,
             loss_type=self.box_reg_loss_type,
             smooth_l1_beta=self.smooth_l1_beta,
         )
         objectness = F.binary_cross_entropy_with_logits(
-            logits[valid], labels[valid].float(), reduction="sum"
+            logits.float(), is_object.float(), reduction="sum"
         )
         losses = {"loss_rpn_cls": objectness, "loss_rpn_loc": location}
         normalizer = self.batch_size_per_image * len(labels)
         return {name: x / normalizer * self.loss_weights[name] for name, x in losses.items()}
 
+    def _widths(self, features: dict[str, Tensor]) -> list[int]:
+        return [features[name].shape[-1] for name in self.in_features]
+
     @torch.no_grad()
     def _propose(
         self,
-        anchors: list[Tensor],
-        logits: list[Tensor],
-        deltas: list[Tensor],
+        best: Sequence[BestAnchors],
+        widths: Sequence[int],
         image_sizes: ImageSizes,
         *,
-        training: bool,
+        mode: int,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Top-k of each level, decoded, clipped, non-empty, after NMS within the level."""
-        mode = 0 if training else 1
-        scores, boxes, levels = [], [], []
-        for level, (a, logit, delta) in enumerate(zip(anchors, logits, deltas, strict=True)):
-            count = min(logit.shape[1], self.pre_nms_topk[mode])
-            top, index = logit.topk(count, dim=1)
-            # Only the chosen anchors are decoded.
-            chosen = delta.gather(1, index[..., None].expand(-1, -1, 4))
-            decoded = decode_boxes(
-                chosen.reshape(-1, 4), a[index].reshape(-1, 4), self.bbox_reg_weights
-            )
-            scores.append(top)
-            boxes.append(decoded.view(len(top), count, 4))
-            levels.append(torch.full((count,), level, device=top.device))
-        all_scores, all_boxes, level_index = (
-            torch.cat(scores, 1),
-            torch.cat(boxes, 1),
-            torch.cat(levels),
+        """The best anchors of each level, decoded, clipped, non-empty, after NMS in the level.
+
+        Args:
+            best: of each level.
+            widths: of the levels in positions.
+            image_sizes: N ``(height, width)``.
+            mode: 0 in training, 1 in inference.
+        """
+        scores = torch.cat([level.logits for level in best], 1)
+        deltas = torch.cat([level.deltas for level in best], 1)
+        # Only the chosen anchors are made at all.
+        anchors = torch.cat(
+            [
+                self.anchor_generator.at(level, chosen.places, width)
+                for level, (chosen, width) in enumerate(zip(best, widths, strict=True))
+            ],
+            dim=1,
         )
-        finite = torch.isfinite(all_boxes).all(dim=2) & torch.isfinite(all_scores)
-        if training:
+        boxes = decode_boxes(deltas.flatten(0, 1), anchors.flatten(0, 1), self.bbox_reg_weights)
+        finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores.flatten())
+        if mode == 0:
             self.metrics = {"rpn/nonfinite_boxes": (~finite).sum()}
-        limits = image_limits(image_sizes, torch.arange(len(image_sizes), device=all_boxes.device))
+        boxes = boxes.view_as(anchors)
+        limits = image_limits(image_sizes, torch.arange(len(image_sizes), device=boxes.device))
+        clipped = clip_boxes(boxes, limits)
+        keep = finite & is_nonempty(clipped.flatten(0, 1), self.min_box_size)
+        levels = torch.cat([torch.full_like(b.places[0], level) for level, b in enumerate(best)])
         proposals, objectness = [], []
-        for image in range(len(image_sizes)):
-            clipped = clip_boxes(all_boxes[image], limits[image].expand(all_boxes.shape[1], 4))
-            keep = finite[image] & is_nonempty(clipped, self.min_box_size)
-            clipped, finite_scores = clipped[keep], all_scores[image][keep]
-            kept = batched_nms(clipped, finite_scores, level_index[keep], self.nms_thresh)
-            kept = kept[: self.post_nms_topk[mode]]
-            proposals.append(clipped[kept])
-            objectness.append(finite_scores[kept])
+        # Image by image, and on CPUs level by level within it: one call for all compares every
+        # box with those of other levels and images too, and takes more than twice as long.
+        for of_image, image_scores, kept in zip(clipped, scores, keep.view_as(scores), strict=True):
+            rows = torch.nonzero(kept).squeeze(1)
+            candidates, logits = of_image[rows], image_scores[rows]
+            best_first = batched_nms(candidates, logits, levels[rows], self.nms_thresh)
+            best_first = best_first[: self.post_nms_topk[mode]]
+            proposals.append(candidates[best_first])
+            objectness.append(logits[best_first])
         return proposals, objectness

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torchvision.ops import box_iou, nms
 
+from cascade_det.core.boxes import decode_boxes
+from cascade_det.standalone import rpn_head
 from cascade_det.standalone.anchors import AnchorGenerator, cell_anchors
 from cascade_det.standalone.rpn import RPN, RPNHead
 
@@ -63,6 +65,17 @@ def test_grid_order_and_offset():
     expected = [(x, y) for y in (2.0, 6.0) for x in (2.0, 6.0, 10.0) for _ in range(2)]
     torch.testing.assert_close(centers, torch.tensor(expected))
     assert (anchors[:, 2] - anchors[:, 0]).tolist() == [8.0, 16.0] * 6
+
+
+def test_some_anchors_are_those_of_all():
+    generator = AnchorGenerator(
+        sizes=[[8.0, 16.0], [32.0]], aspect_ratios=[[0.5, 2.0], [1.0]], strides=[4, 8], offset=0.3
+    )
+    sizes = [(9, 7), (3, 5)]
+    for level, anchors in enumerate(generator(sizes)):
+        index = torch.randint(len(anchors), (2, 50))
+        some = generator.at(level, index, sizes[level][1])
+        torch.testing.assert_close(some, anchors[index], rtol=0, atol=0)
 
 
 def test_several_convolutions_have_detectron2s_names():
@@ -169,6 +182,46 @@ def test_one_level_equals_decoding_everything_first(maps):
     kept = top[nms(boxes[top], logits[0][top], 0.7)]
     torch.testing.assert_close(proposals, boxes[kept], atol=1e-4, rtol=0)
     assert torch.equal(objectness, logits[0][kept])
+
+
+def test_all_levels_and_images_equal_each_of_them_alone(maps):
+    rpn = make_rpn(post_nms_topk=(50, 50))
+    for parameter in rpn.rpn_head.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    anchors, logits, deltas = rpn._run_head(maps)
+    for image, (boxes, scores) in enumerate(zip(*rpn.propose(maps, SIZES), strict=True)):
+        height, width = SIZES[image]
+        kept_boxes, kept_scores = [], []
+        for level in range(2):
+            score, index = logits[level][image].topk(40)
+            decoded = decode_boxes(deltas[level][image][index], anchors[level][index], (1.0,) * 4)
+            decoded[:, 0::2] = decoded[:, 0::2].clamp(0, width)
+            decoded[:, 1::2] = decoded[:, 1::2].clamp(0, height)
+            good = (decoded[:, 2:] > decoded[:, :2]).all(1)
+            decoded, score = decoded[good], score[good]
+            kept = nms(decoded, score, 0.7)
+            kept_boxes.append(decoded[kept])
+            kept_scores.append(score[kept])
+        order = torch.cat(kept_scores).argsort(descending=True)[:50]
+        torch.testing.assert_close(boxes, torch.cat(kept_boxes)[order], rtol=0, atol=0)
+        torch.testing.assert_close(scores, torch.cat(kept_scores)[order], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@torch.no_grad()
+def test_deltas_of_the_best_alone_are_those_of_the_maps(maps, memory_format, monkeypatch):
+    monkeypatch.setattr(rpn_head, "_POSITIONS", 100)  # several parts of the finest map
+    rpn = make_rpn(conv_dims=(6, -1))
+    for parameter in rpn.rpn_head.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    expected = rpn.propose(maps, SIZES)
+    rpn.rpn_head.lean = True
+    lean = rpn.propose(
+        {k: x.contiguous(memory_format=memory_format) for k, x in maps.items()}, SIZES
+    )
+    for ours, theirs in zip(lean, expected, strict=True):
+        for x, y in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
 
 
 def test_small_proposals_are_dropped(maps):

@@ -1,0 +1,62 @@
+"""Batch norms that became part of the convolutions before them, for inference."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TypeAlias, TypeGuard
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from cascade_det.layers import ConvNorm
+
+_Norm: TypeAlias = FrozenBatchNorm2d | _BatchNorm
+
+
+def fold_norms(module: nn.Module) -> int:
+    """Put batch norms with fixed statistics into the convolutions before them, in place.
+
+    That is every norm of a ``ConvNorm`` and every one that follows a convolution in an
+    ``nn.Sequential``, if it is a frozen one or in evaluation mode.
+
+    Returns:
+        How many there were. What the module computes is the same up to rounding.
+    """
+    count = 0
+    for child in list(module.modules()):
+        if isinstance(child, ConvNorm) and _is_fixed(child.norm):
+            _fold(child, child.norm)
+            child.norm = None
+            count += 1
+        if isinstance(child, nn.Sequential):
+            for (_, conv), (name, norm) in itertools.pairwise(list(child.named_children())):
+                if type(conv) is nn.Conv2d and _is_fixed(norm):
+                    _fold(conv, norm)
+                    setattr(child, name, nn.Identity())
+                    count += 1
+    return count
+
+
+def _is_fixed(norm: nn.Module | None) -> TypeGuard[_Norm]:
+    if isinstance(norm, _BatchNorm):
+        return not norm.training and norm.track_running_stats
+    return isinstance(norm, FrozenBatchNorm2d)
+
+
+def _fold(conv: nn.Conv2d, norm: _Norm) -> None:
+    # In float64, so that the factors of a norm are rounded once.
+    mean, variance, scale, shift, bias = (
+        None if x is None else x.detach().double()
+        for x in (norm.running_mean, norm.running_var, norm.weight, norm.bias, conv.bias)
+    )
+    assert mean is not None
+    assert variance is not None
+    folded = fuse_conv_bn_weights(
+        conv.weight.detach().double(), bias, mean, variance, norm.eps, scale, shift
+    )
+    conv.weight, conv.bias = (
+        nn.Parameter(x.to(conv.weight.dtype), requires_grad=conv.weight.requires_grad)
+        for x in folded
+    )

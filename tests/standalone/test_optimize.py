@@ -1,0 +1,187 @@
+"""Optimised detectors: the same detections, in other types where that is asked for."""
+
+import copy
+import logging
+
+import cv2
+import pytest
+import torch
+from small_cascades import assert_same_detections
+from torch import nn
+
+from cascade_det.config.fast import PARTS
+from cascade_det.core.fast_heads import FastBoxHead
+from cascade_det.engine import devices
+from cascade_det.engine.head_flops import region_flops
+from cascade_det.errors import ConfigError
+from cascade_det.layers_winograd import WinogradConv2d
+from cascade_det.standalone import Predictor, build_detector, optimize
+from cascade_det.standalone.host import open_detector
+
+MOBILE = ()
+R18 = (
+    *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.RESNETS.DEPTH", "18"),
+    *("MODEL.FPN.NORM", "GN", "MODEL.RPN.CONV_DIMS", "(48, -1)"),
+)
+CONV_HEADS = ("MODEL.CASCADE.BOX_HEAD.NUM_CONV", "(1, 0, 0)")
+EXITS_OFF = ("MODEL.CASCADE.EXIT.ENABLED", "False")
+FAST = ("MODEL.CASCADE.FAST.ENABLED", "True")
+
+
+def make_detector(cfg, *options):
+    cfg = cfg.clone()
+    cfg.merge_from_list([*options, *EXITS_OFF, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.01"])
+    torch.manual_seed(0)
+    detector = build_detector(cfg).eval()
+    for module in detector.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)
+    for predictor in detector.roi_heads.box_predictor:
+        nn.init.normal_(predictor.cls_score.weight, std=0.3)
+    return detector
+
+
+def make_batch():
+    sizes = ((96, 128), (80, 100))
+    images = [torch.randint(256, (3, *size), dtype=torch.uint8) for size in sizes]
+    return [{"image": image} for image in images]
+
+
+@pytest.mark.parametrize("options", [MOBILE, R18, CONV_HEADS], ids=["mobilenet", "R-18", "convs"])
+def test_float32_gives_the_same_detections(instant_cfg, options):
+    plain = make_detector(instant_cfg, *options)
+    fast = optimize(copy.deepcopy(plain), dtype="float32")
+    batch = make_batch()
+    expected = plain.detect(batch, stages=True)
+    got = fast.detect(batch, stages=True)
+    assert sum(len(d.boxes) for d in expected.detections) > 20
+    assert_same_detections(got.detections, expected.detections)
+    for ours, theirs in zip(got.stages, expected.stages, strict=True):
+        assert_same_detections(ours.detections, theirs.detections)
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fast.modules())
+
+
+@torch.no_grad()
+def test_wide_convolutions_are_winograds(instant_cfg):
+    fast = optimize(make_detector(instant_cfg, "MODEL.FPN.OUT_CHANNELS", "128"), dtype="float32")
+    count = sum(isinstance(m, WinogradConv2d) for m in fast.modules())
+    assert count == 5  # four outputs of the pyramid and the head of the RPN
+    assert any(sentence.startswith("5 convolutions") for sentence in fast.optimizations)
+    half = optimize(make_detector(instant_cfg, "MODEL.FPN.OUT_CHANNELS", "128"), dtype="bfloat16")
+    assert not any(isinstance(m, WinogradConv2d) for m in half.modules())
+
+
+def types_of(detector):
+    """The types that the parts compute in, seen at their outputs."""
+    body, seen = detector.backbone.bottom_up, {}
+    modules = {
+        "stem": body.features[0],
+        "backbone": body.features[-1],
+        "fpn": detector.backbone.get_submodule("fpn_output2"),
+        "rpn": detector.proposal_generator.rpn_head.convs[0],
+        "roi_heads": detector.roi_heads.box_head[0].layers[0],
+    }
+    for name, module in modules.items():
+        module.register_forward_hook(lambda _, x, y, name=name: seen.update({name: y.dtype}))
+    output = detector.detect(make_batch())
+    assert all(d.boxes.dtype == d.scores.dtype == torch.float32 for d in output.detections)
+    return {name for name, dtype in seen.items() if dtype == torch.float32}
+
+
+@pytest.mark.parametrize("parts", [(), *((part,) for part in PARTS), ("backbone", "rpn"), PARTS])
+def test_parts_have_the_types_that_are_asked_for(instant_cfg, parts):
+    fast = optimize(make_detector(instant_cfg), dtype="bfloat16", float32_parts=parts)
+    assert types_of(fast) == set(parts)
+    sentence = next(s for s in fast.optimizations if s.startswith("Computed in"))
+    if 0 < len(parts) < len(PARTS):
+        assert f"float32: {', '.join(parts)}" in sentence
+
+
+def test_bfloat16_detects_nearly_the_same(instant_cfg):
+    plain = make_detector(instant_cfg)
+    batch = make_batch()
+    inputs = plain.cascade_inputs(batch)
+    fast = optimize(copy.deepcopy(plain), dtype="bfloat16")
+    for ours, theirs in zip(fast.cascade_inputs(batch).features, inputs.features, strict=True):
+        error = (ours.float() - theirs).norm() / theirs.norm()
+        assert 0 < error < 0.05
+
+
+def test_heads_with_convolutions_take_maps_of_another_type(instant_cfg):
+    fast = optimize(make_detector(instant_cfg, *CONV_HEADS), dtype="bfloat16")
+    assert [isinstance(h, FastBoxHead) for h in fast.roi_heads.box_head] == [False, True, True]
+    assert len(fast.detect(make_batch()).detections) == 2
+
+
+def test_what_was_done_is_said(instant_cfg, caplog):
+    with caplog.at_level(logging.INFO, "cascade_det.standalone.optimize"):
+        fast = optimize(make_detector(instant_cfg), compile=True)
+    assert all(sentence in caplog.text for sentence in fast.optimizations)
+    norms = make_detector(instant_cfg)
+    count = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in norms.modules())
+    assert f"{count} norms are folded into convolutions." in fast.optimizations
+
+
+def test_the_type_is_chosen_by_the_device(instant_cfg, monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device: True)
+    assert devices.resolve_fast_dtype("auto", cpu) == torch.bfloat16
+    assert devices.resolve_fast_dtype("auto", gpu) == torch.bfloat16
+    assert optimize(make_detector(instant_cfg)).backbone.fpn_output2.weight.dtype == torch.bfloat16
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device: False)
+    assert devices.resolve_fast_dtype("auto", cpu) == torch.float32
+    assert devices.resolve_fast_dtype("auto", gpu) == torch.float16
+    assert optimize(make_detector(instant_cfg)).backbone.fpn_output2.weight.dtype == torch.float32
+
+
+class TestErrors:
+    def test_training(self, instant_cfg):
+        fast = optimize(make_detector(instant_cfg))
+        with pytest.raises(RuntimeError, match="cannot be trained"):
+            fast.losses(make_batch())
+
+    def test_twice(self, instant_cfg):
+        fast = optimize(make_detector(instant_cfg))
+        with pytest.raises(ValueError, match="optimised already"):
+            optimize(fast)
+
+    def test_unknown_part(self, instant_cfg):
+        with pytest.raises(ValueError, match=r"unknown parts \['neck'\]; known: stem"):
+            optimize(make_detector(instant_cfg), float32_parts=("neck",))
+
+    def test_float16_on_a_cpu_leaves_the_detector_as_it_is(self, instant_cfg):
+        detector = make_detector(instant_cfg)
+        with pytest.raises(ConfigError, match="for GPUs"):
+            optimize(detector, dtype="float16")
+        assert detector.optimizations == []
+
+
+class TestByConfiguration:
+    @pytest.fixture
+    def cfg(self, instant_cfg, tmp_path):
+        path = tmp_path / "weights.pth"
+        torch.save({"model": make_detector(instant_cfg).state_dict()}, path)
+        instant_cfg.merge_from_list(
+            ["MODEL.WEIGHTS", str(path), "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.01", *EXITS_OFF]
+        )
+        return instant_cfg
+
+    def test_the_predictor_is_fast_and_finds_the_same(self, cfg, shapes):
+        paths = sorted(map(str, (shapes / "train").iterdir()))[:3]
+        images = [*paths, *map(cv2.imread, paths)]
+        plain = Predictor(cfg)
+        expected = [plain(image) for image in images]
+        cfg.merge_from_list([*FAST, "CASCADE.TEST_IMS_PER_BATCH", "2"])
+        predictor = Predictor(cfg)
+        assert predictor.detector.optimizations
+        # Reading ahead changes nothing, whatever is read.
+        assert_same_detections(predictor(images), expected)
+
+    def test_evaluation_and_calibration_get_the_fast_detector(self, cfg):
+        plain, _, _ = open_detector(cfg)
+        cfg.merge_from_list(FAST)
+        fast, _, _ = open_detector(cfg)
+        assert fast.optimizations
+        flops = [region_flops(d.roi_heads, d.backbone.out_channels) for d in (plain, fast)]
+        assert flops[0] == flops[1]

@@ -3,6 +3,7 @@
 from cascade_det.core.box_head import BoxPredictor, ConvFCBoxHead
 from cascade_det.core.cascade import CascadeHead
 from cascade_det.core.exits import ExitPolicy, build_exits
+from cascade_det.core.fast_heads import FastCopies
 from cascade_det.core.regime import TrainingRegime, build_regime
 from cascade_det.core.roi_pooling import RoIPooler
 from cascade_det.core.structures import (
@@ -25,6 +26,7 @@ __all__ = [
     "Detections",
     "DetectorOutput",
     "ExitPolicy",
+    "FastCopies",
     "PartTimer",
     "RoIPooler",
     "StageOutput",

@@ -26,6 +26,7 @@ from cascade_det.core import (
     CascadeInputs,
     CascadeStats,
     ExitPolicy,
+    FastCopies,
     PartTimer,
     TrainingRegime,
     build_exits,
@@ -40,6 +41,8 @@ from cascade_det.d2.parts import (
     threshold,
 )
 from cascade_det.d2.structures import instances_of, labelled_regions_of, objectness_of, targets_of
+from cascade_det.engine.allocator import keep_freed_memory
+from cascade_det.engine.devices import resolve_fast_dtype
 
 Losses = dict[str, Tensor]
 
@@ -75,6 +78,8 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         pooler_kernel: see ``MODEL.CASCADE.POOLER_KERNEL``.
         exits: when regions leave early, in inference only; ``None`` for never.
         regime: what training does beyond the sum of the stages' losses; ``None`` for nothing.
+        fast_dtype: let inference compute on copies of the box heads that are made for it, in this
+            type: see ``MODEL.CASCADE.FAST.DTYPE``; ``None`` for no copies.
         kwargs: further arguments of :class:`CascadeROIHeads`.
 
     Attributes:
@@ -106,6 +111,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         pooler_kernel: str = "auto",
         exits: ExitPolicy | None = None,
         regime: TrainingRegime | None = None,
+        fast_dtype: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -134,6 +140,8 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         # Past nn.Module, which would register every parameter under a second name.
         self.__dict__["cascade"] = cascade
         self.__dict__["_pooler"] = box_pooler
+        self._fast_dtype = fast_dtype
+        self._fast_copies: FastCopies | None = None
         self.cascade: CascadeHead
         self.stats: CascadeStats | None = None
         self.timer: PartTimer | None = None
@@ -155,6 +163,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             "pooler_kernel": cfg.MODEL.CASCADE.POOLER_KERNEL,
             "exits": build_exits(config.exit_arguments(cfg), hidden_features, channels),
             "regime": build_regime(**config.training_arguments(cfg)),
+            "fast_dtype": config.fast_heads_dtype(cfg),
         }
 
     @classmethod
@@ -250,7 +259,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             ValueError: a part that the cascade cannot stand in for.
         """
         cascade, rules, last = self.cascade, self._rules(), self.box_predictor[-1]
-        cascade.box_head, cascade.box_predictor = self.box_head, self.box_predictor
+        cascade.box_head, cascade.box_predictor = self._box_heads(), self.box_predictor
         cascade.exits, cascade.regime = self.exits, self.regime
         if self.box_pooler is not self.__dict__["_pooler"]:
             cascade.pooler = pooler_like(self.box_pooler, cascade.pooler.kernel)
@@ -261,6 +270,18 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         cascade.score_thresh = last.test_score_thresh
         cascade.nms_thresh = last.test_nms_thresh
         cascade.detections_per_image = last.test_topk_per_image
+
+    def _box_heads(self) -> nn.ModuleList:
+        """Those that the cascade runs: in inference fast copies, if they are wanted."""
+        if self._fast_dtype is None or self.training or torch.jit.is_tracing():
+            return self.box_head
+        if self._fast_copies is None:
+            device = next(self.box_head.parameters()).device
+            dtype = resolve_fast_dtype(self._fast_dtype, device)
+            self._fast_copies = FastCopies(pooled_size=self.box_pooler.output_size[0], dtype=dtype)
+            if device.type == "cpu":
+                keep_freed_memory()
+        return self._fast_copies.of(self.box_head)
 
     def _rules(self) -> dict[str, Any]:
         """What Detectron2 has in the predictors and matchers, as arguments of the cascade."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cascade_det.backbones import ResNet
 from cascade_det.config.fast import FAST_DEFAULTS, PARTS
 from cascade_det.core.fast_heads import FastBoxHead
+from cascade_det.engine.allocator import keep_freed_memory
 from cascade_det.engine.devices import resolve_fast_dtype
 from cascade_det.layers_folding import fold_norms
 from cascade_det.layers_winograd import use_winograd
@@ -69,6 +70,8 @@ def optimize(
     if count := use_winograd(detector.backbone) + use_winograd(detector.proposal_generator):
         done.append(f"{count} convolutions are Winograd's where maps are large enough.")
     _cast_between(detector, dtypes)
+    if detector.device.type == "cpu" and keep_freed_memory():
+        done.append("The memory of freed tensors is kept for the next ones, process-wide.")
     if compile:
         done.append(_compile(detector, dtypes))
     detector.optimizations = done

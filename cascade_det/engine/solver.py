@@ -67,8 +67,8 @@ def build_optimizer(
             ``weight_decay_norm``.
 
     Returns:
-        The optimiser. Parameters with equal settings share a group, so that the update runs over
-        many tensors at once.
+        The optimiser. Parameters with equal settings share a group, so that one kernel updates
+        many tensors, each in one pass over memory.
 
     Raises:
         ConfigError: ``name`` is unknown.
@@ -81,10 +81,10 @@ def build_optimizer(
             momentum=momentum,
             nesterov=nesterov,
             weight_decay=weight_decay,
-            foreach=True,
+            fused=True,
         )
     if name == "AdamW":
-        return torch.optim.AdamW(groups, lr=base_lr, weight_decay=weight_decay, foreach=True)
+        return torch.optim.AdamW(groups, lr=base_lr, weight_decay=weight_decay, fused=True)
     raise ConfigError(f"CASCADE.OPTIMIZER: {name!r} is unknown; SGD and AdamW are known.")
 
 

@@ -1,4 +1,5 @@
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, build_scheduler
+from cascade_det.engine.training_state import load_optimizer_state, optimizer_state
 from cascade_det.errors import ConfigError
 
 
@@ -102,6 +104,42 @@ def test_adamw_decays_weights_apart_from_the_gradient():
     optimizer.step()
     # The first step of Adam is lr times the sign; the decay is lr * weight_decay * weight.
     assert model.weight.item() == pytest.approx(weight * (1 - 0.05) - 0.1, rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("SGD", torch.optim.SGD), ("AdamW", torch.optim.AdamW)])
+def test_it_goes_on_from_the_memory_of_pytorchs_plain_optimiser(name, kind):
+    """As from a checkpoint that was written with another implementation."""
+    models = [nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    settings = {"lr": 0.1, "weight_decay": 0.2, **({"momentum": 0.9} if name == "SGD" else {})}
+    plain = kind(models[0].parameters(), **settings, foreach=False, fused=False)
+    ours = build_optimizer(models[1], name=name, base_lr=0.1, weight_decay=0.2)
+
+    def step(model, optimizer, number):
+        for parameter in model.parameters():
+            ramp = torch.linspace(-1, 2, parameter.numel()) * number
+            parameter.grad = ramp.view(parameter.shape)
+        optimizer.step()
+
+    for number in (1, -2, 3):
+        step(models[0], plain, number)
+    models[1].load_state_dict(models[0].state_dict())
+    load_optimizer_state(ours, models[1], deepcopy(optimizer_state(plain, models[0])))
+    for number in (2, -1):
+        step(models[0], plain, number)
+        step(models[1], ours, number)
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_gradients_in_another_memory_format():
+    conv = nn.Conv2d(4, 6, 3, bias=False)
+    before = conv.weight.detach().clone()
+    optimizer = build_optimizer(conv, base_lr=0.5, momentum=0.0, weight_decay=0.0)
+    x = torch.randn(2, 4, 6, 5).contiguous(memory_format=torch.channels_last)
+    conv(x).square().sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(conv.weight.detach(), before - 0.5 * conv.weight.grad)
 
 
 def test_clipping_by_value():

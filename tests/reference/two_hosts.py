@@ -98,6 +98,9 @@ class Standalone:
     def __init__(self, cfg):
         self.cfg = cfg
         self.model = build_detector(self.cfg)
+        # That of Detectron2: where statistics are of a few pixels, gradients magnify any rounding,
+        # and the last bit of a score decides which proposals are trained on.
+        self.model.training_format = torch.contiguous_format
         self.scalars = {}
 
     @property

@@ -30,10 +30,11 @@ REQUIREMENTS = [
 EXTRAS = {
     "tensorboard": ["tensorboard>=2.14"],
     "safetensors": ["safetensors>=0.4.3"],
+    "export": ["onnx>=1.23", "onnxruntime>=1.31"],
     "test": ["pytest>=8.2", "pytest-cov>=5.0", "pytest-xdist>=3.5", "hypothesis>=6.100"],
     "lint": ["ruff>=0.17", "mypy>=2.0", "codespell>=2.3", "pre-commit>=4.0"],
 }
-EXTRAS["all"] = EXTRAS["tensorboard"] + EXTRAS["safetensors"]
+EXTRAS["all"] = EXTRAS["tensorboard"] + EXTRAS["safetensors"] + EXTRAS["export"]
 EXTRAS["dev"] = EXTRAS["all"] + EXTRAS["test"] + EXTRAS["lint"]
 
 setup(

@@ -3,6 +3,7 @@
 
 python tools/predict.py --config-file ... --input photo.jpg 'folder/*.png' folder --output out \
     --opts MODEL.WEIGHTS output/model_final.pth
+python tools/predict.py --onnx model.onnx --input folder --output out   # a file of tools/export.py
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from pathlib import Path
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Detect objects in images.")
-    parser.add_argument(
-        "--config-file", required=True, action="append", metavar="YAML", help="later ones on top"
+    detector = parser.add_mutually_exclusive_group(required=True)
+    detector.add_argument(
+        "--config-file", action="append", metavar="YAML", help="of weights; later ones on top"
     )
+    detector.add_argument("--onnx", metavar="FILE", help="of tools/export.py; needs nothing else")
     parser.add_argument(
         "--input", required=True, nargs="+", help="image files, folders or quoted globs"
     )
@@ -28,7 +31,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="as train_net.py"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.onnx and args.opts:
+        parser.error("--opts change a configuration, which an ONNX file (--onnx) has no need of")
+    return args
 
 
 if __name__ == "__main__":
@@ -37,6 +43,7 @@ if __name__ == "__main__":
 
 import cv2
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from cascade_det.config import check_config, load_config
@@ -50,6 +57,7 @@ from cascade_det.evaluation import format_report
 from cascade_det.evaluation.coco import coco_results
 from cascade_det.evaluation.drawing import draw_detections
 from cascade_det.files import atomic_path, write_json
+from cascade_det.onnx_predictor import ArrayDetections, OnnxPredictor
 from cascade_det.standalone import Predictor
 
 MOST_TOLD = 20  # failed files on the terminal
@@ -62,9 +70,11 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     setup_logging()
     files = find_images(args.input)
+    output = Path(args.output)
+    if args.onnx:
+        return predict(OnnxPredictor(args.onnx), files, output, args.score_threshold)
     cfg = load_config(args.config_file, args.opts)
     check_config(cfg)
-    output = Path(args.output)
     watched = cfg.CASCADE.SHADOW_SHARE > 0
     predictor = Predictor(cfg, metrics_dir=output if watched else None)
     with predictor.monitor as monitor:
@@ -90,7 +100,9 @@ def find_images(patterns: list[str]) -> list[Path]:
     return list(found)
 
 
-def predict(predictor: Predictor, files: list[Path], output: Path, score_threshold: float) -> int:
+def predict(
+    predictor: Predictor | OnnxPredictor, files: list[Path], output: Path, score_threshold: float
+) -> int:
     """Write a picture for every image, and ``predictions.json`` for all of them.
 
     A file that cannot be read is left out and told at the end, in the json as well: ``failed`` is
@@ -139,7 +151,7 @@ def predict(predictor: Predictor, files: list[Path], output: Path, score_thresho
 
 
 def _detect(
-    predictor: Predictor, files: list[Path]
+    predictor: Predictor | OnnxPredictor, files: list[Path]
 ) -> Iterator[tuple[np.ndarray, Detections] | DatasetError]:
     """For each file its pixels and detections, or why it could not be read; batch by batch."""
     for start in range(0, len(files), predictor.batch_size):
@@ -148,7 +160,11 @@ def _detect(
         read = [i for i, image in enumerate(batch) if not isinstance(image, DatasetError)]
         detections = iter(predictor([batch[i] for i in read], names=[str(part[i]) for i in read]))
         for image in batch:
-            yield image if isinstance(image, DatasetError) else (image, next(detections))
+            yield image if isinstance(image, DatasetError) else (image, _tensors(next(detections)))
+
+
+def _tensors(detections: Detections | ArrayDetections) -> Detections:
+    return Detections(*(torch.as_tensor(column) for column in vars(detections).values()))
 
 
 def _read(file: Path) -> np.ndarray | DatasetError:
@@ -159,7 +175,9 @@ def _read(file: Path) -> np.ndarray | DatasetError:
 
 
 def _coco_json(
-    predictor: Predictor, done: list[tuple[dict, list[dict]]], failed: list[dict[str, str]]
+    predictor: Predictor | OnnxPredictor,
+    done: list[tuple[dict, list[dict]]],
+    failed: list[dict[str, str]],
 ) -> dict:
     annotations: list[dict] = []
     for result in itertools.chain.from_iterable(results for _, results in done):

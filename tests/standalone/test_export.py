@@ -1,0 +1,273 @@
+"""A file of a detector gives what the detector gives."""
+
+import importlib.util
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_cascades import random_boxes
+from small_detectors import make_detector, random_image
+from torchvision.ops import nms
+
+from cascade_det.config import get_cfg
+from cascade_det.data.transforms import resize_shortest_edge
+from cascade_det.errors import CheckpointError, ConfigError, DatasetError
+from cascade_det.onnx_predictor import METADATA_KEY, ExportedModel, OnnxPredictor
+from cascade_det.standalone import optimize
+from cascade_det.standalone.export import (
+    compare,
+    export_onnx,
+    stages_to_export,
+)
+from cascade_det.standalone.fixed_depth import FixedDepthDetector, class_nms
+
+SIZES = [(97, 130), (140, 70), (66, 251)]
+
+
+def describe(num_stages=3):
+    return ExportedModel(
+        class_names=["a", "b", "c"],
+        category_ids=[3, 5, 9],
+        image_format="RGB",
+        min_size=100,
+        max_size=160,
+        num_stages=num_stages,
+    )
+
+
+def eager(detector, image, num_stages):
+    """Of the same depth: boxes, scores, classes."""
+    stages = detector.detect([{"image": image}], stages=True).stages
+    detections = stages[num_stages - 1].detections[0]
+    return detections.boxes, detections.scores, detections.classes
+
+
+def assert_same(run, detector, image, num_stages=3):
+    """Returns the number of detections."""
+    wanted, found = eager(detector, image, num_stages), run(image)
+    assert [x.dtype for x in found] == [torch.float32, torch.float32, torch.int64]
+    torch.testing.assert_close(tuple(found), wanted, rtol=1e-4, atol=2e-3)
+    return len(wanted[0])
+
+
+@pytest.fixture(scope="module")
+def detector():
+    return make_detector()
+
+
+@pytest.fixture(scope="module")
+def onnx_file(detector, tmp_path_factory):
+    pytest.importorskip("onnxruntime")
+    path = tmp_path_factory.mktemp("export") / "detector.onnx"
+    export_onnx(detector, path, describe())
+    return path
+
+
+def run_onnx(path):
+    predictor = OnnxPredictor(path)
+    return lambda image: tuple(torch.from_numpy(x) for x in predictor.run(image.numpy()))
+
+
+def test_onnx_gives_the_detections_of_images_of_any_size(onnx_file, detector):
+    run = run_onnx(onnx_file)
+    counts = [assert_same(run, detector, random_image(*size)) for size in SIZES]
+    # Neither as many as are allowed nor the same number everywhere.
+    assert min(counts) > 3
+    assert len(set(counts)) > 1
+    # Of fewer anchors than are taken of a level, and of no more than a pixel.
+    for size in [(20, 9), (1, 1), (64, 64)]:
+        assert_same(run, detector, random_image(*size))
+
+
+CASCADES = {
+    "boxes of classes": (3, {"cls_agnostic": False, "ensemble": "last_boxes", "conv_dims": (5,)}),
+    "few or none": (
+        2,
+        {"ensemble": "mean_logits", "detections_per_image": 2, "score_thresh": 0.66},
+    ),
+    "no proposals": (1, {"conv_dims": (5,), "min_box_size": 1000.0, "detections_per_image": -1}),
+}
+
+
+@pytest.mark.parametrize(("num_stages", "changes"), CASCADES.values(), ids=CASCADES)
+def test_onnx_of_other_cascades(num_stages, changes, tmp_path):
+    pytest.importorskip("onnxruntime")
+    detector = make_detector(**changes)
+    run = export_onnx(detector, tmp_path / "detector.onnx", describe(num_stages))
+    counts = [assert_same(run, detector, random_image(*size), num_stages) for size in SIZES]
+    if "min_box_size" in changes:
+        assert counts == [0, 0, 0]
+    elif "score_thresh" in changes:
+        assert set(counts) == {0, 1, 2}
+    else:
+        assert min(counts) > 3
+
+
+def test_first_stages_alone_are_in_the_file(detector, onnx_file, tmp_path):
+    path = tmp_path / "detector.onnx"
+    run = export_onnx(detector, path, describe(1))
+    assert sum(assert_same(run, detector, random_image(*size), 1) for size in SIZES) > 10
+    assert path.stat().st_size < onnx_file.stat().st_size
+    found = OnnxPredictor(path)(np.full((50, 50, 3), 200, np.uint8))
+    assert set(found.exit_stages.tolist()) == {0}
+
+
+def test_comparison_tells_other_detections(onnx_file, detector):
+    run, image = run_onnx(onnx_file), random_image(*SIZES[0])
+    assert compare(detector, run, image, 3).same
+    boxes, scores, classes = run(image)
+
+    def compare_with(*outputs):
+        return compare(detector, lambda image: outputs, image, 3)
+
+    moved = compare_with(boxes + torch.tensor([0.0, 0.0, 0.0, 1.0]), scores, classes)
+    assert moved.boxes == pytest.approx(1.0, abs=1e-3)
+    assert not moved.same
+    raised = compare_with(boxes, scores + 0.01, classes)
+    assert raised.scores == pytest.approx(0.01, abs=1e-5)
+    assert not raised.same
+    fewer = compare_with(boxes[1:], scores[1:], classes[1:])
+    assert fewer.boxes > 0.1
+    assert not fewer.same
+    assert not compare_with(boxes, scores, (classes + 1) % 3).same
+    assert not compare_with(boxes[:0], scores[:0], classes[:0]).same
+
+
+@pytest.mark.parametrize("shape", [(97, 130), (300, 120), (40, 44)])
+@pytest.mark.parametrize("image_format", ["BGR", "RGB"])
+def test_predictor_resizes_and_scales_as_the_detector_of_the_weights(
+    onnx_file, detector, shape, image_format, monkeypatch
+):
+    predictor = OnnxPredictor(onnx_file)
+    predictor.model = replace(predictor.model, image_format=image_format)
+    array = random_image(*shape).permute(1, 2, 0).numpy()[:, :, ::-1]
+    pixels = array if image_format == "BGR" else array[:, :, ::-1]
+    resized = resize_shortest_edge(pixels, 100, 160)
+    image = torch.from_numpy(resized).permute(2, 0, 1)
+    sample = {"image": image, "height": shape[0], "width": shape[1]}
+    (wanted,) = detector.detect([sample]).detections
+    found, again = predictor([array, array.copy()])
+    assert len(wanted) > 3
+    np.testing.assert_allclose(found.boxes, wanted.boxes, atol=1e-2)
+    np.testing.assert_allclose(found.scores, wanted.scores, atol=1e-5)
+    assert found.classes.tolist() == wanted.classes.tolist()
+    assert found.exit_stages.tolist() == wanted.exit_stages.tolist()
+    np.testing.assert_array_equal(found.boxes, again.boxes)
+    assert len(predictor(array)) == len(found)
+
+
+def test_predictor_takes_images_alone(onnx_file, tmp_path):
+    predictor = OnnxPredictor(onnx_file)
+    assert (predictor.class_names, predictor.category_ids) == (["a", "b", "c"], [3, 5, 9])
+    assert predictor([]) == []
+    for wrong in (np.zeros((5, 5), np.uint8), np.zeros((5, 5, 3), np.float32)):
+        with pytest.raises(ValueError, match="uint8"):
+            predictor(wrong)
+    with pytest.raises(DatasetError, match="no such image"):
+        predictor(tmp_path / "nowhere.png")
+
+
+def test_foreign_and_broken_files_are_told(onnx_file, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    path = tmp_path / "file.onnx"
+    with pytest.raises(CheckpointError, match=r"file\.onnx: there is no such file"):
+        OnnxPredictor(path)
+    content = onnx_file.read_bytes()
+    for broken in (b"", b"no ONNX at all", content[:1000], content[: len(content) // 2]):
+        path.write_bytes(broken)
+        with pytest.raises(CheckpointError, match=r"file\.onnx: .*tools/export\.py"):
+            OnnxPredictor(path)
+    value = onnx.helper.make_tensor_value_info
+    image, boxes = value("image", 1, [3, 4, 5]), value("boxes", 1, [3, 4, 5])
+    nodes = [onnx.helper.make_node("Identity", ["image"], ["boxes"])]
+    graph = onnx.helper.make_graph(nodes, "other", [image], [boxes])
+    opsets = [onnx.helper.make_opsetid("", 18)]
+    model = onnx.helper.make_model(graph, ir_version=8, opset_imports=opsets)
+    for metadata, words in (
+        ({}, "without the metadata 'cascade_det'"),
+        ({METADATA_KEY: "{"}, "metadata 'cascade_det' cannot be used"),
+        ({METADATA_KEY: describe().to_json()}, r"takes .* not a uint8 image"),
+    ):
+        onnx.helper.set_model_props(model, metadata)
+        onnx.save(model, path)
+        with pytest.raises(CheckpointError, match=rf"file\.onnx: .*{words}.*tools/export\.py"):
+            OnnxPredictor(path)
+
+
+def test_metadata_survive_a_file_and_nothing_else_is_taken_for_them():
+    assert ExportedModel.from_json(describe().to_json()) == describe()
+    good = json.loads(describe().to_json())
+    for wrong in (
+        {"class_names": "abc"},
+        {"class_names": ["a", 2, "c"]},
+        {"class_names": ["a"]},
+        {"category_ids": [1, 2, True]},
+        {"image_format": "HSV"},
+        {"min_size": -1},
+        {"min_size": True},
+        {"max_size": 0},
+        {"max_size": "160"},
+        {"num_stages": 0},
+    ):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            ExportedModel.from_json(json.dumps({**good, **wrong}))
+    for text in ("[]", "{}", "nothing"):
+        with pytest.raises(ValueError):  # noqa: PT011
+            ExportedModel.from_json(text)
+
+
+def configured(*options):
+    cfg = get_cfg()
+    cfg.merge_from_list(["MODEL.WEIGHTS", "some.pth", *options])
+    return cfg
+
+
+EXITS = [
+    *("MODEL.CASCADE.EXIT.ENABLED", True),
+    *("MODEL.ROI_HEADS.NAME", "EarlyExitCascadeROIHeads"),
+]
+
+
+def test_what_cannot_be_exported_is_told_before_work(monkeypatch):
+    for file_format in ("onnx", "torch-export"):
+        assert stages_to_export(configured(), file_format, None) == 3
+        assert stages_to_export(configured(*EXITS), file_format, 2) == 2
+        for options, stages, words in (
+            (EXITS, None, r"MODEL\.CASCADE\.EXIT\.ENABLED is True.*--stages"),
+            ([], 0, "--stages 0.*from 1 to 3"),
+            ([], 4, "--stages 4.*IOUS has 3 stages"),
+            (["MODEL.WEIGHTS", ""], None, "MODEL.WEIGHTS is empty"),
+        ):
+            with pytest.raises(ConfigError, match=words):
+                stages_to_export(configured(*options), file_format, stages)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="needs onnx, which is not installed"):
+        stages_to_export(configured(), "onnx", None)
+    assert stages_to_export(configured(), "torch-export", None) == 3
+
+
+def test_an_optimised_detector_is_refused():
+    detector = optimize(make_detector(), dtype="float32")
+    with pytest.raises(ValueError, match="optimised"):
+        FixedDepthDetector(detector, 3)
+    with pytest.raises(ValueError, match="4 stages of a cascade of 3"):
+        FixedDepthDetector(make_detector(), 4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 10**6), count=st.integers(0, 40), num_classes=st.integers(1, 90))
+def test_classes_do_not_meet_in_nms(seed, count, num_classes):
+    generator = torch.Generator().manual_seed(seed)
+    boxes = random_boxes(count, (800, 1333), generator=generator)
+    scores = torch.rand(count, generator=generator)
+    classes = torch.randint(num_classes, (count,), generator=generator)
+    wanted = []
+    for number in range(num_classes):
+        rows = torch.nonzero(classes == number).squeeze(1)
+        wanted += rows[nms(boxes[rows], scores[rows], 0.5)].tolist()
+    found = class_nms(boxes, scores, classes, num_classes, 0.5)
+    assert sorted(found.tolist()) == sorted(wanted)

@@ -1,0 +1,139 @@
+#!/usr/bin/env python3
+"""Write a trained detector of fixed depth, without exits, into one file that runs by itself.
+
+python tools/export.py --config-file ... --format onnx --output model.onnx \
+    --opts MODEL.WEIGHTS output/model_final.pth
+python tools/predict.py --onnx model.onnx --input photos --output out
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Write a detector into one file.")
+    parser.add_argument(
+        "--config-file", required=True, action="append", metavar="YAML", help="later ones on top"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("onnx", "torch-export"),
+        default="onnx",
+        help="for onnxruntime (the default), or for torch.export.load",
+    )
+    parser.add_argument("--stages", type=int, metavar="K", help="the first K; all by default")
+    parser.add_argument("--output", required=True, metavar="FILE")
+    parser.add_argument(
+        "--image", metavar="FILE", help="to check the file on; by default one of random pixels"
+    )
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="as train_net.py"
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    _parse(None)  # Help and errors do not wait for the imports below.
+
+
+import torch
+from fvcore.common.config import CfgNode
+
+from cascade_det import config
+from cascade_det.data.transforms import read_image, resize_shortest_edge
+from cascade_det.engine.commands import without_traceback
+from cascade_det.engine.log import setup_logging
+from cascade_det.files import atomic_path
+from cascade_det.onnx_predictor import ExportedModel
+from cascade_det.standalone import Predictor
+from cascade_det.standalone.export import (
+    Comparison,
+    compare,
+    export_onnx,
+    export_program,
+    stages_to_export,
+)
+
+EXPORTERS = {"onnx": export_onnx, "torch-export": export_program}
+# Of the image of random pixels that a file is checked on: width by height.
+ASPECT_RATIO = 1.3
+
+
+@without_traceback
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status: 1 if the file does not give the same detections."""
+    args = _parse(argv)
+    setup_logging()
+    cfg = config.load_config(args.config_file, args.opts)
+    config.check_config(cfg)
+    num_stages = stages_to_export(cfg, args.format, args.stages)
+    _say_what_is_left_out(cfg)
+    cfg = _plain(cfg)
+    image = _image_to_check(cfg, args.image)
+    predictor = Predictor(cfg)
+    inputs = config.input_arguments(cfg, train=False)
+    description = ExportedModel(
+        class_names=predictor.class_names,
+        category_ids=predictor.category_ids,
+        image_format=inputs["image_format"],
+        min_size=inputs["min_sizes"][0],
+        max_size=inputs["max_size"],
+        num_stages=num_stages,
+    )
+    output = Path(args.output)
+    with atomic_path(output) as temporary:
+        run = EXPORTERS[args.format](predictor.detector, temporary, description)
+        comparison = compare(predictor.detector, run, image, num_stages)
+    print(f"{output}: {num_stages} stages, {output.stat().st_size / 2**20:.1f} MiB")
+    return _report(comparison, image)
+
+
+def _plain(cfg: CfgNode) -> CfgNode:
+    """The same detector without what is for speed on this machine, on the CPU."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.CASCADE.FAST.ENABLED = False
+    cfg.CASCADE.SHADOW_SHARE = 0.0
+    return cfg
+
+
+def _say_what_is_left_out(cfg: CfgNode) -> None:
+    if cfg.MODEL.CASCADE.EXIT.ENABLED:
+        print("Exits are left out: every region takes all stages of the file.")
+    if cfg.MODEL.CASCADE.FAST.ENABLED:
+        print("MODEL.CASCADE.FAST is left out: the file is float32, as the weights are.")
+
+
+def _image_to_check(cfg: CfgNode, file: str | None) -> torch.Tensor:
+    """uint8 ``[3, H, W]`` of the size that images are resized to."""
+    inputs = config.input_arguments(cfg, train=False)
+    short_edge, max_size = inputs["min_sizes"][0], inputs["max_size"]
+    if file is None:
+        short_edge = short_edge or min(max_size, 800)
+        size = (3, short_edge, min(round(short_edge * ASPECT_RATIO), max_size))
+        return torch.randint(0, 256, size, dtype=torch.uint8)
+    pixels = resize_shortest_edge(read_image(file, inputs["image_format"]), short_edge, max_size)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _report(comparison: Comparison, image: torch.Tensor) -> int:
+    height, width = image.shape[1:]
+    print(
+        f"Checked on an image of {width} x {height}: {comparison.num_exported} detections, "
+        f"{comparison.num_detections} of the detector itself; largest difference "
+        f"{comparison.boxes:.2g} px, {comparison.scores:.2g} in score"
+    )
+    if not comparison.same:
+        print("These are not the same detections: the file is not to be used.", file=sys.stderr)
+        return 1
+    if comparison.num_detections == 0:
+        print("That says little: give an --image with objects in it.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -12,6 +13,8 @@ from cascade_det.benchmark.options import Options
 from cascade_det.benchmark.setup import Setup
 from cascade_det.benchmark.training import open_training_steps
 from cascade_det.evaluation.tables import Figures, table
+
+logger = logging.getLogger(__name__)
 
 _PEER = "detectron2-cascade"
 _MEGA = 1e6
@@ -66,20 +69,15 @@ def memory_sections(results: Figures) -> list[str]:
 
 
 def _peaks(options: Options, builds: dict[str, Callable[[], Run]]) -> dict[str, dict[str, Any]]:
-    threads = options.threads or None
-    peaks = {
-        name: peak_memory(build, device=options.device, threads=threads)
-        for name, build in builds.items()
-    }
-    peer = peaks.get(_PEER)
-    against = (
-        {}
-        if peer is None
-        else {
-            name: {"ratio": memory.above_model / peer.above_model} for name, memory in peaks.items()
-        }
-    )
-    return {name: memory.to_dict() | against.get(name, {}) for name, memory in peaks.items()}
+    peaks = {}
+    for name, build in builds.items():
+        peaks[name] = peak_memory(build, device=options.device, threads=options.threads or None)
+        logger.info("%s: %.0f MB above the model", name, peaks[name].above_model / _MEGA)
+    found = {name: memory.to_dict() for name, memory in peaks.items()}
+    if _PEER in found:
+        peer = found[_PEER]["above_model"]
+        found = {name: {**row, "ratio": row["above_model"] / peer} for name, row in found.items()}
+    return found
 
 
 def _open_whole(options: Options, name: str) -> Run:

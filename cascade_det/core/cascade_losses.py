@@ -45,15 +45,17 @@ def cascade_losses(
     """
     of_stage = [regime.rules(rules, stage) for stage in range(len(rules.ious))]
     rows = torch.arange(len(regions), device=regions.boxes.device)
+    limits = image_limits(image_sizes, torch.arange(len(image_sizes), device=rows.device))
     passes: list[StagePass] = []
     metrics: Figures = {}
     for stage, now in enumerate(of_stage):
         logits, deltas = run_stage(stage, regions)
         passes.append(StagePass(regions, rows, logits, deltas))
-        limits = image_limits(image_sizes, regions.image_index)
-        refined = now.refine(stage, logits, deltas, regions, targets, limits)
+        own_limits = limits[regions.image_index]
+        refined = now.refine(stage, logits, deltas, regions, targets, own_limits)
         metrics |= now.metrics(stage, logits, regions, refined, len(image_sizes))
-        kept = is_nonempty(refined.boxes)
+        # Rows, not a mask: a GPU would be waited for wherever a mask picks rows.
+        kept = torch.nonzero(is_nonempty(refined.boxes)).squeeze(1)
         regions, rows = refined[kept], rows[kept]
     losses, more = regime.stage_losses(passes, of_stage)
     metrics |= more

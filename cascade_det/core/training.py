@@ -123,12 +123,13 @@ class TrainingRules:
         ``nonfinite_boxes`` counts refined boxes that are NaN: training has diverged. Means over
         foreground are NaN where a stage has none.
         """
-        foreground = self._is_foreground(regions)
+        is_foreground = self._is_foreground(regions)
+        foreground = torch.nonzero(is_foreground).squeeze(1)
         correct = logits.argmax(dim=1) == regions.gt_classes
         false_negative = logits.argmax(dim=1) == self.num_classes
         values = {
-            "roi_head/num_fg_samples": foreground.sum() / num_images,
-            "roi_head/num_bg_samples": (~foreground).sum() / num_images,
+            "roi_head/num_fg_samples": is_foreground.sum() / num_images,
+            "roi_head/num_bg_samples": (~is_foreground).sum() / num_images,
             "fast_rcnn/cls_accuracy": correct.float().mean(),
             "fast_rcnn/fg_cls_accuracy": correct[foreground].float().mean(),
             "fast_rcnn/false_negative": false_negative[foreground].float().mean(),

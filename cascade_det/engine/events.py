@@ -113,4 +113,7 @@ def mean_figures(
 
 
 def _scalar(value: Tensor | float, device: torch.device) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float32, device=device).detach()
+    if isinstance(value, Tensor):
+        return value.detach().to(device, torch.float32)
+    # Unlike a copy from the host, that waits for nothing.
+    return torch.full((), value, dtype=torch.float32, device=device)

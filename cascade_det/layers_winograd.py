@@ -174,7 +174,7 @@ class WinogradConv2d(nn.Module):
     """A 3x3 convolution of stride 1 and padding 1 for inference, same weights under the same names.
 
     The direct convolution is called where that is faster (few tiles), and where this one does not
-    apply: other types than float32, other devices than CPUs, gradients, empty batches.
+    apply: types other than float32, devices other than CPUs, autocast, gradients, empty batches.
 
     Args:
         conv: the convolution to replace; its parameters, and its norm where it has one, are shared.
@@ -208,6 +208,8 @@ class WinogradConv2d(nn.Module):
 
     def _pays(self, x: Tensor) -> bool:
         if x.device.type != "cpu" or {x.dtype, self.transformed.dtype} != {torch.float32}:
+            return False
+        if torch.is_autocast_enabled("cpu"):
             return False
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             return False

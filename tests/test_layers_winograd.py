@@ -155,6 +155,14 @@ def test_other_types_are_left_to_the_direct_convolution(products, dtype):
     assert products == []
 
 
+def test_autocast_is_left_to_the_direct_convolution(products):
+    conv = conv3x3(3, 4)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(WinogradConv2d(conv)(x), conv(x))
+    assert products == []
+
+
 @pytest.mark.parametrize("norm", ["GN", "FrozenBN", ""])
 def test_a_norm_comes_after(norm):
     conv = ConvNorm(CHANNELS, CHANNELS, 3, norm=norm).eval()

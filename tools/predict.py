@@ -48,6 +48,7 @@ from tqdm import tqdm
 
 from cascade_det.config import check_config, load_config
 from cascade_det.core import Detections
+from cascade_det.data.read_ahead import read_ahead
 from cascade_det.data.transforms import read_image
 from cascade_det.engine.commands import without_traceback
 from cascade_det.engine.log import setup_logging
@@ -154,9 +155,11 @@ def _detect(
     predictor: Predictor | OnnxPredictor, files: list[Path]
 ) -> Iterator[tuple[np.ndarray, Detections] | DatasetError]:
     """For each file its pixels and detections, or why it could not be read; batch by batch."""
-    for start in range(0, len(files), predictor.batch_size):
-        part = files[start : start + predictor.batch_size]
-        batch = [_read(file) for file in part]
+    size = predictor.batch_size
+    parts = [files[start : start + size] for start in range(0, len(files), size)]
+    # The next batch is read while this one is detected on, drawn and written.
+    batches = read_ahead(lambda part: [_read(file) for file in part], parts)
+    for part, batch in zip(parts, batches, strict=True):
         read = [i for i, image in enumerate(batch) if not isinstance(image, DatasetError)]
         detections = iter(predictor([batch[i] for i in read], names=[str(part[i]) for i in read]))
         for image in batch:

@@ -1,7 +1,9 @@
 """``MODEL.CASCADE.FAST``: a detector made faster for inference, at the price of rounding.
 
-It holds for evaluation with ``--eval-only``, for prediction and for calibration. Training, and the
-evaluations during a training, run the model as it is.
+It holds for evaluation with ``--eval-only``, for prediction and for calibration. Training runs the
+model as it is; so do the evaluations during it, but for the heads in Detectron2, which infer on
+copies that follow the weights. They are all of that model that is ours to make faster: ``COMPILE``
+and the other parts are nothing to it. ``SOLVER.AMP`` is of training alone.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from fvcore.common.config import CfgNode
 from cascade_det.config.rules import Rule, each, only
 
 _NODE = "MODEL.CASCADE.FAST"
-# In Detectron2 the heads alone are ours to change.
 PARTS = ("stem", "backbone", "fpn", "rpn", "roi_heads")
 
 FAST_DEFAULTS: dict[str, Any] = {

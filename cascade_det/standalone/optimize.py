@@ -37,11 +37,10 @@ def optimize(
     Norms are folded into convolutions, maps are channels-last, the RPN computes deltas of its best
     anchors alone, heads take regions as they are pooled, and all of it is in the type that the
     device is fastest in: in float32 detections are the same up to rounding, in the others nearly
-    so. On CPUs large float32 convolutions are Winograd's. What was done is logged, and kept in
-    ``detector.optimizations``.
+    so. On CPUs, large float32 convolutions are Winograd's, and the process keeps the memory of
+    freed tensors. What was done is logged, and kept in ``detector.optimizations``.
 
-    Call it after weights are loaded: their names are others afterwards. The heads' pooling is
-    chosen by ``MODEL.CASCADE.POOLER_KERNEL``, as without it.
+    Call it after weights are loaded: their names are others afterwards.
 
     Args:
         detector: with its weights, on its device.

@@ -165,9 +165,11 @@ class Detector(nn.Module):
     ) -> CascadeInputs:
         """What the cascade gets of a batch; arguments as in ``detect``."""
         part = timer.part if timer is not None else lambda name: nullcontext()
-        with part("preprocess"):
+        # What is compiled is compiled for one mode, whatever that of the caller.
+        mode = torch.inference_mode if self.optimizations else nullcontext
+        with part("preprocess"), mode():
             images, image_sizes = self.preprocess([s["image"] for s in batch])
-        with part("backbone"):
+        with part("backbone"), mode():
             maps = self.backbone(images)
         with part("rpn"):
             proposals, objectness = self.proposal_generator.propose(maps, image_sizes)

@@ -172,10 +172,13 @@ def _compile(detector: Detector, dtypes: Mapping[str, torch.dtype]) -> str:
     side = 8 * detector.backbone.size_divisibility
     image = torch.zeros(3, side, side + detector.backbone.size_divisibility, dtype=torch.uint8)
     started = time.perf_counter()
-    with torch.no_grad():
+    with torch.inference_mode():
         detector.backbone(detector.preprocess([image])[0])
     seconds = time.perf_counter() - started
-    return f"Backbone and pyramid are compiled; the first image took {seconds:.0f} s."
+    return (
+        f"Backbone and pyramid are compiled, which took {seconds:.0f} s for single images; it "
+        "takes as long again at the first batch of several."
+    )
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -62,7 +62,6 @@ def test_float32_gives_the_same_detections(instant_cfg, options):
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fast.modules())
 
 
-@torch.no_grad()
 def test_wide_convolutions_are_winograds(instant_cfg):
     fast = optimize(make_detector(instant_cfg, "MODEL.FPN.OUT_CHANNELS", "128"), dtype="float32")
     count = sum(isinstance(m, WinogradConv2d) for m in fast.modules())
@@ -84,12 +83,13 @@ def types_of(detector):
     }
     for name, module in modules.items():
         module.register_forward_hook(lambda _, x, y, name=name: seen.update({name: y.dtype}))
-    output = detector.detect(make_batch())
+    image = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
+    output = detector.detect([{"image": image}])
     assert all(d.boxes.dtype == d.scores.dtype == torch.float32 for d in output.detections)
     return {name for name, dtype in seen.items() if dtype == torch.float32}
 
 
-@pytest.mark.parametrize("parts", [(), *((part,) for part in PARTS), ("backbone", "rpn"), PARTS])
+@pytest.mark.parametrize("parts", [(), ("stem", "fpn", "roi_heads"), ("backbone", "rpn"), PARTS])
 def test_parts_have_the_types_that_are_asked_for(instant_cfg, parts):
     fast = optimize(make_detector(instant_cfg), dtype="bfloat16", float32_parts=parts)
     assert types_of(fast) == set(parts)

@@ -12,6 +12,7 @@ from cascade_det.benchmark.contenders import Contender, Outcome
 from cascade_det.benchmark.options import Options
 from cascade_det.benchmark.setup import Setup
 from cascade_det.benchmark.timing import Spread, alternate, ratio
+from cascade_det.engine.allocator import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -68,13 +69,15 @@ def compare_parts(
     """Parts of whole models: ``contenders``, by name and part spreads of ms per image."""
     batches = setup.batches(images)
     found: dict[str, list[dict[str, float]]] = defaultdict(list)
-    calls = {}
+    calls, runs = {}, {}
     for name, contender in contenders.items():
         contender.limit_proposals(proposals)
         run = _on_each(contender.parts, [contender.inputs(batch) for batch in batches])
+        runs[name] = run
         calls[name] = lambda number, name=name, run=run: found[name].append(run(number))
     # What these calls take in all is not kept: they wait for the device at every part.
-    alternate(calls, **{**_course(setup), "warmup": 0})
+    course = {**_course(setup), "warmup": 0}
+    alternate(calls, before=_own_memory(contenders, runs), **course)
     return {
         "batch": images,
         "proposals": proposals,
@@ -86,6 +89,7 @@ def compare_training(
     setup: Setup, steps: Mapping[str, Callable[[], object]], images: int
 ) -> dict[str, Any]:
     """Steps of training on one batch; ``contenders`` and ``ratios`` as of ``_compare``."""
+    keep_freed_memory(False)
     calls = {name: lambda _, step=step: step() for name, step in steps.items()}
     times = alternate(calls, **_course(setup))
     return {"batch": images, **_figures(times, images)}
@@ -106,8 +110,11 @@ def _compare(
         stage computed); ``ratios`` of every peer to every one of ours; ``agreement``, of those
         without exits that have the same weights, with the first of them.
     """
+    # Also the first round of warming up.
     outcomes = {name: contenders[name].outcome(runs[name](0)) for name in contenders}
-    times = alternate(runs, **_course(setup))
+    course = _course(setup)
+    course["warmup"] = max(0, course["warmup"] - 1)
+    times = alternate(runs, before=_own_memory(contenders, runs), **course)
     figures = _figures(times, images)
     for name, outcome in outcomes.items():
         figures["contenders"][name] |= {
@@ -121,6 +128,23 @@ def _compare(
         **figures,
         "agreement": _agreement(contenders, outcomes),
     }
+
+
+def _own_memory(
+    contenders: Mapping[str, Contender], runs: Mapping[str, Callable[[int], Any]]
+) -> Callable[[str, int], None]:
+    """Lets the process treat freed memory as it would if a contender were alone in it.
+
+    Those that keep it find none that they could take again after the others: they run once before.
+    """
+
+    def prepare(name: str, number: int) -> None:
+        keeps = contenders[name].keeps_memory
+        keep_freed_memory(keeps)
+        if keeps:
+            runs[name](number)
+
+    return prepare
 
 
 def _figures(times: Mapping[str, Sequence[float]], images: int) -> dict[str, Any]:

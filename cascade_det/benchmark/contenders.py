@@ -86,6 +86,8 @@ class Contender:
         self.model = model
         self.exits = exits
         self.autocast = autocast
+        # As ``optimize`` and our heads in Detectron2 have it, for the whole process.
+        self.keeps_memory = device.type == "cpu" and "-fast" in name
         self._device = device
 
     def limit_proposals(self, count: int) -> None:

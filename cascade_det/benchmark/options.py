@@ -127,11 +127,12 @@ class Options:
 
 # What ends within two minutes on two threads of a CPU. No further round begins after ``seconds``.
 QUICK: dict[str, Any] = {
+    "contenders": tuple(name for name in CONTENDERS if name not in ("plugin", "plugin-fast")),
     "measure": ("heads", "whole", "parts"),
     "proposals": (1000,),
-    "size": (416, 544),
+    "size": (384, 512),
     "rounds": 5,
-    "seconds": 20.0,
+    "seconds": 8.0,
     "emulated": False,
 }
 
@@ -180,7 +181,7 @@ def _from_results(path: Path) -> Survivors:
         ) from error
     exits = results.get("exits") if isinstance(results, dict) else None
     stages = exits if isinstance(exits, dict) else {}
-    found = []
+    found: list[float] = []
     while isinstance(stage := stages.get(f"stage{len(found)}"), dict):
         count = stage.get("entered_per_image")
         if not isinstance(count, int | float):

@@ -45,6 +45,7 @@ def alternate(
     warmup: int = 1,
     seconds: float = 0.0,
     device: torch.device | str = "cpu",
+    before: Callable[[str, int], None] = lambda name, number: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Milliseconds of each call, all of them once in each round: A B C A B C.
@@ -59,6 +60,7 @@ def alternate(
         seconds: after so long, warm-up included, no further round begins, but one is always
             measured; 0 for no limit.
         device: a GPU is waited for at both ends of a call.
+        before: is called before each call, with its name and round, and is not timed.
         clock: gives seconds.
     """
     device = torch.device(device)
@@ -68,6 +70,7 @@ def alternate(
         if number > warmup and seconds and clock() - begin > seconds:
             break
         for name, call in calls.items():
+            before(name, number)
             synchronize(device)
             start = clock()
             call(number)

@@ -126,8 +126,25 @@ def test_comparisons_have_every_contender_and_their_agreement(setup, contenders)
     assert {"backbone", "stage2"} <= parts["contenders"]["ours"].keys()
 
 
+def test_freed_memory_is_kept_for_the_optimised_ones_alone(setup, contenders, monkeypatch):
+    happened = []
+    monkeypatch.setattr(comparison, "keep_freed_memory", happened.append)
+    watched = {}
+    for name in ("ours", "ours-fast"):
+        contender = contenders[name]
+        run = contender.heads
+        monkeypatch.setattr(
+            contender, "heads", lambda x, n=name, f=run: (happened.append(n), f(x))[1]
+        )
+        watched[name] = contender
+    comparison.compare_heads(setup, watched, 1, 40)
+    a_round = [False, "ours", True, "ours-fast", "ours-fast"]
+    assert happened == ["ours", "ours-fast", *a_round, *a_round]
+
+
 def test_ratios_are_of_peers_to_ours_by_hand(setup, contenders, monkeypatch):
     times = {"ours": [10.0, 20.0], "ours-fast": [5.0, 5.0], "torchvision": [40.0, 20.0]}
+    monkeypatch.setattr(comparison, "keep_freed_memory", lambda keep: True)
     monkeypatch.setattr(comparison, "alternate", lambda *_, **__: times)
     figures = comparison.compare_training(setup, {}, 2)
     assert figures["contenders"]["ours"]["ms_per_image"]["median"] == 7.5

@@ -78,6 +78,20 @@ def test_samples_without_a_partner_are_no_pairs(of, to):
         ratio(of, to)
 
 
+def test_what_comes_before_a_call_is_not_timed():
+    clock = Clock()
+    before = clock.call("before", 100.0)
+    taken = alternate(
+        {"a": clock.call("a", 1.0)},
+        rounds=2,
+        warmup=0,
+        before=lambda name, number: before(number),
+        clock=clock,
+    )
+    assert clock.order == [("before", 0), ("a", 0), ("before", 1), ("a", 1)]
+    assert taken == {"a": [1000.0, 1000.0]}
+
+
 def test_contenders_of_a_round_are_next_to_each_other():
     clock = Clock()
     alternate({name: clock.call(name, 1.0) for name in "abc"}, rounds=4, warmup=0, clock=clock)

@@ -4,15 +4,21 @@ A direct convolution runs at the peak of the machine already, so what is left is
 (arXiv 1509.09308). The map is cut into tiles of 4x4 outputs, each seen through 6x6 inputs. Both
 sides are transformed, 36 products of matrices over the channels replace 144 per tile, and the
 result is transformed back. The transforms are 1-D, along rows and then along columns, and made of
-additions of whole slices. Work goes in bands of tile rows that stay in the cache.
+additions of whole slices. Work goes in bands of tile rows that stay in the cache, each done by one
+thread from end to end: dozens of short operations are not worth a meeting of all threads after
+each, and where other processes want the same cores such meetings take most of the time.
 
 Shapes: N images, C channels in, K out, an H x W map of P x Q tiles.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from math import ceil, prod
+from threading import Barrier
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +28,7 @@ from cascade_det.layers import ConvNorm
 
 # Measured on AVX2: below these the transforms cost what the products save.
 MIN_CHANNELS = 128
-MIN_TILES = 48
+MIN_TILES = 24  # for each thread
 
 # The weight transform at the points 0, 1, -1, 2, -2 and infinity.
 _WEIGHT_TRANSFORM = (
@@ -59,36 +65,84 @@ def winograd_conv2d(x: Tensor, transformed_weight: Tensor, bias: Tensor | None =
     tile_rows, tile_columns = ceil(height / 4), ceil(width / 4)
     out = x.new_empty(images, tile_rows, 4, tile_columns, 4, out_channels)
     out_tiles = out.permute(2, 4, 0, 1, 3, 5)
-    most_images, most_rows = _band_size(x.shape)
-    workspace = x.new_empty(
-        sum(map(prod, _shapes(most_images, most_rows, tile_columns, channels, out_channels)))
-    )
-    for image in range(0, images, most_images):
-        some = x[image : image + most_images]
-        for row in range(0, tile_rows, most_rows):
-            rows = min(most_rows, tile_rows - row)
-            shapes = _shapes(len(some), rows, tile_columns, channels, out_channels)
-            z, v, m, o, scratch = _carve(workspace, shapes)
-            _transform_input(_rows(some, 4 * row - 1, 4 * (row + rows) + 1), z, v, scratch)
-            torch.bmm(
-                v.view(36, -1, channels), transformed_weight, out=m.view(36, -1, out_channels)
-            )
-            if bias is not None:
-                m[1, 1] += bias  # the point (1, 1) goes into each of the 16 outputs once
-            _transform_output(
-                m, o, out_tiles[:, :, image : image + most_images, row : row + rows], scratch
-            )
+    threads = torch.get_num_threads()
+    most_images, most_rows = _band_size(x.shape, threads)
+    starts = [
+        (image, row)
+        for image in range(0, images, most_images)
+        for row in range(0, tile_rows, most_rows)
+    ]
+    left = iter(starts)
+
+    def work() -> None:
+        with torch.inference_mode():  # which is set for each thread on its own
+            sizes = most_images, most_rows, tile_columns, channels, out_channels
+            workspace = torch.empty(sum(map(prod, _shapes(*sizes))), dtype=x.dtype)
+            for image, row in left:
+                some = x[image : image + most_images]
+                tiles = out_tiles[:, :, image : image + most_images, row : row + most_rows]
+                _convolve_band(some, row, transformed_weight, bias, tiles, workspace)
+
+    if threads == 1 or len(starts) == 1:
+        work()
+    else:
+        workers = _workers(threads, os.getpid())
+        for done in [workers.submit(work) for _ in range(threads)]:
+            done.result()
     out = out.view(images, 4 * tile_rows, 4 * tile_columns, out_channels)
     return out[:, :height, :width].contiguous().permute(0, 3, 1, 2)
 
 
-def _band_size(shape: Sequence[int]) -> tuple[int, int]:
+@cache
+def _workers(count: int, process: int) -> ThreadPoolExecutor:
+    """Threads in which PyTorch's operations are not split up further.
+
+    ``process`` is there because threads do not live on in a fork, while this cache does.
+    """
+    ready = Barrier(count + 1)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        ready.wait()
+
+    workers = ThreadPoolExecutor(count, "winograd", initializer=start)
+    for _ in range(count):
+        workers.submit(int)
+    ready.wait()
+    torch.set_num_threads(count)  # threads that start later take the number that was set last
+    return workers
+
+
+def _band_size(shape: Sequence[int], threads: int) -> tuple[int, int]:
     """Images and tile rows at once: enough for fast products, not more than caches hold."""
     images, height, width, channels = shape
     tile_rows, tile_columns = ceil(height / 4), ceil(width / 4)
     tiles = max(128, 32768 // channels)
-    rows = min(ceil(tiles / tile_columns), tile_rows)
-    return min(max(tiles // (tile_rows * tile_columns), 1), images), rows
+    bands = ceil(tile_rows * tile_columns / tiles)
+    if images < threads:
+        bands = ceil(bands / threads) * threads
+    most_images = max(tiles // (tile_rows * tile_columns), 1)
+    return min(most_images, ceil(images / threads)), ceil(tile_rows / bands)
+
+
+def _convolve_band(
+    x: Tensor,
+    row: int,
+    transformed_weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    workspace: Tensor,
+) -> None:
+    """The tile rows of ``x [N, H, W, C]`` from ``row`` on that ``out [4, 4, N, P, Q, K]`` has."""
+    *_, images, rows, columns, out_channels = out.shape
+    channels = x.shape[3]
+    shapes = _shapes(images, rows, columns, channels, out_channels)
+    z, v, m, o, scratch = _carve(workspace, shapes)
+    _transform_input(_rows(x, 4 * row - 1, 4 * (row + rows) + 1), z, v, scratch)
+    torch.bmm(v.view(36, -1, channels), transformed_weight, out=m.view(36, -1, out_channels))
+    if bias is not None:
+        m[1, 1] += bias  # the point (1, 1) goes into each of the 16 outputs once
+    _transform_output(m, o, out, scratch)
 
 
 def _shapes(n: int, p: int, q: int, c: int, k: int) -> list[tuple[int, ...]]:
@@ -213,7 +267,9 @@ class WinogradConv2d(nn.Module):
             return False
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             return False
-        return x.shape[0] * ceil(x.shape[2] / 4) * ceil(x.shape[3] / 4) >= MIN_TILES
+        return x.shape[0] * ceil(x.shape[2] / 4) * ceil(x.shape[3] / 4) >= (
+            MIN_TILES * torch.get_num_threads()
+        )
 
     def extra_repr(self) -> str:
         """Channels in and out."""

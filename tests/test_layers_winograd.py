@@ -1,6 +1,7 @@
 """Winograd's convolutions against direct ones in float64, and what is replaced by them."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -68,6 +69,38 @@ def test_bands(shape):
     x = torch.randn(shape)
     weight = torch.randn(4, shape[1], 3, 3) / (3 * shape[1] ** 0.5)
     assert_close(winograd_conv2d(x, transform_weight(weight)), truth(x, weight))
+
+
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_threads_share_the_work(mode):
+    weight, bias = torch.randn(4, 256, 3, 3) / 48, torch.randn(4)
+    transformed = transform_weight(weight)
+    for shape in ((1, 256, 60, 70), (1, 256, 7, 9), (5, 256, 9, 11), (1, 256, 3, 3)):
+        x = torch.randn(shape)
+        with mode():
+            y = winograd_conv2d(x, transformed, bias)
+        assert_close(y, truth(x, weight, bias))
+        assert y.is_inference() == (mode is torch.inference_mode)
+    assert torch.get_num_threads() == 2
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert seen == [2], "threads that start later work alone"
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_an_error_in_a_thread_is_raised():
+    with pytest.raises(RuntimeError, match="size"):
+        winograd_conv2d(torch.randn(1, 8, 200, 200), torch.randn(36, 9, 4))
 
 
 def test_any_view():

@@ -74,8 +74,9 @@ class ExportedModel:
             raise ValueError("as many class_names as category_ids are needed")
         if self.image_format not in IMAGE_FORMATS:
             raise ValueError(f"image_format is {self.image_format!r}")
-        if min(self.min_size, self.max_size - 1, self.num_stages - 1) < 0:
-            raise ValueError("sizes and num_stages must be positive")
+        for name, least in (("min_size", 0), ("max_size", 1), ("num_stages", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}")
 
 
 @dataclass

@@ -22,6 +22,7 @@ FORMATS = ("onnx", "torch-export")
 OPSET = 18
 METADATA_FILE = f"{METADATA_KEY}.json"
 _PACKAGES = {"onnx": ("onnx", "onnxruntime"), "torch-export": ()}
+_LONGEST = 2**16  # side of an image in pixels, for whoever computes with what it could be
 # Of an image that is recorded. Its sides are no multiples of anything, so that nothing is taken
 # for a constant.
 _EXAMPLE = (3, 150, 211)
@@ -111,14 +112,16 @@ def export_program(
 ) -> Run:
     """Write a ``.pt2`` file for ``torch.export.load``; arguments as of ``export_onnx``.
 
-    Both sides of its images are longer than 64 px. The description is in the file
-    ``cascade_det.json`` inside.
+    Sides of its images are 2 to 65,536 px long. The description is in it as ``cascade_det.json``.
 
     Returns:
         The file, run by PyTorch.
     """
     model = FixedDepthDetector(detector, description.num_stages).eval()
-    sides = {1: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
+    sides = {
+        axis: torch.export.Dim(name, min=2, max=_LONGEST)
+        for axis, name in ((1, "height"), (2, "width"))
+    }
     with torch.no_grad():
         program = torch.export.export(
             model,
@@ -156,7 +159,9 @@ class Comparison:
 
 def compare(detector: Detector, run: Run, image: Tensor, num_stages: int) -> Comparison:
     """Hold a file against its detector on an image, uint8 ``[3, H, W]``."""
-    wanted = detector.detect([{"image": image}], stages=True).stages[num_stages - 1].detections[0]
+    stages = detector.detect([{"image": image}], stages=True).stages
+    assert stages is not None
+    wanted = stages[num_stages - 1].detections[0]
     boxes, scores, classes = run(image)
     if len(boxes) == 0 or len(wanted) == 0:
         distance = 0.0 if len(boxes) == len(wanted) else float("inf")

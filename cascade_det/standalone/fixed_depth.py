@@ -61,7 +61,9 @@ class FixedDepthDetector(nn.Module):
         height, width = image.shape[-2:]
         step = detector.backbone.size_divisibility
         pixels = (image - detector.pixel_mean) / detector.pixel_std
-        maps = detector.backbone(F.pad(pixels, (0, -width % step, 0, -height % step))[None])
+        # Exporters know floors of quotients better than remainders.
+        right, bottom = ((side + step - 1) // step * step - side for side in (width, height))
+        maps = detector.backbone(F.pad(pixels, (0, right, 0, bottom))[None])
         sides = (width, height, width, height)
         limits = torch.stack([torch.scalar_tensor(s, device=image.device) for s in sides])[None]
         # With one region more, which is dropped in the end, a stage never has none: some of what
@@ -79,7 +81,7 @@ class FixedDepthDetector(nn.Module):
         for level, (logits, deltas) in enumerate(zip(*rpn.rpn_head(levels), strict=True)):
             # Filled up, so that one number of anchors holds for images of all sizes.
             top, places = F.pad(logits[0], (0, most), value=-torch.inf).topk(most)
-            places = torch.minimum(places, places.new_tensor(logits.shape[1] - 1))
+            places = places.clamp(max=logits.shape[1] - 1)
             anchors = rpn.anchor_generator.at(level, places, levels[level].shape[-1])
             boxes.append(decode_boxes(deltas[0][places], anchors, rpn.bbox_reg_weights))
             scores.append(top)

@@ -1,0 +1,125 @@
+"""Weights to a file, and the file to the pictures and the json that the weights give."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from small_detectors import random_image
+from torch import nn
+
+import export
+import predict
+from cascade_det.config import load_config
+from cascade_det.standalone import build_detector
+
+CONFIG = "configs/quick_schedules/instant_test.yaml"
+CLASSES = ["a", "b", "c"]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory, request):
+    """A folder with weights that tell objects apart, and images; and options."""
+    folder = tmp_path_factory.mktemp("case")
+    config = str(request.config.rootpath / CONFIG)
+    options = ["MODEL.ROI_HEADS.NUM_CLASSES", "3", "MODEL.WEIGHTS", str(folder / "weights.pth")]
+    torch.manual_seed(0)
+    detector = build_detector(load_config([config], [*options, "MODEL.DEVICE", "cpu"]))
+    head = detector.proposal_generator.rpn_head
+    nn.init.normal_(head.objectness_logits.weight, std=0.5)
+    for predictor in detector.roi_heads.box_predictor:
+        nn.init.normal_(predictor.cls_score.weight, std=1.0)
+        nn.init.normal_(predictor.bbox_pred.weight, std=0.3)
+    run = {"class_names": CLASSES, "category_ids": [4, 5, 8]}
+    torch.save({"model": detector.state_dict(), "run": run}, folder / "weights.pth")
+    (folder / "images").mkdir()
+    for number, size in enumerate([(70, 110), (150, 90), (64, 64)]):
+        pixels = random_image(*size, seed=number).permute(1, 2, 0).numpy()
+        cv2.imwrite(str(folder / "images" / f"{number}.png"), np.ascontiguousarray(pixels))
+    return folder, config, options
+
+
+def without_exits(options):
+    return [*options, "MODEL.CASCADE.EXIT.ENABLED", "False"]
+
+
+def test_the_file_predicts_what_the_weights_predict(case, tmp_path, capsys):
+    folder, config, options = case
+    file, images = tmp_path / "new" / "model.onnx", folder / "images"
+    arguments = ["--config-file", config, "--output", str(file)]
+    arguments += ["--image", str(images / "0.png"), "--opts", *without_exits(options)]
+    assert export.main(arguments) == 0
+    assert [path.name for path in file.parent.iterdir()] == ["model.onnx"]
+    printed = capsys.readouterr().out
+    assert "model.onnx: 3 stages" in printed
+    assert "Checked on an image of 101 x 64: " in printed
+    assert "largest difference" in printed
+    assert "says little" not in printed
+
+    shared = ["--input", str(images), "--score-threshold", "0.1", "--output"]
+    assert predict.main(["--onnx", str(file), *shared, str(tmp_path / "file")]) == 0
+    by_weights = [*shared, str(tmp_path / "weights"), "--opts", *without_exits(options)]
+    assert predict.main(["--config-file", config, *by_weights]) == 0
+    found, wanted = (
+        json.loads((tmp_path / name / "predictions.json").read_text())
+        for name in ("file", "weights")
+    )
+    found_boxes, wanted_boxes = (content.pop("annotations") for content in (found, wanted))
+    assert found == wanted
+    assert [category["name"] for category in found["categories"]] == CLASSES
+    assert len(found_boxes) == len(wanted_boxes) > 10
+    for box, other in zip(found_boxes, wanted_boxes, strict=True):
+        for key in ("bbox", "area", "score"):
+            assert box.pop(key) == pytest.approx(other.pop(key), rel=1e-4, abs=1e-3)
+        assert box == other
+    for number in range(3):
+        pictures = [
+            cv2.imread(str(tmp_path / name / f"{number}.jpg")) for name in ("file", "weights")
+        ]
+        assert np.abs(pictures[0].astype(int) - pictures[1]).mean() < 0.5
+
+
+@pytest.mark.parametrize(
+    ("flags", "options", "words"),
+    [
+        ([], ["MODEL.CASCADE.EXIT.ENABLED", "True"], "--stages"),
+        (["--stages", "7"], [], "--stages 7"),
+        (["--stages", "1"], ["MODEL.WEIGHTS", "gone.pth"], "gone.pth"),
+        (["--stages", "1", "--image", "gone.png"], [], "gone.png"),
+    ],
+)
+def test_what_is_wrong_is_told_and_nothing_is_written(case, tmp_path, capfd, flags, options, words):
+    _, config, usual = case
+    output = ["--output", str(tmp_path / "model.onnx")]
+    arguments = ["--config-file", config, *output, *flags, "--opts", *usual, *options]
+    assert export.main(arguments) == 1
+    assert words in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_differs_is_told(case, tmp_path, capsys, monkeypatch):
+    folder, config, options = case
+
+    def export_nothing(detector, path, description):
+        path.write_bytes(b"nothing")
+        return lambda image: (torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+
+    monkeypatch.setitem(export.EXPORTERS, "onnx", export_nothing)
+    arguments = ["--config-file", config, "--output", str(tmp_path / "model.onnx")]
+    arguments += ["--image", str(folder / "images" / "0.png")]
+    assert export.main([*arguments, "--stages", "2", "--opts", *options]) == 1
+    printed = capsys.readouterr()
+    assert "Exits are left out" in printed.out
+    assert "not the same detections" in printed.err
+
+
+def test_predict_wants_a_configuration_or_a_file(capsys):
+    for arguments, words in (
+        ([], "--config-file --onnx is required"),
+        (["--config-file", "a.yaml", "--onnx", "b"], "not allowed with"),
+        (["--onnx", "b", "--opts", "A", "1"], "--opts change a configuration"),
+    ):
+        with pytest.raises(SystemExit):
+            predict.main(["--input", "a", "--output", "b", *arguments])
+        assert words in capsys.readouterr().err

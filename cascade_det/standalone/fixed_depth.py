@@ -21,6 +21,7 @@ from cascade_det.standalone.detector import Detector
 # Pixels; farther than any image is wide, and no loss of precision in float64.
 _FAR = 2.0**20
 _LOWEST = torch.finfo(torch.float32).min
+_LAST = _LOWEST / 2
 _ALL = 2**31 - 1
 
 
@@ -90,10 +91,15 @@ class FixedDepthDetector(nn.Module):
         finite = torch.isfinite(all_boxes).all(dim=1) & torch.isfinite(all_scores)
         clipped = clip_boxes(all_boxes, limits)
         rows = torch.nonzero(finite & is_nonempty(clipped, rpn.min_box_size)).squeeze(1)
-        kept = class_nms(
-            clipped[rows], all_scores[rows], level_index[rows], len(levels), rpn.nms_thresh
+        kept = best_of_classes(
+            clipped[rows],
+            all_scores[rows],
+            level_index[rows],
+            num_classes=len(levels),
+            iou=rpn.nms_thresh,
+            most=rpn.post_nms_topk[1],
         )
-        return clipped[rows[_best(kept, all_scores[rows], rpn.post_nms_topk[1])]]
+        return clipped[rows][kept]
 
     def _run_stages(
         self, maps: dict[str, Tensor], proposals: Tensor, limits: Tensor
@@ -134,11 +140,37 @@ class FixedDepthDetector(nn.Module):
         per_class = boxes.unflatten(1, (-1, 4))
         column = classes if per_class.shape[1] > 1 else torch.zeros_like(classes)
         candidates, scores = per_class[rows, column], probs[rows, classes]
-        kept = class_nms(candidates, scores, classes, heads.num_classes, heads.nms_thresh)
         most = heads.detections_per_image
-        kept = _best(kept, scores, most if most >= 0 else _ALL)
+        kept = best_of_classes(
+            candidates,
+            scores,
+            classes,
+            num_classes=heads.num_classes,
+            iou=heads.nms_thresh,
+            most=most if most >= 0 else _ALL,
+        )
         kept = kept[torch.nonzero(is_nonempty(candidates[kept])).squeeze(1)]
         return candidates[kept], scores[kept], classes[kept]
+
+
+def best_of_classes(
+    boxes: Tensor, scores: Tensor, classes: Tensor, *, num_classes: int, iou: float, most: int
+) -> Tensor:
+    """What NMS within each class keeps: int64 indices, best score first, ``most`` at most.
+
+    Arguments as of ``class_nms``.
+    """
+    count = boxes.shape[0]
+    # Two empty boxes more, which come last and are not returned: torch.export records an operation
+    # on many rows as one that needs two.
+    boxes = F.pad(boxes, (0, 0, 0, 2))
+    scores = F.pad(scores, (0, 2), value=_LAST)
+    classes = F.pad(classes, (0, 2))
+    kept = class_nms(boxes, scores, classes, num_classes, iou)
+    order = kept[scores[kept].argsort(descending=True)]
+    # A slice would do, but exporters take its length for ``most`` even where there are fewer.
+    place = torch.arange(order.shape[0], device=order.device)
+    return order[torch.nonzero((place < most) & (order < count)).squeeze(1)]
 
 
 def class_nms(
@@ -197,11 +229,3 @@ class _ClassNMS(torch.autograd.Function):
         )
         # Rows of (image, class, box).
         return graph.op("Gather", selected, constant(2), axis_i=1)
-
-
-def _best(rows: Tensor, scores: Tensor, most: int) -> Tensor:
-    """Of ``rows``, the ``most`` with the best scores, best first."""
-    order = rows[scores[rows].argsort(descending=True)]
-    # A slice would do, but exporters take its length for ``most`` even where there are fewer.
-    place = torch.arange(order.shape[0], device=order.device)
-    return order[torch.nonzero(place < most).squeeze(1)]

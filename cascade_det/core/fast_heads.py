@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class FastBoxHead(nn.Module):
 
 
 def fast_box_heads(
-    heads: Sequence[nn.Module], *, pooled_size: int, dtype: torch.dtype, keep: bool = False
+    heads: Iterable[nn.Module], *, pooled_size: int, dtype: torch.dtype, keep: bool = False
 ) -> nn.ModuleList:
     """Box heads that compute the same faster; inference only.
 
@@ -116,7 +116,7 @@ class FastCopies:
         self._heads: nn.ModuleList | None = None
         self._made_of: list[tuple[int, int]] = []
 
-    def of(self, heads: Sequence[nn.Module]) -> nn.ModuleList:
+    def of(self, heads: Iterable[nn.Module]) -> nn.ModuleList:
         """Copies of the heads as they are now."""
         parameters = [p for head in heads for p in head.parameters()]
         made_of = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]

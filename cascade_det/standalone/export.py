@@ -87,7 +87,7 @@ def export_onnx(
     sides = {1: "height", 2: "width"}
     with torch.no_grad(), warnings.catch_warnings():
         # On Python values that are constants by intention, and on the age of the exporter: the
-        # one by torch.export takes minutes where this one takes seconds.
+        # one by torch.export takes many times as long for the same file.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             model,

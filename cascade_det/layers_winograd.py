@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from math import ceil, prod
-from threading import Barrier
+from threading import Barrier, local
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,11 @@ from cascade_det.layers import ConvNorm
 
 # Measured on AVX2: below these the transforms cost what the products save.
 MIN_CHANNELS = 128
+# Above this transformed weights take tens of megabytes each, for small maps.
+MAX_CHANNELS = 256
 MIN_TILES = 24  # for each thread
+
+_OF_THREAD = local()
 
 # The weight transform at the points 0, 1, -1, 2, -2 and infinity.
 _WEIGHT_TRANSFORM = (
@@ -77,7 +81,7 @@ def winograd_conv2d(x: Tensor, transformed_weight: Tensor, bias: Tensor | None =
     def work() -> None:
         with torch.inference_mode():  # which is set for each thread on its own
             sizes = most_images, most_rows, tile_columns, channels, out_channels
-            workspace = torch.empty(sum(map(prod, _shapes(*sizes))), dtype=x.dtype)
+            workspace = _workspace(sum(map(prod, _shapes(*sizes))), x.dtype)
             for image, row in left:
                 some = x[image : image + most_images]
                 tiles = out_tiles[:, :, image : image + most_images, row : row + most_rows]
@@ -111,6 +115,14 @@ def _workers(count: int, process: int) -> ThreadPoolExecutor:
     ready.wait()
     torch.set_num_threads(count)  # threads that start later take the number that was set last
     return workers
+
+
+def _workspace(size: int, dtype: torch.dtype) -> Tensor:
+    """That of this thread, which keeps it: what threads free on their own is seldom used again."""
+    kept: Tensor | None = getattr(_OF_THREAD, "workspace", None)
+    if kept is None or len(kept) < size or kept.dtype != dtype:
+        kept = _OF_THREAD.workspace = torch.empty(size, dtype=dtype)
+    return kept
 
 
 def _band_size(shape: Sequence[int], threads: int) -> tuple[int, int]:
@@ -285,7 +297,8 @@ def use_winograd(module: nn.Module) -> int:
     """Replace the 3x3 convolutions inside ``module`` for which it pays, in place.
 
     These are ``Conv2d`` and ``ConvNorm`` in evaluation mode, with float32 weights on the CPU,
-    stride, dilation and groups 1, padding 1, and at least ``MIN_CHANNELS`` channels in and out.
+    stride, dilation and groups 1, padding 1, and from ``MIN_CHANNELS`` to ``MAX_CHANNELS`` channels
+    in and out.
     A convolution that is found under several names is replaced by one module.
 
     Returns:
@@ -310,6 +323,7 @@ def _is_worth_it(conv: nn.Conv2d) -> bool:
         and conv.weight.dtype == torch.float32
         and conv.weight.device.type == "cpu"
         and min(conv.in_channels, conv.out_channels) >= MIN_CHANNELS
+        and max(conv.in_channels, conv.out_channels) <= MAX_CHANNELS
     )
 
 

@@ -99,13 +99,14 @@ class FPN(nn.Module):
         merged: Tensor | None = None
         pyramid: dict[str, Tensor] = {}
         for name, level in zip(reversed(self.in_features), reversed(self.levels), strict=True):
-            lateral = self.get_submodule(f"fpn_lateral{level}")(maps[name])
+            # A map that is not held any longer makes room; so do sums in place.
+            lateral = self.get_submodule(f"fpn_lateral{level}")(maps.pop(name))
             if merged is None:
                 merged = lateral
             else:
-                merged = lateral + F.interpolate(merged, scale_factor=2.0, mode="nearest")
+                merged = lateral.add_(F.interpolate(merged, scale_factor=2.0, mode="nearest"))
                 if self.scale != 1.0:
-                    merged = merged * self.scale
+                    merged = merged.mul_(self.scale)
             pyramid[f"p{level}"] = self.get_submodule(f"fpn_output{level}")(merged)
         top = f"p{self.levels[-1]}"
         coarser = F.max_pool2d(pyramid[top], kernel_size=1, stride=2)

@@ -7,6 +7,7 @@ import logging
 import torch
 from fvcore.common.config import CfgNode
 
+from cascade_det.engine.allocator import keep_freed_memory
 from cascade_det.errors import ConfigError
 from cascade_det.evaluation import describe_machine
 
@@ -103,7 +104,9 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def set_backends(cfg: CfgNode) -> None:
-    """Set what PyTorch keeps for the whole process: cuDNN's benchmark, precision of float32."""
+    """Set what holds for the whole process: cuDNN, precision of float32, memory that is freed."""
+    if cfg.MODEL.DEVICE == "cpu":
+        keep_freed_memory()
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     if cfg.FLOAT32_PRECISION:
         torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)

@@ -240,8 +240,6 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
-            ([], ["0 targets", "--exit-rate"]),
-            (["--max-ap-drop", "1", "--risk", "0.1"], ["2 targets"]),
             (["--exit-rate", "2"], ["--exit-rate is 2.0"]),
             (["--risk", "0.02", "--delta", "1.5"], ["--delta is 1.5"]),
             (["--risk", "1"], ["--risk is 1.0"]),
@@ -258,6 +256,22 @@ class TestMistakes:
         told = "".join(capfd.readouterr())
         assert all(word in told for word in words)
         assert "Traceback" not in told
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            ([], ["one of the arguments", "--exit-rate"]),
+            (["--max-ap-drop", "1", "--risk", "0.1"], ["--risk", "not allowed with"]),
+        ],
+    )
+    def test_of_the_number_of_targets(self, tmp_path, capsys, arguments, words):
+        with pytest.raises(SystemExit) as end:
+            calibrate_exits.main(
+                ["--config-file", str(INSTANT), "--output", str(tmp_path), *arguments]
+            )
+        assert end.value.code == 2
+        told = capsys.readouterr().err
+        assert all(word in told for word in words)
 
     @pytest.mark.usefixtures("no_work")
     def test_too_few_images_for_a_guarantee(self, case, tmp_path, capfd):

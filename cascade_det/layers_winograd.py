@@ -106,12 +106,17 @@ def _workers(count: int, process: int) -> ThreadPoolExecutor:
     ready = Barrier(count + 1)
 
     def start() -> None:
+        torch.get_num_threads()  # else the first operation takes the number of all threads
         torch.set_num_threads(1)
         ready.wait()
 
     workers = ThreadPoolExecutor(count, "winograd", initializer=start)
-    for _ in range(count):
-        workers.submit(int)
+    try:
+        for _ in range(count):
+            workers.submit(int)
+    except RuntimeError:  # no more threads: those that wait must not wait for ever
+        ready.abort()
+        raise
     ready.wait()
     torch.set_num_threads(count)  # threads that start later take the number that was set last
     return workers

@@ -20,6 +20,8 @@ INPUTS = ("image",)
 OUTPUTS = ("boxes", "scores", "classes")
 _REMEDY = "Make one with tools/export.py --format onnx."
 
+LONGEST_SIDE = 2**16  # pixels: no file makes anybody ask for more memory than there is
+
 Image = NDArray[np.uint8] | str | PathLike[str]
 
 
@@ -75,7 +77,7 @@ class ExportedModel:
         if self.image_format not in IMAGE_FORMATS:
             raise ValueError(f"image_format is {self.image_format!r}")
         for name, least in (("min_size", 0), ("max_size", 1), ("num_stages", 1)):
-            if getattr(self, name) < least:
+            if not least <= getattr(self, name) <= LONGEST_SIDE:
                 raise ValueError(f"{name} is {getattr(self, name)}")
 
 
@@ -153,6 +155,7 @@ class OnnxPredictor:
 
         Raises:
             DatasetError: if a file is missing or no image.
+            CheckpointError: what the file gives are no detections.
             ValueError: if an array is not uint8 ``[H, W, 3]``.
         """
         if isinstance(images, (np.ndarray, str, PathLike)):
@@ -167,6 +170,10 @@ class OnnxPredictor:
         pixels = self._pixels(image)
         resized = resize_shortest_edge(pixels, self.model.min_size, self.model.max_size)
         boxes, scores, classes = self.run(resized.transpose(2, 0, 1))
+        if boxes.shape != (len(scores), 4) or classes.shape != scores.shape:
+            raise CheckpointError(f"The ONNX file gives boxes of shape {boxes.shape}. {_REMEDY}")
+        if not ((classes >= 0) & (classes < len(self.class_names))).all():
+            raise CheckpointError(f"The ONNX file gives classes that it does not name. {_REMEDY}")
         # In float32, in the order of the detector's own rescaling.
         (height, width), (from_height, from_width) = pixels.shape[:2], resized.shape[:2]
         scale_x, scale_y = width / from_width, height / from_height
@@ -216,7 +223,7 @@ def _described(path: Path, session: Any) -> ExportedModel:
         )
     try:
         model = ExportedModel.from_json(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: its metadata {METADATA_KEY!r} cannot be used ({error}). {_REMEDY}"
         ) from error

@@ -1,6 +1,7 @@
 """Winograd's convolutions against direct ones in float64, and what is replaced by them."""
 
 import copy
+import os
 import threading
 
 import pytest
@@ -14,6 +15,7 @@ from cascade_det import layers_winograd
 from cascade_det.layers import ConvNorm
 from cascade_det.layers_winograd import (
     WinogradConv2d,
+    _workers,
     transform_weight,
     use_winograd,
     winograd_conv2d,
@@ -90,6 +92,7 @@ def test_threads_share_the_work(mode):
         assert_close(y, truth(x, weight, bias))
         assert y.is_inference() == (mode is torch.inference_mode)
     assert torch.get_num_threads() == 2
+    assert _workers(2, os.getpid()).submit(torch.get_num_threads).result() == 1
     seen = []
     thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
     thread.start()

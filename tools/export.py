@@ -46,8 +46,9 @@ from cascade_det import config
 from cascade_det.data.transforms import read_image, resize_shortest_edge
 from cascade_det.engine.commands import without_traceback
 from cascade_det.engine.log import setup_logging
+from cascade_det.errors import CascadeDetError
 from cascade_det.files import atomic_path
-from cascade_det.onnx_predictor import ExportedModel
+from cascade_det.onnx_predictor import LONGEST_SIDE, ExportedModel
 from cascade_det.standalone import Predictor
 from cascade_det.standalone.export import (
     Comparison,
@@ -64,7 +65,10 @@ ASPECT_RATIO = 1.3
 
 @without_traceback
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status: 1 if the file does not give the same detections."""
+    """Run the command; returns its exit status.
+
+    It is 1, and no file is written, if that would not give the detections of the detector.
+    """
     args = _parse(argv)
     setup_logging()
     cfg = config.load_config(args.config_file, args.opts)
@@ -80,15 +84,20 @@ def main(argv: list[str] | None = None) -> int:
         category_ids=predictor.category_ids,
         image_format=inputs["image_format"],
         min_size=inputs["min_sizes"][0],
-        max_size=inputs["max_size"],
+        max_size=min(inputs["max_size"], LONGEST_SIDE),
         num_stages=num_stages,
     )
     output = Path(args.output)
     with atomic_path(output) as temporary:
         run = EXPORTERS[args.format](predictor.detector, temporary, description)
         comparison = compare(predictor.detector, run, image, num_stages)
+        _report(comparison, image)
+        if not comparison.same:
+            raise CascadeDetError(
+                f"{output}: not the same detections as those of the detector; nothing is written"
+            )
     print(f"{output}: {num_stages} stages, {output.stat().st_size / 2**20:.1f} MiB")
-    return _report(comparison, image)
+    return 0
 
 
 def _plain(cfg: CfgNode) -> CfgNode:
@@ -120,19 +129,15 @@ def _image_to_check(cfg: CfgNode, file: str | None) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def _report(comparison: Comparison, image: torch.Tensor) -> int:
+def _report(comparison: Comparison, image: torch.Tensor) -> None:
     height, width = image.shape[1:]
     print(
         f"Checked on an image of {width} x {height}: {comparison.num_exported} detections, "
         f"{comparison.num_detections} of the detector itself; largest difference "
         f"{comparison.boxes:.2g} px, {comparison.scores:.2g} in score"
     )
-    if not comparison.same:
-        print("These are not the same detections: the file is not to be used.", file=sys.stderr)
-        return 1
     if comparison.num_detections == 0:
         print("That says little: give an --image with objects in it.")
-    return 0
 
 
 if __name__ == "__main__":

@@ -90,10 +90,12 @@ def compare_training(
 ) -> dict[str, Any]:
     """Steps of training on one batch; ``contenders`` and ``ratios`` as of ``_compare``."""
     calls = {name: lambda _, step=step: step() for name, step in steps.items()}
-    # Our training on a CPU lets the process keep freed memory, see ``set_backends``.
-    times = alternate(
-        calls, before=lambda name, _: keep_freed_memory(is_ours(name)), **_course(setup)
-    )
+
+    def prepare(name: str, _: int) -> None:
+        # Our training on a CPU lets the process keep freed memory, see ``set_backends``.
+        keep_freed_memory(is_ours(name))
+
+    times = alternate(calls, before=prepare, **_course(setup))
     return {"batch": images, **_figures(times, images)}
 
 
@@ -137,14 +139,12 @@ def _own_memory(
 ) -> Callable[[str, int], None]:
     """Lets the process treat freed memory as it would if a contender were alone in it.
 
-    Those that keep it find none that they could take again after the others: they run once before.
+    Whoever is next runs once untimed: what the last one left of memory and caches is not its own.
     """
 
     def prepare(name: str, number: int) -> None:
-        keeps = contenders[name].keeps_memory
-        keep_freed_memory(keeps)
-        if keeps:
-            runs[name](number)
+        keep_freed_memory(contenders[name].keeps_memory)
+        runs[name](number)
 
     return prepare
 

@@ -198,9 +198,16 @@ def open_contenders(
         if reason:
             left_out[name] = reason
             continue
+        try:
+            model = models.of(name)
+        except Exception as error:  # Detectron2 tells by assertions what it cannot build
+            if name.startswith("ours"):
+                raise
+            left_out[name] = f"cannot be built for this configuration: {error or repr(error)}"
+            continue
         opened[name] = Contender(
             name,
-            models.of(name),
+            model,
             setup.device,
             exits=setup.exits[0] if name.endswith("-exits") else None,
             autocast=getattr(torch, setup.options.autocast) if name.endswith("-autocast") else None,

@@ -24,10 +24,14 @@ from cascade_det.d2 import host
 from cascade_det.d2.detector import Detector
 from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
 from cascade_det.d2.structures import detections_of
+from cascade_det.errors import ConfigError
 
 # The heads of each kind, and what else Detectron2's own configurations of such a model have.
 _OPTIONS: dict[str, tuple[Any, ...]] = {
-    "plugin": ("MODEL.ROI_HEADS.NAME", "EarlyExitCascadeROIHeads"),
+    "plugin": (
+        *("MODEL.ROI_HEADS.NAME", "EarlyExitCascadeROIHeads"),
+        *("MODEL.CASCADE.FAST.ENABLED", False),
+    ),
     "plugin-fast": (
         *("MODEL.ROI_HEADS.NAME", "EarlyExitCascadeROIHeads"),
         *("MODEL.CASCADE.FAST.ENABLED", True),
@@ -181,9 +185,14 @@ def detectron2_cfg(kind: str, setup: Setup, *more: Any) -> Any:
 
 
 def load(model: nn.Module, weights: dict[str, Tensor], seed: int) -> None:
-    """Set the weights of a model of Detectron2, of a single-stage one too."""
+    """Set the weights of a model of Detectron2, of a single-stage one too.
+
+    Raises:
+        ConfigError: it has no place for some, so that it is another cascade.
+    """
     state = model.state_dict()
-    if "roi_heads.box_head.0.fc1.weight" not in state:
+    is_cascade = any(name.startswith("roi_heads.box_head.0.") for name in state)
+    if not is_cascade:
         first = {"box_head.0.": "box_head.", "box_predictor.0.": "box_predictor."}
         for prefix, single in first.items():
             weights = {
@@ -195,6 +204,9 @@ def load(model: nn.Module, weights: dict[str, Tensor], seed: int) -> None:
             torch.manual_seed(seed)
             spread(predictor.cls_score, predictor.bbox_pred)
     fitting = {k: v for k, v in weights.items() if k in state and v.shape == state[k].shape}
+    left = [name for name in weights if name not in fitting and ".exits." not in name]
+    if is_cascade and left:
+        raise ConfigError(f"Detectron2 builds another cascade: it has no place for {left[0]}")
     model.load_state_dict(fitting, strict=False)
 
 

@@ -20,6 +20,7 @@ from cascade_det.benchmark.contenders import Contender, Standalone
 from cascade_det.benchmark.machine import Peaks, measure_peaks
 from cascade_det.benchmark.setup import Setup
 from cascade_det.benchmark.work import Work, count_work
+from cascade_det.engine.allocator import keep_freed_memory
 from cascade_det.evaluation.tables import Figures, table
 
 # The fastest of them that runs is looked at.
@@ -75,6 +76,7 @@ def measure_limits(setup: Setup, contenders: Mapping[str, Contender]) -> dict[st
         model.limit_proposals(proposals)
     work = count_work(plain.detector, batch)
     inputs = contender.inputs(batch)
+    keep_freed_memory(contender.keeps_memory)
     for _ in range(options.warmup):
         contender.whole(inputs)
     runs = [contender.parts(inputs) for _ in range(options.rounds)]

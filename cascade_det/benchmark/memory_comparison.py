@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from cascade_det.benchmark.comparison import is_ours
 from cascade_det.benchmark.contenders import open_contenders
 from cascade_det.benchmark.memory import Run, peak_memory
 from cascade_det.benchmark.options import Options
 from cascade_det.benchmark.setup import Setup
 from cascade_det.benchmark.training import open_training_steps
+from cascade_det.engine.allocator import keep_freed_memory
 from cascade_det.evaluation.tables import Figures, table
 
 logger = logging.getLogger(__name__)
@@ -90,4 +92,6 @@ def _open_whole(options: Options, name: str) -> Run:
 
 def _open_step(options: Options, name: str, images: int) -> Run:
     setup = Setup(options)
+    if is_ours(name) and setup.device.type == "cpu":
+        keep_freed_memory()  # as training does
     return open_training_steps(setup, [name], setup.training_batch(images))[name]

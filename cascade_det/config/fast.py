@@ -2,8 +2,8 @@
 
 It holds for evaluation with ``--eval-only``, for prediction and for calibration. Training runs the
 model as it is; so do the evaluations during it, but for the heads in Detectron2, which infer on
-copies that follow the weights. They are all of that model that is ours to make faster: ``COMPILE``
-and the other parts are nothing to it. ``SOLVER.AMP`` is of training alone.
+copies that are made anew after every training step. They are all of that model that is ours to
+make faster: ``COMPILE`` and the other parts are nothing to it. ``SOLVER.AMP`` is of training alone.
 """
 
 from __future__ import annotations

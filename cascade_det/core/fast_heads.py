@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -103,23 +103,27 @@ def _is_their_sequence(head: nn.Module, layers: list[nn.Module], pooled_size: in
 
 
 class FastCopies:
-    """Fast copies of box heads that go on being trained, made anew when weights have changed.
+    """Fast copies of box heads that are kept, made anew when weights were loaded or replaced.
+
+    They do not notice a training: fused optimisers write weights without counting it.
 
     Args:
         pooled_size: P.
         dtype: to compute in.
+        device: of the heads.
     """
 
-    def __init__(self, *, pooled_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, *, pooled_size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.pooled_size = pooled_size
         self.dtype = dtype
+        self.device = device
         self._heads: nn.ModuleList | None = None
-        self._made_of: list[tuple[int, int]] = []
+        self._made_of: list[tuple[int, int, int]] = []
 
-    def of(self, heads: Iterable[nn.Module]) -> nn.ModuleList:
+    def of(self, heads: Collection[nn.Module]) -> nn.ModuleList:
         """Copies of the heads as they are now."""
         parameters = [p for head in heads for p in head.parameters()]
-        made_of = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
+        made_of = [(id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
         if self._heads is None or made_of != self._made_of:
             self._heads = None  # frees the memory of the last ones first
             self._heads = fast_box_heads(

@@ -273,12 +273,16 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
 
     def _box_heads(self) -> nn.ModuleList:
         """Those that the cascade runs: in inference fast copies, if they are wanted."""
+        if self.training:
+            self._fast_copies = None  # of weights that are about to change
         if self._fast_dtype is None or self.training or torch.jit.is_tracing():
             return self.box_head
-        if self._fast_copies is None:
-            device = next(self.box_head.parameters()).device
+        device = next(self.box_head.parameters()).device
+        if self._fast_copies is None or self._fast_copies.device != device:
             dtype = resolve_fast_dtype(self._fast_dtype, device)
-            self._fast_copies = FastCopies(pooled_size=self.box_pooler.output_size[0], dtype=dtype)
+            self._fast_copies = FastCopies(
+                pooled_size=self.box_pooler.output_size[0], dtype=dtype, device=device
+            )
             if device.type == "cpu":
                 keep_freed_memory()
         return self._fast_copies.of(self.box_head)

@@ -75,7 +75,7 @@ def build_optimizer(
     """
     groups = _parameter_groups(model, base_lr, weight_decay_norm, bias_lr_factor, weight_decay_bias)
     if name == "SGD":
-        return torch.optim.SGD(
+        sgd = torch.optim.SGD(
             groups,
             lr=base_lr,
             momentum=momentum,
@@ -83,9 +83,24 @@ def build_optimizer(
             weight_decay=weight_decay,
             fused=True,
         )
+        sgd.register_step_pre_hook(_begin_momentum)
+        return sgd
     if name == "AdamW":
         return torch.optim.AdamW(groups, lr=base_lr, weight_decay=weight_decay, fused=True)
     raise ConfigError(f"CASCADE.OPTIMIZER: {name!r} is unknown; SGD and AdamW are known.")
+
+
+def _begin_momentum(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Start momentum at zero.
+
+    The fused kernel starts it at whatever is in memory where the loss scaler leaves the first step
+    out, and fails where a parameter has its first gradient later than others.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            state = optimizer.state[parameter]
+            if parameter.grad is not None and state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def build_gradient_clipper(clip: Mapping[str, Any] | None) -> GradientClipper | None:

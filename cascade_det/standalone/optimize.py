@@ -66,7 +66,9 @@ def optimize(
     detector.eval().requires_grad_(False)
     done = [_fold(detector), _reorder(detector), _lean(detector), _set_types(detector, dtypes)]
     done.append(_optimize_heads(detector, dtypes["roi_heads"]))
-    if count := use_winograd(detector.backbone) + use_winograd(detector.proposal_generator):
+    # What is compiled calls PyTorch's own.
+    parts = [detector.proposal_generator, *(() if compile else (detector.backbone,))]
+    if count := sum(map(use_winograd, parts)):
         done.append(f"{count} convolutions are Winograd's where maps are large enough.")
     _cast_between(detector, dtypes)
     if detector.device.type == "cpu" and keep_freed_memory():
@@ -145,7 +147,7 @@ def _cast_between(detector: Detector, dtypes: Mapping[str, torch.dtype]) -> None
                 module.register_forward_pre_hook(partial(_cast, dtypes[name]))
         before = dtypes[name]
     for head in detector.roi_heads.box_head:
-        if before != torch.float32 and not isinstance(head, FastBoxHead):
+        if not isinstance(head, FastBoxHead):
             head.register_forward_pre_hook(partial(_cast, torch.float32))
 
 

@@ -131,14 +131,6 @@ class RPN(nn.Module):
         best = self.rpn_head.best(levels, self.pre_nms_topk[1])
         return self._propose(best, self._widths(features), image_sizes, mode=1)
 
-    def _run_head(
-        self, features: dict[str, Tensor]
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        levels = [features[name] for name in self.in_features]
-        anchors = self.anchor_generator([(x.shape[-2], x.shape[-1]) for x in levels])
-        logits, deltas = self.rpn_head(levels)
-        return anchors, [x.float() for x in logits], [x.float() for x in deltas]
-
     @torch.no_grad()
     def _label_anchors(self, anchors: Tensor, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
         """1 for a sampled object, 0 for sampled background, -1 for the rest; and matched boxes."""

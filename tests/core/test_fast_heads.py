@@ -115,7 +115,7 @@ def test_optimized_stages_are_those_of_the_plain_cascade():
 
 def test_copies_follow_weights():
     heads = nn.ModuleList([head(), head()])
-    copies = FastCopies(pooled_size=POOLED, dtype=torch.float32)
+    copies = FastCopies(pooled_size=POOLED, dtype=torch.float32, device=torch.device("cpu"))
     pooled = torch.randn(3, 4, POOLED, POOLED)
     first = copies.of(heads)
     assert copies.of(heads) is first

@@ -20,10 +20,15 @@ from small_plugin import (
 )
 
 from cascade_det.core.fast_heads import FastBoxHead
+from cascade_det.engine.solver import build_optimizer
 
 pytestmark = pytest.mark.needs_detectron2
 
 ROUNDING = {"rtol": 1e-4, "atol": 1e-3}
+PLAIN_SGD = {
+    **{"momentum": 0.9, "nesterov": False, "weight_decay": 0.0, "weight_decay_norm": None},
+    **{"bias_lr_factor": 1.0, "weight_decay_bias": None},
+}
 FAST = ["MODEL.CASCADE.FAST.ENABLED", True, "MODEL.CASCADE.FAST.DTYPE", "float32"]
 
 
@@ -64,7 +69,7 @@ def test_training_is_that_of_plain_heads_and_inference_follows_it():
     detect(fast, make_scene())
     losses = []
     for heads in (plain, fast):
-        optimizer = torch.optim.SGD(heads.train().parameters(), lr=0.01)
+        optimizer = build_optimizer(heads.train(), name="SGD", base_lr=0.01, **PLAIN_SGD)
         torch.manual_seed(0)
         scene = make_scene()
         with EventStorage():

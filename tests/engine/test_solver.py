@@ -337,3 +337,36 @@ def test_unknown_names():
         build_scheduler(optimizer, warmup_method="slow", max_iter=5)
     with pytest.raises(ConfigError, match=r"CLIP_TYPE.*'nrom'"):
         build_gradient_clipper({"type": "nrom", "value": 1.0})
+
+
+def momentum_sgd(model):
+    settings = {"name": "SGD", "base_lr": 0.1, "momentum": 0.9, "nesterov": False}
+    decay = {"weight_decay": 0.0, "weight_decay_norm": None, "weight_decay_bias": None}
+    return build_optimizer(model, **settings, **decay, bias_lr_factor=1.0)
+
+
+def test_momentum_begins_at_zero_where_the_first_step_is_left_out():
+    # Memory that was used before is not zero.
+    used = [torch.full((300, 300), 1e30) for _ in range(8)]
+    del used
+    model = nn.Linear(300, 300, bias=False)
+    before = model.weight.detach().clone()
+    optimizer = momentum_sgd(model)
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)
+    optimizer.step()
+    torch.testing.assert_close(model.weight.detach(), before, rtol=0, atol=0)
+    optimizer.found_inf = torch.tensor(0.0)
+    optimizer.step()
+    torch.testing.assert_close(model.weight.detach(), before - 0.1)
+
+
+def test_parameter_whose_first_gradient_comes_late():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    before = model[1].weight.detach().clone()
+    optimizer = momentum_sgd(model)
+    model[0].weight.grad = torch.ones(2, 2)
+    optimizer.step()
+    model[1].weight.grad = torch.ones(2, 2)
+    optimizer.step()
+    torch.testing.assert_close(model[1].weight.detach(), before - 0.1)

@@ -108,8 +108,10 @@ def test_bfloat16_detects_nearly_the_same(instant_cfg):
         assert 0 < error < 0.05
 
 
-def test_heads_with_convolutions_take_maps_of_another_type(instant_cfg):
-    fast = optimize(make_detector(instant_cfg, *CONV_HEADS), dtype="bfloat16")
+@pytest.mark.parametrize("float32_parts", [(), ("rpn",), ("fpn", "rpn")])
+def test_heads_with_convolutions_take_maps_of_another_type(instant_cfg, float32_parts):
+    detector = make_detector(instant_cfg, *CONV_HEADS)
+    fast = optimize(detector, dtype="bfloat16", float32_parts=float32_parts)
     assert [isinstance(h, FastBoxHead) for h in fast.roi_heads.box_head] == [False, True, True]
     assert len(fast.detect(make_batch()).detections) == 2
 

@@ -12,6 +12,13 @@ from cascade_det.standalone.anchors import AnchorGenerator, cell_anchors
 from cascade_det.standalone.rpn import RPN, RPNHead
 
 
+def run_head(rpn, maps):
+    """Anchors, logits and deltas of every level."""
+    levels = [maps[name] for name in rpn.in_features]
+    anchors = rpn.anchor_generator([tuple(x.shape[-2:]) for x in levels])
+    return anchors, *rpn.rpn_head(levels)
+
+
 def make_rpn(**changes):
     arguments = {
         "in_features": ("p2", "p3"),
@@ -109,7 +116,7 @@ def test_losses_by_definition(maps):
     torch.manual_seed(3)
     _, _, losses = rpn.losses(maps, gt, SIZES)
     torch.manual_seed(3)
-    anchors, logits, deltas = rpn._run_head(maps)
+    anchors, logits, deltas = run_head(rpn, maps)
     anchors, logits, deltas = torch.cat(anchors), torch.cat(logits, 1), torch.cat(deltas, 1)
     cls = loc = 0.0
     for image, boxes in enumerate(gt):
@@ -168,7 +175,7 @@ def test_one_level_equals_decoding_everything_first(maps):
     for parameter in rpn.rpn_head.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     (proposals, _), (objectness, _) = rpn.propose(maps, SIZES)
-    (anchors,), (logits,), (deltas,) = rpn._run_head(maps)
+    (anchors,), (logits,), (deltas,) = run_head(rpn, maps)
     w, h = anchors[:, 2] - anchors[:, 0], anchors[:, 3] - anchors[:, 1]
     d = deltas[0]
     cx = (anchors[:, 0] + anchors[:, 2]) / 2 + d[:, 0] * w
@@ -188,7 +195,7 @@ def test_all_levels_and_images_equal_each_of_them_alone(maps):
     rpn = make_rpn(post_nms_topk=(50, 50))
     for parameter in rpn.rpn_head.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    anchors, logits, deltas = rpn._run_head(maps)
+    anchors, logits, deltas = run_head(rpn, maps)
     for image, (boxes, scores) in enumerate(zip(*rpn.propose(maps, SIZES), strict=True)):
         height, width = SIZES[image]
         kept_boxes, kept_scores = [], []

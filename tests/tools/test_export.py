@@ -106,12 +106,14 @@ def test_a_file_that_differs_is_told(case, tmp_path, capsys, monkeypatch):
         return lambda image: (torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
 
     monkeypatch.setitem(export.EXPORTERS, "onnx", export_nothing)
+    (tmp_path / "model.onnx").write_bytes(b"an older file")
     arguments = ["--config-file", config, "--output", str(tmp_path / "model.onnx")]
     arguments += ["--image", str(folder / "images" / "0.png")]
     assert export.main([*arguments, "--stages", "2", "--opts", *options]) == 1
     printed = capsys.readouterr()
     assert "Exits are left out" in printed.out
     assert "not the same detections" in printed.err
+    assert (tmp_path / "model.onnx").read_bytes() == b"an older file"
 
 
 def test_predict_wants_a_configuration_or_a_file(capsys):

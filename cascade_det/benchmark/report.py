@@ -139,7 +139,9 @@ def _bar_section(claims: Sequence[Figures]) -> str:
             claim["against"],
             "" if claim["batch"] is None else claim["batch"],
             "" if claim["proposals"] is None else claim["proposals"],
-            shown(claim["ratio"]) if isinstance(claim["ratio"], Mapping) else claim["ratio"],
+            shown(claim["ratio"])
+            if isinstance(claim["ratio"], Mapping)
+            else f"{claim['ratio']:.2f}",
             claim["bar"],
         ]
         for claim in claims

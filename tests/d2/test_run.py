@@ -178,7 +178,7 @@ def test_a_checkpoint_is_plain_and_names_what_it_detects(output, scenes):
 
 
 def test_the_validation_loss_is_that_of_the_standalone_host(output, scenes):
-    """Same weights, same images, same seed of the sampling."""
+    """Same weights, same images, same objects."""
     cfg = config.load_config(output / "config.yaml")
     detector = build_detector(cfg)
     content = torch.load(output / "model_final.pth", weights_only=True)
@@ -189,7 +189,9 @@ def test_the_validation_loss_is_that_of_the_standalone_host(output, scenes):
     (line,) = (line for line in lines_of(output) if "validation/total_loss" in line)
     assert losses.keys() == {n.removeprefix("validation/") for n in line if "validation/" in n}
     for name, value in losses.items():
-        assert line[f"validation/{name}"] == pytest.approx(value, rel=1e-4), name
+        # Which regions of background are drawn is each host's own; only class losses see it.
+        close = 1e-3 if "cls" in name or name == "total_loss" else 1e-5
+        assert line[f"validation/{name}"] == pytest.approx(value, rel=close), name
 
 
 def test_evaluation_alone_repeats_the_figures(runs, tmp_path, make_cfg, no_pictures):

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fvcore.common.config import CfgNode
 
 from cascade_det.config import check_config
-from cascade_det.data.coco import CocoDataset
 from cascade_det.engine.evaluate import evaluate_dataset
-from cascade_det.errors import ConfigError
 from cascade_det.evaluation.tables import Figures, stage_names, table
 from cascade_det.standalone.evaluate import load_detector, test_loader
 
@@ -53,7 +51,6 @@ def measure_accuracy(
     cfg: CfgNode,
     output_dir: Path,
     *,
-    images: int | None = None,
     settings: Mapping[str, Sequence[Any]] = SETTINGS,
 ) -> dict[str, Any]:
     """Evaluate a trained detector in some settings on the first of ``DATASETS.TEST``.
@@ -61,7 +58,6 @@ def measure_accuracy(
     Args:
         cfg: a configuration with ``MODEL.WEIGHTS``.
         output_dir: gets a folder for each setting with what an evaluation writes.
-        images: the first so many, by id; ``None`` for all.
         settings: keys and values on top of the configuration, by name.
 
     Returns:
@@ -76,7 +72,7 @@ def measure_accuracy(
     rows = []
     for name, changed in configurations.items():
         detector, datasets = load_detector(changed)
-        dataset = _first_images(datasets[0], images)
+        dataset = datasets[0]
         logger.info("Accuracy: %s, %d images", name, len(dataset.records))
         results = evaluate_dataset(
             detector,
@@ -115,27 +111,17 @@ def accuracy_section(results: Figures) -> str:
     return table(title, headers, cells, ("", *[".2f"] * 3, *["+.2f"] * 3, ".1f", ".2f", ""))
 
 
+def settings_without_exits() -> dict[str, tuple[Any, ...]]:
+    """Those of ``SETTINGS`` that a configuration without exits has."""
+    return {name: options for name, options in SETTINGS.items() if options[1] is False}
+
+
 def _changed(cfg: CfgNode, options: Sequence[Any]) -> CfgNode:
     changed = cfg.clone()
     changed.defrost()
     changed.merge_from_list(list(options))
     check_config(changed)
     return changed
-
-
-def _first_images(dataset: CocoDataset, count: int | None) -> CocoDataset:
-    """The data set without the others, and without their objects."""
-    records = dataset.records[:count]
-    if not records:
-        raise ConfigError(f"{dataset.source.json_file} has no image: name another in DATASETS.TEST")
-    kept = {record.image_id for record in records}
-    truth = {
-        **dataset.ground_truth,
-        "images": [image for image in dataset.ground_truth["images"] if image["id"] in kept],
-    }
-    if "annotations" in truth:
-        truth["annotations"] = [one for one in truth["annotations"] if one["image_id"] in kept]
-    return replace(dataset, records=records, ground_truth=truth)
 
 
 def _accuracy(setting: str, results: Figures) -> Accuracy:

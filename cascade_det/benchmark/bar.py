@@ -30,6 +30,9 @@ class Claim:
     batch: int | None = None
 
 
+# What a device computes in a type that it has no instructions for says little of others.
+EMULATED = ", emulated: no instructions for its type"
+
 CLAIMS = (
     Claim("RoI heads, with exits", "heads", "ours-fast-exits", "detectron2-cascade", 12.0),
     Claim(
@@ -88,8 +91,9 @@ def _speeds(results: Mapping[str, Any], claim: Claim) -> Iterator[dict[str, Any]
     comparison = max(made, key=lambda comparison: comparison.get("proposals") or 0)
     for entry in comparison["ratios"]:
         if (entry["what"], entry["against"]) == (claim.own, claim.peer):
+            peer = (results.get("contenders") or {}).get(claim.peer, "")
             yield {
-                "what": claim.what,
+                "what": claim.what + (EMULATED if peer.endswith(EMULATED) else ""),
                 "contender": claim.own,
                 "against": claim.peer,
                 "batch": comparison["batch"],

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from cascade_det.benchmark.accuracy import measure_accuracy
-from cascade_det.benchmark.bar import hold_claims
+from cascade_det.benchmark.accuracy import SETTINGS, measure_accuracy, settings_without_exits
+from cascade_det.benchmark.bar import EMULATED, hold_claims
 from cascade_det.benchmark.comparison import (
     compare_heads,
     compare_parts,
@@ -25,6 +25,7 @@ from cascade_det.benchmark.picture import plot_benchmark
 from cascade_det.benchmark.report import format_benchmark
 from cascade_det.benchmark.setup import Setup
 from cascade_det.benchmark.training import open_training_steps, trainable
+from cascade_det.engine.devices import has_bfloat16
 from cascade_det.files import atomic_path, write_json
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def run(options: Options) -> Results:
     results: Results = {
         "machine": describe(setup.device),
         "settings": _settings(setup),
-        "contenders": {name: CONTENDERS[name] for name in opened},
+        "contenders": {name: _described(name, setup) for name in opened},
         "left_out": left_out,
     }
     for name in options.measure:
@@ -73,8 +74,13 @@ def run(options: Options) -> Results:
         write_json(results, options.output / RESULTS_FILE, indent=2)
         with atomic_path(options.output / TABLES_FILE) as temporary:
             temporary.write_text(format_benchmark(results) + "\n", encoding="utf-8")
-    plot_benchmark(results, options.output / PICTURE_FILE)
+        plot_benchmark(results, options.output / PICTURE_FILE)
     return results
+
+
+def _described(name: str, setup: Setup) -> str:
+    is_emulated = name.endswith("-autocast") and not has_bfloat16(setup.device)
+    return CONTENDERS[name] + (EMULATED if is_emulated else "")
 
 
 def _heads(setup: Setup, opened: Mapping[str, Contender], _: dict[str, str]) -> list[Results]:
@@ -109,7 +115,9 @@ def _accuracy(setup: Setup, _: Mapping[str, Contender], left_out: dict[str, str]
     if not setup.trained:
         left_out["accuracy"] = "MODEL.WEIGHTS is empty, and drawn weights detect nothing"
         return {}
-    return measure_accuracy(setup.cfg, setup.options.output / "accuracy")
+    # Exits at values that nobody chose are none of those that were timed.
+    settings = SETTINGS if setup.exits[0] is not None else settings_without_exits()
+    return measure_accuracy(setup.cfg, setup.options.output / "accuracy", settings=settings)
 
 
 _MEASURES: dict[str, Callable[[Setup, Mapping[str, Contender], dict[str, str]], Any]] = {

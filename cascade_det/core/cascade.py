@@ -25,7 +25,7 @@ from cascade_det.core.network import Network
 from cascade_det.core.record import CascadeRecord, select_scored
 from cascade_det.core.regime import TrainingRegime
 from cascade_det.core.regions import Regions, Scored
-from cascade_det.core.roi_pooling import RoIPooler
+from cascade_det.core.roi_pooling import Pyramid, RoIPooler
 from cascade_det.core.structures import (
     CascadeInputs,
     CascadeStats,
@@ -336,9 +336,8 @@ class CascadeHead(nn.Module):
 
         Arguments as in ``detect``; ``hidden`` keeps the outputs of the box heads too.
         """
-        network, regions = self._start(
-            features, proposals, objectness, image_sizes, agreements=True
-        )
+        start = features, proposals, objectness, image_sizes
+        network, regions = self._start(*start, agreements=True)
         learned = None if self.exits is None else self.exits.learned
         crops = network.crops(regions) if learned is not None and learned.crop_channels else None
         return CascadeRecord(
@@ -367,11 +366,16 @@ class CascadeHead(nn.Module):
         limits = image_limits(image_sizes, image_index)
         logits = boxes.new_zeros(boxes.shape[0]) if objectness is None else torch.cat([*objectness])
         rows = torch.arange(boxes.shape[0], device=boxes.device)
-        first = self.box_head[0]
-        dtype = first.dtype if isinstance(first, FastBoxHead) else None
-        network = Network(
-            self.pooler.prepare(features, dtype=dtype),
-            len(image_sizes),
+        # A head that is not a fast one wants the type of the features.
+        dtypes = {h.dtype if isinstance(h, FastBoxHead) else None for h in self.box_head}
+        pyramid = self.pooler.prepare(features, dtype=dtypes.pop() if len(dtypes) == 1 else None)
+        network = self.network(pyramid, len(image_sizes), agreements=agreements)
+        return network, Regions(boxes, image_index, limits, logits, rows)
+
+    def network(self, pyramid: Pyramid, num_images: int, *, agreements: bool = False) -> Network:
+        """The stages on maps that the pooler made ready; see ``Network``."""
+        return Network(
+            *(pyramid, num_images),
             pooler=self.pooler,
             crop_pooler=self.crop_pooler,
             box_heads=self.box_head,
@@ -381,7 +385,6 @@ class CascadeHead(nn.Module):
             learned=None if self.exits is None else self.exits.learned,
             counts_agreements=agreements,
         )
-        return network, Regions(boxes, image_index, limits, logits, rows)
 
     def _select(self, scored: list[Scored], rest: Regions, num_images: int) -> list[Detections]:
         if not scored:

@@ -34,10 +34,8 @@ class FastBoxHead(nn.Module):
         super().__init__()
         first = layers[0]
         assert isinstance(first, nn.Linear)
-        self.bins = pooled_size**2
-        self.channels = first.in_features // self.bins
         self.dtype = dtype
-        weight = first.weight.detach().to(dtype).unflatten(1, (self.channels, self.bins))
+        weight = first.weight.detach().to(dtype).unflatten(1, (-1, pooled_size**2))
         first.weight = nn.Parameter(weight.transpose(1, 2).flatten(1), requires_grad=False)
         self.layers = nn.Sequential(*layers).to(dtype).requires_grad_(False)
 

@@ -13,7 +13,14 @@ from fvcore.common.config import CfgNode
 from torch import Tensor
 
 from cascade_det.errors import ConfigError
-from cascade_det.onnx_predictor import INPUTS, METADATA_KEY, OUTPUTS, ExportedModel, OnnxPredictor
+from cascade_det.onnx_predictor import (
+    INPUTS,
+    LONGEST_SIDE,
+    METADATA_KEY,
+    OUTPUTS,
+    ExportedModel,
+    OnnxPredictor,
+)
 from cascade_det.standalone.detector import Detector
 from cascade_det.standalone.fixed_depth import FixedDepthDetector
 
@@ -22,7 +29,6 @@ FORMATS = ("onnx", "torch-export")
 OPSET = 18
 METADATA_FILE = f"{METADATA_KEY}.json"
 _PACKAGES = {"onnx": ("onnx", "onnxruntime"), "torch-export": ()}
-_LONGEST = 2**16  # side of an image in pixels, for whoever computes with what it could be
 # Of an image that is recorded. Its sides are no multiples of anything, so that nothing is taken
 # for a constant.
 _EXAMPLE = (3, 150, 211)
@@ -119,7 +125,7 @@ def export_program(
     """
     model = FixedDepthDetector(detector, description.num_stages).eval()
     sides = {
-        axis: torch.export.Dim(name, min=2, max=_LONGEST)
+        axis: torch.export.Dim(name, min=2, max=LONGEST_SIDE)
         for axis, name in ((1, "height"), (2, "width"))
     }
     with torch.no_grad():

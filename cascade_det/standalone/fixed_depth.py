@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from torchvision.ops import nms
 
 from cascade_det.core.boxes import clip_boxes, decode_boxes, is_nonempty
-from cascade_det.core.network import Network
 from cascade_det.core.regions import Regions
 from cascade_det.core.roi_pooling import Pyramid
 from cascade_det.standalone.detector import Detector
@@ -106,19 +105,9 @@ class FixedDepthDetector(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Boxes ``[R, 4]`` or ``[R, 4 K]`` and probabilities ``[R, K + 1]`` of the last stage."""
         heads = self.detector.roi_heads
-        network = Network(
-            # Without a table: torchvision's kernel is the one that can be exported.
-            Pyramid([maps[name] for name in self.detector.roi_in_features], None),
-            1,
-            pooler=heads.pooler,
-            crop_pooler=heads.crop_pooler,
-            box_heads=heads.box_head,
-            box_predictors=heads.box_predictor,
-            bbox_reg_weights=heads.bbox_reg_weights,
-            ensemble=heads.ensemble,
-            learned=None,
-            counts_agreements=False,
-        )
+        # Without a table: torchvision's kernel is the one that can be exported.
+        pyramid = Pyramid([maps[name] for name in self.detector.roi_in_features], None)
+        network = heads.network(pyramid, 1)
         image_index = torch.zeros_like(proposals[:, 0], dtype=torch.int64)
         regions = Regions(
             proposals, image_index, limits.expand_as(proposals), proposals[:, 0], image_index

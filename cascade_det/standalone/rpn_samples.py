@@ -77,7 +77,5 @@ def _patches(
         F.embedding(part, feature.permute(0, 2, 3, 1).flatten(0, 2))
         for part, feature in zip(rows[order].split(counts), features, strict=True)
     ]
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=device)
     mask = inside[:, None].to(features[0].dtype)
-    return torch.cat(windows)[back].permute(0, 3, 1, 2) * mask, mask
+    return torch.cat(windows)[order.argsort()].permute(0, 3, 1, 2) * mask, mask

@@ -7,7 +7,12 @@ import pytest
 from calibration_case import INSTANT, make_calibration_case
 
 import train_net
-from cascade_det.benchmark.accuracy import SETTINGS, accuracy_section, measure_accuracy
+from cascade_det.benchmark.accuracy import (
+    SETTINGS,
+    accuracy_section,
+    measure_accuracy,
+    settings_without_exits,
+)
 from cascade_det.config import load_config
 from cascade_det.errors import ConfigError
 
@@ -55,21 +60,8 @@ def test_figures_are_those_of_an_evaluation_of_the_setting(case, cfg, tmp_path):
     assert rows["fast"]["milliseconds"] > 0
 
 
-def test_the_first_images_alone(case, cfg, tmp_path):
-    content = case.truth
-    first = {image["id"] for image in sorted(content["images"], key=lambda one: one["id"])[:2]}
-    part = {
-        **content,
-        "images": [image for image in content["images"] if image["id"] in first],
-        "annotations": [one for one in content["annotations"] if one["image_id"] in first],
-    }
-    alone = load_config(INSTANT, [*case.with_truth("part", part), *case.options[-2:]])
-    settings = {OFF: SETTINGS[OFF]}
-    some = measure_accuracy(cfg, tmp_path, images=2, settings=settings)
-    wanted = measure_accuracy(alone, tmp_path, settings=settings)
-    assert some["images"] == wanted["images"] == 2
-    for key in KEYS:
-        assert some["settings"][0][key] == wanted["settings"][0][key]
+def test_settings_without_exits_have_none():
+    assert list(settings_without_exits()) == [OFF, "fast"]
 
 
 def test_settings_that_cannot_be_are_told_before_any_runs(cfg, tmp_path):

@@ -1,6 +1,6 @@
 """What is claimed, beside what was measured."""
 
-from cascade_det.benchmark.bar import Claim, hold_claims
+from cascade_det.benchmark.bar import EMULATED, Claim, hold_claims
 
 
 def spread(value):
@@ -41,6 +41,13 @@ def test_a_claim_on_a_batch_is_about_that_batch_and_one_on_a_device_about_that_d
     assert (row["batch"], row["ratio"]["median"]) == (8, 3.0)
     [row] = hold_claims(results("cpu", whole=measured), claims)
     assert (row["batch"], row["least"]) == (1, 6.0)
+
+
+def test_a_peer_whose_type_is_emulated_is_marked():
+    claims = [Claim("heads alone", "heads", "ours", peer, 2.0) for peer in ("peer", "another")]
+    words = {"peer": "a peer" + EMULATED, "another": "another peer"}
+    held = hold_claims(results(heads=[comparison(1, 10, 3.0)], contenders=words), claims)
+    assert [row["what"] for row in held] == ["heads alone" + EMULATED, "heads alone"]
 
 
 def test_what_was_not_measured_is_not_claimed():

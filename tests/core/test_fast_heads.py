@@ -97,6 +97,14 @@ def test_optimized_cascade_detects_the_same(kernel, ensemble):
         assert_close(vars(ours), vars(theirs), rtol=1e-4, atol=1e-4)
 
 
+def test_head_that_is_not_fast_pools_in_the_type_of_the_features():
+    scene, cascade = make_scene(), make_cascade().eval()
+    plain = copy.deepcopy(cascade.box_head[2])
+    cascade.optimize(torch.bfloat16)
+    cascade.box_head[2] = plain
+    assert all(len(found) for found in detections(cascade, scene)[0])
+
+
 def test_optimized_cascade_without_proposals():
     scene = make_scene(num_proposals=(0, 0))
     cascade = make_cascade().eval()

@@ -19,7 +19,8 @@ def keep_freed_memory(keep: bool = True) -> bool:
     it. Kept memory is that of the largest moment; the process returns it when it ends.
 
     Args:
-        keep: ``False`` returns what was kept, and is close to what glibc does by itself.
+        keep: ``False`` returns what was kept and maps large tensors one by one again, as glibc
+            does by itself, except those that find room between what is still in use in the heap.
 
     Returns:
         Whether it could be done: only with glibc, that is on most Linux systems.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -99,18 +100,33 @@ class FPN(nn.Module):
         merged: Tensor | None = None
         pyramid: dict[str, Tensor] = {}
         for name, level in zip(reversed(self.in_features), reversed(self.levels), strict=True):
-            # A map that is not held any longer makes room; so do sums in place.
+            # A map that is not held any longer makes room.
             lateral = self.get_submodule(f"fpn_lateral{level}")(maps.pop(name))
             if merged is None:
                 merged = lateral
             else:
-                merged = lateral.add_(F.interpolate(merged, scale_factor=2.0, mode="nearest"))
+                merged = _add_at_twice_the_size(lateral, merged)
                 if self.scale != 1.0:
                     merged = merged.mul_(self.scale)
             pyramid[f"p{level}"] = self.get_submodule(f"fpn_output{level}")(merged)
         top = f"p{self.levels[-1]}"
         coarser = F.max_pool2d(pyramid[top], kernel_size=1, stride=2)
         return {name: pyramid.get(name, coarser) for name in self.strides}
+
+
+def _add_at_twice_the_size(lateral: Tensor, coarser: Tensor) -> Tensor:
+    """``[N, C, 2 H, 2 W]`` plus nearest neighbours in ``[N, C, H, W]``, in place."""
+    if (
+        torch.is_grad_enabled()
+        or torch.jit.is_tracing()
+        or torch.compiler.is_compiling()
+        or not lateral.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return lateral.add_(F.interpolate(coarser, scale_factor=2.0, mode="nearest"))
+    # The same without the enlarged map, which is the largest of all on the finest level.
+    quads = lateral.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+    quads.add_(coarser[:, :, :, None, :, None])
+    return lateral
 
 
 def _initialise(conv: ConvNorm) -> None:

@@ -170,7 +170,8 @@ class BottleneckBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` to ``[N, out_channels, H / stride, W / stride]``."""
         out = F.relu_(self.conv1(x))
-        out = self.conv3(F.relu_(self.conv2(out)))
+        out = F.relu_(self.conv2(out))
+        out = self.conv3(out)
         out += x if self.shortcut is None else self.shortcut(x)
         return F.relu_(out)
 

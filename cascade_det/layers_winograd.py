@@ -52,13 +52,20 @@ def transform_weight(weight: Tensor) -> Tensor:
     return transformed.flatten(0, 1).to(weight.dtype).contiguous()
 
 
-def winograd_conv2d(x: Tensor, transformed_weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def winograd_conv2d(
+    x: Tensor,
+    transformed_weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
     """What ``conv2d(x, weight, bias, padding=1)`` returns, up to rounding; without gradients.
 
     Args:
         x: ``[N, C, H, W]``, N, H and W at least 1; fastest channels-last.
         transformed_weight: ``[36, C, K]``, see ``transform_weight``.
         bias: ``[K]``.
+        out: ``[N, K, H, W]``, channels-last, takes the result.
 
     Returns:
         ``[N, K, H, W]``, channels-last.
@@ -67,8 +74,12 @@ def winograd_conv2d(x: Tensor, transformed_weight: Tensor, bias: Tensor | None =
     images, height, width, channels = x.shape
     _, _, out_channels = transformed_weight.shape
     tile_rows, tile_columns = ceil(height / 4), ceil(width / 4)
-    out = x.new_empty(images, tile_rows, 4, tile_columns, 4, out_channels)
-    out_tiles = out.permute(2, 4, 0, 1, 3, 5)
+    tiled_shape = images, tile_rows, 4, tile_columns, 4, out_channels
+    if out is None or height % 4 or width % 4:
+        tiled = x.new_empty(tiled_shape)
+    else:
+        tiled = out.permute(0, 2, 3, 1).view(tiled_shape)
+    out_tiles = tiled.permute(2, 4, 0, 1, 3, 5)
     threads = torch.get_num_threads()
     most_images, most_rows = _band_size(x.shape, threads)
     starts = [
@@ -93,8 +104,11 @@ def winograd_conv2d(x: Tensor, transformed_weight: Tensor, bias: Tensor | None =
         workers = _workers(threads, os.getpid())
         for done in [workers.submit(work) for _ in range(threads)]:
             done.result()
-    out = out.view(images, 4 * tile_rows, 4 * tile_columns, out_channels)
-    return out[:, :height, :width].contiguous().permute(0, 3, 1, 2)
+    whole = tiled.view(images, 4 * tile_rows, 4 * tile_columns, out_channels)
+    result = whole[:, :height, :width].permute(0, 3, 1, 2)
+    if out is None:
+        return result.contiguous(memory_format=torch.channels_last)
+    return out.copy_(result) if height % 4 or width % 4 else out
 
 
 @cache
@@ -268,14 +282,16 @@ class WinogradConv2d(nn.Module):
         self.train(conv.training)
         self.register_load_state_dict_post_hook(_transform_again)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H, W]`` to ``[N, K, H, W]``, channels-last."""
+    def forward(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """``[N, C, H, W]`` to ``[N, K, H, W]``, channels-last; written to ``out`` if given."""
         if self._pays(x):
-            x = winograd_conv2d(x, self.transformed, self.bias)
+            x = winograd_conv2d(x, self.transformed, self.bias, out=out)
         else:
             x = x.contiguous(memory_format=torch.channels_last)
             x = F.conv2d(x, self.weight, self.bias, padding=1)
-        return x if self.norm is None else self.norm(x)
+        if self.norm is not None:
+            x = self.norm(x)
+        return x if out is None or x is out else out.copy_(x)
 
     def _pays(self, x: Tensor) -> bool:
         if x.device.type != "cpu" or {x.dtype, self.transformed.dtype} != {torch.float32}:

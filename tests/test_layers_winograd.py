@@ -62,6 +62,32 @@ def test_any_shape(images, channels, out_channels, height, width, memory_format,
     assert_close(y, truth(x, weight, bias))
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    images=st.integers(1, 3),
+    height=st.integers(1, 23),
+    width=st.integers(1, 23),
+    norm=st.sampled_from([None, nn.GroupNorm(1, 4)]),
+    seed=st.integers(0, 1000),
+)
+def test_the_result_goes_where_it_shall(images, height, width, norm, seed):
+    torch.manual_seed(seed)
+    x = torch.randn(images, 3, height, width)
+    conv = conv3x3(3, 4)
+    size = images * 4 * height * width
+    block = torch.full((size + 20,), 7.0)
+    out = block[10:-10].view(images, height, width, 4).permute(0, 3, 1, 2)
+    module = WinogradConv2d(conv)
+    module.norm = norm
+    with torch.no_grad():
+        y = module(x, out=out)
+        expected = conv(x) if norm is None else norm(conv(x))
+    assert y is out
+    assert_close(y, expected.double())
+    assert block[:10].eq(7).all()
+    assert block[-10:].eq(7).all()
+
+
 @pytest.mark.parametrize(
     "shape",
     [(1, 256, 9, 260), (1, 256, 60, 70), (7, 256, 21, 13), (2, 512, 30, 60)],
@@ -139,9 +165,9 @@ def products(monkeypatch):
     """Shapes of the inputs that took Winograd's way."""
     shapes = []
 
-    def counted(x, *arguments):
+    def counted(x, *arguments, **options):
         shapes.append(tuple(x.shape))
-        return winograd_conv2d(x, *arguments)
+        return winograd_conv2d(x, *arguments, **options)
 
     monkeypatch.setattr(layers_winograd, "winograd_conv2d", counted)
     return shapes

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cascade_det.layers import ConvNorm
+from cascade_det.layers_winograd import WinogradConv2d
 
 # Stride 4 is level 2: a level is the logarithm of its stride.
 LEVELS = {"res2": 2, "res3": 3, "res4": 4, "res5": 5}
@@ -97,36 +98,72 @@ class FPN(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Images ``[N, 3, H, W]``, sides multiples of ``size_divisibility``, to maps by name."""
         maps = self.bottom_up(images)
-        merged: Tensor | None = None
-        pyramid: dict[str, Tensor] = {}
+        merged: dict[str, Tensor] = {}
+        coarser: Tensor | None = None
         for name, level in zip(reversed(self.in_features), reversed(self.levels), strict=True):
             # A map that is not held any longer makes room.
             lateral = self.get_submodule(f"fpn_lateral{level}")(maps.pop(name))
-            if merged is None:
-                merged = lateral
-            else:
-                merged = _add_at_twice_the_size(lateral, merged)
+            if coarser is not None:
+                lateral = _add_at_twice_the_size(lateral, coarser)
                 if self.scale != 1.0:
-                    merged = merged.mul_(self.scale)
-            pyramid[f"p{level}"] = self.get_submodule(f"fpn_output{level}")(merged)
+                    lateral = lateral.mul_(self.scale)
+            merged[f"p{level}"] = coarser = lateral
+        del lateral, coarser
+        places = _places(merged)
+        pyramid: dict[str, Tensor] = {}
+        for level in reversed(self.levels):
+            name = f"p{level}"
+            output = self.get_submodule(f"fpn_output{level}")
+            pyramid[name] = _apply(output, merged.pop(name), places.get(name))
         top = f"p{self.levels[-1]}"
-        coarser = F.max_pool2d(pyramid[top], kernel_size=1, stride=2)
-        return {name: pyramid.get(name, coarser) for name in self.strides}
+        coarsest = F.max_pool2d(pyramid[top], kernel_size=1, stride=2)
+        return {name: pyramid.get(name, coarsest) for name in self.strides}
+
+
+def _may_write_in_place(maps: Tensor) -> bool:
+    return not (
+        torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling()
+    ) and maps.is_contiguous(memory_format=torch.channels_last)
 
 
 def _add_at_twice_the_size(lateral: Tensor, coarser: Tensor) -> Tensor:
     """``[N, C, 2 H, 2 W]`` plus nearest neighbours in ``[N, C, H, W]``, in place."""
-    if (
-        torch.is_grad_enabled()
-        or torch.jit.is_tracing()
-        or torch.compiler.is_compiling()
-        or not lateral.is_contiguous(memory_format=torch.channels_last)
-    ):
+    if not _may_write_in_place(lateral):
         return lateral.add_(F.interpolate(coarser, scale_factor=2.0, mode="nearest"))
     # The same without the enlarged map, which is the largest of all on the finest level.
     quads = lateral.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
     quads.add_(coarser[:, :, :, None, :, None])
     return lateral
+
+
+def _places(maps: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Room for maps of these sizes: channels-last, finest first, one after another in one block.
+
+    So the pooling of regions wants them on CPUs; it would copy them there. ``maps`` are coarsest
+    first. Empty where maps cannot be written in place.
+    """
+    finest_first = dict(reversed(maps.items()))
+    finest = next(iter(finest_first.values()))
+    if (
+        finest.device.type != "cpu"
+        or torch.is_autocast_enabled("cpu")  # whose types norms do not keep
+        or not all(map(_may_write_in_place, maps.values()))
+    ):
+        return {}
+    sizes = [map_.numel() for map_ in finest_first.values()]
+    block = finest.new_empty(sum(sizes))
+    places = {}
+    for (name, map_), place in zip(finest_first.items(), block.split(sizes), strict=True):
+        images, channels, height, width = map_.shape
+        places[name] = place.view(images, height, width, channels).permute(0, 3, 1, 2)
+    return places
+
+
+def _apply(conv: nn.Module, x: Tensor, place: Tensor | None) -> Tensor:
+    if place is not None and isinstance(conv, WinogradConv2d):
+        return conv(x, out=place)
+    output: Tensor = conv(x)
+    return output if place is None else place.copy_(output)
 
 
 def _initialise(conv: ConvNorm) -> None:

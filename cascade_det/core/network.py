@@ -106,7 +106,7 @@ class Network:
 
     def crops(self, regions: Regions) -> Tensor:
         """The mean feature ``[R, C]`` of each proposal, from the level that it belongs to."""
-        pyramid = Pyramid(self.pyramid.features, None)
+        pyramid = Pyramid(self.pyramid.features)
         pooled: Tensor = self.crop_pooler(pyramid, regions.boxes, regions.image_index)
         return pooled.flatten(1).float()
 

@@ -13,7 +13,8 @@ leaves (g + 1) pixels per axis instead of 2 g for a grid of g adaptive samples.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -48,12 +49,14 @@ class Pyramid:
 
     Attributes:
         features: L maps ``[N, C, H_l, W_l]``, finest first.
-        table: ``[N * sum(H_l * W_l), C]``, all pixels image by image, or ``None`` for the
-            torchvision kernel.
+        table: ``[N * sum(H_l * W_l), C]``, the pixels of all maps, or ``None`` for the torchvision
+            kernel.
+        first_rows: of the table, ``[N][L]``: where the pixels of each map of each image begin.
     """
 
     features: list[Tensor]
-    table: Tensor | None
+    table: Tensor | None = None
+    first_rows: list[list[int]] = field(default_factory=list)
 
 
 class RoIPooler(nn.Module):
@@ -108,10 +111,20 @@ class RoIPooler(nn.Module):
         has_fast_bags = features[0].device.type == "cpu"
         wants_bags = self.kernel == "bags" or (self.kernel == "auto" and has_fast_bags)
         if not wants_bags or torch.jit.is_tracing():
-            return Pyramid(features, None)
+            return Pyramid(features)
         levels = [level.to(dtype or level.dtype) for level in features]
-        pixels = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
-        return Pyramid(features, pixels.reshape(-1, pixels.shape[-1]))
+        images, pixels = len(levels[0]), [level.shape[2] * level.shape[3] for level in levels]
+        before = [0, *accumulate(pixels)]
+        table = _as_one_table(levels)
+        if table is not None:  # level by level
+            first_rows = [
+                [images * start + image * size for start, size in zip(before, pixels, strict=False)]
+                for image in range(images)
+            ]
+            return Pyramid(features, table, first_rows)
+        first_rows = [[image * before[-1] + start for start in before] for image in range(images)]
+        table = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
+        return Pyramid(features, table.reshape(-1, table.shape[-1]), first_rows)
 
     def forward(self, pyramid: Pyramid, boxes: Tensor, image_index: Tensor) -> Tensor:
         """Pool regions.
@@ -177,8 +190,7 @@ class RoIPooler(nn.Module):
         # A box with NaN has no level; any will do, since none of its samples counts.
         levels = self._levels(boxes).clamp(0, len(self.strides) - 1)
         shapes = torch.tensor([f.shape[-2:] for f in pyramid.features], device=device)
-        pixels = shapes.prod(dim=1)
-        first_row = (pixels.cumsum(0) - pixels)[levels] + image_index * pixels.sum()
+        first_row = torch.tensor(pyramid.first_rows, device=device)[image_index, levels]
         # Both axes as one: the vertical one of all regions, then the horizontal one.
         length = shapes[levels].t().flatten()
         scale = torch.tensor([1.0 / s for s in self.strides], device=device)[levels]
@@ -248,6 +260,24 @@ class RoIPooler(nn.Module):
         merged.scatter_add_(2, (pixels - first).clamp(0, slots - 1), weights)
         slot = torch.arange(slots, device=low.device)
         return torch.minimum(first + slot, last), merged, grid + 1
+
+
+def _as_one_table(levels: list[Tensor]) -> Tensor | None:
+    """``[N * sum(H_l * W_l), C]`` without a copy, if the maps lie so, one after another."""
+    first = levels[0]
+    place = first.data_ptr()
+    for level in levels:
+        if (
+            (torch.is_grad_enabled() and level.requires_grad)
+            or not level.is_contiguous(memory_format=torch.channels_last)
+            or level.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+            or level.data_ptr() != place
+        ):
+            return None
+        place += level.nbytes
+    channels = first.shape[1]
+    rows = sum(level.numel() for level in levels) // channels
+    return first.as_strided((rows, channels), (channels, 1))
 
 
 def _rows_of_each(groups: Tensor, count: int) -> list[Tensor]:

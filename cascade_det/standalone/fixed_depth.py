@@ -106,7 +106,7 @@ class FixedDepthDetector(nn.Module):
         """Boxes ``[R, 4]`` or ``[R, 4 K]`` and probabilities ``[R, K + 1]`` of the last stage."""
         heads = self.detector.roi_heads
         # Without a table: torchvision's kernel is the one that can be exported.
-        pyramid = Pyramid([maps[name] for name in self.detector.roi_in_features], None)
+        pyramid = Pyramid([maps[name] for name in self.detector.roi_in_features])
         network = heads.network(pyramid, 1)
         image_index = torch.zeros_like(proposals[:, 0], dtype=torch.int64)
         regions = Regions(

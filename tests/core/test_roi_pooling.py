@@ -223,6 +223,91 @@ def test_kernel_on_the_cpu(kernel, has_table):
     assert (pooler.prepare(make_features()).table is not None) == has_table
 
 
+class TestMapsInOneBlock:
+    """Maps that lie one after another in channels-last order are pooled where they are."""
+
+    def in_one_block(self, features, *, gap=0, **options):
+        sizes = [level.numel() + gap for level in features]
+        block = torch.empty(sum(sizes), **options)
+        views = []
+        for level, place in zip(features, block.split(sizes), strict=True):
+            images, channels, height, width = level.shape
+            view = place[: level.numel()].view(images, height, width, channels)
+            views.append(view.permute(0, 3, 1, 2).copy_(level))
+        return views
+
+    def pool_both(self, features, others, **settings):
+        boxes = torch.tensor(list(BOXES.values())).repeat(3, 1)
+        image_index = torch.arange(len(boxes)) % len(features[0])
+        return (pool(some, boxes, image_index, **settings) for some in (features, others))
+
+    @pytest.mark.parametrize("images", [1, 2, 3])
+    def test_they_are_not_copied(self, images):
+        features = make_features(images=images)
+        block = self.in_one_block(features)
+        pooler = RoIPooler(output_size=3, strides=STRIDES)
+        assert pooler.prepare(block).table.data_ptr() == block[0].data_ptr()
+        assert pooler.prepare(features).table.data_ptr() != features[0].data_ptr()
+        expected, got = self.pool_both(features, block)
+        assert got.equal(expected)
+
+    def test_gaps(self):
+        features = make_features()
+        expected, got = self.pool_both(features, self.in_one_block(features, gap=3))
+        assert got.equal(expected)
+
+    def test_contiguous_maps(self):
+        features = make_features()
+        block = torch.cat([level.flatten() for level in features])
+        parts = block.split([level.numel() for level in features])
+        views = [part.view_as(level) for part, level in zip(parts, features, strict=True)]
+        expected, got = self.pool_both(features, views)
+        assert got.equal(expected)
+
+    def test_neighbours_that_are_not_one_tensor(self):
+        features = make_features()
+        pixels = torch.cat([level.permute(0, 2, 3, 1).flatten() for level in features])
+        memory, place, views = bytearray(pixels.numpy()), 0, []
+        for level in features:
+            images, channels, height, width = level.shape
+            part = torch.frombuffer(memory, dtype=torch.float32, count=level.numel(), offset=place)
+            views.append(part.view(images, height, width, channels).permute(0, 3, 1, 2))
+            place += level.nbytes
+        expected, got = self.pool_both(features, views)
+        assert got.equal(expected)
+
+    def test_swapped_levels(self):
+        # Equal sizes, so that only the places tell.
+        features = [torch.randn(2, 3, 6, 6) for _ in STRIDES]
+        first, second, third = self.in_one_block(features)
+        expected, got = self.pool_both(
+            [features[1], features[0], features[2]], [second, first, third]
+        )
+        assert got.equal(expected)
+
+    def test_another_type(self):
+        features = make_features()
+        boxes, image_index = torch.tensor([BOXES["inside"]]), torch.tensor([1])
+        pooler = RoIPooler(output_size=3, strides=STRIDES)
+        expected, got = (
+            pooler(pooler.prepare(some, dtype=torch.bfloat16), boxes, image_index)
+            for some in (features, self.in_one_block(features))
+        )
+        assert got.dtype == torch.bfloat16
+        assert got.equal(expected)
+
+    def test_gradients_reach_every_map(self):
+        features = make_features()
+        block = [level.detach().requires_grad_() for level in self.in_one_block(features)]
+        for level in features:
+            level.requires_grad_()
+        expected, got = self.pool_both(features, block)
+        weights = torch.randn_like(got)
+        torch.testing.assert_close(
+            gradients((got * weights).sum(), block), gradients((expected * weights).sum(), features)
+        )
+
+
 def test_wrong_number_of_maps():
     pooler = RoIPooler(output_size=3, strides=STRIDES)
     with pytest.raises(ValueError, match="2 feature maps for 3 strides"):

@@ -62,6 +62,15 @@ def test_float32_gives_the_same_detections(instant_cfg, options):
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fast.modules())
 
 
+@pytest.mark.parametrize("options", [MOBILE, R18], ids=["mobilenet", "R-18"])
+def test_maps_are_pooled_where_they_were_made(instant_cfg, options):
+    fast = optimize(make_detector(instant_cfg, *options), dtype="float32")
+    with torch.inference_mode():
+        features = fast.cascade_inputs(make_batch()).features
+        table = fast.roi_heads.pooler.prepare(features).table
+    assert table.data_ptr() == features[0].data_ptr()
+
+
 def test_wide_convolutions_are_winograds(instant_cfg):
     fast = optimize(make_detector(instant_cfg, "MODEL.FPN.OUT_CHANNELS", "128"), dtype="float32")
     count = sum(isinstance(m, WinogradConv2d) for m in fast.modules())

@@ -106,6 +106,50 @@ class ConvNorm(nn.Conv2d):
         return x if norm is None else norm(x)
 
 
+def may_write_in_place(maps: Tensor) -> bool:
+    """Whether operations may change channels-last ``maps [N, C, H, W]`` that nobody reads later.
+
+    Not with gradients, which may want them, nor in what is recorded: copies are clearer there.
+    """
+    return not (
+        torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling()
+    ) and maps.is_contiguous(memory_format=torch.channels_last)
+
+
+def add_convolved(shortcut: Tensor, x: Tensor, conv: ConvNorm) -> Tensor:
+    """``relu(shortcut + conv(x))``, the end of a residual block.
+
+    Where it may and oneDNN can, all in one pass and in place of ``shortcut``; the numbers are the
+    same.
+
+    Args:
+        shortcut: ``[N, K, H, W]``, not to be read afterwards.
+        x: ``[N, C, H', W']``.
+        conv: from x to the shape of ``shortcut``.
+    """
+    if not _is_fusible(shortcut, x, conv):
+        return F.relu_(conv(x).add_(shortcut))
+    geometry = list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups
+    done: Tensor = torch.ops.mkldnn._convolution_pointwise_.binary(
+        shortcut, x, conv.weight, conv.bias, *geometry, "add", 1.0, "relu", [], ""
+    )
+    return done
+
+
+def _is_fusible(shortcut: Tensor, x: Tensor, conv: nn.Module) -> bool:
+    return (
+        type(conv) is ConvNorm
+        and conv.norm is None
+        and {shortcut.dtype, x.dtype, conv.weight.dtype} == {torch.float32}
+        and shortcut.device.type == "cpu"
+        and may_write_in_place(shortcut)
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and x.numel() > 0
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_convolution_pointwise_")
+    )
+
+
 def freeze(module: nn.Module) -> None:
     """Stop training a part: parameters keep their values, batch norms become frozen ones."""
     for parameter in module.parameters():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cascade_det.layers import ConvNorm
+from cascade_det.layers import ConvNorm, may_write_in_place
 from cascade_det.layers_winograd import WinogradConv2d
 
 # Stride 4 is level 2: a level is the logarithm of its stride.
@@ -120,15 +120,9 @@ class FPN(nn.Module):
         return {name: pyramid.get(name, coarsest) for name in self.strides}
 
 
-def _may_write_in_place(maps: Tensor) -> bool:
-    return not (
-        torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling()
-    ) and maps.is_contiguous(memory_format=torch.channels_last)
-
-
 def _add_at_twice_the_size(lateral: Tensor, coarser: Tensor) -> Tensor:
     """``[N, C, 2 H, 2 W]`` plus nearest neighbours in ``[N, C, H, W]``, in place."""
-    if not _may_write_in_place(lateral):
+    if not may_write_in_place(lateral):
         return lateral.add_(F.interpolate(coarser, scale_factor=2.0, mode="nearest"))
     # The same without the enlarged map, which is the largest of all on the finest level.
     quads = lateral.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
@@ -147,7 +141,7 @@ def _places(maps: dict[str, Tensor]) -> dict[str, Tensor]:
     if (
         finest.device.type != "cpu"
         or torch.is_autocast_enabled("cpu")  # whose types norms do not keep
-        or not all(map(_may_write_in_place, maps.values()))
+        or not all(map(may_write_in_place, maps.values()))
     ):
         return {}
     sizes = [map_.numel() for map_ in finest_first.values()]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cascade_det.layers import ConvNorm, freeze
+from cascade_det.layers import ConvNorm, add_convolved, freeze
 
 BLOCKS_PER_STAGE = {
     18: (2, 2, 2, 2),
@@ -140,7 +140,10 @@ class BasicBlock(nn.Module):
 
 
 class BottleneckBlock(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions and a shortcut: the block of ResNet-50 and deeper."""
+    """1x1, 3x3 and 1x1 convolutions and a shortcut: the block of ResNet-50 and deeper.
+
+    Without gradients it may write over its input, if that is as large as its output.
+    """
 
     def __init__(
         self,
@@ -171,9 +174,8 @@ class BottleneckBlock(nn.Module):
         """``[N, C, H, W]`` to ``[N, out_channels, H / stride, W / stride]``."""
         out = F.relu_(self.conv1(x))
         out = F.relu_(self.conv2(out))
-        out = self.conv3(out)
-        out += x if self.shortcut is None else self.shortcut(x)
-        return F.relu_(out)
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return add_convolved(shortcut, out, self.conv3)
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int, norm: str) -> ConvNorm | None:

@@ -143,8 +143,6 @@ def _is_fusible(shortcut: Tensor, x: Tensor, conv: nn.Module) -> bool:
         and {shortcut.dtype, x.dtype, conv.weight.dtype} == {torch.float32}
         and shortcut.device.type == "cpu"
         and may_write_in_place(shortcut)
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and x.numel() > 0
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_convolution_pointwise_")
     )

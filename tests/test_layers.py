@@ -31,7 +31,7 @@ def truth(shortcut, x, conv):
     height=st.integers(1, 9),
     width=st.integers(1, 9),
     norm=st.sampled_from(["", "FrozenBN"]),
-    memory_format=st.sampled_from(FORMATS),
+    memory_formats=st.tuples(st.sampled_from(FORMATS), st.sampled_from(FORMATS)),
     grad=st.booleans(),
     seed=st.integers(0, 1000),
 )
@@ -44,19 +44,20 @@ def test_a_residual_block_ends_in_the_sum(
     height,
     width,
     norm,
-    memory_format,
+    memory_formats,
     grad,
     seed,
 ):
     torch.manual_seed(seed)
     conv = ConvNorm(channels, out_channels, kernel_size, stride=stride, norm=norm)
-    conv = conv.eval().to(memory_format=memory_format)
+    conv = conv.eval().to(memory_format=memory_formats[0])
     if conv.norm is not None:
         conv.norm.running_var.uniform_(0.5, 2.0)
         conv.norm.bias.normal_()
-    x = torch.randn(images, channels, height, width).contiguous(memory_format=memory_format)
+    x = torch.randn(images, channels, height, width).contiguous(memory_format=memory_formats[0])
     size = -(-height // stride), -(-width // stride)
-    shortcut = torch.randn(images, out_channels, *size).contiguous(memory_format=memory_format)
+    shortcut = torch.randn(images, out_channels, *size)
+    shortcut = shortcut.contiguous(memory_format=memory_formats[1])
     before = x.clone(), shortcut.clone()
     with torch.set_grad_enabled(grad):
         y = add_convolved(shortcut, x, conv)

@@ -114,15 +114,15 @@ class RoIPooler(nn.Module):
             return Pyramid(features)
         levels = [level.to(dtype or level.dtype) for level in features]
         images, pixels = len(levels[0]), [level.shape[2] * level.shape[3] for level in levels]
-        before = [0, *accumulate(pixels)]
+        starts = [0, *accumulate(pixels[:-1])]
         table = _as_one_table(levels)
         if table is not None:  # level by level
             first_rows = [
-                [images * start + image * size for start, size in zip(before, pixels, strict=False)]
+                [images * start + image * size for start, size in zip(starts, pixels, strict=True)]
                 for image in range(images)
             ]
             return Pyramid(features, table, first_rows)
-        first_rows = [[image * before[-1] + start for start in before] for image in range(images)]
+        first_rows = [[image * sum(pixels) + start for start in starts] for image in range(images)]
         table = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
         return Pyramid(features, table.reshape(-1, table.shape[-1]), first_rows)
 

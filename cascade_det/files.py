@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import fcntl
 import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import secrets
+import shutil
+import stat
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+from cascade_det.errors import CascadeDetError
+from cascade_det.text import printable
+
+# What is being written. No other program uses such a name, and it is short enough for any folder.
+_TEMPORARY = re.compile(r"\.cascade_det-[0-9a-f]{16}\.tmp")
+# linux/fs.h
+_RENAME_EXCHANGE = 2
 
 
 @contextmanager
@@ -34,19 +44,127 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that replaces it when the block succeeds.
 
     The folder is made where it is missing. After an error, a full disk included, ``path`` is as it
-    was before. Once the block has ended, what was written survives a crash of the machine. A killed
-    process leaves its temporary file behind, see :func:`remove_leftovers`.
+    was before. Once the block has ended, what was written survives a crash of the machine. The mode
+    of a file that is replaced stays; a link is replaced, not followed. Each writer has a temporary
+    file of its own, so that of several the last one wins. A killed process leaves it behind, see
+    :func:`remove_leftovers`.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    with naming(target), temporary.open("ab") as held:
+    with naming(target), _temporary_file(target) as temporary:
+        yield temporary
+        move_into_place(temporary, target)
+
+
+@contextmanager
+def _temporary_file(target: Path) -> Iterator[Path]:
+    """A new file beside ``target``, locked, with its mode; removed at the end."""
+    mode = _mode_of(target)
+    temporary, descriptor = _create(target.parent)
+    try:
+        if mode is not None:
+            os.fchmod(descriptor, mode | stat.S_IRUSR | stat.S_IWUSR)
+        yield temporary
+        if mode is not None and temporary.exists():
+            os.chmod(temporary, mode)
+    finally:
+        temporary.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _create(folder: Path) -> tuple[Path, int]:
+    """A new locked file in a folder, and its descriptor."""
+    while True:
+        temporary = _temporary_name(folder)
+        # Not mkstemp(), whose files are private: the mode here is that of the umask.
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        descriptor = os.open(temporary, flags, 0o666)
+        _lock(descriptor, wait=True)
+        # remove_leftovers() may have been faster than the lock.
+        if temporary.exists():
+            return temporary, descriptor
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str], *, made: Collection[str]) -> Iterator[Path]:
+    """Yield a new folder beside ``path`` that replaces it as a whole when the block succeeds.
+
+    Otherwise ``path`` stays as it was. A killed process leaves the new folder behind, see
+    :func:`remove_leftovers`.
+
+    Args:
+        path: the folder to make; its parents are made.
+        made: names of the entries that the caller makes. An older folder may hold these alone,
+            since all that is in it is replaced.
+
+    Raises:
+        CascadeDetError: ``path`` is no folder, or holds something else; before the block runs.
+    """
+    target = Path(os.path.realpath(path))
+    _check_replaceable(target, made)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_name(target.parent)
+    with naming(target):
+        temporary.mkdir()
+        descriptor = os.open(temporary, os.O_RDONLY)
         try:
-            _lock(held.fileno())
+            _lock(descriptor, wait=True)
             yield temporary
-            move_into_place(temporary, target)
+            _check_replaceable(target, made)
+            if target.exists():
+                shutil.copymode(target, temporary)
+            _sync_tree(temporary)
+            _exchange(temporary, target)
         finally:
-            temporary.unlink(missing_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.close(descriptor)
+
+
+def _check_replaceable(folder: Path, made: Collection[str]) -> None:
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise CascadeDetError(f"{folder}: is no folder. Give another one.")
+    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in made)
+    if others:
+        raise CascadeDetError(
+            f"{folder}: holds {printable(others[0])}, which was not made here and would be lost. "
+            "Give another folder, or move it away."
+        )
+
+
+def _sync_tree(folder: Path) -> None:
+    """Let all files and names in a folder survive a crash of the machine."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            _sync(os.path.join(place, name))
+        with suppress(OSError):
+            _sync(place)
+
+
+def _exchange(fresh: Path, target: Path) -> None:
+    """Give ``fresh`` the name ``target``; what had it before has the name ``fresh`` then."""
+    if not target.exists():
+        os.rename(fresh, target)
+    elif not _exchange_at_once(fresh, target):
+        # Another system than Linux, or a file system that cannot: for a moment there is neither.
+        aside = _temporary_name(target.parent)
+        os.rename(target, aside)
+        os.rename(fresh, target)
+        os.rename(aside, fresh)
+    with suppress(OSError):
+        _sync(target.parent)
+
+
+def _exchange_at_once(first: Path, second: Path) -> bool:
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except AttributeError:
+        return False
+    here = -100  # AT_FDCWD
+    names = os.fsencode(first.absolute()), os.fsencode(second.absolute())
+    return rename(here, names[0], here, names[1], _RENAME_EXCHANGE) == 0
 
 
 def move_into_place(finished: Path, target: Path) -> None:
@@ -54,34 +172,67 @@ def move_into_place(finished: Path, target: Path) -> None:
 
     Bytes and name survive a crash of the machine.
     """
-    with finished.open("rb") as file:
-        os.fsync(file.fileno())
+    _sync(finished)
     os.replace(finished, target)
-    descriptor = os.open(target.parent, os.O_RDONLY)
+    # The file is in its place already. Some network file systems cannot do this to a folder.
+    with suppress(OSError):
+        _sync(target.parent)
+
+
+def _sync(path: str | os.PathLike[str]) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        # The file is in its place already. Some network file systems cannot do this to a folder.
-        with suppress(OSError):
-            os.fsync(descriptor)
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Remove the temporary files of :func:`atomic_path` in ``folder`` that nobody writes any more.
+    """Remove what :func:`atomic_path` and :func:`atomic_folder` left in ``folder`` when killed.
 
-    A writer holds a lock on its file, which ends with its process. The number of the process says
-    less: another one may have it by now, and in a container it is the same after every start.
+    Only entries of their own names go, and only where nobody writes any more: a writer holds a
+    lock, which ends with its process. The number of the process says less: another one may have it
+    by now, and in a container it is the same after every start.
 
     Args:
         folder: where the complete files are; folders below it are left alone. It may be missing.
     """
-    for path in Path(folder).glob(".*.tmp"):
+    for path in Path(folder).glob(".cascade_det-*.tmp"):
         if not _TEMPORARY.fullmatch(path.name):
             continue
-        # The file may vanish at any time: its writer renames it.
-        with suppress(FileNotFoundError), path.open("rb") as file:
-            if _lock(file.fileno()):
-                path.unlink()
+        # It may vanish at any time, since its writer renames it; and it may be somebody else's.
+        with suppress(OSError):
+            _remove_if_left(path)
+
+
+def _remove_if_left(path: Path) -> None:
+    mode = path.lstat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        return
+    # Without O_NONBLOCK a FIFO that takes the place of the file meanwhile would hang.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        if not _lock(descriptor):
+            return
+        if stat.S_ISDIR(mode):
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    finally:
+        os.close(descriptor)
+
+
+def _temporary_name(folder: Path) -> Path:
+    return folder / f".cascade_det-{secrets.token_hex(8)}.tmp"
+
+
+def _mode_of(path: Path) -> int | None:
+    """Permissions of a file; ``None`` where there is none, or a link that will be replaced."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return stat.S_IMODE(found.st_mode) if stat.S_ISREG(found.st_mode) else None
 
 
 def write_json(value: Any, path: str | os.PathLike[str], *, indent: int | None = None) -> None:
@@ -94,21 +245,29 @@ def write_json(value: Any, path: str | os.PathLike[str], *, indent: int | None =
 def write_csv(
     path: str | os.PathLike[str], headers: Sequence[str], rows: Iterable[Sequence[Any]]
 ) -> None:
-    """Write a table; ``None`` and nan are empty cells."""
+    """Write a table; ``None`` and nan are empty cells.
+
+    A text that a spreadsheet would compute, one that begins with ``=``, ``+``, ``-`` or ``@``, has
+    an apostrophe before it, and unprintable characters are escaped.
+    """
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(headers)
+        writer.writerow([_cell(header) for header in headers])
         writer.writerows([_cell(value) for value in row] for row in rows)
 
 
 def _cell(value: Any) -> Any:
-    return "" if isinstance(value, float) and math.isnan(value) else value
+    if isinstance(value, float) and math.isnan(value):
+        return ""
+    if not isinstance(value, str):
+        return value
+    return printable(f"'{value}" if value.startswith(tuple("=+-@\t\r")) else value)
 
 
-def _lock(descriptor: int) -> bool:
-    """Lock a file until it is closed; ``False`` if another has it, or if locks are unknown here."""
+def _lock(descriptor: int, *, wait: bool = False) -> bool:
+    """Lock until the file is closed; ``False`` if another has it, or if locks are unknown here."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         return False
     return True

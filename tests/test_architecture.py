@@ -22,6 +22,7 @@ RANKS = {
     "": -1,
     "errors": -1,
     "files": -1,
+    "text": -1,
     "convolution": -1,
     "config": 0,
     "layers": 0,

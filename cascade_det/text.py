@@ -1,0 +1,60 @@
+"""Text from files and file names, made safe to show."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Any
+
+# Marks that change the direction of the text around them, so that it reads as something else.
+_BIDI_MARKS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+# Control characters, lone surrogates, separators of lines and of paragraphs.
+_UNPRINTABLE = frozenset(("Cc", "Cs", "Zl", "Zp"))
+
+LONGEST_NAME = 255  # characters
+
+
+def printable(text: str, *, longest: int = 0, lines: bool = False) -> str:
+    r"""Escape what a terminal obeys, an encoder refuses or a reader is deceived by.
+
+    Control characters, bidirectional marks and lone surrogates (bytes of a file name that are no
+    UTF-8) become ``\x1b``, ``\u202e``, ``\udcf6``; everything else stays.
+
+    Args:
+        text: any string.
+        longest: a longer text is cut in its middle to so many characters; 0: never.
+        lines: keep line breaks and tabs.
+    """
+    kept = "\n\t" if lines else ""
+    shown = "".join(c if c in kept or not _is_unprintable(c) else _escaped(c) for c in text)
+    if longest and len(shown) > longest:
+        tail = (longest - 1) // 2
+        shown = shown[: longest - 1 - tail] + "…" + (shown[-tail:] if tail else "")
+    return shown
+
+
+def check_name(name: Any) -> str:
+    """Return the name of a class as it is.
+
+    Raises:
+        ValueError: ``name`` is no string, empty, longer than 255 characters, or has characters
+            that cannot be shown.
+    """
+    if not isinstance(name, str):
+        raise ValueError(f"{printable(repr(name), longest=60)} is no text")
+    if not name.strip():
+        raise ValueError("it is empty")
+    if len(name) > LONGEST_NAME:
+        shown = printable(name, longest=40)
+        raise ValueError(f"{shown} has {len(name):,} characters, and {LONGEST_NAME} are the most")
+    if any(map(_is_unprintable, name)):
+        raise ValueError(f"{printable(name)} has control characters, or is no valid Unicode")
+    return name
+
+
+def _is_unprintable(character: str) -> bool:
+    return character in _BIDI_MARKS or unicodedata.category(character) in _UNPRINTABLE
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

@@ -30,12 +30,14 @@ _RENAME_EXCHANGE = 2
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Let an OSError within the block name ``path`` if it has none, as one of a write."""
+    """Let an OSError within the block name ``path`` if it names nothing that a user knows."""
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:
+        named = os.path.basename(os.fsdecode(error.filename or ""))
+        if error.errno is not None and (not named or _TEMPORARY.fullmatch(named)):
             error.filename = os.fspath(path)
+            error.filename2 = None
         raise
 
 
@@ -51,25 +53,17 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with naming(target), _temporary_file(target) as temporary:
-        yield temporary
-        move_into_place(temporary, target)
-
-
-@contextmanager
-def _temporary_file(target: Path) -> Iterator[Path]:
-    """A new file beside ``target``, locked, with its mode; removed at the end."""
-    mode = _mode_of(target)
-    temporary, descriptor = _create(target.parent)
-    try:
-        if mode is not None:
-            os.fchmod(descriptor, mode | stat.S_IRUSR | stat.S_IWUSR)
-        yield temporary
-        if mode is not None and temporary.exists():
-            os.chmod(temporary, mode)
-    finally:
-        temporary.unlink(missing_ok=True)
-        os.close(descriptor)
+    with naming(target):
+        mode = _mode_of(target)
+        temporary, descriptor = _create(target.parent)
+        try:
+            if mode is not None:
+                os.fchmod(descriptor, mode | stat.S_IRUSR | stat.S_IWUSR)
+            yield temporary
+            move_into_place(temporary, target, mode=mode)
+        finally:
+            temporary.unlink(missing_ok=True)
+            os.close(descriptor)
 
 
 def _create(folder: Path) -> tuple[Path, int]:
@@ -167,12 +161,14 @@ def _exchange_at_once(first: Path, second: Path) -> bool:
     return rename(here, names[0], here, names[1], _RENAME_EXCHANGE) == 0
 
 
-def move_into_place(finished: Path, target: Path) -> None:
+def move_into_place(finished: Path, target: Path, *, mode: int | None = None) -> None:
     """Let ``finished``, a file in the same folder, replace ``target`` at once and for good.
 
-    Bytes and name survive a crash of the machine.
+    Bytes and name survive a crash of the machine. ``mode`` is what it gets before.
     """
     _sync(finished)
+    if mode is not None:
+        finished.chmod(mode)
     os.replace(finished, target)
     # The file is in its place already. Some network file systems cannot do this to a folder.
     with suppress(OSError):

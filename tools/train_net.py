@@ -85,6 +85,7 @@ from cascade_det.engine import distributed
 from cascade_det.engine.interrupts import Interrupted
 from cascade_det.engine.log import setup_logging
 from cascade_det.engine.processes import INTERRUPTED
+from cascade_det.engine.run_lock import check_free
 from cascade_det.errors import CascadeDetError
 from cascade_det.hosts import choose_host, load_host
 
@@ -119,6 +120,8 @@ def _launch(args: argparse.Namespace) -> int:
     host.check_config(cfg)
     first = args.machine_rank == 0 and os.environ.get("RANK", "0") == "0"
     if not args.replay_batch:
+        if first:
+            check_free(cfg.OUTPUT_DIR)
         setup_logging(cfg.OUTPUT_DIR if first else None)
     if first:
         logger.info("Host: %s, %s", args.host, why)

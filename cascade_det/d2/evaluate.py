@@ -33,6 +33,7 @@ from cascade_det.engine.devices import on_its_device, set_backends
 from cascade_det.engine.evaluate import by_dataset, evaluate_dataset
 from cascade_det.engine.head_flops import region_flops
 from cascade_det.engine.run_info import load_to_evaluate
+from cascade_det.engine.run_lock import alone_in_output_dir
 from cascade_det.errors import ConfigError
 from cascade_det.evaluation import RegionFlops, ShadowRules, write_results
 from cascade_det.evaluation.average_precision import with_ap90
@@ -41,6 +42,7 @@ from cascade_det.evaluation.report import RESULTS_FILE
 logger = logging.getLogger(__name__)
 
 
+@alone_in_output_dir
 def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     """Evaluate the weights of a configuration on ``DATASETS.TEST``.
 

@@ -33,9 +33,11 @@ from cascade_det.engine.run_info import (
     check_output,
     record_start,
 )
+from cascade_det.engine.run_lock import alone_in_output_dir
 from cascade_det.engine.validation import validation_losses
 
 
+@alone_in_output_dir
 def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     """Train a model by Detectron2's trainer, with everything in ``OUTPUT_DIR``.
 

@@ -8,8 +8,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# A terminal that is gone, and what schedulers send before they take a machine away.
+PARTING_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+
+_IGNORED = {signal.SIGINT, *PARTING_SIGNALS}
 # A worker tells the SIGTERM of its parent from another's by sigwaitinfo, which macOS does not have.
-_NOT_FOR_WORKERS = {signal.SIGINT} | ({signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else set())
+_NOT_FOR_WORKERS = _IGNORED | ({signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else set())
 
 
 @contextmanager
@@ -28,10 +32,12 @@ def signals_held() -> Iterator[None]:
 def obey_main_process() -> None:
     """Called in a worker, once: only the main process may end it from there on.
 
-    Ctrl-C and SIGTERM may reach all processes of a group. The main one ends its workers itself when
-    it is done with the batches that it still wants: by a message, and at its own exit by a SIGTERM.
+    Ctrl-C, SIGTERM and the signals of a hangup or a scheduler may reach all processes of a group.
+    The main one ends its workers itself when it is done with the batches that it still wants: by a
+    message, and at its own exit by a SIGTERM.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
     if signal.SIGTERM in _NOT_FOR_WORKERS:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()

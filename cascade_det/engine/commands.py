@@ -9,6 +9,7 @@ from typing import ParamSpec
 
 from cascade_det.engine.processes import INTERRUPTED
 from cascade_det.errors import CascadeDetError
+from cascade_det.text import printable
 
 _Arguments = ParamSpec("_Arguments")
 
@@ -24,14 +25,18 @@ def without_traceback(main: Callable[_Arguments, int]) -> Callable[_Arguments, i
         try:
             return main(*args, **kwargs)
         except CascadeDetError as error:
-            print(error, file=sys.stderr)
+            _tell(str(error))
         except OSError as error:
-            print(_path_and_reason(error), file=sys.stderr)
+            _tell(_path_and_reason(error))
         except KeyboardInterrupt:
             return INTERRUPTED
         return 1
 
     return run
+
+
+def _tell(message: str) -> None:
+    print(printable(message, lines=True), file=sys.stderr)
 
 
 def _path_and_reason(error: OSError) -> str:

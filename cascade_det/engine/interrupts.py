@@ -1,20 +1,20 @@
-"""Ctrl-C, and the signal that clusters send before they take a machine away, as a question."""
+"""Ctrl-C, a terminal that is gone, and what clusters send before they take a machine away."""
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from cascade_det.engine import distributed
-from cascade_det.engine.processes import Interrupted
+from cascade_det.engine.processes import Interrupted, stop_signals
 
 logger = logging.getLogger(__name__)
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class InterruptRequest:
@@ -34,12 +34,14 @@ class InterruptRequest:
     def receive(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal: it is remembered, and a second Ctrl-C ends everything at once.
 
-        SIGTERM may come several times for one and the same wish, to the group of processes and
-        from the parent: however often, it never means haste.
+        Other signals may come several times for one and the same wish, to the group of processes
+        and from the parent: however often, they never mean haste.
 
         Raises:
             KeyboardInterrupt: it is the second Ctrl-C, or ``immediate`` is set.
         """
+        if number == signal.SIGHUP:
+            _let_go_of_lost_terminal()
         first, again = not self._received, number in self._received
         self._received.add(number)
         if self.immediate or (again and number == signal.SIGINT):
@@ -55,13 +57,13 @@ class InterruptRequest:
 
 @contextmanager
 def interrupt_request() -> Iterator[InterruptRequest]:
-    """Within the block, Ctrl-C and SIGTERM are remembered instead of ending the process."""
+    """Within the block, what ``stop_signals`` has is remembered instead of ending the process."""
     request = InterruptRequest()
     # Python hands signals to the main thread alone, and lets no other one ask for them.
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, request.receive) for number in _SIGNALS}
+    before = {number: signal.signal(number, request.receive) for number in stop_signals()}
     try:
         yield request
     finally:
@@ -90,3 +92,24 @@ def ending_at_once(request: InterruptRequest, message: str) -> Iterator[None]:
         raise Interrupted(message) from None
     finally:
         request.immediate = False
+
+
+def _let_go_of_lost_terminal() -> None:
+    """Let output go nowhere that would go to a terminal that is gone: each write would fail."""
+    for descriptor in (1, 2):
+        try:
+            is_lost = stat.S_ISCHR(os.fstat(descriptor).st_mode) and _fails(descriptor)
+        except OSError:
+            continue
+        if is_lost:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+
+
+def _fails(descriptor: int) -> bool:
+    try:
+        os.write(descriptor, b"")
+    except OSError:
+        return True
+    return False

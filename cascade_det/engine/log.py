@@ -11,6 +11,7 @@ from tqdm import tqdm
 from cascade_det.engine import distributed
 from cascade_det.engine.writers import progress_logger
 from cascade_det.errors import ConfigError
+from cascade_det.text import printable
 
 _LOGGERS = ("cascade_det", "fvcore", "detectron2")
 
@@ -38,7 +39,7 @@ def setup_logging(output_dir: str | Path | None = None, *, level: int = logging.
     who = "" if rank == 0 else f" rank {rank}"
     line = f"[%(asctime)s{who} %(name)s] %(levelname)s: %(message)s"
     for handler in handlers:
-        handler.setFormatter(logging.Formatter(line, "%m/%d %H:%M:%S"))
+        handler.setFormatter(_Printable(line, "%m/%d %H:%M:%S"))
     for name in _LOGGERS:
         logger = logging.getLogger(name)
         logger.setLevel(level)
@@ -59,6 +60,13 @@ def _open(folder: Path, rank: int) -> _LogFile:
             f"OUTPUT_DIR is {str(folder)!r}, but {error.filename}: {error.strerror}. Give a folder "
             "that can be made and written to."
         ) from error
+
+
+class _Printable(logging.Formatter):
+    """Escapes what names of files and classes could do to a terminal, or to an encoder."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), lines=True)
 
 
 class _LogFile(logging.FileHandler):

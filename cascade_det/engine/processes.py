@@ -21,6 +21,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from cascade_det.data.worker_signals import PARTING_SIGNALS
 from cascade_det.errors import CascadeDetError
 from cascade_det.files import atomic_path
 
@@ -58,15 +59,25 @@ class _Failure:
     trace: str
 
 
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """The signals that mean the wish to stop: SIGINT, SIGTERM, and others that would kill.
+
+    SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU are left alone where they are ignored, as by ``nohup``, or
+    where the program around this one handles them.
+    """
+    fatal = (n for n in PARTING_SIGNALS if signal.getsignal(n) is signal.SIG_DFL)
+    return (signal.SIGINT, signal.SIGTERM, *fatal)
+
+
 def run_processes(
     function: Callable[..., int], args: tuple[Any, ...], count: int, *, first_rank: int = 0
 ) -> int:
     """Call ``function(index, *args)`` in ``count`` new processes and wait for all of them.
 
     If one fails, the others are given a few seconds and then stopped. Signals are theirs to
-    handle: for each SIGINT or SIGTERM of this process they get a SIGTERM, beside the one that may
-    reach them from the terminal, and they get one if this process dies. To be called from the main
-    thread.
+    handle: for each of :func:`stop_signals` that comes here they get a SIGTERM, beside the signal
+    that may reach them from the terminal, and they get one if this process dies. To be called from
+    the main thread.
 
     Args:
         function: at the top level of a module; gives an exit status.
@@ -75,8 +86,9 @@ def run_processes(
         first_rank: the rank of process 0, for messages.
 
     Returns:
-        What all of them gave; 130 after Ctrl-C, 143 after SIGTERM. 1 for a process that died or
-        gave another status than the others, after an error in the log that names rank and cause.
+        What all of them gave; 130 after Ctrl-C, 143 after SIGTERM and the like. 1 for a process
+        that died or gave another status than the others, after an error in the log that names rank
+        and cause.
 
     Raises:
         CascadeDetError, FloatingPointError: what the first process that failed raised.
@@ -135,7 +147,7 @@ class _Caught:
 @contextmanager
 def _signals() -> Iterator[_Caught]:
     caught = _Caught()
-    handlers = {signal.SIGINT: caught.interrupt, signal.SIGTERM: caught.terminate}
+    handlers = dict.fromkeys(stop_signals(), caught.terminate) | {signal.SIGINT: caught.interrupt}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield caught

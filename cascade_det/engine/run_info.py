@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from cascade_det.files import atomic_path, remove_leftovers
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
+_OF_EVALUATIONS = ("inference", "analysis", "analysis/worst_images")
 # Detectron2's recipes: this rate for this many images (and SGD).
 _USUAL_LR, _USUAL_IMAGES = 0.02, 16
 
@@ -174,13 +175,20 @@ def _write_config(cfg: CfgNode, *, resume: bool) -> None:
     """Write ``config.yaml``, and say what a resumed run changes; clean up after a killed run."""
     if not distributed.is_main():
         return
-    folder = Path(cfg.OUTPUT_DIR)
-    for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
-        remove_leftovers(path)
+    for folder in _written_to(cfg):
+        remove_leftovers(folder)
     for change in changes(cfg) if resume else ():
         logger.info("Resumed with another %s", change)
     with atomic_path(Path(cfg.OUTPUT_DIR) / CONFIG_FILE) as temporary:
         temporary.write_text(cfg.dump())
+
+
+def _written_to(cfg: CfgNode) -> Iterator[Path]:
+    """The folders that a run writes into: its own, and those of an evaluation on each test set."""
+    output = Path(cfg.OUTPUT_DIR)
+    for folder in (output, *(output / name for name in cfg.DATASETS.TEST)):
+        yield folder
+        yield from (folder / below for below in _OF_EVALUATIONS)
 
 
 def _log_learning_rate(cfg: CfgNode) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from http import HTTPStatus
@@ -107,7 +108,9 @@ class Transfer:
                     "could tell whether it came whole"
                 )
         self._check_room(total)
-        with self._part.open("ab" if kept else "wb") as file:
+        if not kept:
+            self._discard()
+        with open(self._part, "ab" if kept else "xb", opener=_not_through_links) as file:
             if not kept:
                 write_json({"version": _version(response), "size": total}, self._tag)
             _copy(response, file, total, self.path.name)
@@ -170,6 +173,11 @@ class Transfer:
     def _discard(self) -> None:
         self._part.unlink(missing_ok=True)
         self._tag.unlink(missing_ok=True)
+
+
+def _not_through_links(path: str, flags: int) -> int:
+    """Others may write into a shared cache as well."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 class _WebRedirects(request.HTTPRedirectHandler):

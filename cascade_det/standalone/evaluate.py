@@ -19,12 +19,14 @@ from cascade_det.engine.devices import set_backends
 from cascade_det.engine.evaluate import by_dataset, evaluate_dataset
 from cascade_det.engine.head_flops import region_flops
 from cascade_det.engine.run_info import load_to_evaluate
+from cascade_det.engine.run_lock import alone_in_output_dir
 from cascade_det.evaluation import ShadowRules
 from cascade_det.standalone.build import build_detector
 from cascade_det.standalone.detector import Detector, Sample
 from cascade_det.standalone.optimize import optimize
 
 
+@alone_in_output_dir
 def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     """Evaluate the weights of a configuration on ``DATASETS.TEST``.
 
@@ -39,7 +41,8 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
         processes share the images; all return the same, and the main one writes the files.
 
     Raises:
-        ConfigError: if there is no test data set or no weights.
+        ConfigError: if there is no test data set or no weights, or another process runs in
+            ``OUTPUT_DIR``.
         DatasetError: if data are missing or wrong, or are not of the classes that the checkpoint
             was trained on, where it names them.
         CheckpointError: if weights cannot be read or do not fit, or there is nothing to resume.

@@ -28,6 +28,7 @@ from cascade_det.engine.run_info import (
     record_start,
     resume_or_load,
 )
+from cascade_det.engine.run_lock import alone_in_output_dir
 from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, build_scheduler
 from cascade_det.engine.trainer import Trainer
 from cascade_det.engine.validation import validation_losses
@@ -39,6 +40,7 @@ from cascade_det.standalone.evaluate import evaluate_all
 logger = logging.getLogger(__name__)
 
 
+@alone_in_output_dir
 def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     """Train a detector, with checkpoints, figures and evaluation in ``OUTPUT_DIR``.
 
@@ -53,7 +55,7 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
 
     Raises:
         ConfigError: if ``MODEL.ROI_HEADS.NUM_CLASSES`` is not that of the data, or ``OUTPUT_DIR``
-            holds another run.
+            holds another run, or another process runs there.
         DatasetError: if data are missing or wrong.
         CheckpointError: if weights cannot be read or do not fit, or there is nothing to resume.
         FloatingPointError: if training diverges.

@@ -57,7 +57,7 @@ def wait_until(condition):
 
 
 @pytest.mark.parametrize("kind", ["train", "test"])
-@pytest.mark.parametrize("name", ["INT", "TERM"])
+@pytest.mark.parametrize("name", ["INT", "TERM", "HUP", "USR1"])
 def test_batches_go_on_after_a_signal_to_all(dataset, kind, name):
     batches = iter(make_loader(dataset, kind))
     seen = [next(batches)]

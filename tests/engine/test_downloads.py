@@ -170,6 +170,23 @@ def test_last_modified_serves_where_there_is_no_strong_etag(web, path):
     assert web.sent == len(CONTENT)
 
 
+@pytest.mark.parametrize("sha256", ["", DIGEST])
+def test_nothing_is_written_through_a_link_that_somebody_planted(web, path, sha256):
+    """As in a cache that many write to."""
+    path.parent.mkdir()
+    theirs = path.with_name("theirs")
+    theirs.write_bytes(b"theirs")
+    Path(f"{path}.part").symlink_to(theirs)
+    if sha256:  # What is there could be the beginning of the file.
+        with pytest.raises(DownloadError, match="cannot be stored"):
+            fetch(web, path, sha256=sha256)
+    else:
+        fetch(web, path)
+        assert path.read_bytes() == CONTENT
+        assert not path.is_symlink()
+    assert theirs.read_bytes() == b"theirs"
+
+
 def test_a_part_longer_than_the_file_is_given_up(web, path):
     web.faults = [Fault(body=CONTENT * 2, cut=15_000)]
     with pytest.raises(DownloadError):

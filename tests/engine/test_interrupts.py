@@ -7,7 +7,8 @@ import pytest
 
 from cascade_det.engine.interrupts import interrupt_request
 
-INT, TERM = signal.SIGINT, signal.SIGTERM
+INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+SCHEDULERS = [signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
 
 
 def send(*numbers):
@@ -16,7 +17,11 @@ def send(*numbers):
 
 
 @pytest.mark.parametrize(
-    "numbers", [[INT], [TERM], [TERM, TERM, TERM], [INT, TERM, TERM], [TERM, INT]]
+    "numbers",
+    [
+        *([INT], [TERM], [TERM, TERM, TERM], [INT, TERM, TERM], [TERM, INT]),
+        *([HUP], [HUP, TERM, HUP], *([number, number] for number in SCHEDULERS)),
+    ],
 )
 def test_one_wish_however_often_it_comes(caplog, numbers):
     with interrupt_request() as request:
@@ -44,3 +49,36 @@ def test_what_is_ended_at_once_can_still_save(number):
             send(number)
         assert request
         send(TERM)
+
+
+def test_what_is_ignored_stays_ignored():
+    """As by nohup."""
+    before = signal.signal(HUP, signal.SIG_IGN)
+    try:
+        with interrupt_request() as request:
+            send(HUP)
+            assert not request
+        assert signal.getsignal(HUP) is signal.SIG_IGN
+    finally:
+        signal.signal(HUP, before)
+
+
+@pytest.mark.parametrize("number", SCHEDULERS)
+def test_what_the_program_around_handles_stays_its_own(number):
+    seen = []
+    before = signal.signal(number, lambda *_: seen.append(number))
+    try:
+        with interrupt_request() as request:
+            send(number)
+            assert not request
+        assert seen == [number]
+    finally:
+        signal.signal(number, before)
+
+
+def test_signals_mean_again_what_they_did():
+    numbers = [INT, TERM, HUP, *SCHEDULERS]
+    before = [signal.getsignal(number) for number in numbers]
+    with interrupt_request():
+        assert [signal.getsignal(number) for number in numbers] != before
+    assert [signal.getsignal(number) for number in numbers] == before

@@ -165,6 +165,8 @@ def test_patience_is_less_than_a_minute():
         (signal.SIGINT, False, 130),
         (signal.SIGTERM, True, 143),  # and so do clusters
         (signal.SIGTERM, False, 143),
+        (signal.SIGHUP, True, 143),  # a terminal that is gone tells all of them
+        (signal.SIGUSR1, False, 143),
         (signal.SIGKILL, False, -9),
     ],
 )

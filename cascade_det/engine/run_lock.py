@@ -1,0 +1,121 @@
+"""One run at a time in an output folder."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import logging
+import os
+import shlex
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from filelock import FileLock, Timeout
+from fvcore.common.config import CfgNode
+
+from cascade_det.engine import distributed
+from cascade_det.errors import ConfigError
+from cascade_det.files import write_json
+from cascade_det.text import printable
+
+logger = logging.getLogger(__name__)
+
+_LOCK = ".cascade_det.lock"
+_OWNER = ".cascade_det.owner.json"
+# Seconds. With older versions of filelock the workers of a run that was killed hold its lock until
+# they notice, which takes them 5.
+_PATIENCE = 10.0
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def alone_in_output_dir(
+    run: Callable[Concatenate[CfgNode, _Arguments], _Result],
+) -> Callable[Concatenate[CfgNode, _Arguments], _Result]:
+    """Let a function of a configuration hold ``OUTPUT_DIR`` while it runs.
+
+    Of several processes the main one holds it for all. The lock ends with its process, however that
+    ends.
+
+    Raises:
+        ConfigError: another run holds it; the message says which.
+    """
+
+    @functools.wraps(run)
+    def locked(cfg: CfgNode, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with _held(Path(cfg.OUTPUT_DIR)):
+            return run(cfg, *args, **kwargs)
+
+    return locked
+
+
+def check_free(output_dir: str | Path) -> None:
+    """Make sure that no run holds a folder, before anything is written to it.
+
+    Raises:
+        ConfigError: one does; the message says which.
+    """
+    if (Path(output_dir) / _LOCK).exists():
+        _acquire(Path(output_dir)).release()
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    locks: list[FileLock] = []
+
+    def take() -> None:
+        locks.append(_acquire(folder))
+        write_json(_this_process(), folder / _OWNER)
+
+    distributed.on_main(take)
+    try:
+        yield
+    finally:
+        for lock in locks:
+            (folder / _OWNER).unlink(missing_ok=True)
+            lock.release()
+
+
+def _acquire(folder: Path) -> FileLock:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(timeout=_PATIENCE)
+    except Timeout:
+        raise ConfigError(
+            f"OUTPUT_DIR {folder} is in use by another run: {_owner_of(folder)}. Wait for its end "
+            "or stop it, or give this run another OUTPUT_DIR."
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        if not os.access(folder, os.W_OK):
+            raise
+        logger.warning(
+            "%s: its file system knows no locks (%s), so that nobody would notice another run in "
+            "this folder",
+            *(folder, error),
+        )
+    return lock
+
+
+def _this_process() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+    }
+
+
+def _owner_of(folder: Path) -> str:
+    try:
+        owner = json.loads((folder / _OWNER).read_text())
+        text = "process {pid} on {host} since {since} ({command})".format_map(owner)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return "one that has not said who it is"
+    return printable(text, longest=500)

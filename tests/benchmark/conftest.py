@@ -14,7 +14,9 @@ SMALL = (
     *("MODEL.ROI_HEADS.NUM_CLASSES", "5", "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "32"),
     *("MODEL.ANCHOR_GENERATOR.SIZES", "[[8], [16], [32], [48], [64]]"),
     *("MODEL.RPN.POST_NMS_TOPK_TRAIN", "60", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16"),
+    *("MODEL.CASCADE.FAST.DTYPE", "float32"),
 )
+BFLOAT16 = (*SMALL, "MODEL.CASCADE.FAST.DTYPE", "bfloat16")
 
 
 @pytest.fixture(scope="session")
@@ -38,5 +40,11 @@ def make_options():
 
 @pytest.fixture(scope="session")
 def setup(make_options):
-    """What small contenders share, with weights that are drawn."""
+    """What small contenders share, with weights that are drawn; all of them compute in float32."""
     return Setup(make_options())
+
+
+@pytest.fixture(scope="session")
+def bfloat16_setup(make_options):
+    """The same weights, for fast contenders that compute in bfloat16."""
+    return Setup(make_options(opts=BFLOAT16))

@@ -83,6 +83,21 @@ def test_the_optimised_one_detects_the_same(setup, contenders):
     assert figures["in_common"] == figures["detections"] == figures["of_the_other"] > 20
 
 
+def test_in_bfloat16_the_optimised_one_detects_nearly_the_same(contenders, bfloat16_setup):
+    """Eight bits of a number are left: some hundredths of a score, a part of a pixel of 96."""
+    opened, _ = open_contenders(bfloat16_setup, ("ours-fast",))
+    found = []
+    for contender in (opened["ours-fast"], contenders["ours"]):
+        contender.limit_proposals(40)
+        inputs = contender.inputs(bfloat16_setup.batches(2)[0])
+        found.append(contender.outcome(contender.whole(inputs)).detections)
+    figures = compare_detections(*found)
+    assert figures["in_common"] > 0.9 * figures["of_the_other"] > 20
+    assert figures["detections"] > 0.9 * figures["of_the_other"]
+    assert 0 < figures["score_difference"] < 0.05
+    assert 0 < figures["box_difference"] < 1.0
+
+
 def test_parts_are_those_of_a_detector(setup, contenders):
     for contender in contenders.values():
         parts = contender.parts(contender.inputs(setup.batches(1)[0]))

@@ -58,6 +58,17 @@ def test_detections_of_the_same_images_are_those_of_detectron2(setup, contenders
     assert figures["in_common"] == figures["detections"] == figures["of_the_other"] > 20
 
 
+def test_in_bfloat16_our_heads_detect_nearly_what_detectron2_does(in_heads, bfloat16_setup):
+    opened, _ = open_contenders(bfloat16_setup, ("plugin-fast",))
+    fast = opened["plugin-fast"]
+    batch = bfloat16_setup.batches(2)[0]
+    outcome = fast.outcome(fast.heads(fast.prepare(batch, bfloat16_setup.regions(batch, 40))))
+    figures = compare_detections(outcome.detections, in_heads["detectron2-cascade"].detections)
+    assert figures["in_common"] > 0.9 * figures["of_the_other"] > 20
+    assert 0 < figures["score_difference"] < 0.05
+    assert 0 < figures["box_difference"] < 1.0
+
+
 def test_every_head_gets_the_given_regions(in_heads):
     for name, outcome in in_heads.items():
         assert outcome.arrived == 80

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.needs_detectron2
 ROOT = Path(__file__).resolve().parents[2]
 INSTANT = str(ROOT / "configs" / "quick_schedules" / "instant_test.yaml")
 RUN = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "CASCADE.VALIDATION_LOSS", "True"]
+RUN += ["SOLVER.AMP.ENABLED", "False"]  # float32 on every machine
 RUN += ["CASCADE.SHADOW_SHARE", "1.0", "MODEL.CASCADE.EXIT.EXPECTED_LOSS", "0.1"]
 
 
@@ -188,9 +189,11 @@ def test_the_validation_loss_is_that_of_the_standalone_host(output, scenes):
     losses = validation_losses(detector, build_test_loader(dataset, **arguments, annotated=True))
     (line,) = (line for line in lines_of(output) if "validation/total_loss" in line)
     assert losses.keys() == {n.removeprefix("validation/") for n in line if "validation/" in n}
+    # Some 20 layers, each of which sums up to 2,304 products, in an order that is the kernel's own.
+    rounding = 20 * math.sqrt(2304) * torch.finfo(torch.float32).eps
     for name, value in losses.items():
         # Which regions of background are drawn is each host's own; only class losses see it.
-        close = 1e-3 if "cls" in name or name == "total_loss" else 1e-5
+        close = 1e-3 if "cls" in name or name == "total_loss" else rounding
         assert line[f"validation/{name}"] == pytest.approx(value, rel=close), name
 
 

@@ -9,6 +9,7 @@ import torch
 from small_cascades import assert_same_detections
 from torch import nn
 
+from cascade_det.benchmark.agreement import compare_detections
 from cascade_det.config.fast import PARTS
 from cascade_det.core.fast_heads import FastBoxHead
 from cascade_det.engine import devices
@@ -26,6 +27,7 @@ R18 = (
 CONV_HEADS = ("MODEL.CASCADE.BOX_HEAD.NUM_CONV", "(1, 0, 0)")
 EXITS_OFF = ("MODEL.CASCADE.EXIT.ENABLED", "False")
 FAST = ("MODEL.CASCADE.FAST.ENABLED", "True")
+FLOAT32 = ("MODEL.CASCADE.FAST.DTYPE", "float32")
 
 
 def make_detector(cfg, *options):
@@ -183,11 +185,24 @@ class TestByConfiguration:
         images = [*paths, *map(cv2.imread, paths)]
         plain = Predictor(cfg)
         expected = [plain(image) for image in images]
-        cfg.merge_from_list([*FAST, "CASCADE.TEST_IMS_PER_BATCH", "2"])
+        cfg.merge_from_list([*FAST, *FLOAT32, "CASCADE.TEST_IMS_PER_BATCH", "2"])
         predictor = Predictor(cfg)
         assert predictor.detector.optimizations
         # Reading ahead changes nothing, whatever is read.
         assert_same_detections(predictor(images), expected)
+
+    def test_on_a_device_with_bfloat16_the_predictor_finds_nearly_the_same(self, cfg, shapes):
+        if not devices.has_bfloat16(torch.device("cpu")):
+            pytest.skip("this CPU has no instructions for bfloat16")
+        images = sorted(map(str, (shapes / "train").iterdir()))[:6]
+        expected = Predictor(cfg)(images)
+        cfg.merge_from_list(FAST)
+        predictor = Predictor(cfg)
+        assert any("bfloat16" in sentence for sentence in predictor.detector.optimizations)
+        figures = compare_detections(predictor(images), expected)
+        # NMS among boxes that nobody trained decides otherwise for many of them.
+        assert figures["in_common"] > 0.5 * figures["of_the_other"] > 20
+        assert 0 < figures["score_difference"] < 0.05
 
     def test_evaluation_and_calibration_get_the_fast_detector(self, cfg):
         plain, _, _ = open_detector(cfg)

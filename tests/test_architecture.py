@@ -23,6 +23,7 @@ RANKS = {
     "errors": -1,
     "files": -1,
     "text": -1,
+    "drawing": -1,
     "convolution": -1,
     "config": 0,
     "layers": 0,
@@ -50,6 +51,7 @@ HOMES = {
 DIETS = {
     "config": {"fvcore", "iopath", "yacs", "yaml"},
     "convolution": {"torch"},
+    "drawing": {"cv2", "numpy"},
     "layers": {"torch", "torchvision.ops"},
     "layers_folding": {"torch", "torchvision.ops"},
     "layers_winograd": {"torch"},

@@ -46,17 +46,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cascade_det.config import check_config, load_config
+from cascade_det.config import check_config, exit_arguments, load_config
 from cascade_det.core import Detections
 from cascade_det.data.read_ahead import read_ahead
 from cascade_det.data.transforms import read_image
+from cascade_det.drawing import draw_detections
 from cascade_det.engine.commands import without_traceback
 from cascade_det.engine.log import setup_logging
 from cascade_det.engine.processes import INTERRUPTED
 from cascade_det.errors import DatasetError
 from cascade_det.evaluation import format_report
 from cascade_det.evaluation.coco import coco_results
-from cascade_det.evaluation.drawing import draw_detections
 from cascade_det.files import atomic_path, write_json
 from cascade_det.onnx_predictor import ArrayDetections, OnnxPredictor
 from cascade_det.standalone import Predictor
@@ -79,7 +79,8 @@ def main(argv: list[str] | None = None) -> int:
     watched = cfg.CASCADE.SHADOW_SHARE > 0
     predictor = Predictor(cfg, metrics_dir=output if watched else None)
     with predictor.monitor as monitor:
-        status = predict(predictor, files, output, args.score_threshold)
+        exits = exit_arguments(cfg) is not None
+        status = predict(predictor, files, output, args.score_threshold, with_stages=exits)
         if watched:
             print(format_report(monitor.report()))
     return status
@@ -102,7 +103,12 @@ def find_images(patterns: list[str]) -> list[Path]:
 
 
 def predict(
-    predictor: Predictor | OnnxPredictor, files: list[Path], output: Path, score_threshold: float
+    predictor: Predictor | OnnxPredictor,
+    files: list[Path],
+    output: Path,
+    score_threshold: float,
+    *,
+    with_stages: bool = False,
 ) -> int:
     """Write a picture for every image, and ``predictions.json`` for all of them.
 
@@ -114,6 +120,7 @@ def predict(
         files: image files; an image's id is its place among them, from 1 on.
         output: folder, made if missing.
         score_threshold: detections below it are in the json, but not drawn.
+        with_stages: draw the exit stages too.
 
     Returns:
         The exit status: 0, 1 if a file failed, or 130 after Ctrl-C.
@@ -135,7 +142,9 @@ def predict(
                 continue
             image, detections = found
             picture = draw_detections(
-                image, detections, predictor.class_names, score_threshold=score_threshold
+                *(image, detections, predictor.class_names),
+                score_threshold=score_threshold,
+                with_stages=with_stages,
             )
             with atomic_path(output / names[number]) as temporary:
                 temporary.write_bytes(cv2.imencode(".jpg", picture)[1].tobytes())

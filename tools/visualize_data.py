@@ -38,7 +38,6 @@ if __name__ == "__main__":
     _parse(None)  # Help and errors do not wait for the imports below.
 
 
-import cv2
 import numpy as np
 from fvcore.common.config import CfgNode
 
@@ -46,10 +45,10 @@ from cascade_det import config
 from cascade_det.config import check_config, load_config
 from cascade_det.data.loader import build_train_loader
 from cascade_det.data.samples import Sample
+from cascade_det.drawing import class_color, draw_boxes, encode
 from cascade_det.engine.commands import without_traceback
 from cascade_det.engine.datasets import load_datasets
 from cascade_det.engine.log import setup_logging
-from cascade_det.evaluation.drawing import draw_boxes, stage_color
 from cascade_det.files import atomic_path
 
 
@@ -65,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         pictures = [("grid", tile([picture for _, picture in pictures]))]
     for name, picture in pictures:
         with atomic_path(Path(args.output) / f"{name}.png") as temporary:
-            temporary.write_bytes(cv2.imencode(".png", picture)[1].tobytes())
+            temporary.write_bytes(encode(picture, ".png"))
     print(f"{args.num} training images drawn: {args.output}")
     return 0
 
@@ -113,7 +112,7 @@ def _draw(sample: Sample, image_format: str, class_names: Sequence[str]) -> np.n
         pixels if image_format == "BGR" else pixels[..., ::-1],
         sample["gt_boxes"],
         [class_names[index] for index in classes],
-        [stage_color(index) for index in classes],
+        [class_color(index) for index in classes],
     )
 
 

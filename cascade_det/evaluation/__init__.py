@@ -1,7 +1,7 @@
 """Detections in, figures out: COCO AP, AP per stage, exit rates, latency, and their report.
 
-``drawing`` (OpenCV) and ``figures`` (matplotlib) are imported by name, so that a training run
-that needs neither does not load them.
+``figures`` (matplotlib) is imported by name, so that a training run that does not need it does not
+load it.
 """
 
 from cascade_det.evaluation.agreement import agreement_loss

@@ -8,14 +8,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torchvision.ops import box_convert
 
-from cascade_det.evaluation.drawing import STAGE_COLORS, caption, draw_boxes
+from cascade_det.drawing import GREEN, RED, YELLOW, caption, draw_boxes
+from cascade_det.text import printable
 
-_GREEN, _, _, _, _YELLOW, _RED = STAGE_COLORS
 # In the order in which they are drawn: mistakes on top.
-_COLORS = {"found": _GREEN, "false positive": _RED, "missed": _YELLOW}
+_COLORS = {"found": GREEN, "false positive": RED, "missed": YELLOW}
 _LEGEND = {
     "found": "object that was found",
     "false positive": "false positive",
@@ -24,6 +22,8 @@ _LEGEND = {
 _WHITE = (255, 255, 255)
 # Smaller images are enlarged: labels on them would hide what they name.
 _LEAST_SIDE = 480
+_MOST_ENLARGED = 4096  # The longer side: a thin image stays small enough for a JPEG.
+_LONGEST_NAME = 60
 
 
 def draw_mistakes(
@@ -39,19 +39,21 @@ def draw_mistakes(
         A new picture, enlarged by a whole number where the image is small, below a legend that
         says what each colour stands for, and how often it occurs.
     """
-    factor = max(1, _LEAST_SIDE // min(image_bgr.shape[:2]))
+    short, long = sorted(image_bgr.shape[:2])
+    factor = max(1, min(_LEAST_SIDE // short, _MOST_ENLARGED // long))
     picture = image_bgr.repeat(factor, axis=0).repeat(factor, axis=1)
     boxes = sorted(image["boxes"], key=lambda box: list(_COLORS).index(box["kind"]))
+    corners = factor * np.array([box["bbox"] for box in boxes], np.float64).reshape(-1, 4)
+    corners[:, 2:] += corners[:, :2]
     picture = draw_boxes(
         picture,
-        box_convert(
-            torch.tensor([box["bbox"] for box in boxes]).reshape(-1, 4) * factor, "xywh", "xyxy"
-        ),
+        corners,
         [_label(box) for box in boxes],
         [_COLORS[box["kind"]] for box in boxes],
     )
     counts = Counter(box["kind"] for box in boxes)
-    lines = [(f"{image['file_name']}: F1 {image['F1']:.0f} %", _WHITE)]
+    name = printable(image["file_name"], longest=_LONGEST_NAME)
+    lines = [(f"{name}: F1 {image['F1']:.0f} %", _WHITE)]
     lines += [(f"{counts[kind]} x {_LEGEND[kind]}", color) for kind, color in _COLORS.items()]
     return np.concatenate([*(caption(picture, *line) for line in lines), picture])
 

@@ -8,11 +8,11 @@ import cv2
 import numpy as np
 import pytest
 
+from cascade_det.drawing import GREEN, RED, YELLOW
 from cascade_det.errors import DatasetError
 from cascade_det.evaluation import score_results
 from cascade_det.evaluation.analysis_files import write_analysis
 from cascade_det.evaluation.confusion_picture import plot_confusion
-from cascade_det.evaluation.drawing import STAGE_COLORS
 from cascade_det.evaluation.ground_truth import load_ground_truth
 from cascade_det.evaluation.mistake_picture import draw_mistakes
 
@@ -101,9 +101,9 @@ def test_mistakes_are_drawn_in_their_colours(analysis):
     legend = len(picture) - 300
     assert 40 < legend < 120
     drawn = picture[legend:]
-    colors = {"found": 0, "missed": 4, "false positive": 5}
+    colors = {"found": GREEN, "missed": YELLOW, "false positive": RED}
     for kind, (x, y, w, h) in {"found": FOUND, "missed": MISSED, "false positive": WRONG}.items():
-        color = list(STAGE_COLORS[colors[kind]])
+        color = list(colors[kind])
         # The lower halves of both sides: no label covers them.
         assert (drawn[y + h // 2 : y + h, x] == color).all(), kind
         assert (drawn[y + h // 2 : y + h, x + w] == color).all(), kind
@@ -117,8 +117,8 @@ def test_small_images_are_enlarged_with_their_boxes():
     picture = draw_mistakes(np.full((96, 128, 3), GREY, np.uint8), entry)
     assert picture.shape[1] == 5 * 128
     drawn = picture[-5 * 96 :]
-    assert (drawn[250, 50] == STAGE_COLORS[4]).all()
-    assert (drawn[300, 100:150] == STAGE_COLORS[4]).all()
+    assert (drawn[250, 50] == YELLOW).all()
+    assert (drawn[300, 100:150] == YELLOW).all()
 
 
 @pytest.mark.parametrize("size", [1, 12, 40, 160])

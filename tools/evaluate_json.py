@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 _BAD_DATA_OPTION = "--on-bad-data"
+_LIMIT_OPTION = "--max-detections"
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -32,6 +33,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--score-threshold", type=float, default=0.5, help="of what counts beside AP (0.5)"
     )
     parser.add_argument(
+        _LIMIT_OPTION,
+        type=_positive,
+        default=100,
+        metavar="N",
+        help="of a class in an image that count, best first (100, COCO's limit); a run counts as "
+        "many as TEST.DETECTIONS_PER_IMAGE, where that is more",
+    )
+    parser.add_argument(
         _BAD_DATA_OPTION,
         choices=("error", "skip"),
         default="error",
@@ -39,6 +48,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--images the files are not looked at, so AP differs from that of a run that skipped some",
     )
     return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return value
 
 
 if __name__ == "__main__":
@@ -54,7 +69,9 @@ from cascade_det.engine.log import setup_logging
 from cascade_det.errors import DatasetError
 from cascade_det.evaluation import format_report, score_results
 from cascade_det.evaluation.analysis_files import write_analysis
+from cascade_det.evaluation.average_precision import MAX_DETECTIONS
 from cascade_det.evaluation.ground_truth import load_ground_truth
+from cascade_det.evaluation.notes import too_many_objects_note
 from cascade_det.files import write_json
 
 SCORES_FILE = "scores.json"
@@ -77,7 +94,9 @@ def main(argv: list[str] | None = None) -> int:
         decode=True,  # as before a run, so that the same images are left out
         option=_BAD_DATA_OPTION,
     )
-    results = evaluate(dataset, Path(args.predictions), args.score_threshold)
+    results = evaluate(
+        dataset, Path(args.predictions), args.score_threshold, max_detections=args.max_detections
+    )
     print(format_report(results))
     if args.output:
         _write(results, dataset, Path(args.output), with_pictures=args.images is not None)
@@ -85,7 +104,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def evaluate(
-    dataset: CocoDataset, predictions_file: Path, score_threshold: float = 0.5
+    dataset: CocoDataset,
+    predictions_file: Path,
+    score_threshold: float = 0.5,
+    *,
+    max_detections: int = MAX_DETECTIONS,
 ) -> dict[str, Any]:
     """The figures of a file of predictions, see ``score_results``.
 
@@ -102,8 +125,15 @@ def evaluate(
         predictions_file, coco_gt.imgs.keys() | dataset.left_out_images, coco_gt.cats
     )
     kept = [entry for entry in predictions if entry["image_id"] in coco_gt.imgs]
-    results = score_results(coco_gt, kept, sorted(coco_gt.imgs), score_threshold=score_threshold)
-    notes = [*results["notes"], *left_out_notes(dataset, _BAD_DATA_OPTION)]
+    image_ids = sorted(coco_gt.imgs)
+    results = score_results(
+        *(coco_gt, kept, image_ids), score_threshold=score_threshold, max_detections=max_detections
+    )
+    notes = [
+        *too_many_objects_note(coco_gt, image_ids, max_detections, _LIMIT_OPTION, of_class=True),
+        *results["notes"],
+        *left_out_notes(dataset, _BAD_DATA_OPTION),
+    ]
     if dropped := len(predictions) - len(kept):
         notes.append(f"{dropped} of {len(predictions)} predictions are on images left out.")
     return {**results, "notes": notes}

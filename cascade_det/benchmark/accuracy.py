@@ -80,6 +80,7 @@ def measure_accuracy(
             dataset,
             output_dir / name.replace(", ", "_").replace(" ", "_"),
             device=detector.device,
+            detections_per_image=changed.TEST.DETECTIONS_PER_IMAGE,
             stages=False,
         )
         rows.append(_accuracy(name, results))

@@ -36,7 +36,8 @@ from cascade_det.engine.run_info import load_to_evaluate
 from cascade_det.engine.run_lock import alone_in_output_dir
 from cascade_det.errors import ConfigError
 from cascade_det.evaluation import RegionFlops, ShadowRules, write_results
-from cascade_det.evaluation.average_precision import with_ap90
+from cascade_det.evaluation.average_precision import detections_limit, with_ap90
+from cascade_det.evaluation.ground_truth import class_labels
 from cascade_det.evaluation.report import RESULTS_FILE
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ def evaluate_all(cfg: CfgNode, model: nn.Module, datasets: Sequence[CocoDataset]
             dataset,
             folder,
             device=next(model.parameters()).device,
+            detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
             stages=detector.has_stages,
             flops=_flops(detector),
             shadow=ShadowRules(**config.shadow_arguments(cfg)),
@@ -144,9 +146,10 @@ def coco_evaluator(cfg: CfgNode, name: str, output_dir: Path | None = None) -> C
         name: of a registered data set.
         output_dir: where detections are written; ``None`` for nowhere.
     """
-    evaluator = COCOEvaluator(
+    evaluator = _Evaluator(
         name,
         output_dir=None if output_dir is None else str(output_dir),
+        max_dets_per_image=detections_limit(cfg.TEST.DETECTIONS_PER_IMAGE),
         kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
     )
     for annotation in evaluator._coco_api.dataset.get("annotations", ()):
@@ -188,6 +191,20 @@ def _flops(detector: Detector) -> RegionFlops | None:
     except Exception as error:
         logger.info("No FLOPs of the heads: they cannot be traced (%s).", error)
         return None
+
+
+class _Evaluator(COCOEvaluator):
+    """Names the figures of classes as ours does, so that none is lost where two have one name."""
+
+    def _derive_coco_results(
+        self, coco_eval: Any, iou_type: str, class_names: Sequence[str] | None = None
+    ) -> dict[str, float]:
+        ids = sorted(self._coco_api.cats)
+        if class_names is not None and len(class_names) == len(ids):
+            named = {key: {"name": name} for key, name in zip(ids, class_names, strict=True)}
+            class_names = list(class_labels(named).values())
+        figures: dict[str, float] = super()._derive_coco_results(coco_eval, iou_type, class_names)
+        return figures
 
 
 class _Feed:

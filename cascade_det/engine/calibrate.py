@@ -16,6 +16,7 @@ from cascade_det.engine.calibration_target import Options, Target
 from cascade_det.engine.inference import BatchLoader
 from cascade_det.engine.recording import first_batches, fit_latency, record_dataset
 from cascade_det.errors import DatasetError
+from cascade_det.evaluation.average_precision import detections_limit
 from cascade_det.evaluation.image_matching import ImageMatcher
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,8 @@ def calibrate(
             "like these",
             *(num_images, len(dataset.records)),
         )
-    matcher = _checked_matcher(dataset, num_images, target, options.seed)
+    limit = detections_limit(cfg.TEST.DETECTIONS_PER_IMAGE)
+    matcher = _checked_matcher(dataset, num_images, target, options.seed, limit)
     logger.info("Recording the full cascade on %d images of %s", num_images, dataset.source.name)
     own = detector.cascade.exits
     # The recording itself is let go: two halves are kept, which are as large as the whole.
@@ -85,7 +87,7 @@ def calibrate(
 
 
 def _checked_matcher(
-    dataset: CocoDataset, num_images: int, target: Target, seed: int
+    dataset: CocoDataset, num_images: int, target: Target, seed: int, max_detections: int
 ) -> ImageMatcher:
     """The objects of a data set, which have to be enough before any long work begins."""
     if not dataset.ground_truth.get("annotations"):
@@ -94,6 +96,8 @@ def _checked_matcher(
             "ground truth"
         )
     target.check_images(num_images)
-    matcher = ImageMatcher(dataset.ground_truth, dataset.category_ids)
+    matcher = ImageMatcher(
+        *(dataset.ground_truth, dataset.category_ids), max_detections=max_detections
+    )
     split_images([record.image_id for record in dataset.records[:num_images]], matcher, seed)
     return matcher

@@ -24,7 +24,7 @@ from cascade_det.evaluation import (
     format_report,
     write_results,
 )
-from cascade_det.evaluation.analysis_files import write_analysis
+from cascade_det.evaluation.analysis_files import as_extra, write_analysis
 from cascade_det.evaluation.figures import plot_report
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ def evaluate_dataset(
     output_dir: Path,
     *,
     device: torch.device,
+    detections_per_image: int,
     stages: bool = True,
     flops: RegionFlops | None = None,
     shadow: ShadowRules | None = None,
@@ -51,6 +52,7 @@ def evaluate_dataset(
         dataset: with its ground truth.
         output_dir: of ``results.json``, ``report.png``, ``analysis/`` and ``inference/``.
         device: of the detector.
+        detections_per_image: how many the detector gives at most.
         stages: whether the detector can say what each stage alone would give.
         flops: of one region, see :func:`cascade_det.engine.head_flops.region_flops`.
         shadow: on which images exits are held against the full cascade; needs ``stages``.
@@ -66,6 +68,7 @@ def evaluate_dataset(
         class_names=dataset.class_names,
         category_ids=dataset.category_ids,
         output_dir=output_dir,
+        detections_per_image=detections_per_image,
         stages=stages,
         flops=flops,
         shadow=shadow,
@@ -81,7 +84,8 @@ def evaluate_dataset(
 
     def write() -> None:
         write_results(results, output_dir, machine=machine)
-        plot_report(results, output_dir / "report.png")
+        with as_extra(output_dir / "report.png"):
+            plot_report(results, output_dir / "report.png")
         if results["analysis"]:
             write_analysis(results["analysis"], output_dir, read_image=read)
 

@@ -11,6 +11,7 @@ from pycocotools.cocoeval import COCOeval
 
 from cascade_det.evaluation.average_precision import ap_per_class
 from cascade_det.evaluation.confusion import confusion_matrix
+from cascade_det.evaluation.ground_truth import class_labels
 from cascade_det.evaluation.matches import IOU, Matches, best_point, point_at, read_matches
 
 SCORE_THRESHOLD = 0.5
@@ -35,7 +36,8 @@ def analyse(
         - ``precision``, ``recall`` and ``F1`` of all classes together, in percent;
         - ``overall``: the same with the counts behind it (see ``matches.point_at``), at the
           threshold and at the score that is best for F1;
-        - ``per_class``: a dict for each class in the order of the category ids, with ``class``,
+        - ``per_class``: a dict for each class in the order of the category ids, with ``class``
+          (its label, see ``ground_truth.class_labels``, here and below),
           ``category_id``, ``objects``, ``AP``, ``AP50``, ``AP75``, the point at the threshold,
           and ``best``, the point that is best for its F1;
         - ``confusion_matrix``: ``classes`` and ``counts``, see ``confusion.confusion_matrix``;
@@ -53,18 +55,18 @@ def analyse(
         point_at(matches.scores, matches.hits, len(matches.object_ids), score_threshold),
         best_point(matches.scores, matches.hits, len(matches.object_ids)),
     ]
-    categories = evaluation.cocoGt.cats
-    names = [categories[category_id]["name"] for category_id in sorted(categories)]
+    labels = class_labels(evaluation.cocoGt.cats)
     counts = confusion_matrix(
         *(evaluation.cocoGt, results, evaluation.params.imgIds),
         score_threshold=score_threshold,
         iou_threshold=IOU,
+        max_detections=evaluation.params.maxDets[-1],
     )
     return {
         **{name: overall[0][name] for name in ("precision", "recall", "F1")},
         "overall": overall,
         "per_class": _per_class(evaluation, matches, score_threshold),
-        "confusion_matrix": {"classes": [*names, BACKGROUND], "counts": counts.tolist()},
+        "confusion_matrix": {"classes": [*labels.values(), BACKGROUND], "counts": counts.tolist()},
         "worst_images": _worst_images(evaluation, matches, score_threshold),
     }
 
@@ -72,7 +74,7 @@ def analyse(
 def _per_class(
     evaluation: COCOeval, matches: Matches, score_threshold: float
 ) -> list[dict[str, Any]]:
-    rows = []
+    labels, rows = class_labels(evaluation.cocoGt.cats), []
     for index, (category_id, ap) in enumerate(ap_per_class(evaluation).items()):
         detected = matches.detection_classes == index
         of_class = (
@@ -82,7 +84,7 @@ def _per_class(
         )
         rows.append(
             {
-                "class": evaluation.cocoGt.cats[category_id]["name"],
+                "class": labels[category_id],
                 "category_id": int(category_id),
                 "objects": of_class[2],
                 **ap,
@@ -140,11 +142,11 @@ def _boxes(
         "false positive": [detected[number] for number in matches.detection_ids[wrong]],
         "missed": [truth[number] for number in matches.object_ids[here & ~found]],
     }
-    categories = evaluation.cocoGt.cats
+    labels = class_labels(evaluation.cocoGt.cats)
     return [
         {
             "kind": kind,
-            "class": categories[item["category_id"]]["name"],
+            "class": labels[item["category_id"]],
             "bbox": item["bbox"],
             **({"score": item["score"]} if "score" in item else {}),
         }

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 
-from cascade_det.errors import DatasetError
+from cascade_det.drawing import encode
 from cascade_det.evaluation.confusion_picture import plot_confusion
 from cascade_det.evaluation.mistake_picture import draw_mistakes
 from cascade_det.files import atomic_path, write_csv
@@ -34,9 +34,11 @@ def write_analysis(
 ) -> Path:
     """Write ``analysis/`` below a folder; what an earlier evaluation left there is replaced.
 
+    All of it is extra, see :func:`as_extra`: what cannot be written is told, and missing then.
+
     ``per_class.csv``, ``confusion_matrix.csv``, ``worst_images.csv``, ``confusion_matrix.png``
     and, with ``read_image``, ``worst_images/01.jpg`` and so on, in the order of that table.
-    A nan is an empty cell. A picture whose image cannot be read is left out, with a warning.
+    A nan is an empty cell.
 
     Args:
         analysis: see ``analysis.analyse``.
@@ -47,27 +49,30 @@ def write_analysis(
         The folder.
     """
     folder = Path(output_dir) / FOLDER
-    write_csv(folder / "per_class.csv", *_class_table(analysis["per_class"]))
-    matrix = analysis["confusion_matrix"]
-    rows = [[name, *row] for name, row in zip(matrix["classes"], matrix["counts"], strict=True)]
-    write_csv(folder / "confusion_matrix.csv", ["true \\ detected", *matrix["classes"]], rows)
-    plot_confusion(matrix["classes"], np.array(matrix["counts"]), folder / "confusion_matrix.png")
+    with as_extra(folder / "per_class.csv") as path:
+        write_csv(path, *_class_table(analysis["per_class"]))
+    classes, counts = (analysis["confusion_matrix"][key] for key in ("classes", "counts"))
+    with as_extra(folder / "confusion_matrix.csv") as path:
+        rows = [[name, *row] for name, row in zip(classes, counts, strict=True)]
+        write_csv(path, ["true \\ detected", *classes], rows)
+    with as_extra(folder / "confusion_matrix.png") as path:
+        plot_confusion(classes, np.array(counts), path)
     worst = analysis["worst_images"]
-    for old in (folder / _PICTURES).glob("[0-9][0-9].jpg"):
-        old.unlink()
-    pictures = [""] * len(worst)
-    if read_image is not None:
-        pictures = [
-            _write_picture(image, folder, f"{_PICTURES}/{number:02d}.jpg", read_image)
-            for number, image in enumerate(worst, start=1)
-        ]
+    pictures = _write_pictures(worst, folder, read_image)
     columns = ("image_id", "file_name", "true_positives", "false_positives", "misses", "F1")
-    write_csv(
-        folder / "worst_images.csv",
-        [*columns, "picture"],
-        ([*(i[key] for key in columns), name] for i, name in zip(worst, pictures, strict=True)),
-    )
+    with as_extra(folder / "worst_images.csv") as path:
+        rows = [[*(i[key] for key in columns), p] for i, p in zip(worst, pictures, strict=True)]
+        write_csv(path, [*columns, "picture"], rows)
     return folder
+
+
+@contextmanager
+def as_extra(path: Path) -> Iterator[Path]:
+    """Let a block that writes ``path`` fail with a warning: figures must not be lost for it."""
+    try:
+        yield path
+    except Exception as error:
+        logger.warning("%s was not written: %s: %s", path, type(error).__name__, error)
 
 
 def _class_table(per_class: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list]]:
@@ -80,14 +85,21 @@ def _class_table(per_class: Sequence[Mapping[str, Any]]) -> tuple[list[str], lis
     return headers, rows
 
 
-def _write_picture(image: Mapping[str, Any], folder: Path, name: str, read_image: ReadImage) -> str:
-    """The name of the picture; empty where there is none."""
-    try:
-        pixels = read_image(image["file_name"])
-    except DatasetError as error:
-        logger.warning("No picture of the mistakes in image %s: %s", image["image_id"], error)
-        return ""
-    encoded = cv2.imencode(".jpg", draw_mistakes(pixels, image))[1]
-    with atomic_path(folder / name) as temporary:
-        temporary.write_bytes(encoded.tobytes())
-    return name
+def _write_pictures(
+    worst: Sequence[Mapping[str, Any]], folder: Path, read_image: ReadImage | None
+) -> list[str]:
+    """The names of the pictures; empty where there is none."""
+    with as_extra(folder / _PICTURES):
+        for old in (folder / _PICTURES).glob("[0-9][0-9].jpg"):
+            old.unlink()
+    names = [""] * len(worst)
+    if read_image is None:
+        return names
+    for index, image in enumerate(worst):
+        name = f"{_PICTURES}/{index + 1:02d}.jpg"
+        with as_extra(folder / name) as path:
+            content = encode(draw_mistakes(read_image(image["file_name"]), image), ".jpg")
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(content)
+            names[index] = name
+    return names

@@ -9,24 +9,41 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from cascade_det.evaluation.ground_truth import stdout_to_log
+from cascade_det.evaluation.ground_truth import class_labels, stdout_to_log
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+MAX_DETECTIONS = 100  # of a class in an image, by COCO's rules
+
 # Rows of the precisions, at IoU 0.50, 0.55, ..., 0.95.
-_AT_50, _AT_75, _AT_90 = slice(0, 1), slice(5, 6), slice(8, 9)
+_ALL, _AT_50, _AT_75, _AT_90 = slice(None), slice(0, 1), slice(5, 6), slice(8, 9)
+
+
+def detections_limit(detections_per_image: int) -> int:
+    """How many detections of a class count in an image, of a detector that gives so many in all.
+
+    COCO's limit, unless it would cut off what the detector gives.
+    """
+    return max(MAX_DETECTIONS, detections_per_image)
 
 
 def coco_ap(
-    coco_gt: COCO, results: Sequence[Mapping[str, Any]], image_ids: Collection[int]
+    coco_gt: COCO,
+    results: Sequence[Mapping[str, Any]],
+    image_ids: Collection[int],
+    *,
+    max_detections: int = MAX_DETECTIONS,
 ) -> dict[str, float]:
     """Average precision in percent; see ``run_cocoeval`` and ``ap_figures``."""
-    return ap_figures(run_cocoeval(coco_gt, results, image_ids))
+    return ap_figures(run_cocoeval(coco_gt, results, image_ids, max_detections=max_detections))
 
 
 def run_cocoeval(
-    coco_gt: COCO, results: Sequence[Mapping[str, Any]], image_ids: Collection[int]
+    coco_gt: COCO,
+    results: Sequence[Mapping[str, Any]],
+    image_ids: Collection[int],
+    *,
+    max_detections: int = MAX_DETECTIONS,
 ) -> COCOeval:
-    """Evaluate, accumulate and summarize with pycocotools.
+    """Evaluate and accumulate with pycocotools.
 
     Args:
         coco_gt: ground truth, see ``load_ground_truth``.
@@ -34,37 +51,39 @@ def run_cocoeval(
             as XYWH, ``score``); not changed. May be empty: AP is then 0, not nan. The id of
             each in ``cocoDt`` is its place, counted from 1.
         image_ids: images to evaluate on.
+        max_detections: of each class in each image so many count, the best ones.
     """
     with stdout_to_log():
         evaluation = COCOeval(coco_gt, _as_coco(coco_gt, results), "bbox")
         evaluation.params.imgIds = list(image_ids)
+        evaluation.params.maxDets = [max_detections]
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.summarize()
     return evaluation
 
 
 def ap_figures(evaluation: COCOeval) -> dict[str, float]:
-    """``AP``, ``AP50``, ``AP75``, ``AP90``, ``APs``, ``APm``, ``APl`` and ``AP-<name>`` of classes.
+    """AP, AP50, AP75, AP90, APs, APm, APl and ``AP-<label>`` of each class, in percent.
 
-    All in percent; a figure for which there is no ground truth is nan. All but ``AP90`` are what
-    pycocotools sums up.
+    A figure for which there is no ground truth is nan. Labels are those of
+    ``ground_truth.class_labels``.
     """
-    summed_up = {
-        name: float(value) * 100 if value >= 0 else float("nan")
-        for name, value in zip(METRICS, evaluation.stats, strict=False)
-    }
-    figures = with_ap90(summed_up, _mean_valid(_precision(evaluation)[_AT_90]))
-    categories = evaluation.cocoGt.cats
+    rows = {"AP": _ALL, "AP50": _AT_50, "AP75": _AT_75, "AP90": _AT_90}
+    precision = _precision(evaluation)
+    figures = {name: _mean_valid(precision[row]) for name, row in rows.items()}
+    for area, label in enumerate(evaluation.params.areaRngLbl):
+        if label != "all":
+            figures[f"AP{label[0]}"] = _mean_valid(_precision(evaluation, area))
+    labels = class_labels(evaluation.cocoGt.cats)
     for category_id, of_class in ap_per_class(evaluation).items():
-        figures[f"AP-{categories[category_id]['name']}"] = of_class["AP"]
+        figures[f"AP-{labels[category_id]}"] = of_class["AP"]
     return figures
 
 
 def ap_per_class(evaluation: COCOeval) -> dict[int, dict[str, float]]:
     """``AP``, ``AP50`` and ``AP75`` in percent, by category id; nan without ground truth."""
     precision = _precision(evaluation)
-    rows = {"AP": slice(None), "AP50": _AT_50, "AP75": _AT_75}
+    rows = {"AP": _ALL, "AP50": _AT_50, "AP75": _AT_75}
     return {
         category_id: {name: _mean_valid(precision[row, :, index]) for name, row in rows.items()}
         for index, category_id in enumerate(evaluation.params.catIds)
@@ -77,9 +96,9 @@ def with_ap90(figures: Mapping[str, float], ap90: float) -> dict[str, float]:
     return {**before, "AP90": ap90, **figures}
 
 
-def _precision(evaluation: COCOeval) -> np.ndarray:
-    """[IoU, recall, category], of objects of all sizes; -1 where there is no ground truth."""
-    precision: np.ndarray = evaluation.eval["precision"][:, :, :, 0, -1]
+def _precision(evaluation: COCOeval, area: int = 0) -> np.ndarray:
+    """[IoU, recall, category], of objects of all sizes or one; -1 where there is no truth."""
+    precision: np.ndarray = evaluation.eval["precision"][:, :, :, area, -1]
     return precision
 
 

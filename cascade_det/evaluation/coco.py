@@ -13,18 +13,24 @@ from pycocotools.coco import COCO
 from cascade_det.core.structures import Detections, DetectorOutput
 from cascade_det.errors import DatasetError
 from cascade_det.evaluation.analysis import SCORE_THRESHOLD, analyse
-from cascade_det.evaluation.average_precision import ap_figures, run_cocoeval
+from cascade_det.evaluation.average_precision import (
+    MAX_DETECTIONS,
+    ap_figures,
+    detections_limit,
+    run_cocoeval,
+)
 from cascade_det.evaluation.evaluator import Evaluator, Sample
 from cascade_det.evaluation.ground_truth import (
     admit_images,
     load_ground_truth,
     merge_seen,
 )
-from cascade_det.evaluation.notes import explain, unprocessed_note
+from cascade_det.evaluation.notes import explain, too_many_objects_note, unprocessed_note
 from cascade_det.files import write_json
 
 logger = logging.getLogger(__name__)
 
+_LIMIT_KEY = "TEST.DETECTIONS_PER_IMAGE"
 RESULTS_FILE = Path("inference", "coco_instances_results.json")
 
 
@@ -38,6 +44,8 @@ class CocoEvaluator(Evaluator):
         output_dir: folder of the run; the detections are written below it, to
             ``inference/coco_instances_results.json``. ``None``: nothing is written.
         score_threshold: from which score on detections are counted in the analysis.
+        detections_per_image: how many the detector gives at most. COCO counts 100 of a class in an
+            image; where the detector gives more, as many count.
 
     Raises:
         DatasetError: the ground truth cannot be used, or names and ids differ in number.
@@ -51,6 +59,7 @@ class CocoEvaluator(Evaluator):
         category_ids: Sequence[int],
         output_dir: str | os.PathLike[str] | None = None,
         score_threshold: float = SCORE_THRESHOLD,
+        detections_per_image: int = MAX_DETECTIONS,
     ) -> None:
         if len(class_names) != len(category_ids):
             raise DatasetError(
@@ -60,6 +69,7 @@ class CocoEvaluator(Evaluator):
         self._category_ids = tuple(category_ids)
         self._output_dir = output_dir
         self._score_threshold = score_threshold
+        self._detections_per_image = detections_per_image
         self.reset()
 
     def reset(self) -> None:
@@ -104,10 +114,18 @@ class CocoEvaluator(Evaluator):
             write_json(self._results, Path(self._output_dir) / RESULTS_FILE)
         image_ids = sorted(self._coco_gt.imgs if image_ids is None else image_ids)
         scored = score_results(
-            self._coco_gt, self._results, image_ids, score_threshold=self._score_threshold
+            *(self._coco_gt, self._results, image_ids),
+            score_threshold=self._score_threshold,
+            max_detections=detections_limit(self._detections_per_image),
         )
         if scored["bbox"]:
-            scored["notes"] = [*unprocessed_note(image_ids, self._seen), *scored["notes"]]
+            scored["notes"] = [
+                *unprocessed_note(image_ids, self._seen),
+                *too_many_objects_note(
+                    self._coco_gt, image_ids, self._detections_per_image, _LIMIT_KEY
+                ),
+                *scored["notes"],
+            ]
         for note in scored["notes"]:
             logger.warning(note)
         return scored
@@ -119,6 +137,7 @@ def score_results(
     image_ids: Collection[int],
     *,
     score_threshold: float = SCORE_THRESHOLD,
+    max_detections: int = MAX_DETECTIONS,
 ) -> dict[str, Any]:
     """All figures of detections.
 
@@ -127,6 +146,7 @@ def score_results(
         results: detections in COCO's result format.
         image_ids: images to evaluate on.
         score_threshold: from which score on detections are counted in the analysis.
+        max_detections: of each class in each image so many count, the best ones.
 
     Returns:
         ``bbox`` (see ``ap_figures``), ``analysis`` (see ``analyse``) and ``notes`` on what is 0 or
@@ -135,7 +155,7 @@ def score_results(
     if "annotations" not in coco_gt.dataset:
         notes = ["The json has no annotations: AP cannot be computed."]
         return {"bbox": {}, "analysis": {}, "notes": notes}
-    evaluation = run_cocoeval(coco_gt, results, image_ids)
+    evaluation = run_cocoeval(coco_gt, results, image_ids, max_detections=max_detections)
     figures = ap_figures(evaluation)
     return {
         "bbox": figures,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+
+from cascade_det.evaluation.average_precision import MAX_DETECTIONS
 
 
 def confusion_matrix(
@@ -19,6 +22,7 @@ def confusion_matrix(
     *,
     score_threshold: float = 0.5,
     iou_threshold: float = 0.5,
+    max_detections: int = MAX_DETECTIONS,
 ) -> npt.NDArray[np.int64]:
     """Count what objects of each class were detected as.
 
@@ -39,6 +43,7 @@ def confusion_matrix(
         image_ids: images to count.
         score_threshold: the lowest score that counts.
         iou_threshold: the lowest IoU of a match.
+        max_detections: of each class in each image so many count, the best ones, as for AP.
 
     Returns:
         int64 ``[K + 1, K + 1]``: row, the true class; column, the detected class; both in the
@@ -46,7 +51,8 @@ def confusion_matrix(
     """
     index_of = {category_id: index for index, category_id in enumerate(sorted(coco_gt.cats))}
     confident = [result for result in results if result["score"] >= score_threshold]
-    detections = _by_image(sorted(confident, key=lambda item: -item["score"]), index_of)
+    best = _best(sorted(confident, key=lambda item: -item["score"]), max_detections)
+    detections = _by_image(best, index_of)
     truth = coco_gt.dataset.get("annotations", [])
     objects = _by_image((item for item in truth if not item["iscrowd"]), index_of)
     crowds = _by_image((item for item in truth if item["iscrowd"]), index_of)
@@ -57,6 +63,16 @@ def confusion_matrix(
         pairs += _pairs(found, wanted, crowds.get(image_id, _NONE), iou_threshold, size - 1)
     true, detected = np.concatenate(pairs, axis=1)
     return np.bincount(true * size + detected, minlength=size * size).reshape(size, size)
+
+
+def _best(results: Iterable[Mapping[str, Any]], max_detections: int) -> Iterator[Mapping[str, Any]]:
+    """The first so many of each class in each image."""
+    counts: Counter[tuple[int, int]] = Counter()
+    for result in results:
+        place = result["image_id"], result["category_id"]
+        counts[place] += 1
+        if counts[place] <= max_detections:
+            yield result
 
 
 @dataclass(frozen=True)

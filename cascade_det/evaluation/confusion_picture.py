@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from cascade_det.evaluation.fonts import with_fonts
 from cascade_det.files import atomic_path
+from cascade_det.text import printable
 
 # With more classes the numbers are too small to be read; the CSV has them.
 _MOST_WITH_NUMBERS = 30
@@ -37,10 +40,12 @@ def plot_confusion(
     figure.colorbar(image, ax=axes, shrink=0.7, label="% of the true class")
     axes.set(title="Confusion matrix", xlabel="detected as", ylabel="true class")
     if size <= _MOST_WITH_NAMES:
-        names, points = [_shortened(name) for name in classes], float(np.clip(500 / size, 5, 10))
+        names, families = with_fonts(printable(name, longest=_LONGEST_NAME) for name in classes)
+        points = float(np.clip(500 / size, 5, 10))
         # A "$" in a name is no formula.
-        axes.set_xticks(range(size), names, rotation=90, fontsize=points, parse_math=False)
-        axes.set_yticks(range(size), names, fontsize=points, parse_math=False)
+        style: dict[str, Any] = {"fontsize": points, "fontfamily": families, "parse_math": False}
+        axes.set_xticks(range(size), names, rotation=90, **style)
+        axes.set_yticks(range(size), names, **style)
     if size <= _MOST_WITH_NUMBERS:
         _write_numbers(axes, counts, shares)
     axes.set_xticks(np.arange(size + 1) - 0.5, minor=True)
@@ -65,7 +70,3 @@ def _write_numbers(
             fontsize=8,
             color="white" if shares[row, column] > 55 else "black",
         )
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cascade_det.evaluation.average_precision import MAX_DETECTIONS
 from cascade_det.evaluation.coco import CocoEvaluator
 from cascade_det.evaluation.evaluator import Evaluator
 from cascade_det.evaluation.exits import ExitEvaluator, RegionFlops
@@ -20,6 +21,7 @@ def default_evaluators(
     class_names: Sequence[str],
     category_ids: Sequence[int],
     output_dir: str | os.PathLike[str] | None = None,
+    detections_per_image: int = MAX_DETECTIONS,
     stages: bool = True,
     warmup: int = 5,
     flops: RegionFlops | None = None,
@@ -37,10 +39,17 @@ def default_evaluators(
             class_names=class_names,
             category_ids=category_ids,
             output_dir=output_dir,
+            detections_per_image=detections_per_image,
         )
     ]
     if stages:
-        evaluators.append(StageEvaluator(ground_truth=ground_truth, category_ids=category_ids))
+        evaluators.append(
+            StageEvaluator(
+                ground_truth=ground_truth,
+                category_ids=category_ids,
+                detections_per_image=detections_per_image,
+            )
+        )
         if shadow is not None and shadow.share > 0:
             evaluators.append(ShadowEvaluator(shadow))
     return [*evaluators, ExitEvaluator(flops), LatencyEvaluator(warmup=warmup)]

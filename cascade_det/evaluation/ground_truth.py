@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -45,6 +46,25 @@ def load_ground_truth(content: Mapping[str, Any]) -> COCO:
     with stdout_to_log():
         coco.createIndex()
     return coco
+
+
+def class_labels(categories: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
+    """A label for each category, by id: its name, with the id where several have that name.
+
+    Args:
+        categories: of a COCO-format json, by id.
+
+    Returns:
+        In the order of the ids. No two are equal: ``cell (id 3)`` and ``cell (id 7)``.
+    """
+    labels = {category_id: categories[category_id]["name"] for category_id in sorted(categories)}
+    # More than once where a name looks like such a label.
+    while len(counts := Counter(labels.values())) < len(labels):
+        labels = {
+            category_id: f"{label} (id {category_id})" if counts[label] > 1 else label
+            for category_id, label in labels.items()
+        }
+    return labels
 
 
 def admit_images(

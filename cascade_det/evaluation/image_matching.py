@@ -18,10 +18,10 @@ from pycocotools.cocoeval import COCOeval
 
 from cascade_det.core.structures import Detections
 from cascade_det.errors import DatasetError
+from cascade_det.evaluation.average_precision import MAX_DETECTIONS
 from cascade_det.evaluation.ground_truth import load_ground_truth
 
 IOUS = COCOeval(iouType="bbox").params.iouThrs
-MAX_DETECTIONS = 100  # Per image and class, in figures that name no other number.
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ class ImageMatcher:
     Args:
         ground_truth: content of a COCO-format json with annotations, see ``load_ground_truth``.
         category_ids: its category id for each class ``0..K-1``.
+        max_detections: of each class in each image so many count, the best ones.
         cache_size: matched images to remember; one takes about 50 bytes per detection.
 
     Raises:
@@ -104,12 +105,14 @@ class ImageMatcher:
         ground_truth: Mapping[str, Any],
         category_ids: Sequence[int],
         *,
+        max_detections: int = MAX_DETECTIONS,
         cache_size: int = 100_000,
     ) -> None:
         coco = load_ground_truth(ground_truth)
         if not coco.anns:
             raise DatasetError("the ground truth has no annotations to match detections to")
         self.num_classes = len(category_ids)
+        self._max_detections = max_detections
         self._objects = {
             image_id: _Objects.of(coco.imgToAnns[image_id], category_ids) for image_id in coco.imgs
         }
@@ -191,7 +194,7 @@ class ImageMatcher:
         objects = self._objects[image_id]
         by_score = np.lexsort((-scores, classes))  # Stable, as in COCOeval.
         firsts = np.searchsorted(classes[by_score], classes[by_score])
-        kept = by_score[np.arange(len(classes)) - firsts < MAX_DETECTIONS]
+        kept = by_score[np.arange(len(classes)) - firsts < self._max_detections]
         hits, ignored = np.zeros((2, len(IOUS), len(kept)), bool)
         # The difference is of float32, as in files of results.
         xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)[kept]
@@ -216,9 +219,11 @@ def match_images(
     ground_truth: Mapping[str, Any],
     category_ids: Sequence[int],
     detections_by_image: Mapping[int, Detections],
+    *,
+    max_detections: int = MAX_DETECTIONS,
 ) -> MatchedDetections:
     """Match the detections of all images at once; see ``ImageMatcher``."""
-    matcher = ImageMatcher(ground_truth, category_ids, cache_size=0)
+    matcher = ImageMatcher(ground_truth, category_ids, max_detections=max_detections, cache_size=0)
     return matcher.collect(matcher.match(*item) for item in detections_by_image.items())
 
 

@@ -18,9 +18,9 @@ class Matches:
     """COCO's matching at ``IOU``, a row per detection and a row per object.
 
     Class by class and image by image, detections take the object of the highest IoU that is
-    free, best score first, at most 100 of them. So whether one hits does not depend on those
-    with lower scores, and one matching holds for all score thresholds. Crowds and what lies in
-    them have no row.
+    free, best score first, as many of them as the evaluation counts. So whether one hits does not
+    depend on those with lower scores, and one matching holds for all score thresholds. Crowds and
+    what lies in them have no row.
 
     Attributes:
         images: ``[I]`` ids, ascending.

@@ -1,15 +1,18 @@
-"""Why an AP is 0 or nan, in words."""
+"""Why an AP is 0 or nan, or says little, in words."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+
+from cascade_det.evaluation.ground_truth import class_labels
+from cascade_det.evaluation.tables import shown_name
 
 # COCO's sizes by the area of the object in square pixels, both ends included.
 _SIZES = {
@@ -18,6 +21,8 @@ _SIZES = {
     "APl": ("large", "from 96 x 96 px", 96.0**2, 1e10),
 }
 _MAX_NAMES = 10
+# Of the objects whose area cannot be: a few of them change no AP.
+_MOST_WRONG_AREAS = 0.01
 
 
 def explain(
@@ -26,7 +31,7 @@ def explain(
     predictions: Sequence[Mapping[str, Any]],
     image_ids: Collection[int] | None = None,
 ) -> list[str]:
-    """Say for every figure that is nan, and for an AP of 0, where it comes from.
+    """Say for every figure that is nan, for an AP of 0 and for what chance decides, why it is so.
 
     Args:
         results: what ``coco_ap`` returned.
@@ -52,9 +57,11 @@ def explain(
         ]
     predictions = [item for item in predictions if item["image_id"] in images]
     return [
-        *_missing_sizes(results, objects),
+        *_equal_names(coco_gt),
+        *(_wrong_areas(objects) or _missing_sizes(results, objects)),
         *_missing_classes(results, coco_gt, objects),
         *_useless_predictions(results, coco_gt, objects, predictions),
+        *_equal_scores(predictions),
     ]
 
 
@@ -69,6 +76,86 @@ def unprocessed_note(image_ids: Iterable[int], seen: Collection[int]) -> list[st
     ]
 
 
+def too_many_objects_note(
+    coco_gt: COCO, image_ids: Collection[int], most: int, option: str, *, of_class: bool = False
+) -> list[str]:
+    """A note where images have more objects than detections count in one.
+
+    Args:
+        coco_gt: the ground truth.
+        image_ids: the images that are evaluated.
+        most: how many detections count in an image.
+        option: what sets this.
+        of_class: it holds for each class, not for all classes together.
+    """
+    images = set(image_ids)
+    counts = Counter(
+        (item["image_id"], item["category_id"] if of_class else None)
+        for item in coco_gt.dataset.get("annotations", [])
+        if item["image_id"] in images and not item["iscrowd"]
+    )
+    crowded = {image_id for (image_id, _), count in counts.items() if count > most}
+    if not crowded:
+        return []
+    (image_id, _), highest = counts.most_common(1)[0]
+    kind = "objects of a class" if of_class else "objects"
+    name = shown_name(coco_gt.imgs[image_id].get("file_name", ""))
+    return [
+        f"{len(crowded)} images have more than {most} {kind}, up to {highest:,} "
+        f"({name or f'id {image_id}'}), but only the {most} best detections count there: the "
+        f"other objects are missed, however good the detector is. Raise {option}."
+    ]
+
+
+def _equal_names(coco_gt: COCO) -> list[str]:
+    labels = class_labels(coco_gt.cats)
+    several = [label for key, label in labels.items() if label != coco_gt.cats[key]["name"]]
+    if not several:
+        return []
+    return [
+        "Categories of the json have the same name. They stay apart, each with its own AP: "
+        f"{_enumerate(several)}."
+    ]
+
+
+def _wrong_areas(objects: list[dict]) -> list[str]:
+    """APs, APm and APl go by ``area``, which is that of a mask where there is one."""
+    areas = np.array([item["area"] for item in objects], np.float64)
+    width, height = np.array([item["bbox"][2:] for item in objects], np.float64).T
+    boxes = width * height
+    remedy = (
+        "APs, APm and APl go by it and mean nothing. Mend it, or take it out of the json: the area "
+        "of the box holds then."
+    )
+    if len(objects) > 1 and np.ptp(areas) == 0 and np.ptp(boxes) > 0:
+        return [
+            f"'area' is {areas[0]:g} for all objects, and their boxes have {boxes.min():,.0f} to "
+            f"{boxes.max():,.0f} square pixels: {remedy}"
+        ]
+    # Masks are within their boxes, whose edges some count as pixels.
+    wrong = (areas < np.minimum(boxes, 1)) | (areas > (width + 2) * (height + 2))
+    if wrong.mean() <= _MOST_WRONG_AREAS:
+        return []
+    number = int(wrong.argmax())
+    return [
+        f"'area' of {wrong.sum():,} of {len(objects):,} objects does not fit their boxes (one of "
+        f"{boxes[number]:,.0f} square pixels has {areas[number]:g}): {remedy}"
+    ]
+
+
+def _equal_scores(predictions: Sequence[Mapping[str, Any]]) -> list[str]:
+    scores = defaultdict(list)
+    for item in predictions:
+        scores[item["category_id"]].append(item["score"])
+    ranked = [of_class for of_class in scores.values() if len(of_class) > 1]
+    if not ranked or any(min(of_class) < max(of_class) for of_class in ranked):
+        return []
+    return [
+        f"All detections of a class have the same score (such as {ranked[0][0]:g}), so that "
+        "nothing says which come first: AP depends on their order."
+    ]
+
+
 def _missing_sizes(results: Mapping[str, float], objects: list[dict]) -> list[str]:
     return [
         f"{key} is nan: the ground truth has no {size} object ({extent})."
@@ -80,9 +167,9 @@ def _missing_sizes(results: Mapping[str, float], objects: list[dict]) -> list[st
 def _missing_classes(results: Mapping[str, float], coco_gt: COCO, objects: list[dict]) -> list[str]:
     present = {item["category_id"] for item in objects}
     names = [
-        category["name"]
-        for category_id, category in coco_gt.cats.items()
-        if category_id not in present and math.isnan(results.get(f"AP-{category['name']}", 0.0))
+        label
+        for category_id, label in class_labels(coco_gt.cats).items()
+        if category_id not in present and math.isnan(results.get(f"AP-{label}", 0.0))
     ]
     if not names:
         return []
@@ -105,7 +192,8 @@ def _useless_predictions(
         lines += _wrong_place_or_class(objects, predictions)
     predicted = {item["category_id"] for item in predictions}
     present = {item["category_id"] for item in objects}
-    silent = [coco_gt.cats[key]["name"] for key in sorted(present - predicted)]
+    labels = class_labels(coco_gt.cats)
+    silent = [labels[key] for key in sorted(present - predicted)]
     if silent:
         lines.append(f"AP is 0 for classes that were never predicted: {_enumerate(silent)}.")
     return lines
@@ -172,5 +260,5 @@ def _by_image(items: Iterable[Mapping[str, Any]]) -> dict[int, list[Mapping[str,
 
 
 def _enumerate(names: Sequence[object]) -> str:
-    shown = ", ".join(str(name) for name in names[:_MAX_NAMES])
+    shown = ", ".join(shown_name(str(name)) for name in names[:_MAX_NAMES])
     return shown if len(names) <= _MAX_NAMES else f"{shown} and {len(names) - _MAX_NAMES} more"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cascade_det.evaluation.exit_tables import exit_sections, shadow_section
-from cascade_det.evaluation.tables import Figures, stage_names, table
+from cascade_det.evaluation.tables import Figures, shown_name, stage_names, table
 from cascade_det.files import write_json
 
 RESULTS_FILE = "results.json"
@@ -136,13 +136,14 @@ def _mistake_lines(analysis: Figures) -> list[str]:
     lines = []
     if confused:
         listed = ", ".join(
-            f"{true} as {detected} ({-count:,})" for count, true, detected in confused
+            f"{shown_name(true)} as {shown_name(detected)} ({-count:,})"
+            for count, true, detected in confused
         )
         lines.append(f"Most confused: {listed}.")
     if worst:
         listed = ", ".join(
-            f"{image['file_name'] or image['image_id']} ({image['false_positives']} false, "
-            f"{image['misses']} missed)"
+            f"{shown_name(image['file_name']) or image['image_id']} "
+            f"({image['false_positives']} false, {image['misses']} missed)"
             for image in worst
         )
         lines.append(f"Images with the most mistakes: {listed}.")

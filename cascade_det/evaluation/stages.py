@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
 from cascade_det.core.structures import Detections, DetectorOutput, StageOutput
-from cascade_det.evaluation.average_precision import coco_ap
+from cascade_det.evaluation.average_precision import MAX_DETECTIONS, coco_ap, detections_limit
 from cascade_det.evaluation.coco import coco_results
 from cascade_det.evaluation.evaluator import Evaluator, Sample
 from cascade_det.evaluation.ground_truth import admit_images, load_ground_truth, merge_seen
@@ -32,14 +32,22 @@ class StageEvaluator(Evaluator):
     Args:
         ground_truth: the content of a COCO-format json, see ``load_ground_truth``.
         category_ids: category id in the json of each class of the detector.
+        detections_per_image: as of a ``CocoEvaluator``.
 
     Raises:
         DatasetError: the ground truth cannot be used.
     """
 
-    def __init__(self, *, ground_truth: Mapping[str, Any], category_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        *,
+        ground_truth: Mapping[str, Any],
+        category_ids: Sequence[int],
+        detections_per_image: int = MAX_DETECTIONS,
+    ) -> None:
         self._coco_gt = load_ground_truth(ground_truth)
         self._category_ids = tuple(category_ids)
+        self._max_detections = detections_limit(detections_per_image)
         self.reset()
 
     def reset(self) -> None:
@@ -141,7 +149,7 @@ class StageEvaluator(Evaluator):
             for result in coco_results(detections, image_id, self._category_ids)
         ]
         images = sorted(self._coco_gt.imgs if image_ids is None else image_ids)
-        metrics = coco_ap(self._coco_gt, results, images)
+        metrics = coco_ap(self._coco_gt, results, images, max_detections=self._max_detections)
         return {name: metrics[name] for name in _STAGE_METRICS}
 
 

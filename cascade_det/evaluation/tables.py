@@ -7,7 +7,11 @@ from typing import Any
 
 from tabulate import tabulate
 
+from cascade_det.text import printable
+
 Figures = Mapping[str, Any]
+
+LONGEST_NAME = 48  # Characters of a class or a file in a table or a sentence.
 
 
 def stage_names(figures: Figures) -> list[str]:
@@ -22,9 +26,26 @@ def table(
     rows: Sequence[Sequence[Any]],
     floatfmt: str | Sequence[str],
 ) -> str:
-    """A table below its title; one format for all figures, or one per column."""
-    formatted = tabulate(rows, headers=headers, tablefmt="github", floatfmt=floatfmt)
+    """A table below its title; one format for all figures, or one per column.
+
+    Texts are escaped and cut, see :func:`shown_name`.
+    """
+    cells = [[_cell(value) if isinstance(value, str) else value for value in row] for row in rows]
+    # Else a class "007" or "1e5" would be a number.
+    texts = [i for i, column in enumerate(zip(*rows, strict=True)) if isinstance(column[0], str)]
+    formatted = tabulate(
+        cells, headers=headers, tablefmt="github", floatfmt=floatfmt, disable_numparse=texts
+    )
     return f"**{title}**\n\n{formatted}"
+
+
+def shown_name(text: str) -> str:
+    """The name of a class or file as it may stand in a table or a sentence."""
+    return printable(text, longest=LONGEST_NAME)
+
+
+def _cell(text: str) -> str:
+    return shown_name(text).replace("|", "\\|")
 
 
 def percent(shares: Iterable[float]) -> list[float]:

@@ -88,6 +88,7 @@ def evaluate_all(
             dataset,
             folder,
             device=detector.device,
+            detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
             flops=region_flops(detector.roi_heads, detector.backbone.out_channels),
             shadow=ShadowRules(**config.shadow_arguments(cfg)),
         )

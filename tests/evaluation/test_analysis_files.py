@@ -91,7 +91,7 @@ def test_pictures_replace_those_of_the_last_time(analysis, tmp_path, caplog):
         "worst_images/01.jpg",
         "",
     ]
-    assert "image 2: 2.jpg: there is no such image" in caplog.text
+    assert "02.jpg was not written: DatasetError: 2.jpg: there is no such image" in caplog.text
 
 
 def test_mistakes_are_drawn_in_their_colours(analysis):

@@ -16,8 +16,8 @@ BOX = (10, 20, 50, 50)
 def notes_for(content, rows, image_ids=(1, 2)):
     truth = load_ground_truth(content)
     predictions = [
-        {"image_id": image_id, "category_id": category, "bbox": list(box), "score": 0.9}
-        for image_id, category, box in rows
+        {"image_id": image_id, "category_id": category, "bbox": list(box), "score": 0.9 - k / 1000}
+        for k, (image_id, category, box) in enumerate(rows)
     ]
     figures = coco_ap(truth, predictions, image_ids)
     return figures, "\n".join(explain(figures, truth, predictions, image_ids))

@@ -13,6 +13,7 @@ from PIL import Image
 pytest.importorskip("detectron2.engine", exc_type=ImportError)
 
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, build_detection_test_loader
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import DefaultPredictor
@@ -34,6 +35,7 @@ from two_hosts import (
 
 from cascade_det.config import load_config
 from cascade_det.core import CascadeStats, Detections, DetectorOutput
+from cascade_det.d2.evaluate import coco_evaluator
 from cascade_det.evaluation import CocoEvaluator
 from cascade_det.standalone import evaluate
 
@@ -145,6 +147,50 @@ def test_of_the_same_predictions(seed, tmp_path, record_property):
     assert {"AP", "AP50", "AP75", "APs", "APm", "APl", "AP-cell", "AP-nothing"} <= got.keys()
     assert all(wanted[name] > 1 for name in ("AP", "APs", "APm", "APl"))
     record_property("largest", assert_same_figures(got, wanted, 1e-9))
+
+
+@pytest.mark.parametrize("limit", [100, 250])
+def test_of_many_detections_and_classes_of_one_name(limit, tmp_path):
+    """Detectron2's own evaluator with ``max_dets_per_image`` set, but for the names of classes."""
+    generator = np.random.default_rng(0)
+    truth = random_truth(generator, images=2)
+    for category in truth["categories"][:2]:
+        category["name"] = "cell"
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    name = f"one_name_{limit}"
+    register(name, tmp_path / "truth.json", tmp_path)
+    cfg = get_cfg()
+    cfg.TEST.DETECTIONS_PER_IMAGE = limit
+    own = COCOEvaluator(name, distributed=False, max_dets_per_image=limit)
+    in_our_host = coco_evaluator(cfg, name)
+    ours = CocoEvaluator(
+        ground_truth=truth,
+        class_names=[category["name"] for category in truth["categories"]],
+        category_ids=list(CATEGORIES),
+        detections_per_image=limit,
+    )
+    own.reset()
+    in_our_host.reset()
+    for image in truth["images"]:
+        found = random_detections(generator, truth, image["id"])
+        # Guesses with high scores before them: a limit of 100 takes those that hit away.
+        guesses = torch.as_tensor(random_objects(generator, 110), dtype=torch.float32)
+        boxes = torch.cat([guesses, found.boxes])
+        scores = torch.cat([torch.linspace(1, 0.5, 110), 0.4 * found.scores])
+        classes = torch.cat([torch.zeros(110, dtype=torch.int64), found.classes])
+        found = Detections(boxes, scores, classes, torch.zeros_like(classes))
+        sample = [{"image_id": image["id"]}]
+        ours.process(sample, DetectorOutput([found], CascadeStats([], [])))
+        fields = {"pred_boxes": Boxes(boxes), "scores": scores, "pred_classes": classes}
+        for evaluator in (own, in_our_host):
+            evaluator.process(sample, [{"instances": Instances((480, 640), **fields)}])
+    got, wanted = ours.evaluate()["bbox"], in_our_host.evaluate()["bbox"]
+    assert_same_figures(got, wanted, 1e-9)
+    assert {"AP-cell (id 4)", "AP-cell (id 7)", "AP-rod"} <= wanted.keys()
+    plain = own.evaluate()["bbox"]
+    assert plain["AP"] == pytest.approx(wanted["AP"], abs=1e-9)
+    assert plain["AP-cell"] == pytest.approx(wanted["AP-cell (id 7)"], abs=1e-9)
+    assert (wanted["AP-cell (id 4)"] > 0) == (limit > 100)
 
 
 R18 = BACKBONES["R-18"]

@@ -10,7 +10,7 @@ import pytest
 
 from cascade_det.drawing import GREEN, RED, YELLOW
 from cascade_det.errors import DatasetError
-from cascade_det.evaluation import score_results
+from cascade_det.evaluation import format_report, score_results
 from cascade_det.evaluation.analysis_files import write_analysis
 from cascade_det.evaluation.confusion_picture import plot_confusion
 from cascade_det.evaluation.ground_truth import load_ground_truth
@@ -138,3 +138,56 @@ def test_the_confusion_matrix_is_drawn_for_any_number_of_classes(size, tmp_path)
     # One cell and no more.
     assert np.ptp(rows) < picture.shape[0] / size
     assert np.ptp(columns) < picture.shape[1] / size
+
+
+def test_what_cannot_be_written_is_told_and_the_rest_is_there(analysis, tmp_path, caplog):
+    (tmp_path / "analysis" / "per_class.csv").mkdir(parents=True)
+    (tmp_path / "analysis" / "worst_images").write_text("no folder")
+    folder = write_analysis(analysis, tmp_path, read_image=grey_image)
+    assert (folder / "confusion_matrix.png").is_file()
+    assert [row[-1] for row in table(folder / "worst_images.csv")] == ["picture", "", ""]
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 3
+    assert all("was not written: " in message for message in told)
+
+
+NOT_UTF8 = "gr\udcf6\udcdfe.png"
+
+
+def test_names_that_are_no_text(coco_content, tmp_path, caplog):
+    content = coco_content([(1, 3, FOUND), (2, 7, MISSED)])
+    content["images"][0]["file_name"] = NOT_UTF8
+    content["images"][1]["file_name"] = "=cmd()\x1b[31m\n" + "x" * 5000
+    content["categories"][0]["name"] = "\ud83d\u202e\x00"
+    scored = score_results(load_ground_truth(content), [], [1, 2])
+    folder = write_analysis(scored["analysis"], tmp_path, read_image=grey_image)
+    assert not caplog.records
+    assert len(list((folder / "worst_images").glob("*.jpg"))) == 2
+    text = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.csv"))
+    assert "gr\\udcf6\\udcdfe.png" in text
+    assert "'=cmd()\\x1b[31m\\x0axx" in text
+    assert "\\ud83d\\u202e\\x00" in text
+    report = format_report(scored)
+    assert report.encode()
+    assert not any(c in report for c in "\x1b\x00\u202e")
+    assert max(map(len, report.splitlines())) < 300
+
+
+@pytest.mark.parametrize("shape", [(20_000, 100, 3), (100, 20_000, 3), (3, 65_000, 3)])
+def test_thin_images_are_drawn(analysis, tmp_path, caplog, shape):
+    image = {**analysis["worst_images"][0], "boxes": [analysis["worst_images"][0]["boxes"][0]]}
+    worst = {**analysis, "worst_images": [image]}
+    write_analysis(worst, tmp_path, read_image=lambda _: np.full(shape, GREY, np.uint8))
+    assert not caplog.records
+    picture = cv2.imread(str(tmp_path / "analysis" / "worst_images" / "01.jpg"))
+    assert picture.shape[1] == shape[1]
+    assert picture.shape[0] > shape[0]
+
+
+def test_an_image_beyond_what_a_jpeg_can_be_is_told(analysis, tmp_path, caplog):
+    def read(name):
+        return np.zeros((1, 65_501, 3), np.uint8) if name == "1.jpg" else grey_image(name)
+
+    folder = write_analysis(analysis, tmp_path, read_image=read)
+    assert [path.name for path in (folder / "worst_images").iterdir()] == ["02.jpg"]
+    assert "01.jpg was not written: ValueError: a picture of 65,501 x" in caplog.text

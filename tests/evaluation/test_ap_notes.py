@@ -6,9 +6,11 @@ import logging
 import math
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cascade_det.evaluation import CocoEvaluator, coco_ap, explain
-from cascade_det.evaluation.ground_truth import load_ground_truth
+from cascade_det.evaluation.ground_truth import class_labels, load_ground_truth
 
 BOX = (10, 20, 50, 50)
 
@@ -127,3 +129,104 @@ def test_evaluator_logs_and_returns_the_notes(coco_content, detections, detector
     assert results["bbox"]["AP"] == 0
     assert [record.getMessage() for record in caplog.records] == results["notes"]
     assert any("no detections at all" in note for note in results["notes"])
+
+
+def with_areas(content, areas):
+    for item, area in zip(content["annotations"], areas, strict=True):
+        item["area"] = area
+    return content
+
+
+@pytest.mark.parametrize(
+    ("areas", "words"),
+    [
+        ([0] * 6, "'area' is 0 for all objects, and their boxes have 400 to 13,200 square pixels"),
+        ([5000.0] * 6, "'area' is 5000 for all objects"),
+        # Shares of the image.
+        ([0.003, 0.02, 0.1, 0.003, 0.02, 0.11], "'area' of 6 of 6 objects does not fit"),
+        (
+            [400, 2500, 13200, 400, 0, 13200],
+            "1 of 6 objects does not fit their boxes (one of 2,500",
+        ),
+        ([400, 2500, 13200, 400, 2500, 10**6], "(one of 13,200 square pixels has 1e+06)"),
+    ],
+)
+def test_areas_that_cannot_be(coco_content, all_sizes, areas, words):
+    figures, notes = notes_for(with_areas(coco_content(all_sizes), areas), all_sizes)
+    assert words in notes
+    assert notes.count("APs, APm and APl") == 1
+    # That there is no object of some size would be the wrong reason.
+    assert "is nan" not in notes
+    assert figures["AP"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    "areas",
+    [
+        [40, 250, 1320, 100, 900, 9000],  # masks
+        [21 * 21, 51 * 51, 121 * 111] * 2,  # both edges of a box are pixels of it
+        [None] * 6,
+    ],
+)
+def test_areas_that_can_be(coco_content, all_sizes, areas):
+    content = with_areas(coco_content(all_sizes), areas)
+    if areas[0] is None:
+        for item in content["annotations"]:
+            del item["area"]
+    _, notes = notes_for(content, all_sizes)
+    assert "'area'" not in notes
+
+
+def test_boxes_of_one_size_may_have_one_area(coco_content):
+    objects = [(1, 3, BOX), (2, 3, BOX)]
+    _, notes = notes_for(coco_content(objects), objects)
+    assert "'area'" not in notes
+    assert "APs is nan" in notes
+
+
+def test_scores_that_rank_nothing(coco_content):
+    truth = load_ground_truth(coco_content([(1, 3, BOX), (2, 3, BOX)]))
+    rows = [
+        {"image_id": image, "category_id": 3, "bbox": list(box), "score": 1.0}
+        for image, box in ((1, BOX), (1, (200, 10, 40, 40)), (2, BOX))
+    ]
+    first, second = coco_ap(truth, rows, [1, 2]), coco_ap(truth, rows[1:] + rows[:1], [1, 2])
+    assert first["AP"] != second["AP"]
+    words = "All detections of a class have the same score (such as 1)"
+    assert words in "\n".join(explain(first, truth, rows))
+    # One score for each class is no better.
+    other = {**rows[0], "category_id": 7, "score": 0.5}
+    assert words in "\n".join(explain(first, truth, [*rows, other]))
+    for changed in ([rows[0]], [*rows, {**rows[0], "score": 0.9}], []):
+        assert words not in "\n".join(explain(first, truth, changed))
+
+
+def test_categories_of_one_name(coco_content, all_sizes):
+    content = coco_content(all_sizes)
+    content["categories"][1]["name"] = "cat"
+    rows = [item for item in all_sizes if item[1] == 3]
+    figures, notes = notes_for(content, rows)
+    assert (figures["AP-cat (id 3)"], figures["AP-cat (id 7)"]) == pytest.approx((100, 0))
+    first, second = notes.splitlines()
+    assert "the same name" in first
+    assert first.endswith("cat (id 3), cat (id 7).")
+    assert second == "AP is 0 for classes that were never predicted: cat (id 7)."
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.sampled_from(["a", "b", "a (id 1)", "a (id 2)", "a (id 2) (id 2)"]), min_size=1))
+def test_labels_differ_and_names_that_are_alone_stay(names):
+    labels = class_labels({key: {"name": name} for key, name in enumerate(names)})
+    assert list(labels) == list(range(len(names)))
+    assert len(set(labels.values())) == len(names)
+    assert all(labels[key].startswith(name) for key, name in enumerate(names))
+    if "b" in names and names.count("b") == 1:
+        assert labels[names.index("b")] == "b"
+
+
+def test_names_in_notes_can_be_shown(coco_content, all_sizes):
+    content = coco_content([item for item in all_sizes if item[1] == 3])
+    content["categories"][1]["name"] = "\x1b[2J\u202e" + "x" * 10_000
+    _, notes = notes_for(content, all_sizes)
+    assert "\\x1b[2J\\u202exx" in notes
+    assert len(notes) < 200

@@ -19,6 +19,7 @@ from cascade_det.evaluation import (
     write_results,
 )
 from cascade_det.evaluation.figures import plot_report
+from cascade_det.evaluation.tables import table
 from cascade_det.files import atomic_path, write_json
 
 NAN = float("nan")
@@ -260,3 +261,12 @@ def test_parts_stand_in_the_order_in_which_they_run(results):
     results["latency"]["full_parts"] = {"stage0": times, "stage1": times, "postprocess": times}
     lines = format_report({"latency": results["latency"]}).splitlines()[4:8]
     assert [line.split()[1] for line in lines] == ["stage0", "stage1", "postprocess", "total"]
+
+
+def test_texts_in_tables_are_texts():
+    rows = [("007", 1.25), ("1e5", 2.5), ("a|b\x1b[31m\u202e\udcf6", 3.0), ("x" * 10_000, 4.0)]
+    shown = table("T", ("class", "AP"), rows, ".1f")
+    cells = [line.split(" | ")[0].strip("| ") for line in shown.splitlines()[4:]]
+    assert cells[:3] == ["007", "1e5", "a\\|b\\x1b[31m\\u202e\\udcf6"]
+    assert 40 < len(cells[3]) < 60
+    assert [line.split()[-2] for line in shown.splitlines()[4:]] == ["1.2", "2.5", "3.0", "4.0"]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from cascade_det.engine.hooks import figures_of
 from cascade_det.errors import CheckpointError, ConfigError, DatasetError
 from cascade_det.standalone import evaluate, train
 from cascade_det.standalone.build import build_detector
@@ -108,3 +109,56 @@ def test_weights_are_needed(cfg):
         evaluate(cfg)
     with pytest.raises(CheckpointError, match="nothing to resume"):
         evaluate(cfg, resume=True)
+
+
+def test_pictures_and_tables_are_extras(cfg, monkeypatch, caplog):
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cascade_det.engine.evaluate.plot_report", no_space)
+    monkeypatch.setattr("cascade_det.evaluation.analysis_files.plot_confusion", no_space)
+    monkeypatch.setattr("cascade_det.evaluation.analysis_files.write_csv", no_space)
+    results = evaluate(cfg)
+    assert json.loads((Path(cfg.OUTPUT_DIR) / "results.json").read_text())["bbox"].keys() == (
+        results["bbox"].keys()
+    )
+    for name in ("report.png", "per_class.csv", "confusion_matrix.png", "worst_images.csv"):
+        assert f"{name} was not written: OSError: [Errno 28] No space left" in caplog.text
+
+
+def test_figures_are_no_extras(cfg, monkeypatch):
+    def no_space(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cascade_det.engine.evaluate.write_results", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        evaluate(cfg)
+
+
+def test_two_categories_of_one_name_have_figures_of_their_own(cfg, test_json, tmp_path):
+    content = torch.load(tmp_path / "weights.pth", weights_only=True)
+    torch.save({"model": content["model"]}, tmp_path / "weights.pth")
+    change(test_json, lambda content: content["categories"][1].update(name="circle"))
+    change(test_json, lambda content: content["categories"][0].update(name="circle"))
+    results = evaluate(cfg)
+    saved = json.loads((Path(cfg.OUTPUT_DIR) / "results.json").read_text())
+    # What CASCADE.BEST_METRIC may name.
+    figures = dict(figures_of(results))
+    for name in ("AP-circle (id 1)", "AP-circle (id 2)"):
+        assert name in saved["bbox"]
+        assert f"bbox/{name}" in figures
+    assert "AP-circle" not in saved["bbox"]
+
+
+def test_more_detections_count_where_the_detector_gives_more(cfg, test_json):
+    def crowd(content):
+        image = content["images"][0]["id"]
+        first = next(a for a in content["annotations"] if a["image_id"] == image)
+        content["annotations"] += [{**first, "id": 1000 + number} for number in range(150)]
+
+    change(test_json, crowd)
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    limit = "TEST.DETECTIONS_PER_IMAGE"
+    assert any("more than 100 objects" in note and limit in note for note in evaluate(cfg)["notes"])
+    cfg.TEST.DETECTIONS_PER_IMAGE = 250
+    assert not any(limit in note for note in evaluate(cfg)["notes"])

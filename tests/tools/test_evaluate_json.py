@@ -297,3 +297,24 @@ def is_prediction(entry):
         )
     except (TypeError, KeyError):
         return False
+
+
+def test_the_limit_of_detections_can_be_set(files, capsys):
+    expected = {}
+    for limit in ("1", "100"):
+        assert run(files, "--max-detections", limit, "--output", str(files / limit)) == 0
+        expected[limit] = json.loads((files / limit / "scores.json").read_text())
+        told = "Raise --max-detections." in capsys.readouterr().out
+        assert told == (limit == "1")
+    truth = COCO(str(files / "val.json"))
+    evaluation = COCOeval(truth, truth.loadRes(str(files / "predictions.json")), "bbox")
+    evaluation.params.maxDets = [1, 10, 100]
+    evaluation.evaluate()
+    evaluation.accumulate()
+    for index, limit in ((0, "1"), (2, "100")):
+        precision = evaluation.eval["precision"][:, :, :, 0, index]
+        ap = 100 * precision[precision > -1].mean()
+        assert expected[limit]["bbox"]["AP"] == pytest.approx(ap, abs=1e-9)
+    assert expected["1"]["bbox"]["AP"] < expected["100"]["bbox"]["AP"]
+    with pytest.raises(SystemExit):
+        run(files, "--max-detections", "0")

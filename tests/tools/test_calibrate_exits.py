@@ -16,6 +16,7 @@ from cascade_det.config import load_config
 from cascade_det.engine import calibrate as calibrate_module
 from cascade_det.engine.calibration_target import Options
 from cascade_det.engine.recording import _SHARES, time_policies
+from cascade_det.errors import DatasetError
 from cascade_det.evaluation import exit_comparison
 from cascade_det.evaluation.exit_front import plot_front
 from cascade_det.standalone import evaluate, host
@@ -315,3 +316,19 @@ class TestMistakes:
         assert run(case, tmp_path, "--latency-ms", "0.001", "--trials=3") == 1
         assert "the fastest setting takes" in capfd.readouterr().err
         assert [path.name for path in Path(tmp_path).iterdir()] == ["log.txt"]
+
+
+@pytest.mark.parametrize(("per_image", "limit"), [("50", 100), ("250", 250)])
+def test_as_many_detections_count_as_in_an_evaluation(
+    case, tmp_path, monkeypatch, per_image, limit
+):
+    asked = []
+
+    def matcher(*_, max_detections):
+        asked.append(max_detections)
+        raise DatasetError("far enough")
+
+    monkeypatch.setattr(calibrate_module, "ImageMatcher", matcher)
+    options = ["TEST.DETECTIONS_PER_IMAGE", per_image]
+    assert run(case, tmp_path, "--exit-rate", "0.5", options=options) == 1
+    assert asked == [limit]

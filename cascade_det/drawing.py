@@ -10,19 +10,10 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from cascade_det.colors import Color, class_color
 from cascade_det.text import printable
 
-# BGR; told apart by people who see colours differently (Okabe and Ito's set).
-GREEN, ORANGE, BLUE, PURPLE, YELLOW, RED = (
-    (115, 158, 0),
-    (0, 159, 230),
-    (178, 114, 0),
-    (167, 121, 204),
-    (66, 228, 240),
-    (0, 94, 213),
-)
 _WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
-_NUM_COLORS = 256
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _MIN_FONT_SCALE = 0.35  # Capitals of 8 px: below this they cannot be read.
 _LONGEST_TEXT = 80  # Characters of a class or file name; a label is no wider than its picture.
@@ -30,7 +21,6 @@ _LONGEST_JPEG_SIDE = 65_500  # Of libjpeg.
 
 # A rectangle of pixels: left, top, width, height.
 Area = tuple[int, int, int, int]
-Color = tuple[int, int, int]
 
 
 class DrawableDetections(Protocol):
@@ -47,15 +37,6 @@ class DrawableDetections(Protocol):
     scores: Any
     classes: Any
     exit_stages: Any
-
-
-def class_color(index: int) -> Color:
-    """The BGR colour of a class; 256 classes have one of their own, then they repeat.
-
-    After Okabe and Ito's six, each is the one that is farthest from all before it in CIELAB, as
-    Glasbey et al. choose them ("Colour displays for categorical images", 2007).
-    """
-    return _palette()[index % _NUM_COLORS]
 
 
 def draw_detections(
@@ -158,42 +139,6 @@ def encode(picture: npt.NDArray[np.uint8], suffix: str) -> bytes:
         raise ValueError(f"a picture of {width:,} x {height:,} px cannot be written as {suffix}")
     encoded: bytes = content.tobytes()
     return encoded
-
-
-@functools.cache
-def _palette() -> tuple[Color, ...]:
-    """Greedy, so that the first colours differ most, and more of them change none."""
-    levels = np.arange(0, 256, 15)
-    candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
-    lab = _lab(candidates)
-    # No near-black, near-white or grey: there is enough of them in photographs.
-    colorful = (lab[:, 0] > 25) & (lab[:, 0] < 90) & (np.hypot(lab[:, 1], lab[:, 2]) > 25)
-    candidates, lab = candidates[colorful], lab[colorful]
-    chosen = [GREEN, ORANGE, BLUE, PURPLE, YELLOW, RED]
-    nearest = np.linalg.norm(lab[:, None] - _lab(np.array(chosen)), axis=2).min(axis=1)
-    while len(chosen) < _NUM_COLORS:
-        # Rounded, so that processors that round otherwise agree.
-        best = int(nearest.round(6).argmax())
-        blue, green, red = candidates[best].tolist()
-        chosen.append((blue, green, red))
-        nearest = np.minimum(nearest, np.linalg.norm(lab - lab[best], axis=1))
-    return tuple(chosen)
-
-
-def _lab(bgr: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """CIELAB ``[N, 3]`` of sRGB colours under D65 (IEC 61966-2-1, CIE 15)."""
-    encoded = bgr[:, ::-1] / 255
-    linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
-    to_xyz = np.array(
-        [
-            [0.4124564, 0.3575761, 0.1804375],
-            [0.2126729, 0.7151522, 0.0721750],
-            [0.0193339, 0.1191920, 0.9503041],
-        ]
-    )
-    xyz = linear @ to_xyz.T / to_xyz.sum(axis=1)
-    x, y, z = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz * (29 / 6) ** 2 / 3 + 4 / 29).T
-    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
 
 
 def _array(values: Any) -> npt.NDArray[Any]:

@@ -23,6 +23,7 @@ RANKS = {
     "errors": -1,
     "files": -1,
     "text": -1,
+    "colors": -1,
     "drawing": -1,
     "convolution": -1,
     "config": 0,
@@ -51,6 +52,7 @@ HOMES = {
 DIETS = {
     "config": {"fvcore", "iopath", "yacs", "yaml"},
     "convolution": {"torch"},
+    "colors": {"numpy"},
     "drawing": {"cv2", "numpy"},
     "layers": {"torch", "torchvision.ops"},
     "layers_folding": {"torch", "torchvision.ops"},

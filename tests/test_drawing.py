@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cascade_det import drawing
+from cascade_det.colors import GREEN, class_color
 from cascade_det.core.structures import Detections
-from cascade_det.drawing import GREEN, caption, class_color, draw_boxes, draw_detections, encode
+from cascade_det.drawing import caption, draw_boxes, draw_detections, encode
 from cascade_det.onnx_predictor import ArrayDetections
 
 NAMES = ("cat", "dog")

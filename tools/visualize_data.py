@@ -42,10 +42,11 @@ import numpy as np
 from fvcore.common.config import CfgNode
 
 from cascade_det import config
+from cascade_det.colors import class_color
 from cascade_det.config import check_config, load_config
 from cascade_det.data.loader import build_train_loader
 from cascade_det.data.samples import Sample
-from cascade_det.drawing import class_color, draw_boxes, encode
+from cascade_det.drawing import draw_boxes, encode
 from cascade_det.engine.commands import without_traceback
 from cascade_det.engine.datasets import load_datasets
 from cascade_det.engine.log import setup_logging

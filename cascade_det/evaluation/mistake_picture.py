@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cascade_det.drawing import GREEN, RED, YELLOW, caption, draw_boxes
+from cascade_det.colors import GREEN, RED, YELLOW
+from cascade_det.drawing import caption, draw_boxes
 from cascade_det.text import printable
 
 # In the order in which they are drawn: mistakes on top.

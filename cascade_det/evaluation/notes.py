@@ -23,6 +23,8 @@ _SIZES = {
 _MAX_NAMES = 10
 # Of the objects whose area cannot be: a few of them change no AP.
 _MOST_WRONG_AREAS = 0.01
+# Of the detections; a detector that keeps to the image has none.
+_SHARE_BEYOND = 0.25
 
 
 def explain(
@@ -62,6 +64,7 @@ def explain(
         *_missing_classes(results, coco_gt, objects),
         *_useless_predictions(results, coco_gt, objects, predictions),
         *_equal_scores(predictions),
+        *_corners_as_sizes(coco_gt, predictions),
     ]
 
 
@@ -153,6 +156,24 @@ def _equal_scores(predictions: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
         f"All detections of a class have the same score (such as {ranked[0][0]:g}), so that "
         "nothing says which come first: AP depends on their order."
+    ]
+
+
+def _corners_as_sizes(coco_gt: COCO, predictions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Boxes that are within their images as XYXY alone."""
+    sizes = {key: (image.get("width"), image.get("height")) for key, image in coco_gt.imgs.items()}
+    known = [item for item in predictions if None not in sizes.get(item["image_id"], (None,))]
+    if not known:
+        return []
+    boxes = np.array([item["bbox"] for item in known], np.float64)
+    corner, other = boxes[:, :2], boxes[:, 2:]
+    most = np.array([sizes[item["image_id"]] for item in known], np.float64) + 1
+    beyond = (corner + other > most).any(axis=1).mean()
+    if beyond < _SHARE_BEYOND or not ((corner <= other) & (other <= most)).all():
+        return []
+    return [
+        f"{100 * beyond:.0f} % of the detections reach beyond their image, and none of them would "
+        "as [x1, y1, x2, y2]: 'bbox' has to be [x, y, width, height]."
     ]
 
 

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from cascade_det.drawing import GREEN, RED, YELLOW
+from cascade_det.colors import GREEN, RED, YELLOW
 from cascade_det.errors import DatasetError
 from cascade_det.evaluation import format_report, score_results
 from cascade_det.evaluation.analysis_files import write_analysis

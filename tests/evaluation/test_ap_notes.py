@@ -230,3 +230,16 @@ def test_names_in_notes_can_be_shown(coco_content, all_sizes):
     _, notes = notes_for(content, all_sizes)
     assert "\\x1b[2J\\u202exx" in notes
     assert len(notes) < 200
+
+
+def test_detections_as_corners(coco_content, all_sizes):
+    words = "bbox' has to be [x, y, width, height]"
+    content = coco_content(all_sizes)
+    near = [(1, 3, (10, 10, 90, 80)), (1, 7, (50, 50, 140, 100))]
+    assert words not in notes_for(content, near)[1]  # These are boxes either way.
+    far = [(i, c, (x + 200, y + 100, x + w + 200, y + h + 100)) for i, c, (x, y, w, h) in all_sizes]
+    assert words in notes_for(content, far)[1]
+    assert words not in notes_for(content, [*far, (1, 3, (50, 50, 40, 40))])[1]
+    for image in content["images"]:
+        del image["width"]
+    assert words not in notes_for(content, far)[1]

@@ -12,6 +12,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+FOLLOW_LINKS = "--follow-links"
+
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -30,6 +32,13 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--decode",
         action="store_true",
         help="decode every image, not those of DATASETS.TEST alone: slow, finds all that is broken",
+    )
+    parser.add_argument(
+        FOLLOW_LINKS,
+        choices=("near", "all", "none"),
+        default="near",
+        help="with --json: which links out of the image folder are followed, as "
+        "CASCADE.FOLLOW_LINKS says in a configuration",
     )
     parser.add_argument("--json-out", metavar="FILE", help="write the findings for programs")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="of the YAML")
@@ -50,11 +59,13 @@ from cascade_det.data.catalog import DatasetSource, dataset_of_files, find_datas
 from cascade_det.data.coco_json import CheckedJson
 from cascade_det.data.dataset_check import check_dataset
 from cascade_det.data.dataset_summary import DatasetSummary, summarise
+from cascade_det.data.image_names import LinkRule
 from cascade_det.data.problems import Problems
 from cascade_det.engine.commands import without_traceback
 from cascade_det.engine.log import setup_logging
 from cascade_det.errors import ConfigError, DatasetError
 from cascade_det.files import write_json
+from cascade_det.text import printable
 
 
 @dataclass
@@ -62,6 +73,7 @@ class Wanted:
     """A data set to check, and what it has to be good for."""
 
     source: DatasetSource
+    links: LinkRule
     for_training: bool = False
     for_testing: bool = False
     num_classes: int | None = None
@@ -84,7 +96,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _wanted(args: argparse.Namespace) -> list[Wanted]:
     if args.json:
-        return [Wanted(dataset_of_files(args.json, args.images))]
+        links = LinkRule(args.follow_links, FOLLOW_LINKS)
+        return [Wanted(dataset_of_files(args.json, args.images), links)]
     cfg = load_config(args.config_file, args.opts)
     check_config(cfg)
     found: dict[str, Wanted] = {}
@@ -92,9 +105,9 @@ def _wanted(args: argparse.Namespace) -> list[Wanted]:
         arguments = config.datasets_arguments(cfg, train)
         for name in arguments["names"]:
             source = find_dataset(name, arguments["own_datasets"])
-            wanted = found.setdefault(
-                name, Wanted(source, num_classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES)
-            )
+            links = LinkRule(arguments["follow_links"])
+            classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+            wanted = found.setdefault(name, Wanted(source, links, num_classes=classes))
             wanted.for_training |= train
             wanted.for_testing |= not train
     if not found:
@@ -105,11 +118,12 @@ def _wanted(args: argparse.Namespace) -> list[Wanted]:
 def _report(wanted: Wanted, *, decode: bool) -> dict[str, Any]:
     """Check and print one data set; returns the same as plain values."""
     source = wanted.source
-    print(f"\n{source.name}: {source.json_file}, images in {source.image_root}\n", flush=True)
+    place = printable(f"{source.name}: {source.json_file}, images in {source.image_root}")
+    print(f"\n{place}\n", flush=True)
     try:
-        checked = check_dataset(source, decode=decode)
+        checked = check_dataset(source, decode=decode, links=wanted.links)
     except DatasetError as error:
-        print(error)
+        print(printable(str(error), lines=True))
         return {"problems": {"file that cannot be read": {"count": 1, "examples": [str(error)]}}}
     summary = summarise(checked)
     problems = _problems(wanted, checked, summary)

@@ -21,6 +21,7 @@ from typing import Any
 
 _BAD_DATA_OPTION = "--on-bad-data"
 _LIMIT_OPTION = "--max-detections"
+_LINKS_OPTION = "--follow-links"
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -47,6 +48,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="what to do about bad annotations and images, as CASCADE.ON_BAD_DATA does; without "
         "--images the files are not looked at, so AP differs from that of a run that skipped some",
     )
+    parser.add_argument(
+        _LINKS_OPTION,
+        choices=("near", "all", "none"),
+        default="near",
+        help="which links out of the folder of --images are followed, as CASCADE.FOLLOW_LINKS says",
+    )
     return parser.parse_args(argv)
 
 
@@ -62,6 +69,7 @@ if __name__ == "__main__":
 from cascade_det.data.annotation_file import read_json
 from cascade_det.data.catalog import dataset_of_files
 from cascade_det.data.coco import CocoDataset, left_out_notes, load_dataset
+from cascade_det.data.image_names import LinkRule
 from cascade_det.data.problems import Problems, shown
 from cascade_det.data.transforms import read_image
 from cascade_det.engine.commands import without_traceback
@@ -93,6 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         check_images=args.images is not None,
         decode=True,  # as before a run, so that the same images are left out
         option=_BAD_DATA_OPTION,
+        links=LinkRule(args.follow_links, _LINKS_OPTION),
     )
     results = evaluate(
         dataset, Path(args.predictions), args.score_threshold, max_detections=args.max_detections

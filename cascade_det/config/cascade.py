@@ -45,6 +45,14 @@ _CASCADE: dict[str, Any] = {
     # are decoded before a run, and of training sets only their heads and ends are looked at: one
     # that proves broken when it is read stops the training, or ("skip") another takes its place.
     "ON_BAD_DATA": "error",
+    # Images, or folders of images, that are symbolic links to somewhere outside the image folder:
+    # "near" follows those to below the folder of the json or the working directory, "all" follows
+    # them anywhere, "none" nowhere. The others are bad data, see above.
+    "FOLLOW_LINKS": "near",
+    # Passes over the images that are trained on, as the length of the training: SOLVER.MAX_ITER
+    # becomes as many iterations, and STEPS, WARMUP_ITERS, CHECKPOINT_PERIOD and TEST.EVAL_PERIOD
+    # shrink or grow in proportion to it. From 0 to 1,000,000; 0 = SOLVER.MAX_ITER as it is.
+    "EPOCHS": 0.0,
     "MAX_TO_KEEP": 5,  # latest checkpoints that are kept; 0 = all of them
     # The figure that decides which checkpoint is the best one, and that PATIENCE watches: more is
     # better, but of losses less. Of several test sets, begin with the name of one

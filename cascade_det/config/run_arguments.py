@@ -57,11 +57,12 @@ def shadow_arguments(cfg: CfgNode) -> dict[str, Any]:
 
 
 def datasets_arguments(cfg: CfgNode, train: bool) -> dict[str, Any]:
-    """The ``names`` to load, and ``own_datasets``: (name, annotation file, image folder) each."""
+    """The ``names`` to load; ``own_datasets``: (name, annotation file, image folder) each."""
     return {
         "names": tuple(cfg.DATASETS.TRAIN if train else cfg.DATASETS.TEST),
         "own_datasets": tuple(tuple(dataset) for dataset in cfg.CASCADE.DATASETS),
         "on_bad_data": cfg.CASCADE.ON_BAD_DATA,
+        "follow_links": cfg.CASCADE.FOLLOW_LINKS,
     }
 
 

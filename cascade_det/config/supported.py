@@ -78,6 +78,7 @@ SUPPORTED: tuple[Rule, ...] = (
     only("VIS_PERIOD", 0, why=_D2_ONLY),
     only("GLOBAL.HACK", 1.0, why="Nothing reads it."),
     only("CASCADE.ON_BAD_DATA", "error", "skip"),
+    only("CASCADE.FOLLOW_LINKS", "near", "all", "none"),
     only("CASCADE.OPTIMIZER", "SGD", "AdamW"),
     only("CASCADE.AMP_DTYPE", "auto", "bfloat16", "float16"),
 )

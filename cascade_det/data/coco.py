@@ -15,6 +15,8 @@ from cascade_det.data.catalog import DatasetSource
 from cascade_det.data.coco_json import CheckedJson, JsonObject, check_coco_json
 from cascade_det.data.dataset_check import check_dataset
 from cascade_det.data.image_check import MISSING
+from cascade_det.data.image_names import ALL_LINKS, NEAR_LINKS, LinkRule
+from cascade_det.data.notes import find_mistakes
 from cascade_det.errors import DatasetError
 
 logger = logging.getLogger(__name__)
@@ -81,6 +83,7 @@ def load_dataset(
     check_images: bool = True,
     decode: bool = False,
     option: str = ON_BAD_DATA,
+    links: LinkRule = NEAR_LINKS,
     share: tuple[int, int] = (0, 1),
     gather: Callable[[Any], list[Any]] = lambda findings: [findings],
 ) -> CocoDataset:
@@ -94,9 +97,11 @@ def load_dataset(
         on_bad_data: ``"error"`` stops at bad images or annotations, all of them listed together;
             ``"skip"`` leaves them out and logs how many.
         keep_ground_truth: whether to keep the annotations as an evaluation needs them.
-        check_images: whether to look at the files of the images; without, they need not exist.
+        check_images: whether to look at the files of the images; without, they need not exist, and
+            where a link leads is of no interest.
         decode: whether to decode each image: then none turns out to be broken when it is needed.
         option: what the user sets ``on_bad_data`` by, for messages.
+        links: which links out of the image folder are followed.
         share: (rank, number of processes) where several load the same data set: each opens its
             part of the images.
         gather: gives what all processes found, in the order of their ranks, for what this one
@@ -109,9 +114,9 @@ def load_dataset(
     if on_bad_data not in ("error", "skip"):
         raise ValueError(f"on_bad_data must be 'error' or 'skip', not {on_bad_data!r}")
     if check_images:
-        checked = check_dataset(source, decode=decode, share=share, gather=gather)
+        checked = check_dataset(source, decode=decode, share=share, gather=gather, links=links)
     else:
-        checked = check_coco_json(source.json_file, source.image_root)
+        checked = check_coco_json(source, ALL_LINKS)
     if checked.unusable or (checked.bad and on_bad_data == "error"):
         raise DatasetError(_refusal(source, checked, option))
     if share[0] == 0:  # all processes know the same
@@ -178,6 +183,8 @@ def _log_findings(source: DatasetSource, checked: CheckedJson) -> None:
     for problems in (checked.bad, checked.of_no_area):
         if problems:
             logger.warning("%s: left out\n%s", source.json_file, problems)
+    if mistakes := find_mistakes(checked):
+        logger.warning("%s: probably a mistake\n%s", source.json_file, mistakes)
     present = {
         annotation["category_id"]
         for annotations in checked.annotations.values()

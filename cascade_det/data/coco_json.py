@@ -10,12 +10,13 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from cascade_det.data.annotation_file import read_annotation_file
+from cascade_det.data.catalog import DatasetSource
+from cascade_det.data.image_names import NEAR_LINKS, LinkRule, name_guard
 from cascade_det.data.problems import Problems, shown
+from cascade_det.text import check_name
 
 JsonObject = dict[str, Any]
 
@@ -24,6 +25,7 @@ _COORDINATE_LIMIT = 1e9
 _ID_LIMIT = 2**63  # of what other programs can hold
 
 _TOLD = ("image_id", "category_id", "bbox")  # of an annotation
+_TOLD_OF_IMAGES = ("file_name", "width", "height")
 
 
 @dataclass
@@ -51,24 +53,25 @@ class CheckedJson:
     of_no_area: Problems = field(default_factory=Problems)
 
 
-def check_coco_json(json_file: Path, image_root: Path) -> CheckedJson:
+def check_coco_json(source: DatasetSource, links: LinkRule = NEAR_LINKS) -> CheckedJson:
     """Read a json and check every image, category and annotation in it, but no image file.
 
     Args:
-        json_file: COCO format; ``annotations`` may be absent.
-        image_root: the folder that no file name may leave.
+        source: a json in COCO format, where ``annotations`` may be absent, and the folder that no
+            file name may leave.
+        links: which links may leave it.
 
     Raises:
         DatasetError: the file cannot be read, is no json, or has no object at the top.
     """
-    content = read_annotation_file(json_file)
+    content = read_annotation_file(source.json_file)
     checked = CheckedJson(has_annotations="annotations" in content)
     categories = _entries(content, "categories", checked, checked.unusable)
     _check_categories(categories, checked)
     # Where categories are wrong or missing, annotations are not blamed for theirs.
     category_ids = _Everything() if checked.unusable else checked.categories
     images = _entries(content, "images", checked, checked.bad)
-    _check_images(images, image_root, checked)
+    _check_images(images, name_guard(source, links), checked)
     if checked.has_annotations:
         _check_annotations(
             _entries(content, "annotations", checked, checked.bad),
@@ -76,7 +79,7 @@ def check_coco_json(json_file: Path, image_root: Path) -> CheckedJson:
             checked.image_ids if isinstance(content.get("images"), list) else _Everything(),
             category_ids,
             # COCO's own 2014 minival files repeat ids; Detectron2 takes them, and so do we.
-            ids_may_repeat="minival" in json_file.name,
+            ids_may_repeat="minival" in source.json_file.name,
             checked=checked,
         )
     return checked
@@ -108,31 +111,37 @@ def _entries(
 
 def _check_categories(entries: list[JsonObject], checked: CheckedJson) -> None:
     """Fill in the categories. All of them must be right: each one less would renumber the rest."""
-    counts = Counter(_plain_id(entry) for entry in entries)
+    counts = Counter(_plain_id(entry.get("id")) for entry in entries)
     for entry in entries:
-        problem = _id_problem(entry, "category", counts) or _name_problem(entry.get("name"))
-        if problem:
+        if problem := _id_problem(entry, "category", counts):
             checked.unusable.add(problem, _describe, "category", entry, ("name",))
-        else:
-            checked.categories[entry["id"]] = entry["name"]
+            continue
+        try:
+            checked.categories[entry["id"]] = check_name(entry.get("name"))
+        except ValueError as error:
+            checked.unusable.add(
+                "category without a usable 'name'", "category {}: {}".format, entry["id"], error
+            )
     if not entries and not checked.unusable:
         checked.unusable.add("list of classes without any", "'categories'".format)
     checked.categories = dict(sorted(checked.categories.items()))
 
 
-def _name_problem(name: object) -> str | None:
-    usable = isinstance(name, str) and name and _is_encodable(name)
-    return None if usable else "category without a usable 'name'"
-
-
-def _check_images(entries: list[JsonObject], image_root: Path, checked: CheckedJson) -> None:
+def _check_images(
+    entries: list[JsonObject],
+    leads_wrong: Callable[[str], tuple[str, str] | None],
+    checked: CheckedJson,
+) -> None:
     """Fill in the images; of those that share an id none, as nobody knows whose the boxes are."""
-    leaves_folder = _folder_guard(image_root)
-    counts = Counter(_plain_id(entry) for entry in entries)
+    counts = Counter(_plain_id(entry.get("id")) for entry in entries)
     for entry in entries:
-        problem = _id_problem(entry, "image", counts) or _image_problem(entry, leaves_folder)
+        detail = ""
+        problem = _id_problem(entry, "image", counts) or _file_name_problem(entry)
+        if not problem and (wrong := leads_wrong(entry["file_name"])):
+            problem, detail = wrong
+        problem = problem or _size_problem(entry)
         if problem:
-            checked.bad.add(problem, _describe, "image", entry, ("file_name", "width", "height"))
+            checked.bad.add(problem, _describe, "image", entry, _TOLD_OF_IMAGES, detail)
         else:
             checked.images[entry["id"]] = entry
     checked.images = dict(sorted(checked.images.items()))
@@ -170,53 +179,56 @@ def _check_annotations(
 # -- ids ------------------------------------------------------------------------------------------
 
 
-def _plain_id(entry: JsonObject) -> int | str | None:
-    """The id where it can be looked up: a text is no id, but its annotations can be told by it."""
-    value = entry.get("id")
-    return value if type(value) in (int, str) else None
+def _plain_id(value: object) -> int | str | None:
+    """An id as it is looked up: a text is none, but annotations of its image are told by it.
+
+    So are those of a float, by its text: as a number, 1.0 would be found as 1.
+    """
+    if isinstance(value, float):
+        return repr(value)
+    return value if isinstance(value, int | str) and not isinstance(value, bool) else None
 
 
 def _id_problem(entry: JsonObject, what: str, counts: Counter[Any]) -> str | None:
-    if not _is_id(entry.get("id")):
-        return f"{what} without an integer 'id'"
+    if problem := _integer_problem(what, entry, "id"):
+        return problem
     return f"{what} that shares its id with another" if counts[entry["id"]] > 1 else None
 
 
-def _is_id(value: object) -> bool:
-    return type(value) is int and -_ID_LIMIT <= value < _ID_LIMIT
+def _integer_problem(what: str, entry: JsonObject, key: str) -> str | None:
+    value = entry.get(key)
+    if type(value) is int:
+        return None if _is_id(value) else f"{what} whose {key!r} is beyond 64 bits"
+    if isinstance(value, float):
+        return f"{what} whose {key!r} is a float, not an integer (1, not 1.0)"
+    if isinstance(value, str):
+        return f'{what} whose {key!r} is text, not an integer (1, not "1")'
+    return f"{what} without an integer {key!r}"
 
 
-def _describe(what: str, entry: JsonObject, keys: tuple[str, ...]) -> str:
+def _is_id(value: int) -> bool:
+    return -_ID_LIMIT <= value < _ID_LIMIT
+
+
+def _describe(what: str, entry: JsonObject, keys: tuple[str, ...], detail: str = "") -> str:
     facts = ", ".join(f"{key} {shown(entry[key])}" for key in keys if key in entry)
-    return f"{what} {shown(entry.get('id'))} ({facts})"
+    described = f"{what} {shown(entry.get('id'))} ({facts})"
+    return f"{described}: {detail}" if detail else described
 
 
 # -- images ---------------------------------------------------------------------------------------
 
 
-def _folder_guard(image_root: Path) -> Callable[[str], bool]:
-    """A test of file names: does following ``..``, ``/`` and links end outside the folder?"""
-    root = os.path.realpath(image_root)
-    # Many images share few folders; so one look per image, at the file itself, is enough.
-    real_folder = cache(os.path.realpath)
-
-    def leaves_folder(file_name: str) -> bool:
-        folder, name = os.path.split(os.path.join(root, file_name))
-        path = os.path.join(real_folder(folder), name)
-        if name in ("", ".", "..") or os.path.islink(path):
-            path = os.path.realpath(path)
-        return not path.startswith(os.path.join(root, ""))
-
-    return leaves_folder
+def _file_name_problem(image: JsonObject) -> str | None:
+    return None if _is_path(image.get("file_name")) else "image without a usable 'file_name'"
 
 
-def _image_problem(image: JsonObject, leaves_folder: Callable[[str], bool]) -> str | None:
-    if not _is_path(image.get("file_name")):
-        return "image without a usable 'file_name'"
-    if leaves_folder(image["file_name"]):
-        return "image whose 'file_name' leaves the image folder"
-    if not all(type(image.get(side)) is int and image[side] > 0 for side in ("height", "width")):
-        return "image without a positive integer 'height' and 'width'"
+def _size_problem(image: JsonObject) -> str | None:
+    for side in ("height", "width"):
+        if problem := _integer_problem("image", image, side):
+            return problem
+        if image[side] <= 0:
+            return f"image whose {side!r} is not above 0"
     return None
 
 
@@ -230,26 +242,18 @@ def _is_path(value: object) -> bool:
     return True
 
 
-def _is_encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 # -- annotations ----------------------------------------------------------------------------------
 
 
 def _annotation_problem(
     annotation: JsonObject, image_ids: Container[object], category_ids: Container[object]
 ) -> str | None:
-    if not _is_id(annotation.get("id")):
-        return "annotation without an integer 'id'"
-    if not _is_known(image_ids, annotation.get("image_id")):
-        return "annotation of an unknown image"
-    if not _is_known(category_ids, annotation.get("category_id")):
-        return "annotation of an unknown category"
+    if problem := _integer_problem("annotation", annotation, "id"):
+        return problem
+    if problem := _reference_problem(annotation, "image", image_ids):
+        return problem
+    if problem := _reference_problem(annotation, "category", category_ids):
+        return problem
     if annotation.get("iscrowd", 0) not in (0, 1):
         return "annotation whose 'iscrowd' is neither 0 nor 1"
     if annotation.get("ignore", 0) != 0:
@@ -259,8 +263,21 @@ def _annotation_problem(
     return None
 
 
-def _is_known(ids: Container[object], value: object) -> bool:
-    return type(value) in (int, str) and value in ids
+def _reference_problem(annotation: JsonObject, what: str, ids: Container[object]) -> str | None:
+    """What is wrong with the image or category that an annotation names.
+
+    One that is bad itself is told already, and known by what it has in the place of an id.
+    """
+    value = annotation.get(f"{what}_id")
+    looked_up = _plain_id(value)
+    if looked_up is not None and looked_up in ids:
+        return None
+    is_meant = (isinstance(value, float) and value.is_integer() and int(value) in ids) or (
+        isinstance(value, str) and value.isdecimal() and len(value) < 20 and int(value) in ids
+    )
+    if is_meant:
+        return _integer_problem("annotation", annotation, f"{what}_id")
+    return f"annotation of an unknown {what}"
 
 
 def _box_problem(box: Any, image: JsonObject | None) -> str | None:

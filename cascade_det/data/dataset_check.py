@@ -8,6 +8,8 @@ from typing import Any
 from cascade_det.data.catalog import DatasetSource
 from cascade_det.data.coco_json import CheckedJson, check_coco_json
 from cascade_det.data.image_check import ImageEntry, find_bad_images
+from cascade_det.data.image_names import NEAR_LINKS, LinkRule
+from cascade_det.text import printable
 
 
 def check_dataset(
@@ -16,6 +18,7 @@ def check_dataset(
     decode: bool = False,
     share: tuple[int, int] = (0, 1),
     gather: Callable[[Any], list[Any]] = lambda findings: [findings],
+    links: LinkRule = NEAR_LINKS,
 ) -> CheckedJson:
     """Check a json and the files of its images; images whose file is bad are among ``bad``.
 
@@ -24,11 +27,12 @@ def check_dataset(
         decode: see :func:`find_bad_images`, as for ``share`` and ``gather``.
         share: see ``decode``.
         gather: see ``decode``.
+        links: which links out of the image folder are followed.
 
     Raises:
         DatasetError: the json cannot be read at all.
     """
-    checked = check_coco_json(source.json_file, source.image_root)
+    checked = check_coco_json(source, links)
     entries = [
         ImageEntry(
             image_id, str(source.image_root), image["file_name"], image["height"], image["width"]
@@ -40,7 +44,7 @@ def check_dataset(
         decode=decode,
         share=share,
         gather=gather,
-        progress=f"checking the images of {source.name}",
+        progress=f"checking the images of {printable(source.name)}",
     )
     for image_id in checked.images.keys() & found.keys():
         del checked.images[image_id]

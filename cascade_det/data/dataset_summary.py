@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from cascade_det.data.coco_json import CheckedJson, JsonObject
+from cascade_det.data.notes import box_name, boxes_of, find_mistakes, is_outside
 from cascade_det.data.problems import Problems, shown
 
 # COCO's limits between small, medium and large, in square pixels.
 _AREA_LIMITS = (32**2, 96**2)
 _TINY_SIDE = 2  # pixels
-_OUTSIDE = 1  # pixels; annotation tools round
 
 
 @dataclass
@@ -50,16 +50,11 @@ def summarise(checked: CheckedJson) -> DatasetSummary:
     if not checked.has_annotations:
         summary.notes.add("data set without annotations", "good to run on, not to train on".format)
     for image in checked.images.values():
-        _count_image(image, list(_boxes(checked, image)), checked.has_annotations, summary)
+        _count_image(image, list(boxes_of(checked, image)), checked.has_annotations, summary)
+    summary.notes.update(find_mistakes(checked))
     _note_file_names(checked, summary.notes)
     _note_categories(checked, summary)
     return summary
-
-
-def _boxes(checked: CheckedJson, image: JsonObject) -> Iterator[JsonObject]:
-    for annotation in checked.annotations.get(image["id"], []):
-        if min(annotation["bbox"][2:]) > 0:
-            yield annotation
 
 
 def _count_image(
@@ -82,7 +77,7 @@ def _count_image(
         summary.areas[_size_class(box)] += 1
         key = (box["category_id"], *box["bbox"])
         for kind in _oddities(box, image, key in seen):
-            summary.notes.add(kind, _box_name, box)
+            summary.notes.add(kind, box_name, box)
         seen.add(key)
 
 
@@ -94,11 +89,9 @@ def _size_class(box: JsonObject) -> str:
 
 
 def _oddities(box: JsonObject, image: JsonObject, repeated: bool) -> Iterator[str]:
-    left, top, width, height = box["bbox"]
-    if min(width, height) < _TINY_SIDE:
+    if min(box["bbox"][2:]) < _TINY_SIDE:
         yield f"box with a side below {_TINY_SIDE} pixels"
-    beyond = max(-left, -top, left + width - image["width"], top + height - image["height"])
-    if beyond > _OUTSIDE:
+    if is_outside(box, image):
         yield "box that is partly outside its image (and is clipped)"
     if repeated:
         yield "box that is there twice, with the same class"
@@ -112,12 +105,9 @@ def _note_file_names(checked: CheckedJson, notes: Problems) -> None:
 
 
 def _note_categories(checked: CheckedJson, summary: DatasetSummary) -> None:
-    names = Counter(checked.categories.values())
     for category_id, name in checked.categories.items():
         if checked.has_annotations and not summary.category_boxes[category_id]:
             summary.notes.add("category without a box", shown, name)
-        if names[name] > 1:
-            summary.notes.add("category that has its name with another", shown, name)
     for one, other in pairwise(checked.categories):
         if other > one + 1:
             summary.notes.add("gap in the ids of categories", "{} to {}".format, one, other)
@@ -125,7 +115,3 @@ def _note_categories(checked: CheckedJson, summary: DatasetSummary) -> None:
 
 def _image_name(image: JsonObject) -> str:
     return f"image {image['id']} ({shown(image['file_name'])})"
-
-
-def _box_name(box: JsonObject) -> str:
-    return f"annotation {box['id']} (image {box['image_id']}, bbox {shown(box['bbox'])})"

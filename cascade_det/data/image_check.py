@@ -13,6 +13,7 @@ from typing import IO, Any, NamedTuple
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
+from cascade_det.data.image_names import is_windows_path
 from cascade_det.data.problems import shown
 from cascade_det.data.transforms import read_image
 from cascade_det.errors import DatasetError
@@ -136,6 +137,8 @@ def check_image(entry: ImageEntry, *, decode: bool = False) -> ImageProblem | No
         with open(entry.path, "rb") as file:
             return _check_open_file(file, entry, decode)
     except FileNotFoundError:
+        if is_windows_path(entry.file_name):
+            return _problem(f"{MISSING}, of a Windows path (write folders as 'a/b.png')", entry)
         return _problem(MISSING, entry)
     except OSError as error:
         return _problem("image file that cannot be read", entry, str(error))

@@ -163,7 +163,6 @@ def training_records(datasets: Sequence[CocoDataset], filter_empty: bool) -> lis
             f"nothing to train on in {names or 'no data set'}: none of {len(records)} images has a "
             "box that is not a crowd"
         )
-    logger.info("%d of %d images have boxes to train on", len(with_boxes), len(records))
     return with_boxes if filter_empty else records
 
 

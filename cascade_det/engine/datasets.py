@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Sequence
 
 from fvcore.common.config import CfgNode
 
 from cascade_det import config
 from cascade_det.data.catalog import DatasetSource, find_dataset
 from cascade_det.data.coco import CocoDataset, load_dataset
+from cascade_det.data.image_names import LinkRule
+from cascade_det.data.loader import training_records
 from cascade_det.engine import distributed
 from cascade_det.errors import ConfigError, DatasetError
+
+logger = logging.getLogger(__name__)
 
 Find = Callable[[str, Iterable[tuple[str, str, str]]], DatasetSource]
 
@@ -38,6 +43,7 @@ def load_datasets(cfg: CfgNode, *, train: bool, find: Find = find_dataset) -> li
             find(name, arguments["own_datasets"]),
             arguments["on_bad_data"],
             keep_ground_truth=not train,
+            links=LinkRule(arguments["follow_links"]),
             decode=not train,
             share=(distributed.rank(), distributed.world_size()),
             gather=distributed.all_gather,
@@ -79,6 +85,35 @@ def load_training_data(
     for dataset in test_datasets:
         _check_class_names(datasets[0], dataset)
     return datasets, test_datasets
+
+
+def scheduled(cfg: CfgNode, datasets: Sequence[CocoDataset]) -> CfgNode:
+    """The configuration with the schedule for its training data; says how long that is.
+
+    Args:
+        cfg: a checked configuration, whose ``CASCADE.EPOCHS`` may ask for another schedule.
+        datasets: those of ``DATASETS.TRAIN``.
+
+    Raises:
+        DatasetError: no image has a box to train on.
+    """
+    records = training_records(datasets, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    found = sum(len(dataset.records) for dataset in datasets)
+    if found > len(records):
+        logger.info("%s of %s images have boxes to train on", f"{len(records):,}", f"{found:,}")
+    before, cfg = cfg, config.scale_to_epochs(cfg, len(records))
+    changes = config.changed_keys(before, cfg)
+    if changes:
+        told = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changes.items())
+        logger.info("CASCADE.EPOCHS is %g: %s", cfg.CASCADE.EPOCHS, told)
+    iterations, images = cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH
+    epochs = iterations * images / len(records)
+    logger.info(
+        "%s iterations x %d images = %s epochs of %s images",
+        *(f"{iterations:,}", images),
+        *(f"{epochs:,.0f}" if epochs >= 1000 else f"{epochs:.3g}", f"{len(records):,}"),
+    )
+    return cfg
 
 
 def _check_classes(cfg: CfgNode, dataset: CocoDataset) -> None:

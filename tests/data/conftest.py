@@ -42,7 +42,7 @@ class CocoMaker:
 
     def _is_usual(self, image):
         return image.get("file_name") == f"{image['id']}.png" and all(
-            isinstance(image.get(side), int) and image[side] > 0 for side in ("height", "width")
+            type(image.get(side)) is int and image[side] > 0 for side in ("height", "width")
         )
 
     def write_text(self, text, *, name="set"):

@@ -30,11 +30,27 @@ CATEGORY = '"categories": [{"id": 1, "name": "a"}]'
         ),
         (
             '{"categories": [{"id": 1, "name": "\\ud800"}], "images": []}',
-            "category without a usable 'name': category 1",
+            r"category without a usable 'name': category 1: \\ud800 has control characters, or is",
+        ),
+        (
+            '{"categories": [{"id": 1, "name": "cat\\u001b[2J"}], "images": []}',
+            r"category without a usable 'name': category 1: cat\\x1b\[2J has control characters",
+        ),
+        (
+            '{"categories": [{"id": 1, "name": "' + "x" * 10_000 + '"}], "images": []}',
+            "category without a usable 'name': category 1: x+…x+ has 10,000 characters, and 255",
+        ),
+        (
+            '{"categories": [{"id": 1, "name": ["cat"]}], "images": []}',
+            r"category without a usable 'name': category 1: \['cat'\] is no text",
+        ),
+        (
+            '{"categories": [{"id": 1.0, "name": "a"}], "images": []}',
+            r"category whose 'id' is a float, not an integer \(1, not 1\.0\): category 1\.0",
         ),
         (
             '{"categories": [{"id": "1", "name": "a"}], "images": []}',
-            "category without an integer 'id': category '1'",
+            "category whose 'id' is text, not an integer .*: category '1'",
         ),
         (
             '{"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}], "images": []}',
@@ -88,13 +104,27 @@ def test_images_that_share_an_id_are_left_out_with_their_boxes(coco):
     assert [record.image_id for record in load_dataset(source, "skip").records] == [5]
 
 
-@pytest.mark.parametrize("image_id", ["1", "abc", None, 1.5, 2**63])
-def test_images_without_an_integer_id(coco, image_id):
+@pytest.mark.parametrize(
+    ("image_id", "said"),
+    [
+        ("1", "whose 'id' is text, not an integer"),
+        ("abc", "whose 'id' is text, not an integer"),
+        (1.5, "whose 'id' is a float, not an integer"),
+        (9.0, r"whose 'id' is a float, not an integer \(1, not 1\.0\)"),
+        (float("nan"), "whose 'id' is a float, not an integer"),
+        (2**63, "whose 'id' is beyond 64 bits"),
+        (None, "without an integer 'id'"),
+        (True, "without an integer 'id'"),
+        ([1], "without an integer 'id'"),
+    ],
+)
+def test_images_without_an_integer_id(coco, image_id, said):
     """Their annotations are not blamed as well where they can be told."""
     images = [coco.image(9), coco.image(1) | {"id": image_id}]
-    boxes = [coco.box(1, 9), *([coco.box(2, image_id)] if isinstance(image_id, str) else [])]
+    told = isinstance(image_id, str | float | int) and image_id is not True
+    boxes = [coco.box(1, 9), *([coco.box(2, image_id)] if told else [])]
     source = coco.write(images, boxes)
-    with pytest.raises(DatasetError, match="1 x image without an integer 'id': image") as caught:
+    with pytest.raises(DatasetError, match=f"1 x image {said}.*: image") as caught:
         load_dataset(source)
     assert str(caught.value).count(" x ") == 1
     assert len(load_dataset(source, "skip").records) == 1

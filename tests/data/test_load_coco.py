@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+import os
+import re
 
 import numpy as np
 import pytest
@@ -98,7 +100,15 @@ def test_equals_detectron2(bccd):
 
 BAD_BOXES = {
     "unknown image": {"image_id": 99},
-    "unknown image (text)": {"image_id": "1"},
+    "unknown image (text)": {"image_id": "one"},
+    "unknown image (no digits of ours)": {"image_id": "9" * 5000},
+    "unknown image (float)": {"image_id": 1.5},
+    "unknown image (not a number)": {"image_id": NAN},
+    "image as text": {"image_id": "1"},
+    "image as float": {"image_id": 1.0},
+    "category as float": {"category_id": 3.0},
+    "id as float": {"id": 2.0},
+    "id beyond": {"id": 2**63},
     "unknown image (list)": {"image_id": [1]},
     "unknown image (none)": {"image_id": None},
     "unknown category": {"category_id": 99},
@@ -126,6 +136,11 @@ BAD_BOXES = {
 SAID = {
     "unknown image": "annotation of an unknown image",
     "unknown category": "annotation of an unknown category",
+    "image as text": "annotation whose 'image_id' is text, not an integer (1, not \"1\")",
+    "image as float": "annotation whose 'image_id' is a float, not an integer (1, not 1.0)",
+    "category as float": "annotation whose 'category_id' is a float, not an integer (1, not 1.0)",
+    "id as float": "annotation whose 'id' is a float, not an integer (1, not 1.0)",
+    "id beyond": "annotation whose 'id' is beyond 64 bits",
     "id": "annotation without an integer 'id'",
     "id that another has": "annotation with the id of another one",
     "negative width": "box of negative width or height",
@@ -165,23 +180,38 @@ BAD_IMAGES = {
     "neighbour": ({"file_name": "../set2/a.png"}, "leaves the image folder"),
     "absolute": ({"file_name": "/etc/passwd"}, "leaves the image folder"),
     "the folder": ({"file_name": "."}, "leaves the image folder"),
-    "linked file": ({"file_name": "link.png"}, "leaves the image folder"),
-    "linked folder": ({"file_name": "linked/a.png"}, "leaves the image folder"),
-    "no height": ({"height": None}, "without a positive integer 'height' and 'width'"),
-    "zero width": ({"width": 0}, "without a positive integer 'height' and 'width'"),
-    "width is text": ({"width": "40"}, "without a positive integer 'height' and 'width'"),
+    "linked file": ({"file_name": "link.png"}, "behind a link out of its folder"),
+    "linked folder": ({"file_name": "linked/a.png"}, "behind a link out of its folder"),
+    "up from a link": ({"file_name": "linked/../a.png"}, "leaves the image folder"),
+    "backslashes": ({"file_name": "images\\2.png"}, "missing image file, of a Windows path"),
+    "a drive": ({"file_name": "C:/images/2.png"}, "missing image file, of a Windows path"),
+    "a space too many": ({"file_name": "2.png "}, "missing image file: image 2 ('2.png ')"),
+    "a name of 300 bytes": ({"file_name": "x" * 300}, "image file that cannot be read"),
+    "a folder": ({"file_name": "folder"}, "image that is no file"),
+    "a pipe": ({"file_name": "pipe"}, "image that is no file"),
+    "a device": ({"file_name": "device"}, "behind a link out of its folder"),
+    "a link to itself": ({"file_name": "loop.png"}, "image file that cannot be read"),
+    "no height": ({"height": None}, "image without an integer 'height'"),
+    "zero width": ({"width": 0}, "image whose 'width' is not above 0"),
+    "width is text": ({"width": "40"}, "image whose 'width' is text, not an integer"),
+    "height is a float": ({"height": 30.0}, "image whose 'height' is a float, not an integer"),
+    "height is true": ({"height": True}, "image without an integer 'height'"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_IMAGES)
-def test_bad_image(coco, caplog, case):
+def test_bad_image(coco, caplog, case, tmp_path_factory):
     changes, said = BAD_IMAGES[case]
     images = [coco.image(1), coco.image(2) | changes]
     images[1] = {key: value for key, value in images[1].items() if value is not None}
     source = coco.write(images, [coco.box(1, 1), coco.box(2, 2)])
-    (source.image_root / "link.png").symlink_to(source.json_file)
-    (source.image_root / "linked").symlink_to(coco.folder)
-    with pytest.raises(DatasetError, match=said) as caught:
+    (source.image_root / "link.png").symlink_to(tmp_path_factory.mktemp("far") / "a.png")
+    (source.image_root / "linked").symlink_to(tmp_path_factory.mktemp("far"))
+    (source.image_root / "loop.png").symlink_to("loop.png")
+    (source.image_root / "device").symlink_to("/dev/zero")
+    (source.image_root / "folder").mkdir()
+    os.mkfifo(source.image_root / "pipe")
+    with pytest.raises(DatasetError, match=re.escape(said)) as caught:
         load_dataset(source)
     # The annotation of the bad image is not a problem of its own.
     assert str(caught.value).count(" x ") == 1
@@ -204,7 +234,7 @@ def test_all_problems_are_told_together_with_counts_and_three_examples(coco):
         False
     ] * 2
     assert "1 x annotation of an unknown image: annotation 90 (image_id 77" in message
-    assert "1 x image without a positive integer 'height' and 'width': image 2" in message
+    assert "1 x image whose 'width' is not above 0: image 2" in message
 
 
 def test_boxes_of_no_area_are_left_out_with_a_warning(coco, caplog):

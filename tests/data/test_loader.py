@@ -198,12 +198,6 @@ def test_nothing_to_train_on(coco, images, boxes, filter_empty):
         build_train_loader([empty], **TRAIN | {"filter_empty": filter_empty})
 
 
-def test_filtering_is_logged(dataset, caplog):
-    with caplog.at_level(logging.INFO):
-        build_train_loader([dataset], **TRAIN)
-    assert "5 of 7 images have boxes" in caplog.text
-
-
 def test_seed_must_be_resolved_by_the_caller(dataset):
     with pytest.raises(ValueError, match="seed"):
         build_train_loader([dataset], **TRAIN | {"seed": -1})

@@ -1,5 +1,8 @@
 """Images and boxes: against Pillow, against Detectron2 where it is there, and by hand."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -123,8 +126,12 @@ def test_truncated_images(tmp_path, suffix, share):
 
 def test_what_is_no_image(tmp_path):
     (tmp_path / "text.jpg").write_text("hello")
-    for path in (tmp_path / "text.jpg", tmp_path):
-        with pytest.raises(DatasetError, match="cannot be read as an image"):
+    with pytest.raises(DatasetError, match="cannot be read as an image"):
+        read_image(str(tmp_path / "text.jpg"), "RGB")
+    os.mkfifo(tmp_path / "pipe.jpg")  # nobody writes into it: reading would wait for ever
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "pipe.jpg")
+    for path in (tmp_path / "pipe.jpg", tmp_path / "link.jpg", tmp_path, Path("/dev/zero")):
+        with pytest.raises(DatasetError, match=f"^{path}: is no file$"):
             read_image(str(path), "RGB")
 
 

@@ -122,7 +122,10 @@ def test_notes(folder):
         ),
         "file that several images name": (1, ["'3.png'"]),
         "category without a box": (1, ["'dog'"]),
-        "category that has its name with another": (2, ["'dog'", "'dog'"]),
+        "category that has its name with another": (
+            2,
+            ["category 2 ('dog')", "category 5 ('dog')"],
+        ),
         "gap in the ids of categories": (1, ["2 to 5"]),
     }
 

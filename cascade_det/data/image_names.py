@@ -1,0 +1,105 @@
+"""File names in a json: which files they may mean."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+from cascade_det.data.catalog import DatasetSource
+from cascade_det.data.problems import shown
+
+LINK_RULES = ("near", "all", "none")
+
+# Folders of Windows: "images\1.png", "C:/images/1.png".
+_WINDOWS_PATH = re.compile(r"[A-Za-z]:/|.*\\", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class LinkRule:
+    """Which symbolic links are followed where they lead out of the image folder.
+
+    A link is a file, or a folder on the way to it, such as a cache of data sets or another disk.
+
+    Attributes:
+        follow: ``"near"``: where the target lies below the folder of the json or the working
+            directory; ``"all"``; or ``"none"``.
+        option: what the user sets this by, for messages.
+    """
+
+    follow: str = "near"
+    option: str = "CASCADE.FOLLOW_LINKS"
+
+    def __post_init__(self) -> None:
+        if self.follow not in LINK_RULES:
+            raise ValueError(f"{self.option} is one of {LINK_RULES}, not {self.follow!r}")
+
+
+NEAR_LINKS = LinkRule()
+ALL_LINKS = LinkRule("all")
+
+
+def is_windows_path(file_name: str) -> bool:
+    """Whether a name has folders as Windows spells them, which here are part of the name."""
+    return _WINDOWS_PATH.match(file_name) is not None
+
+
+def name_guard(source: DatasetSource, links: LinkRule) -> Callable[[str], tuple[str, str] | None]:
+    """A test of file names: what is wrong with where one leads, and the details; or ``None``.
+
+    A name without ``..`` may leave the image folder through links that ``links`` allows; others,
+    absolute ones included, may not leave it by any means.
+
+    Args:
+        source: of the names.
+        links: see above.
+    """
+    root = os.path.realpath(source.image_root)
+    allowed = [root]
+    if links.follow == "near":
+        allowed += _near(os.path.realpath(source.json_file.parent), os.path.realpath("."))
+    prefixes = tuple(os.path.join(folder, "") for folder in allowed)
+    inside = os.path.join(root, "")
+    # Many images share few folders; so one look per image, at the file itself, is enough.
+    real_folder = cache(os.path.realpath)
+
+    def problem(file_name: str) -> tuple[str, str] | None:
+        folder, name = os.path.split(os.path.join(root, file_name))
+        path = os.path.join(real_folder(folder), name)
+        if name in ("", ".", "..") or os.path.islink(path):
+            path = os.path.realpath(path)
+        if path.startswith(inside):
+            return None
+        if os.path.isabs(file_name) or ".." in file_name.split("/") or path == root:
+            return "image whose 'file_name' leaves the image folder", ""
+        if links.follow == "all" or path.startswith(prefixes):
+            return None
+        kind = (
+            f"image behind a link out of its folder, which {links.option} {links.follow!r} does "
+            f"not follow ({_remedy(links.follow)})"
+        )
+        return kind, f"{_first_link(source, file_name)} leads to {shown(path)}"
+
+    return problem
+
+
+def _near(*folders: str) -> list[str]:
+    # A command that runs in the root of the file system has everything below it.
+    return [folder for folder in folders if folder != os.path.sep]
+
+
+def _remedy(follow: str) -> str:
+    near = "'near' follows it to the folder of the json and the working directory, "
+    return f"{near if follow == 'none' else ''}'all' anywhere"
+
+
+def _first_link(source: DatasetSource, file_name: str) -> str:
+    """The first part of a name that is a link."""
+    path = str(source.image_root)
+    for part in file_name.split("/"):
+        path = os.path.join(path, part)
+        if os.path.islink(path):
+            break
+    return shown(path)

@@ -45,7 +45,7 @@ from cascade_det.config.run_arguments import (
     train_loader_arguments,
     trainer_arguments,
 )
-from cascade_det.config.scaling import check_processes, scale_to_world_size
+from cascade_det.config.scaling import check_processes, scale_to_epochs, scale_to_world_size
 
 __all__ = [
     "ConfigFiles",
@@ -77,6 +77,7 @@ __all__ = [
     "optimizer_arguments",
     "pooler_arguments",
     "rpn_arguments",
+    "scale_to_epochs",
     "scale_to_world_size",
     "scheduler_arguments",
     "shadow_arguments",

@@ -223,6 +223,7 @@ _SINGLE: tuple[Rule, ...] = (
         each(each(is_text, length=3)),
         "Give [name, annotation file, image folder] for each data set.",
     ),
+    Rule("CASCADE.EPOCHS", within(0, 1e6), "Give a number from 0 to 1,000,000."),
     Rule("CASCADE.BEST_METRIC", is_text, "Give the name of a metric, such as bbox/AP."),
     Rule("OUTPUT_DIR", is_text, "Give a folder."),
 )

@@ -1,6 +1,9 @@
-"""A configuration made for one number of processes, on another number of them."""
+"""A schedule made for one number of processes or images, on another number of them."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
 
 from fvcore.common.config import CfgNode
 
@@ -39,6 +42,38 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
     return cfg
 
 
+def scale_to_epochs(cfg: CfgNode, images: int) -> CfgNode:
+    """The rule of ``CASCADE.EPOCHS``; 0 there leaves everything as it is.
+
+    ``SOLVER.MAX_ITER`` becomes the iterations that this many passes take, rounded up, and what is
+    counted in iterations changes in proportion, though never to 0: ``WARMUP_ITERS``, ``STEPS``,
+    ``CHECKPOINT_PERIOD`` and ``TEST.EVAL_PERIOD``. Called again with the result, this changes
+    nothing.
+
+    Args:
+        cfg: a checked configuration, scaled to its number of processes; it is not changed.
+        images: that are trained on, >= 1.
+
+    Returns:
+        A configuration with this schedule, frozen if ``cfg`` is.
+    """
+    if not cfg.CASCADE.EPOCHS:
+        return cfg
+    iterations = max(_up(cfg.CASCADE.EPOCHS * images / cfg.SOLVER.IMS_PER_BATCH), 1)
+    if iterations == cfg.SOLVER.MAX_ITER:
+        return cfg
+    cfg, frozen = cfg.clone(), cfg.is_frozen()
+    cfg.defrost()
+    # Rounded up, ten periods never make an eleventh evaluation just before the end.
+    _shorten(cfg, cfg.SOLVER.MAX_ITER / iterations, _up)
+    cfg.SOLVER.MAX_ITER = iterations  # whatever floats made of it
+    # Where two steps came to be one, the rate falls once: a list of steps has to increase.
+    cfg.SOLVER.STEPS = tuple(sorted(set(cfg.SOLVER.STEPS)))
+    if frozen:
+        cfg.freeze()
+    return cfg
+
+
 def check_processes(cfg: CfgNode, world_size: int, *, train: bool) -> None:
     """Check that this many processes can train, or evaluate, what is configured.
 
@@ -68,21 +103,32 @@ def _scaled(cfg: CfgNode, world_size: int) -> CfgNode:
     cfg.defrost()
     solver = cfg.SOLVER
     scale = world_size / solver.REFERENCE_WORLD_SIZE
-
-    def shorter(iterations: int) -> int:
-        # 0 stands for "never" or "none" and stays; what is there does not become that.
-        return max(round(iterations / scale), 1) if iterations else 0
-
     solver.IMS_PER_BATCH = round(solver.IMS_PER_BATCH * scale)
     solver.BASE_LR *= scale
-    for key in ("MAX_ITER", "WARMUP_ITERS", "CHECKPOINT_PERIOD"):
-        solver[key] = shorter(solver[key])
-    solver.STEPS = tuple(shorter(step) for step in solver.STEPS)
-    cfg.TEST.EVAL_PERIOD = shorter(cfg.TEST.EVAL_PERIOD)
+    _shorten(cfg, scale, round)
     solver.REFERENCE_WORLD_SIZE = world_size
     if frozen:
         cfg.freeze()
     return cfg
+
+
+def _up(value: float) -> int:
+    """The next whole number; not of 3.0000001, as floats make it of 0.1 * 30."""
+    return math.ceil(round(value, 6))
+
+
+def _shorten(cfg: CfgNode, scale: float, whole: Callable[[float], int]) -> None:
+    """Divide what is counted in iterations, and make whole numbers of it."""
+
+    def shorter(iterations: int) -> int:
+        # 0 stands for "never" or "none" and stays; what is there does not become that.
+        return max(whole(iterations / scale), 1) if iterations else 0
+
+    solver = cfg.SOLVER
+    for key in ("MAX_ITER", "WARMUP_ITERS", "CHECKPOINT_PERIOD"):
+        solver[key] = shorter(solver[key])
+    solver.STEPS = tuple(shorter(step) for step in solver.STEPS)
+    cfg.TEST.EVAL_PERIOD = shorter(cfg.TEST.EVAL_PERIOD)
 
 
 def _check_share(cfg: CfgNode, processes: int, name: str) -> None:

@@ -23,9 +23,8 @@ from cascade_det.d2.loader import build_test_loader
 from cascade_det.d2.structures import inputs_of
 from cascade_det.d2.trainer import Results, Trainer
 from cascade_det.data.coco import CocoDataset, check_same_classes
-from cascade_det.data.loader import training_records
 from cascade_det.engine import distributed
-from cascade_det.engine.datasets import load_training_data
+from cascade_det.engine.datasets import load_training_data, scheduled
 from cascade_det.engine.devices import on_its_device, resolve_amp_dtype, set_backends
 from cascade_det.engine.divergence import replay
 from cascade_det.engine.run_info import (
@@ -49,7 +48,7 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     datasets, test_datasets = load_training_data(cfg, register_dataset)
     refuse_left_out([*datasets, *test_datasets])
     check_same_classes(datasets)
-    training_records(datasets, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    cfg = scheduled(cfg, datasets)
     run = RunInfo.of(cfg, datasets[0], "detectron2")
     seed_all_rng(run.seed + distributed.rank())
 

@@ -17,7 +17,7 @@ from cascade_det.engine import distributed
 from cascade_det.engine.averaging import WeightAverage
 from cascade_det.engine.best_model import BestModel
 from cascade_det.engine.checkpoint import Checkpointer
-from cascade_det.engine.datasets import load_training_data
+from cascade_det.engine.datasets import load_training_data, scheduled
 from cascade_det.engine.devices import resolve_amp_dtype, set_backends
 from cascade_det.engine.divergence import replay
 from cascade_det.engine.hooks import EvalHook, Hook, PeriodicCheckpoint, WriterHook
@@ -64,6 +64,7 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     check_output(cfg, resume=resume)
     set_backends(cfg)
     datasets, test_datasets = load_training_data(cfg)
+    cfg = scheduled(cfg, datasets)
     info = RunInfo.of(cfg, datasets[0], "standalone")
     torch.manual_seed(info.seed)
     detector = build_detector(cfg)

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cascade_det.config import check_processes, get_cfg, scale_to_world_size
+from cascade_det.config import check_processes, get_cfg, scale_to_epochs, scale_to_world_size
 from cascade_det.errors import ConfigError
 
 
@@ -138,3 +138,85 @@ def test_several_processes_do_not_share_a_gpu():
     check_processes(cfg, 1, train=False)
     with pytest.raises(ConfigError, match="cuda:1"):
         check_processes(cfg, 2, train=False)
+
+
+# -- epochs ---------------------------------------------------------------------------------------
+
+RECIPE = {
+    "SOLVER.IMS_PER_BATCH": 4,
+    "SOLVER.MAX_ITER": 3000,
+    "SOLVER.STEPS": (2000, 2500),
+    "SOLVER.WARMUP_ITERS": 150,
+    "SOLVER.CHECKPOINT_PERIOD": 300,
+    "TEST.EVAL_PERIOD": 600,
+    "CASCADE.EPOCHS": 30.0,
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_schedule_is_stretched_to_so_many_epochs(frozen):
+    cfg = make_cfg(**RECIPE)
+    if frozen:
+        cfg.freeze()
+    before = cfg.dump()
+    stretched = scale_to_epochs(cfg, 800)  # 30 x 800 / 4 = 6000, twice as many as 3000
+    assert schedule(stretched) == {
+        "IMS_PER_BATCH": 4,
+        "BASE_LR": 0.001,
+        "MAX_ITER": 6000,
+        "STEPS": (4000, 5000),
+        "WARMUP_ITERS": 300,
+        "CHECKPOINT_PERIOD": 600,
+        "EVAL_PERIOD": 1200,
+        "REFERENCE_WORLD_SIZE": 0,
+    }
+    assert cfg.dump() == before
+    assert stretched.is_frozen() == frozen
+    assert scale_to_epochs(stretched, 800) is stretched
+
+
+def test_without_epochs_the_schedule_is_that_of_the_solver():
+    cfg = make_cfg(**{**RECIPE, "CASCADE.EPOCHS": 0.0})
+    assert scale_to_epochs(cfg, 7) is cfg
+
+
+def test_a_short_schedule_has_no_zeros_and_rising_steps():
+    short = schedule(scale_to_epochs(make_cfg(**{**RECIPE, "CASCADE.EPOCHS": 0.001}), 3))
+    assert short.pop("STEPS") == (1,)
+    assert set(short.values()) == {1, 4, 0.001, 0}
+
+
+def test_epochs_are_what_is_asked_for():
+    cfg = make_cfg(**RECIPE)
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        images=st.integers(1, 10**7),
+        batch=st.integers(1, 512),
+        epochs=st.floats(0.01, 1000),
+        max_iter=st.integers(1, 10**6),
+        parts=st.integers(1, 20),
+    )
+    def check(images, batch, epochs, max_iter, parts):
+        cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH = max_iter, batch
+        cfg.CASCADE.EPOCHS, cfg.TEST.EVAL_PERIOD = epochs, -(-max_iter // parts)
+        evaluations = -(-max_iter // cfg.TEST.EVAL_PERIOD)
+        scaled = scale_to_epochs(cfg, images)
+        iterations = scaled.SOLVER.MAX_ITER
+        assert epochs * images - 1e-5 * batch <= iterations * batch < epochs * images + batch * 1.01
+        made = -(-iterations // scaled.TEST.EVAL_PERIOD)
+        assert made <= evaluations
+        assert scale_to_epochs(scaled, images) is scaled
+
+    check()
+
+
+@pytest.mark.parametrize("processes", [1, 2, 8])
+def test_epochs_stay_what_they_are_on_more_processes(processes):
+    """A resume reads what the run wrote, on any number of processes."""
+    cfg = make_cfg(**{**RECIPE, "SOLVER.REFERENCE_WORLD_SIZE": 1, "SOLVER.STEPS": ()})
+    scaled = scale_to_epochs(scale_to_world_size(cfg, processes), 800)
+    found = schedule(scaled)
+    assert (found["MAX_ITER"], found["BASE_LR"]) == (6000 // processes, 0.001 * processes)
+    back = schedule(scale_to_epochs(scale_to_world_size(scaled, 1), 800))
+    assert (back["MAX_ITER"], back["BASE_LR"], back["IMS_PER_BATCH"]) == (6000, 0.001, 4)

@@ -61,6 +61,14 @@ class TestSolver:
         one, other = (saved(cfg)["model"][NAME] for cfg in cfgs)
         assert not torch.equal(one, other)
 
+    def test_epochs_are_the_length_of_a_run(self, make_cfg, caplog):
+        cfg = make_cfg(*TWO, *NO_TESTS, "CASCADE.EPOCHS", "0.1")  # of six images, two at once
+        with caplog.at_level(logging.INFO):
+            host.train(cfg)
+        assert "1 iterations x 2 images = 0.333 epochs of 6 images" in caplog.text
+        assert saved(cfg)["iteration"] == 0
+        assert host.load_config(f"{cfg.OUTPUT_DIR}/config.yaml").SOLVER.MAX_ITER == 1
+
     @pytest.mark.parametrize(
         ("name", "memory"), [("SGD", {"momentum_buffer"}), ("AdamW", {"exp_avg", "exp_avg_sq"})]
     )

@@ -1,6 +1,7 @@
 """The whole road: train, resume, evaluate."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -100,6 +101,21 @@ def test_a_drawn_seed_is_kept_over_a_resume(instant_cfg, output, caplog):
     (output / "last_checkpoint").write_text("model_0000002.pth")
     train(instant_cfg, resume=True)
     assert torch.load(output / "model_final.pth", weights_only=True)["run"]["seed"] == seed
+
+
+def test_epochs_are_the_length_of_a_run_and_of_its_resume(instant_cfg, output, caplog):
+    instant_cfg.DATASETS.TEST = ()
+    instant_cfg.CASCADE.EPOCHS = 0.5  # of six images, two at once
+    train(instant_cfg)
+    assert torch.load(output / "model_final.pth", weights_only=True)["iteration"] == 1
+    recorded = load_config(output / "config.yaml")
+    assert (recorded.CASCADE.EPOCHS, recorded.SOLVER.MAX_ITER) == (0.5, 2)
+    for cfg in (instant_cfg, recorded):  # with what was given, and with what was made of it
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            train(cfg, resume=True)
+        assert "2 iterations x 2 images = 0.667 epochs of 6 images" in caplog.text
+        assert "Resumed with another" not in caplog.text
 
 
 def test_evaluation_repeats_the_figures_of_training(instant_cfg, output):

@@ -42,7 +42,7 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str], *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that replaces it when the block succeeds.
 
     The folder is made where it is missing. After an error, a full disk included, ``path`` is as it
@@ -50,6 +50,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     of a file that is replaced stays; a link is replaced, not followed. Each writer has a temporary
     file of its own, so that of several the last one wins. A killed process leaves it behind, see
     :func:`remove_leftovers`.
+
+    Args:
+        path: the file to write.
+        durable: wait for the disk. Without, only a crash of the machine can leave a damaged file.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +64,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             if mode is not None:
                 os.fchmod(descriptor, mode | stat.S_IRUSR | stat.S_IWUSR)
             yield temporary
-            move_into_place(temporary, target, mode=mode)
+            if mode is not None:
+                temporary.chmod(mode)
+            if durable:
+                move_into_place(temporary, target)
+            else:
+                os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
             os.close(descriptor)
@@ -161,14 +170,12 @@ def _exchange_at_once(first: Path, second: Path) -> bool:
     return rename(here, names[0], here, names[1], _RENAME_EXCHANGE) == 0
 
 
-def move_into_place(finished: Path, target: Path, *, mode: int | None = None) -> None:
+def move_into_place(finished: Path, target: Path) -> None:
     """Let ``finished``, a file in the same folder, replace ``target`` at once and for good.
 
-    Bytes and name survive a crash of the machine. ``mode`` is what it gets before.
+    Bytes and name survive a crash of the machine.
     """
     _sync(finished)
-    if mode is not None:
-        finished.chmod(mode)
     os.replace(finished, target)
     # The file is in its place already. Some network file systems cannot do this to a folder.
     with suppress(OSError):

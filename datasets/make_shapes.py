@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import tempfile
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,16 +35,21 @@ if __name__ == "__main__":
 import cv2
 from tqdm import tqdm
 
+from cascade_det.engine.commands import without_traceback
+from cascade_det.files import atomic_folder, remove_leftovers
 from shape_scenes import CLASSES, DRAWING_VERSION, make_image
 
 __all__ = ["main", "make_dataset", "make_image"]
 
 JPEG_QUALITY = 92
 MARKER = "parameters.json"
+SPLITS = ("train", "val")
+_MADE = (MARKER, *SPLITS, *(f"{split}.json" for split in SPLITS))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the command line and make the data set."""
+@without_traceback
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the command line and make the data set; returns the exit status."""
     parser = _parser()
     values = vars(parser.parse_args(arguments))
     output = values.pop("output")
@@ -54,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     print(f"{output}: {'made' if made else 'already there'}")
+    return 0
 
 
 def make_dataset(
@@ -70,7 +75,8 @@ def make_dataset(
     """Write ``train.json``, ``val.json`` and their images into the folder ``output``.
 
     The folder appears whole or not at all: it is drawn beside its place and then renamed. A
-    folder of other parameters is replaced, if this generator made it.
+    folder of other parameters is replaced, if this generator made it. What a killed run left
+    beside it is removed.
 
     Args:
         output: the folder to make.
@@ -87,6 +93,7 @@ def make_dataset(
 
     Raises:
         ValueError: a parameter is out of range, or ``output`` exists and was not made here.
+        CascadeDetError: ``output`` has other parameters, and files in it that were not made here.
     """
     parameters = {
         "generator": "make_shapes",
@@ -98,11 +105,9 @@ def make_dataset(
     output = Path(output)
     if _read_marker(output) == parameters:
         return False
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.partial-", dir=output.parent) as place:
-        fresh = Path(place, "fresh")
-        fresh.mkdir()
-        for split, count in (("train", train), ("val", val)):
+    remove_leftovers(output.parent)
+    with atomic_folder(output, made=_MADE) as fresh:
+        for split, count in zip(SPLITS, (train, val), strict=True):
             indices = tqdm(
                 range(count),
                 desc=f"drawing {split}",
@@ -111,9 +116,6 @@ def make_dataset(
             )
             _write_split(fresh, split, indices, seed=seed, width=width, height=height, hard=hard)
         (fresh / MARKER).write_text(json.dumps(parameters, indent=2) + "\n")
-        if output.exists():
-            os.rename(output, Path(place, "replaced"))
-        os.rename(fresh, output)
     return True
 
 
@@ -150,9 +152,9 @@ def _write_split(
     for index in indices:
         pixels, objects, difficulty = make_image(seed, split, index, **scene)
         name = f"{index + 1:06d}.jpg"
-        path = folder / split / name
-        if not cv2.imwrite(str(path), pixels, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]):
-            raise OSError(f"cannot write {path}")
+        # Not cv2.imwrite(), which does not say what kept it from writing.
+        _, jpeg = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+        (folder / split / name).write_bytes(jpeg.tobytes())
         height, width = pixels.shape[:2]
         image = {"id": index + 1, "file_name": name, "height": height, "width": width}
         images.append({**image, "difficulty": difficulty})
@@ -168,4 +170,4 @@ def _write_split(
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

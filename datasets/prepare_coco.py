@@ -50,6 +50,7 @@ from tqdm import tqdm
 from cascade_det.engine.commands import without_traceback
 from cascade_det.engine.downloads import download
 from cascade_det.errors import CascadeDetError, DatasetError
+from cascade_det.files import atomic_path, remove_leftovers
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,8 @@ def unpack(path: Path, folder: Path, wanted: str, *, limit: int) -> None:
         with ZipFile(path) as archive:
             members = _safe_members(archive, path)
             members = [member for member in members if re.fullmatch(wanted, member.filename)]
+            for place in {(folder / member.filename).parent for member in members}:
+                remove_leftovers(place)
             if (total := sum(member.file_size for member in members)) > limit:
                 raise DatasetError(f"{path}: would unpack to {total:,} bytes, over {limit:,}")
             for member in tqdm(members, desc=f"unpacking {path.name}", disable=None):
@@ -212,17 +215,14 @@ def _is_unpacked(member: ZipInfo, folder: Path) -> bool:
 
 
 def _unpack_member(archive: ZipFile, member: ZipInfo, folder: Path) -> None:
-    target = folder / member.filename
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Not atomic_path(), which waits for the disk at every file: there are 100,000 of them, and
-    # those that a crash of the machine damages are found by their checksum.
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with archive.open(member) as source, temporary.open("wb") as file:
-            shutil.copyfileobj(source, file, 1 << 20)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # Waiting for the disk at each of 100,000 files takes long, and those that a crash of the
+    # machine damages are found by their checksum.
+    with (
+        atomic_path(folder / member.filename, durable=False) as temporary,
+        archive.open(member) as source,
+        temporary.open("wb") as file,
+    ):
+        shutil.copyfileobj(source, file, 1 << 20)
 
 
 def _check_room(folder: Path, archives: Iterable[Archive]) -> None:

@@ -1,6 +1,7 @@
 """The demo's data: the same pixels from the same seed, true boxes, and never a half-made folder."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 
 import shape_scenes
+from cascade_det.errors import CascadeDetError
 from make_shapes import make_dataset, make_image
 from shape_scenes import CLASSES, LOOKS
 
@@ -227,6 +229,46 @@ def test_an_interrupt_leaves_no_half_made_folder(tmp_path, monkeypatch, old):
         make_dataset(tmp_path / "shapes", **SMALL)
     assert contents(tmp_path) == before
     assert os.listdir(tmp_path) == (["shapes"] if old else [])
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    """As far as a limit on the size of files is one: the first image of 30 kB does not fit."""
+    limit = (10_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    ran = subprocess.run(
+        [sys.executable, SCRIPT, "--output", tmp_path / "shapes", "--train", "1", "--val", "0"],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+    )
+    assert ran.returncode == 1
+    assert ran.stderr.splitlines()[-1] == f"{tmp_path / 'shapes'}: File too large"
+    assert "Traceback" not in ran.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path, monkeypatch):
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr("make_shapes.make_image", lambda *_, **__: os.kill(os.getpid(), 9))
+        make_dataset(tmp_path / "shapes", **SMALL)
+    os.waitpid(child, 0)
+    [left] = os.listdir(tmp_path)
+    assert left != "shapes"
+    mine = [".shapes.partial-x", ".draft.2024.tmp"]
+    for name in mine:
+        (tmp_path / name).mkdir()
+    assert make_dataset(tmp_path / "shapes", **SMALL)
+    assert sorted(os.listdir(tmp_path)) == sorted(["shapes", *mine])
+
+
+def test_files_of_others_in_our_folder_are_not_lost(tmp_path):
+    make_dataset(tmp_path / "shapes", **SMALL)
+    (tmp_path / "shapes" / "subset.json").write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(CascadeDetError, match=r"shapes: holds subset\.json, which was not made"):
+        make_dataset(tmp_path / "shapes", **SMALL, seed=1)
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize(

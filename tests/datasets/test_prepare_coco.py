@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import stat
 import zipfile
@@ -184,6 +185,37 @@ def test_a_half_unpacked_folder_is_completed(web, tmp_path, damage):
     assert (tmp_path / "coco/val2017/000000000002.jpg").stat().st_mtime_ns == before
     assert outside.read_bytes() == b"mine"
     assert web.requests == []  # the archive was kept
+
+
+def test_no_name_that_somebody_else_could_have_prepared_is_written_through(tmp_path, monkeypatch):
+    """Neither a link in the place of the file nor one in the place of a temporary file."""
+    name = f"a/{'x' * 251}.jpg"  # as long as a name may be
+    (tmp_path / "a.zip").write_bytes(zipped({name: b"pixels"}))
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"mine")
+    folder = tmp_path / "a"
+    folder.mkdir()
+    left, others = folder / f".cascade_det-{'0' * 16}.tmp", folder / ".a.jpg.1.tmp"
+    left.write_bytes(b"of a killed run")
+    others.symlink_to(outside)
+    (tmp_path / name).symlink_to(outside)
+    monkeypatch.setattr(os, "fsync", lambda _: pytest.fail("waits for the disk at every file"))
+    unpack(tmp_path / "a.zip", tmp_path, ".*", limit=100)
+    assert outside.read_bytes() == b"mine"
+    assert sorted(path.name for path in folder.iterdir()) == [".a.jpg.1.tmp", f"{'x' * 251}.jpg"]
+    assert (tmp_path / name).read_bytes() == b"pixels"
+
+
+def test_a_full_disk_leaves_no_part_of_a_file(tmp_path):
+    (tmp_path / "a.zip").write_bytes(zipped({"a/1.jpg": b"small", "a/2.jpg": bytes(50_000)}))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(DatasetError, match=r"a\.zip: cannot be unpacked into .*File too large"):
+            unpack(tmp_path / "a.zip", tmp_path, ".*", limit=60_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir(tmp_path / "a") == ["1.jpg"]
 
 
 def test_wrong_bytes_are_refused(web, tmp_path, refusal):

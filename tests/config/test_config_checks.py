@@ -52,6 +52,7 @@ def test_there_are_configurations_to_check():
         "cascade_rcnn_R_50_FPN_3x_early_exit",
         "cascade_rcnn_R_101_FPN_3x_early_exit",
         "demo",
+        "finetune_small",
         "instant_test",
     }
 

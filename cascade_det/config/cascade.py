@@ -51,7 +51,8 @@ _CASCADE: dict[str, Any] = {
     "FOLLOW_LINKS": "near",
     # Passes over the images that are trained on, as the length of the training: SOLVER.MAX_ITER
     # becomes as many iterations, and STEPS, WARMUP_ITERS, CHECKPOINT_PERIOD and TEST.EVAL_PERIOD
-    # shrink or grow in proportion to it. From 0 to 1,000,000; 0 = SOLVER.MAX_ITER as it is.
+    # shrink or grow in proportion to it. From 0 to 1,000,000; 0 = SOLVER.MAX_ITER as it is. One
+    # who sets SOLVER.MAX_ITER on top of it has to say 0 too.
     "EPOCHS": 0.0,
     "MAX_TO_KEEP": 5,  # latest checkpoints that are kept; 0 = all of them
     # The figure that decides which checkpoint is the best one, and that PATIENCE watches: more is

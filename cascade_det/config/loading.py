@@ -36,6 +36,8 @@ _REMEDIES = {
     "list": "Write [a, b], or [a] for a single value.",
 }
 
+_LENGTHS = ("SOLVER.MAX_ITER", "CASCADE.EPOCHS")
+
 _MAX_FILES = 100  # read for one configuration; bases of bases can name each other without end
 
 
@@ -71,7 +73,8 @@ def load_config(config_files: ConfigFiles, opts: Sequence[Any] = ()) -> CfgNode:
 
     Raises:
         ConfigError: a file cannot be read or is not a mapping, a key is unknown or set twice in
-            one file, or a value has the wrong type. The message names file, line, key, value and
+            one file, a value has the wrong type, or SOLVER.MAX_ITER is set on top of a
+            CASCADE.EPOCHS that would overrule it. The message names file, line, key, value and
             remedy.
     """
     cfg = get_cfg()
@@ -98,6 +101,7 @@ def merge_config(cfg: CfgNode, config_files: ConfigFiles, opts: Sequence[Any] = 
         )
     for key, value in zip(opts[0::2], opts[1::2], strict=True):
         merge.value(str(key), value, "command line")
+    merge.check_length()
     return merge.history
 
 
@@ -128,6 +132,7 @@ class _Merge:
         self.cfg = cfg
         self.history: History = {}
         self._files = 0
+        self._last_set = ""  # of the two keys that say how long a training is
 
     def file(self, path: Path, including: tuple[str, ...]) -> None:
         """Merge the bases of a file, then the file; ``including`` are those on the way to it."""
@@ -187,6 +192,25 @@ class _Merge:
         settings = self.history.setdefault(full_key, [Setting(node[name], "default")])
         settings.append(Setting(value, source))
         node[name] = value
+        if full_key in _LENGTHS:
+            self._last_set = full_key
+
+    def check_length(self) -> None:
+        """Refuse a number of iterations on top of a number of epochs, which would overrule it."""
+        if self._last_set != "SOLVER.MAX_ITER" or "CASCADE.EPOCHS" not in self.history:
+            return
+        iterations, epochs = (self.history[key][-1] for key in _LENGTHS)
+        # In one layer, the iterations are what the rest of the schedule is a share of.
+        if epochs.value and _layer(iterations) != _layer(epochs):
+            raise ConfigError(
+                f"{iterations.source}: SOLVER.MAX_ITER is {iterations.value}, but CASCADE.EPOCHS "
+                f"is {epochs.value:g} ({epochs.source}), from which the iterations follow. Set "
+                "CASCADE.EPOCHS instead, or to 0 as well."
+            )
+
+
+def _layer(setting: Setting) -> str:
+    return setting.source.rpartition(":")[0]
 
 
 def _converted(raw: object, wanted: type, is_nullable: bool, where: str) -> object:

@@ -342,3 +342,37 @@ def test_options_come_in_pairs(opts):
     message = error_of(None, tuple(opts))
     assert re.search(rf"there are {len(opts)} items", message)
     assert "KEY VALUE" in message
+
+
+# ---- the length of a training
+
+
+def test_iterations_on_top_of_epochs_are_refused(write_yaml):
+    base = write_yaml("SOLVER: {MAX_ITER: 30}\nCASCADE:\n  EPOCHS: 2.5\n", "base.yaml")
+    file = write_yaml("_BASE_: base.yaml\nSEED: 3\nSOLVER: {MAX_ITER: 9}\n")
+    for files, opts, where in (
+        (base, ["SOLVER.MAX_ITER", "9"], "command line"),
+        (file, [], f"{file}:3"),
+        ([base, write_yaml("SOLVER: {MAX_ITER: 9}", "b.yaml")], [], f"{file.parent}/b.yaml:1"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_config(files, opts)
+        assert str(caught.value) == (
+            f"{where}: SOLVER.MAX_ITER is 9, but CASCADE.EPOCHS is 2.5 ({base}:3), from which the "
+            "iterations follow. Set CASCADE.EPOCHS instead, or to 0 as well."
+        )
+
+
+def test_iterations_and_epochs_that_do_not_contradict(write_yaml):
+    base = write_yaml("CASCADE: {EPOCHS: 2.5}\nSOLVER: {MAX_ITER: 30}\n")  # as it is dumped
+    for opts, wanted in (
+        ([], (30, 2.5)),
+        (["CASCADE.EPOCHS", "4"], (30, 4.0)),
+        (["CASCADE.EPOCHS", "0", "SOLVER.MAX_ITER", "9"], (9, 0.0)),
+        (["SOLVER.MAX_ITER", "9", "CASCADE.EPOCHS", "0"], (9, 0.0)),
+        (["SOLVER.MAX_ITER", "9", "CASCADE.EPOCHS", "3"], (9, 3.0)),
+    ):
+        cfg = load_config(base, opts)
+        found = cfg.SOLVER.MAX_ITER, cfg.CASCADE.EPOCHS
+        assert found == wanted
+    assert load_config(None, ["SOLVER.MAX_ITER", "9"]).SOLVER.MAX_ITER == 9

@@ -176,6 +176,37 @@ def test_what_leaves_no_data_set(folder, capsys):
     assert "gone: there is no such folder of images" in capsys.readouterr().err
 
 
+def test_links_elsewhere_are_named_with_the_option_or_the_key(folder, tmp_path_factory, capsys):
+    far = tmp_path_factory.mktemp("far")
+    (folder / "1.png").rename(far / "1.png")
+    (folder / "1.png").symlink_to(far / "1.png")
+    status, found = check(folder)
+    assert status == 1
+    [(kind, problem)] = found["problems"].items()
+    assert kind.startswith("image behind a link out of its folder, which --follow-links 'near'")
+    assert problem["examples"][0].endswith(
+        f"{str(folder / '1.png')!r} leads to {str(far / '1.png')!r}"
+    )
+    assert check(folder, "--follow-links", "all")[0] == 0
+    capsys.readouterr()
+    names = ["DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "()"]
+    names += ["MODEL.ROI_HEADS.NUM_CLASSES", "3"]
+    assert check_config(folder, *names) == 1
+    assert "CASCADE.FOLLOW_LINKS" in capsys.readouterr().out
+    assert check_config(folder, *names, "CASCADE.FOLLOW_LINKS", "all") == 0
+
+
+def test_a_folder_of_a_name_that_is_no_text(folder, capsys):
+    odd = folder / "gr\udcf6\udcdfe\x1b[2J"
+    odd.mkdir()
+    (folder / "set.json").rename(odd / "set.json")
+    status = check_dataset.main(["--json", str(odd / "set.json"), "--images", str(folder)])
+    assert status == 0
+    assert r"gr\udcf6\udcdfe\x1b[2J/set.json" in capsys.readouterr().out
+    assert check_dataset.main(["--json", str(odd / "gone.json")]) == 1
+    assert "\x1b" not in capsys.readouterr().out
+
+
 def test_findings_that_cannot_be_written(folder, capsys):
     out = folder / "set.json" / "findings.json"
     assert check_dataset.main(["--json", str(folder / "set.json"), "--json-out", str(out)]) == 1

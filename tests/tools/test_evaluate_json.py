@@ -232,6 +232,20 @@ def test_predictions_on_skipped_images_are_dropped_and_counted(files, capsys):
     assert "1 x prediction with an unknown 'image_id'" in capsys.readouterr().err
 
 
+def test_links_out_of_the_folder_of_images(files, tmp_path_factory, capsys):
+    far, folder = tmp_path_factory.mktemp("far"), files / "images"
+    folder.mkdir()
+    for image_id in IMAGE_IDS:
+        cv2.imwrite(str(far / f"{image_id}.png"), np.zeros((200, 220, 3), np.uint8))
+        (folder / f"{image_id}.png").symlink_to(far / f"{image_id}.png")
+    assert run(files, "--images", str(folder)) == 1
+    assert "4 x image behind a link out of its folder, which --follow-links 'near' does" in (
+        capsys.readouterr().err
+    )
+    assert run(files, "--images", str(folder), "--follow-links", "all") == 0
+    assert run(files) == 0  # where no image is looked at, links do not matter
+
+
 def test_an_output_that_is_a_file(files, capsys):
     assert run(files, "--output", str(files / "val.json")) == 1
     assert capsys.readouterr().err == f"{files / 'val.json'}: is no folder\n"

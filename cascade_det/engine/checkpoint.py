@@ -10,6 +10,7 @@ import torch
 from fvcore.common import checkpoint as fvcore_checkpoint
 from torch import nn
 
+from cascade_det.engine.weight_completeness import check_finite
 from cascade_det.engine.weight_files import load_torch_file
 from cascade_det.engine.weights import load_weights
 from cascade_det.errors import CheckpointError
@@ -159,7 +160,8 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
             What the checkpoint holds beyond them.
 
         Raises:
-            CheckpointError: the file is missing, damaged, or of another model or optimiser.
+            CheckpointError: the file is missing, damaged, of another model or optimiser, or its
+                weights are NaN or Inf.
         """
         if not os.path.isfile(path):  # False for impossible names too
             raise CheckpointError(
@@ -231,6 +233,9 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
         content = load_torch_file(Path(f))
         if not isinstance(content, dict) or "model" not in content:
             raise CheckpointError(f"{f}: is no checkpoint, it has no entry 'model'.")
+        if isinstance(content["model"], dict):  # fvcore says what else it is
+            tensors = {k: v for k, v in content["model"].items() if isinstance(v, torch.Tensor)}
+            check_finite(f, tensors)
         return content
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:

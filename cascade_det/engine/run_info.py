@@ -13,6 +13,7 @@ import torch
 from fvcore.common.config import CfgNode
 
 from cascade_det import config
+from cascade_det.config.rules import shown
 from cascade_det.data.coco import CocoDataset
 from cascade_det.engine import distributed
 from cascade_det.engine.checkpoint import Checkpointer, checkpoint_to_resume
@@ -22,11 +23,14 @@ from cascade_det.engine.weight_addresses import local_path
 from cascade_det.engine.weight_files import load_torch_file
 from cascade_det.errors import CheckpointError, ConfigError, DatasetError
 from cascade_det.files import atomic_path, remove_leftovers
+from cascade_det.text import check_name
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 _OF_EVALUATIONS = ("inference", "analysis", "analysis/worst_images")
+_CLASSES = ("class_names", "category_ids")
+_MOST_CLASSES = 100_000
 # Detectron2's recipes: this rate for this many images (and SGD).
 _USUAL_LR, _USUAL_IMAGES = 0.02, 16
 
@@ -72,21 +76,69 @@ class RunInfo:
                 f"the run was trained by --host {host}, and cannot be resumed by --host "
                 f"{self.host}; its weights can be taken as MODEL.WEIGHTS in either"
             )
+        _check_classes(state)
         if list(state["class_names"]) != self.class_names:
             raise CheckpointError(
                 f"the checkpoint has the classes {', '.join(state['class_names'])}; the data have "
                 f"{', '.join(self.class_names)}"
             )
-        self.seed = int(state["seed"])
+        seed = state["seed"]
+        if type(seed) is not int or not 0 <= seed < 2**63:
+            raise CheckpointError(f"its seed is {shown(seed)}, not a whole number from 0 on")
+        self.seed = seed
 
 
 def run_of(file: Path) -> dict[str, Any]:
-    """What our own checkpoints say of their run; nothing for weights from elsewhere."""
+    """What our own checkpoints say of their run; nothing for weights from elsewhere.
+
+    Names and ids of classes are there both, and safe to show, or neither: weights are as good
+    without them, and whoever wants to know is told in the log.
+    """
     if file.suffix not in (".pth", ".pt"):
         return {}
     content = load_torch_file(file)
-    run = content.get("run", {}) if isinstance(content, dict) else {}
-    return run if isinstance(run, dict) else {}
+    return _usable(content.get("run", {}) if isinstance(content, dict) else {}, file)
+
+
+def _usable(run: Any, file: str | Path) -> dict[str, Any]:
+    if not isinstance(run, dict):
+        logger.warning("%s: what it says of its run is passed over, it is no dict", file)
+        return {}
+    try:
+        if run.keys() & _CLASSES:
+            _check_classes(run)
+    except CheckpointError as error:
+        logger.warning("%s: its names of classes are passed over: %s", file, error)
+        return {name: value for name, value in run.items() if name not in _CLASSES}
+    return run
+
+
+def _check_classes(run: Mapping[str, Any]) -> None:
+    """Make sure that a checkpoint names classes, and gives each an id of its own.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    names, ids = (_listed(run, key) for key in _CLASSES)
+    for number, name in enumerate(names):
+        try:
+            check_name(name)
+        except ValueError as error:
+            raise CheckpointError(f"class_names, number {number}: {error}") from error
+    wrong = [i for i in ids if type(i) is not int or not -(2**63) <= i < 2**63]
+    if wrong:
+        raise CheckpointError(f"category_ids has {shown(wrong[0])}, which is no whole number")
+    if len(ids) != len(names) or len(set(ids)) != len(ids):
+        raise CheckpointError(
+            f"category_ids has {len(set(ids))} different ids for {len(names)} classes"
+        )
+
+
+def _listed(run: Mapping[str, Any], key: str) -> list[Any]:
+    values = run.get(key)
+    if not isinstance(values, (list, tuple)) or len(values) > _MOST_CLASSES:
+        raise CheckpointError(f"{key} is {shown(values)}, not a list of one value per class")
+    return list(values)
 
 
 def check_output(cfg: CfgNode, *, resume: bool) -> None:
@@ -134,7 +186,10 @@ def load_to_evaluate(
         DatasetError: they were trained on other classes, where the checkpoint names them.
     """
     rest = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume, complete=True)
-    run = rest.get("run", {}) if resume else run_of(local_path(cfg.MODEL.WEIGHTS))
+    if resume:
+        run = _usable(rest.get("run", {}), checkpointer.get_checkpoint_file())
+    else:
+        run = run_of(local_path(cfg.MODEL.WEIGHTS))
     for dataset in datasets:
         _check_trained_classes(run.get("class_names"), dataset)
     log_exits(cfg, next(checkpointer.model.parameters()).device)

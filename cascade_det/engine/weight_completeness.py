@@ -1,58 +1,155 @@
-"""Parts of a cascade without which it detects something, but nothing that anybody trained."""
+"""What a model that is only used needs of a file of weights; without it, it detects nonsense."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from cascade_det.errors import CheckpointError
 
+Shapes = tuple[tuple[int, ...], tuple[int, ...]]
+
 _STAGE = re.compile(r"roi_heads\.box_(?:head|predictor)\.(\d+)\.")
 _LEARNED = re.compile(r"roi_heads\.exits\.learned\.(\w+)\.")
+# What a training has beside the detector, such as thresholds that follow its statistics.
+_TRAINING_ALONE = re.compile(r"roi_heads\.regime\.")
+_PARTS = (
+    (re.compile(r"backbone\.(?:bottom_up|features)\."), "the backbone"),
+    (re.compile(r"backbone\.fpn_"), "the FPN"),
+    (re.compile(r"proposal_generator\."), "the RPN"),
+    (re.compile(r"roi_heads\.box_"), "the box heads"),
+    (re.compile(r"roi_heads\.mask_head\."), "the mask head"),
+    (re.compile(r"roi_heads\.keypoint_head\."), "the keypoint head"),
+    (_LEARNED, "the learned exits"),
+)
+_IN_ANY_MODEL = re.compile(r"backbone\.(?:bottom_up|features|fpn_)|proposal_generator\.")
+_SHOWN = 3
+
+
+def check_finite(path: str | Path, weights: Mapping[str, Tensor]) -> None:
+    """Make sure that weights are numbers: a detector with NaN or Inf in it detects nothing.
+
+    Args:
+        path: of the file, for the message.
+        weights: name to tensor, in the types that they are used in.
+
+    Raises:
+        CheckpointError: names the first tensors that are not finite.
+    """
+    wrong = [name for name, value in weights.items() if not value.isfinite().all()]
+    if wrong:
+        raise CheckpointError(
+            f"{path}: holds NaN or Inf in {_some(wrong)}, of {len(weights)} tensors. Such weights "
+            "neither detect nor train: take an earlier checkpoint, or save them again."
+        )
 
 
 def check_complete(
     path: str | Path,
     loaded: Collection[str],
     missing: Collection[str],
-    mismatched: Collection[str] = (),
+    mismatched: Mapping[str, Shapes] | None = None,
+    unexpected: Collection[str] = (),
 ) -> None:
-    """Make sure that a file of weights has every stage of a model, and every learned exit.
+    """Make sure that every part of a model that detects comes from a file of weights.
 
-    A file without any stage, such as that of a backbone, is not looked at.
+    What the file has beyond that may be a whole part, such as a mask head or further stages; but
+    more layers in the same part are another architecture, of which the first ones alone are
+    nonsense.
 
     Args:
         path: of the file, for the message.
         loaded: the model's names that the file has values for.
         missing: those that it has not.
-        mismatched: those that it has in another shape.
+        mismatched: those that it has in another shape: that in the file, and that in the model.
+        unexpected: the file's names that the model has no place for.
 
     Raises:
-        CheckpointError: names what is missing, and the remedies.
+        CheckpointError: names what is missing, of another shape or too much, and the remedies.
     """
-    there = _stages([*loaded, *mismatched])
+    missing = [name for name in missing if not _TRAINING_ALONE.match(name)]
+    differing = {k: v for k, v in (mismatched or {}).items() if not _TRAINING_ALONE.match(k)}
+    there = _stages([*loaded, *differing])
     lacking = sorted(_stages(missing) - there)
-    if there and lacking:
-        last, many = max(there), len(lacking) > 1
-        raise CheckpointError(
-            f"{path}: has {last + 1} stage{'s' if last else ''} (roi_heads.box_head."
-            f"{f'0-{last}' if last else last}), but MODEL.ROI_BOX_CASCADE_HEAD.IOUS has "
-            f"{lacking[-1] + 1}: train stage{'s' * many} {' and '.join(map(str, lacking))} "
-            "(tools/train_net.py with this configuration, starting from these weights), or leave "
-            f"{'them' if many else 'it'} out of IOUS and BBOX_REG_WEIGHTS."
-        )
-    learned = {
-        found[1]: name for name in [*missing, *mismatched] if (found := _LEARNED.match(name))
-    }
-    if there and learned:
+    learned = {found[1]: name for name in [*missing, *differing] if (found := _LEARNED.match(name))}
+    rest = [n for n in missing if not _LEARNED.match(n) and _stages([n]).isdisjoint(lacking)]
+    if rest or (lacking and not there):
+        raise CheckpointError(_incomplete(path, missing, loaded))
+    if lacking:
+        raise CheckpointError(_too_few_stages(path, max(there) + 1, lacking))
+    others = {name: shapes for name, shapes in differing.items() if not _LEARNED.match(name)}
+    if others:
+        raise CheckpointError(_differing(path, others))
+    if learned:
         raise CheckpointError(
             f"{path}: has no weights that fit the learned exits {', '.join(sorted(learned))} "
             f"({', '.join(sorted(learned.values()))}), which MODEL.CASCADE.EXIT.LEARNED asks for: "
             "train them with MODEL.CASCADE.TRAINING.FREEZE_DETECTOR (tools/train_net.py, starting "
             "from these weights), or leave them out of LEARNED."
         )
+    used = _stages(loaded)
+    surplus = [n for n in unexpected if _IN_ANY_MODEL.match(n) or not used.isdisjoint(_stages([n]))]
+    if surplus:
+        raise CheckpointError(
+            f"{path}: has {_some(surplus)}, which this model has no place for. These weights are "
+            "of another architecture: give the keys below MODEL of their training (such as "
+            "RESNETS.DEPTH and NORM), or the MODEL.WEIGHTS of a training of this configuration."
+        )
+
+
+def _incomplete(path: str | Path, missing: Collection[str], loaded: Iterable[str]) -> str:
+    has = Counter(map(_part_of, loaded))
+    parts = [
+        f"{part} ({count} of {count + has[part]} tensors)"
+        for part, count in Counter(map(_part_of, missing)).items()
+    ]
+    return (
+        f"{path}: lacks {', '.join(parts)}, such as {_some(list(missing))}. These weights can be "
+        "trained on, but a model that is only used needs all of them: give MODEL.WEIGHTS the "
+        "checkpoint of a training of this configuration (tools/train_net.py), such as "
+        "model_final.pth."
+    )
+
+
+def _too_few_stages(path: str | Path, there: int, lacking: list[int]) -> str:
+    last, many = there - 1, len(lacking) > 1
+    return (
+        f"{path}: has {there} stage{'s' if last else ''} (roi_heads.box_head."
+        f"{f'0-{last}' if last else last}), but MODEL.ROI_BOX_CASCADE_HEAD.IOUS has "
+        f"{lacking[-1] + 1}: train stage{'s' * many} {' and '.join(map(str, lacking))} "
+        "(tools/train_net.py with this configuration, starting from these weights), or leave "
+        f"{'them' if many else 'it'} out of IOUS and BBOX_REG_WEIGHTS."
+    )
+
+
+def _differing(path: str | Path, shapes: Mapping[str, Shapes]) -> str:
+    shown = [
+        f"{name} is {in_file} in the file, {in_model} in the model"
+        for name, (in_file, in_model) in list(shapes.items())[:_SHOWN]
+    ]
+    more = f" and {len(shapes) - _SHOWN} more" if len(shapes) > _SHOWN else ""
+    only_classes = all("box_predictor." in name or "mask_head.predictor" in name for name in shapes)
+    key = "MODEL.ROI_HEADS.NUM_CLASSES" if only_classes else "MODEL"
+    return (
+        f"{path}: {'; '.join(shown)}{more}. These weights were trained with another {key}: give "
+        "that of their training, or the MODEL.WEIGHTS of a training of this configuration "
+        "(tools/train_net.py)."
+    )
+
+
+def _part_of(name: str) -> str:
+    part = next((part for pattern, part in _PARTS if pattern.match(name)), "")
+    return part or ".".join(name.split(".")[:2])
 
 
 def _stages(names: Iterable[str]) -> set[int]:
     return {int(found[1]) for name in names if (found := _STAGE.match(name))}
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

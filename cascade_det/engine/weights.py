@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cascade_det.engine.weight_completeness import check_complete
+from cascade_det.engine.weight_completeness import check_complete, check_finite
 from cascade_det.engine.weight_files import WeightsFile, read_weights, read_weights_file
 from cascade_det.errors import CheckpointError
 
@@ -98,15 +98,15 @@ def load_weights(model: nn.Module, path: str | Path, *, complete: bool = False) 
     Args:
         model: its state dict has Detectron2's names.
         path: a file or an address, see :func:`cascade_det.engine.weight_addresses.local_path`.
-        complete: whether a stage of the cascade or a learned exit that is not in the file is an
-            error, as for a model that is not trained any more.
+        complete: whether a part of the model that is not in the file, or has another shape there,
+            is an error, as for a model that is not trained any more.
 
     Returns:
         The report, which has also been logged.
 
     Raises:
-        CheckpointError: the file cannot be had or read, nothing in it fits the model, or it is not
-            complete.
+        CheckpointError: the file cannot be had or read, nothing in it fits the model, it holds NaN
+            or Inf, or it is not complete.
     """
     file = read_weights_file(path)
     state = model.state_dict()
@@ -119,10 +119,14 @@ def load_weights(model: nn.Module, path: str | Path, *, complete: bool = False) 
             f"{path}: nothing in it fits this model. The file has {_examples(in_file)}; the "
             f"model wants {_examples(in_model)}. Check that the file belongs to this architecture."
         )
+    statistics = _unit_statistics(values, state)
+    # A number may be too large for the type here alone.
+    check_finite(path, {name: value.to(state[name].dtype) for name, value in values.items()})
     if complete:
-        mismatched = [mismatch.name for mismatch in report.reinitialised]
-        check_complete(path, report.loaded, report.missing, mismatched)
-    model.load_state_dict({**_unit_statistics(values, state), **values}, strict=False)
+        mismatched = {m.name: (m.in_file, m.in_model) for m in report.reinitialised}
+        missing = [*report.missing, *statistics]
+        check_complete(path, report.loaded, missing, mismatched, report.unexpected)
+    model.load_state_dict({**statistics, **values}, strict=False)
     logger.info("%s", report)
     return report
 

@@ -51,7 +51,7 @@ class TestDivergence:
     @pytest.fixture
     def broken_weights(self, make_cfg, tmp_path):
         weights = build_model(make_cfg()).state_dict()
-        weights[f"{BROKEN}.weight"].fill_(float("nan"))
+        weights[f"{BROKEN}.weight"].fill_(3e38)  # its sums are no numbers any more
         torch.save({"model": weights}, tmp_path / "broken.pth")
         return str(tmp_path / "broken.pth")
 
@@ -79,7 +79,7 @@ class TestDivergence:
             report = capfd.readouterr().out
             assert f"iteration 0, image ids {ids}" in report
             assert f"outputs that are not finite: {BROKEN}\n" in report
-            assert "loss_box_reg_stage1 nan" in report
+            assert "loss_box_reg_stage1 inf" in report
 
     def test_a_batch_of_the_standalone_host_is_replayed(self, make_cfg, broken_weights):
         cfg = make_cfg(*SHORT, "MODEL.WEIGHTS", broken_weights)
@@ -99,6 +99,28 @@ class TestDivergence:
             host.replay_batch(make_cfg("MODEL.ROI_BOX_HEAD.FC_DIM", "48"), file)
         with pytest.raises(CheckpointError, match="holds no batch to replay"):
             host.replay_batch(cfg, broken_weights)
+
+
+@pytest.mark.parametrize("use", [host.evaluate, host.open_detector])
+class TestWeightsThatDetectNothing:
+    @pytest.fixture
+    def cfg(self, make_cfg, tmp_path):
+        return make_cfg("MODEL.WEIGHTS", str(tmp_path / "weights.pth"))
+
+    def test_a_trunk_is_refused(self, use, cfg):
+        state = build_model(cfg).state_dict()
+        torch.save({k: v for k, v in state.items() if ".bottom_up." in k}, cfg.MODEL.WEIGHTS)
+        with pytest.raises(CheckpointError, match=r"MODEL\.WEIGHTS") as error:
+            use(cfg)
+        assert "lacks the FPN (40 of 40 tensors), the RPN" in str(error.value)
+        assert "the box heads" in str(error.value)
+
+    def test_infinity_is_refused(self, use, cfg):
+        state = build_model(cfg).state_dict()
+        state[f"{BROKEN}.bias"][0] = float("inf")
+        torch.save(state, cfg.MODEL.WEIGHTS)
+        with pytest.raises(CheckpointError, match=f"weights.pth: holds NaN or Inf in {BROKEN}"):
+            use(cfg)
 
 
 class TestData:

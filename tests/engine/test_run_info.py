@@ -1,13 +1,80 @@
-"""What a run does to its folder before it trains."""
+"""What a checkpoint says of the run that wrote it, and what a run does to its folder."""
 
+import logging
 import os
 
 import pytest
+import torch
 
 from cascade_det.config import get_cfg
-from cascade_det.engine.run_info import record_start
+from cascade_det.engine.run_info import RunInfo, record_start, run_of
+from cascade_det.errors import CheckpointError
 
 LEFT = ".cascade_det-0123456789abcdef.tmp"
+GOOD = {"seed": 3, "class_names": ["cat", "dog"], "category_ids": [1, 18], "host": "standalone"}
+BAD_CLASSES = {
+    "a long name": {"class_names": ["cat", "d" * 10_000]},
+    "a surrogate": {"class_names": ["cat", "d\udcffg"]},
+    "a control character": {"class_names": ["cat", "d\x1b[31mg"]},
+    "a bidi mark": {"class_names": ["cat", "d\u202eg"]},
+    "an empty name": {"class_names": ["cat", " "]},
+    "no text": {"class_names": ["cat", None]},
+    "nested lists": {"class_names": ["cat", ["dog", ["dog"]]]},
+    "one text": {"class_names": "ab"},
+    "a dict": {"class_names": {"cat": 1, "dog": 2}},
+    "a tensor": {"class_names": torch.zeros(2)},
+    "no names": {"class_names": None},
+    "very many": {"class_names": ["cat"] * 100_001, "category_ids": list(range(100_001))},
+    "one id": {"category_ids": [1]},
+    "no list of ids": {"category_ids": 1},
+    "equal ids": {"category_ids": [1, 1]},
+    "an id that is a float": {"category_ids": [1, 2.0]},
+    "an id that is nan": {"category_ids": [1, float("nan")]},
+    "an id that is a bool": {"category_ids": [True, 2]},
+    "an id that is a list": {"category_ids": [[1], [2]]},
+    "an id that is text": {"category_ids": ["1", "2"]},
+    "an id of a hundred digits": {"category_ids": [1, 10**100]},
+}
+
+
+def checkpoint(folder, run):
+    torch.save({"model": {}, "run": run}, folder / "model.pth")
+    return folder / "model.pth"
+
+
+def test_it_is_what_was_written(tmp_path):
+    assert run_of(checkpoint(tmp_path, GOOD)) == GOOD
+
+
+@pytest.mark.parametrize("changes", BAD_CLASSES.values(), ids=BAD_CLASSES)
+def test_classes_that_nobody_can_use_are_passed_over(changes, tmp_path, caplog):
+    file = checkpoint(tmp_path, {**GOOD, **changes})
+    with caplog.at_level(logging.WARNING):
+        assert run_of(file) == {"seed": 3, "host": "standalone"}
+    (message,) = caplog.messages
+    assert str(file) in message
+    assert "class_names" in message or "category_ids" in message
+    assert len(message) < len(str(file)) + 400
+    assert message.isprintable()
+
+
+@pytest.mark.parametrize("run", [[1], "text", None, 3, torch.zeros(2), {1: 2}, {}])
+def test_a_run_of_another_kind_says_nothing(run, tmp_path):
+    assert not run_of(checkpoint(tmp_path, run)).keys() & {"class_names", "category_ids"}
+
+
+@pytest.mark.parametrize("changes", BAD_CLASSES.values(), ids=BAD_CLASSES)
+def test_nothing_is_resumed_with_such_classes(changes):
+    info = RunInfo(0, ["cat", "dog"], [1, 18], "standalone")
+    with pytest.raises(CheckpointError, match=r"class_names|category_ids"):
+        info.load_state_dict({**GOOD, **changes})
+    assert info.seed == 0
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, float("inf"), "3", None, True, [3]])
+def test_nothing_is_resumed_with_such_a_seed(seed):
+    with pytest.raises(CheckpointError, match="seed"):
+        RunInfo(0, ["cat", "dog"], [1, 18], "standalone").load_state_dict({**GOOD, "seed": seed})
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import torch
 
 from cascade_det.engine.hooks import figures_of
 from cascade_det.errors import CheckpointError, ConfigError, DatasetError
-from cascade_det.standalone import evaluate, train
-from cascade_det.standalone.build import build_detector
+from cascade_det.standalone import Predictor, build_detector, evaluate, train
+from cascade_det.standalone.host import open_detector
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def cfg(instant_cfg, shapes, test_json, tmp_path):
     torch.manual_seed(0)
     weights = {
         "model": build_detector(instant_cfg).state_dict(),
-        "run": {"seed": 1, "class_names": names, "category_ids": [1, 2, 3]},
+        "run": {"seed": 1, "class_names": names, "category_ids": [1, 2, 3, 4, 5, 6]},
     }
     torch.save(weights, tmp_path / "weights.pth")
     instant_cfg.CASCADE.DATASETS = [("own", str(test_json), str(shapes / "val"))]
@@ -59,6 +59,26 @@ def test_other_classes_than_the_trained_ones_are_refused(cfg, test_json):
         evaluate(cfg)
     assert f"test.json has the classes {', '.join(swapped)}" in str(error.value)
     assert f"trained on {', '.join(names)}" in str(error.value)
+
+
+@pytest.mark.parametrize("use", [evaluate, open_detector, Predictor])
+class TestWeightsThatDetectNothing:
+    def test_a_trunk_is_refused(self, use, cfg):
+        weights = torch.load(cfg.MODEL.WEIGHTS, weights_only=True)["model"]
+        trunk = {k: v for k, v in weights.items() if k.startswith("backbone.bottom_up.")}
+        torch.save(trunk, cfg.MODEL.WEIGHTS)
+        with pytest.raises(CheckpointError, match=r"MODEL\.WEIGHTS") as error:
+            use(cfg)
+        assert "lacks the FPN (40 of 40 tensors), the RPN" in str(error.value)
+        assert "the box heads" in str(error.value)
+
+    def test_nan_is_refused(self, use, cfg):
+        weights = torch.load(cfg.MODEL.WEIGHTS, weights_only=True)["model"]
+        name = "proposal_generator.rpn_head.conv.bias"
+        weights[name][3] = float("nan")
+        torch.save(weights, cfg.MODEL.WEIGHTS)
+        with pytest.raises(CheckpointError, match=f"weights.pth: holds NaN or Inf in {name}"):
+            use(cfg)
 
 
 def test_weights_without_class_names_are_taken(cfg, tmp_path):

@@ -20,7 +20,7 @@ from cascade_det.core.exits import ExitPolicy
 from cascade_det.core.exits.learned_training import exit_losses
 from cascade_det.core.fast_heads import FastBoxHead, fast_box_heads
 from cascade_det.core.matching import LabelledRegions, Targets
-from cascade_det.core.modes import evaluation_mode
+from cascade_det.core.modes import in_evaluation_mode
 from cascade_det.core.network import Network
 from cascade_det.core.record import CascadeRecord, select_scored
 from cascade_det.core.regime import TrainingRegime
@@ -213,10 +213,10 @@ class CascadeHead(nn.Module):
         learned = None if self.exits is None else self.exits.learned
         if learned is None:
             return {}
-        with evaluation_mode(self.box_head, self.box_predictor):
-            record = self.record(**vars(inputs), hidden=True)
+        record = self.record(**vars(inputs), hidden=True)
         return exit_losses(learned, record, gt_boxes, gt_classes)
 
+    @in_evaluation_mode
     def detect(
         self,
         features: list[Tensor],
@@ -285,6 +285,7 @@ class CascadeHead(nn.Module):
         budget = None if self.exits is None else self.exits.time_budget
         return None if budget is None else budget.clock()
 
+    @in_evaluation_mode
     @torch.no_grad()
     def detect_stages(
         self,
@@ -322,6 +323,7 @@ class CascadeHead(nn.Module):
             )
         return outputs
 
+    @in_evaluation_mode
     @torch.no_grad()
     def record(
         self,

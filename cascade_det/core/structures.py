@@ -72,6 +72,11 @@ class CascadeStats:
     confidence: list[dict[str, float]] = field(default_factory=list, compare=False)
     overrun_ms: float = field(default=0.0, compare=False)
 
+    @classmethod
+    def of_nothing(cls, num_stages: int) -> CascadeStats:
+        """Those of a call without any image."""
+        return cls([0] * num_stages, [{} for _ in range(num_stages)])
+
 
 @dataclass
 class StageOutput:

@@ -57,7 +57,7 @@ class Walker:
         self.ensemble = ensemble
         self.policy = policy
         self.timer = timer
-        self.stats = CascadeStats([0] * num_stages, [{} for _ in range(num_stages)])
+        self.stats = CascadeStats.of_nothing(num_stages)
         self._scored: list[Scored] = []
         self._accepted: list[RegionView] = []
         self._confidence: list[tuple[int, str, Tensor]] = []

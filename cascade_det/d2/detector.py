@@ -22,9 +22,11 @@ from cascade_det.core import (
     TrainingRegime,
 )
 from cascade_det.core.boxes import of_images
+from cascade_det.core.modes import in_evaluation_mode
 from cascade_det.core.postprocess import rescale_stage
 from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
 from cascade_det.d2.structures import detections_of, objectness_of
+from cascade_det.engine.batches import check_images
 
 Inputs = Mapping[str, Any]
 
@@ -57,10 +59,17 @@ class Detector(nn.Module):
 
         Args:
             batch: inputs with ``instances``, the ground truth.
+
+        Raises:
+            ValueError: there is no image, or one is as ``detect`` refuses it.
         """
+        if not batch:
+            raise ValueError("no losses of no images: give a batch of at least one")
+        check_images(batch, self._channels)
         with _training_heads(self.model), EventStorage():
             return self.model(batch)
 
+    @in_evaluation_mode
     @torch.no_grad()
     def detect(
         self,
@@ -71,6 +80,8 @@ class Detector(nn.Module):
     ) -> DetectorOutput:
         """Detections of a batch, in pixels of the original images.
 
+        In evaluation mode, whatever mode the modules are in; each is in its own again afterwards.
+
         Args:
             batch: inputs with ``image`` and, if it was resized, ``height`` and ``width`` of the
                 original.
@@ -78,7 +89,15 @@ class Detector(nn.Module):
                 images, or of those for which it is true. The others have nothing there. Only
                 where ``has_stages``.
             timer: takes the milliseconds of every part if given.
+
+        Raises:
+            ValueError: an image is no tensor ``[3, H, W]``, or has no pixel.
         """
+        if not batch:
+            self.outputs = []
+            num_stages = self._heads.num_cascade_stages if self.has_stages else 0
+            return DetectorOutput([], CascadeStats.of_nothing(num_stages))
+        check_images(batch, self._channels)
         if self.has_stages:
             chosen = [stages] * len(batch) if isinstance(stages, bool) else stages
             return self._detect_in_parts(batch, chosen, timer)
@@ -98,11 +117,13 @@ class Detector(nn.Module):
         """Let regions leave by other exits, where ``has_stages``."""
         self._heads.exits = exits
 
+    @in_evaluation_mode
     @torch.no_grad()
     def cascade_inputs(
         self, batch: Sequence[Inputs], *, timer: PartTimer | None = None
     ) -> CascadeInputs:
         """What the cascade gets of a batch, where ``has_stages``; arguments as in ``detect``."""
+        check_images(batch, self._channels)
         images, maps, proposals = self._enter(batch, timer)
         return CascadeInputs(
             [maps[name] for name in self._heads.box_in_features],
@@ -110,6 +131,12 @@ class Detector(nn.Module):
             images.image_sizes,
             objectness_of(proposals),
         )
+
+    @property
+    def _channels(self) -> int | None:
+        """Of an image, where the model says it."""
+        mean = getattr(self.model, "pixel_mean", None)
+        return len(mean) if isinstance(mean, Tensor) else None
 
     @property
     def _heads(self) -> EarlyExitCascadeROIHeads:

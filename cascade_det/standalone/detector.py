@@ -10,9 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from cascade_det.backbones import FPN
-from cascade_det.core import CascadeHead, CascadeInputs, DetectorOutput, ExitPolicy, PartTimer
+from cascade_det.core import (
+    CascadeHead,
+    CascadeInputs,
+    CascadeStats,
+    DetectorOutput,
+    ExitPolicy,
+    PartTimer,
+)
 from cascade_det.core.boxes import of_images
+from cascade_det.core.modes import in_evaluation_mode
 from cascade_det.core.postprocess import rescale_detections, rescale_stage
+from cascade_det.engine.batches import check_images
 from cascade_det.standalone.rpn import RPN
 
 Sample = dict[str, Any]
@@ -98,6 +107,7 @@ class Detector(nn.Module):
 
         Raises:
             RuntimeError: the detector was optimised for inference.
+            ValueError: there is no image, or one is as ``detect`` refuses it.
         """
         if self.optimizations:
             raise RuntimeError(
@@ -105,11 +115,13 @@ class Detector(nn.Module):
                 "in other types. Build it again, without optimize() and without "
                 "MODEL.CASCADE.FAST.ENABLED"
             )
+        if not batch:
+            raise ValueError("no losses of no images: give a batch of at least one")
         gt_boxes = [s["gt_boxes"].to(self.device) for s in batch]
         gt_classes = [s["gt_classes"].to(self.device) for s in batch]
         if self.roi_heads.regime.exits_alone:
             return self.roi_heads.exit_losses(self.cascade_inputs(batch), gt_boxes, gt_classes)
-        images, image_sizes = self.preprocess([s["image"] for s in batch])
+        images, image_sizes = self._images(batch)
         if images.device.type == "cpu":
             images = images.contiguous(memory_format=self.training_format)
         maps = self.backbone(images)
@@ -119,6 +131,7 @@ class Detector(nn.Module):
         inputs = CascadeInputs(features, proposals, image_sizes, objectness)
         return {**losses, **self.roi_heads.exit_losses(inputs, gt_boxes, gt_classes)}
 
+    @in_evaluation_mode
     @torch.no_grad()
     def detect(
         self,
@@ -129,13 +142,20 @@ class Detector(nn.Module):
     ) -> DetectorOutput:
         """Detections of a batch, in pixels of the original images.
 
+        In evaluation mode, whatever mode the modules are in; each is in its own again afterwards.
+
         Args:
             batch: samples with ``image`` (uint8 ``[3, H, W]``) and, if it was resized, ``height``
                 and ``width`` of the original.
             stages: also run the full cascade and report what it gives after every stage; of all
                 images, or of those for which it is true. The others have nothing there.
             timer: takes the milliseconds of every part if given.
+
+        Raises:
+            ValueError: an image is no tensor ``[3, H, W]``, or has no pixel.
         """
+        if not batch:
+            return DetectorOutput([], CascadeStats.of_nothing(self.roi_heads.num_stages))
         part = timer.part if timer is not None else lambda name: nullcontext()
         started = self.roi_heads.now()
         inputs = self.cascade_inputs(batch, timer=timer)
@@ -159,6 +179,7 @@ class Detector(nn.Module):
             output.stages = [rescale_stage(stage, frames) for stage in full]
         return output
 
+    @in_evaluation_mode
     @torch.no_grad()
     def cascade_inputs(
         self, batch: Sequence[Sample], *, timer: PartTimer | None = None
@@ -168,13 +189,17 @@ class Detector(nn.Module):
         # What is compiled is compiled for one mode, whatever that of the caller.
         mode = torch.inference_mode if self.optimizations else nullcontext
         with part("preprocess"), mode():
-            images, image_sizes = self.preprocess([s["image"] for s in batch])
+            images, image_sizes = self._images(batch)
         with part("backbone"), mode():
             maps = self.backbone(images)
         with part("rpn"):
             proposals, objectness = self.proposal_generator.propose(maps, image_sizes)
         features = [maps[name] for name in self.roi_in_features]
         return CascadeInputs(features, proposals, image_sizes, objectness)
+
+    def _images(self, batch: Sequence[Sample]) -> tuple[Tensor, ImageSizes]:
+        check_images(batch)
+        return self.preprocess([s["image"] for s in batch])
 
     def preprocess(self, images: Sequence[Tensor]) -> tuple[Tensor, ImageSizes]:
         """Normalise, pad on the right and at the bottom with 0, and stack.

@@ -12,6 +12,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
+from cascade_det.core.modes import evaluation_mode
 from cascade_det.errors import ConfigError
 from cascade_det.onnx_predictor import (
     INPUTS,
@@ -80,7 +81,7 @@ def export_onnx(
     """Write an ONNX file; height and width of its image are free.
 
     Args:
-        detector: in evaluation mode, on the CPU, not optimised.
+        detector: on the CPU, not optimised.
         path: of the file.
         description: goes into the file. Its ``num_stages`` are exported.
 
@@ -89,9 +90,9 @@ def export_onnx(
     """
     import onnx
 
-    model = FixedDepthDetector(detector, description.num_stages).eval()
+    model = FixedDepthDetector(detector, description.num_stages)
     sides = {1: "height", 2: "width"}
-    with torch.no_grad(), warnings.catch_warnings():
+    with evaluation_mode(model), torch.no_grad(), warnings.catch_warnings():
         # On Python values that are constants by intention, and on the age of the exporter: the
         # one by torch.export takes many times as long for the same file.
         warnings.simplefilter("ignore")
@@ -123,12 +124,12 @@ def export_program(
     Returns:
         The file, run by PyTorch.
     """
-    model = FixedDepthDetector(detector, description.num_stages).eval()
+    model = FixedDepthDetector(detector, description.num_stages)
     sides = {
         axis: torch.export.Dim(name, min=2, max=LONGEST_SIDE)
         for axis, name in ((1, "height"), (2, "width"))
     }
-    with torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         program = torch.export.export(
             model,
             (_example(),),

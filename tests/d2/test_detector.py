@@ -158,3 +158,57 @@ def test_modes_come_back_after_an_error(build, batch):
     with pytest.raises(KeyError):
         Detector(model).losses(batch[::-1])
     assert state_of(model)[0] == modes
+
+
+BN = ["MODEL.RESNETS.NORM", "BN", "MODEL.FPN.NORM", "BN"]
+
+
+def answers(detector, batch):
+    output = detector.detect(batch)
+    return [x for found in output.detections for x in (found.boxes, found.scores, found.classes)]
+
+
+@pytest.mark.parametrize("options", [[], STANDARD], ids=["ours", "another"])
+def test_a_model_in_training_detects_as_in_evaluation(build, batch, options):
+    model = build(*BN, *options)
+    detector = Detector(model)
+    wanted = answers(detector, batch)
+    assert len(wanted[0]) > 3
+    model.train()
+    model.backbone.bottom_up.features[0].eval()
+    before = state_of(model)
+    for found, expected in zip(answers(detector, batch), wanted, strict=True):
+        assert torch.equal(found, expected)
+    if detector.has_stages:
+        detector.cascade_inputs(batch)
+    modes, buffers = state_of(model)
+    assert modes == before[0]
+    for name, value in buffers.items():
+        assert torch.equal(value, before[1][name]), name
+
+
+def test_modes_come_back_after_a_failure(build, batch, monkeypatch):
+    model = build().train()
+
+    def fail(*_, **__):
+        raise KeyError("no more is needed")
+
+    monkeypatch.setattr(model.roi_heads, "forward", fail)
+    before, _ = state_of(model)
+    with pytest.raises(KeyError):
+        Detector(model).detect(batch)
+    assert state_of(model)[0] == before
+
+
+@pytest.mark.parametrize("options", [[], STANDARD], ids=["ours", "another"])
+def test_batches_that_are_none(build, batch, options):
+    detector = Detector(build(*options))
+    assert detector.detect([], stages=detector.has_stages).detections == []
+    assert detector.outputs == []
+    with pytest.raises(ValueError, match="at least one"):
+        detector.losses([])
+    for shape in ((3, 0, 5), (1, 8, 8), (8, 8)):
+        broken = [batch[0], {**batch[1], "image": torch.zeros(shape, dtype=torch.uint8)}]
+        for call in (detector.detect, detector.losses):
+            with pytest.raises(ValueError, match=r"image 1 of the batch .*\[3, H, W\]"):
+                call(broken)

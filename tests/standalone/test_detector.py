@@ -1,0 +1,186 @@
+"""What a detector is asked for, in whatever mode it is, and batches that are none."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from small_detectors import make_detector, random_image
+from torch import nn
+
+from cascade_det.core.structures import PartTimer
+from cascade_det.engine.monitor import ExitMonitor
+from cascade_det.layers import ConvNorm
+from cascade_det.onnx_predictor import ExportedModel
+from cascade_det.standalone.export import export_onnx
+
+
+@pytest.fixture
+def detector():
+    """With norms and dropout in its trunk and in its heads."""
+    detector = make_detector(conv_dims=(6,))
+    trunk = detector.backbone.bottom_up
+    trunk.first = nn.Sequential(trunk.first, nn.BatchNorm2d(8), nn.Dropout(0.5))
+    for head in detector.roi_heads.box_head:
+        head.conv1 = ConvNorm(6, 6, 3, norm="BN")
+    return detector.eval()
+
+
+@pytest.fixture
+def batch():
+    return [{"image": random_image(90, 120, seed=i)} for i in range(2)]
+
+
+def boxes_and_scores(detections):
+    return [x for found in detections for x in (found.boxes, found.scores)]
+
+
+def of_cascade(call):
+    """``call`` on the cascade, with inputs of a twin in evaluation mode."""
+
+    def run(detector, batch):
+        inputs = copy.deepcopy(detector).eval().cascade_inputs(batch)
+        return call(detector.roi_heads, inputs.features, inputs.proposals, inputs.image_sizes)
+
+    return run
+
+
+CALLS = {
+    "detect": lambda d, b: boxes_and_scores(d.detect(b).detections),
+    "stages": lambda d, b: boxes_and_scores(d.detect(b, stages=True).stages[1].detections),
+    "inputs": lambda d, b: d.cascade_inputs(b).features,
+    "monitor": lambda d, b: boxes_and_scores(ExitMonitor(d).detect(b).detections),
+    "cascade": of_cascade(lambda c, *inputs: boxes_and_scores(c.detect(*inputs)[0])),
+    "its stages": of_cascade(
+        lambda c, *inputs: boxes_and_scores(c.detect_stages(*inputs)[1].detections)
+    ),
+    "its record": of_cascade(lambda c, *inputs: [s.boxes for s in c.record(*inputs).stages]),
+}
+
+
+def modes_of(detector):
+    return {name: module.training for name, module in detector.named_modules()}
+
+
+def mix_modes(detector):
+    """Training, but for a norm and a stage that are frozen."""
+    detector.train()
+    detector.backbone.bottom_up.first[1].eval()
+    detector.roi_heads.box_head[1].eval()
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+class TestModes:
+    def test_the_mode_changes_nothing_and_is_not_changed(self, call, detector, batch):
+        wanted = call(detector, batch)
+        assert sum(x.numel() for x in wanted) > 0
+        mix_modes(detector)
+        modes, state = modes_of(detector), copy.deepcopy(detector.state_dict())
+        for a, b in zip(call(detector, batch), wanted, strict=True):
+            assert torch.equal(a, b)
+        assert modes_of(detector) == modes
+        for name, value in detector.state_dict().items():
+            assert torch.equal(value, state[name]), name
+
+    def test_nothing_is_written_in_evaluation_mode(self, call, detector, batch, monkeypatch):
+        """So that threads can share a detector."""
+        own, written, write = set(detector.modules()), [], nn.Module.__setattr__
+
+        def noticed(module, name, value):
+            if name == "training" and module in own:
+                written.append(module)
+            write(module, name, value)
+
+        monkeypatch.setattr(nn.Module, "__setattr__", noticed)
+        call(detector, batch)
+        assert not written
+
+
+def test_modes_come_back_after_a_failure(detector, batch):
+    mix_modes(detector)
+    modes = modes_of(detector)
+
+    class Broken(PartTimer):
+        def part(self, name):
+            if name == "stage1":
+                raise KeyError(name)
+            return super().part(name)
+
+    with pytest.raises(KeyError):
+        detector.detect(batch, timer=Broken())
+    assert modes_of(detector) == modes
+
+
+def test_threads_share_a_detector_in_evaluation_mode(detector, batch):
+    wanted = boxes_and_scores(detector.detect(batch).detections)
+    found = []
+
+    def detect():
+        found.extend(boxes_and_scores(detector.detect(batch).detections) for _ in range(5))
+
+    threads = [threading.Thread(target=detect) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 15
+    for each in found:
+        assert all(torch.equal(a, b) for a, b in zip(each, wanted, strict=True))
+
+
+def test_an_export_leaves_the_modes(detector, tmp_path, monkeypatch):
+    pytest.importorskip("onnx")
+
+    def export(model, *_, **__):
+        assert not any(modes_of(model).values())
+        raise KeyError("no more is needed")
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    mix_modes(detector)
+    modes = modes_of(detector)
+    description = ExportedModel(
+        class_names=["a", "b", "c"],
+        category_ids=[1, 2, 3],
+        image_format="BGR",
+        min_size=64,
+        max_size=128,
+        num_stages=1,
+    )
+    with pytest.raises(KeyError):
+        export_onnx(detector, tmp_path / "model.onnx", description)
+    assert modes_of(detector) == modes
+
+
+class TestBatches:
+    def test_of_no_image_nothing_is_detected(self, detector):
+        for one in (detector, ExitMonitor(detector)):
+            output = one.detect([])
+            assert output.detections == []
+            assert output.stats.entered == [0, 0, 0]
+            assert output.stages is None
+        assert detector.detect([], stages=True, timer=PartTimer()).detections == []
+
+    def test_of_no_image_there_are_no_losses(self, detector):
+        with pytest.raises(ValueError, match="at least one"):
+            detector.losses([])
+
+    @pytest.mark.parametrize(
+        "image",
+        [
+            torch.zeros(3, 0, 5, dtype=torch.uint8),
+            torch.zeros(3, 5, 0, dtype=torch.uint8),
+            torch.zeros(1, 8, 8, dtype=torch.uint8),
+            torch.zeros(8, 8, 3, dtype=torch.uint8),
+            torch.zeros(8, 8, dtype=torch.uint8),
+            torch.zeros(0, dtype=torch.uint8),
+            torch.zeros(3, 8, 8).numpy(),
+            None,
+        ],
+        ids=lambda image: str(getattr(image, "shape", image)),
+    )
+    def test_an_image_that_is_none_is_refused(self, image, detector, batch):
+        truth = {"gt_boxes": torch.zeros(0, 4), "gt_classes": torch.zeros(0, dtype=torch.int64)}
+        batch = [{**sample, **truth} for sample in [*batch, {"image": image}]]
+        for call in (detector.detect, detector.losses, detector.cascade_inputs):
+            with pytest.raises(ValueError, match=r"image 2 of the batch .*\[3, H, W\]"):
+                call(batch)

@@ -81,6 +81,7 @@ def measure_accuracy(
             output_dir / name.replace(", ", "_").replace(" ", "_"),
             device=detector.device,
             detections_per_image=changed.TEST.DETECTIONS_PER_IMAGE,
+            dtype=detector.dtype,
             stages=False,
         )
         rows.append(_accuracy(name, results))

@@ -132,6 +132,12 @@ class CascadeHead(nn.Module):
         self.exits = exits
         self.metrics: dict[str, Tensor] = {}
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the box heads compute in: float32, or what ``optimize`` made of any of them."""
+        fast = (head.dtype for head in self.box_head if isinstance(head, FastBoxHead))
+        return next(fast, torch.float32)
+
     def optimize(self, dtype: torch.dtype = torch.float32) -> None:
         """Make the box heads fast for good, see ``fast_box_heads``; scores stay float32."""
         size = self.pooler.output_size

@@ -22,11 +22,12 @@ from cascade_det.core import (
     TrainingRegime,
 )
 from cascade_det.core.boxes import of_images
-from cascade_det.core.modes import in_evaluation_mode
+from cascade_det.core.modes import evaluation_mode, in_evaluation_mode
 from cascade_det.core.postprocess import rescale_stage
 from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
 from cascade_det.d2.structures import detections_of, objectness_of
 from cascade_det.engine.batches import check_images
+from cascade_det.engine.devices import describe_dtypes
 
 Inputs = Mapping[str, Any]
 
@@ -112,6 +113,15 @@ class Detector(nn.Module):
         heads = self._heads
         heads.follow_predictors()
         return heads.cascade
+
+    @property
+    def dtype(self) -> str:
+        """What inference computes in, for a report."""
+        if not self.has_stages:
+            return "float32"
+        with evaluation_mode(self):
+            heads = self.cascade.dtype
+        return describe_dtypes({"roi_heads": heads, "all before": torch.float32})
 
     def set_exits(self, exits: ExitPolicy | None) -> None:
         """Let regions leave by other exits, where ``has_stages``."""

@@ -102,6 +102,7 @@ def evaluate_all(cfg: CfgNode, model: nn.Module, datasets: Sequence[CocoDataset]
             folder,
             device=next(model.parameters()).device,
             detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+            dtype=detector.dtype,
             stages=detector.has_stages,
             flops=_flops(detector),
             shadow=ShadowRules(**config.shadow_arguments(cfg)),

@@ -113,7 +113,7 @@ class CalibrationReport:
             },
             "trials": len(self.calibrator.search.tried),
             "latency_model": latency.as_dict(),
-            "machine": describe_machine(self.device),
+            "machine": describe_machine(self.device, self.detector.dtype),
         }
         write_json(content, output_dir / "calibration.json")
         logger.info("Written to %s: exits.yaml and what it rests on", output_dir)

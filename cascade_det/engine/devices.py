@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import torch
 from fvcore.common.config import CfgNode
@@ -92,6 +93,20 @@ def resolve_fast_dtype(name: str, device: torch.device) -> torch.dtype:
         )
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def describe_dtypes(dtypes: Mapping[str, torch.dtype]) -> str:
+    """What a detector computes in: ``bfloat16``, or ``bfloat16: fpn, rpn; float32: stem``.
+
+    Args:
+        dtypes: of its parts, by name.
+    """
+    names: dict[str, list[str]] = {}
+    for name, dtype in dtypes.items():
+        names.setdefault(str(dtype).removeprefix("torch."), []).append(name)
+    if len(names) == 1:
+        return next(iter(names))
+    return "; ".join(f"{dtype}: {', '.join(parts)}" for dtype, parts in names.items())
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -38,6 +38,7 @@ def evaluate_dataset(
     *,
     device: torch.device,
     detections_per_image: int,
+    dtype: str,
     stages: bool = True,
     flops: RegionFlops | None = None,
     shadow: ShadowRules | None = None,
@@ -53,6 +54,7 @@ def evaluate_dataset(
         output_dir: of ``results.json``, ``report.png``, ``analysis/`` and ``inference/``.
         device: of the detector.
         detections_per_image: how many the detector gives at most.
+        dtype: what it computes in, for the report.
         stages: whether the detector can say what each stage alone would give.
         flops: of one region, see :func:`cascade_det.engine.head_flops.region_flops`.
         shadow: on which images exits are held against the full cascade; needs ``stages``.
@@ -75,7 +77,7 @@ def evaluate_dataset(
     )
     found = run_inference(detector, loader, [*evaluators, *further], stages=stages)
     results = dict(finish({**found, "notes": [*found["notes"], *left_out_notes(dataset)]}))
-    machine = describe_machine(device)
+    machine = describe_machine(device, dtype)
     report = format_report({**results, "machine": machine})
     logger.info("Results on %s:\n\n%s\n", dataset.source.name, report)
 

@@ -33,6 +33,10 @@ class Detector(Protocol):
     def cascade(self) -> CascadeHead:
         """The cascade."""
 
+    @property
+    def dtype(self) -> str:
+        """What it computes in, for a report."""
+
     def cascade_inputs(self, batch: Batch, *, timer: PartTimer | None = None) -> CascadeInputs:
         """What the cascade gets of a batch."""
 

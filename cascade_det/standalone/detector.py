@@ -42,6 +42,7 @@ class Detector(nn.Module):
     Attributes:
         optimizations: what ``cascade_det.standalone.optimize`` did to it, a sentence each; none
             where it was not called. A detector that has some cannot be trained.
+        dtype: what it computes in, for a report: "float32", or what ``optimize`` made of it.
         memory_format: of the batch of images.
         training_format: likewise, in training on a CPU: as the convolutions that train fast and the
             pooling of regions want the maps. It rounds otherwise than contiguous maps do.
@@ -67,6 +68,7 @@ class Detector(nn.Module):
         self.pixel_std: Tensor
         mean, std = torch.tensor(pixel_mean), torch.tensor(pixel_std)
         self.optimizations: list[str] = []
+        self.dtype = "float32"
         self.memory_format = torch.contiguous_format
         self.training_format = torch.channels_last
         self.register_buffer("pixel_mean", mean.view(-1, 1, 1), persistent=False)

@@ -89,6 +89,7 @@ def evaluate_all(
             folder,
             device=detector.device,
             detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+            dtype=detector.dtype,
             flops=region_flops(detector.roi_heads, detector.backbone.out_channels),
             shadow=ShadowRules(**config.shadow_arguments(cfg)),
         )

@@ -15,7 +15,7 @@ from cascade_det.backbones import ResNet
 from cascade_det.config.fast import FAST_DEFAULTS, PARTS
 from cascade_det.core.fast_heads import FastBoxHead
 from cascade_det.engine.allocator import keep_freed_memory
-from cascade_det.engine.devices import resolve_fast_dtype
+from cascade_det.engine.devices import describe_dtypes, resolve_fast_dtype
 from cascade_det.layers_folding import fold_norms
 from cascade_det.layers_winograd import use_winograd
 from cascade_det.standalone.detector import Detector
@@ -75,6 +75,8 @@ def optimize(
         done.append("The memory of freed tensors is kept for the next ones, process-wide.")
     if compile:
         done.append(_compile(detector, dtypes))
+    # Heads that cannot be made fast stay as they are.
+    detector.dtype = describe_dtypes({**dtypes, "roi_heads": detector.roi_heads.dtype})
     detector.optimizations = done
     logger.info("Optimised for inference:%s", "".join(f"\n  - {sentence}" for sentence in done))
     return detector
@@ -131,11 +133,7 @@ def _set_types(detector: Detector, dtypes: Mapping[str, torch.dtype]) -> str:
     for name, part in _body(detector).items():
         for module in part.modules:
             module.to(dtypes[name])
-    names: dict[torch.dtype, list[str]] = {}
-    for name, dtype in dtypes.items():
-        names.setdefault(dtype, []).append(name)
-    shown = [f"{_name(dtype)}: {', '.join(parts)}" for dtype, parts in names.items()]
-    return f"Computed in {'; '.join(shown)}. Boxes, scores and last layers in float32."
+    return f"Computed in {describe_dtypes(dtypes)}. Boxes, scores and last layers in float32."
 
 
 def _cast_between(detector: Detector, dtypes: Mapping[str, torch.dtype]) -> None:
@@ -181,7 +179,3 @@ def _compile(detector: Detector, dtypes: Mapping[str, torch.dtype]) -> str:
         f"Backbone and pyramid are compiled, which took {seconds:.0f} s for single images; it "
         "takes as long again at the first batch of several."
     )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

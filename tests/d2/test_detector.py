@@ -168,9 +168,9 @@ def answers(detector, batch):
     return [x for found in output.detections for x in (found.boxes, found.scores, found.classes)]
 
 
-@pytest.mark.parametrize("options", [[], STANDARD], ids=["ours", "another"])
-def test_a_model_in_training_detects_as_in_evaluation(build, batch, options):
-    model = build(*BN, *options)
+@pytest.mark.parametrize("more", [[], STANDARD], ids=["ours", "another"])
+def test_a_model_in_training_detects_as_in_evaluation(build, batch, more):
+    model = build(*BN, *more)
     detector = Detector(model)
     wanted = answers(detector, batch)
     assert len(wanted[0]) > 3
@@ -200,9 +200,9 @@ def test_modes_come_back_after_a_failure(build, batch, monkeypatch):
     assert state_of(model)[0] == before
 
 
-@pytest.mark.parametrize("options", [[], STANDARD], ids=["ours", "another"])
-def test_batches_that_are_none(build, batch, options):
-    detector = Detector(build(*options))
+@pytest.mark.parametrize("more", [[], STANDARD], ids=["ours", "another"])
+def test_batches_that_are_none(build, batch, more):
+    detector = Detector(build(*more))
     assert detector.detect([], stages=detector.has_stages).detections == []
     assert detector.outputs == []
     with pytest.raises(ValueError, match="at least one"):
@@ -212,3 +212,19 @@ def test_batches_that_are_none(build, batch, options):
         for call in (detector.detect, detector.losses):
             with pytest.raises(ValueError, match=r"image 1 of the batch .*\[3, H, W\]"):
                 call(broken)
+
+
+@pytest.mark.parametrize(
+    ("more", "dtype"),
+    [
+        ([], "float32"),
+        (STANDARD, "float32"),
+        (["ENABLED", "True", "DTYPE", "float32"], "float32"),
+        (["ENABLED", "True", "DTYPE", "bfloat16"], "bfloat16: roi_heads; float32: all before"),
+    ],
+)
+def test_the_type_that_is_reported_is_the_one_that_runs(build, more, dtype):
+    keys = [x if "." in x or i % 2 else f"MODEL.CASCADE.FAST.{x}" for i, x in enumerate(more)]
+    detector = Detector(build(*keys).train())
+    assert detector.dtype == dtype
+    assert detector.model.training

@@ -182,3 +182,22 @@ def test_more_detections_count_where_the_detector_gives_more(cfg, test_json):
     assert any("more than 100 objects" in note and limit in note for note in evaluate(cfg)["notes"])
     cfg.TEST.DETECTIONS_PER_IMAGE = 250
     assert not any(limit in note for note in evaluate(cfg)["notes"])
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ([], "float32"),
+        (["ENABLED", True, "DTYPE", "bfloat16"], "bfloat16"),
+        (
+            ["ENABLED", True, "DTYPE", "bfloat16", "FLOAT32_PARTS", ("fpn", "stem")],
+            "float32: stem, fpn; bfloat16: backbone, rpn, roi_heads",
+        ),
+    ],
+)
+def test_the_type_that_is_reported_is_the_one_that_ran(cfg, options, dtype, monkeypatch):
+    monkeypatch.setattr("cascade_det.engine.evaluate.plot_report", lambda *_, **__: None)
+    monkeypatch.setattr("cascade_det.engine.evaluate.write_analysis", lambda *_, **__: None)
+    pairs = zip(options[::2], options[1::2], strict=True)
+    cfg.merge_from_list([x for k, v in pairs for x in (f"MODEL.CASCADE.FAST.{k}", v)])
+    evaluate(cfg)
+    written = json.loads(Path(cfg.OUTPUT_DIR, "results.json").read_text())
+    assert written["machine"]["dtype"] == dtype

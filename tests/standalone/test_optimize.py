@@ -105,7 +105,10 @@ def test_parts_have_the_types_that_are_asked_for(instant_cfg, parts):
     fast = optimize(make_detector(instant_cfg), dtype="bfloat16", float32_parts=parts)
     assert types_of(fast) == set(parts)
     sentence = next(s for s in fast.optimizations if s.startswith("Computed in"))
-    if 0 < len(parts) < len(PARTS):
+    if len(parts) in (0, len(PARTS)):
+        assert fast.dtype == ("float32" if parts else "bfloat16")
+    else:
+        assert fast.dtype in sentence
         assert f"float32: {', '.join(parts)}" in sentence
 
 
@@ -209,5 +212,6 @@ class TestByConfiguration:
         cfg.merge_from_list(FAST)
         fast, _, _ = open_detector(cfg)
         assert fast.optimizations
+        assert plain.dtype == "float32"
         flops = [region_flops(d.roi_heads, d.backbone.out_channels) for d in (plain, fast)]
         assert flops[0] == flops[1]

@@ -10,6 +10,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from cascade_det import config
 from cascade_det.backbones import MobileNetV2, MobileNetV3Large
 from cascade_det.backbones.fpn import LEVELS
+from cascade_det.d2.parts import refuse_torchvision_names
 
 
 class MobileNetV2Backbone(MobileNetV2, Backbone):
@@ -46,8 +47,11 @@ def _build_fpn(
     arguments = config.backbone_arguments(cfg)
     fpn = arguments["fpn"]
     in_features = fpn.pop("in_features")
+    bottom_up = trunk(out_features=in_features, **arguments["bottom_up"])
+    # Whatever heads go with it.
+    bottom_up.register_load_state_dict_post_hook(refuse_torchvision_names)
     return FPN(
-        bottom_up=trunk(out_features=in_features, **arguments["bottom_up"]),
+        bottom_up=bottom_up,
         in_features=in_features,
         top_block=LastLevelMaxPool(),
         **fpn,

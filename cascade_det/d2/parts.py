@@ -11,12 +11,18 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
-from torch import Tensor
+from torch import Tensor, nn
 
 from cascade_det.core import RoIPooler, TrainingRegime
 from cascade_det.core.boxes import MAX_LOG_SCALE
 from cascade_det.core.roi_pooling import CANONICAL_BOX_SIZE, CANONICAL_LEVEL
+from cascade_det.errors import CheckpointError
 
+# Of torchvision's classifiers, and their names in a trunk.
+_FIRST_WEIGHTS = {
+    "layer1.0.conv1.weight": "res2.0.conv1.weight",
+    "features.0.0.weight": "features.0.0.weight",
+}
 _PREDICTED_BY_THE_CORE = ("losses", "box_reg_loss", "inference", "predict_boxes", "predict_probs")
 
 
@@ -54,6 +60,31 @@ def check_predictor(predictor: FastRCNNOutputLayers) -> None:
             "box_predictors: box2box_transform has to be Detectron2's Box2BoxTransform with its "
             f"usual scale_clamp, not {type(transform).__name__} with {transform.scale_clamp}"
         )
+
+
+def refuse_torchvision_names(part: nn.Module, incompatible: Any) -> None:
+    """A hook after ``load_state_dict``: a trunk takes no weights under torchvision's names.
+
+    Detectron2's checkpointer logs them as unexpected, and a trunk with frozen norms goes on with
+    the random weights that it began with. A part of a model sees the names, but not the weights:
+    so they cannot be renamed here.
+
+    Args:
+        part: of the model that is loaded.
+        incompatible: ``missing_keys`` and ``unexpected_keys`` of the whole model.
+
+    Raises:
+        CheckpointError: the names are torchvision's, and the trunk has none of its weights.
+    """
+    for theirs, ours in _FIRST_WEIGHTS.items():
+        missing = any(name.endswith(f".{ours}") for name in incompatible.missing_keys)
+        if missing and theirs in incompatible.unexpected_keys:
+            raise CheckpointError(
+                f"the weights have torchvision's names ({theirs}), which Detectron2 does not know: "
+                f"the backbone ({ours}) would stay as it was initialised. Leave MODEL.WEIGHTS "
+                "empty and load the file by cascade_det.engine.weights.load_weights(model, file), "
+                "which renames them, or train with tools/train_net.py, which does the same."
+            )
 
 
 def pooler_like(pooler: ROIPooler, kernel: str) -> RoIPooler:

@@ -38,6 +38,7 @@ from cascade_det.d2.parts import (
     common,
     pooler_like,
     refuse_overrides,
+    refuse_torchvision_names,
     threshold,
 )
 from cascade_det.d2.structures import instances_of, labelled_regions_of, objectness_of, targets_of
@@ -147,6 +148,8 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         self.timer: PartTimer | None = None
         self.started: float | None = None
         self.follow_predictors()
+        # Whatever trunk comes before them.
+        self.register_load_state_dict_post_hook(refuse_torchvision_names)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:

@@ -7,9 +7,18 @@ Its ``tools/lazyconfig_train_net.py`` trains and evaluates it. Without exits:
     from .cascade_rcnn_R_50_FPN_1x_early_exit import dataloader, model, optimizer
     from .cascade_rcnn_R_50_FPN_1x_early_exit import lr_multiplier, train
 
-    register_coco_instances("cells_train", {}, "cells/train.json", "cells/images")
+    register_coco_instances("cells_train", {}, "cells/train.json", "cells/train")
+    register_coco_instances("cells_val", {}, "cells/val.json", "cells/val")
     dataloader.train.dataset.names = "cells_train"
-    model.roi_heads.num_classes = 3
+    dataloader.test.dataset.names = "cells_val"  # the evaluator follows
+    model.roi_heads.num_classes = 3  # the predictors follow
+    dataloader.train.total_batch_size = 4
+    optimizer.lr = 0.005  # 0.02 is for 16 images
+    train.max_iter = 5000  # the schedule follows: its steps are shares of it
+    train.eval_period = 1000
+
+A start from random weights (``train.init_checkpoint = ""``) needs ``freeze_at=0`` and norms that are
+trained.
 """
 
 import torch

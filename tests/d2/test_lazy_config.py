@@ -14,7 +14,6 @@ import detectron2
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyCall, LazyConfig, instantiate
 from detectron2.data import DatasetMapper
-from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import default_argument_parser
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
@@ -175,42 +174,40 @@ def test_data_and_run(lazy, yaml_cfg):
     assert run.amp.enabled == solver.AMP.ENABLED
 
 
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    """The names of two small registered data sets."""
-    folder = tmp_path_factory.mktemp("shapes") / "data"
-    make_dataset(folder, train=4, val=2, width=96, height=64)
-    for split in ("train", "val"):
-        name = f"lazy_shapes_{split}"
-        register_coco_instances(name, {}, str(folder / f"{split}.json"), str(folder / split))
-    return "lazy_shapes_train", "lazy_shapes_val"
+@pytest.fixture
+def own_data(tmp_path):
+    """The lines for data of one's own that the file gives, with such data in ``cells``."""
+    make_dataset(tmp_path / "cells", train=4, val=2, width=96, height=64)
+    text = LAZY_FILE.read_text().split('"""')[1]
+    lines = [line[4:] for line in text.splitlines() if line.startswith("    ")]
+    own = "\n".join(lines).replace('"cells/', f'"{tmp_path}/cells/')
+    assert own.count("num_classes = 3") == own.count("max_iter = 5000") == 1
+    return own.replace("num_classes = 3", "num_classes = 6").replace("5000", "2")
 
 
 @pytest.mark.skipif(not DETECTRON2_TOOL.is_file(), reason="Detectron2's tools are not beside it")
-def test_detectron2s_tool_trains_and_evaluates_it(shapes, tmp_path, monkeypatch):
+def test_detectron2s_tool_trains_and_evaluates_own_data(own_data, tmp_path, capsys):
     spec = importlib.util.spec_from_file_location("lazyconfig_train_net", DETECTRON2_TOOL)
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     own = tmp_path / "own.py"
     (tmp_path / LAZY_FILE.name).write_text(LAZY_FILE.read_text())
     own.write_text(
-        f"from .{NAME} import dataloader, lr_multiplier, model, optimizer, train\n"
-        f"dataloader.train.dataset.names = {shapes[0]!r}\n"
-        f"dataloader.test.dataset.names = {shapes[1]!r}\n"
+        f"{own_data}\n"
         "dataloader.train.total_batch_size = 1\n"
         "dataloader.train.num_workers = dataloader.test.num_workers = 0\n"
         "for _part in (dataloader.train, dataloader.test):\n"
-        "    _part.mapper.augmentations[0].short_edge_length = 64\n"
-        "model.roi_heads.num_classes = 6\n"
+        "    _part.mapper.augmentations[0].short_edge_length = (64,)\n"
         "for _head in model.roi_heads.box_heads:\n"
         "    _head.fc_dims = [32, 32]\n"
         "for _predictor in model.roi_heads.box_predictors:\n"
         "    _predictor.input_shape.channels = 32\n"
+        "    _predictor.test_score_thresh = 0.0\n"
         "model.proposal_generator.post_nms_topk = (50, 50)\n"
         "train.init_checkpoint = ''\n"
         f"train.output_dir = {str(tmp_path / 'output')!r}\n"
     )
-    options = ["train.max_iter=2", "train.device=cpu", "optimizer.lr=0.0001"]
+    options = ["train.device=cpu", "optimizer.lr=0.0001"]
     parser = default_argument_parser()
     tool.main(parser.parse_args(["--config-file", str(own), *options]))
     assert (tmp_path / "output" / "model_final.pth").is_file()
@@ -222,7 +219,10 @@ def test_detectron2s_tool_trains_and_evaluates_it(shapes, tmp_path, monkeypatch)
         ["--config-file", str(own), "--eval-only", *options, "model.roi_heads.exits=null"]
     )
     parsed.opts.append(f"train.init_checkpoint={tmp_path / 'output' / 'model_final.pth'}")
+    capsys.readouterr()
     tool.main(parsed)
+    (results,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("OrderedDict"))
+    assert results.count("AP-") == 6
 
 
 def test_the_target_of_a_users_own_file_can_be_swapped():

@@ -17,8 +17,8 @@ Its ``tools/lazyconfig_train_net.py`` trains and evaluates it. Without exits:
     train.max_iter = 5000  # the schedule follows: its steps are shares of it
     train.eval_period = 1000
 
-A start from random weights (``train.init_checkpoint = ""``) needs ``freeze_at=0`` and norms that are
-trained.
+A start from random weights, ``train.init_checkpoint = ""``, also needs ``freeze_at=0`` and norms
+that are trained.
 """
 
 import torch

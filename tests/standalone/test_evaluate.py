@@ -182,6 +182,8 @@ def test_more_detections_count_where_the_detector_gives_more(cfg, test_json):
     assert any("more than 100 objects" in note and limit in note for note in evaluate(cfg)["notes"])
     cfg.TEST.DETECTIONS_PER_IMAGE = 250
     assert not any(limit in note for note in evaluate(cfg)["notes"])
+
+
 @pytest.mark.parametrize(
     ("options", "dtype"),
     [

@@ -237,7 +237,7 @@ def test_detections_as_corners(coco_content, all_sizes):
     content = coco_content(all_sizes)
     near = [(1, 3, (10, 10, 90, 80)), (1, 7, (50, 50, 140, 100))]
     assert words not in notes_for(content, near)[1]  # These are boxes either way.
-    far = [(i, c, (x + 200, y + 100, x + w + 200, y + h + 100)) for i, c, (x, y, w, h) in all_sizes]
+    far = [(i, c, (x + 150, y + 80, x + w + 150, y + h + 80)) for i, c, (x, y, w, h) in all_sizes]
     assert words in notes_for(content, far)[1]
     assert words not in notes_for(content, [*far, (1, 3, (50, 50, 40, 40))])[1]
     for image in content["images"]:

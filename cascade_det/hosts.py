@@ -27,7 +27,9 @@ def choose_host(asked: str) -> tuple[str, str]:
         load_host("detectron2")
     # Not ImportError alone: versions that do not fit each other fail in many ways.
     except Exception as error:
-        cause = f"Detectron2 cannot be imported ({type(error).__name__}: {error})"
+        # What cascade_det.d2 adds for those who import it themselves is said here otherwise.
+        reason = error.__cause__ if isinstance(error, ImportError) and error.__cause__ else error
+        cause = f"Detectron2 cannot be imported ({type(reason).__name__}: {reason})"
         if asked == "auto":
             return "standalone", f"since {cause}"
         raise ConfigError(

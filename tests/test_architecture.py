@@ -25,6 +25,7 @@ RANKS = {
     "text": -1,
     "colors": -1,
     "drawing": -1,
+    "quiet_imports": -1,
     "convolution": -1,
     "config": 0,
     "layers": 0,

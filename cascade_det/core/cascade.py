@@ -18,7 +18,7 @@ from cascade_det.core.cascade_losses import cascade_losses
 from cascade_det.core.ensemble import ScoreEnsemble
 from cascade_det.core.exits import ExitPolicy
 from cascade_det.core.exits.learned_training import exit_losses
-from cascade_det.core.fast_heads import FastBoxHead, fast_box_heads
+from cascade_det.core.fast_heads import common_dtype, fast_box_heads
 from cascade_det.core.matching import LabelledRegions, Targets
 from cascade_det.core.modes import in_evaluation_mode
 from cascade_det.core.network import Network
@@ -131,12 +131,6 @@ class CascadeHead(nn.Module):
         self.detections_per_image = detections_per_image
         self.exits = exits
         self.metrics: dict[str, Tensor] = {}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the box heads compute in: float32, or what ``optimize`` made of any of them."""
-        fast = (head.dtype for head in self.box_head if isinstance(head, FastBoxHead))
-        return next(fast, torch.float32)
 
     def optimize(self, dtype: torch.dtype = torch.float32) -> None:
         """Make the box heads fast for good, see ``fast_box_heads``; scores stay float32."""
@@ -374,9 +368,7 @@ class CascadeHead(nn.Module):
         limits = image_limits(image_sizes, image_index)
         logits = boxes.new_zeros(boxes.shape[0]) if objectness is None else torch.cat([*objectness])
         rows = torch.arange(boxes.shape[0], device=boxes.device)
-        # A head that is not a fast one wants the type of the features.
-        dtypes = {h.dtype if isinstance(h, FastBoxHead) else None for h in self.box_head}
-        pyramid = self.pooler.prepare(features, dtype=dtypes.pop() if len(dtypes) == 1 else None)
+        pyramid = self.pooler.prepare(features, dtype=common_dtype(self.box_head))
         network = self.network(pyramid, len(image_sizes), agreements=agreements)
         return network, Regions(boxes, image_index, limits, logits, rows)
 

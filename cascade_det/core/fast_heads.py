@@ -68,6 +68,17 @@ def fast_box_heads(
     return nn.ModuleList(_fast(head, pooled_size, dtype, keep) for head in heads)
 
 
+def common_dtype(heads: Iterable[nn.Module]) -> torch.dtype | None:
+    """What box heads all want their maps in; ``None``: some want the type that these have."""
+    dtypes = {head.dtype if isinstance(head, FastBoxHead) else None for head in heads}
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def fast_dtype(heads: Iterable[nn.Module]) -> torch.dtype:
+    """What box heads compute in, as far as they are fast ones; float32 where none is."""
+    return next((head.dtype for head in heads if isinstance(head, FastBoxHead)), torch.float32)
+
+
 def _fast(head: nn.Module, pooled_size: int, dtype: torch.dtype, keep: bool) -> nn.Module:
     layers = list(head.children())
     plain = (

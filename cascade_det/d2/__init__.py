@@ -4,6 +4,22 @@
 Detectron2's; ``MODEL.ROI_HEADS.NAME: EarlyExitCascadeROIHeads`` puts the heads into a model.
 """
 
+from cascade_det.quiet_imports import without_jit_warning
+
+try:
+    with without_jit_warning():
+        import detectron2.engine
+        import detectron2.modeling  # noqa: F401
+except ImportError as error:
+    raise type(error)(
+        f"cascade_det.d2 is a plugin of Detectron2, which cannot be imported here ({error}). "
+        "Install it into this environment, see "
+        "https://detectron2.readthedocs.io/en/latest/tutorials/install.html, or use "
+        "cascade_det.standalone, which does without.",
+        name=error.name,
+        path=error.path,
+    ) from error
+
 from cascade_det.config import add_cascade_config
 from cascade_det.d2.backbones import (
     build_mobilenet_v2_fpn_backbone,

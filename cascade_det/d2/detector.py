@@ -22,6 +22,7 @@ from cascade_det.core import (
     TrainingRegime,
 )
 from cascade_det.core.boxes import of_images
+from cascade_det.core.fast_heads import fast_dtype
 from cascade_det.core.modes import evaluation_mode, in_evaluation_mode
 from cascade_det.core.postprocess import rescale_stage
 from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
@@ -120,7 +121,7 @@ class Detector(nn.Module):
         if not self.has_stages:
             return "float32"
         with evaluation_mode(self):
-            heads = self.cascade.dtype
+            heads = fast_dtype(self.cascade.box_head)
         return describe_dtypes({"roi_heads": heads, "all before": torch.float32})
 
     def set_exits(self, exits: ExitPolicy | None) -> None:

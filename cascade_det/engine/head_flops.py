@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
-from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
 from cascade_det.core import CascadeHead
 from cascade_det.core.modes import evaluation_mode
 from cascade_det.evaluation import RegionFlops
+from cascade_det.quiet_imports import without_jit_warning
+
+with without_jit_warning():
+    from fvcore.nn import FlopCountAnalysis
 
 
 def region_flops(cascade: CascadeHead, channels: int) -> RegionFlops:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cascade_det.backbones import ResNet
 from cascade_det.config.fast import FAST_DEFAULTS, PARTS
-from cascade_det.core.fast_heads import FastBoxHead
+from cascade_det.core.fast_heads import FastBoxHead, fast_dtype
 from cascade_det.engine.allocator import keep_freed_memory
 from cascade_det.engine.devices import describe_dtypes, resolve_fast_dtype
 from cascade_det.layers_folding import fold_norms
@@ -76,7 +76,9 @@ def optimize(
     if compile:
         done.append(_compile(detector, dtypes))
     # Heads that cannot be made fast stay as they are.
-    detector.dtype = describe_dtypes({**dtypes, "roi_heads": detector.roi_heads.dtype})
+    detector.dtype = describe_dtypes(
+        {**dtypes, "roi_heads": fast_dtype(detector.roi_heads.box_head)}
+    )
     detector.optimizations = done
     logger.info("Optimised for inference:%s", "".join(f"\n  - {sentence}" for sentence in done))
     return detector

@@ -90,7 +90,8 @@ def _note_areas(checked: CheckedJson, notes: Problems) -> None:
         if box.get("area") is not None
     ]
     areas = {box["area"] for box in boxes}
-    if len(boxes) > 1 and len(areas) == 1 and not all(map(_has_fitting_area, boxes)):
+    same = len(boxes) > 1 and len(areas) == 1 and min(areas) >= 0
+    if same and not all(map(_has_fitting_area, boxes)):
         kind = f"'area' that is {shown(*areas)} for all boxes: AP by size says nothing"
         for box in boxes:
             notes.add(kind, box_name, box)

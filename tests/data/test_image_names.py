@@ -8,6 +8,7 @@ from PIL import Image
 
 from cascade_det.data.coco import load_dataset
 from cascade_det.data.image_names import LinkRule
+from cascade_det.data.loader import build_test_loader
 from cascade_det.errors import DatasetError
 
 
@@ -166,3 +167,12 @@ def test_odd_names_are_read_and_shown_escaped(coco, name):
     assert said.isascii()
     assert all(character.isprintable() or character == "\n" for character in said)
     assert len(said.splitlines()) == 3
+
+
+def test_a_name_that_is_no_text_comes_through_a_worker(coco):
+    name = NAMES["latin-1"]
+    source = coco.write([coco.image(1, file_name=name)], [coco.box(1, 1)])
+    Image.new("RGB", (40, 30)).save(source.image_root / name)
+    arguments = {"min_sizes": (20,), "max_size": 40, "image_format": "RGB", "num_workers": 1}
+    loader = build_test_loader(load_dataset(source), images_per_batch=1, **arguments)
+    assert [sample["file_name"] for [sample] in loader] == [str(source.image_root / name)]

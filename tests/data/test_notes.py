@@ -64,6 +64,7 @@ SIDES = ([1, 1, 4, 4], [1, 1, 20, 25], [5, 5, 10, 10])
         ((1.0, 1.0, 1.0), {"'area' that is 1.0 for all boxes: AP by size says nothing": 3}),
         ((900, 900, 900), {"'area' that is 900 for all boxes: AP by size says nothing": 3}),
         ((16, 0, 100), {"'area' of 0: the object counts as small in AP by size": 1}),
+        ((-1, -1, -1), {"'area' below 0: an evaluation ignores the object": 3}),
         ((16, -1, 100), {"'area' below 0: an evaluation ignores the object": 1}),
         ((16, 500, 100), {}),
         ((9, 300, 60), {}),  # of masks

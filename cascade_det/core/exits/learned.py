@@ -74,7 +74,7 @@ class LearnedParts(nn.Module):
             self.pruner.extend(_Scorer(inputs) for _ in range(num_stages - 1))
 
     def predict_ious(self, stage: int, hidden: Tensor) -> Tensor:
-        """IoU of the box that a stage refines with its object (Cascade-DETR, arXiv 2303.11116).
+        """IoU of the box that a stage refines with its object (Cascade-DETR, arXiv 2307.11035).
 
         Args:
             stage: from 0.

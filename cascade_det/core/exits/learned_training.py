@@ -36,7 +36,7 @@ def exit_losses(
 ) -> dict[str, Tensor]:
     """Losses of the parts that are there; they have no gradient in what is recorded.
 
-    The IoU head: squared error (Cascade-DETR, arXiv 2303.11116) to the IoU of the box that the
+    The IoU head: squared error (Cascade-DETR, arXiv 2307.11035) to the IoU of the box that the
     stage refined with the ground truth that it overlaps best. Boxes of IoU >= 0.5 weigh as much in
     all as the many below do.
 

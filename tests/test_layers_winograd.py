@@ -3,6 +3,7 @@
 import copy
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -104,6 +105,27 @@ def two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
+
+
+def test_another_thread_between_two_steps_changes_nothing(monkeypatch):
+    """The room for intermediate results is each thread's own."""
+    generator = torch.Generator().manual_seed(0)
+    weight = transform_weight(torch.randn(4, 5, 3, 3, generator=generator))
+    images = [torch.randn(1, 5, 9, 14, generator=generator) for _ in range(2)]
+    alone = [winograd_conv2d(image, weight, None) for image in images]
+    others, bmm = [], torch.bmm
+    with ThreadPoolExecutor(1) as pool:
+
+        def after_another(*arguments, **options):
+            if threading.current_thread() is threading.main_thread():
+                others.append(pool.submit(winograd_conv2d, images[1], weight, None).result())
+            return bmm(*arguments, **options)
+
+        monkeypatch.setattr(torch, "bmm", after_another)
+        mine = winograd_conv2d(images[0], weight, None)
+    assert others
+    assert torch.equal(mine, alone[0])
+    assert all(torch.equal(other, alone[1]) for other in others)
 
 
 @pytest.mark.usefixtures("two_threads")

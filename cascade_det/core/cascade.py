@@ -8,7 +8,6 @@ absolute pixels of the resized image; image sizes are ``(height, width)``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -229,6 +228,7 @@ class CascadeHead(nn.Module):
     ) -> tuple[list[Detections], CascadeStats]:
         """Run the cascade; regions that left are neither pooled nor computed again.
 
+        Nothing of a call stays here, so that several threads may detect at once.
         Under ``torch.jit.trace`` every region sees every stage. Where gradients are on, scores and
         final boxes have them; what a stage crops and who leaves does not.
 
@@ -251,31 +251,31 @@ class CascadeHead(nn.Module):
         budget = None if exits is None or torch.jit.is_tracing() else exits.time_budget
         if exits is not None and exits.asks_for_objectness and objectness is None:
             raise ValueError("these exits look at the objectness of the proposals: give it too")
-        with nullcontext() if budget is None else budget.call(len(image_sizes), started):
-            with part(timer, "stage0"):
-                network, regions = self._start(
-                    features,
-                    proposals,
-                    objectness,
-                    image_sizes,
-                    agreements=exits is not None and exits.asks_for_agreements,
-                )
-            walker = Walker(
-                network,
-                num_stages=self.num_stages,
-                ensemble=self.ensemble,
-                policy=exits,
-                timer=timer,
+        deadline = None if budget is None else budget.start(len(image_sizes), started)
+        with part(timer, "stage0"):
+            network, regions = self._start(
+                features,
+                proposals,
+                objectness,
+                image_sizes,
+                agreements=exits is not None and exits.asks_for_agreements,
             )
-            scored = walker.walk(regions)
-            device = regions.boxes.device
-            if budget is not None:
-                budget.stages_are_done(device)
-            with part(timer, "postprocess"):
-                detections = self._select(scored, regions, len(image_sizes))
-            if budget is not None:
-                budget.finish(device)
-                walker.stats.overrun_ms = budget.overrun_ms
+        walker = Walker(
+            network,
+            num_stages=self.num_stages,
+            ensemble=self.ensemble,
+            policy=exits,
+            deadline=deadline,
+            timer=timer,
+        )
+        scored = walker.walk(regions)
+        device = regions.boxes.device
+        if deadline is not None:
+            deadline.stages_are_done(device)
+        with part(timer, "postprocess"):
+            detections = self._select(scored, regions, len(image_sizes))
+        if deadline is not None:
+            walker.stats.overrun_ms = deadline.finish(device)
         if timer is not None:
             walker.stats.milliseconds = timer.milliseconds
         return detections, walker.stats

@@ -114,7 +114,8 @@ def _is_their_sequence(head: nn.Module, layers: list[nn.Module], pooled_size: in
 class FastCopies:
     """Fast copies of box heads that are kept, made anew when weights were loaded or replaced.
 
-    They do not notice a training: fused optimisers write weights without counting it.
+    They do not notice a training: fused optimisers write weights without counting it. Threads that
+    ask at once may each make copies, of which one stays.
 
     Args:
         pooled_size: P.
@@ -126,17 +127,18 @@ class FastCopies:
         self.pooled_size = pooled_size
         self.dtype = dtype
         self.device = device
-        self._heads: nn.ModuleList | None = None
-        self._made_of: list[tuple[int, int, int]] = []
+        self._kept: tuple[list[tuple[int, int, int]], nn.ModuleList] | None = None
 
     def of(self, heads: Collection[nn.Module]) -> nn.ModuleList:
         """Copies of the heads as they are now."""
         parameters = [p for head in heads for p in head.parameters()]
         made_of = [(id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
-        if self._heads is None or made_of != self._made_of:
-            self._heads = None  # frees the memory of the last ones first
-            self._heads = fast_box_heads(
-                heads, pooled_size=self.pooled_size, dtype=self.dtype, keep=True
+        kept = self._kept
+        if kept is None or kept[0] != made_of:
+            kept = self._kept = None  # frees the memory of the last ones first
+            kept = (
+                made_of,
+                fast_box_heads(heads, pooled_size=self.pooled_size, dtype=self.dtype, keep=True),
             )
-            self._made_of = made_of
-        return self._heads
+            self._kept = kept
+        return kept[1]

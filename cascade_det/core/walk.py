@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cascade_det.core.ensemble import ScoreEnsemble
 from cascade_det.core.exits import BEFORE_STAGES, KEPT, Accepted, ExitPolicy, RegionView
+from cascade_det.core.exits.budget import Deadline
 from cascade_det.core.regions import Regions, Scored, StageRun
 from cascade_det.core.structures import CascadeStats, PartTimer
 
@@ -33,13 +34,14 @@ class Source(Protocol):
 
 
 class Walker:
-    """Leads regions through the stages, and lets them out as a policy says.
+    """Leads regions through the stages, and lets them out as a policy says; for one call.
 
     Args:
         source: of the outcomes.
         num_stages: S.
         ensemble: how the stages' opinions become one score.
         policy: who leaves early; ``None`` for nobody.
+        deadline: of the call, where the policy has a time budget that is to count.
         timer: takes the milliseconds of ``stage<s>`` if given.
     """
 
@@ -50,12 +52,14 @@ class Walker:
         num_stages: int,
         ensemble: ScoreEnsemble,
         policy: ExitPolicy | None,
+        deadline: Deadline | None = None,
         timer: PartTimer | None = None,
     ) -> None:
         self.source = source
         self.num_stages = num_stages
         self.ensemble = ensemble
         self.policy = policy
+        self.deadline = deadline
         self.timer = timer
         self.stats = CascadeStats.of_nothing(num_stages)
         self._scored: list[Scored] = []
@@ -93,7 +97,7 @@ class Walker:
             rows=proposals.rows,
             crops=self.source.crops(proposals) if policy.asks_for_crops else None,
         )
-        decision = policy.decide(view)
+        decision = policy.decide(view, self.deadline)
         self.stats.left_before = {reason: len(rows) for reason, rows in decision.left.items()}
         return proposals if decision.stay is None else proposals[decision.stay]
 
@@ -109,7 +113,7 @@ class Walker:
         if self.policy is None or torch.jit.is_tracing():
             return live
         view = self._view(live, stage)
-        decision = self.policy.decide(view)
+        decision = self.policy.decide(view, self.deadline)
         self.stats.left[stage] = {reason: len(rows) for reason, rows in decision.left.items()}
         for reason, rows in decision.left.items():
             self._confidence.append((stage, reason, view.scores[rows].sum()))

@@ -25,7 +25,7 @@ from cascade_det.core.boxes import of_images
 from cascade_det.core.fast_heads import fast_dtype
 from cascade_det.core.modes import evaluation_mode, in_evaluation_mode
 from cascade_det.core.postprocess import rescale_stage
-from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
+from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads, HeadsCall
 from cascade_det.d2.structures import detections_of, objectness_of
 from cascade_det.engine.batches import check_images
 from cascade_det.engine.devices import describe_dtypes
@@ -40,7 +40,7 @@ class Detector(nn.Module):
         model: of Detectron2, trained or in training.
 
     Attributes:
-        outputs: of the last call of :meth:`detect`, as the model itself returns them.
+        outputs: of the call of :meth:`detect` that ended last, as the model itself returns them.
         has_stages: whether the model is an R-CNN with our heads; any other is a single part.
     """
 
@@ -104,8 +104,9 @@ class Detector(nn.Module):
             chosen = [stages] * len(batch) if isinstance(stages, bool) else stages
             return self._detect_in_parts(batch, chosen, timer)
         with timer.part("model") if timer is not None else nullcontext():
-            self.outputs = self.model(batch)
-        detections = [detections_of(output["instances"]) for output in self.outputs]
+            outputs = self.model(batch)
+        self.outputs = outputs
+        detections = [detections_of(output["instances"]) for output in outputs]
         return DetectorOutput(detections, CascadeStats([], []))
 
     @property
@@ -179,23 +180,21 @@ class Detector(nn.Module):
         part = timer.part if timer is not None else lambda name: nullcontext()
         started = self.cascade.now()
         images, maps, proposals = self._enter(batch, timer)
-        heads.timer, heads.started = timer, started
-        try:
+        with HeadsCall(timer, started).within() as call:
             instances, _ = heads(images, maps, proposals, None)
-        finally:
-            heads.timer = heads.started = None
         original_sizes = [
             (inputs.get("height", size[0]), inputs.get("width", size[1]))
             for inputs, size in zip(batch, images.image_sizes, strict=True)
         ]
         with part("postprocess"):
-            self.outputs = [
+            outputs = [
                 {"instances": detector_postprocess(found, *size)}
                 for found, size in zip(instances, original_sizes, strict=True)
             ]
-        assert heads.stats is not None
-        detections = [detections_of(output["instances"]) for output in self.outputs]
-        output = DetectorOutput(detections, heads.stats)
+        self.outputs = outputs
+        assert call.stats is not None
+        detections = [detections_of(output["instances"]) for output in outputs]
+        output = DetectorOutput(detections, call.stats)
         if any(chosen):
             full = heads.cascade.detect_stages(
                 [maps[name] for name in heads.box_in_features],

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,6 +51,40 @@ Losses = dict[str, Tensor]
 _COMPUTED_BY_THE_CORE = ("_run_stage", "_match_and_label_boxes", "_create_proposals_from_boxes")
 
 
+@dataclass
+class HeadsCall:
+    """One inference by the heads: what they take and give beside Detectron2's interface.
+
+    Attributes:
+        timer: takes the milliseconds of the stages.
+        started: reading of the time budget's clock when work on the images began; ``None`` counts
+            from where proposals come in.
+        stats: how many regions entered and left each stage, once it has run.
+    """
+
+    timer: PartTimer | None = None
+    started: float | None = None
+    stats: CascadeStats | None = None
+
+    @contextmanager
+    def within(self) -> Iterator[HeadsCall]:
+        """Within the block, inference by any heads in this thread is this call."""
+        before = _OF_THREAD.call
+        _OF_THREAD.call = self
+        try:
+            yield self
+        finally:
+            _OF_THREAD.call = before
+
+
+class _OfThread(threading.local):
+    def __init__(self) -> None:
+        self.call = HeadsCall()
+
+
+_OF_THREAD = _OfThread()
+
+
 @ROI_HEADS_REGISTRY.register()
 class EarlyExitCascadeROIHeads(CascadeROIHeads):
     """Detectron2's cascade of box heads, from which regions may leave early.
@@ -85,10 +120,8 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
 
     Attributes:
         cascade: the box heads in a row; no submodule, its parts are those of this module.
-        stats: of the last inference, how many regions entered and left each stage.
-        timer: takes the milliseconds of the stages of each inference if it is set.
-        started: reading of the time budget's clock when work on the images began, if it is set;
-            else the budget counts from where proposals come in.
+        stats: of the inference that ended last, how many regions entered and left each stage. Where
+            several threads detect, each has its own in :class:`HeadsCall`.
 
     Raises:
         ValueError: a part that the cascade cannot stand in for.
@@ -145,8 +178,6 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         self._fast_copies: FastCopies | None = None
         self.cascade: CascadeHead
         self.stats: CascadeStats | None = None
-        self.timer: PartTimer | None = None
-        self.started: float | None = None
         self.follow_predictors()
         # Whatever trunk comes before them.
         self.register_load_state_dict_post_hook(refuse_torchvision_names)
@@ -236,15 +267,17 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             return self._losses(maps, proposals, targets, image_sizes)
         if torch.jit.is_tracing() and self.exits is not None:
             warnings.warn("A traced cascade has no exits: it runs every stage.", stacklevel=2)
-        detections, self.stats = self.cascade.detect(
+        call = _OF_THREAD.call
+        detections, stats = self.cascade.detect(
             maps,
             [x.proposal_boxes.tensor for x in proposals],
             image_sizes,
             objectness=objectness_of(proposals),
-            timer=self.timer,
-            started=self.started,
+            timer=call.timer,
+            started=call.started,
         )
-        _log_exit_rates(self.stats)
+        self.stats = call.stats = stats
+        _log_exit_rates(stats)
         return [instances_of(d, size) for d, size in zip(detections, image_sizes, strict=True)]
 
     def forward_with_given_boxes(
@@ -252,7 +285,8 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
     ) -> list[Instances]:
         """Masks and keypoints of detections, by Detectron2's own heads."""
         has_any = self.mask_on or self.keypoint_on
-        with self.timer.part("masks") if self.timer is not None and has_any else nullcontext():
+        timer = _OF_THREAD.call.timer
+        with timer.part("masks") if timer is not None and has_any else nullcontext():
             return super().forward_with_given_boxes(features, instances)
 
     def follow_predictors(self) -> None:
@@ -281,14 +315,15 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         if self._fast_dtype is None or self.training or torch.jit.is_tracing():
             return self.box_head
         device = next(self.box_head.parameters()).device
-        if self._fast_copies is None or self._fast_copies.device != device:
+        copies = self._fast_copies
+        if copies is None or copies.device != device:
             dtype = resolve_fast_dtype(self._fast_dtype, device)
-            self._fast_copies = FastCopies(
+            copies = self._fast_copies = FastCopies(
                 pooled_size=self.box_pooler.output_size[0], dtype=dtype, device=device
             )
             if device.type == "cpu":
                 keep_freed_memory()
-        return self._fast_copies.of(self.box_head)
+        return copies.of(self.box_head)
 
     def _rules(self) -> dict[str, Any]:
         """What Detectron2 has in the predictors and matchers, as arguments of the cascade."""

@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from threading import RLock
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -40,14 +41,17 @@ class ExitMonitor:
     call of ``on_drift``, and ``shadow/drift`` in the report. The verdict is looked at after every
     shadow image; where the promise is true, a false alarm in a window's first fill has at most
     half the probability that the confidence of ``shadow`` leaves, however often it is looked at.
-    Not to be shared by threads.
+
+    Threads may share a monitor, as far as they may share its detector: calls detect at the same
+    time, and are added up one after another, in the order in which they end.
 
     Args:
         detector: of either host, with ``detect(batch, stages=, timer=)``.
         shadow: which images take the full cascade, and what is promised.
         flops: of one region, see ``cascade_det.engine.head_flops.region_flops``.
         window: shadow images that count, the latest ones; at least 1.
-        on_drift: called with ``report()`` when drift begins; see ``DriftAlarm``.
+        on_drift: called with ``report()`` when drift begins; see ``DriftAlarm``. It runs in the
+            thread whose call has shown the drift, once that call is added up.
         output_dir: a line with all figures goes to its ``metrics.json``, after every ``period``
             images, when drift begins or ends, and in ``close()``; ``None`` for no file.
         period: images between two lines, at least 1.
@@ -74,12 +78,15 @@ class ExitMonitor:
         self._shadow = shadow or ShadowRules()
         self._exits = ExitEvaluator(flops)
         self._losses: deque[float] = deque(maxlen=window)
-        self._alarm = DriftAlarm(on_drift)
+        self._on_drift = on_drift
+        self._begun: list[Mapping[str, Any]] = []
+        self._alarm = DriftAlarm(self._keep)
         self._history = History()
         self._path = None if output_dir is None else Path(output_dir, "metrics.json")
         self._writer: JsonWriter | None = None
         self._period = period
-        self._seen = self._written = 0
+        self._numbered = self._seen = self._written = 0
+        self._lock = RLock()
         self.images = 0
 
     @property
@@ -101,39 +108,58 @@ class ExitMonitor:
         Raises:
             ValueError: an image is to take the full cascade, and the detector cannot do that.
         """
-        keys = [image_key(sample, self._seen + place) for place, sample in enumerate(batch)]
+        with self._lock:
+            first, self._numbered = self._numbered, self._numbered + len(batch)
+        keys = [image_key(sample, first + place) for place, sample in enumerate(batch)]
         chosen = [self._shadow.chooses(key) for key in keys]
         asked = [stages] * len(batch) if isinstance(stages, bool) else list(stages)
         wanted = [a or b for a, b in zip(asked, chosen, strict=True)]
         output = self.detector.detect(
             batch, stages=stages if wanted == asked else wanted, timer=timer
         )
-        self._count(batch, output, chosen)
+        with self._lock:
+            self._count(batch, output, chosen)
+            begun = [*self._begun]
+            self._begun.clear()
+        # Without the lock: a callback may wait for another thread that uses this monitor.
+        if self._on_drift is not None:
+            for report in begun:
+                self._on_drift(report)
         if not any(asked):
             output.stages = None
         return output
 
     def report(self) -> dict[str, Any]:
         """``exits``, see ``ExitEvaluator``, and ``shadow``, see ``shadow_figures``."""
-        return {
-            **self._exits.evaluate(),
-            "shadow": shadow_figures(list(self._losses), self._shadow),
-        }
+        with self._lock:
+            return {
+                **self._exits.evaluate(),
+                "shadow": shadow_figures(list(self._losses), self._shadow),
+            }
 
     def reset(self) -> None:
         """Begin anew: counters, the window and the alarm. What was written stays."""
-        self._exits.reset()
-        self._losses.clear()
-        self._alarm.drifted = False
-        self.images = 0
+        with self._lock:
+            self._exits.reset()
+            self._losses.clear()
+            self._alarm.drifted = False
+            self.images = 0
 
     def close(self) -> None:
         """Write what is not written yet, and close the file."""
-        if self._seen > self._written:
-            self._write(self.report())
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        with self._lock:
+            if self._seen > self._written:
+                self._write(self.report())
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy or another process: all but the lock, which cannot be copied."""
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=RLock())
 
     def __enter__(self) -> ExitMonitor:
         return self
@@ -164,6 +190,9 @@ class ExitMonitor:
                     changed |= self._look()
         if changed or self._seen - self._written >= self._period:
             self._write(self.report())
+
+    def _keep(self, report: Mapping[str, Any]) -> None:
+        self._begun.append(report)
 
     def _look(self) -> bool:
         """Whether drift began or ended with the last image."""

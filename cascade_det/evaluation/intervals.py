@@ -1,4 +1,4 @@
-"""Confidence intervals that hold at any number of samples: of shares, and of means in [0, 1]."""
+"""A confidence interval that holds at any number of samples: of shares, and of means in [0, 1]."""
 
 from __future__ import annotations
 
@@ -8,27 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import brentq
-from scipy.special import betaincinv
 
 Interval = tuple[float, float]
 
 _NEXT_TO_0 = 1e-12
 # The largest part of the capital that one sample may cost.
 _MOST_AT_STAKE = 0.75
-
-
-def share_interval(hits: int, count: int, *, confidence: float = 0.95) -> Interval:
-    """Clopper and Pearson's exact interval of a share.
-
-    Args:
-        hits: how many of ``count`` independent samples are hits.
-        count: may be 0: the interval is then [0, 1].
-        confidence: with at least this probability the interval has the true share.
-    """
-    tail = (1.0 - confidence) / 2
-    low = float(betaincinv(hits, count - hits + 1, tail)) if hits else 0.0
-    high = float(betaincinv(hits + 1, count - hits, 1.0 - tail)) if hits < count else 1.0
-    return low, high
 
 
 def mean_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
@@ -40,6 +25,7 @@ def mean_interval(values: Sequence[float], *, confidence: float = 0.95) -> Inter
     [0, 1] and any number of samples, and whoever looks after every sample is as safe as who looks
     once: with at least ``confidence`` *all* of the intervals of ``values[:1], values[:2], ...``
     have the mean. It depends on the order of the samples, which must not depend on their values.
+    The mean of zeros and ones is the share of the ones.
 
     Args:
         values: independent samples in [0, 1]; none of them give [0, 1].

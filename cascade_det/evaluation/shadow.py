@@ -11,7 +11,7 @@ from typing import Any
 from cascade_det.core.structures import DetectorOutput
 from cascade_det.evaluation.agreement import MIN_SCORE, agreement_loss
 from cascade_det.evaluation.evaluator import Evaluator, Sample
-from cascade_det.evaluation.intervals import mean_interval, share_interval
+from cascade_det.evaluation.intervals import mean_interval
 
 logger = logging.getLogger(__name__)
 
@@ -71,22 +71,23 @@ def shadow_figures(losses: Sequence[float], rules: ShadowRules) -> dict[str, flo
         rules: what they were chosen by.
 
     Returns:
-        ``images`` with a shadow run; ``loss``, their mean, from ``loss_low`` to ``loss_high`` (see
-        ``mean_interval``); ``changed``, the share of images with any loss, from ``changed_low`` to
-        ``changed_high`` (see ``share_interval``); ``confidence`` of both intervals. Without images
-        the means are nan and the intervals [0, 1]. If a loss was promised, ``expected_loss``,
+        ``images`` with a shadow run; ``loss``, their mean, from ``loss_low`` to ``loss_high``;
+        ``changed``, the share of images with any loss, from ``changed_low`` to ``changed_high``;
+        ``confidence`` of either interval. Both are those of ``mean_interval``: whoever looks after
+        every image, and stops when it pleases, is as safe as who looks once. Without images the
+        means are nan and the intervals [0, 1]. If a loss was promised, ``expected_loss``,
         ``expected_deviation`` and ``drift``: 1 if ``loss_low`` is above the promise plus twice
         its deviation, else 0.
     """
-    count, changed = len(losses), sum(loss > 0 for loss in losses)
+    count, changed = len(losses), [float(loss > 0) for loss in losses]
     low, high = mean_interval(losses, confidence=rules.confidence)
-    changed_low, changed_high = share_interval(changed, count, confidence=rules.confidence)
+    changed_low, changed_high = mean_interval(changed, confidence=rules.confidence)
     figures = {
         "images": count,
         "loss": sum(losses) / count if count else float("nan"),
         "loss_low": low,
         "loss_high": high,
-        "changed": changed / count if count else float("nan"),
+        "changed": sum(changed) / count if count else float("nan"),
         "changed_low": changed_low,
         "changed_high": changed_high,
         "confidence": rules.confidence,

@@ -9,7 +9,7 @@ from cascade_det import config
 from cascade_det.config.exits import EXIT_DEFAULTS
 from cascade_det.core import build_exits
 from cascade_det.core.exits.background import KeepNearBest, PruneBelow
-from cascade_det.core.exits.budget import RegionBudget, TimeBudget
+from cascade_det.core.exits.budget import RegionBudget
 from cascade_det.core.exits.confidence import AcceptConfident, margin, predicted_iou, refinement
 from cascade_det.core.exits.learned import LearnedPruner
 from cascade_det.core.exits.redundancy import DropCovered
@@ -121,9 +121,9 @@ class TestEveryKeyReachesThePolicy:
 
     @pytest.mark.parametrize(("per", "per_image"), [("image", True), ("batch", False)])
     def test_time_budget(self, cfg, per, per_image):
-        rule = rule_of(cfg, TimeBudget, TIME_BUDGET_MS=40, TIME_BUDGET_PER=per)
-        assert rule.milliseconds == 40
-        assert rule.per_image == per_image
+        budget = build(cfg, TIME_BUDGET_MS=40, TIME_BUDGET_PER=per).time_budget
+        assert budget.milliseconds == 40
+        assert budget.per_image == per_image
 
     def test_learned_parts(self, cfg):
         assert build(cfg).learned is None
@@ -150,9 +150,9 @@ class TestEveryKeyReachesThePolicy:
             *["background"] * 3,
             "redundant",
             "confident",
-            *["budget"] * 2,
+            "budget",
         ]
-        assert exits.time_budget is exits.rules[-1]
+        assert exits.time_budget.start(1, None).reason == "budget"
 
     def test_what_was_seen_in_calibration_decides_nothing(self, cfg):
         seen = {"EXPECTED_LOSS": 0.01, "EXPECTED_LOSS_DEVIATION": 0.002, "DEVICE_NAME": "'x'"}

@@ -1,5 +1,7 @@
 """Budgets of regions and of time, the latter by a clock that the test sets."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from region_views import make_view, policy, reasons_of, view_of
@@ -58,13 +60,13 @@ class Call:
 
     def __init__(self, budget, clock, *, num_images=1, started=None):
         self.budget, self.clock = budget, clock
-        budget.start(num_images, started)
+        self.deadline = budget.start(num_images, started)
         assert not self.leaves(make_view(stage=-1, counts=(10,)))
         self.stage = 0
 
     def leaves(self, view):
-        assert self.budget.is_active(view.stage)
-        leaves = self.budget.leaves(view)
+        assert self.deadline.is_active(view.stage)
+        leaves = self.deadline.leaves(view)
         assert leaves.dtype == torch.bool
         assert leaves.shape == (len(view),)
         assert leaves.all() == leaves.any()
@@ -78,10 +80,9 @@ class Call:
         return self.leaves(view)
 
     def report(self, seconds):
-        self.budget.stages_are_done(CPU)
+        self.deadline.stages_are_done(CPU)
         self.clock.tick(seconds)
-        self.budget.finish(CPU)
-        return self.budget.overrun_ms
+        return self.deadline.finish(CPU)
 
 
 class TestTimeBudget:
@@ -143,22 +144,30 @@ class TestTimeBudget:
         assert call.report(0.05) == pytest.approx(200)
         assert Call(call.budget, self.clock).report(0.05) == 0.0
 
-    def test_between_calls_nobody_leaves(self):
-        budget = TimeBudget(1, clock=self.clock)
-        assert not budget.is_active(0)
-        call = Call(budget, self.clock)
-        assert call.ends_after(1.0)
-        call.report(1.0)
-        assert not budget.is_active(0)
+    def test_outside_of_a_call_nobody_leaves(self):
         exits = policy(time_budget_ms=1.0, clock=self.clock)
+        exits.time_budget.start(1, None)
+        self.clock.tick(1.0)
         assert exits.decide(make_view()).stay is None
 
     def test_the_budget_is_the_last_reason(self):
         exits = policy(prune_thresholds=(0.3, 0.3), time_budget_ms=1.0, clock=self.clock)
-        exits.time_budget.start(1, None)
+        deadline = exits.time_budget.start(1, None)
         self.clock.tick(1.0)
         view = view_of([[0.5, 0.5], [0.2, 0.8], [0.4, 0.6]])
-        assert reasons_of(exits.decide(view), 3) == ["budget", "background", "budget"]
+        assert reasons_of(exits.decide(view, deadline), 3) == ["budget", "background", "budget"]
+
+    def test_a_call_that_ends_in_another_thread_leaves_this_one_its_deadline(self):
+        budget = TimeBudget(10, clock=self.clock)
+        call = Call(budget, self.clock)
+
+        def another():
+            assert Call(budget, self.clock).report(0.0) == 0.0
+
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(another).result()
+        assert call.ends_after(99)
+        assert call.report(0.0) == pytest.approx(98_990)
 
 
 class TestInACascade:

@@ -219,7 +219,7 @@ class TestRecord:
         cascade = make_cascade(exits=policy(learned=make_learned(), pruner_thresholds=(1e-9, 0, 0)))
         inputs = inputs_of(make_scene())
         seen, decide = [], cascade.exits.decide
-        cascade.exits.decide = lambda view: seen.append(view) or decide(view)
+        cascade.exits.decide = lambda view, _: seen.append(view) or decide(view)
         with torch.no_grad():
             cascade.detect(**inputs)
         record = cascade.record(**inputs)

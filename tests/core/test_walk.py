@@ -213,7 +213,7 @@ def test_what_a_policy_sees():
     exits = policy(learned=make_learned(), pruner_thresholds=(1e-9, 0, 0))
     cascade, scene = make_cascade(exits=exits), make_scene()
     views, decide = [], exits.decide
-    exits.decide = lambda view: views.append(view) or decide(view)
+    exits.decide = lambda view, _: views.append(view) or decide(view)
     pooled, _ = record_calls(cascade)
     objectness = objectness_of(scene)
     detect(cascade, scene, objectness)
@@ -247,7 +247,7 @@ def test_accepted_regions_are_seen_where_redundancy_asks():
         views.clear()
         exits = policy(num_stages=4, thresholds=(0.7, 0.5, 0.4), **arguments)
         decide = exits.decide
-        exits.decide = lambda view: views.append(view) or decide(view)
+        exits.decide = lambda view, _: views.append(view) or decide(view)
         detect(make_cascade(num_stages=4, exits=exits), make_scene())
         return [view.accepted for view in views]
 

@@ -1,6 +1,9 @@
 """A model of Detectron2 as the engine knows a detector."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,6 +51,39 @@ def batch():
         truth = Instances(size, gt_boxes=Boxes(boxes), gt_classes=torch.tensor([1, 4]))
         inputs.append({"image": image, "instances": truth, **original})
     return inputs
+
+
+@pytest.mark.parametrize("fast", ["False", "True"])
+def test_a_call_is_the_same_with_one_of_another_thread_between_its_steps(build, batch, fast):
+    detector = Detector(build("MODEL.CASCADE.FAST.ENABLED", fast))
+    detector.detect(batch)  # fast heads are there from then on
+    others = []
+
+    def call(inputs):
+        timer = PartTimer()
+        output = detector.detect(inputs, stages=True, timer=timer)
+        return output, output.stats.milliseconds is timer.milliseconds
+
+    alone = [call(batch), call(batch[1:])]
+    heads = detector.model.roi_heads
+    with ThreadPoolExecutor(1) as pool:
+
+        def between(*_):
+            if threading.current_thread() is threading.main_thread():
+                others.append(pool.submit(call, batch[1:]).result())
+
+        # The last one stands where the heads are done and their caller is not.
+        hooks = [p.register_forward_hook(between) for p in (detector.cascade.pooler, heads)]
+        mine = call(batch)
+    for hook in hooks:
+        hook.remove()
+    assert others
+    for (output, is_own), (wanted, _) in [(mine, alone[0]), *((o, alone[1]) for o in others)]:
+        assert is_own
+        assert output.stats == replace(wanted.stats, milliseconds=output.stats.milliseconds)
+        for found, expected in zip(output.detections, wanted.detections, strict=True):
+            assert torch.equal(found.boxes, expected.boxes)
+            assert torch.equal(found.scores, expected.scores)
 
 
 def state_of(model):
@@ -102,7 +138,10 @@ def test_detections_are_those_of_the_model(build, batch, exits):
     if exits == "False":
         for image, found in enumerate(output.detections):
             assert torch.equal(output.stages[-1].detections[image].boxes, found.boxes)
-    assert model.roi_heads.timer is None
+    parts = dict(timer.milliseconds)
+    with torch.no_grad():
+        model(batch)
+    assert timer.milliseconds == parts
 
 
 @pytest.mark.parametrize("options", [OWN_CASCADE, STANDARD])

@@ -214,7 +214,6 @@ class TestTimeBudget:
         timed(350.0)
         heads = hosts[0].model.roi_heads
         hosts[0].detect(make_batch(2))
-        assert heads.started is None
         assert min(heads.stats.entered) > 0
         assert heads.stats.overrun_ms == 0
 

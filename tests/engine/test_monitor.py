@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import pytest
 import torch
@@ -198,6 +202,78 @@ def test_a_detector_without_stages_can_have_no_shadow_runs(monkeypatch):
     ExitMonitor(detector).detect([{}])
     with pytest.raises(ValueError, match="no stages"):
         ExitMonitor(detector, shadow=ShadowRules(share=1.0)).detect([{}])
+
+
+def test_threads_lose_no_count(tmp_path, monkeypatch):
+    """While one call is added up, another one waits, or would spoil the sums."""
+    monitor = ExitMonitor(FakeDetector(), shadow=ShadowRules(share=1.0), output_dir=tmp_path)
+    add_up, first_is_in, second_is_in = monitor._exits.process, Event(), Event()
+
+    def slowly(batch, output):
+        if first_is_in.is_set():
+            second_is_in.set()
+        else:
+            first_is_in.set()
+            assert not second_is_in.wait(0.1), "two calls are added up at once"
+        add_up(batch, output)
+
+    monkeypatch.setattr(monitor._exits, "process", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(monitor.detect, [{"lost": 1}] * 3)]
+        assert first_is_in.wait(5)
+        calls.append(pool.submit(monitor.detect, [{"lost": 1}] * 2))
+        for call in calls:
+            call.result()
+    report = monitor.report()
+    assert report["exits"]["images"] == report["shadow"]["images"] == monitor.images == 5
+
+
+def test_images_of_two_calls_at_once_have_numbers_of_their_own(monkeypatch):
+    detector, keys = FakeDetector(), []
+    monitor = ExitMonitor(detector)
+    plain = detector.detect
+
+    def number_of(sample, number):
+        keys.append(number)
+        return number
+
+    def with_another_call(batch, **arguments):
+        if len(batch) == 3:
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(monitor.detect, [{}, {}]).result()
+        return plain(batch, **arguments)
+
+    monkeypatch.setattr("cascade_det.engine.monitor.image_key", number_of)
+    monkeypatch.setattr(detector, "detect", with_another_call)
+    monitor.detect([{}] * 3)
+    assert keys == [0, 1, 2, 3, 4]
+    assert monitor.images == 5
+
+
+def test_the_callback_may_wait_for_a_thread_that_uses_the_monitor():
+    told = []
+
+    def tell(report):
+        with ThreadPoolExecutor(1) as pool:
+            told.append(pool.submit(monitor.report).result(5))
+
+    rules = ShadowRules(share=1.0, expected_loss=0.02)
+    monitor = ExitMonitor(FakeDetector(), shadow=rules, on_drift=tell)
+    for batch in batches([2] * 40):
+        monitor.detect(batch)
+    assert [report["shadow"]["drift"] for report in told] == [1]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_counts_for_itself(copied):
+    rules = ShadowRules(share=1.0, expected_loss=0.02)
+    monitor = ExitMonitor(FakeDetector(), shadow=rules)
+    another = copied(monitor)
+    for batch in batches([2] * 40):
+        another.detect(batch)
+    assert another.drifted
+    assert (another.images, monitor.images) == (40, 0)
+    assert not monitor.drifted
 
 
 @pytest.mark.parametrize("wrong", [{"window": 0}, {"period": 0}])

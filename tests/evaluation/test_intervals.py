@@ -9,30 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom, binomtest
+from scipy.stats import binom
 
-from cascade_det.evaluation.intervals import mean_interval, share_interval
-
-
-@pytest.mark.parametrize(("hits", "count"), [(0, 1), (1, 1), (0, 50), (3, 50), (49, 50), (50, 50)])
-@pytest.mark.parametrize("confidence", [0.8, 0.95])
-def test_shares_are_those_of_clopper_and_pearson(hits, count, confidence):
-    expected = binomtest(hits, count).proportion_ci(confidence, method="exact")
-    assert share_interval(hits, count, confidence=confidence) == pytest.approx(tuple(expected))
-
-
-@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.5, 1.0])
-@pytest.mark.parametrize("count", [3, 40])
-def test_shares_are_covered_by_an_exact_sum(share, count):
-    covered = 0.0
-    for hits in range(count + 1):
-        low, high = share_interval(hits, count, confidence=0.9)
-        covered += binom.pmf(hits, count, share) * (low <= share <= high)
-    assert covered >= 0.9
+from cascade_det.evaluation.intervals import mean_interval
 
 
 def test_without_samples_nothing_is_known():
-    assert share_interval(0, 0) == (0, 1)
     assert mean_interval([]) == (0, 1)
 
 

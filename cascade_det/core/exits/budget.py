@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,12 +33,11 @@ class RegionBudget:
 
 
 class TimeBudget:
-    """Ends the cascade where the next stage, as it looks, would end after the time is over.
+    """How long a call of a cascade may take.
 
-    How long the next stage takes is told from the last one, region by region; how long it takes
-    to report what was found, from the call before. Stage 0 always runs, so that there is
-    something to report. The budget is kept as far as these foresee: by how much a call went over
-    it is measured. Outside of a call, as in a replay, nobody leaves.
+    What is known of a call in progress is in its :class:`Deadline`, so that threads may share a
+    budget. Common to all calls is one number alone: how long the call that ended last took to
+    report what it had found.
 
     Args:
         milliseconds: of a call, from its start to its end.
@@ -47,10 +45,9 @@ class TimeBudget:
         clock: gives seconds.
 
     Attributes:
-        overrun_ms: by how much the last call took longer than its budget.
+        report_seconds: from the end of the stages to the end of the call, in the call that ended
+            last; 0 before the first one has.
     """
-
-    reason = "budget"
 
     def __init__(
         self,
@@ -62,59 +59,65 @@ class TimeBudget:
         self.milliseconds = milliseconds
         self.per_image = per_image
         self.clock = clock
-        self.overrun_ms = 0.0
-        self._end: float | None = None
-        self._last_gate = 0.0
-        self._entered = 0
-        self._report_seconds = 0.0
+        self.report_seconds = 0.0
 
-    def start(self, num_images: int, started: float | None) -> None:
-        """Begin a call.
+    def start(self, num_images: int, started: float | None) -> Deadline:
+        """The deadline of a call that begins.
 
         Args:
             num_images: of its batch.
             started: reading of ``clock`` when work on the images began; ``None`` for now.
         """
         seconds = self.milliseconds / 1000 * (num_images if self.per_image else 1)
-        self._end = (self.clock() if started is None else started) + seconds
+        return Deadline(self, (self.clock() if started is None else started) + seconds)
 
-    @contextmanager
-    def call(self, num_images: int, started: float | None) -> Iterator[None]:
-        """Within the block a call runs; arguments as in ``start``. An error ends it as well."""
-        self.start(num_images, started)
-        try:
-            yield
-        finally:
-            self._end = None
+
+class Deadline:
+    """Ends the cascade where the next stage, as it looks, would end after the time is over.
+
+    How long the next stage takes is told from the last one, region by region; how long it takes
+    to report what was found, from an earlier call. Stage 0 always runs, so that there is
+    something to report. The budget is kept as far as these foresee: by how much a call went over
+    it is measured.
+
+    Args:
+        budget: of the call.
+        end: reading of its clock when the time is over.
+    """
+
+    reason = "budget"
+
+    def __init__(self, budget: TimeBudget, end: float) -> None:
+        self._budget = budget
+        self._end = end
+        self._last_gate = 0.0
+        self._entered = 0
 
     def is_active(self, stage: int) -> bool:
-        """At every gate of a call, if only to read the clock."""
-        return self._end is not None
+        """At every gate, if only to read the clock."""
+        return True
 
     def leaves(self, view: RegionView) -> Tensor:
         """Bool ``[R]``: all or none."""
-        assert self._end is not None
         now = self._now(view.boxes.device)
         over = False
         if view.stage >= 0:
             next_stage = (now - self._last_gate) / max(self._entered, 1) * len(view)
-            over = now + next_stage + self._report_seconds > self._end
+            over = now + next_stage + self._budget.report_seconds > self._end
         self._last_gate, self._entered = now, len(view)
         return torch.full((len(view),), over, dtype=torch.bool, device=view.boxes.device)
 
     def stages_are_done(self, device: torch.device) -> None:
-        """From here on a call reports what it found."""
+        """From here on the call reports what it found."""
         self._last_gate = self._now(device)
 
-    def finish(self, device: torch.device) -> None:
-        """End a call."""
-        assert self._end is not None
+    def finish(self, device: torch.device) -> float:
+        """End the call; by how many milliseconds it took longer than its budget."""
         now = self._now(device)
-        self._report_seconds = now - self._last_gate
-        self.overrun_ms = max(0.0, (now - self._end) * 1000)
-        self._end = None
+        self._budget.report_seconds = now - self._last_gate
+        return max(0.0, (now - self._end) * 1000)
 
     def _now(self, device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return self.clock()
+        return self._budget.clock()

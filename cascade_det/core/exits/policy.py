@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade_det.core.exits.background import KeepNearBest, PruneBelow
-from cascade_det.core.exits.budget import RegionBudget, TimeBudget
+from cascade_det.core.exits.budget import Deadline, RegionBudget, TimeBudget
 from cascade_det.core.exits.confidence import LOCALISATIONS, MEASURES, AcceptConfident
 from cascade_det.core.exits.learned import LearnedParts, LearnedPruner
 from cascade_det.core.exits.redundancy import DropCovered
@@ -52,7 +52,7 @@ class ExitPolicy(nn.Module):
 
     A region leaves for the first reason that holds: background, redundant, confident, budget.
     Rules look at those that no rule before them took. What a rule would do by its default is
-    nothing.
+    nothing. A policy keeps nothing of the calls that use it: threads may share one.
 
     Args:
         num_stages: S.
@@ -142,29 +142,35 @@ class ExitPolicy(nn.Module):
             )
         if any(region_budget):
             rules.append(RegionBudget(region_budget))
+        self.rules = tuple(rules)
+        # No rule: it has one for each call.
         self.time_budget: TimeBudget | None = None
         if time_budget_ms > 0:
             self.time_budget = TimeBudget(
                 time_budget_ms, per_image=time_budget_per_image, clock=clock
             )
-            rules.append(self.time_budget)
-        self.rules = tuple(rules)
         self.score_scales = tuple(score_scales)
         self.score_shifts = tuple(score_shifts)
         self.asks_for_crops = any(pruner_thresholds[:1])
         # It is among the features of learned parts at every gate.
         uses_learned = any(pruner_thresholds) or (accepts and confidence == "learned")
         self.asks_for_objectness = uses_learned or any(
-            rule.is_active(BEFORE_STAGES) for rule in self.rules if rule is not self.time_budget
+            rule.is_active(BEFORE_STAGES) for rule in self.rules
         )
         self.asks_for_agreements = uses_learned or (accepts and confidence == "agreement")
         self.asks_for_accepted = redundancy_iou is not None and accepts
 
-    def decide(self, view: RegionView) -> Decision:
-        """Who leaves at the gate of ``view``."""
+    def decide(self, view: RegionView, deadline: Deadline | None = None) -> Decision:
+        """Who leaves at the gate of ``view``.
+
+        Args:
+            view: of the regions that are still there.
+            deadline: of the call, by ``time_budget``, the last reason to leave; ``None`` for none,
+                as in a replay.
+        """
         left: dict[str, Tensor] = {}
         stay: Tensor | None = None
-        for rule in self.rules:
+        for rule in self.rules if deadline is None else (*self.rules, deadline):
             if not rule.is_active(view.stage) or not len(view):
                 continue
             leaves = rule.leaves(view)

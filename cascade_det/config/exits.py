@@ -7,6 +7,7 @@ value holds for all of them (before stage 0 too).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -70,6 +71,8 @@ EXIT_DEFAULTS: dict[str, Any] = {
     "EXPECTED_LOSS": -1.0,
     "EXPECTED_LOSS_DEVIATION": 0.0,
     "DEVICE_NAME": "",  # on which latency was measured, where thresholds depend on it
+    # Of the weights that were calibrated, see cascade_det.engine.weight_digest; "" = any.
+    "WEIGHTS_SHA256": "",
 }
 
 _OFF: dict[str, Any] = {"ENABLED": True, "PRUNE_THRESHOLDS": (0.0,), "REDUNDANCY_IOU": 1.01}
@@ -94,6 +97,11 @@ _CONDITIONS = (
     ("EXPECTED_LOSS", is_number, "Give a number; -1 means not calibrated."),
     ("EXPECTED_LOSS_DEVIATION", at_least(0), "Give a number, 0 or more."),
     ("DEVICE_NAME", lambda value: isinstance(value, str), "Give the name of a device, or ''."),
+    (
+        "WEIGHTS_SHA256",
+        lambda value: isinstance(value, str) and re.fullmatch("([0-9a-f]{64})?", value) is not None,
+        "Give 64 hexadecimal digits, or ''.",
+    ),
     (
         "LEARNED",
         each(lambda part: part in ("iou_head", "gate", "pruner")),

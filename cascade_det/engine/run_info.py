@@ -20,6 +20,7 @@ from cascade_det.engine.checkpoint import Checkpointer, checkpoint_to_resume
 from cascade_det.engine.devices import device_name
 from cascade_det.engine.hooks import START
 from cascade_det.engine.weight_addresses import local_path
+from cascade_det.engine.weight_digest import weights_sha256
 from cascade_det.engine.weight_files import load_torch_file
 from cascade_det.errors import CheckpointError, ConfigError, DatasetError
 from cascade_det.files import atomic_path, remove_leftovers
@@ -186,20 +187,34 @@ def load_to_evaluate(
         DatasetError: they were trained on other classes, where the checkpoint names them.
     """
     rest = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume, complete=True)
-    if resume:
-        run = _usable(rest.get("run", {}), checkpointer.get_checkpoint_file())
-    else:
-        run = run_of(local_path(cfg.MODEL.WEIGHTS))
+    file = Path(checkpoint_to_resume(cfg.OUTPUT_DIR) if resume else local_path(cfg.MODEL.WEIGHTS))
+    run = _usable(rest.get("run", {}), file) if resume else run_of(file)
     for dataset in datasets:
         _check_trained_classes(run.get("class_names"), dataset)
-    log_exits(cfg, next(checkpointer.model.parameters()).device)
+    log_exits(cfg, next(checkpointer.model.parameters()).device, file)
 
 
-def log_exits(cfg: CfgNode, device: torch.device) -> None:
-    """Say which exits are used, and warn where they were found on another device than this one."""
+def log_exits(cfg: CfgNode, device: torch.device, weights: str | Path) -> None:
+    """Say which exits are used; warn where they were found on another device or other weights.
+
+    Args:
+        cfg: of the detector.
+        device: where it is.
+        weights: the local file that they were loaded from.
+    """
     logger.info("%s", config.exit_summary(cfg))
-    measured, here = cfg.MODEL.CASCADE.EXIT.DEVICE_NAME, device_name(device)
-    if cfg.MODEL.CASCADE.EXIT.ENABLED and measured not in ("", here):
+    exits = cfg.MODEL.CASCADE.EXIT
+    if not exits.ENABLED:
+        return
+    if exits.WEIGHTS_SHA256 and (found := weights_sha256(weights)) != exits.WEIGHTS_SHA256:
+        logger.warning(
+            "MODEL.CASCADE.EXIT.WEIGHTS_SHA256 is %s..., but %s has other weights (%s...): what "
+            "calibration found out about the exits is not known to hold for these. Calibrate them "
+            "on these weights (tools/calibrate_exits.py).",
+            *(exits.WEIGHTS_SHA256[:12], weights, found[:12]),
+        )
+    measured, here = exits.DEVICE_NAME, device_name(device)
+    if measured not in ("", here):
         logger.warning(
             "MODEL.CASCADE.EXIT.DEVICE_NAME is %r, but this is %r: the thresholds of the exits "
             "depend on latencies that were measured there. Calibrate them on this device "

@@ -67,7 +67,7 @@ class Predictor:
         weights = load_weights(self.detector, cfg.MODEL.WEIGHTS, complete=True).path
         if (fast := config.fast_arguments(cfg)) is not None:
             optimize(self.detector, **fast)
-        log_exits(cfg, self.detector.device)
+        log_exits(cfg, self.detector.device, weights)
         num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
         run = run_of(weights)
         self.class_names = list(run.get("class_names", ()))

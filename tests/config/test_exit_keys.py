@@ -194,6 +194,8 @@ class TestEveryKeyReachesThePolicy:
         ("SCORE_SCALES", (0.0,), "above 0"),
         ("SCORE_SHIFTS", (float("inf"),), "numbers"),
         ("EXPECTED_LOSS_DEVIATION", -0.1, "0 or more"),
+        ("WEIGHTS_SHA256", "F" * 64, "64 hexadecimal digits"),
+        ("WEIGHTS_SHA256", "abc", "64 hexadecimal digits"),
         ("CONFIDENCE", "maximum", "'max_prob', 'entropy', 'margin', 'agreement', 'learned'"),
         ("LOCALISATION", "iou", "'none', 'refinement', 'predicted_iou'"),
         ("TIME_BUDGET_PER", "region", "'image', 'batch'"),
@@ -277,6 +279,7 @@ CHANGED = {
     "EXPECTED_LOSS": 0.1,
     "EXPECTED_LOSS_DEVIATION": 0.1,
     "DEVICE_NAME": "here",
+    "WEIGHTS_SHA256": "0" * 64,
 }
 
 

@@ -40,6 +40,7 @@ CALIBRATED = {
     "EXPECTED_LOSS": 0.012,
     "EXPECTED_LOSS_DEVIATION": 0.003,
     "DEVICE_NAME": "another",
+    "WEIGHTS_SHA256": "0" * 64,
 }
 
 
@@ -50,7 +51,10 @@ def keys(values):
 def rules_of(cfg):
     widths = [8] * len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)
     exits = build_exits(config.exit_arguments(cfg), widths, 4)
-    return None if exits is None else [type(rule).__name__ for rule in exits.rules]
+    if exits is None:
+        return None
+    rules = [*exits.rules, *([exits.time_budget] if exits.time_budget else [])]
+    return [type(rule).__name__ for rule in rules]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -12,6 +12,7 @@ from detectron2.modeling import build_model
 
 from cascade_det.d2 import host
 from cascade_det.d2.evaluate import load_model
+from cascade_det.engine.weight_digest import weights_sha256
 from cascade_det.errors import CheckpointError
 
 pytestmark = pytest.mark.needs_detectron2
@@ -96,3 +97,10 @@ def test_thresholds_of_another_device_are_told(make_preset, said):
     for name, times in (("Tesla K80", 1), ("", 0)):
         load_model(make_preset(more=[f"{NODE}DEVICE_NAME", name]))
         assert sum("DEVICE_NAME is 'Tesla K80'" in message for message in said()) == times
+
+
+def test_exits_of_other_weights_are_told(make_preset, weights, said):
+    """The name of the weights is the same in either host: it is that of what the file holds."""
+    for sha256, times in ((weights_sha256(weights), 0), ("0" * 64, 1)):
+        load_model(make_preset(more=[f"{NODE}WEIGHTS_SHA256", sha256, f"{NODE}ENABLED", "True"]))
+        assert sum("WEIGHTS_SHA256 is 0000" in message for message in said()) == times

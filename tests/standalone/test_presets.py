@@ -8,6 +8,7 @@ import torch
 
 from cascade_det.config import load_config
 from cascade_det.engine.devices import device_name
+from cascade_det.engine.weight_digest import weights_sha256
 from cascade_det.errors import CheckpointError
 from cascade_det.standalone import Predictor, evaluate, train
 from cascade_det.standalone.build import build_detector
@@ -116,3 +117,23 @@ def test_thresholds_of_another_device_are_told(use, make_cfg, caplog):
     assert repr(here) in told
     assert warnings(f"{NODE}DEVICE_NAME", here) == warnings() == []
     assert warnings(f"{NODE}DEVICE_NAME", "Tesla K80", f"{NODE}ENABLED", "False") == []
+
+
+@pytest.mark.parametrize("use", [load_detector, Predictor])
+def test_exits_of_other_weights_are_told(use, make_cfg, weights, tmp_path, caplog):
+    state = torch.load(weights)["model"]
+    again, other = tmp_path / "again.pth", tmp_path / "other.pth"
+    torch.save({"model": state, "iteration": 5}, again)
+    torch.save({"model": {name: value + 1 for name, value in state.items()}}, other)
+    calibrated = [f"{NODE}WEIGHTS_SHA256", weights_sha256(weights), f"{NODE}ENABLED"]
+
+    def warnings(file, enabled="True"):
+        caplog.clear()
+        use(make_cfg(options=[*calibrated, enabled, "MODEL.WEIGHTS", str(file)]))
+        return [r.getMessage() for r in caplog.records if "WEIGHTS_SHA256" in r.getMessage()]
+
+    (told,) = warnings(other)
+    assert weights_sha256(weights)[:12] in told
+    assert str(other) in told
+    assert weights_sha256(other)[:12] in told
+    assert warnings(weights) == warnings(again) == warnings(other, "False") == []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,15 +13,21 @@ from fvcore.common.config import CfgNode
 
 from cascade_det.data.coco import CocoDataset
 from cascade_det.engine.calibration import Calibrator, split_images
-from cascade_det.engine.calibration_report import CalibrationReport
+from cascade_det.engine.calibration_report import FILES, CalibrationReport
+from cascade_det.engine.calibration_sample import Sample
+from cascade_det.engine.calibration_source import CalibrationSource
 from cascade_det.engine.calibration_target import Options, Target
+from cascade_det.engine.devices import device_name
 from cascade_det.engine.inference import BatchLoader
 from cascade_det.engine.recording import first_batches, fit_latency, record_dataset
 from cascade_det.errors import DatasetError
 from cascade_det.evaluation.average_precision import detections_limit
 from cascade_det.evaluation.image_matching import ImageMatcher
+from cascade_det.files import atomic_folder, remove_leftovers
 
 logger = logging.getLogger(__name__)
+
+LOG_FILE = "log.txt"
 
 
 def calibrate(
@@ -37,18 +45,49 @@ def calibrate(
             calibration set with its ground truth, and a loader of it.
         target: what is wanted.
         output_dir: of ``exits.yaml``, ``quality.yaml``, ``balanced.yaml``, ``fast.yaml``,
-            ``front.csv``, ``front.png``, ``comparison.csv`` and ``calibration.json``.
+            ``front.csv``, ``front.png``, ``comparison.csv`` and ``calibration.json``. It holds
+            nothing else but the log, and is replaced as a whole once all of them are there: files
+            of two calibrations never stand side by side. A profile is left out where it would
+            break its promise, or where another file says the same.
         options: how thorough.
 
     Returns:
         The content of ``calibration.json``.
 
     Raises:
+        CascadeDetError: ``output_dir`` holds something else.
         ConfigError: no setting reaches the target.
         DatasetError: the images lack objects.
         SampleTooSmallError: too few images, for a guarantee or at all.
     """
     target.check_images(options.images)
+    parent = Path(os.path.realpath(output_dir)).parent
+    remove_leftovers(parent)
+    remove_leftovers(output_dir)
+    with atomic_folder(output_dir, made=(*FILES, LOG_FILE)) as folder:
+        content = _calibrate(cfg, open_detector, target, folder, options)
+        _keep_log(output_dir / LOG_FILE, folder / LOG_FILE)
+    logger.info("Written to %s: exits.yaml and what it rests on", output_dir)
+    return content
+
+
+def _keep_log(log: Path, kept: Path) -> None:
+    """Give the log, which is still being written, a place in the folder to come."""
+    if not log.is_file():
+        return
+    try:
+        os.link(log, kept)
+    except OSError:  # a file system without such links: what is logged from here on is not kept
+        shutil.copyfile(log, kept)
+
+
+def _calibrate(
+    cfg: CfgNode,
+    open_detector: Callable[[], tuple[Any, CocoDataset, BatchLoader]],
+    target: Target,
+    folder: Path,
+    options: Options,
+) -> dict[str, Any]:
     detector, dataset, loader = open_detector()
     num_images = min(options.images, len(dataset.records))
     if num_images < len(dataset.records):
@@ -59,6 +98,9 @@ def calibrate(
         )
     limit = detections_limit(cfg.TEST.DETECTIONS_PER_IMAGE)
     matcher = _checked_matcher(dataset, num_images, target, options.seed, limit)
+    source = CalibrationSource.of(
+        cfg, dataset, num_images, device_name(next(detector.parameters()).device)
+    )
     logger.info("Recording the full cascade on %d images of %s", num_images, dataset.source.name)
     own = detector.cascade.exits
     # The recording itself is let go: two halves are kept, which are as large as the whole.
@@ -73,7 +115,7 @@ def calibrate(
     logger.info("Trying up to %d settings on half of them", options.trials)
     calibrator.try_settings(options.trials)
     batches = first_batches(loader, options.timed_batches)
-    logger.info("Measuring %d batches", len(batches))
+    logger.info("Measuring %d batches with more and fewer regions", len(batches))
     latency = fit_latency(
         detector,
         batches,
@@ -82,8 +124,9 @@ def calibrate(
     )
     logger.info("Latency model: %s", latency)
     calibration = calibrator.calibrate(target, latency)
+    logger.info("Measuring what was found, and comparing it with what is simpler")
     report = CalibrationReport(calibrator, detector, batches, options)
-    return report.write(calibration, target, latency, output_dir)
+    return report.write(calibration, target, latency, source, folder)
 
 
 def _checked_matcher(
@@ -99,5 +142,7 @@ def _checked_matcher(
     matcher = ImageMatcher(
         *(dataset.ground_truth, dataset.category_ids), max_detections=max_detections
     )
-    split_images([record.image_id for record in dataset.records[:num_images]], matcher, seed)
+    ids = [record.image_id for record in dataset.records[:num_images]]
+    halves = split_images(ids, matcher, seed)
+    Sample.of(ids, halves, matcher, dataset.class_names).tell(target)
     return matcher

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from fvcore.common.config import CfgNode
-from tqdm import tqdm
 
 from cascade_det import config
 from cascade_det.core import ExitPolicy
 from cascade_det.core.exits.learned import LearnedParts
 from cascade_det.engine.calibration_target import Target
+from cascade_det.engine.long_work import LongWork
 from cascade_det.errors import ConfigError, DatasetError
 from cascade_det.evaluation.bootstrap import Difference, paired_bootstrap
 from cascade_det.evaluation.exit_search import Search, Setting, exit_knobs
@@ -44,6 +44,8 @@ class Calibration:
         reported: the trial of the setting on the images that it was not chosen on.
         full: the full cascade on these.
         differences: of AP to the full cascade on these, with their uncertainty.
+        rejected: what was chosen first, and loses more on these than the target allows; the full
+            cascade is the outcome then. ``None`` where nothing was rejected.
     """
 
     setting: Setting
@@ -51,6 +53,12 @@ class Calibration:
     reported: Trial
     full: Trial
     differences: dict[str, Difference]
+    rejected: Calibration | None = None
+
+    @property
+    def drop(self) -> float:
+        """Percent points of AP that are lost on the images that it was not chosen on."""
+        return -self.differences["AP"].value
 
 
 class Calibrator:
@@ -106,13 +114,16 @@ class Calibrator:
         return build_policy(self.cfg, setting, self.learned)
 
     def try_settings(self, most_trials: int) -> None:
-        """Search, with a bar that shows how far it is."""
-        with tqdm(desc="trials", unit="setting", disable=None, leave=False) as progress:
-            self.search.on_trial = progress.update
+        """Search, and show how far it is."""
+        with LongWork("Trying settings", most_trials) as work:
+            self.search.on_trial = work.step
             self.search.search(most_trials)
 
     def calibrate(self, target: Target, latency: LatencyModel | None = None) -> Calibration:
         """The best setting for a target, of those that were tried.
+
+        A drop of AP has to be kept on the images that the setting was not chosen on as well: else
+        the full cascade is what is left. Nothing else is decided on them, but for ``--risk``.
 
         Args:
             target: what is wanted.
@@ -122,7 +133,13 @@ class Calibrator:
             ConfigError: no setting reaches it.
             SampleTooSmallError: too few images for the guarantee.
         """
-        plain = self.search.setting(self._choose(target, latency))
+        found = self._judged(self.search.setting(self._choose(target, latency)))
+        if target.max_ap_drop is None or found.drop <= target.max_ap_drop:
+            return found
+        return replace(self._judged({}), rejected=found)
+
+    def _judged(self, plain: Setting) -> Calibration:
+        """What a setting does on the images that it was not chosen on."""
         setting = self.with_scores(plain)
         reported = self.others.run(self.policy(setting))
         differences = paired_bootstrap(
@@ -187,13 +204,14 @@ class Calibrator:
 
     def _with_drop(self, most: float) -> Places:
         tried, full = self.search.tried, self.trials.full
-        for places in sorted(tried, key=lambda p: tried[p].work):
-            if full.figures["AP"] - tried[places].figures["AP"] > most:
-                continue
-            trial = self.trials.run(self.policy(self.search.setting(places)))
-            change = paired_bootstrap(full.matched, trial.matched, rounds=BOOTSTRAP_ROUNDS)["AP"]
-            if -change.value + MARGIN * change.deviation <= most:
-                return places
+        good = [p for p in tried if full.figures["AP"] - tried[p].figures["AP"] <= most]
+        with LongWork("Judging settings", len(good)) as work:
+            for places in sorted(good, key=lambda p: tried[p].work):
+                trial = self.trials.run(self.policy(self.search.setting(places)))
+                change = paired_bootstrap(full.matched, trial.matched, rounds=BOOTSTRAP_ROUNDS)
+                if -change["AP"].value + MARGIN * change["AP"].deviation <= most:
+                    return places
+                work.step()
         return self._everything
 
     def _with_guarantee(self, risk: float, delta: float) -> Places:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-import yaml
 
-from cascade_det import config
-from cascade_det.config.keys import as_lists
 from cascade_det.core import ExitPolicy
 from cascade_det.engine.calibration import Calibration, Calibrator, build_policy
+from cascade_det.engine.calibration_files import write_exits
+from cascade_det.engine.calibration_profiles import PROMISES, Profiles
+from cascade_det.engine.calibration_source import CalibrationSource
 from cascade_det.engine.calibration_target import Options, Target
+from cascade_det.engine.long_work import LongWork
 from cascade_det.engine.recording import time_policies, truncated_cascades
 from cascade_det.evaluation.agreement import agreement_loss
 from cascade_det.evaluation.exit_comparison import (
@@ -29,10 +32,10 @@ from cascade_det.evaluation.exit_comparison import (
 )
 from cascade_det.evaluation.exit_front import (
     FrontPoint,
-    Points,
     choose_points,
     front_point,
     plot_front,
+    spread_out,
     write_front,
 )
 from cascade_det.evaluation.exit_search import Setting, pareto, usual_settings
@@ -41,14 +44,20 @@ from cascade_det.evaluation.latency_model import LatencyModel
 from cascade_det.evaluation.report import describe_machine
 from cascade_det.evaluation.risk_bounds import wsr_ucb
 from cascade_det.evaluation.score_calibration import expected_calibration_error
-from cascade_det.files import atomic_path, write_json
+from cascade_det.files import write_json
 
 logger = logging.getLogger(__name__)
 
-CHOSEN = "chosen"
+CHOSEN, REJECTED = "chosen", "rejected"
 # A promise of the loss is broken by a sample of calibration images that looked too well.
 PROMISE_DELTA = 0.025
-_HEADS = "EarlyExitCascadeROIHeads"
+# Points of the front that are measured, beside the profiles.
+MOST_MEASURED = 8
+# What a calibration leaves in its folder.
+FILES = (
+    *("exits.yaml", *(f"{name}.yaml" for name in PROMISES), "front.csv", "front.png"),
+    *("comparison.csv", "calibration.json"),
+)
 
 
 class CalibrationReport:
@@ -75,34 +84,43 @@ class CalibrationReport:
         calibration: Calibration,
         target: Target,
         latency: LatencyModel,
+        source: CalibrationSource,
         output_dir: Path,
     ) -> dict[str, Any]:
-        """Compare, tell and write."""
+        """Compare, tell and write ``FILES``, of the profiles those that keep their promise."""
         expected = self.expected(calibration)
-        rows = self.compared(calibration)
-        logger.info("On the other half of the images:\n\n%s\n", format_comparison(rows))
         tried, front = self.front(calibration, latency)
-        points = choose_points(front)
-        named = {n: self.calibrator.with_scores(p.setting) for n, p in points._asdict().items()}
-        again = self.on_others(front, latency)
-        self.write_exits(
-            calibration.setting,
-            output_dir / "exits.yaml",
-            device="" if target.latency_ms is None else latency.device_name,
-        )
-        for name, setting in named.items():
-            self.write_exits(setting, output_dir / f"{name}.yaml")
-        write_front(list(again.values()), output_dir / "front.csv")
+        named = {
+            name: replace(point, setting=self.calibrator.with_scores(point.setting))
+            for name, point in choose_points(front)._asdict().items()
+        }
+        drawn = [*named.values(), *spread_out(front, MOST_MEASURED)]
+        milliseconds = self.measured(calibration, drawn)
+        rows = self.compared(calibration, milliseconds)
+        logger.info("On the other half of the images:\n\n%s\n", format_comparison(rows))
+        on_others = {
+            name: self.on_others(point, latency, milliseconds) for name, point in named.items()
+        }
+        again = [self.on_others(point, latency, milliseconds) for point in front]
+        profiles = Profiles.of(on_others, calibration.setting)
+        write = partial(self._write_exits, source=source, output_dir=output_dir)
+        device = "" if target.latency_ms is None else latency.device_name
+        write("exits", calibration.setting, device=device)
+        for name, point in profiles.written.items():
+            write(name, point.setting)
+        write_front(again, output_dir / "front.csv")
         write_comparison(rows, output_dir / "comparison.csv")
         plot_front(
-            list(again.values()),
+            again,
             output_dir / "front.png",
-            points=Points(*(again[id(point)] for point in points)),
+            profiles=profiles.written,
             tried=tried,
             compared=rows,
-            chosen=CHOSEN,
+            chosen=(CHOSEN, REJECTED),
         )
         self._warn(calibration, target, rows)
+        for name, reason in profiles.left_out.items():
+            logger.info("No %s.yaml: %s", name, reason)
         content = {
             "target": {name: x for name, x in asdict(target).items() if x is not None},
             "setting": calibration.setting,
@@ -111,25 +129,34 @@ class CalibrationReport:
                 "chosen_on": len(self.calibrator.trials.recording.image_ids),
                 "reported_on": len(self.calibrator.others.recording.image_ids),
             },
+            "profiles": {"written": [*profiles.written], "left_out": profiles.left_out},
             "trials": len(self.calibrator.search.tried),
             "latency_model": latency.as_dict(),
             "machine": describe_machine(self.device, self.detector.dtype),
+            **source.as_dict(),
         }
         write_json(content, output_dir / "calibration.json")
-        logger.info("Written to %s: exits.yaml and what it rests on", output_dir)
         return content
 
     @staticmethod
     def _warn(calibration: Calibration, target: Target, rows: Sequence[ComparedExits]) -> None:
         """Say where the outcome is not what was asked for."""
-        change = calibration.differences["AP"]
-        if not calibration.setting:
-            logger.warning("No setting that was tried reaches the target: exits.yaml has no exits")
-        if target.max_ap_drop is not None and -change.value > target.max_ap_drop:
+        if calibration.rejected is not None:
+            change = calibration.rejected.differences["AP"]
             logger.warning(
                 "On the images that it was not chosen on, the setting loses %.2f points of AP "
-                "(95 %%: %.2f to %.2f), not at most %g. Calibrate on more images.",
+                "(95 %%: %.2f to %.2f), not at most %g: exits.yaml has no exits. Calibrate on more "
+                "images, or allow a larger drop.",
                 *(-change.value, -change.high, -change.low, target.max_ap_drop),
+            )
+        elif not calibration.setting:
+            logger.warning("No setting that was tried reaches the target: exits.yaml has no exits")
+        rate = Calibrator.exit_rate(calibration.reported, calibration.full)
+        if target.exit_rate is not None and rate < target.exit_rate:
+            logger.warning(
+                "On the images that it was not chosen on, the setting skips %.4f of the later "
+                "stages' regions, not %g. Ask for more.",
+                *(rate, target.exit_rate),
             )
         measured = next(row.milliseconds for row in rows if row.name == CHOSEN)
         if target.latency_ms is not None and (measured or 0.0) > target.latency_ms:
@@ -179,41 +206,41 @@ class CalibrationReport:
         # holds for any distribution leaves open is promised as two deviations, as drift has it.
         return mean, max(deviation, (wsr_ucb(losses, PROMISE_DELTA) - mean) / 2)
 
-    def write_exits(self, setting: Setting, path: Path, *, device: str = "") -> None:
-        """A YAML to put on top of a configuration; exits that a setting does not name are off."""
-        cfg, (loss, deviation) = self.calibrator.cfg, self.loss(setting)
-        exits = {
-            **config.exit_values(setting),
-            # A model keeps its learned parts where nobody uses them.
-            "ENABLED": bool(setting or cfg.MODEL.CASCADE.EXIT.LEARNED),
-            "EXPECTED_LOSS": round(loss, 6),
-            "EXPECTED_LOSS_DEVIATION": round(deviation, 6),
-            "DEVICE_NAME": device,
-        }
-        heads = cfg.MODEL.ROI_HEADS.NAME
-        content = {
-            "MODEL": {
-                "ROI_HEADS": {"NAME": _HEADS if heads == "CascadeROIHeads" else heads},
-                "CASCADE": {"EXIT": as_lists(exits)},
-            },
-            # What is promised of the loss is promised of these detections.
-            "CASCADE": {"SHADOW_SCORE": self.options.score},
-        }
-        with atomic_path(path) as temporary:
-            temporary.write_text(
-                yaml.dump(content, Dumper=_WithoutAliases, default_flow_style=None, sort_keys=False)
-            )
+    def _write_exits(
+        self,
+        name: str,
+        setting: Setting,
+        *,
+        source: CalibrationSource,
+        output_dir: Path,
+        device: str = "",
+    ) -> None:
+        write_exits(
+            self.calibrator.cfg,
+            setting,
+            output_dir / f"{name}.yaml",
+            loss=self.loss(setting),
+            score=self.options.score,
+            source=source,
+            device=device,
+        )
 
-    def compared(self, calibration: Calibration) -> list[ComparedExits]:
-        """The setting, each of its parts alone, and what is simpler; with measured times."""
+    def settings(self, calibration: Calibration) -> dict[str, Setting]:
+        """The setting, each of its parts alone, and each rule alone, by name."""
         learned = self.calibrator.learned
-        settings = {
+        first = calibration.rejected or calibration
+        return {
             CHOSEN: calibration.setting,
-            **_parts(calibration.plain),
+            **({REJECTED: first.setting} if calibration.rejected is not None else {}),
+            **_parts(first.plain),
             **usual_settings(self.calibrator.num_stages, () if learned is None else learned.names),
         }
-        policies = {name: self.calibrator.policy(one) for name, one in settings.items()}
-        measured = {name: self.policy_on_device(one) for name, one in settings.items()}
+
+    def measured(self, calibration: Calibration, points: Sequence[FrontPoint]) -> dict[str, float]:
+        """Milliseconds per image: of points by their setting, of what is compared by its name.
+
+        All of them are measured in one run, in turn, so that they can be held against each other.
+        """
         stages = self.calibrator.num_stages
         simpler = {
             f"{most} proposals": ExitPolicy(
@@ -222,18 +249,43 @@ class CalibrationReport:
             for most in PROPOSALS
             if most < self.calibrator.trials.recording.most_proposals
         }
+        settings = {
+            **self.settings(calibration),
+            **{_key(point.setting): point.setting for point in points},
+        }
         timings = time_policies(
             self.detector,
             self.batches,
-            {FULL: None, **measured, **truncated_cascades(stages), **simpler},
+            {
+                FULL: None,
+                **{name: self.policy_on_device(one) for name, one in settings.items()},
+                **truncated_cascades(stages),
+                **simpler,
+            },
             rounds=self.options.rounds,
         )
         size = len(self.batches[0])
-        milliseconds = {
+        return {
             name: median(call.milliseconds for call in calls) / size
             for name, calls in timings.items()
         }
-        return compare(self.calibrator.others, policies, chosen=CHOSEN, milliseconds=milliseconds)
+
+    def compared(
+        self, calibration: Calibration, milliseconds: Mapping[str, float]
+    ) -> list[ComparedExits]:
+        """The settings and what is simpler, see ``compare``."""
+        settings = self.settings(calibration)
+        policies = {name: self.calibrator.policy(one) for name, one in settings.items()}
+        # By lot twice, oracles four times: see ``compare``.
+        most = 1 + len(policies) + self.calibrator.num_stages - 1 + len(PROPOSALS) + 2 + 4
+        with LongWork("Comparing", most) as work:
+            return compare(
+                self.calibrator.others,
+                policies,
+                chosen=CHOSEN if calibration.rejected is None else REJECTED,
+                milliseconds=milliseconds,
+                on_row=work.step,
+            )
 
     def front(
         self, calibration: Calibration, latency: LatencyModel
@@ -245,7 +297,7 @@ class CalibrationReport:
                 search.setting(places),
                 trial,
                 self.calibrator.trials.full,
-                milliseconds=latency.per_image(trial.entered),
+                predicted=latency.per_image(trial.entered),
                 chosen=search.setting(places) == calibration.plain,
             )
             for places, trial in search.tried.items()
@@ -254,20 +306,18 @@ class CalibrationReport:
         return list(points.values()), [points[places] for places in front]
 
     def on_others(
-        self, front: Sequence[FrontPoint], latency: LatencyModel
-    ) -> dict[int, FrontPoint]:
-        """What points of a front are on the other half of the images, by their identity."""
-        found = {}
-        for point in front:
-            trial = self.calibrator.others.run(self.calibrator.policy(point.setting))
-            found[id(point)] = front_point(
-                point.setting,
-                trial,
-                self.calibrator.others.full,
-                milliseconds=latency.per_image(trial.entered),
-                chosen=point.chosen,
-            )
-        return found
+        self, point: FrontPoint, latency: LatencyModel, milliseconds: Mapping[str, float]
+    ) -> FrontPoint:
+        """What a point is on the other half of the images."""
+        trial = self.calibrator.others.run(self.calibrator.policy(point.setting))
+        return front_point(
+            point.setting,
+            trial,
+            self.calibrator.others.full,
+            milliseconds=milliseconds.get(_key(point.setting)),
+            predicted=latency.per_image(trial.entered),
+            chosen=point.chosen,
+        )
 
     def policy_on_device(self, setting: Setting) -> ExitPolicy:
         """The exits of a setting for the detector itself, wherever it is."""
@@ -275,11 +325,9 @@ class CalibrationReport:
         return build_policy(self.calibrator.cfg, setting, None if own is None else own.learned)
 
 
-class _WithoutAliases(yaml.SafeDumper):
-    """Spells a value out wherever it comes."""
-
-    def ignore_aliases(self, data: object) -> bool:
-        return True
+def _key(setting: Setting) -> str:
+    """A name for a setting among names of other things."""
+    return f"setting {json.dumps(setting, sort_keys=True)}"
 
 
 def _calibration_error(matched: MatchedDetections) -> float:

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from cascade_det.core import CascadeHead, CascadeInputs, DetectorOutput, ExitPolicy, PartTimer
 from cascade_det.core.modes import evaluation_mode
@@ -18,6 +17,7 @@ from cascade_det.core.record import CascadeRecord, join_records
 from cascade_det.engine.devices import device_name
 from cascade_det.engine.head_flops import region_flops
 from cascade_det.engine.inference import BatchLoader
+from cascade_det.engine.long_work import LongWork
 from cascade_det.evaluation.exit_trials import Frame, Recording
 from cascade_det.evaluation.latency_model import LatencyModel
 
@@ -77,10 +77,13 @@ def record_dataset(detector: Any, loader: BatchLoader, most_images: int) -> Reco
                 for sample, size in zip(batch, sizes, strict=True)
             )
             yield detector.cascade.record(**vars(inputs)).cpu()
-            progress.update(len(batch))
+            work.step(len(batch))
 
-    progress = tqdm(total=most_images, desc="recording", unit="img", disable=None, leave=False)
-    with progress, evaluation_mode(detector), torch.no_grad():
+    with (
+        LongWork("Recording images", most_images) as work,
+        evaluation_mode(detector),
+        torch.no_grad(),
+    ):
         records = list(_joined(each()))
     if not records:
         raise ValueError("no image to record")
@@ -141,15 +144,22 @@ def time_policies(
     device = next(detector.parameters()).device
     timings: dict[str, list[Timing]] = {name: [] for name in policies}
     own = detector.cascade.exits
+    calls = len(policies) * (1 + len(batches) * rounds)
     try:
-        with evaluation_mode(detector), torch.no_grad():
+        with (
+            LongWork("Measuring calls", calls) as work,
+            evaluation_mode(detector),
+            torch.no_grad(),
+        ):
             for exits in policies.values():
                 detector.set_exits(exits)
                 detector.detect(batches[0])
+                work.step()
             for batch in [*batches] * rounds:
                 for name, exits in policies.items():
                     detector.set_exits(exits)
                     timings[name].append(_time(detector, batch, device))
+                    work.step()
     finally:
         detector.set_exits(own)
     return timings

@@ -27,7 +27,7 @@ def weights_sha256(path: str | Path) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(read_weights(path).items()):
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -6,7 +6,7 @@ N images, S stages. All of it comes from one recording of the full cascade.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +60,7 @@ def compare(
     milliseconds: Mapping[str, float] | None = None,
     rounds: int = 300,
     seed: int = 0,
+    on_row: Callable[[], object] = lambda: None,
 ) -> list[ComparedExits]:
     """Try policies and their competitors on the same images.
 
@@ -75,6 +76,7 @@ def compare(
         milliseconds: per image, by name, of policies and competitors that were measured.
         rounds: of the bootstrap.
         seed: of the bootstrap and of the lots.
+        on_row: called after each of them, since a bootstrap takes seconds.
 
     Returns:
         The full cascade first, then the policies, then the other competitors.
@@ -84,6 +86,7 @@ def compare(
     for name, trial in _trials(trials, policies, chosen, seed):
         differences = paired_bootstrap(trials.full.matched, trial.matched, rounds=rounds, seed=seed)
         rows.append(_row(name, trial, trials, differences, times.get(name)))
+        on_row()
     return rows
 
 

@@ -1,17 +1,16 @@
 """The front of AP against work and against milliseconds, as a table and as a plot.
 
 AP is shown as its change against the full cascade on the same images, so that points of the images
-that settings were chosen on and of others share one axis.
+that settings were chosen on and of others share one axis. Milliseconds in the plot are measured,
+all of them in one run.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from typing import NamedTuple
 
 import numpy as np
@@ -37,7 +36,8 @@ class FrontPoint:
         drop: percent points of AP below the full cascade; negative above it.
         work: share of the full cascade's FLOPs in box heads, 0 to 1.
         region_shares: share of all proposals that enters each of the S stages, 0 to 1.
-        milliseconds: per image, as a latency model has it; ``None`` without one.
+        milliseconds: per image, as measured; ``None`` where nobody did.
+        predicted: the same as a latency model has it; ``None`` without one.
         chosen: whether it is the one that the target led to.
     """
 
@@ -47,6 +47,7 @@ class FrontPoint:
     work: float
     region_shares: tuple[float, ...]
     milliseconds: float | None = None
+    predicted: float | None = None
     chosen: bool = False
 
 
@@ -64,6 +65,7 @@ def front_point(
     full: Outcome,
     *,
     milliseconds: float | None = None,
+    predicted: float | None = None,
     chosen: bool = False,
 ) -> FrontPoint:
     """What a trial is as a point.
@@ -72,7 +74,8 @@ def front_point(
         setting: that was tried.
         trial: of it.
         full: of the full cascade on the same images.
-        milliseconds: per image.
+        milliseconds: per image, as measured.
+        predicted: per image, as a model has it.
         chosen: whether the target led to it.
     """
     ap = trial.figures["AP"]
@@ -84,8 +87,16 @@ def front_point(
         work=trial.work,
         region_shares=tuple(shares.tolist()),
         milliseconds=milliseconds,
+        predicted=predicted,
         chosen=chosen,
     )
+
+
+def spread_out(front: Sequence[FrontPoint], most: int) -> list[FrontPoint]:
+    """At most so many points of a front, by work from the first to the last."""
+    by_work = sorted(front, key=lambda point: point.work)
+    places = np.linspace(0, len(by_work) - 1, min(most, len(by_work))).round().astype(int)
+    return [by_work[place] for place in places]
 
 
 def choose_points(front: Sequence[FrontPoint]) -> Points:
@@ -114,12 +125,12 @@ def write_front(front: Sequence[FrontPoint], path: str | os.PathLike[str]) -> No
     headers = [
         *("AP (%)", "AP drop", "head FLOPs left"),
         *(f"regions in stage {stage}" for stage in stages),
-        *("ms/image (predicted)", "chosen", "setting"),
+        *("ms/image (predicted)", "ms/image (measured)", "chosen", "setting"),
     ]
     rows = (
         [
-            *(p.ap, p.drop, p.work, *p.region_shares, p.milliseconds, int(p.chosen)),
-            json.dumps(p.setting),
+            *(p.ap, p.drop, p.work, *p.region_shares, p.predicted, p.milliseconds),
+            *(int(p.chosen), json.dumps(p.setting)),
         ]
         for p in front
     )
@@ -130,33 +141,34 @@ def plot_front(
     front: Sequence[FrontPoint],
     path: str | os.PathLike[str],
     *,
-    points: Points | None = None,
+    profiles: Mapping[str, FrontPoint] | None = None,
     tried: Sequence[FrontPoint] = (),
     compared: Sequence[ComparedExits] = (),
-    chosen: str | None = None,
+    chosen: Sequence[str] = (),
 ) -> None:
-    """Draw a front as a PNG: over the work and, where they are known, over the milliseconds.
+    """Draw a front as a PNG: over the work and, where some are known, over the milliseconds.
 
     Args:
         front: at least one point.
         path: the PNG; its folder is made where it is missing, an old file is replaced.
-        points: three to mark; by default those of ``choose_points``.
+        profiles: points to mark, by names that are written beside them.
         tried: all that the search saw.
-        compared: marks, see ``compare``.
-        chosen: name of the one among them that gets an error bar.
+        compared: see ``compare``; one mark for each kind.
+        chosen: names among them that get an error bar.
 
     Raises:
         ValueError: the front has no point.
     """
-    points = points or choose_points(front)
+    if not front:
+        raise ValueError("a front without points cannot be drawn")
     panels: list[tuple[str, _Cost]] = [("work of the box heads (% of the full cascade)", _percent)]
     if any(point.milliseconds is not None for point in front):
-        panels.append(("time per image (ms)", _milliseconds))
-    figure = Figure(figsize=(8.2 * len(panels), 6.4), dpi=110, layout="constrained")
+        panels.append(("time per image (ms, measured)", _milliseconds))
+    figure = Figure(figsize=(7.5 * len(panels), 6.4), dpi=110, layout="constrained")
     for place, (label, cost) in enumerate(panels, start=1):
         first = figure.axes[0] if figure.axes else None
         axes = figure.add_subplot(1, len(panels), place, sharey=first)
-        _draw(axes, cost, front, points, tried)
+        _draw(axes, cost, front, profiles or {}, tried)
         _mark(axes, cost, compared, chosen)
         _dress(axes, label, wide=cost is _percent)
     handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -167,8 +179,26 @@ def plot_front(
 
 _Cost = Callable[["FrontPoint | ComparedExits"], float]
 _TINY = 1e-6
-# By a word of the name; the first that fits.
-_COLORS = {"oracle": "#2e8b57", "random": "#7f7f7f", "proposals": "#e08214", "stage": "#8c564b"}
+_BLUE, _RED = "#1b5e8c", "#c0392b"
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Exits that are compared, as one entry of the legend."""
+
+    label: str
+    belongs: Callable[[str], bool]
+    color: str
+    shape: str
+
+
+# The first that a name belongs to.
+_KINDS = (
+    _Kind("oracles", lambda name: name.startswith("oracle"), "#2e8b57", "P"),
+    _Kind("by lot", lambda name: name.startswith("random"), "#8a8a8a", "X"),
+    _Kind("fewer stages or proposals", lambda name: name[0].isdigit(), "#e08214", "v"),
+    _Kind("one rule", lambda name: True, "#444444", "h"),
+)
 
 
 def _percent(point: FrontPoint | ComparedExits) -> float:
@@ -195,46 +225,64 @@ def _draw(
     axes: Axes,
     cost: _Cost,
     front: Sequence[FrontPoint],
-    points: Points,
+    profiles: Mapping[str, FrontPoint],
     tried: Sequence[FrontPoint],
 ) -> None:
-    axes.plot(
-        [cost(p) for p in tried],
-        [-p.drop for p in tried],
-        ".",
-        color="#c4ccd3",
-        ms=4,
-        zorder=1,
-        label="tried" if tried else None,
+    seen = [(cost(p), -p.drop) for p in tried]
+    if seen and np.isfinite([x for x, _ in seen]).any():
+        axes.plot(*zip(*seen, strict=True), ".", color="#c4ccd3", ms=4, zorder=1, label="tried")
+    line = sorted((cost(p), -p.drop) for p in front if np.isfinite(cost(p)))
+    axes.plot(*zip(*line, strict=True), "o-", color=_BLUE, ms=3.5, lw=1.2, label="front")
+    for place, (name, point) in enumerate(profiles.items()):
+        at = cost(point), -point.drop
+        label = "profile, by its name" if place == 0 else None
+        axes.plot(*at, "s", ms=10, mfc="none", mec=_BLUE, mew=1.6, label=label)
+        _write(axes, name, at, color=_BLUE, below=place % 2 == 1)
+
+
+def _write(
+    axes: Axes, text: str, at: tuple[float, float], *, color: str, below: bool = False
+) -> None:
+    axes.annotate(
+        text,
+        at,
+        xytext=(0, -16 if below else 10),
+        textcoords="offset points",
+        ha="center",
+        color=color,
+        fontsize=9,
+        annotation_clip=False,
     )
-    line = sorted((cost(p), -p.drop) for p in front)
-    axes.plot(*zip(*line, strict=True), "o-", color="#1b5e8c", ms=3.5, lw=1.2, label="front")
-    for (name, point), shape in zip(points._asdict().items(), "s^D", strict=True):
-        axes.plot(
-            cost(point), -point.drop, shape, ms=10, mfc="none", mec="#1b5e8c", mew=1.6, label=name
-        )
 
 
-def _mark(axes: Axes, cost: _Cost, compared: Sequence[ComparedExits], chosen: str | None) -> None:
-    shapes: dict[str, Iterator[str]] = defaultdict(lambda: cycle("vPXphd"))
+def _mark(
+    axes: Axes, cost: _Cost, compared: Sequence[ComparedExits], chosen: Sequence[str]
+) -> None:
+    labelled = set()
     for row in compared:
-        change = row.differences["AP"]
-        color = next((c for word, c in _COLORS.items() if word in row.name), "#333333")
-        if row.name == chosen:
+        at = cost(row), row.differences["AP"].value
+        if not np.isfinite(at[0]):
+            continue
+        if row.name == FULL:
+            axes.plot(*at, "*", color="k", ms=11, zorder=4)
+            _write(axes, FULL, at, color="k")
+        elif row.name in chosen:
             axes.errorbar(
-                cost(row),
-                change.value,
+                *at,
                 _spread(row),
                 fmt="o",
-                color="#c0392b",
+                color=_RED,
+                mfc=_RED if row.name == chosen[0] else "w",
                 ms=8,
                 capsize=4,
                 zorder=5,
                 label=f"{row.name} (95 %)",
             )
-        elif row.name != FULL:
-            shape = next(shapes[color])
-            axes.plot(cost(row), change.value, shape, color=color, ms=10, mec="w", label=row.name)
+        else:
+            kind = next(kind for kind in _KINDS if kind.belongs(row.name))
+            label = None if kind in labelled else kind.label
+            labelled.add(kind)
+            axes.plot(*at, kind.shape, color=kind.color, ms=8, mec="w", label=label)
 
 
 def _spread(row: ComparedExits) -> list[list[float]]:

@@ -117,6 +117,18 @@ class LatencyModel:
         in_batches = np.add.reduceat(regions, firsts, axis=1) * (self.batch_size / sizes)
         return float(self.predict(in_batches) @ sizes / (sizes.sum() * self.batch_size))
 
+    def __str__(self) -> str:
+        stages = "; ".join(
+            f"stage {stage}: {fixed:.1f} ms and {1000 * each:.0f} us per region"
+            for stage, (fixed, each) in enumerate(zip(self.per_call, self.per_region, strict=True))
+        )
+        return (
+            f"{self.constant:.1f} ms for a call with {self.batch_size} image(s) on "
+            f"{self.device_name or 'an unknown device'}, and for each stage that is entered, "
+            f"{stages}. Fitted to {self.samples} calls; half of them are foretold to within "
+            f"{100 * self.spread:.0f} %."
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for a file."""
         return {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(self).items()}

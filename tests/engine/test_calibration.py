@@ -154,9 +154,27 @@ class TestChoice:
         assert list(nonsense.search.tried) == list(calibrator.search.tried)
         ours = calibrator.calibrate(Target(**target), LATENCY)
         theirs = nonsense.calibrate(Target(**target), LATENCY)
+        # But for a veto where the drop is larger there.
+        ours, theirs = (found.rejected or found for found in (ours, theirs))
         assert ours.setting
         assert ours.setting == theirs.setting
         assert ours.reported.figures != theirs.reported.figures
+
+    def test_a_drop_that_the_other_half_does_not_have_is_no_promise(self, calibrator):
+        vetoed = []
+        for most in np.linspace(0, 40, 21):
+            found = calibrator.calibrate(Target(max_ap_drop=float(most)))
+            first = found.rejected or found
+            drop = found.full.figures["AP"] - first.reported.figures["AP"]
+            assert first.drop == pytest.approx(drop)
+            assert (found.rejected is not None) == (drop > most)
+            if found.rejected is not None:
+                assert (found.setting, found.plain, found.drop) == ({}, {}, 0)
+                assert found.reported.work == 1
+                vetoed.append(first.setting)
+        # Both happen on these images.
+        assert 0 < len(vetoed) < 21
+        assert all(vetoed)
 
     def test_it_is_reported_on_the_other_half(self, calibrator):
         found = calibrator.calibrate(Target(exit_rate=0.4))
@@ -176,7 +194,7 @@ class TestChoice:
             return change.value >= -most and change.deviation - change.value <= most
 
         found = calibrator.calibrate(Target(max_ap_drop=most))
-        chosen = calibrator.trials.run(calibrator.policy(found.plain))
+        chosen = calibrator.trials.run(calibrator.policy((found.rejected or found).plain))
         good = [t.work for places, t in calibrator.search.tried.items() if is_good(places)]
         assert chosen.work == min(good)
 

@@ -18,6 +18,7 @@ from cascade_det.evaluation.exit_front import (
     choose_points,
     front_point,
     plot_front,
+    spread_out,
     write_front,
 )
 
@@ -85,17 +86,26 @@ class TestChosenPoints:
             choose_points([])
 
 
+@pytest.mark.parametrize(("most", "works"), [(2, [0.1, 1.0]), (3, [0.1, 0.6, 1.0]), (9, None)])
+def test_some_points_from_one_end_to_the_other(most, works):
+    front = [point(work, 1 - work) for work in (1.0, 0.2, 0.6, 0.9, 0.1)]
+    found = [p.work for p in spread_out(front, most)]
+    assert found == (works or [0.1, 0.2, 0.6, 0.9, 1.0])
+
+
 def test_the_file(tmp_path):
     path = tmp_path / "new" / "front.csv"
     setting = {"REDUNDANCY_IOU": 0.8, "PRUNE_THRESHOLDS": (0.02, 0.0)}
-    front = [point(1.0, 0.0), dataclasses.replace(point(0.1, 0.05, 31.5, **setting), chosen=True)]
+    chosen = dataclasses.replace(point(0.1, 0.05, 31.5, **setting), chosen=True, predicted=28.0)
+    front = [point(1.0, 0.0), chosen]
     write_front(front, path)
     with path.open(newline="") as file:
         full, chosen = csv.DictReader(file)
     assert json.loads(full["setting"]) == {}
     assert json.loads(chosen["setting"]) == {**setting, "PRUNE_THRESHOLDS": [0.02, 0.0]}
     assert (full["chosen"], chosen["chosen"]) == ("0", "1")
-    assert (full["ms/image (predicted)"], chosen["ms/image (predicted)"]) == ("", "31.5")
+    assert (full["ms/image (measured)"], chosen["ms/image (measured)"]) == ("", "31.5")
+    assert (full["ms/image (predicted)"], chosen["ms/image (predicted)"]) == ("", "28.0")
     assert float(chosen["AP (%)"]) == 57.45
     assert float(chosen["AP drop"]) == 0.05
     assert float(chosen["head FLOPs left"]) == 0.1
@@ -119,11 +129,13 @@ class TestPlot:
 
     def test_one_panel_for_each_known_cost(self, tmp_path, drawn):
         path = tmp_path / "new" / "front.png"
-        plot_front([point(1.0, 0.0), point(0.1, 0.05)], path)
+        predicted = [dataclasses.replace(p, predicted=9.0) for p in (point(1, 0), point(0.1, 0.05))]
+        plot_front(predicted, path)
         picture = cv2.imread(str(path))
+        # What a model says is not held against what was measured.
         assert len(drawn[0].axes) == 1
         plot_front([point(1.0, 0.0, 90.0), point(0.1, 0.05, 40.0)], path)
-        assert [axes.get_xlabel()[-8:] for axes in drawn[1].axes][1] == "age (ms)"
+        assert [axes.get_xlabel()[-14:] for axes in drawn[1].axes][1] == "(ms, measured)"
         assert cv2.imread(str(path)).shape[1] > 1.5 * picture.shape[1]
 
     def test_marks_are_where_they_belong(self, tmp_path, drawn):
@@ -134,21 +146,56 @@ class TestPlot:
             row("oracle", 0.05, 0.0),
         ]
         front = [point(1.0, 0.0, 90.0), point(0.1, 0.05, 40.0), point(0.02, 0.5, 35.0)]
-        tried = [point(0.5, 2.0, 60.0)]
-        plot_front(front, tmp_path / "a.png", tried=tried, compared=compared, chosen="wanted")
-        for axes, costs in zip(drawn[0].axes, ((33, 2), (50, 35)), strict=True):
+        # Nobody measured two of these.
+        front.append(dataclasses.replace(point(0.01, 0.6), predicted=1.0))
+        tried = [dataclasses.replace(point(0.5, 2.0), predicted=60.0)]
+        plot_front(
+            front,
+            tmp_path / "a.png",
+            profiles={"fast": front[2]},
+            tried=tried,
+            compared=compared,
+            chosen=("wanted",),
+        )
+        for axes, costs, seen in zip(drawn[0].axes, ((33, 2), (50, 35)), (4, 3), strict=True):
             lines = {line.get_label(): line for line in axes.get_lines()}
-            assert "full cascade" not in lines
-            assert lines["1 stage"].get_xydata().tolist() == [[costs[0], -3.5]]
-            assert lines["fast"].get_xydata().tolist() == [[costs[1], -0.5]]
-            assert len(lines["front"].get_xydata()) == 3
+            assert lines["fewer stages or proposals"].get_xydata().tolist() == [[costs[0], -3.5]]
+            assert lines["profile, by its name"].get_xydata().tolist() == [[costs[1], -0.5]]
+            assert len(lines["front"].get_xydata()) == seen
+            assert ("tried" in lines) == ("oracles" in lines) == (seen == 4)
             (bar,) = axes.containers
             assert bar.get_label() == "wanted (95 %)"
             (segment,) = bar.lines[2][0].get_segments()
             np.testing.assert_allclose(segment[:, 1], [-0.25, 0.25])
+            written = {note.get_text(): list(note.xy) for note in axes.texts}
+            assert written == {
+                "full cascade": [90 if seen == 3 else 100, 0],
+                "fast": [costs[1], -0.5],
+            }
+
+    def test_the_legend_is_short_however_much_is_compared(self, tmp_path, drawn):
+        names = [
+            *("full cascade", "chosen", "rejected", "pruning alone", "redundant at 0.9"),
+            *("1 stage", "2 stages", "100 proposals", "fewer proposals alone", "random exits"),
+            *("random drops", "oracle", "oracle of drops before stage 0", "prune 0.5 below 50th"),
+        ]
+        compared = [row(name, 0.9 - i / 20, -0.1 * i, 90.0 - i) for i, name in enumerate(names)]
+        front = [point(1.0, 0.0, 90.0), point(0.1, 0.05, 40.0)]
+        plot_front(
+            front,
+            tmp_path / "a.png",
+            profiles={"quality": front[0], "fast": front[1]},
+            tried=front,
+            compared=compared,
+            chosen=("chosen", "rejected"),
+        )
         named = [text.get_text() for text in drawn[0].legends[0].get_texts()]
-        assert {"front", "tried", "quality", "balanced", "fast", "oracle"} <= set(named)
-        assert len(named) == len(set(named))
+        assert sorted(named) == sorted(
+            [
+                *("tried", "front", "profile, by its name", "chosen (95 %)", "rejected (95 %)"),
+                *("one rule", "fewer stages or proposals", "by lot", "oracles"),
+            ]
+        )
 
     def test_a_loss_far_below_is_inside(self, tmp_path, drawn):
         compared = [row("random drops", 0.1, -50.0)]

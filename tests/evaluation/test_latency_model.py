@@ -117,3 +117,12 @@ def test_what_cannot_be_fitted_is_refused():
     for times in ([0.0, 1.0, 2.0], [1.0, float("nan"), 2.0]):
         with pytest.raises(ValueError, match="no positive, finite duration"):
             LatencyModel.fit([[0], [1], [2]], times)
+
+
+def test_in_words():
+    model = LatencyModel(50.04, (1.0, 2.5), (0.0123, 0.1), "Some CPU", 4, 96, 0.031)
+    assert str(model) == (
+        "50.0 ms for a call with 4 image(s) on Some CPU, and for each stage that is entered, "
+        "stage 0: 1.0 ms and 12 us per region; stage 1: 2.5 ms and 100 us per region. Fitted to "
+        "96 calls; half of them are foretold to within 3 %."
+    )

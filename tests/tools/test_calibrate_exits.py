@@ -2,7 +2,9 @@
 
 import csv
 import functools
+import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,19 +14,20 @@ import yaml
 from calibration_case import INSTANT, make_calibration_case
 
 import calibrate_exits
+from cascade_det import __version__
 from cascade_det.config import load_config
 from cascade_det.engine import calibrate as calibrate_module
 from cascade_det.engine.calibration_target import Options
+from cascade_det.engine.devices import device_name
 from cascade_det.engine.recording import _SHARES, time_policies
+from cascade_det.engine.weight_digest import weights_sha256
 from cascade_det.errors import DatasetError
 from cascade_det.evaluation import exit_comparison
 from cascade_det.evaluation.exit_front import plot_front
 from cascade_det.standalone import evaluate, host
 
-FILES = [
-    *("balanced.yaml", "calibration.json", "comparison.csv", "exits.yaml", "fast.yaml"),
-    *("front.csv", "front.png", "quality.yaml"),
-]
+FILES = ["calibration.json", "comparison.csv", "exits.yaml", "front.csv", "front.png"]
+PROFILES = ("quality", "balanced", "fast")
 TARGETS = {
     "drop": ["--max-ap-drop", "8"],
     "latency": ["--latency-ms", "100000"],
@@ -38,11 +41,27 @@ def case(tmp_path_factory):
     return make_calibration_case(tmp_path_factory.mktemp("case"), images=8)
 
 
+DRAWN = []
+
+
 def _fewer_pictures(front, path, **arguments):
-    if path.parent.name.startswith("drop"):
+    """The first one alone."""
+    if not DRAWN:
         plot_front(front, path, **arguments)
+        DRAWN.append(cv2.imread(str(path)).shape)
     else:
         path.touch()
+
+
+def names_in(folder):
+    """The files of a calibration, which names the profiles among them itself."""
+    written = json.loads((folder / "calibration.json").read_text())["profiles"]["written"]
+    assert set(written) <= set(PROFILES)
+    return sorted([*FILES, *(f"{name}.yaml" for name in written)])
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "log.txt"}
 
 
 def _two_times(detector, batches, policies, *, rounds):
@@ -122,7 +141,7 @@ def finite(value):
 class TestFiles:
     def test_they_are_whole_and_readable(self, calibrated):
         folder = calibrated("drop")
-        assert sorted(path.name for path in folder.iterdir() if path.name != "log.txt") == FILES
+        assert sorted(contents(folder)) == names_in(folder)
         content = json.loads((folder / "calibration.json").read_text())
         assert finite(content)
         assert content["trials"] == 16
@@ -140,11 +159,11 @@ class TestFiles:
         expected = content["expected"]
         assert float(named["chosen"]["AP (%)"]) == pytest.approx(expected["AP"])
         assert float(named["chosen"]["lost"]) == pytest.approx(expected["lost_true_positives"])
-        assert cv2.imread(str(folder / "front.png")).shape[0] > 300
+        assert DRAWN[0][0] > 300
 
     def test_the_settings_can_be_put_on_top(self, case, calibrated):
-        for name in ("exits", "quality", "balanced", "fast"):
-            path = calibrated("drop") / f"{name}.yaml"
+        for name in sorted(n for n in contents(calibrated("drop")) if n.endswith(".yaml")):
+            path = calibrated("drop") / name
             cfg = load_config([INSTANT, path], case.options)
             host.check_config(cfg)
             assert cfg.MODEL.CASCADE.EXIT.EXPECTED_LOSS >= 0
@@ -156,26 +175,104 @@ class TestFiles:
                 plain
             )
 
+    def test_they_name_what_they_rest_on(self, case, calibrated):
+        folder = calibrated("drop")
+        content = json.loads((folder / "calibration.json").read_text())
+        cfg = load_config(INSTANT, case.options)
+        sha256 = weights_sha256(cfg.MODEL.WEIGHTS)
+        of_file = hashlib.sha256(Path(cfg.MODEL.WEIGHTS).read_bytes()).hexdigest()
+        truth = case.folder / "truth.json"
+        of_truth = hashlib.sha256(truth.read_bytes()).hexdigest()
+        assert content["weights"] == {
+            **{"file": cfg.MODEL.WEIGHTS, "sha256": sha256, "file_sha256": of_file}
+        }
+        assert content["data"]["json_file"] == str(truth)
+        assert content["data"]["json_sha256"] == of_truth
+        assert content["data"]["images"] == 8
+        assert content["device_name"] == device_name("cpu")
+        assert content["version"] == __version__
+        for path in folder.glob("*.yaml"):
+            comment, told = path.read_text(), load_config([INSTANT, path], case.options)
+            assert sha256 == told.MODEL.CASCADE.EXIT.WEIGHTS_SHA256
+            named = (of_file, of_truth, str(truth), "8 images", __version__, device_name("cpu"))
+            assert all(words in comment for words in named)
+
     def test_a_second_run_replaces_them(self, case, calibrated, tmp_path):
         shutil.copytree(calibrated("drop"), tmp_path / "again")
-        before = {name: (tmp_path / "again" / name).read_bytes() for name in FILES}
+        before = contents(tmp_path / "again")
         assert run(case, tmp_path / "again", "--exit-rate", "0.0", "--trials=2") == 0
-        after = {name: (tmp_path / "again" / name).read_bytes() for name in FILES}
+        after = contents(tmp_path / "again")
+        assert sorted(after) == names_in(tmp_path / "again")
         assert json.loads(after["calibration.json"])["target"]["exit_rate"] == 0.0
         assert before["calibration.json"] != after["calibration.json"]
-        assert not list((tmp_path / "again").glob(".*"))
+        # The log goes on where it was.
+        log = (tmp_path / "again" / "log.txt").read_text()
+        assert log.startswith((calibrated("drop") / "log.txt").read_text())
+        assert log.count("Written to") == 2
+        assert [path.name for path in tmp_path.iterdir()] == ["again"]
 
     def test_ctrl_c_leaves_what_was_there(self, case, calibrated, tmp_path, monkeypatch):
         shutil.copytree(calibrated("drop"), tmp_path / "again")
+        before, made = contents(tmp_path / "again"), []
 
-        def interrupted(*_, **__):
+        def interrupted(_, path, **__):
+            made.extend(contents(path.parent))
             raise KeyboardInterrupt
 
         monkeypatch.setattr("cascade_det.engine.calibration_report.plot_front", interrupted)
         assert run(case, tmp_path / "again", "--max-ap-drop", "9", "--trials=2") == 130
-        assert sorted(p.name for p in (tmp_path / "again").iterdir()) == sorted([*FILES, "log.txt"])
-        for name in ("exits", "quality"):
-            load_config([INSTANT, tmp_path / "again" / f"{name}.yaml"], case.options)
+        assert "exits.yaml" in made
+        assert contents(tmp_path / "again") == before
+        assert [path.name for path in tmp_path.iterdir()] == ["again"]
+
+    @pytest.mark.parametrize("count", [0, 1, len(FILES)])
+    @pytest.mark.parametrize("existing", [True, False])
+    def test_files_of_two_calibrations_never_stand_side_by_side(
+        self, case, tmp_path, monkeypatch, count, existing
+    ):
+        """Whatever stops it, after however many files."""
+
+        def full_disk(*arguments):
+            for name in FILES[:count]:
+                (arguments[3] / name).write_text("new")
+            raise OSError(28, "No space left on device")
+
+        folder = tmp_path / "out"
+        if existing:
+            folder.mkdir()
+            for name in FILES:
+                (folder / name).write_text("old")
+        monkeypatch.setattr(calibrate_module, "_calibrate", full_disk)
+        assert run(case, folder, "--max-ap-drop", "9") == 1
+        assert contents(folder) == dict.fromkeys(FILES if existing else (), b"old")
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    def test_what_a_killed_calibration_left_goes_with_the_next(self, case, tmp_path, monkeypatch):
+        left = tmp_path / ".cascade_det-0123456789abcdef.tmp"
+        left.mkdir()
+        (left / "exits.yaml").write_text("half")
+        (tmp_path / ".draft.tmp").write_text("mine")
+        monkeypatch.setattr(calibrate_module, "_calibrate", lambda *_: {})
+        assert run(case, tmp_path / "out", "--max-ap-drop", "9") == 0
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".draft.tmp", "out"]
+
+    def test_the_log_is_kept_where_files_have_one_name_each(self, case, tmp_path, monkeypatch):
+        def no_links(*_):
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", no_links)
+        monkeypatch.setattr(calibrate_module, "_calibrate", lambda *_: {})
+        assert run(case, tmp_path / "out", "--max-ap-drop", "9") == 0
+        assert "Host: standalone" in (tmp_path / "out" / "log.txt").read_text()
+
+    def test_a_folder_with_something_else_is_refused_before_any_work(
+        self, case, tmp_path, capfd, monkeypatch
+    ):
+        (tmp_path / "photo.jpg").write_bytes(b"mine")
+        monkeypatch.setattr(host, "open_detector", lambda _: pytest.fail("it loads the detector"))
+        assert run(case, tmp_path, "--exit-rate", "0.1") == 1
+        assert "photo.jpg" in capfd.readouterr().err
+        assert (tmp_path / "photo.jpg").read_bytes() == b"mine"
 
 
 @pytest.fixture
@@ -206,7 +303,7 @@ def test_a_model_with_learned_exits(tmp_path, choose):
     case = make_calibration_case(tmp_path / "case", images=4, learned=names)
     for knob in (None, "pruner at gate 1"):
         choose(knob)
-        assert run(case, tmp_path / "out", "--max-ap-drop", "0", "--trials=1") == 0
+        assert run(case, tmp_path / "out", "--exit-rate", "0", "--trials=1") == 0
         cfg = load_config([INSTANT, tmp_path / "out" / "exits.yaml"], case.options)
         host.check_config(cfg)
         # The model keeps its learned parts where none of them is used.

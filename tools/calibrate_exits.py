@@ -10,9 +10,10 @@ python tools/calibrate_exits.py --config-file ... --output ... --risk 0.02 --del
 The full cascade runs once over DATASETS.TEST and is recorded; settings are tried on the record. One
 half of the images chooses, everything that is reported comes from the other half. Out come, in
 --output: exits.yaml, to be put on top of the configuration (--config-file cells.yaml --config-file
-output/exits/exits.yaml); quality.yaml, balanced.yaml and fast.yaml, three more points of the front;
-front.csv and front.png; comparison.csv, with each exit alone and what is simpler than exits; and
-calibration.json, with what is to be expected.
+output/exits/exits.yaml); quality.yaml, balanced.yaml and fast.yaml, three more points of the front,
+as far as they keep what they promise; front.csv and front.png; comparison.csv, with each exit alone
+and what is simpler than exits; and calibration.json, with what is to be expected. The folder is for
+these alone: it is replaced as a whole at the end.
 
 Images that the detector was trained on, or that its gates were, would promise too much.
 """
@@ -35,7 +36,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--config-file", required=True, action="append", metavar="YAML", help="later ones on top"
     )
-    parser.add_argument("--output", required=True, metavar="FOLDER")
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="FOLDER",
+        help="for this alone: it is replaced as a whole",
+    )
     parser.add_argument(
         "--host", default="auto", choices=HOSTS, help="auto: Detectron2 where it can be imported"
     )

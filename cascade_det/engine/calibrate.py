@@ -61,9 +61,7 @@ def calibrate(
         SampleTooSmallError: too few images, for a guarantee or at all.
     """
     target.check_images(options.images)
-    parent = Path(os.path.realpath(output_dir)).parent
-    remove_leftovers(parent)
-    remove_leftovers(output_dir)
+    remove_leftovers(Path(os.path.realpath(output_dir)).parent)
     with atomic_folder(output_dir, made=(*FILES, LOG_FILE)) as folder:
         content = _calibrate(cfg, open_detector, target, folder, options)
         _keep_log(output_dir / LOG_FILE, folder / LOG_FILE)

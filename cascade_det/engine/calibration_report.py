@@ -115,7 +115,8 @@ class CalibrationReport:
             output_dir / "front.png",
             profiles=profiles.written,
             tried=tried,
-            compared=rows,
+            # Where a setting was rejected, the chosen one is the full cascade.
+            compared=[r for r in rows if calibration.rejected is None or r.name != CHOSEN],
             chosen=(CHOSEN, REJECTED),
         )
         self._warn(calibration, target, rows)

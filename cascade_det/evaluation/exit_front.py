@@ -152,7 +152,7 @@ def plot_front(
         front: at least one point.
         path: the PNG; its folder is made where it is missing, an old file is replaced.
         profiles: points to mark, by names that are written beside them.
-        tried: all that the search saw.
+        tried: all that the search saw, on the images that it saw.
         compared: see ``compare``; one mark for each kind.
         chosen: names among them that get an error bar.
 
@@ -179,6 +179,8 @@ def plot_front(
 
 _Cost = Callable[["FrontPoint | ComparedExits"], float]
 _TINY = 1e-6
+# All else is drawn as it is on the other half.
+_TRIED = "tried, on the half that chose"
 _BLUE, _RED = "#1b5e8c", "#c0392b"
 
 
@@ -230,7 +232,7 @@ def _draw(
 ) -> None:
     seen = [(cost(p), -p.drop) for p in tried]
     if seen and np.isfinite([x for x, _ in seen]).any():
-        axes.plot(*zip(*seen, strict=True), ".", color="#c4ccd3", ms=4, zorder=1, label="tried")
+        axes.plot(*zip(*seen, strict=True), ".", color="#c4ccd3", ms=4, zorder=1, label=_TRIED)
     line = sorted((cost(p), -p.drop) for p in front if np.isfinite(cost(p)))
     axes.plot(*zip(*line, strict=True), "o-", color=_BLUE, ms=3.5, lw=1.2, label="front")
     for place, (name, point) in enumerate(profiles.items()):

@@ -13,6 +13,7 @@ from cascade_det.d2 import host
 from cascade_det.engine.calibrate import calibrate
 from cascade_det.engine.calibration_target import Options, Target
 from cascade_det.engine.recording import _SHARES
+from cascade_det.engine.weight_digest import weights_sha256
 from cascade_det.errors import ConfigError
 from cascade_det.evaluation import exit_comparison
 
@@ -50,20 +51,23 @@ def load(files, options):
 @pytest.mark.parametrize("target", TARGETS)
 def test_an_evaluation_gives_what_was_promised(case, target, tmp_path):
     cfg = load(INSTANT, case.options)
+    folder = tmp_path / "exits"
     found = calibrate(
-        cfg, lambda: host.open_detector(cfg), Target(**TARGETS[target]), tmp_path, OPTIONS
+        cfg, lambda: host.open_detector(cfg), Target(**TARGETS[target]), folder, OPTIONS
     )
     expected = found["expected"]
-    assert json.loads((tmp_path / "calibration.json").read_text())["expected"] == expected
+    assert json.loads((folder / "calibration.json").read_text())["expected"] == expected
     options = case.with_truth(f"reporting_{target}", case.reporting_half())
     shadow = ["CASCADE.SHADOW_SHARE", "1.0", "OUTPUT_DIR", str(tmp_path)]
-    results = host.evaluate(load([INSTANT, tmp_path / "exits.yaml"], [*options, *shadow]))
+    results = host.evaluate(load([INSTANT, folder / "exits.yaml"], [*options, *shadow]))
     assert results["bbox"]["AP"] == pytest.approx(expected["AP"], abs=1e-3)
     entered = [results["exits"][f"stage{stage}"]["entered"] for stage in range(3)]
     assert sum(entered) / (3 * 4 * 60) == pytest.approx(expected["regions_left"])
     assert results["shadow"]["loss"] == pytest.approx(expected["loss"], abs=1e-6)
-    for name in ("quality", "balanced", "fast"):
-        load([INSTANT, tmp_path / f"{name}.yaml"], case.options)
+    assert found["weights"]["sha256"] == weights_sha256(found["weights"]["file"])
+    for path in folder.glob("*.yaml"):
+        told = load([INSTANT, path], case.options).MODEL.CASCADE.EXIT.WEIGHTS_SHA256
+        assert told == found["weights"]["sha256"]
 
 
 def test_heads_without_exits(case, tmp_path):

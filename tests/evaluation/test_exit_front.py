@@ -162,16 +162,14 @@ class TestPlot:
             assert lines["fewer stages or proposals"].get_xydata().tolist() == [[costs[0], -3.5]]
             assert lines["profile, by its name"].get_xydata().tolist() == [[costs[1], -0.5]]
             assert len(lines["front"].get_xydata()) == seen
-            assert ("tried" in lines) == ("oracles" in lines) == (seen == 4)
+            assert ("tried, on the half that chose" in lines) == ("oracles" in lines) == (seen == 4)
             (bar,) = axes.containers
             assert bar.get_label() == "wanted (95 %)"
             (segment,) = bar.lines[2][0].get_segments()
             np.testing.assert_allclose(segment[:, 1], [-0.25, 0.25])
             written = {note.get_text(): list(note.xy) for note in axes.texts}
-            assert written == {
-                "full cascade": [90 if seen == 3 else 100, 0],
-                "fast": [costs[1], -0.5],
-            }
+            full = 90 if seen == 3 else 100
+            assert written == {"full cascade": [full, 0], "fast": [costs[1], -0.5]}
 
     def test_the_legend_is_short_however_much_is_compared(self, tmp_path, drawn):
         names = [
@@ -192,7 +190,13 @@ class TestPlot:
         named = [text.get_text() for text in drawn[0].legends[0].get_texts()]
         assert sorted(named) == sorted(
             [
-                *("tried", "front", "profile, by its name", "chosen (95 %)", "rejected (95 %)"),
+                *(
+                    "tried, on the half that chose",
+                    "front",
+                    "profile, by its name",
+                    "chosen (95 %)",
+                    "rejected (95 %)",
+                ),
                 *("one rule", "fewer stages or proposals", "by lot", "oracles"),
             ]
         )

@@ -40,7 +40,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--output",
         required=True,
         metavar="FOLDER",
-        help="for this alone: it is replaced as a whole",
+        help="is replaced as a whole",
     )
     parser.add_argument(
         "--host", default="auto", choices=HOSTS, help="auto: Detectron2 where it can be imported"

@@ -24,6 +24,7 @@ RANKS = {
     "files": -1,
     "text": -1,
     "colors": -1,
+    "coco_results": -1,
     "drawing": -1,
     "quiet_imports": -1,
     "convolution": -1,
@@ -51,6 +52,7 @@ HOMES = {
 }
 # Rooms that live on these libraries (and the standard one) alone.
 DIETS = {
+    "coco_results": {"numpy"},
     "config": {"fvcore", "iopath", "yacs", "yaml"},
     "convolution": {"torch"},
     "colors": {"numpy"},

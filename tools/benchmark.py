@@ -27,7 +27,9 @@ from cascade_det.benchmark.options import (
     Options,
     read_survivors,
 )
+from cascade_det.engine.arguments import add_config_options, real, whole
 
+LARGEST_SEED = 2**63 - 1  # of PyTorch
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "Base-Cascade-RCNN-FPN.yaml"
 
 
@@ -39,8 +41,6 @@ def _options(args: argparse.Namespace) -> Options:
     }
     if not given.get("config_file"):
         given["config_file"] = (str(CONFIG),)
-    if given["opts"][:1] == ("--",):
-        given["opts"] = given["opts"][1:]
     if "survivors" in given:
         given["survivors"] = read_survivors(given["survivors"])
     defaults = QUICK if given.pop("quick") else {}
@@ -80,7 +80,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--size", "of drawn images (800 1088)", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"))
     add("--rounds", f"measured runs of each ({default.rounds})", type=int)
     add("--warmup", f"runs of each before ({default.warmup})", type=int)
-    add("--seconds", "a comparison begins no round after so long (0: no limit)", type=float)
+    add("--seconds", "a comparison begins no round after so long (0: no limit)", type=real(0))
     add(
         "--survivors",
         "regions of an image that enter each stage of a trained model with exits, or the "
@@ -92,13 +92,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--threads", "of the CPU (as many as PyTorch takes)", type=int)
     add("--autocast", f"type of the peers under autocast ({default.autocast})", metavar="TYPE")
     add("--images", f"batches of the test set to go through ({default.images})", type=int)
-    add("--seed", "of weights, images and regions (0)", type=int)
-    add(
-        "opts",
-        "configuration keys that override the files; -- ends a list before them",
-        nargs=argparse.REMAINDER,
-        metavar="KEY VALUE",
-    )
+    add("--seed", "of weights, images and regions (0)", type=whole(0, LARGEST_SEED))
+    add_config_options(parser)
     return parser.parse_args(argv)
 
 

@@ -25,6 +25,7 @@ import logging
 import sys
 from pathlib import Path
 
+from cascade_det.engine.arguments import add_config_options
 from cascade_det.hosts import HOSTS
 
 
@@ -77,7 +78,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=2000, help="the most to record")
     parser.add_argument("--trials", type=int, default=1000, help="the most settings to try")
     parser.add_argument("--seed", type=int, default=0, help="of the split in halves")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
+    add_config_options(parser)
     return parser.parse_args(argv)
 
 

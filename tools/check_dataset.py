@@ -12,6 +12,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from cascade_det.engine.arguments import add_config_options
+
 FOLLOW_LINKS = "--follow-links"
 
 
@@ -41,7 +43,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "CASCADE.FOLLOW_LINKS says in a configuration",
     )
     parser.add_argument("--json-out", metavar="FILE", help="write the findings for programs")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="of the YAML")
+    add_config_options(parser)
     args = parser.parse_args(argv)
     if args.json and args.opts:
         parser.error(f"unexpected with --json: {' '.join(args.opts)}")

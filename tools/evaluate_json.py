@@ -4,6 +4,9 @@
 python tools/evaluate_json.py --json val.json \
     --predictions output/inference/coco_instances_results.json
 python tools/evaluate_json.py --json val.json --predictions ... --images folder/ --output scored/
+python tools/evaluate_json.py --json val.json --predictions pictures/predictions.json
+
+The last one is what tools/predict.py wrote; its images are found in the json by their file names.
 
 AP is computed over all images of the json, but for those that --on-bad-data skips. --output gets
 scores.json and the tables and pictures of analysis/; the images with the most mistakes are drawn
@@ -19,6 +22,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from cascade_det.engine.arguments import real
+
 _BAD_DATA_OPTION = "--on-bad-data"
 _LIMIT_OPTION = "--max-detections"
 _LINKS_OPTION = "--follow-links"
@@ -26,12 +31,14 @@ _LINKS_OPTION = "--follow-links"
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score a file of predictions.")
-    parser.add_argument("--predictions", required=True, metavar="JSON", help="COCO result format")
+    parser.add_argument(
+        "--predictions", required=True, metavar="JSON", help="COCO result format, or of predict.py"
+    )
     parser.add_argument("--json", required=True, metavar="JSON", help="the annotations")
     parser.add_argument("--images", metavar="FOLDER", help="of the annotations; they are checked")
     parser.add_argument("--output", metavar="FOLDER", help="for figures, tables and pictures")
     parser.add_argument(
-        "--score-threshold", type=float, default=0.5, help="of what counts beside AP (0.5)"
+        "--score-threshold", type=real(0, 1), default=0.5, help="of what counts beside AP (0.5)"
     )
     parser.add_argument(
         _LIMIT_OPTION,
@@ -70,6 +77,7 @@ from cascade_det.data.annotation_file import read_json
 from cascade_det.data.catalog import dataset_of_files
 from cascade_det.data.coco import CocoDataset, left_out_notes, load_dataset
 from cascade_det.data.image_names import LinkRule
+from cascade_det.data.predicted import is_of_predict, predicted_annotations
 from cascade_det.data.problems import Problems, shown
 from cascade_det.data.transforms import read_image
 from cascade_det.engine.commands import without_traceback
@@ -130,15 +138,13 @@ def evaluate(
     coco_gt = load_ground_truth(dataset.ground_truth)
     if "annotations" not in dataset.ground_truth:
         raise DatasetError(f"{dataset.source.json_file}: has no annotations to score against")
-    predictions = read_predictions(
-        predictions_file, coco_gt.imgs.keys() | dataset.left_out_images, coco_gt.cats
-    )
+    predictions, notes = read_predictions(predictions_file, dataset)
     kept = [entry for entry in predictions if entry["image_id"] in coco_gt.imgs]
     image_ids = sorted(coco_gt.imgs)
     results = score_results(
         *(coco_gt, kept, image_ids), score_threshold=score_threshold, max_detections=max_detections
     )
-    notes = [
+    notes += [
         *too_many_objects_note(coco_gt, image_ids, max_detections, _LIMIT_OPTION, of_class=True),
         *results["notes"],
         *left_out_notes(dataset, _BAD_DATA_OPTION),
@@ -148,26 +154,36 @@ def evaluate(
     return {**results, "notes": notes}
 
 
-def read_predictions(
-    path: Path, image_ids: Collection[int], category_ids: Collection[int]
-) -> list[dict[str, Any]]:
-    """Read a list of predictions in COCO's result format, and check each of them.
+def read_predictions(path: Path, dataset: CocoDataset) -> tuple[list[dict[str, Any]], list[str]]:
+    """Read predictions, and check each of them.
 
     Args:
         path: json: a list of objects with ``image_id``, ``category_id``, ``bbox`` (XYWH in pixels)
-            and ``score``; what else they hold is left alone.
-        image_ids: those that may occur.
-        category_ids: those that may occur.
+            and ``score``; what else they hold is left alone. Or ``predictions.json`` of
+            ``tools/predict.py``, see ``predicted_annotations``.
+        dataset: its images and categories, those left out too, are what may occur.
+
+    Returns:
+        The list, with image ids of the data set, and what to say of it.
 
     Raises:
         DatasetError: the file cannot be read, or anything in it is wrong; all kinds of problem are
             listed with counts and examples.
     """
-    predictions = read_json(path)
+    truth = dataset.ground_truth
+    image_ids = {image["id"] for image in truth["images"]} | dataset.left_out_images
+    category_ids = {category["id"] for category in truth["categories"]}
+    predictions, notes = read_json(path), []
+    if is_of_predict(predictions):
+        try:
+            predictions, notes = predicted_annotations(predictions, dataset)
+        except DatasetError as error:
+            raise DatasetError(f"{path}: {error}") from None
     if not isinstance(predictions, list):
         raise DatasetError(
             f"{path}: is no list of predictions: its top level is {type(predictions).__name__}. "
-            "Give a file like inference/coco_instances_results.json."
+            "Give a file like inference/coco_instances_results.json, or predictions.json of "
+            "tools/predict.py."
         )
     problems = Problems()
     for number, prediction in enumerate(predictions, start=1):
@@ -178,7 +194,7 @@ def read_predictions(
             f"{path}: bad predictions, of {len(predictions)}\n{problems}\n"
             "Predictions belong to one annotation file: are these of the given --json?"
         )
-    return predictions
+    return predictions, notes
 
 
 def _problems_of(

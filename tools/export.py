@@ -12,6 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from cascade_det.engine.arguments import add_config_options
+
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Write a detector into one file.")
@@ -29,9 +31,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--image", metavar="FILE", help="to check the file on; by default one of random pixels"
     )
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="as train_net.py"
-    )
+    add_config_options(parser)
     return parser.parse_args(argv)
 
 

@@ -9,11 +9,21 @@ python tools/predict.py --onnx model.onnx --input folder --output out   # a file
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import glob
-import itertools
+import os
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from cascade_det.engine.arguments import add_config_options, real
+
+if TYPE_CHECKING:
+    from cascade_det.standalone import Predictor
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -24,13 +34,16 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     detector.add_argument("--onnx", metavar="FILE", help="of tools/export.py; needs nothing else")
     parser.add_argument(
-        "--input", required=True, nargs="+", help="image files, folders or quoted globs"
+        "--input",
+        required=True,
+        nargs="+",
+        help="image files, folders or quoted globs; a name that exists is no glob",
     )
     parser.add_argument("--output", required=True, help="folder for pictures and predictions.json")
-    parser.add_argument("--score-threshold", type=float, default=0.5, help="of what is drawn")
     parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="as train_net.py"
+        "--score-threshold", type=real(0, 1), default=0.5, help="of what is drawn (0.5)"
     )
+    add_config_options(parser)
     args = parser.parse_args(argv)
     if args.onnx and args.opts:
         parser.error("--opts change a configuration, which an ONNX file (--onnx) has no need of")
@@ -41,39 +54,49 @@ if __name__ == "__main__":
     _parse(None)  # Help and errors do not wait for the imports below.
 
 
-import cv2
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from cascade_det.config import check_config, exit_arguments, load_config
-from cascade_det.core import Detections
+from cascade_det.coco_results import coco_results
 from cascade_det.data.read_ahead import read_ahead
 from cascade_det.data.transforms import read_image
-from cascade_det.drawing import draw_detections
+from cascade_det.drawing import draw_detections, encode
 from cascade_det.engine.commands import without_traceback
-from cascade_det.engine.log import setup_logging
+from cascade_det.engine.prediction_files import PredictionFolder
 from cascade_det.engine.processes import INTERRUPTED
 from cascade_det.errors import DatasetError
-from cascade_det.evaluation import format_report
-from cascade_det.evaluation.coco import coco_results
-from cascade_det.files import atomic_path, write_json
 from cascade_det.onnx_predictor import ArrayDetections, OnnxPredictor
-from cascade_det.standalone import Predictor
+from cascade_det.text import printable
+
+# What needs PyTorch is imported where it is used: an ONNX file runs without it.
 
 MOST_TOLD = 20  # failed files on the terminal
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+# Ctrl-C, a closed terminal, and a cluster that takes its machine back.
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @without_traceback
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status: 1 if a file failed, 130 after Ctrl-C."""
+    """Run the command; returns its exit status.
+
+    It is 1 if a file failed, and after Ctrl-C or a signal 128 and its number.
+    """
     args = _parse(argv)
-    setup_logging()
     files = find_images(args.input)
     output = Path(args.output)
     if args.onnx:
         return predict(OnnxPredictor(args.onnx), files, output, args.score_threshold)
+    return _predict_by_weights(args, files, output)
+
+
+def _predict_by_weights(args: argparse.Namespace, files: list[Path], output: Path) -> int:
+    from cascade_det.config import check_config, exit_arguments, load_config
+    from cascade_det.engine.log import setup_logging
+    from cascade_det.evaluation import format_report
+    from cascade_det.standalone import Predictor
+
+    setup_logging()
     cfg = load_config(args.config_file, args.opts)
     check_config(cfg)
     watched = cfg.CASCADE.SHADOW_SHARE > 0
@@ -89,17 +112,29 @@ def main(argv: list[str] | None = None) -> int:
 def find_images(patterns: list[str]) -> list[Path]:
     """Files, the images of folders, and what globs match; in order, each once.
 
+    What exists under the given name is taken as it is, brackets and all, and so are folders at the
+    beginning of a glob.
+
     Raises:
         DatasetError: if a pattern gives no image.
     """
     found: dict[Path, None] = {}
     for pattern in patterns:
-        paths = [Path(p) for p in sorted(glob.glob(pattern))] or [Path(pattern)]
+        path = Path(pattern)
+        paths = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(_escaped(path)))]
         images = [image for path in paths for image in _images_at(path)]
         if not images:
-            raise DatasetError(f"--input {pattern}: no such file, or a folder without images")
+            raise DatasetError(
+                f"--input {pattern}: neither a file that is there nor a folder with images"
+            )
         found.update(dict.fromkeys(images))
     return list(found)
+
+
+def _escaped(path: Path) -> str:
+    """A glob whose first folders, as far as they exist, mean themselves."""
+    folder = next((parent for parent in path.parents if parent.exists()), Path())
+    return os.path.join(glob.escape(str(folder)), path.relative_to(folder))
 
 
 def predict(
@@ -113,7 +148,9 @@ def predict(
     """Write a picture for every image, and ``predictions.json`` for all of them.
 
     A file that cannot be read is left out and told at the end, in the json as well: ``failed`` is
-    a list of ``{"file_name", "reason"}``. After Ctrl-C the json has the images that were done.
+    a list of ``{"file_name", "reason"}``. An image whose picture cannot be written is there too,
+    and its detections are kept. After Ctrl-C, or a signal that ends the run, the json has the
+    images that were done; while it runs, they are in ``predictions.jsonl``.
 
     Args:
         predictor: the detector.
@@ -123,46 +160,107 @@ def predict(
         with_stages: draw the exit stages too.
 
     Returns:
-        The exit status: 0, 1 if a file failed, or 130 after Ctrl-C.
+        The exit status: 0, 1 if a file failed, or after Ctrl-C or a signal 128 and its number.
+
+    Raises:
+        DatasetError: a picture would replace an input, or a file that no earlier run made.
     """
-    names = _picture_names(files)
-    for file, name in zip(files, names, strict=True):
-        if (output / name).resolve() == file.resolve():
-            raise DatasetError(f"--output {output}: its pictures would replace the input {file}")
-    done: list[tuple[dict, list[dict]]] = []
-    failed: list[dict[str, str]] = []
-    interrupted = False
-    results = tqdm(_detect(predictor, files), total=len(files), disable=None, unit="img")
+    categories = [
+        {"id": category_id, "name": name}
+        for category_id, name in zip(predictor.category_ids, predictor.class_names, strict=True)
+    ]
+    failures: list[str] = []  # the first of them
+    status = None
+    with _ending_signals() as ending, PredictionFolder(output, files, categories) as folder:
+        results = tqdm(_detect(predictor, files), total=len(files), disable=None, unit="img")
+        draw = functools.partial(
+            _draw, predictor.class_names, score_threshold=score_threshold, with_stages=with_stages
+        )
+        try:
+            ending.at_once()
+            for number, found in enumerate(results):
+                reason = _keep(folder, number, found, predictor.category_ids, draw)
+                if reason is not None and len(failures) < MOST_TOLD:
+                    failures.append(f"{files[number]}: {reason}")
+        except KeyboardInterrupt:
+            status = ending.status or INTERRUPTED
+        finally:
+            ending.later()
+    print(f"{folder.done} images, {folder.detections} detections: {printable(str(output))}")
+    if status is not None:
+        print(f"Interrupted: {len(files) - folder.seen} images are not done.", file=sys.stderr)
+    _tell(failures, folder.failed)
+    return int(folder.failed > 0) if status is None else status
+
+
+def _keep(
+    folder: PredictionFolder,
+    number: int,
+    found: tuple[np.ndarray, ArrayDetections] | DatasetError,
+    category_ids: Sequence[int],
+    draw: Callable[[np.ndarray, ArrayDetections], bytes],
+) -> str | None:
+    """Write what was found in an image; returns what failed."""
+    if isinstance(found, DatasetError):
+        reason = str(found).removeprefix(f"{folder.files[number]}: ")
+        folder.fail(number, reason)
+        return reason
+    image, detections = found
+    results = coco_results(detections, number + 1, category_ids)
+    height, width = image.shape[:2]
+    return folder.add(number, (height, width), results, lambda: draw(image, detections))
+
+
+def _draw(
+    class_names: Sequence[str], image: np.ndarray, detections: ArrayDetections, **options: Any
+) -> bytes:
+    return encode(draw_detections(image, detections, class_names, **options), ".jpg")
+
+
+class _Ending:
+    """Whether a signal came that ends the run; a second Ctrl-C is a KeyboardInterrupt anywhere.
+
+    Attributes:
+        status: of the command after the first signal; ``None`` before.
+    """
+
+    def __init__(self) -> None:
+        self.status: int | None = None
+        self._at_once = False
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        first, self.status = self.status is None, self.status or 128 + number
+        # Other signals may come several times for one and the same wish.
+        if (first and self._at_once) or (number == signal.SIGINT and not first):
+            raise KeyboardInterrupt
+
+    def at_once(self) -> None:
+        """From now on the first signal is a KeyboardInterrupt; so is one that came before."""
+        self._at_once = True
+        if self.status is not None:
+            raise KeyboardInterrupt
+
+    def later(self) -> None:
+        """From now on the first signal is remembered alone: what is found is being saved."""
+        self._at_once = False
+
+
+@contextlib.contextmanager
+def _ending_signals() -> Iterator[_Ending]:
+    """Within the block signals are handled; one that is ignored, as SIGHUP by nohup, stays so."""
+    ending = _Ending()
+    wanted = [number for number in ENDING_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, ending.receive) for number in wanted}
     try:
-        for number, found in enumerate(results):
-            file = files[number]
-            if isinstance(found, DatasetError):
-                reason = str(found).removeprefix(f"{file}: ")
-                failed.append({"file_name": str(file), "reason": reason})
-                continue
-            image, detections = found
-            picture = draw_detections(
-                *(image, detections, predictor.class_names),
-                score_threshold=score_threshold,
-                with_stages=with_stages,
-            )
-            with atomic_path(output / names[number]) as temporary:
-                temporary.write_bytes(cv2.imencode(".jpg", picture)[1].tobytes())
-            height, width = image.shape[:2]
-            record = {"id": number + 1, "file_name": str(file), "height": height, "width": width}
-            done.append((record, coco_results(detections, number + 1, predictor.category_ids)))
-    except KeyboardInterrupt:
-        interrupted = True
-    write_json(_coco_json(predictor, done, failed), output / "predictions.json")
-    count = sum(len(annotations) for _, annotations in done)
-    print(f"{len(done)} images, {count} detections: {output}")
-    _tell(failed, unfinished=len(files) - len(done) - len(failed))
-    return INTERRUPTED if interrupted else int(bool(failed))
+        yield ending
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _detect(
     predictor: Predictor | OnnxPredictor, files: list[Path]
-) -> Iterator[tuple[np.ndarray, Detections] | DatasetError]:
+) -> Iterator[tuple[np.ndarray, ArrayDetections] | DatasetError]:
     """For each file its pixels and detections, or why it could not be read; batch by batch."""
     size = predictor.batch_size
     parts = [files[start : start + size] for start in range(0, len(files), size)]
@@ -172,11 +270,11 @@ def _detect(
         read = [i for i, image in enumerate(batch) if not isinstance(image, DatasetError)]
         detections = iter(predictor([batch[i] for i in read], names=[str(part[i]) for i in read]))
         for image in batch:
-            yield image if isinstance(image, DatasetError) else (image, _tensors(next(detections)))
+            yield image if isinstance(image, DatasetError) else (image, _arrays(next(detections)))
 
 
-def _tensors(detections: Detections | ArrayDetections) -> Detections:
-    return Detections(*(torch.as_tensor(column) for column in vars(detections).values()))
+def _arrays(detections: object) -> ArrayDetections:
+    return ArrayDetections(*(np.asarray(column) for column in vars(detections).values()))
 
 
 def _read(file: Path) -> np.ndarray | DatasetError:
@@ -186,33 +284,12 @@ def _read(file: Path) -> np.ndarray | DatasetError:
         return error
 
 
-def _coco_json(
-    predictor: Predictor | OnnxPredictor,
-    done: list[tuple[dict, list[dict]]],
-    failed: list[dict[str, str]],
-) -> dict:
-    annotations: list[dict] = []
-    for result in itertools.chain.from_iterable(results for _, results in done):
-        _, _, width, height = result["bbox"]
-        rest = {"id": len(annotations) + 1, "area": width * height, "iscrowd": 0}
-        annotations.append({**result, **rest})
-    categories = [
-        {"id": category_id, "name": name}
-        for category_id, name in zip(predictor.category_ids, predictor.class_names, strict=True)
-    ]
-    images = [record for record, _ in done]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    return {**content, "failed": failed}
-
-
-def _tell(failed: list[dict[str, str]], unfinished: int) -> None:
-    if unfinished:
-        print(f"Interrupted: {unfinished} images are not done.", file=sys.stderr)
-    if failed:
-        print(f"{len(failed)} files could not be read:", file=sys.stderr)
-    for failure in failed[:MOST_TOLD]:
-        print(f"  - {failure['file_name']}: {failure['reason']}", file=sys.stderr)
-    if len(failed) > MOST_TOLD:
+def _tell(failures: list[str], count: int) -> None:
+    if count:
+        print(f"{count} files could not be read, or their pictures written:", file=sys.stderr)
+    for failure in failures:
+        print(f"  - {printable(failure)}", file=sys.stderr)
+    if count > len(failures):
         print("  - ... the others are in predictions.json, failed", file=sys.stderr)
 
 
@@ -220,17 +297,6 @@ def _images_at(path: Path) -> list[Path]:
     if path.is_dir():
         return sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
     return [path] if path.is_file() else []
-
-
-def _picture_names(files: list[Path]) -> list[str]:
-    """``name.jpg``; files of one name in several folders are numbered."""
-    names: dict[str, None] = {}
-    for file in files:
-        name, number = f"{file.stem}.jpg", 2
-        while name in names:
-            name, number = f"{file.stem}_{number}.jpg", number + 1
-        names[name] = None
-    return list(names)
 
 
 if __name__ == "__main__":

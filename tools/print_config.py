@@ -15,6 +15,8 @@ import sys
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from cascade_det.engine.arguments import add_config_options
+
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -29,12 +31,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--changed", action="store_true", help="only the values that differ from the defaults"
     )
-    parser.add_argument(
-        "opts",
-        nargs=argparse.REMAINDER,
-        metavar="KEY VALUE",
-        help="keys that override the files, as for train_net.py",
-    )
+    add_config_options(parser)
     return parser.parse_args(argv)
 
 

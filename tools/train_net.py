@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
+from cascade_det.engine.arguments import add_config_options
 from cascade_det.hosts import HOSTS
 
 
@@ -66,12 +67,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="tcp://host:port, an address of machine 0 with a free port; needed for several\n"
         "machines only",
     )
-    parser.add_argument(
-        "opts",
-        nargs=argparse.REMAINDER,
-        metavar="KEY VALUE",
-        help="configuration keys that override the files, such as SOLVER.MAX_ITER 1000",
-    )
+    add_config_options(parser)
     return parser.parse_args(argv)
 
 

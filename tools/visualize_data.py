@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from cascade_det.engine.arguments import add_config_options, whole
+
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Draw what the training loader gives.")
@@ -20,18 +22,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--config-file", required=True, action="append", metavar="YAML", help="later ones on top"
     )
     parser.add_argument("--output", required=True, help="folder for the pictures")
-    parser.add_argument("--num", type=_positive, default=16, help="images to draw")
+    parser.add_argument("--num", type=whole(1), default=16, help="images to draw")
     parser.add_argument("--grid", action="store_true", help="all in one picture, grid.png")
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="as for train_net.py"
-    )
+    add_config_options(parser)
     return parser.parse_args(argv)
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return value
 
 
 if __name__ == "__main__":

@@ -53,11 +53,14 @@ def read_image(path: str, image_format: str) -> Pixels:
         uint8 ``[H, W, 3]``, contiguous and writable.
 
     Raises:
-        DatasetError: the file is missing, truncated, or not an image that can be decoded.
+        DatasetError: the file is missing, truncated, or not an image that can be decoded; or it is
+            no file but a folder or a pipe, which might never end.
         ValueError: another ``image_format``.
     """
     _check_choice("image_format", image_format, IMAGE_FORMATS)
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise DatasetError(f"{path}: is no file")
         with warnings.catch_warnings():
             # Remarks of Pillow about EXIF data or size: either it decodes the file or it raises.
             warnings.simplefilter("ignore")

@@ -10,7 +10,8 @@ from typing import Any
 
 from pycocotools.coco import COCO
 
-from cascade_det.core.structures import Detections, DetectorOutput
+from cascade_det.coco_results import coco_results
+from cascade_det.core.structures import DetectorOutput
 from cascade_det.errors import DatasetError
 from cascade_det.evaluation.analysis import SCORE_THRESHOLD, analyse
 from cascade_det.evaluation.average_precision import (
@@ -162,41 +163,3 @@ def score_results(
         "analysis": analyse(evaluation, results, score_threshold=score_threshold),
         "notes": explain(figures, coco_gt, results, image_ids),
     }
-
-
-def coco_results(
-    detections: Detections, image_id: int, category_ids: Sequence[int]
-) -> list[dict[str, Any]]:
-    """Detections of one image in COCO's result format, plus ``exit_stage`` for each.
-
-    Nothing is rounded: many an IoU is close to a threshold, and small scores that rounding made
-    equal would change places.
-
-    Raises:
-        DatasetError: a class index has no category.
-    """
-    classes = detections.classes.tolist()
-    if classes and not 0 <= min(classes) <= max(classes) < len(category_ids):
-        raise DatasetError(
-            f"image {image_id}: detections have class indices {min(classes)} to {max(classes)}, "
-            f"but the data set has {len(category_ids)} classes: set MODEL.ROI_HEADS.NUM_CLASSES "
-            f"to {len(category_ids)} or evaluate on the data set that the model was trained for"
-        )
-    boxes = detections.boxes.detach().cpu().clone()
-    boxes[:, 2:] -= boxes[:, :2]
-    columns = (
-        boxes.tolist(),
-        detections.scores.tolist(),
-        classes,
-        detections.exit_stages.tolist(),
-    )
-    return [
-        {
-            "image_id": image_id,
-            "category_id": category_ids[class_index],
-            "bbox": box,
-            "score": score,
-            "exit_stage": exit_stage,
-        }
-        for box, score, class_index, exit_stage in zip(*columns, strict=True)
-    ]

@@ -10,12 +10,12 @@ from typing import Any, overload
 import numpy as np
 import torch
 from fvcore.common.config import CfgNode
-from numpy.typing import NDArray
 
 from cascade_det import config
 from cascade_det.core import Detections
+from cascade_det.data.given_images import Image, Images, check_images, given_pixels
 from cascade_det.data.read_ahead import read_ahead
-from cascade_det.data.transforms import read_image, resize_shortest_edge
+from cascade_det.data.transforms import resize_shortest_edge
 from cascade_det.engine.head_flops import region_flops
 from cascade_det.engine.monitor import ExitMonitor
 from cascade_det.engine.run_info import log_exits, run_of
@@ -27,11 +27,11 @@ from cascade_det.standalone.optimize import optimize
 
 logger = logging.getLogger(__name__)
 
-Image = NDArray[np.uint8] | str | PathLike[str]
-
 
 class Predictor:
     """Detects objects in images; loads the weights once.
+
+    It may be shared between threads.
 
     Args:
         cfg: a configuration with ``MODEL.WEIGHTS``; images are resized by
@@ -94,31 +94,32 @@ class Predictor:
 
     @overload
     def __call__(
-        self, images: list[Image], *, names: Sequence[str] | None = None
+        self, images: Images, *, names: Sequence[str] | None = None
     ) -> list[Detections]: ...
 
     def __call__(
-        self, images: Image | list[Image], *, names: Sequence[str] | None = None
+        self, images: Image | Images, *, names: Sequence[str] | None = None
     ) -> Detections | list[Detections]:
         """Detect objects.
 
         Args:
-            images: one image or several; each a uint8 array ``[H, W, 3]`` in BGR order, as
-                OpenCV reads it, or the path of a file.
+            images: one image, or a list or tuple of several; each a uint8 array ``[H, W, 3]`` in
+                BGR order, as OpenCV reads it, or the path of a file.
             names: of each of several images, which tell whether it takes the full cascade too; by
                 default its path, or of an array how many images came before.
 
         Returns:
-            ``Detections`` on the CPU, boxes in pixels of the given image; a list for a list.
+            ``Detections`` on the CPU, boxes in pixels of the given image; a list for several.
 
         Raises:
             DatasetError: if a file is missing or no image.
-            ValueError: if an array is not uint8 ``[H, W, 3]``.
+            ValueError: if an image is something else, or an array not uint8 ``[H, W, 3]``.
         """
         if isinstance(images, (np.ndarray, str, PathLike)):
             return self([images])[0]
-        paths = [str(i) if isinstance(i, (str, PathLike)) else None for i in images]
-        named = list(zip(images, paths if names is None else names, strict=True))
+        checked = check_images(images, names)
+        paths = [str(i) if isinstance(i, (str, PathLike)) else None for i in checked]
+        named = list(zip(checked, paths if names is None else names, strict=True))
         parts = [named[i : i + self.batch_size] for i in range(0, len(named), self.batch_size)]
         detections: list[Detections] = []
         for batch in read_ahead(self._batch, parts):
@@ -129,14 +130,7 @@ class Predictor:
         return [self._sample(*item) for item in named]
 
     def _sample(self, image: Image, name: str | None) -> dict[str, Any]:
-        if isinstance(image, (str, PathLike)):
-            pixels = read_image(str(image), self._format)
-        else:
-            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-                raise ValueError(
-                    f"an image must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}"
-                )
-            pixels = image if self._format == "BGR" else image[:, :, ::-1]
+        pixels = given_pixels(image, self._format)
         height, width = pixels.shape[:2]
         resized = resize_shortest_edge(pixels, self._short_edge, self._max_size)
         tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from cascade_det.coco_results import coco_results
 from cascade_det.core.structures import Detections
 from cascade_det.errors import DatasetError
 from cascade_det.evaluation.average_precision import run_cocoeval
@@ -14,7 +15,6 @@ from cascade_det.evaluation.bootstrap import (
     average_precisions,
     paired_bootstrap,
 )
-from cascade_det.evaluation.coco import coco_results
 from cascade_det.evaluation.ground_truth import load_ground_truth
 from cascade_det.evaluation.image_matching import ImageMatcher, match_images
 

@@ -50,7 +50,7 @@ def test_help_imports_nothing_heavy(command):
         (["tools/train_net.py", "--resume"], "--config-file"),
         (["tools/train_net.py", "--config-file", "a.yaml", "--host", "neither"], "'neither'"),
         (["tools/calibrate_exits.py", "--config-file", "a.yaml", "--output", "b"], "--max-ap-drop"),
-        (["tools/visualize_data.py", "--num", "0"], "must be 1 or more"),
+        (["tools/visualize_data.py", "--num", "0"], "'0': give a whole number of 1 or more"),
         (["datasets/prepare_coco.py", "--splits", "test"], "'test'"),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 
+import cascade_det.standalone
 import predict
 import train_net
 from cascade_det.config import load_config
@@ -299,7 +300,7 @@ def test_ctrl_c_while_the_weights_are_loaded(monkeypatch, tmp_path):
     def interrupted(cfg, **_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(predict, "Predictor", interrupted)
+    monkeypatch.setattr(cascade_det.standalone, "Predictor", interrupted)
     arguments = ["--config-file", str(CONFIG), "--input", str(CONFIG), "--output", str(tmp_path)]
     assert predict.main(arguments) == 130
 

@@ -1,0 +1,55 @@
+"""Detections in COCO's result format; needs no PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cascade_det.errors import DatasetError
+
+
+def coco_results(
+    detections: Any, image_id: int, category_ids: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Detections of one image in COCO's result format, plus ``exit_stage`` for each.
+
+    Nothing is rounded: many an IoU is close to a threshold, and small scores that rounding made
+    equal would change places.
+
+    Args:
+        detections: ``Detections`` or ``ArrayDetections``.
+        image_id: in the json.
+        category_ids: of the classes ``0..K-1``.
+
+    Raises:
+        DatasetError: a class index has no category.
+    """
+    classes = detections.classes.tolist()
+    if classes and not 0 <= min(classes) <= max(classes) < len(category_ids):
+        raise DatasetError(
+            f"image {image_id}: detections have class indices {min(classes)} to {max(classes)}, "
+            f"but the data set has {len(category_ids)} classes: set MODEL.ROI_HEADS.NUM_CLASSES "
+            f"to {len(category_ids)} or evaluate on the data set that the model was trained for"
+        )
+    boxes = detections.boxes
+    # Of a tensor, which may be on another device; XYXY to XYWH.
+    boxes = np.asarray(boxes.detach().cpu() if hasattr(boxes, "detach") else boxes).copy()
+    boxes[:, 2:] -= boxes[:, :2]
+    columns = (
+        boxes.tolist(),
+        detections.scores.tolist(),
+        classes,
+        detections.exit_stages.tolist(),
+    )
+    return [
+        {
+            "image_id": image_id,
+            "category_id": category_ids[class_index],
+            "bbox": box,
+            "score": score,
+            "exit_stage": exit_stage,
+        }
+        for box, score, class_index, exit_stage in zip(*columns, strict=True)
+    ]

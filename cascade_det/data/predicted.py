@@ -1,0 +1,108 @@
+"""What ``tools/predict.py`` found, brought to the ids of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from cascade_det.data.coco import CocoDataset
+from cascade_det.data.problems import Problems, shown
+from cascade_det.errors import DatasetError
+
+_LISTS = ("images", "annotations", "categories")
+_RESULT_KEYS = ("category_id", "bbox", "score", "exit_stage")
+# Marks an image that is left out of the data set, beside its ids.
+_LEFT_OUT = object()
+
+
+def is_of_predict(content: Any) -> bool:
+    """Whether a json is such a file: COCO's lists, and that of what failed."""
+    return isinstance(content, dict) and all(
+        isinstance(content.get(key), list) for key in (*_LISTS, "failed")
+    )
+
+
+def predicted_annotations(
+    content: Mapping[str, Any], dataset: CocoDataset
+) -> tuple[list[Any], list[str]]:
+    """The predictions in COCO's result format, with the image ids of a data set.
+
+    Images are found by their names: ``photos/day/1.jpg`` is the image ``day/1.jpg`` of the data
+    set, or else ``1.jpg``. Predictions on images that the data set leaves out are dropped.
+
+    Args:
+        content: see :func:`is_of_predict`.
+        dataset: with its ground truth.
+
+    Returns:
+        The predictions, not checked, and what to say of images without any.
+
+    Raises:
+        DatasetError: images or classes are not those of the data set; all problems are listed.
+    """
+    problems = Problems()
+    _check_categories(content["categories"], dataset, problems)
+    ids = _image_ids(content["images"], dataset, problems)
+    found: list[Any] = []
+    for entry in content["annotations"]:
+        image_id = ids.get(_hashable(entry.get("image_id"))) if isinstance(entry, dict) else None
+        if image_id is None:
+            problems.add("prediction on an image that is not listed", "{}".format, shown(entry))
+        elif image_id is not _LEFT_OUT:
+            kept = {key: entry[key] for key in _RESULT_KEYS if key in entry}
+            found.append({"image_id": image_id, **kept})
+    if problems:
+        raise DatasetError(
+            f"does not fit the annotations\n{problems}\nIs it of the images of this --json?"
+        )
+    if not content["failed"]:
+        return found, []
+    return found, [f"{len(content['failed'])} images failed in prediction: see 'failed' there."]
+
+
+def _check_categories(categories: Sequence[Any], dataset: CocoDataset, problems: Problems) -> None:
+    names = dict(zip(dataset.category_ids, dataset.class_names, strict=True))
+    for entry in categories:
+        number = _hashable(entry.get("id")) if isinstance(entry, dict) else None
+        # One that is not there at all is a problem where it is predicted.
+        if number in names and entry.get("name") != names[number]:
+            problems.add(
+                "category of another name",
+                "{}: {}, not {}".format,
+                *(number, shown(entry.get("name")), shown(names[number])),
+            )
+
+
+def _image_ids(images: Sequence[Any], dataset: CocoDataset, problems: Problems) -> dict[Any, Any]:
+    """The id in the data set, or ``_LEFT_OUT``, of each image id of the prediction."""
+    known = {
+        PurePosixPath(image["file_name"]).parts: image for image in dataset.ground_truth["images"]
+    }
+    left_out = len(dataset.left_out_images)
+    ids: dict[Any, Any] = {}
+    taken: set[int] = set()
+    for entry in images:
+        if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
+            problems.add("image without a file name", "{}".format, shown(entry))
+            continue
+        number, name = _hashable(entry.get("id")), entry["file_name"]
+        parts = PurePosixPath(name).parts
+        image = next((known[parts[i:]] for i in range(len(parts)) if parts[i:] in known), None)
+        if image is None and left_out:
+            left_out -= 1
+            ids[number] = _LEFT_OUT
+        elif image is None:
+            problems.add("image that the annotations do not have", "{}".format, shown(name))
+        elif image["id"] in taken or number in ids:
+            problems.add("image that is there twice", "{}".format, shown(name))
+        elif (entry.get("height"), entry.get("width")) != (image["height"], image["width"]):
+            problems.add("image of another size", "{}".format, shown(name))
+        else:
+            ids[number] = image["id"]
+            taken.add(image["id"])
+    return ids
+
+
+def _hashable(value: Any) -> Any:
+    return value if isinstance(value, int | str) else None

@@ -1,0 +1,79 @@
+"""What the arguments of all commands have in common; imports nothing that takes long."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+_SEPARATORS = ("--opts", "--")
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Let a command take ``KEY VALUE ...`` at its end, with ``--opts`` or ``--`` before or without.
+
+    Either ends the list of an option that takes several values. They are ``opts``, a list.
+    """
+    parser.add_argument(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        action=_ConfigOptions,
+        default=[],
+        metavar="KEY VALUE",
+        help="configuration keys that override the files, such as SOLVER.MAX_ITER 1000",
+    )
+    parser.add_argument(
+        "opts",
+        nargs=argparse.REMAINDER,
+        action=_ConfigOptions,
+        default=[],
+        metavar="KEY VALUE",
+        help="the same; --opts is needed only after an option that takes several values",
+    )
+
+
+class _ConfigOptions(argparse.Action):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        given = [value for value in values or () if value not in _SEPARATORS]
+        namespace.opts = [*namespace.opts, *given]
+
+
+def real(least: float, most: float = math.inf) -> Callable[[str], float]:
+    """The ``type`` of an argument: a finite number from ``least`` to ``most``, both included."""
+
+    def parse(text: str) -> float:
+        value = float(text)
+        # NaN fails every comparison.
+        if not (least <= value <= most and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text!r}: give {_range('a number', least, most)}")
+        return value
+
+    parse.__name__ = "number"  # as argparse calls it where the text is none
+    return parse
+
+
+def whole(least: int, most: float = math.inf) -> Callable[[str], int]:
+    """The ``type`` of an argument: a whole number from ``least`` to ``most``, both included."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if not least <= value <= most:
+            wanted = _range("a whole number", least, most)
+            raise argparse.ArgumentTypeError(f"{text!r}: give {wanted}")
+        return value
+
+    parse.__name__ = "whole number"
+    return parse
+
+
+def _range(kind: str, least: float, most: float) -> str:
+    if most == math.inf:
+        return f"{kind} of {least:g} or more"
+    return f"{kind} from {least:g} to {most:g}"

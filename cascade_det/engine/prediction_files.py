@@ -1,0 +1,324 @@
+"""The folder of a prediction: a picture of each image, and one json that grows with the run."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import stat
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from cascade_det.data.annotation_file import read_json
+from cascade_det.errors import CascadeDetError, DatasetError
+from cascade_det.files import atomic_path, naming, remove_leftovers
+
+RESULT_FILE = "predictions.json"
+# One object a line: first {"pictures": [...]}, then an image each. It is there while a run lasts,
+# and stays where one is killed.
+LINES_FILE = "predictions.jsonl"
+
+_SUFFIX = ".jpg"
+_LONGEST_FILE_NAME = 255  # bytes
+_MOST_SHOWN = 5
+
+
+class PredictionFolder:
+    """Pictures and results of one run. A context: the json is complete when it is left.
+
+    Nothing is replaced but what an earlier run of the same kind made, as its own result file says;
+    the results of that run are removed at the start. Until the end of the run they are in
+    ``predictions.jsonl``, a line as soon as an image is done; ``predictions.json`` is made of it
+    then. No more is kept in memory than the names of the files.
+
+    Args:
+        folder: made if missing.
+        files: the images, whose pictures will be ``name.jpg``; an image's id is its place among
+            them, from 1 on.
+        categories: ``{"id", "name"}`` of each class.
+
+    Attributes:
+        files: see above.
+        seen: files that were tried.
+        done: images with results.
+        detections: of all of them.
+        failed: files that could not be read, and images whose picture could not be written.
+
+    Raises:
+        DatasetError: a file would replace one of the images, or one that no earlier run made, or
+            another run is writing to the folder; nothing is changed then.
+    """
+
+    def __init__(
+        self, folder: Path, files: Sequence[Path], categories: Sequence[dict[str, Any]]
+    ) -> None:
+        self._folder, self.files = folder, files
+        self._categories = categories
+        self._names = picture_names(files)
+        self.seen = self.done = self.detections = self.failed = 0
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lines = _open_alone(folder / LINES_FILE)
+        try:
+            made = _made_before(folder)
+            _check_replaced(folder, [*self._names, RESULT_FILE, LINES_FILE], files, made)
+        except BaseException:
+            if not os.fstat(self._lines.fileno()).st_size:
+                (folder / LINES_FILE).unlink()
+            self._lines.close()
+            raise
+        remove_leftovers(folder)
+        older = [name for name in made if name.endswith(_SUFFIX) and (folder / name).is_file()]
+        # All that this run may make, before it makes it: known as such even if it is killed.
+        self._pictures = list(dict.fromkeys([*self._names, *older]))
+        self._lines.truncate(0)
+        self._append({"pictures": self._pictures})
+        (folder / RESULT_FILE).unlink(missing_ok=True)
+
+    def __enter__(self) -> PredictionFolder:
+        return self
+
+    def add(
+        self,
+        number: int,
+        size: tuple[int, int],
+        results: Sequence[dict[str, Any]],
+        encode: Callable[[], bytes],
+    ) -> str | None:
+        """Write picture and results of an image.
+
+        Args:
+            number: of the file, from 0.
+            size: height and width in pixels.
+            results: detections in COCO's result format.
+            encode: gives the content of the picture.
+
+        Returns:
+            Why the picture could not be written; its results are kept all the same.
+
+        Raises:
+            OSError: the results cannot be written.
+        """
+        name, reason = self._names[number], None
+        try:
+            with atomic_path(self._folder / name) as temporary:
+                temporary.write_bytes(encode())
+        except ValueError as error:
+            reason = f"no picture: {error}"
+        except OSError as error:
+            reason = f"no picture: {name}: {error.strerror or error}"
+        height, width = size
+        image = {"id": number + 1, "file_name": str(self.files[number])}
+        image |= {"height": height, "width": width}
+        line: dict[str, Any] = {"image": image, "annotations": results}
+        if reason is None:
+            image["picture"] = name
+        else:
+            line["failed"] = self._failure(number, reason)
+        self._append(line)
+        self.seen += 1
+        self.done += 1
+        self.detections += len(results)
+        self.failed += reason is not None
+        return reason
+
+    def fail(self, number: int, reason: str) -> None:
+        """Write down why a file, by its number from 0, has no results.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self._append({"failed": self._failure(number, reason)})
+        self.seen += 1
+        self.failed += 1
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Make ``predictions.json`` of what is there, however the run ended."""
+        path = self._folder / RESULT_FILE
+        try:
+            with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+                self._compose(file)
+            (self._folder / LINES_FILE).unlink()
+        except OSError as reason:
+            raise CascadeDetError(
+                f"{path}: {reason.strerror or reason}. What was found is in {LINES_FILE} there."
+            ) from reason
+        finally:
+            self._lines.close()
+
+    def _failure(self, number: int, reason: str) -> dict[str, str]:
+        return {"file_name": str(self.files[number]), "reason": reason}
+
+    def _append(self, line: dict[str, Any]) -> None:
+        rest = memoryview((json.dumps(line, allow_nan=False) + "\n").encode())
+        with naming(self._folder / LINES_FILE):
+            # A disk that fills up takes a part first.
+            while rest:
+                rest = rest[self._lines.write(rest) :]
+
+    def _compose(self, file: TextIO) -> None:
+        written: set[str] = set()
+        file.write('{"images": [')
+        for count, line in enumerate(self._read("image")):
+            written.add(line["image"].get("picture", ""))
+            file.write(f"{',' * (count > 0)}\n{json.dumps(line['image'])}")
+        file.write('\n],\n"annotations": [')
+        annotations = (entry for line in self._read("image") for entry in line["annotations"])
+        for count, entry in enumerate(annotations):
+            _, _, width, height = entry["bbox"]
+            entry |= {"id": count + 1, "area": width * height, "iscrowd": 0}
+            file.write(f"{',' * (count > 0)}\n{json.dumps(entry)}")
+        file.write('\n],\n"failed": [')
+        for count, line in enumerate(self._read("failed")):
+            file.write(f"{',' * (count > 0)}\n{json.dumps(line['failed'])}")
+        rest = set(self._pictures) - written
+        older = [name for name in sorted(rest) if (self._folder / name).is_file()]
+        rest_of_it = {"categories": list(self._categories), "older_pictures": older}
+        file.write(f"\n],\n{json.dumps(rest_of_it)[1:]}\n")
+
+    def _read(self, key: str) -> Iterator[dict[str, Any]]:
+        for line in _read_lines(self._folder / LINES_FILE):
+            if key in line:
+                yield line
+
+
+def picture_names(files: Iterable[Path]) -> list[str]:
+    """``name.jpg`` for each file; those of one name, or of one to some file systems, are numbered.
+
+    Names that would be too long are cut.
+    """
+    names: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    for file in files:
+        stem = file.stem
+        name, number = _named(stem, ""), counts.get(_folded(stem), 1)
+        while _folded(name) in names:
+            number += 1
+            name = _named(stem, f"_{number}")
+        counts[_folded(stem)] = number
+        names[_folded(name)] = name
+    return list(names.values())
+
+
+def _named(stem: str, number: str) -> str:
+    while len(os.fsencode(name := f"{stem}{number}{_SUFFIX}")) > _LONGEST_FILE_NAME:
+        stem = stem[:-1]
+    return name
+
+
+def _folded(name: str) -> str:
+    """The same for names that a file system may take for one: in case, or in composed letters."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _open_alone(path: Path) -> FileIO:
+    """Open the lines of a run, to append to, for this process alone."""
+    while True:
+        # Neither a link nor a pipe, which would end up somewhere else, or nowhere.
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+        with naming(path):
+            file = FileIO(os.open(path, flags, 0o666), "r+")
+        try:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise DatasetError(f"{path}: is no file. Move it away, or give another --output.")
+            _lock(file, path)
+            # Another run may have ended, and removed its file, before the lock.
+            if path.exists() and os.path.samestat(status, path.lstat()):
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def _lock(file: FileIO, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DatasetError(
+            f"{path.parent}: another run of predict.py is writing to this folder. Wait for it, or "
+            "give another --output."
+        ) from None
+    except OSError:
+        pass  # Some network file systems have no locks.
+
+
+def _made_before(folder: Path) -> list[str]:
+    """Names of the files in a folder that earlier runs made, as their results say."""
+    made: list[Any] = []
+    if os.path.lexists(folder / RESULT_FILE):
+        made += _named_by(folder / RESULT_FILE)
+    if not (folder / LINES_FILE).stat().st_size:
+        made.append(LINES_FILE)
+    header = next(_read_lines(folder / LINES_FILE), {})
+    if isinstance(header.get("pictures"), list):
+        made += [LINES_FILE, *header["pictures"]]
+    return [name for name in made if isinstance(name, str) and name == os.path.basename(name)]
+
+
+def _named_by(path: Path) -> list[Any]:
+    try:
+        content = read_json(path)
+    except DatasetError:
+        return []
+    if not isinstance(content, dict) or not {"images", "failed"} <= content.keys():
+        return []
+    images, older = content["images"], content.get("older_pictures")
+    entries = [e for e in images if isinstance(e, dict)] if isinstance(images, list) else []
+    pictures = [entry.get("picture") for entry in entries]
+    return [path.name, *pictures, *(older if isinstance(older, list) else [])]
+
+
+def _check_replaced(
+    folder: Path, names: Sequence[str], inputs: Sequence[Path], made: Sequence[str]
+) -> None:
+    """Make sure that the files of these names are none of the inputs, and were made by us."""
+    places = {_place(file): file for file in inputs}
+    ours, foreign = set(made), []
+    for name in names:
+        path = folder / name
+        if not os.path.lexists(path):
+            continue
+        if path.exists() and _place(path) in places:
+            raise DatasetError(
+                f"--output {folder}: {name} would replace the input {places[_place(path)]}. Give "
+                "another folder."
+            )
+        if name not in ours:
+            foreign.append(name)
+    if foreign:
+        shown = ", ".join(foreign[:_MOST_SHOWN]) + ", ..." * (len(foreign) > _MOST_SHOWN)
+        raise DatasetError(
+            f"--output {folder}: {shown} would be replaced, and no earlier run of predict.py made "
+            "that. Give another folder, or move it away."
+        )
+
+
+def _place(path: Path) -> tuple[int, int] | None:
+    """What is the same for all names of a file; ``None`` if it is not there."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file of lines. What is none is left out: a line that was cut short."""
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                content = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(content, dict):
+                yield content

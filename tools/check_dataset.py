@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from cascade_det.engine.arguments import add_config_options
+from cascade_det.engine.arguments import add_config_options, check_output_file
 
 FOLLOW_LINKS = "--follow-links"
 
@@ -86,10 +87,14 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit status is 1 where training or testing would stop."""
     args = _parse(argv)
     setup_logging()
+    wanted_sets = _wanted(args)
+    if args.json_out:
+        files = [wanted.source.json_file for wanted in wanted_sets]
+        check_output_file(Path(args.json_out), [*files, *(args.config_file or ())])
     reports = {
         # Testing decodes all images before it begins, so what it would refuse is told here.
         wanted.source.name: _report(wanted, decode=args.decode or wanted.for_testing)
-        for wanted in _wanted(args)
+        for wanted in wanted_sets
     }
     if args.json_out:
         write_json(reports, args.json_out, indent=2)

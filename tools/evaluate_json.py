@@ -22,7 +22,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from cascade_det.engine.arguments import real
+from cascade_det.engine.arguments import check_output_file, real
 
 _BAD_DATA_OPTION = "--on-bad-data"
 _LIMIT_OPTION = "--max-detections"
@@ -102,6 +102,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = _parse(argv)
     setup_logging()
+    if args.output:
+        check_output_file(Path(args.output, SCORES_FILE), [args.json, args.predictions])
     dataset = load_dataset(
         dataset_of_files(args.json, args.images),
         args.on_bad_data,

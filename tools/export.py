@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from cascade_det.engine.arguments import add_config_options
+from cascade_det.engine.arguments import add_config_options, check_output_file
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -47,8 +47,8 @@ from cascade_det.data.transforms import read_image, resize_shortest_edge
 from cascade_det.engine.commands import without_traceback
 from cascade_det.engine.log import setup_logging
 from cascade_det.errors import CascadeDetError
-from cascade_det.files import atomic_path
-from cascade_det.onnx_predictor import LONGEST_SIDE, ExportedModel
+from cascade_det.files import atomic_path, remove_leftovers
+from cascade_det.onnx_predictor import LONGEST_SIDE, MOST_PIXELS, ExportedModel
 from cascade_det.standalone import Predictor
 from cascade_det.standalone.export import (
     Comparison,
@@ -73,21 +73,24 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging()
     cfg = config.load_config(args.config_file, args.opts)
     config.check_config(cfg)
+    output = Path(args.output)
+    check_output_file(output, [*args.config_file, args.image, cfg.MODEL.WEIGHTS])
     num_stages = stages_to_export(cfg, args.format, args.stages)
     _say_what_is_left_out(cfg)
     cfg = _plain(cfg)
     image = _image_to_check(cfg, args.image)
     predictor = Predictor(cfg)
     inputs = config.input_arguments(cfg, train=False)
+    longest = min(LONGEST_SIDE, MOST_PIXELS // max(inputs["min_sizes"][0], 1))
     description = ExportedModel(
         class_names=predictor.class_names,
         category_ids=predictor.category_ids,
         image_format=inputs["image_format"],
         min_size=inputs["min_sizes"][0],
-        max_size=min(inputs["max_size"], LONGEST_SIDE),
+        max_size=min(inputs["max_size"], longest),
         num_stages=num_stages,
     )
-    output = Path(args.output)
+    remove_leftovers(output.parent)
     with atomic_path(output) as temporary:
         run = EXPORTERS[args.format](predictor.detector, temporary, description)
         comparison = compare(predictor.detector, run, image, num_stages)

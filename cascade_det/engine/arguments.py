@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
+
+from cascade_det.errors import CascadeDetError
 
 _SEPARATORS = ("--opts", "--")
 
@@ -71,6 +75,23 @@ def whole(least: int, most: float = math.inf) -> Callable[[str], int]:
 
     parse.__name__ = "whole number"
     return parse
+
+
+def check_output_file(output: Path, inputs: Iterable[str | os.PathLike[str] | None]) -> None:
+    """Make sure that a command can write a file, and that it does not read the same one.
+
+    Args:
+        output: the file.
+        inputs: names of files that are read; those that are not there, or ``None``, are nothing.
+
+    Raises:
+        CascadeDetError: it is one of the inputs, under whatever name, or a folder.
+    """
+    if output.is_dir():
+        raise CascadeDetError(f"{output}: is a folder. Give the name of a file.")
+    for given in inputs:
+        if given and output.exists() and os.path.exists(given) and os.path.samefile(output, given):
+            raise CascadeDetError(f"{output}: would replace {given}. Give another name.")
 
 
 def _range(kind: str, least: float, most: float) -> str:

@@ -16,7 +16,6 @@ from cascade_det.coco_results import coco_results
 from cascade_det.core.structures import Detections
 from cascade_det.errors import DatasetError
 from cascade_det.evaluation import CocoEvaluator, coco_ap
-from cascade_det.evaluation.average_precision import METRICS
 from cascade_det.evaluation.ground_truth import load_ground_truth
 
 CATEGORY_IDS = (3, 7)

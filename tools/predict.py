@@ -64,6 +64,7 @@ from cascade_det.drawing import draw_detections, encode
 from cascade_det.engine.commands import without_traceback
 from cascade_det.engine.prediction_files import PredictionFolder
 from cascade_det.engine.processes import INTERRUPTED
+from cascade_det.engine.signals import let_go_of_lost_terminal, stop_signals
 from cascade_det.errors import DatasetError
 from cascade_det.onnx_predictor import ArrayDetections, OnnxPredictor
 from cascade_det.text import printable
@@ -72,8 +73,6 @@ from cascade_det.text import printable
 
 MOST_TOLD = 20  # failed files on the terminal
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
-# Ctrl-C, a closed terminal, and a cluster that takes its machine back.
-ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @without_traceback
@@ -229,6 +228,8 @@ class _Ending:
         self._at_once = False
 
     def receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            let_go_of_lost_terminal()
         first, self.status = self.status is None, self.status or 128 + number
         # Other signals may come several times for one and the same wish.
         if (first and self._at_once) or (number == signal.SIGINT and not first):
@@ -247,10 +248,9 @@ class _Ending:
 
 @contextlib.contextmanager
 def _ending_signals() -> Iterator[_Ending]:
-    """Within the block signals are handled; one that is ignored, as SIGHUP by nohup, stays so."""
+    """Within the block the signals of ``stop_signals`` are handled."""
     ending = _Ending()
-    wanted = [number for number in ENDING_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, ending.receive) for number in wanted}
+    before = {number: signal.signal(number, ending.receive) for number in stop_signals()}
     try:
         yield ending
     finally:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
-import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from cascade_det.engine import distributed
-from cascade_det.engine.processes import Interrupted, stop_signals
+from cascade_det.engine.processes import Interrupted
+from cascade_det.engine.signals import let_go_of_lost_terminal, stop_signals
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +40,7 @@ class InterruptRequest:
             KeyboardInterrupt: it is the second Ctrl-C, or ``immediate`` is set.
         """
         if number == signal.SIGHUP:
-            _let_go_of_lost_terminal()
+            let_go_of_lost_terminal()
         first, again = not self._received, number in self._received
         self._received.add(number)
         if self.immediate or (again and number == signal.SIGINT):
@@ -92,24 +91,3 @@ def ending_at_once(request: InterruptRequest, message: str) -> Iterator[None]:
         raise Interrupted(message) from None
     finally:
         request.immediate = False
-
-
-def _let_go_of_lost_terminal() -> None:
-    """Let output go nowhere that would go to a terminal that is gone: each write would fail."""
-    for descriptor in (1, 2):
-        try:
-            is_lost = stat.S_ISCHR(os.fstat(descriptor).st_mode) and _fails(descriptor)
-        except OSError:
-            continue
-        if is_lost:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, descriptor)
-            os.close(nowhere)
-
-
-def _fails(descriptor: int) -> bool:
-    try:
-        os.write(descriptor, b"")
-    except OSError:
-        return True
-    return False

@@ -21,7 +21,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from cascade_det.data.worker_signals import PARTING_SIGNALS
+from cascade_det.engine.signals import stop_signals
 from cascade_det.errors import CascadeDetError
 from cascade_det.files import atomic_path
 
@@ -59,23 +59,13 @@ class _Failure:
     trace: str
 
 
-def stop_signals() -> tuple[signal.Signals, ...]:
-    """The signals that mean the wish to stop: SIGINT, SIGTERM, and others that would kill.
-
-    SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU are left alone where they are ignored, as by ``nohup``, or
-    where the program around this one handles them.
-    """
-    fatal = (n for n in PARTING_SIGNALS if signal.getsignal(n) is signal.SIG_DFL)
-    return (signal.SIGINT, signal.SIGTERM, *fatal)
-
-
 def run_processes(
     function: Callable[..., int], args: tuple[Any, ...], count: int, *, first_rank: int = 0
 ) -> int:
     """Call ``function(index, *args)`` in ``count`` new processes and wait for all of them.
 
     If one fails, the others are given a few seconds and then stopped. Signals are theirs to
-    handle: for each of :func:`stop_signals` that comes here they get a SIGTERM, beside the signal
+    handle: for each of ``stop_signals()`` that comes here they get a SIGTERM, beside the signal
     that may reach them from the terminal, and they get one if this process dies. To be called from
     the main thread.
 

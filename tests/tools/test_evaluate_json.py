@@ -259,6 +259,98 @@ def test_annotations_are_needed(files, capsys):
     assert "has no annotations to score against" in capsys.readouterr().err
 
 
+def of_predict(content, predictions):
+    """The same predictions as predict.py writes them: other ids, and paths."""
+    ids = {image_id: number for number, image_id in enumerate(reversed(IMAGE_IDS), start=1)}
+    names = {image["id"]: image for image in content["images"]}
+    return {
+        "images": [
+            {**names[image_id], "id": number, "file_name": f"photos/{image_id}.png"}
+            for image_id, number in ids.items()
+        ],
+        "annotations": [
+            {**entry, "image_id": ids[entry["image_id"]], "id": 5, "area": 1.0, "iscrowd": 0}
+            for entry in predictions
+        ],
+        "failed": [],
+        "categories": content["categories"],
+        "older_pictures": [],
+    }
+
+
+def test_predictions_of_predict_are_scored_as_any_others(files):
+    assert run(files, "--output", str(files / "list")) == 0
+    content, predictions = noisy_case()
+    written = of_predict(content, predictions)
+    written["failed"] = [{"file_name": "photos/x.png", "reason": "is no file"}]
+    (files / "predictions.json").write_text(json.dumps(written))
+    assert run(files, "--output", str(files / "ours")) == 0
+    by_list, ours = (
+        json.loads((files / name / "scores.json").read_text()) for name in ("list", "ours")
+    )
+    assert ours["bbox"] == by_list["bbox"]
+    assert ours["analysis"] == by_list["analysis"]
+    assert ours["notes"] == [
+        "1 images failed in prediction: see 'failed' there.",
+        *by_list["notes"],
+    ]
+
+
+def test_names_of_images_are_compared_from_their_end(files):
+    content, predictions = noisy_case()
+    names = dict(zip(IMAGE_IDS, ("1.png", "day/1.png", "night/1.png", "3.png"), strict=True))
+    for image in content["images"]:
+        image["file_name"] = names[image["id"]]
+    written = of_predict(content, predictions)
+    for image, image_id in zip(written["images"], reversed(IMAGE_IDS), strict=True):
+        image["file_name"] = f"/any/where/{names[image_id]}"
+    (files / "val.json").write_text(json.dumps(content))
+    (files / "predictions.json").write_text(json.dumps(written))
+    assert run(files, "--output", str(files / "out")) == 0
+    scores = json.loads((files / "out" / "scores.json").read_text())
+    (files / "predictions.json").write_text(json.dumps(predictions))
+    assert scores["bbox"]["AP"] == 100 * plain_pycocotools(files).stats[0]
+
+
+def test_predictions_of_other_images_or_classes_are_told(files, capsys):
+    content, predictions = noisy_case()
+    wrong = of_predict(content, predictions)
+    wrong["images"][0]["file_name"] = "photos/77.png"
+    wrong["images"][1]["width"] = 77
+    wrong["images"][2]["file_name"] = None
+    wrong["images"].append({**wrong["images"][3], "id": 99})
+    wrong["categories"] = [{"id": 3, "name": "dog"}, {"id": 7, "name": "dog"}, 5]
+    wrong["annotations"] = [*predictions[:1], {"image_id": [1]}, 5]
+    (files / "predictions.json").write_text(json.dumps(wrong))
+    assert run(files) == 1
+    error = capsys.readouterr().err
+    for line in (
+        "predictions.json: does not fit the annotations",
+        "1 x category of another name: 3: 'dog', not 'cat'",
+        "1 x image that the annotations do not have: 'photos/77.png'",
+        "1 x image of another size: 'photos/5.png'",
+        "1 x image without a file name: ",
+        "1 x image that is there twice: 'photos/1.png'",
+        "3 x prediction on an image that is not listed: ",
+    ):
+        assert line in error
+    # Problems of a single prediction are told as those of a list.
+    wrong = of_predict(content, predictions)
+    wrong["annotations"][0]["score"] = None
+    (files / "predictions.json").write_text(json.dumps(wrong))
+    assert run(files) == 1
+    assert "1 x prediction whose 'score' is no finite number" in capsys.readouterr().err
+
+
+def test_scores_replace_no_input(files, capsys):
+    (files / "predictions.json").rename(files / "scores.json")
+    before = (files / "scores.json").read_bytes()
+    arguments = ["--json", f"{files}/val.json", "--predictions", f"{files}/scores.json"]
+    assert evaluate_json.main([*arguments, "--output", str(files)]) == 1
+    assert "scores.json: would replace" in capsys.readouterr().err
+    assert (files / "scores.json").read_bytes() == before
+
+
 plain = st.none() | st.booleans() | st.integers(-3, 9) | st.floats() | st.text(max_size=3)
 values = st.recursive(
     plain,

@@ -98,6 +98,22 @@ def test_what_is_wrong_is_told_and_nothing_is_written(case, tmp_path, capfd, fla
     assert list(tmp_path.iterdir()) == []
 
 
+def test_no_input_is_replaced_and_nothing_is_left_of_a_killed_export(case, tmp_path, capfd):
+    folder, config, usual = case
+    weights = (folder / "weights.pth").read_bytes()
+    (tmp_path / "link").symlink_to(folder / "weights.pth")
+    arguments = ["--config-file", config, "--stages", "1", "--image", str(folder / "images/0.png")]
+    for output in (folder / "weights.pth", tmp_path / "link", folder / "images/0.png", config):
+        assert export.main([*arguments, "--output", str(output), "--opts", *usual]) == 1
+        assert "would replace" in capfd.readouterr().err
+    assert (folder / "weights.pth").read_bytes() == weights
+    left = tmp_path / ".cascade_det-0123456789abcdef.tmp"
+    left.write_bytes(b"half a file")
+    (tmp_path / ".draft.tmp").write_bytes(b"of somebody else")
+    assert export.main([*arguments, "--output", str(tmp_path / "m.onnx"), "--opts", *usual]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"m.onnx", "link", ".draft.tmp"}
+
+
 def test_a_file_that_differs_is_told(case, tmp_path, capsys, monkeypatch):
     folder, config, options = case
 

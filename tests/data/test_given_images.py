@@ -1,0 +1,67 @@
+"""What a predictor takes for images, and what it says of all else."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cascade_det.data.given_images import check_images, given_pixels
+from cascade_det.errors import DatasetError
+
+ARRAY = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
+
+
+def test_arrays_and_files_are_taken(tmp_path):
+    Image.fromarray(ARRAY[:, :, ::-1].copy()).save(tmp_path / "a.png")
+    for image in (ARRAY, tmp_path / "a.png", str(tmp_path / "a.png")):
+        np.testing.assert_array_equal(given_pixels(image, "BGR"), ARRAY)
+        np.testing.assert_array_equal(given_pixels(image, "RGB"), ARRAY[:, :, ::-1])
+    assert check_images([]) == check_images(()) == []
+    assert len(check_images((ARRAY, Path("a.png")), ["x", "y"])) == 2
+    for fine in (ARRAY[::-1], np.asfortranarray(ARRAY), ARRAY[:1, :1]):
+        assert check_images([fine])
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (ARRAY[:0], "no pixels"),
+        (ARRAY[:, :0], "no pixels"),
+        (ARRAY[:, :, 0], r"not uint8 \[4, 5\]"),
+        (ARRAY[None], r"not uint8 \[1, 4, 5, 3\]"),
+        (ARRAY.astype(np.float32), "not float32"),
+        (Image.new("RGB", (5, 4)), r"PIL\.Image\.Image: give np\.asarray"),
+        (torch.zeros(4, 5, 3), r"torch\.Tensor: give its numpy\(\) array"),
+        (None, "not NoneType"),
+        (b"a.png", "not bytes"),
+        (7, "not int"),
+        ({"image": ARRAY}, "not dict"),
+        (ARRAY.tolist(), "not list"),
+        ([ARRAY], "not list"),
+    ],
+)
+def test_all_else_is_a_value_error_that_says_what_is_wanted(image, words):
+    with pytest.raises(ValueError, match=words):
+        check_images([ARRAY, image])
+    with pytest.raises(ValueError, match=words):
+        given_pixels(image, "BGR")
+
+
+def test_several_are_a_list_or_tuple():
+    for images in (None, iter([ARRAY]), {ARRAY.tobytes()}, torch.zeros(1, 4, 5, 3)):
+        with pytest.raises(ValueError, match="or a list of these, not"):
+            check_images(images)
+    with pytest.raises(ValueError, match="there are 2 images, but 1 names"):
+        check_images([ARRAY, ARRAY], ["a"])
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", tmp_path, "/dev/zero"):
+        with pytest.raises(DatasetError, match=f"{path}: is no file"):
+            given_pixels(path, "BGR")
+    with pytest.raises(DatasetError, match="no such image"):
+        given_pixels(tmp_path / "gone.png", "BGR")

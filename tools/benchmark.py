@@ -30,6 +30,7 @@ from cascade_det.benchmark.options import (
 from cascade_det.engine.arguments import add_config_options, real, whole
 
 LARGEST_SEED = 2**63 - 1  # of PyTorch
+MOST_THREADS = 4096
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "Base-Cascade-RCNN-FPN.yaml"
 
 
@@ -89,7 +90,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="COUNT",
     )
     add("--device", f"cpu, cuda or cuda:<index> ({default.device})")
-    add("--threads", "of the CPU (as many as PyTorch takes)", type=int)
+    add("--threads", "of the CPU (as many as PyTorch takes)", type=whole(0, MOST_THREADS))
     add("--autocast", f"type of the peers under autocast ({default.autocast})", metavar="TYPE")
     add("--images", f"batches of the test set to go through ({default.images})", type=int)
     add("--seed", "of weights, images and regions (0)", type=whole(0, LARGEST_SEED))

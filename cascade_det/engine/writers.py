@@ -69,6 +69,14 @@ class JsonWriter(Writer):
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
         self._new = _NewScalars()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy, or another process: it goes on at the end of the same file."""
+        return {name: value for name, value in vars(self).items() if name != "_file"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+
     def resume(self, written: int) -> None:
         """Drop the lines of later iterations, and one that was cut short."""
         self._new.since = written

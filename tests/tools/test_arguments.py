@@ -123,6 +123,7 @@ def test_keys_are_taken_with_and_without_opts_before_them(command):
         ("visualize_data", "--num", WITH_KEYS["visualize_data"]),
         ("benchmark", "--seconds", []),
         ("benchmark", "--seed", []),
+        ("benchmark", "--threads", []),
     ],
 )
 def test_numbers_are_finite_and_in_range(capsys, command, option, needed, text):

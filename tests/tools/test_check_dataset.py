@@ -250,3 +250,13 @@ def test_without_boxes_a_set_is_good_for_testing_only(folder, capsys):
     training = ["DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "()"]
     assert check_config(folder, *training, *classes) == 1
     assert "nothing to train on" in capsys.readouterr().out
+
+
+def test_the_annotations_are_not_replaced(folder, capsys):
+    before = (folder / "set.json").read_bytes()
+    (folder / "link.json").symlink_to("set.json")
+    for output in ("set.json", "link.json"):
+        arguments = ["--json", str(folder / "set.json"), "--json-out", str(folder / output)]
+        assert check_dataset.main(arguments) == 1
+        assert "would replace" in capsys.readouterr().err
+    assert (folder / "set.json").read_bytes() == before

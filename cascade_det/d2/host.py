@@ -12,6 +12,7 @@ from detectron2.utils import comm
 
 from cascade_det import config
 from cascade_det.config import ConfigFiles
+from cascade_det.d2.config_checks import check_model
 from cascade_det.d2.detector import Detector
 from cascade_det.d2.evaluate import evaluate, load_model
 from cascade_det.d2.loader import build_test_loader
@@ -60,12 +61,13 @@ def load_config(config_files: ConfigFiles, opts: Sequence[Any] = ()) -> CfgNode:
 
 
 def check_config(cfg: CfgNode) -> None:
-    """Check what is ours; the rest is left to Detectron2.
+    """Check what is ours, and that what is Detectron2's is there; the rest is left to it.
 
     Raises:
         ConfigError: lists every problem that was found, each with key, value and remedy.
     """
     config.check_run(cfg)
+    check_model(cfg)
     name = cfg.MODEL.ROI_HEADS.NAME
     heads = ROI_HEADS_REGISTRY.get(name) if name in ROI_HEADS_REGISTRY else None
     if isinstance(heads, type) and issubclass(heads, EarlyExitCascadeROIHeads):

@@ -33,6 +33,7 @@ from cascade_det.core import (
     build_exits,
     build_regime,
 )
+from cascade_det.d2.config_checks import check_box_heads
 from cascade_det.d2.parts import (
     DynamicMatcher,
     check_predictor,
@@ -126,7 +127,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
     Raises:
         ValueError: a part that the cascade cannot stand in for.
         ConfigError: from a configuration: a key that does not fit, see
-            :func:`cascade_det.config.check_heads`.
+            :func:`cascade_det.config.check_heads`, or a name that is not known.
     """
 
     proposal_matcher: Matcher
@@ -202,6 +203,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
 
     @classmethod
     def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        check_box_heads(cfg, input_shape)
         pooling = config.pooler_arguments(cfg)
         in_features, size = list(pooling["in_features"]), pooling["output_size"]
         channels = common(input_shape[name].channels for name in in_features)

@@ -1,0 +1,108 @@
+"""Names in a configuration that Detectron2 would look for in vain, told as errors of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from detectron2.config import CfgNode
+from detectron2.modeling import (
+    ANCHOR_GENERATOR_REGISTRY,
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    RPN_HEAD_REGISTRY,
+)
+from fvcore.common.registry import Registry
+
+from cascade_det.config.rules import shown, value_of
+from cascade_det.errors import ConfigError
+
+_FPN_BACKBONES = (
+    "build_resnet_fpn_backbone",
+    "build_mobilenet_v2_fpn_backbone",
+    "build_mobilenet_v3_large_fpn_backbone",
+)
+_WITH_ROI_HEADS = ("GeneralizedRCNN", "PanopticFPN")
+_WITH_RPN = (*_WITH_ROI_HEADS, "ProposalNetwork")
+_LEVELS = ("res2", "res3", "res4", "res5")
+
+
+def check_model(cfg: CfgNode) -> None:
+    """Check that what a configuration names is there: parts of a model, and maps of its backbone.
+
+    Raises:
+        ConfigError: lists every problem that was found, each with key, value and remedy.
+    """
+    problems = [*_unknown_parts(cfg), *_unknown_maps(cfg)]
+    if problems:
+        listed = "\n  - ".join(problems)
+        raise ConfigError(f"Detectron2 cannot build this model:\n  - {listed}")
+
+
+def check_box_heads(cfg: CfgNode, maps: Collection[str]) -> None:
+    """Check that box heads as the configuration names them can be put on the maps of a backbone.
+
+    Raises:
+        ConfigError: as above; a configuration of a C4 model names none.
+    """
+    problems = [
+        *_not_in("MODEL.ROI_BOX_HEAD.NAME", ROI_BOX_HEAD_REGISTRY, cfg),
+        *_not_among("MODEL.ROI_HEADS.IN_FEATURES", maps, cfg),
+    ]
+    if problems:
+        listed = "\n  - ".join(problems)
+        raise ConfigError(
+            f"EarlyExitCascadeROIHeads cannot be built:\n  - {listed}\nThey are for models with a "
+            "feature pyramid and box heads of their own, such as Base-RCNN-FPN.yaml; Detectron2's "
+            "C4 models have neither."
+        )
+
+
+def _unknown_parts(cfg: CfgNode) -> Iterator[str]:
+    model = cfg.MODEL
+    yield from _not_in("MODEL.META_ARCHITECTURE", META_ARCH_REGISTRY, cfg)
+    yield from _not_in("MODEL.BACKBONE.NAME", BACKBONE_REGISTRY, cfg)
+    if model.META_ARCHITECTURE in _WITH_ROI_HEADS:
+        yield from _not_in("MODEL.ROI_HEADS.NAME", ROI_HEADS_REGISTRY, cfg)
+    if (
+        model.META_ARCHITECTURE in _WITH_RPN
+        and model.PROPOSAL_GENERATOR.NAME != "PrecomputedProposals"
+    ):
+        yield from _not_in("MODEL.PROPOSAL_GENERATOR.NAME", PROPOSAL_GENERATOR_REGISTRY, cfg)
+        yield from _not_in("MODEL.RPN.HEAD_NAME", RPN_HEAD_REGISTRY, cfg)
+        yield from _not_in("MODEL.ANCHOR_GENERATOR.NAME", ANCHOR_GENERATOR_REGISTRY, cfg)
+
+
+def _unknown_maps(cfg: CfgNode) -> Iterator[str]:
+    """Of the backbones whose maps the configuration tells."""
+    model = cfg.MODEL
+    if model.BACKBONE.NAME not in _FPN_BACKBONES:
+        return
+    inputs = tuple(model.FPN.IN_FEATURES)
+    if not inputs or inputs != _LEVELS[-len(inputs) :]:
+        yield (
+            f"MODEL.FPN.IN_FEATURES is {list(inputs)}, but {model.BACKBONE.NAME} has a feature "
+            f"pyramid: give neighbouring levels up to the coarsest, such as {list(_LEVELS)}, or "
+            "the configuration of a model with one as _BASE_."
+        )
+        return
+    outputs = [*(name.replace("res", "p") for name in inputs), "p6"]
+    if model.META_ARCHITECTURE in _WITH_RPN:
+        yield from _not_among("MODEL.RPN.IN_FEATURES", outputs, cfg)
+    if model.META_ARCHITECTURE in _WITH_ROI_HEADS:
+        yield from _not_among("MODEL.ROI_HEADS.IN_FEATURES", outputs, cfg)
+
+
+def _not_in(key: str, registry: Registry, cfg: CfgNode) -> Iterator[str]:
+    name = value_of(cfg, key)
+    if name not in registry:
+        known = ", ".join(sorted(known for known, _ in registry))
+        yield f"{key} is {shown(name)}, which is not registered. Registered are {known}."
+
+
+def _not_among(key: str, maps: Collection[str], cfg: CfgNode) -> Iterator[str]:
+    names = list(value_of(cfg, key))
+    if not names or not set(names) <= set(maps):
+        yield f"{key} is {names}, but the maps of the backbone are {', '.join(maps)}. Name these."

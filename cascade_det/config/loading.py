@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import difflib
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from cascade_det.config.cascade import add_model_node
 from cascade_det.config.defaults import get_cfg
 from cascade_det.config.keys import flat
 from cascade_det.config.rules import shown
-from cascade_det.config.yaml_files import Entry, read_entries
+from cascade_det.config.yaml_files import Entry, read_entries, read_text
 from cascade_det.errors import ConfigError
 
 # Keys that may be null, with the type of their values otherwise.
@@ -33,11 +34,11 @@ _REMEDIES = {
     "int": "Write a whole number, such as 90000.",
     "float": "Write a number, such as 0.02.",
     "str": "Put quotes around it if it is text.",
-    "list": "Write [a, b], or [a] for a single value.",
+    "list": "Write ['a', 'b'] or [1, 2], and ['a'] or [1] for a single value.",
 }
 
+COMMAND_LINE = "command line"
 _LENGTHS = ("SOLVER.MAX_ITER", "CASCADE.EPOCHS")
-
 _MAX_FILES = 100  # read for one configuration; bases of bases can name each other without end
 
 
@@ -100,7 +101,7 @@ def merge_config(cfg: CfgNode, config_files: ConfigFiles, opts: Sequence[Any] = 
             "Separate key and value by a space, and quote a value that contains spaces."
         )
     for key, value in zip(opts[0::2], opts[1::2], strict=True):
-        merge.value(str(key), value, "command line")
+        merge.value(str(key), value, COMMAND_LINE)
     merge.check_length()
     return merge.history
 
@@ -139,11 +140,7 @@ class _Merge:
         self._files += 1
         if self._files > _MAX_FILES:
             raise ConfigError(f"{path}: is one of more than {_MAX_FILES} files. Use fewer bases.")
-        try:
-            entries = read_entries(path)
-        except ConfigError as error:
-            named = f" It is a {BASE_KEY} of {including[-1]}." if including else ""
-            raise ConfigError(f"{error}{named}") from error
+        entries = read_entries(read_text(path), path) if not including else _base(path, including)
         real = os.path.realpath(path)
         if real in including:
             raise ConfigError(
@@ -156,7 +153,7 @@ class _Merge:
                 self._bases(entry, path, (*including, real))
         for entry in sorted(entries, key=lambda entry: entry.key != "VERSION"):
             if entry.key != BASE_KEY:  # VERSION first: it explains why other keys are unknown
-                self.value(entry.key, entry.value, f"{path}:{entry.line}")
+                self.value(entry.key, entry.value, f"{path}:{entry.line}", including[-1:])
 
     def _bases(self, entry: Entry, path: Path, including: tuple[str, ...]) -> None:
         bases = [entry.value] if isinstance(entry.value, str) else entry.value
@@ -166,14 +163,16 @@ class _Merge:
         for base in bases:
             self.file(path.parent / os.path.expanduser(base), including)
 
-    def value(self, full_key: str, raw: object, source: str) -> None:
+    def value(
+        self, full_key: str, raw: object, source: str, included_by: tuple[str, ...] = ()
+    ) -> None:
         """Give one key a value, which may be the text of one."""
         *parents, name = full_key.split(".")
         node: Any = self.cfg
         for part in parents:
             node = node.get(part) if isinstance(node, CfgNode) else None
         if not isinstance(node, CfgNode) or name not in node:
-            raise _unknown_key(self.cfg, full_key, source)
+            raise _unknown_key(self.cfg, full_key, source, included_by)
         if isinstance(node[name], CfgNode):
             if raw == {}:
                 return
@@ -213,6 +212,29 @@ def _layer(setting: Setting) -> str:
     return setting.source.rpartition(":")[0]
 
 
+def _base(path: Path, including: tuple[str, ...]) -> list[Entry]:
+    """The values of a base, which is not quoted: whoever wrote a configuration chose the file.
+
+    Else a configuration of somebody else's could have any file of this machine in a log.
+    """
+    named = f"It is a {BASE_KEY} of {including[-1]}."
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ConfigError(f"{path}: is no file. {named}")
+    try:
+        text = read_text(path)
+    except ConfigError as error:
+        raise ConfigError(f"{error} {named}") from error
+    try:
+        return read_entries(text, path)
+    except ConfigError as error:
+        found = re.match(rf"{re.escape(str(path))}(:\d+)?", str(error))
+        where = found[0] if found else path
+        raise ConfigError(
+            f"{where}: this cannot be read as a configuration. {named} Give it as --config-file "
+            "itself to be told why."
+        ) from None
+
+
 def _converted(raw: object, wanted: type, is_nullable: bool, where: str) -> object:
     """``raw`` as a value of the ``wanted`` type, or a ``ConfigError`` that starts by ``where``."""
     value = _literal(raw) if isinstance(raw, str) else raw
@@ -231,7 +253,7 @@ def _converted(raw: object, wanted: type, is_nullable: bool, where: str) -> obje
     if wanted in (list, tuple) and isinstance(value, (list, tuple)):
         return wanted(value)
     if type(value) is not wanted:
-        raise _wrong_type(where, value, wanted)
+        raise _wrong_type(where, value, wanted, is_nullable)
     return value
 
 
@@ -258,17 +280,30 @@ def _oddity(value: object) -> str:
     return f"a value of type {type(value).__name__} inside a list"
 
 
-def _wrong_type(where: str, value: object, wanted: type) -> ConfigError:
+def _wrong_type(where: str, value: object, wanted: type, is_nullable: bool) -> ConfigError:
     kind = "list" if wanted in (list, tuple) else wanted.__name__
+    remedy = _REMEDIES[kind]
+    if kind == "list" and where.startswith(COMMAND_LINE):
+        remedy += " The shell leaves it as it is inside double quotes: \"['a', 'b']\"."
+    if kind in ("int", "float") and isinstance(value, (list, tuple)):
+        remedy += " A comma makes a list of it."
     return ConfigError(
         f"{where} is {shown(value)}, of type {type(value).__name__}, "
-        f"but {'an' if kind == 'int' else 'a'} {kind} is expected. {_REMEDIES[kind]}"
+        f"but {'an' if kind == 'int' else 'a'} {kind}{' or None' * is_nullable} is expected. "
+        f"{remedy}"
     )
 
 
-def _unknown_key(cfg: CfgNode, full_key: str, source: str) -> ConfigError:
+def _unknown_key(
+    cfg: CfgNode, full_key: str, source: str, included_by: tuple[str, ...]
+) -> ConfigError:
     known = {key.upper(): key for key in flat(cfg)}
     nearest = difflib.get_close_matches(full_key.upper(), known, n=1, cutoff=0.5)
+    if included_by and not nearest:  # not quoted, see _base
+        return ConfigError(
+            f"{source}: no key of a configuration stands here. It is a {BASE_KEY} of "
+            f"{included_by[0]}. Give it as --config-file itself to be told more."
+        )
     hint = f"Did you mean {known[nearest[0]]}?" if nearest else "No known key resembles it."
     if full_key.startswith("-"):
         hint = "Options that begin with - come before the keys."

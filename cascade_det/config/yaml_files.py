@@ -8,6 +8,7 @@ the memory is refused before any value is made of it.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,12 @@ _MAX_VALUES = 10_000
 _YAML = "tag:yaml.org,2002:"
 _TEXT, _MAPPING, _MERGE = _YAML + "str", _YAML + "map", _YAML + "merge"
 _PLAIN = {_YAML + name for name in ("bool", "float", "int", "null", "seq")}
+_OPEN = re.compile(r"\((?!.*\)$)", re.DOTALL)
+_UNCLOSED = re.compile(r"expected ',' or '[]}]'")
+_NO_TUPLES = (
+    "inside {...} and [...] a comma ends a value, so that (a, b) falls apart. Write [a, b], or "
+    "give the key a line of its own."
+)
 _READABLE = _PLAIN | {_TEXT, _MAPPING, _MERGE}
 
 
@@ -42,37 +49,12 @@ class Entry:
     line: int
 
 
-def read_entries(path: Path) -> list[Entry]:
-    """The values of a file in their order; those of a merge key (``<<``) before the others.
+def read_text(path: Path) -> str:
+    """The text of a file.
 
     Raises:
-        ConfigError: the file cannot be read, is too large, is not one YAML mapping of nested
-            text keys, has a key twice in one mapping, or holds a tag, a date, binary data, or
-            aliases that make very many values. The message names file and line.
+        ConfigError: it cannot be read, is too large or no UTF-8.
     """
-    text = _read_text(path)
-    loader = None
-    try:
-        loader = yaml.SafeLoader(text)
-        loader.name = str(path)  # the marks of all nodes carry it
-        root = loader.get_single_node()
-        if root is not None:
-            _examine(root, {})
-        return _entries(loader, root, path)
-    except ConfigError:  # a ValueError too
-        raise
-    except yaml.YAMLError as error:
-        raise ConfigError(_invalid(path, error)) from error
-    except RecursionError:
-        raise ConfigError(f"{path}: is nested too deeply for a configuration.") from None
-    except (ValueError, OverflowError) as error:  # of escapes and directives that PyYAML converts
-        where = path if loader is None else _at(loader.get_mark())
-        raise ConfigError(
-            f"{where}: this is not valid YAML: the number in an escape or a directive is too large."
-        ) from error
-
-
-def _read_text(path: Path) -> str:
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
@@ -94,6 +76,39 @@ def _read_text(path: Path) -> str:
     return text
 
 
+def read_entries(text: str, path: Path) -> list[Entry]:
+    """The values of a file in their order; those of a merge key (``<<``) before the others.
+
+    Args:
+        text: of the file.
+        path: of the file, for messages.
+
+    Raises:
+        ConfigError: it is not one YAML mapping of nested text keys, has a key twice in one
+            mapping, or holds a tag, a date, binary data, or aliases that make very many values.
+            The message begins with file and line, and quotes what stands there.
+    """
+    loader = None
+    try:
+        loader = yaml.SafeLoader(text)
+        loader.name = str(path)  # the marks of all nodes carry it
+        root = loader.get_single_node()
+        if root is not None:
+            _examine(root, {})
+        return _entries(loader, root, path)
+    except ConfigError:  # a ValueError too
+        raise
+    except yaml.YAMLError as error:
+        raise ConfigError(_invalid(path, error)) from error
+    except RecursionError:
+        raise ConfigError(f"{path}: is nested too deeply for a configuration.") from None
+    except (ValueError, OverflowError) as error:  # of escapes and directives that PyYAML converts
+        where = path if loader is None else _at(loader.get_mark())
+        raise ConfigError(
+            f"{where}: this is not valid YAML: the number in an escape or a directive is too large."
+        ) from error
+
+
 def _invalid(path: Path, error: yaml.YAMLError) -> str:
     if isinstance(error, yaml.reader.ReaderError):
         where = f"character #x{error.character:04x} at position {error.position}"
@@ -105,6 +120,8 @@ def _invalid(path: Path, error: yaml.YAMLError) -> str:
     if error.context and error.context_mark:
         reason = f"{error.context} (line {error.context_mark.line + 1}): {reason}"
     hint = " Indent with spaces, not with tabs." if "\\t" in reason else ""
+    if _UNCLOSED.search(reason):
+        hint = f" If a value there is in round brackets: {_NO_TUPLES}"
     return f"{_at(mark)}: this is not valid YAML: {reason[:400]}.{hint}"
 
 
@@ -127,6 +144,8 @@ def _examine(node: yaml.Node, sizes: dict[yaml.Node, float]) -> float:
             "plain YAML is read: no tag is ever executed. Write the value itself in place of the "
             "tag, and put quotes around it if it is text."
         )
+    if isinstance(node, yaml.CollectionNode) and node.flow_style:
+        _refuse_tuples(node)
     children: list[yaml.Node] = []
     if isinstance(node, yaml.MappingNode):
         _refuse_duplicates(node)
@@ -140,6 +159,14 @@ def _examine(node: yaml.Node, sizes: dict[yaml.Node, float]) -> float:
             "configuration needs. Aliases (*name) repeat what they stand for: use fewer."
         )
     return sizes[node]
+
+
+def _refuse_tuples(node: yaml.CollectionNode) -> None:
+    """In flow style a comma ends a value, so that Python's tuples fall apart."""
+    values = [pair[1] for pair in node.value] if isinstance(node, yaml.MappingNode) else node.value
+    for value in values:
+        if isinstance(value, yaml.ScalarNode) and value.style is None and _OPEN.match(value.value):
+            raise ConfigError(f"{_at(value.start_mark)}: {_NO_TUPLES}")
 
 
 def _short(tag: str) -> str:

@@ -154,7 +154,7 @@ def test_infinity_can_be_written_in_yaml(write_yaml):
         ("SOLVER.MAX_ITER", "many", "str", "int"),
         ("SOLVER.BASE_LR", "True", "bool", "float"),
         ("SOLVER.BASE_LR", "None", "NoneType", "float"),
-        ("SOLVER.WEIGHT_DECAY_BIAS", "little", "str", "float"),
+        ("SOLVER.WEIGHT_DECAY_BIAS", "little", "str", "float or None"),
         ("SOLVER.AMP.ENABLED", "1", "int", "bool"),
         ("DATASETS.TRAIN", "coco_2017_train", "str", "list"),
         ("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", "(0.5)", "float", "list"),
@@ -168,6 +168,21 @@ def test_a_wrong_type_names_key_value_and_both_types(key, text, actual, wanted):
     assert text.strip("()") in message
     assert f"of type {actual}," in message
     assert f" {wanted} is expected" in message
+
+
+@pytest.mark.parametrize("text", ["a", "[a]", "(a,)", "('a')", "a,b", "", "1", "(1)"])
+def test_lists_are_shown_as_they_can_be_written_anywhere(text, write_yaml):
+    told = error_of(None, ("DATASETS.TRAIN", text))
+    assert "Write ['a', 'b'] or [1, 2], and ['a'] or [1] for a single value." in told
+    assert "double quotes" in told
+    assert load_config(None, ["DATASETS.TRAIN", "['a', 'b']"]).DATASETS.TRAIN == ("a", "b")
+    cfg = load_config(write_yaml("DATASETS: {TRAIN: ['a']}"), ["SOLVER.STEPS", "[1]"])
+    assert (cfg.DATASETS.TRAIN, cfg.SOLVER.STEPS) == (("a",), (1,))
+
+
+def test_what_a_comma_or_none_would_be(write_yaml):
+    assert "A comma makes a list of it" in error_of(None, ("SOLVER.MAX_ITER", "90,000"))
+    assert "a float or None is expected" in error_of(None, ("SOLVER.WEIGHT_DECAY_BIAS", "null"))
 
 
 def test_a_number_for_text_is_refused_in_a_file(write_yaml):

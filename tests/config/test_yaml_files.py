@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 import tracemalloc
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 from cascade_det.config import load_config, merge_config
-from cascade_det.config.yaml_files import Entry, read_entries
+from cascade_det.config.yaml_files import Entry, read_entries, read_text
 from cascade_det.errors import ConfigError
 
 
@@ -164,8 +165,76 @@ def test_the_error_of_an_inner_base_names_who_asked_for_it(write_yaml, tmp_path)
     inner = write_yaml("SEED: [\n", "inner.yaml")
     with pytest.raises(ConfigError) as caught:
         load_config(write_yaml("_BASE_: outer.yaml\n"))
-    assert str(caught.value).startswith(f"{inner}:2: this is not valid YAML")
-    assert str(caught.value).endswith(f"It is a _BASE_ of {tmp_path / 'outer.yaml'}.")
+    assert str(caught.value).startswith(f"{inner}:2: this cannot be read as a configuration")
+    assert f"It is a _BASE_ of {tmp_path / 'outer.yaml'}." in str(caught.value)
+    with pytest.raises(ConfigError, match=r"inner\.yaml:2: this is not valid YAML"):
+        load_config(inner)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'DATASETS: {TRAIN: ("a",)}',
+        'DATASETS: {TRAIN: ("a", "b")}',
+        "DATASETS: {TRAIN: (a,)}",
+        "SOLVER: {STEPS: (100, 200), MAX_ITER: 300}",
+        "MODEL: {PIXEL_MEAN: (1.0, 2.0, 3.0)}",
+        "SEED: 1\nMODEL: {CASCADE: {EXIT: {THRESHOLDS: (0.9, 0.8)}}}",
+        'CASCADE: {DATASETS: [("a", "b", "c")]}',
+        "MODEL: {ROI_BOX_CASCADE_HEAD: {BBOX_REG_WEIGHTS: [(10, 10, 5, 5)]}}",
+    ],
+)
+def test_tuples_in_flow_style_are_told(text, write_yaml):
+    """A comma ends a value there: ``("a"`` would be text, and no list."""
+    file = write_yaml(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    assert str(caught.value).startswith(f"{file}:{1 + text.count(chr(10))}: ")
+    assert "(a, b) falls apart. Write [a, b]" in str(caught.value)
+
+
+def test_brackets_that_are_closed_are_text_or_values(write_yaml):
+    cfg = load_config(write_yaml("{OUTPUT_DIR: runs (old), SEED: (5)}\n"))
+    assert (cfg.OUTPUT_DIR, cfg.SEED) == ("runs (old)", 5)
+    assert load_config(write_yaml('DATASETS:\n  TRAIN: ("a",)\n')).DATASETS.TRAIN == ("a",)
+
+
+SECRET = "hunter2"
+# What lies on a machine beside configurations; the line that is at fault, if there is one.
+OTHER_FILES = {
+    "passwd": (f"root:x:0:0:{SECRET}:/root:/bin/bash\nbin:x:1:1::/bin:/bin/sh\n", ""),
+    "shadow": (f"root:$y$j9T${SECRET}:19000:0:99999:7:::\n", ":1"),
+    "env": (f"TOKEN={SECRET}\n", ""),
+    "secrets": (f"{SECRET}: 1\n", ":1"),
+    "json": (f'{{"{SECRET}": "{SECRET}"}}', ":1"),
+    "key": (f"-----BEGIN PRIVATE KEY-----\n{SECRET}\n-----END PRIVATE KEY-----\n", ""),
+    "toml": (f'[a]\ntoken="{SECRET}"\n', ":2"),
+    "tag": (f"a:\n  b: !{SECRET} x\n", ":2"),
+    "handle": (f"a: !{SECRET}!x y\n", ":1"),
+    "alias": (f"a: *{SECRET}\n", ":1"),
+    "anchor": (f"a: &{SECRET} 1\nb: &{SECRET} 2\n", ":2"),
+    "twice": (f"{SECRET}: 1\n{SECRET}: 2\n", ":2"),
+    "dotted": (f"SEED: 1\n{SECRET}.x: 1\n", ":2"),
+    "number": (f"{SECRET}: 0x_\n", ":1"),
+}
+
+
+@pytest.mark.parametrize(("content", "line"), OTHER_FILES.values(), ids=OTHER_FILES)
+def test_a_file_that_a_configuration_names_is_not_quoted(content, line, write_yaml, tmp_path):
+    other = write_yaml(content, "other")
+    file = write_yaml("_BASE_: other\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    assert str(caught.value).startswith(f"{other}{line}: ")
+    assert f"It is a _BASE_ of {file}" in str(caught.value)
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_base_that_is_no_file_is_not_waited_for(write_yaml, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "."):
+        with pytest.raises(ConfigError, match=r"is no file\. It is a _BASE_ of"):
+            load_config(write_yaml(f"_BASE_: {name}\n"))
 
 
 # ---- what is plain is read
@@ -175,7 +244,7 @@ def test_entries_with_their_lines(write_yaml):
     file = write_yaml(
         "# first\nA: 1\nB:\n  C: [x, [2.5]]\n  D: {E: null, F: {}}\nG: |\n  text\nH: yes\n"
     )
-    assert read_entries(file) == [
+    assert read_entries(read_text(file), file) == [
         Entry("A", 1, 2),
         Entry("B.C", ["x", [2.5]], 4),
         Entry("B.D.E", None, 5),
@@ -207,7 +276,7 @@ def test_aliases_and_merge_keys_mean_what_they_mean_in_yaml(write_yaml):
 def test_a_byte_order_mark_and_windows_lines(tmp_path):
     file = tmp_path / "windows.yaml"
     file.write_bytes(b"\xef\xbb\xbfSEED: 4\r\nOUTPUT_DIR: b\r\n")
-    assert [(e.key, e.value, e.line) for e in read_entries(file)] == [
+    assert [(e.key, e.value, e.line) for e in read_entries(read_text(file), file)] == [
         ("SEED", 4, 1),
         ("OUTPUT_DIR", "b", 2),
     ]

@@ -73,6 +73,43 @@ def inputs_of(sample: Mapping[str, Any]) -> dict[str, Any]:
     return {**rest, "instances": Instances(tuple(sample["image"].shape[-2:]), **fields)}
 
 
+def check_shapes_of(sample: Mapping[str, Any]) -> None:
+    """Make sure that masks and keypoints of ``sample_of``, as far as they are there, are such.
+
+    Raises:
+        ValueError: there are not as many as boxes, or they are no polygons, bit masks or keypoints
+            that lie anywhere near an image.
+    """
+    count = len(sample["gt_boxes"]) if "gt_boxes" in sample else 0
+    masks, keypoints = sample.get("gt_masks"), sample.get("gt_keypoints")
+    if isinstance(masks, Tensor):
+        good = masks.shape == (count, *sample["image"].shape[-2:])
+    else:
+        good = masks is None or (
+            isinstance(masks, list)
+            and len(masks) == count
+            and all(isinstance(m, list) and m and all(map(_is_polygon, m)) for m in masks)
+        )
+    if not good:
+        raise ValueError("its masks are not one for each box, of polygons or of bits")
+    if keypoints is not None and (
+        not isinstance(keypoints, Tensor) or keypoints.shape != (count, *keypoints.shape[1:2], 3)
+    ):
+        raise ValueError("its keypoints are not [G, K, 3]")
+
+
+def _is_polygon(points: Any) -> bool:
+    """Whether these are x, y, x, y, ... of three points or more; what draws them checks nothing."""
+    return (
+        isinstance(points, Tensor)
+        and points.dim() == 1
+        and len(points) >= 6
+        and len(points) % 2 == 0
+        and bool((points.abs() <= _FARTHEST).all())  # NaN is not
+    )
+
+
+_FARTHEST = 1e5  # pixels, of a polygon's point
 _KNOWN = (Tensor, Boxes, BitMasks, PolygonMasks, Keypoints)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from cascade_det.d2.datasets import refuse_left_out, register_dataset
 from cascade_det.d2.detector import Detector
 from cascade_det.d2.evaluate import check_expected, evaluate_all, with_augmentation
 from cascade_det.d2.loader import build_test_loader
-from cascade_det.d2.structures import inputs_of
+from cascade_det.d2.structures import check_shapes_of, inputs_of
 from cascade_det.d2.trainer import Results, Trainer
 from cascade_det.data.coco import CocoDataset, check_same_classes
 from cascade_det.engine import distributed
+from cascade_det.engine.batches import check_images, check_truth
 from cascade_det.engine.datasets import load_training_data, scheduled
 from cascade_det.engine.devices import on_its_device, resolve_amp_dtype, set_backends
 from cascade_det.engine.divergence import replay
@@ -86,8 +88,17 @@ def replay_batch(cfg: CfgNode, path: str | Path) -> list[str]:
     cfg = on_its_device(cfg)
     model = build_model(cfg)
     model.register_forward_pre_hook(lambda _, batch: ([inputs_of(x) for x in batch[0]],))
+    mean = getattr(model, "pixel_mean", None)
+    part = getattr(model, "roi_heads", model)
+
+    def check(batch: list[dict[str, Any]]) -> None:
+        check_images(batch, None if mean is None else len(mean))
+        check_truth(batch, getattr(part, "num_classes", sys.maxsize))
+        for sample in batch:
+            check_shapes_of(sample)
+
     with EventStorage():
-        return replay(path, model, device=cfg.MODEL.DEVICE)
+        return replay(path, model, device=cfg.MODEL.DEVICE, check=check)
 
 
 def _losses_on(cfg: CfgNode, model: nn.Module, datasets: Sequence[CocoDataset]) -> dict[str, float]:

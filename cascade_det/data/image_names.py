@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from cascade_det.data.catalog import DatasetSource
-from cascade_det.data.problems import shown
+from cascade_det.text import printable
 
 LINK_RULES = ("near", "all", "none")
 
@@ -80,7 +80,7 @@ def name_guard(source: DatasetSource, links: LinkRule) -> Callable[[str], tuple[
             f"image behind a link out of its folder, which {links.option} {links.follow!r} does "
             f"not follow ({_remedy(links.follow)})"
         )
-        return kind, f"{_first_link(source, file_name)} leads to {shown(path)}"
+        return kind, f"{printable(_first_link(source, file_name))} leads to {printable(path)}"
 
     return problem
 
@@ -102,4 +102,4 @@ def _first_link(source: DatasetSource, file_name: str) -> str:
         path = os.path.join(path, part)
         if os.path.islink(path):
             break
-    return shown(path)
+    return path

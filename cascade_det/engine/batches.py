@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+
+# Of an image; memory grows with these times the anchors.
+_MOST_OBJECTS = 10_000
 
 Batch = list[dict[str, Any]]
 
@@ -41,3 +45,32 @@ def check_images(batch: Sequence[Mapping[str, Any]], channels: int | None = 3) -
                 f"image {place} of the batch is {shape}: give a uint8 tensor "
                 f"[{channels or 'C'}, H, W] with at least one pixel"
             )
+
+
+def check_truth(batch: Sequence[Mapping[str, Any]], num_classes: int) -> None:
+    """Make sure that the ground truth of a batch, as far as it is there, can be trained on.
+
+    Raises:
+        ValueError: boxes are not ``[G, 4]``, classes not int64 ``[G]`` in ``[0, num_classes)``, or
+            G is beyond any image.
+    """
+    for place, sample in enumerate(batch):
+        if "gt_boxes" not in sample and "gt_classes" not in sample:
+            continue
+        boxes, classes = sample.get("gt_boxes"), sample.get("gt_classes")
+        if not isinstance(boxes, Tensor) or not isinstance(classes, Tensor):
+            raise ValueError(f"image {place} of the batch has gt_boxes or gt_classes of no tensor")
+        is_fine = (
+            boxes.is_floating_point()
+            and boxes.shape == (len(boxes), 4)
+            and classes.shape == (len(boxes),)
+            # Mappers of users give an image without objects classes that are float.
+            and (classes.dtype in (torch.int64, torch.int32) or not len(classes))
+        )
+        if not is_fine or len(boxes) > _MOST_OBJECTS:
+            raise ValueError(
+                f"the objects of image {place} of the batch are not boxes [G, 4] and as many "
+                f"classes, {_MOST_OBJECTS:,} at most"
+            )
+        if ((classes < 0) | (classes >= num_classes)).any():
+            raise ValueError(f"image {place} of the batch has classes beyond the {num_classes}")

@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cascade_det.engine.batches import split_batch
-from cascade_det.engine.precision import amp_dtype_of, autocast
+from cascade_det.config.rules import shown
+from cascade_det.engine.batches import Batch
+from cascade_det.engine.precision import autocast
 from cascade_det.engine.regimes import (
     freeze_detector,
     progress_of,
     set_progress,
     training_mode,
 )
+from cascade_det.engine.step_file import read_step
 from cascade_det.engine.training_state import set_random_state
-from cascade_det.engine.weight_files import load_torch_file
 from cascade_det.errors import CheckpointError
 from cascade_det.files import atomic_path
+from cascade_det.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +36,8 @@ NONFINITE_BOXES = "nonfinite_boxes"
 # The factor of the loss in float16, which halves with every step whose gradients overflow.
 LOSS_SCALE = "amp/scale"
 _SMALLEST_SCALE = 1e-4
-_ENTRIES = ("model", "batch", "random", "iteration", "amp_dtype", "parts")
+# What loading the state of something else ends in.
+_DOES_NOT_FIT = (AttributeError, LookupError, TypeError, ValueError, RuntimeError)
 _SHOWN = 5
 
 
@@ -104,13 +107,20 @@ def save_step(
         torch.save(content, temporary)
 
 
-def replay(path: str | Path, detector: nn.Module, *, device: torch.device | str) -> list[str]:
+def replay(
+    path: str | Path,
+    detector: nn.Module,
+    *,
+    device: torch.device | str,
+    check: Callable[[Batch], None] = lambda batch: None,
+) -> list[str]:
     """Run a step of :func:`save_step` again, forward and backward, and watch every module.
 
     Args:
         path: the file.
         detector: of the same configuration; it gets the weights of the file.
         device: of the detector.
+        check: raises ``ValueError`` where a batch is none that the detector can train on.
 
     Returns:
         Lines for people: losses, modules with an output that is not finite in the order of the
@@ -119,44 +129,47 @@ def replay(path: str | Path, detector: nn.Module, *, device: torch.device | str)
     Raises:
         CheckpointError: the file cannot be read, is of another kind, or of another model.
     """
-    content = load_torch_file(Path(path))
-    if not isinstance(content, dict) or not content.keys() >= set(_ENTRIES):
-        raise CheckpointError(f"{path}: holds no batch to replay: it needs {', '.join(_ENTRIES)}.")
+    step = read_step(Path(path))
     try:
-        detector.load_state_dict(content["model"])
-        set_random_state(content["random"])
-        amp_dtype = amp_dtype_of(content["amp_dtype"])
-        batches = split_batch(content["batch"], content["parts"])
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        detector.load_state_dict(step.model)
+        set_random_state(step.random)
+    except _DOES_NOT_FIT as error:
         raise CheckpointError(
-            f"{path}: does not belong to this model ({error}). Give the configuration that it was "
-            "written with."
+            f"{path}: does not belong to this model ({printable(str(error), longest=500)}). Give "
+            "the configuration that it was written with."
         ) from error
-    set_progress(detector, content.get("progress", 0.0))
+    set_progress(detector, step.progress)
     freeze_detector(detector)
     training_mode(detector)
     losses: dict[str, float] = defaultdict(float)
     noticed: list[str] = []
-    with _watched(detector) as broken:
-        for batch in batches:
-            try:
-                with autocast(torch.device(device), amp_dtype):
+    try:
+        with _watched(detector) as broken:
+            for batch in step.batches:
+                check(batch)
+                with autocast(torch.device(device), step.amp_dtype):
                     found = detector(batch)
-                    total = torch.stack(list(found.values())).sum() / len(batches)
+                    total = torch.stack(list(found.values())).sum() / len(step.batches)
                 total.backward()
-            except FloatingPointError as error:
-                noticed = [f"the detector noticed: {error}"]
-                break
-            for name, value in found.items():
-                losses[name] += float(value.detach()) / len(batches)
+                for name, value in found.items():
+                    losses[name] += float(value.detach()) / len(step.batches)
+    except FloatingPointError as error:
+        noticed = [f"the detector noticed: {error}"]
+    # A batch that no training ever had ends in whatever stumbles over it.
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: its batch cannot be computed by this model ({type(error).__name__}: "
+            f"{printable(str(error), longest=500)}). Give the file as a training wrote it, and the "
+            "configuration of that training."
+        ) from error
     gradients = [
         name
         for name, parameter in detector.named_parameters()
         if parameter.grad is not None and not parameter.grad.isfinite().all()
     ]
-    ids = [sample.get("image_id") for sample in content["batch"]]
+    ids = [sample.get("image_id") for batch in step.batches for sample in batch]
     return [
-        f"iteration {content['iteration']}, image ids {ids}",
+        f"iteration {step.iteration}, image ids {shown(ids)}",
         *(f"{name} {value:.6g}" for name, value in losses.items()),
         *noticed,
         f"outputs that are not finite: {_listed(broken)}",

@@ -179,7 +179,7 @@ def _find_weights(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
             state = content[key]
             break
     weights = {
-        name: _plain_tensor(value, name, path)
+        name: plain_tensor(value, name, path)
         for name, value in state.items()
         if isinstance(name, str) and isinstance(value, (Tensor, np.ndarray))
     }
@@ -194,8 +194,12 @@ def _find_weights(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _plain_tensor(value: Tensor | np.ndarray, name: str, path: Path) -> Tensor:
-    """``value`` as a tensor of numbers that are there, one by one."""
+def plain_tensor(value: Tensor | np.ndarray, name: str, path: Path) -> Tensor:
+    """``value`` as a tensor of numbers that are there, one by one.
+
+    Raises:
+        CheckpointError: it is sparse, quantised, on no device, or larger than its file.
+    """
     try:
         tensor = torch.as_tensor(value)
     except TypeError as error:

@@ -15,6 +15,7 @@ from cascade_det.data.coco import CocoDataset
 from cascade_det.data.loader import build_test_loader, build_train_loader
 from cascade_det.engine import distributed
 from cascade_det.engine.averaging import WeightAverage
+from cascade_det.engine.batches import check_images, check_truth
 from cascade_det.engine.best_model import BestModel
 from cascade_det.engine.checkpoint import Checkpointer
 from cascade_det.engine.datasets import load_training_data, scheduled
@@ -97,7 +98,12 @@ def replay_batch(cfg: CfgNode, path: str | Path) -> list[str]:
     """
     set_backends(cfg)
     detector = build_detector(cfg)
-    return replay(path, detector, device=detector.device)
+
+    def check(batch: list[dict[str, Any]]) -> None:
+        check_images(batch)
+        check_truth(batch, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+
+    return replay(path, detector, device=detector.device, check=check)
 
 
 def _train_loader(

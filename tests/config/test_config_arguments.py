@@ -216,6 +216,7 @@ def test_datasets(cfg):
             "names": names,
             "own_datasets": own,
             "on_bad_data": "error",
+            "follow_links": "near",
         }
 
 

@@ -80,7 +80,8 @@ def name_guard(source: DatasetSource, links: LinkRule) -> Callable[[str], tuple[
             f"image behind a link out of its folder, which {links.option} {links.follow!r} does "
             f"not follow ({_remedy(links.follow)})"
         )
-        return kind, f"{printable(_first_link(source, file_name))} leads to {printable(path)}"
+        link = _first_link(source, file_name)
+        return kind, f"'{printable(link)}' leads to '{printable(path)}'"
 
     return problem
 

@@ -186,3 +186,9 @@ def test_an_evaluation_warns_of_drift(make_output, caplog):
     assert figures["drift"] == 1
     assert calls == [{"shadow": figures}]
     assert len(caplog.records) == 1
+
+
+def test_names_that_are_no_unicode_choose_too():
+    names = [f"gr\udcf6\udcdfe{number}.png" for number in range(100)]
+    chosen = [ShadowRules(share=0.5).chooses(name) for name in names]
+    assert 20 < sum(chosen) < 80

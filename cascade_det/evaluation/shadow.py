@@ -47,7 +47,9 @@ class ShadowRules:
         The first ``share`` are chosen, whatever else is in the batch or came before. A larger
         share adds images to those of a smaller one.
         """
-        digest = hashlib.blake2b(f"{self.seed}:{key}".encode("utf-8", "surrogatepass"), digest_size=6).digest()
+        digest = hashlib.blake2b(
+            f"{self.seed}:{key}".encode("utf-8", "surrogatepass"), digest_size=6
+        ).digest()
         return int.from_bytes(digest, "big") / 2.0**48
 
     def chooses(self, key: object) -> bool:

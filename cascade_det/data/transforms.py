@@ -53,17 +53,15 @@ def read_image(path: str, image_format: str) -> Pixels:
         uint8 ``[H, W, 3]``, contiguous and writable.
 
     Raises:
-        DatasetError: the file is missing, truncated, or not an image that can be decoded; or it is
-            no file but a folder or a pipe, which might never end.
+        DatasetError: the file is missing, truncated, or not an image that can be decoded.
         ValueError: another ``image_format``.
     """
     _check_choice("image_format", image_format, IMAGE_FORMATS)
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise DatasetError(f"{path}: is no file")
         with warnings.catch_warnings():
             # Remarks of Pillow about EXIF data or size: either it decodes the file or it raises.
             warnings.simplefilter("ignore")
+            _check_is_file(path)
             with Image.open(path) as image:
                 image.load()  # Turns TIFFs upright by itself, so only then is there less to do.
                 rgb = _to_rgb(_upright(image))
@@ -79,6 +77,11 @@ def read_image(path: str, image_format: str) -> Pixels:
             f"{path}: cannot be read as an image ({type(error).__name__}: {error})"
         ) from error
     return np.frombuffer(pixels, np.uint8).reshape(shape)
+
+
+def _check_is_file(path: str) -> None:
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would make us wait for ever
+        raise DatasetError(f"{path}: is no file")
 
 
 def resize_shortest_edge(image: Pixels, short_edge: int, max_size: int) -> Pixels:

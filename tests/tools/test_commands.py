@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from pycocotools.coco import COCO
 
 import cascade_det.standalone
@@ -17,6 +18,7 @@ import predict
 import train_net
 from cascade_det.config import load_config
 from cascade_det.core import Detections
+from cascade_det.engine import run_lock
 from cascade_det.errors import ConfigError, DatasetError
 from cascade_det.standalone import Predictor
 from make_shapes import make_dataset
@@ -60,6 +62,17 @@ def test_training_writes_config_log_and_tables(trained):
     dumped = load_config(folder / "output" / "config.yaml")
     assert str(folder / "output") == dumped.OUTPUT_DIR
     assert dumped.SOLVER.MAX_ITER == load_config(CONFIG).SOLVER.MAX_ITER
+
+
+@pytest.mark.parametrize("more", [[], ["--resume"], ["--eval-only", "MODEL.WEIGHTS", "a.pth"]])
+def test_a_folder_that_another_run_writes_to_is_left_alone(trained, monkeypatch, capfd, more):
+    folder, options, _ = trained
+    monkeypatch.setattr(run_lock, "_PATIENCE", 0.1)
+    before = {p: p.stat().st_mtime_ns for p in (folder / "output").rglob("*")}
+    with FileLock(folder / "output" / ".cascade_det.lock"):
+        assert train_net.main([*RUN, *more[:1], *options, *more[1:]]) == 1
+    assert f"OUTPUT_DIR {folder / 'output'} is in use by another run" in "".join(capfd.readouterr())
+    assert {p: p.stat().st_mtime_ns for p in (folder / "output").rglob("*")} == before
 
 
 def test_eval_only(trained):

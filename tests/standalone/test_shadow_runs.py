@@ -154,5 +154,5 @@ def test_a_predictor_knows_images_by_the_names_that_it_is_told(cfg):
     predictor = Predictor(cfg)
     predictor(images, names=names)
     assert predictor.monitor.report()["shadow"]["images"] == 4
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="4 images, but 2 names"):
         predictor(images, names=names[:2])

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cascade_det.core.boxes import Weights, flatten_images, image_limits
+from cascade_det.core.boxes import Weights, flatten_images
 from cascade_det.core.cascade_losses import cascade_losses
 from cascade_det.core.ensemble import ScoreEnsemble
 from cascade_det.core.exits import ExitPolicy
@@ -228,9 +228,9 @@ class CascadeHead(nn.Module):
     ) -> tuple[list[Detections], CascadeStats]:
         """Run the cascade; regions that left are neither pooled nor computed again.
 
-        Nothing of a call stays here, so that several threads may detect at once.
-        Under ``torch.jit.trace`` every region sees every stage. Where gradients are on, scores and
-        final boxes have them; what a stage crops and who leaves does not.
+        Nothing of a call is kept in the module, so threads may detect at once. Under
+        ``torch.jit.trace`` every region sees every stage. Where gradients are on, scores and final
+        boxes have them; what a stage crops and who leaves does not.
 
         Args:
             features: L maps ``[N, C, H_l, W_l]``, finest first.
@@ -308,15 +308,14 @@ class CascadeHead(nn.Module):
             with part(timer, f"full/stage{stage}"):
                 run = network.run(regions, stage)
             regions = run.regions
-            stages = torch.full_like(regions.image_index, stage)
             probs = network.reported(run, stage)
             if self.exits is not None:
                 # Else these scores could not be held against those of ``detect``.
                 probs = self.exits.calibrated(probs, stage)
-            scored = Scored(run.decoded, probs, regions.image_index, stages, regions.rows)
+            scored = [run.scored(probs, stage)]
             outputs.append(
                 StageOutput(
-                    self._select([scored], regions, len(image_sizes)),
+                    self._select(scored, regions, len(image_sizes)),
                     list(before.split(counts)),
                     list(regions.boxes.split(counts)),
                 )
@@ -364,13 +363,9 @@ class CascadeHead(nn.Module):
         *,
         agreements: bool = False,
     ) -> tuple[Network, Regions]:
-        boxes, image_index = flatten_images(proposals)
-        limits = image_limits(image_sizes, image_index)
-        logits = boxes.new_zeros(boxes.shape[0]) if objectness is None else torch.cat([*objectness])
-        rows = torch.arange(boxes.shape[0], device=boxes.device)
+        regions = Regions.of_proposals(proposals, objectness, image_sizes)
         pyramid = self.pooler.prepare(features, dtype=common_dtype(self.box_head))
-        network = self.network(pyramid, len(image_sizes), agreements=agreements)
-        return network, Regions(boxes, image_index, limits, logits, rows)
+        return self.network(pyramid, len(image_sizes), agreements=agreements), regions
 
     def network(self, pyramid: Pyramid, num_images: int, *, agreements: bool = False) -> Network:
         """The stages on maps that the pooler made ready; see ``Network``."""

@@ -5,10 +5,14 @@ R regions, K foreground classes. Boxes are float32 XYXY in absolute pixels of th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from cascade_det.core.boxes import flatten_images, image_limits
 
 
 @dataclass
@@ -42,6 +46,26 @@ class Regions:
     agreements: Tensor | None = None
     predicted_ious: Tensor | None = None
 
+    @classmethod
+    def of_proposals(
+        cls,
+        proposals: Sequence[Tensor],
+        objectness: Sequence[Tensor] | None,
+        image_sizes: Sequence[tuple[int, int]],
+    ) -> Regions:
+        """The proposals of N images, before stage 0.
+
+        Args:
+            proposals: per image float32 ``[R_i, 4]``, clipped to the image.
+            objectness: per image float32 ``[R_i]``; ``None`` counts as 0.
+            image_sizes: N ``(height, width)``.
+        """
+        boxes, image_index = flatten_images(proposals)
+        limits = image_limits(image_sizes, image_index)
+        logits = boxes.new_zeros(boxes.shape[0]) if objectness is None else torch.cat([*objectness])
+        rows = torch.arange(boxes.shape[0], device=boxes.device)
+        return cls(boxes, image_index, limits, logits, rows)
+
     def __len__(self) -> int:
         return len(self.boxes)
 
@@ -70,6 +94,11 @@ class StageRun:
     def __getitem__(self, index: Tensor) -> StageRun:
         pooled, hidden = (None if x is None else x[index] for x in (self.pooled, self.hidden))
         return StageRun(self.regions[index], self.decoded[index], pooled, hidden)
+
+    def scored(self, probs: Tensor, stage: int) -> Scored:
+        """The regions as they are reported after ``stage``, with ``probs`` ``[R, K + 1]``."""
+        image_index, rows = self.regions.image_index, self.regions.rows
+        return Scored(self.decoded, probs, image_index, torch.full_like(image_index, stage), rows)
 
 
 @dataclass

@@ -145,9 +145,7 @@ class Walker:
         probs = self.source.reported(run, stage)
         if self.policy is not None:
             probs = self.policy.calibrated(probs, stage)
-        image_index = run.regions.image_index
-        stages = torch.full_like(image_index, stage)
-        self._scored.append(Scored(run.decoded, probs, image_index, stages, run.regions.rows))
+        self._scored.append(run.scored(probs, stage))
 
     def _sum_up(self) -> None:
         """Sums of scores, which stayed on the device until here, in one transfer."""

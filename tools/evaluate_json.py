@@ -22,7 +22,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from cascade_det.engine.arguments import check_output_file, real
+from cascade_det.engine.arguments import check_output_file, real, whole
 
 _BAD_DATA_OPTION = "--on-bad-data"
 _LIMIT_OPTION = "--max-detections"
@@ -42,7 +42,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         _LIMIT_OPTION,
-        type=_positive,
+        type=whole(1),
         default=100,
         metavar="N",
         help="of a class in an image that count, best first (100, COCO's limit); a run counts as "
@@ -62,12 +62,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="which links out of the folder of --images are followed, as CASCADE.FOLLOW_LINKS says",
     )
     return parser.parse_args(argv)
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return value
 
 
 if __name__ == "__main__":

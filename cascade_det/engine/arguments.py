@@ -7,11 +7,12 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cascade_det.errors import CascadeDetError
 
 _SEPARATORS = ("--opts", "--")
+_Number = TypeVar("_Number", int, float)
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
@@ -51,30 +52,12 @@ class _ConfigOptions(argparse.Action):
 
 def real(least: float, most: float = math.inf) -> Callable[[str], float]:
     """The ``type`` of an argument: a finite number from ``least`` to ``most``, both included."""
-
-    def parse(text: str) -> float:
-        value = float(text)
-        # NaN fails every comparison.
-        if not (least <= value <= most and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text!r}: give {_range('a number', least, most)}")
-        return value
-
-    parse.__name__ = "number"  # as argparse calls it where the text is none
-    return parse
+    return _within(float, "number", least, most)
 
 
 def whole(least: int, most: float = math.inf) -> Callable[[str], int]:
     """The ``type`` of an argument: a whole number from ``least`` to ``most``, both included."""
-
-    def parse(text: str) -> int:
-        value = int(text)
-        if not least <= value <= most:
-            wanted = _range("a whole number", least, most)
-            raise argparse.ArgumentTypeError(f"{text!r}: give {wanted}")
-        return value
-
-    parse.__name__ = "whole number"
-    return parse
+    return _within(int, "whole number", least, most)
 
 
 def check_output_file(output: Path, inputs: Iterable[str | os.PathLike[str] | None]) -> None:
@@ -94,7 +77,16 @@ def check_output_file(output: Path, inputs: Iterable[str | os.PathLike[str] | No
             raise CascadeDetError(f"{output}: would replace {given}. Give another name.")
 
 
-def _range(kind: str, least: float, most: float) -> str:
-    if most == math.inf:
-        return f"{kind} of {least:g} or more"
-    return f"{kind} from {least:g} to {most:g}"
+def _within(
+    convert: Callable[[str], _Number], kind: str, least: float, most: float
+) -> Callable[[str], _Number]:
+    def parse(text: str) -> _Number:
+        value = convert(text)
+        # NaN fails every comparison.
+        if not least <= value <= most or value == math.inf:
+            wanted = f"of {least:g} or more" if most == math.inf else f"from {least:g} to {most:g}"
+            raise argparse.ArgumentTypeError(f"{text!r}: give a {kind} {wanted}")
+        return value
+
+    parse.__name__ = kind  # argparse names it where the text cannot be converted
+    return parse

@@ -9,7 +9,6 @@ python tools/predict.py --onnx model.onnx --input folder --output out   # a file
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import glob
 import os
@@ -64,7 +63,7 @@ from cascade_det.drawing import draw_detections, encode
 from cascade_det.engine.commands import without_traceback
 from cascade_det.engine.prediction_files import PredictionFolder
 from cascade_det.engine.processes import INTERRUPTED
-from cascade_det.engine.signals import let_go_of_lost_terminal, stop_signals
+from cascade_det.engine.signals import handled, let_go_of_lost_terminal, stop_signals
 from cascade_det.errors import DatasetError
 from cascade_det.onnx_predictor import ArrayDetections, OnnxPredictor
 from cascade_det.text import printable
@@ -169,8 +168,11 @@ def predict(
         for category_id, name in zip(predictor.category_ids, predictor.class_names, strict=True)
     ]
     failures: list[str] = []  # the first of them
-    status = None
-    with _ending_signals() as ending, PredictionFolder(output, files, categories) as folder:
+    status, ending = None, _Ending()
+    with (
+        handled(dict.fromkeys(stop_signals(), ending.receive)),
+        PredictionFolder(output, files, categories) as folder,
+    ):
         results = tqdm(_detect(predictor, files), total=len(files), disable=None, unit="img")
         draw = functools.partial(
             _draw, predictor.class_names, score_threshold=score_threshold, with_stages=with_stages
@@ -244,18 +246,6 @@ class _Ending:
     def later(self) -> None:
         """From now on the first signal is remembered alone: what is found is being saved."""
         self._at_once = False
-
-
-@contextlib.contextmanager
-def _ending_signals() -> Iterator[_Ending]:
-    """Within the block the signals of ``stop_signals`` are handled."""
-    ending = _Ending()
-    before = {number: signal.signal(number, ending.receive) for number in stop_signals()}
-    try:
-        yield ending
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _detect(

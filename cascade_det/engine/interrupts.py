@@ -11,7 +11,7 @@ from types import FrameType
 
 from cascade_det.engine import distributed
 from cascade_det.engine.processes import Interrupted
-from cascade_det.engine.signals import let_go_of_lost_terminal, stop_signals
+from cascade_det.engine.signals import handled, let_go_of_lost_terminal, stop_signals
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +62,8 @@ def interrupt_request() -> Iterator[InterruptRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, request.receive) for number in stop_signals()}
-    try:
+    with handled(dict.fromkeys(stop_signals(), request.receive)):
         yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

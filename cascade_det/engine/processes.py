@@ -21,7 +21,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from cascade_det.engine.signals import stop_signals
+from cascade_det.engine.signals import handled, stop_signals
 from cascade_det.errors import CascadeDetError
 from cascade_det.files import atomic_path
 
@@ -138,12 +138,8 @@ class _Caught:
 def _signals() -> Iterator[_Caught]:
     caught = _Caught()
     handlers = dict.fromkeys(stop_signals(), caught.terminate) | {signal.SIGINT: caught.interrupt}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
+    with handled(handlers):
         yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _wait_for(processes: Sequence[BaseProcess], caught: _Caught) -> None:

@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
 
 from cascade_det.data.worker_signals import PARTING_SIGNALS
+
+Handler = Callable[[int, FrameType | None], None]
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
@@ -17,6 +22,17 @@ def stop_signals() -> tuple[signal.Signals, ...]:
     """
     fatal = (n for n in PARTING_SIGNALS if signal.getsignal(n) is signal.SIG_DFL)
     return (signal.SIGINT, signal.SIGTERM, *fatal)
+
+
+@contextmanager
+def handled(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
+    """Within the block these signals have these handlers; to be called from the main thread."""
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def let_go_of_lost_terminal() -> None:

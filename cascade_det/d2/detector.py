@@ -67,7 +67,7 @@ class Detector(nn.Module):
         """
         if not batch:
             raise ValueError("no losses of no images: give a batch of at least one")
-        check_images(batch, self._channels)
+        check_images(batch, image_channels(self.model))
         with _training_heads(self.model), EventStorage():
             return self.model(batch)
 
@@ -99,7 +99,7 @@ class Detector(nn.Module):
             self.outputs = []
             num_stages = self._heads.num_cascade_stages if self.has_stages else 0
             return DetectorOutput([], CascadeStats.of_nothing(num_stages))
-        check_images(batch, self._channels)
+        check_images(batch, image_channels(self.model))
         if self.has_stages:
             chosen = [stages] * len(batch) if isinstance(stages, bool) else stages
             return self._detect_in_parts(batch, chosen, timer)
@@ -135,7 +135,7 @@ class Detector(nn.Module):
         self, batch: Sequence[Inputs], *, timer: PartTimer | None = None
     ) -> CascadeInputs:
         """What the cascade gets of a batch, where ``has_stages``; arguments as in ``detect``."""
-        check_images(batch, self._channels)
+        check_images(batch, image_channels(self.model))
         images, maps, proposals = self._enter(batch, timer)
         return CascadeInputs(
             [maps[name] for name in self._heads.box_in_features],
@@ -143,12 +143,6 @@ class Detector(nn.Module):
             images.image_sizes,
             objectness_of(proposals),
         )
-
-    @property
-    def _channels(self) -> int | None:
-        """Of an image, where the model says it."""
-        mean = getattr(self.model, "pixel_mean", None)
-        return len(mean) if isinstance(mean, Tensor) else None
 
     @property
     def _heads(self) -> EarlyExitCascadeROIHeads:
@@ -205,6 +199,12 @@ class Detector(nn.Module):
             frames = list(zip(images.image_sizes, original_sizes, strict=True))
             output.stages = [rescale_stage(stage, frames) for stage in full]
         return output
+
+
+def image_channels(model: nn.Module) -> int | None:
+    """How many channels an image of a model has; ``None`` where the model does not say."""
+    mean = getattr(model, "pixel_mean", None)
+    return len(mean) if isinstance(mean, Tensor) else None
 
 
 @contextmanager

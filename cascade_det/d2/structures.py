@@ -17,6 +17,9 @@ from cascade_det.core import Detections
 from cascade_det.core.boxes import flatten_images
 from cascade_det.core.matching import LabelledRegions, Targets
 
+_FARTHEST = 1e5  # pixels, of a polygon's point
+_KNOWN = (Tensor, Boxes, BitMasks, PolygonMasks, Keypoints)
+
 
 def targets_of(instances: Sequence[Instances]) -> Targets:
     """The ground truth of a batch, from the fields ``gt_boxes`` and ``gt_classes``."""
@@ -74,11 +77,11 @@ def inputs_of(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_shapes_of(sample: Mapping[str, Any]) -> None:
-    """Make sure that masks and keypoints of ``sample_of``, as far as they are there, are such.
+    """Check the masks and keypoints of a sample, see ``sample_of``, as far as it has any.
 
     Raises:
-        ValueError: there are not as many as boxes, or they are no polygons, bit masks or keypoints
-            that lie anywhere near an image.
+        ValueError: there is not one for each box, or they are not polygons, bit masks or keypoints
+            anywhere near an image.
     """
     count = len(sample["gt_boxes"]) if "gt_boxes" in sample else 0
     masks, keypoints = sample.get("gt_masks"), sample.get("gt_keypoints")
@@ -107,10 +110,6 @@ def _is_polygon(points: Any) -> bool:
         and len(points) % 2 == 0
         and bool((points.abs() <= _FARTHEST).all())  # NaN is not
     )
-
-
-_FARTHEST = 1e5  # pixels, of a polygon's point
-_KNOWN = (Tensor, Boxes, BitMasks, PolygonMasks, Keypoints)
 
 
 def _classes(instances: Sequence[Instances]) -> Tensor:

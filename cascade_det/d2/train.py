@@ -18,7 +18,7 @@ from torch import nn
 
 from cascade_det import config
 from cascade_det.d2.datasets import refuse_left_out, register_dataset
-from cascade_det.d2.detector import Detector
+from cascade_det.d2.detector import Detector, image_channels
 from cascade_det.d2.evaluate import check_expected, evaluate_all, with_augmentation
 from cascade_det.d2.loader import build_test_loader
 from cascade_det.d2.structures import check_shapes_of, inputs_of
@@ -88,11 +88,10 @@ def replay_batch(cfg: CfgNode, path: str | Path) -> list[str]:
     cfg = on_its_device(cfg)
     model = build_model(cfg)
     model.register_forward_pre_hook(lambda _, batch: ([inputs_of(x) for x in batch[0]],))
-    mean = getattr(model, "pixel_mean", None)
     part = getattr(model, "roi_heads", model)
 
     def check(batch: list[dict[str, Any]]) -> None:
-        check_images(batch, None if mean is None else len(mean))
+        check_images(batch, image_channels(model))
         check_truth(batch, getattr(part, "num_classes", sys.maxsize))
         for sample in batch:
             check_shapes_of(sample)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cascade_det.data.image_names import LINK_RULES, LinkRule
 from cascade_det.engine.arguments import add_config_options, check_output_file
 
 FOLLOW_LINKS = "--follow-links"
@@ -38,8 +39,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         FOLLOW_LINKS,
-        choices=("near", "all", "none"),
-        default="near",
+        choices=LINK_RULES,
+        default=LINK_RULES[0],
         help="with --json: which links out of the image folder are followed, as "
         "CASCADE.FOLLOW_LINKS says in a configuration",
     )
@@ -62,7 +63,6 @@ from cascade_det.data.catalog import DatasetSource, dataset_of_files, find_datas
 from cascade_det.data.coco_json import CheckedJson
 from cascade_det.data.dataset_check import check_dataset
 from cascade_det.data.dataset_summary import DatasetSummary, summarise
-from cascade_det.data.image_names import LinkRule
 from cascade_det.data.problems import Problems
 from cascade_det.engine.commands import without_traceback
 from cascade_det.engine.log import setup_logging

@@ -22,6 +22,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from cascade_det.data.image_names import LINK_RULES, LinkRule
 from cascade_det.engine.arguments import check_output_file, real, whole
 
 _BAD_DATA_OPTION = "--on-bad-data"
@@ -57,8 +58,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         _LINKS_OPTION,
-        choices=("near", "all", "none"),
-        default="near",
+        choices=LINK_RULES,
+        default=LINK_RULES[0],
         help="which links out of the folder of --images are followed, as CASCADE.FOLLOW_LINKS says",
     )
     return parser.parse_args(argv)
@@ -70,7 +71,6 @@ if __name__ == "__main__":
 from cascade_det.data.annotation_file import read_json
 from cascade_det.data.catalog import dataset_of_files
 from cascade_det.data.coco import CocoDataset, left_out_notes, load_dataset
-from cascade_det.data.image_names import LinkRule
 from cascade_det.data.predicted import is_of_predict, predicted_annotations
 from cascade_det.data.problems import Problems, shown
 from cascade_det.data.transforms import read_image

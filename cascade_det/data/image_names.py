@@ -11,7 +11,7 @@ from functools import cache
 from cascade_det.data.catalog import DatasetSource
 from cascade_det.text import printable
 
-LINK_RULES = ("near", "all", "none")
+LINK_RULES = ("near", "all", "none")  # the first one by default
 
 # Folders of Windows: "images\1.png", "C:/images/1.png".
 _WINDOWS_PATH = re.compile(r"[A-Za-z]:/|.*\\", re.DOTALL)
@@ -29,7 +29,7 @@ class LinkRule:
         option: what the user sets this by, for messages.
     """
 
-    follow: str = "near"
+    follow: str = LINK_RULES[0]
     option: str = "CASCADE.FOLLOW_LINKS"
 
     def __post_init__(self) -> None:

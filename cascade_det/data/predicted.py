@@ -48,7 +48,7 @@ def predicted_annotations(
     for entry in content["annotations"]:
         image_id = ids.get(_hashable(entry.get("image_id"))) if isinstance(entry, dict) else None
         if image_id is None:
-            problems.add("prediction on an image that is not listed", "{}".format, shown(entry))
+            problems.add("prediction on an image that is not listed", shown, entry)
         elif image_id is not _LEFT_OUT:
             kept = {key: entry[key] for key in _RESULT_KEYS if key in entry}
             found.append({"image_id": image_id, **kept})
@@ -84,20 +84,23 @@ def _image_ids(images: Sequence[Any], dataset: CocoDataset, problems: Problems) 
     taken: set[int] = set()
     for entry in images:
         if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
-            problems.add("image without a file name", "{}".format, shown(entry))
+            problems.add("image without a file name", shown, entry)
             continue
         number, name = _hashable(entry.get("id")), entry["file_name"]
+        if number is None:
+            problems.add("image without a usable id", shown, name)
+            continue
         parts = PurePosixPath(name).parts
         image = next((known[parts[i:]] for i in range(len(parts)) if parts[i:] in known), None)
         if image is None and left_out:
             left_out -= 1
             ids[number] = _LEFT_OUT
         elif image is None:
-            problems.add("image that the annotations do not have", "{}".format, shown(name))
+            problems.add("image that the annotations do not have", shown, name)
         elif image["id"] in taken or number in ids:
-            problems.add("image that is there twice", "{}".format, shown(name))
+            problems.add("image that is there twice", shown, name)
         elif (entry.get("height"), entry.get("width")) != (image["height"], image["width"]):
-            problems.add("image of another size", "{}".format, shown(name))
+            problems.add("image of another size", shown, name)
         else:
             ids[number] = image["id"]
             taken.add(image["id"])

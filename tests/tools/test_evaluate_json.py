@@ -319,6 +319,7 @@ def test_predictions_of_other_images_or_classes_are_told(files, capsys):
     wrong["images"][1]["width"] = 77
     wrong["images"][2]["file_name"] = None
     wrong["images"].append({**wrong["images"][3], "id": 99})
+    wrong["images"].append({**wrong["images"][3], "id": [1]})
     wrong["categories"] = [{"id": 3, "name": "dog"}, {"id": 7, "name": "dog"}, 5]
     wrong["annotations"] = [*predictions[:1], {"image_id": [1]}, 5]
     (files / "predictions.json").write_text(json.dumps(wrong))
@@ -331,6 +332,7 @@ def test_predictions_of_other_images_or_classes_are_told(files, capsys):
         "1 x image of another size: 'photos/5.png'",
         "1 x image without a file name: ",
         "1 x image that is there twice: 'photos/1.png'",
+        "1 x image without a usable id: 'photos/1.png'",
         "3 x prediction on an image that is not listed: ",
     ):
         assert line in error

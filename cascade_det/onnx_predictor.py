@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascade_det.data.given_images import Image, Images, check_images, given_pixels
+from cascade_det.data.problems import shown
 from cascade_det.data.transforms import IMAGE_FORMATS, resize_shortest_edge
 from cascade_det.errors import CheckpointError, ConfigError
 from cascade_det.text import check_name, printable
@@ -80,10 +81,10 @@ class ExportedModel:
         if not all(-_LARGEST_ID <= number <= _LARGEST_ID for number in self.category_ids):
             raise ValueError("category_ids has an id of more than 64 bits")
         if self.image_format not in IMAGE_FORMATS:
-            raise ValueError(f"image_format is {_shown(self.image_format)}")
+            raise ValueError(f"image_format is {shown(self.image_format)}")
         for name, least in (("min_size", 0), ("max_size", 1), ("num_stages", 1)):
             if not least <= getattr(self, name) <= LONGEST_SIDE:
-                raise ValueError(f"{name} is {_shown(getattr(self, name))}")
+                raise ValueError(f"{name} is {shown(getattr(self, name))}")
         if min(self.min_size, self.max_size) * self.max_size > MOST_PIXELS:
             raise ValueError(
                 f"min_size {self.min_size} and max_size {self.max_size} allow images of more than "
@@ -96,9 +97,9 @@ class ExportedModel:
             item = {list[str]: str, list[int]: int}.get(kind)
             wanted = kind if item is None else list
             if not isinstance(value, wanted) or isinstance(value, bool):
-                raise ValueError(f"{name} is {_shown(value)}")
+                raise ValueError(f"{name} is {shown(value)}")
             if item is not None and not all(type(x) is item for x in value):
-                raise ValueError(f"{name} is {_shown(value)}")
+                raise ValueError(f"{name} is {shown(value)}")
 
 
 def _check_class_name(name: str) -> None:
@@ -106,10 +107,6 @@ def _check_class_name(name: str) -> None:
         check_name(name)
     except ValueError as error:
         raise ValueError(f"a name in class_names cannot be used: {error}") from None
-
-
-def _shown(value: Any) -> str:
-    return printable(repr(value), longest=60)
 
 
 @dataclass

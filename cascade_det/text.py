@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 # Marks that change the direction of the text around them, so that it reads as something else.
@@ -30,6 +31,18 @@ def printable(text: str, *, longest: int = 0, lines: bool = False) -> str:
         tail = (longest - 1) // 2
         shown = shown[: longest - 1 - tail] + "…" + (shown[-tail:] if tail else "")
     return shown
+
+
+def listed(texts: Sequence[str], most: int, separator: str = ", ") -> str:
+    """Some of many texts, such as ``a, b, c and 4 more``.
+
+    Args:
+        texts: any; of none of them the result is empty.
+        most: as many are shown, the first ones.
+        separator: stands between them.
+    """
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return separator.join(texts[:most]) + more
 
 
 def check_name(name: Any) -> str:

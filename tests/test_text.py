@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascade_det.text import check_name, printable
+from cascade_det.text import check_name, listed, printable
 
 ANY = st.text(st.characters(codec=None))
 FINE = ["cell", "Straße 7", "細胞", "خلية", "👩‍🔬", "a b", "naïve", "x" * 255]
@@ -63,6 +63,12 @@ def test_bad_text_is_escaped_and_no_name(text):
 
 def test_escapes_are_pythons():
     assert printable("\x1b\u202e\udcf6") == r"\x1b\u202e\udcf6"
+
+
+def test_the_first_of_many():
+    assert listed([], 2) == ""
+    assert listed("ab", 2) == "a, b"
+    assert listed("abcde", 2, "; ") == "a; b and 3 more"
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from cascade_det.data.image_check import MISSING
 from cascade_det.data.image_names import ALL_LINKS, NEAR_LINKS, LinkRule
 from cascade_det.data.notes import find_mistakes
 from cascade_det.errors import DatasetError
+from cascade_det.text import listed
 
 logger = logging.getLogger(__name__)
 
@@ -253,6 +254,4 @@ def _true_object(annotation: JsonObject) -> JsonObject:
 
 def _few(these: list[tuple[int, str]], those: list[tuple[int, str]]) -> str:
     missing = [entry for entry in these if entry not in those]
-    hidden = len(missing) - _DIFFERENCES_SHOWN
-    shown = ", ".join(map(str, missing[:_DIFFERENCES_SHOWN])) or "none"
-    return f"{shown} and {hidden} more" if hidden > 0 else shown
+    return listed([*map(str, missing)], _DIFFERENCES_SHOWN) or "none"

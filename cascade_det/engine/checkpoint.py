@@ -15,6 +15,7 @@ from cascade_det.engine.weight_files import load_torch_file
 from cascade_det.engine.weights import load_weights
 from cascade_det.errors import CheckpointError
 from cascade_det.files import atomic_path
+from cascade_det.text import listed
 
 LAST = "last_checkpoint"
 # What loading the state of something else ends in; CheckpointErrors are ValueErrors.
@@ -250,5 +251,4 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
         problems += [f"{name} is only in the model" for name in missing]
         problems += [f"{name} is only in the file" for name in incompatible.unexpected_keys]
         if problems:
-            more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise ValueError("; ".join(problems[:5]) + more)
+            raise ValueError(listed(problems, 5, "; "))

@@ -27,7 +27,7 @@ from cascade_det.engine.step_file import read_step
 from cascade_det.engine.training_state import set_random_state
 from cascade_det.errors import CheckpointError
 from cascade_det.files import atomic_path
-from cascade_det.text import printable
+from cascade_det.text import listed, printable
 
 logger = logging.getLogger(__name__)
 
@@ -172,8 +172,8 @@ def replay(
         f"iteration {step.iteration}, image ids {shown(ids)}",
         *(f"{name} {value:.6g}" for name, value in losses.items()),
         *noticed,
-        f"outputs that are not finite: {_listed(broken)}",
-        f"gradients that are not finite: {_listed(gradients)}",
+        f"outputs that are not finite: {listed(broken, _SHOWN) or 'none'}",
+        f"gradients that are not finite: {listed(gradients, _SHOWN) or 'none'}",
     ]
 
 
@@ -211,8 +211,3 @@ def _place_of(name: str) -> str:
     if name == "gradient_norm":
         return "the backward pass"
     return "the RPN" if "rpn" in name else "the detector"
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return (", ".join(names[:_SHOWN]) or "none") + more

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from cascade_det.data.annotation_file import read_json
 from cascade_det.errors import CascadeDetError, DatasetError
 from cascade_det.files import atomic_path, naming, remove_leftovers
+from cascade_det.text import listed
 
 RESULT_FILE = "predictions.json"
 # One object a line: first {"pictures": [...]}, then an image each. It is there while a run lasts,
@@ -296,10 +297,9 @@ def _check_replaced(
         if name not in ours:
             foreign.append(name)
     if foreign:
-        shown = ", ".join(foreign[:_MOST_SHOWN]) + ", ..." * (len(foreign) > _MOST_SHOWN)
         raise DatasetError(
-            f"--output {folder}: {shown} would be replaced, and no earlier run of predict.py made "
-            "that. Give another folder, or move it away."
+            f"--output {folder}: {listed(foreign, _MOST_SHOWN)} would be replaced, and no earlier "
+            "run of predict.py made that. Give another folder, or move it away."
         )
 
 

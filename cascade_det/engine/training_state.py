@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from cascade_det.engine import distributed
 from cascade_det.errors import CheckpointError
+from cascade_det.text import listed
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +50,10 @@ def load_optimizer_state(optimizer: Optimizer, model: nn.Module, saved: Mapping[
     only_saved, only_here = set(saved["state"]) - set(trained), set(trained) - set(saved["state"])
     # An optimiser that never stepped has no state at all.
     if saved["state"] and (only_saved or only_here):
+        theirs, ours = (listed(sorted(names), 3) or "nothing" for names in (only_saved, only_here))
         raise CheckpointError(
-            f"the checkpoint trained {_some(only_saved)} that this run does not, and this run "
-            f"trains {_some(only_here)} that the checkpoint did not; look at "
+            f"the checkpoint trained {theirs} that this run does not, and this run "
+            f"trains {ours} that the checkpoint did not; look at "
             "MODEL.BACKBONE.FREEZE_AT and MODEL.CASCADE.TRAINING.FREEZE_DETECTOR"
         )
     shapes = {name: parameter.shape for parameter, name in names.items()}
@@ -99,8 +101,3 @@ def own_random_state(of_all: list[Mapping[str, Any]]) -> Mapping[str, Any] | Non
         distributed.world_size(),
     )
     return None
-
-
-def _some(names: set[str]) -> str:
-    shown = ", ".join(sorted(names)[:3])
-    return (f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown) or "nothing"

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from cascade_det.errors import CheckpointError
+from cascade_det.text import listed
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -43,8 +44,8 @@ def check_finite(path: str | Path, weights: Mapping[str, Tensor]) -> None:
     wrong = [name for name, value in weights.items() if not value.isfinite().all()]
     if wrong:
         raise CheckpointError(
-            f"{path}: holds NaN or Inf in {_some(wrong)}, of {len(weights)} tensors. Such weights "
-            "neither detect nor train: take an earlier checkpoint, or save them again."
+            f"{path}: holds NaN or Inf in {listed(wrong, _SHOWN)}, of {len(weights)} tensors. "
+            "Such weights neither detect nor train: take an earlier checkpoint, or save them again."
         )
 
 
@@ -95,9 +96,10 @@ def check_complete(
     surplus = [n for n in unexpected if _IN_ANY_MODEL.match(n) or not used.isdisjoint(_stages([n]))]
     if surplus:
         raise CheckpointError(
-            f"{path}: has {_some(surplus)}, which this model has no place for. These weights are "
-            "of another architecture: give the keys below MODEL of their training (such as "
-            "RESNETS.DEPTH and NORM), or the MODEL.WEIGHTS of a training of this configuration."
+            f"{path}: has {listed(surplus, _SHOWN)}, which this model has no place for. These "
+            "weights are of another architecture: give the keys below MODEL of their training "
+            "(such as RESNETS.DEPTH and NORM), or the MODEL.WEIGHTS of a training of this "
+            "configuration."
         )
 
 
@@ -108,9 +110,9 @@ def _incomplete(path: str | Path, missing: Collection[str], loaded: Iterable[str
         for part, count in Counter(map(_part_of, missing)).items()
     ]
     return (
-        f"{path}: lacks {', '.join(parts)}, such as {_some(list(missing))}. These weights can be "
-        "trained on, but a model that is only used needs all of them: give MODEL.WEIGHTS the "
-        "checkpoint of a training of this configuration (tools/train_net.py), such as "
+        f"{path}: lacks {', '.join(parts)}, such as {listed([*missing], _SHOWN)}. These weights "
+        "can be trained on, but a model that is only used needs all of them: give MODEL.WEIGHTS "
+        "the checkpoint of a training of this configuration (tools/train_net.py), such as "
         "model_final.pth."
     )
 
@@ -127,17 +129,16 @@ def _too_few_stages(path: str | Path, there: int, lacking: list[int]) -> str:
 
 
 def _differing(path: str | Path, shapes: Mapping[str, Shapes]) -> str:
-    shown = [
+    differences = [
         f"{name} is {in_file} in the file, {in_model} in the model"
-        for name, (in_file, in_model) in list(shapes.items())[:_SHOWN]
+        for name, (in_file, in_model) in shapes.items()
     ]
-    more = f" and {len(shapes) - _SHOWN} more" if len(shapes) > _SHOWN else ""
     only_classes = all("box_predictor." in name or "mask_head.predictor" in name for name in shapes)
     key = "MODEL.ROI_HEADS.NUM_CLASSES" if only_classes else "MODEL"
     return (
-        f"{path}: {'; '.join(shown)}{more}. These weights were trained with another {key}: give "
-        "that of their training, or the MODEL.WEIGHTS of a training of this configuration "
-        "(tools/train_net.py)."
+        f"{path}: {listed(differences, _SHOWN, '; ')}. These weights were trained with another "
+        f"{key}: give that of their training, or the MODEL.WEIGHTS of a training of this "
+        "configuration (tools/train_net.py)."
     )
 
 
@@ -148,8 +149,3 @@ def _part_of(name: str) -> str:
 
 def _stages(names: Iterable[str]) -> set[int]:
     return {int(found[1]) for name in names if (found := _STAGE.match(name))}
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

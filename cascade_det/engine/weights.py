@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cascade_det.engine.weight_completeness import check_complete, check_finite
 from cascade_det.engine.weight_files import WeightsFile, read_weights, read_weights_file
 from cascade_det.errors import CheckpointError
+from cascade_det.text import listed
 
 __all__ = ["LoadReport", "ShapeMismatch", "load_weights", "read_weights"]
 
@@ -115,9 +116,10 @@ def load_weights(model: nn.Module, path: str | Path, *, complete: bool = False) 
         # With the shapes, where these are what differs.
         in_file = [f"{m.name} {m.in_file}" for m in report.reinitialised] or file.weights
         in_model = [f"{m.name} {m.in_model}" for m in report.reinitialised] or state
+        has, wants = listed(sorted(in_file), 3), listed(sorted(in_model), 3)
         raise CheckpointError(
-            f"{path}: nothing in it fits this model. The file has {_examples(in_file)}; the "
-            f"model wants {_examples(in_model)}. Check that the file belongs to this architecture."
+            f"{path}: nothing in it fits this model. The file has {has}; the model wants {wants}. "
+            "Check that the file belongs to this architecture."
         )
     statistics = _unit_statistics(values, state)
     # A number may be too large for the type here alone.
@@ -213,8 +215,3 @@ def _prefixes(name: str) -> list[str]:
     """``a.b.c`` -> ``a``, ``a.b``, ``a.b.c``."""
     parts = name.split(".")
     return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-
-
-def _examples(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

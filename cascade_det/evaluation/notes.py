@@ -13,6 +13,7 @@ from pycocotools.coco import COCO
 
 from cascade_det.evaluation.ground_truth import class_labels
 from cascade_det.evaluation.tables import shown_name
+from cascade_det.text import listed
 
 # COCO's sizes by the area of the object in square pixels, both ends included.
 _SIZES = {
@@ -281,5 +282,4 @@ def _by_image(items: Iterable[Mapping[str, Any]]) -> dict[int, list[Mapping[str,
 
 
 def _enumerate(names: Sequence[object]) -> str:
-    shown = ", ".join(shown_name(str(name)) for name in names[:_MAX_NAMES])
-    return shown if len(names) <= _MAX_NAMES else f"{shown} and {len(names) - _MAX_NAMES} more"
+    return listed([shown_name(str(name)) for name in names], _MAX_NAMES)

@@ -259,19 +259,14 @@ def _write(
     # Black on light and white on dark grounds, by the luma of ITU-R BT.601.
     ink = _BLACK if 0.114 * blue + 0.587 * green + 0.299 * red > 110 else _WHITE
     origin = (left + 2, top + height - baseline)
-    _put_text(picture, text, origin, scale, ink)
+    thickness = _thickness(scale)
+    cv2.putText(picture, _drawable(text), origin, _FONT, scale, ink, thickness, cv2.LINE_AA)
 
 
 def _text_size(text: str, scale: float) -> tuple[int, int, int]:
     """Width, height above the baseline, and depth below it, in pixels."""
     size, baseline = cv2.getTextSize(_drawable(text), _FONT, scale, _thickness(scale))
     return size[0], size[1], baseline
-
-
-def _put_text(
-    picture: npt.NDArray[np.uint8], text: str, origin: tuple[int, int], scale: float, ink: Color
-) -> None:
-    cv2.putText(picture, _drawable(text), origin, _FONT, scale, ink, _thickness(scale), cv2.LINE_AA)
 
 
 def _drawable(text: str) -> str:

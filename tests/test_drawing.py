@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detection_rows import detections_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,22 +27,10 @@ def image():
     return np.full((240, 320, 3), GREY, dtype=np.uint8)
 
 
-def found_in(*rows):
-    """Detections of rows of (XYWH box, score, class[, exit stage])."""
-    boxes = torch.tensor([row[0] for row in rows], dtype=torch.float32).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    return Detections(
-        boxes,
-        torch.tensor([row[1] for row in rows], dtype=torch.float32),
-        torch.tensor([row[2] for row in rows], dtype=torch.int64),
-        torch.tensor([row[3] if len(row) > 3 else 0 for row in rows], dtype=torch.int64),
-    )
-
-
 @pytest.mark.parametrize("with_stages", [False, True])
 def test_edges_have_the_colour_of_the_class(image, with_stages):
     rows = [((40, 60, 80, 50), 0.9, 0, 2), ((200, 90, 70, 60), 0.8, 1, 2)]
-    picture = draw_detections(image, found_in(*rows), NAMES, with_stages=with_stages)
+    picture = draw_detections(image, detections_of(*rows), NAMES, with_stages=with_stages)
     for (x, y, w, h), _, class_index, _ in rows:
         color = list(class_color(class_index))
         # The lower half of the sides and the middle of the lower edge: labels are above.
@@ -52,7 +41,7 @@ def test_edges_have_the_colour_of_the_class(image, with_stages):
 
 
 def test_image_is_not_changed(image):
-    picture = draw_detections(image, found_in(((40, 60, 80, 50), 0.9, 0)), NAMES)
+    picture = draw_detections(image, detections_of(((40, 60, 80, 50), 0.9, 0)), NAMES)
     assert (image == GREY).all()
     assert picture.shape == image.shape
     assert picture.dtype == np.uint8
@@ -60,19 +49,19 @@ def test_image_is_not_changed(image):
 
 
 def test_no_detections(image):
-    picture = draw_detections(image, found_in(), NAMES)
+    picture = draw_detections(image, detections_of(), NAMES)
     assert (picture == image).all()
     assert picture is not image
 
 
 def test_low_scores_are_left_out(image):
-    found = found_in(((40, 60, 80, 50), 0.49, 0), ((150, 60, 80, 50), 0.3, 1))
+    found = detections_of(((40, 60, 80, 50), 0.49, 0), ((150, 60, 80, 50), 0.3, 1))
     assert (draw_detections(image, found, NAMES) == GREY).all()
     assert (draw_detections(image, found, NAMES, score_threshold=0.4)[110, 45:115] != GREY).any()
 
 
 def test_threshold_itself_is_drawn(image):
-    found = found_in(((40, 60, 80, 50), 0.5, 0))
+    found = detections_of(((40, 60, 80, 50), 0.5, 0))
     assert (draw_detections(image, found, NAMES, score_threshold=0.5) != GREY).any()
 
 
@@ -80,13 +69,13 @@ def test_best_score_is_drawn_on_top(image):
     box = (40, 60, 80, 50)
     for order in ((0, 1), (1, 0)):
         rows = [(box, 0.6, 0, 0), (box, 0.9, 1, 1)]
-        picture = draw_detections(image, found_in(*(rows[i] for i in order)), NAMES)
+        picture = draw_detections(image, detections_of(*(rows[i] for i in order)), NAMES)
         assert (picture[85, 40] == class_color(1)).all()
 
 
 def test_stages_are_told_only_where_they_are_asked_for(image, monkeypatch):
     areas = written_areas(monkeypatch)
-    found = found_in(((2, 30, 150, 200), 0.9, 0, 3), ((20, 60, 90, 100), 0.8, 1, 0))
+    found = detections_of(((2, 30, 150, 200), 0.9, 0, 3), ((20, 60, 90, 100), 0.8, 1, 0))
     draw_detections(image, found, NAMES)
     assert [text for text, _ in areas] == ["cat 0.90", "dog 0.80"]
     areas.clear()
@@ -98,7 +87,7 @@ def test_stages_are_told_only_where_they_are_asked_for(image, monkeypatch):
 
 
 def test_arrays_are_drawn_as_tensors_are(image):
-    tensors = found_in(((40, 60, 80, 50), 0.9, 0, 2), ((200, 90, 70, 60), 0.8, 1, 0))
+    tensors = detections_of(((40, 60, 80, 50), 0.9, 0, 2), ((200, 90, 70, 60), 0.8, 1, 0))
     arrays = ArrayDetections(*(column.numpy() for column in vars(tensors).values()))
     tensors.scores.requires_grad_()
     for with_stages in (False, True):
@@ -112,7 +101,7 @@ def test_arrays_are_drawn_as_tensors_are(image):
 def test_labels_of_equal_boxes_do_not_hide_each_other(image, monkeypatch):
     areas = written_areas(monkeypatch)
     box = (60, 80, 150, 80)
-    found = found_in((box, 0.9, 0), (box, 0.8, 1), (box, 0.7, 0))
+    found = detections_of((box, 0.9, 0), (box, 0.8, 1), (box, 0.7, 0))
     draw_detections(image, found, NAMES, with_stages=True)
     assert len(areas) == 4  # The legend has one line.
     taken = np.zeros(image.shape[:2], int)
@@ -183,7 +172,7 @@ def test_lines_and_letters_grow_with_the_picture(monkeypatch):
     for factor in (1, 5):
         picture = np.full((240 * factor, 320 * factor, 3), GREY, dtype=np.uint8)
         box = tuple(factor * side for side in (40, 60, 80, 50))
-        drawn = draw_detections(picture, found_in((box, 0.9, 0)), NAMES)
+        drawn = draw_detections(picture, detections_of((box, 0.9, 0)), NAMES)
         middle = drawn[85 * factor, : 80 * factor]
         thickness = (middle != GREY).any(axis=1).sum()
         # OpenCV draws a line of thickness 3 up to 5 px wide.
@@ -229,7 +218,7 @@ def test_any_text_is_drawn(image, text, monkeypatch):
         return put_text(picture, written, *args)
 
     monkeypatch.setattr(cv2, "putText", record)
-    picture = draw_detections(image, found_in(((40, 60, 80, 50), 0.9, 0)), [text])
+    picture = draw_detections(image, detections_of(((40, 60, 80, 50), 0.9, 0)), [text])
     assert picture.shape == image.shape
     draw_boxes(image, [[40, 60, 120, 110]], [text], [GREEN])
     caption(image, text, GREEN)
@@ -248,7 +237,7 @@ def text_pixels(text):
 @pytest.mark.skipif(int(cv2.__version__[0]) < 5, reason="OpenCV 4 draws ASCII alone")
 def test_letters_of_other_languages_stay(image, monkeypatch):
     areas = written_areas(monkeypatch)
-    draw_detections(image, found_in(((40, 60, 80, 50), 0.9, 0)), ["gr\u00f6\u00dfe \u732b"])
+    draw_detections(image, detections_of(((40, 60, 80, 50), 0.9, 0)), ["gr\u00f6\u00dfe \u732b"])
     assert areas[0][0] == "gr\u00f6\u00dfe \u732b 0.90"
     assert drawing._drawable("gr\u00f6\u00dfe \u732b") == "gr\u00f6\u00dfe \u732b"
 

@@ -11,7 +11,7 @@ from cascade_det.text import printable
 
 Figures = Mapping[str, Any]
 
-LONGEST_NAME = 48  # Characters of a class or a file in a table or a sentence.
+_LONGEST_NAME = 48  # Characters of a class or a file in a table or a sentence.
 
 
 def stage_names(figures: Figures) -> list[str]:
@@ -41,7 +41,7 @@ def table(
 
 def shown_name(text: str) -> str:
     """The name of a class or file as it may stand in a table or a sentence."""
-    return printable(text, longest=LONGEST_NAME)
+    return printable(text, longest=_LONGEST_NAME)
 
 
 def _cell(text: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-import torch
+from detection_rows import detections_of
 
 from cascade_det.core.structures import CascadeStats, Detections, DetectorOutput, StageOutput
 
@@ -48,18 +48,7 @@ def coco_content() -> Callable[..., dict[str, Any]]:
 @pytest.fixture
 def detections() -> Callable[..., Detections]:
     """Builds detections from rows of (XYWH box, score, class[, exit stage])."""
-
-    def build(*rows: tuple) -> Detections:
-        boxes = torch.tensor([row[0] for row in rows], dtype=torch.float32).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        return Detections(
-            boxes,
-            torch.tensor([row[1] for row in rows], dtype=torch.float32),
-            torch.tensor([row[2] for row in rows], dtype=torch.int64),
-            torch.tensor([row[3] if len(row) > 3 else 0 for row in rows], dtype=torch.int64),
-        )
-
-    return build
+    return detections_of
 
 
 @pytest.fixture

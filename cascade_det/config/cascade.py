@@ -45,14 +45,14 @@ _CASCADE: dict[str, Any] = {
     # are decoded before a run, and of training sets only their heads and ends are looked at: one
     # that proves broken when it is read stops the training, or ("skip") another takes its place.
     "ON_BAD_DATA": "error",
-    # Images, or folders of images, that are symbolic links to somewhere outside the image folder:
-    # "near" follows those to below the folder of the json or the working directory, "all" follows
-    # them anywhere, "none" nowhere. The others are bad data, see above.
+    # Which symbolic links out of the image folder are followed, of images or of folders of them:
+    # "near" those that lead below the folder of the json or the working directory, "all" any,
+    # "none" none. An image behind another link is bad data, see above.
     "FOLLOW_LINKS": "near",
-    # Passes over the images that are trained on, as the length of the training: SOLVER.MAX_ITER
+    # The length of the training, in passes over the images that are trained on: SOLVER.MAX_ITER
     # becomes as many iterations, and STEPS, WARMUP_ITERS, CHECKPOINT_PERIOD and TEST.EVAL_PERIOD
-    # shrink or grow in proportion to it. From 0 to 1,000,000; 0 = SOLVER.MAX_ITER as it is. One
-    # who sets SOLVER.MAX_ITER on top of it has to say 0 too.
+    # are scaled with it. From 0 to 1,000,000; 0 = SOLVER.MAX_ITER as it is. To set
+    # SOLVER.MAX_ITER on top of a file with EPOCHS, set EPOCHS to 0 as well.
     "EPOCHS": 0.0,
     "MAX_TO_KEEP": 5,  # latest checkpoints that are kept; 0 = all of them
     # The figure that decides which checkpoint is the best one, and that PATIENCE watches: more is

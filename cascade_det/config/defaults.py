@@ -75,7 +75,9 @@ _TEST: dict[str, Any] = {
     "EXPECTED_RESULTS": [],  # [task, metric, value, tolerance] each
     "EVAL_PERIOD": 0,  # iterations between evaluations in training; 0 = only at the end
     "KEYPOINT_OKS_SIGMAS": [],
-    "DETECTIONS_PER_IMAGE": 100,  # the best this many are returned, >= 1
+    # The best this many are returned, >= 1. Above 100, which is COCO's limit, an evaluation counts
+    # as many of each class in an image.
+    "DETECTIONS_PER_IMAGE": 100,
     "AUG": {  # test-time augmentation
         "ENABLED": False,
         "MIN_SIZES": (400, 500, 600, 700, 800, 900, 1000, 1100, 1200),  # pixels

@@ -102,7 +102,7 @@ def atomic_folder(path: str | os.PathLike[str], *, made: Collection[str]) -> Ite
             since all that is in it is replaced.
 
     Raises:
-        CascadeDetError: ``path`` is no folder, or holds something else; before the block runs.
+        CascadeDetError: ``path`` is not a folder, or holds something else; before the block runs.
     """
     target = Path(os.path.realpath(path))
     _check_replaceable(target, made)
@@ -128,7 +128,7 @@ def _check_replaceable(folder: Path, made: Collection[str]) -> None:
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():
-        raise CascadeDetError(f"{folder}: is no folder. Give another one.")
+        raise CascadeDetError(f"{folder}: is not a folder. Give another one.")
     others = sorted(entry.name for entry in folder.iterdir() if entry.name not in made)
     if others:
         raise CascadeDetError(

@@ -193,8 +193,8 @@ class OnnxPredictor:
         Raises:
             DatasetError: if a file is missing or no image.
             CheckpointError: the file fails, or what it gives are no detections: boxes or scores
-                that are not finite, scores outside [0, 1] or not in falling order, or classes that
-                it does not name.
+                that are not finite, scores outside [0, 1] or not in descending order, or classes
+                that it does not name.
             ValueError: if an image is something else, or an array not uint8 ``[H, W, 3]``.
         """
         if isinstance(images, (np.ndarray, str, os.PathLike)):
@@ -247,7 +247,7 @@ def _what_is_wrong(
     if not ((scores >= 0) & (scores <= 1)).all():
         return "scores outside [0, 1]"
     if (scores[1:] > scores[:-1]).any():
-        return "scores that do not fall"
+        return "scores that are not in descending order"
     if not ((classes >= 0) & (classes < num_classes)).all():
         return "classes that it does not name"
     return None

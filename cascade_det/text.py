@@ -49,18 +49,18 @@ def check_name(name: Any) -> str:
     """Return the name of a class as it is.
 
     Raises:
-        ValueError: ``name`` is no string, empty, longer than 255 characters, or has characters
-            that cannot be shown.
+        ValueError: ``name`` is not a string, is empty or longer than 255 characters, or has
+            characters that cannot be shown.
     """
     if not isinstance(name, str):
-        raise ValueError(f"{printable(repr(name), longest=60)} is no text")
+        raise ValueError(f"{printable(repr(name), longest=60)} is not text")
     if not name.strip():
         raise ValueError("it is empty")
     if len(name) > LONGEST_NAME:
         shown = printable(name, longest=40)
         raise ValueError(f"{shown} has {len(name):,} characters, and {LONGEST_NAME} are the most")
     if any(map(_is_unprintable, name)):
-        raise ValueError(f"{printable(name)} has control characters, or is no valid Unicode")
+        raise ValueError(f"{printable(name)} has control characters, or is not valid Unicode")
     return name
 
 

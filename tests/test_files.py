@@ -243,7 +243,7 @@ class TestFolders:
 
     def test_a_file_in_its_place(self, tmp_path):
         (tmp_path / "out").write_text("mine")
-        with pytest.raises(CascadeDetError, match="is no folder"):
+        with pytest.raises(CascadeDetError, match="is not a folder"):
             self.write(tmp_path / "out")
         assert (tmp_path / "out").read_text() == "mine"
 

@@ -73,7 +73,7 @@ def test_the_first_of_many():
 
 @pytest.mark.parametrize(
     ("name", "complaint"),
-    [(None, "no text"), (7, "no text"), ([], "no text"), ("", "empty"), (" \t", "empty")],
+    [(None, "not text"), (7, "not text"), ([], "not text"), ("", "empty"), (" \t", "empty")],
 )
 def test_what_is_no_name(name, complaint):
     with pytest.raises(ValueError, match=complaint):

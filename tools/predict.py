@@ -123,7 +123,7 @@ def find_images(patterns: list[str]) -> list[Path]:
         images = [image for path in paths for image in _images_at(path)]
         if not images:
             raise DatasetError(
-                f"--input {pattern}: neither a file that is there nor a folder with images"
+                f"--input {pattern}: is neither an existing file nor a folder with images"
             )
         found.update(dict.fromkeys(images))
     return list(found)

@@ -213,13 +213,14 @@ def _layer(setting: Setting) -> str:
 
 
 def _base(path: Path, including: tuple[str, ...]) -> list[Entry]:
-    """The values of a base, which is not quoted: whoever wrote a configuration chose the file.
+    """The values of a base; errors do not quote it.
 
-    Else a configuration of somebody else's could have any file of this machine in a log.
+    Otherwise somebody else's configuration could name any file of this machine as its base and have
+    it printed into a log.
     """
     named = f"It is a {BASE_KEY} of {including[-1]}."
     if os.path.exists(path) and not os.path.isfile(path):
-        raise ConfigError(f"{path}: is no file. {named}")
+        raise ConfigError(f"{path}: is not a file. {named}")
     try:
         text = read_text(path)
     except ConfigError as error:

@@ -63,10 +63,10 @@ class Detector(nn.Module):
             batch: inputs with ``instances``, the ground truth.
 
         Raises:
-            ValueError: there is no image, or one is as ``detect`` refuses it.
+            ValueError: the batch is empty, or has an image that ``detect`` refuses.
         """
         if not batch:
-            raise ValueError("no losses of no images: give a batch of at least one")
+            raise ValueError("the batch is empty: losses need at least one image")
         check_images(batch, image_channels(self.model))
         with _training_heads(self.model), EventStorage():
             return self.model(batch)
@@ -93,7 +93,7 @@ class Detector(nn.Module):
             timer: takes the milliseconds of every part if given.
 
         Raises:
-            ValueError: an image is no tensor ``[3, H, W]``, or has no pixel.
+            ValueError: an image is not a tensor ``[3, H, W]``, or has no pixels.
         """
         if not batch:
             self.outputs = []

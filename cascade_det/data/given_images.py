@@ -18,7 +18,7 @@ _WANTED = "a uint8 array [H, W, 3] in BGR order, or the path of a file"
 
 
 def check_images(images: Any, names: Sequence[str] | None = None) -> list[Image]:
-    """Make sure that all of several images can be detected on, before the first one is.
+    """Check that images can be detected on, all of them before the first one is.
 
     Args:
         images: a list or tuple, each as :func:`given_pixels` takes it.
@@ -59,9 +59,7 @@ def _check_image(image: Any) -> None:
     if not isinstance(image, np.ndarray):
         raise ValueError(f"an image is {_WANTED}, not {_kind(image)}")
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(
-            f"an image is {_WANTED}: uint8 [H, W, 3], not {image.dtype} {list(image.shape)}"
-        )
+        raise ValueError(f"an image is {_WANTED}, not {image.dtype} {list(image.shape)}")
     if image.size == 0:
         raise ValueError(f"an image of shape {list(image.shape)} has no pixels")
 

@@ -81,7 +81,7 @@ def read_image(path: str, image_format: str) -> Pixels:
 
 def _check_is_file(path: str) -> None:
     if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would make us wait for ever
-        raise DatasetError(f"{path}: is no file")
+        raise DatasetError(f"{path}: is not a file")
 
 
 def resize_shortest_edge(image: Pixels, short_edge: int, max_size: int) -> Pixels:

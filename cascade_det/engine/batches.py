@@ -27,14 +27,14 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
 
 
 def check_images(batch: Sequence[Mapping[str, Any]], channels: int | None = 3) -> None:
-    """Make sure that the images of a batch are what a detector takes.
+    """Check that a detector can take the images of a batch.
 
     Args:
         batch: samples.
         channels: of an image; ``None`` for any number.
 
     Raises:
-        ValueError: one is no tensor ``[channels, H, W]``, or has no pixel.
+        ValueError: one is not a tensor ``[channels, H, W]``, or has no pixels.
     """
     for place, sample in enumerate(batch):
         image = sample.get("image")
@@ -48,7 +48,7 @@ def check_images(batch: Sequence[Mapping[str, Any]], channels: int | None = 3) -
 
 
 def check_truth(batch: Sequence[Mapping[str, Any]], num_classes: int) -> None:
-    """Make sure that the ground truth of a batch, as far as it is there, can be trained on.
+    """Check that the ground truth of a batch, as far as there is any, can be trained on.
 
     Raises:
         ValueError: boxes are not ``[G, 4]``, classes not int64 ``[G]`` in ``[0, num_classes)``, or
@@ -59,7 +59,9 @@ def check_truth(batch: Sequence[Mapping[str, Any]], num_classes: int) -> None:
             continue
         boxes, classes = sample.get("gt_boxes"), sample.get("gt_classes")
         if not isinstance(boxes, Tensor) or not isinstance(classes, Tensor):
-            raise ValueError(f"image {place} of the batch has gt_boxes or gt_classes of no tensor")
+            raise ValueError(
+                f"image {place} of the batch has gt_boxes or gt_classes that are not tensors"
+            )
         is_fine = (
             boxes.is_floating_point()
             and boxes.shape == (len(boxes), 4)

@@ -230,7 +230,9 @@ def _open_alone(path: Path) -> FileIO:
         try:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise DatasetError(f"{path}: is no file. Move it away, or give another --output.")
+                raise DatasetError(
+                    f"{path}: is not a file. Move it away, or give another --output."
+                )
             _lock(file, path)
             # Another run may have ended, and removed its file, before the lock.
             if path.exists() and os.path.samestat(status, path.lstat()):
@@ -246,8 +248,8 @@ def _lock(file: FileIO, path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise DatasetError(
-            f"{path.parent}: another run of predict.py is writing to this folder. Wait for it, or "
-            "give another --output."
+            f"{path.parent}: another run of predict.py is writing to this folder. Wait for its "
+            "end, or give another --output."
         ) from None
     except OSError:
         pass  # Some network file systems have no locks.

@@ -92,8 +92,8 @@ class RunInfo:
 def run_of(file: Path) -> dict[str, Any]:
     """What our own checkpoints say of their run; nothing for weights from elsewhere.
 
-    Names and ids of classes are there both, and safe to show, or neither: weights are as good
-    without them, and whoever wants to know is told in the log.
+    Either both the names and the ids of the classes are there, and safe to show, or neither. Where
+    they cannot be used, the log says so: the weights are as good without them.
     """
     if file.suffix not in (".pth", ".pt"):
         return {}
@@ -103,13 +103,13 @@ def run_of(file: Path) -> dict[str, Any]:
 
 def _usable(run: Any, file: str | Path) -> dict[str, Any]:
     if not isinstance(run, dict):
-        logger.warning("%s: what it says of its run is passed over, it is no dict", file)
+        logger.warning("%s: its entry 'run' is ignored, since it is not a dict", file)
         return {}
     try:
         if run.keys() & _CLASSES:
             _check_classes(run)
     except CheckpointError as error:
-        logger.warning("%s: its names of classes are passed over: %s", file, error)
+        logger.warning("%s: its class names are ignored: %s", file, error)
         return {name: value for name, value in run.items() if name not in _CLASSES}
     return run
 
@@ -128,7 +128,7 @@ def _check_classes(run: Mapping[str, Any]) -> None:
             raise CheckpointError(f"class_names, number {number}: {error}") from error
     wrong = [i for i in ids if type(i) is not int or not -(2**63) <= i < 2**63]
     if wrong:
-        raise CheckpointError(f"category_ids has {shown(wrong[0])}, which is no whole number")
+        raise CheckpointError(f"category_ids has {shown(wrong[0])}, which is not a whole number")
     if len(ids) != len(names) or len(set(ids)) != len(ids):
         raise CheckpointError(
             f"category_ids has {len(set(ids))} different ids for {len(names)} classes"

@@ -96,8 +96,8 @@ def _acquire(folder: Path) -> FileLock:
         if not os.access(folder, os.W_OK):
             raise
         logger.warning(
-            "%s: its file system knows no locks (%s), so that nobody would notice another run in "
-            "this folder",
+            "%s: its file system has no locks (%s), so another run in this folder would go "
+            "unnoticed",
             *(folder, error),
         )
     return lock

@@ -1,4 +1,4 @@
-"""A training step in a file, read again: whoever wrote it, it is plain, and what it says it is."""
+"""Reads the file of a training step, which may come from anybody, and checks what is in it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Step:
 
 
 def read_step(path: Path) -> Step:
-    """Read a step; nothing in the file is executed, and every tensor in it is dense and there.
+    """Read a step. Nothing in the file is executed; every tensor in it is dense and has its data.
 
     Raises:
         CheckpointError: the file cannot be read, or is of another kind.
@@ -65,17 +65,17 @@ def _step(content: dict[str, Any]) -> Step:
     model, random, batch = (content[name] for name in ("model", "random", "batch"))
     for name, value in (("model", model), ("random", random)):
         if not isinstance(value, dict):
-            raise ValueError(f"its {name} is {shown(value)}, no dict")
+            raise ValueError(f"its {name} is {shown(value)}, not a dict")
     if not isinstance(batch, list) or not batch or not all(isinstance(s, dict) for s in batch):
-        raise ValueError(f"its batch is {shown(batch)}, no list of samples")
+        raise ValueError(f"its batch is {shown(batch)}, not a list of samples")
     iteration, progress = content["iteration"], content.get("progress", 0.0)
     if type(iteration) is not int:
-        raise ValueError(f"its iteration is {shown(iteration)}, no whole number")
+        raise ValueError(f"its iteration is {shown(iteration)}, not a whole number")
     if type(progress) not in (int, float) or not 0 <= progress <= 1 or math.isnan(progress):
-        raise ValueError(f"its progress is {shown(progress)}, no share from 0 to 1")
+        raise ValueError(f"its progress is {shown(progress)}, not a number from 0 to 1")
     parts = content["parts"]
     if type(parts) is not int:
-        raise ValueError(f"its parts are {shown(parts)}, no whole number")
+        raise ValueError(f"its parts are {shown(parts)}, not a whole number")
     dtype = amp_dtype_of(content["amp_dtype"])
     return Step(model, split_batch(batch, parts), random, iteration, float(progress), dtype)
 

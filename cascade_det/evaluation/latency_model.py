@@ -125,7 +125,7 @@ class LatencyModel:
         return (
             f"{self.constant:.1f} ms for a call with {self.batch_size} image(s) on "
             f"{self.device_name or 'an unknown device'}, and for each stage that is entered, "
-            f"{stages}. Fitted to {self.samples} calls; half of them are foretold to within "
+            f"{stages}. Fitted to {self.samples} calls; half of them are predicted to within "
             f"{100 * self.spread:.0f} %."
         )
 

@@ -109,7 +109,7 @@ class Detector(nn.Module):
 
         Raises:
             RuntimeError: the detector was optimised for inference.
-            ValueError: there is no image, or one is as ``detect`` refuses it.
+            ValueError: the batch is empty, or has an image that ``detect`` refuses.
         """
         if self.optimizations:
             raise RuntimeError(
@@ -118,7 +118,7 @@ class Detector(nn.Module):
                 "MODEL.CASCADE.FAST.ENABLED"
             )
         if not batch:
-            raise ValueError("no losses of no images: give a batch of at least one")
+            raise ValueError("the batch is empty: losses need at least one image")
         gt_boxes = [s["gt_boxes"].to(self.device) for s in batch]
         gt_classes = [s["gt_classes"].to(self.device) for s in batch]
         if self.roi_heads.regime.exits_alone:
@@ -154,7 +154,7 @@ class Detector(nn.Module):
             timer: takes the milliseconds of every part if given.
 
         Raises:
-            ValueError: an image is no tensor ``[3, H, W]``, or has no pixel.
+            ValueError: an image is not a tensor ``[3, H, W]``, or has no pixels.
         """
         if not batch:
             return DetectorOutput([], CascadeStats.of_nothing(self.roi_heads.num_stages))

@@ -233,7 +233,7 @@ def test_a_file_that_a_configuration_names_is_not_quoted(content, line, write_ya
 def test_a_base_that_is_no_file_is_not_waited_for(write_yaml, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name in ("pipe", "."):
-        with pytest.raises(ConfigError, match=r"is no file\. It is a _BASE_ of"):
+        with pytest.raises(ConfigError, match=r"is not a file\. It is a _BASE_ of"):
             load_config(write_yaml(f"_BASE_: {name}\n"))
 
 

@@ -42,7 +42,7 @@ CATEGORY = '"categories": [{"id": 1, "name": "a"}]'
         ),
         (
             '{"categories": [{"id": 1, "name": ["cat"]}], "images": []}',
-            r"category without a usable 'name': category 1: \['cat'\] is no text",
+            r"category without a usable 'name': category 1: \['cat'\] is not text",
         ),
         (
             '{"categories": [{"id": 1.0, "name": "a"}], "images": []}',

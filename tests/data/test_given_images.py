@@ -61,7 +61,7 @@ def test_several_are_a_list_or_tuple():
 def test_what_is_no_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     for path in (tmp_path / "pipe.png", tmp_path, "/dev/zero"):
-        with pytest.raises(DatasetError, match=f"{path}: is no file"):
+        with pytest.raises(DatasetError, match=f"{path}: is not a file"):
             given_pixels(path, "BGR")
     with pytest.raises(DatasetError, match="no such image"):
         given_pixels(tmp_path / "gone.png", "BGR")

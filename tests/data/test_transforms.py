@@ -131,7 +131,7 @@ def test_what_is_no_image(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")  # nobody writes into it: reading would wait for ever
     (tmp_path / "link.jpg").symlink_to(tmp_path / "pipe.jpg")
     for path in (tmp_path / "pipe.jpg", tmp_path / "link.jpg", tmp_path, Path("/dev/zero")):
-        with pytest.raises(DatasetError, match=f"^{path}: is no file$"):
+        with pytest.raises(DatasetError, match=f"^{path}: is not a file$"):
             read_image(str(path), "RGB")
 
 

@@ -114,4 +114,4 @@ def test_a_file_system_without_locks_is_told_and_no_obstacle(cfg, monkeypatch, c
 
     monkeypatch.setattr(run_lock.FileLock, "acquire", refuse)
     assert run(cfg) == [".cascade_det.owner.json"]
-    assert "knows no locks (no flock)" in caplog.text
+    assert "has no locks (no flock)" in caplog.text

@@ -124,5 +124,5 @@ def test_in_words():
     assert str(model) == (
         "50.0 ms for a call with 4 image(s) on Some CPU, and for each stage that is entered, "
         "stage 0: 1.0 ms and 12 us per region; stage 1: 2.5 ms and 100 us per region. Fitted to "
-        "96 calls; half of them are foretold to within 3 %."
+        "96 calls; half of them are predicted to within 3 %."
     )

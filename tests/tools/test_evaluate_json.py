@@ -282,7 +282,7 @@ def test_predictions_of_predict_are_scored_as_any_others(files):
     assert run(files, "--output", str(files / "list")) == 0
     content, predictions = noisy_case()
     written = of_predict(content, predictions)
-    written["failed"] = [{"file_name": "photos/x.png", "reason": "is no file"}]
+    written["failed"] = [{"file_name": "photos/x.png", "reason": "is not a file"}]
     (files / "predictions.json").write_text(json.dumps(written))
     assert run(files, "--output", str(files / "ours")) == 0
     by_list, ours = (

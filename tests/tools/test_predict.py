@@ -151,7 +151,7 @@ def test_what_exists_is_no_glob(folder):
     ):
         assert [str(path) for path in predict.find_images(patterns)] == wanted
     for missing in ("scan[3].png", "set[2]/x*.png", "nothing"):
-        with pytest.raises(DatasetError, match="neither a file that is there"):
+        with pytest.raises(DatasetError, match="is neither an existing file"):
             predict.find_images([missing])
 
 
@@ -159,11 +159,11 @@ def test_a_pipe_is_told_and_not_waited_for(folder):
     draw(folder / "in", "a.png")
     os.mkfifo(folder / "in" / "b.png")
     (folder / "in" / "c.png").mkdir()
-    with pytest.raises(DatasetError, match="neither a file"):
+    with pytest.raises(DatasetError, match="neither an existing file"):
         predict.find_images(["in/b.png"])
     assert run(["in"], folder / "out") == 1
     assert [failure["reason"] for failure in results(folder / "out")["failed"]] == [
-        "is no file"
+        "is not a file"
     ] * 2
     output = folder / "pipes"
     output.mkdir()

@@ -84,7 +84,7 @@ def _within(
         value = convert(text)
         # NaN fails every comparison.
         if not least <= value <= most or value == math.inf:
-            wanted = f"of {least:g} or more" if most == math.inf else f"from {least:g} to {most:g}"
+            wanted = f"of {least} or more" if most == math.inf else f"from {least} to {most}"
             raise argparse.ArgumentTypeError(f"{text!r}: give a {kind} {wanted}")
         return value
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from threading import Lock
 from typing import Concatenate, ParamSpec, TypeVar
 
 from torch import nn
@@ -14,24 +15,63 @@ _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 
+class _Block:
+    """Modules that were in training, and how many calls need them in evaluation mode."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.modules = modules
+        self.calls = 0
+
+
+_LOCK = Lock()
+_BLOCK_OF: dict[nn.Module, _Block] = {}
+
+
 @contextmanager
 def evaluation_mode(*parts: nn.Module) -> Iterator[None]:
     """Within the block all modules are in evaluation mode; afterwards in the mode of before.
 
-    Where all are in evaluation mode already, nothing is written, so that threads can share them.
+    Threads can share them: the first one switches, and the last one switches back. Where all are
+    in evaluation mode already, nothing is written.
     """
-    # Module by module: what is frozen in evaluation mode inside a training model stays so.
-    training = [module for part in parts for module in part.modules() if module.training]
-    if not training:
-        yield
-        return
-    for part in parts:
-        part.eval()
+    with _LOCK:
+        blocks = _enter(parts)
     try:
         yield
     finally:
-        for module in training:
+        if blocks:
+            with _LOCK:
+                _leave(blocks)
+
+
+def _enter(parts: tuple[nn.Module, ...]) -> set[_Block]:
+    """Switch to evaluation mode; whose switching back has to wait for this call."""
+    # Module by module: what is frozen in evaluation mode inside a training model stays so.
+    modules = [module for part in parts for module in part.modules()]
+    blocks = (
+        {_BLOCK_OF[module] for module in modules if module in _BLOCK_OF} if _BLOCK_OF else set()
+    )
+    training = [module for module in modules if module.training]
+    if training:
+        for part in parts:
+            part.eval()
+        block = _Block(training)
+        _BLOCK_OF.update(dict.fromkeys(training, block))
+        blocks.add(block)
+    for block in blocks:
+        block.calls += 1
+    return blocks
+
+
+def _leave(blocks: set[_Block]) -> None:
+    for block in blocks:
+        block.calls -= 1
+        if block.calls:
+            continue
+        for module in block.modules:
             module.training = True
+            if _BLOCK_OF.get(module) is block:
+                del _BLOCK_OF[module]
 
 
 def in_evaluation_mode(

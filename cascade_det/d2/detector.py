@@ -65,7 +65,7 @@ class Detector(nn.Module):
         Raises:
             ValueError: the batch is empty, or has an image that ``detect`` refuses.
         """
-        if not batch:
+        if len(batch) == 0:
             raise ValueError("the batch is empty: losses need at least one image")
         check_images(batch, image_channels(self.model))
         with _training_heads(self.model), EventStorage():
@@ -95,7 +95,7 @@ class Detector(nn.Module):
         Raises:
             ValueError: an image is not a tensor ``[3, H, W]``, or has no pixels.
         """
-        if not batch:
+        if len(batch) == 0:
             self.outputs = []
             num_stages = self._heads.num_cascade_stages if self.has_stages else 0
             return DetectorOutput([], CascadeStats.of_nothing(num_stages))

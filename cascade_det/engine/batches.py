@@ -34,9 +34,17 @@ def check_images(batch: Sequence[Mapping[str, Any]], channels: int | None = 3) -
         channels: of an image; ``None`` for any number.
 
     Raises:
-        ValueError: one is not a tensor ``[channels, H, W]``, or has no pixels.
+        ValueError: one is not a tensor ``[channels, H, W]``, or has no pixels; or the batch is not a
+            list of dicts.
     """
+    if isinstance(batch, Mapping):
+        raise ValueError("a batch is a list of samples, not one alone")
     for place, sample in enumerate(batch):
+        if not isinstance(sample, Mapping):
+            raise ValueError(
+                f"image {place} of the batch is {type(sample).__name__}: give a dict with the "
+                "tensor as 'image'"
+            )
         image = sample.get("image")
         shape = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
         is_image = isinstance(shape, list) and len(shape) == 3 and 0 not in shape

@@ -117,13 +117,14 @@ class Detector(nn.Module):
                 "in other types. Build it again, without optimize() and without "
                 "MODEL.CASCADE.FAST.ENABLED"
             )
-        if not batch:
+        if len(batch) == 0:
             raise ValueError("the batch is empty: losses need at least one image")
+        check_images(batch)
         gt_boxes = [s["gt_boxes"].to(self.device) for s in batch]
         gt_classes = [s["gt_classes"].to(self.device) for s in batch]
         if self.roi_heads.regime.exits_alone:
             return self.roi_heads.exit_losses(self.cascade_inputs(batch), gt_boxes, gt_classes)
-        images, image_sizes = self._images(batch)
+        images, image_sizes = self.preprocess([s["image"] for s in batch])
         if images.device.type == "cpu":
             images = images.contiguous(memory_format=self.training_format)
         maps = self.backbone(images)
@@ -156,7 +157,7 @@ class Detector(nn.Module):
         Raises:
             ValueError: an image is not a tensor ``[3, H, W]``, or has no pixels.
         """
-        if not batch:
+        if len(batch) == 0:
             return DetectorOutput([], CascadeStats.of_nothing(self.roi_heads.num_stages))
         part = timer.part if timer is not None else lambda name: nullcontext()
         started = self.roi_heads.now()
@@ -191,17 +192,14 @@ class Detector(nn.Module):
         # What is compiled is compiled for one mode, whatever that of the caller.
         mode = torch.inference_mode if self.optimizations else nullcontext
         with part("preprocess"), mode():
-            images, image_sizes = self._images(batch)
+            check_images(batch)
+            images, image_sizes = self.preprocess([s["image"] for s in batch])
         with part("backbone"), mode():
             maps = self.backbone(images)
         with part("rpn"):
             proposals, objectness = self.proposal_generator.propose(maps, image_sizes)
         features = [maps[name] for name in self.roi_in_features]
         return CascadeInputs(features, proposals, image_sizes, objectness)
-
-    def _images(self, batch: Sequence[Sample]) -> tuple[Tensor, ImageSizes]:
-        check_images(batch)
-        return self.preprocess([s["image"] for s in batch])
 
     def preprocess(self, images: Sequence[Tensor]) -> tuple[Tensor, ImageSizes]:
         """Normalise, pad on the right and at the bottom with 0, and stack.

@@ -251,6 +251,10 @@ def test_batches_that_are_none(build, batch, more):
         for call in (detector.detect, detector.losses):
             with pytest.raises(ValueError, match=r"image 1 of the batch .*\[3, H, W\]"):
                 call(broken)
+    for call in (detector.detect, detector.losses):
+        for none in (batch[0], [batch[0]["image"]]):
+            with pytest.raises(ValueError, match=r"list of samples|give a dict"):
+                call(none)
 
 
 @pytest.mark.parametrize(

@@ -184,3 +184,9 @@ class TestBatches:
         for call in (detector.detect, detector.losses, detector.cascade_inputs):
             with pytest.raises(ValueError, match=r"image 2 of the batch .*\[3, H, W\]"):
                 call(batch)
+
+    @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: s["image"], lambda s: [s["image"]]])
+    def test_a_sample_or_an_image_is_no_batch(self, wrap, detector, batch):
+        for call in (detector.detect, detector.losses, detector.cascade_inputs):
+            with pytest.raises(ValueError, match=r"give a dict|list of samples"):
+                call(wrap(batch[0]))

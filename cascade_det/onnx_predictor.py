@@ -263,7 +263,8 @@ def _open(path: Path, providers: Sequence[str]) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file. {_REMEDY}")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # Errors alone: warnings are on optimisations of the graph.
+    # Errors are raised as well, and its log would send names from the file to the terminal.
+    options.log_severity_level = 4
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:  # onnxruntime's own errors have no base but this

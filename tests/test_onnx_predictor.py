@@ -99,9 +99,10 @@ def test_boxes_beyond_all_numbers_end_at_the_image(path):
     assert found.boxes.tolist() == [[0, 0, 60, 40]] * 3
 
 
-def test_a_file_that_fails_is_named(path):
+def test_a_file_that_fails_is_named(path, capfd):
     shape = onnx.numpy_helper.from_array(np.array([7, 11]), "shape")
-    reshape = onnx.helper.make_node("Reshape", ["image", "shape"], ["unused"])
+    evil = "\x1b[31m\u202e"
+    reshape = onnx.helper.make_node("Reshape", ["image", "shape"], ["unused"], name=evil)
     size = onnx.helper.make_node("Size", ["unused"], ["size"])
     one = onnx.numpy_helper.from_array(np.array([1]), "one")
     classes = onnx.helper.make_node("Reshape", ["size", "one"], ["classes"])
@@ -112,8 +113,12 @@ def test_a_file_that_fails_is_named(path):
         [reshape, size, classes],
         [shape, one],
     )
-    with pytest.raises(CheckpointError, match=r"hostile\.onnx: fails on an image of 15 x 10 px"):
+    fails = r"hostile\.onnx: fails on an image of 15 x 10 px"
+    with pytest.raises(CheckpointError, match=fails) as error:
         OnnxPredictor(path)(np.zeros((20, 30, 3), np.uint8))
+    assert r"\x1b[31m\u202e" in str(error.value)
+    # Nothing of it reaches the terminal past this error.
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(

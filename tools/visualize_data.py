@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,12 +39,14 @@ from fvcore.common.config import CfgNode
 from cascade_det import config
 from cascade_det.colors import class_color
 from cascade_det.config import check_config, load_config
+from cascade_det.data.coco import CocoDataset
 from cascade_det.data.loader import build_train_loader
 from cascade_det.data.samples import Sample
 from cascade_det.drawing import draw_boxes, encode
 from cascade_det.engine.commands import without_traceback
 from cascade_det.engine.datasets import load_datasets
 from cascade_det.engine.log import setup_logging
+from cascade_det.errors import CascadeDetError
 from cascade_det.files import atomic_path
 
 
@@ -54,26 +57,47 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging()
     cfg = load_config(args.config_file, args.opts)
     check_config(cfg)
-    pictures = list(itertools.islice(draw_training_samples(cfg), args.num))
+    datasets = load_datasets(cfg, train=True)
+    pictures = list(itertools.islice(draw_training_samples(cfg, datasets), args.num))
     if args.grid:
         pictures = [("grid", tile([picture for _, picture in pictures]))]
-    for name, picture in pictures:
-        with atomic_path(Path(args.output) / f"{name}.png") as temporary:
+    paths = [Path(args.output) / f"{name}.png" for name, _ in pictures]
+    _check_replaced(paths, datasets)
+    for path, (_, picture) in zip(paths, pictures, strict=True):
+        with atomic_path(path) as temporary:
             temporary.write_bytes(encode(picture, ".png"))
     print(f"{args.num} training images drawn: {args.output}")
     return 0
 
 
-def draw_training_samples(cfg: CfgNode) -> Iterator[tuple[str, np.ndarray]]:
+def _check_replaced(paths: Sequence[Path], datasets: Sequence[CocoDataset]) -> None:
+    """Make sure that no picture takes the place of an image of the data."""
+    places = {_place(path): path for path in paths if path.exists()}
+    for record in itertools.chain.from_iterable(d.records for d in datasets if places):
+        if path := places.get(_place(record.file_name)):
+            raise CascadeDetError(
+                f"--output: {path} would replace the image {record.file_name}. Give another folder."
+            )
+
+
+def _place(path: str | Path) -> tuple[int, int]:
+    """What is the same for all names of a file."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def draw_training_samples(
+    cfg: CfgNode, datasets: Sequence[CocoDataset]
+) -> Iterator[tuple[str, np.ndarray]]:
     """Pictures of the first samples of a training run, without end.
 
     Args:
         cfg: a checked configuration. A ``SEED`` below 0, which a run would draw, is 0 here.
+        datasets: those of ``DATASETS.TRAIN``.
 
     Yields:
         A name from the place in the run and the image id, and the picture, uint8 ``[H, W, 3]`` BGR.
     """
-    datasets = load_datasets(cfg, train=True)
     arguments = config.train_loader_arguments(cfg)
     arguments.update(seed=max(arguments["seed"], 0), num_workers=0)
     loader = build_train_loader(

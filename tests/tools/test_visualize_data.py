@@ -100,3 +100,19 @@ def test_an_output_that_is_a_file(tmp_path, options, capsys):
     assert status == 1
     assert capsys.readouterr().err == f"{output}: is no folder\n"
     assert output.read_text() == "mine"
+
+
+def test_no_image_of_the_data_is_replaced(tmp_path, options, capfd):
+    for _ in range(2):  # Pictures that are no input are drawn again.
+        status, output = draw(tmp_path, "--num", "1", *options)
+        assert status == 0
+    (name,) = output.iterdir()
+    # What was drawn becomes a data set of its own, and is to be looked at.
+    content = json.loads((tmp_path / "set.json").read_text())
+    content["images"][0] |= {"file_name": name.name, "width": 160, "height": 120}
+    (tmp_path / "set.json").write_text(json.dumps(content))
+    datasets = [("mine", str(tmp_path / "set.json"), str(output))]
+    before = name.read_bytes()
+    assert draw(tmp_path, "--num", "1", *options, "CASCADE.DATASETS", str(datasets))[0] == 1
+    assert f"{name} would replace the image" in capfd.readouterr().err
+    assert name.read_bytes() == before

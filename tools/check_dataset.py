@@ -59,6 +59,7 @@ from tabulate import tabulate
 
 from cascade_det import config
 from cascade_det.config import check_config, load_config
+from cascade_det.data.annotation_file import read_json
 from cascade_det.data.catalog import DatasetSource, dataset_of_files, find_dataset
 from cascade_det.data.coco_json import CheckedJson
 from cascade_det.data.dataset_check import check_dataset
@@ -66,7 +67,7 @@ from cascade_det.data.dataset_summary import DatasetSummary, summarise
 from cascade_det.data.problems import Problems
 from cascade_det.engine.commands import without_traceback
 from cascade_det.engine.log import setup_logging
-from cascade_det.errors import ConfigError, DatasetError
+from cascade_det.errors import CascadeDetError, ConfigError, DatasetError
 from cascade_det.files import write_json
 from cascade_det.text import printable
 
@@ -91,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json_out:
         files = [wanted.source.json_file for wanted in wanted_sets]
         check_output_file(Path(args.json_out), [*files, *(args.config_file or ())])
+        _check_replaceable(Path(args.json_out))
     reports = {
         # Testing decodes all images before it begins, so what it would refuse is told here.
         wanted.source.name: _report(wanted, decode=args.decode or wanted.for_testing)
@@ -99,6 +101,22 @@ def main(argv: list[str] | None = None) -> int:
     if args.json_out:
         write_json(reports, args.json_out, indent=2)
     return int(any(report["problems"] for report in reports.values()))
+
+
+def _check_replaceable(json_out: Path) -> None:
+    """Make sure that a file holds findings, if it is there: an image is soon given by mistake."""
+    if not json_out.exists():
+        return
+    try:
+        content = read_json(json_out)
+    except DatasetError:
+        content = None
+    reports = content.values() if isinstance(content, dict) else [content]
+    if not all(isinstance(report, dict) and "problems" in report for report in reports):
+        raise CascadeDetError(
+            f"{json_out}: is there already, and holds no findings of check_dataset.py. Give another "
+            "name, or move it away."
+        )
 
 
 def _wanted(args: argparse.Namespace) -> list[Wanted]:

@@ -260,3 +260,16 @@ def test_the_annotations_are_not_replaced(folder, capsys):
         assert check_dataset.main(arguments) == 1
         assert "would replace" in capsys.readouterr().err
     assert (folder / "set.json").read_bytes() == before
+
+
+def test_findings_replace_findings_and_no_other_file(folder, capsys):
+    """Such as an image of the data set, when a name was completed wrongly."""
+    for name, content in (("1.png", None), ("other.json", '{"images": []}'), ("list.json", "[1]")):
+        out = folder / name
+        if content is not None:
+            out.write_text(content)
+        before = out.read_bytes()
+        assert check_dataset.main(["--json", str(folder / "set.json"), "--json-out", str(out)]) == 1
+        assert "holds no findings" in capsys.readouterr().err
+        assert out.read_bytes() == before
+    assert check(folder) == check(folder)

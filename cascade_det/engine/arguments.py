@@ -68,10 +68,14 @@ def check_output_file(output: Path, inputs: Iterable[str | os.PathLike[str] | No
         inputs: names of files that are read; those that are not there, or ``None``, are nothing.
 
     Raises:
-        CascadeDetError: it is one of the inputs, under whatever name, or a folder.
+        CascadeDetError: it is one of the inputs, under whatever name, or a folder, a pipe or a
+            device.
     """
     if output.is_dir():
         raise CascadeDetError(f"{output}: is a folder. Give the name of a file.")
+    if output.exists() and not output.is_file():
+        # As root, /dev/null would become a file.
+        raise CascadeDetError(f"{output}: is no file, and would be replaced. Give another name.")
     for given in inputs:
         if given and output.exists() and os.path.exists(given) and os.path.samefile(output, given):
             raise CascadeDetError(f"{output}: would replace {given}. Give another name.")

@@ -91,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
 def _predict_by_weights(args: argparse.Namespace, files: list[Path], output: Path) -> int:
     from cascade_det.config import check_config, exit_arguments, load_config
     from cascade_det.engine.log import setup_logging
+    from cascade_det.engine.monitor import METRICS_FILE
     from cascade_det.evaluation import format_report
     from cascade_det.standalone import Predictor
 
@@ -101,7 +102,11 @@ def _predict_by_weights(args: argparse.Namespace, files: list[Path], output: Pat
     predictor = Predictor(cfg, metrics_dir=output if watched else None)
     with predictor.monitor as monitor:
         exits = exit_arguments(cfg) is not None
-        status = predict(predictor, files, output, args.score_threshold, with_stages=exits)
+        status = predict(
+            *(predictor, files, output, args.score_threshold),
+            with_stages=exits,
+            others=[METRICS_FILE] if watched else [],
+        )
         if watched:
             print(format_report(monitor.report()))
     return status
@@ -142,6 +147,7 @@ def predict(
     score_threshold: float,
     *,
     with_stages: bool = False,
+    others: Sequence[str] = (),
 ) -> int:
     """Write a picture for every image, and ``predictions.json`` for all of them.
 
@@ -156,6 +162,7 @@ def predict(
         output: folder, made if missing.
         score_threshold: detections below it are in the json, but not drawn.
         with_stages: draw the exit stages too.
+        others: names of the files that the detector itself writes in the folder.
 
     Returns:
         The exit status: 0, 1 if a file failed, or after Ctrl-C or a signal 128 and its number.
@@ -171,7 +178,7 @@ def predict(
     status, ending = None, _Ending()
     with (
         handled(dict.fromkeys(stop_signals(), ending.receive)),
-        PredictionFolder(output, files, categories) as folder,
+        PredictionFolder(output, files, categories, others) as folder,
     ):
         results = tqdm(_detect(predictor, files), total=len(files), disable=None, unit="img")
         draw = functools.partial(

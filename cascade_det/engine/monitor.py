@@ -19,6 +19,8 @@ from cascade_det.evaluation.shadow import DriftAlarm, image_key, shadow_figures
 
 Sample = dict[str, Any]
 
+METRICS_FILE = "metrics.json"
+
 
 class Detects(Protocol):
     """What the detectors of both hosts are."""
@@ -82,7 +84,7 @@ class ExitMonitor:
         self._begun: list[Mapping[str, Any]] = []
         self._alarm = DriftAlarm(self._keep)
         self._history = History()
-        self._path = None if output_dir is None else Path(output_dir, "metrics.json")
+        self._path = None if output_dir is None else Path(output_dir, METRICS_FILE)
         self._writer: JsonWriter | None = None
         self._period = period
         self._numbered = self._seen = self._written = 0

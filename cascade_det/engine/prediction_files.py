@@ -41,6 +41,7 @@ class PredictionFolder:
         files: the images, whose pictures will be ``name.jpg``; an image's id is its place among
             them, from 1 on.
         categories: ``{"id", "name"}`` of each class.
+        others: names of further files that the run writes in the folder.
 
     Attributes:
         files: see above.
@@ -55,7 +56,11 @@ class PredictionFolder:
     """
 
     def __init__(
-        self, folder: Path, files: Sequence[Path], categories: Sequence[dict[str, Any]]
+        self,
+        folder: Path,
+        files: Sequence[Path],
+        categories: Sequence[dict[str, Any]],
+        others: Sequence[str] = (),
     ) -> None:
         self._folder, self.files = folder, files
         self._categories = categories
@@ -65,18 +70,21 @@ class PredictionFolder:
         self._lines = _open_alone(folder / LINES_FILE)
         try:
             made = _made_before(folder)
-            _check_replaced(folder, [*self._names, RESULT_FILE, LINES_FILE], files, made)
+            written = [*self._names, RESULT_FILE, LINES_FILE, *others]
+            _check_replaced(folder, written, files, made)
         except BaseException:
             if not os.fstat(self._lines.fileno()).st_size:
                 (folder / LINES_FILE).unlink()
             self._lines.close()
             raise
         remove_leftovers(folder)
-        older = [name for name in made if name.endswith(_SUFFIX) and (folder / name).is_file()]
+        older = [name for name in made if (folder / name).is_file()]
+        self._others = _other_files([*others, *older])
+        older = [name for name in older if name.endswith(_SUFFIX)]
         # All that this run may make, before it makes it: known as such even if it is killed.
         self._pictures = list(dict.fromkeys([*self._names, *older]))
         self._lines.truncate(0)
-        self._append({"pictures": self._pictures})
+        self._append({"pictures": self._pictures, "others": self._others})
         (folder / RESULT_FILE).unlink(missing_ok=True)
 
     def __enter__(self) -> PredictionFolder:
@@ -182,7 +190,10 @@ class PredictionFolder:
             file.write(f"{',' * (count > 0)}\n{json.dumps(line['failed'])}")
         rest = set(self._pictures) - written
         older = [name for name in sorted(rest) if (self._folder / name).is_file()]
-        rest_of_it = {"categories": list(self._categories), "older_pictures": older}
+        others = [name for name in self._others if (self._folder / name).is_file()]
+        rest_of_it = {
+            **{"categories": list(self._categories), "older_pictures": older, "others": others}
+        }
         file.write(f"\n],\n{json.dumps(rest_of_it)[1:]}\n")
 
     def _read(self, key: str) -> Iterator[dict[str, Any]]:
@@ -264,7 +275,7 @@ def _made_before(folder: Path) -> list[str]:
         made.append(LINES_FILE)
     header = next(_read_lines(folder / LINES_FILE), {})
     if isinstance(header.get("pictures"), list):
-        made += [LINES_FILE, *header["pictures"]]
+        made += [LINES_FILE, *header["pictures"], *_list(header.get("others"))]
     return [name for name in made if isinstance(name, str) and name == os.path.basename(name)]
 
 
@@ -275,10 +286,20 @@ def _named_by(path: Path) -> list[Any]:
         return []
     if not isinstance(content, dict) or not {"images", "failed"} <= content.keys():
         return []
-    images, older = content["images"], content.get("older_pictures")
-    entries = [e for e in images if isinstance(e, dict)] if isinstance(images, list) else []
+    entries = [entry for entry in _list(content["images"]) if isinstance(entry, dict)]
     pictures = [entry.get("picture") for entry in entries]
-    return [path.name, *pictures, *(older if isinstance(older, list) else [])]
+    older, others = (_list(content.get(key)) for key in ("older_pictures", "others"))
+    return [path.name, *pictures, *older, *others]
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _other_files(names: Iterable[str]) -> list[str]:
+    """Those that are neither pictures nor results, each once."""
+    known = (RESULT_FILE, LINES_FILE)
+    return [n for n in dict.fromkeys(names) if n not in known and not n.endswith(_SUFFIX)]
 
 
 def _check_replaced(

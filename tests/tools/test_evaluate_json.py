@@ -275,6 +275,7 @@ def of_predict(content, predictions):
         "failed": [],
         "categories": content["categories"],
         "older_pictures": [],
+        "others": [],
     }
 
 

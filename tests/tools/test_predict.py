@@ -121,6 +121,27 @@ def test_pictures_of_earlier_runs_are_replaced_and_no_others(folder):
     assert results(output)["older_pictures"] == ["b.jpg"]
 
 
+def test_what_the_detector_writes_beside_the_results_replaces_nothing_either(folder):
+    """Such as metrics.json of shadow runs, beside which a training may have one of its own."""
+    draw(folder, "a.png")
+    output = folder / "out"
+    output.mkdir()
+    (output / "metrics.json").write_text("a training")
+
+    def watched():
+        figures = Finder(lambda name: (output / "metrics.json").write_text("figures"))
+        return predict.predict(figures, [Path("a.png")], output, 0.5, others=["metrics.json"])
+
+    with pytest.raises(DatasetError, match=r"metrics\.json would be replaced"):
+        watched()
+    assert contents(output) == {"metrics.json": b"a training"}
+    (output / "metrics.json").unlink()
+    # It is known as made by an earlier run, also where a run in between does not write it.
+    assert watched() == watched() == run(["a.png"], output) == watched() == 0
+    assert results(output)["others"] == ["metrics.json"]
+    assert results(output)["older_pictures"] == []
+
+
 def test_an_old_result_can_name_nothing_outside_its_folder(folder):
     draw(folder, "a.png")
     output = folder / "out"

@@ -114,7 +114,7 @@ def _check_replaceable(json_out: Path) -> None:
     reports = content.values() if isinstance(content, dict) else [content]
     if not all(isinstance(report, dict) and "problems" in report for report in reports):
         raise CascadeDetError(
-            f"{json_out}: is there already, and holds no findings of check_dataset.py. Give another "
+            f"{json_out}: is there already, and holds no findings of this command. Give another "
             "name, or move it away."
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from fvcore.common.config import CfgNode
 
 from cascade_det import config
 from cascade_det.config.rules import shown
+from cascade_det.config.yaml_files import read_entries, read_text
 from cascade_det.data.coco import CocoDataset
 from cascade_det.engine import distributed
 from cascade_det.engine.checkpoint import Checkpointer, checkpoint_to_resume
@@ -147,7 +149,7 @@ def check_output(cfg: CfgNode, *, resume: bool) -> None:
 
     Raises:
         CheckpointError: there is nothing to resume.
-        ConfigError: a run lies there that is not resumed.
+        ConfigError: a run lies there that is not resumed, or a ``config.yaml`` that no run wrote.
     """
     if resume:
         checkpoint_to_resume(cfg.OUTPUT_DIR)
@@ -160,6 +162,24 @@ def check_output(cfg: CfgNode, *, resume: bool) -> None:
             f"({trained[-1].name}), which this one would overwrite. Add --resume to go on with it, "
             "or give another OUTPUT_DIR, or remove it."
         )
+    file = Path(cfg.OUTPUT_DIR) / CONFIG_FILE
+    if os.path.lexists(file) and not _is_of_a_run(file, cfg):
+        raise ConfigError(
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds a {CONFIG_FILE} that no run wrote, and this one "
+            "would overwrite it with all values of its configuration. Give another OUTPUT_DIR, or "
+            "that file another name."
+        )
+
+
+def _is_of_a_run(file: Path, cfg: CfgNode) -> bool:
+    """Whether a configuration has a value for each key, as no one writes it by hand."""
+    if not file.is_file():
+        return False
+    try:
+        entries = read_entries(read_text(file), file)
+    except ConfigError:
+        return False
+    return config.flat(cfg).keys() <= {entry.key for entry in entries}
 
 
 def resume_or_load(checkpointer: Checkpointer, cfg: CfgNode, *, resume: bool) -> None:

@@ -2,13 +2,14 @@
 
 import logging
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from cascade_det.config import get_cfg
-from cascade_det.engine.run_info import RunInfo, record_start, run_of
-from cascade_det.errors import CheckpointError
+from cascade_det.engine.run_info import RunInfo, check_output, record_start, run_of
+from cascade_det.errors import CheckpointError, ConfigError
 
 LEFT = ".cascade_det-0123456789abcdef.tmp"
 GOOD = {"seed": 3, "class_names": ["cat", "dog"], "category_ids": [1, 18], "host": "standalone"}
@@ -84,6 +85,22 @@ def cfg(tmp_path):
     cfg.DATASETS.TEST = ("val", "other")
     cfg.MODEL.WEIGHTS = "R-50.pkl"
     return cfg
+
+
+def test_a_run_keeps_the_configuration_that_somebody_wrote(cfg, tmp_path):
+    """Often the very one that it was started with, comments and all."""
+    file = Path(cfg.OUTPUT_DIR) / "config.yaml"
+    record_start(cfg, resume=False)
+    check_output(cfg, resume=False)  # of a run that was killed before its first checkpoint
+    mine = f"# mine\nSOLVER:\n  BASE_LR: 0.1\nOUTPUT_DIR: {tmp_path}\n"
+    for content in (mine, "model: {name: another program}\n", "- 1\n", ""):
+        file.write_text(content)
+        with pytest.raises(ConfigError, match=r"config\.yaml that no run wrote"):
+            check_output(cfg, resume=False)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ConfigError, match="that no run wrote"):
+        check_output(cfg, resume=False)
 
 
 def test_leftovers_go_where_a_run_writes_and_nowhere_else(cfg, tmp_path):

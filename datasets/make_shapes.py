@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -92,7 +93,8 @@ def make_dataset(
         False if the folder was there already with the same parameters.
 
     Raises:
-        ValueError: a parameter is out of range, or ``output`` exists and was not made here.
+        ValueError: a parameter is out of range, or ``output`` exists and was not made here, or has
+            images that were not.
         CascadeDetError: ``output`` has other parameters, and files in it that were not made here.
     """
     parameters = {
@@ -103,8 +105,10 @@ def make_dataset(
     }
     _check_parameters(parameters)
     output = Path(output)
-    if _read_marker(output) == parameters:
+    marker = _read_marker(output)
+    if marker == parameters:
         return False
+    _check_images(output, marker or {})
     remove_leftovers(output.parent)
     with atomic_folder(output, made=_MADE) as fresh:
         for split, count in zip(SPLITS, (train, val), strict=True):
@@ -141,6 +145,18 @@ def _read_marker(folder: Path) -> dict[str, Any] | None:
             "give another --output, or move it away"
         )
     return marker
+
+
+def _check_images(folder: Path, marker: dict[str, Any]) -> None:
+    """Make sure that ``folder``, where it is there, has no images that were not drawn here."""
+    for split in SPLITS:
+        for path in sorted((folder / split).glob("*")):
+            number, count = re.fullmatch(r"(\d{6,})\.jpg", path.name), marker.get(split)
+            if not number or not isinstance(count, int) or not 1 <= int(number[1]) <= count:
+                raise ValueError(
+                    f"{folder} has other parameters, and {split}/{path.name} in it was not made by "
+                    "this generator and would be lost: give another --output, or move it away"
+                )
 
 
 def _write_split(

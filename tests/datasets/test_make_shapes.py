@@ -271,6 +271,17 @@ def test_files_of_others_in_our_folder_are_not_lost(tmp_path):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["000004.jpg", "photo.jpg", "notes.txt"])
+def test_images_of_others_among_the_drawn_ones_are_not_lost(tmp_path, name):
+    make_dataset(tmp_path / "shapes", **SMALL)
+    (tmp_path / "shapes" / "train" / name).write_text("mine")
+    assert not make_dataset(tmp_path / "shapes", **SMALL)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=f"train/{name} in it was not made"):
+        make_dataset(tmp_path / "shapes", **SMALL, seed=1)
+    assert contents(tmp_path) == before
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [("train", -1), ("width", 8), ("seed", -2), ("hard", 1.5), ("hard", -0.1)]
 )

@@ -105,7 +105,7 @@ def atomic_folder(path: str | os.PathLike[str], *, made: Collection[str]) -> Ite
         CascadeDetError: ``path`` is not a folder, or holds something else; before the block runs.
     """
     target = Path(os.path.realpath(path))
-    _check_replaceable(target, made)
+    check_replaceable(target, made)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(target.parent)
     with naming(target):
@@ -114,7 +114,7 @@ def atomic_folder(path: str | os.PathLike[str], *, made: Collection[str]) -> Ite
         try:
             _lock(descriptor, wait=True)
             yield temporary
-            _check_replaceable(target, made)
+            check_replaceable(target, made)
             if target.exists():
                 shutil.copymode(target, temporary)
             _sync_tree(temporary)
@@ -124,7 +124,12 @@ def atomic_folder(path: str | os.PathLike[str], *, made: Collection[str]) -> Ite
             os.close(descriptor)
 
 
-def _check_replaceable(folder: Path, made: Collection[str]) -> None:
+def check_replaceable(folder: Path, made: Collection[str]) -> None:
+    """Make sure that a folder, if it is there, holds no other entries than those of ``made``.
+
+    Raises:
+        CascadeDetError: it does, or is no folder.
+    """
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():

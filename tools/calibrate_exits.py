@@ -23,9 +23,10 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from cascade_det.engine.arguments import add_config_options
+from cascade_det.engine.arguments import add_config_options, check_output_file
 from cascade_det.hosts import HOSTS
 
 
@@ -85,10 +86,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":
     _parse(None)  # Help and errors do not wait for the imports below.
 
-from cascade_det.engine.calibrate import calibrate
+from cascade_det.engine.calibrate import MADE, calibrate
+from cascade_det.engine.calibration_report import FILES
 from cascade_det.engine.calibration_target import Options, Target
 from cascade_det.engine.commands import without_traceback
 from cascade_det.engine.log import setup_logging
+from cascade_det.files import check_replaceable
 from cascade_det.hosts import choose_host, load_host
 
 logger = logging.getLogger("cascade_det.tools.calibrate_exits")
@@ -102,6 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     options = Options(
         images=args.images, trials=args.trials, score=args.score_threshold, seed=args.seed
     )
+    _check_output(Path(args.output), args.config_file)
     setup_logging(args.output)
     name, why = choose_host(args.host)
     logger.info("Host: %s, %s", name, why)
@@ -110,6 +114,13 @@ def main(argv: list[str] | None = None) -> int:
     host.check_config(cfg)
     calibrate(cfg, lambda: host.open_detector(cfg), target, Path(args.output), options)
     return 0
+
+
+def _check_output(output: Path, config_files: Sequence[str]) -> None:
+    """Before the first line of the log: nothing of somebody else's may be in the folder."""
+    check_replaceable(output, MADE)
+    for name in FILES:
+        check_output_file(output / name, config_files)
 
 
 if __name__ == "__main__":

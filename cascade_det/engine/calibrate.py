@@ -28,6 +28,7 @@ from cascade_det.files import atomic_folder, remove_leftovers
 logger = logging.getLogger(__name__)
 
 LOG_FILE = "log.txt"
+MADE = (*FILES, LOG_FILE)
 
 
 def calibrate(
@@ -62,7 +63,7 @@ def calibrate(
     """
     target.check_images(options.images)
     remove_leftovers(Path(os.path.realpath(output_dir)).parent)
-    with atomic_folder(output_dir, made=(*FILES, LOG_FILE)) as folder:
+    with atomic_folder(output_dir, made=MADE) as folder:
         content = _calibrate(cfg, open_detector, target, folder, options)
         _keep_log(output_dir / LOG_FILE, folder / LOG_FILE)
     logger.info("Written to %s: exits.yaml and what it rests on", output_dir)

@@ -269,10 +269,21 @@ class TestFiles:
         self, case, tmp_path, capfd, monkeypatch
     ):
         (tmp_path / "photo.jpg").write_bytes(b"mine")
+        (tmp_path / "log.txt").write_text("mine")
         monkeypatch.setattr(host, "open_detector", lambda _: pytest.fail("it loads the detector"))
         assert run(case, tmp_path, "--exit-rate", "0.1") == 1
         assert "photo.jpg" in capfd.readouterr().err
-        assert (tmp_path / "photo.jpg").read_bytes() == b"mine"
+        for name in ("photo.jpg", "log.txt"):
+            assert (tmp_path / name).read_bytes() == b"mine"
+
+    def test_exits_that_it_starts_from_are_not_replaced(self, case, tmp_path, capfd, monkeypatch):
+        monkeypatch.setattr(host, "open_detector", lambda _: pytest.fail("it loads the detector"))
+        exits = tmp_path / "exits.yaml"
+        exits.write_text("MODEL: {CASCADE: {EXIT: {ENABLED: False}}}")
+        before = contents(tmp_path)
+        assert run(case, tmp_path, "--exit-rate", "0.1", "--config-file", str(exits)) == 1
+        assert f"would replace {exits}" in capfd.readouterr().err
+        assert contents(tmp_path) == before
 
 
 @pytest.fixture

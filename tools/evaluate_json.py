@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,9 @@ from cascade_det.data.problems import Problems, shown
 from cascade_det.data.transforms import read_image
 from cascade_det.engine.commands import without_traceback
 from cascade_det.engine.log import setup_logging
-from cascade_det.errors import DatasetError
+from cascade_det.errors import CascadeDetError, DatasetError
 from cascade_det.evaluation import format_report, score_results
-from cascade_det.evaluation.analysis_files import write_analysis
+from cascade_det.evaluation.analysis_files import FOLDER, write_analysis
 from cascade_det.evaluation.average_precision import MAX_DETECTIONS
 from cascade_det.evaluation.ground_truth import load_ground_truth
 from cascade_det.evaluation.notes import too_many_objects_note
@@ -98,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging()
     if args.output:
         check_output_file(Path(args.output, SCORES_FILE), [args.json, args.predictions])
+        _check_analysis(Path(args.output), [args.json, args.predictions, args.images])
     dataset = load_dataset(
         dataset_of_files(args.json, args.images),
         args.on_bad_data,
@@ -114,6 +116,16 @@ def main(argv: list[str] | None = None) -> int:
     if args.output:
         _write(results, dataset, Path(args.output), with_pictures=args.images is not None)
     return 0
+
+
+def _check_analysis(output: Path, inputs: Sequence[str | None]) -> None:
+    """Make sure that nothing that is read lies where an older analysis is replaced."""
+    folder = os.path.realpath(output / FOLDER)
+    for given in filter(None, inputs):
+        if os.path.commonpath((folder, os.path.realpath(given))) == folder:
+            raise CascadeDetError(
+                f"--output {output}: its {FOLDER} would replace {given}. Give another folder."
+            )
 
 
 def evaluate(

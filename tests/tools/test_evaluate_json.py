@@ -354,6 +354,19 @@ def test_scores_replace_no_input(files, capsys):
     assert (files / "scores.json").read_bytes() == before
 
 
+def test_an_analysis_replaces_no_input(files, capsys):
+    (files / "analysis").mkdir()
+    (files / "analysis" / "per_class.csv").write_text((files / "predictions.json").read_text())
+    (files / "link").symlink_to(files)
+    before = (files / "analysis" / "per_class.csv").read_bytes()
+    for output in (files, files / "link"):
+        options = ("--predictions", str(files / "analysis" / "per_class.csv"))
+        assert run(files, *options, "--output", str(output)) == 1
+        assert "analysis would replace" in capsys.readouterr().err
+    assert (files / "analysis" / "per_class.csv").read_bytes() == before
+    assert not (files / "scores.json").exists()
+
+
 plain = st.none() | st.booleans() | st.integers(-3, 9) | st.floats() | st.text(max_size=3)
 values = st.recursive(
     plain,

@@ -64,12 +64,14 @@ def atomic_path(path: str | os.PathLike[str], *, durable: bool = True) -> Iterat
             if mode is not None:
                 os.fchmod(descriptor, mode | stat.S_IRUSR | stat.S_IWUSR)
             yield temporary
+            if durable:
+                _sync(temporary)
+            # Last: with some modes it cannot be opened any more.
             if mode is not None:
                 temporary.chmod(mode)
+            os.replace(temporary, target)
             if durable:
-                move_into_place(temporary, target)
-            else:
-                os.replace(temporary, target)
+                _sync_names(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
             os.close(descriptor)
@@ -147,8 +149,7 @@ def _sync_tree(folder: Path) -> None:
     for place, _, names in os.walk(folder):
         for name in names:
             _sync(os.path.join(place, name))
-        with suppress(OSError):
-            _sync(place)
+        _sync_names(place)
 
 
 def _exchange(fresh: Path, target: Path) -> None:
@@ -161,8 +162,7 @@ def _exchange(fresh: Path, target: Path) -> None:
         os.rename(target, aside)
         os.rename(fresh, target)
         os.rename(aside, fresh)
-    with suppress(OSError):
-        _sync(target.parent)
+    _sync_names(target.parent)
 
 
 def _exchange_at_once(first: Path, second: Path) -> bool:
@@ -182,9 +182,13 @@ def move_into_place(finished: Path, target: Path) -> None:
     """
     _sync(finished)
     os.replace(finished, target)
-    # The file is in its place already. Some network file systems cannot do this to a folder.
+    _sync_names(target.parent)
+
+
+def _sync_names(folder: str | Path) -> None:
+    # Files are in their places already. Some network file systems cannot do this to a folder.
     with suppress(OSError):
-        _sync(target.parent)
+        _sync(folder)
 
 
 def _sync(path: str | os.PathLike[str]) -> None:

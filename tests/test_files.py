@@ -149,6 +149,28 @@ def test_the_mode_of_a_file_stays_and_a_new_one_has_that_of_the_umask(tmp_path, 
     finally:
         os.umask(before)
     assert path.stat().st_mode & 0o777 == (0o666 & ~mask if old is None else old)
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o200])
+def test_a_file_that_its_owner_cannot_read_is_replaced(tmp_path, monkeypatch, mode):
+    """Whoever is not root could not open it to wait for the disk."""
+    path = tmp_path / "file"
+    path.write_text("old")
+    path.chmod(mode)
+    opened, real_open = [], os.open
+
+    def look(name, *arguments, **options):
+        opened.append(os.path.exists(name) and os.stat(name).st_mode & 0o400)
+        return real_open(name, *arguments, **options)
+
+    with atomic_path(path) as temporary:
+        temporary.write_text("new")
+        monkeypatch.setattr(files.os, "open", look)
+    assert opened
+    assert all(opened)
+    assert path.stat().st_mode & 0o777 == mode
+    path.chmod(0o600)
+    assert path.read_text() == "new"
     assert path.read_text() == "new"
 
 

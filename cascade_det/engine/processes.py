@@ -16,11 +16,12 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from cascade_det.data.worker_signals import signals_held
 from cascade_det.engine.signals import handled, stop_signals
 from cascade_det.errors import CascadeDetError
 from cascade_det.files import atomic_path
@@ -85,6 +86,8 @@ def run_processes(
     """
     with tempfile.TemporaryDirectory(prefix="cascade-det-") as folder, _signals() as caught:
         start = multiprocessing.get_context("spawn").Process
+        with signals_held():  # Python's helper would be started anyway, and die of a SIGHUP then
+            resource_tracker.ensure_running()
         processes = caught.processes
         try:
             for index in range(count):

@@ -1,6 +1,7 @@
 """Processes that live and die together; what they run here is light, so that they start fast."""
 
 import logging
+import multiprocessing
 import os
 import pickle
 import signal
@@ -46,12 +47,14 @@ def die(index, folder):
 
 def work_until_a_signal(index, folder):
     """As training does: go on until a signal asks for an end, and save, which takes a while."""
+    lock = multiprocessing.get_context("spawn").Lock()  # as of loaders: its name is looked after
     with interrupt_request() as request:
         (folder / f"{index}.pid").write_text(str(os.getpid()))
         while not request:
             time.sleep(0.01)
         time.sleep(0.5)
         (folder / f"{index}.saved").touch()
+    del lock
     raise Interrupted("after a checkpoint")
 
 
@@ -182,6 +185,7 @@ def test_after_a_signal_all_save(tmp_path, number, to_group, status):
     parent = subprocess.Popen(
         [sys.executable, tmp_path / "program.py"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=(tmp_path / "errors").open("w"),
         start_new_session=True,
     )
     wait_until(lambda: all((tmp_path / f"{i}.pid").exists() for i in (0, 1)))
@@ -190,6 +194,8 @@ def test_after_a_signal_all_save(tmp_path, number, to_group, status):
     assert parent.wait(timeout=60) == status
     wait_until(lambda: not any(is_alive(tmp_path / f"{i}.pid") for i in (0, 1)))
     assert all((tmp_path / f"{i}.saved").exists() for i in (0, 1))
+    # The process that looks after names is in the group too, and must not be lost before them.
+    assert "resource_tracker" not in (tmp_path / "errors").read_text()
 
 
 def wait_until(condition):

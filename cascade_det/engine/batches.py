@@ -34,8 +34,8 @@ def check_images(batch: Sequence[Mapping[str, Any]], channels: int | None = 3) -
         channels: of an image; ``None`` for any number.
 
     Raises:
-        ValueError: one is not a tensor ``[channels, H, W]``, or has no pixels; or the batch is not a
-            list of dicts.
+        ValueError: one is not a tensor ``[channels, H, W]``, or has no pixels; or the batch is
+            not a list of dicts.
     """
     if isinstance(batch, Mapping):
         raise ValueError("a batch is a list of samples, not one alone")

@@ -37,7 +37,7 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         named = os.path.basename(os.fsdecode(error.filename or ""))
         if error.errno is not None and (not named or _TEMPORARY.fullmatch(named)):
             error.filename = os.fspath(path)
-            error.filename2 = None
+            del error.filename2
         raise
 
 

@@ -127,6 +127,12 @@ def test_a_fifo_a_folder_and_a_link_of_such_names_are_left_alone(tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted([*names, "mine"])
 
 
+def test_an_error_names_the_file_and_nothing_else(tmp_path):
+    with pytest.raises(OSError, match="Is a directory") as caught:
+        write_json([1], tmp_path)
+    assert str(caught.value).endswith(f": '{tmp_path}'")
+
+
 @pytest.mark.parametrize("name", ["x" * 255, "é" * 127, "-rf", ".hidden"])
 def test_any_name_that_fits_can_be_written(tmp_path, name):
     write_json([1], tmp_path / name)

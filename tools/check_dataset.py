@@ -71,6 +71,8 @@ from cascade_det.errors import CascadeDetError, ConfigError, DatasetError
 from cascade_det.files import write_json
 from cascade_det.text import printable
 
+_LONGEST_NAME = 48  # characters of a class in a table
+
 
 @dataclass
 class Wanted:
@@ -153,7 +155,7 @@ def _report(wanted: Wanted, *, decode: bool) -> dict[str, Any]:
     summary = summarise(checked)
     problems = _problems(wanted, checked, summary)
     print(tabulate(_figures(checked, summary), tablefmt="github"), end="\n\n")
-    print(tabulate(_categories(checked, summary), headers="keys", tablefmt="github"), end="\n\n")
+    print(_table(_categories(checked, summary)), end="\n\n")
     _print_problems("problems", problems)
     _print_problems("notes", summary.notes)
     return {
@@ -216,6 +218,15 @@ def _categories(checked: CheckedJson, summary: DatasetSummary) -> list[dict[str,
         }
         for category_id, name in checked.categories.items()
     ]
+
+
+def _table(categories: list[dict[str, Any]]) -> str:
+    rows = [
+        {**row, "name": printable(row["name"], longest=_LONGEST_NAME).replace("|", "\\|")}
+        for row in categories
+    ]
+    # Else a class "007" or "1e5" would be a number.
+    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=[1])
 
 
 def _print_problems(title: str, problems: Problems) -> None:

@@ -196,6 +196,16 @@ def test_links_elsewhere_are_named_with_the_option_or_the_key(folder, tmp_path_f
     assert check_config(folder, *names, "CASCADE.FOLLOW_LINKS", "all") == 0
 
 
+def test_names_of_classes_keep_the_table_narrow_and_stay_text(folder, capsys):
+    names = ["x" * 255, "1e5", "007", "a|b"]
+    categories = [{"id": number, "name": name} for number, name in enumerate(names, 1)]
+    write(folder, *read(folder), categories)
+    check(folder)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) < 160
+    assert all(f" {name} " in out for name in (*names[1:3], r"a\|b"))
+
+
 def test_a_folder_of_a_name_that_is_no_text(folder, capsys):
     odd = folder / "gr\udcf6\udcdfe\x1b[2J"
     odd.mkdir()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 
 from cascade_det.text import printable
+
+# Which weight of a family is taken does not matter here; it would be a line for each of them.
+logging.getLogger(font_manager.__name__).setLevel(logging.ERROR)
 
 
 def with_fonts(texts: Iterable[str]) -> tuple[list[str], list[str]]:

@@ -64,6 +64,15 @@ def test_an_installed_font_is_taken(only_own_fonts, tmp_path):
     assert with_fonts(["cat"])[1] == families[:-1]
 
 
+def test_families_without_a_regular_font_are_no_remark(tmp_path, monkeypatch, caplog):
+    make_font(tmp_path / "light.ttf", "Light Cats", DOG)
+    entry = font_manager.FontEntry(fname=str(tmp_path / "light.ttf"), name="Light Cats", weight=200)
+    known = [*font_manager.fontManager.ttflist, entry]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", known)
+    with_fonts([THAI])
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("installed", [False, True])
 def test_the_confusion_matrix_has_no_boxes_for_letters(only_own_fonts, tmp_path, installed):
     if installed:

@@ -47,6 +47,10 @@ class _ConfigOptions(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         given = [value for value in values or () if value not in _SEPARATORS]
+        late = next((value for value in given if value.startswith("--")), None)
+        if late is not None:
+            # Else those that are required would be said to be missing.
+            parser.error(f"{late} comes after keys: give options first, then KEY VALUE ...")
         namespace.opts = [*namespace.opts, *given]
 
 

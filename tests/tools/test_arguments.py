@@ -114,6 +114,16 @@ def test_keys_are_taken_with_and_without_opts_before_them(command):
     assert parse(needed).opts == []
 
 
+@pytest.mark.parametrize("before", [[], ["--opts"]])
+@pytest.mark.parametrize("command", WITH_KEYS)
+def test_options_behind_the_keys_are_told(command, before, capsys):
+    parse = importlib.import_module(command)._parse
+    with pytest.raises(SystemExit):
+        parse([*before, *KEYS, *WITH_KEYS[command]])
+    option = WITH_KEYS[command][0]
+    assert f"{option} comes after keys: give options first" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "-1", "1e400", "-1e-9", "many", ""])
 @pytest.mark.parametrize(
     ("command", "option", "needed"),

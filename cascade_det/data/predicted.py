@@ -56,9 +56,21 @@ def predicted_annotations(
         raise DatasetError(
             f"does not fit the annotations\n{problems}\nIs it of the images of this --json?"
         )
-    if not content["failed"]:
-        return found, []
-    return found, [f"{len(content['failed'])} images failed in prediction: see 'failed' there."]
+    return found, _notes(content, dataset, ids)
+
+
+def _notes(content: Mapping[str, Any], dataset: CocoDataset, ids: Mapping[Any, Any]) -> list[str]:
+    notes = []
+    if content["failed"]:
+        notes.append(f"{len(content['failed'])} images failed in prediction: see 'failed' there.")
+    seen = set(ids.values())
+    missing = [i["file_name"] for i in dataset.ground_truth["images"] if i["id"] not in seen]
+    if missing:
+        notes.append(
+            f"{len(missing)} images of the json are not in the predictions (such as "
+            f"{shown(missing[0])}): their objects count as missed."
+        )
+    return notes
 
 
 def _check_categories(categories: Sequence[Any], dataset: CocoDataset, problems: Problems) -> None:

@@ -297,6 +297,20 @@ def test_predictions_of_predict_are_scored_as_any_others(files):
     ]
 
 
+def test_images_that_were_not_predicted_are_told(files):
+    content, predictions = noisy_case()
+    kept = [p for p in predictions if p["image_id"] != IMAGE_IDS[-1]]
+    written = of_predict(content, kept)
+    assert written["images"].pop(0)["file_name"] == f"photos/{IMAGE_IDS[-1]}.png"
+    (files / "predictions.json").write_text(json.dumps(written))
+    assert run(files, "--output", str(files / "out")) == 0
+    scores = json.loads((files / "out" / "scores.json").read_text())
+    assert scores["notes"][0] == (
+        f"1 images of the json are not in the predictions (such as '{IMAGE_IDS[-1]}.png'): "
+        "their objects count as missed."
+    )
+
+
 def test_names_of_images_are_compared_from_their_end(files):
     content, predictions = noisy_case()
     names = dict(zip(IMAGE_IDS, ("1.png", "day/1.png", "night/1.png", "3.png"), strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,7 +51,11 @@ class _ConfigOptions(argparse.Action):
         late = next((value for value in given if value.startswith("--")), None)
         if late is not None:
             # Else those that are required would be said to be missing.
-            parser.error(f"{late} comes after keys: give options first, then KEY VALUE ...")
+            is_known = late.partition("=")[0] in re.findall(r"--[\w-]+", parser.format_usage())
+            what = (
+                "comes after keys: give options first, then KEY VALUE" if is_known else "is unknown"
+            )
+            parser.error(f"option {late} {what}")
         namespace.opts = [*namespace.opts, *given]
 
 

@@ -132,7 +132,11 @@ class ExitMonitor:
         return output
 
     def report(self) -> dict[str, Any]:
-        """``exits``, see ``ExitEvaluator``, and ``shadow``, see ``shadow_figures``."""
+        """``exits``, see ``ExitEvaluator``, and ``shadow``, see ``shadow_figures``.
+
+        Its intervals are for any number of looks until the window is full; for one look from then
+        on, since each look then begins at another image.
+        """
         with self._lock:
             return {
                 **self._exits.evaluate(),

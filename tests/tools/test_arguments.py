@@ -121,7 +121,10 @@ def test_options_behind_the_keys_are_told(command, before, capsys):
     with pytest.raises(SystemExit):
         parse([*before, *KEYS, *WITH_KEYS[command]])
     option = WITH_KEYS[command][0]
-    assert f"{option} comes after keys: give options first" in capsys.readouterr().err
+    assert f"option {option} comes after keys: give options first" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse([*WITH_KEYS[command], *before, "--hasty", "1", *KEYS])
+    assert re.search(r"option --hasty is unknown|arguments: --hasty", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "-1", "1e400", "-1e-9", "many", ""])

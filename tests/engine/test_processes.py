@@ -27,7 +27,7 @@ def give(index, statuses):
 
 def raise_errors(index, errors):
     """Process 1 fails first; the other one only because of that."""
-    time.sleep(0.0 if index == 1 else 0.5)
+    time.sleep(0.0 if index == 1 else 1.5)
     if errors[index] is not None:
         raise errors[index]
     return 0

@@ -100,7 +100,7 @@ def work(dataset, pids, how):
     torch_worker.MP_STATUS_CHECK_INTERVAL = 0.1  # seconds between two looks for the parent
     global batches  # alive at the exit, as after an error
     batches = iter(make_loader(dataset))
-    next(batches)
+    list(itertools.islice(batches, 2))  # one of each: both know by now whose end to look for
     pids.put([worker.pid for worker in multiprocessing.active_children()])
     if how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -34,8 +35,12 @@ def obey_main_process() -> None:
 
     Ctrl-C, SIGTERM and the signals of a hangup or a scheduler may reach all processes of a group.
     The main one ends its workers itself when it is done with the batches that it still wants: by a
-    message, and at its own exit by a SIGTERM.
+    message, and at its own exit by a SIGTERM. If it is gone already, the worker ends now: PyTorch
+    looks for a change of the parent from here on, and would never see one.
     """
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:
+        os._exit(0)
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     if signal.SIGTERM in _NOT_FOR_WORKERS:

@@ -12,6 +12,7 @@ from torch.utils.data._utils import worker as torch_worker
 
 from cascade_det.data.coco import load_dataset
 from cascade_det.data.loader import build_test_loader, build_train_loader
+from cascade_det.data.worker_signals import obey_main_process
 
 FORK = multiprocessing.get_context("fork")
 
@@ -116,3 +117,25 @@ def test_workers_end_with_their_process(dataset, how):
     workers = pids.get()
     assert len(workers) == 2
     wait_until(lambda: are_gone(workers))
+
+
+def be_born_late(folder):
+    (folder / "pid").write_text(str(os.getpid()))
+    while os.getppid() == multiprocessing.parent_process().pid:
+        time.sleep(0.01)
+    obey_main_process()
+    (folder / "at_work").touch()
+
+
+def start_and_die(folder):
+    FORK.Process(target=be_born_late, args=(folder,)).start()
+    wait_until((folder / "pid").exists)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_whose_process_is_gone_already_ends(tmp_path):
+    process = FORK.Process(target=start_and_die, args=(tmp_path,))
+    process.start()
+    process.join(60)
+    wait_until(lambda: are_gone([int((tmp_path / "pid").read_text())]))
+    assert not (tmp_path / "at_work").exists()

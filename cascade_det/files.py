@@ -202,7 +202,7 @@ def _sync(path: str | os.PathLike[str]) -> None:
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
     """Remove what :func:`atomic_path` and :func:`atomic_folder` left in ``folder`` when killed.
 
-    Only entries of their own names go, and only where nobody writes any more: a writer holds a
+    Only entries of their own names go, and only those that are no longer written: a writer holds a
     lock, which ends with its process. The number of the process says less: another one may have it
     by now, and in a container it is the same after every start.
 
@@ -212,7 +212,7 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> None:
     for path in Path(folder).glob(".cascade_det-*.tmp"):
         if not _TEMPORARY.fullmatch(path.name):
             continue
-        # It may vanish at any time, since its writer renames it; and it may be somebody else's.
+        # It may vanish at any time, since its writer renames it; and it may belong to another user.
         with suppress(OSError):
             _remove_if_left(path)
 

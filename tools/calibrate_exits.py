@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check_output(output: Path, config_files: Sequence[str]) -> None:
-    """Before the first line of the log: nothing of somebody else's may be in the folder."""
+    """Before the first line of the log: the folder may hold no other files."""
     check_replaceable(output, MADE)
     for name in FILES:
         check_output_file(output / name, config_files)

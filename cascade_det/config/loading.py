@@ -215,8 +215,8 @@ def _layer(setting: Setting) -> str:
 def _base(path: Path, including: tuple[str, ...]) -> list[Entry]:
     """The values of a base; errors do not quote it.
 
-    Otherwise somebody else's configuration could name any file of this machine as its base and have
-    it printed into a log.
+    Otherwise a configuration from elsewhere could name any file of this machine as its base and
+    have it printed into a log.
     """
     named = f"It is a {BASE_KEY} of {including[-1]}."
     if os.path.exists(path) and not os.path.isfile(path):

@@ -48,9 +48,7 @@ def _enter(parts: tuple[nn.Module, ...]) -> set[_Block]:
     """Switch to evaluation mode; whose switching back has to wait for this call."""
     # Module by module: what is frozen in evaluation mode inside a training model stays so.
     modules = [module for part in parts for module in part.modules()]
-    blocks = (
-        {_BLOCK_OF[module] for module in modules if module in _BLOCK_OF} if _BLOCK_OF else set()
-    )
+    blocks = {_BLOCK_OF[module] for module in modules if module in _BLOCK_OF}
     training = [module for module in modules if module.training]
     if training:
         for part in parts:

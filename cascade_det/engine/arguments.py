@@ -21,22 +21,18 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
 
     Either ends the list of an option that takes several values. They are ``opts``, a list.
     """
-    parser.add_argument(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        action=_ConfigOptions,
-        default=[],
-        metavar="KEY VALUE",
-        help="configuration keys that override the files, such as SOLVER.MAX_ITER 1000",
-    )
-    parser.add_argument(
-        "opts",
-        nargs=argparse.REMAINDER,
-        action=_ConfigOptions,
-        default=[],
-        metavar="KEY VALUE",
-        help="the same; --opts is needed only after an option that takes several values",
-    )
+    for name, text in (
+        ("--opts", "configuration keys that override the files, such as SOLVER.MAX_ITER 1000"),
+        ("opts", "the same; --opts is needed only after an option that takes several values"),
+    ):
+        parser.add_argument(
+            name,
+            nargs=argparse.REMAINDER,
+            action=_ConfigOptions,
+            default=[],
+            metavar="KEY VALUE",
+            help=text,
+        )
 
 
 class _ConfigOptions(argparse.Action):

@@ -39,7 +39,7 @@ def write_exits(
     """
     exits = {
         **config.exit_values(setting),
-        # A model keeps its learned parts where nobody uses them.
+        # A model keeps its learned parts even where they are not used.
         "ENABLED": bool(setting or cfg.MODEL.CASCADE.EXIT.LEARNED),
         "EXPECTED_LOSS": round(loss[0], 6),
         "EXPECTED_LOSS_DEVIATION": round(loss[1], 6),

@@ -10,8 +10,9 @@ from fvcore.common.config import CfgNode
 
 from cascade_det import __version__
 from cascade_det.data.coco import CocoDataset
+from cascade_det.engine.transfer import sha256_of
 from cascade_det.engine.weight_addresses import local_path
-from cascade_det.engine.weight_digest import file_sha256, weights_sha256
+from cascade_det.engine.weight_digest import weights_sha256
 from cascade_det.text import printable
 
 
@@ -51,10 +52,10 @@ class CalibrationSource:
         return cls(
             weights=str(weights),
             weights_sha256=weights_sha256(file) if file else "",
-            weights_file_sha256=file_sha256(file) if file else "",
+            weights_file_sha256=sha256_of(file) if file else "",
             data=dataset.source.name,
             json_file=str(dataset.source.json_file),
-            json_sha256=file_sha256(Path(dataset.source.json_file)),
+            json_sha256=sha256_of(Path(dataset.source.json_file)),
             images=num_images,
             device_name=device_name,
         )

@@ -19,7 +19,7 @@ from cascade_det.text import listed
 
 LAST = "last_checkpoint"
 # What loading the state of something else ends in; CheckpointErrors are ValueErrors.
-_DOES_NOT_FIT = (AttributeError, LookupError, TypeError, ValueError, RuntimeError)
+DOES_NOT_FIT = (AttributeError, LookupError, TypeError, ValueError, RuntimeError)
 # What goes with weights that are to be used, beside the weights themselves.
 WITH_WEIGHTS = ("run",)
 
@@ -110,7 +110,7 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
             return
         try:
             checkpointable.load_state_dict(self._resumed.pop(key))
-        except _DOES_NOT_FIT as error:
+        except DOES_NOT_FIT as error:
             raise CheckpointError(
                 f"{self.get_checkpoint_file()}: its {key!r} does not fit this run ({error}). "
                 "Resume with the configuration that it was written with, or start without resuming."
@@ -173,7 +173,7 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
             return super().load(path, checkpointables)
         except CheckpointError:
             raise
-        except _DOES_NOT_FIT as error:
+        except DOES_NOT_FIT as error:
             raise CheckpointError(
                 f"{path}: does not belong to this model and optimiser ({error}). Resume with the "
                 "configuration that it was written with, or start without resuming."

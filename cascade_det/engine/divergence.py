@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cascade_det.config.rules import shown
 from cascade_det.engine.batches import Batch
+from cascade_det.engine.checkpoint import DOES_NOT_FIT
 from cascade_det.engine.precision import autocast
 from cascade_det.engine.regimes import (
     freeze_detector,
@@ -36,8 +37,6 @@ NONFINITE_BOXES = "nonfinite_boxes"
 # The factor of the loss in float16, which halves with every step whose gradients overflow.
 LOSS_SCALE = "amp/scale"
 _SMALLEST_SCALE = 1e-4
-# What loading the state of something else ends in.
-_DOES_NOT_FIT = (AttributeError, LookupError, TypeError, ValueError, RuntimeError)
 _SHOWN = 5
 
 
@@ -133,7 +132,7 @@ def replay(
     try:
         detector.load_state_dict(step.model)
         set_random_state(step.random)
-    except _DOES_NOT_FIT as error:
+    except DOES_NOT_FIT as error:
         raise CheckpointError(
             f"{path}: does not belong to this model ({printable(str(error), longest=500)}). Give "
             "the configuration that it was written with."

@@ -10,7 +10,6 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 from cascade_det.data.annotation_file import read_json
@@ -144,12 +143,7 @@ class PredictionFolder:
         self.seen += 1
         self.failed += 1
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Make ``predictions.json`` of what is there, however the run ended."""
         path = self._folder / RESULT_FILE
         try:
@@ -192,7 +186,9 @@ class PredictionFolder:
         older = [name for name in sorted(rest) if (self._folder / name).is_file()]
         others = [name for name in self._others if (self._folder / name).is_file()]
         rest_of_it = {
-            **{"categories": list(self._categories), "older_pictures": older, "others": others}
+            "categories": list(self._categories),
+            "older_pictures": older,
+            "others": others,
         }
         file.write(f"\n],\n{json.dumps(rest_of_it)[1:]}\n")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import functools
 import json
 import logging
@@ -30,6 +31,8 @@ _OWNER = ".cascade_det.owner.json"
 # Seconds. With older versions of filelock the workers of a run that was killed hold its lock until
 # they notice, which takes them 5.
 _PATIENCE = 10.0
+# How file systems say that they have none.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -93,7 +96,7 @@ def _acquire(folder: Path) -> FileLock:
             "or stop it, or give this run another OUTPUT_DIR."
         ) from None
     except (OSError, NotImplementedError) as error:
-        if not os.access(folder, os.W_OK):
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             raise
         logger.warning(
             "%s: its file system has no locks (%s), so another run in this folder would go "

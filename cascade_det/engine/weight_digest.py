@@ -1,4 +1,4 @@
-"""What tells weights, and files, from others: SHA-256 of what they hold."""
+"""What tells weights from others: SHA-256 of what a file holds of them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from pathlib import Path
 import torch
 
 from cascade_det.engine.weight_files import read_weights
-
-_CHUNK = 2**20
 
 
 def weights_sha256(path: str | Path) -> str:
@@ -28,13 +26,4 @@ def weights_sha256(path: str | Path) -> str:
     for name, tensor in sorted(read_weights(path).items()):
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def file_sha256(path: str | Path) -> str:
-    """Of the bytes of a file."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
     return digest.hexdigest()

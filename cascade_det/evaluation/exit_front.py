@@ -36,7 +36,7 @@ class FrontPoint:
         drop: percent points of AP below the full cascade; negative above it.
         work: share of the full cascade's FLOPs in box heads, 0 to 1.
         region_shares: share of all proposals that enters each of the S stages, 0 to 1.
-        milliseconds: per image, as measured; ``None`` where nobody did.
+        milliseconds: per image, as measured; ``None`` where it was not.
         predicted: the same as a latency model has it; ``None`` without one.
         chosen: whether it is the one that the target led to.
     """

@@ -75,8 +75,8 @@ def shadow_figures(losses: Sequence[float], rules: ShadowRules) -> dict[str, flo
     Returns:
         ``images`` with a shadow run; ``loss``, their mean, from ``loss_low`` to ``loss_high``;
         ``changed``, the share of images with any loss, from ``changed_low`` to ``changed_high``;
-        ``confidence`` of either interval. Both are those of ``mean_interval``: whoever looks after
-        every image, and stops when it pleases, is as safe as who looks once. Without images the
+        ``confidence`` of either interval. Both are those of ``mean_interval``, which
+        hold however often they are looked at, and whenever looking stops. Without images the
         means are nan and the intervals [0, 1]. If a loss was promised, ``expected_loss``,
         ``expected_deviation`` and ``drift``: 1 if ``loss_low`` is above the promise plus twice
         its deviation, else 0.

@@ -161,7 +161,7 @@ class Detector(nn.Module):
             return DetectorOutput([], CascadeStats.of_nothing(self.roi_heads.num_stages))
         part = timer.part if timer is not None else lambda name: nullcontext()
         started = self.roi_heads.now()
-        inputs = self.cascade_inputs(batch, timer=timer)
+        inputs = self._cascade_inputs(batch, timer)
         detections, stats = self.roi_heads.detect(**vars(inputs), timer=timer, started=started)
         image_sizes = inputs.image_sizes
         original_sizes = [
@@ -188,6 +188,9 @@ class Detector(nn.Module):
         self, batch: Sequence[Sample], *, timer: PartTimer | None = None
     ) -> CascadeInputs:
         """What the cascade gets of a batch; arguments as in ``detect``."""
+        return self._cascade_inputs(batch, timer)
+
+    def _cascade_inputs(self, batch: Sequence[Sample], timer: PartTimer | None) -> CascadeInputs:
         part = timer.part if timer is not None else lambda name: nullcontext()
         # What is compiled is compiled for one mode, whatever that of the caller.
         mode = torch.inference_mode if self.optimizations else nullcontext

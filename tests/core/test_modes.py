@@ -1,4 +1,4 @@
-"""Modules that are in evaluation mode for a while, whoever else needs them so."""
+"""Modules in evaluation mode for a while, also where several calls need it at once."""
 
 import torch
 from torch import nn

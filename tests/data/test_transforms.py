@@ -128,7 +128,7 @@ def test_what_is_no_image(tmp_path):
     (tmp_path / "text.jpg").write_text("hello")
     with pytest.raises(DatasetError, match="cannot be read as an image"):
         read_image(str(tmp_path / "text.jpg"), "RGB")
-    os.mkfifo(tmp_path / "pipe.jpg")  # nobody writes into it: reading would wait for ever
+    os.mkfifo(tmp_path / "pipe.jpg")  # has no writer: reading would block for ever
     (tmp_path / "link.jpg").symlink_to(tmp_path / "pipe.jpg")
     for path in (tmp_path / "pipe.jpg", tmp_path / "link.jpg", tmp_path, Path("/dev/zero")):
         with pytest.raises(DatasetError, match=f"^{path}: is not a file$"):

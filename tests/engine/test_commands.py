@@ -33,6 +33,13 @@ def test_user_errors_are_told(error, capfd):
     assert capfd.readouterr().err == "SEED is odd\n"
 
 
+def test_names_in_messages_are_escaped(tmp_path, capfd):
+    assert ended(fail, ConfigError("\x1b[2J: gr\udcf6\udcdfe\nnext line")) == 1
+    assert capfd.readouterr().err == "\\x1b[2J: gr\\udcf6\\udcdfe\nnext line\n"
+    assert ended(write_json, {}, tmp_path / ("\x1b" * 300)) == 1
+    assert "\x1b" not in capfd.readouterr().err
+
+
 def test_ctrl_c(capfd):
     assert ended(fail, KeyboardInterrupt()) == 130
     assert capfd.readouterr().err == ""

@@ -1,5 +1,6 @@
-"""One run at a time in a folder, whoever starts the other one, and whatever ends the first."""
+"""One run at a time in a folder: the second is refused, and a killed first one does not block."""
 
+import errno
 import json
 import os
 import signal
@@ -108,10 +109,22 @@ def test_what_an_owner_says_does_not_reach_the_terminal_raw(cfg):
     assert len(str(error.value)) < 1000
 
 
-def test_a_file_system_without_locks_is_told_and_no_obstacle(cfg, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    "error", [NotImplementedError("no flock"), OSError(errno.ENOLCK, "no flock")]
+)
+def test_a_file_system_without_locks_is_told_and_no_obstacle(cfg, monkeypatch, caplog, error):
     def refuse(self, **_):
-        raise NotImplementedError("no flock")
+        raise error
 
     monkeypatch.setattr(run_lock.FileLock, "acquire", refuse)
     assert run(cfg) == [".cascade_det.owner.json"]
-    assert "has no locks (no flock)" in caplog.text
+    assert f"has no locks ({error})" in caplog.text
+
+
+def test_another_error_is_not_taken_for_a_file_system_without_locks(cfg, monkeypatch):
+    def refuse(self, **_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_lock.FileLock, "acquire", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        run(cfg)

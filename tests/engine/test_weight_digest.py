@@ -5,7 +5,8 @@ import hashlib
 import pytest
 import torch
 
-from cascade_det.engine.weight_digest import file_sha256, weights_sha256
+from cascade_det.engine.transfer import sha256_of
+from cascade_det.engine.weight_digest import weights_sha256
 from cascade_det.errors import CheckpointError
 
 STATE = {
@@ -56,7 +57,7 @@ def test_everything_else_does(digest, change):
 
 def test_a_file(tmp_path):
     (tmp_path / "a").write_bytes(b"x" * 3_000_000)
-    assert file_sha256(tmp_path / "a") == hashlib.sha256(b"x" * 3_000_000).hexdigest()
+    assert sha256_of(tmp_path / "a") == hashlib.sha256(b"x" * 3_000_000).hexdigest()
     (tmp_path / "a.pth").write_bytes(b"x")
     with pytest.raises(CheckpointError):
         weights_sha256(tmp_path / "a.pth")

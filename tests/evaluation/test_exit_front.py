@@ -146,7 +146,7 @@ class TestPlot:
             row("oracle", 0.05, 0.0),
         ]
         front = [point(1.0, 0.0, 90.0), point(0.1, 0.05, 40.0), point(0.02, 0.5, 35.0)]
-        # Nobody measured two of these.
+        # Two of these were not measured.
         front.append(dataclasses.replace(point(0.01, 0.6), predicted=1.0))
         tried = [dataclasses.replace(point(0.5, 2.0), predicted=60.0)]
         plot_front(

@@ -60,7 +60,7 @@ def test_an_installed_font_is_taken(only_own_fonts, tmp_path):
     texts, families = with_fonts([CAT + DOG, THAI, "cat"])
     assert texts == [CAT + DOG, "\\u0e41", "cat"]
     assert families == [*matplotlib.rcParams["font.family"], "Cats-and:dogs"]
-    # Nobody else gets it.
+    # No other image gets it.
     assert with_fonts(["cat"])[1] == families[:-1]
 
 

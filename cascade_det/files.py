@@ -218,13 +218,11 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> None:
 
 
 def _remove_if_left(path: Path) -> None:
-    mode = path.lstat().st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        return
-    # Without O_NONBLOCK a FIFO that takes the place of the file meanwhile would hang.
+    # A link is refused, and opening a FIFO does not block.
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        if not _lock(descriptor):
+        mode = os.fstat(descriptor).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) or not _lock(descriptor):
             return
         if stat.S_ISDIR(mode):
             shutil.rmtree(path)

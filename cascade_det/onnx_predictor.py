@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascade_det.data.given_images import Image, Images, check_images, given_pixels
-from cascade_det.data.problems import shown
+from cascade_det.data.issues import shown
 from cascade_det.data.transforms import IMAGE_FORMATS, resize_shortest_edge
 from cascade_det.errors import CheckpointError, ConfigError
 from cascade_det.text import check_name, printable

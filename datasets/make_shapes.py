@@ -36,7 +36,7 @@ if __name__ == "__main__":
 import cv2
 from tqdm import tqdm
 
-from cascade_det.engine.commands import without_traceback
+from cascade_det.commands.errors import without_traceback
 from cascade_det.files import atomic_folder, remove_leftovers
 from shape_scenes import CLASSES, DRAWING_VERSION, make_image
 

@@ -47,10 +47,10 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
-from cascade_det.engine.commands import without_traceback
-from cascade_det.engine.downloads import download
+from cascade_det.commands.errors import without_traceback
 from cascade_det.errors import CascadeDetError, DatasetError
 from cascade_det.files import atomic_path, remove_leftovers
+from cascade_det.weights.downloads import download
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from cascade_det.benchmark.options import (
     Options,
     read_survivors,
 )
-from cascade_det.engine.arguments import add_config_options, real, whole
+from cascade_det.commands.arguments import add_config_options, real, whole
 
 LARGEST_SEED = 2**63 - 1  # of PyTorch
 MOST_THREADS = 4096
@@ -103,7 +103,7 @@ if __name__ == "__main__":
 
 from cascade_det.benchmark.report import format_benchmark
 from cascade_det.benchmark.run import run
-from cascade_det.engine.commands import without_traceback
+from cascade_det.commands.errors import without_traceback
 from cascade_det.engine.log import setup_logging
 
 

@@ -26,7 +26,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cascade_det.engine.arguments import add_config_options, check_output_file
+from cascade_det.commands.arguments import add_config_options, check_output_file
 from cascade_det.hosts import HOSTS
 
 
@@ -86,10 +86,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":
     _parse(None)  # Help and errors do not wait for the imports below.
 
-from cascade_det.engine.calibrate import MADE, calibrate
-from cascade_det.engine.calibration_report import FILES
-from cascade_det.engine.calibration_target import Options, Target
-from cascade_det.engine.commands import without_traceback
+from cascade_det.calibration.calibrate import MADE, calibrate
+from cascade_det.calibration.report import FILES
+from cascade_det.calibration.target import Options, Target
+from cascade_det.commands.errors import without_traceback
 from cascade_det.engine.log import setup_logging
 from cascade_det.files import check_replaceable
 from cascade_det.hosts import choose_host, load_host

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cascade_det.commands.arguments import add_config_options, check_output_file
 from cascade_det.data.image_names import LINK_RULES, LinkRule
-from cascade_det.engine.arguments import add_config_options, check_output_file
 
 FOLLOW_LINKS = "--follow-links"
 
@@ -58,14 +58,14 @@ if __name__ == "__main__":
 from tabulate import tabulate
 
 from cascade_det import config
+from cascade_det.commands.errors import without_traceback
 from cascade_det.config import check_config, load_config
 from cascade_det.data.annotation_file import read_json
 from cascade_det.data.catalog import DatasetSource, dataset_of_files, find_dataset
 from cascade_det.data.coco_json import CheckedJson
 from cascade_det.data.dataset_check import check_dataset
 from cascade_det.data.dataset_summary import DatasetSummary, summarise
-from cascade_det.data.problems import Problems
-from cascade_det.engine.commands import without_traceback
+from cascade_det.data.issues import Problems
 from cascade_det.engine.log import setup_logging
 from cascade_det.errors import CascadeDetError, ConfigError, DatasetError
 from cascade_det.files import write_json

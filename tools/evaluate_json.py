@@ -23,8 +23,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from cascade_det.commands.arguments import check_output_file, real, whole
 from cascade_det.data.image_names import LINK_RULES, LinkRule
-from cascade_det.engine.arguments import check_output_file, real, whole
 
 _BAD_DATA_OPTION = "--on-bad-data"
 _LIMIT_OPTION = "--max-detections"
@@ -69,21 +69,22 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":
     _parse(None)  # Help and errors do not wait for the imports below.
 
+from cascade_det.commands.errors import without_traceback
 from cascade_det.data.annotation_file import read_json
 from cascade_det.data.catalog import dataset_of_files
 from cascade_det.data.coco import CocoDataset, left_out_notes, load_dataset
+from cascade_det.data.issues import Problems, shown
 from cascade_det.data.predicted import is_of_predict, predicted_annotations
-from cascade_det.data.problems import Problems, shown
 from cascade_det.data.transforms import read_image
-from cascade_det.engine.commands import without_traceback
 from cascade_det.engine.log import setup_logging
 from cascade_det.errors import CascadeDetError, DatasetError
-from cascade_det.evaluation import format_report, score_results
-from cascade_det.evaluation.analysis_files import FOLDER, write_analysis
+from cascade_det.evaluation import score_results
+from cascade_det.evaluation.ap_warnings import too_many_objects_note
 from cascade_det.evaluation.average_precision import MAX_DETECTIONS
 from cascade_det.evaluation.ground_truth import load_ground_truth
-from cascade_det.evaluation.notes import too_many_objects_note
 from cascade_det.files import write_json
+from cascade_det.report.analysis_files import FOLDER, write_analysis
+from cascade_det.report.text import format_report
 
 SCORES_FILE = "scores.json"
 # Beyond any image or score, and far from where floats end.

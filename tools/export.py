@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from cascade_det.engine.arguments import add_config_options, check_output_file
+from cascade_det.commands.arguments import add_config_options, check_output_file
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -43,8 +43,8 @@ import torch
 from fvcore.common.config import CfgNode
 
 from cascade_det import config
+from cascade_det.commands.errors import without_traceback
 from cascade_det.data.transforms import read_image, resize_shortest_edge
-from cascade_det.engine.commands import without_traceback
 from cascade_det.engine.log import setup_logging
 from cascade_det.errors import CascadeDetError
 from cascade_det.files import atomic_path, remove_leftovers

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from cascade_det.engine.arguments import add_config_options, real
+from cascade_det.commands.arguments import add_config_options, real
 
 if TYPE_CHECKING:
     from cascade_det.standalone import Predictor
@@ -56,16 +56,16 @@ if __name__ == "__main__":
 import numpy as np
 from tqdm import tqdm
 
-from cascade_det.coco_results import coco_results
+from cascade_det.commands.errors import without_traceback
+from cascade_det.commands.prediction_files import PredictionFolder
+from cascade_det.data.coco_results import coco_results
 from cascade_det.data.read_ahead import read_ahead
 from cascade_det.data.transforms import read_image
-from cascade_det.drawing import draw_detections, encode
-from cascade_det.engine.commands import without_traceback
-from cascade_det.engine.prediction_files import PredictionFolder
-from cascade_det.engine.processes import INTERRUPTED
-from cascade_det.engine.signals import handled, let_go_of_lost_terminal, stop_signals
 from cascade_det.errors import DatasetError
 from cascade_det.onnx_predictor import ArrayDetections, OnnxPredictor
+from cascade_det.parallel.processes import INTERRUPTED
+from cascade_det.parallel.signals import handled, let_go_of_lost_terminal, stop_signals
+from cascade_det.report.drawing import draw_detections, encode
 from cascade_det.text import printable
 
 # What needs PyTorch is imported where it is used: an ONNX file runs without it.
@@ -91,8 +91,8 @@ def main(argv: list[str] | None = None) -> int:
 def _predict_by_weights(args: argparse.Namespace, files: list[Path], output: Path) -> int:
     from cascade_det.config import check_config, exit_arguments, load_config
     from cascade_det.engine.log import setup_logging
-    from cascade_det.engine.monitor import METRICS_FILE
-    from cascade_det.evaluation import format_report
+    from cascade_det.monitoring.monitor import METRICS_FILE
+    from cascade_det.report.text import format_report
     from cascade_det.standalone import Predictor
 
     setup_logging()

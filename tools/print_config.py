@@ -15,7 +15,7 @@ import sys
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from cascade_det.engine.arguments import add_config_options
+from cascade_det.commands.arguments import add_config_options
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -42,6 +42,7 @@ if __name__ == "__main__":
 import yaml
 from fvcore.common.config import CfgNode
 
+from cascade_det.commands.errors import without_traceback
 from cascade_det.config import (
     History,
     Setting,
@@ -52,7 +53,6 @@ from cascade_det.config import (
     merge_config,
 )
 from cascade_det.config.keys import as_lists
-from cascade_det.engine.commands import without_traceback
 
 _COMMENT_COLUMN = 64
 

@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-from cascade_det.engine.arguments import add_config_options
+from cascade_det.commands.arguments import add_config_options
 from cascade_det.hosts import HOSTS
 
 
@@ -77,13 +77,13 @@ if __name__ == "__main__":
 from fvcore.common.config import CfgNode
 
 from cascade_det.config import check_processes, scale_to_world_size
-from cascade_det.engine import distributed
-from cascade_det.engine.interrupts import Interrupted
 from cascade_det.engine.log import setup_logging
-from cascade_det.engine.processes import INTERRUPTED
 from cascade_det.engine.run_lock import check_free
 from cascade_det.errors import CascadeDetError
 from cascade_det.hosts import choose_host, load_host
+from cascade_det.parallel import distributed
+from cascade_det.parallel.interrupts import Interrupted
+from cascade_det.parallel.processes import INTERRUPTED
 
 logger = logging.getLogger("cascade_det.tools.train_net")
 

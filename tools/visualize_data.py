@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cascade_det.engine.arguments import add_config_options, whole
+from cascade_det.commands.arguments import add_config_options, whole
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -37,17 +37,17 @@ import numpy as np
 from fvcore.common.config import CfgNode
 
 from cascade_det import config
-from cascade_det.colors import class_color
+from cascade_det.commands.errors import without_traceback
 from cascade_det.config import check_config, load_config
 from cascade_det.data.coco import CocoDataset
 from cascade_det.data.loader import build_train_loader
 from cascade_det.data.samples import Sample
-from cascade_det.drawing import draw_boxes, encode
-from cascade_det.engine.commands import without_traceback
 from cascade_det.engine.datasets import load_datasets
 from cascade_det.engine.log import setup_logging
 from cascade_det.errors import CascadeDetError
 from cascade_det.files import atomic_path
+from cascade_det.report.colors import class_color
+from cascade_det.report.drawing import draw_boxes, encode
 
 
 @without_traceback

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cascade_det.layers import ConvNorm, may_write_in_place
-from cascade_det.layers_winograd import WinogradConv2d
+from cascade_det.layers.winograd import WinogradConv2d
 
 # Stride 4 is level 2: a level is the logarithm of its stride.
 LEVELS = {"res2": 2, "res3": 3, "res4": 4, "res5": 5}

@@ -12,7 +12,7 @@ from fvcore.common.config import CfgNode
 
 from cascade_det.config import check_config
 from cascade_det.engine.evaluate import evaluate_dataset
-from cascade_det.evaluation.tables import Figures, stage_names, table
+from cascade_det.report.tables import Figures, stage_names, table
 from cascade_det.standalone.evaluate import load_detector, test_loader
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from cascade_det.benchmark.machine import Peaks, measure_peaks
 from cascade_det.benchmark.setup import Setup
 from cascade_det.benchmark.work import Work, count_work
 from cascade_det.engine.allocator import keep_freed_memory
-from cascade_det.evaluation.tables import Figures, table
+from cascade_det.report.tables import Figures, table
 
 # The fastest of them that runs is looked at.
 _CONTENDERS = ("ours-fast-exits", "ours-fast", "ours")

@@ -14,7 +14,7 @@ import torchvision
 from torch.nn import functional as F
 
 from cascade_det.core.structures import PartTimer
-from cascade_det.evaluation import describe_machine
+from cascade_det.report.text import describe_machine
 
 # What decides how fast a CPU multiplies, under the names that Linux gives the instructions.
 _INSTRUCTIONS = {

@@ -14,7 +14,7 @@ from cascade_det.benchmark.options import Options
 from cascade_det.benchmark.setup import Setup
 from cascade_det.benchmark.training import open_training_steps
 from cascade_det.engine.allocator import keep_freed_memory
-from cascade_det.evaluation.tables import Figures, table
+from cascade_det.report.tables import Figures, table
 
 logger = logging.getLogger(__name__)
 

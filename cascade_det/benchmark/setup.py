@@ -19,10 +19,10 @@ from cascade_det.benchmark.options import Options, Survivors
 from cascade_det.benchmark.weights import seeded_weights
 from cascade_det.core import ExitPolicy
 from cascade_det.engine.datasets import load_datasets_to_evaluate
-from cascade_det.engine.weights import load_weights
 from cascade_det.errors import ConfigError
 from cascade_det.standalone import Detector, build_detector
 from cascade_det.standalone.evaluate import test_loader
+from cascade_det.weights.loading import load_weights
 
 logger = logging.getLogger(__name__)
 

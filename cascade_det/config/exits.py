@@ -71,7 +71,7 @@ EXIT_DEFAULTS: dict[str, Any] = {
     "EXPECTED_LOSS": -1.0,
     "EXPECTED_LOSS_DEVIATION": 0.0,
     "DEVICE_NAME": "",  # on which latency was measured, where thresholds depend on it
-    # Of the weights that the exits were calibrated on, see cascade_det.engine.weight_digest;
+    # Of the weights that the exits were calibrated on, see cascade_det.weights.digest;
     # others are a warning. "" = any.
     "WEIGHTS_SHA256": "",
 }

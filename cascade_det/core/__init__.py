@@ -4,7 +4,6 @@ from cascade_det.core.box_head import BoxPredictor, ConvFCBoxHead
 from cascade_det.core.cascade import CascadeHead
 from cascade_det.core.exits import ExitPolicy, build_exits
 from cascade_det.core.fast_heads import FastCopies
-from cascade_det.core.regime import TrainingRegime, build_regime
 from cascade_det.core.roi_pooling import RoIPooler
 from cascade_det.core.structures import (
     EXIT_REASONS,
@@ -15,6 +14,7 @@ from cascade_det.core.structures import (
     PartTimer,
     StageOutput,
 )
+from cascade_det.core.training_schedule import TrainingRegime, build_regime
 
 __all__ = [
     "EXIT_REASONS",

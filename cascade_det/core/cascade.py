@@ -12,19 +12,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cascade_det.core.boxes import Weights, flatten_images
 from cascade_det.core.cascade_losses import cascade_losses
+from cascade_det.core.cascade_targets import TrainingRules
 from cascade_det.core.ensemble import ScoreEnsemble
+from cascade_det.core.exit_losses import exit_losses
 from cascade_det.core.exits import ExitPolicy
-from cascade_det.core.exits.learned_training import exit_losses
 from cascade_det.core.fast_heads import common_dtype, fast_box_heads
 from cascade_det.core.matching import LabelledRegions, Targets
 from cascade_det.core.modes import in_evaluation_mode
-from cascade_det.core.network import Network
 from cascade_det.core.record import CascadeRecord, select_scored
-from cascade_det.core.regime import TrainingRegime
 from cascade_det.core.regions import Regions, Scored
 from cascade_det.core.roi_pooling import Pyramid, RoIPooler
+from cascade_det.core.stage_network import Network
+from cascade_det.core.stage_runner import Walker, part
 from cascade_det.core.structures import (
     CascadeInputs,
     CascadeStats,
@@ -32,8 +32,8 @@ from cascade_det.core.structures import (
     PartTimer,
     StageOutput,
 )
-from cascade_det.core.training import TrainingRules
-from cascade_det.core.walk import Walker, part
+from cascade_det.core.structures.boxes import Weights, flatten_images
+from cascade_det.core.training_schedule import TrainingRegime
 
 ImageSizes = Sequence[tuple[int, int]]
 

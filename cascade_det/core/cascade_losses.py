@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from cascade_det.core.boxes import image_limits, is_nonempty
+from cascade_det.core.cascade_targets import TrainingRules
 from cascade_det.core.ensemble import ScoreEnsemble
 from cascade_det.core.matching import LabelledRegions, Targets
 from cascade_det.core.prefix_loss import prefix_loss
-from cascade_det.core.regime import TrainingRegime
-from cascade_det.core.stage_pass import StagePass
-from cascade_det.core.training import TrainingRules
+from cascade_det.core.structures.boxes import image_limits, is_nonempty
+from cascade_det.core.training_schedule import TrainingRegime
+from cascade_det.core.training_stage import StagePass
 
 Figures = dict[str, Tensor]
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from cascade_det.core.boxes import Weights, encode_boxes
+from cascade_det.core.cascade_targets import TrainingRules
 from cascade_det.core.matching import LabelledRegions, Targets
-from cascade_det.core.stage_pass import StagePass
-from cascade_det.core.training import TrainingRules
+from cascade_det.core.structures.boxes import Weights, encode_boxes
+from cascade_det.core.training_stage import StagePass
 
 
 class DynamicTargets(nn.Module):

@@ -12,7 +12,7 @@ from torchvision.ops import (
     generalized_box_iou_loss,
 )
 
-from cascade_det.core.boxes import Weights, decode_boxes, encode_boxes
+from cascade_det.core.structures.boxes import Weights, decode_boxes, encode_boxes
 
 IOU_LOSSES: dict[str, Callable[..., Tensor]] = {
     "giou": generalized_box_iou_loss,

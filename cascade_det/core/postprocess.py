@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from cascade_det.core.boxes import is_nonempty
 from cascade_det.core.structures import Detections, StageOutput
+from cascade_det.core.structures.boxes import is_nonempty
 
 
 def select_detections(

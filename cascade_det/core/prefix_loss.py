@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cascade_det.core.ensemble import ScoreEnsemble
-from cascade_det.core.stage_pass import StagePass
+from cascade_det.core.training_stage import StagePass
 
 
 def prefix_loss(passes: Sequence[StagePass], ensemble: ScoreEnsemble) -> Tensor:

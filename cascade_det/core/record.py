@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade_det.core.boxes import image_limits
 from cascade_det.core.ensemble import ScoreEnsemble
 from cascade_det.core.exits import ExitPolicy, RegionView
 from cascade_det.core.postprocess import select_detections
 from cascade_det.core.regions import Regions, Scored, StageRun
+from cascade_det.core.stage_runner import Walker
 from cascade_det.core.structures import CascadeStats, Detections
-from cascade_det.core.walk import Walker
+from cascade_det.core.structures.boxes import image_limits
 
 
 @dataclass

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cascade_det.core.stage_pass import StagePass
+from cascade_det.core.training_stage import StagePass
 
 GATES = ("hard", "soft")
 # The smallest weight before normalisation: no region is lost to any stage.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade_det.core.boxes import flatten_images, image_limits
+from cascade_det.core.structures.boxes import flatten_images, image_limits
 
 
 @dataclass

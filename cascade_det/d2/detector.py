@@ -21,10 +21,10 @@ from cascade_det.core import (
     PartTimer,
     TrainingRegime,
 )
-from cascade_det.core.boxes import of_images
 from cascade_det.core.fast_heads import fast_dtype
 from cascade_det.core.modes import evaluation_mode, in_evaluation_mode
 from cascade_det.core.postprocess import rescale_stage
+from cascade_det.core.structures.boxes import of_images
 from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads, HeadsCall
 from cascade_det.d2.structures import detections_of, objectness_of
 from cascade_det.engine.batches import check_images

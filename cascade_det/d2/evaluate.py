@@ -27,7 +27,6 @@ from cascade_det.d2.datasets import refuse_left_out, register_dataset
 from cascade_det.d2.detector import Detector
 from cascade_det.d2.loader import build_test_loader
 from cascade_det.data.coco import CocoDataset
-from cascade_det.engine import distributed
 from cascade_det.engine.datasets import load_datasets_to_evaluate
 from cascade_det.engine.devices import on_its_device, set_backends
 from cascade_det.engine.evaluate import by_dataset, evaluate_dataset
@@ -35,10 +34,12 @@ from cascade_det.engine.head_flops import region_flops
 from cascade_det.engine.run_info import load_to_evaluate
 from cascade_det.engine.run_lock import alone_in_output_dir
 from cascade_det.errors import ConfigError
-from cascade_det.evaluation import RegionFlops, ShadowRules, write_results
+from cascade_det.evaluation import RegionFlops
 from cascade_det.evaluation.average_precision import detections_limit, with_ap90
 from cascade_det.evaluation.ground_truth import class_labels
-from cascade_det.evaluation.report import RESULTS_FILE
+from cascade_det.monitoring.shadow import shadow_evaluators
+from cascade_det.parallel import distributed
+from cascade_det.report.text import RESULTS_FILE, write_results
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ def evaluate_all(cfg: CfgNode, model: nn.Module, datasets: Sequence[CocoDataset]
                 theirs["bbox"] = with_ap90(theirs["bbox"], results["bbox"]["AP90"])
             return {**results, **theirs}
 
+        shadow = shadow_evaluators(**config.shadow_arguments(cfg)) if detector.has_stages else []
         return evaluate_dataset(
             detector,
             loader,
@@ -105,8 +107,7 @@ def evaluate_all(cfg: CfgNode, model: nn.Module, datasets: Sequence[CocoDataset]
             dtype=detector.dtype,
             stages=detector.has_stages,
             flops=_flops(detector),
-            shadow=ShadowRules(**config.shadow_arguments(cfg)),
-            further=[_Feed(own, detector)],
+            further=[*shadow, _Feed(own, detector)],
             finish=finish,
         )
 

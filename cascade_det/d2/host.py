@@ -19,8 +19,8 @@ from cascade_det.d2.loader import build_test_loader
 from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
 from cascade_det.d2.train import replay_batch, train
 from cascade_det.data.coco import CocoDataset
-from cascade_det.engine import distributed
 from cascade_det.errors import ConfigError
+from cascade_det.parallel import distributed
 
 __all__ = [
     "check_config",

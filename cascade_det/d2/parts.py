@@ -14,8 +14,8 @@ from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from torch import Tensor, nn
 
 from cascade_det.core import RoIPooler, TrainingRegime
-from cascade_det.core.boxes import MAX_LOG_SCALE
 from cascade_det.core.roi_pooling import CANONICAL_BOX_SIZE, CANONICAL_LEVEL
+from cascade_det.core.structures.boxes import MAX_LOG_SCALE
 from cascade_det.errors import CheckpointError
 
 # Of torchvision's classifiers, and their names in a trunk.
@@ -82,7 +82,7 @@ def refuse_torchvision_names(part: nn.Module, incompatible: Any) -> None:
             raise CheckpointError(
                 f"the weights have torchvision's names ({theirs}), which Detectron2 does not know: "
                 f"the backbone ({ours}) would stay as it was initialised. Leave MODEL.WEIGHTS "
-                "empty and load the file by cascade_det.engine.weights.load_weights(model, file), "
+                "empty and load the file by cascade_det.weights.loading.load_weights(model, file), "
                 "which renames them, or train with tools/train_net.py, which does the same."
             )
 

@@ -14,8 +14,8 @@ from detectron2.structures.boxes import matched_pairwise_iou
 from torch import Tensor
 
 from cascade_det.core import Detections
-from cascade_det.core.boxes import flatten_images
 from cascade_det.core.matching import LabelledRegions, Targets
+from cascade_det.core.structures.boxes import flatten_images
 
 _FARTHEST = 1e5  # pixels, of a polygon's point
 _KNOWN = (Tensor, Boxes, BitMasks, PolygonMasks, Keypoints)

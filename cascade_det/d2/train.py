@@ -24,7 +24,6 @@ from cascade_det.d2.loader import build_test_loader
 from cascade_det.d2.structures import check_shapes_of, inputs_of
 from cascade_det.d2.trainer import Results, Trainer
 from cascade_det.data.coco import CocoDataset, check_same_classes
-from cascade_det.engine import distributed
 from cascade_det.engine.batches import check_images, check_truth
 from cascade_det.engine.datasets import load_training_data, scheduled
 from cascade_det.engine.devices import on_its_device, resolve_amp_dtype, set_backends
@@ -36,6 +35,7 @@ from cascade_det.engine.run_info import (
 )
 from cascade_det.engine.run_lock import alone_in_output_dir
 from cascade_det.engine.validation import validation_losses
+from cascade_det.parallel import distributed
 
 
 @alone_in_output_dir

@@ -29,17 +29,17 @@ from cascade_det.d2.hooks import Figures, LearningRate, as_detectron2_hook, buil
 from cascade_det.d2.loader import Batches, build_train_loader
 from cascade_det.d2.steps import Steps
 from cascade_det.d2.structures import sample_of
-from cascade_det.engine import distributed
 from cascade_det.engine.averaging import WeightAverage
 from cascade_det.engine.best_model import BestModel
 from cascade_det.engine.devices import resolve_amp_dtype
 from cascade_det.engine.hooks import EvalHook, PeriodicCheckpoint
-from cascade_det.engine.interrupts import InterruptRequest, interrupt_request
-from cascade_det.engine.regimes import freeze_detector, training_mode
 from cascade_det.engine.run_control import RunControl
 from cascade_det.engine.run_info import RunInfo, resume_or_load
 from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, build_scheduler
 from cascade_det.engine.step import TrainingStep
+from cascade_det.engine.training_modes import freeze_detector, training_mode
+from cascade_det.parallel import distributed
+from cascade_det.parallel.interrupts import InterruptRequest, interrupt_request
 
 logger = logging.getLogger(__name__)
 

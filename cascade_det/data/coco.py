@@ -16,7 +16,7 @@ from cascade_det.data.coco_json import CheckedJson, JsonObject, check_coco_json
 from cascade_det.data.dataset_check import check_dataset
 from cascade_det.data.image_check import MISSING
 from cascade_det.data.image_names import ALL_LINKS, NEAR_LINKS, LinkRule
-from cascade_det.data.notes import find_mistakes
+from cascade_det.data.warnings import find_mistakes
 from cascade_det.errors import DatasetError
 from cascade_det.text import listed
 

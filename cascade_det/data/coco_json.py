@@ -15,7 +15,7 @@ from typing import Any
 from cascade_det.data.annotation_file import read_annotation_file
 from cascade_det.data.catalog import DatasetSource
 from cascade_det.data.image_names import NEAR_LINKS, LinkRule, name_guard
-from cascade_det.data.problems import Problems, shown
+from cascade_det.data.issues import Problems, shown
 from cascade_det.text import check_name
 
 JsonObject = dict[str, Any]

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from cascade_det.data.coco_json import CheckedJson, JsonObject
-from cascade_det.data.notes import box_name, boxes_of, find_mistakes, is_outside
-from cascade_det.data.problems import Problems, shown
+from cascade_det.data.issues import Problems, shown
+from cascade_det.data.warnings import box_name, boxes_of, find_mistakes, is_outside
 
 # COCO's limits between small, medium and large, in square pixels.
 _AREA_LIMITS = (32**2, 96**2)

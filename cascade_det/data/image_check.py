@@ -14,7 +14,7 @@ from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from cascade_det.data.image_names import is_windows_path
-from cascade_det.data.problems import shown
+from cascade_det.data.issues import shown
 from cascade_det.data.transforms import read_image
 from cascade_det.errors import DatasetError
 

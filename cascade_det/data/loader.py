@@ -25,8 +25,8 @@ from cascade_det.data.samples import (
     TrainingSamples,
 )
 from cascade_det.data.transforms import TrainTransform
-from cascade_det.data.worker_signals import obey_main_process, signals_held
 from cascade_det.errors import DatasetError
+from cascade_det.parallel.worker_signals import obey_main_process, signals_held
 
 logger = logging.getLogger(__name__)
 

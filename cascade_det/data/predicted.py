@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from cascade_det.data.coco import CocoDataset
-from cascade_det.data.problems import Problems, shown
+from cascade_det.data.issues import Problems, shown
 from cascade_det.errors import DatasetError
 
 _LISTS = ("images", "annotations", "categories")

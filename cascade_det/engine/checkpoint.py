@@ -10,12 +10,12 @@ import torch
 from fvcore.common import checkpoint as fvcore_checkpoint
 from torch import nn
 
-from cascade_det.engine.weight_completeness import check_finite
-from cascade_det.engine.weight_files import load_torch_file
-from cascade_det.engine.weights import load_weights
 from cascade_det.errors import CheckpointError
 from cascade_det.files import atomic_path
 from cascade_det.text import listed
+from cascade_det.weights.completeness import check_finite
+from cascade_det.weights.files import load_torch_file
+from cascade_det.weights.loading import load_weights
 
 LAST = "last_checkpoint"
 # What loading the state of something else ends in; CheckpointErrors are ValueErrors.
@@ -194,7 +194,7 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
 
         Raises:
             CheckpointError: there is nothing to resume; else see :meth:`load` and
-                :func:`cascade_det.engine.weights.load_weights`.
+                :func:`cascade_det.weights.loading.load_weights`.
         """
         self.start_iter, self._resumed = 0, {}
         if resume:

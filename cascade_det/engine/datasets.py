@@ -12,8 +12,8 @@ from cascade_det.data.catalog import DatasetSource, find_dataset
 from cascade_det.data.coco import CocoDataset, load_dataset
 from cascade_det.data.image_names import LinkRule
 from cascade_det.data.loader import training_records
-from cascade_det.engine import distributed
 from cascade_det.errors import ConfigError, DatasetError
+from cascade_det.parallel import distributed
 
 logger = logging.getLogger(__name__)
 

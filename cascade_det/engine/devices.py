@@ -10,7 +10,7 @@ from fvcore.common.config import CfgNode
 
 from cascade_det.engine.allocator import keep_freed_memory
 from cascade_det.errors import ConfigError
-from cascade_det.evaluation import describe_machine
+from cascade_det.report.text import describe_machine
 
 logger = logging.getLogger(__name__)
 

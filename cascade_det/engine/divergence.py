@@ -18,13 +18,13 @@ from cascade_det.config.rules import shown
 from cascade_det.engine.batches import Batch
 from cascade_det.engine.checkpoint import DOES_NOT_FIT
 from cascade_det.engine.precision import autocast
-from cascade_det.engine.regimes import (
+from cascade_det.engine.step_file import read_step
+from cascade_det.engine.training_modes import (
     freeze_detector,
     progress_of,
     set_progress,
     training_mode,
 )
-from cascade_det.engine.step_file import read_step
 from cascade_det.engine.training_state import set_random_state
 from cascade_det.errors import CheckpointError
 from cascade_det.files import atomic_path

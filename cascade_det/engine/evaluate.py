@@ -14,18 +14,12 @@ from torch import nn
 
 from cascade_det.data.coco import CocoDataset, left_out_notes
 from cascade_det.data.transforms import read_image
-from cascade_det.engine import distributed
 from cascade_det.engine.inference import BatchLoader, Evaluator, run_inference
-from cascade_det.evaluation import (
-    RegionFlops,
-    ShadowRules,
-    default_evaluators,
-    describe_machine,
-    format_report,
-    write_results,
-)
-from cascade_det.evaluation.analysis_files import as_extra, write_analysis
-from cascade_det.evaluation.figures import plot_report
+from cascade_det.evaluation import RegionFlops, default_evaluators
+from cascade_det.parallel import distributed
+from cascade_det.report.analysis_files import as_extra, write_analysis
+from cascade_det.report.plots import plot_report
+from cascade_det.report.text import describe_machine, format_report, write_results
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +35,6 @@ def evaluate_dataset(
     dtype: str,
     stages: bool = True,
     flops: RegionFlops | None = None,
-    shadow: ShadowRules | None = None,
     further: Sequence[Evaluator] = (),
     finish: Callable[[dict[str, Any]], Mapping[str, Any]] = dict,
 ) -> dict[str, Any]:
@@ -57,13 +50,12 @@ def evaluate_dataset(
         dtype: what it computes in, for the report.
         stages: whether the detector can say what each stage alone would give.
         flops: of one region, see :func:`cascade_det.engine.head_flops.region_flops`.
-        shadow: on which images exits are held against the full cascade; needs ``stages``.
         further: evaluators beside those of the project.
         finish: called with the results on every process; gives what is reported.
 
     Returns:
-        ``bbox``, ``analysis``, ``stages``, ``exits``, ``latency`` and, by ``shadow``, ``shadow``
-        figures and ``notes``; the same on every process.
+        ``bbox``, ``analysis``, ``stages``, ``exits``, ``latency``, ``notes`` and what ``further``
+        evaluators give; the same on every process.
     """
     evaluators = default_evaluators(
         ground_truth=dataset.ground_truth,
@@ -73,7 +65,6 @@ def evaluate_dataset(
         detections_per_image=detections_per_image,
         stages=stages,
         flops=flops,
-        shadow=shadow,
     )
     found = run_inference(detector, loader, [*evaluators, *further], stages=stages)
     results = dict(finish({**found, "notes": [*found["notes"], *left_out_notes(dataset)]}))

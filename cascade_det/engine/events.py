@@ -9,7 +9,7 @@ import torch
 from fvcore.common.history_buffer import HistoryBuffer
 from torch import Tensor
 
-from cascade_det.engine import distributed
+from cascade_det.parallel import distributed
 
 # Losses jump from batch to batch; readers get the median of this many.
 WINDOW = 20

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from fvcore.common.checkpoint import PeriodicCheckpointer
 
-from cascade_det.engine import distributed
 from cascade_det.engine.checkpoint import Checkpointer
 from cascade_det.engine.writers import Writer
+from cascade_det.parallel import distributed
 
 if TYPE_CHECKING:
     from cascade_det.engine.trainer import Trainer

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from cascade_det.core.modes import evaluation_mode
 from cascade_det.core.structures import DetectorOutput, PartTimer
-from cascade_det.engine import distributed
 from cascade_det.engine.precision import amp_dtype_of, autocast
+from cascade_det.parallel import distributed
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cascade_det.engine import distributed
 from cascade_det.engine.writers import progress_logger
 from cascade_det.errors import ConfigError
+from cascade_det.parallel import distributed
 from cascade_det.text import printable
 
 _LOGGERS = ("cascade_det", "fvcore", "detectron2")

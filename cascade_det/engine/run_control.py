@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import AbstractContextManager
 
-from cascade_det.engine.interrupts import Interrupted, InterruptRequest, ending_at_once
+from cascade_det.parallel.interrupts import Interrupted, InterruptRequest, ending_at_once
 
 logger = logging.getLogger(__name__)
 

@@ -17,16 +17,16 @@ from cascade_det import config
 from cascade_det.config.rules import shown
 from cascade_det.config.yaml_files import read_entries, read_text
 from cascade_det.data.coco import CocoDataset
-from cascade_det.engine import distributed
 from cascade_det.engine.checkpoint import Checkpointer, checkpoint_to_resume
 from cascade_det.engine.devices import device_name
 from cascade_det.engine.hooks import START
-from cascade_det.engine.weight_addresses import local_path
-from cascade_det.engine.weight_digest import weights_sha256
-from cascade_det.engine.weight_files import load_torch_file
 from cascade_det.errors import CheckpointError, ConfigError, DatasetError
 from cascade_det.files import atomic_path, remove_leftovers
+from cascade_det.parallel import distributed
 from cascade_det.text import check_name
+from cascade_det.weights.addresses import local_path
+from cascade_det.weights.digest import weights_sha256
+from cascade_det.weights.files import load_torch_file
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from filelock import FileLock, Timeout
 from fvcore.common.config import CfgNode
 
-from cascade_det.engine import distributed
 from cascade_det.errors import ConfigError
 from cascade_det.files import write_json
+from cascade_det.parallel import distributed
 from cascade_det.text import printable
 
 logger = logging.getLogger(__name__)

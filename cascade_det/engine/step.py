@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cascade_det.engine import distributed
 from cascade_det.engine.batches import Batch, split_batch
 from cascade_det.engine.divergence import LOSS_SCALE, divergence, save_step
 from cascade_det.engine.events import mean_figures
 from cascade_det.engine.precision import amp_dtype_of, autocast
-from cascade_det.engine.regimes import set_progress
 from cascade_det.engine.solver import GradientClipper
+from cascade_det.engine.training_modes import set_progress
 from cascade_det.engine.training_state import random_state
+from cascade_det.parallel import distributed
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from cascade_det.config.rules import shown
 from cascade_det.engine.batches import Batch, split_batch
 from cascade_det.engine.precision import amp_dtype_of
-from cascade_det.engine.weight_files import load_torch_file, plain_tensor
 from cascade_det.errors import CheckpointError
+from cascade_det.weights.files import load_torch_file, plain_tensor
 
 _ENTRIES = ("model", "batch", "random", "iteration", "amp_dtype", "parts")
 

@@ -14,15 +14,13 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from cascade_det.engine import distributed
 from cascade_det.engine.batches import Batch
 from cascade_det.engine.events import History
 from cascade_det.engine.hooks import Hook
-from cascade_det.engine.interrupts import InterruptRequest, interrupt_request
-from cascade_det.engine.regimes import training_mode
 from cascade_det.engine.run_control import RunControl
 from cascade_det.engine.solver import GradientClipper
 from cascade_det.engine.step import TrainingStep
+from cascade_det.engine.training_modes import training_mode
 from cascade_det.engine.training_state import (
     load_optimizer_state,
     load_scheduler_state,
@@ -31,6 +29,8 @@ from cascade_det.engine.training_state import (
     random_state,
     set_random_state,
 )
+from cascade_det.parallel import distributed
+from cascade_det.parallel.interrupts import InterruptRequest, interrupt_request
 
 logger = logging.getLogger(__name__)
 

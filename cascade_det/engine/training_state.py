@@ -15,8 +15,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from cascade_det.engine import distributed
 from cascade_det.errors import CheckpointError
+from cascade_det.parallel import distributed
 from cascade_det.text import listed
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from cascade_det.core.modes import evaluation_mode
-from cascade_det.engine import distributed
 from cascade_det.engine.precision import amp_dtype_of, autocast
+from cascade_det.parallel import distributed
 
 # Which regions are sampled must not change from one evaluation to the next.
 _SEED = 0

@@ -10,10 +10,11 @@ from typing import Any
 
 from pycocotools.coco import COCO
 
-from cascade_det.coco_results import coco_results
 from cascade_det.core.structures import DetectorOutput
+from cascade_det.data.coco_results import coco_results
 from cascade_det.errors import DatasetError
 from cascade_det.evaluation.analysis import SCORE_THRESHOLD, analyse
+from cascade_det.evaluation.ap_warnings import explain, too_many_objects_note, unprocessed_note
 from cascade_det.evaluation.average_precision import (
     MAX_DETECTIONS,
     ap_figures,
@@ -26,7 +27,6 @@ from cascade_det.evaluation.ground_truth import (
     load_ground_truth,
     merge_seen,
 )
-from cascade_det.evaluation.notes import explain, too_many_objects_note, unprocessed_note
 from cascade_det.files import write_json
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,6 @@ from cascade_det.evaluation.coco import CocoEvaluator
 from cascade_det.evaluation.evaluator import Evaluator
 from cascade_det.evaluation.exits import ExitEvaluator, RegionFlops
 from cascade_det.evaluation.latency import LatencyEvaluator
-from cascade_det.evaluation.shadow import ShadowEvaluator, ShadowRules
 from cascade_det.evaluation.stages import StageEvaluator
 
 
@@ -25,13 +24,11 @@ def default_evaluators(
     stages: bool = True,
     warmup: int = 5,
     flops: RegionFlops | None = None,
-    shadow: ShadowRules | None = None,
 ) -> list[Evaluator]:
-    """AP, exit rates and latency and, with ``stages``, the figures per stage and of shadow runs.
+    """AP, exit rates and latency and, with ``stages``, AP per stage.
 
-    ``StageEvaluator`` and ``ShadowEvaluator`` need a detector that is run with ``stages=True``,
-    and ``LatencyEvaluator`` one that is run with a timer. Arguments as in the evaluators; there
-    is no ``ShadowEvaluator`` without rules, or if they choose nothing.
+    ``StageEvaluator`` needs a detector that is run with ``stages=True``, and ``LatencyEvaluator``
+    one that is run with a timer. Arguments as in the evaluators.
     """
     evaluators: list[Evaluator] = [
         CocoEvaluator(
@@ -50,6 +47,4 @@ def default_evaluators(
                 detections_per_image=detections_per_image,
             )
         )
-        if shadow is not None and shadow.share > 0:
-            evaluators.append(ShadowEvaluator(shadow))
     return [*evaluators, ExitEvaluator(flops), LatencyEvaluator(warmup=warmup)]

@@ -18,9 +18,9 @@ from cascade_det.core import (
     ExitPolicy,
     PartTimer,
 )
-from cascade_det.core.boxes import of_images
 from cascade_det.core.modes import in_evaluation_mode
 from cascade_det.core.postprocess import rescale_detections, rescale_stage
+from cascade_det.core.structures.boxes import of_images
 from cascade_det.engine.batches import check_images
 from cascade_det.standalone.rpn import RPN
 

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 from cascade_det import config
 from cascade_det.data.coco import CocoDataset
 from cascade_det.data.loader import build_test_loader
-from cascade_det.engine import distributed
 from cascade_det.engine.checkpoint import Checkpointer
 from cascade_det.engine.datasets import load_datasets_to_evaluate
 from cascade_det.engine.devices import set_backends
@@ -20,7 +19,8 @@ from cascade_det.engine.evaluate import by_dataset, evaluate_dataset
 from cascade_det.engine.head_flops import region_flops
 from cascade_det.engine.run_info import load_to_evaluate
 from cascade_det.engine.run_lock import alone_in_output_dir
-from cascade_det.evaluation import ShadowRules
+from cascade_det.monitoring.shadow import shadow_evaluators
+from cascade_det.parallel import distributed
 from cascade_det.standalone.build import build_detector
 from cascade_det.standalone.detector import Detector, Sample
 from cascade_det.standalone.optimize import optimize
@@ -91,7 +91,7 @@ def evaluate_all(
             detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
             dtype=detector.dtype,
             flops=region_flops(detector.roi_heads, detector.backbone.out_channels),
-            shadow=ShadowRules(**config.shadow_arguments(cfg)),
+            further=shadow_evaluators(**config.shadow_arguments(cfg)),
         )
 
     return by_dataset(datasets, output_dir, evaluate_one)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import nms
 
-from cascade_det.core.boxes import clip_boxes, decode_boxes, is_nonempty
 from cascade_det.core.regions import Regions
 from cascade_det.core.roi_pooling import Pyramid
+from cascade_det.core.structures.boxes import clip_boxes, decode_boxes, is_nonempty
 from cascade_det.standalone.detector import Detector
 
 # Pixels; farther than any image is wide, and no loss of precision in float64.

@@ -16,8 +16,8 @@ from cascade_det.config.fast import FAST_DEFAULTS, PARTS
 from cascade_det.core.fast_heads import FastBoxHead, fast_dtype
 from cascade_det.engine.allocator import keep_freed_memory
 from cascade_det.engine.devices import describe_dtypes, resolve_fast_dtype
-from cascade_det.layers_folding import fold_norms
-from cascade_det.layers_winograd import use_winograd
+from cascade_det.layers.folding import fold_norms
+from cascade_det.layers.winograd import use_winograd
 from cascade_det.standalone.detector import Detector
 
 logger = logging.getLogger(__name__)

@@ -17,13 +17,13 @@ from cascade_det.data.given_images import Image, Images, check_images, given_pix
 from cascade_det.data.read_ahead import read_ahead
 from cascade_det.data.transforms import resize_shortest_edge
 from cascade_det.engine.head_flops import region_flops
-from cascade_det.engine.monitor import ExitMonitor
 from cascade_det.engine.run_info import log_exits, run_of
-from cascade_det.engine.weights import load_weights
 from cascade_det.errors import ConfigError
-from cascade_det.evaluation import ShadowRules
+from cascade_det.monitoring.monitor import ExitMonitor
+from cascade_det.monitoring.shadow import ShadowRules
 from cascade_det.standalone.build import build_detector
 from cascade_det.standalone.optimize import optimize
+from cascade_det.weights.loading import load_weights
 
 logger = logging.getLogger(__name__)
 

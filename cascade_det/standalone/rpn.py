@@ -12,9 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import batched_nms, box_iou
 
-from cascade_det.core.boxes import Weights, clip_boxes, decode_boxes, image_limits, is_nonempty
 from cascade_det.core.losses import box_loss
 from cascade_det.core.matching import sample_labels
+from cascade_det.core.structures.boxes import (
+    Weights,
+    clip_boxes,
+    decode_boxes,
+    image_limits,
+    is_nonempty,
+)
 from cascade_det.standalone.anchors import AnchorGenerator
 from cascade_det.standalone.rpn_head import BestAnchors, RPNHead
 from cascade_det.standalone.rpn_samples import predictions_at

@@ -13,7 +13,6 @@ from fvcore.common.config import CfgNode
 from cascade_det import config
 from cascade_det.data.coco import CocoDataset
 from cascade_det.data.loader import build_test_loader, build_train_loader
-from cascade_det.engine import distributed
 from cascade_det.engine.averaging import WeightAverage
 from cascade_det.engine.batches import check_images, check_truth
 from cascade_det.engine.best_model import BestModel
@@ -22,7 +21,6 @@ from cascade_det.engine.datasets import load_training_data, scheduled
 from cascade_det.engine.devices import resolve_amp_dtype, set_backends
 from cascade_det.engine.divergence import replay
 from cascade_det.engine.hooks import EvalHook, Hook, PeriodicCheckpoint, WriterHook
-from cascade_det.engine.regimes import freeze_detector
 from cascade_det.engine.run_info import (
     RunInfo,
     check_output,
@@ -32,8 +30,10 @@ from cascade_det.engine.run_info import (
 from cascade_det.engine.run_lock import alone_in_output_dir
 from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, build_scheduler
 from cascade_det.engine.trainer import Trainer
+from cascade_det.engine.training_modes import freeze_detector
 from cascade_det.engine.validation import validation_losses
 from cascade_det.engine.writers import ConsoleWriter, JsonWriter, TensorBoardWriter, Writer
+from cascade_det.parallel import distributed
 from cascade_det.standalone.build import build_detector
 from cascade_det.standalone.detector import Detector
 from cascade_det.standalone.evaluate import evaluate_all

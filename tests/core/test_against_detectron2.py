@@ -14,9 +14,9 @@ from cascade_det.core import (
     Detections,
     RoIPooler,
 )
-from cascade_det.core.boxes import decode_boxes, encode_boxes, flatten_images
 from cascade_det.core.matching import Targets, label_regions, sample_labels
 from cascade_det.core.postprocess import rescale_detections, select_detections
+from cascade_det.core.structures.boxes import decode_boxes, encode_boxes, flatten_images
 
 pytest.importorskip("detectron2.engine", exc_type=ImportError)
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cascade_det.core.boxes import (
+from cascade_det.core.structures.boxes import (
     MAX_LOG_SCALE,
     clip_boxes,
     decode_boxes,

@@ -10,8 +10,8 @@ from training_passes import losses_of
 
 from cascade_det.core.dynamic_targets import DynamicTargets
 from cascade_det.core.matching import LabelledRegions, Targets
-from cascade_det.core.regime import TrainingRegime
-from cascade_det.core.stage_pass import StagePass
+from cascade_det.core.training_schedule import TrainingRegime
+from cascade_det.core.training_stage import StagePass
 
 IOUS = (0.5, 0.6, 0.7)
 

@@ -4,8 +4,8 @@ import torch
 from random_records import make_parts
 from small_cascades import CHANNELS, assert_same_detections, make_cascade, make_scene
 
+from cascade_det.core.exit_losses import exit_losses
 from cascade_det.core.exits import ExitPolicy
-from cascade_det.core.exits.learned_training import exit_losses
 
 
 def objectness_of(scene):

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from naive_cascade import iou
 from small_cascades import make_scene, random_boxes
 
-from cascade_det.core.boxes import flatten_images
 from cascade_det.core.matching import Targets, label_regions, sample_labels, sample_regions
+from cascade_det.core.structures.boxes import flatten_images
 
 NUM_CLASSES = 3
 

@@ -10,7 +10,7 @@ from training_passes import losses_of, random_passes
 
 from cascade_det.core.ensemble import ScoreEnsemble
 from cascade_det.core.prefix_loss import prefix_loss
-from cascade_det.core.regime import TrainingRegime
+from cascade_det.core.training_schedule import TrainingRegime
 
 
 def naive_prefix_loss(passes, name):

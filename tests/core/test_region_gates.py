@@ -7,8 +7,8 @@ import torch
 from small_cascades import NUM_CLASSES, make_cascade, make_scene
 from training_passes import losses_of, make_pass, random_passes
 
-from cascade_det.core.regime import TrainingRegime
 from cascade_det.core.region_gates import RegionGates
+from cascade_det.core.training_schedule import TrainingRegime
 
 STAGE_WEIGHTS = (1.0, 0.7, 0.2)
 

@@ -16,10 +16,10 @@ from small_cascades import (
 from torch.nn import functional as F
 
 from cascade_det.core import RoIPooler
-from cascade_det.core.boxes import flatten_images, image_limits
 from cascade_det.core.losses import BOX_LOSSES
 from cascade_det.core.matching import LabelledRegions, Targets, label_regions
-from cascade_det.core.stage_pass import StagePass
+from cascade_det.core.structures.boxes import flatten_images, image_limits
+from cascade_det.core.training_stage import StagePass
 
 
 def flat_targets(scene):

@@ -9,13 +9,13 @@ pytest.importorskip("detectron2.engine", exc_type=ImportError)
 
 from calibration_case import INSTANT, make_calibration_case
 
+from cascade_det.calibration import comparison as exit_comparison
+from cascade_det.calibration.calibrate import calibrate
+from cascade_det.calibration.recording import _SHARES
+from cascade_det.calibration.target import Options, Target
 from cascade_det.d2 import host
-from cascade_det.engine.calibrate import calibrate
-from cascade_det.engine.calibration_target import Options, Target
-from cascade_det.engine.recording import _SHARES
-from cascade_det.engine.weight_digest import weights_sha256
 from cascade_det.errors import ConfigError
-from cascade_det.evaluation import exit_comparison
+from cascade_det.weights.digest import weights_sha256
 
 pytestmark = pytest.mark.needs_detectron2
 
@@ -34,9 +34,9 @@ def case(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, no_pictures):
     """What takes longer than everything else, and is the same in both hosts."""
-    report = "cascade_det.engine.calibration_report"
+    report = "cascade_det.calibration.report"
     monkeypatch.setattr(f"{report}.usual_settings", lambda *_: {})
-    monkeypatch.setattr("cascade_det.engine.recording._SHARES", _SHARES[:5])
+    monkeypatch.setattr("cascade_det.calibration.recording._SHARES", _SHARES[:5])
     fewer_rounds = functools.partial(exit_comparison.compare, rounds=20)
     monkeypatch.setattr(f"{report}.compare", fewer_rounds)
     monkeypatch.setattr(f"{report}.plot_front", lambda _, path, **__: path.touch())

@@ -31,8 +31,8 @@ from two_hosts import (
 )
 
 from cascade_det.config import add_cascade_config, load_config
-from cascade_det.engine.weights import load_weights
 from cascade_det.standalone import build_detector, train
+from cascade_det.weights.loading import load_weights
 
 pytestmark = pytest.mark.needs_detectron2
 

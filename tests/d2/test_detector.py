@@ -16,8 +16,9 @@ from detectron2.utils.events import EventStorage
 
 from cascade_det.core import PartTimer
 from cascade_det.d2.detector import Detector
-from cascade_det.engine.monitor import ExitMonitor
-from cascade_det.evaluation import ShadowRules, agreement_loss
+from cascade_det.evaluation import agreement_loss
+from cascade_det.monitoring.monitor import ExitMonitor
+from cascade_det.monitoring.shadow import ShadowRules
 
 pytestmark = pytest.mark.needs_detectron2
 

@@ -12,8 +12,8 @@ from detectron2.modeling import build_model
 
 from cascade_det.d2 import host
 from cascade_det.d2.evaluate import load_model
-from cascade_det.engine.weight_digest import weights_sha256
 from cascade_det.errors import CheckpointError
+from cascade_det.weights.digest import weights_sha256
 
 pytestmark = pytest.mark.needs_detectron2
 

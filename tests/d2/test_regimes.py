@@ -26,8 +26,13 @@ from cascade_det import config
 from cascade_det.core import CascadeInputs, RoIPooler, build_exits, build_regime
 from cascade_det.d2 import host
 from cascade_det.d2.detector import Detector
-from cascade_det.engine.regimes import freeze_detector, progress_of, set_progress, training_mode
 from cascade_det.engine.step import TrainingStep
+from cascade_det.engine.training_modes import (
+    freeze_detector,
+    progress_of,
+    set_progress,
+    training_mode,
+)
 
 pytestmark = pytest.mark.needs_detectron2
 

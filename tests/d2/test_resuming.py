@@ -19,9 +19,9 @@ import train_net
 from cascade_det import config, standalone
 from cascade_det.d2 import host
 from cascade_det.d2.trainer import Trainer
-from cascade_det.engine.interrupts import Interrupted
 from cascade_det.engine.run_info import RunInfo
 from cascade_det.errors import CheckpointError, ConfigError
+from cascade_det.parallel.interrupts import Interrupted
 
 pytestmark = pytest.mark.needs_detectron2
 

@@ -10,11 +10,11 @@ from torch import nn
 from cascade_det.engine.averaging import WeightAverage
 from cascade_det.engine.checkpoint import Checkpointer
 from cascade_det.engine.hooks import EvalHook, Hook, PeriodicCheckpoint
-from cascade_det.engine.interrupts import Interrupted
 from cascade_det.engine.solver import build_optimizer, build_scheduler
 from cascade_det.engine.trainer import Trainer
 from cascade_det.engine.validation import validation_losses
 from cascade_det.errors import CheckpointError, DatasetError
+from cascade_det.parallel.interrupts import Interrupted
 
 
 def build(detector, loader, *, max_iter=8, lr=0.05, name="SGD", decay=1e-4, **arguments):

@@ -12,8 +12,8 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from cascade_det.coco_results import coco_results
 from cascade_det.core.structures import Detections
+from cascade_det.data.coco_results import coco_results
 from cascade_det.errors import DatasetError
 from cascade_det.evaluation import CocoEvaluator, coco_ap
 from cascade_det.evaluation.ground_truth import load_ground_truth

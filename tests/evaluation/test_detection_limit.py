@@ -10,13 +10,13 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from cascade_det.coco_results import coco_results
+from cascade_det.calibration.bootstrap import average_precision
+from cascade_det.calibration.image_matching import match_images
 from cascade_det.core.structures import CascadeStats, Detections, DetectorOutput, StageOutput
+from cascade_det.data.coco_results import coco_results
 from cascade_det.evaluation import CocoEvaluator, StageEvaluator, coco_ap, score_results
-from cascade_det.evaluation.bootstrap import average_precision
+from cascade_det.evaluation.ap_warnings import too_many_objects_note
 from cascade_det.evaluation.ground_truth import load_ground_truth
-from cascade_det.evaluation.image_matching import match_images
-from cascade_det.evaluation.notes import too_many_objects_note
 
 IDS = (3, 7)
 SIZES = {"AP": 0, "APs": 1, "APm": 2, "APl": 3}

@@ -18,10 +18,9 @@ from cascade_det.evaluation import (
     ExitEvaluator,
     LatencyEvaluator,
     RegionFlops,
-    ShadowEvaluator,
-    ShadowRules,
     StageEvaluator,
 )
+from cascade_det.monitoring.shadow import ShadowEvaluator, ShadowRules
 
 CATEGORY_IDS = (3, 7)
 IMAGE_IDS = tuple(range(1, 9))

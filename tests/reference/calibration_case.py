@@ -11,9 +11,9 @@ from pathlib import Path
 import cv2
 import torch
 
+from cascade_det.calibration.calibrator import split_images
+from cascade_det.calibration.image_matching import ImageMatcher
 from cascade_det.config import load_config
-from cascade_det.engine.calibration import split_images
-from cascade_det.evaluation.image_matching import ImageMatcher
 from cascade_det.standalone.build import build_detector
 from make_shapes import make_dataset
 

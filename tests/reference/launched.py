@@ -6,7 +6,7 @@ import signal
 import torch
 from torch import nn
 
-from cascade_det.engine import distributed
+from cascade_det.parallel import distributed
 
 
 def work_together(folder, ground_truth):

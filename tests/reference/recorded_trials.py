@@ -4,9 +4,9 @@ import dataclasses
 
 from random_records import IMAGE_SIZE, make_recorded_scene
 
+from cascade_det.calibration.image_matching import ImageMatcher
+from cascade_det.calibration.trials import ExitTrials, Recording
 from cascade_det.core.structures import Detections
-from cascade_det.evaluation.exit_trials import ExitTrials, Recording
-from cascade_det.evaluation.image_matching import ImageMatcher
 
 CATEGORY_IDS = (3, 7, 9)
 SCALE = 2

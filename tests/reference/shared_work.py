@@ -11,10 +11,10 @@ from cascade_det.config import load_config
 from cascade_det.core.dynamic_targets import DynamicTargets
 from cascade_det.core.matching import Targets
 from cascade_det.core.structures import CascadeStats, Detections, DetectorOutput, StageOutput
-from cascade_det.engine import distributed
 from cascade_det.engine.inference import run_inference
-from cascade_det.engine.processes import PeerError
 from cascade_det.evaluation import default_evaluators
+from cascade_det.parallel import distributed
+from cascade_det.parallel.processes import PeerError
 from cascade_det.standalone.build import build_detector
 
 ROOT = Path(__file__).parents[2]

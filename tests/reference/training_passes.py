@@ -4,7 +4,7 @@ import torch
 from small_cascades import NUM_CLASSES
 
 from cascade_det.core.matching import LabelledRegions
-from cascade_det.core.stage_pass import StagePass
+from cascade_det.core.training_stage import StagePass
 
 
 def make_pass(rows, logits, labels):

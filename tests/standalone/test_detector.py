@@ -9,8 +9,8 @@ from small_detectors import make_detector, random_image
 from torch import nn
 
 from cascade_det.core.structures import PartTimer
-from cascade_det.engine.monitor import ExitMonitor
 from cascade_det.layers import ConvNorm
+from cascade_det.monitoring.monitor import ExitMonitor
 from cascade_det.onnx_predictor import ExportedModel
 from cascade_det.standalone.export import export_onnx
 

@@ -137,8 +137,8 @@ def test_pictures_and_tables_are_extras(cfg, monkeypatch, caplog):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("cascade_det.engine.evaluate.plot_report", no_space)
-    monkeypatch.setattr("cascade_det.evaluation.analysis_files.plot_confusion", no_space)
-    monkeypatch.setattr("cascade_det.evaluation.analysis_files.write_csv", no_space)
+    monkeypatch.setattr("cascade_det.report.analysis_files.plot_confusion", no_space)
+    monkeypatch.setattr("cascade_det.report.analysis_files.write_csv", no_space)
     results = evaluate(cfg)
     assert json.loads((Path(cfg.OUTPUT_DIR) / "results.json").read_text())["bbox"].keys() == (
         results["bbox"].keys()

@@ -15,7 +15,7 @@ from cascade_det.core.fast_heads import FastBoxHead
 from cascade_det.engine import devices
 from cascade_det.engine.head_flops import region_flops
 from cascade_det.errors import ConfigError
-from cascade_det.layers_winograd import WinogradConv2d
+from cascade_det.layers.winograd import WinogradConv2d
 from cascade_det.standalone import Predictor, build_detector, optimize
 from cascade_det.standalone.host import open_detector
 

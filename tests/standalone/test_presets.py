@@ -8,11 +8,11 @@ import torch
 
 from cascade_det.config import load_config
 from cascade_det.engine.devices import device_name
-from cascade_det.engine.weight_digest import weights_sha256
 from cascade_det.errors import CheckpointError
 from cascade_det.standalone import Predictor, evaluate, train
 from cascade_det.standalone.build import build_detector
 from cascade_det.standalone.evaluate import load_detector
+from cascade_det.weights.digest import weights_sha256
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTANT = ROOT / "configs" / "quick_schedules" / "instant_test.yaml"

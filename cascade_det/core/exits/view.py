@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from cascade_det.core.boxes import paired_iou
+from cascade_det.core.structures.boxes import paired_iou
 
 BEFORE_STAGES = -1
 

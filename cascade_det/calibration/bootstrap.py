@@ -1,0 +1,196 @@
+"""Average precision of weighted images, and from it how sure a difference of two is.
+
+B sets of image weights, I images, K classes, T IoU thresholds. A weight is how often an image is
+in the set: 0 and 1 for a part of the images, counts for a resample with replacement (Efron 1979).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from cascade_det.calibration.image_matching import IOUS, MatchedDetections
+
+RECALLS = np.linspace(0, 1, 101)
+# Places of IoU 0.50, 0.75 and 0.90 in 0.50, 0.55, ...
+ROWS = {"AP50": 0, "AP75": 5, "AP90": 8}
+CHUNK_ELEMENTS = 2**22
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference of two figures in percent points, and what resampling the images makes of it.
+
+    Attributes:
+        value: on the images as they are.
+        mean: over the resamples.
+        deviation: standard deviation over the resamples.
+        low: lower end of the percentile interval.
+        high: its upper end.
+    """
+
+    value: float
+    mean: float
+    deviation: float
+    low: float
+    high: float
+
+
+def average_precision(
+    matched: MatchedDetections, image_weights: npt.ArrayLike | None = None
+) -> dict[str, float]:
+    """AP, AP50, AP75 and AP90 in percent, as pycocotools computes them.
+
+    Args:
+        matched: see ``ImageMatcher``.
+        image_weights: ``[I]`` whole numbers from 0 on; ``None``: each image once. With others the
+            figures are those of a data set with that many copies of each image.
+
+    Returns:
+        nan where no object is to be found.
+    """
+    weights = np.ones(len(matched.image_ids)) if image_weights is None else image_weights
+    figures = average_precisions(matched, np.asarray(weights)[None])
+    return {name: float(values[0]) for name, values in figures.items()}
+
+
+def average_precisions(
+    matched: MatchedDetections, image_weights: npt.ArrayLike
+) -> dict[str, npt.NDArray[np.float64]]:
+    """``average_precision`` for ``[B, I]`` sets of weights at once; each figure is ``[B]``.
+
+    Raises:
+        ValueError: there are not as many weights as images.
+    """
+    weights = np.asarray(image_weights, np.float64)
+    if weights.ndim != 2 or weights.shape[1] != len(matched.image_ids):
+        raise ValueError(
+            f"{len(matched.image_ids)} images need as many weights, not {list(weights.shape)}"
+        )
+    objects = weights @ matched.objects  # [B, K]
+    per_class = np.zeros((len(weights), len(IOUS), objects.shape[1]))
+    by_score = np.argsort(-matched.scores, kind="stable")
+    for index in np.unique(matched.classes).tolist():
+        order = by_score[matched.classes[by_score] == index]
+        for rounds in _chunks(len(weights), len(order)):
+            per_class[rounds, :, index] = _class_precisions(
+                weights[rounds][:, matched.images[order]],
+                matched.hits[:, order],
+                matched.ignored[:, order],
+                objects[rounds, index],
+            )
+    return _mean_over_classes(per_class, objects > 0)
+
+
+def paired_bootstrap(
+    a: MatchedDetections,
+    b: MatchedDetections,
+    *,
+    rounds: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> dict[str, Difference]:
+    """How far ``b`` is above ``a``, on resamples of the images that are the same for both.
+
+    Args:
+        a: matched detections of one detector.
+        b: those of another on the same images.
+        rounds: resamples.
+        seed: of the resamples.
+        confidence: share of the resamples within the interval.
+
+    Returns:
+        The difference of AP, AP50, AP75 and AP90.
+
+    Raises:
+        ValueError: the images differ.
+    """
+    if not np.array_equal(a.image_ids, b.image_ids):
+        raise ValueError("only detections on the same images can be compared in pairs")
+    count = len(a.image_ids)
+    samples = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), rounds)
+    weights = np.concatenate([np.ones((1, count)), samples])
+    before, after = average_precisions(a, weights), average_precisions(b, weights)
+    return {name: _difference(after[name] - before[name], confidence) for name in before}
+
+
+def _difference(values: npt.NDArray[np.float64], confidence: float) -> Difference:
+    # A resample may hold no object at all, and says nothing then.
+    resampled = values[1:][~np.isnan(values[1:])]
+    if len(resampled) == 0:
+        return Difference(float(values[0]), *[float("nan")] * 4)
+    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Difference(
+        value=float(values[0]),
+        mean=float(resampled.mean()),
+        deviation=float(resampled.std(ddof=min(1, len(resampled) - 1))),
+        low=float(low),
+        high=float(high),
+    )
+
+
+def _class_precisions(
+    weights: npt.NDArray[np.float64],
+    hits: npt.NDArray[np.bool_],
+    ignored: npt.NDArray[np.bool_],
+    objects: npt.NDArray[np.float64],
+) -> npt.NDArray[np.float64]:
+    """Average precision ``[B, T]`` of one class.
+
+    Args:
+        weights: ``[B, D]``, of the image of each detection, best score first.
+        hits: ``[T, D]``.
+        ignored: ``[T, D]``.
+        objects: ``[B]``, all that could be found.
+    """
+    counted = weights.cumsum(axis=1)
+    result = np.zeros((len(weights), len(hits)))
+    for row in range(len(hits)):
+        # Precision peaks at a hit, so only these decide what the 101 points see.
+        places = np.flatnonzero(hits[row])
+        if len(places) == 0:
+            continue
+        found = weights[:, places].cumsum(axis=1)
+        above = counted[:, places]
+        if ignored[row].any():
+            above = above - (weights * ignored[row]).cumsum(axis=1)[:, places]
+        result[:, row] = _interpolated(found, above, objects)
+    return result
+
+
+def _interpolated(
+    found: npt.NDArray[np.float64], above: npt.NDArray[np.float64], objects: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """The mean over 101 recalls of the best precision at that recall or a higher one, ``[B]``.
+
+    Args:
+        found: ``[B, P]``, hits up to each hit.
+        above: ``[B, P]``, detections up to each hit.
+        objects: ``[B]``.
+    """
+    recall = found / np.maximum(objects, 1)[:, None]
+    precision = found / (above + np.spacing(1))  # pycocotools guards its division like this.
+    best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    reached = np.searchsorted(RECALLS, recall, side="right")  # How many of the 101 recalls.
+    return (np.diff(reached, axis=1, prepend=0) * best).sum(axis=1) / len(RECALLS)
+
+
+def _mean_over_classes(
+    per_class: npt.NDArray[np.float64], present: npt.NDArray[np.bool_]
+) -> dict[str, npt.NDArray[np.float64]]:
+    counts = present.sum(axis=1)
+    totals = (per_class * present[:, None]).sum(axis=2)  # [B, T]
+    means = 100 * np.divide(
+        totals, counts[:, None], out=np.full_like(totals, np.nan), where=counts[:, None] > 0
+    )
+    return {"AP": means.mean(axis=1), **{name: means[:, row] for name, row in ROWS.items()}}
+
+
+def _chunks(rounds: int, detections: int) -> Iterator[slice]:
+    # Few enough at a time for the weights of one class to stay in some tens of megabytes.
+    size = max(1, CHUNK_ELEMENTS // max(detections, 1))
+    for start in range(0, rounds, size):
+        yield slice(start, start + size)

@@ -1,0 +1,147 @@
+"""The work of ``tools/calibrate_exits.py``: from a target to YAML, table and plot."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fvcore.common.config import CfgNode
+
+from cascade_det.calibration.calibrator import Calibrator, split_images
+from cascade_det.calibration.image_matching import ImageMatcher
+from cascade_det.calibration.provenance import CalibrationSource
+from cascade_det.calibration.recording import first_batches, fit_latency, record_dataset
+from cascade_det.calibration.report import FILES, CalibrationReport
+from cascade_det.calibration.sample import Sample
+from cascade_det.calibration.target import Options, Target
+from cascade_det.data.coco import CocoDataset
+from cascade_det.engine.devices import device_name
+from cascade_det.engine.inference import BatchLoader
+from cascade_det.errors import DatasetError
+from cascade_det.evaluation.average_precision import detections_limit
+from cascade_det.files import atomic_folder, remove_leftovers
+
+logger = logging.getLogger(__name__)
+
+LOG_FILE = "log.txt"
+MADE = (*FILES, LOG_FILE)
+
+
+def calibrate(
+    cfg: CfgNode,
+    open_detector: Callable[[], tuple[Any, CocoDataset, BatchLoader]],
+    target: Target,
+    output_dir: Path,
+    options: Options,
+) -> dict[str, Any]:
+    """Find exits for a target, and write them with what is to be expected of them.
+
+    Args:
+        cfg: of the detector.
+        open_detector: gives the detector (see ``cascade_det.calibration.recording.Detector``), the
+            calibration set with its ground truth, and a loader of it.
+        target: what is wanted.
+        output_dir: of ``exits.yaml``, ``quality.yaml``, ``balanced.yaml``, ``fast.yaml``,
+            ``front.csv``, ``front.png``, ``comparison.csv`` and ``calibration.json``. It holds
+            nothing else but the log, and is replaced as a whole once all of them are there: files
+            of two calibrations never stand side by side. A profile is left out where it would
+            break its promise, or where another file says the same.
+        options: how thorough.
+
+    Returns:
+        The content of ``calibration.json``.
+
+    Raises:
+        CascadeDetError: ``output_dir`` holds something else.
+        ConfigError: no setting reaches the target.
+        DatasetError: the images lack objects.
+        SampleTooSmallError: too few images, for a guarantee or at all.
+    """
+    target.check_images(options.images)
+    remove_leftovers(Path(os.path.realpath(output_dir)).parent)
+    with atomic_folder(output_dir, made=MADE) as folder:
+        content = _calibrate(cfg, open_detector, target, folder, options)
+        _keep_log(output_dir / LOG_FILE, folder / LOG_FILE)
+    logger.info("Written to %s: exits.yaml and what it rests on", output_dir)
+    return content
+
+
+def _keep_log(log: Path, kept: Path) -> None:
+    """Give the log, which is still being written, a place in the folder to come."""
+    if not log.is_file():
+        return
+    try:
+        os.link(log, kept)
+    except OSError:  # a file system without such links: what is logged from here on is not kept
+        shutil.copyfile(log, kept)
+
+
+def _calibrate(
+    cfg: CfgNode,
+    open_detector: Callable[[], tuple[Any, CocoDataset, BatchLoader]],
+    target: Target,
+    folder: Path,
+    options: Options,
+) -> dict[str, Any]:
+    detector, dataset, loader = open_detector()
+    num_images = min(options.images, len(dataset.records))
+    if num_images < len(dataset.records):
+        logger.warning(
+            "Only the first %d of %d images are used (--images): what is promised is for images "
+            "like these",
+            *(num_images, len(dataset.records)),
+        )
+    limit = detections_limit(cfg.TEST.DETECTIONS_PER_IMAGE)
+    matcher = _checked_matcher(dataset, num_images, target, options.seed, limit)
+    source = CalibrationSource.of(
+        cfg, dataset, num_images, device_name(next(detector.parameters()).device)
+    )
+    logger.info("Recording the full cascade on %d images of %s", num_images, dataset.source.name)
+    own = detector.cascade.exits
+    # The recording itself is let go: two halves are kept, which are as large as the whole.
+    calibrator = Calibrator(
+        cfg,
+        record_dataset(detector, loader, num_images),
+        matcher,
+        learned=None if own is None else own.learned,
+        score=options.score,
+        seed=options.seed,
+    )
+    logger.info("Trying up to %d settings on half of them", options.trials)
+    calibrator.try_settings(options.trials)
+    batches = first_batches(loader, options.timed_batches)
+    logger.info("Measuring %d batches with more and fewer regions", len(batches))
+    latency = fit_latency(
+        detector,
+        batches,
+        most_proposals=calibrator.trials.recording.most_proposals,
+        rounds=options.rounds,
+    )
+    logger.info("Latency model: %s", latency)
+    calibration = calibrator.calibrate(target, latency)
+    logger.info("Measuring what was found, and comparing it with what is simpler")
+    report = CalibrationReport(calibrator, detector, batches, options)
+    return report.write(calibration, target, latency, source, folder)
+
+
+def _checked_matcher(
+    dataset: CocoDataset, num_images: int, target: Target, seed: int, max_detections: int
+) -> ImageMatcher:
+    """The objects of a data set, which have to be enough before any long work begins."""
+    if not dataset.ground_truth.get("annotations"):
+        raise DatasetError(
+            f"{dataset.source.json_file} has no annotations: exits are calibrated on images with "
+            "ground truth"
+        )
+    target.check_images(num_images)
+    matcher = ImageMatcher(
+        *(dataset.ground_truth, dataset.category_ids), max_detections=max_detections
+    )
+    ids = [record.image_id for record in dataset.records[:num_images]]
+    halves = split_images(ids, matcher, seed)
+    Sample.of(ids, halves, matcher, dataset.class_names).tell(target)
+    return matcher

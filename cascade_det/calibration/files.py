@@ -1,0 +1,66 @@
+"""The YAML files of a calibration, to be put on top of a configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from fvcore.common.config import CfgNode
+
+from cascade_det import config
+from cascade_det.calibration.provenance import CalibrationSource
+from cascade_det.calibration.search import Setting
+from cascade_det.config.keys import as_lists
+from cascade_det.files import atomic_path
+
+_HEADS = "EarlyExitCascadeROIHeads"
+
+
+def write_exits(
+    cfg: CfgNode,
+    setting: Setting,
+    path: Path,
+    *,
+    loss: tuple[float, float],
+    score: float,
+    source: CalibrationSource,
+    device: str = "",
+) -> None:
+    """Write exits; those that a setting does not name are off.
+
+    Args:
+        cfg: of the model.
+        setting: values by keys of ``MODEL.CASCADE.EXIT``.
+        path: of the YAML.
+        loss: the mean agreement loss that is promised, and its deviation.
+        score: of the detections that it is promised of.
+        source: what it was found on.
+        device: name of the one that the setting depends on; empty for any.
+    """
+    exits = {
+        **config.exit_values(setting),
+        # A model keeps its learned parts even where they are not used.
+        "ENABLED": bool(setting or cfg.MODEL.CASCADE.EXIT.LEARNED),
+        "EXPECTED_LOSS": round(loss[0], 6),
+        "EXPECTED_LOSS_DEVIATION": round(loss[1], 6),
+        "DEVICE_NAME": device,
+        "WEIGHTS_SHA256": source.weights_sha256,
+    }
+    heads = cfg.MODEL.ROI_HEADS.NAME
+    content = {
+        "MODEL": {
+            "ROI_HEADS": {"NAME": _HEADS if heads == "CascadeROIHeads" else heads},
+            "CASCADE": {"EXIT": as_lists(exits)},
+        },
+        "CASCADE": {"SHADOW_SCORE": score},
+    }
+    text = yaml.dump(content, Dumper=_WithoutAliases, default_flow_style=None, sort_keys=False)
+    with atomic_path(path) as temporary:
+        temporary.write_text(source.comment() + text, encoding="utf-8")
+
+
+class _WithoutAliases(yaml.SafeDumper):
+    """Spells a value out wherever it comes."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True

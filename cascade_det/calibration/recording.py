@@ -1,0 +1,221 @@
+"""The full cascade on a data set, recorded; and the milliseconds that exits take on this device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from statistics import median
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from cascade_det.calibration.latency_model import LatencyModel
+from cascade_det.calibration.progress import LongWork
+from cascade_det.calibration.trials import Frame, Recording
+from cascade_det.core import CascadeHead, CascadeInputs, DetectorOutput, ExitPolicy, PartTimer
+from cascade_det.core.modes import evaluation_mode
+from cascade_det.core.record import CascadeRecord, join_records
+from cascade_det.engine.devices import device_name
+from cascade_det.engine.head_flops import region_flops
+from cascade_det.engine.inference import BatchLoader
+
+Batch = list[dict[str, Any]]
+# Regions that enter the first and the later stages when latency is measured, as shares.
+_SHARES = ((1.0, 1.0), *((first, later) for first in (1.0, 0.4, 0.1) for later in (0.3, 0.1, 0.02)))
+
+
+class Detector(Protocol):
+    """A detector around a cascade, in either host."""
+
+    @property
+    def cascade(self) -> CascadeHead:
+        """The cascade."""
+
+    @property
+    def dtype(self) -> str:
+        """What it computes in, for a report."""
+
+    def cascade_inputs(self, batch: Batch, *, timer: PartTimer | None = None) -> CascadeInputs:
+        """What the cascade gets of a batch."""
+
+    def detect(
+        self, batch: Batch, *, stages: bool = False, timer: PartTimer | None = None
+    ) -> DetectorOutput:
+        """Detections of a batch."""
+
+    def set_exits(self, exits: ExitPolicy | None) -> None:
+        """Let regions leave by other exits."""
+
+
+def record_dataset(detector: Any, loader: BatchLoader, most_images: int) -> Recording:
+    """Run the full cascade and keep what every region saw.
+
+    Args:
+        detector: see ``Detector``.
+        loader: of the images, by id.
+        most_images: the rest of the loader is left out.
+
+    Raises:
+        ValueError: there is no image.
+    """
+    image_ids: list[int] = []
+    frames: list[Frame] = []
+    flops: tuple[float, ...] = ()
+
+    def each() -> Iterator[CascadeRecord]:
+        nonlocal flops
+        for batch in _first_images(loader, most_images):
+            inputs = detector.cascade_inputs(batch)
+            # Before the long part: a head that cannot be counted is told at once.
+            flops = flops or region_flops(detector.cascade, inputs.features[0].shape[1]).stages
+            image_ids.extend(sample["image_id"] for sample in batch)
+            sizes = [(int(height), int(width)) for height, width in inputs.image_sizes]
+            frames.extend(
+                (size, (sample["height"], sample["width"]))
+                for sample, size in zip(batch, sizes, strict=True)
+            )
+            yield detector.cascade.record(**vars(inputs)).cpu()
+            work.step(len(batch))
+
+    with (
+        LongWork("Recording images", most_images) as work,
+        evaluation_mode(detector),
+        torch.no_grad(),
+    ):
+        records = list(_joined(each()))
+    if not records:
+        raise ValueError("no image to record")
+    return Recording(records, image_ids, frames, flops)
+
+
+def _first_images(loader: BatchLoader, count: int) -> Iterator[Batch]:
+    for batch in loader:
+        yield batch[:count]
+        count -= len(batch)
+        if count <= 0:
+            return
+
+
+def _joined(records: Iterable[CascadeRecord], images: int = 32) -> Iterator[CascadeRecord]:
+    """Fewer and larger records: each step of a replay has a cost of its own."""
+    waiting: list[CascadeRecord] = []
+    for record in records:
+        waiting.append(record)
+        if sum(one.num_images for one in waiting) >= images:
+            yield join_records(waiting)
+            waiting = []
+    if waiting:
+        yield join_records(waiting)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One call of a detector.
+
+    Attributes:
+        entered: regions of the batch that entered each stage.
+        milliseconds: of the whole call, for the whole batch.
+    """
+
+    entered: tuple[int, ...]
+    milliseconds: float
+
+
+def time_policies(
+    detector: Any,
+    batches: Sequence[Batch],
+    policies: Mapping[str, ExitPolicy | None],
+    *,
+    rounds: int,
+) -> dict[str, list[Timing]]:
+    """Run the detector with every policy in turn, so that noise meets all of them alike.
+
+    Args:
+        detector: see ``Detector``; it keeps its exits.
+        batches: to run on; the first is run once more before, untimed.
+        policies: by name.
+        rounds: how often each batch is run with each policy.
+
+    Returns:
+        By name, the calls in order.
+    """
+    device = next(detector.parameters()).device
+    timings: dict[str, list[Timing]] = {name: [] for name in policies}
+    own = detector.cascade.exits
+    calls = len(policies) * (1 + len(batches) * rounds)
+    try:
+        with (
+            LongWork("Measuring calls", calls) as work,
+            evaluation_mode(detector),
+            torch.no_grad(),
+        ):
+            for exits in policies.values():
+                detector.set_exits(exits)
+                detector.detect(batches[0])
+                work.step()
+            for batch in [*batches] * rounds:
+                for name, exits in policies.items():
+                    detector.set_exits(exits)
+                    timings[name].append(_time(detector, batch, device))
+                    work.step()
+    finally:
+        detector.set_exits(own)
+    return timings
+
+
+def fit_latency(
+    detector: Any, batches: Sequence[Batch], *, most_proposals: int, rounds: int
+) -> LatencyModel:
+    """Measure a detector with more and fewer regions, and fit a model to the medians.
+
+    Args:
+        detector: see ``Detector``.
+        batches: to run on, of equal size.
+        most_proposals: of an image.
+        rounds: how often each batch is run with each number of regions.
+    """
+    stages = detector.cascade.num_stages
+    policies: dict[str, ExitPolicy | None] = {**truncated_cascades(stages)}
+    for first, later in _SHARES:
+        shares = (first, *[later] * (stages - 1))
+        budget = tuple(max(1, round(share * most_proposals)) for share in shares)
+        policies[str(budget)] = ExitPolicy(num_stages=stages, region_budget=budget)
+    timings = time_policies(detector, batches, policies, rounds=rounds)
+    entered, milliseconds = [], []
+    for calls in timings.values():
+        for place in range(len(batches)):
+            same = calls[place :: len(batches)]
+            entered.append(same[0].entered)
+            milliseconds.append(median(call.milliseconds for call in same))
+    return LatencyModel.fit(
+        np.array(entered),
+        np.array(milliseconds),
+        device_name=device_name(next(detector.parameters()).device),
+        batch_size=len(batches[0]),
+    )
+
+
+def truncated_cascades(num_stages: int) -> dict[str, ExitPolicy]:
+    """The cascade that stops after its first stages, by name: "1 stage", "2 stages" and so on."""
+    gates = range(num_stages - 1)
+    return {
+        f"{count} stage{'s' * (count > 1)}": ExitPolicy(
+            num_stages=num_stages,
+            thresholds=tuple(0.0 if gate == count - 1 else 2.0 for gate in gates),
+        )
+        for count in range(1, num_stages)
+    }
+
+
+def _time(detector: Any, batch: Batch, device: torch.device) -> Timing:
+    timer = PartTimer(device)
+    stats = detector.detect(batch, timer=timer).stats
+    return Timing(tuple(stats.entered), sum(timer.milliseconds.values()))
+
+
+def first_batches(loader: Iterable[Batch], count: int) -> list[Batch]:
+    """Some batches of a loader, all as large as the first one, to be run again and again."""
+    batches = list(islice(loader, count))
+    return [batch for batch in batches if len(batch) == len(batches[0])]

@@ -1,0 +1,108 @@
+"""What a calibration of exits is to reach, and how thorough it is; told at once if impossible."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cascade_det.calibration.risk_control import SampleTooSmallError, smallest_sample
+from cascade_det.errors import ConfigError
+
+MIN_IMAGES = 4  # A half of one image says nothing of how sure a mean is.
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is wanted; one of the first four.
+
+    Attributes:
+        max_ap_drop: percent points of AP below the full cascade; the least work is looked for.
+        latency_ms: milliseconds per image; the highest AP is looked for.
+        exit_rate: share of the later stages' regions that are not computed, 0 to 1; likewise.
+        risk: bound on the mean share of the full cascade's true positives of an image that get
+            lost, between 0 and 1; the least work is looked for, and kept with a probability of
+            ``1 - delta``.
+        delta: see ``risk``.
+
+    Raises:
+        ConfigError: not one target, or one that is out of range.
+    """
+
+    max_ap_drop: float | None = None
+    latency_ms: float | None = None
+    exit_rate: float | None = None
+    risk: float | None = None
+    delta: float = 0.1
+
+    def __post_init__(self) -> None:
+        given = [name for name in _IN_RANGE if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ConfigError(
+                f"{len(given)} targets are given: give one of --max-ap-drop, --latency-ms, "
+                "--exit-rate and --risk"
+            )
+        (name,) = given
+        holds, wanted = _IN_RANGE[name]
+        if not holds(value := getattr(self, name)):
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}: give {wanted}")
+        if not 0 < self.delta < 1:
+            raise ConfigError(f"--delta is {self.delta}: give a number between 0 and 1")
+
+    def check_images(self, num_images: int) -> None:
+        """Tell in advance whether there are enough images; half of them test.
+
+        Raises:
+            SampleTooSmallError: there are not.
+        """
+        if num_images < MIN_IMAGES:
+            raise SampleTooSmallError(
+                f"Exits are chosen on one half of the images and judged on the other: {num_images} "
+                f"are too few. Give {MIN_IMAGES} or more, and better some hundreds."
+            )
+        least = 0 if self.risk is None else smallest_sample(self.risk, self.delta)
+        if num_images // 2 < least:
+            raise SampleTooSmallError(
+                f"--risk {self.risk} --delta {self.delta}: at least {least} images are needed to "
+                f"test a setting and as many to choose it, {2 * least} in all, but there are "
+                f"{num_images}. Add images, or raise --risk or --delta."
+            )
+
+
+_IN_RANGE: dict[str, tuple[Callable[[float], bool], str]] = {
+    "max_ap_drop": (lambda value: 0 <= value <= 100, "percent points from 0 to 100"),
+    "latency_ms": (lambda value: 0 < value < float("inf"), "milliseconds above 0"),
+    "exit_rate": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+    "risk": (lambda value: 0 < value < 1, "a number between 0 and 1"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How thorough a calibration is.
+
+    Attributes:
+        images: the most to record.
+        trials: the most settings to try.
+        score: of the detections whose loss is looked at, 0 to 1.
+        seed: of the split in halves.
+        timed_batches: to measure milliseconds on.
+        rounds: how often each of them is run with each policy.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+
+    images: int = 2000
+    trials: int = 1000
+    score: float = 0.5
+    seed: int = 0
+    timed_batches: int = 8
+    rounds: int = 3
+
+    def __post_init__(self) -> None:
+        least = {"images": MIN_IMAGES, "trials": 1, "seed": 0, "timed_batches": 1, "rounds": 1}
+        for name, number in least.items():
+            if (value := getattr(self, name)) < number:
+                raise ConfigError(f"--{name} is {value}: give {number} or more")
+        if not 0 <= self.score <= 1:
+            raise ConfigError(f"--score-threshold is {self.score}: give a number from 0 to 1")

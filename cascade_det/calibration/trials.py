@@ -1,0 +1,184 @@
+"""Exits tried on a record of the full cascade: what they would find, and what they would compute.
+
+N images, S stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cascade_det.calibration.bootstrap import average_precision
+from cascade_det.calibration.image_matching import ImageMatcher, MatchedDetections
+from cascade_det.calibration.reproduction import found_objects, lost_share
+from cascade_det.core.exits import ExitPolicy
+from cascade_det.core.postprocess import rescale_detections
+from cascade_det.core.record import CascadeRecord
+from cascade_det.core.structures import Detections
+
+Frame = tuple[tuple[int, int], tuple[int, int]]
+# For all records, or one for each; ``None`` for the full cascade.
+Policies = ExitPolicy | Sequence[ExitPolicy | None] | None
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The full cascade on a set of images.
+
+    Attributes:
+        records: of the N images, some in each.
+        image_ids: N ids of the json.
+        frames: N pairs of ``(height, width)``: of the resized image and of the original one.
+        stage_flops: of one region in each of the S stages (multiply-adds).
+    """
+
+    records: list[CascadeRecord]
+    image_ids: list[int]
+    frames: list[Frame]
+    stage_flops: tuple[float, ...]
+
+    @property
+    def most_proposals(self) -> int:
+        """The most proposals of an image."""
+        counts = (torch.bincount(r.image_index, minlength=r.num_images) for r in self.records)
+        return max(int(images.max()) for images in counts)
+
+    def of_images(self, images: Sequence[int]) -> Recording:
+        """Some of them, by their places."""
+        wanted, first = set(images), 0
+        records, places = [], []
+        for record in self.records:
+            here = [i for i in range(record.num_images) if first + i in wanted]
+            if here:
+                records.append(record.of_images(here))
+            places += [first + i for i in here]
+            first += record.num_images
+        return Recording(
+            records,
+            [self.image_ids[place] for place in places],
+            [self.frames[place] for place in places],
+            self.stage_flops,
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What exits would do, in figures.
+
+    Attributes:
+        figures: ``AP``, ``AP50``, ``AP75`` and ``AP90`` in percent.
+        entered: int64 ``[S, N]``, regions that enter each stage.
+        lost: float64 ``[N]``, share of the full cascade's true positives of each image that are
+            not found, at IoU 0.5; see ``reproduction``.
+        lost_well_placed: the same at IoU 0.75.
+        work: share of the full cascade's FLOPs in box heads, 0 to 1.
+    """
+
+    figures: dict[str, float]
+    entered: npt.NDArray[np.int64]
+    lost: npt.NDArray[np.float64]
+    lost_well_placed: npt.NDArray[np.float64]
+    work: float
+
+    @property
+    def region_stages(self) -> int:
+        """Regions that were computed, summed over the stages."""
+        return int(self.entered.sum())
+
+    @property
+    def later_work(self) -> int:
+        """The same without stage 0."""
+        return int(self.entered[1:].sum())
+
+
+@dataclass(frozen=True)
+class Trial(Outcome):
+    """The same with what was found, which is large.
+
+    Attributes:
+        matched: detections of all images, matched to their objects.
+    """
+
+    matched: MatchedDetections
+
+    def outcome(self) -> Outcome:
+        """The figures alone."""
+        return Outcome(**{field.name: getattr(self, field.name) for field in fields(Outcome)})
+
+
+class ExitTrials:
+    """Tries exits on a recording.
+
+    Args:
+        recording: of the full cascade.
+        matcher: of the ground truth of these images.
+        score: of the detections whose loss is looked at; COCO's AP counts those below too.
+
+    Attributes:
+        full: the trial without exits.
+    """
+
+    def __init__(self, recording: Recording, matcher: ImageMatcher, *, score: float) -> None:
+        self.recording = recording
+        self.matcher = matcher
+        self.score = score
+        self._objects = [matcher.objects_of(image_id) for image_id in recording.image_ids]
+        full = self.detections(None)
+        self._found = {iou: self._find(full, iou) for iou in (0.5, 0.75)}
+        self.full = self.run(None)
+
+    def run(self, policy: Policies, num_stages: int | None = None) -> Trial:
+        """Try a policy.
+
+        Args:
+            policy: for all records, or one for each; ``None`` for the full cascade.
+            num_stages: if the cascade stops before the last one.
+        """
+        entered, detections = self._replay(policy, num_stages)
+        ids = self.recording.image_ids
+        matches = [self.matcher.match(i, found) for i, found in zip(ids, detections, strict=True)]
+        flops = np.asarray(self.recording.stage_flops)
+        proposed = sum(len(record.proposals) for record in self.recording.records)
+        matched = self.matcher.collect(matches)
+        return Trial(
+            figures=average_precision(matched),
+            matched=matched,
+            entered=entered,
+            lost=self._lost(detections, 0.5),
+            lost_well_placed=self._lost(detections, 0.75),
+            work=float(entered.sum(axis=1) @ flops / max(proposed * flops.sum(), 1)),
+        )
+
+    def detections(self, policy: Policies) -> list[Detections]:
+        """What a policy finds, in pixels of the original images."""
+        return self._replay(policy, None)[1]
+
+    def _replay(
+        self, policy: Policies, num_stages: int | None
+    ) -> tuple[npt.NDArray[np.int64], list[Detections]]:
+        records = self.recording.records
+        if policy is None or isinstance(policy, ExitPolicy):
+            policy = [policy] * len(records)
+        entered, detections = [], []
+        with torch.no_grad():
+            for record, own in zip(records, policy, strict=True):
+                replay = record.replay(own, num_stages)
+                entered.append(replay.entered.numpy())
+                detections += record.select(replay.scored)
+        frames = self.recording.frames
+        rescaled = [rescale_detections(d, *f) for d, f in zip(detections, frames, strict=True)]
+        return np.concatenate(entered, axis=1), rescaled
+
+    def _find(self, detections: Sequence[Detections], iou: float) -> list[npt.NDArray[np.bool_]]:
+        return [
+            found_objects(found, *objects, score=self.score, iou=iou)
+            for found, objects in zip(detections, self._objects, strict=True)
+        ]
+
+    def _lost(self, detections: Sequence[Detections], iou: float) -> npt.NDArray[np.float64]:
+        early = self._find(detections, iou)
+        return np.array([lost_share(*pair) for pair in zip(self._found[iou], early, strict=True)])

@@ -1,0 +1,160 @@
+"""How a cascade is trained: sampling, labels, losses and refinement of its regions.
+
+Shapes: R regions of the whole batch, G ground-truth boxes, S stages, K foreground classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cascade_det.core.losses import box_loss, classification_loss
+from cascade_det.core.matching import LabelledRegions, Targets, label_regions, sample_regions
+from cascade_det.core.structures.boxes import (
+    Weights,
+    clip_boxes,
+    decode_boxes,
+    flatten_images,
+    select_class,
+)
+from cascade_det.core.training_stage import StagePass
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRules:
+    """The rules of training, without parameters of their own; fields as in ``CascadeHead``."""
+
+    num_classes: int
+    ious: tuple[float, ...]
+    bbox_reg_weights: tuple[Weights, ...]
+    box_reg_loss_type: str
+    smooth_l1_beta: float
+    box_reg_loss_weight: float
+    stage_loss_weights: tuple[float, ...]
+    batch_size_per_image: int
+    positive_fraction: float
+    proposal_append_gt: bool
+
+    def candidates(
+        self, proposals: Sequence[Tensor], gt_boxes: Sequence[Tensor], targets: Targets
+    ) -> LabelledRegions:
+        """What the minibatches are drawn from: the proposals, labelled for stage 0."""
+        if self.proposal_append_gt:
+            proposals = [torch.cat(pair) for pair in zip(proposals, gt_boxes, strict=True)]
+        boxes, image_index = flatten_images(proposals)
+        return self._label(boxes, image_index, targets, 0)
+
+    def sample(self, candidates: LabelledRegions, num_images: int) -> LabelledRegions:
+        """Draw the minibatch of each image."""
+        return sample_regions(
+            candidates,
+            num_images=num_images,
+            batch_size_per_image=self.batch_size_per_image,
+            positive_fraction=self.positive_fraction,
+            num_classes=self.num_classes,
+        )
+
+    def class_loss(self, stage: int, run: StagePass) -> Tensor:
+        """Weighted class loss of one stage (arXiv 1712.00726, equation 8)."""
+        loss = classification_loss(run.logits, run.regions.gt_classes)
+        return self.stage_loss_weights[stage] * loss
+
+    def regression_loss(self, stage: int, run: StagePass) -> Tensor:
+        """Weighted box loss of one stage, of its foreground."""
+        rows = self.foreground(run.regions)
+        foreground = run.regions[rows]
+        regression = box_loss(
+            select_class(run.deltas[rows], foreground.gt_classes),
+            foreground.boxes,
+            foreground.gt_boxes,
+            weights=self.bbox_reg_weights[stage],
+            loss_type=self.box_reg_loss_type,
+            smooth_l1_beta=self.smooth_l1_beta,
+        )
+        # All regions count, also background, so that each foreground box weighs the same
+        # however many there are (Fast R-CNN, arXiv 1504.08083, section 2.3).
+        regression = regression / max(len(run.regions), 1) * self.box_reg_loss_weight
+        return self.stage_loss_weights[stage] * regression
+
+    def foreground(self, regions: LabelledRegions) -> Tensor:
+        """int64 rows of the regions that have an object."""
+        return torch.nonzero(self._is_foreground(regions)).squeeze(1)
+
+    @torch.no_grad()
+    def refine(
+        self,
+        stage: int,
+        logits: Tensor,
+        deltas: Tensor,
+        regions: LabelledRegions,
+        targets: Targets,
+        limits: Tensor,
+    ) -> LabelledRegions:
+        """The boxes after a stage, row by row, labelled for the next one.
+
+        With class-specific regression a foreground region moves by the deltas of its
+        ground-truth class, any other by those of its top foreground class.
+
+        Args:
+            stage: from 0.
+            logits: ``[R, K + 1]``.
+            deltas: ``[R, 4]`` or ``[R, 4 K]``.
+            regions: labelled for this stage.
+            targets: ground truth of the batch.
+            limits: float32 ``[R, 4]``, see ``image_limits``.
+        """
+        top_class = logits[:, :-1].argmax(dim=1)
+        classes = torch.where(self._is_foreground(regions), regions.gt_classes, top_class)
+        boxes = decode_boxes(
+            select_class(deltas, classes), regions.boxes, self.bbox_reg_weights[stage]
+        )
+        boxes = clip_boxes(boxes, limits)
+        next_stage = min(stage + 1, len(self.ious) - 1)
+        return self._label(boxes, regions.image_index, targets, next_stage)
+
+    @torch.no_grad()
+    def metrics(
+        self,
+        stage: int,
+        logits: Tensor,
+        regions: LabelledRegions,
+        refined: LabelledRegions,
+        num_images: int,
+    ) -> dict[str, Tensor]:
+        """What to watch: regions per image, accuracies, and IoU before and after the stage.
+
+        ``nonfinite_boxes`` counts refined boxes that are NaN: training has diverged. Means over
+        foreground are NaN where a stage has none.
+        """
+        is_foreground = self._is_foreground(regions)
+        foreground = torch.nonzero(is_foreground).squeeze(1)
+        correct = logits.argmax(dim=1) == regions.gt_classes
+        false_negative = logits.argmax(dim=1) == self.num_classes
+        values = {
+            "roi_head/num_fg_samples": is_foreground.sum() / num_images,
+            "roi_head/num_bg_samples": (~is_foreground).sum() / num_images,
+            "fast_rcnn/cls_accuracy": correct.float().mean(),
+            "fast_rcnn/fg_cls_accuracy": correct[foreground].float().mean(),
+            "fast_rcnn/false_negative": false_negative[foreground].float().mean(),
+            "iou_before": regions.ious[foreground].mean(),
+            "iou_after": refined.ious[foreground].mean(),
+            "nonfinite_boxes": (~refined.boxes.isfinite().all(dim=1)).sum(),
+        }
+        return {f"stage{stage}/{name}": value for name, value in values.items()}
+
+    def _label(
+        self, boxes: Tensor, image_index: Tensor, targets: Targets, stage: int
+    ) -> LabelledRegions:
+        return label_regions(
+            boxes,
+            image_index,
+            targets,
+            iou_threshold=self.ious[stage],
+            num_classes=self.num_classes,
+        )
+
+    def _is_foreground(self, regions: LabelledRegions) -> Tensor:
+        return regions.gt_classes < self.num_classes

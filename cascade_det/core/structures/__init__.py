@@ -1,0 +1,21 @@
+"""What passes through and out of a cascade: boxes, detections, statistics of a call."""
+
+from cascade_det.core.structures.outputs import (
+    EXIT_REASONS,
+    CascadeInputs,
+    CascadeStats,
+    Detections,
+    DetectorOutput,
+    PartTimer,
+    StageOutput,
+)
+
+__all__ = [
+    "EXIT_REASONS",
+    "CascadeInputs",
+    "CascadeStats",
+    "Detections",
+    "DetectorOutput",
+    "PartTimer",
+    "StageOutput",
+]

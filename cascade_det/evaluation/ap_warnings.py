@@ -1,0 +1,285 @@
+"""Why an AP is 0 or nan, or says little, in words."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from cascade_det.evaluation.ground_truth import class_labels
+from cascade_det.report.tables import shown_name
+from cascade_det.text import listed
+
+# COCO's sizes by the area of the object in square pixels, both ends included.
+_SIZES = {
+    "APs": ("small", "up to 32 x 32 px", 0.0, 32.0**2),
+    "APm": ("medium-sized", "32 x 32 to 96 x 96 px", 32.0**2, 96.0**2),
+    "APl": ("large", "from 96 x 96 px", 96.0**2, 1e10),
+}
+_MAX_NAMES = 10
+# Of the objects whose area cannot be: a few of them change no AP.
+_MOST_WRONG_AREAS = 0.01
+# Of the detections; a detector that keeps to the image has none.
+_SHARE_BEYOND = 0.25
+
+
+def explain(
+    results: Mapping[str, float],
+    coco_gt: COCO,
+    predictions: Sequence[Mapping[str, Any]],
+    image_ids: Collection[int] | None = None,
+) -> list[str]:
+    """Say for every figure that is nan, for an AP of 0 and for what chance decides, why it is so.
+
+    Args:
+        results: what ``coco_ap`` returned.
+        coco_gt: the ground truth that it was computed with.
+        predictions: the detections that it was computed from, in COCO's result format.
+        image_ids: the images that it was computed on; ``None`` for all.
+
+    Returns:
+        One sentence or two per finding, for people. Empty where nothing needs explaining.
+    """
+    images = set(coco_gt.imgs if image_ids is None else image_ids)
+    objects = [
+        annotation
+        for annotation in coco_gt.dataset.get("annotations", [])
+        if annotation["image_id"] in images
+        and annotation["category_id"] in coco_gt.cats
+        and not annotation["iscrowd"]
+    ]
+    if not objects:
+        return [
+            f"Every AP is nan: the {len(images)} images evaluated have no ground truth "
+            "(apart from crowd regions)."
+        ]
+    predictions = [item for item in predictions if item["image_id"] in images]
+    return [
+        *_equal_names(coco_gt),
+        *(_wrong_areas(objects) or _missing_sizes(results, objects)),
+        *_missing_classes(results, coco_gt, objects),
+        *_useless_predictions(results, coco_gt, objects, predictions),
+        *_equal_scores(predictions),
+        *_corners_as_sizes(coco_gt, predictions),
+    ]
+
+
+def unprocessed_note(image_ids: Iterable[int], seen: Collection[int]) -> list[str]:
+    """A note where some of the evaluated images never went through the detector."""
+    missing = [image_id for image_id in image_ids if image_id not in seen]
+    if not missing:
+        return []
+    return [
+        f"{len(missing)} images of the json were not processed (ids {_enumerate(missing)}): "
+        "their objects count as missed."
+    ]
+
+
+def too_many_objects_note(
+    coco_gt: COCO, image_ids: Collection[int], most: int, option: str, *, of_class: bool = False
+) -> list[str]:
+    """A note where images have more objects than detections count in one.
+
+    Args:
+        coco_gt: the ground truth.
+        image_ids: the images that are evaluated.
+        most: how many detections count in an image.
+        option: what sets this.
+        of_class: it holds for each class, not for all classes together.
+    """
+    images = set(image_ids)
+    counts = Counter(
+        (item["image_id"], item["category_id"] if of_class else None)
+        for item in coco_gt.dataset.get("annotations", [])
+        if item["image_id"] in images and not item["iscrowd"]
+    )
+    crowded = {image_id for (image_id, _), count in counts.items() if count > most}
+    if not crowded:
+        return []
+    (image_id, _), highest = counts.most_common(1)[0]
+    kind = "objects of a class" if of_class else "objects"
+    name = shown_name(coco_gt.imgs[image_id].get("file_name", ""))
+    return [
+        f"{len(crowded)} images have more than {most} {kind}, up to {highest:,} "
+        f"({name or f'id {image_id}'}), but only the {most} best detections count there: the "
+        f"other objects are missed, however good the detector is. Raise {option}."
+    ]
+
+
+def _equal_names(coco_gt: COCO) -> list[str]:
+    labels = class_labels(coco_gt.cats)
+    several = [label for key, label in labels.items() if label != coco_gt.cats[key]["name"]]
+    if not several:
+        return []
+    return [
+        "Categories of the json have the same name. They stay apart, each with its own AP: "
+        f"{_enumerate(several)}."
+    ]
+
+
+def _wrong_areas(objects: list[dict]) -> list[str]:
+    """APs, APm and APl go by ``area``, which is that of a mask where there is one."""
+    areas = np.array([item["area"] for item in objects], np.float64)
+    width, height = np.array([item["bbox"][2:] for item in objects], np.float64).T
+    boxes = width * height
+    remedy = (
+        "APs, APm and APl go by it and mean nothing. Mend it, or take it out of the json: the area "
+        "of the box holds then."
+    )
+    if len(objects) > 1 and np.ptp(areas) == 0 and np.ptp(boxes) > 0:
+        return [
+            f"'area' is {areas[0]:g} for all objects, and their boxes have {boxes.min():,.0f} to "
+            f"{boxes.max():,.0f} square pixels: {remedy}"
+        ]
+    # Masks are within their boxes, whose edges some count as pixels.
+    wrong = (areas < np.minimum(boxes, 1)) | (areas > (width + 2) * (height + 2))
+    if wrong.mean() <= _MOST_WRONG_AREAS:
+        return []
+    number = int(wrong.argmax())
+    return [
+        f"'area' of {wrong.sum():,} of {len(objects):,} objects does not fit their boxes (one of "
+        f"{boxes[number]:,.0f} square pixels has {areas[number]:g}): {remedy}"
+    ]
+
+
+def _equal_scores(predictions: Sequence[Mapping[str, Any]]) -> list[str]:
+    scores = defaultdict(list)
+    for item in predictions:
+        scores[item["category_id"]].append(item["score"])
+    ranked = [of_class for of_class in scores.values() if len(of_class) > 1]
+    if not ranked or any(min(of_class) < max(of_class) for of_class in ranked):
+        return []
+    return [
+        f"All detections of a class have the same score (such as {ranked[0][0]:g}), so that "
+        "nothing says which come first: AP depends on their order."
+    ]
+
+
+def _corners_as_sizes(coco_gt: COCO, predictions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Boxes that are within their images as XYXY alone."""
+    sizes = {key: (image.get("width"), image.get("height")) for key, image in coco_gt.imgs.items()}
+    known = [item for item in predictions if None not in sizes.get(item["image_id"], (None,))]
+    if not known:
+        return []
+    boxes = np.array([item["bbox"] for item in known], np.float64)
+    corner, other = boxes[:, :2], boxes[:, 2:]
+    most = np.array([sizes[item["image_id"]] for item in known], np.float64) + 1
+    beyond = (corner + other > most).any(axis=1).mean()
+    if beyond < _SHARE_BEYOND or not ((corner <= other) & (other <= most)).all():
+        return []
+    return [
+        f"{100 * beyond:.0f} % of the detections reach beyond their image, and none of them would "
+        "as [x1, y1, x2, y2]: 'bbox' has to be [x, y, width, height]."
+    ]
+
+
+def _missing_sizes(results: Mapping[str, float], objects: list[dict]) -> list[str]:
+    return [
+        f"{key} is nan: the ground truth has no {size} object ({extent})."
+        for key, (size, extent, least, most) in _SIZES.items()
+        if math.isnan(results[key]) and not any(least <= item["area"] <= most for item in objects)
+    ]
+
+
+def _missing_classes(results: Mapping[str, float], coco_gt: COCO, objects: list[dict]) -> list[str]:
+    present = {item["category_id"] for item in objects}
+    names = [
+        label
+        for category_id, label in class_labels(coco_gt.cats).items()
+        if category_id not in present and math.isnan(results.get(f"AP-{label}", 0.0))
+    ]
+    if not names:
+        return []
+    return [f"AP is nan for classes without ground truth: {_enumerate(names)}."]
+
+
+def _useless_predictions(
+    results: Mapping[str, float],
+    coco_gt: COCO,
+    objects: list[dict],
+    predictions: Sequence[Mapping[str, Any]],
+) -> list[str]:
+    if not predictions:
+        return [
+            "AP is 0: there are no detections at all. No score reached "
+            "MODEL.ROI_HEADS.SCORE_THRESH_TEST: train longer, check MODEL.WEIGHTS, or lower it."
+        ]
+    lines = _foreign_categories(coco_gt, predictions)
+    if results["AP50"] == 0:
+        lines += _wrong_place_or_class(objects, predictions)
+    predicted = {item["category_id"] for item in predictions}
+    present = {item["category_id"] for item in objects}
+    labels = class_labels(coco_gt.cats)
+    silent = [labels[key] for key in sorted(present - predicted)]
+    if silent:
+        lines.append(f"AP is 0 for classes that were never predicted: {_enumerate(silent)}.")
+    return lines
+
+
+def _foreign_categories(coco_gt: COCO, predictions: Sequence[Mapping[str, Any]]) -> list[str]:
+    foreign = [
+        item["category_id"] for item in predictions if item["category_id"] not in coco_gt.cats
+    ]
+    if not foreign:
+        return []
+    return [
+        f"{len(foreign)} of {len(predictions)} detections have category ids that the json does "
+        f"not define ({_enumerate(sorted(set(foreign)))}; it defines "
+        f"{_enumerate(sorted(coco_gt.cats))}) and count for nothing: the class list of the "
+        "model and the json do not belong together."
+    ]
+
+
+def _wrong_place_or_class(
+    objects: list[dict], predictions: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    best, best_of_class = _best_overlaps(objects, predictions)
+    if best < 0.5:
+        return [
+            f"AP50 is 0: none of the {len(predictions)} detections overlaps an object by "
+            f"IoU 0.5 (the best reaches {best:.2f}). The model is untrained, or its boxes and "
+            "the annotations are in pixels of different image sizes."
+        ]
+    if best_of_class < 0.5:
+        return [
+            f"AP50 is 0: detections overlap objects (IoU up to {best:.2f}), but never one of "
+            "their own class. The order of the classes and the category ids do not match."
+        ]
+    return []
+
+
+def _best_overlaps(
+    objects: list[dict], predictions: Sequence[Mapping[str, Any]]
+) -> tuple[float, float]:
+    """The highest IoU of any detection with any object, and with one of its own class."""
+    objects_of, predictions_of = _by_image(objects), _by_image(predictions)
+    best = best_of_class = 0.0
+    for image_id in objects_of.keys() & predictions_of.keys():
+        found, wanted = predictions_of[image_id], objects_of[image_id]
+        overlap = coco_mask.iou(
+            np.array([item["bbox"] for item in found], dtype=np.float64),
+            np.array([item["bbox"] for item in wanted], dtype=np.float64),
+            [0] * len(wanted),
+        )
+        same_class = np.equal.outer(
+            [item["category_id"] for item in found], [item["category_id"] for item in wanted]
+        )
+        best = max(best, float(overlap.max()))
+        best_of_class = max(best_of_class, float((overlap * same_class).max()))
+    return best, best_of_class
+
+
+def _by_image(items: Iterable[Mapping[str, Any]]) -> dict[int, list[Mapping[str, Any]]]:
+    groups = defaultdict(list)
+    for item in items:
+        groups[item["image_id"]].append(item)
+    return groups
+
+
+def _enumerate(names: Sequence[object]) -> str:
+    return listed([shown_name(str(name)) for name in names], _MAX_NAMES)

@@ -1,0 +1,165 @@
+"""Convolution with its norm inside, named as Detectron2 names it, for every part of a detector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops.misc import FrozenBatchNorm2d as _FrozenBatchNorm2d
+
+from cascade_det.layers.training_conv import training_conv2d
+
+
+class FrozenBatchNorm2d(_FrozenBatchNorm2d):
+    """torchvision's frozen batch norm through the fused kernel: one pass, and Detectron2's bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W]`` normalised by the stored statistics."""
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+        )
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Group norm with 32 groups, as in arXiv 1803.08494."""
+    return nn.GroupNorm(32, channels)
+
+
+NORMS: dict[str, Callable[..., nn.Module]] = {
+    "FrozenBN": FrozenBatchNorm2d,
+    "BN": nn.BatchNorm2d,
+    "SyncBN": nn.SyncBatchNorm,
+    "GN": group_norm,
+}
+
+
+def make_norm(name: str, channels: int) -> nn.Module | None:
+    """The norm layer called ``name``; ``""`` is none.
+
+    Raises:
+        ValueError: for a name that is not in ``NORMS``.
+    """
+    if name == "":
+        return None
+    if name not in NORMS:
+        raise ValueError(f"unknown norm {name!r}; known: {', '.join(NORMS)}")
+    return NORMS[name](channels)
+
+
+class ConvNorm(nn.Conv2d):
+    """A convolution, then its norm (child ``norm``) where there is one.
+
+    Keeping the norm inside gives the state-dict names of Detectron2: ``conv1.weight`` and
+    ``conv1.norm.weight``. A convolution with a norm has no bias.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: side of the kernel; padding keeps the size at stride 1.
+        stride: step in pixels.
+        groups: groups of channels.
+        norm: name of the norm, see ``make_norm``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        norm: str = "",
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=kernel_size // 2,
+            groups=groups,
+            bias=norm == "",
+        )
+        self.norm = make_norm(norm, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, in_channels, H, W]`` to ``[N, out_channels, H / stride, W / stride]``."""
+        if not (self.training and torch.is_grad_enabled()):
+            x = super().forward(x)
+            return x if self.norm is None else self.norm(x)
+        weight, bias, norm = self.weight, self.bias, self.norm
+        if isinstance(norm, FrozenBatchNorm2d):
+            # The same up to rounding, without a pass over the map and without keeping one of it.
+            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+            weight, bias = weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale
+            norm = None
+        x = training_conv2d(
+            x,
+            weight,
+            bias,
+            stride=self.stride[0],
+            padding=self.kernel_size[0] // 2,
+            groups=self.groups,
+        )
+        return x if norm is None else norm(x)
+
+
+def may_write_in_place(maps: Tensor) -> bool:
+    """Whether operations may change channels-last ``maps [N, C, H, W]`` that nobody reads later.
+
+    Not with gradients, which may want them, nor in what is recorded: copies are clearer there.
+    """
+    return not (
+        torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling()
+    ) and maps.is_contiguous(memory_format=torch.channels_last)
+
+
+def add_convolved(shortcut: Tensor, x: Tensor, conv: ConvNorm) -> Tensor:
+    """``relu(shortcut + conv(x))``, the end of a residual block.
+
+    Where it may and oneDNN can, all in one pass and in place of ``shortcut``; the numbers are the
+    same.
+
+    Args:
+        shortcut: ``[N, K, H, W]``, not to be read afterwards.
+        x: ``[N, C, H', W']``.
+        conv: from x to the shape of ``shortcut``.
+    """
+    if not _is_fusible(shortcut, x, conv):
+        return F.relu_(conv(x).add_(shortcut))
+    geometry = list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups
+    done: Tensor = torch.ops.mkldnn._convolution_pointwise_.binary(
+        shortcut, x, conv.weight, conv.bias, *geometry, "add", 1.0, "relu", [], ""
+    )
+    return done
+
+
+def _is_fusible(shortcut: Tensor, x: Tensor, conv: nn.Module) -> bool:
+    return (
+        type(conv) is ConvNorm
+        and conv.norm is None
+        and {shortcut.dtype, x.dtype, conv.weight.dtype} == {torch.float32}
+        and shortcut.device.type == "cpu"
+        and may_write_in_place(shortcut)
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_convolution_pointwise_")
+    )
+
+
+def freeze(module: nn.Module) -> None:
+    """Stop training a part: parameters keep their values, batch norms become frozen ones."""
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    for child in list(module.modules()):
+        for name, grandchild in child.named_children():
+            if isinstance(grandchild, nn.modules.batchnorm._BatchNorm):
+                setattr(child, name, _as_frozen(grandchild))
+
+
+def _as_frozen(norm: nn.modules.batchnorm._BatchNorm) -> FrozenBatchNorm2d:
+    frozen = FrozenBatchNorm2d(norm.num_features, eps=norm.eps)
+    state = {k: v for k, v in norm.state_dict().items() if k != "num_batches_tracked"}
+    frozen.load_state_dict(state)
+    return frozen.to(next(iter(state.values()), torch.empty(0)).device)

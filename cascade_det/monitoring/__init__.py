@@ -1,0 +1,6 @@
+"""Exits in production: shadow runs of the full cascade, and an alarm when they lose more."""
+
+from cascade_det.monitoring.monitor import ExitMonitor
+from cascade_det.monitoring.shadow import ShadowEvaluator, ShadowRules
+
+__all__ = ["ExitMonitor", "ShadowEvaluator", "ShadowRules"]

@@ -1,0 +1,216 @@
+"""Exits in production: counters, shadow runs and drift while a detector is in use."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from threading import RLock
+from types import TracebackType
+from typing import Any, Protocol
+
+from cascade_det.core.structures import DetectorOutput, PartTimer
+from cascade_det.engine.events import History
+from cascade_det.engine.hooks import figures_of
+from cascade_det.engine.writers import JsonWriter
+from cascade_det.evaluation import ExitEvaluator, RegionFlops, agreement_loss
+from cascade_det.monitoring.shadow import DriftAlarm, ShadowRules, image_key, shadow_figures
+
+Sample = dict[str, Any]
+
+METRICS_FILE = "metrics.json"
+
+
+class Detects(Protocol):
+    """What the detectors of both hosts are."""
+
+    def detect(
+        self,
+        batch: Sequence[Sample],
+        *,
+        stages: bool | Sequence[bool] = False,
+        timer: PartTimer | None = None,
+    ) -> DetectorOutput:
+        """Detections of a batch; of all images, or of those told, per stage as well."""
+
+
+class ExitMonitor:
+    """A detector that is watched: it detects as before, and what its exits do is added up.
+
+    The images that ``shadow`` chooses take the full cascade in the same call, the others do not.
+    If exits lose more on them than calibration promised, that is drift: a warning in the log, a
+    call of ``on_drift``, and ``shadow/drift`` in the report. The verdict is looked at after every
+    shadow image; where the promise is true, a false alarm in a window's first fill has at most
+    half the probability that the confidence of ``shadow`` leaves, however often it is looked at.
+
+    Threads may share a monitor, as far as they may share its detector: calls detect at the same
+    time, and are added up one after another, in the order in which they end.
+
+    Args:
+        detector: of either host, with ``detect(batch, stages=, timer=)``.
+        shadow: which images take the full cascade, and what is promised.
+        flops: of one region, see ``cascade_det.engine.head_flops.region_flops``.
+        window: shadow images that count, the latest ones; at least 1.
+        on_drift: called with ``report()`` when drift begins; see ``DriftAlarm``. It runs in the
+            thread whose call has shown the drift, once that call is added up.
+        output_dir: a line with all figures goes to its ``metrics.json``, after every ``period``
+            images, when drift begins or ends, and in ``close()``; ``None`` for no file.
+        period: images between two lines, at least 1.
+
+    Attributes:
+        images: seen since the beginning or the last ``reset()``.
+        drifted: whether there is drift.
+    """
+
+    def __init__(
+        self,
+        detector: Detects,
+        *,
+        shadow: ShadowRules | None = None,
+        flops: RegionFlops | None = None,
+        window: int = 1000,
+        on_drift: Callable[[Mapping[str, Any]], None] | None = None,
+        output_dir: str | os.PathLike[str] | None = None,
+        period: int = 1000,
+    ) -> None:
+        if window < 1 or period < 1:
+            raise ValueError(f"window and period are at least 1, not {window} and {period}")
+        self.detector = detector
+        self._shadow = shadow or ShadowRules()
+        self._exits = ExitEvaluator(flops)
+        self._losses: deque[float] = deque(maxlen=window)
+        self._on_drift = on_drift
+        self._begun: list[Mapping[str, Any]] = []
+        self._alarm = DriftAlarm(self._keep)
+        self._history = History()
+        self._path = None if output_dir is None else Path(output_dir, METRICS_FILE)
+        self._writer: JsonWriter | None = None
+        self._period = period
+        self._numbered = self._seen = self._written = 0
+        self._lock = RLock()
+        self.images = 0
+
+    @property
+    def drifted(self) -> bool:
+        """As in the last report."""
+        return self._alarm.drifted
+
+    def detect(
+        self,
+        batch: Sequence[Sample],
+        *,
+        stages: bool | Sequence[bool] = False,
+        timer: PartTimer | None = None,
+    ) -> DetectorOutput:
+        """What the detector gives for the batch; arguments as its own.
+
+        Images are told apart by ``image_id``, else by ``file_name``, else by their number.
+
+        Raises:
+            ValueError: an image is to take the full cascade, and the detector cannot do that.
+        """
+        with self._lock:
+            first, self._numbered = self._numbered, self._numbered + len(batch)
+        keys = [image_key(sample, first + place) for place, sample in enumerate(batch)]
+        chosen = [self._shadow.chooses(key) for key in keys]
+        asked = [stages] * len(batch) if isinstance(stages, bool) else list(stages)
+        wanted = [a or b for a, b in zip(asked, chosen, strict=True)]
+        output = self.detector.detect(
+            batch, stages=stages if wanted == asked else wanted, timer=timer
+        )
+        with self._lock:
+            self._count(batch, output, chosen)
+            begun = [*self._begun]
+            self._begun.clear()
+        # Without the lock: a callback may wait for another thread that uses this monitor.
+        if self._on_drift is not None:
+            for report in begun:
+                self._on_drift(report)
+        if not any(asked):
+            output.stages = None
+        return output
+
+    def report(self) -> dict[str, Any]:
+        """``exits``, see ``ExitEvaluator``, and ``shadow``, see ``shadow_figures``.
+
+        Its intervals are for any number of looks until the window is full; for one look from then
+        on, since each look then begins at another image.
+        """
+        with self._lock:
+            return {
+                **self._exits.evaluate(),
+                "shadow": shadow_figures(list(self._losses), self._shadow),
+            }
+
+    def reset(self) -> None:
+        """Begin anew: counters, the window and the alarm. What was written stays."""
+        with self._lock:
+            self._exits.reset()
+            self._losses.clear()
+            self._alarm.drifted = False
+            self.images = 0
+
+    def close(self) -> None:
+        """Write what is not written yet, and close the file."""
+        with self._lock:
+            if self._seen > self._written:
+                self._write(self.report())
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy or another process: all but the lock, which cannot be copied."""
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=RLock())
+
+    def __enter__(self) -> ExitMonitor:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _count(
+        self, batch: Sequence[Sample], output: DetectorOutput, chosen: Sequence[bool]
+    ) -> None:
+        self._exits.process(batch, output)
+        self.images += len(batch)
+        self._seen += len(batch)
+        changed = False
+        if any(chosen):
+            if not output.stages:
+                raise ValueError("the detector gives no stages: it can have no shadow runs")
+            full = output.stages[-1].detections
+            for is_chosen, early, late in zip(chosen, output.detections, full, strict=True):
+                if is_chosen:
+                    loss = agreement_loss(early, late, min_score=self._shadow.min_score)
+                    self._losses.append(loss)
+                    changed |= self._look()
+        if changed or self._seen - self._written >= self._period:
+            self._write(self.report())
+
+    def _keep(self, report: Mapping[str, Any]) -> None:
+        self._begun.append(report)
+
+    def _look(self) -> bool:
+        """Whether drift began or ended with the last image."""
+        before = self.drifted
+        self._alarm.look(self.report())
+        return self.drifted != before
+
+    def _write(self, report: Mapping[str, Any]) -> None:
+        self._written = self._seen
+        if self._path is None:
+            return
+        self._writer = self._writer or JsonWriter(self._path)
+        self._history.iteration = self._seen
+        self._history.put_all(dict(figures_of(report)), smooth=False)
+        self._writer.write(self._history)

@@ -1,0 +1,193 @@
+"""Shadow runs: the full cascade on a sample of the images, and what leaving early loses there."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cascade_det.core.structures import DetectorOutput
+from cascade_det.evaluation.agreement import MIN_SCORE, agreement_loss
+from cascade_det.evaluation.evaluator import Evaluator, Sample
+from cascade_det.monitoring.intervals import mean_interval
+
+logger = logging.getLogger(__name__)
+
+Report = Mapping[str, Any]
+# What was promised was measured as well: it may be this many of its deviations off.
+_DEVIATIONS = 2.0
+
+
+@dataclass(frozen=True)
+class ShadowRules:
+    """Which images take the full cascade too, and what their loss is held against.
+
+    Attributes:
+        share: of the images, in [0, 1]; 0 is none.
+        min_score: detections below it do not count, see ``agreement_loss``.
+        seed: another one chooses other images.
+        expected_loss: the mean of ``agreement_loss`` that was seen in calibration; ``None`` where
+            nothing was promised.
+        expected_deviation: standard deviation of that mean.
+        confidence: of the intervals, in (0, 1).
+    """
+
+    share: float = 0.0
+    min_score: float = MIN_SCORE
+    seed: int = 0
+    expected_loss: float | None = None
+    expected_deviation: float = 0.0
+    confidence: float = 0.95
+
+    def place(self, key: object) -> float:
+        """Where an image stands in [0, 1), by a hash of ``key`` and the seed.
+
+        The first ``share`` are chosen, whatever else is in the batch or came before. A larger
+        share adds images to those of a smaller one.
+        """
+        digest = hashlib.blake2b(
+            f"{self.seed}:{key}".encode("utf-8", "surrogatepass"), digest_size=6
+        ).digest()
+        return int.from_bytes(digest, "big") / 2.0**48
+
+    def chooses(self, key: object) -> bool:
+        """Whether the image of this key is one of the sample."""
+        return self.place(key) < self.share
+
+
+def image_key(sample: Sample, number: int) -> object:
+    """What tells an image from others: its id, else its file name, else ``number``."""
+    for name in ("image_id", "file_name"):
+        if sample.get(name) is not None:
+            return sample[name]
+    return number
+
+
+def shadow_figures(losses: Sequence[float], rules: ShadowRules) -> dict[str, float]:
+    """What shadow runs say.
+
+    Args:
+        losses: of independent images, in an order that does not depend on them.
+        rules: what they were chosen by.
+
+    Returns:
+        ``images`` with a shadow run; ``loss``, their mean, from ``loss_low`` to ``loss_high``;
+        ``changed``, the share of images with any loss, from ``changed_low`` to ``changed_high``;
+        ``confidence`` of either interval. Both are those of ``mean_interval``, which
+        hold however often they are looked at, and whenever looking stops. Without images the
+        means are nan and the intervals [0, 1]. If a loss was promised, ``expected_loss``,
+        ``expected_deviation`` and ``drift``: 1 if ``loss_low`` is above the promise plus twice
+        its deviation, else 0.
+    """
+    count, changed = len(losses), [float(loss > 0) for loss in losses]
+    low, high = mean_interval(losses, confidence=rules.confidence)
+    changed_low, changed_high = mean_interval(changed, confidence=rules.confidence)
+    figures = {
+        "images": count,
+        "loss": sum(losses) / count if count else float("nan"),
+        "loss_low": low,
+        "loss_high": high,
+        "changed": sum(changed) / count if count else float("nan"),
+        "changed_low": changed_low,
+        "changed_high": changed_high,
+        "confidence": rules.confidence,
+    }
+    if rules.expected_loss is not None:
+        most = rules.expected_loss + _DEVIATIONS * rules.expected_deviation
+        figures["expected_loss"] = rules.expected_loss
+        figures["expected_deviation"] = rules.expected_deviation
+        figures["drift"] = int(low > most)
+    return figures
+
+
+class DriftAlarm:
+    """Warns in the log and calls back when drift begins, once until it has ended.
+
+    Args:
+        on_drift: called with the report that shows it.
+    """
+
+    def __init__(self, on_drift: Callable[[Report], None] | None = None) -> None:
+        self._on_drift = on_drift
+        self.drifted = False
+
+    def look(self, report: Report) -> None:
+        """Take in a report with the figures of ``shadow_figures`` under ``shadow``."""
+        shadow = report["shadow"]
+        drifts = bool(shadow.get("drift"))
+        if drifts == self.drifted:
+            return
+        self.drifted = drifts
+        if not drifts:
+            logger.info("No drift any more: exits lose %.4f per image.", shadow["loss"])
+            return
+        logger.warning(
+            "Drift: exits lose %.4f of the full cascade's detections per image (%.4f to %.4f, "
+            "from %d shadow images), where calibration promised %.4f with a deviation of %.4f. "
+            "Calibrate on images like these, or switch exits off.",
+            *(shadow[name] for name in ("loss", "loss_low", "loss_high", "images")),
+            *(shadow[name] for name in ("expected_loss", "expected_deviation")),
+        )
+        if self._on_drift is not None:
+            self._on_drift(report)
+
+
+class ShadowEvaluator(Evaluator):
+    """The agreement of a detector with its full cascade, on a sample of the images.
+
+    Needs a detector that is run with ``stages=True``.
+
+    Args:
+        rules: which images, and what is promised.
+        on_drift: see ``DriftAlarm``.
+    """
+
+    def __init__(
+        self, rules: ShadowRules, on_drift: Callable[[Report], None] | None = None
+    ) -> None:
+        self._rules = rules
+        self._alarm = DriftAlarm(on_drift)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything that was processed."""
+        self._num_images = 0
+        self._losses: dict[object, float] = {}
+
+    def process(self, batch: Sequence[Sample], output: DetectorOutput) -> None:
+        """Take in the images of a batch that are of the sample.
+
+        Raises:
+            ValueError: the output has no stages.
+        """
+        if not output.stages:
+            raise ValueError("no output per stage: run the detector with stages=True")
+        full = output.stages[-1].detections
+        for sample, early, late in zip(batch, output.detections, full, strict=True):
+            key = image_key(sample, self._num_images)
+            self._num_images += 1
+            if self._rules.chooses(key):
+                self._losses[key] = agreement_loss(early, late, min_score=self._rules.min_score)
+
+    def state(self) -> dict[object, float]:
+        """The losses by image."""
+        return self._losses
+
+    def merge(self, states: Sequence[dict[object, float]]) -> None:
+        """Go on from the states of all processes."""
+        self._losses = {key: loss for state in states for key, loss in state.items()}
+
+    def evaluate(self) -> dict[str, Any]:
+        """``{"shadow": {...}}``, see ``shadow_figures``; warns of drift."""
+        # By hash: an order that depends neither on the losses nor on who saw which image when.
+        keys = sorted(self._losses, key=self._rules.place)
+        report = {"shadow": shadow_figures([self._losses[key] for key in keys], self._rules)}
+        self._alarm.look(report)
+        return report
+
+
+def shadow_evaluators(*, share: float, **rules: Any) -> list[Evaluator]:
+    """A ``ShadowEvaluator`` of these ``ShadowRules``, or nothing where they choose no image."""
+    return [ShadowEvaluator(ShadowRules(share=share, **rules))] if share > 0 else []

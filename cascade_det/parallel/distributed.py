@@ -1,0 +1,363 @@
+"""Several processes that train or evaluate together.
+
+Everything here works without a process group too: then this process is rank 0 of 1. Tensors of
+training go through NCCL on GPUs and gloo on CPUs; objects always go through gloo, with a timeout
+that outlasts any evaluation. A process that died is not found by timeouts: whoever started it
+notices (see :mod:`cascade_det.parallel.processes`), and gloo sees the closed connection.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from cascade_det.errors import ConfigError
+from cascade_det.parallel.processes import USER_ERRORS, PeerError, portable, run_processes
+
+T = TypeVar("T")
+
+_TENSOR_TIMEOUT = timedelta(minutes=30)
+_OBJECT_TIMEOUT = timedelta(days=1)
+_CONNECTION_TIMEOUT = timedelta(minutes=10)
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass
+class _Joined:
+    """What this process knows of its place beyond torch's default group."""
+
+    local_rank: int = 0
+    objects: Any = None  # a process group
+
+
+_joined = _Joined()
+
+
+def rank() -> int:
+    """Which of the processes on all machines this one is, from 0."""
+    return dist.get_rank() if _in_group() else 0
+
+
+def world_size() -> int:
+    """How many processes there are on all machines."""
+    return dist.get_world_size() if _in_group() else 1
+
+
+def planned_world_size(num_processes: int, num_machines: int = 1) -> int:
+    """How many processes :func:`launch` will make of these, or torchrun has made.
+
+    Raises:
+        ConfigError: a number is below 1.
+    """
+    if under_torchrun():
+        return int(os.environ["WORLD_SIZE"])
+    if num_processes < 1 or num_machines < 1:
+        raise ConfigError(
+            f"--num-gpus is {num_processes} and --num-machines is {num_machines}: "
+            "each has to be 1 or more"
+        )
+    return num_processes * num_machines
+
+
+def local_rank() -> int:
+    """Which of the processes on this machine this one is, from 0; on GPUs the GPU's index."""
+    return _joined.local_rank
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files: rank 0."""
+    return rank() == 0
+
+
+def all_gather(value: Any) -> list[Any]:
+    """The values of all processes in the order of ranks, on every process.
+
+    Args:
+        value: picklable; tensors on the CPU.
+    """
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=_joined.objects)
+    return values
+
+
+def gather(value: Any) -> list[Any] | None:
+    """As ``all_gather``, but on the main process only; ``None`` on the others."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] | None = [None] * world_size() if is_main() else None
+    dist.gather_object(value, values, group=_joined.objects)
+    return values
+
+
+def broadcast(value: Any) -> Any:
+    """The main process's value, on every process; what the others give is not looked at."""
+    if world_size() == 1:
+        return value
+    values = [value if is_main() else None]
+    dist.broadcast_object_list(values, group=_joined.objects)
+    return values[0]
+
+
+def on_main(compute: Callable[[], T]) -> T:
+    """What the main process computes, on every process; the others wait for it.
+
+    Args:
+        compute: called on the main process only; gives something picklable.
+
+    Raises:
+        PeerError: on the other processes, if it fails with an error that is none of the user's.
+            Those of the user are raised on all of them.
+    """
+    if world_size() == 1:
+        return compute()
+    value: Any = None
+    error: Exception | None = None
+    if is_main():
+        try:
+            value = compute()
+        except Exception as caught:
+            error = caught
+    value, message = broadcast((value, _for_peers(error)))
+    if error is not None:
+        raise error
+    if message is not None:
+        raise message
+    return value
+
+
+def mean_over_processes(vector: Tensor) -> Tensor:
+    """The mean over processes, on every process.
+
+    Args:
+        vector: float ``[N]`` on the training device; it is not changed. N is the same everywhere.
+    """
+    if world_size() == 1:
+        return vector
+    total = vector.detach().clone()
+    dist.all_reduce(total)
+    return total / world_size()
+
+
+def wrap(detector: nn.Module) -> nn.Module:
+    """The detector in ``DistributedDataParallel`` if there are several processes, else itself.
+
+    All processes start from the main one's weights. Buffers go their own ways from there, see
+    :func:`synchronise_buffers`.
+
+    Args:
+        detector: on the training device. Each of its parameters that is not frozen has to get a
+            gradient in every iteration, if need be of zeros.
+    """
+    if world_size() == 1:
+        return detector
+    device = next(detector.parameters()).device
+    # The name that newer versions of torch have for it.
+    arguments = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in arguments else "broadcast_buffers"
+    without_syncing: dict[str, Any] = {name: False}
+    return DistributedDataParallel(
+        detector,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        **without_syncing,
+    )
+
+
+def synchronise_buffers(detector: nn.Module) -> None:
+    """Give every process the buffers of the main one.
+
+    The statistics of batch normalisation differ between processes: call this before an evaluation.
+    """
+    if world_size() > 1:
+        for buffer in detector.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def launch(
+    main: Callable[..., int],
+    args: tuple[Any, ...],
+    *,
+    num_processes: int,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    dist_url: str = "auto",
+    device_type: str,
+) -> int:
+    """Call ``main(*args)`` in every one of the processes, in a process group.
+
+    One process is no group: it is a call. Under torchrun, which says so in the environment, the
+    processes are there already, and its numbers are the ones that hold. Else they are spawned,
+    and a process that dies takes the others with it.
+
+    Args:
+        main: at the top level of a module; gives an exit status, the same in every process.
+        args: picklable.
+        num_processes: on this machine, as many as on every other one.
+        num_machines: all of them run the same command.
+        machine_rank: from 0.
+        dist_url: ``tcp://host:port`` of machine 0, or ``auto`` for a free port on a single machine.
+        device_type: ``cuda`` gives each process a GPU of its own; else ``cpu``.
+
+    Returns:
+        The exit status, see :func:`cascade_det.parallel.processes.run_processes`.
+
+    Raises:
+        ConfigError: the arguments contradict each other or the machine, or nobody is at the URL.
+        CascadeDetError, FloatingPointError: raised by ``main``.
+    """
+    if under_torchrun():
+        return _run_under_torchrun(main, args, device_type)
+    total = planned_world_size(num_processes, num_machines)
+    _check_address(num_machines, machine_rank, dist_url)
+    if total == 1:
+        return main(*args)
+    _check_devices(num_processes, device_type)
+    store, host, port = _serve(dist_url, machine_rank)
+    first_rank = machine_rank * num_processes
+    place = _Place(host, port, first_rank, total, device_type)
+    threads = None
+    if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        threads = max(torch.get_num_threads() // num_processes, 1)
+    try:
+        return run_processes(
+            _run_spawned, (place, threads, main, args), num_processes, first_rank=first_rank
+        )
+    finally:
+        # The server of the rendezvous lives as long as this.
+        del store
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the processes meet, and how many they are."""
+
+    host: str
+    port: int
+    first_rank: int
+    world_size: int
+    device_type: str
+
+
+def _run_spawned(
+    index: int, place: _Place, threads: int | None, main: Callable[..., int], args: tuple[Any, ...]
+) -> int:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        store = dist.TCPStore(place.host, place.port, timeout=_CONNECTION_TIMEOUT)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"--dist-url tcp://{place.host}:{place.port}: cannot be reached ({error}). Give the "
+            "address of machine 0, and a port of it that is open to the others."
+        ) from error
+    _join(
+        index,
+        place.device_type,
+        store=store,
+        rank=place.first_rank + index,
+        world_size=place.world_size,
+    )
+    return _call_and_leave(main, args)
+
+
+def _run_under_torchrun(main: Callable[..., int], args: tuple[Any, ...], device_type: str) -> int:
+    if int(os.environ["WORLD_SIZE"]) == 1:
+        return main(*args)
+    index = int(os.environ["LOCAL_RANK"])
+    _check_devices(int(os.environ.get("LOCAL_WORLD_SIZE", index + 1)), device_type)
+    _join(index, device_type)
+    return _call_and_leave(main, args)
+
+
+def _join(index: int, device_type: str, **rendezvous: Any) -> None:
+    on_gpu = device_type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(index)
+    backend = "nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, timeout=_TENSOR_TIMEOUT, **rendezvous)
+    _joined.local_rank = index
+    _joined.objects = dist.new_group(backend="gloo", timeout=_OBJECT_TIMEOUT)
+
+
+def _call_and_leave(main: Callable[..., int], args: tuple[Any, ...]) -> int:
+    """After an error nobody leaves in order: the others may be in any collective."""
+    status = main(*args)
+    # The first to leave would break the connections of those that still write or compute.
+    dist.barrier(group=_joined.objects)
+    dist.destroy_process_group()
+    _joined.local_rank, _joined.objects = 0, None
+    return status
+
+
+def _serve(dist_url: str, machine_rank: int) -> tuple[dist.TCPStore | None, str, int]:
+    """On machine 0 the server at which processes find each other; its host and port."""
+    url = urlsplit("tcp://127.0.0.1:0" if dist_url == "auto" else dist_url)
+    host, port = str(url.hostname), int(url.port or 0)
+    if machine_rank != 0:
+        return None, host, port
+    try:
+        store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"--dist-url {dist_url}: cannot listen there ({error}). Give an address of this "
+            "machine and a port that is free."
+        ) from error
+    return store, host, store.port
+
+
+def _check_address(num_machines: int, machine_rank: int, dist_url: str) -> None:
+    if not 0 <= machine_rank < num_machines:
+        raise ConfigError(
+            f"--machine-rank is {machine_rank}, but --num-machines is {num_machines}: number the "
+            f"machines from 0 to {num_machines - 1}"
+        )
+    if dist_url == "auto":
+        if num_machines > 1:
+            raise ConfigError(
+                f"--dist-url is auto, but --num-machines is {num_machines}: give every machine "
+                "the address of machine 0 and a free port of it, such as tcp://10.0.0.1:29500"
+            )
+        return
+    try:
+        url = urlsplit(dist_url)
+        good = url.scheme == "tcp" and bool(url.hostname) and bool(url.port)
+    except ValueError:
+        good = False
+    if not good:
+        raise ConfigError(
+            f"--dist-url is {dist_url!r}: give tcp://host:port, or auto for a single machine"
+        )
+
+
+def _check_devices(num_processes: int, device_type: str) -> None:
+    if device_type == "cuda" and torch.cuda.device_count() < num_processes:
+        raise ConfigError(
+            f"{num_processes} processes need as many GPUs, but this machine has "
+            f"{torch.cuda.device_count()}: lower --num-gpus, or set MODEL.DEVICE cpu"
+        )
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun has started this process, which its environment says."""
+    return all(name in os.environ for name in _TORCHRUN)
+
+
+def _in_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _for_peers(error: Exception | None) -> Exception | None:
+    if error is None or isinstance(error, USER_ERRORS):
+        return None if error is None else portable(error)
+    return PeerError(f"the main process failed: {type(error).__name__}: {error}")

@@ -1,0 +1,280 @@
+"""Child processes that live and die together, whatever it is that they do."""
+
+from __future__ import annotations
+
+import logging
+import math
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import connection, resource_tracker
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from cascade_det.errors import CascadeDetError
+from cascade_det.files import atomic_path
+from cascade_det.parallel.signals import handled, stop_signals
+from cascade_det.parallel.worker_signals import signals_held
+
+logger = logging.getLogger(__name__)
+
+# What the caller of a command can mend: these come out as they are, without a traceback.
+USER_ERRORS = (CascadeDetError, FloatingPointError)
+# As a shell says it of a command that ends by Ctrl-C.
+INTERRUPTED = 128 + signal.SIGINT
+
+# Seconds that processes have to end by themselves once one of them has failed, and then to obey
+# SIGTERM, which one that hangs in a collective does not, before they are killed.
+_GRACE = 15.0
+_TERMINATION = 10.0
+# The same after Ctrl-C, unless it is pressed again: time for the main process to save.
+_INTERRUPTION = 600.0
+# Between two looks at the signals that came, which do not end a wait.
+_POLL = 0.5
+
+
+class Interrupted(Exception):
+    """Training ended because it was asked to, after a checkpoint."""
+
+
+class PeerError(RuntimeError):
+    """Another process failed, and this one cannot go on; the other one says why."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """How a process failed: the time by the clock, the error, and its traceback as text."""
+
+    time: float
+    error: Exception
+    trace: str
+
+
+def run_processes(
+    function: Callable[..., int], args: tuple[Any, ...], count: int, *, first_rank: int = 0
+) -> int:
+    """Call ``function(index, *args)`` in ``count`` new processes and wait for all of them.
+
+    If one fails, the others are given a few seconds and then stopped. Signals are theirs to
+    handle: for each of ``stop_signals()`` that comes here they get a SIGTERM, beside the signal
+    that may reach them from the terminal, and they get one if this process dies. To be called from
+    the main thread.
+
+    Args:
+        function: at the top level of a module; gives an exit status.
+        args: picklable.
+        count: 1 or more.
+        first_rank: the rank of process 0, for messages.
+
+    Returns:
+        What all of them gave; 130 after Ctrl-C, 143 after SIGTERM and the like. 1 for a process
+        that died or gave another status than the others, after an error in the log that names rank
+        and cause.
+
+    Raises:
+        CascadeDetError, FloatingPointError: what the first process that failed raised.
+    """
+    with tempfile.TemporaryDirectory(prefix="cascade-det-") as folder, _signals() as caught:
+        start = multiprocessing.get_context("spawn").Process
+        with signals_held():  # Python's helper would be started anyway, and die of a SIGHUP then
+            resource_tracker.ensure_running()
+        processes = caught.processes
+        try:
+            for index in range(count):
+                process = start(target=_call, args=(index, function, args, Path(folder)))
+                process.start()
+                processes.append(process)
+            if caught.terminated or caught.interruptions:
+                caught.hand_on()
+            _wait_for(processes, caught)
+        finally:
+            stopped = _stop(processes)
+        failures = {index: _read_failure(Path(folder) / str(index)) for index in range(count)}
+    statuses = [process.exitcode or 0 for process in processes]
+    ended = _end_by_signals(statuses, failures, stopped, caught)
+    if ended is not None:
+        return ended
+    if len(set(statuses)) == 1 and statuses[0] >= 0 and not any(failures.values()):
+        return statuses[0]
+    cause = _first_cause(statuses, failures, stopped)
+    failure = failures[cause]
+    if failure is not None and isinstance(failure.error, USER_ERRORS):
+        raise failure.error
+    logger.error("%s", _describe(first_rank + cause, processes[cause], failure))
+    return 1
+
+
+class _Caught:
+    """The signals that came while waiting."""
+
+    def __init__(self) -> None:
+        self.interruptions = 0
+        self.terminated = False
+        self.processes: list[BaseProcess] = []
+
+    def interrupt(self, *_: Any) -> None:
+        self.interruptions += 1
+        self.hand_on()
+
+    def terminate(self, *_: Any) -> None:
+        self.terminated = True
+        self.hand_on()
+
+    def hand_on(self) -> None:
+        # Nothing tells whether the signal has reached the others already, as from a terminal, or
+        # this process alone. A SIGTERM too many does no harm, while a second SIGINT means haste.
+        for process in self.processes:
+            process.terminate()
+
+
+@contextmanager
+def _signals() -> Iterator[_Caught]:
+    caught = _Caught()
+    handlers = dict.fromkeys(stop_signals(), caught.terminate) | {signal.SIGINT: caught.interrupt}
+    with handled(handlers):
+        yield caught
+
+
+def _wait_for(processes: Sequence[BaseProcess], caught: _Caught) -> None:
+    """Return when all have ended, or some time after one that failed or a second Ctrl-C."""
+    failed_at = math.inf
+    alive = list(processes)
+    while alive:
+        connection.wait([process.sentinel for process in alive], timeout=_POLL)
+        alive = [process for process in alive if process.is_alive()]
+        codes = {process.exitcode for process in processes} - {None, 0}
+        if codes or caught.interruptions > 1:
+            failed_at = min(failed_at, time.monotonic())
+        in_order = codes == {INTERRUPTED} or caught.interruptions == 1 or caught.terminated
+        patience = _INTERRUPTION if in_order and caught.interruptions < 2 else _GRACE
+        if time.monotonic() > failed_at + patience:
+            return
+
+
+def _stop(processes: Sequence[BaseProcess]) -> set[int]:
+    """End those that are still there; their places."""
+    stopped = {index for index, process in enumerate(processes) if process.is_alive()}
+    for index in stopped:
+        processes[index].terminate()
+    deadline = time.monotonic() + _TERMINATION
+    for index in stopped:
+        processes[index].join(max(deadline - time.monotonic(), 0.0))
+        if processes[index].is_alive():
+            processes[index].kill()
+    for process in processes:
+        process.join()
+    return stopped
+
+
+def _end_by_signals(
+    statuses: Sequence[int],
+    failures: dict[int, _Failure | None],
+    stopped: set[int],
+    caught: _Caught,
+) -> int | None:
+    """The exit status after signals; ``None`` if there were none, or if they are not the cause.
+
+    Raises:
+        CascadeDetError, FloatingPointError: raised on the way out, as by a save to a full disk.
+    """
+    if caught.interruptions > 1:
+        return INTERRUPTED
+    by_themselves = {s for index, s in enumerate(statuses) if index not in stopped}
+    # Of processes that had no handlers yet, or none any more.
+    killed = caught.interruptions > 0 and bool(by_themselves & {-signal.SIGINT, -signal.SIGTERM})
+    if not (caught.terminated or killed or INTERRUPTED in statuses):
+        return None
+    # Other failures are of processes that lost those that ended first.
+    told = [f for f in failures.values() if f is not None and isinstance(f.error, USER_ERRORS)]
+    if told:
+        raise min(told, key=lambda failure: failure.time).error
+    return 128 + signal.SIGTERM if caught.terminated else INTERRUPTED
+
+
+def _first_cause(
+    statuses: Sequence[int], failures: dict[int, _Failure | None], stopped: set[int]
+) -> int:
+    """The place of the process that failed by itself, not because another one had."""
+
+    def order(index: int) -> tuple[int, float]:
+        failure = failures[index]
+        if failure is not None:
+            return (2 if isinstance(failure.error, PeerError) else 1), failure.time
+        # NCCL aborts a process whose peers are gone; any other signal comes from outside.
+        killed = statuses[index] < 0 and statuses[index] != -signal.SIGABRT
+        return (0 if killed else 3), 0.0
+
+    died = [index for index, status in enumerate(statuses) if status and index not in stopped]
+    return min(died, key=order)
+
+
+def _describe(rank: int, process: BaseProcess, failure: _Failure | None) -> str:
+    who = f"The process of rank {rank} (pid {process.pid})"
+    rest = "The other processes were ended. --resume goes on from the last checkpoint."
+    if failure is not None:
+        return f"{who} failed: {failure.trace.rstrip()}\n{rest}"
+    status = process.exitcode or 0
+    if status >= 0:
+        return f"{who} ended with status {status}. {rest}"
+    name = signal.Signals(-status).name
+    hint = ""
+    if -status == signal.SIGKILL:
+        hint = (
+            " A system that runs out of memory does that: lower SOLVER.IMS_PER_BATCH or "
+            "DATALOADER.NUM_WORKERS if the kernel's log (dmesg) says so."
+        )
+    return f"{who} was killed by the signal {name}.{hint} {rest}"
+
+
+def _call(index: int, function: Callable[..., int], args: tuple[Any, ...], folder: Path) -> None:
+    """In the new process: call, and leave word of a failure."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        status = function(index, *args)
+    except (KeyboardInterrupt, Interrupted):
+        status = INTERRUPTED
+    except Exception as error:
+        status = 1
+        failure = _Failure(time.time(), portable(error), traceback.format_exc())
+        with atomic_path(folder / str(index)) as temporary:
+            temporary.write_bytes(pickle.dumps(failure))
+    sys.exit(status)
+
+
+def _end_with_parent() -> None:
+    # The kernel can do this too, but only Linux, and when the thread ends that started this one.
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_INTERRUPTION)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def portable(error: Exception) -> Exception:
+    """The error itself if it is one of the user's, or a peer's, and can be pickled; else its text.
+
+    Not every exception can be unpickled, and of a bug it is the traceback that helps.
+    """
+    if isinstance(error, (*USER_ERRORS, PeerError)):
+        try:
+            return pickle.loads(pickle.dumps(error))
+        except Exception:
+            kind = next(kind for kind in (*USER_ERRORS, PeerError) if isinstance(error, kind))
+            return kind(str(error))
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _read_failure(path: Path) -> _Failure | None:
+    # Written by our own child, into a folder that only this user can read.
+    return pickle.loads(path.read_bytes()) if path.exists() else None

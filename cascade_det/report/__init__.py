@@ -1,0 +1,1 @@
+"""Results shown: text, tables, plots, pictures with boxes."""

@@ -1,0 +1,105 @@
+"""An analysis as tables and pictures in a folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cascade_det.files import atomic_path, write_csv
+from cascade_det.report.confusion_plot import plot_confusion
+from cascade_det.report.drawing import encode
+from cascade_det.report.mistakes import draw_mistakes
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "analysis"
+_AT_SCORE = ("score", "precision", "recall", "F1", "true_positives", "false_positives", "misses")
+_PICTURES = "worst_images"
+
+ReadImage = Callable[[str], npt.NDArray[np.uint8]]
+
+
+def write_analysis(
+    analysis: Mapping[str, Any],
+    output_dir: str | os.PathLike[str],
+    *,
+    read_image: ReadImage | None = None,
+) -> Path:
+    """Write ``analysis/`` below a folder; what an earlier evaluation left there is replaced.
+
+    All of it is extra, see :func:`as_extra`: what cannot be written is told, and missing then.
+
+    ``per_class.csv``, ``confusion_matrix.csv``, ``worst_images.csv``, ``confusion_matrix.png``
+    and, with ``read_image``, ``worst_images/01.jpg`` and so on, in the order of that table.
+    A nan is an empty cell.
+
+    Args:
+        analysis: see ``analysis.analyse``.
+        output_dir: the folder of the run.
+        read_image: the pixels, uint8 ``[H, W, 3]`` BGR, of a ``file_name`` of the ground truth.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(output_dir) / FOLDER
+    with as_extra(folder / "per_class.csv") as path:
+        write_csv(path, *_class_table(analysis["per_class"]))
+    classes, counts = (analysis["confusion_matrix"][key] for key in ("classes", "counts"))
+    with as_extra(folder / "confusion_matrix.csv") as path:
+        rows = [[name, *row] for name, row in zip(classes, counts, strict=True)]
+        write_csv(path, ["true \\ detected", *classes], rows)
+    with as_extra(folder / "confusion_matrix.png") as path:
+        plot_confusion(classes, np.array(counts), path)
+    worst = analysis["worst_images"]
+    pictures = _write_pictures(worst, folder, read_image)
+    columns = ("image_id", "file_name", "true_positives", "false_positives", "misses", "F1")
+    with as_extra(folder / "worst_images.csv") as path:
+        rows = [[*(i[key] for key in columns), p] for i, p in zip(worst, pictures, strict=True)]
+        write_csv(path, [*columns, "picture"], rows)
+    return folder
+
+
+@contextmanager
+def as_extra(path: Path) -> Iterator[Path]:
+    """Let a block that writes ``path`` fail with a warning: figures must not be lost for it."""
+    try:
+        yield path
+    except Exception as error:
+        logger.warning("%s was not written: %s: %s", path, type(error).__name__, error)
+
+
+def _class_table(per_class: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list]]:
+    columns = ("class", "category_id", "objects", "AP", "AP50", "AP75", *_AT_SCORE)
+    headers = [*columns, *(f"best_{name}" for name in _AT_SCORE)]
+    rows = [
+        [*(row[name] for name in columns), *(row["best"][name] for name in _AT_SCORE)]
+        for row in per_class
+    ]
+    return headers, rows
+
+
+def _write_pictures(
+    worst: Sequence[Mapping[str, Any]], folder: Path, read_image: ReadImage | None
+) -> list[str]:
+    """The names of the pictures; empty where there is none."""
+    with as_extra(folder / _PICTURES):
+        for old in (folder / _PICTURES).glob("[0-9][0-9].jpg"):
+            old.unlink()
+    names = [""] * len(worst)
+    if read_image is None:
+        return names
+    for index, image in enumerate(worst):
+        name = f"{_PICTURES}/{index + 1:02d}.jpg"
+        with as_extra(folder / name) as path:
+            content = encode(draw_mistakes(read_image(image["file_name"]), image), ".jpg")
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(content)
+            names[index] = name
+    return names

@@ -1,0 +1,316 @@
+"""Detections and other boxes drawn into a picture; needs no PyTorch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from cascade_det.report.colors import Color, class_color
+from cascade_det.text import printable
+
+_WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
+_FONT = cv2.FONT_HERSHEY_SIMPLEX
+_MIN_FONT_SCALE = 0.35  # Capitals of 8 px: below this they cannot be read.
+_LONGEST_TEXT = 80  # Characters of a class or file name; a label is no wider than its picture.
+_LONGEST_JPEG_SIDE = 65_500  # Of libjpeg.
+
+# A rectangle of pixels: left, top, width, height.
+Area = tuple[int, int, int, int]
+
+
+class DrawableDetections(Protocol):
+    """What ``core.structures.Detections`` and ``onnx_predictor.ArrayDetections`` have in common.
+
+    Attributes:
+        boxes: ``[D, 4]``, XYXY in pixels.
+        scores: ``[D]``.
+        classes: ``[D]``.
+        exit_stages: ``[D]``.
+    """
+
+    boxes: Any
+    scores: Any
+    classes: Any
+    exit_stages: Any
+
+
+def draw_detections(
+    image_bgr: npt.NDArray[np.uint8],
+    detections: DrawableDetections,
+    class_names: Sequence[str],
+    *,
+    score_threshold: float = 0.5,
+    with_stages: bool = False,
+) -> npt.NDArray[np.uint8]:
+    r"""Draw boxes in the colour of their class, labelled like ``cat 0.87``.
+
+    Args:
+        image_bgr: uint8 ``[H, W, 3]``; not changed.
+        detections: tensors or arrays, boxes in pixels of this image. May be empty.
+        class_names: name of each class. Letters that the font of OpenCV does not have are written
+            as ``\u0e41``; OpenCV 4 has ASCII alone.
+        score_threshold: detections with a lower score are not drawn.
+        with_stages: add the exit stage to the labels, ``cat 0.87 s1``, and a legend of the stages
+            that occur, in the corner that covers least of the boxes.
+
+    Returns:
+        A new picture of the same size.
+    """
+    picture = np.ascontiguousarray(image_bgr).copy()
+    scores = _array(detections.scores)
+    order = np.argsort(scores, kind="stable")
+    order = order[scores[order] >= score_threshold]
+    if not len(order):
+        return picture
+    boxes = _pixels(_array(detections.boxes)[order], picture.shape)
+    classes = _array(detections.classes)[order].tolist()
+    labels = [
+        f"{_shortened(class_names[index])} {score:.2f}"
+        for index, score in zip(classes, scores[order].tolist(), strict=True)
+    ]
+    colors = [class_color(index) for index in classes]
+    _draw_outlines(picture, boxes, colors)
+    taken = np.zeros(picture.shape[:2], bool)
+    if with_stages:
+        stages = _array(detections.exit_stages)[order].tolist()
+        labels = [f"{label} s{stage}" for label, stage in zip(labels, stages, strict=True)]
+        legend = _draw_legend(picture, sorted(set(stages)), boxes, _font_scale(picture))
+        _part(taken, legend)[:] = True
+    _draw_labels(picture, boxes, labels, colors, taken)
+    return picture
+
+
+def draw_boxes(
+    image_bgr: npt.NDArray[np.uint8],
+    boxes: Any,
+    labels: Sequence[str],
+    colors: Sequence[Color],
+) -> npt.NDArray[np.uint8]:
+    """Draw labelled boxes, the last one on top.
+
+    Args:
+        image_bgr: uint8 ``[H, W, 3]``; not changed.
+        boxes: tensor or array ``[N, 4]``, XYXY in pixels of this image.
+        labels: N texts; an empty one is not written.
+        colors: N colours, BGR.
+
+    Returns:
+        A new picture of the same size.
+    """
+    picture = np.ascontiguousarray(image_bgr).copy()
+    corners = _pixels(_array(boxes), picture.shape)
+    _draw_outlines(picture, corners, colors)
+    texts = [_shortened(label) for label in labels]
+    _draw_labels(picture, corners, texts, colors, np.zeros(picture.shape[:2], bool))
+    return picture
+
+
+def caption(picture: npt.NDArray[np.uint8], text: str, color: Color) -> npt.NDArray[np.uint8]:
+    """A line of text on a BGR colour, ``[h, W, 3]``, as wide as the picture that it belongs to."""
+    width = picture.shape[1]
+    scale, _, height = _fit(text, _font_scale(picture), width)
+    line = np.zeros((height + 4, width, 3), np.uint8)
+    _write(line, text, (0, 0, width, height + 4), color, scale)
+    return line
+
+
+def encode(picture: npt.NDArray[np.uint8], suffix: str) -> bytes:
+    """The content of an image file.
+
+    Args:
+        picture: uint8 ``[H, W, 3]``, BGR.
+        suffix: ``".jpg"`` or ``".png"``.
+
+    Raises:
+        ValueError: it is empty, or larger than such a file can be.
+    """
+    height, width = picture.shape[:2]
+    too_large = suffix == ".jpg" and max(height, width) > _LONGEST_JPEG_SIDE
+    # imencode() prints lines of its own where it fails.
+    done, content = (
+        (False, None) if too_large or 0 in (height, width) else cv2.imencode(suffix, picture)
+    )
+    if not done or content is None:
+        raise ValueError(f"a picture of {width:,} x {height:,} px cannot be written as {suffix}")
+    encoded: bytes = content.tobytes()
+    return encoded
+
+
+def _array(values: Any) -> npt.NDArray[Any]:
+    """Tensors of any device, with or without a graph, as arrays."""
+    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+
+
+def _pixels(boxes: npt.NDArray[Any], shape: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
+    most = np.array([shape[1], shape[0], shape[1], shape[0]]) - 1
+    corners = np.clip(np.rint(boxes), 0, most).astype(np.int64)
+    return [(left, top, right, bottom) for left, top, right, bottom in corners.tolist()]
+
+
+def _font_scale(picture: npt.NDArray[np.uint8]) -> float:
+    return max(_MIN_FONT_SCALE, min(picture.shape[:2]) / 1400)
+
+
+def _shortened(text: str) -> str:
+    return printable(text, longest=_LONGEST_TEXT)
+
+
+def _draw_outlines(
+    picture: npt.NDArray[np.uint8],
+    boxes: Sequence[tuple[int, int, int, int]],
+    colors: Sequence[Color],
+) -> None:
+    line = max(1, round(min(picture.shape[:2]) / 400))
+    for (left, top, right, bottom), color in zip(boxes, colors, strict=True):
+        cv2.rectangle(picture, (left, top), (right, bottom), color, line)
+
+
+def _draw_labels(
+    picture: npt.NDArray[np.uint8],
+    boxes: Sequence[tuple[int, int, int, int]],
+    labels: Sequence[str],
+    colors: Sequence[Color],
+    taken: npt.NDArray[np.bool_],
+) -> None:
+    """Write all labels; the last box, which has the best score, gets the first choice of place.
+
+    Args:
+        picture: is written on.
+        boxes: in pixels of it.
+        labels: one for each; none where it is empty.
+        colors: one for each.
+        taken: ``[H, W]``, where labels are already. A place is looked up here and not held against
+            every other label, of which a picture may have thousands.
+    """
+    scale = _font_scale(picture)
+    for box, label, color in reversed(list(zip(boxes, labels, colors, strict=True))):
+        if label:
+            _part(taken, _draw_label(picture, label, box, color, scale, taken))[:] = True
+
+
+def _draw_label(
+    picture: npt.NDArray[np.uint8],
+    text: str,
+    box: tuple[int, int, int, int],
+    color: Color,
+    scale: float,
+    taken: npt.NDArray[np.bool_],
+) -> Area:
+    """Write a label where it hides no other, if there is such a place; returns that place."""
+    left, top, right, bottom = box
+    scale, width, height = _fit(text, scale, picture.shape[1])
+    candidates = [
+        _move_inside((x, y, width, height), picture.shape)
+        for y in (top - height, bottom + 1, top + 1, bottom - height)
+        for x in (left, right - width + 1)
+    ]
+    area = min(candidates, key=lambda place: np.count_nonzero(_part(taken, place)))
+    _write(picture, text, area, color, scale)
+    return area
+
+
+def _draw_legend(
+    picture: npt.NDArray[np.uint8],
+    stages: Sequence[int],
+    boxes: Sequence[tuple[int, int, int, int]],
+    scale: float,
+) -> Area:
+    texts = [f"s{stage}: left after stage {stage}" for stage in stages]
+    sizes = [_fit(text, scale, picture.shape[1]) for text in texts]
+    scale = min(size[0] for size in sizes)
+    width, height = max(size[1] for size in sizes), max(size[2] for size in sizes)
+    total = height * len(texts)
+    box_areas = [(x, y, right - x, bottom - y) for x, y, right, bottom in boxes]
+    corners = [
+        _move_inside((x, y, width, total), picture.shape)
+        for y in (picture.shape[0], 0)
+        for x in (0, picture.shape[1])
+    ]
+    left, top, _, _ = corner = min(
+        corners, key=lambda place: sum(_shared(place, other) for other in box_areas)
+    )
+    for row, text in enumerate(texts):
+        _write(picture, text, (left, top + row * height, width, height), _WHITE, scale)
+    return corner
+
+
+def _fit(text: str, scale: float, most: int) -> tuple[float, int, int]:
+    """Font scale, and width and height of the label in pixels, at most as wide as ``most``."""
+    width, height, baseline = _text_size(text, scale)
+    # More than once: sizes come in whole pixels, so one division may not be enough.
+    while width + 4 > most and scale > 0.05:
+        scale *= 0.95
+        width, height, baseline = _text_size(text, scale)
+    return scale, min(width + 4, most), height + baseline + 2
+
+
+def _write(
+    picture: npt.NDArray[np.uint8], text: str, area: Area, color: Color, scale: float
+) -> None:
+    left, top, width, height = area
+    cv2.rectangle(picture, (left, top), (left + width - 1, top + height - 1), color, cv2.FILLED)
+    _, _, baseline = _text_size(text, scale)
+    blue, green, red = color
+    # Black on light and white on dark grounds, by the luma of ITU-R BT.601.
+    ink = _BLACK if 0.114 * blue + 0.587 * green + 0.299 * red > 110 else _WHITE
+    origin = (left + 2, top + height - baseline)
+    thickness = _thickness(scale)
+    cv2.putText(picture, _drawable(text), origin, _FONT, scale, ink, thickness, cv2.LINE_AA)
+
+
+def _text_size(text: str, scale: float) -> tuple[int, int, int]:
+    """Width, height above the baseline, and depth below it, in pixels."""
+    size, baseline = cv2.getTextSize(_drawable(text), _FONT, scale, _thickness(scale))
+    return size[0], size[1], baseline
+
+
+def _drawable(text: str) -> str:
+    """The text as OpenCV can draw it: of what its font does not have it makes question marks.
+
+    Lone surrogates, as in file names that are no UTF-8, end the process there (OpenCV 5.0).
+    """
+    return "".join(_drawable_character(character) for character in printable(text))
+
+
+@functools.lru_cache(maxsize=4096)
+def _drawable_character(character: str) -> str:
+    if character.isascii():
+        return character
+    # OpenCV 4 has one question mark for each byte of UTF-8, OpenCV 5 one for a character.
+    unknown = ("?", "?" * len(character.encode()))
+    if any((_drawn(character) == _drawn(marks)).all() for marks in unknown):
+        return character.encode("unicode_escape").decode()
+    return character
+
+
+def _drawn(text: str) -> npt.NDArray[np.uint8]:
+    picture = np.zeros((60, 160), np.uint8)
+    cv2.putText(picture, text, (10, 40), _FONT, 1.0, _WHITE, 1)
+    return picture
+
+
+def _thickness(scale: float) -> int:
+    return max(1, round(1.4 * scale))
+
+
+def _move_inside(area: Area, shape: tuple[int, ...]) -> Area:
+    left, top, width, height = area
+    left = max(0, min(left, shape[1] - width))
+    return left, max(0, min(top, shape[0] - height)), width, height
+
+
+def _part(picture: npt.NDArray[Any], area: Area) -> npt.NDArray[Any]:
+    left, top, width, height = area
+    return picture[top : top + height, left : left + width]
+
+
+def _shared(first: Area, second: Area) -> int:
+    """Pixels that two areas have in common."""
+    width = min(first[0] + first[2], second[0] + second[2]) - max(first[0], second[0])
+    height = min(first[1] + first[3], second[1] + second[3]) - max(first[1], second[1])
+    return max(0, width) * max(0, height)

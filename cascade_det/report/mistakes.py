@@ -1,0 +1,66 @@
+"""An image with what a detector found, missed and made up."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cascade_det.report.colors import GREEN, RED, YELLOW
+from cascade_det.report.drawing import caption, draw_boxes
+from cascade_det.text import printable
+
+# In the order in which they are drawn: mistakes on top.
+_COLORS = {"found": GREEN, "false positive": RED, "missed": YELLOW}
+_LEGEND = {
+    "found": "object that was found",
+    "false positive": "false positive",
+    "missed": "object that was missed",
+}
+_WHITE = (255, 255, 255)
+# Smaller images are enlarged: labels on them would hide what they name.
+_LEAST_SIDE = 480
+_MOST_ENLARGED = 4096  # The longer side: a thin image stays small enough for a JPEG.
+_LONGEST_NAME = 60
+
+
+def draw_mistakes(
+    image_bgr: npt.NDArray[np.uint8], image: Mapping[str, Any]
+) -> npt.NDArray[np.uint8]:
+    """Draw the boxes of one of the ``worst_images`` of an analysis.
+
+    Args:
+        image_bgr: uint8 ``[H, W, 3]``; not changed.
+        image: its entry, see ``analysis.analyse``.
+
+    Returns:
+        A new picture, enlarged by a whole number where the image is small, below a legend that
+        says what each colour stands for, and how often it occurs.
+    """
+    short, long = sorted(image_bgr.shape[:2])
+    factor = max(1, min(_LEAST_SIDE // short, _MOST_ENLARGED // long))
+    picture = image_bgr.repeat(factor, axis=0).repeat(factor, axis=1)
+    boxes = sorted(image["boxes"], key=lambda box: list(_COLORS).index(box["kind"]))
+    corners = factor * np.array([box["bbox"] for box in boxes], np.float64).reshape(-1, 4)
+    corners[:, 2:] += corners[:, :2]
+    picture = draw_boxes(
+        picture,
+        corners,
+        [_label(box) for box in boxes],
+        [_COLORS[box["kind"]] for box in boxes],
+    )
+    counts = Counter(box["kind"] for box in boxes)
+    name = printable(image["file_name"], longest=_LONGEST_NAME)
+    lines = [(f"{name}: F1 {image['F1']:.0f} %", _WHITE)]
+    lines += [(f"{counts[kind]} x {_LEGEND[kind]}", color) for kind, color in _COLORS.items()]
+    return np.concatenate([*(caption(picture, *line) for line in lines), picture])
+
+
+def _label(box: Mapping[str, Any]) -> str:
+    """Nothing for what was found: its box says it, and labels hide other boxes."""
+    if box["kind"] == "found":
+        return ""
+    return f"{box['class']} {box['score']:.2f}" if "score" in box else box["class"]

@@ -1,0 +1,157 @@
+"""One picture of an evaluation: AP and IoU per stage, exits, latency."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from cascade_det.core.structures import EXIT_REASONS
+from cascade_det.files import atomic_path
+from cascade_det.report.exit_tables import exit_places
+from cascade_det.report.tables import stage_names
+
+_METRIC_COLORS = {"AP": "#1b5e8c", "AP50": "#5fa8d3", "AP75": "#b5d8ee"}
+_REASON_COLORS = {
+    "background": "#9e9e9e",
+    "redundant": "#c9a227",
+    "confident": "#2e8b57",
+    "budget": "#c0392b",
+    "completed": "#1b5e8c",
+}
+_GOES_ON = "#e8eef3"
+
+
+def plot_report(results: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Draw the results as a PNG with one panel per kind of figure that they hold.
+
+    Args:
+        results: the merged dicts of the evaluators.
+        path: the PNG; its folder is made where it is missing, an old file is replaced.
+    """
+    panels = _panels(results)
+    columns = min(2, max(1, len(panels)))
+    rows = max(1, -(-len(panels) // columns))
+    figure = Figure(figsize=(6.4 * columns, 4.2 * rows), dpi=110, layout="constrained")
+    for index, draw in enumerate(panels, start=1):
+        axes = figure.add_subplot(rows, columns, index)
+        axes.spines[["top", "right"]].set_visible(False)
+        draw(axes)
+    if not panels:
+        figure.text(0.5, 0.5, "Nothing was measured.", ha="center", va="center")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _panels(results: Mapping[str, Any]) -> list[Callable[[Axes], None]]:
+    panels: list[Callable[[Axes], None]] = []
+    stages, exits = results.get("stages", {}), results.get("exits", {})
+    latency = results.get("latency", {})
+    if stage_names(stages):
+        panels += [lambda axes: _plot_ap(axes, stages), lambda axes: _plot_iou(axes, stages)]
+    if stage_names(exits):
+        panels.append(lambda axes: _plot_exits(axes, exits))
+    if latency.get("parts"):
+        panels.append(lambda axes: _plot_latency(axes, latency))
+    return panels
+
+
+def _plot_ap(axes: Axes, stages: Mapping[str, Any]) -> None:
+    names = stage_names(stages)
+    width = 0.27
+    for offset, (metric, color) in enumerate(_METRIC_COLORS.items(), start=-1):
+        positions = [index + offset * width for index in range(len(names))]
+        values = [stages[name][metric] for name in names]
+        bars = axes.bar(positions, values, width, label=metric, color=color)
+        axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=1)
+    axes.set_xticks(range(len(names)), names)
+    axes.set(title="Box AP if the cascade stopped after a stage", ylabel="AP (%)", ylim=(0, 112))
+    axes.set_yticks(range(0, 101, 20))
+    axes.legend(ncols=3, fontsize=8, loc="upper center", frameon=False)
+
+
+def _plot_iou(axes: Axes, stages: Mapping[str, Any]) -> None:
+    names = stage_names(stages)
+    labels = ["proposals", *(f"after {name}" for name in names)]
+    values = [stages[names[0]]["iou_before"], *(stages[name]["iou_after"] for name in names)]
+    axes.plot(range(len(labels)), values, "o-", color=_METRIC_COLORS["AP"])
+    for index, value in enumerate(values):
+        axes.annotate(
+            f"{value:.3f}",
+            (index, value),
+            (-6, 6),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+        )
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set(title="Mean IoU of regions with their object", ylabel="IoU")
+    axes.margins(x=0.1, y=0.25)
+
+
+def _plot_exits(axes: Axes, exits: Mapping[str, Any]) -> None:
+    names = exit_places(exits)
+    bottom = [0.0] * len(names)
+    for reason in (*EXIT_REASONS, None):
+        heights = [_regions(exits[name], reason) for name in names]
+        if not any(heights):
+            continue
+        label, color = (reason, _REASON_COLORS[reason]) if reason else ("goes on", _GOES_ON)
+        axes.bar(names, heights, 0.6, bottom=bottom, label=label, color=color)
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    for index, name in enumerate(names):
+        axes.annotate(
+            f"{bottom[index]:.1f}\n{100 * exits[name]['exit_rate']:.0f} % leave early",
+            (index, bottom[index]),
+            (0, 3),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
+    axes.set_ylim(0, 1.3 * max(bottom) or 1)
+    axes.set(title="Regions entering each stage, by what follows", ylabel="regions per image")
+    axes.legend(fontsize=8, loc="upper right", frameon=False)
+
+
+def _regions(stage: Mapping[str, Any], reason: str | None) -> float:
+    """Regions per image that left a stage for a reason; ``None``: that went on."""
+    left = stage["left"]
+    share = left.get(reason, 0.0) if reason else 1.0 - sum(left.values())
+    # What is left of 1 after summing shares is not exactly 0 where nothing goes on.
+    return stage["entered_per_image"] * (share if share > 1e-9 else 0.0)
+
+
+def _plot_latency(axes: Axes, latency: Mapping[str, Any]) -> None:
+    series = {"as configured": (latency["parts"], latency["total"], "#2e8b57")}
+    if "full_parts" in latency:
+        series["without exits"] = (latency["full_parts"], latency["full_total"], "#9e9e9e")
+    names = [*max((parts for parts, _, _ in series.values()), key=len), "total"]
+    height = 0.8 / len(series)
+    longest = 0.0
+    for number, (label, (parts, total, color)) in enumerate(series.items()):
+        times = [{**parts, "total": total}.get(name) for name in names]
+        medians = [time["median_ms"] if time else 0.0 for time in times]
+        p95 = [time["p95_ms"] if time else 0.0 for time in times]
+        positions = [
+            index + (number - (len(series) - 1) / 2) * height for index in range(len(names))
+        ]
+        axes.barh(positions, medians, height, label=f"median, {label}", color=color)
+        axes.plot(p95, positions, "k|", markersize=7, label=None if number else "p95")
+        for position, middle, high in zip(positions, medians, p95, strict=True):
+            axes.annotate(
+                f"{middle:.1f}",
+                (max(middle, high), position),
+                (5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+            )
+        longest = max(longest, *p95)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.15 * longest or 1)
+    axes.set(title=f"Latency (batches of {latency['batch_size']})", xlabel="milliseconds per image")
+    axes.legend(fontsize=8, loc="best", frameon=False)

@@ -1,0 +1,210 @@
+"""The figures of an evaluation as text and as ``results.json``."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cascade_det.files import write_json
+from cascade_det.report.exit_tables import exit_sections, shadow_section
+from cascade_det.report.tables import Figures, shown_name, stage_names, table
+
+RESULTS_FILE = "results.json"
+_TASKS = {"bbox": "Box AP", "segm": "Mask AP", "keypoints": "Keypoint AP"}
+_STAGE_AP = ("AP", "AP50", "AP75", "AP90")
+_TIMES = ("median_ms", "p95_ms")
+_MOST_CONFUSED = _WORST_NAMED = 5
+
+
+def write_results(
+    results: Figures,
+    output_dir: str | os.PathLike[str],
+    *,
+    machine: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the results of all evaluators to ``results.json`` in a folder.
+
+    Args:
+        results: the merged dicts of the evaluators. A nan becomes ``null``.
+        output_dir: made where it is missing; an old file is replaced in one step.
+        machine: what the figures were measured on, see ``describe_machine``.
+
+    Returns:
+        The path of the file.
+    """
+    path = Path(output_dir) / RESULTS_FILE
+    write_json({**results, "machine": machine} if machine else results, path, indent=2)
+    return path
+
+
+def describe_machine(device: torch.device | str = "cpu", dtype: str = "float32") -> dict[str, Any]:
+    """The hardware and software that times depend on.
+
+    Args:
+        device: where the model runs.
+        dtype: what it computes in, for example ``"bfloat16"``.
+    """
+    device = torch.device(device)
+    on_gpu = device.type == "cuda"
+    return {
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "dtype": dtype,
+        "torch": torch.__version__,
+    }
+
+
+def format_report(results: Figures) -> str:
+    """All tables of the results, one below the other, in Markdown.
+
+    Args:
+        results: the merged dicts of the evaluators, and ``machine`` where there is one. What
+            is missing is left out.
+    """
+    sections = (
+        *(_ap_section(title, results.get(task)) for task, title in _TASKS.items()),
+        *_analysis_sections(results.get("analysis")),
+        _stage_section(results.get("stages")),
+        *exit_sections(results.get("exits")),
+        shadow_section(results.get("shadow")),
+        _latency_section(results.get("latency")),
+        _machine_section(results.get("machine")),
+        _notes_section(results),
+    )
+    return "\n\n".join(section for section in sections if section)
+
+
+def _ap_section(title: str, figures: Figures | None) -> str:
+    if not figures:
+        return ""
+    # Beside them are those of each class, AP-<class>.
+    names = [name for name in figures if "-" not in name]
+    return table(f"{title} (%)", names, [[figures[name] for name in names]], ".1f")
+
+
+def _analysis_sections(analysis: Figures | None) -> list[str]:
+    if not analysis:
+        return []
+    chosen, best = analysis["overall"]
+    shares = ("precision", "recall", "F1")
+    counts = ("true_positives", "false_positives", "misses")
+    points = [
+        (label.format(point["score"]), *(point[name] for name in (*shares, *counts)))
+        for label, point in (("{:.3f} or more", chosen), ("{:.3f} or more (best F1)", best))
+    ]
+    overall = table(
+        f"Precision and recall at IoU {chosen['IoU']}",
+        ("score", *(f"{name} (%)" for name in shares), "hits", "false positives", "misses"),
+        points,
+        ("", ".1f", ".1f", ".1f"),
+    )
+    headers = ("class", "objects", "AP (%)", "AP50 (%)", *(f"{name} (%)" for name in shares))
+    classes = [
+        (
+            *(row[name] for name in ("class", "objects", "AP", "AP50", *shares)),
+            *(row["best"][name] for name in ("F1", "score")),
+        )
+        for row in analysis["per_class"]
+    ]
+    per_class = table(
+        f"Box AP per class; precision, recall and F1 at score {chosen['score']}",
+        (*headers, "best F1 (%)", "at score"),
+        classes,
+        ("", "", *[".1f"] * 6, ".2f"),
+    )
+    return [overall, per_class, *_mistake_lines(analysis)]
+
+
+def _mistake_lines(analysis: Figures) -> list[str]:
+    names, counts = (analysis["confusion_matrix"][key] for key in ("classes", "counts"))
+    confused = sorted(
+        (
+            (-count, names[true], names[detected])
+            for true, row in enumerate(counts[:-1])
+            for detected, count in enumerate(row[:-1])
+            if count and true != detected
+        ),
+    )[:_MOST_CONFUSED]
+    worst = analysis["worst_images"][:_WORST_NAMED]
+    lines = []
+    if confused:
+        listed = ", ".join(
+            f"{shown_name(true)} as {shown_name(detected)} ({-count:,})"
+            for count, true, detected in confused
+        )
+        lines.append(f"Most confused: {listed}.")
+    if worst:
+        listed = ", ".join(
+            f"{shown_name(image['file_name']) or image['image_id']} "
+            f"({image['false_positives']} false, {image['misses']} missed)"
+            for image in worst
+        )
+        lines.append(f"Images with the most mistakes: {listed}.")
+    return lines
+
+
+def _stage_section(stages: Figures | None) -> str:
+    if not stages or not stage_names(stages):
+        return ""
+    rows = [
+        (name, *(stages[name][key] for key in (*_STAGE_AP, "iou_before", "iou_after")))
+        for name in stage_names(stages)
+    ]
+    of_stages = table(
+        "If the cascade stopped after a stage",
+        ("after", *(f"{name} (%)" for name in _STAGE_AP), "mean IoU before", "mean IoU after"),
+        rows,
+        ("", *[".1f"] * len(_STAGE_AP), ".3f", ".3f"),
+    )
+    return f"{of_stages}\n\nMean IoU over {stages['regions']:,} regions that match an object."
+
+
+def _latency_section(latency: Figures | None) -> str:
+    if not latency or "parts" not in latency:
+        return ""
+    columns = [(latency["parts"], latency["total"])]
+    headers = ["part", "median (ms)", "p95 (ms)"]
+    if "full_parts" in latency:
+        columns.append((latency["full_parts"], latency["full_total"]))
+        headers += ["without exits: median (ms)", "p95 (ms)"]
+    names = list(dict.fromkeys(part for parts, _ in reversed(columns) for part in parts))
+    rows = [
+        (name, *(parts.get(name, {}).get(key) for parts, _ in columns for key in _TIMES))
+        for name in names
+    ]
+    rows.append(("total", *(total[key] for _, total in columns for key in _TIMES)))
+    saving = latency["most_exits_could_save"]
+    saving_text = "unknown" if math.isnan(saving) else f"{100 * saving:.1f} %"
+    return (
+        f"{table('Latency per image', headers, rows, '.2f')}\n\n"
+        f"Batches of {latency['batch_size']}, {latency['images']:,} images after "
+        f"{latency['warmup_batches']} batches of warm-up. The most that exits could save here, "
+        f"(t_full - t_stage1) / t_full: {saving_text}."
+    )
+
+
+def _machine_section(machine: Figures | None) -> str:
+    if not machine:
+        return ""
+    return "Measured on: " + ", ".join(f"{key} {value}" for key, value in machine.items()) + "."
+
+
+def _notes_section(results: Figures) -> str:
+    notes = [*results.get("notes", ()), *results.get("latency", {}).get("notes", ())]
+    return "\n".join(["Notes:", *(f"- {note}" for note in notes)]) if notes else ""
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, "") or platform.processor() or platform.machine()

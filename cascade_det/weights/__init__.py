@@ -1,0 +1,1 @@
+"""Files and addresses of weights: read without running anything, renamed, checked, loaded."""

@@ -1,0 +1,231 @@
+"""Files of weights -> tensors under Detectron2's names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile, is_zipfile
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+
+from cascade_det.errors import CheckpointError
+from cascade_det.weights.addresses import SUFFIXES, local_path
+from cascade_det.weights.names import (
+    caffe2_to_detectron2,
+    has_caffe2_names,
+    has_torchvision_resnet_names,
+    torchvision_resnet_to_detectron2,
+)
+from cascade_det.weights.restricted_pickle import read_array_pickle
+
+# Times the size of the file.
+_MOST_UNPACKED = 10
+# The global that torch.load(weights_only=True) names when it refuses a file.
+_REFUSED = re.compile(r"[Uu]nsupported (?:global: GLOBAL|GLOBAL|class) ([\w.]+)")
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """What a file of weights holds.
+
+    Attributes:
+        path: where it lies.
+        weights: Detectron2's name to CPU tensor; names may lack the prefix above their part.
+        matches_by_suffix: the file says, or its origin implies, that prefixes are missing.
+        origin: whose names the file used, for the report.
+        hint: what a user of such a file has to know; may be empty.
+    """
+
+    path: Path
+    weights: dict[str, Tensor]
+    matches_by_suffix: bool = False
+    origin: str = "Detectron2"
+    hint: str = ""
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a ``.pth``, ``.pt``, ``.pkl`` or ``.safetensors`` file; nothing in it is executed.
+
+    Understood are state dicts, alone or under ``"model"`` or ``"state_dict"``, Detectron2's model
+    zoo, and the names of Caffe2's Detectron and of torchvision's ResNets.
+
+    Args:
+        path: a local file, or an address, see
+            :func:`cascade_det.weights.addresses.local_path`.
+
+    Returns:
+        Detectron2's name to CPU tensor.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, unsafe, cannot be downloaded, or holds no
+            weights.
+    """
+    return read_weights_file(path).weights
+
+
+def read_weights_file(path: str | Path) -> WeightsFile:
+    """As :func:`read_weights`, with what else is known of the file."""
+    file = local_path(path)
+    reader = _READERS.get(file.suffix.lower())
+    if reader is None:
+        raise CheckpointError(
+            f"{file}: weights are read from {', '.join(SUFFIXES)} files, "
+            f"not from {file.suffix or 'a file without extension'}."
+        )
+    try:
+        content = reader(file)
+        weights = _find_weights(content, file)
+    except CheckpointError as error:
+        if "://" not in str(path):
+            raise
+        raise CheckpointError(f"{error} Delete it to download {path} again.") from error
+    return _with_detectron2_names(file, weights, bool(content.get("matching_heuristics", False)))
+
+
+def load_torch_file(path: Path) -> Any:
+    """``torch.load`` of tensors and plain values onto the CPU.
+
+    Raises:
+        CheckpointError: the file is truncated, of another kind, or holds other objects.
+    """
+    try:
+        _refuse_bomb(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except PermissionError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
+    # A damaged archive ends in whatever its reader stumbled over.
+    except Exception as error:
+        # torch's own message goes on to advise switching the protection off.
+        if refused := _REFUSED.search(str(error)):
+            raise CheckpointError(
+                f"{path}: refused, because reading it would call {refused[1]}. A checkpoint holds "
+                "tensors and plain values and nothing else. Take it from a source that you trust, "
+                "or save its state dict alone there."
+            ) from error
+        raise CheckpointError(
+            f"{path}: cannot be read as a PyTorch file ({type(error).__name__}). It is probably "
+            "truncated or of another kind: fetch or save it again."
+        ) from error
+
+
+def _refuse_bomb(path: Path) -> None:
+    """PyTorch stores tensors as they are, but reads a compressed archive as well."""
+    if not is_zipfile(path):
+        return
+    with ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    size = path.stat().st_size
+    if unpacked > _MOST_UNPACKED * size:
+        raise CheckpointError(
+            f"{path}: refused, its {size:,} bytes would unpack to {unpacked:,}. Take it from a "
+            "source that you trust, or save it with PyTorch, which does not compress."
+        )
+
+
+def _read_torch(path: Path) -> dict[str, Any]:
+    return _as_dict(load_torch_file(path), path)
+
+
+def _read_pickle(path: Path) -> dict[str, Any]:
+    content = _as_dict(read_array_pickle(path), path)
+    return _as_dict(content.get("blobs", content), path)
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path}: reading .safetensors files needs a package: pip install safetensors"
+        ) from error
+    try:
+        return load_file(path)
+    except PermissionError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
+    # As above.
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: cannot be read as a safetensors file ({str(error)[:200]}). It is probably "
+            "truncated or of another kind: fetch it again."
+        ) from error
+
+
+_Reader = Callable[[Path], dict[str, Any]]
+_READERS: dict[str, _Reader] = dict(
+    zip(SUFFIXES, (_read_torch, _read_torch, _read_pickle, _read_safetensors), strict=True)
+)
+
+
+def _as_dict(content: object, path: Path) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path}: holds a {type(content).__name__}, not a dict of weights. Save a state dict."
+        )
+    return content
+
+
+def _find_weights(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
+    state = content
+    for key in ("model", "state_dict"):
+        if isinstance(content.get(key), dict):
+            state = content[key]
+            break
+    weights = {
+        name: plain_tensor(value, name, path)
+        for name, value in state.items()
+        if isinstance(name, str) and isinstance(value, (Tensor, np.ndarray))
+    }
+    if not weights:
+        names = ", ".join(str(key)[:80] for key in list(state)[:8]) or "nothing"
+        raise CheckpointError(
+            f"{path}: holds no tensors; found {names}. Weights are looked for at the top, under "
+            "'model' and under 'state_dict'."
+        )
+    # Left by DistributedDataParallel.
+    consume_prefix_in_state_dict_if_present(weights, "module.")
+    return weights
+
+
+def plain_tensor(value: Tensor | np.ndarray, name: str, path: Path) -> Tensor:
+    """``value`` as a tensor of numbers that are there, one by one.
+
+    Raises:
+        CheckpointError: it is sparse, quantised, on no device, or larger than its file.
+    """
+    try:
+        tensor = torch.as_tensor(value)
+    except TypeError as error:
+        raise CheckpointError(f"{path}: {name[:80]} is no tensor of numbers ({error}).") from error
+    kind = f"{tensor.dtype} {tensor.layout} {tensor.device}".replace("torch.", "")
+    if not re.fullmatch(r"(bool|b?float\w+|u?int\w+) strided cpu", kind):
+        raise CheckpointError(
+            f"{path}: {name[:80]} is a tensor of kind {kind}; weights are dense numbers."
+        )
+    if tensor.numel() * tensor.element_size() > path.stat().st_size * _MOST_UNPACKED:
+        raise CheckpointError(
+            f"{path}: {name[:80]} claims to be {tuple(tensor.shape)}, which is more than the file "
+            "holds."
+        )
+    return tensor
+
+
+def _with_detectron2_names(path: Path, weights: dict[str, Tensor], by_suffix: bool) -> WeightsFile:
+    if has_caffe2_names(weights):
+        return WeightsFile(path, caffe2_to_detectron2(weights), True, "Caffe2")
+    if has_torchvision_resnet_names(weights):
+        hint = (
+            "These were trained on RGB images: INPUT.FORMAT RGB, MODEL.PIXEL_MEAN "
+            "[123.675, 116.28, 103.53], MODEL.PIXEL_STD [58.395, 57.12, 57.375], "
+            "MODEL.RESNETS.STRIDE_IN_1X1 False."
+        )
+        renamed = torchvision_resnet_to_detectron2(weights)
+        return WeightsFile(path, renamed, True, "torchvision", hint)
+    return WeightsFile(path, weights, by_suffix)

@@ -1,0 +1,318 @@
+"""Average precision of weighted images, as in pycocotools, and the bootstrap of its differences."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from cascade_det.calibration.bootstrap import (
+    average_precision,
+    average_precisions,
+    paired_bootstrap,
+)
+from cascade_det.calibration.image_matching import ImageMatcher, match_images
+from cascade_det.core.structures import Detections
+from cascade_det.data.coco_results import coco_results
+from cascade_det.errors import DatasetError
+from cascade_det.evaluation.average_precision import run_cocoeval
+from cascade_det.evaluation.ground_truth import load_ground_truth
+
+CATEGORY_IDS = (3, 7, 9)
+COLUMNS = {"AP50": 0, "AP75": 5, "AP90": 8}
+BOX = (10, 10, 40, 40)
+
+
+def random_case(seed, *, num_images=12, max_objects=6, noise=2.0):
+    """A ground truth with crowds, and per image noisy copies of it and false positives."""
+    rng = np.random.default_rng(seed)
+    annotations, found = [], {}
+    for image_id in range(1, num_images + 1):
+        count = int(rng.integers(0, max_objects))
+        boxes = np.concatenate(
+            [rng.uniform(0, 200, (count, 2)), rng.uniform(20, 90, (count, 2))], 1
+        )
+        classes = rng.integers(0, 3, count)
+        for box, index in zip(boxes.tolist(), classes.tolist(), strict=True):
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": CATEGORY_IDS[index],
+                    "bbox": box,
+                    "area": box[2] * box[3],
+                    "iscrowd": int(rng.random() < 0.2),
+                }
+            )
+        guesses = np.concatenate([boxes] * 3) + rng.normal(0, noise, (3 * count, 4))
+        guesses = torch.from_numpy(guesses.clip(1)).float()
+        guesses[:, 2:] += guesses[:, :2]
+        found[image_id] = Detections(
+            guesses,
+            torch.from_numpy(rng.random(3 * count)).float(),
+            torch.from_numpy(np.where(rng.random(3 * count) < 0.2, 0, np.tile(classes, 3))),
+            torch.from_numpy(rng.integers(0, 3, 3 * count)),
+        )
+    return content_of(range(1, num_images + 1), annotations), found
+
+
+def content_of(image_ids, annotations):
+    return {
+        "images": [{"id": image_id, "height": 300, "width": 300} for image_id in image_ids],
+        "categories": [{"id": number, "name": str(number)} for number in CATEGORY_IDS],
+        "annotations": annotations,
+    }
+
+
+def by_pycocotools(content, found, image_ids=None):
+    results = [
+        row for item in found.items() for row in coco_results(item[1], item[0], CATEGORY_IDS)
+    ]
+    truth = load_ground_truth(content)
+    precision = run_cocoeval(truth, results, image_ids or list(truth.imgs)).eval["precision"]
+    parts = {"AP": precision[..., 0, -1]}
+    parts |= {name: precision[row, ..., 0, -1] for name, row in COLUMNS.items()}
+    return {name: 100 * part[part > -1].mean() for name, part in parts.items()}
+
+
+def duplicated(content, found, copies):
+    """A data set with that many copies of each image, by its place."""
+    images, annotations, detections = [], [], {}
+    for image, count in zip(content["images"], copies, strict=True):
+        for copy in range(count):
+            image_id = image["id"] * 100 + copy
+            images.append(image_id)
+            detections[image_id] = found[image["id"]]
+            annotations += [
+                {**item, "image_id": image_id}
+                for item in content["annotations"]
+                if item["image_id"] == image["id"]
+            ]
+    return content_of(images, annotations), detections
+
+
+def assert_same(figures, expected):
+    assert figures.keys() == expected.keys()
+    for name, value in expected.items():
+        assert figures[name] == pytest.approx(value, abs=1e-9, nan_ok=True), name
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_whole_set_as_in_pycocotools(seed):
+    content, found = random_case(seed)
+    expected = by_pycocotools(content, found)
+    assert 3 < expected["AP90"] < expected["AP"] < 95
+    assert_same(average_precision(match_images(content, CATEGORY_IDS, found)), expected)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_equal_overlaps_and_scores_as_in_pycocotools(seed):
+    content, found = random_case(seed, num_images=4, max_objects=12)
+    # On a grid of 10 with sides of 60, many a box lies in the middle between two objects.
+    for item in content["annotations"]:
+        x, y, _, _ = item["bbox"]
+        item["bbox"] = [x % 80 // 10 * 10, y % 30 // 10 * 10, 60, 60]
+    rng = np.random.default_rng(seed)
+    for item in found.values():
+        item.boxes[:, :2] = torch.from_numpy(rng.integers((9, 4), size=(len(item), 2)) * 10.0)
+        item.boxes[:, 2:] = item.boxes[:, :2] + 60
+        item.scores = (item.scores * 5).round() / 5
+    matched = match_images(content, CATEGORY_IDS, found)
+    assert len(np.unique(matched.scores)) <= 6
+    assert_same(average_precision(matched), by_pycocotools(content, found))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_weights_are_copies_of_images(seed):
+    content, found = random_case(seed)
+    copies = np.random.default_rng(seed).integers(0, 4, len(found))
+    figures = average_precision(match_images(content, CATEGORY_IDS, found), copies)
+    assert_same(figures, by_pycocotools(*duplicated(content, found, copies)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_weights_of_0_and_1_are_a_part_of_the_images(seed):
+    content, found = random_case(seed)
+    matched = match_images(content, CATEGORY_IDS, found)
+    chosen = [2, 3, 5, 8, 11]
+    expected = by_pycocotools(content, found, chosen)
+    assert_same(average_precision(matched, np.isin(matched.image_ids, chosen)), expected)
+    assert_same(average_precision(matched.subset(chosen)), expected)
+
+
+def test_many_sets_of_weights_at_once(monkeypatch):
+    # Small chunks, so that there are several, the last of them not full.
+    monkeypatch.setattr("cascade_det.calibration.bootstrap.CHUNK_ELEMENTS", 150)
+    content, found = random_case(7)
+    matched = match_images(content, CATEGORY_IDS, found)
+    weights = np.random.default_rng(0).integers(0, 3, (7, len(found)))
+    together = average_precisions(matched, weights)
+    for index, row in enumerate(weights):
+        single = average_precision(matched, row)
+        assert_same({name: values[index] for name, values in together.items()}, single)
+
+
+def test_a_hundred_detections_per_class_and_image_count():
+    content, _ = random_case(0, num_images=1)
+    content["annotations"] = [
+        {"id": 1, "image_id": 1, "category_id": 3, "bbox": list(BOX), "area": 1600, "iscrowd": 0}
+    ]
+    boxes = torch.tensor([[200.0, 200.0, 220.0, 220.0]] * 101)
+    boxes[rank := 100] = torch.tensor([10.0, 10.0, 50.0, 50.0])
+    scores = torch.linspace(0.9, 0.1, 101)
+    zeros = torch.zeros(101, dtype=torch.int64)
+    for place, expected in ((rank, 0.0), (rank - 1, 1.0)):
+        order = torch.arange(101)
+        order[[rank, place]] = order[[place, rank]]
+        found = {1: Detections(boxes[order], scores, zeros, zeros)}
+        figures = average_precision(match_images(content, CATEGORY_IDS, found))
+        assert figures["AP"] == pytest.approx(expected)
+        assert_same(figures, by_pycocotools(content, found))
+
+
+def nothing():
+    none = torch.zeros(0, dtype=torch.int64)
+    return Detections(torch.zeros(0, 4), torch.zeros(0), none, none)
+
+
+def test_without_detections_and_without_objects():
+    content, found = random_case(1)
+    matched = match_images(content, CATEGORY_IDS, dict.fromkeys(found, nothing()))
+    assert set(average_precision(matched).values()) == {0.0}
+    assert all(map(math.isnan, average_precision(matched, np.zeros(len(found))).values()))
+    assert all(map(math.isnan, average_precision(matched.subset([])).values()))
+
+
+def one_object_each(found_in, count=100):
+    """One object per image, found perfectly in some images and not at all in the others."""
+    annotation = {"category_id": 3, "bbox": list(BOX), "area": 1600, "iscrowd": 0}
+    content = content_of(
+        range(count), [{**annotation, "id": i + 1, "image_id": i} for i in range(count)]
+    )
+    zero = torch.zeros(1, dtype=torch.int64)
+    hit = Detections(torch.tensor([[10.0, 10.0, 50.0, 50.0]]), torch.ones(1), zero, zero)
+    found = {image_id: hit if image_id in found_in else nothing() for image_id in range(count)}
+    return match_images(content, CATEGORY_IDS, found)
+
+
+def test_deviation_of_a_paired_difference():
+    # AP is the recall, up to the grid of 101. The second finds 80 objects, the first 60 of them:
+    # the difference is the share of 20 images of 100, with deviation sqrt(0.2 * 0.8 / 100). Were
+    # the pairs broken, it would be sqrt((0.6 * 0.4 + 0.8 * 0.2) / 100) = 6.3 points.
+    first, second = one_object_each(range(60)), one_object_each(range(80))
+    for name, difference in paired_bootstrap(first, second, rounds=2000).items():
+        assert difference.value == pytest.approx(20, abs=0.3), name
+        assert difference.mean == pytest.approx(20, abs=0.5)
+        assert difference.deviation == pytest.approx(4, abs=0.3)
+        assert difference.low == pytest.approx(20 - 1.96 * 4, abs=1.1)
+        assert difference.high == pytest.approx(20 + 1.96 * 4, abs=1.1)
+
+
+def test_bootstrap_of_the_same_detections_and_of_the_same_seed():
+    content, found = random_case(2)
+    other = random_case(2, noise=8.0)[1]
+    a, b = (match_images(content, CATEGORY_IDS, item) for item in (found, other))
+    same = paired_bootstrap(a, a, rounds=20)["AP"]
+    assert (same.value, same.mean, same.deviation, same.low, same.high) == (0, 0, 0, 0, 0)
+    forward = paired_bootstrap(a, b, rounds=50, seed=3)
+    assert forward == paired_bootstrap(a, b, rounds=50, seed=3)
+    assert forward != paired_bootstrap(a, b, rounds=50, seed=4)
+    assert forward["AP"].mean < 0
+    assert paired_bootstrap(b, a, rounds=50, seed=3)["AP"].low == pytest.approx(-forward["AP"].high)
+
+
+def test_resamples_without_objects_say_nothing():
+    # The only object is in one of three images: about (2/3)^3 of the resamples lack it.
+    content, found = random_case(0, num_images=3)
+    content["annotations"] = [
+        {"id": 1, "image_id": 2, "category_id": 3, "bbox": list(BOX), "area": 1600, "iscrowd": 0}
+    ]
+    matched = match_images(content, CATEGORY_IDS, dict.fromkeys(found, nothing()))
+    assert paired_bootstrap(matched, matched, rounds=50)["AP"].high == 0
+    empty = paired_bootstrap(matched.subset([1]), matched.subset([1]), rounds=5)["AP"]
+    assert math.isnan(empty.value)
+    assert math.isnan(empty.mean)
+
+
+def test_matches_are_remembered_until_there_are_too_many():
+    content, found = random_case(3)
+    matcher = ImageMatcher(content, CATEGORY_IDS, cache_size=2)
+    images = [image_id for image_id, item in found.items() if len(item)][:3]
+    first = matcher.match(images[0], found[images[0]])
+    assert matcher.match(images[0], found[images[0]][:]) is first
+    matcher.match(images[1], found[images[1]])
+    assert matcher.match(images[0], found[images[0]]) is first
+    matcher.match(images[2], found[images[2]])  # Drops the one that was asked for longest ago.
+    assert matcher.match(images[0], found[images[0]]) is first
+    matcher.match(images[1], found[images[1]])
+    matcher.match(images[2], found[images[2]])
+    assert matcher.match(images[0], found[images[0]]) is not first
+
+
+def test_changed_detections_are_matched_again():
+    content, found = random_case(4)
+    matcher = ImageMatcher(content, CATEGORY_IDS)
+    matcher.collect(matcher.match(*item) for item in found.items())
+    changed = {
+        image_id: Detections(item.boxes + 5, item.scores, item.classes, item.exit_stages)
+        for image_id, item in found.items()
+    }
+    matched = matcher.collect(matcher.match(*item) for item in changed.items())
+    assert_same(average_precision(matched), by_pycocotools(content, changed))
+
+
+def as_rows(columns):
+    return sorted(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def test_rows_follow_their_detections():
+    content, found = random_case(5)
+    matched = match_images(content, CATEGORY_IDS, found)
+    assert len(matched.scores) == sum(map(len, found.values()))
+    for index, image_id in enumerate(matched.image_ids.tolist()):
+        rows = matched.images == index
+        columns = (matched.scores[rows], matched.classes[rows], matched.exit_stages[rows])
+        item = found[image_id]
+        expected = (item.scores, item.classes, item.exit_stages)
+        assert as_rows(columns) == as_rows(expected)
+    assert not (matched.hits & matched.ignored).any()
+    assert matched.ignored.any()
+    crowds = sum(item["iscrowd"] for item in content["annotations"])
+    assert matched.objects.sum() == len(content["annotations"]) - crowds
+
+
+def test_objects_of_an_image():
+    content, _ = random_case(5)
+    matcher = ImageMatcher(content, CATEGORY_IDS)
+    for image in content["images"]:
+        boxes, classes = matcher.objects_of(image["id"])
+        assert boxes.shape == (len(classes), 4)
+        wanted = [
+            (x, y, x + width, y + height, CATEGORY_IDS.index(item["category_id"]))
+            for item in content["annotations"]
+            for x, y, width, height in [item["bbox"]]
+            if item["image_id"] == image["id"] and not item["iscrowd"]
+        ]
+        assert sorted(map(tuple, np.column_stack([boxes, classes]).tolist())) == sorted(wanted)
+
+
+def test_what_does_not_fit_is_refused():
+    content, found = random_case(0)
+    matcher = ImageMatcher(content, CATEGORY_IDS)
+    with pytest.raises(DatasetError, match="image 99 is not"):
+        matcher.match(99, nothing())
+    one = torch.ones(1)
+    wrong = Detections(torch.tensor([[1.0, 1, 2, 2]]), one, 3 * one.long(), one.long())
+    with pytest.raises(DatasetError, match=r"class 3, but .* 3 classes"):
+        matcher.match(1, wrong)
+    record = matcher.match(1, found[1])
+    with pytest.raises(ValueError, match="twice"):
+        matcher.collect([record, record])
+    matched = matcher.collect([record])
+    with pytest.raises(ValueError, match="1 images need"):
+        average_precision(matched, [1, 1])
+    with pytest.raises(ValueError, match="the same images"):
+        paired_bootstrap(matched, matcher.collect([]))
+    del content["annotations"]
+    with pytest.raises(DatasetError, match="no annotations"):
+        ImageMatcher(content, CATEGORY_IDS)

@@ -1,0 +1,457 @@
+"""From a target to a setting: on which images, by which rule, with which promise."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from random_records import CROP_CHANNELS, HIDDEN, make_parts
+from recorded_trials import make_trials
+
+from cascade_det.calibration import search as exit_search
+from cascade_det.calibration.bootstrap import paired_bootstrap
+from cascade_det.calibration.calibrator import (
+    Calibrator,
+    build_policy,
+    split_images,
+    to_last_stage,
+)
+from cascade_det.calibration.image_matching import ImageMatcher
+from cascade_det.calibration.latency_model import LatencyModel
+from cascade_det.calibration.risk_control import SampleTooSmallError, pareto_testing
+from cascade_det.calibration.score_calibration import ScoreCalibration
+from cascade_det.calibration.target import Options, Target
+from cascade_det.calibration.trials import Outcome, Recording
+from cascade_det.config import get_cfg
+from cascade_det.errors import ConfigError, DatasetError
+
+LATENCY = LatencyModel(constant=5.0, per_call=(1.0, 1.0, 1.0), per_region=(0.1, 0.1, 0.1))
+TRIALS = 20
+
+
+def make_calibrator(recording, matcher, *, tries=TRIALS, **others):
+    """After a search, with each knob alone at its riskiest, and all of them."""
+    arguments = {"learned": None, "score": 0.3, "seed": 0, **others}
+    calibrator = Calibrator(get_cfg(), recording, matcher, **arguments)
+    if tries:
+        calibrator.try_settings(tries)
+        search = calibrator.search
+        last = [len(knob.settings) - 1 for knob in search.knobs]
+        for knob, place in enumerate(last):
+            search.trial([place if i == knob else 0 for i in range(len(last))])
+        search.trial(last)
+    return calibrator
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """Twelve images, in records of two."""
+    trials = make_trials(seeds=range(6))
+    return trials.recording, trials.matcher
+
+
+@pytest.fixture(scope="module")
+def calibrator(recorded):
+    return make_calibrator(*recorded)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, ["0 targets", "--max-ap-drop", "--risk"]),
+        ({"max_ap_drop": 0.1, "risk": 0.02}, ["2 targets"]),
+        ({"max_ap_drop": -0.1}, ["--max-ap-drop is -0.1"]),
+        ({"max_ap_drop": float("nan")}, ["--max-ap-drop is nan"]),
+        ({"latency_ms": 0.0}, ["--latency-ms is 0.0", "above 0"]),
+        ({"latency_ms": float("inf")}, ["--latency-ms is inf"]),
+        ({"exit_rate": 1.5}, ["--exit-rate is 1.5", "0 to 1"]),
+        ({"risk": 0.0}, ["--risk is 0.0", "between 0 and 1"]),
+        ({"risk": 1.0}, ["--risk is 1.0"]),
+        ({"risk": 0.02, "delta": 0.0}, ["--delta is 0.0"]),
+        ({"risk": 0.02, "delta": 1.0}, ["--delta is 1.0"]),
+    ],
+)
+def test_targets_without_a_meaning(arguments, words):
+    with pytest.raises(ConfigError) as caught:
+        Target(**arguments)
+    assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ({"images": 1}, "--images is 1"),
+        ({"trials": 0}, "--trials is 0"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"score": 1.5}, "--score-threshold is 1.5"),
+        ({"score": float("nan")}, "--score-threshold is nan"),
+    ],
+)
+def test_options_out_of_range(arguments, word):
+    with pytest.raises(ConfigError, match=word):
+        Options(**arguments)
+
+
+def test_a_guarantee_needs_images():
+    target = Target(risk=0.02, delta=0.1)
+    with pytest.raises(SampleTooSmallError, match=r"at least 114 .*228 in all, .* are 78\."):
+        target.check_images(78)
+    with pytest.raises(SampleTooSmallError, match="227"):
+        target.check_images(227)
+    target.check_images(228)
+    with pytest.raises(SampleTooSmallError, match="3 are too few"):
+        Target(max_ap_drop=0.1).check_images(3)
+    Target(max_ap_drop=0.1).check_images(4)
+
+
+class TestHalves:
+    @pytest.mark.parametrize("count", [4, 11, 12])
+    def test_every_image_is_in_one_of_them(self, recorded, count):
+        ids = recorded[0].image_ids[:count]
+        choosing, reporting = split_images(ids, recorded[1], 0)
+        assert choosing == sorted(choosing)
+        assert reporting == sorted(reporting)
+        assert sorted(choosing + reporting) == list(range(count))
+        assert len(reporting) == count // 2
+        assert split_images(ids, recorded[1], 0) == (choosing, reporting)
+        assert {str(split_images(ids, recorded[1], seed)) for seed in range(5)} != {str(choosing)}
+
+    def test_they_are_those_of_the_trials(self, recorded, calibrator):
+        ids = np.array(recorded[0].image_ids)
+        choosing, reporting = split_images(recorded[0].image_ids, recorded[1], 0)
+        assert calibrator.trials.recording.image_ids == ids[choosing].tolist()
+        assert calibrator.others.recording.image_ids == ids[reporting].tolist()
+
+    def test_one_without_an_object(self):
+        ids = [1, 2, 3, 4]
+        box = {"image_id": 3, "category_id": 1, "bbox": [1, 1, 5, 5]}
+        content = {
+            "images": [{"id": i, "height": 50, "width": 50} for i in ids],
+            "categories": [{"id": 1, "name": "thing"}],
+            "annotations": [box, {**box, "image_id": 4, "iscrowd": 1}],
+        }
+        with pytest.raises(DatasetError, match=r"None of the 2 images to (choose|judge).*--seed"):
+            split_images(ids, ImageMatcher(content, [1]), 0)
+
+
+class TestChoice:
+    def test_the_same_seed_finds_the_same(self, recorded, calibrator):
+        again = make_calibrator(*recorded)
+        assert list(again.search.tried) == list(calibrator.search.tried)
+        target = Target(exit_rate=0.4)
+        assert again.calibrate(target).setting == calibrator.calibrate(target).setting
+        other = make_calibrator(*recorded, seed=1)
+        assert other.trials.recording.image_ids != calibrator.trials.recording.image_ids
+
+    @pytest.mark.parametrize(
+        "target", [{"max_ap_drop": 5.0}, {"latency_ms": 11.0}, {"exit_rate": 0.5}]
+    )
+    def test_the_other_half_has_no_say(self, recorded, calibrator, target):
+        recording, matcher = recorded
+        _, reporting = split_images(recording.image_ids, matcher, 0)
+        nonsense = make_calibrator(_nonsense(recording, reporting), matcher)
+        assert list(nonsense.search.tried) == list(calibrator.search.tried)
+        ours = calibrator.calibrate(Target(**target), LATENCY)
+        theirs = nonsense.calibrate(Target(**target), LATENCY)
+        # But for a veto where the drop is larger there.
+        ours, theirs = (found.rejected or found for found in (ours, theirs))
+        assert ours.setting
+        assert ours.setting == theirs.setting
+        assert ours.reported.figures != theirs.reported.figures
+
+    def test_a_drop_that_the_other_half_does_not_have_is_no_promise(self, calibrator):
+        vetoed = []
+        for most in np.linspace(0, 40, 21):
+            found = calibrator.calibrate(Target(max_ap_drop=float(most)))
+            first = found.rejected or found
+            drop = found.full.figures["AP"] - first.reported.figures["AP"]
+            assert first.drop == pytest.approx(drop)
+            assert (found.rejected is not None) == (drop > most)
+            if found.rejected is not None:
+                assert (found.setting, found.plain, found.drop) == ({}, {}, 0)
+                assert found.reported.work == 1
+                vetoed.append(first.setting)
+        # Both happen on these images.
+        assert 0 < len(vetoed) < 21
+        assert all(vetoed)
+
+    def test_it_is_reported_on_the_other_half(self, calibrator):
+        found = calibrator.calibrate(Target(exit_rate=0.4))
+        wanted = calibrator.others.run(calibrator.policy(found.setting))
+        assert found.reported.figures == wanted.figures
+        assert found.full is calibrator.others.full
+        change = wanted.figures["AP"] - found.full.figures["AP"]
+        assert found.differences["AP"].value == pytest.approx(change)
+
+    @pytest.mark.parametrize("most", [0.0, 10.0, 40.0])
+    def test_the_least_work_within_a_drop_that_is_sure(self, calibrator, most):
+        def is_good(places):
+            policy = calibrator.policy(calibrator.search.setting(places))
+            full, trial = calibrator.trials.full, calibrator.trials.run(policy)
+            assert trial.work == calibrator.search.tried[places].work
+            change = paired_bootstrap(full.matched, trial.matched, rounds=300)["AP"]
+            return change.value >= -most and change.deviation - change.value <= most
+
+        found = calibrator.calibrate(Target(max_ap_drop=most))
+        chosen = calibrator.trials.run(calibrator.policy((found.rejected or found).plain))
+        good = [t.work for places, t in calibrator.search.tried.items() if is_good(places)]
+        assert chosen.work == min(good)
+
+    @pytest.mark.parametrize("milliseconds", [9.0, 11.0, 100.0])
+    def test_the_best_within_a_time(self, calibrator, milliseconds):
+        found = calibrator.calibrate(Target(latency_ms=milliseconds), LATENCY)
+        chosen = calibrator.trials.run(calibrator.policy(found.plain))
+        assert LATENCY.per_image(chosen.entered) <= milliseconds
+        for trial in calibrator.search.tried.values():
+            if trial.figures["AP"] > chosen.figures["AP"]:
+                assert LATENCY.per_image(trial.entered) > milliseconds
+
+    @pytest.mark.parametrize("rate", [0.0, 0.3, 0.6])
+    def test_the_best_with_an_exit_rate(self, calibrator, rate):
+        found = calibrator.calibrate(Target(exit_rate=rate))
+        chosen = calibrator.trials.run(calibrator.policy(found.plain))
+        skipped = 1 - chosen.entered[1:].sum() / calibrator.trials.full.entered[1:].sum()
+        assert skipped >= rate
+        for trial in calibrator.search.tried.values():
+            if trial.figures["AP"] > chosen.figures["AP"]:
+                assert 1 - trial.entered[1:].sum() / calibrator.trials.full.later_work < rate
+
+    def test_what_no_setting_reaches(self, calibrator):
+        with pytest.raises(ConfigError, match=r"--latency-ms 4\.0: the fastest setting takes \d"):
+            calibrator.calibrate(Target(latency_ms=4.0), LATENCY)
+        with pytest.raises(ConfigError, match=r"--exit-rate 1\.0: the most that a setting skips"):
+            calibrator.calibrate(Target(exit_rate=1.0))
+
+    def test_where_exits_only_hurt_nothing_leaves(self):
+        recording, matcher = _misleading()
+        calibrator = make_calibrator(recording, matcher, tries=200)
+        full = calibrator.trials.full
+        assert full.figures["AP"] > 50
+        others = [trial for places, trial in calibrator.search.tried.items() if any(places)]
+        assert all(trial.figures["AP"] < full.figures["AP"] for trial in others)
+        for target in ({"max_ap_drop": 0.0}, {"exit_rate": 0.0}, {"latency_ms": 1e6}):
+            found = calibrator.calibrate(Target(**target), LATENCY)
+            assert found.setting == found.plain == {}
+            assert found.reported.work == 1
+
+
+class TestGuarantee:
+    def test_it_is_pareto_testing_of_all_that_was_tried(self, recorded, calibrator):
+        keys = list(calibrator.search.tried)
+        settings = [calibrator.search.setting(key) for key in keys]
+        losses = np.zeros((len(keys), 12))
+        choosing, reporting = split_images(recorded[0].image_ids, recorded[1], 0)
+        for row, key, setting in zip(losses, keys, settings, strict=True):
+            row[choosing] = calibrator.search.tried[key].lost
+            mapped = calibrator.policy(calibrator.with_scores(setting))
+            row[reporting] = calibrator.others.run(mapped).lost
+        work = [calibrator.search.tried[key].work for key in keys]
+        chosen = []
+        for risk, delta in ((0.35, 0.2), (0.5, 0.3), (0.65, 0.4), (0.9, 0.4)):
+            wanted = pareto_testing(losses, work, risk, delta, seed=0)
+            found = calibrator.calibrate(Target(risk=risk, delta=delta))
+            assert found.plain == settings[wanted.setting]
+            assert found.setting == calibrator.with_scores(found.plain)
+            chosen.append(work[wanted.setting])
+        assert len(set(chosen)) > 1
+
+    def test_the_map_of_the_scores_is_tested_too(self, recorded, monkeypatch):
+        """Scores that become 0 lose everything: no setting with such a map may pass."""
+        calibrator = make_calibrator(*recorded, tries=8)
+        gone = {"SCORE_SCALES": (1.0, 1.0, 1.0), "SCORE_SHIFTS": (-20.0, -20.0, -20.0)}
+        monkeypatch.setattr(
+            calibrator, "with_scores", lambda setting: {**setting, **gone} if setting else setting
+        )
+        found = calibrator.calibrate(Target(risk=0.35, delta=0.2))
+        assert found.setting == {}
+
+    def test_the_full_cascade_where_nothing_passes(self):
+        hopeless = _Simulated(np.full((3, 40), 0.9), [1.0, 0.5, 0.2], range(20), range(20, 40))
+        assert hopeless.calibrate(Target(risk=0.2)) == 0
+
+    def test_it_holds_at_its_rate(self):
+        """Settings whose risk is known: of many calibrations few choose one that is too risky."""
+        generator = np.random.default_rng(0)
+        risks = np.array([0.0, 0.1, 0.18, 0.22, 0.3, 0.25])
+        work = [1.0, 0.6, 0.5, 0.4, 0.3, 0.35]
+        too_risky, chosen = 0, []
+        for _ in range(300):
+            losses = generator.uniform(size=(6, 80)) < risks[:, None]
+            simulated = _Simulated(losses * 1.0, work, range(40), range(40, 80))
+            chosen.append(simulated.calibrate(Target(risk=0.2, delta=0.2)))
+            too_risky += risks[chosen[-1]] > 0.2
+        # 0.2 of 300 is 60, and 80 is three standard deviations more.
+        assert too_risky <= 80
+        assert set(chosen) >= {0, 1, 2}
+        assert too_risky > 0 or set(chosen) <= {0, 1, 2}
+
+
+class _Simulated(Calibrator):
+    """Settings whose losses are given; setting 0 is the full cascade."""
+
+    def __init__(self, losses, work, choosing, testing):
+        choosing, testing = list(choosing), list(testing)
+
+        def outcome(row, images):
+            empty = np.zeros((3, len(images)), np.int64)
+            return Outcome({"AP": 0.0}, empty, losses[row][images], losses[row][images], work[row])
+
+        knobs = [exit_search.Knob("row", tuple({"row": row} for row in range(len(work))))]
+        self.search = exit_search.Search(knobs, lambda setting: outcome(setting["row"], choosing))
+        for row in range(len(work)):
+            self.search.trial([row])
+        self.others = SimpleNamespace(run=lambda row: outcome(row, testing))
+
+    def policy(self, setting):
+        return setting["row"]
+
+    def with_scores(self, setting):
+        return setting
+
+    def calibrate(self, target):
+        (place,) = self._choose(target, None)
+        return place
+
+
+ACCEPT = {"THRESHOLDS": (0.6, 2.0)}
+
+
+@pytest.fixture(scope="module")
+def many():
+    """Enough images to fit scores to."""
+    trials = make_trials(seeds=range(16))
+    return make_calibrator(trials.recording, trials.matcher, tries=0)
+
+
+class TestScores:
+    def test_mapped_scores_mean_what_those_of_the_last_stage_do(self):
+        fitted = ScoreCalibration((0.5, 2.0, 0.8), (0.3, -1.0, 0.6))
+        maps = to_last_stage(fitted)
+        scores = np.linspace(0.01, 0.99, 50)
+        last = np.full(50, 2)
+        for stage in (0, 1):
+            as_last = maps(scores, np.full(50, stage))
+            np.testing.assert_allclose(fitted(as_last, last), fitted(scores, np.full(50, stage)))
+        np.testing.assert_allclose(maps(scores, last), scores)
+
+    def test_what_could_not_be_fitted_stays(self):
+        maps = to_last_stage(ScoreCalibration((1.0, 2.0, 0.8), (0.0, -1.0, 0.6)))
+        assert (maps.scales[0], maps.shifts[0]) == (1.0, 0.0)
+        assert to_last_stage(ScoreCalibration((0.5, 2.0, 1.0), (0.3, -1.0, 0.0))) is None
+
+    def test_they_are_mapped_where_that_helps(self, many):
+        plain = many.trials.run(many.policy(ACCEPT))
+        mapped = many.with_scores(ACCEPT)
+        assert mapped.keys() - ACCEPT.keys() == {"SCORE_SCALES", "SCORE_SHIFTS"}
+        assert (mapped["SCORE_SCALES"][-1], mapped["SCORE_SHIFTS"][-1]) == (1.0, 0.0)
+        trial = many.trials.run(many.policy(mapped))
+        assert trial.figures["AP"] > plain.figures["AP"]
+        assert trial.entered.tolist() == plain.entered.tolist()
+
+    def test_what_is_chosen_has_the_map_and_is_reported_with_it(self, many, monkeypatch):
+        monkeypatch.setattr(many, "_choose", lambda *_: ())
+        monkeypatch.setattr(many.search, "setting", lambda _: ACCEPT)
+        found = many.calibrate(Target(exit_rate=0.1))
+        assert found.plain == ACCEPT
+        assert found.setting == many.with_scores(ACCEPT)
+        mapped, plain = (many.others.run(many.policy(s)) for s in (found.setting, ACCEPT))
+        assert found.reported.figures == mapped.figures != plain.figures
+        change = mapped.figures["AP"] - many.others.full.figures["AP"]
+        assert found.differences["AP"].value == pytest.approx(change)
+
+    def test_they_stay_where_it_does_not(self, many, monkeypatch):
+        # What left after stage 0 comes out in a row with what did not, but below or above it.
+        plain = many.trials.run(many.policy(ACCEPT)).figures["AP"]
+        wrong = ScoreCalibration((0.5, 0.5, 1.1), (9.0, 9.0, 0.1))
+        maps = to_last_stage(wrong)
+        worse = {**ACCEPT, "SCORE_SCALES": maps.scales, "SCORE_SHIFTS": maps.shifts}
+        assert many.trials.run(many.policy(worse)).figures["AP"] < plain
+        monkeypatch.setattr(
+            "cascade_det.calibration.calibrator.fit_score_calibration", lambda *_: wrong
+        )
+        assert many.with_scores(ACCEPT) == ACCEPT
+
+    def test_they_stay_where_all_leave_after_one_stage(self, many):
+        for setting in ({}, {"REDUNDANCY_IOU": 0.8}):
+            assert many.with_scores(setting) is setting
+
+
+def test_learned_parts_are_copied_to_the_cpu_and_used(recorded):
+    parts = make_parts(hidden=HIDDEN, crop_channels=CROP_CHANNELS).train()
+    calibrator = make_calibrator(*recorded, learned=parts, tries=0)
+    setting = {"PRUNER_THRESHOLDS": (0.0, 0.5, 0.5)}
+    with pytest.raises(ValueError, match="pruner"):
+        build_policy(calibrator.cfg, setting, None)
+    trial = calibrator.trials.run(calibrator.policy(setting))
+    assert trial.work < 1
+    assert parts.training
+    with torch.no_grad():
+        for parameter in parts.parameters():
+            parameter.zero_()
+    assert calibrator.trials.run(calibrator.policy(setting)).work == trial.work
+    assert {"pruner at gate 0", "acceptance"} <= {knob.name for knob in calibrator.search.knobs}
+
+
+def test_a_policy_is_what_its_setting_says():
+    cfg = get_cfg()
+    cfg.MODEL.CASCADE.EXIT.ENABLED = True
+    cfg.MODEL.CASCADE.EXIT.REGION_BUDGET = (10,)
+    cfg.MODEL.CASCADE.EXIT.TIME_BUDGET_MS = 5.0
+    assert build_policy(cfg, {}, None).rules == ()
+    policy = build_policy(cfg, {"REDUNDANCY_IOU": 0.7, "SCORE_SCALES": (0.5, 1.0, 1.0)}, None)
+    assert [rule.reason for rule in policy.rules] == ["redundant"]
+    assert policy.score_scales == (0.5, 1.0, 1.0)
+    assert policy.time_budget is None
+    assert list(cfg.MODEL.CASCADE.EXIT.REGION_BUDGET) == [10]
+
+
+def _nonsense(recording, images):
+    """The recording with random classes in these images."""
+    records = []
+    for place in range(len(recording.image_ids)):
+        alone = recording.of_images([place]).records[0]
+        if place in images:
+            stages = [
+                dataclasses.replace(stage, total=stage.total[torch.randperm(len(stage.total))])
+                for stage in alone.stages
+            ]
+            alone = dataclasses.replace(alone, stages=stages)
+        records.append(alone)
+    return dataclasses.replace(recording, records=records)
+
+
+def _misleading():
+    """Until the last stage, objects look like background, lie in one place, and rank last."""
+    trials = make_trials(seeds=range(4), num_proposals=(20, 20), num_objects=(4, 4))
+    records = []
+    for record, first in zip(trials.recording.records, range(0, 8, 2), strict=True):
+        probs = torch.full((40, 4), 0.05)
+        probs[:, 3] = 0.85
+        last, early = probs.clone(), probs.clone()
+        boxes = record.stages[-1].boxes.clone()
+        is_object = torch.zeros(40, dtype=torch.bool)
+        for image in range(2):
+            gt_boxes, gt_classes = trials.matcher.objects_of(10 + first + image)
+            rows = 20 * image + torch.arange(len(gt_boxes))
+            is_object[rows] = True
+            boxes[rows] = torch.from_numpy(gt_boxes).float() / 2
+            last[rows] = torch.eye(4)[torch.from_numpy(gt_classes)] * 0.9 + 0.025
+        early[is_object] = torch.tensor([2e-4, 1e-4, 1e-4, 0.9996])
+        early[~is_object] = torch.tensor([0.97, 0.01, 0.01, 0.01])
+        place = torch.tensor([[5.0, 5.0, 60.0, 60.0]]).expand(40, 4)
+        stages = [
+            dataclasses.replace(
+                stage,
+                boxes=boxes if final else place,
+                decoded=boxes if final else place,
+                total=3 * last if final else early * count,
+            )
+            for stage, count, final in zip(record.stages, (1, 2, 3), (0, 0, 1), strict=True)
+        ]
+        objectness = torch.where(is_object, -5.0, 5.0) + 0.01 * torch.arange(40)
+        records.append(dataclasses.replace(record, stages=stages, objectness=objectness))
+    recording = Recording(
+        records, trials.recording.image_ids, trials.recording.frames, trials.recording.stage_flops
+    )
+    return recording, trials.matcher

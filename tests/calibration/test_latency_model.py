@@ -1,0 +1,128 @@
+"""The latency model: known times come back, and nothing is faster than it can be."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cascade_det.calibration.latency_model import LatencyModel
+from cascade_det.errors import ConfigError
+
+CONSTANT, PER_CALL, PER_REGION = 30.0, (2.0, 1.5, 0.5), (0.02, 0.01, 0.04)
+
+
+def true_time(entered):
+    time = CONSTANT
+    for regions, fixed, each in zip(entered, PER_CALL, PER_REGION, strict=True):
+        if regions:
+            time += fixed + each * regions
+    return time
+
+
+def random_calls(count, *, seed=0, most=1000):
+    """Falling numbers of regions, some of which end in empty stages."""
+    rng = np.random.default_rng(seed)
+    calls = []
+    for _ in range(count):
+        entered = np.sort(rng.integers(0, most, 3))[::-1]
+        entered[rng.integers(0, 4) :] = 0
+        calls.append(entered.tolist())
+    return calls
+
+
+def fit(calls, *, noise=0.0, seed=0, **others):
+    factors = 1 + noise * np.random.default_rng(seed).normal(size=len(calls))
+    return LatencyModel.fit(calls, factors * [true_time(call) for call in calls], **others)
+
+
+def test_known_times_come_back():
+    model = fit(random_calls(60), device_name="toaster", batch_size=4)
+    assert model.constant == pytest.approx(CONSTANT)
+    assert model.per_call == pytest.approx(PER_CALL)
+    assert model.per_region == pytest.approx(PER_REGION)
+    assert (model.device_name, model.batch_size, model.samples) == ("toaster", 4, 60)
+    assert model.spread == pytest.approx(0, abs=1e-9)
+
+
+def test_noise_is_reported_and_averaged_out():
+    model = fit(random_calls(400), noise=0.05)
+    # The median of |x| for a normal x is 0.6745 deviations.
+    assert model.spread == pytest.approx(0.05 * 0.6745, rel=0.2)
+    for call in random_calls(20, seed=9):
+        assert model.predict(call) == pytest.approx(true_time(call), rel=0.03)
+
+
+def test_a_prediction_for_one_call_and_for_many():
+    model = fit(random_calls(60))
+    calls = [[1000, 100, 40], [300, 0, 0], [0, 0, 0]]
+    # 30 + 2 + 20 + 1.5 + 1 + 0.5 + 1.6; 30 + 2 + 6; 30
+    wanted = [56.6, 38.0, 30.0]
+    assert [model.predict(call) for call in calls] == pytest.approx(wanted)
+    assert isinstance(model.predict(calls[0]), float)
+    np.testing.assert_allclose(model.predict(np.transpose(calls)), wanted)
+    assert model.predict(np.zeros((3, 0))).shape == (0,)
+
+
+def test_no_part_is_negative_where_plain_least_squares_would_make_it():
+    # More regions in the last stage, and less time.
+    model = LatencyModel.fit([[100], [200], [400]], [10.0, 9.0, 8.0])
+    assert model.per_region == (0.0,)
+    assert min(model.constant, *model.per_call) >= 0
+    assert model.predict([800]) == pytest.approx(8.9, abs=0.3)
+
+
+def test_a_stage_that_nothing_entered_costs_nothing():
+    calls = [[n, n // 2, 0] for n in (0, 10, 50, 200, 500, 700, 900)]
+    model = fit(calls)
+    assert (model.per_call[2], model.per_region[2]) == (0.0, 0.0)
+    assert model.predict([200, 100, 0]) == pytest.approx(true_time([200, 100, 0]), rel=0.05)
+
+
+class TestPerImage:
+    entered = np.array([[100, 300, 0, 200, 500], [10, 0, 0, 40, 50], [1, 0, 0, 0, 5]])
+
+    def test_one_by_one(self):
+        model = fit(random_calls(60))
+        wanted = np.mean([true_time(column) for column in self.entered.T])
+        assert model.per_image(self.entered) == pytest.approx(wanted)
+
+    def test_in_batches(self):
+        model = fit(random_calls(60), batch_size=2)
+        # The last image is half of a batch of two like it.
+        batches = [[400, 10, 1], [200, 40, 0], [1000, 100, 10]]
+        first, second, third = (true_time(batch) for batch in batches)
+        wanted = (first + second + third / 2) / 5
+        assert model.per_image(self.entered) == pytest.approx(wanted)
+
+    def test_of_no_image(self):
+        assert np.isnan(fit(random_calls(60)).per_image(np.zeros((3, 0))))
+
+
+def test_a_file_and_back():
+    model = fit(random_calls(60), noise=0.05, device_name="toaster", batch_size=8)
+    assert LatencyModel.from_dict(json.loads(json.dumps(model.as_dict()))) == model
+
+
+@pytest.mark.parametrize("change", [{"colour": 1}, {"spread": None}])
+def test_a_file_of_something_else_is_refused(change):
+    values = {**fit(random_calls(60)).as_dict(), **change}
+    values = {name: value for name, value in values.items() if value is not None}
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        LatencyModel.from_dict(values)
+
+
+def test_what_cannot_be_fitted_is_refused():
+    with pytest.raises(ValueError, match="6 measured calls for 3 stages: measure at least 7"):
+        fit(random_calls(6))
+    for times in ([0.0, 1.0, 2.0], [1.0, float("nan"), 2.0]):
+        with pytest.raises(ValueError, match="no positive, finite duration"):
+            LatencyModel.fit([[0], [1], [2]], times)
+
+
+def test_in_words():
+    model = LatencyModel(50.04, (1.0, 2.5), (0.0123, 0.1), "Some CPU", 4, 96, 0.031)
+    assert str(model) == (
+        "50.0 ms for a call with 4 image(s) on Some CPU, and for each stage that is entered, "
+        "stage 0: 1.0 ms and 12 us per region; stage 1: 2.5 ms and 100 us per region. Fitted to "
+        "96 calls; half of them are predicted to within 3 %."
+    )

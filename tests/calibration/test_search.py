@@ -1,0 +1,231 @@
+"""The search for settings, on objectives whose best settings are known, and its knobs."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_records import make_recorded_scene
+
+from cascade_det.calibration.search import PRICES, Knob, Search, exit_knobs, loss_of, pareto
+from cascade_det.calibration.trials import Outcome
+from cascade_det.config import exit_arguments, get_cfg, with_exits
+from cascade_det.config.exits import EXIT_DEFAULTS
+from cascade_det.core.exits import ExitPolicy
+from cascade_det.core.exits.learned import LEARNED_PARTS
+
+SOME = settings(deadline=None, max_examples=10, derandomize=True)
+
+
+def outcome(ap, work, *, lost=(0.0,), lost_well_placed=(0.0,)):
+    entered = np.zeros((3, len(lost)), np.int64)
+    return Outcome({"AP": ap}, entered, np.array(lost), np.array(lost_well_placed), work)
+
+
+class Separable:
+    """Each knob costs AP and saves work on its own.
+
+    Args:
+        table: for each knob and place, what it loses and what it saves; nothing at place 0.
+    """
+
+    def __init__(self, table):
+        self.table = table
+        self.runs = []
+
+    def __call__(self, setting):
+        self.runs.append(tuple(setting.get(f"K{k}", 0) for k in range(len(self.table))))
+        return self.of(self.runs[-1])
+
+    def of(self, places):
+        rows = [row[place] for row, place in zip(self.table, places, strict=True)]
+        return outcome(50 - sum(lost for lost, _ in rows), 1 - sum(saved for _, saved in rows))
+
+    def search(self):
+        knobs = [
+            Knob(f"K{k}", ({}, *({f"K{k}": place} for place in range(1, len(row)))))
+            for k, row in enumerate(self.table)
+        ]
+        return Search(knobs, self)
+
+    def everything(self):
+        return list(itertools.product(*(range(len(row)) for row in self.table)))
+
+
+def make_table(seed, sizes=(4, 3, 5)):
+    generator = np.random.default_rng(seed)
+    tables = [generator.uniform(0, [2.0, 0.3], (size, 2)).tolist() for size in sizes]
+    return [[(0.0, 0.0), *table[1:]] for table in tables]
+
+
+class TestSearch:
+    @given(seed=st.integers(0, 10_000))
+    @SOME
+    def test_it_finds_the_best_setting_for_each_price(self, seed):
+        objective = Separable(make_table(seed))
+        search = objective.search()
+        search.search(1000)
+        full = objective.of((0, 0, 0))
+
+        def regret(places, price):
+            found = objective.of(places)
+            return loss_of(found, full) + price * found.work
+
+        for price in PRICES:
+            best = min(regret(places, price) for places in objective.everything())
+            assert min(regret(places, price) for places in search.tried) == pytest.approx(best)
+
+    @given(seed=st.integers(0, 100), most=st.integers(1, 40))
+    @SOME
+    def test_it_never_tries_more_than_it_may_nor_anything_twice(self, seed, most):
+        objective = Separable(make_table(seed))
+        search, told = objective.search(), []
+        search.on_trial = lambda: told.append(len(search.tried))
+        search.search(most)
+        assert objective.runs[0] == (0, 0, 0)
+        assert len(objective.runs) == len(set(objective.runs)) == len(search.tried) <= most
+        assert told == list(range(1, len(search.tried) + 1))
+        assert len(objective.runs) == most or len(objective.runs) > 9  # all places of one knob
+
+    def test_nothing_is_turned_where_it_only_hurts(self):
+        objective = Separable([[(0, 0), (5, 0.001)], [(0, 0), (9, 0.0), (20, 0.01)]])
+        search = objective.search()
+        search.search(100)
+        # One knob at a time: no trial was taken as the start of others.
+        assert all(sum(place > 0 for place in places) <= 1 for places in search.tried)
+
+    def test_a_trial_is_remembered(self):
+        objective = Separable(make_table(1))
+        search = objective.search()
+        assert search.trial([1, 0, 2]) is search.trial((1, 0, 2))
+        assert objective.runs == [(1, 0, 2)]
+
+    def test_settings_of_several_knobs(self):
+        knobs = [
+            Knob("a", ({}, {"REDUNDANCY_IOU": 0.8})),
+            Knob("b", ({}, {"PRUNE_THRESHOLDS": (0.1, 0.0)})),
+            Knob("c", ({}, {"PRUNE_THRESHOLDS": (0.0, 0.3)})),
+            Knob("d", ({}, {"REGION_BUDGET": (0, 40, 0)})),
+        ]
+        search = Search(knobs, lambda _: outcome(1, 1))
+        assert search.setting([0, 0, 0, 0]) == {}
+        assert search.setting([0, 1, 0, 0]) == {"PRUNE_THRESHOLDS": (0.1, 0.0)}
+        assert search.setting([1, 1, 1, 1]) == {
+            "REDUNDANCY_IOU": 0.8,
+            "PRUNE_THRESHOLDS": (0.1, 0.3),
+            "REGION_BUDGET": (0, 40, 0),
+        }
+
+
+def test_the_loss_by_hand():
+    full = outcome(50.0, 1.0, lost=(0.0, 0.0), lost_well_placed=(0.0, 0.0))
+    # A half of the objects of one of two images, and a quarter of the well placed ones.
+    worse = outcome(49.5, 0.5, lost=(0.5, 0.0), lost_well_placed=(0.25, 0.0))
+    assert loss_of(worse, full) == pytest.approx(0.5 + 100 * (0.25 + 0.125) / 2)
+    # What is won in AP does not pay for that.
+    luckier = outcome(53.0, 0.5, lost=(0.5, 0.0), lost_well_placed=(0.25, 0.0))
+    assert loss_of(luckier, full) == pytest.approx(100 * (0.25 + 0.125) / 2)
+    assert loss_of(full, full) == 0
+
+
+OBJECTNESS = np.random.default_rng(0).beta(0.3, 2.0, 4000).astype(np.float32)
+
+
+def make_knobs(*, objectness=OBJECTNESS, num_stages=3, proposals=1000, learned=()):
+    knobs = exit_knobs(
+        num_stages=num_stages,
+        objectness=objectness,
+        proposals_per_image=proposals,
+        learned=learned,
+    )
+    return {knob.name: knob.settings for knob in knobs}
+
+
+class TestKnobs:
+    @pytest.mark.parametrize("num_stages", [2, 3, 4])
+    @pytest.mark.parametrize("learned", [(), LEARNED_PARTS])
+    def test_every_setting_makes_a_policy_and_off_comes_first(self, num_stages, learned):
+        cfg = get_cfg()
+        cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS = (0.5, 0.6, 0.7, 0.75)[:num_stages]
+        cfg.MODEL.CASCADE.EXIT.LEARNED = learned
+        for name, values in make_knobs(num_stages=num_stages, learned=learned).items():
+            assert values[0] == {}
+            assert len(values) > 3, name
+            for setting in values[1:]:
+                assert setting
+                assert setting.keys() <= EXIT_DEFAULTS.keys()
+                arguments = exit_arguments(with_exits(cfg, setting))
+                if not learned:
+                    policy = ExitPolicy(**{**arguments, "learned": None})
+                    assert policy.rules, (name, setting)
+
+    def test_learned_parts_have_knobs_where_they_are(self):
+        plain, pruner = make_knobs(), make_knobs(learned=("pruner",))
+        assert pruner.keys() - plain.keys() == {f"pruner at gate {gate}" for gate in range(3)}
+        (accept, *_) = plain["acceptance"][1:]
+        assert (accept["CONFIDENCE"], accept["LOCALISATION"]) == ("max_prob", "refinement")
+        (accept, *_) = make_knobs(learned=("gate", "iou_head"))["acceptance"][1:]
+        assert (accept["CONFIDENCE"], accept["LOCALISATION"]) == ("learned", "predicted_iou")
+
+    def test_from_safe_to_risky(self):
+        record = make_recorded_scene(num_proposals=(300, 250), num_classes=3).record
+        objectness = 1 / (1 + np.exp(-record.objectness.numpy()))
+        knobs = make_knobs(objectness=objectness, proposals=300)
+        cfg = get_cfg()
+        for name, values in knobs.items():
+            if name in ("redundancy", "acceptance"):
+                continue  # a region that goes no longer keeps others from going
+            computed = []
+            for setting in values:
+                arguments = exit_arguments(with_exits(cfg, setting))
+                replay = record.replay(ExitPolicy(**{**arguments, "learned": None}))
+                computed.append(int(replay.entered.sum()))
+            assert computed == sorted(computed, reverse=True), name
+            assert computed[0] == 3 * 550
+
+    def test_thresholds_of_objectness_drop_some_and_not_all(self):
+        values = [s["PROPOSAL_THRESHOLD"] for s in make_knobs()["objectness"][1:]]
+        dropped = [np.mean(value > OBJECTNESS) for value in values]
+        np.testing.assert_allclose(dropped, (0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9), atol=0.01)
+        assert len(set(values)) == 7
+        for extreme in (OBJECTNESS * 1e-8, 1 - OBJECTNESS * 1e-3):
+            knob = make_knobs(objectness=extreme)["objectness"]
+            values = [setting["PROPOSAL_THRESHOLD"] for setting in knob[1:]]
+            assert values
+            assert all(0 < value < 1 and 0 < (extreme < value).mean() < 1 for value in values)
+
+    @pytest.mark.parametrize("same", [0.0, 0.5, 1.0])
+    def test_alike_proposals_have_no_threshold(self, same):
+        alike = np.full(50, same, np.float32)
+        assert make_knobs(objectness=alike)["objectness"] == ({},)
+
+    def test_without_proposals(self):
+        knobs = make_knobs(objectness=np.zeros(0, np.float32), proposals=0)
+        assert knobs["objectness"] == knobs["proposals"] == knobs["regions in stage 1"] == ({},)
+
+    def test_numbers_of_regions_are_below_those_of_the_proposals(self):
+        knobs = make_knobs(proposals=120)
+        assert [s["REGION_BUDGET"] for s in knobs["proposals"][1:]] == [(100, 0, 0), (50, 0, 0)]
+        later = [s["REGION_BUDGET"][2] for s in knobs["regions in stage 2"][1:]]
+        assert later == [100, 70, 50, 30]
+
+
+@given(
+    points=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12),
+)
+@SOME
+def test_the_front_by_brute_force(points):
+    tried = {(number,): outcome(float(ap), cost / 6) for number, (ap, cost) in enumerate(points)}
+    front = pareto(tried, lambda trial: trial.work)
+    # Of equal ones any may stand for all.
+    got = {points[number] for (number,) in front}
+    wanted = {
+        (ap, cost)
+        for ap, cost in points
+        if not any((a >= ap and c < cost) or (a > ap and c <= cost) for a, c in points)
+    }
+    assert got == wanted
+    assert len(front) == len(wanted)
+    aps = [tried[key].figures["AP"] for key in front]
+    assert aps == sorted(aps, reverse=True)

@@ -1,0 +1,167 @@
+"""Help and errors in arguments come before anything that takes long to import."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cascade_det.commands.arguments import check_output_file, real, whole
+from cascade_det.errors import CascadeDetError
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = [
+    path.relative_to(ROOT).as_posix()
+    for folder in ("tools", "datasets")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if "\nif __name__ ==" in path.read_text()
+]
+HEAVY = {"torch", "torchvision", "fvcore", "numpy", "scipy", "cv2", "matplotlib", "pycocotools"}
+
+
+def run(*arguments: str) -> tuple[subprocess.CompletedProcess[str], set[str]]:
+    """A run of Python, and the packages that it imported."""
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", *arguments],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    modules = re.findall(r"^import time: .*\| +(\S+)$", result.stderr, re.MULTILINE)
+    return result, {module.partition(".")[0] for module in modules}
+
+
+def test_the_commands_are_found():
+    assert {"tools/train_net.py", "datasets/make_shapes.py"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_imports_nothing_heavy(command):
+    result, imported = run(command, "--help")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"usage: {Path(command).name}")
+    assert "argparse" in imported
+    assert not imported & HEAVY
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["tools/train_net.py", "--resume"], "--config-file"),
+        (["tools/train_net.py", "--config-file", "a.yaml", "--host", "neither"], "'neither'"),
+        (["tools/calibrate_exits.py", "--config-file", "a.yaml", "--output", "b"], "--max-ap-drop"),
+        (["tools/visualize_data.py", "--num", "0"], "'0': give a whole number of 1 or more"),
+        (["datasets/prepare_coco.py", "--splits", "test"], "'test'"),
+    ],
+)
+def test_a_wrong_argument_is_told_before_anything_heavy_is_imported(arguments, words):
+    result, imported = run(*arguments)
+    assert result.returncode == 2
+    assert words in result.stderr.rpartition("error: ")[2]
+    assert not imported & HEAVY
+
+
+def test_the_configuration_loads_without_torch():
+    result, imported = run("-c", "import cascade_det, cascade_det.config, cascade_det.hosts")
+    assert result.returncode == 0, result.stderr
+    assert "fvcore" in imported
+    assert not imported & (HEAVY - {"fvcore"})
+
+
+def test_what_is_imported_is_seen():
+    """As the tests above take it for granted."""
+    assert "numpy" in run("-c", "import numpy.linalg")[1]
+
+
+# Of every command that takes keys: what it needs beside them, a list that could swallow them last.
+WITH_KEYS = {
+    "benchmark": ["--batch", "1", "4"],
+    "calibrate_exits": ["--config-file", "a.yaml", "--risk", "0.1", "--output", "o"],
+    "check_dataset": ["--config-file", "a.yaml"],
+    "export": ["--config-file", "a.yaml", "--output", "o"],
+    "predict": ["--config-file", "a.yaml", "--output", "o", "--input", "a.jpg", "b.jpg"],
+    "print_config": ["--config-file", "a.yaml"],
+    "train_net": ["--config-file", "a.yaml"],
+    "visualize_data": ["--config-file", "a.yaml", "--output", "o"],
+}
+KEYS = ["SOLVER.BASE_LR", "-1", "SEED", "5"]
+
+
+def test_all_commands_that_take_keys_are_known():
+    taking = {
+        path.stem for path in (ROOT / "tools").glob("*.py") if "args.opts" in path.read_text()
+    }
+    assert taking | {"benchmark"} == WITH_KEYS.keys()
+
+
+@pytest.mark.parametrize("command", WITH_KEYS)
+def test_keys_are_taken_with_and_without_opts_before_them(command):
+    parse = importlib.import_module(command)._parse
+    needed = WITH_KEYS[command]
+    for before in (["--opts"], ["--"]):
+        args = parse([*needed, *before, *KEYS])
+        assert args.opts == KEYS
+    assert vars(args)[{"benchmark": "batches"}.get(command, "config_file")]
+    single = needed[:-3] if command == "benchmark" else needed
+    if command == "predict":
+        single = ["--input", "a.jpg", *needed[:4]]
+    assert parse([*single, *KEYS]).opts == KEYS
+    assert parse([*single, *KEYS[:2], "--opts", *KEYS[2:]]).opts == KEYS
+    assert parse(needed).opts == []
+
+
+@pytest.mark.parametrize("before", [[], ["--opts"]])
+@pytest.mark.parametrize("command", WITH_KEYS)
+def test_options_behind_the_keys_are_told(command, before, capsys):
+    parse = importlib.import_module(command)._parse
+    with pytest.raises(SystemExit):
+        parse([*before, *KEYS, *WITH_KEYS[command]])
+    option = WITH_KEYS[command][0]
+    assert f"option {option} comes after keys: give options first" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse([*WITH_KEYS[command], *before, "--hasty", "1", *KEYS])
+    assert re.search(r"option --hasty is unknown|arguments: --hasty", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "-1", "1e400", "-1e-9", "many", ""])
+@pytest.mark.parametrize(
+    ("command", "option", "needed"),
+    [
+        ("predict", "--score-threshold", WITH_KEYS["predict"]),
+        ("evaluate_json", "--score-threshold", ["--json", "a", "--predictions", "b"]),
+        ("visualize_data", "--num", WITH_KEYS["visualize_data"]),
+        ("benchmark", "--seconds", []),
+        ("benchmark", "--seed", []),
+        ("benchmark", "--threads", []),
+    ],
+)
+def test_numbers_are_finite_and_in_range(capsys, command, option, needed, text):
+    with pytest.raises(SystemExit):
+        importlib.import_module(command)._parse([*needed, f"{option}={text}"])
+    assert f"{option}: " in capsys.readouterr().err
+
+
+def test_ranges_include_their_ends():
+    assert [real(0, 1)(text) for text in ("0", "1", "1e-3")] == [0.0, 1.0, 0.001]
+    assert [whole(1, 9)(text) for text in ("1", "9")] == [1, 9]
+    for kind in (real(0, 1), whole(0, 1)):
+        with pytest.raises(Exception, match="from 0 to 1"):
+            kind("2")
+
+
+def test_a_command_writes_onto_nothing_that_it_reads(tmp_path):
+    (tmp_path / "a").write_text("a")
+    (tmp_path / "link").symlink_to("a")
+    check_output_file(tmp_path / "b", [tmp_path / "a", None, "", tmp_path / "gone"])
+    check_output_file(tmp_path / "a", [None, tmp_path / "gone"])
+    for output in ("a", "link", "../" + tmp_path.name + "/a"):
+        with pytest.raises(CascadeDetError, match=f"{output}: would replace .*/a"):
+            check_output_file(tmp_path / output, [None, tmp_path / "a"])
+    with pytest.raises(CascadeDetError, match="is a folder"):
+        check_output_file(tmp_path, [])
+    with pytest.raises(CascadeDetError, match="/dev/null: is no file"):
+        check_output_file(Path("/dev/null"), [])

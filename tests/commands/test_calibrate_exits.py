@@ -1,0 +1,442 @@
+"""The command: from a trained detector and images to exits that hold what they promise."""
+
+import csv
+import functools
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import cv2
+import pytest
+import yaml
+from calibration_case import INSTANT, make_calibration_case
+
+import calibrate_exits
+from cascade_det import __version__
+from cascade_det.calibration import calibrate as calibrate_module
+from cascade_det.calibration import comparison as exit_comparison
+from cascade_det.calibration.front import plot_front
+from cascade_det.calibration.recording import _SHARES, time_policies
+from cascade_det.calibration.target import Options
+from cascade_det.config import load_config
+from cascade_det.engine.devices import device_name
+from cascade_det.errors import DatasetError
+from cascade_det.standalone import evaluate, host
+from cascade_det.weights.digest import weights_sha256
+
+FILES = ["calibration.json", "comparison.csv", "exits.yaml", "front.csv", "front.png"]
+PROFILES = ("quality", "balanced", "fast")
+TARGETS = {
+    "drop": ["--max-ap-drop", "8"],
+    "latency": ["--latency-ms", "100000"],
+    "rate": ["--exit-rate", "0.1"],
+    "risk": ["--risk", "0.5", "--delta", "0.2"],
+}
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    return make_calibration_case(tmp_path_factory.mktemp("case"), images=8)
+
+
+DRAWN = []
+
+
+def _fewer_pictures(front, path, **arguments):
+    """The first one alone."""
+    if not DRAWN:
+        plot_front(front, path, **arguments)
+        DRAWN.append(cv2.imread(str(path)).shape)
+    else:
+        path.touch()
+
+
+def names_in(folder):
+    """The files of a calibration, which names the profiles among them itself."""
+    written = json.loads((folder / "calibration.json").read_text())["profiles"]["written"]
+    assert set(written) <= set(PROFILES)
+    return sorted([*FILES, *(f"{name}.yaml" for name in written)])
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "log.txt"}
+
+
+def _two_times(detector, batches, policies, *, rounds):
+    """Measured of the full cascade and of what was chosen; the others take as long as the first."""
+    first = dict(list(policies.items())[:2])
+    measured = time_policies(detector, batches, first, rounds=rounds)
+    return {name: measured.get(name, measured["full cascade"]) for name in policies}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Measure little, and compare with less: these take longer than everything else."""
+    options = functools.partial(Options, timed_batches=1, rounds=1)
+    monkeypatch.setattr(calibrate_exits, "Options", options)
+    report = "cascade_det.calibration.report"
+    monkeypatch.setattr(f"{report}.usual_settings", lambda *_: {})
+    monkeypatch.setattr("cascade_det.calibration.recording._SHARES", _SHARES[:5])
+    fewer_rounds = functools.partial(exit_comparison.compare, rounds=20)
+    monkeypatch.setattr(f"{report}.compare", fewer_rounds)
+    monkeypatch.setattr(f"{report}.plot_front", _fewer_pictures)
+    monkeypatch.setattr(f"{report}.time_policies", _two_times)
+    monkeypatch.setattr("cascade_det.engine.evaluate.plot_report", lambda *_, **__: None)
+    monkeypatch.setattr("cascade_det.engine.evaluate.write_analysis", lambda *_, **__: None)
+
+
+def run(case, output, *arguments, options=(), host="standalone"):
+    flags = ["--host", host, "--config-file", str(INSTANT), "--output", str(output)]
+    if not any(a.startswith("--trials") for a in arguments):
+        arguments = ["--trials", "16", "--score-threshold", "0.3", *arguments]
+    return calibrate_exits.main([*flags, *arguments, *case.options, *options])
+
+
+@pytest.fixture(scope="module")
+def calibrated(case, tmp_path_factory):
+    """``calibrated(target)``: the folder of a calibration, made once."""
+
+    @functools.cache
+    def make(target):
+        output = tmp_path_factory.mktemp(target)
+        assert run(case, output, *TARGETS[target]) == 0
+        return output
+
+    return make
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_evaluation_gives_what_was_promised(case, calibrated, target, tmp_path):
+    folder = calibrated(target)
+    promised = json.loads((folder / "calibration.json").read_text())
+    options = case.with_truth("reporting", case.reporting_half())
+    files = [INSTANT, folder / "exits.yaml"]
+    shadow = ["CASCADE.SHADOW_SHARE", "1.0", "OUTPUT_DIR", str(tmp_path)]
+    cfg = load_config(files, [*options, *shadow])
+    host.check_config(cfg)
+    results = evaluate(cfg)
+    expected, exits = promised["expected"], results["exits"]
+    assert promised["images"] == {"chosen_on": 4, "reported_on": 4}
+    assert results["bbox"]["AP"] == pytest.approx(expected["AP"], abs=1e-3)
+    entered = [exits[f"stage{stage}"]["entered"] for stage in range(3)]
+    full = 4 * 60
+    assert sum(entered) / (3 * full) == pytest.approx(expected["regions_left"])
+    assert 1 - sum(entered[1:]) / (2 * full) == pytest.approx(expected["exit_rate"])
+    assert results["shadow"]["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+    if target == "rate":
+        assert sum(entered) < 3 * full
+    assert (cfg.MODEL.CASCADE.EXIT.DEVICE_NAME == "") == (target != "latency")
+
+
+def finite(value):
+    if isinstance(value, dict):
+        return all(map(finite, value.values()))
+    if isinstance(value, list):
+        return all(map(finite, value))
+    return value is not None
+
+
+class TestFiles:
+    def test_they_are_whole_and_readable(self, calibrated):
+        folder = calibrated("drop")
+        assert sorted(contents(folder)) == names_in(folder)
+        content = json.loads((folder / "calibration.json").read_text())
+        assert finite(content)
+        assert content["trials"] == 16
+        with (folder / "front.csv").open(newline="") as file:
+            front = list(csv.DictReader(file))
+        assert {row["head FLOPs left"] for row in front} >= {"1.0"}
+        for row in front:
+            json.loads(row["setting"])
+            assert float(row["AP (%)"]) >= 0
+        with (folder / "comparison.csv").open(newline="") as file:
+            named = {row["exits"]: row for row in csv.DictReader(file)}
+        assert {"full cascade", "chosen", "1 stage", "50 proposals", "oracle"} <= named.keys()
+        for name in ("full cascade", "chosen", "1 stage", "50 proposals"):
+            assert float(named[name]["ms/image"]) > 0
+        expected = content["expected"]
+        assert float(named["chosen"]["AP (%)"]) == pytest.approx(expected["AP"])
+        assert float(named["chosen"]["lost"]) == pytest.approx(expected["lost_true_positives"])
+        assert DRAWN[0][0] > 300
+
+    def test_the_settings_can_be_put_on_top(self, case, calibrated):
+        for name in sorted(n for n in contents(calibrated("drop")) if n.endswith(".yaml")):
+            path = calibrated("drop") / name
+            cfg = load_config([INSTANT, path], case.options)
+            host.check_config(cfg)
+            assert cfg.MODEL.CASCADE.EXIT.EXPECTED_LOSS >= 0
+            assert cfg.CASCADE.SHADOW_SCORE == 0.3
+            assert "&" not in path.read_text()
+            plain = yaml.safe_load(path.read_text())["MODEL"]["CASCADE"]["EXIT"]
+            # All that says who leaves is said, so that nothing below shines through.
+            assert {"PRUNE_THRESHOLDS", "REDUNDANCY_IOU", "THRESHOLDS", "REGION_BUDGET"} <= set(
+                plain
+            )
+
+    def test_they_name_what_they_rest_on(self, case, calibrated):
+        folder = calibrated("drop")
+        content = json.loads((folder / "calibration.json").read_text())
+        cfg = load_config(INSTANT, case.options)
+        sha256 = weights_sha256(cfg.MODEL.WEIGHTS)
+        of_file = hashlib.sha256(Path(cfg.MODEL.WEIGHTS).read_bytes()).hexdigest()
+        truth = case.folder / "truth.json"
+        of_truth = hashlib.sha256(truth.read_bytes()).hexdigest()
+        assert content["weights"] == {
+            **{"file": cfg.MODEL.WEIGHTS, "sha256": sha256, "file_sha256": of_file}
+        }
+        assert content["data"]["json_file"] == str(truth)
+        assert content["data"]["json_sha256"] == of_truth
+        assert content["data"]["images"] == 8
+        assert content["device_name"] == device_name("cpu")
+        assert content["version"] == __version__
+        for path in folder.glob("*.yaml"):
+            comment, told = path.read_text(), load_config([INSTANT, path], case.options)
+            assert sha256 == told.MODEL.CASCADE.EXIT.WEIGHTS_SHA256
+            named = (of_file, of_truth, str(truth), "8 images", __version__, device_name("cpu"))
+            assert all(words in comment for words in named)
+
+    def test_a_second_run_replaces_them(self, case, calibrated, tmp_path):
+        shutil.copytree(calibrated("drop"), tmp_path / "again")
+        before = contents(tmp_path / "again")
+        assert run(case, tmp_path / "again", "--exit-rate", "0.0", "--trials=2") == 0
+        after = contents(tmp_path / "again")
+        assert sorted(after) == names_in(tmp_path / "again")
+        assert json.loads(after["calibration.json"])["target"]["exit_rate"] == 0.0
+        assert before["calibration.json"] != after["calibration.json"]
+        # The log goes on where it was.
+        log = (tmp_path / "again" / "log.txt").read_text()
+        assert log.startswith((calibrated("drop") / "log.txt").read_text())
+        assert log.count("Written to") == 2
+        assert [path.name for path in tmp_path.iterdir()] == ["again"]
+
+    def test_ctrl_c_leaves_what_was_there(self, case, calibrated, tmp_path, monkeypatch):
+        shutil.copytree(calibrated("drop"), tmp_path / "again")
+        before, made = contents(tmp_path / "again"), []
+
+        def interrupted(_, path, **__):
+            made.extend(contents(path.parent))
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("cascade_det.calibration.report.plot_front", interrupted)
+        assert run(case, tmp_path / "again", "--max-ap-drop", "9", "--trials=2") == 130
+        assert "exits.yaml" in made
+        assert contents(tmp_path / "again") == before
+        assert [path.name for path in tmp_path.iterdir()] == ["again"]
+
+    @pytest.mark.parametrize("count", [0, 1, len(FILES)])
+    @pytest.mark.parametrize("existing", [True, False])
+    def test_files_of_two_calibrations_never_stand_side_by_side(
+        self, case, tmp_path, monkeypatch, count, existing
+    ):
+        """Whatever stops it, after however many files."""
+
+        def full_disk(*arguments):
+            for name in FILES[:count]:
+                (arguments[3] / name).write_text("new")
+            raise OSError(28, "No space left on device")
+
+        folder = tmp_path / "out"
+        if existing:
+            folder.mkdir()
+            for name in FILES:
+                (folder / name).write_text("old")
+        monkeypatch.setattr(calibrate_module, "_calibrate", full_disk)
+        assert run(case, folder, "--max-ap-drop", "9") == 1
+        assert contents(folder) == dict.fromkeys(FILES if existing else (), b"old")
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    def test_what_a_killed_calibration_left_goes_with_the_next(self, case, tmp_path, monkeypatch):
+        left = tmp_path / ".cascade_det-0123456789abcdef.tmp"
+        left.mkdir()
+        (left / "exits.yaml").write_text("half")
+        (tmp_path / ".draft.tmp").write_text("mine")
+        monkeypatch.setattr(calibrate_module, "_calibrate", lambda *_: {})
+        assert run(case, tmp_path / "out", "--max-ap-drop", "9") == 0
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".draft.tmp", "out"]
+
+    def test_the_log_is_kept_where_files_have_one_name_each(self, case, tmp_path, monkeypatch):
+        def no_links(*_):
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", no_links)
+        monkeypatch.setattr(calibrate_module, "_calibrate", lambda *_: {})
+        assert run(case, tmp_path / "out", "--max-ap-drop", "9") == 0
+        assert "Host: standalone" in (tmp_path / "out" / "log.txt").read_text()
+
+    def test_a_folder_with_something_else_is_refused_before_any_work(
+        self, case, tmp_path, capfd, monkeypatch
+    ):
+        (tmp_path / "photo.jpg").write_bytes(b"mine")
+        (tmp_path / "log.txt").write_text("mine")
+        monkeypatch.setattr(host, "open_detector", lambda _: pytest.fail("it loads the detector"))
+        assert run(case, tmp_path, "--exit-rate", "0.1") == 1
+        assert "photo.jpg" in capfd.readouterr().err
+        for name in ("photo.jpg", "log.txt"):
+            assert (tmp_path / name).read_bytes() == b"mine"
+
+    def test_exits_that_it_starts_from_are_not_replaced(self, case, tmp_path, capfd, monkeypatch):
+        monkeypatch.setattr(host, "open_detector", lambda _: pytest.fail("it loads the detector"))
+        exits = tmp_path / "exits.yaml"
+        exits.write_text("MODEL: {CASCADE: {EXIT: {ENABLED: False}}}")
+        before = contents(tmp_path)
+        assert run(case, tmp_path, "--exit-rate", "0.1", "--config-file", str(exits)) == 1
+        assert f"would replace {exits}" in capfd.readouterr().err
+        assert contents(tmp_path) == before
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    """``choose(name)``: this knob at its riskiest is what comes out; ``None``: no exits."""
+
+    def make(name):
+        def places(calibrator, *_):
+            knobs = calibrator.search.knobs
+            return tuple((len(k.settings) - 1) * (k.name == name) for k in knobs)
+
+        monkeypatch.setattr("cascade_det.calibration.calibrator.Calibrator._choose", places)
+
+    return make
+
+
+def test_where_nothing_may_leave_exits_are_off(case, tmp_path, choose):
+    choose(None)
+    assert run(case, tmp_path, "--max-ap-drop", "0", "--trials=1") == 0
+    cfg = load_config([INSTANT, tmp_path / "exits.yaml"], case.options)
+    host.check_config(cfg)
+    assert not cfg.MODEL.CASCADE.EXIT.ENABLED
+    assert json.loads((tmp_path / "calibration.json").read_text())["expected"]["work"] == 1
+
+
+def test_a_model_with_learned_exits(tmp_path, choose):
+    names = ("iou_head", "gate", "pruner")
+    case = make_calibration_case(tmp_path / "case", images=4, learned=names)
+    for knob in (None, "pruner at gate 1"):
+        choose(knob)
+        assert run(case, tmp_path / "out", "--exit-rate", "0", "--trials=1") == 0
+        cfg = load_config([INSTANT, tmp_path / "out" / "exits.yaml"], case.options)
+        host.check_config(cfg)
+        # The model keeps its learned parts where none of them is used.
+        assert cfg.MODEL.CASCADE.EXIT.ENABLED
+        expected = json.loads((tmp_path / "out" / "calibration.json").read_text())["expected"]
+        assert (expected["work"] == 1) == (knob is None)
+    detector, _, loader = host.open_detector(cfg)
+    stats = detector.eval().detect(next(iter(loader))).stats
+    assert 0 < stats.left[0]["background"] < stats.entered[0]
+
+
+class TestMistakes:
+    @pytest.fixture
+    def no_work(self, monkeypatch):
+        """The detector is not run."""
+
+        def recording(*_, **__):
+            raise AssertionError("it runs the detector")
+
+        monkeypatch.setattr(calibrate_module, "record_dataset", recording)
+
+    @pytest.fixture
+    def no_model(self, monkeypatch):
+        """The detector is not even loaded."""
+
+        def loading(*_, **__):
+            raise AssertionError("it loads the detector")
+
+        monkeypatch.setattr(host, "open_detector", loading)
+
+    @pytest.mark.usefixtures("no_model")
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["--exit-rate", "2"], ["--exit-rate is 2.0"]),
+            (["--risk", "0.02", "--delta", "1.5"], ["--delta is 1.5"]),
+            (["--risk", "1"], ["--risk is 1.0"]),
+            (["--exit-rate", "0.5", "--images", "1"], ["--images is 1", "4 or more"]),
+            (["--risk", "0.02", "--images", "200"], ["228 in all", "200"]),
+            (["--exit-rate", "0.5", "--trials", "0"], ["--trials is 0"]),
+            (["--exit-rate", "0.5", "--score-threshold", "3"], ["--score-threshold is 3.0"]),
+            (["--exit-rate", "0.5", "MODEL.WIEGHTS", "x"], ["MODEL.WIEGHTS", "MODEL.WEIGHTS"]),
+        ],
+    )
+    def test_of_the_command_line(self, tmp_path, capfd, arguments, words):
+        flags = ["--host", "standalone", "--config-file", str(INSTANT), "--output", str(tmp_path)]
+        assert calibrate_exits.main([*flags, *arguments]) == 1
+        told = "".join(capfd.readouterr())
+        assert all(word in told for word in words)
+        assert "Traceback" not in told
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            ([], ["one of the arguments", "--exit-rate"]),
+            (["--max-ap-drop", "1", "--risk", "0.1"], ["--risk", "not allowed with"]),
+        ],
+    )
+    def test_of_the_number_of_targets(self, tmp_path, capsys, arguments, words):
+        with pytest.raises(SystemExit) as end:
+            calibrate_exits.main(
+                ["--config-file", str(INSTANT), "--output", str(tmp_path), *arguments]
+            )
+        assert end.value.code == 2
+        told = capsys.readouterr().err
+        assert all(word in told for word in words)
+
+    @pytest.mark.usefixtures("no_work")
+    def test_too_few_images_for_a_guarantee(self, case, tmp_path, capfd):
+        assert run(case, tmp_path, "--risk", "0.02", "--delta", "0.1") == 1
+        told = capfd.readouterr().err
+        assert "at least 114 images" in told
+        assert "228 in all, but there are 8" in told
+
+    @pytest.mark.usefixtures("no_work")
+    def test_a_set_without_annotations(self, case, tmp_path, capfd):
+        content = {key: x for key, x in case.truth.items() if key != "annotations"}
+        options = case.with_truth("bare", content)
+        assert run(case, tmp_path, "--exit-rate", "0.5", options=options) == 1
+        assert "bare.json has no annotations" in capfd.readouterr().err
+
+    @pytest.mark.usefixtures("no_work")
+    def test_objects_in_one_half_alone(self, case, tmp_path, capfd):
+        content = case.truth
+        first = content["annotations"][0]["image_id"]
+        kept = [a for a in content["annotations"] if a["image_id"] == first]
+        options = case.with_truth("poor", {**content, "annotations": kept})
+        assert run(case, tmp_path, "--exit-rate", "0.5", options=options) == 1
+        assert "None of the 4 images to" in capfd.readouterr().err
+
+    @pytest.mark.usefixtures("no_work")
+    def test_three_images(self, case, tmp_path, capfd):
+        content = case.truth
+        images = content["images"][:3]
+        kept = [a for a in content["annotations"] if a["image_id"] <= images[-1]["id"]]
+        options = case.with_truth("three", {**content, "images": images, "annotations": kept})
+        assert run(case, tmp_path, "--exit-rate", "0.5", options=options) == 1
+        assert "3 are too few" in capfd.readouterr().err
+
+    @pytest.mark.usefixtures("no_work")
+    def test_no_set_at_all(self, case, tmp_path, capfd):
+        options = ["DATASETS.TEST", "()"]
+        assert run(case, tmp_path, "--exit-rate", "0.5", options=options) == 1
+        assert "DATASETS.TEST is empty" in capfd.readouterr().err
+
+    def test_what_no_setting_reaches(self, case, tmp_path, capfd):
+        assert run(case, tmp_path, "--latency-ms", "0.001", "--trials=3") == 1
+        assert "the fastest setting takes" in capfd.readouterr().err
+        assert [path.name for path in Path(tmp_path).iterdir()] == ["log.txt"]
+
+
+@pytest.mark.parametrize(("per_image", "limit"), [("50", 100), ("250", 250)])
+def test_as_many_detections_count_as_in_an_evaluation(
+    case, tmp_path, monkeypatch, per_image, limit
+):
+    asked = []
+
+    def matcher(*_, max_detections):
+        asked.append(max_detections)
+        raise DatasetError("far enough")
+
+    monkeypatch.setattr(calibrate_module, "ImageMatcher", matcher)
+    options = ["TEST.DETECTIONS_PER_IMAGE", per_image]
+    assert run(case, tmp_path, "--exit-rate", "0.5", options=options) == 1
+    assert asked == [limit]

@@ -1,0 +1,268 @@
+"""Training of learned exits: labels against loops, weights, closed forms, and that they learn."""
+
+import math
+
+import pytest
+import torch
+from naive_cascade import iou
+from random_records import make_parts, make_recorded_scene
+
+from cascade_det.core.exit_losses import (
+    draw_live_rows,
+    ends_as_true_positive,
+    exit_losses,
+    loses_nothing,
+)
+from cascade_det.core.exits.learned import LEARNED_PARTS
+from cascade_det.core.matching import Targets
+from cascade_det.core.structures.boxes import flatten_images
+
+SCENES = [
+    {"seed": 0},
+    {"seed": 1, "cls_agnostic": False},
+    {"seed": 2, "num_classes": 1},
+    {"seed": 3, "num_proposals": (60, 0, 15, 1), "num_objects": (9, 2, 0, 1)},
+    {"seed": 4, "num_objects": (0, 0)},
+    {"seed": 5, "num_stages": 1},
+]
+
+
+def flat_targets(scene):
+    boxes, image_index = flatten_images(scene.gt_boxes)
+    return Targets(boxes, torch.cat(scene.gt_classes), image_index)
+
+
+def brute_force_true_positives(scene):
+    """Rows of regions that find an object: NMS, the best few, then objects by falling score."""
+    record, last = scene.record, scene.record.stages[-1]
+    probs = (last.total / record.num_stages).tolist()
+    decoded = last.decoded.unflatten(1, (-1, 4)).tolist()
+    rows = set()
+    for image in range(record.num_images):
+        found = [
+            (probs[row][label], row, label, decoded[row][label if len(decoded[row]) > 1 else 0])
+            for row in torch.nonzero(record.image_index == image).squeeze(1).tolist()
+            for label in range(len(probs[row]) - 1)
+            if probs[row][label] > record.score_thresh
+        ]
+        kept = []
+        for one in sorted(found, key=lambda f: -f[0]):
+            rivals = [other for other in kept if other[2] == one[2]]
+            if all(iou(one[3], other[3]) <= record.nms_thresh for other in rivals):
+                kept.append(one)
+        classes = scene.gt_classes[image].tolist()
+        free = dict(enumerate(scene.gt_boxes[image].tolist()))
+        for _, row, label, box in kept[: record.detections_per_image]:
+            overlaps = {i: iou(box, free[i]) for i in free if classes[i] == label}
+            best = max(overlaps, key=overlaps.get, default=None)
+            if best is not None and overlaps[best] >= 0.5:
+                rows.add(row)
+                del free[best]
+    return rows
+
+
+def brute_force_ready(scene, stage):
+    """Rows of regions whose box is right, and no worse for COCO than that of the last stage."""
+    record = scene.record
+    early, last = (record.stages[s].decoded.unflatten(1, (-1, 4)).tolist() for s in (stage, -1))
+    rows = set()
+    for row, image in enumerate(record.image_index.tolist()):
+        label = record.stages[stage].total[row, :-1].argmax().item()
+        column = label if len(early[row]) > 1 else 0
+        boxes = scene.gt_boxes[image][scene.gt_classes[image] == label].tolist()
+        best = max(boxes, key=lambda b: iou(early[row][column], b), default=None)
+        if best is None:
+            continue
+        now, then = (
+            sum(iou(boxes[row][column], best) >= t / 100 for t in range(50, 100, 5))
+            for boxes in (early, last)
+        )
+        if now > 0 and now >= then:
+            rows.add(row)
+    return rows
+
+
+def rows_of(mask):
+    return set(torch.nonzero(mask).squeeze(1).tolist())
+
+
+@pytest.mark.parametrize("kwargs", SCENES)
+def test_labels_equal_brute_force(kwargs):
+    scene = make_recorded_scene(**kwargs)
+    found = ends_as_true_positive(scene.record, flat_targets(scene))
+    assert rows_of(found) == brute_force_true_positives(scene)
+    assert found.any() == any(len(boxes) for boxes in scene.gt_boxes)
+    for stage in range(scene.record.num_stages - 1):
+        ready = loses_nothing(scene.record, flat_targets(scene), stage)
+        assert rows_of(ready) == brute_force_ready(scene, stage)
+
+
+def test_labels_of_many_random_scenes_equal_brute_force():
+    shares = []
+    for seed in range(20):
+        scene = make_recorded_scene(seed=seed, num_proposals=(25, 10), cls_agnostic=seed % 2 == 0)
+        found = ends_as_true_positive(scene.record, flat_targets(scene))
+        ready = loses_nothing(scene.record, flat_targets(scene), 1)
+        assert rows_of(found) == brute_force_true_positives(scene)
+        assert rows_of(ready) == brute_force_ready(scene, 1)
+        shares.append((found.float().mean(), ready.float().mean()))
+    assert all(0.02 < share < 0.6 for pair in shares for share in pair)
+
+
+def test_an_object_is_found_once():
+    """Two regions on one object that NMS leaves: the better one is it."""
+    scene = make_recorded_scene(num_proposals=(2,), num_objects=(1,), num_classes=1)
+    last = scene.record.stages[-1]
+    scene.gt_boxes[0][:] = torch.tensor([10.0, 10, 110, 110])
+    last.decoded[:] = torch.tensor([[10.0, 10, 110, 70], [10, 50, 110, 110]])  # IoU 0.6 each, 0.2
+    last.total[:] = torch.tensor([[1.2, 1.8], [1.8, 1.2]])
+    assert ends_as_true_positive(scene.record, flat_targets(scene)).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3])
+@pytest.mark.parametrize("names", [LEARNED_PARTS, *((name,) for name in LEARNED_PARTS)])
+def test_names_of_losses(names, num_stages):
+    scene = make_recorded_scene(num_stages=num_stages)
+    losses = exit_losses(
+        make_parts(names=names, num_stages=num_stages), scene.record, *scene.targets
+    )
+    wanted = {
+        "iou_head": {f"loss_exit_iou_stage{s}" for s in range(num_stages)},
+        "gate": {f"loss_exit_gate_stage{s}" for s in range(num_stages - 1)},
+        "pruner": {f"loss_exit_pruner_gate{g}" for g in range(num_stages)},
+    }
+    assert set(losses) == set().union(*(wanted[name] for name in names))
+    assert all(loss.shape == () and loss.isfinite() for loss in losses.values())
+
+
+@pytest.mark.parametrize("kwargs", SCENES[:5])
+def test_losses_equal_sums_over_regions(kwargs):
+    scene, parts = make_recorded_scene(**kwargs), make_parts()
+    record, targets = scene.record, flat_targets(scene)
+    losses = exit_losses(parts, record, *scene.targets, smallest_share=1.0)
+
+    images = record.image_index.tolist()
+    found = brute_force_true_positives(scene)
+    for stage in (-1, 0, 1):
+        said = parts.continue_probability(record.view(stage)).tolist()
+        total = weights = 0.0
+        for row, image in enumerate(images):
+            mates = [r for r in range(len(images)) if images[r] == image]
+            alike = [r for r in mates if (r in found) == (row in found)]
+            weight = (2 if row in found else 1) * len(mates) / (2 * len(alike))
+            total -= weight * math.log(said[row] if row in found else 1 - said[row])
+            weights += weight
+        got = losses[f"loss_exit_pruner_gate{stage + 1}"].item()
+        assert got == pytest.approx(total / weights, rel=1e-4)
+
+    for stage in (0, 1):
+        view = record.view(stage)
+        said, ready = parts.readiness(view).tolist(), brute_force_ready(scene, stage)
+        rows = torch.nonzero(view.is_foreground).squeeze(1).tolist()
+        terms = [-math.log(said[r] if r in ready else 1 - said[r]) for r in rows]
+        wanted = sum(terms) / len(terms)
+        assert losses[f"loss_exit_gate_stage{stage}"].item() == pytest.approx(wanted, rel=1e-4)
+
+    for stage in range(3):
+        of_stage = record.stages[stage]
+        said = parts.predict_ious(stage, of_stage.hidden).tolist()
+        groups = {True: [], False: []}
+        for row, box in enumerate(of_stage.boxes.tolist()):
+            objects = scene.gt_boxes[images[row]].tolist()
+            best = max((iou(box, other) for other in objects), default=0.0)
+            groups[best >= 0.5].append((said[row] - best) ** 2)
+        means = [sum(group) / len(group) for group in groups.values() if group]
+        wanted = sum(means) / len(means)
+        assert losses[f"loss_exit_iou_stage{stage}"].item() == pytest.approx(wanted, rel=1e-4)
+    assert len(targets.boxes) == sum(len(b) for b in scene.gt_boxes)
+
+
+def test_only_the_parts_get_gradients():
+    scene, parts = make_recorded_scene(), make_parts()
+    for stage in scene.record.stages:
+        stage.hidden.requires_grad_()
+    sum(exit_losses(parts, scene.record, *scene.targets).values()).backward()
+    assert all(stage.hidden.grad is None for stage in scene.record.stages)
+    for name, parameter in parts.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_without_regions_losses_are_zero_and_have_gradients():
+    scene, parts = make_recorded_scene(num_proposals=(0, 0)), make_parts()
+    losses = exit_losses(parts, scene.record, *scene.targets)
+    assert all(loss.item() == 0 for loss in losses.values())
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.eq(0).all() for p in parts.parameters())
+
+
+def test_a_gate_without_foreground_has_nothing_to_learn_from():
+    scene, parts = make_recorded_scene(), make_parts()
+    for stage in scene.record.stages:
+        stage.total[:, -1] = 100.0
+    losses = exit_losses(parts, scene.record, *scene.targets)
+    sum(losses.values()).backward()
+    assert losses["loss_exit_gate_stage0"] == 0
+    assert all(p.grad.eq(0).all() for p in parts.gate.parameters())
+
+
+def test_live_rows_are_the_best_of_each_image():
+    view = make_recorded_scene(num_proposals=(40, 0, 3) * 40, num_objects=(1,) * 120).record.view(0)
+    rows = draw_live_rows(view, 1 / 32)
+    live = torch.zeros(len(view), dtype=torch.bool)
+    live[rows] = True
+    assert rows.tolist() == sorted(rows.tolist())
+    counts = []
+    for image in range(0, 120, 3):
+        of_image = view.image_index == image
+        best, rest = view.scores[of_image & live], view.scores[of_image & ~live]
+        assert len(best) >= 1
+        assert not len(rest) or best.min() >= rest.max()
+        counts.append(len(best))
+    assert 10 < counts.count(40) < 30  # half of them
+    assert len(set(counts)) > 8
+    assert len(draw_live_rows(view, 1.0)) == len(view)
+
+
+def area_under_curve(scores, labels):
+    """The probability that a positive scores above a negative."""
+    positive, negative = scores[labels], scores[~labels]
+    return (positive[:, None] > negative).float().mean().item()
+
+
+def with_telling_hidden(scene):
+    """The same scene, where the IoU of a box can be read off its hidden features, with noise."""
+    for stage in scene.record.stages:
+        for row, image in enumerate(scene.record.image_index.tolist()):
+            objects = scene.gt_boxes[image].tolist()
+            best = max((iou(stage.boxes[row].tolist(), other) for other in objects), default=0.0)
+            stage.hidden[row, 0] = 4 * best - 2
+            stage.predicted_ious[row] = best
+    return scene
+
+
+def test_all_parts_learn():
+    """From six scenes what holds in three others."""
+    scenes = [with_telling_hidden(make_recorded_scene(seed=seed)) for seed in range(9)]
+    parts = make_parts()
+    optimizer = torch.optim.Adam(parts.parameters(), lr=0.02)
+    for step in range(90):
+        scene = scenes[step % 6]
+        optimizer.zero_grad()
+        sum(exit_losses(parts, scene.record, *scene.targets).values()).backward()
+        optimizer.step()
+    outcomes = {"pruner": [], "gate": [], "iou_head": []}
+    with torch.no_grad():
+        for scene in scenes[6:]:
+            view, targets, stage = scene.record.view(1), flat_targets(scene), scene.record.stages[1]
+            found = ends_as_true_positive(scene.record, targets)
+            outcomes["pruner"].append((parts.continue_probability(view), found))
+            ready, asked = loses_nothing(scene.record, targets, 1), view.is_foreground
+            outcomes["gate"].append((parts.readiness(view)[asked], ready[asked]))
+            predicted = parts.predict_ious(1, stage.hidden)
+            outcomes["iou_head"].append((predicted, stage.predicted_ious))
+    pooled = {name: [torch.cat(t) for t in zip(*o, strict=True)] for name, o in outcomes.items()}
+    assert area_under_curve(*pooled["pruner"]) > 0.75
+    assert area_under_curve(*pooled["gate"]) > 0.7
+    predicted, true = pooled["iou_head"]
+    assert (predicted - true).abs().mean() < 0.06

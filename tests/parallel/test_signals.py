@@ -1,0 +1,28 @@
+"""What is left of a terminal after a SIGHUP."""
+
+import os
+import pty
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+import signal, sys
+from cascade_det.parallel.signals import handled, let_go_of_lost_terminal
+with handled({signal.SIGHUP: lambda *_: let_go_of_lost_terminal()}):
+    print("here", flush=True)
+    signal.pause()
+    print("not read", flush=True)
+    print("nor this", file=sys.stderr, flush=True)
+sys.exit(7)
+"""
+
+
+def test_a_command_can_still_print_when_its_terminal_is_gone():
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, "-c", PROGRAM])
+    assert b"here" in os.read(terminal, 100)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7

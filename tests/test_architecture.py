@@ -23,25 +23,25 @@ RANKS = {
     "errors": -1,
     "files": -1,
     "text": -1,
-    "colors": -1,
-    "coco_results": -1,
-    "drawing": -1,
     "quiet_imports": -1,
-    "convolution": -1,
     "config": 0,
     "layers": 0,
-    "layers_folding": 0.5,
-    "layers_winograd": 0.5,
+    "parallel": 0,
     "core": 1,
     "backbones": 1,
     "data": 2,
-    "evaluation": 2,
-    "engine": 3,
+    "weights": 2,
+    "report": 2,
+    "evaluation": 3,
     "onnx_predictor": 3,
-    "standalone": 4,
-    "d2": 4,
-    "hosts": 5,
-    "benchmark": 5,
+    "engine": 4,
+    "calibration": 5,
+    "monitoring": 5,
+    "standalone": 6,
+    "d2": 6,
+    "hosts": 7,
+    "benchmark": 7,
+    "commands": 8,
 }
 # Where a library may be imported; one that is not named here may be imported everywhere.
 HOMES = {
@@ -50,18 +50,15 @@ HOMES = {
     "torchvision.models": {"backbones", "standalone", "benchmark"},
     "tools": set(),
 }
-# Rooms that live on these libraries (and the standard one) alone.
+# Rooms and modules that live on these libraries (and the standard one) alone.
 DIETS = {
-    "coco_results": {"numpy"},
     "config": {"fvcore", "iopath", "yacs", "yaml"},
-    "convolution": {"torch"},
-    "colors": {"numpy"},
-    "drawing": {"cv2", "numpy"},
     "layers": {"torch", "torchvision.ops"},
-    "layers_folding": {"torch", "torchvision.ops"},
-    "layers_winograd": {"torch"},
     "core": {"torch", "torchvision.ops"},
     "backbones": {"torch", "torchvision"},
+    "data/coco_results": {"numpy"},
+    "report/colors": {"numpy"},
+    "report/drawing": {"cv2", "numpy"},
     "onnx_predictor": {"numpy", "onnxruntime"},
 }
 # Constructors there take plain values: they know nothing of configuration.
@@ -73,7 +70,7 @@ def violations(package: Path) -> list[str]:
     found = []
     for path in sorted(package.rglob("*.py")):
         name = path.relative_to(package)
-        room = name.parts[0].removesuffix(".py").removesuffix("__init__")
+        room = room_of(name)
         if room not in RANKS:
             found.append(f"{name}:1: room {room!r} has no rank")
             continue
@@ -81,10 +78,14 @@ def violations(package: Path) -> list[str]:
         if (lines := len(text.splitlines())) > MAX_LINES:
             found.append(f"{name}:{lines}: longer than {MAX_LINES} lines")
         for line, target in imported(ast.parse(text), (package.name, *name.parent.parts)):
-            complaint = complain(package.name, room, target)
+            complaint = complain(package.name, name, target)
             if complaint:
                 found.append(f"{name}:{line}: {complaint}")
     return found
+
+
+def room_of(module: Path) -> str:
+    return module.parts[0].removesuffix(".py").removesuffix("__init__")
 
 
 def imported(tree: ast.AST, folder: tuple[str, ...]) -> Iterator[tuple[int, str]]:
@@ -98,15 +99,16 @@ def imported(tree: ast.AST, folder: tuple[str, ...]) -> Iterator[tuple[int, str]
             yield from ((node.lineno, ".".join([*base, a.name])) for a in node.names)
 
 
-def complain(package: str, room: str, target: str) -> str | None:
-    """What is wrong with ``room`` importing ``target``, or None."""
+def complain(package: str, module: Path, target: str) -> str | None:
+    """What is wrong with a module of the package importing ``target``, or None."""
+    room = room_of(module)
     if within(target, package):
         return complain_of_own(room, [*target.split("."), ""][1])
     for library, homes in HOMES.items():
         if within(target, library) and room not in homes:
             return f"{library} is imported outside {sorted(homes)}"
     standard = target.split(".")[0] in sys.stdlib_module_names
-    diet = DIETS.get(room)
+    diet = DIETS.get(module.with_suffix("").as_posix(), DIETS.get(room))
     if diet is not None and not standard and not any(within(target, food) for food in diet):
         return f"{room} imports {target}, and may import {sorted(diet)}"
     return None
@@ -143,6 +145,7 @@ def test_the_package_keeps_to_the_design():
         ("core/a.py", "import torchvision", "core imports torchvision"),
         ("core/a.py", "import numpy as np", "core imports numpy"),
         ("config/a.py", "import torch", "config imports torch"),
+        ("report/drawing.py", "import torch", "report imports torch"),
         ("data/a.py", "from cascade_det.evaluation import coco", "imports evaluation"),
         ("engine/a.py", "import cascade_det.standalone", "imports standalone"),
         ("engine/a.py", "import detectron2.engine", "detectron2 is imported outside"),
@@ -153,7 +156,7 @@ def test_the_package_keeps_to_the_design():
         ("d2/a.py", "from cascade_det import standalone", "imports standalone"),
         ("__init__.py", "from cascade_det.standalone import Predictor", "imports standalone"),
         ("errors.py", "from cascade_det.config import get_cfg", "imports config"),
-        ("layers.py", "from cascade_det.config import get_cfg", "imports config"),
+        ("layers/a.py", "from cascade_det.config import get_cfg", "imports config"),
         ("utils/a.py", "import os", "has no rank"),
         ("helpers.py", "import os", "has no rank"),
         ("core/a.py", "# line\n" * (MAX_LINES + 1), "longer than"),
@@ -179,6 +182,7 @@ def test_a_broken_rule_is_found(tmp_path, file, line, complaint):
         ("core/a.py", "from cascade_det.layers import ConvNorm"),
         ("config/a.py", "from cascade_det.errors import ConfigError\nfrom yacs import config"),
         ("standalone/a.py", "from cascade_det import config, core, data, engine, evaluation"),
+        ("report/plots.py", "import matplotlib"),
         ("backbones/a.py", "from torchvision.models import mobilenet_v2"),
         ("d2/a.py", "from detectron2.modeling import ROI_HEADS_REGISTRY"),
     ],
@@ -188,6 +192,49 @@ def test_what_is_allowed_passes(tmp_path, file, line):
     path.parent.mkdir(parents=True)
     path.write_text(line + "\n")
     assert violations(tmp_path / "cascade_det") == []
+
+
+def folder_circle(package: Path) -> list[str]:
+    """Folders that import from each other in a ring, by whatever import; empty if there is none."""
+    modules = {module_name(package, path): path for path in package.rglob("*.py")}
+    graph: dict[str, set[str]] = {}
+    for path in modules.values():
+        parts = (package.name, *path.relative_to(package).parent.parts)
+        folder = ".".join(parts)
+        for _, target in imported(ast.parse(path.read_text()), parts):
+            loaded = target if target in modules else target.rpartition(".")[0]
+            if loaded in modules and loaded != package.name:
+                other = ".".join((package.name, *modules[loaded].relative_to(package).parent.parts))
+                if folder not in (other, package.name) and other != package.name:
+                    graph.setdefault(folder, set()).add(other)
+    return ring(graph)
+
+
+def ring(graph: dict[str, set[str]]) -> list[str]:
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_folders_import_from_each_other():
+    assert folder_circle(PACKAGE) == []
+
+
+def test_a_circle_of_folders_is_found(tmp_path):
+    exits = tmp_path / "cascade_det" / "core" / "exits"
+    exits.mkdir(parents=True)
+    (exits / "policy.py").write_text("import torch\n")
+    (exits.parent / "cascade.py").write_text("from cascade_det.core.exits.policy import A\n")
+    assert folder_circle(tmp_path / "cascade_det") == []
+    (exits / "losses.py").write_text("def f():\n    from cascade_det.core.record import B\n")
+    assert folder_circle(tmp_path / "cascade_det") == []  # no such module
+    (exits.parent / "record.py").write_text("B = 1\n")
+    assert set(folder_circle(tmp_path / "cascade_det")) == {
+        "cascade_det.core",
+        "cascade_det.core.exits",
+    }
 
 
 def import_cycle(package: Path) -> list[str]:
@@ -204,11 +251,7 @@ def import_cycle(package: Path) -> list[str]:
         # `from a.b import c` loads a.b.c if that is a module, else a.b.
         loaded = (t if t in modules else t.rpartition(".")[0] for t in targets)
         graph[name] = {target for target in loaded if target in modules and target != package.name}
-    try:
-        list(TopologicalSorter(graph).static_order())
-    except CycleError as error:
-        return list(error.args[1])
-    return []
+    return ring(graph)
 
 
 def module_name(package: Path, path: Path) -> str:

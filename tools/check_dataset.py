@@ -64,8 +64,8 @@ from cascade_det.data.annotation_file import read_json
 from cascade_det.data.catalog import DatasetSource, dataset_of_files, find_dataset
 from cascade_det.data.coco_json import CheckedJson
 from cascade_det.data.dataset_check import check_dataset
-from cascade_det.data.dataset_summary import DatasetSummary, summarise
-from cascade_det.data.issues import Problems
+from cascade_det.data.dataset_summary import DatasetSummary, summarize
+from cascade_det.data.issues import Issues
 from cascade_det.engine.log import setup_logging
 from cascade_det.errors import CascadeDetError, ConfigError, DatasetError
 from cascade_det.files import write_json
@@ -152,7 +152,7 @@ def _report(wanted: Wanted, *, decode: bool) -> dict[str, Any]:
     except DatasetError as error:
         print(printable(str(error), lines=True))
         return {"problems": {"file that cannot be read": {"count": 1, "examples": [str(error)]}}}
-    summary = summarise(checked)
+    summary = summarize(checked)
     problems = _problems(wanted, checked, summary)
     print(tabulate(_figures(checked, summary), tablefmt="github"), end="\n\n")
     print(_table(_categories(checked, summary)), end="\n\n")
@@ -168,7 +168,7 @@ def _report(wanted: Wanted, *, decode: bool) -> dict[str, Any]:
     }
 
 
-def _problems(wanted: Wanted, checked: CheckedJson, summary: DatasetSummary) -> Problems:
+def _problems(wanted: Wanted, checked: CheckedJson, summary: DatasetSummary) -> Issues:
     """What is wrong with the data set, and what would keep it from the use that is wanted."""
     problems = checked.unusable.copy()
     problems.update(checked.bad)
@@ -229,7 +229,7 @@ def _table(categories: list[dict[str, Any]]) -> str:
     return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=[1])
 
 
-def _print_problems(title: str, problems: Problems) -> None:
+def _print_problems(title: str, problems: Issues) -> None:
     if not problems:
         print(f"No {title}.\n")
         return
@@ -241,7 +241,7 @@ def _print_problems(title: str, problems: Problems) -> None:
     print(tabulate(rows, headers=headers, tablefmt="grid", maxcolwidths=[None, 36, 80]), end="\n\n")
 
 
-def _plain(problems: Problems) -> dict[str, Any]:
+def _plain(problems: Issues) -> dict[str, Any]:
     return {
         kind: {"count": count, "examples": problems.examples[kind]}
         for kind, count in problems.counts.items()

@@ -72,14 +72,14 @@ if __name__ == "__main__":
 from cascade_det.commands.errors import without_traceback
 from cascade_det.data.annotation_file import read_json
 from cascade_det.data.catalog import dataset_of_files
-from cascade_det.data.coco import CocoDataset, left_out_notes, load_dataset
-from cascade_det.data.issues import Problems, shown
+from cascade_det.data.coco import CocoDataset, left_out_warnings, load_dataset
+from cascade_det.data.issues import Issues, shown
 from cascade_det.data.predicted import is_of_predict, predicted_annotations
 from cascade_det.data.transforms import read_image
 from cascade_det.engine.log import setup_logging
 from cascade_det.errors import CascadeDetError, DatasetError
 from cascade_det.evaluation import score_results
-from cascade_det.evaluation.ap_warnings import too_many_objects_note
+from cascade_det.evaluation.ap_warnings import too_many_objects_warning
 from cascade_det.evaluation.average_precision import MAX_DETECTIONS
 from cascade_det.evaluation.ground_truth import load_ground_truth
 from cascade_det.files import write_json
@@ -154,9 +154,9 @@ def evaluate(
         *(coco_gt, kept, image_ids), score_threshold=score_threshold, max_detections=max_detections
     )
     notes += [
-        *too_many_objects_note(coco_gt, image_ids, max_detections, _LIMIT_OPTION, of_class=True),
+        *too_many_objects_warning(coco_gt, image_ids, max_detections, _LIMIT_OPTION, of_class=True),
         *results["notes"],
-        *left_out_notes(dataset, _BAD_DATA_OPTION),
+        *left_out_warnings(dataset, _BAD_DATA_OPTION),
     ]
     if dropped := len(predictions) - len(kept):
         notes.append(f"{dropped} of {len(predictions)} predictions are on images left out.")
@@ -194,7 +194,7 @@ def read_predictions(path: Path, dataset: CocoDataset) -> tuple[list[dict[str, A
             "Give a file like inference/coco_instances_results.json, or predictions.json of "
             "tools/predict.py."
         )
-    problems = Problems()
+    problems = Issues()
     for number, prediction in enumerate(predictions, start=1):
         for problem, value in _problems_of(prediction, image_ids, category_ids):
             problems.add(problem, _describe, number, value)

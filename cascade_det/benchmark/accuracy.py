@@ -12,7 +12,7 @@ from fvcore.common.config import CfgNode
 
 from cascade_det.config import check_config
 from cascade_det.engine.evaluate import evaluate_dataset
-from cascade_det.report.tables import Figures, stage_names, table
+from cascade_det.report.tables import Metrics, stage_names, table
 from cascade_det.standalone.evaluate import load_detector, test_loader
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def measure_accuracy(
     }
 
 
-def accuracy_section(results: Figures) -> str:
+def accuracy_section(results: Metrics) -> str:
     """What ``measure_accuracy`` gave, as a table: AP, and differences from the first."""
     rows = [Accuracy(**row) for row in results["settings"]]
     first = rows[0]
@@ -126,7 +126,7 @@ def _changed(cfg: CfgNode, options: Sequence[Any]) -> CfgNode:
     return changed
 
 
-def _accuracy(setting: str, results: Figures) -> Accuracy:
+def _accuracy(setting: str, results: Metrics) -> Accuracy:
     bbox, exits = results["bbox"], results["exits"]
     return Accuracy(
         setting,

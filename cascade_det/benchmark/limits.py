@@ -21,7 +21,7 @@ from cascade_det.benchmark.machine import Peaks, measure_peaks
 from cascade_det.benchmark.setup import Setup
 from cascade_det.benchmark.work import Work, count_work
 from cascade_det.engine.allocator import keep_freed_memory
-from cascade_det.report.tables import Figures, table
+from cascade_det.report.tables import Metrics, table
 
 # The fastest of them that runs is looked at.
 _CONTENDERS = ("ours-fast-exits", "ours-fast", "ours")
@@ -123,7 +123,7 @@ def find_limits(
     return [*limits, PartLimit("total", **sums, ratio=ratio)]
 
 
-def limits_section(results: Figures) -> str:
+def limits_section(results: Metrics) -> str:
     """What ``measure_limits`` gave, as a table in Markdown; empty of nothing."""
     if not results:
         return ""

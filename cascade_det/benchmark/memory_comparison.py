@@ -14,7 +14,7 @@ from cascade_det.benchmark.options import Options
 from cascade_det.benchmark.setup import Setup
 from cascade_det.benchmark.training import open_training_steps
 from cascade_det.engine.allocator import keep_freed_memory
-from cascade_det.report.tables import Figures, table
+from cascade_det.report.tables import Metrics, table
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def compare_memory(
     }
 
 
-def memory_sections(results: Figures) -> list[str]:
+def memory_sections(results: Metrics) -> list[str]:
     """What ``compare_memory`` gave, as tables in Markdown."""
     headers = ["contender", "above the model (MB)", "in all (MB)", f"of {_PEER}"]
     sections = []

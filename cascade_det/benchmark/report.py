@@ -8,7 +8,7 @@ from typing import Any
 from cascade_det.benchmark.accuracy import accuracy_section
 from cascade_det.benchmark.limits import limits_section
 from cascade_det.benchmark.memory_comparison import memory_sections
-from cascade_det.report.tables import Figures, table
+from cascade_det.report.tables import Metrics, table
 
 _STAGE_ORDER = ("preprocess", "backbone", "rpn")
 _TITLES = {
@@ -18,7 +18,7 @@ _TITLES = {
 }
 
 
-def format_benchmark(results: Figures) -> str:
+def format_benchmark(results: Metrics) -> str:
     """All tables of the results, as far as they were measured."""
     sections = [_settings_section(results), _contender_section(results)]
     for measurement, title in _TITLES.items():
@@ -35,13 +35,13 @@ def format_benchmark(results: Figures) -> str:
     return "\n\n".join(section for section in sections if section)
 
 
-def shown(spread: Figures, digits: int = 2) -> str:
+def shown(spread: Metrics, digits: int = 2) -> str:
     """A spread as ``median [low, high]``."""
     low, high = (f"{spread[end]:.{digits}f}" for end in ("low", "high"))
     return f"{spread['median']:.{digits}f} [{low}, {high}]"
 
 
-def _settings_section(results: Figures) -> str:
+def _settings_section(results: Metrics) -> str:
     machine, settings = results["machine"], results["settings"]
     rows = [
         *((name, _plain(value)) for name, value in machine.items()),
@@ -50,7 +50,7 @@ def _settings_section(results: Figures) -> str:
     return table("Machine and settings", ["", ""], rows, "")
 
 
-def _contender_section(results: Figures) -> str:
+def _contender_section(results: Metrics) -> str:
     rows = [
         *((name, text) for name, text in results["contenders"].items()),
         *((name, f"left out: {reason}") for name, reason in results["left_out"].items()),
@@ -58,7 +58,7 @@ def _contender_section(results: Figures) -> str:
     return table("Contenders", ["name", "what it is"], rows, "")
 
 
-def _comparison_sections(title: str, comparison: Figures) -> list[str]:
+def _comparison_sections(title: str, comparison: Metrics) -> list[str]:
     where = f"{title}: batch of {comparison['batch']}"
     if "proposals" in comparison:
         where += f", {comparison['proposals']} proposals"
@@ -85,14 +85,14 @@ def _comparison_sections(title: str, comparison: Figures) -> list[str]:
     return [*sections, *_agreement_section(comparison)]
 
 
-def _regions(figures: Figures) -> list[Any]:
+def _regions(figures: Metrics) -> list[Any]:
     if "entered" not in figures:
         return []
     by_stage = ", ".join(f"{count:g}" for count in figures["entered"])
     return [f"{figures['arrived']:g}: {by_stage}", f"{figures['detections']:g}"]
 
 
-def _agreement_section(comparison: Figures) -> list[str]:
+def _agreement_section(comparison: Metrics) -> list[str]:
     agreement = comparison.get("agreement")
     if not agreement:
         return []
@@ -114,8 +114,8 @@ def _agreement_section(comparison: Figures) -> list[str]:
     return [table(f"Detections beside those of {agreement['with']}", headers, rows, "")]
 
 
-def _parts_section(comparison: Figures) -> str:
-    contenders: Mapping[str, Figures] = comparison["contenders"]
+def _parts_section(comparison: Metrics) -> str:
+    contenders: Mapping[str, Metrics] = comparison["contenders"]
     parts = sorted({part for times in contenders.values() for part in times}, key=_part_order)
     rows = [
         [name, *(f"{times[part]['median']:.1f}" if part in times else "" for part in parts)]
@@ -131,7 +131,7 @@ def _part_order(part: str) -> tuple[int, str]:
     return len(_STAGE_ORDER) + (0 if part.startswith("stage") else 1), part
 
 
-def _bar_section(claims: Sequence[Figures]) -> str:
+def _bar_section(claims: Sequence[Metrics]) -> str:
     rows = [
         [
             claim["what"],

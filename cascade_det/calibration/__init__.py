@@ -1,1 +1,1 @@
-"""Exit thresholds chosen from a target: a record of the full cascade, a search on it, its report."""
+"""Exit thresholds from a target: a record of the full cascade, the search on it, its report."""

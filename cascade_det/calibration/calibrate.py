@@ -13,7 +13,7 @@ from fvcore.common.config import CfgNode
 
 from cascade_det.calibration.calibrator import Calibrator, split_images
 from cascade_det.calibration.image_matching import ImageMatcher
-from cascade_det.calibration.provenance import CalibrationSource
+from cascade_det.calibration.provenance import Provenance
 from cascade_det.calibration.recording import first_batches, fit_latency, record_dataset
 from cascade_det.calibration.report import FILES, CalibrationReport
 from cascade_det.calibration.sample import Sample
@@ -97,7 +97,7 @@ def _calibrate(
         )
     limit = detections_limit(cfg.TEST.DETECTIONS_PER_IMAGE)
     matcher = _checked_matcher(dataset, num_images, target, options.seed, limit)
-    source = CalibrationSource.of(
+    source = Provenance.of(
         cfg, dataset, num_images, device_name(next(detector.parameters()).device)
     )
     logger.info("Recording the full cascade on %d images of %s", num_images, dataset.source.name)

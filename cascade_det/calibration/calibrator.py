@@ -15,11 +15,11 @@ from cascade_det import config
 from cascade_det.calibration.bootstrap import Difference, paired_bootstrap
 from cascade_det.calibration.image_matching import ImageMatcher
 from cascade_det.calibration.latency_model import LatencyModel
-from cascade_det.calibration.progress import LongWork
+from cascade_det.calibration.progress import Progress
 from cascade_det.calibration.risk_bounds import hoeffding_bentkus_p_value
 from cascade_det.calibration.risk_control import fixed_sequence, pareto_front
 from cascade_det.calibration.score_calibration import ScoreCalibration, fit_score_calibration
-from cascade_det.calibration.search import Search, Setting, exit_knobs
+from cascade_det.calibration.search import Search, Setting, exit_parameters
 from cascade_det.calibration.target import Target
 from cascade_det.calibration.trials import ExitTrials, Outcome, Recording, Trial
 from cascade_det.core import ExitPolicy
@@ -100,7 +100,7 @@ class Calibrator:
         self.others = ExitTrials(recording.of_images(reporting), matcher, score=score)
         records = self.trials.recording.records
         self.search = Search(
-            exit_knobs(
+            exit_parameters(
                 num_stages=self.num_stages,
                 objectness=torch.cat([torch.sigmoid(r.objectness) for r in records]).numpy(),
                 proposals_per_image=self.trials.recording.most_proposals,
@@ -115,7 +115,7 @@ class Calibrator:
 
     def try_settings(self, most_trials: int) -> None:
         """Search, and show how far it is."""
-        with LongWork("Trying settings", most_trials) as work:
+        with Progress("Trying settings", most_trials) as work:
             self.search.on_trial = work.step
             self.search.search(most_trials)
 
@@ -205,7 +205,7 @@ class Calibrator:
     def _with_drop(self, most: float) -> Places:
         tried, full = self.search.tried, self.trials.full
         good = [p for p in tried if full.figures["AP"] - tried[p].figures["AP"] <= most]
-        with LongWork("Judging settings", len(good)) as work:
+        with Progress("Judging settings", len(good)) as work:
             for places in sorted(good, key=lambda p: tried[p].work):
                 trial = self.trials.run(self.policy(self.search.setting(places)))
                 change = paired_bootstrap(full.matched, trial.matched, rounds=BOOTSTRAP_ROUNDS)

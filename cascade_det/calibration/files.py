@@ -8,7 +8,7 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from cascade_det import config
-from cascade_det.calibration.provenance import CalibrationSource
+from cascade_det.calibration.provenance import Provenance
 from cascade_det.calibration.search import Setting
 from cascade_det.config.keys import as_lists
 from cascade_det.files import atomic_path
@@ -23,7 +23,7 @@ def write_exits(
     *,
     loss: tuple[float, float],
     score: float,
-    source: CalibrationSource,
+    source: Provenance,
     device: str = "",
 ) -> None:
     """Write exits; those that a setting does not name are off.

@@ -140,7 +140,7 @@ def _reported(record: CascadeRecord, rows: Tensor, classes: Tensor) -> tuple[Ten
     """What each stage says of D detections: the top class ``[S, D]``, the box ``[S, D, 4]``."""
     top, boxes = [], []
     for stage in range(record.num_stages):
-        run = record.run(record.start(), stage)
+        run = record.run_stage(record.start(), stage)
         top.append(record.reported(run, stage)[rows, :-1].argmax(dim=1))
         per_class = run.decoded.unflatten(1, (-1, 4))
         boxes.append(per_class[rows, classes if per_class.shape[1] > 1 else 0])

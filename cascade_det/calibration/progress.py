@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 SECONDS = 15.0
 
 
-class LongWork:
+class Progress:
     """A context that is told of each step.
 
     Args:
@@ -33,7 +33,7 @@ class LongWork:
         self._told = clock()
         self._bar = tqdm(total=total, desc=what, disable=None, leave=False)
 
-    def __enter__(self) -> LongWork:
+    def __enter__(self) -> Progress:
         return self
 
     def step(self, count: int = 1) -> None:

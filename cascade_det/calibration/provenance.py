@@ -17,7 +17,7 @@ from cascade_det.weights.transfer import sha256_of
 
 
 @dataclass(frozen=True)
-class CalibrationSource:
+class Provenance:
     """Names and hashes.
 
     Attributes:
@@ -45,7 +45,7 @@ class CalibrationSource:
     @classmethod
     def of(
         cls, cfg: CfgNode, dataset: CocoDataset, num_images: int, device_name: str
-    ) -> CalibrationSource:
+    ) -> Provenance:
         """Those of a detector that was loaded by a configuration, on the images of a data set."""
         weights = cfg.MODEL.WEIGHTS
         file = local_path(weights) if weights else None

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from cascade_det.calibration.latency_model import LatencyModel
-from cascade_det.calibration.progress import LongWork
+from cascade_det.calibration.progress import Progress
 from cascade_det.calibration.trials import Frame, Recording
 from cascade_det.core import CascadeHead, CascadeInputs, DetectorOutput, ExitPolicy, PartTimer
 from cascade_det.core.modes import evaluation_mode
@@ -80,7 +80,7 @@ def record_dataset(detector: Any, loader: BatchLoader, most_images: int) -> Reco
             work.step(len(batch))
 
     with (
-        LongWork("Recording images", most_images) as work,
+        Progress("Recording images", most_images) as work,
         evaluation_mode(detector),
         torch.no_grad(),
     ):
@@ -147,7 +147,7 @@ def time_policies(
     calls = len(policies) * (1 + len(batches) * rounds)
     try:
         with (
-            LongWork("Measuring calls", calls) as work,
+            Progress("Measuring calls", calls) as work,
             evaluation_mode(detector),
             torch.no_grad(),
         ):

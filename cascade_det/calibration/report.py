@@ -34,8 +34,8 @@ from cascade_det.calibration.front import (
 from cascade_det.calibration.image_matching import MatchedDetections
 from cascade_det.calibration.latency_model import LatencyModel
 from cascade_det.calibration.profiles import PROMISES, Profiles
-from cascade_det.calibration.progress import LongWork
-from cascade_det.calibration.provenance import CalibrationSource
+from cascade_det.calibration.progress import Progress
+from cascade_det.calibration.provenance import Provenance
 from cascade_det.calibration.recording import time_policies, truncated_cascades
 from cascade_det.calibration.risk_bounds import wsr_ucb
 from cascade_det.calibration.score_calibration import expected_calibration_error
@@ -84,7 +84,7 @@ class CalibrationReport:
         calibration: Calibration,
         target: Target,
         latency: LatencyModel,
-        source: CalibrationSource,
+        source: Provenance,
         output_dir: Path,
     ) -> dict[str, Any]:
         """Compare, tell and write ``FILES``, of the profiles those that keep their promise."""
@@ -212,7 +212,7 @@ class CalibrationReport:
         name: str,
         setting: Setting,
         *,
-        source: CalibrationSource,
+        source: Provenance,
         output_dir: Path,
         device: str = "",
     ) -> None:
@@ -279,7 +279,7 @@ class CalibrationReport:
         policies = {name: self.calibrator.policy(one) for name, one in settings.items()}
         # By lot twice, oracles four times: see ``compare``.
         most = 1 + len(policies) + self.calibrator.num_stages - 1 + len(PROPOSALS) + 2 + 4
-        with LongWork("Comparing", most) as work:
+        with Progress("Comparing", most) as work:
             return compare(
                 self.calibrator.others,
                 policies,

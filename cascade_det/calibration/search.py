@@ -18,12 +18,12 @@ from cascade_det.calibration.trials import Outcome
 Setting = dict[str, Any]
 
 # Percent points of loss that a search pays for the whole work: small ones stay near the full AP.
-PRICES = (0.05, 0.2, 0.8, 3.0, 12.0)
+TRADE_OFFS = (0.05, 0.2, 0.8, 3.0, 12.0)
 PASSES = 2
 
 
 @dataclass(frozen=True)
-class Knob:
+class Parameter:
     """Something to turn.
 
     Attributes:
@@ -48,7 +48,7 @@ class Search:
         tried: outcomes by the places of the knobs.
     """
 
-    knobs: Sequence[Knob]
+    knobs: Sequence[Parameter]
     run: Callable[[Setting], Outcome]
     on_trial: Callable[[], object] = lambda: None
     tried: dict[tuple[int, ...], Outcome] = field(default_factory=dict)
@@ -79,7 +79,7 @@ class Search:
             most_trials: never try more, from 1 on.
         """
         places = [0] * len(self.knobs)
-        for price in PRICES:
+        for price in TRADE_OFFS:
             for _ in range(PASSES):
                 before = list(places)
                 for index in range(len(self.knobs)):
@@ -110,13 +110,13 @@ def loss_of(trial: Outcome, full: Outcome) -> float:
     return max(drop, 0.0) + lost
 
 
-def exit_knobs(
+def exit_parameters(
     *,
     num_stages: int,
     objectness: npt.NDArray[np.float32],
     proposals_per_image: int,
     learned: Sequence[str] = (),
-) -> list[Knob]:
+) -> list[Parameter]:
     """The knobs that a search turns.
 
     Args:
@@ -129,21 +129,25 @@ def exit_knobs(
     objectness_knob = [{"PROPOSAL_THRESHOLD": value} for value in _thresholds(objectness)]
     first, later = ([n for n in m if n < proposals_per_image] for m in (_PROPOSALS, _REGIONS))
     knobs = [
-        Knob("redundancy", ({}, *({"REDUNDANCY_IOU": v} for v in _REDUNDANCY))),
+        Parameter("redundancy", ({}, *({"REDUNDANCY_IOU": v} for v in _REDUNDANCY))),
         *(
-            Knob(f"pruning after stage {s}", _places("PRUNE_THRESHOLDS", _PRUNE, s, gates, 0.0))
+            Parameter(
+                f"pruning after stage {s}", _places("PRUNE_THRESHOLDS", _PRUNE, s, gates, 0.0)
+            )
             for s in range(gates)
         ),
-        Knob("objectness", ({}, *objectness_knob)),
-        Knob("proposals", _places("REGION_BUDGET", first, 0, num_stages, 0)),
+        Parameter("objectness", ({}, *objectness_knob)),
+        Parameter("proposals", _places("REGION_BUDGET", first, 0, num_stages, 0)),
         *(
-            Knob(f"regions in stage {s}", _places("REGION_BUDGET", later, s, num_stages, 0))
+            Parameter(f"regions in stage {s}", _places("REGION_BUDGET", later, s, num_stages, 0))
             for s in range(1, num_stages)
         ),
     ]
     if "pruner" in learned:
         knobs += [
-            Knob(f"pruner at gate {g}", _places("PRUNER_THRESHOLDS", _PRUNER, g, num_stages, 0.0))
+            Parameter(
+                f"pruner at gate {g}", _places("PRUNER_THRESHOLDS", _PRUNER, g, num_stages, 0.0)
+            )
             for g in range(num_stages)
         ]
     localisation = "predicted_iou" if "iou_head" in learned else "refinement"
@@ -156,7 +160,7 @@ def exit_knobs(
         }
         for t, iou in _ACCEPT
     ]
-    return [*knobs, Knob("acceptance", ({}, *accepted))]
+    return [*knobs, Parameter("acceptance", ({}, *accepted))]
 
 
 def usual_settings(num_stages: int, learned: Sequence[str] = ()) -> dict[str, Setting]:

@@ -166,7 +166,7 @@ def _check_frozen(cfg: CfgNode) -> Iterator[str]:
 
 
 def training_arguments(cfg: CfgNode) -> dict[str, Any]:
-    """Arguments of ``core.build_regime``."""
+    """Arguments of ``core.build_training_schedule``."""
     training, stages = cfg.MODEL.CASCADE.TRAINING, len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)
     dynamic, end = training.DYNAMIC, tuple(map(float, training.STAGE_LOSS_WEIGHTS_END))
     return {

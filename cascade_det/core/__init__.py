@@ -14,7 +14,7 @@ from cascade_det.core.structures import (
     PartTimer,
     StageOutput,
 )
-from cascade_det.core.training_schedule import TrainingRegime, build_regime
+from cascade_det.core.training_schedule import TrainingSchedule, build_training_schedule
 
 __all__ = [
     "EXIT_REASONS",
@@ -30,7 +30,7 @@ __all__ = [
     "PartTimer",
     "RoIPooler",
     "StageOutput",
-    "TrainingRegime",
+    "TrainingSchedule",
     "build_exits",
-    "build_regime",
+    "build_training_schedule",
 ]

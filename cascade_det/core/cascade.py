@@ -13,18 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from cascade_det.core.cascade_losses import cascade_losses
-from cascade_det.core.cascade_targets import TrainingRules
+from cascade_det.core.cascade_targets import CascadeTargets
 from cascade_det.core.ensemble import ScoreEnsemble
 from cascade_det.core.exit_losses import exit_losses
 from cascade_det.core.exits import ExitPolicy
 from cascade_det.core.fast_heads import common_dtype, fast_box_heads
 from cascade_det.core.matching import LabelledRegions, Targets
 from cascade_det.core.modes import in_evaluation_mode
-from cascade_det.core.record import CascadeRecord, select_scored
-from cascade_det.core.regions import Regions, Scored
+from cascade_det.core.postprocess import select_reported
+from cascade_det.core.record import CascadeRecord
+from cascade_det.core.regions import Regions, ReportedRegions
 from cascade_det.core.roi_pooling import Pyramid, RoIPooler
-from cascade_det.core.stage_network import Network
-from cascade_det.core.stage_runner import Walker, part
+from cascade_det.core.stage_network import StageNetwork
+from cascade_det.core.stage_runner import StageRunner, part
 from cascade_det.core.structures import (
     CascadeInputs,
     CascadeStats,
@@ -33,7 +34,7 @@ from cascade_det.core.structures import (
     StageOutput,
 )
 from cascade_det.core.structures.boxes import Weights, flatten_images
-from cascade_det.core.training_schedule import TrainingRegime
+from cascade_det.core.training_schedule import TrainingSchedule
 
 ImageSizes = Sequence[tuple[int, int]]
 
@@ -87,7 +88,7 @@ class CascadeHead(nn.Module):
         nms_thresh: float = 0.5,
         detections_per_image: int = 100,
         exits: ExitPolicy | None = None,
-        regime: TrainingRegime | None = None,
+        regime: TrainingSchedule | None = None,
     ) -> None:
         super().__init__()
         self.num_stages = len(ious)
@@ -111,7 +112,7 @@ class CascadeHead(nn.Module):
         self.box_predictor = nn.ModuleList(box_predictors)
         self.num_classes = num_classes
         self.bbox_reg_weights = tuple(bbox_reg_weights)
-        self.training_rules = TrainingRules(
+        self.training_rules = CascadeTargets(
             num_classes=num_classes,
             ious=tuple(ious),
             bbox_reg_weights=self.bbox_reg_weights,
@@ -123,7 +124,7 @@ class CascadeHead(nn.Module):
             positive_fraction=positive_fraction,
             proposal_append_gt=proposal_append_gt,
         )
-        self.regime = regime or TrainingRegime(num_stages=self.num_stages)
+        self.regime = regime or TrainingSchedule(num_stages=self.num_stages)
         self.ensemble = ScoreEnsemble(ensemble)
         self.score_thresh = score_thresh
         self.nms_thresh = nms_thresh
@@ -260,7 +261,7 @@ class CascadeHead(nn.Module):
                 image_sizes,
                 agreements=exits is not None and exits.asks_for_agreements,
             )
-        walker = Walker(
+        runner = StageRunner(
             network,
             num_stages=self.num_stages,
             ensemble=self.ensemble,
@@ -268,17 +269,17 @@ class CascadeHead(nn.Module):
             deadline=deadline,
             timer=timer,
         )
-        scored = walker.walk(regions)
+        scored = runner.run(regions)
         device = regions.boxes.device
         if deadline is not None:
             deadline.stages_are_done(device)
         with part(timer, "postprocess"):
             detections = self._select(scored, regions, len(image_sizes))
         if deadline is not None:
-            walker.stats.overrun_ms = deadline.finish(device)
+            runner.stats.overrun_ms = deadline.finish(device)
         if timer is not None:
-            walker.stats.milliseconds = timer.milliseconds
-        return detections, walker.stats
+            runner.stats.milliseconds = timer.milliseconds
+        return detections, runner.stats
 
     def now(self) -> float | None:
         """Reading of the time budget's clock, for ``started``; ``None`` where there is none."""
@@ -306,7 +307,7 @@ class CascadeHead(nn.Module):
         for stage in range(self.num_stages):
             before = regions.boxes
             with part(timer, f"full/stage{stage}"):
-                run = network.run(regions, stage)
+                run = network.run_stage(regions, stage)
             regions = run.regions
             probs = network.reported(run, stage)
             if self.exits is not None:
@@ -362,14 +363,16 @@ class CascadeHead(nn.Module):
         image_sizes: ImageSizes,
         *,
         agreements: bool = False,
-    ) -> tuple[Network, Regions]:
+    ) -> tuple[StageNetwork, Regions]:
         regions = Regions.of_proposals(proposals, objectness, image_sizes)
         pyramid = self.pooler.prepare(features, dtype=common_dtype(self.box_head))
         return self.network(pyramid, len(image_sizes), agreements=agreements), regions
 
-    def network(self, pyramid: Pyramid, num_images: int, *, agreements: bool = False) -> Network:
-        """The stages on maps that the pooler made ready; see ``Network``."""
-        return Network(
+    def network(
+        self, pyramid: Pyramid, num_images: int, *, agreements: bool = False
+    ) -> StageNetwork:
+        """The stages on maps that the pooler made ready; see ``StageNetwork``."""
+        return StageNetwork(
             *(pyramid, num_images),
             pooler=self.pooler,
             crop_pooler=self.crop_pooler,
@@ -381,12 +384,14 @@ class CascadeHead(nn.Module):
             counts_agreements=agreements,
         )
 
-    def _select(self, scored: list[Scored], rest: Regions, num_images: int) -> list[Detections]:
+    def _select(
+        self, scored: list[ReportedRegions], rest: Regions, num_images: int
+    ) -> list[Detections]:
         if not scored:
             none = rest.image_index[:0]
             probs = rest.boxes.new_zeros(0, self.num_classes + 1)
-            scored = [Scored(rest.boxes[:0], probs, none, none, none)]
-        return select_scored(
+            scored = [ReportedRegions(rest.boxes[:0], probs, none, none, none)]
+        return select_reported(
             scored,
             num_images,
             score_thresh=self.score_thresh,

@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from cascade_det.core.cascade_targets import TrainingRules
+from cascade_det.core.cascade_targets import CascadeTargets
 from cascade_det.core.ensemble import ScoreEnsemble
 from cascade_det.core.matching import LabelledRegions, Targets
 from cascade_det.core.prefix_loss import prefix_loss
-from cascade_det.core.structures.boxes import image_limits, is_nonempty
-from cascade_det.core.training_schedule import TrainingRegime
-from cascade_det.core.training_stage import StagePass
+from cascade_det.core.structures.boxes import image_bounds, is_nonempty
+from cascade_det.core.training_schedule import TrainingSchedule
+from cascade_det.core.training_stage import TrainingStage
 
-Figures = dict[str, Tensor]
+Metrics = dict[str, Tensor]
 
 
 def cascade_losses(
@@ -24,10 +24,10 @@ def cascade_losses(
     targets: Targets,
     image_sizes: Sequence[tuple[int, int]],
     *,
-    rules: TrainingRules,
-    regime: TrainingRegime,
+    rules: CascadeTargets,
+    regime: TrainingSchedule,
     ensemble: ScoreEnsemble,
-) -> tuple[Figures, Figures]:
+) -> tuple[Metrics, Metrics]:
     """Losses and metrics of all stages.
 
     Args:
@@ -45,12 +45,12 @@ def cascade_losses(
     """
     of_stage = [regime.rules(rules, stage) for stage in range(len(rules.ious))]
     rows = torch.arange(len(regions), device=regions.boxes.device)
-    limits = image_limits(image_sizes, torch.arange(len(image_sizes), device=rows.device))
-    passes: list[StagePass] = []
-    metrics: Figures = {}
+    limits = image_bounds(image_sizes, torch.arange(len(image_sizes), device=rows.device))
+    passes: list[TrainingStage] = []
+    metrics: Metrics = {}
     for stage, now in enumerate(of_stage):
         logits, deltas = run_stage(stage, regions)
-        passes.append(StagePass(regions, rows, logits, deltas))
+        passes.append(TrainingStage(regions, rows, logits, deltas))
         own_limits = limits[regions.image_index]
         refined = now.refine(stage, logits, deltas, regions, targets, own_limits)
         metrics |= now.metrics(stage, logits, regions, refined, len(image_sizes))

@@ -20,11 +20,11 @@ from cascade_det.core.structures.boxes import (
     flatten_images,
     select_class,
 )
-from cascade_det.core.training_stage import StagePass
+from cascade_det.core.training_stage import TrainingStage
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingRules:
+class CascadeTargets:
     """The rules of training, without parameters of their own; fields as in ``CascadeHead``."""
 
     num_classes: int
@@ -57,12 +57,12 @@ class TrainingRules:
             num_classes=self.num_classes,
         )
 
-    def class_loss(self, stage: int, run: StagePass) -> Tensor:
+    def class_loss(self, stage: int, run: TrainingStage) -> Tensor:
         """Weighted class loss of one stage (arXiv 1712.00726, equation 8)."""
         loss = classification_loss(run.logits, run.regions.gt_classes)
         return self.stage_loss_weights[stage] * loss
 
-    def regression_loss(self, stage: int, run: StagePass) -> Tensor:
+    def regression_loss(self, stage: int, run: TrainingStage) -> Tensor:
         """Weighted box loss of one stage, of its foreground."""
         rows = self.foreground(run.regions)
         foreground = run.regions[rows]
@@ -104,7 +104,7 @@ class TrainingRules:
             deltas: ``[R, 4]`` or ``[R, 4 K]``.
             regions: labelled for this stage.
             targets: ground truth of the batch.
-            limits: float32 ``[R, 4]``, see ``image_limits``.
+            limits: float32 ``[R, 4]``, see ``image_bounds``.
         """
         top_class = logits[:, :-1].argmax(dim=1)
         classes = torch.where(self._is_foreground(regions), regions.gt_classes, top_class)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from cascade_det.core.cascade_targets import TrainingRules
+from cascade_det.core.cascade_targets import CascadeTargets
 from cascade_det.core.matching import LabelledRegions, Targets
 from cascade_det.core.structures.boxes import Weights, encode_boxes
-from cascade_det.core.training_stage import StagePass
+from cascade_det.core.training_stage import TrainingStage
 
 
 class DynamicTargets(nn.Module):
@@ -107,8 +107,8 @@ class DynamicTargets(nn.Module):
     @torch.no_grad()
     def finish_pass(
         self,
-        passes: Sequence[StagePass],
-        rules: Sequence[TrainingRules],
+        passes: Sequence[TrainingStage],
+        rules: Sequence[CascadeTargets],
         targets: Targets,
         num_images: int,
     ) -> dict[str, Tensor]:

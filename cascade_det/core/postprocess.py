@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
+from cascade_det.core.regions import ReportedRegions
 from cascade_det.core.structures import Detections, StageOutput
 from cascade_det.core.structures.boxes import is_nonempty
 
@@ -58,6 +59,27 @@ def select_detections(
             kept = kept[:detections_per_image]
         detections.append(of_image[kept])
     return detections
+
+
+def select_reported(
+    scored: Sequence[ReportedRegions],
+    num_images: int,
+    *,
+    score_thresh: float,
+    nms_thresh: float,
+    detections_per_image: int,
+) -> list[Detections]:
+    """Detections of what regions are reported as; arguments as in ``select_detections``."""
+    return select_detections(
+        torch.cat([s.boxes for s in scored]),
+        torch.cat([s.probs for s in scored]),
+        torch.cat([s.image_index for s in scored]),
+        torch.cat([s.exit_stages for s in scored]),
+        num_images=num_images,
+        score_thresh=score_thresh,
+        nms_thresh=nms_thresh,
+        detections_per_image=detections_per_image,
+    )
 
 
 def rescale_detections(

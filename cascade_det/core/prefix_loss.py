@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cascade_det.core.ensemble import ScoreEnsemble
-from cascade_det.core.training_stage import StagePass
+from cascade_det.core.training_stage import TrainingStage
 
 
-def prefix_loss(passes: Sequence[StagePass], ensemble: ScoreEnsemble) -> Tensor:
+def prefix_loss(passes: Sequence[TrainingStage], ensemble: ScoreEnsemble) -> Tensor:
     """Mean class loss of the ensembles of all non-empty subsets of the stages.
 
     MUTATION (MERIT, arXiv 2303.16892) sums one loss for each subset of the outputs,

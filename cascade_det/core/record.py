@@ -1,8 +1,8 @@
 """What every region of some images saw at every stage of the full cascade.
 
-Exit rules are tried on a record without the network: the way that ``Walker`` leads the regions is
-the same, only that a record hands it what a network would compute. N images, R regions of all of
-them, S stages, K foreground classes. Boxes are float32 XYXY in pixels of the resized images.
+Exit rules are tried on a record without the network: ``StageRunner`` takes the same steps, and the
+record hands it what a network would compute. N images, R regions of all of them, S stages,
+K foreground classes. Boxes are float32 XYXY in pixels of the resized images.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from cascade_det.core.ensemble import ScoreEnsemble
 from cascade_det.core.exits import ExitPolicy, RegionView
-from cascade_det.core.postprocess import select_detections
-from cascade_det.core.regions import Regions, Scored, StageRun
-from cascade_det.core.stage_runner import Walker
+from cascade_det.core.postprocess import select_reported
+from cascade_det.core.regions import Regions, ReportedRegions, StageResult
+from cascade_det.core.stage_runner import StageRunner
 from cascade_det.core.structures import CascadeStats, Detections
-from cascade_det.core.structures.boxes import image_limits
+from cascade_det.core.structures.boxes import image_bounds
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Replay:
         entered: int64 ``[S, N]``, regions of each image that enter each stage.
     """
 
-    scored: list[Scored]
+    scored: list[ReportedRegions]
     stats: CascadeStats
     entered: Tensor
 
@@ -130,7 +130,7 @@ class CascadeRecord:
 
     def start(self) -> Regions:
         """All regions, before stage 0."""
-        limits = image_limits(self.image_sizes, self.image_index)
+        limits = image_bounds(self.image_sizes, self.image_index)
         rows = torch.arange(len(self.proposals), device=self.proposals.device)
         return Regions(self.proposals, self.image_index, limits, self.objectness, rows)
 
@@ -159,7 +159,7 @@ class CascadeRecord:
             predicted_ious=of_stage.predicted_ious,
         )
 
-    def run(self, regions: Regions, stage: int) -> StageRun:
+    def run_stage(self, regions: Regions, stage: int) -> StageResult:
         """The outcome of a stage for some of the regions."""
         of_stage, rows = self.stages[stage], regions.rows
         ious = of_stage.predicted_ious
@@ -174,9 +174,9 @@ class CascadeRecord:
             agreements=of_stage.agreements[rows],
             predicted_ious=None if ious is None else ious[rows],
         )
-        return StageRun(refined, of_stage.decoded[rows])
+        return StageResult(refined, of_stage.decoded[rows])
 
-    def reported(self, run: StageRun, stage: int) -> Tensor:
+    def reported(self, run: StageResult, stage: int) -> Tensor:
         """Class probabilities ``[R, K + 1]`` of regions that leave after ``stage``."""
         reported = self.stages[stage].reported
         if reported is not None:
@@ -201,21 +201,21 @@ class CascadeRecord:
             num_stages: of the cascade, if it stops before the last one.
         """
         source = _Source(self)
-        walker = Walker(
+        runner = StageRunner(
             source,
             num_stages=num_stages or self.num_stages,
             ensemble=self.ensemble,
             policy=policy,
         )
-        scored = walker.walk(self.start())
-        return Replay(scored, walker.stats, source.entered)
+        scored = runner.run(self.start())
+        return Replay(scored, runner.stats, source.entered)
 
-    def select(self, scored: Sequence[Scored]) -> list[Detections]:
+    def select(self, scored: Sequence[ReportedRegions]) -> list[Detections]:
         """Detections of every image, in pixels of the resized ones."""
         if not scored:  # no proposal entered stage 0
             last, none = self.stages[-1], self.image_index[:0]
-            scored = [Scored(last.decoded[:0], last.total[:0], none, none, none)]
-        return select_scored(
+            scored = [ReportedRegions(last.decoded[:0], last.total[:0], none, none, none)]
+        return select_reported(
             scored,
             self.num_images,
             score_thresh=self.score_thresh,
@@ -233,9 +233,9 @@ class _Source:
         self.entered = record.image_index.new_zeros(record.num_stages, record.num_images)
         self._record = record
 
-    def run(self, regions: Regions, stage: int) -> StageRun:
+    def run_stage(self, regions: Regions, stage: int) -> StageResult:
         self.entered[stage] = torch.bincount(regions.image_index, minlength=self.num_images)
-        return self._record.run(regions, stage)
+        return self._record.run_stage(regions, stage)
 
 
 def join_records(records: Sequence[CascadeRecord]) -> CascadeRecord:
@@ -265,27 +265,6 @@ def join_records(records: Sequence[CascadeRecord]) -> CascadeRecord:
         nms_thresh=first.nms_thresh,
         detections_per_image=first.detections_per_image,
         **_join([{name: getattr(record, name) for name in names} for record in records]),
-    )
-
-
-def select_scored(
-    scored: Sequence[Scored],
-    num_images: int,
-    *,
-    score_thresh: float,
-    nms_thresh: float,
-    detections_per_image: int,
-) -> list[Detections]:
-    """Detections of what regions are reported as; arguments as in ``select_detections``."""
-    return select_detections(
-        torch.cat([s.boxes for s in scored]),
-        torch.cat([s.probs for s in scored]),
-        torch.cat([s.image_index for s in scored]),
-        torch.cat([s.exit_stages for s in scored]),
-        num_images=num_images,
-        score_thresh=score_thresh,
-        nms_thresh=nms_thresh,
-        detections_per_image=detections_per_image,
     )
 
 

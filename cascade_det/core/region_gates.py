@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cascade_det.core.training_stage import StagePass
+from cascade_det.core.training_stage import TrainingStage
 
 GATES = ("hard", "soft")
 # The smallest weight before normalisation: no region is lost to any stage.
@@ -52,7 +52,7 @@ class RegionGates:
 
     @torch.no_grad()
     def weights(
-        self, passes: Sequence[StagePass], stage_weights: Sequence[float]
+        self, passes: Sequence[TrainingStage], stage_weights: Sequence[float]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """S tensors ``[R_s]`` each: the weights, and eligibilities in [0, 1]."""
         left = passes[0].logits.new_ones(len(passes[0].rows), dtype=torch.float32)
@@ -68,7 +68,7 @@ class RegionGates:
         normalised = [w / total[run.rows] for w, run in zip(weights, passes, strict=True)]
         return normalised, eligibilities
 
-    def _settled(self, run: StagePass) -> Tensor:
+    def _settled(self, run: TrainingStage) -> Tensor:
         """``[R_s]`` in [0, 1]: how far a stage settles its regions."""
         probs, labels = torch.softmax(run.logits.float(), dim=1), run.regions.gt_classes
         if self.kind == "hard":

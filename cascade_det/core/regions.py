@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade_det.core.structures.boxes import flatten_images, image_limits
+from cascade_det.core.structures.boxes import flatten_images, image_bounds
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Regions:
     Attributes:
         boxes: float32 ``[R, 4]``.
         image_index: int64 ``[R]``, rising.
-        limits: float32 ``[R, 4]``, see ``image_limits``.
+        limits: float32 ``[R, 4]``, see ``image_bounds``.
         objectness: float32 ``[R]``, logits of the proposals.
         rows: int64 ``[R]``, which of the proposals of the batch each region was.
         boxes_before: float32 ``[R, 4]``, what the last stage cropped; ``None`` before stage 0,
@@ -61,7 +61,7 @@ class Regions:
             image_sizes: N ``(height, width)``.
         """
         boxes, image_index = flatten_images(proposals)
-        limits = image_limits(image_sizes, image_index)
+        limits = image_bounds(image_sizes, image_index)
         logits = boxes.new_zeros(boxes.shape[0]) if objectness is None else torch.cat([*objectness])
         rows = torch.arange(boxes.shape[0], device=boxes.device)
         return cls(boxes, image_index, limits, logits, rows)
@@ -76,7 +76,7 @@ class Regions:
 
 
 @dataclass
-class StageRun:
+class StageResult:
     """What a stage made of the regions that entered it.
 
     Attributes:
@@ -91,18 +91,20 @@ class StageRun:
     pooled: Tensor | None = None
     hidden: Tensor | None = None
 
-    def __getitem__(self, index: Tensor) -> StageRun:
+    def __getitem__(self, index: Tensor) -> StageResult:
         pooled, hidden = (None if x is None else x[index] for x in (self.pooled, self.hidden))
-        return StageRun(self.regions[index], self.decoded[index], pooled, hidden)
+        return StageResult(self.regions[index], self.decoded[index], pooled, hidden)
 
-    def scored(self, probs: Tensor, stage: int) -> Scored:
+    def scored(self, probs: Tensor, stage: int) -> ReportedRegions:
         """The regions as they are reported after ``stage``, with ``probs`` ``[R, K + 1]``."""
         image_index, rows = self.regions.image_index, self.regions.rows
-        return Scored(self.decoded, probs, image_index, torch.full_like(image_index, stage), rows)
+        return ReportedRegions(
+            self.decoded, probs, image_index, torch.full_like(image_index, stage), rows
+        )
 
 
 @dataclass
-class Scored:
+class ReportedRegions:
     """What regions are reported as.
 
     Attributes:

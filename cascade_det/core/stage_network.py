@@ -15,13 +15,13 @@ from cascade_det.core.ensemble import ScoreEnsemble
 from cascade_det.core.exits.learned import LearnedParts
 from cascade_det.core.fast_heads import FastBoxHead
 from cascade_det.core.record import RecordedStage
-from cascade_det.core.regions import Regions, StageRun
+from cascade_det.core.regions import Regions, StageResult
 from cascade_det.core.roi_pooling import Pyramid, RoIPooler
 from cascade_det.core.structures.boxes import Weights, clip_boxes, decode_boxes, select_class
 
 
-class Network:
-    """Computes what a ``Walker`` asks for.
+class StageNetwork:
+    """Computes what a ``StageRunner`` asks for.
 
     Args:
         pyramid: features that ``pooler`` made ready.
@@ -61,7 +61,7 @@ class Network:
         self.learned = learned
         self.counts_agreements = counts_agreements
 
-    def run(self, regions: Regions, stage: int) -> StageRun:
+    def run_stage(self, regions: Regions, stage: int) -> StageResult:
         """Pool, classify and refine the regions that enter a stage."""
         pooled, hidden = self._hidden(regions, stage)
         logits, deltas = self.box_predictors[stage](hidden)
@@ -78,7 +78,7 @@ class Network:
             agreements=agreements,
             predicted_ious=self._predicted_ious(hidden, stage),
         )
-        return StageRun(refined, decoded, pooled, hidden)
+        return StageResult(refined, decoded, pooled, hidden)
 
     def _hidden(self, regions: Regions, stage: int) -> tuple[Tensor | None, Tensor]:
         """Crops ``[R, C, P, P]``, if they are of use later, and what a box head makes of them."""
@@ -95,7 +95,7 @@ class Network:
         pooled = self.pooler(self.pyramid, boxes, image_index)
         return pooled, head(pooled)
 
-    def reported(self, run: StageRun, stage: int) -> Tensor:
+    def reported(self, run: StageResult, stage: int) -> Tensor:
         """Class probabilities ``[R, K + 1]`` of regions that leave after ``stage``."""
         if not self.ensemble.reruns_heads:
             return self.ensemble.probs(run.regions.total, stage + 1)
@@ -120,7 +120,7 @@ class Network:
         """
         stages = []
         for stage in range(num_stages):
-            run = self.run(regions, stage)
+            run = self.run_stage(regions, stage)
             regions = run.regions
             assert regions.total is not None
             assert regions.agreements is not None

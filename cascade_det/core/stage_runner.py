@@ -14,26 +14,26 @@ from torch import Tensor
 from cascade_det.core.ensemble import ScoreEnsemble
 from cascade_det.core.exits import BEFORE_STAGES, KEPT, Accepted, ExitPolicy, RegionView
 from cascade_det.core.exits.budget import Deadline
-from cascade_det.core.regions import Regions, Scored, StageRun
+from cascade_det.core.regions import Regions, ReportedRegions, StageResult
 from cascade_det.core.structures import CascadeStats, PartTimer
 
 
-class Source(Protocol):
+class StageSource(Protocol):
     """Where the outcome of a stage comes from."""
 
     num_images: int
 
-    def run(self, regions: Regions, stage: int) -> StageRun:
+    def run_stage(self, regions: Regions, stage: int) -> StageResult:
         """The outcome of a stage for the regions that enter it."""
 
-    def reported(self, run: StageRun, stage: int) -> Tensor:
+    def reported(self, run: StageResult, stage: int) -> Tensor:
         """Class probabilities ``[R, K + 1]`` of regions that leave after ``stage``."""
 
     def crops(self, regions: Regions) -> Tensor:
         """One feature vector for each proposal, ``[R, C]``."""
 
 
-class Walker:
+class StageRunner:
     """Leads regions through the stages, and lets them out as a policy says; for one call.
 
     Args:
@@ -47,7 +47,7 @@ class Walker:
 
     def __init__(
         self,
-        source: Source,
+        source: StageSource,
         *,
         num_stages: int,
         ensemble: ScoreEnsemble,
@@ -62,11 +62,11 @@ class Walker:
         self.deadline = deadline
         self.timer = timer
         self.stats = CascadeStats.of_nothing(num_stages)
-        self._scored: list[Scored] = []
+        self._scored: list[ReportedRegions] = []
         self._accepted: list[RegionView] = []
         self._confidence: list[tuple[int, str, Tensor]] = []
 
-    def walk(self, proposals: Regions) -> list[Scored]:
+    def run(self, proposals: Regions) -> list[ReportedRegions]:
         """All stages, or as many as any region needs; what is to be reported of the regions."""
         self.stats.proposed = len(proposals)
         with part(self.timer, "stage0"):
@@ -77,7 +77,7 @@ class Walker:
                 break
             self.stats.entered[stage] = len(live)
             with part(self.timer, f"stage{stage}"):
-                run = self.source.run(live, stage)
+                run = self.source.run_stage(live, stage)
                 live = self._let_out(run, stage)
         self._sum_up()
         return self._scored
@@ -101,7 +101,7 @@ class Walker:
         self.stats.left_before = {reason: len(rows) for reason, rows in decision.left.items()}
         return proposals if decision.stay is None else proposals[decision.stay]
 
-    def _let_out(self, run: StageRun, stage: int) -> Regions:
+    def _let_out(self, run: StageResult, stage: int) -> Regions:
         """Those that go on after a stage; the others are taken down."""
         live = run.regions
         if stage == self.num_stages - 1:
@@ -140,7 +140,7 @@ class Walker:
             accepted=Accepted.of(self._accepted),
         )
 
-    def _take_down(self, run: StageRun, stage: int) -> None:
+    def _take_down(self, run: StageResult, stage: int) -> None:
         """Regions that are reported as they are now."""
         probs = self.source.reported(run, stage)
         if self.policy is not None:

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cascade_det.core.cascade_targets import TrainingRules
+from cascade_det.core.cascade_targets import CascadeTargets
 from cascade_det.core.dynamic_targets import DynamicTargets
 from cascade_det.core.losses import weighted_classification_loss
 from cascade_det.core.region_gates import RegionGates
-from cascade_det.core.training_stage import StagePass
+from cascade_det.core.training_stage import TrainingStage
 
 STAGE_WEIGHTINGS = ("fixed", "scheduled", "learned")
 
 
-class TrainingRegime(nn.Module):
+class TrainingSchedule(nn.Module):
     """Weights of stages and regions in the losses of a cascade, and targets that change.
 
     In evaluation mode a regime is idle: the losses are the plain ones, so that those on
@@ -78,7 +78,7 @@ class TrainingRegime(nn.Module):
         if stage_weighting == "learned":
             self.log_variances = nn.Parameter(torch.zeros(num_stages))
 
-    def rules(self, rules: TrainingRules, stage: int = 0) -> TrainingRules:
+    def rules(self, rules: CascadeTargets, stage: int = 0) -> CascadeTargets:
         """The rules that hold for a stage now, in the place of those that were configured."""
         if not self.training:
             return rules
@@ -100,7 +100,7 @@ class TrainingRegime(nn.Module):
             self.dynamic.observe_proposals(ious, image_index, has_objects)
 
     def stage_losses(
-        self, passes: Sequence[StagePass], rules: Sequence[TrainingRules]
+        self, passes: Sequence[TrainingStage], rules: Sequence[CascadeTargets]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Losses by name, and metrics.
 
@@ -134,7 +134,7 @@ class TrainingRegime(nn.Module):
 
     @staticmethod
     def _gated_class_losses(
-        gates: RegionGates, passes: Sequence[StagePass], rules: TrainingRules
+        gates: RegionGates, passes: Sequence[TrainingStage], rules: CascadeTargets
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         weights, eligible = gates.weights(passes, rules.stage_loss_weights)
         scale = sum(rules.stage_loss_weights) / max(len(passes[0].rows), 1)
@@ -145,7 +145,7 @@ class TrainingRegime(nn.Module):
         return losses, {f"stage{s}/eligible": share.mean() for s, share in enumerate(eligible)}
 
 
-def build_regime(
+def build_training_schedule(
     *,
     num_stages: int,
     gating: str | None,
@@ -153,7 +153,7 @@ def build_regime(
     gate_scale: float,
     dynamic: Mapping[str, Any] | None,
     **arguments: Any,
-) -> TrainingRegime:
+) -> TrainingSchedule:
     """A regime from plain values.
 
     Args:
@@ -162,12 +162,12 @@ def build_regime(
         gate_threshold: see ``RegionGates``.
         gate_scale: likewise.
         dynamic: arguments of ``DynamicTargets`` but for the first, or ``None``.
-        arguments: further ones of ``TrainingRegime``.
+        arguments: further ones of ``TrainingSchedule``.
     """
     gates = None
     if gating is not None:
         gates = RegionGates(gating, threshold=gate_threshold, scale=gate_scale)
-    return TrainingRegime(
+    return TrainingSchedule(
         num_stages=num_stages,
         gates=gates,
         dynamic=None if dynamic is None else DynamicTargets(num_stages=num_stages, **dynamic),

@@ -10,7 +10,7 @@ from cascade_det.core.matching import LabelledRegions
 
 
 @dataclass
-class StagePass:
+class TrainingStage:
     """One stage of a training pass.
 
     Attributes:

@@ -19,7 +19,7 @@ from cascade_det.core import (
     DetectorOutput,
     ExitPolicy,
     PartTimer,
-    TrainingRegime,
+    TrainingSchedule,
 )
 from cascade_det.core.fast_heads import fast_dtype
 from cascade_det.core.modes import evaluation_mode, in_evaluation_mode
@@ -213,7 +213,7 @@ def _training_heads(model: Any) -> Iterator[None]:
     heads = getattr(model, "roi_heads", None)
     regime = getattr(heads, "regime", None)
     parts = [model, heads]
-    if not isinstance(regime, TrainingRegime) or not regime.exits_alone:
+    if not isinstance(regime, TrainingSchedule) or not regime.exits_alone:
         parts.append(getattr(model, "proposal_generator", None))
     parts += [getattr(heads, name, None) for name in ("mask_head", "keypoint_head")]
     modes = [(part, part.training) for part in parts if part is not None]

@@ -24,7 +24,7 @@ from cascade_det.engine.training_state import load_scheduler_state
 logger = logging.getLogger(__name__)
 
 
-class Figures:
+class StorageHistory:
     """Detectron2's storage of events, read as :class:`cascade_det.engine.events.History` is.
 
     Args:

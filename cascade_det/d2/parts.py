@@ -13,7 +13,7 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from torch import Tensor, nn
 
-from cascade_det.core import RoIPooler, TrainingRegime
+from cascade_det.core import RoIPooler, TrainingSchedule
 from cascade_det.core.roi_pooling import CANONICAL_BOX_SIZE, CANONICAL_LEVEL
 from cascade_det.core.structures.boxes import MAX_LOG_SCALE
 from cascade_det.errors import CheckpointError
@@ -141,7 +141,7 @@ class DynamicMatcher(Matcher):
         ValueError: see ``threshold``.
     """
 
-    def __init__(self, matcher: Matcher, regime: TrainingRegime) -> None:
+    def __init__(self, matcher: Matcher, regime: TrainingSchedule) -> None:
         super().__init__([threshold(matcher)], matcher.labels)
         self.regime = regime
 

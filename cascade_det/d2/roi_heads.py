@@ -29,9 +29,9 @@ from cascade_det.core import (
     ExitPolicy,
     FastCopies,
     PartTimer,
-    TrainingRegime,
+    TrainingSchedule,
     build_exits,
-    build_regime,
+    build_training_schedule,
 )
 from cascade_det.d2.config_checks import check_box_heads
 from cascade_det.d2.parts import (
@@ -145,7 +145,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         ensemble: str = "mean_probs",
         pooler_kernel: str = "auto",
         exits: ExitPolicy | None = None,
-        regime: TrainingRegime | None = None,
+        regime: TrainingSchedule | None = None,
         fast_dtype: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -197,7 +197,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             "ensemble": arguments["ensemble"],
             "pooler_kernel": cfg.MODEL.CASCADE.POOLER_KERNEL,
             "exits": build_exits(config.exit_arguments(cfg), hidden_features, channels),
-            "regime": build_regime(**config.training_arguments(cfg)),
+            "regime": build_training_schedule(**config.training_arguments(cfg)),
             "fast_dtype": config.fast_heads_dtype(cfg),
         }
 

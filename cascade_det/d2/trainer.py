@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from cascade_det import config
 from cascade_det.d2.checkpoint import Checkpointer
 from cascade_det.d2.evaluate import coco_evaluator
-from cascade_det.d2.hooks import Figures, LearningRate, as_detectron2_hook, build_writers
+from cascade_det.d2.hooks import LearningRate, StorageHistory, as_detectron2_hook, build_writers
 from cascade_det.d2.loader import Batches, build_train_loader
 from cascade_det.d2.steps import Steps
 from cascade_det.d2.structures import sample_of
@@ -98,9 +98,9 @@ class Trainer(RunControl, DefaultTrainer):
         return self.module if self._average is None else self._average.module
 
     @property
-    def history(self) -> Figures:
+    def history(self) -> StorageHistory:
         """What was measured, for the engine's hooks."""
-        return Figures(self.storage, self.iteration)
+        return StorageHistory(self.storage, self.iteration)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:

@@ -138,7 +138,7 @@ def load_dataset(
     )
 
 
-def left_out_notes(dataset: CocoDataset, option: str = ON_BAD_DATA) -> list[str]:
+def left_out_warnings(dataset: CocoDataset, option: str = ON_BAD_DATA) -> list[str]:
     """What to say beside figures of a data set: nothing, or what they leave out.
 
     Args:

@@ -15,7 +15,7 @@ from typing import Any
 from cascade_det.data.annotation_file import read_annotation_file
 from cascade_det.data.catalog import DatasetSource
 from cascade_det.data.image_names import NEAR_LINKS, LinkRule, name_guard
-from cascade_det.data.issues import Problems, shown
+from cascade_det.data.issues import Issues, shown
 from cascade_det.text import check_name
 
 JsonObject = dict[str, Any]
@@ -48,9 +48,9 @@ class CheckedJson:
     annotations: dict[int, list[JsonObject]] = field(default_factory=dict)
     has_annotations: bool = False
     categories: dict[int, str] = field(default_factory=dict)
-    unusable: Problems = field(default_factory=Problems)
-    bad: Problems = field(default_factory=Problems)
-    of_no_area: Problems = field(default_factory=Problems)
+    unusable: Issues = field(default_factory=Issues)
+    bad: Issues = field(default_factory=Issues)
+    of_no_area: Issues = field(default_factory=Issues)
 
 
 def check_coco_json(source: DatasetSource, links: LinkRule = NEAR_LINKS) -> CheckedJson:
@@ -93,7 +93,7 @@ class _Everything(Container[object]):
 
 
 def _entries(
-    content: JsonObject, key: str, checked: CheckedJson, problems: Problems
+    content: JsonObject, key: str, checked: CheckedJson, problems: Issues
 ) -> list[JsonObject]:
     """The objects in the list under a key of the top level."""
     entries = content.get(key)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from cascade_det.data.coco_json import CheckedJson, JsonObject
-from cascade_det.data.issues import Problems, shown
+from cascade_det.data.issues import Issues, shown
 from cascade_det.data.warnings import box_name, boxes_of, find_mistakes, is_outside
 
 # COCO's limits between small, medium and large, in square pixels.
@@ -40,10 +40,10 @@ class DatasetSummary:
     areas: Counter[str] = field(default_factory=Counter)
     category_boxes: Counter[int] = field(default_factory=Counter)
     category_images: Counter[int] = field(default_factory=Counter)
-    notes: Problems = field(default_factory=Problems)
+    notes: Issues = field(default_factory=Issues)
 
 
-def summarise(checked: CheckedJson) -> DatasetSummary:
+def summarize(checked: CheckedJson) -> DatasetSummary:
     """Count what is usable in a data set, and note what its owner may want to look at."""
     summary = DatasetSummary(notes=checked.of_no_area.copy())
     summary.category_boxes.update(dict.fromkeys(checked.categories, 0))
@@ -97,7 +97,7 @@ def _oddities(box: JsonObject, image: JsonObject, repeated: bool) -> Iterator[st
         yield "box that is there twice, with the same class"
 
 
-def _note_file_names(checked: CheckedJson, notes: Problems) -> None:
+def _note_file_names(checked: CheckedJson, notes: Issues) -> None:
     users = Counter(image["file_name"] for image in checked.images.values())
     for name, count in users.items():
         if count > 1:

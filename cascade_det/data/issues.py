@@ -13,7 +13,7 @@ _short = Repr()
 _short.maxstring = _short.maxother = 80
 
 
-class Problems:
+class Issues:
     """Kinds of problem in the order in which they were met.
 
     Attributes:
@@ -32,16 +32,16 @@ class Problems:
         if len(examples) < EXAMPLES_KEPT:
             examples.append(describe(*entry))
 
-    def update(self, other: Problems) -> None:
+    def update(self, other: Issues) -> None:
         """Count what others have found as well."""
         for kind, count in other.counts.items():
             self.counts[kind] += count
             mine = self.examples.setdefault(kind, [])
             mine += other.examples[kind][: EXAMPLES_KEPT - len(mine)]
 
-    def copy(self) -> Problems:
+    def copy(self) -> Issues:
         """One that can be added to while this one stays as it is."""
-        copied = Problems()
+        copied = Issues()
         copied.update(self)
         return copied
 

@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from cascade_det.data.coco import CocoDataset
-from cascade_det.data.issues import Problems, shown
+from cascade_det.data.issues import Issues, shown
 from cascade_det.errors import DatasetError
 
 _LISTS = ("images", "annotations", "categories")
@@ -41,7 +41,7 @@ def predicted_annotations(
     Raises:
         DatasetError: images or classes are not those of the data set; all problems are listed.
     """
-    problems = Problems()
+    problems = Issues()
     _check_categories(content["categories"], dataset, problems)
     ids = _image_ids(content["images"], dataset, problems)
     found: list[Any] = []
@@ -73,7 +73,7 @@ def _notes(content: Mapping[str, Any], dataset: CocoDataset, ids: Mapping[Any, A
     return notes
 
 
-def _check_categories(categories: Sequence[Any], dataset: CocoDataset, problems: Problems) -> None:
+def _check_categories(categories: Sequence[Any], dataset: CocoDataset, problems: Issues) -> None:
     names = dict(zip(dataset.category_ids, dataset.class_names, strict=True))
     for entry in categories:
         number = _hashable(entry.get("id")) if isinstance(entry, dict) else None
@@ -86,7 +86,7 @@ def _check_categories(categories: Sequence[Any], dataset: CocoDataset, problems:
             )
 
 
-def _image_ids(images: Sequence[Any], dataset: CocoDataset, problems: Problems) -> dict[Any, Any]:
+def _image_ids(images: Sequence[Any], dataset: CocoDataset, problems: Issues) -> dict[Any, Any]:
     """The id in the data set, or ``_LEFT_OUT``, of each image id of the prediction."""
     known = {
         PurePosixPath(image["file_name"]).parts: image for image in dataset.ground_truth["images"]

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from cascade_det.data.coco_json import CheckedJson, JsonObject
-from cascade_det.data.issues import Problems, shown
+from cascade_det.data.issues import Issues, shown
 
 _OUTSIDE = 1  # pixels; annotation tools round
 # Of the boxes, for taking all of them for (x1, y1, x2, y2): so many fit their image in that way,
@@ -17,12 +17,12 @@ _FITTING, _UNFITTING, _FEWEST = 0.95, 0.25, 3
 _BOX_AREAS_PER_AREA = (0.5, 4)
 
 
-def find_mistakes(checked: CheckedJson) -> Problems:
+def find_mistakes(checked: CheckedJson) -> Issues:
     """Note what spoils training or figures without being wrong in any entry.
 
     Boxes that are corners, areas that say nothing, and names that two categories share.
     """
-    notes = Problems()
+    notes = Issues()
     _note_corners(checked, notes)
     _note_areas(checked, notes)
     names = Counter(checked.categories.values())
@@ -55,7 +55,7 @@ def is_outside(box: JsonObject, image: JsonObject) -> bool:
     return bool(beyond > _OUTSIDE)
 
 
-def _note_corners(checked: CheckedJson, notes: Problems) -> None:
+def _note_corners(checked: CheckedJson, notes: Issues) -> None:
     boxes = fitting = 0
     unfitting: list[JsonObject] = []
     for image in checked.images.values():
@@ -81,7 +81,7 @@ def _fits_as_corners(box: JsonObject, image: JsonObject) -> bool:
     return -_OUTSIDE <= x1 < x2 and -_OUTSIDE <= y1 < y2 and beyond <= _OUTSIDE
 
 
-def _note_areas(checked: CheckedJson, notes: Problems) -> None:
+def _note_areas(checked: CheckedJson, notes: Issues) -> None:
     """An evaluation takes an object for small, medium or large by its ``area``."""
     boxes = [
         box

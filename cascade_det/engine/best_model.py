@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cascade_det.engine.checkpoint import Checkpointer
-from cascade_det.engine.hooks import Hook, figures_of
+from cascade_det.engine.hooks import Hook, scalars_of
 
 if TYPE_CHECKING:
     from cascade_det.engine.trainer import Trainer
@@ -113,5 +113,5 @@ class BestModel(Hook):
                 "CASCADE.BEST_METRIC %r is not among the results, so no best checkpoint is kept. "
                 "There are: %s",
                 self._metric,
-                ", ".join(name for name, _ in figures_of(trainer.results)),
+                ", ".join(name for name, _ in scalars_of(trainer.results)),
             )

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from cascade_det.data.coco import CocoDataset, left_out_notes
+from cascade_det.data.coco import CocoDataset, left_out_warnings
 from cascade_det.data.transforms import read_image
 from cascade_det.engine.inference import BatchLoader, Evaluator, run_inference
 from cascade_det.evaluation import RegionFlops, default_evaluators
@@ -67,7 +67,7 @@ def evaluate_dataset(
         flops=flops,
     )
     found = run_inference(detector, loader, [*evaluators, *further], stages=stages)
-    results = dict(finish({**found, "notes": [*found["notes"], *left_out_notes(dataset)]}))
+    results = dict(finish({**found, "notes": [*found["notes"], *left_out_warnings(dataset)]}))
     machine = describe_machine(device, dtype)
     report = format_report({**results, "machine": machine})
     logger.info("Results on %s:\n\n%s\n", dataset.source.name, report)

@@ -85,7 +85,7 @@ class History:
         self.iteration = now
 
 
-def mean_figures(
+def mean_metrics(
     parts: Sequence[Mapping[str, Tensor | float]],
     overall: Mapping[str, Tensor | float],
     device: torch.device,

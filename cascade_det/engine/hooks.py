@@ -165,7 +165,7 @@ class EvalHook(Hook):
         with trainer.interruptible(), torch.random.fork_rng(devices):
             trainer.results = dict(self._evaluate())
         self._evaluated = trainer.iteration
-        trainer.history.put_all(dict(figures_of(trainer.results)), smooth=False)
+        trainer.history.put_all(dict(scalars_of(trainer.results)), smooth=False)
 
 
 class WriterHook(Hook):
@@ -226,10 +226,10 @@ class WriterHook(Hook):
         self._written = trainer.iteration
 
 
-def figures_of(results: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+def scalars_of(results: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     """The figures in nested results, as ``("bbox/AP", 1.0)``; what is no figure is passed over."""
     for name, value in results.items():
         if isinstance(value, Mapping):
-            yield from figures_of(value, f"{prefix}{name}/")
+            yield from scalars_of(value, f"{prefix}{name}/")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             yield f"{prefix}{name}", float(value)

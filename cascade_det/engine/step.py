@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from cascade_det.engine.batches import Batch, split_batch
 from cascade_det.engine.divergence import LOSS_SCALE, divergence, save_step
-from cascade_det.engine.events import mean_figures
+from cascade_det.engine.events import mean_metrics
 from cascade_det.engine.precision import amp_dtype_of, autocast
 from cascade_det.engine.solver import GradientClipper
 from cascade_det.engine.training_modes import set_progress
@@ -128,7 +128,7 @@ class TrainingStep:
             overall[LOSS_SCALE] = self._scaler.get_scale()
         # One wait for the device: after it has been given all of the work, before weights change.
         overall[_INTERRUPTED] = float(interrupted)
-        figures = mean_figures(parts, overall, self.device)
+        figures = mean_metrics(parts, overall, self.device)
         stop = figures.pop(_INTERRUPTED) > 0
         if problem := divergence(figures):
             self._fail(problem, _guilty(parts, batch), *step)

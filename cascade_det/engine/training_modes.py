@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from cascade_det.core.training_schedule import TrainingRegime
+from cascade_det.core.training_schedule import TrainingSchedule
 from cascade_det.errors import ConfigError
 
 
@@ -64,9 +64,9 @@ def _exits_alone(detector: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:
     """Names of the modules whose regimes train exits alone, and these exits."""
     for name, module in detector.named_modules():
         regime = getattr(module, "regime", None)
-        if isinstance(regime, TrainingRegime) and regime.exits_alone:
+        if isinstance(regime, TrainingSchedule) and regime.exits_alone:
             yield name, getattr(module, "exits", None)
 
 
-def _regimes(detector: nn.Module) -> Iterator[TrainingRegime]:
-    return (module for module in detector.modules() if isinstance(module, TrainingRegime))
+def _regimes(detector: nn.Module) -> Iterator[TrainingSchedule]:
+    return (module for module in detector.modules() if isinstance(module, TrainingSchedule))

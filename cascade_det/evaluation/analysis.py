@@ -19,7 +19,7 @@ BACKGROUND = "background"
 _WORST_IMAGES = 20
 
 
-def analyse(
+def analyze(
     evaluation: COCOeval,
     results: Sequence[Mapping[str, Any]],
     *,

@@ -69,7 +69,7 @@ def explain(
     ]
 
 
-def unprocessed_note(image_ids: Iterable[int], seen: Collection[int]) -> list[str]:
+def unprocessed_warning(image_ids: Iterable[int], seen: Collection[int]) -> list[str]:
     """A note where some of the evaluated images never went through the detector."""
     missing = [image_id for image_id in image_ids if image_id not in seen]
     if not missing:
@@ -80,7 +80,7 @@ def unprocessed_note(image_ids: Iterable[int], seen: Collection[int]) -> list[st
     ]
 
 
-def too_many_objects_note(
+def too_many_objects_warning(
     coco_gt: COCO, image_ids: Collection[int], most: int, option: str, *, of_class: bool = False
 ) -> list[str]:
     """A note where images have more objects than detections count in one.

@@ -32,8 +32,8 @@ def coco_ap(
     *,
     max_detections: int = MAX_DETECTIONS,
 ) -> dict[str, float]:
-    """Average precision in percent; see ``run_cocoeval`` and ``ap_figures``."""
-    return ap_figures(run_cocoeval(coco_gt, results, image_ids, max_detections=max_detections))
+    """Average precision in percent; see ``run_cocoeval`` and ``ap_metrics``."""
+    return ap_metrics(run_cocoeval(coco_gt, results, image_ids, max_detections=max_detections))
 
 
 def run_cocoeval(
@@ -62,7 +62,7 @@ def run_cocoeval(
     return evaluation
 
 
-def ap_figures(evaluation: COCOeval) -> dict[str, float]:
+def ap_metrics(evaluation: COCOeval) -> dict[str, float]:
     """AP, AP50, AP75, AP90, APs, APm, APl and ``AP-<label>`` of each class, in percent.
 
     A figure for which there is no ground truth is nan. Labels are those of

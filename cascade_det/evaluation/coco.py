@@ -13,11 +13,15 @@ from pycocotools.coco import COCO
 from cascade_det.core.structures import DetectorOutput
 from cascade_det.data.coco_results import coco_results
 from cascade_det.errors import DatasetError
-from cascade_det.evaluation.analysis import SCORE_THRESHOLD, analyse
-from cascade_det.evaluation.ap_warnings import explain, too_many_objects_note, unprocessed_note
+from cascade_det.evaluation.analysis import SCORE_THRESHOLD, analyze
+from cascade_det.evaluation.ap_warnings import (
+    explain,
+    too_many_objects_warning,
+    unprocessed_warning,
+)
 from cascade_det.evaluation.average_precision import (
     MAX_DETECTIONS,
-    ap_figures,
+    ap_metrics,
     detections_limit,
     run_cocoeval,
 )
@@ -121,8 +125,8 @@ class CocoEvaluator(Evaluator):
         )
         if scored["bbox"]:
             scored["notes"] = [
-                *unprocessed_note(image_ids, self._seen),
-                *too_many_objects_note(
+                *unprocessed_warning(image_ids, self._seen),
+                *too_many_objects_warning(
                     self._coco_gt, image_ids, self._detections_per_image, _LIMIT_KEY
                 ),
                 *scored["notes"],
@@ -150,16 +154,16 @@ def score_results(
         max_detections: of each class in each image so many count, the best ones.
 
     Returns:
-        ``bbox`` (see ``ap_figures``), ``analysis`` (see ``analyse``) and ``notes`` on what is 0 or
+        ``bbox`` (see ``ap_metrics``), ``analysis`` (see ``analyze``) and ``notes`` on what is 0 or
         nan. Without annotations ``bbox`` and ``analysis`` are empty.
     """
     if "annotations" not in coco_gt.dataset:
         notes = ["The json has no annotations: AP cannot be computed."]
         return {"bbox": {}, "analysis": {}, "notes": notes}
     evaluation = run_cocoeval(coco_gt, results, image_ids, max_detections=max_detections)
-    figures = ap_figures(evaluation)
+    figures = ap_metrics(evaluation)
     return {
         "bbox": figures,
-        "analysis": analyse(evaluation, results, score_threshold=score_threshold),
+        "analysis": analyze(evaluation, results, score_threshold=score_threshold),
         "notes": explain(figures, coco_gt, results, image_ids),
     }

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 from cascade_det.core.structures import DetectorOutput, PartTimer
 from cascade_det.engine.events import History
-from cascade_det.engine.hooks import figures_of
+from cascade_det.engine.hooks import scalars_of
 from cascade_det.engine.writers import JsonWriter
 from cascade_det.evaluation import ExitEvaluator, RegionFlops, agreement_loss
-from cascade_det.monitoring.shadow import DriftAlarm, ShadowRules, image_key, shadow_figures
+from cascade_det.monitoring.shadow import DriftAlarm, ShadowRules, image_key, shadow_metrics
 
 Sample = dict[str, Any]
 
@@ -132,7 +132,7 @@ class ExitMonitor:
         return output
 
     def report(self) -> dict[str, Any]:
-        """``exits``, see ``ExitEvaluator``, and ``shadow``, see ``shadow_figures``.
+        """``exits``, see ``ExitEvaluator``, and ``shadow``, see ``shadow_metrics``.
 
         Its intervals are for any number of looks until the window is full; for one look from then
         on, since each look then begins at another image.
@@ -140,7 +140,7 @@ class ExitMonitor:
         with self._lock:
             return {
                 **self._exits.evaluate(),
-                "shadow": shadow_figures(list(self._losses), self._shadow),
+                "shadow": shadow_metrics(list(self._losses), self._shadow),
             }
 
     def reset(self) -> None:
@@ -212,5 +212,5 @@ class ExitMonitor:
             return
         self._writer = self._writer or JsonWriter(self._path)
         self._history.iteration = self._seen
-        self._history.put_all(dict(figures_of(report)), smooth=False)
+        self._history.put_all(dict(scalars_of(report)), smooth=False)
         self._writer.write(self._history)

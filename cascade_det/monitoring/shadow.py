@@ -65,7 +65,7 @@ def image_key(sample: Sample, number: int) -> object:
     return number
 
 
-def shadow_figures(losses: Sequence[float], rules: ShadowRules) -> dict[str, float]:
+def shadow_metrics(losses: Sequence[float], rules: ShadowRules) -> dict[str, float]:
     """What shadow runs say.
 
     Args:
@@ -114,7 +114,7 @@ class DriftAlarm:
         self.drifted = False
 
     def look(self, report: Report) -> None:
-        """Take in a report with the figures of ``shadow_figures`` under ``shadow``."""
+        """Take in a report with the figures of ``shadow_metrics`` under ``shadow``."""
         shadow = report["shadow"]
         drifts = bool(shadow.get("drift"))
         if drifts == self.drifted:
@@ -180,10 +180,10 @@ class ShadowEvaluator(Evaluator):
         self._losses = {key: loss for state in states for key, loss in state.items()}
 
     def evaluate(self) -> dict[str, Any]:
-        """``{"shadow": {...}}``, see ``shadow_figures``; warns of drift."""
+        """``{"shadow": {...}}``, see ``shadow_metrics``; warns of drift."""
         # By hash: an order that depends neither on the losses nor on who saw which image when.
         keys = sorted(self._losses, key=self._rules.place)
-        report = {"shadow": shadow_figures([self._losses[key] for key in keys], self._rules)}
+        report = {"shadow": shadow_metrics([self._losses[key] for key in keys], self._rules)}
         self._alarm.look(report)
         return report
 

@@ -41,7 +41,7 @@ def write_analysis(
     A nan is an empty cell.
 
     Args:
-        analysis: see ``analysis.analyse``.
+        analysis: see ``analysis.analyze``.
         output_dir: the folder of the run.
         read_image: the pixels, uint8 ``[H, W, 3]`` BGR, of a ``file_name`` of the ground truth.
 

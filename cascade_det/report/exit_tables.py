@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from cascade_det.core.structures import EXIT_REASONS
-from cascade_det.report.tables import Figures, percent, stage_names, table
+from cascade_det.report.tables import Metrics, percent, stage_names, table
 
 
-def exit_sections(exits: Figures | None) -> Iterator[str]:
+def exit_sections(exits: Metrics | None) -> Iterator[str]:
     """Who enters and leaves where, the scores of those, and what that means, as far as it is known.
 
     Args:
@@ -40,13 +40,13 @@ def exit_sections(exits: Figures | None) -> Iterator[str]:
     yield " ".join(_sentences(exits))
 
 
-def exit_places(exits: Figures) -> list[str]:
+def exit_places(exits: Metrics) -> list[str]:
     """Where regions may leave: ``proposals``, if any left before stage 0, then the stages."""
     early = exits.get("proposals", {}).get("left")
     return [*(["proposals"] if early else []), *stage_names(exits)]
 
 
-def shadow_section(shadow: Figures | None) -> str:
+def shadow_section(shadow: Metrics | None) -> str:
     """What shadow runs say.
 
     Args:
@@ -71,7 +71,7 @@ def shadow_section(shadow: Figures | None) -> str:
     )
 
 
-def _sentences(exits: Figures) -> Iterator[str]:
+def _sentences(exits: Metrics) -> Iterator[str]:
     yield (
         f"Mean over {exits['images']:,} images; a region sees {exits['stages_per_region']:.2f} of "
         f"{len(stage_names(exits))} stages."
@@ -89,6 +89,6 @@ def _sentences(exits: Figures) -> Iterator[str]:
         )
 
 
-def _with_interval(shadow: Figures, name: str) -> str:
+def _with_interval(shadow: Metrics, name: str) -> str:
     value, low, high = (100 * shadow[f"{name}{end}"] for end in ("", "_low", "_high"))
     return f"{value:.2f} % ({low:.2f} to {high:.2f})"

@@ -34,7 +34,7 @@ def draw_mistakes(
 
     Args:
         image_bgr: uint8 ``[H, W, 3]``; not changed.
-        image: its entry, see ``analysis.analyse``.
+        image: its entry, see ``analysis.analyze``.
 
     Returns:
         A new picture, enlarged by a whole number where the image is small, below a legend that

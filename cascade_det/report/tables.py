@@ -9,12 +9,12 @@ from tabulate import tabulate
 
 from cascade_det.text import printable
 
-Figures = Mapping[str, Any]
+Metrics = Mapping[str, Any]
 
 _LONGEST_NAME = 48  # Characters of a class or a file in a table or a sentence.
 
 
-def stage_names(figures: Figures) -> list[str]:
+def stage_names(figures: Metrics) -> list[str]:
     """The keys ``stage0``, ``stage1``, ... of the results of an evaluator, in order."""
     names = [name for name in figures if name.removeprefix("stage").isdigit()]
     return sorted(names, key=lambda name: int(name.removeprefix("stage")))

@@ -13,7 +13,7 @@ import torch
 
 from cascade_det.files import write_json
 from cascade_det.report.exit_tables import exit_sections, shadow_section
-from cascade_det.report.tables import Figures, shown_name, stage_names, table
+from cascade_det.report.tables import Metrics, shown_name, stage_names, table
 
 RESULTS_FILE = "results.json"
 _TASKS = {"bbox": "Box AP", "segm": "Mask AP", "keypoints": "Keypoint AP"}
@@ -23,7 +23,7 @@ _MOST_CONFUSED = _WORST_NAMED = 5
 
 
 def write_results(
-    results: Figures,
+    results: Metrics,
     output_dir: str | os.PathLike[str],
     *,
     machine: Mapping[str, Any] | None = None,
@@ -61,7 +61,7 @@ def describe_machine(device: torch.device | str = "cpu", dtype: str = "float32")
     }
 
 
-def format_report(results: Figures) -> str:
+def format_report(results: Metrics) -> str:
     """All tables of the results, one below the other, in Markdown.
 
     Args:
@@ -81,7 +81,7 @@ def format_report(results: Figures) -> str:
     return "\n\n".join(section for section in sections if section)
 
 
-def _ap_section(title: str, figures: Figures | None) -> str:
+def _ap_section(title: str, figures: Metrics | None) -> str:
     if not figures:
         return ""
     # Beside them are those of each class, AP-<class>.
@@ -89,7 +89,7 @@ def _ap_section(title: str, figures: Figures | None) -> str:
     return table(f"{title} (%)", names, [[figures[name] for name in names]], ".1f")
 
 
-def _analysis_sections(analysis: Figures | None) -> list[str]:
+def _analysis_sections(analysis: Metrics | None) -> list[str]:
     if not analysis:
         return []
     chosen, best = analysis["overall"]
@@ -122,7 +122,7 @@ def _analysis_sections(analysis: Figures | None) -> list[str]:
     return [overall, per_class, *_mistake_lines(analysis)]
 
 
-def _mistake_lines(analysis: Figures) -> list[str]:
+def _mistake_lines(analysis: Metrics) -> list[str]:
     names, counts = (analysis["confusion_matrix"][key] for key in ("classes", "counts"))
     confused = sorted(
         (
@@ -150,7 +150,7 @@ def _mistake_lines(analysis: Figures) -> list[str]:
     return lines
 
 
-def _stage_section(stages: Figures | None) -> str:
+def _stage_section(stages: Metrics | None) -> str:
     if not stages or not stage_names(stages):
         return ""
     rows = [
@@ -166,7 +166,7 @@ def _stage_section(stages: Figures | None) -> str:
     return f"{of_stages}\n\nMean IoU over {stages['regions']:,} regions that match an object."
 
 
-def _latency_section(latency: Figures | None) -> str:
+def _latency_section(latency: Metrics | None) -> str:
     if not latency or "parts" not in latency:
         return ""
     columns = [(latency["parts"], latency["total"])]
@@ -190,13 +190,13 @@ def _latency_section(latency: Figures | None) -> str:
     )
 
 
-def _machine_section(machine: Figures | None) -> str:
+def _machine_section(machine: Metrics | None) -> str:
     if not machine:
         return ""
     return "Measured on: " + ", ".join(f"{key} {value}" for key, value in machine.items()) + "."
 
 
-def _notes_section(results: Figures) -> str:
+def _notes_section(results: Metrics) -> str:
     notes = [*results.get("notes", ()), *results.get("latency", {}).get("notes", ())]
     return "\n".join(["Notes:", *(f"- {note}" for note in notes)]) if notes else ""
 

@@ -16,7 +16,7 @@ from cascade_det.core import (
     ConvFCBoxHead,
     RoIPooler,
     build_exits,
-    build_regime,
+    build_training_schedule,
 )
 from cascade_det.engine.devices import resolve_device
 from cascade_det.standalone.detector import Detector
@@ -102,6 +102,6 @@ def _build_cascade(cfg: CfgNode, pooler: RoIPooler, in_channels: int) -> Cascade
         box_heads=heads,
         box_predictors=predictors,
         exits=exits,
-        regime=build_regime(**config.training_arguments(cfg)),
+        regime=build_training_schedule(**config.training_arguments(cfg)),
         **arguments,
     )

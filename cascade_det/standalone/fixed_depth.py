@@ -112,9 +112,9 @@ class FixedDepthDetector(nn.Module):
         regions = Regions(
             proposals, image_index, limits.expand_as(proposals), proposals[:, 0], image_index
         )
-        run = network.run(regions, 0)
+        run = network.run_stage(regions, 0)
         for stage in range(1, self.num_stages):
-            run = network.run(run.regions, stage)
+            run = network.run_stage(run.regions, stage)
         probs = network.reported(run, self.num_stages - 1)
         if heads.exits is not None:
             probs = heads.exits.calibrated(probs, self.num_stages - 1)

@@ -18,7 +18,7 @@ from cascade_det.core.structures.boxes import (
     Weights,
     clip_boxes,
     decode_boxes,
-    image_limits,
+    image_bounds,
     is_nonempty,
 )
 from cascade_det.standalone.anchors import AnchorGenerator
@@ -222,7 +222,7 @@ class RPN(nn.Module):
         if mode == 0:
             self.metrics = {"rpn/nonfinite_boxes": (~finite).sum()}
         boxes = boxes.view_as(anchors)
-        limits = image_limits(image_sizes, torch.arange(len(image_sizes), device=boxes.device))
+        limits = image_bounds(image_sizes, torch.arange(len(image_sizes), device=boxes.device))
         clipped = clip_boxes(boxes, limits)
         keep = finite & is_nonempty(clipped.flatten(0, 1), self.min_box_size)
         levels = torch.cat([torch.full_like(b.places[0], level) for level, b in enumerate(best)])

@@ -297,7 +297,7 @@ class _Simulated(Calibrator):
             empty = np.zeros((3, len(images)), np.int64)
             return Outcome({"AP": 0.0}, empty, losses[row][images], losses[row][images], work[row])
 
-        knobs = [exit_search.Knob("row", tuple({"row": row} for row in range(len(work))))]
+        knobs = [exit_search.Parameter("row", tuple({"row": row} for row in range(len(work))))]
         self.search = exit_search.Search(knobs, lambda setting: outcome(setting["row"], choosing))
         for row in range(len(work)):
             self.search.trial([row])

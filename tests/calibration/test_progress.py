@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from cascade_det.calibration.progress import SECONDS, LongWork
+from cascade_det.calibration.progress import SECONDS, Progress
 
 
 class Clock:
@@ -25,7 +25,7 @@ def lines(caplog):
 def test_a_line_from_time_to_time(lines, monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     clock = Clock()
-    with LongWork("Doing it", 50, clock=clock) as work:
+    with Progress("Doing it", 50, clock=clock) as work:
         for _ in range(40):
             clock.now += SECONDS / 10
             work.step()
@@ -35,7 +35,7 @@ def test_a_line_from_time_to_time(lines, monkeypatch):
 
 def test_what_is_quick_says_nothing(lines):
     clock = Clock()
-    with LongWork("Doing it", 50, clock=clock) as work:
+    with Progress("Doing it", 50, clock=clock) as work:
         clock.now += SECONDS * 0.9
         work.step(50)
     assert lines() == []
@@ -46,7 +46,7 @@ def test_a_bar_on_a_terminal(lines, monkeypatch):
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
     clock = Clock()
-    with LongWork("Doing it", 4, clock=clock) as work:
+    with Progress("Doing it", 4, clock=clock) as work:
         clock.now += 10 * SECONDS
         work.step(2)
         work._bar.refresh()

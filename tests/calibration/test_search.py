@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_records import make_recorded_scene
 
-from cascade_det.calibration.search import PRICES, Knob, Search, exit_knobs, loss_of, pareto
+from cascade_det.calibration.search import (
+    TRADE_OFFS,
+    Parameter,
+    Search,
+    exit_parameters,
+    loss_of,
+    pareto,
+)
 from cascade_det.calibration.trials import Outcome
 from cascade_det.config import exit_arguments, get_cfg, with_exits
 from cascade_det.config.exits import EXIT_DEFAULTS
@@ -44,7 +51,7 @@ class Separable:
 
     def search(self):
         knobs = [
-            Knob(f"K{k}", ({}, *({f"K{k}": place} for place in range(1, len(row)))))
+            Parameter(f"K{k}", ({}, *({f"K{k}": place} for place in range(1, len(row)))))
             for k, row in enumerate(self.table)
         ]
         return Search(knobs, self)
@@ -72,7 +79,7 @@ class TestSearch:
             found = objective.of(places)
             return loss_of(found, full) + price * found.work
 
-        for price in PRICES:
+        for price in TRADE_OFFS:
             best = min(regret(places, price) for places in objective.everything())
             assert min(regret(places, price) for places in search.tried) == pytest.approx(best)
 
@@ -103,10 +110,10 @@ class TestSearch:
 
     def test_settings_of_several_knobs(self):
         knobs = [
-            Knob("a", ({}, {"REDUNDANCY_IOU": 0.8})),
-            Knob("b", ({}, {"PRUNE_THRESHOLDS": (0.1, 0.0)})),
-            Knob("c", ({}, {"PRUNE_THRESHOLDS": (0.0, 0.3)})),
-            Knob("d", ({}, {"REGION_BUDGET": (0, 40, 0)})),
+            Parameter("a", ({}, {"REDUNDANCY_IOU": 0.8})),
+            Parameter("b", ({}, {"PRUNE_THRESHOLDS": (0.1, 0.0)})),
+            Parameter("c", ({}, {"PRUNE_THRESHOLDS": (0.0, 0.3)})),
+            Parameter("d", ({}, {"REGION_BUDGET": (0, 40, 0)})),
         ]
         search = Search(knobs, lambda _: outcome(1, 1))
         assert search.setting([0, 0, 0, 0]) == {}
@@ -133,7 +140,7 @@ OBJECTNESS = np.random.default_rng(0).beta(0.3, 2.0, 4000).astype(np.float32)
 
 
 def make_knobs(*, objectness=OBJECTNESS, num_stages=3, proposals=1000, learned=()):
-    knobs = exit_knobs(
+    knobs = exit_parameters(
         num_stages=num_stages,
         objectness=objectness,
         proposals_per_image=proposals,

@@ -351,7 +351,7 @@ def test_predictions_of_other_images_or_classes_are_told(files, capsys):
         "3 x prediction on an image that is not listed: ",
     ):
         assert line in error
-    # Problems of a single prediction are told as those of a list.
+    # Issues of a single prediction are told as those of a list.
     wrong = of_predict(content, predictions)
     wrong["annotations"][0]["score"] = None
     (files / "predictions.json").write_text(json.dumps(wrong))

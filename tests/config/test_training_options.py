@@ -3,7 +3,7 @@
 import pytest
 
 from cascade_det import config
-from cascade_det.core import build_regime
+from cascade_det.core import build_training_schedule
 from cascade_det.errors import ConfigError
 
 NODE = "MODEL.CASCADE.TRAINING"
@@ -40,7 +40,7 @@ def cfg_of(*options):
 def test_what_fits_builds_a_regime(options):
     cfg = cfg_of(*options)
     config.check_heads(cfg)
-    build_regime(**config.training_arguments(cfg))
+    build_training_schedule(**config.training_arguments(cfg))
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_values_reach_the_regime():
         *(f"{NODE}.DYNAMIC.PERIOD", 9, f"{NODE}.DYNAMIC.IOU_FLOOR", 0.45),
         *(f"{NODE}.DYNAMIC.BETA_START", 2.0),
     )
-    regime = build_regime(**config.training_arguments(cfg))
+    regime = build_training_schedule(**config.training_arguments(cfg))
     gates, dynamic = regime.gates, regime.dynamic
     assert (gates.kind, gates.threshold, gates.scale) == ("soft", 0.8, 12.0)
     assert regime.stage_loss_weights_end == (0.5, 0.5, 0.5)
@@ -125,6 +125,6 @@ def test_values_reach_the_regime():
     assert (dynamic.k_iou, dynamic.k_beta, dynamic.period) == (7, 3, 9)
     assert (dynamic.iou_floor, dynamic.beta_start) == (0.45, 2.0)
     assert not regime.exits_alone
-    plain = build_regime(**config.training_arguments(cfg_of(*LEARNED, *FREEZE)))
+    plain = build_training_schedule(**config.training_arguments(cfg_of(*LEARNED, *FREEZE)))
     assert (plain.gates, plain.dynamic, plain.exits_alone) == (None, None, True)
     assert not plain.state_dict()

@@ -10,8 +10,8 @@ from training_passes import losses_of
 
 from cascade_det.core.dynamic_targets import DynamicTargets
 from cascade_det.core.matching import LabelledRegions, Targets
-from cascade_det.core.training_schedule import TrainingRegime
-from cascade_det.core.training_stage import StagePass
+from cascade_det.core.training_schedule import TrainingSchedule
+from cascade_det.core.training_stage import TrainingStage
 
 IOUS = (0.5, 0.6, 0.7)
 
@@ -36,7 +36,7 @@ def regions_of(ious, image_index=None, shifts=()):
 
 def as_pass(regions):
     count = len(regions)
-    return StagePass(
+    return TrainingStage(
         regions, torch.arange(count), torch.zeros(count, NUM_CLASSES + 1), torch.zeros(count, 4)
     )
 
@@ -158,7 +158,7 @@ def dynamic_cascade(**changes):
         "beta_start": 9.0,
     } | changes
     dynamic = DynamicTargets(num_stages=3, **arguments)
-    return make_cascade(regime=TrainingRegime(num_stages=3, dynamic=dynamic))
+    return make_cascade(regime=TrainingSchedule(num_stages=3, dynamic=dynamic))
 
 
 def test_a_cascade_is_trained_towards_the_targets_of_now():

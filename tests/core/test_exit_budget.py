@@ -184,13 +184,13 @@ class TestInACascade:
             self.clock.tick(len(output) / 1000)
 
         self.cascade.pooler.register_forward_hook(on_pool)
-        select = cascade_module.select_scored
+        select = cascade_module.select_reported
 
         def select_slowly(*arguments, **options):
             self.clock.tick(0.02)
             return select(*arguments, **options)
 
-        monkeypatch.setattr(cascade_module, "select_scored", select_slowly)
+        monkeypatch.setattr(cascade_module, "select_reported", select_slowly)
 
     def detect(self, milliseconds, *, per_image=False, started=None, scene=None, **others):
         if milliseconds is not None:

@@ -10,7 +10,7 @@ from training_passes import losses_of, random_passes
 
 from cascade_det.core.ensemble import ScoreEnsemble
 from cascade_det.core.prefix_loss import prefix_loss
-from cascade_det.core.training_schedule import TrainingRegime
+from cascade_det.core.training_schedule import TrainingSchedule
 
 
 def naive_prefix_loss(passes, name):
@@ -70,13 +70,13 @@ def test_other_ensembles_are_refused(name):
 
 def test_it_comes_beside_the_plain_losses():
     scene = make_scene()
-    regime = TrainingRegime(num_stages=3, prefix_loss_weight=0.5)
+    regime = TrainingSchedule(num_stages=3, prefix_loss_weight=0.5)
     cascade, plain = make_cascade(regime=regime), make_cascade()
     losses, wanted = losses_of(cascade, scene), losses_of(plain, scene)
     prefix = losses.pop("loss_prefix")
     assert losses.keys() == wanted.keys()
     assert all(torch.equal(losses[name], wanted[name]) for name in wanted)
-    double = make_cascade(regime=TrainingRegime(num_stages=3, prefix_loss_weight=1.0))
+    double = make_cascade(regime=TrainingSchedule(num_stages=3, prefix_loss_weight=1.0))
     torch.testing.assert_close(losses_of(double, scene)["loss_prefix"], 2 * prefix)
     parameters = dict(cascade.named_parameters())
     gradients = torch.autograd.grad(prefix, list(parameters.values()), allow_unused=True)
@@ -85,7 +85,7 @@ def test_it_comes_beside_the_plain_losses():
 
 
 def test_without_regions_it_is_zero():
-    regime = TrainingRegime(num_stages=3, prefix_loss_weight=1.0)
+    regime = TrainingSchedule(num_stages=3, prefix_loss_weight=1.0)
     scene = make_scene(num_proposals=(0, 0), num_objects=(0, 0))
     losses = losses_of(make_cascade(regime=regime), scene)
     assert losses["loss_prefix"] == 0

@@ -8,7 +8,7 @@ from small_cascades import NUM_CLASSES, make_cascade, make_scene
 from training_passes import losses_of, make_pass, random_passes
 
 from cascade_det.core.region_gates import RegionGates
-from cascade_det.core.training_schedule import TrainingRegime
+from cascade_det.core.training_schedule import TrainingSchedule
 
 STAGE_WEIGHTS = (1.0, 0.7, 0.2)
 
@@ -77,14 +77,14 @@ def test_background_counts_as_correct():
 
 
 def gated(gates, **changes):
-    return make_cascade(regime=TrainingRegime(num_stages=3, gates=gates, **changes))
+    return make_cascade(regime=TrainingSchedule(num_stages=3, gates=gates, **changes))
 
 
 def test_gates_that_never_close_are_plain_training():
     scene = make_scene()
     plain = losses_of(make_cascade(stage_loss_weights=STAGE_WEIGHTS), scene)
     gates = RegionGates("soft", threshold=1.0, scale=1e4)
-    regime = TrainingRegime(num_stages=3, gates=gates)
+    regime = TrainingSchedule(num_stages=3, gates=gates)
     losses = losses_of(make_cascade(stage_loss_weights=STAGE_WEIGHTS, regime=regime), scene)
     assert list(losses) == list(plain)
     torch.testing.assert_close(losses, plain, rtol=1e-2, atol=1e-4)

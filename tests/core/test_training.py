@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from cascade_det.core import RoIPooler
 from cascade_det.core.losses import BOX_LOSSES
 from cascade_det.core.matching import LabelledRegions, Targets, label_regions
-from cascade_det.core.structures.boxes import flatten_images, image_limits
-from cascade_det.core.training_stage import StagePass
+from cascade_det.core.structures.boxes import flatten_images, image_bounds
+from cascade_det.core.training_stage import TrainingStage
 
 
 def flat_targets(scene):
@@ -162,10 +162,10 @@ def test_box_loss_is_divided_by_all_regions(loss_type):
     logits, deltas = torch.randn(len(regions), NUM_CLASSES + 1), torch.randn(len(regions), 4)
     foreground = regions.gt_classes < NUM_CLASSES
     assert 0 < foreground.sum() < len(regions)
-    everything = StagePass(regions, torch.arange(len(regions)), logits, deltas)
+    everything = TrainingStage(regions, torch.arange(len(regions)), logits, deltas)
     with_background = rules.regression_loss(0, everything)
     rows = torch.nonzero(foreground).squeeze(1)
-    objects = StagePass(regions[rows], rows, logits[rows], deltas[rows])
+    objects = TrainingStage(regions[rows], rows, logits[rows], deltas[rows])
     without = rules.regression_loss(0, objects)
     torch.testing.assert_close(with_background, without * len(rows) / len(regions))
 
@@ -212,7 +212,7 @@ def test_refined_boxes_are_labelled_by_the_iou_of_the_next_stage():
     targets = Targets(torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([1]), torch.tensor([0]))
     # IoU with the only object: 0.55, 0.65 and 0.75.
     regions = regions_by_hand([[0.0, 0, 10, 5.5], [0, 0, 10, 6.5], [0, 0, 10, 7.5]], [1, 1, 1])
-    limits = image_limits([(50, 50)], regions.image_index)
+    limits = image_bounds([(50, 50)], regions.image_index)
     still = torch.zeros(3, NUM_CLASSES + 1), torch.zeros(3, 4)
     wanted = {0: [3, 1, 1], 1: [3, 3, 1], 2: [3, 3, 1]}
     for stage, classes in wanted.items():
@@ -233,7 +233,7 @@ def test_class_specific_refinement_follows_ground_truth_or_the_top_class():
     none = Targets(
         torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
     )
-    limits = image_limits([(50, 50)], regions.image_index)
+    limits = image_bounds([(50, 50)], regions.image_index)
     refined = rules.refine(0, logits, deltas.flatten(1), regions, none, limits)
     # Foreground of class 0 and 2 move as those classes; background as class 1, its best guess.
     torch.testing.assert_close(refined.boxes[:, 0], torch.tensor([11.0, 13.0, 12.0]))

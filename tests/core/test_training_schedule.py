@@ -8,7 +8,7 @@ from small_cascades import make_cascade, make_scene
 from training_passes import losses_of
 
 from cascade_det.core.region_gates import RegionGates
-from cascade_det.core.training_schedule import TrainingRegime
+from cascade_det.core.training_schedule import TrainingSchedule
 
 START, END = (1.0, 0.7, 0.4), (0.2, 0.5, 0.9)
 
@@ -24,7 +24,7 @@ def test_a_plain_regime_has_no_state_and_changes_nothing():
 
 
 def scheduled(**changes):
-    regime = TrainingRegime(
+    regime = TrainingSchedule(
         num_stages=3, stage_weighting="scheduled", stage_loss_weights_end=END, **changes
     )
     return make_cascade(stage_loss_weights=START, regime=regime)
@@ -52,7 +52,7 @@ def test_gates_take_the_weights_of_now():
 
 
 def learned():
-    return make_cascade(regime=TrainingRegime(num_stages=3, stage_weighting="learned"))
+    return make_cascade(regime=TrainingSchedule(num_stages=3, stage_weighting="learned"))
 
 
 def test_learned_weights_begin_as_plain_training():
@@ -90,7 +90,7 @@ def test_in_evaluation_losses_are_plain():
         scheduled(gates=RegionGates("soft", threshold=0.5, scale=15), prefix_loss_weight=1.0),
         make_cascade(
             stage_loss_weights=START,
-            regime=TrainingRegime(num_stages=3, stage_weighting="learned"),
+            regime=TrainingSchedule(num_stages=3, stage_weighting="learned"),
         ),
     ):
         cascade.regime.progress = 0.5
@@ -110,4 +110,4 @@ def test_in_evaluation_losses_are_plain():
 )
 def test_what_does_not_fit_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        TrainingRegime(num_stages=3, **arguments)
+        TrainingSchedule(num_stages=3, **arguments)

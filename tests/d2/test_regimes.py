@@ -23,7 +23,7 @@ from small_plugin import (
 from two_hosts import BACKBONES, Standalone, build_two, make_batch, with_instances
 
 from cascade_det import config
-from cascade_det.core import CascadeInputs, RoIPooler, build_exits, build_regime
+from cascade_det.core import CascadeInputs, RoIPooler, build_exits, build_training_schedule
 from cascade_det.d2 import host
 from cascade_det.d2.detector import Detector
 from cascade_det.engine.step import TrainingStep
@@ -69,7 +69,7 @@ def twins(options):
         pooler=RoIPooler(output_size=POOLED, strides=STRIDES, kernel="torchvision"),
         stage_loss_weights=config.cascade_arguments(cfg)["stage_loss_weights"],
         exits=build_exits(config.exit_arguments(cfg), [12] * 3, CHANNELS),
-        regime=build_regime(**config.training_arguments(cfg)),
+        regime=build_training_schedule(**config.training_arguments(cfg)),
     )
     cascade.load_state_dict(heads.state_dict())
     return heads, cascade

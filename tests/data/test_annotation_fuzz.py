@@ -14,7 +14,7 @@ from PIL import Image
 from cascade_det.data.catalog import DatasetSource
 from cascade_det.data.coco import load_dataset
 from cascade_det.data.dataset_check import check_dataset
-from cascade_det.data.dataset_summary import summarise
+from cascade_det.data.dataset_summary import summarize
 from cascade_det.data.loader import build_test_loader, build_train_loader
 from cascade_det.errors import DatasetError
 
@@ -119,7 +119,7 @@ def check_outcome(source, data, on_bad_data):
     source.json_file.write_bytes(data)
     try:
         checked = check_dataset(source)
-        str(checked.bad), str(checked.unusable), str(summarise(checked).notes)
+        str(checked.bad), str(checked.unusable), str(summarize(checked).notes)
         dataset = load_dataset(source, on_bad_data, keep_ground_truth=True)
     except DatasetError as error:
         str(error).encode()

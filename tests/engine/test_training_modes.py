@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from cascade_det.core.training_schedule import TrainingRegime
+from cascade_det.core.training_schedule import TrainingSchedule
 from cascade_det.engine.divergence import replay, save_step
 from cascade_det.engine.solver import build_optimizer, build_scheduler
 from cascade_det.engine.trainer import Trainer
@@ -46,7 +46,7 @@ class WithRegime(nn.Module):
 @pytest.fixture
 def make(make_detector):
     def build(*, exits_alone=False, exits=True):
-        regime = TrainingRegime(num_stages=2, exits_alone=exits_alone)
+        regime = TrainingSchedule(num_stages=2, exits_alone=exits_alone)
         parts = nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.5)) if exits else None
         return WithRegime(make_detector(), regime, parts)
 

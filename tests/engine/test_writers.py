@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from cascade_det.engine.events import WINDOW, History, mean_figures
+from cascade_det.engine.events import WINDOW, History, mean_metrics
 from cascade_det.engine.hooks import EvalHook, Hook, WriterHook
 from cascade_det.engine.log import setup_logging
 from cascade_det.engine.solver import build_optimizer, build_scheduler
@@ -79,7 +79,7 @@ def test_means_over_parts_hide_no_broken_loss_and_leave_out_metrics_without_valu
         {"loss_a": torch.tensor(1.0), "loss_b": torch.tensor(nan), "accuracy": nan, "none": nan},
         {"loss_a": torch.tensor(3.0), "loss_b": torch.tensor(2.0), "accuracy": 0.5, "none": nan},
     ]
-    found = mean_figures(parts, {"gradient_norm": 7.0}, torch.device("cpu"))
+    found = mean_metrics(parts, {"gradient_norm": 7.0}, torch.device("cpu"))
     expected = {"loss_a": 2.0, "loss_b": nan, "accuracy": 0.5, "none": nan, "gradient_norm": 7.0}
     assert found == pytest.approx(expected, nan_ok=True)
 

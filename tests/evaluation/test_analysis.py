@@ -102,12 +102,12 @@ def shares(hits, wrong, misses):
     return precision, recall, f1
 
 
-def figures_of(point):
+def scalars_of(point):
     return point["true_positives"], point["false_positives"], point["misses"]
 
 
 def check_point(point, counts):
-    assert figures_of(point) == counts
+    assert scalars_of(point) == counts
     ours = (point["precision"], point["recall"], point["F1"])
     assert ours == pytest.approx(shares(*counts), nan_ok=True)
 
@@ -195,7 +195,7 @@ def test_a_wrong_class_takes_the_object():
     assert result["confusion_matrix"]["classes"] == ["cat", "dog", "background"]
     assert result["confusion_matrix"]["counts"] == [[0, 1, 0], [0, 0, 0], [1, 0, 0]]
     # For AP, classes do not meet.
-    assert figures_of(result["overall"][0]) == (1, 1, 0)
+    assert scalars_of(result["overall"][0]) == (1, 1, 0)
 
 
 def test_objects_of_two_classes_in_one_place_each_find_their_own():
@@ -220,7 +220,7 @@ def test_worst_images_show_every_box_once():
     # Image 2 has no mistake: the crowd and what lies in it do not count.
     [worst] = result["worst_images"]
     assert (worst["image_id"], worst["file_name"]) == (1, "1.jpg")
-    assert figures_of(worst) == (1, 1, 1)
+    assert scalars_of(worst) == (1, 1, 1)
     assert worst["F1"] == pytest.approx(50)
     assert worst["boxes"] == [
         {"kind": "found", "class": "cat", "bbox": BOX},
@@ -255,7 +255,7 @@ def test_one_class_has_figures_of_its_own():
 def test_nothing_detected_and_nothing_to_detect():
     result = analysis(truth(), [])
     point, best = result["overall"]
-    assert figures_of(point) == figures_of(best) == (0, 0, 0)
+    assert scalars_of(point) == scalars_of(best) == (0, 0, 0)
     assert math.isnan(point["precision"])
     assert math.isnan(point["recall"])
     assert math.isnan(best["score"])

@@ -15,7 +15,7 @@ from cascade_det.calibration.image_matching import match_images
 from cascade_det.core.structures import CascadeStats, Detections, DetectorOutput, StageOutput
 from cascade_det.data.coco_results import coco_results
 from cascade_det.evaluation import CocoEvaluator, StageEvaluator, coco_ap, score_results
-from cascade_det.evaluation.ap_warnings import too_many_objects_note
+from cascade_det.evaluation.ap_warnings import too_many_objects_warning
 from cascade_det.evaluation.ground_truth import load_ground_truth
 
 IDS = (3, 7)
@@ -137,7 +137,7 @@ def test_objects_beyond_the_limit_of_their_class_are_told(crowded):
     truth = load_ground_truth(crowded[0])
 
     def note(most, image_ids=(1, 2)):
-        return too_many_objects_note(truth, image_ids, most, "--max", of_class=True)
+        return too_many_objects_warning(truth, image_ids, most, "--max", of_class=True)
 
     assert note(120) == note(100, image_ids=[2]) == []
     (told,) = note(119)

@@ -15,7 +15,7 @@ from cascade_det.monitoring.shadow import (
     ShadowEvaluator,
     ShadowRules,
     image_key,
-    shadow_figures,
+    shadow_metrics,
 )
 
 BOX, OTHER = (10, 10, 100, 100), (200, 50, 60, 80)
@@ -116,14 +116,14 @@ def test_who_stops_at_the_worst_moment_is_seldom_wrong(share):
     truth = {"loss": share / 2, "changed": share}
     for _ in range(100):
         losses = ((rng.random(400) < share) * 0.5).tolist()
-        seen = [shadow_figures(losses[:count], rules) for count in looks]
+        seen = [shadow_metrics(losses[:count], rules) for count in looks]
         for name, value in truth.items():
             wrong[name] += any(not f[f"{name}_low"] <= value <= f[f"{name}_high"] for f in seen)
     assert max(wrong.values()) < 0.1 * 100
 
 
 def test_no_image_says_nothing():
-    figures = shadow_figures([], ShadowRules(share=0.1, expected_loss=0.0))
+    figures = shadow_metrics([], ShadowRules(share=0.1, expected_loss=0.0))
     assert math.isnan(figures["loss"])
     assert (figures["loss_low"], figures["loss_high"], figures["drift"]) == (0, 1, 0)
 
@@ -136,7 +136,7 @@ def streams(mean, seed, count=400):
 
 def drifts(losses, **promise):
     rules = ShadowRules(share=1.0, **promise)
-    return [shadow_figures(losses[:n], rules)["drift"] for n in range(20, len(losses) + 1, 20)]
+    return [shadow_metrics(losses[:n], rules)["drift"] for n in range(20, len(losses) + 1, 20)]
 
 
 def test_drift_is_rarely_seen_where_there_is_none():
@@ -151,7 +151,7 @@ def test_drift_is_seen_where_it_is():
 
 def test_an_uncertain_promise_is_given_the_benefit_of_the_doubt():
     losses = streams(0.2, 0)
-    low = shadow_figures(losses, ShadowRules(share=1.0))["loss_low"]
+    low = shadow_metrics(losses, ShadowRules(share=1.0))["loss_low"]
     assert low > 0.1
     for deviation, expected in ((0.0, 1), ((low - 0.05) / 2 - 1e-6, 1), (low / 2, 0)):
         promise = {"expected_loss": 0.05, "expected_deviation": deviation}

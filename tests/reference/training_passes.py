@@ -4,7 +4,7 @@ import torch
 from small_cascades import NUM_CLASSES
 
 from cascade_det.core.matching import LabelledRegions
-from cascade_det.core.training_stage import StagePass
+from cascade_det.core.training_stage import TrainingStage
 
 
 def make_pass(rows, logits, labels):
@@ -16,7 +16,9 @@ def make_pass(rows, logits, labels):
         torch.zeros(count, 4),
         torch.zeros(count),
     )
-    return StagePass(regions, torch.tensor(rows), torch.as_tensor(logits), torch.zeros(count, 4))
+    return TrainingStage(
+        regions, torch.tensor(rows), torch.as_tensor(logits), torch.zeros(count, 4)
+    )
 
 
 def random_passes(seed=0):

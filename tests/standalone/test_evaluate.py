@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from cascade_det.engine.hooks import figures_of
+from cascade_det.engine.hooks import scalars_of
 from cascade_det.errors import CheckpointError, ConfigError, DatasetError
 from cascade_det.standalone import Predictor, build_detector, evaluate, train
 from cascade_det.standalone.host import open_detector
@@ -164,7 +164,7 @@ def test_two_categories_of_one_name_have_figures_of_their_own(cfg, test_json, tm
     results = evaluate(cfg)
     saved = json.loads((Path(cfg.OUTPUT_DIR) / "results.json").read_text())
     # What CASCADE.BEST_METRIC may name.
-    figures = dict(figures_of(results))
+    figures = dict(scalars_of(results))
     for name in ("AP-circle (id 1)", "AP-circle (id 2)"):
         assert name in saved["bbox"]
         assert f"bbox/{name}" in figures

@@ -78,7 +78,7 @@ def clip_boxes(boxes: Tensor, limits: Tensor) -> Tensor:
     Args:
         boxes: ``[R, ..., 4]``.
         limits: ``[R, 4]``, (width, height, width, height) of the image of each row, as
-            ``image_limits`` gives it.
+            ``image_bounds`` gives it.
 
     Returns:
         A tensor shaped as ``boxes``; NaN stays NaN.
@@ -93,7 +93,7 @@ def of_images(boxes: Sequence[Tensor], chosen: Sequence[bool]) -> list[Tensor]:
     return [b if wanted else b[:0] for b, wanted in zip(boxes, chosen, strict=True)]
 
 
-def image_limits(image_sizes: Sequence[tuple[int, int]], image_index: Tensor) -> Tensor:
+def image_bounds(image_sizes: Sequence[tuple[int, int]], image_index: Tensor) -> Tensor:
     """(width, height, width, height) of the image of each row, for ``clip_boxes``.
 
     Args:

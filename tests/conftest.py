@@ -12,6 +12,9 @@ import torch
 # What tests compare with.
 sys.path.append(str(Path(__file__).parent / "reference"))
 
+# Fixtures that the tests of several rooms share.
+pytest_plugins = ["coco_sets", "evaluated", "shape_runs", "toy_detectors"]
+
 torch.set_num_threads(1)
 
 

@@ -15,6 +15,7 @@ from cascade_det.monitoring.shadow import (
     ShadowEvaluator,
     ShadowRules,
     image_key,
+    shadow_evaluators,
     shadow_metrics,
 )
 
@@ -28,6 +29,11 @@ def test_the_share_of_images_is_chosen():
     assert abs(count - 1000) < 5 * math.sqrt(5000 * 0.2 * 0.8)
     assert all(ShadowRules(share=1.0).chooses(number) for number in range(1000))
     assert not any(ShadowRules(share=0.0).chooses(number) for number in range(1000))
+
+
+def test_there_is_an_evaluator_where_images_are_chosen():
+    assert shadow_evaluators(share=0.0, seed=1) == []
+    assert [type(e) for e in shadow_evaluators(share=0.1, seed=1)] == [ShadowEvaluator]
 
 
 def test_the_choice_is_fixed_for_good():

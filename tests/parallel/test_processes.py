@@ -177,7 +177,7 @@ def test_after_a_signal_all_save(tmp_path, number, to_group, status):
     program = (
         "from pathlib import Path\n"
         "from cascade_det.parallel.processes import run_processes\n"
-        "from tests.engine.test_processes import work_until_a_signal\n"
+        "from tests.parallel.test_processes import work_until_a_signal\n"
         "if __name__ == '__main__':\n"
         f"    raise SystemExit(run_processes(work_until_a_signal, (Path({str(tmp_path)!r}),), 2))\n"
     )

@@ -243,12 +243,9 @@ def test_all_evaluators_together(coco_content, detections, detector_output, tmp_
 
 def test_stages_can_be_left_out(coco_content):
     dataset = {"ground_truth": coco_content([]), "class_names": ["cat"], "category_ids": [3]}
-    dataset["shadow"] = ShadowRules(share=0.1)
     with_stages = [type(item).__name__ for item in default_evaluators(**dataset)]
     without = [type(item).__name__ for item in default_evaluators(**dataset, stages=False)]
-    assert set(with_stages) - set(without) == {"StageEvaluator", "ShadowEvaluator"}
-    dataset["shadow"] = ShadowRules(share=0.0)
-    assert "ShadowEvaluator" not in [type(item).__name__ for item in default_evaluators(**dataset)]
+    assert set(with_stages) - set(without) == {"StageEvaluator"}
 
 
 def test_parts_stand_in_the_order_in_which_they_run(results):

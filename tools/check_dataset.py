@@ -157,14 +157,14 @@ def _report(wanted: Wanted, *, decode: bool) -> dict[str, Any]:
     print(tabulate(_figures(checked, summary), tablefmt="github"), end="\n\n")
     print(_table(_categories(checked, summary)), end="\n\n")
     _print_problems("problems", problems)
-    _print_problems("notes", summary.notes)
+    _print_problems("notes", summary.warnings)
     return {
         "json_file": str(source.json_file),
         "image_root": str(source.image_root),
         "figures": dict(_figures(checked, summary)),
         "categories": _categories(checked, summary),
         "problems": _plain(problems),
-        "notes": _plain(summary.notes),
+        "notes": _plain(summary.warnings),
     }
 
 

@@ -1,4 +1,4 @@
-"""Reading a json of annotations, or saying why it cannot be read."""
+"""Reads a json of annotations, or says why it cannot be read."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ from typing import Any
 
 from cascade_det.errors import DatasetError
 
-# Bytes of memory per byte of file while it is read: measured on COCO's own kind of file, where most
-# of the text is polygons. Other content takes more, so what is refused would surely not fit.
+# Bytes of memory per byte of json, measured on COCO's files, which are mostly polygons. Other
+# content takes more, so a file that is refused would not fit.
 _MEMORY_PER_BYTE = 3
 
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _MEMINFO = Path("/proc/meminfo")
 
 
 def read_annotation_file(json_file: Path) -> dict[str, Any]:
-    """Read the object at the top of a json; all in it that has the key ``segmentation`` loses it.
+    """Read a json with an object at the top level, without any key ``segmentation`` in it.
 
-    Polygons are most of COCO's files and of their memory, and a detector of boxes has no use for
-    them.
+    Polygons take up most of COCO's files, and a box detector does not need them.
 
     Raises:
-        DatasetError: the file cannot be read, does not fit in memory, is no json, or holds
-            something else than an object.
+        DatasetError: the file cannot be read, does not fit in memory, is not json, or has no
+            object at the top level.
     """
     content = read_json(json_file, _without_segmentation)
     if not isinstance(content, dict):
@@ -40,10 +39,10 @@ def read_json(
 
     Args:
         json_file: the file.
-        object_hook: given every object in it, returns what takes its place.
+        object_hook: called with every object in it, returns its replacement.
 
     Raises:
-        DatasetError: the file cannot be read, does not fit in memory, or is no json.
+        DatasetError: the file cannot be read, does not fit in memory, or is not json.
     """
     try:
         if not json_file.is_file():
@@ -66,27 +65,25 @@ def _without_segmentation(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_memory(json_file: Path) -> None:
-    """Refuse what the system would kill the process for, which says nothing to the user."""
+    """Refuse a file that is too large: the system would kill the process without a message."""
     needed, available = _MEMORY_PER_BYTE * json_file.stat().st_size, available_memory()
     if available is not None and needed > available:
         raise DatasetError(
-            f"{json_file}: reading it takes at least {needed / 1e9:.1f} GB of memory, and "
-            f"{available / 1e9:.1f} GB are free. Take out what detection of boxes does not need "
+            f"{json_file}: reading it takes at least {needed / 1e9:.1f} GB of memory, and at most "
+            f"{available / 1e9:.1f} GB are available. Remove keys that box detection does not need "
             "(such as 'segmentation'), or split it into several data sets."
         )
 
 
 def available_memory() -> int | None:
-    """Bytes that this process can still get, or None where the system does not say."""
+    """Bytes that this process can get at most; ``None`` if the system does not say."""
     try:
-        # "MemAvailable:    1234 kB"
-        lines = _MEMINFO.read_text().splitlines()
-        free = 1024 * next(int(line.split()[1]) for line in lines if "MemAvailable" in line)
-    except (OSError, StopIteration):
+        fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
+        available = 1024 * int(fields["MemAvailable"].split()[0])  # "1234 kB"
+    except (OSError, KeyError, ValueError):
         return None
-    try:  # A container may be given less than its machine has.
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        statistics = dict(line.split() for line in (_CGROUP / "memory.stat").open())
+    try:  # A container may be limited to less than its machine has.
+        limit = _CGROUP_LIMIT.read_text().strip()
     except OSError:
-        return free
-    return free if limit == "max" else min(free, int(limit) - int(statistics["anon"]))
+        return available
+    return available if limit == "max" else min(available, int(limit))

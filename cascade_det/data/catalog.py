@@ -1,4 +1,4 @@
-"""Where a data set lies: Detectron2's built-in COCO names, and the sets that the user declares."""
+"""Finds data sets by name: Detectron2's built-in COCO names, and those that the user declares."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _BUILTIN_COCO = {
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """A named data set: one COCO-format json and the folder that its file names start from."""
+    """A named data set: a COCO-format json and the folder that its file names are relative to."""
 
     name: str
     json_file: Path
@@ -37,16 +37,16 @@ class DatasetSource:
 
 
 def find_dataset(name: str, own_datasets: Iterable[tuple[str, str, str]] = ()) -> DatasetSource:
-    """Find a data set by name and check that it is there.
+    """Find a data set by name and check that it exists.
 
     Args:
-        name: a data set of the user's own, or one of Detectron2's COCO names, which lie below the
-            folder ``$DETECTRON2_DATASETS`` (default: ``datasets``).
+        name: a declared data set, or one of Detectron2's COCO names, which are below the folder
+            ``$DETECTRON2_DATASETS`` (default: ``datasets``).
         own_datasets: triples of name, json file and image folder; relative paths start from the
             working directory, ``~`` is the home folder.
 
     Raises:
-        DatasetError: no such name, a name that means two things, or a missing file or folder.
+        DatasetError: an unknown or ambiguous name, or a missing file or folder.
     """
     own = _own_sources(own_datasets)
     source = own.get(name) or _builtin_source(name)
@@ -71,14 +71,14 @@ def find_dataset(name: str, own_datasets: Iterable[tuple[str, str, str]] = ()) -
 
 
 def dataset_of_files(json_file: str, image_folder: str | None = None) -> DatasetSource:
-    """A data set that needs no entry anywhere; its name is that of the json.
+    """A data set that is not declared anywhere, named after its json.
 
     Args:
         json_file: COCO format.
-        image_folder: of its images; where it is not given, the folder of the json.
+        image_folder: of its images; the folder of the json by default.
 
     Raises:
-        DatasetError: the folder is not there.
+        DatasetError: the folder does not exist.
     """
     path = Path(json_file)
     if image_folder is not None and not Path(image_folder).is_dir():
@@ -87,7 +87,7 @@ def dataset_of_files(json_file: str, image_folder: str | None = None) -> Dataset
 
 
 def _own_sources(own_datasets: Iterable[tuple[str, str, str]]) -> dict[str, DatasetSource]:
-    """The user's data sets by name; a name must mean one thing only."""
+    """The declared data sets by name; each name must be unique."""
     sources: dict[str, DatasetSource] = {}
     for name, json_file, image_root in own_datasets:
         source = DatasetSource(name, Path(json_file).expanduser(), Path(image_root).expanduser())

@@ -1,4 +1,4 @@
-"""A COCO-format data set in memory: records that training and inference can trust."""
+"""A COCO-format data set in memory, checked."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class ImageRecord:
     Attributes:
         file_name: full path.
         image_id: the id in the json.
-        height: pixels, as the json says.
-        width: pixels, as the json says.
+        height: pixels, from the json.
+        width: pixels, from the json.
         boxes: float32 ``[G, 4]``, XYXY in absolute pixels; may reach outside the image.
         classes: int64 ``[G]`` in ``[0, K)``.
-        iscrowd: bool ``[G]``, true where a box stands for a crowd.
+        iscrowd: bool ``[G]``, true for a box around a crowd.
     """
 
     file_name: str
@@ -56,14 +56,13 @@ class CocoDataset:
     Attributes:
         records: sorted by image id.
         class_names: length K, in the order of ``category_ids``.
-        category_ids: the category id of the json for each class; ascending, gaps allowed.
+        category_ids: the category id in the json of each class; ascending, gaps allowed.
         source: where it was read from.
-        ground_truth: what detections are held against, in COCO format: ``images``, ``categories``
+        ground_truth: the reference of an evaluation, in COCO format: ``images``, ``categories``
             and ``annotations`` (``id``, ``image_id``, ``category_id``, ``bbox``, ``area``,
-            ``iscrowd``), the latter only where the json has that key. Boxes of zero width or
-            height are among them: pycocotools counts them. Empty unless it was asked for.
-        left_out: how many entries of each kind of problem are in neither ``records`` nor
-            ``ground_truth``.
+            ``iscrowd``), the latter only if the json has that key. Boxes of zero width or height
+            are included: pycocotools counts them. Empty unless requested.
+        left_out: number of entries left out of ``records`` and ``ground_truth``, by kind of issue.
         left_out_images: the ids of the images among them.
     """
 
@@ -88,29 +87,29 @@ def load_dataset(
     share: tuple[int, int] = (0, 1),
     gather: Callable[[Any], list[Any]] = lambda findings: [findings],
 ) -> CocoDataset:
-    """Read and check a COCO-format json and the images that it names.
+    """Read and check a COCO-format json and the images that it lists.
 
-    A json without the key ``annotations`` is a set to run on, not to train on. Boxes of zero width
-    or height are never trained on, and a warning says so: COCO's own training files hold a few.
+    A json without the key ``annotations`` is a set for inference, not for training. Boxes of zero
+    width or height are never trained on, with a warning: COCO's own training files have a few.
 
     Args:
         source: the json and the folder of its images.
-        on_bad_data: ``"error"`` stops at bad images or annotations, all of them listed together;
+        on_bad_data: ``"error"`` raises if images or annotations are bad, and lists all of them;
             ``"skip"`` leaves them out and logs how many.
-        keep_ground_truth: whether to keep the annotations as an evaluation needs them.
-        check_images: whether to look at the files of the images; without, they need not exist, and
-            where a link leads is of no interest.
-        decode: whether to decode each image: then none turns out to be broken when it is needed.
-        option: what the user sets ``on_bad_data`` by, for messages.
+        keep_ground_truth: whether to keep the annotations for an evaluation.
+        check_images: whether to check the image files; otherwise they need not exist, and links
+            are not checked either.
+        decode: whether to decode each image, so that none fails later.
+        option: name of the user's option for ``on_bad_data``, for messages.
         links: which links out of the image folder are followed.
-        share: (rank, number of processes) where several load the same data set: each opens its
-            part of the images.
-        gather: gives what all processes found, in the order of their ranks, for what this one
-            found; so all of them leave out the same, or raise the same error.
+        share: (rank, number of processes) if several processes load the same data set: each opens
+            its part of the images.
+        gather: maps the findings of this process to those of all processes, by rank; all of them
+            then leave out the same images, or raise the same error.
 
     Raises:
-        DatasetError: the file is not COCO-format json, or holds bad data that may not be skipped.
-        ValueError: ``on_bad_data`` is neither of the two.
+        DatasetError: the file is not COCO-format json, or has bad data that may not be skipped.
+        ValueError: another ``on_bad_data``.
     """
     if on_bad_data not in ("error", "skip"):
         raise ValueError(f"on_bad_data must be 'error' or 'skip', not {on_bad_data!r}")
@@ -139,20 +138,20 @@ def load_dataset(
 
 
 def left_out_warnings(dataset: CocoDataset, option: str = ON_BAD_DATA) -> list[str]:
-    """What to say beside figures of a data set: nothing, or what they leave out.
+    """Warnings to report with the metrics of a data set: what was left out of it, if anything.
 
     Args:
-        dataset: what the figures are of.
-        option: what the user sets ``on_bad_data`` by.
+        dataset: the data set that was evaluated.
+        option: name of the user's option for ``on_bad_data``.
     """
     if not dataset.left_out:
         return []
     kinds = ", ".join(f"{count} x {kind}" for kind, count in dataset.left_out.items())
-    return [f"Left out as {option} is 'skip': {kinds}. The figures are of the rest."]
+    return [f"Left out as {option} is 'skip': {kinds}. The metrics cover the rest."]
 
 
 def check_same_classes(datasets: Sequence[CocoDataset]) -> None:
-    """Make sure that data sets which are trained on together mean the same by their classes.
+    """Check that data sets to be trained on together have the same classes.
 
     Raises:
         DatasetError: names or category ids differ between two of them.
@@ -170,20 +169,20 @@ def check_same_classes(datasets: Sequence[CocoDataset]) -> None:
 
 
 def _refusal(source: DatasetSource, checked: CheckedJson, option: str) -> str:
-    problems = "\n".join(str(part) for part in (checked.unusable, checked.bad) if part)
+    issues = "\n".join(str(part) for part in (checked.unusable, checked.bad) if part)
     if checked.unusable:
-        remedy = "Mend the file."
+        remedy = "Fix the file."
     else:
-        remedy = f"Mend these, or set {option} to 'skip' to go on without them."
+        remedy = f"Fix these, or set {option} to 'skip' to leave them out."
     if MISSING in checked.bad.counts and not checked.images:
-        remedy += f" No image is there: is {source.image_root} their folder?"
-    return f"{source.json_file}: bad data\n{problems}\n{remedy}"
+        remedy += f" No image was found: is {source.image_root} their folder?"
+    return f"{source.json_file}: bad data\n{issues}\n{remedy}"
 
 
 def _log_findings(source: DatasetSource, checked: CheckedJson) -> None:
-    for problems in (checked.bad, checked.of_no_area):
-        if problems:
-            logger.warning("%s: left out\n%s", source.json_file, problems)
+    for issues in (checked.bad, checked.of_no_area):
+        if issues:
+            logger.warning("%s: left out\n%s", source.json_file, issues)
     if mistakes := find_mistakes(checked):
         logger.warning("%s: probably a mistake\n%s", source.json_file, mistakes)
     present = {
@@ -223,7 +222,7 @@ def _record(
 
 
 def _ground_truth(checked: CheckedJson) -> dict[str, Any]:
-    """The usable entries with no more than an evaluation reads: polygons alone can take GBs."""
+    """The usable entries, with only the keys that an evaluation reads."""
     content: dict[str, Any] = {
         "images": [
             {key: image[key] for key in ("id", "file_name", "height", "width")}

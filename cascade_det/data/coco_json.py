@@ -1,7 +1,7 @@
-"""The check of a COCO-format json: what is usable, and what is wrong with the rest.
+"""Checks the content of a COCO-format json.
 
-The json is read directly and not through ``pycocotools.coco.COCO``: that class indexes by id, so
-duplicate ids vanish before they can be reported, and on other bad data it fails with a KeyError.
+The json is not read through ``pycocotools.coco.COCO``: that class indexes by id, so duplicate ids
+vanish before they can be reported, and other bad data end in a KeyError.
 """
 
 from __future__ import annotations
@@ -20,27 +20,28 @@ from cascade_det.text import check_name
 
 JsonObject = dict[str, Any]
 
-# Beyond any image, and far from where float32 ends.
+# Beyond any image, and far below the largest float32.
 _COORDINATE_LIMIT = 1e9
-_ID_LIMIT = 2**63  # of what other programs can hold
+_ID_LIMIT = 2**63  # other programs hold ids in int64
 
-_TOLD = ("image_id", "category_id", "bbox")  # of an annotation
-_TOLD_OF_IMAGES = ("file_name", "width", "height")
+# Keys shown in a message.
+_ANNOTATION_KEYS = ("image_id", "category_id", "bbox")
+_IMAGE_KEYS = ("file_name", "width", "height")
 
 
 @dataclass
 class CheckedJson:
-    """The entries of a json that may be used as they are, and a list of all others.
+    """The usable entries of a json, and the issues of all others.
 
     Attributes:
         images: by image id, ascending.
-        image_ids: of all images, those that are left out included.
-        annotations: by image id, in the order of the json; also those of ``of_no_area``.
+        image_ids: of all images, bad ones included.
+        annotations: by image id, in the order of the json; those of ``of_no_area`` included.
         has_annotations: whether the json has the key ``annotations``.
         categories: names by category id, ascending.
-        unusable: what leaves no data set: the structure of the file, or its categories.
-        bad: images and annotations left out because they are wrong.
-        of_no_area: annotations whose box is empty: counted by an evaluation, of no use in training.
+        unusable: issues of the whole file: its structure, or its categories.
+        bad: images and annotations that are wrong, and left out.
+        of_no_area: annotations with an empty box: an evaluation counts them, training does not.
     """
 
     images: dict[int, JsonObject] = field(default_factory=dict)
@@ -62,23 +63,23 @@ def check_coco_json(source: DatasetSource, links: LinkRule = NEAR_LINKS) -> Chec
         links: which links may leave it.
 
     Raises:
-        DatasetError: the file cannot be read, is no json, or has no object at the top.
+        DatasetError: the file cannot be read, is not json, or has no object at the top level.
     """
     content = read_annotation_file(source.json_file)
     checked = CheckedJson(has_annotations="annotations" in content)
     categories = _entries(content, "categories", checked, checked.unusable)
     _check_categories(categories, checked)
-    # Where categories are wrong or missing, annotations are not blamed for theirs.
+    # If categories are wrong or missing, every category_id would be unknown.
     category_ids = _Everything() if checked.unusable else checked.categories
     images = _entries(content, "images", checked, checked.bad)
     _check_images(images, name_guard(source, links), checked)
     if checked.has_annotations:
         _check_annotations(
             _entries(content, "annotations", checked, checked.bad),
-            # What is bad stays known, so that its annotations are not blamed as well.
+            # Bad images included, so that their annotations are not reported as well.
             checked.image_ids if isinstance(content.get("images"), list) else _Everything(),
             category_ids,
-            # COCO's own 2014 minival files repeat ids; Detectron2 takes them, and so do we.
+            # COCO's 2014 minival files repeat ids; Detectron2 accepts them, and so do we.
             ids_may_repeat="minival" in source.json_file.name,
             checked=checked,
         )
@@ -86,62 +87,59 @@ def check_coco_json(source: DatasetSource, links: LinkRule = NEAR_LINKS) -> Chec
 
 
 class _Everything(Container[object]):
-    """What is known where the list that would say so is missing."""
+    """Contains everything; stands for ids that cannot be looked up."""
 
     def __contains__(self, _: object) -> bool:
         return True
 
 
 def _entries(
-    content: JsonObject, key: str, checked: CheckedJson, problems: Issues
+    content: JsonObject, key: str, checked: CheckedJson, issues: Issues
 ) -> list[JsonObject]:
-    """The objects in the list under a key of the top level."""
+    """The objects in the list under a top-level key."""
     entries = content.get(key)
     if not isinstance(entries, list):
         how = "is no list" if key in content else "is missing"
-        checked.unusable.add(
-            "key without which this is not COCO format", "{!r} {}".format, key, how
-        )
+        checked.unusable.add("key without which this is not COCO format", str, f"{key!r} {how}")
         return []
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict):
-            problems.add(f"entry of {key!r} that is no object", "{}[{}]".format, key, index)
+            issues.add(f"entry of {key!r} that is no object", str, f"{key}[{index}]")
     return [entry for entry in entries if isinstance(entry, dict)]
 
 
 def _check_categories(entries: list[JsonObject], checked: CheckedJson) -> None:
-    """Fill in the categories. All of them must be right: each one less would renumber the rest."""
+    """Fill in the categories. All must be right: leaving one out would renumber the rest."""
     counts = Counter(_plain_id(entry.get("id")) for entry in entries)
     for entry in entries:
-        if problem := _id_problem(entry, "category", counts):
-            checked.unusable.add(problem, _describe, "category", entry, ("name",))
+        if issue := _id_issue(entry, "category", counts):
+            checked.unusable.add(issue, _describe, "category", entry, ("name",))
             continue
         try:
             checked.categories[entry["id"]] = check_name(entry.get("name"))
         except ValueError as error:
-            checked.unusable.add(
-                "category without a usable 'name'", "category {}: {}".format, entry["id"], error
-            )
+            kind = "category without a usable 'name'"
+            checked.unusable.add(kind, str, f"category {entry['id']}: {error}")
     if not entries and not checked.unusable:
-        checked.unusable.add("list of classes without any", "'categories'".format)
+        checked.unusable.add("list of classes without any", str, "'categories'")
     checked.categories = dict(sorted(checked.categories.items()))
 
 
 def _check_images(
     entries: list[JsonObject],
-    leads_wrong: Callable[[str], tuple[str, str] | None],
+    find_escape: Callable[[str], tuple[str, str] | None],
     checked: CheckedJson,
 ) -> None:
-    """Fill in the images; of those that share an id none, as nobody knows whose the boxes are."""
+    """Fill in the images, but none of those that share an id: their boxes would be ambiguous."""
     counts = Counter(_plain_id(entry.get("id")) for entry in entries)
     for entry in entries:
         detail = ""
-        problem = _id_problem(entry, "image", counts) or _file_name_problem(entry)
-        if not problem and (wrong := leads_wrong(entry["file_name"])):
-            problem, detail = wrong
-        problem = problem or _size_problem(entry)
-        if problem:
-            checked.bad.add(problem, _describe, "image", entry, _TOLD_OF_IMAGES, detail)
+        issue = _id_issue(entry, "image", counts) or _file_name_issue(entry)
+        if not issue and (escape := find_escape(entry["file_name"])):
+            issue, detail = escape
+        issue = issue or _size_issue(entry)
+        if issue:
+            checked.bad.add(issue, _describe, "image", entry, _IMAGE_KEYS, detail)
         else:
             checked.images[entry["id"]] = entry
     checked.images = dict(sorted(checked.images.items()))
@@ -159,19 +157,18 @@ def _check_annotations(
     by_image: dict[int, list[JsonObject]] = defaultdict(list)
     ids: set[int] = set()
     for entry in entries:
-        problem = _annotation_problem(entry, image_ids, category_ids) or _box_problem(
+        issue = _annotation_issue(entry, image_ids, category_ids) or _box_issue(
             entry.get("bbox"), checked.images.get(entry["image_id"])
         )
-        if not problem and entry["id"] in ids and not ids_may_repeat:
-            problem = "annotation with the id of another one"
-        if problem:
-            checked.bad.add(problem, _describe, "annotation", entry, _TOLD)
+        if not issue and entry["id"] in ids and not ids_may_repeat:
+            issue = "annotation with the id of another one"
+        if issue:
+            checked.bad.add(issue, _describe, "annotation", entry, _ANNOTATION_KEYS)
             continue
         ids.add(entry["id"])
         if min(entry["bbox"][2:]) == 0:
-            checked.of_no_area.add(
-                "box of zero width or height", _describe, "annotation", entry, _TOLD
-            )
+            kind = "box of zero width or height"
+            checked.of_no_area.add(kind, _describe, "annotation", entry, _ANNOTATION_KEYS)
         by_image[entry["image_id"]].append(entry)
     checked.annotations = by_image
 
@@ -180,34 +177,32 @@ def _check_annotations(
 
 
 def _plain_id(value: object) -> int | str | None:
-    """An id as it is looked up: a text is none, but annotations of its image are told by it.
+    """An id to look up; ``None`` if it cannot be one.
 
-    So are those of a float, by its text: as a number, 1.0 would be found as 1.
+    A str is not a valid id, but links the annotations of an image to it. So does a float, as its
+    text: as a number, 1.0 would be found as 1.
     """
     if isinstance(value, float):
         return repr(value)
     return value if isinstance(value, int | str) and not isinstance(value, bool) else None
 
 
-def _id_problem(entry: JsonObject, what: str, counts: Counter[Any]) -> str | None:
-    if problem := _integer_problem(what, entry, "id"):
-        return problem
+def _id_issue(entry: JsonObject, what: str, counts: Counter[Any]) -> str | None:
+    if issue := _integer_issue(what, entry, "id"):
+        return issue
     return f"{what} that shares its id with another" if counts[entry["id"]] > 1 else None
 
 
-def _integer_problem(what: str, entry: JsonObject, key: str) -> str | None:
+def _integer_issue(what: str, entry: JsonObject, key: str) -> str | None:
     value = entry.get(key)
     if type(value) is int:
-        return None if _is_id(value) else f"{what} whose {key!r} is beyond 64 bits"
+        fits = -_ID_LIMIT <= value < _ID_LIMIT
+        return None if fits else f"{what} whose {key!r} is beyond 64 bits"
     if isinstance(value, float):
         return f"{what} whose {key!r} is a float, not an integer (1, not 1.0)"
     if isinstance(value, str):
         return f'{what} whose {key!r} is text, not an integer (1, not "1")'
     return f"{what} without an integer {key!r}"
-
-
-def _is_id(value: int) -> bool:
-    return -_ID_LIMIT <= value < _ID_LIMIT
 
 
 def _describe(what: str, entry: JsonObject, keys: tuple[str, ...], detail: str = "") -> str:
@@ -219,14 +214,14 @@ def _describe(what: str, entry: JsonObject, keys: tuple[str, ...], detail: str =
 # -- images ---------------------------------------------------------------------------------------
 
 
-def _file_name_problem(image: JsonObject) -> str | None:
+def _file_name_issue(image: JsonObject) -> str | None:
     return None if _is_path(image.get("file_name")) else "image without a usable 'file_name'"
 
 
-def _size_problem(image: JsonObject) -> str | None:
+def _size_issue(image: JsonObject) -> str | None:
     for side in ("height", "width"):
-        if problem := _integer_problem("image", image, side):
-            return problem
+        if issue := _integer_issue("image", image, side):
+            return issue
         if image[side] <= 0:
             return f"image whose {side!r} is not above 0"
     return None
@@ -237,7 +232,7 @@ def _is_path(value: object) -> bool:
         return False
     try:
         os.fsencode(value)
-    except UnicodeEncodeError:  # half of a surrogate pair, which json can spell
+    except UnicodeEncodeError:  # half of a surrogate pair, which json can contain
         return False
     return True
 
@@ -245,15 +240,16 @@ def _is_path(value: object) -> bool:
 # -- annotations ----------------------------------------------------------------------------------
 
 
-def _annotation_problem(
+def _annotation_issue(
     annotation: JsonObject, image_ids: Container[object], category_ids: Container[object]
 ) -> str | None:
-    if problem := _integer_problem("annotation", annotation, "id"):
-        return problem
-    if problem := _reference_problem(annotation, "image", image_ids):
-        return problem
-    if problem := _reference_problem(annotation, "category", category_ids):
-        return problem
+    issue = (
+        _integer_issue("annotation", annotation, "id")
+        or _reference_issue(annotation, "image", image_ids)
+        or _reference_issue(annotation, "category", category_ids)
+    )
+    if issue:
+        return issue
     if annotation.get("iscrowd", 0) not in (0, 1):
         return "annotation whose 'iscrowd' is neither 0 nor 1"
     if annotation.get("ignore", 0) != 0:
@@ -263,10 +259,10 @@ def _annotation_problem(
     return None
 
 
-def _reference_problem(annotation: JsonObject, what: str, ids: Container[object]) -> str | None:
-    """What is wrong with the image or category that an annotation names.
+def _reference_issue(annotation: JsonObject, what: str, ids: Container[object]) -> str | None:
+    """The issue with an annotation's image or category id.
 
-    One that is bad itself is told already, and known by what it has in the place of an id.
+    A bad image or category is reported itself; ``ids`` has its id, of whatever type.
     """
     value = annotation.get(f"{what}_id")
     looked_up = _plain_id(value)
@@ -276,12 +272,12 @@ def _reference_problem(annotation: JsonObject, what: str, ids: Container[object]
         isinstance(value, str) and value.isdecimal() and len(value) < 20 and int(value) in ids
     )
     if is_meant:
-        return _integer_problem("annotation", annotation, f"{what}_id")
+        return _integer_issue("annotation", annotation, f"{what}_id")
     return f"annotation of an unknown {what}"
 
 
-def _box_problem(box: Any, image: JsonObject | None) -> str | None:
-    """What is wrong with a box in COCO's XYWH; the image is None where it is bad itself."""
+def _box_issue(box: Any, image: JsonObject | None) -> str | None:
+    """The issue with a box in COCO's XYWH; the image is ``None`` if it is bad itself."""
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_coordinate, box)):
         return "box that is not four finite numbers"
     left, top, width, height = box
@@ -296,7 +292,7 @@ def _box_problem(box: Any, image: JsonObject | None) -> str | None:
 
 
 def _is_coordinate(value: object) -> bool:
-    # NaN and the infinities fail the comparison.
+    # NaN and infinities fail the comparison.
     return (
         isinstance(value, int | float)
         and not isinstance(value, bool)

@@ -15,12 +15,12 @@ def coco_results(
 ) -> list[dict[str, Any]]:
     """Detections of one image in COCO's result format, plus ``exit_stage`` for each.
 
-    Nothing is rounded: many an IoU is close to a threshold, and small scores that rounding made
-    equal would change places.
+    Nothing is rounded: IoUs close to a threshold would cross it, and small scores that became equal
+    would change order.
 
     Args:
         detections: ``Detections`` or ``ArrayDetections``.
-        image_id: in the json.
+        image_id: the id in the json.
         category_ids: of the classes ``0..K-1``.
 
     Raises:
@@ -34,9 +34,9 @@ def coco_results(
             f"to {len(category_ids)} or evaluate on the data set that the model was trained for"
         )
     boxes = detections.boxes
-    # Of a tensor, which may be on another device; XYXY to XYWH.
+    # A tensor may be on another device.
     boxes = np.asarray(boxes.detach().cpu() if hasattr(boxes, "detach") else boxes).copy()
-    boxes[:, 2:] -= boxes[:, :2]
+    boxes[:, 2:] -= boxes[:, :2]  # XYXY to XYWH
     columns = (
         boxes.tolist(),
         detections.scores.tolist(),

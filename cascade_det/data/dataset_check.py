@@ -1,4 +1,4 @@
-"""The whole check of a data set, json and image files, before anything runs on it."""
+"""Checks a data set, json and image files, before a run."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def check_dataset(
     gather: Callable[[Any], list[Any]] = lambda findings: [findings],
     links: LinkRule = NEAR_LINKS,
 ) -> CheckedJson:
-    """Check a json and the files of its images; images whose file is bad are among ``bad``.
+    """Check a json and the files of its images; images with a bad file are added to ``bad``.
 
     Args:
         source: the json and the folder of its images.
-        decode: see :func:`find_bad_images`, as for ``share`` and ``gather``.
-        share: see ``decode``.
-        gather: see ``decode``.
+        decode: see :func:`find_bad_images`.
+        share: see :func:`find_bad_images`.
+        gather: see :func:`find_bad_images`.
         links: which links out of the image folder are followed.
 
     Raises:
-        DatasetError: the json cannot be read at all.
+        DatasetError: the json cannot be read.
     """
     checked = check_coco_json(source, links)
     entries = [

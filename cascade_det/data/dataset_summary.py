@@ -1,4 +1,4 @@
-"""What a checked data set holds: figures, and remarks on what is unusual without being wrong."""
+"""Summarizes a checked data set: statistics, and warnings about what is unusual."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _TINY_SIDE = 2  # pixels
 
 @dataclass
 class DatasetSummary:
-    """Figures of the usable part of a data set.
+    """Statistics of the usable part of a data set.
 
     Attributes:
-        images: how many.
-        images_with_boxes: of them, those with a box that is not a crowd.
-        boxes: how many, crowds included and boxes of no area not.
-        crowds: of them, those that stand for a crowd.
-        sizes: how many images there are of each (width, height).
-        areas: how many boxes are small, medium and large, by COCO's limits.
-        category_boxes: boxes by category id, in the order of the ids; 0 where there is none.
-        category_images: images by category id.
-        notes: what is unusual.
+        images: number of images.
+        images_with_boxes: number of images with a box that is not a crowd.
+        boxes: number of boxes, crowds included, empty boxes excluded.
+        crowds: number of boxes that are crowds.
+        sizes: number of images by (width, height).
+        areas: number of small, medium and large boxes, by COCO's limits.
+        category_boxes: number of boxes by category id, in the order of the ids; may be 0.
+        category_images: number of images by category id.
+        warnings: what is unusual.
     """
 
     images: int = 0
@@ -40,20 +40,21 @@ class DatasetSummary:
     areas: Counter[str] = field(default_factory=Counter)
     category_boxes: Counter[int] = field(default_factory=Counter)
     category_images: Counter[int] = field(default_factory=Counter)
-    notes: Issues = field(default_factory=Issues)
+    warnings: Issues = field(default_factory=Issues)
 
 
 def summarize(checked: CheckedJson) -> DatasetSummary:
-    """Count what is usable in a data set, and note what its owner may want to look at."""
-    summary = DatasetSummary(notes=checked.of_no_area.copy())
+    """Count the usable entries of a data set, and collect warnings."""
+    summary = DatasetSummary(warnings=checked.of_no_area.copy())
     summary.category_boxes.update(dict.fromkeys(checked.categories, 0))
     if not checked.has_annotations:
-        summary.notes.add("data set without annotations", "good to run on, not to train on".format)
+        kind = "data set without annotations"
+        summary.warnings.add(kind, str, "good to run on, not to train on")
     for image in checked.images.values():
         _count_image(image, list(boxes_of(checked, image)), checked.has_annotations, summary)
-    summary.notes.update(find_mistakes(checked))
-    _note_file_names(checked, summary.notes)
-    _note_categories(checked, summary)
+    summary.warnings.update(find_mistakes(checked))
+    _find_shared_files(checked, summary.warnings)
+    _find_category_gaps(checked, summary)
     return summary
 
 
@@ -68,7 +69,7 @@ def _count_image(
     if len(boxes) > crowds:
         summary.images_with_boxes += 1
     elif annotated:
-        summary.notes.add("image without a box that is not a crowd", _image_name, image)
+        summary.warnings.add("image without a box that is not a crowd", _image_name, image)
     for category_id, count in Counter(box["category_id"] for box in boxes).items():
         summary.category_boxes[category_id] += count
         summary.category_images[category_id] += 1
@@ -77,7 +78,7 @@ def _count_image(
         summary.areas[_size_class(box)] += 1
         key = (box["category_id"], *box["bbox"])
         for kind in _oddities(box, image, key in seen):
-            summary.notes.add(kind, box_name, box)
+            summary.warnings.add(kind, box_name, box)
         seen.add(key)
 
 
@@ -97,20 +98,20 @@ def _oddities(box: JsonObject, image: JsonObject, repeated: bool) -> Iterator[st
         yield "box that is there twice, with the same class"
 
 
-def _note_file_names(checked: CheckedJson, notes: Issues) -> None:
+def _find_shared_files(checked: CheckedJson, warnings: Issues) -> None:
     users = Counter(image["file_name"] for image in checked.images.values())
     for name, count in users.items():
         if count > 1:
-            notes.add("file that several images name", shown, name)
+            warnings.add("file that several images name", shown, name)
 
 
-def _note_categories(checked: CheckedJson, summary: DatasetSummary) -> None:
+def _find_category_gaps(checked: CheckedJson, summary: DatasetSummary) -> None:
     for category_id, name in checked.categories.items():
         if checked.has_annotations and not summary.category_boxes[category_id]:
-            summary.notes.add("category without a box", shown, name)
+            summary.warnings.add("category without a box", shown, name)
     for one, other in pairwise(checked.categories):
         if other > one + 1:
-            summary.notes.add("gap in the ids of categories", "{} to {}".format, one, other)
+            summary.warnings.add("gap in the ids of categories", str, f"{one} to {other}")
 
 
 def _image_name(image: JsonObject) -> str:

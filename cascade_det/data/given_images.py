@@ -1,4 +1,4 @@
-"""What callers hand to a predictor: files, and pixels that they have read themselves."""
+"""Images that callers pass to a predictor: paths, or arrays of pixels."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _WANTED = "a uint8 array [H, W, 3] in BGR order, or the path of a file"
 
 
 def check_images(images: Any, names: Sequence[str] | None = None) -> list[Image]:
-    """Check that images can be detected on, all of them before the first one is.
+    """Check all images before detection starts.
 
     Args:
-        images: a list or tuple, each as :func:`given_pixels` takes it.
-        names: where not ``None``, one for each of them.
+        images: a list or tuple of images, see :func:`given_pixels`.
+        names: one per image, or ``None``.
 
     Raises:
-        ValueError: something else; it says what is wanted.
+        ValueError: another type or shape; the message says what is expected.
     """
     if not isinstance(images, list | tuple):
         raise ValueError(f"images are {_WANTED}, or a list of these, not {_kind(images)}")
@@ -41,11 +41,11 @@ def given_pixels(image: Image, image_format: str) -> Pixels:
 
     Args:
         image: uint8 ``[H, W, 3]`` in BGR order, as OpenCV reads it, or the path of a file.
-        image_format: ``"BGR"`` or ``"RGB"``, the order of the channels that is wanted.
+        image_format: ``"BGR"`` or ``"RGB"``, the channel order of the result.
 
     Raises:
-        DatasetError: the file is missing or no image.
-        ValueError: something else, or an array of another kind.
+        DatasetError: the file is missing or not an image.
+        ValueError: another type, or an array of another shape or dtype.
     """
     _check_image(image)
     if not isinstance(image, np.ndarray):
@@ -65,7 +65,7 @@ def _check_image(image: Any) -> None:
 
 
 def _kind(value: Any) -> str:
-    """The type of a value, and how one of a common kind becomes an image."""
+    """The type of a value, and how to convert common types to an image."""
     name = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
     if name.startswith("PIL."):
         return f"{name}: give np.asarray(image.convert('RGB'))[:, :, ::-1]"

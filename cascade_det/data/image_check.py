@@ -1,4 +1,4 @@
-"""The check of image files before a run: by their headers, with a look at how they end."""
+"""Checks image files before a run, by their headers and their last bytes."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from cascade_det.data.issues import shown
 from cascade_det.data.transforms import read_image
 from cascade_det.errors import DatasetError
 
-# How a whole file of these formats ends. What ends otherwise is decoded before anything is said
-# about it (bytes behind the end do no harm), and so is a file of a format that is not named here.
+# The last bytes of a complete file. Bytes after the end do no harm, so a file that ends in another
+# way, or of another format, is decoded to find out.
 _LAST_BYTES = {
     "JPEG": b"\xff\xd9",
-    "MPO": b"\xff\xd9",  # JPEG with further pictures behind the first, as many cameras write it
+    "MPO": b"\xff\xd9",  # JPEG with further pictures after the first, as many cameras write it
     "PNG": b"\0\0\0\0IEND\xaeB`\x82",
 }
-# Pillow reads these to the end when it opens them.
+# Pillow reads these to the end on opening.
 _READ_WHOLE = {"WEBP"}
 _ROTATED_BY_90 = (5, 6, 7, 8)
 
-# Tags of TIFF 6.0: offsets and lengths of the pixels in bytes; the kind of picture, where bit 0 is
-# for a reduced resolution and bit 2 for a transparency mask.
+# Tags of TIFF 6.0: offsets and lengths of the pixel data in bytes; the kind of picture, where bit 0
+# means reduced resolution and bit 2 transparency mask.
 _TIFF_STRIPS, _TIFF_TILES = (273, 279), (324, 325)
 _TIFF_SUBFILE_TYPE, _TIFF_PREVIEW_OR_MASK = 254, 0b101
 
 MISSING = "missing image file"
 
-# Few enough that decoding needs no more memory than training would.
+# Limits the memory of decoding to what training needs.
 _decoding = threading.Semaphore(os.cpu_count() or 1)
 
 
 class ImageEntry(NamedTuple):
-    """An image as a json describes it.
+    """An image of a json.
 
     Attributes:
         image_id: its id.
-        folder: where all images are.
-        file_name: the file, from there.
+        folder: the image folder.
+        file_name: relative to the folder.
         height: pixels.
         width: pixels.
     """
@@ -59,16 +59,16 @@ class ImageEntry(NamedTuple):
 
     @property
     def path(self) -> str:
-        """The file."""
+        """Path of the file."""
         return os.path.join(self.folder, self.file_name)
 
 
-class ImageProblem(NamedTuple):
+class ImageIssue(NamedTuple):
     """Why an image cannot be used.
 
     Attributes:
-        kind: the same text for all images with this problem.
-        detail: the image, and what is special about it.
+        kind: the same text for all images with this issue.
+        detail: the image, and specifics.
     """
 
     kind: str
@@ -82,26 +82,26 @@ def find_bad_images(
     share: tuple[int, int] = (0, 1),
     gather: Callable[[Any], list[Any]] = lambda findings: [findings],
     progress: str = "",
-) -> dict[int, ImageProblem]:
-    """Look at all files; in several threads, because most of the time goes in waiting for disks.
+) -> dict[int, ImageIssue]:
+    """Check all files, in several threads, since most of the time is spent waiting for disks.
 
     Args:
         entries: the images.
-        decode: whether to decode every image, which finds all that training would stumble over,
+        decode: whether to decode every image. This finds everything that training would fail on,
             and takes as long as reading the whole data set.
-        share: (rank, number of processes) where several look at a part each.
-        gather: gives the findings of all processes for those of this one.
-        progress: what to call the bar that is shown when it takes long.
+        share: (rank, number of processes) if several processes check a part each.
+        gather: maps the findings of this process to those of all processes.
+        progress: label of the progress bar, which appears after 2 s.
 
     Returns:
-        By image id; what is not there is fine.
+        Issues by image id, of bad images only.
     """
     rank, processes = share
     mine = entries[rank::processes]
     Image.init()  # not safe in several threads at once
-    found: dict[int, ImageProblem] = {}
+    found: dict[int, ImageIssue] = {}
     with (
-        # Remarks of Pillow are no problems, and filters are common to all threads.
+        # Pillow's warnings are not issues; the filters are global to all threads.
         warnings.catch_warnings(),
         ThreadPoolExecutor() as pool,
         tqdm(
@@ -111,56 +111,55 @@ def find_bad_images(
         warnings.simplefilter("ignore")
         try:
             parts = [mine[start : start + 64] for start in range(0, len(mine), 64)]
-            for part, problems in zip(
-                parts, pool.map(lambda part: _check_all(part, decode), parts), strict=True
-            ):
-                found.update(problems)
+            results = pool.map(lambda part: _check_all(part, decode), parts)
+            for part, issues in zip(parts, results, strict=True):
+                found.update(issues)
                 bar.update(len(part))
-        finally:  # also when interrupted: do not look at the rest before leaving
+        finally:  # when interrupted, do not check the rest first
             pool.shutdown(cancel_futures=True)
     return {key: value for part in gather(found) for key, value in part.items()}
 
 
-def check_image(entry: ImageEntry, *, decode: bool = False) -> ImageProblem | None:
-    """Look at one file: is it there, whole, one picture, and of the size that is expected?
+def check_image(entry: ImageEntry, *, decode: bool = False) -> ImageIssue | None:
+    """Check one file: does it exist, is it complete, one picture, and of the expected size?
 
-    An image is opened without decoding it. Only if its end or its size is not as it should be, it
-    is decoded as in training, whose result counts. So a good file is never reported, while some
-    damage in the middle of a file is found with ``decode`` alone.
+    The image is opened without decoding. Only if its last bytes or its size are unexpected, it is
+    decoded as in training, and that result counts. A good file is therefore never reported, while
+    damage in the middle of a file may be found only with ``decode``.
     """
     try:
         status = os.stat(entry.path)
-        if not stat.S_ISREG(status.st_mode):  # a pipe would make us wait for ever
-            return _problem("image that is no file", entry)
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would block for ever
+            return _issue("image that is no file", entry)
         if status.st_size == 0:
-            return _problem("empty image file", entry)
+            return _issue("empty image file", entry)
         with open(entry.path, "rb") as file:
             return _check_open_file(file, entry, decode)
     except FileNotFoundError:
         if is_windows_path(entry.file_name):
-            return _problem(f"{MISSING}, of a Windows path (write folders as 'a/b.png')", entry)
-        return _problem(MISSING, entry)
+            return _issue(f"{MISSING}, of a Windows path (write folders as 'a/b.png')", entry)
+        return _issue(MISSING, entry)
     except OSError as error:
-        return _problem("image file that cannot be read", entry, str(error))
+        return _issue("image file that cannot be read", entry, str(error))
 
 
-def _check_all(entries: Iterable[ImageEntry], decode: bool) -> Mapping[int, ImageProblem]:
-    problems = ((entry.image_id, check_image(entry, decode=decode)) for entry in entries)
-    return {image_id: problem for image_id, problem in problems if problem is not None}
+def _check_all(entries: Iterable[ImageEntry], decode: bool) -> Mapping[int, ImageIssue]:
+    issues = ((entry.image_id, check_image(entry, decode=decode)) for entry in entries)
+    return {image_id: issue for image_id, issue in issues if issue is not None}
 
 
-def _check_open_file(file: IO[bytes], entry: ImageEntry, decode: bool) -> ImageProblem | None:
+def _check_open_file(file: IO[bytes], entry: ImageEntry, decode: bool) -> ImageIssue | None:
     try:
         with Image.open(file) as image:
             if _has_several_frames(image):
-                return _problem("image of several frames or pages (whose boxes are these?)", entry)
+                return _issue("image of several frames or pages (whose boxes are these?)", entry)
             if image.mode == "F":
-                return _problem("image of floating-point pixels, whose range is unknown", entry)
+                return _issue("image of floating-point pixels, whose range is unknown", entry)
             stored, found = image.size[::-1], _upright_size(image)
-            decode = decode or not _ends_as_it_should(image, file)
+            decode = decode or not _is_complete(image, file)
     except Image.DecompressionBombError as error:
-        return _problem("enormous image (a decompression bomb?)", entry, str(error))
-    except Exception:  # decoders fail in many ways; why, decoding tells
+        return _issue("enormous image (a decompression bomb?)", entry, str(error))
+    except Exception:  # decoders fail in many ways; read_image below says why
         stored, found, decode = (0, 0), (0, 0), True
     expected = (entry.height, entry.width)
     if decode or found != expected:
@@ -170,32 +169,30 @@ def _check_open_file(file: IO[bytes], entry: ImageEntry, decode: bool) -> ImageP
                 found = (height, width)
         except DatasetError as error:
             reason = str(error).removeprefix(f"{entry.path}: ")
-            return _problem("image file that is truncated or no image", entry, reason)
-    return None if found == expected else _size_problem(entry, found, stored)
+            return _issue("image file that is truncated or no image", entry, reason)
+    return None if found == expected else _size_issue(entry, found, stored)
 
 
-def _size_problem(
-    entry: ImageEntry, found: tuple[int, int], stored: tuple[int, int]
-) -> ImageProblem:
+def _size_issue(entry: ImageEntry, found: tuple[int, int], stored: tuple[int, int]) -> ImageIssue:
     height, width = found
     sizes = f"{width}x{height} in the file, {entry.width}x{entry.height} in the json"
     if stored == (entry.height, entry.width):
         kind = "image whose size in the json is that before its EXIF rotation"
-        return _problem(kind, entry, f"upright {sizes}")
+        return _issue(kind, entry, f"upright {sizes}")
     if found == (entry.width, entry.height):
-        return _problem("image whose width and height are exchanged in the json", entry, sizes)
-    return _problem("image whose size is not that in the json", entry, sizes)
+        return _issue("image whose width and height are exchanged in the json", entry, sizes)
+    return _issue("image whose size is not that in the json", entry, sizes)
 
 
-def _problem(kind: str, entry: ImageEntry, reason: str = "") -> ImageProblem:
+def _issue(kind: str, entry: ImageEntry, reason: str = "") -> ImageIssue:
     name = f"image {entry.image_id} ({shown(entry.file_name)})"
-    return ImageProblem(kind, f"{name}: {reason}" if reason else name)
+    return ImageIssue(kind, f"{name}: {reason}" if reason else name)
 
 
 def _has_several_frames(image: Image.Image) -> bool:
-    """Whether there is more than one picture to choose from.
+    """Whether an image has several pictures that boxes could belong to.
 
-    Previews and masks in a TIFF, and the further pictures of a camera's JPEG, are none.
+    Previews and masks in a TIFF, and further pictures in a camera's JPEG, do not count.
     """
     if not getattr(image, "is_animated", False) or image.format == "MPO":
         return False
@@ -210,7 +207,7 @@ def _has_several_frames(image: Image.Image) -> bool:
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) after the EXIF rotation, as far as the header tells it."""
+    """(height, width) after the EXIF rotation, if the header has it."""
     width, height = image.size
     # Without EXIF data in front, Pillow would decode a PNG in search of some behind the pixels.
     if (image.format == "PNG" and "exif" not in image.info) or image.format == "TIFF":
@@ -219,7 +216,7 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (width, height) if rotated else (height, width)
 
 
-def _ends_as_it_should(image: Image.Image, file: IO[bytes]) -> bool:
+def _is_complete(image: Image.Image, file: IO[bytes]) -> bool:
     """Whether a file is known to be complete without decoding it."""
     size = file.seek(0, os.SEEK_END)
     if image.format == "TIFF":

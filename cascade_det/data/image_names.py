@@ -1,4 +1,4 @@
-"""File names in a json: which files they may mean."""
+"""Which files the file names in a json may refer to."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from functools import cache
 from cascade_det.data.catalog import DatasetSource
 from cascade_det.text import printable
 
-LINK_RULES = ("near", "all", "none")  # the first one by default
+LINK_RULES = ("near", "all", "none")  # the first is the default
 
-# Folders of Windows: "images\1.png", "C:/images/1.png".
+# Windows paths: "images\1.png", "C:/images/1.png".
 _WINDOWS_PATH = re.compile(r"[A-Za-z]:/|.*\\", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class LinkRule:
-    """Which symbolic links are followed where they lead out of the image folder.
+    """Which symbolic links out of the image folder are followed.
 
-    A link is a file, or a folder on the way to it, such as a cache of data sets or another disk.
+    A link may be a file, or a folder on the path to it, such as a data cache or another disk.
 
     Attributes:
-        follow: ``"near"``: where the target lies below the folder of the json or the working
-            directory; ``"all"``; or ``"none"``.
-        option: what the user sets this by, for messages.
+        follow: ``"near"``: targets below the folder of the json or the working directory;
+            ``"all"``; or ``"none"``.
+        option: name of the user's option, for messages.
     """
 
     follow: str = LINK_RULES[0]
@@ -42,19 +42,19 @@ ALL_LINKS = LinkRule("all")
 
 
 def is_windows_path(file_name: str) -> bool:
-    """Whether a name has folders as Windows spells them, which here are part of the name."""
+    """Whether a name is a path in Windows notation, which is a plain file name here."""
     return _WINDOWS_PATH.match(file_name) is not None
 
 
 def name_guard(source: DatasetSource, links: LinkRule) -> Callable[[str], tuple[str, str] | None]:
-    """A test of file names: what is wrong with where one leads, and the details; or ``None``.
+    """A check of file names that returns (kind, detail) of an issue, or ``None``.
 
-    A name without ``..`` may leave the image folder through links that ``links`` allows; others,
-    absolute ones included, may not leave it by any means.
+    A name without ``..`` may leave the image folder through links that ``links`` allows. Others,
+    absolute ones included, may not leave it at all.
 
     Args:
-        source: of the names.
-        links: see above.
+        source: the data set.
+        links: which links are followed.
     """
     root = os.path.realpath(source.image_root)
     allowed = [root]
@@ -62,10 +62,10 @@ def name_guard(source: DatasetSource, links: LinkRule) -> Callable[[str], tuple[
         allowed += _near(os.path.realpath(source.json_file.parent), os.path.realpath("."))
     prefixes = tuple(os.path.join(folder, "") for folder in allowed)
     inside = os.path.join(root, "")
-    # Many images share few folders; so one look per image, at the file itself, is enough.
+    # Many images share few folders, so only the file itself is resolved per image.
     real_folder = cache(os.path.realpath)
 
-    def problem(file_name: str) -> tuple[str, str] | None:
+    def find_escape(file_name: str) -> tuple[str, str] | None:
         folder, name = os.path.split(os.path.join(root, file_name))
         path = os.path.join(real_folder(folder), name)
         if name in ("", ".", "..") or os.path.islink(path):
@@ -83,11 +83,11 @@ def name_guard(source: DatasetSource, links: LinkRule) -> Callable[[str], tuple[
         link = _first_link(source, file_name)
         return kind, f"'{printable(link)}' leads to '{printable(path)}'"
 
-    return problem
+    return find_escape
 
 
 def _near(*folders: str) -> list[str]:
-    # A command that runs in the root of the file system has everything below it.
+    # Everything is below the root of the file system.
     return [folder for folder in folders if folder != os.path.sep]
 
 

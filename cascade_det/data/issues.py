@@ -1,4 +1,4 @@
-"""What is wrong with a data set: kinds of problem, how often, and examples to look for."""
+"""Issues of a data set: their kinds, counts and examples."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from reprlib import Repr
 
-# As many examples of a kind are kept: enough to see a pattern, however many entries have it.
+# Examples per kind: enough to see a pattern.
 EXAMPLES_KEPT = 20
 
 _short = Repr()
@@ -14,11 +14,11 @@ _short.maxstring = _short.maxother = 80
 
 
 class Issues:
-    """Kinds of problem in the order in which they were met.
+    """Issues by kind, in the order in which they were found.
 
     Attributes:
-        counts: how many entries have each kind.
-        examples: the first ``EXAMPLES_KEPT`` of them, as a user can find them.
+        counts: number of entries by kind.
+        examples: descriptions of the first ``EXAMPLES_KEPT`` entries by kind.
     """
 
     def __init__(self) -> None:
@@ -26,21 +26,21 @@ class Issues:
         self.examples: dict[str, list[str]] = {}
 
     def add(self, kind: str, describe: Callable[..., str], *entry: object) -> None:
-        """Count one more entry; ``describe(*entry)`` is called only while examples are wanted."""
+        """Count one more entry; calls ``describe(*entry)`` only while examples are kept."""
         self.counts[kind] += 1
         examples = self.examples.setdefault(kind, [])
         if len(examples) < EXAMPLES_KEPT:
             examples.append(describe(*entry))
 
     def update(self, other: Issues) -> None:
-        """Count what others have found as well."""
+        """Add the issues of another."""
         for kind, count in other.counts.items():
             self.counts[kind] += count
             mine = self.examples.setdefault(kind, [])
             mine += other.examples[kind][: EXAMPLES_KEPT - len(mine)]
 
     def copy(self) -> Issues:
-        """One that can be added to while this one stays as it is."""
+        """An independent copy."""
         copied = Issues()
         copied.update(self)
         return copied
@@ -49,7 +49,7 @@ class Issues:
         return bool(self.counts)
 
     def __str__(self) -> str:
-        """One line per kind: how many, and three of them."""
+        """One line per kind: the count and three examples."""
         return "\n".join(
             f"  {count} x {kind}: {', '.join(self.examples[kind][:3])}{', ...' * (count > 3)}"
             for kind, count in self.counts.items()
@@ -57,5 +57,5 @@ class Issues:
 
 
 def shown(value: object) -> str:
-    """Any value of a json, in a few words: never long, and printable everywhere."""
+    """Any value of a json as short, printable ASCII."""
     return _short.repr(value).encode("ascii", "backslashreplace").decode()

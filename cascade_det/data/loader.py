@@ -1,4 +1,4 @@
-"""From data sets to batches: lists of sample dicts.
+"""Builds loaders of batches, which are lists of sample dicts.
 
 A sample holds ``image`` (uint8 ``[3, H, W]``, resized), ``height`` and ``width`` (of the original),
 ``image_id`` and ``file_name``; for training also ``gt_boxes`` (float32 ``[G, 4]``, XYXY in pixels
@@ -50,31 +50,31 @@ def build_train_loader(
 ) -> DataLoader[Sample]:
     """Build an endless loader of training batches.
 
-    Batch *i* depends on the seed and *i* alone, whatever the number of workers and processes and
-    wherever the loader started. Every ``iter()`` starts again at ``start_batch``.
+    Batch *i* depends only on the seed and *i*, not on the number of workers and processes or on
+    where the loader started. Every ``iter()`` starts again at ``start_batch``.
 
     Args:
         datasets: one or more, with the same classes; their images are shuffled together.
-        min_sizes: see :class:`TrainTransform`, as for ``max_size``, ``sampling`` and ``flip``.
-        max_size: see ``min_sizes``.
-        sampling: see ``min_sizes``.
-        flip: see ``min_sizes``.
+        min_sizes: see :class:`TrainTransform`.
+        max_size: see :class:`TrainTransform`.
+        sampling: see :class:`TrainTransform`.
+        flip: see :class:`TrainTransform`.
         image_format: ``"BGR"`` or ``"RGB"``.
         images_per_batch: images in every batch, over all processes.
-        num_workers: processes that read ahead; 0 reads in this one.
-        aspect_ratio_grouping: whether landscape and portrait images go in separate batches.
-        filter_empty: whether to leave out images that have no box, or only crowds.
+        num_workers: reader processes; 0 reads in this one.
+        aspect_ratio_grouping: whether landscape and portrait images go into separate batches.
+        filter_empty: whether to leave out images without boxes, or with crowds only.
         seed: 0 or more.
-        start_batch: the number of the first batch, to resume a run.
+        start_batch: number of the first batch, to resume a run.
         share: (rank, number of processes): this process gets the rank-th part of every batch.
-        on_bad_data: for an image that turns out to be broken when it is read: ``"error"`` raises;
-            ``"skip"`` logs it, and takes another image that depends on the seed and on the place
-            in the stream alone.
+        on_bad_data: for an image that proves broken when it is read: ``"error"`` raises;
+            ``"skip"`` logs it, and takes another image that depends only on the seed and the
+            position in the stream.
 
     Raises:
-        ConfigError: the processes cannot share ``images_per_batch`` evenly.
+        ConfigError: ``images_per_batch`` is not divisible by the number of processes.
         DatasetError: no image to train on, or different classes; while iterating, an image that
-            cannot be read or is not of the size that the json says.
+            cannot be read or does not have the size given in the json.
         ValueError: a value out of range.
     """
     check_same_classes(datasets)
@@ -114,7 +114,7 @@ def build_test_loader(
     share: tuple[int, int] = (0, 1),
     annotated: bool = False,
 ) -> DataLoader[Sample]:
-    """Build a loader that gives every image once, by image id; the last batch may be shorter.
+    """Build a loader that yields every image once, by image id; the last batch may be shorter.
 
     Args:
         dataset: may be without annotations.
@@ -122,14 +122,14 @@ def build_test_loader(
         max_size: largest longer edge in pixels.
         image_format: ``"BGR"`` or ``"RGB"``.
         images_per_batch: images in a batch of this process.
-        num_workers: processes that read ahead; 0 reads in this one.
-        share: (rank, number of processes): this process gets the rank-th part of the images, all
-            in one piece; none where there are fewer images than processes before it.
+        num_workers: reader processes; 0 reads in this one.
+        share: (rank, number of processes): this process gets the rank-th part of the images, as
+            one contiguous piece, which may be empty.
         annotated: whether samples have ``gt_boxes`` and ``gt_classes`` as in training.
 
     Raises:
-        DatasetError: while iterating, an image that cannot be read or is not of the size that the
-            json says.
+        DatasetError: while iterating, an image that cannot be read or does not have the size given
+            in the json.
         ValueError: not exactly one size.
     """
     if len(min_sizes) != 1:
@@ -150,10 +150,10 @@ def training_records(datasets: Sequence[CocoDataset], filter_empty: bool) -> lis
 
     Args:
         datasets: one or more.
-        filter_empty: whether to leave out images that have no box, or only crowds.
+        filter_empty: whether to leave out images without boxes, or with crowds only.
 
     Raises:
-        DatasetError: there is none that has a box.
+        DatasetError: no image has a box.
     """
     records = [record for dataset in datasets for record in dataset.records]
     with_boxes = [record for record in records if not record.iscrowd.all()]
@@ -169,15 +169,15 @@ def training_records(datasets: Sequence[CocoDataset], filter_empty: bool) -> lis
 def _loader_arguments(num_workers: int) -> dict[str, Any]:
     return {
         "num_workers": num_workers,
-        "collate_fn": _as_it_is,
+        "collate_fn": _identity,
         "worker_init_fn": _init_worker if num_workers else None,
-        # Its own generator: starting to iterate must not advance the run's global one, which a
-        # resumed run could not repeat.
+        # Without its own generator, iterating would advance the global one, which a resumed run
+        # could not repeat.
         "generator": torch.Generator(),
     }
 
 
-def _as_it_is(fetched: Fetched) -> Fetched:
+def _identity(fetched: Fetched) -> Fetched:
     return fetched
 
 
@@ -186,9 +186,9 @@ def _init_worker(worker: int) -> None:
 
 
 class _Loader(DataLoader[Sample]):
-    """A DataLoader that raises the errors of its workers as they were, and logs in one process.
+    """A DataLoader that reraises a worker's error unchanged, and logs in the main process.
 
-    PyTorch raises them with the worker's whole traceback as the message.
+    PyTorch would put the worker's whole traceback into the message.
     """
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""Work on what comes next while something else is computed."""
+"""Prepares the next items in a thread."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _Result = TypeVar("_Result")
 def read_ahead(
     function: Callable[[_Item], _Result], items: Iterable[_Item], *, ahead: int = 1
 ) -> Iterator[_Result]:
-    """``map(function, items)`` in a thread that is ``ahead`` items further than the caller.
+    """``map(function, items)`` in a thread, ``ahead`` items before the caller.
 
-    That pays where the function lets other threads run, as reading, decoding and resizing do. An
-    error of the function is raised where its result would come. A caller that stops early leaves
-    at most ``ahead`` results unused.
+    This helps if the function releases the GIL, as reading, decoding and resizing do. An error of
+    the function is raised in place of its result. A caller that stops early leaves at most
+    ``ahead`` results unused.
     """
     waiting: deque[Future[_Result]] = deque()
     pool = ThreadPoolExecutor(max_workers=1)

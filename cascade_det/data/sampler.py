@@ -1,4 +1,4 @@
-"""Which images make up training batch *i*: a pure function of the seed and *i*."""
+"""Selects the images of training batch *i*: a pure function of the seed and *i*."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch.utils.data import Sampler
 
 from cascade_det.errors import ConfigError
 
-# A place in the stream of images, and the index of the image that stands there.
+# (position in the stream of images, index of the image at that position)
 SampleReference = tuple[int, int]
 
-# What a generator is for. Without them epoch 7 and image 7 would draw the same numbers.
+# Purposes of generators, so that epoch 7 and image 7 draw different numbers.
 _SHUFFLE, _AUGMENT, _REPLACE = 0, 1, 2
 
 
 class TrainingBatchSampler(Sampler[list[SampleReference]]):
     """An endless stream of batches, each a list of (position in the stream, image index).
 
-    The stream is one shuffled epoch after another, with every image once in each. With groups, an
-    image waits until its group fills a batch, across the end of an epoch if need be, so a batch
-    holds one group only; none is lost. Iterating again starts again at ``start_batch``.
+    The stream is a sequence of shuffled epochs, each with every image once. With groups, an image
+    waits until its group fills a batch, across the end of an epoch if necessary, so a batch has
+    images of one group and none is lost. Iterating again restarts at ``start_batch``.
 
-    A batch is the batch of the whole run: processes that train together each take their part of
-    every batch, which keeps the run independent of their number.
+    Batches are those of the whole run: each of several processes takes its part of every batch, so
+    the run does not depend on their number.
     """
 
     def __init__(
@@ -39,19 +39,19 @@ class TrainingBatchSampler(Sampler[list[SampleReference]]):
         start_batch: int = 0,
         share: tuple[int, int] = (0, 1),
     ) -> None:
-        """Describe the stream.
+        """Set up the stream.
 
         Args:
             num_images: images are ``0 .. num_images - 1``.
             images_per_batch: length of every batch, over all processes.
             seed: 0 or more.
             groups: the group of each image, or None for one group.
-            start_batch: number of the first batch; those before it are passed over without
-                reading an image.
-            share: (rank, number of processes); only the rank-th part of every batch is given.
+            start_batch: number of the first batch; earlier ones are skipped without reading an
+                image.
+            share: (rank, number of processes); yields only the rank-th part of every batch.
 
         Raises:
-            ConfigError: the processes cannot share a batch evenly.
+            ConfigError: the batch size is not divisible by the number of processes.
             ValueError: a number out of range, or not one group per image.
         """
         if num_images < 1 or images_per_batch < 1:
@@ -75,7 +75,7 @@ class TrainingBatchSampler(Sampler[list[SampleReference]]):
         self.start_batch = start_batch
 
     def __iter__(self) -> Iterator[list[SampleReference]]:
-        """This process's parts of the batches from ``start_batch`` on, without end."""
+        """This process' parts of the batches from ``start_batch`` on, endlessly."""
         for batch in itertools.islice(self._batches(), self.start_batch, None):
             yield batch[self.part]
 
@@ -94,17 +94,17 @@ class TrainingBatchSampler(Sampler[list[SampleReference]]):
 
 
 def augmentation_generator(seed: int, position: int) -> np.random.Generator:
-    """The source of all chance in the sample at this position of the stream."""
+    """The generator for the augmentation of the sample at this position of the stream."""
     return np.random.default_rng([seed, _AUGMENT, position])
 
 
 def replacement_generator(seed: int, position: int) -> np.random.Generator:
-    """The source of chance in what stands in for a broken image at this position."""
+    """The generator that draws a replacement for a broken image at this position."""
     return np.random.default_rng([seed, _REPLACE, position])
 
 
 def aspect_ratio_groups(sizes: Sequence[tuple[int, int]]) -> list[int]:
-    """Group 0 for landscape, 1 for portrait and square: less padding in a batch.
+    """Group 0 for landscape, 1 for portrait and square images, for less padding in a batch.
 
     Args:
         sizes: (height, width) of each image.

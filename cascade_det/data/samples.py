@@ -1,4 +1,4 @@
-"""Samples of training and testing, read and transformed: what the workers of a loader do."""
+"""Reads and transforms samples for training and testing, in the workers of a loader."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ Sample = dict[str, Any]
 Batch = list[Sample]
 _Reference = TypeVar("_Reference")
 
-# So many broken images in a row mean that something else is wrong, such as a disk that is gone.
+# This many broken images in a row suggest another cause, such as an unmounted disk.
 REPLACEMENTS_TRIED = 20
 
 
 class Fetched(NamedTuple):
-    """What a worker hands over: a batch, or the error that ends the loading."""
+    """The result of a worker: a batch, or the error that ends the loading."""
 
     batch: Batch
-    # Messages about broken images that others of the batch stand in for.
+    # Messages about broken images that were replaced in the batch.
     replaced: list[str]
     error: DatasetError | None = None
 
 
 class _Samples(Dataset[Sample], Generic[_Reference], ABC):
-    """Makes samples, a batch at a time; a user's error is handed to the loader."""
+    """Makes samples, a batch at a time; a ``DatasetError`` is returned to the loader."""
 
     @abstractmethod
     def __getitem__(self, reference: _Reference) -> Sample: ...
@@ -93,7 +93,7 @@ class TrainingSamples(_Samples[SampleReference]):
             return self._replacement(reference, replaced)
 
     def _replacement(self, reference: SampleReference, replaced: list[str]) -> Sample:
-        """The first readable one of some other images of the same group, drawn by position."""
+        """The first readable image of random others in the same group."""
         position, broken = reference
         others = np.flatnonzero(self.groups == self.groups[broken])
         generator = replacement_generator(self.seed, position)
@@ -128,7 +128,7 @@ class TestSamples(_Samples[int]):
 
 
 class AnnotatedSamples(TestSamples):
-    """The same with boxes and classes, for losses on images as they are tested."""
+    """Test samples with boxes and classes, for losses on a test set."""
 
     def __init__(
         self, records: list[ImageRecord], short_edge: int, max_size: int, image_format: str
@@ -139,10 +139,8 @@ class AnnotatedSamples(TestSamples):
         )
 
     def __getitem__(self, reference: int) -> Sample:
-        nothing_to_draw = np.random.default_rng(0)
-        return _annotated_sample(
-            self.records[reference], self.transform, self.image_format, nothing_to_draw
-        )
+        unused = np.random.default_rng(0)
+        return _annotated_sample(self.records[reference], self.transform, self.image_format, unused)
 
 
 def _annotated_sample(
@@ -175,7 +173,7 @@ def _read(record: ImageRecord, image_format: str) -> Pixels:
 
 
 def _sample(record: ImageRecord, image: Pixels) -> Sample:
-    # np.array and not ascontiguousarray: always a writable copy, which torch asks for.
+    # np.array, unlike ascontiguousarray, always makes a writable copy, as torch requires.
     channels_first = np.array(image.transpose(2, 0, 1), order="C")
     return {
         "image": torch.from_numpy(channels_first),

@@ -1,4 +1,4 @@
-"""Images from disk, resizing and flipping, with Detectron2's numbers.
+"""Reads, resizes and flips images, bit-equal to Detectron2.
 
 Boxes are XYXY in absolute pixels; images are uint8 ``[H, W, 3]``; sizes are (height, width).
 """
@@ -23,11 +23,11 @@ IMAGE_FORMATS = ("BGR", "RGB")
 SAMPLINGS = ("choice", "range")
 FLIPS = ("horizontal", "vertical", "none")
 
-# Width and height, in pixels, up to which Detectron2 takes a box for empty.
+# Side in pixels up to which Detectron2 considers a box empty.
 _EMPTY_SIDE = 1e-5
 _FLIP_PROBABILITY = 0.5
 
-# What undoes each EXIF orientation; 1 is upright.
+# The inverse of each EXIF orientation; 1 is upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -40,14 +40,14 @@ _UPRIGHT = {
 
 
 def read_image(path: str, image_format: str) -> Pixels:
-    """Read an image, turned upright as its EXIF orientation says.
+    """Read an image, turned upright by its EXIF orientation.
 
-    Grey, palette, CMYK and transparent images become three channels; of 16 bits the upper eight
-    are kept; of an animation the first frame.
+    Gray, palette, CMYK and transparent images are converted to three channels, 16 bits to the upper
+    8, and an animation to its first frame.
 
     Args:
-        path: any format that Pillow reads.
-        image_format: ``"BGR"`` or ``"RGB"``, the order of the channels.
+        path: of a file in any format that Pillow reads.
+        image_format: ``"BGR"`` or ``"RGB"``, the channel order.
 
     Returns:
         uint8 ``[H, W, 3]``, contiguous and writable.
@@ -59,20 +59,20 @@ def read_image(path: str, image_format: str) -> Pixels:
     _check_choice("image_format", image_format, IMAGE_FORMATS)
     try:
         with warnings.catch_warnings():
-            # Remarks of Pillow about EXIF data or size: either it decodes the file or it raises.
+            # Pillow's warnings about EXIF or size do not matter: it decodes the file or raises.
             warnings.simplefilter("ignore")
             _check_is_file(path)
             with Image.open(path) as image:
-                image.load()  # Turns TIFFs upright by itself, so only then is there less to do.
+                image.load()  # turns TIFFs upright and removes their EXIF orientation
                 rgb = _to_rgb(_upright(image))
-                # Pillow writes either order; numpy would take longer to reverse than to decode.
+                # Pillow writes either order; reversing with numpy takes longer than decoding.
                 pixels = bytearray(rgb.tobytes("raw", image_format))
                 shape = (rgb.height, rgb.width, 3)
     except FileNotFoundError:
         raise DatasetError(f"{path}: there is no such image") from None
     except DatasetError:
         raise
-    except Exception as error:  # decoders fail in many ways: SyntaxError, struct.error, ...
+    except Exception as error:  # decoders raise SyntaxError, struct.error, ...
         raise DatasetError(
             f"{path}: cannot be read as an image ({type(error).__name__}: {error})"
         ) from error
@@ -80,12 +80,12 @@ def read_image(path: str, image_format: str) -> Pixels:
 
 
 def _check_is_file(path: str) -> None:
-    if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would make us wait for ever
+    if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would block for ever
         raise DatasetError(f"{path}: is not a file")
 
 
 def resize_shortest_edge(image: Pixels, short_edge: int, max_size: int) -> Pixels:
-    """Resize to what :func:`resized_size` says; a ``short_edge`` of 0 leaves the image as it is."""
+    """Resize to :func:`resized_size`; a ``short_edge`` of 0 returns the image unchanged."""
     if short_edge == 0:
         return image
     height, width = image.shape[:2]
@@ -93,10 +93,10 @@ def resize_shortest_edge(image: Pixels, short_edge: int, max_size: int) -> Pixel
 
 
 def resized_size(height: int, width: int, short_edge: int, max_size: int) -> tuple[int, int]:
-    """The size that an image gets when its shorter edge becomes ``short_edge`` pixels.
+    """(height, width) after resizing the shorter edge to ``short_edge`` pixels.
 
-    Never beyond ``max_size`` for the longer edge. Rounded as Detectron2 does, so the order of the
-    floating-point steps matters; an edge is at least 1 pixel.
+    The longer edge is at most ``max_size``. Rounds as Detectron2 does, so the order of the
+    floating-point operations matters; an edge is at least 1 pixel.
     """
     scale = float(short_edge) / min(height, width)
     new_height, new_width = (
@@ -112,7 +112,7 @@ def resized_size(height: int, width: int, short_edge: int, max_size: int) -> tup
 
 
 def resize_image(image: Pixels, size: tuple[int, int]) -> Pixels:
-    """Resize to (height, width) with Pillow's bilinear filter, which widens when it shrinks."""
+    """Resize to (height, width) with Pillow's bilinear filter, which is antialiased."""
     height, width = size
     resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
     return np.array(resized)
@@ -124,7 +124,7 @@ def flip_image(image: Pixels, direction: str) -> Pixels:
 
 
 def flip_boxes(boxes: npt.NDArray, size: tuple[int, int], direction: str) -> npt.NDArray:
-    """Mirror boxes ``[G, 4]`` inside an image of this (height, width)."""
+    """Mirror boxes ``[G, 4]`` in an image of ``size`` (height, width)."""
     first, last = (0, 2) if direction == "horizontal" else (1, 3)
     side = size[1] if direction == "horizontal" else size[0]
     flipped = boxes.copy()
@@ -133,19 +133,19 @@ def flip_boxes(boxes: npt.NDArray, size: tuple[int, int], direction: str) -> npt
 
 
 class TrainTransform:
-    """Random resize, then random flip; boxes go along, are clipped, and empty ones dropped."""
+    """Random resize and flip of an image and its boxes; clips boxes and drops empty ones."""
 
     def __init__(
         self, *, min_sizes: Sequence[int], max_size: int, sampling: str, flip: str
     ) -> None:
-        """Set what is drawn from.
+        """Set the distributions.
 
         Args:
             min_sizes: shorter edges in pixels; 0 for no resizing.
             max_size: largest longer edge in pixels.
-            sampling: ``"choice"`` of one of ``min_sizes``, or ``"range"`` between its two values
-                (both included).
-            flip: ``"horizontal"``, ``"vertical"`` (half of the images each) or ``"none"``.
+            sampling: ``"choice"`` of one of ``min_sizes``, or ``"range"`` between its two values,
+                both included.
+            flip: ``"horizontal"`` or ``"vertical"``, with probability 1/2, or ``"none"``.
 
         Raises:
             ValueError: another ``sampling`` or ``flip``, or a wrong number of ``min_sizes``.
@@ -166,16 +166,16 @@ class TrainTransform:
         classes: npt.NDArray[np.int64],
         generator: np.random.Generator,
     ) -> tuple[Pixels, Boxes, npt.NDArray[np.int64]]:
-        """Transform one image. All chance comes from ``generator``; the inputs are not changed.
+        """Transform one image, with randomness from ``generator``; the inputs are not changed.
 
         Returns:
-            The image ``[H', W', 3]``, and boxes ``[G', 4]`` and classes ``[G']`` of what is left.
+            The image ``[H', W', 3]``, and boxes ``[G', 4]`` and classes ``[G']`` that remain.
         """
         old_height, old_width = image.shape[:2]
         image = resize_shortest_edge(image, self._draw_short_edge(generator), self.max_size)
         height, width = image.shape[:2]
         scale = (width / old_width, height / old_height)
-        # float64 until the end, as Detectron2: the same boxes to the last bit.
+        # float64 until the end, as in Detectron2, for bit-equal boxes.
         moved = boxes.astype(np.float64) * np.array(scale * 2)
         if self.flip != "none" and generator.random() < _FLIP_PROBABILITY:
             image = flip_image(image, self.flip)
@@ -193,7 +193,7 @@ class TrainTransform:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # broken EXIF data does not make the picture unusable
+    except Exception:  # an image with broken EXIF data is still usable
         return image
     method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return image if method is None else image.transpose(method)
@@ -201,7 +201,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
-        # Pillow's own conversion would cut everything above 255 to white.
+        # Pillow's own conversion would clip everything above 255.
         high_bytes = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255)
         image = Image.fromarray(high_bytes.astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")

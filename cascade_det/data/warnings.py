@@ -1,4 +1,4 @@
-"""What in a checked data set is probably a mistake, though each entry is valid by itself."""
+"""Finds probable mistakes in a data set whose entries are all valid."""
 
 from __future__ import annotations
 
@@ -9,53 +9,50 @@ from cascade_det.data.coco_json import CheckedJson, JsonObject
 from cascade_det.data.issues import Issues, shown
 
 _OUTSIDE = 1  # pixels; annotation tools round
-# Of the boxes, for taking all of them for (x1, y1, x2, y2): so many fit their image in that way,
-# and so many do not in the other. Of true (x, y, width, height) hardly any leaves its image, while
-# of a box anywhere in an image the chance that twice its centre does is about 3 in 4.
+# Boxes are probably (x1, y1, x2, y2) if at least this share fits the images when read so, and at
+# least this share (and number) does not when read as (x, y, width, height). Hardly any true XYWH
+# box leaves its image; corners read as XYWH leave it with a probability of about 3/4.
 _FITTING, _UNFITTING, _FEWEST = 0.95, 0.25, 3
 # The area of an object is at most that of its box, and seldom less than a quarter.
 _BOX_AREAS_PER_AREA = (0.5, 4)
 
 
 def find_mistakes(checked: CheckedJson) -> Issues:
-    """Note what spoils training or figures without being wrong in any entry.
+    """Find what spoils training or metrics although every entry is valid.
 
-    Boxes that are corners, areas that say nothing, and names that two categories share.
+    Boxes written as corners, areas without information, and categories with equal names.
     """
-    notes = Issues()
-    _note_corners(checked, notes)
-    _note_areas(checked, notes)
+    warnings = Issues()
+    _find_corners(checked, warnings)
+    _find_useless_areas(checked, warnings)
     names = Counter(checked.categories.values())
     for category_id, name in checked.categories.items():
         if names[name] > 1:
-            notes.add(
-                "category that has its name with another",
-                "category {} ({})".format,
-                *(category_id, shown(name)),
-            )
-    return notes
+            kind = "category that has its name with another"
+            warnings.add(kind, str, f"category {category_id} ({shown(name)})")
+    return warnings
 
 
 def boxes_of(checked: CheckedJson, image: JsonObject) -> Iterator[JsonObject]:
-    """The annotations of an image whose box is not empty."""
+    """The annotations of an image with a non-empty box."""
     for annotation in checked.annotations.get(image["id"], []):
         if min(annotation["bbox"][2:]) > 0:
             yield annotation
 
 
 def box_name(box: JsonObject) -> str:
-    """An annotation as a user can find it."""
+    """An annotation with its ids, for messages."""
     return f"annotation {box['id']} (image {box['image_id']}, bbox {shown(box['bbox'])})"
 
 
 def is_outside(box: JsonObject, image: JsonObject) -> bool:
-    """Whether a box reaches further beyond its image than rounding explains."""
+    """Whether a box leaves its image by more than rounding explains."""
     left, top, width, height = box["bbox"]
     beyond = max(-left, -top, left + width - image["width"], top + height - image["height"])
     return bool(beyond > _OUTSIDE)
 
 
-def _note_corners(checked: CheckedJson, notes: Issues) -> None:
+def _find_corners(checked: CheckedJson, warnings: Issues) -> None:
     boxes = fitting = 0
     unfitting: list[JsonObject] = []
     for image in checked.images.values():
@@ -67,7 +64,7 @@ def _note_corners(checked: CheckedJson, notes: Issues) -> None:
     if len(unfitting) < max(_FEWEST, _UNFITTING * boxes) or fitting < _FITTING * boxes:
         return
     for box in unfitting:
-        notes.add(
+        warnings.add(
             "box that leaves its image as (x, y, width, height), which COCO's format has: all fit "
             "as (x1, y1, x2, y2)",
             box_name,
@@ -81,8 +78,8 @@ def _fits_as_corners(box: JsonObject, image: JsonObject) -> bool:
     return -_OUTSIDE <= x1 < x2 and -_OUTSIDE <= y1 < y2 and beyond <= _OUTSIDE
 
 
-def _note_areas(checked: CheckedJson, notes: Issues) -> None:
-    """An evaluation takes an object for small, medium or large by its ``area``."""
+def _find_useless_areas(checked: CheckedJson, warnings: Issues) -> None:
+    """Find values of ``area``, which AP by size depends on, that cannot be true."""
     boxes = [
         box
         for image in checked.images.values()
@@ -94,13 +91,13 @@ def _note_areas(checked: CheckedJson, notes: Issues) -> None:
     if same and not all(map(_has_fitting_area, boxes)):
         kind = f"'area' that is {shown(*areas)} for all boxes: AP by size says nothing"
         for box in boxes:
-            notes.add(kind, box_name, box)
+            warnings.add(kind, box_name, box)
         return
     for box in boxes:
         if box["area"] < 0:
-            notes.add("'area' below 0: an evaluation ignores the object", _area_name, box)
+            warnings.add("'area' below 0: an evaluation ignores the object", _area_name, box)
         elif box["area"] == 0:
-            notes.add("'area' of 0: the object counts as small in AP by size", _area_name, box)
+            warnings.add("'area' of 0: the object counts as small in AP by size", _area_name, box)
 
 
 def _has_fitting_area(box: JsonObject) -> bool:

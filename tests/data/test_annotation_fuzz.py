@@ -119,7 +119,7 @@ def check_outcome(source, data, on_bad_data):
     source.json_file.write_bytes(data)
     try:
         checked = check_dataset(source)
-        str(checked.bad), str(checked.unusable), str(summarize(checked).notes)
+        str(checked.bad), str(checked.unusable), str(summarize(checked).warnings)
         dataset = load_dataset(source, on_bad_data, keep_ground_truth=True)
     except DatasetError as error:
         str(error).encode()

@@ -169,22 +169,22 @@ def test_json_that_does_not_fit_in_memory_is_not_read(coco, monkeypatch):
     load_dataset(source)
     monkeypatch.setattr(annotation_file, "available_memory", lambda: 2 * size)
     with pytest.raises(
-        DatasetError, match=r"set\.json: reading it takes .* of memory, and .* free"
+        DatasetError, match=r"set\.json: reading it takes .* of memory, and .* available"
     ):
         load_dataset(source)
 
 
-def test_memory_is_what_the_container_has_left(tmp_path, monkeypatch):
+def test_available_memory_is_limited_by_the_container(tmp_path, monkeypatch):
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 900 kB\nMemAvailable:    500 kB\n")
     monkeypatch.setattr(annotation_file, "_MEMINFO", meminfo)
-    monkeypatch.setattr(annotation_file, "_CGROUP", tmp_path)
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(annotation_file, "_CGROUP_LIMIT", limit)
     assert annotation_file.available_memory() == 500 * 1024
-    (tmp_path / "memory.stat").write_text("anon 1000\nfile 5000\n")
-    (tmp_path / "memory.max").write_text("max\n")
+    limit.write_text("max\n")
     assert annotation_file.available_memory() == 500 * 1024
-    (tmp_path / "memory.max").write_text("7000\n")
-    assert annotation_file.available_memory() == 6000
+    limit.write_text("7000\n")
+    assert annotation_file.available_memory() == 7000
     meminfo.unlink()
     assert annotation_file.available_memory() is None
 

@@ -315,7 +315,7 @@ def test_processes_that_check_a_part_each_find_the_same(coco, caplog):
 def test_a_wrong_folder_is_recognised(coco):
     source = coco.write([coco.image(1)], [coco.box(1, 1)])
     (source.image_root / "1.png").unlink()
-    with pytest.raises(DatasetError, match=r"No image is there: is .*/set their folder\?"):
+    with pytest.raises(DatasetError, match=r"No image was found: is .*/set their folder\?"):
         load_dataset(source)
 
 

@@ -1,6 +1,5 @@
 """What a predictor takes for images, and what it says of all else."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,6 @@ import torch
 from PIL import Image
 
 from cascade_det.data.given_images import check_images, given_pixels
-from cascade_det.errors import DatasetError
 
 ARRAY = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
 
@@ -56,12 +54,3 @@ def test_several_are_a_list_or_tuple():
             check_images(images)
     with pytest.raises(ValueError, match="there are 2 images, but 1 names"):
         check_images([ARRAY, ARRAY], ["a"])
-
-
-def test_what_is_no_file_is_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "pipe.png")
-    for path in (tmp_path / "pipe.png", tmp_path, "/dev/zero"):
-        with pytest.raises(DatasetError, match=f"{path}: is not a file"):
-            given_pixels(path, "BGR")
-    with pytest.raises(DatasetError, match="no such image"):
-        given_pixels(tmp_path / "gone.png", "BGR")

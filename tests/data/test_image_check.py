@@ -1,5 +1,6 @@
 """Image files: what is refused before a run, and what looks odd but has to work."""
 
+import importlib.util
 import os
 import struct
 import time
@@ -91,8 +92,8 @@ def test_good_images_pass_and_are_read_as_opencv_reads_them(tmp_path, picture, c
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
-def test_rotated_images_are_upright_for_all(tmp_path, picture, suffix, orientation):
-    """The definition of EXIF's orientations, written as what a camera does to the upright scene."""
+def test_rotated_images_are_read_upright(tmp_path, picture, suffix, orientation):
+    """Against the definition of EXIF's orientations, and Detectron2 if it is installed."""
     stored = {
         1: picture,
         2: picture[:, ::-1],
@@ -111,13 +112,16 @@ def test_rotated_images_are_upright_for_all(tmp_path, picture, suffix, orientati
     upright = read_image(str(path), "RGB")
     assert upright.shape == picture.shape
     assert np.abs(upright.astype(int) - picture).mean() < 3
+    if suffix != "tif" and importlib.util.find_spec("detectron2"):
+        theirs = importlib.import_module("detectron2.data.detection_utils")
+        np.testing.assert_array_equal(upright, theirs.read_image(str(path), "RGB"))
     assert check_image(entry(path)) is None
-    problem = check_image(entry(path, WIDTH, HEIGHT))
+    issue = check_image(entry(path, WIDTH, HEIGHT))
     if orientation <= 4:
-        assert problem.kind == "image whose width and height are exchanged in the json"
+        assert issue.kind == "image whose width and height are exchanged in the json"
     elif suffix != "tif":  # Pillow does not say how a TIFF was stored
-        assert problem.kind == "image whose size in the json is that before its EXIF rotation"
-    assert f"{WIDTH}x{HEIGHT} in the file, {HEIGHT}x{WIDTH} in the json" in problem.detail
+        assert issue.kind == "image whose size in the json is that before its EXIF rotation"
+    assert f"{WIDTH}x{HEIGHT} in the file, {HEIGHT}x{WIDTH} in the json" in issue.detail
 
 
 def test_a_png_with_its_exif_data_behind_the_pixels(tmp_path, picture):
@@ -183,9 +187,9 @@ def test_missing_and_empty_files_and_what_is_none(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     assert check_image(entry(tmp_path / "pipe")).kind == "image that is no file"
     (tmp_path / "a.jpg").write_text("<html>404 not found</html>")
-    problem = check_image(entry(tmp_path / "a.jpg"))
-    assert problem.kind == "image file that is truncated or no image"
-    assert problem.detail.startswith("image 7 ('a.jpg'): cannot be read as an image")
+    issue = check_image(entry(tmp_path / "a.jpg"))
+    assert issue.kind == "image file that is truncated or no image"
+    assert issue.detail.startswith("image 7 ('a.jpg'): cannot be read as an image")
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
@@ -213,8 +217,8 @@ def test_damage_in_the_middle_is_found_by_decoding(tmp_path):
     data[middle : middle + 60] = bytes(60)
     path.write_bytes(data)
     assert check_image(entry(path)) is None
-    problem = check_image(entry(path), decode=True)
-    assert problem.kind == "image file that is truncated or no image"
+    issue = check_image(entry(path), decode=True)
+    assert issue.kind == "image file that is truncated or no image"
 
 
 @pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tif"])
@@ -237,12 +241,12 @@ def test_a_decompression_bomb_is_not_decoded(tmp_path):
     chunks = [(b"IHDR", head), (b"IDAT", pixels), (b"IEND", b"")]
     path = tmp_path / "bomb.png"
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks))
-    problem = check_image(entry(path, 60_000, 60_000))
-    assert problem.kind == "enormous image (a decompression bomb?)"
-    assert "3600000000 pixels" in problem.detail
+    issue = check_image(entry(path, 60_000, 60_000))
+    assert issue.kind == "enormous image (a decompression bomb?)"
+    assert "3600000000 pixels" in issue.detail
 
 
-def test_any_bytes_give_a_problem_or_a_size(tmp_path, picture):
+def test_any_bytes_give_an_issue_or_a_size(tmp_path, picture):
     """Files damaged at random never raise, and what passes the decoding check can be read."""
     generator = np.random.default_rng(5)
     for suffix in ("jpg", "png", "gif", "bmp", "webp", "tif"):
@@ -263,7 +267,7 @@ def test_any_bytes_give_a_problem_or_a_size(tmp_path, picture):
 # -- whole data sets ------------------------------------------------------------------------------
 
 
-def test_all_problems_of_files_are_told_together_and_can_be_skipped(coco):
+def test_all_issues_of_files_are_listed_together_and_can_be_skipped(coco):
     images = [coco.image(number) for number in range(1, 10)]
     source = coco.write(images, [coco.box(n, n) for n in range(1, 10)])
     root = source.image_root

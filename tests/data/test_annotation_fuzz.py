@@ -1,4 +1,4 @@
-"""Whatever an annotation file holds: a data set that can be run on, or our own error."""
+"""Any annotation file gives a usable data set or a ``DatasetError``."""
 
 import itertools
 import json
@@ -61,7 +61,7 @@ values = st.recursive(
 
 @st.composite
 def spoilt_contents(draw):
-    """A good content in which something has been replaced, taken out or repeated, some times."""
+    """Good content in which entries were replaced, removed or repeated."""
     content = json.loads(json.dumps(GOOD))
     for _ in range(draw(st.integers(1, 5))):
         place = content
@@ -106,7 +106,7 @@ def spoilt_bytes(draw):
 
 
 def folder_with_images(folder):
-    """The image folder that ``GOOD`` describes, and where its json goes."""
+    """The image folder that ``GOOD`` describes, and the path for its json."""
     root = Path(folder) / "images"
     root.mkdir()
     for name, size in (("a.png", (8, 5)), ("b.png", (4, 9))):

@@ -1,4 +1,4 @@
-"""Annotation files that leave no data set, and what is said about them."""
+"""Annotation files without a usable data set, and their error messages."""
 
 import logging
 import os
@@ -87,7 +87,7 @@ def test_what_is_wrong_with_the_whole_and_with_entries_is_told_together(coco):
     ]
 
 
-def test_without_categories_annotations_are_not_blamed_for_theirs(coco):
+def test_without_categories_annotations_are_not_reported(coco):
     for categories in (None, [], [{"id": "3", "name": "a"}]):
         source = coco.write([coco.image(1)], [coco.box(1, 1)], categories=categories)
         with pytest.raises(DatasetError) as caught:
@@ -96,7 +96,7 @@ def test_without_categories_annotations_are_not_blamed_for_theirs(coco):
 
 
 def test_images_that_share_an_id_are_left_out_with_their_boxes(coco):
-    """Nobody knows whose the boxes are."""
+    """It is unknown which image the boxes belong to."""
     images = [coco.image(4), coco.image(4), coco.image(5)]
     source = coco.write(images, [coco.box(1, 4), coco.box(2, 5)])
     with pytest.raises(DatasetError, match="2 x image that shares its id with another: image 4"):
@@ -119,7 +119,7 @@ def test_images_that_share_an_id_are_left_out_with_their_boxes(coco):
     ],
 )
 def test_images_without_an_integer_id(coco, image_id, said):
-    """Their annotations are not blamed as well where they can be told."""
+    """Their annotations are not reported as well, if they can be matched."""
     images = [coco.image(9), coco.image(1) | {"id": image_id}]
     told = isinstance(image_id, str | float | int) and image_id is not True
     boxes = [coco.box(1, 9), *([coco.box(2, image_id)] if told else [])]
@@ -140,7 +140,7 @@ def test_gaps_in_ids_are_fine(coco):
     assert [record.classes.tolist() for record in dataset.records] == [[1]] * 3
 
 
-def test_categories_without_a_box_are_a_remark(coco, caplog):
+def test_categories_without_a_box_are_logged(coco, caplog):
     with caplog.at_level(logging.INFO):
         load_dataset(coco.write([coco.image(1)], [coco.box(1, 1)]))
     assert "no box of 1 of 2 categories: dog" in caplog.text

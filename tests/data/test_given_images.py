@@ -1,4 +1,4 @@
-"""What a predictor takes for images, and what it says of all else."""
+"""Images that a predictor accepts, and its errors for anything else."""
 
 from pathlib import Path
 

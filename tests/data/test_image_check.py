@@ -1,4 +1,4 @@
-"""Image files: what is refused before a run, and what looks odd but has to work."""
+"""Image files: those refused before a run, and unusual ones that must work."""
 
 import importlib.util
 import os
@@ -22,7 +22,7 @@ HEIGHT, WIDTH = 30, 40
 
 @pytest.fixture
 def picture():
-    """Smooth, so that JPEG keeps it, with a corner that tells how it is turned."""
+    """Smooth, so that JPEG preserves it, with one marked corner."""
     rows, columns = np.mgrid[:HEIGHT, :WIDTH]
     pixels = np.stack([rows * 5, columns * 4, 200 - rows * 2 - columns], axis=2).astype(np.uint8)
     pixels[:8, :10] = (250, 30, 60)

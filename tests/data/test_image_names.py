@@ -1,4 +1,4 @@
-"""Data sets made of links, as DVC and full disks make them: what is followed, and what is said."""
+"""Data sets made of links, such as DVC's: which are followed, and the error messages."""
 
 import json
 import os
@@ -93,7 +93,7 @@ def test_none_follows_no_link_out_of_the_folder(coco, linked):
 
 @pytest.mark.parametrize("follow", ["near", "all", "none"])
 def test_dots_and_absolute_paths_are_refused_whatever_links_are_followed(coco, far, follow):
-    """Also where a link on the way makes the dots look as if they stayed inside."""
+    """Even if a link on the path makes the dots appear to stay inside."""
     names = ["../cache/1.png", str(coco.folder / "cache" / "1.png"), "deep/../1.png", "deep/../.."]
     images = [coco.image(n, file_name=name) for n, name in enumerate(names)]
     source = coco.write(images, [])

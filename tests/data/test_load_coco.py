@@ -239,7 +239,7 @@ def test_boxes_of_no_area_are_left_out_with_a_warning(coco, caplog):
 
 
 def test_ground_truth_is_kept_where_asked_for(coco):
-    """Checked against the definition: all usable entries, boxes of no area among them."""
+    """All usable entries, boxes of no area included."""
     boxes = [
         coco.box(5, 2, (1, 2, 3, 4), area=7.5, segmentation=[[1, 2, 3, 4, 5, 6]]),
         coco.box(6, 2, (1, 2, 0, 4), iscrowd=1, area=None),

@@ -69,7 +69,7 @@ def assert_same_batches(ours, theirs):
 # -- training -------------------------------------------------------------------------------------
 
 
-def test_training_samples_are_what_the_contract_says(dataset):
+def test_training_samples_have_their_documented_form(dataset):
     for batch in take(build_train_loader([dataset], **TRAIN), 10):
         assert len(batch) == 2
         for sample in batch:
@@ -101,7 +101,7 @@ def test_empty_images_are_trained_on_if_asked_for(dataset):
 
 
 def test_boxes_follow_the_pixels(coco):
-    """A white rectangle on black is where its box says, whatever was drawn."""
+    """A white rectangle on black stays inside its box under any augmentation."""
     images = [coco.image(1, 60, 40)]
     source = coco.write(images, [coco.box(1, 1, (12, 8, 24, 16))])
     picture = np.zeros((40, 60, 3), np.uint8)
@@ -356,7 +356,7 @@ def test_processes_test_every_image_once(dataset, processes):
 
 
 def test_annotated_test_samples_are_the_same_with_boxes(dataset):
-    """Boxes scale with the image, without crowds: from the records, by the rule of three."""
+    """Boxes are those of the records, without crowds, scaled with the image."""
     plain = list(itertools.chain(*build_test_loader(dataset, **TEST)))
     annotated = list(itertools.chain(*build_test_loader(dataset, **TEST, annotated=True)))
     assert len(annotated) == 7
@@ -375,7 +375,7 @@ def test_annotated_test_samples_are_the_same_with_boxes(dataset):
 
 @pytest.mark.parametrize("kind", ["train", "test"])
 def test_workers_leave_ctrl_c_to_the_main_process(dataset, kind):
-    """As a terminal does it: the signal reaches the workers as well, and batches go on coming."""
+    """A terminal sends the signal to the workers too; loading continues."""
     arguments = {"num_workers": 2, "images_per_batch": 1}
     loader = (
         build_train_loader([dataset], **TRAIN | arguments)

@@ -1,4 +1,4 @@
-"""Results that are ready before they are asked for."""
+"""Items prepared in a thread."""
 
 import threading
 

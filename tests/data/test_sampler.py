@@ -1,4 +1,4 @@
-"""The stream of batches: its laws, over many sizes."""
+"""Laws of the stream of batches, over many sizes."""
 
 import itertools
 from collections import Counter, defaultdict

@@ -1,4 +1,4 @@
-"""Images and boxes: against Pillow, against Detectron2 where it is there, and by hand."""
+"""Images and boxes against Pillow, Detectron2 if installed, and values by hand."""
 
 import os
 from pathlib import Path

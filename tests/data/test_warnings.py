@@ -1,4 +1,4 @@
-"""Data that is valid entry by entry and wrong as a whole: noticed, and real data is not accused."""
+"""Data sets whose entries are valid but wrong as a whole; none in real data."""
 
 import logging
 
@@ -24,7 +24,7 @@ def boxes_in(generator, count, width=40, height=30):
         yield [int(v) for v in (x1, y1, x2, y2)]
 
 
-def notes_of(coco, boxes, **write):
+def warnings_of(coco, boxes, **write):
     annotations = [coco.box(n, 1, box, **more) for n, (box, more) in enumerate(boxes, 1)]
     source = coco.write([coco.image(1)], annotations, **write)
     return find_mistakes(check_coco_json(source)).counts, source
@@ -35,9 +35,9 @@ def test_corners_are_told_from_sides(coco):
     corners = list(boxes_in(generator, 30))
     leaving = sum(x1 + x2 > 41 or y1 + y2 > 31 for x1, y1, x2, y2 in corners)
     assert leaving > 12
-    assert notes_of(coco, [(box, {}) for box in corners])[0] == {CORNERS: leaving}
+    assert warnings_of(coco, [(box, {}) for box in corners])[0] == {CORNERS: leaving}
     sides = [[x1, y1, x2 - x1, y2 - y1] for x1, y1, x2, y2 in corners]
-    assert notes_of(coco, [(box, {}) for box in sides])[0] == {}
+    assert warnings_of(coco, [(box, {}) for box in sides])[0] == {}
 
 
 @pytest.mark.parametrize(
@@ -51,14 +51,14 @@ def test_corners_are_told_from_sides(coco):
     ],
 )
 def test_other_boxes_are_not_taken_for_corners(coco, boxes):
-    assert notes_of(coco, [(box, {}) for box in boxes])[0] == {}
+    assert warnings_of(coco, [(box, {}) for box in boxes])[0] == {}
 
 
 SIDES = ([1, 1, 4, 4], [1, 1, 20, 25], [5, 5, 10, 10])
 
 
 @pytest.mark.parametrize(
-    ("areas", "noted"),
+    ("areas", "expected"),
     [
         ((0, 0, 0), {"'area' that is 0 for all boxes: AP by size says nothing": 3}),
         ((1.0, 1.0, 1.0), {"'area' that is 1.0 for all boxes: AP by size says nothing": 3}),
@@ -71,23 +71,23 @@ SIDES = ([1, 1, 4, 4], [1, 1, 20, 25], [5, 5, 10, 10])
         ((None, None, None), {}),
     ],
 )
-def test_areas_that_say_nothing(coco, areas, noted):
+def test_useless_areas(coco, areas, expected):
     boxes = [(box, {"area": area}) for box, area in zip(SIDES, areas, strict=True)]
-    assert notes_of(coco, boxes)[0] == noted
+    assert warnings_of(coco, boxes)[0] == expected
 
 
 def test_boxes_of_one_size_have_one_area(coco):
-    assert notes_of(coco, [([n, n, 10, 12], {"area": 120}) for n in range(9)])[0] == {}
-    assert notes_of(coco, [([n, n, 10, 12], {"area": 70.5}) for n in range(9)])[0] == {}
-    assert notes_of(coco, [([n, n, 10, 12], {"area": 1}) for n in range(9)])[0] != {}
-    assert notes_of(coco, [([1, 1, 10, 12], {"area": 1})])[0] == {}
+    assert warnings_of(coco, [([n, n, 10, 12], {"area": 120}) for n in range(9)])[0] == {}
+    assert warnings_of(coco, [([n, n, 10, 12], {"area": 70.5}) for n in range(9)])[0] == {}
+    assert warnings_of(coco, [([n, n, 10, 12], {"area": 1}) for n in range(9)])[0] != {}
+    assert warnings_of(coco, [([1, 1, 10, 12], {"area": 1})])[0] == {}
 
 
 def test_the_start_of_a_run_tells_them_all(coco, caplog):
-    """By the code that the check of a data set uses; see the tests of its command."""
+    """The check command uses the same code, see its tests."""
     boxes = list(boxes_in(np.random.default_rng(0), 20))
     two = [{"id": 3, "name": "cat"}, {"id": 9, "name": "cat"}]
-    _, source = notes_of(coco, [(box, {"area": 0}) for box in boxes], categories=two)
+    _, source = warnings_of(coco, [(box, {"area": 0}) for box in boxes], categories=two)
     with caplog.at_level(logging.WARNING):
         load_dataset(source)
     assert f"{source.json_file}: probably a mistake\n" in caplog.text

@@ -1,4 +1,4 @@
-"""Data sets made by the tests, and where the real ones lie if this machine has them."""
+"""Data sets written by tests, and the location of real ones."""
 
 import json
 import os
@@ -20,17 +20,17 @@ class CocoMaker:
         self.folder = folder
 
     def image(self, image_id, width=40, height=30, **changes):
-        """A valid entry of "images" with changes; a change to None takes the key away."""
+        """A valid entry of "images" with changes; a change to None removes the key."""
         entry = {"id": image_id, "file_name": f"{image_id}.png", "width": width, "height": height}
         return {key: value for key, value in (entry | changes).items() if value is not None}
 
     def box(self, annotation_id, image_id, bbox=(5, 6, 10, 12), **changes):
-        """A valid entry of "annotations" with changes; a change to None takes the key away."""
+        """A valid entry of "annotations" with changes; a change to None removes the key."""
         entry = {"id": annotation_id, "image_id": image_id, "category_id": 3, "bbox": list(bbox)}
         return {key: value for key, value in (entry | changes).items() if value is not None}
 
     def write(self, images, annotations=(), *, name="set", categories=categories):
-        """Write ``name.json`` and a picture for every image that keeps its usual name and size.
+        """Write ``name.json``, and a picture for every image with its usual name and size.
 
         ``annotations`` or ``categories`` of None leave the key out.
         """
@@ -46,7 +46,7 @@ class CocoMaker:
         )
 
     def write_text(self, text, *, name="set"):
-        """Write a json of any text."""
+        """Write any text as the json."""
         root = self.folder / name
         root.mkdir(exist_ok=True)
         json_file = self.folder / f"{name}.json"

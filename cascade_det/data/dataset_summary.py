@@ -1,4 +1,4 @@
-"""Summarizes a checked data set: statistics, and warnings about what is unusual."""
+"""Summarises a checked data set: statistics, and warnings about what is unusual."""
 
 from __future__ import annotations
 

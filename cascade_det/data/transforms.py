@@ -42,7 +42,7 @@ _UPRIGHT = {
 def read_image(path: str, image_format: str) -> Pixels:
     """Read an image, turned upright by its EXIF orientation.
 
-    Gray, palette, CMYK and transparent images are converted to three channels, 16 bits to the upper
+    Grey, palette, CMYK and transparent images are converted to three channels, 16 bits to the upper
     8, and an animation to its first frame.
 
     Args:

@@ -1,7 +1,7 @@
 """COCO-Detection/cascade_rcnn_R_50_FPN_1x_early_exit.yaml as a LazyConfig of Detectron2.
 
 Its ``tools/lazyconfig_train_net.py`` trains and evaluates it. Without exits:
-``model.roi_heads.exits=null``. With data of one's own, in a file beside this one:
+``model.roi_heads.exits=null``. With your own data, in a file beside this one:
 
     from detectron2.data.datasets import register_coco_instances
     from .cascade_rcnn_R_50_FPN_1x_early_exit import dataloader, model, optimizer
@@ -14,11 +14,11 @@ Its ``tools/lazyconfig_train_net.py`` trains and evaluates it. Without exits:
     model.roi_heads.num_classes = 3  # the predictors follow
     dataloader.train.total_batch_size = 4
     optimizer.lr = 0.005  # 0.02 is for 16 images
-    train.max_iter = 5000  # the schedule follows: its steps are shares of it
+    train.max_iter = 5000  # the schedule scales with it
     train.eval_period = 1000
 
-A start from random weights, ``train.init_checkpoint = ""``, also needs ``freeze_at=0`` and norms
-that are trained.
+Starting from random weights (``train.init_checkpoint = ""``) also needs ``freeze_at=0`` and trainable
+norms.
 """
 
 import torch

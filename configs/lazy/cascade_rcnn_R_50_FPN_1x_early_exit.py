@@ -17,8 +17,8 @@ Its ``tools/lazyconfig_train_net.py`` trains and evaluates it. Without exits:
     train.max_iter = 5000  # the schedule scales with it
     train.eval_period = 1000
 
-Starting from random weights (``train.init_checkpoint = ""``) also needs ``freeze_at=0`` and trainable
-norms.
+Starting from random weights (``train.init_checkpoint = ""``) also needs ``freeze_at=0`` and
+trainable norms.
 """
 
 import torch

@@ -147,19 +147,14 @@ def test_categories_without_a_box_are_logged(coco, caplog):
     assert {record.levelname for record in caplog.records} == {"INFO"}
 
 
-def test_missing_json(coco):
+def test_a_missing_json_and_a_pipe(coco):
     source = coco.write([])
     source.json_file.unlink()
-    with pytest.raises(DatasetError, match=r"set\.json: there is no such file"):
-        load_dataset(source)
-
-
-def test_a_pipe_is_not_waited_for(coco):
-    source = coco.write([])
-    source.json_file.unlink()
-    os.mkfifo(source.json_file)
-    with pytest.raises(DatasetError, match=r"set\.json: there is no such file"):
-        load_dataset(source)
+    for _ in range(2):
+        with pytest.raises(DatasetError, match=r"set\.json: there is no such file"):
+            load_dataset(source)
+        if not source.json_file.exists():
+            os.mkfifo(source.json_file)  # reading it would block for ever
 
 
 def test_json_that_does_not_fit_in_memory_is_not_read(coco, monkeypatch):

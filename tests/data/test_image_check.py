@@ -84,6 +84,9 @@ def test_good_images_pass_and_are_read_as_opencv_reads_them(tmp_path, picture, c
     assert check_image(entry(path), decode=True) is None
     ours = read_image(str(path), "BGR")
     assert ours.shape == (HEIGHT, WIDTH, 3)
+    if mode != "I;16":
+        with Image.open(path) as image:
+            np.testing.assert_array_equal(ours[..., ::-1], np.asarray(image.convert("RGB")))
     theirs = cv2.imread(str(path), cv2.IMREAD_COLOR)
     # Not every OpenCV reads GIF.
     if theirs is not None and case not in NOT_AS_OPENCV:

@@ -402,15 +402,6 @@ def blood_cells(bccd):
     return load_dataset(find_dataset("bccd", [entry]))
 
 
-def test_real_images_for_training(blood_cells):
-    arguments = TRAIN | {"min_sizes": (240, 320), "max_size": 1333, "images_per_batch": 4}
-    batches = take(build_train_loader([blood_cells], **arguments), 3)
-    for sample in itertools.chain(*batches):
-        assert tuple(sample["image"].shape) in ((3, 240, 320), (3, 320, 427))
-        assert len(sample["gt_boxes"]) > 0
-        assert sample["gt_classes"].max() < 3
-
-
 @pytest.mark.needs_detectron2
 def test_real_images_equal_detectron2s(blood_cells):
     mapper = pytest.importorskip("detectron2.data.dataset_mapper")

@@ -19,6 +19,7 @@ from pycocotools.cocoeval import COCOeval
 from cascade_det.core.structures import Detections
 from cascade_det.errors import DatasetError
 from cascade_det.evaluation.average_precision import MAX_DETECTIONS
+from cascade_det.evaluation.greedy_matching import match_greedily
 from cascade_det.evaluation.ground_truth import load_ground_truth
 
 IOUS = COCOeval(iouType="bbox").params.iouThrs
@@ -215,18 +216,6 @@ class ImageMatcher:
         )
 
 
-def match_images(
-    ground_truth: Mapping[str, Any],
-    category_ids: Sequence[int],
-    detections_by_image: Mapping[int, Detections],
-    *,
-    max_detections: int = MAX_DETECTIONS,
-) -> MatchedDetections:
-    """Match the detections of all images at once; see ``ImageMatcher``."""
-    matcher = ImageMatcher(ground_truth, category_ids, max_detections=max_detections, cache_size=0)
-    return matcher.collect(matcher.match(*item) for item in detections_by_image.items())
-
-
 @dataclass(frozen=True)
 class _Objects:
     """The annotations of one image: boxes ``[G, 4]`` XYWH, classes ``[G]``, crowds bool ``[G]``."""
@@ -249,28 +238,14 @@ class _Objects:
 def _match_class(
     boxes: npt.NDArray[np.float64], truth: npt.NDArray[np.float64], crowds: npt.NDArray[np.bool_]
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Hits and ignored, ``[T, D]``, of the boxes of one class (XYWH, best score first).
-
-    COCOeval's rules without its loop over all pairs, as few of them overlap.
-    """
+    """Hits and ignored, ``[T, D]``, of the boxes of one class (XYWH, best score first)."""
     hits = np.zeros((len(IOUS), len(boxes)), bool)
     if len(truth) == 0:
         return hits, hits
-    overlaps = mask.iou(boxes, truth, crowds.astype(np.uint8))
-    alone = overlaps[:, ~crowds]
-    rows, columns = np.nonzero(alone >= IOUS[0])
-    values = alone[rows, columns]
-    # Each box has its pick in turn, the highest IoU first and of equal ones the last object.
-    order = np.lexsort((-columns, -values, rows))
-    pairs = list(zip(*(part[order].tolist() for part in (rows, columns, values)), strict=True))
-    for level, threshold in enumerate(IOUS.tolist()):
-        served, taken = set(), set()
-        for row, column, value in pairs:
-            if value >= threshold and row not in served and column not in taken:
-                served.add(row)
-                taken.add(column)
-        hits[level, list(served)] = True
-    in_crowd = overlaps[:, crowds].max(axis=1, initial=0) >= IOUS[:, None]
+    ious = mask.iou(boxes, truth, crowds.astype(np.uint8))
+    # Reversed: of objects with equal IoU, COCOeval takes the last one.
+    hits = match_greedily(ious[:, ~crowds][:, ::-1], IOUS.tolist()) >= 0
+    in_crowd = ious[:, crowds].max(axis=1, initial=0) >= IOUS[:, None]
     return hits, in_crowd & ~hits
 
 

@@ -14,7 +14,7 @@ import torch
 
 from cascade_det.calibration.bootstrap import average_precision
 from cascade_det.calibration.image_matching import ImageMatcher, MatchedDetections
-from cascade_det.calibration.reproduction import found_objects, lost_share
+from cascade_det.calibration.found_objects import found_objects, lost_share
 from cascade_det.core.exits import ExitPolicy
 from cascade_det.core.postprocess import rescale_detections
 from cascade_det.core.record import CascadeRecord

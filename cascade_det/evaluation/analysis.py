@@ -12,7 +12,7 @@ from pycocotools.cocoeval import COCOeval
 from cascade_det.evaluation.average_precision import ap_per_class
 from cascade_det.evaluation.confusion import confusion_matrix
 from cascade_det.evaluation.ground_truth import class_labels
-from cascade_det.evaluation.matches import IOU, Matches, best_point, point_at, read_matches
+from cascade_det.evaluation.coco_matches import IOU, Matches, best_point, point_at, read_matches
 
 SCORE_THRESHOLD = 0.5
 BACKGROUND = "background"
@@ -25,7 +25,7 @@ def analyze(
     *,
     score_threshold: float = SCORE_THRESHOLD,
 ) -> dict[str, Any]:
-    """Look into an evaluation at ``matches.IOU``.
+    """Look into an evaluation at ``coco_matches.IOU``.
 
     Args:
         evaluation: see ``run_cocoeval``.
@@ -34,7 +34,7 @@ def analyze(
 
     Returns:
         - ``precision``, ``recall`` and ``F1`` of all classes together, in percent;
-        - ``overall``: the same with the counts behind it (see ``matches.point_at``), at the
+        - ``overall``: the same with the counts behind it (see ``coco_matches.point_at``), at the
           threshold and at the score that is best for F1;
         - ``per_class``: a dict for each class in the order of the category ids, with ``class``
           (its label, see ``ground_truth.class_labels``, here and below),

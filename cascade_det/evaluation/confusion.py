@@ -13,6 +13,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from cascade_det.evaluation.average_precision import MAX_DETECTIONS
+from cascade_det.evaluation.greedy_matching import match_greedily
 
 
 def confusion_matrix(
@@ -117,19 +118,12 @@ def _pairs(
 
 
 def _match(found: _Boxes, wanted: _Boxes, iou_threshold: float) -> npt.NDArray[np.int64]:
-    """The object that each detection takes, -1 for none; the detections best score first."""
-    taken = np.full(len(found.classes), -1)
+    """The index of the object that each detection takes, -1 for none; best score first."""
     if not len(found.classes) or not len(wanted.classes):
-        return taken
-    overlap = coco_mask.iou(found.boxes, wanted.boxes, [0] * len(wanted.classes))
-    for row in np.flatnonzero(overlap.max(axis=1) >= iou_threshold):
-        best = overlap[row].max()
-        if best >= iou_threshold:
-            equals = overlap[row] == best
-            own = equals & (wanted.classes == found.classes[row])
-            taken[row] = (own if own.any() else equals).argmax()
-            overlap[:, taken[row]] = -1.0  # Nobody else can take it.
-    return taken
+        return np.full(len(found.classes), -1)
+    ious = coco_mask.iou(found.boxes, wanted.boxes, [0] * len(wanted.classes))
+    same_class = np.equal.outer(found.classes, wanted.classes)
+    return match_greedily(ious, [iou_threshold], preferred=same_class)[0]
 
 
 def _in_crowd(found: _Boxes, crowds: _Boxes, threshold: float) -> npt.NDArray[np.bool_]:

@@ -5,13 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from recorded_trials import match_images
 
 from cascade_det.calibration.bootstrap import (
     average_precision,
     average_precisions,
     paired_bootstrap,
 )
-from cascade_det.calibration.image_matching import ImageMatcher, match_images
+from cascade_det.calibration.image_matching import ImageMatcher
 from cascade_det.core.structures import Detections
 from cascade_det.data.coco_results import coco_results
 from cascade_det.errors import DatasetError

@@ -8,7 +8,7 @@ from random_records import make_recorded_scene
 from recorded_trials import FRAME, STAGE_FLOPS, make_trials
 
 from cascade_det.calibration.bootstrap import average_precision
-from cascade_det.calibration.reproduction import reproduction_loss
+from cascade_det.calibration.found_objects import found_objects, lost_share
 from cascade_det.calibration.trials import ExitTrials, Outcome, Recording
 from cascade_det.core.exits import ExitPolicy
 from cascade_det.core.postprocess import rescale_detections
@@ -56,7 +56,12 @@ class TestTrial:
         np.testing.assert_array_equal(trial.matched.scores, matched.scores)
         for iou, lost in ((0.5, trial.lost), (0.75, trial.lost_well_placed)):
             wanted = [
-                reproduction_loss(before, after, *matcher.objects_of(image_id), score=0.3, iou=iou)
+                lost_share(
+                    *(
+                        found_objects(one, *matcher.objects_of(image_id), score=0.3, iou=iou)
+                        for one in (before, after)
+                    )
+                )
                 for before, after, image_id in zip(full, found, ids, strict=True)
             ]
             assert lost.tolist() == wanted

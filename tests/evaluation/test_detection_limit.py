@@ -9,9 +9,9 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from recorded_trials import match_images
 
 from cascade_det.calibration.bootstrap import average_precision
-from cascade_det.calibration.image_matching import match_images
 from cascade_det.core.structures import CascadeStats, Detections, DetectorOutput, StageOutput
 from cascade_det.data.coco_results import coco_results
 from cascade_det.evaluation import CocoEvaluator, StageEvaluator, coco_ap, score_results

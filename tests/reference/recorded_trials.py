@@ -28,6 +28,12 @@ def make_trials(*, seeds=(0, 1), num_proposals=(30, 20), num_stages=3, **others)
     return ExitTrials(recording, ImageMatcher(_content(ids, objects), CATEGORY_IDS), score=0.3)
 
 
+def match_images(content, category_ids, detections_by_image, **options):
+    """The matched detections of all images at once."""
+    matcher = ImageMatcher(content, category_ids, **options)
+    return matcher.collect(matcher.match(*item) for item in detections_by_image.items())
+
+
 def without_stages(detections):
     """The same detections, as if none had left early."""
     return [Detections(d.boxes, d.scores, d.classes, d.exit_stages * 0) for d in detections]

@@ -1,4 +1,4 @@
-"""The work of ``tools/calibrate_exits.py``: from a target to YAML, table and plot."""
+"""Calibration of exits, from a target to a folder with YAML files, tables and a plot."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
+from cascade_det.calibration.assessment import Assessment
 from cascade_det.calibration.calibrator import Calibrator, split_images
 from cascade_det.calibration.image_matching import ImageMatcher
 from cascade_det.calibration.provenance import Provenance
 from cascade_det.calibration.recording import first_batches, fit_latency, record_dataset
-from cascade_det.calibration.report import FILES, CalibrationReport
-from cascade_det.calibration.sample import Sample
+from cascade_det.calibration.report import FILES, write_report
+from cascade_det.calibration.sample_size import SampleSize
 from cascade_det.calibration.target import Options, Target
 from cascade_det.data.coco import CocoDataset
 from cascade_det.engine.devices import device_name
@@ -38,25 +39,25 @@ def calibrate(
     output_dir: Path,
     options: Options,
 ) -> dict[str, Any]:
-    """Find exits for a target, and write them with what is to be expected of them.
+    """Find exits for a target, and write them with the metrics to expect.
 
     Args:
         cfg: of the detector.
         open_detector: gives the detector (see ``cascade_det.calibration.recording.Detector``), the
             calibration set with its ground truth, and a loader of it.
-        target: what is wanted.
-        output_dir: of ``exits.yaml``, ``quality.yaml``, ``balanced.yaml``, ``fast.yaml``,
-            ``front.csv``, ``front.png``, ``comparison.csv`` and ``calibration.json``. It holds
-            nothing else but the log, and is replaced as a whole once all of them are there: files
-            of two calibrations never stand side by side. A profile is left out where it would
-            break its promise, or where another file says the same.
+        target: what to reach.
+        output_dir: for ``exits.yaml``, ``quality.yaml``, ``balanced.yaml``, ``fast.yaml``,
+            ``front.csv``, ``front.png``, ``comparison.csv`` and ``calibration.json``. Apart from
+            the log it may hold nothing else, and is replaced as a whole when all files are
+            complete, so that files of two calibrations never mix. A profile is left out if it
+            breaks its promise, or if another file has the same setting.
         options: how thorough.
 
     Returns:
         The content of ``calibration.json``.
 
     Raises:
-        CascadeDetError: ``output_dir`` holds something else.
+        CascadeDetError: ``output_dir`` holds other files.
         ConfigError: no setting reaches the target.
         DatasetError: the images lack objects.
         SampleTooSmallError: too few images, for a guarantee or at all.
@@ -66,17 +67,17 @@ def calibrate(
     with atomic_folder(output_dir, made=MADE) as folder:
         content = _calibrate(cfg, open_detector, target, folder, options)
         _keep_log(output_dir / LOG_FILE, folder / LOG_FILE)
-    logger.info("Written to %s: exits.yaml and what it rests on", output_dir)
+    logger.info("Written to %s: exits.yaml and its report", output_dir)
     return content
 
 
 def _keep_log(log: Path, kept: Path) -> None:
-    """Give the log, which is still being written, a place in the folder to come."""
+    """Link the log, which is still being written, into the new folder."""
     if not log.is_file():
         return
     try:
         os.link(log, kept)
-    except OSError:  # a file system without such links: what is logged from here on is not kept
+    except OSError:  # a file system without hard links: later lines of the log are not kept
         shutil.copyfile(log, kept)
 
 
@@ -91,9 +92,10 @@ def _calibrate(
     num_images = min(options.images, len(dataset.records))
     if num_images < len(dataset.records):
         logger.warning(
-            "Only the first %d of %d images are used (--images): what is promised is for images "
+            "Only the first %d of %d images are used (--images): the promises hold for images "
             "like these",
-            *(num_images, len(dataset.records)),
+            num_images,
+            len(dataset.records),
         )
     limit = detections_limit(cfg.TEST.DETECTIONS_PER_IMAGE)
     matcher = _checked_matcher(dataset, num_images, target, options.seed, limit)
@@ -102,7 +104,7 @@ def _calibrate(
     )
     logger.info("Recording the full cascade on %d images of %s", num_images, dataset.source.name)
     own = detector.cascade.exits
-    # The recording itself is let go: two halves are kept, which are as large as the whole.
+    # Without a name for the recording: the calibrator keeps two halves, which are as large.
     calibrator = Calibrator(
         cfg,
         record_dataset(detector, loader, num_images),
@@ -123,15 +125,15 @@ def _calibrate(
     )
     logger.info("Latency model: %s", latency)
     calibration = calibrator.calibrate(target, latency)
-    logger.info("Measuring what was found, and comparing it with what is simpler")
-    report = CalibrationReport(calibrator, detector, batches, options)
-    return report.write(calibration, target, latency, source, folder)
+    logger.info("Measuring the exits, and comparing them with baselines")
+    assessment = Assessment(calibrator, detector, batches, options)
+    return write_report(assessment, calibration, target, latency, source, folder)
 
 
 def _checked_matcher(
     dataset: CocoDataset, num_images: int, target: Target, seed: int, max_detections: int
 ) -> ImageMatcher:
-    """The objects of a data set, which have to be enough before any long work begins."""
+    """The matcher of a data set, after checking that it has enough images and objects."""
     if not dataset.ground_truth.get("annotations"):
         raise DatasetError(
             f"{dataset.source.json_file} has no annotations: exits are calibrated on images with "
@@ -139,9 +141,9 @@ def _checked_matcher(
         )
     target.check_images(num_images)
     matcher = ImageMatcher(
-        *(dataset.ground_truth, dataset.category_ids), max_detections=max_detections
+        dataset.ground_truth, dataset.category_ids, max_detections=max_detections
     )
     ids = [record.image_id for record in dataset.records[:num_images]]
     halves = split_images(ids, matcher, seed)
-    Sample.of(ids, halves, matcher, dataset.class_names).tell(target)
+    SampleSize.of(ids, halves, matcher, dataset.class_names).log(target)
     return matcher

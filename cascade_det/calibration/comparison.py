@@ -1,6 +1,6 @@
-"""Exits side by side with what is simpler, with exits at random, and with oracles.
+"""Exits next to simpler baselines, random exits and oracles, all from one recording.
 
-N images, S stages. All of it comes from one recording of the full cascade.
+N images, S stages.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ class ComparedExits:
     """One row of the comparison.
 
     Attributes:
-        name: of the policy or competitor.
-        figures: ``AP``, ``AP50``, ``AP75`` and ``AP90`` in percent.
-        differences: of each of them to the full cascade, in percent points.
+        name: of the policy or baseline.
+        metrics: ``AP``, ``AP50``, ``AP75`` and ``AP90`` in percent.
+        differences: of each metric from the full cascade, in percent points.
         entered: S numbers of regions per image that enter each stage.
-        later_skipped: share of the region work of stage 1 and later that is not done, 0 to 1.
-        regions_left: share of all region-stages that is done, 0 to 1.
-        work: share of the FLOPs of all box heads that is done, 0 to 1.
+        later_skipped: share of the regions of stage 1 and later that are not computed, 0 to 1.
+        regions_left: share of all region-stages that are computed, 0 to 1.
+        work: share of the FLOPs of all box heads that is computed, 0 to 1.
         gigaflops: of the box heads, per image, in 10^9 multiply-adds.
         lost: mean share of the full cascade's true positives of an image that are not found.
-        milliseconds: per image; ``None`` where nobody measured.
+        milliseconds: per image; ``None`` if it was not measured.
     """
 
     name: str
-    figures: dict[str, float]
+    metrics: dict[str, float]
     differences: dict[str, Difference]
     entered: tuple[float, ...]
     later_skipped: float
@@ -62,24 +62,24 @@ def compare(
     seed: int = 0,
     on_row: Callable[[], object] = lambda: None,
 ) -> list[ComparedExits]:
-    """Try policies and their competitors on the same images.
+    """Try policies and baselines on the same images.
 
-    The competitors are the full cascade, its first stages alone ("1 stage", "2 stages"), fewer
-    proposals ("300 proposals" and so on, the best by objectness), regions that leave by lot, as
-    many at each gate as leave with the chosen policy ("random exits" are reported as they are
-    then, "random drops" are not), and oracles: see ``drop_oracle`` and ``outcome_oracle``.
+    The baselines are the full cascade, its first stages alone ("1 stage", "2 stages"), fewer
+    proposals ("300 proposals" and so on, the best by objectness), random regions, as many at each
+    gate as exit with the chosen policy ("random exits" are reported, "random drops" are not), and
+    oracles: see ``drop_oracle`` and ``outcome_oracle``.
 
     Args:
         trials: of the images.
         policies: by name.
-        chosen: the one of them that lots are drawn like; by default the first.
-        milliseconds: per image, by name, of policies and competitors that were measured.
+        chosen: the policy whose numbers of exits the random baselines have; by default the first.
+        milliseconds: per image, by name, of policies and baselines that were measured.
         rounds: of the bootstrap.
-        seed: of the bootstrap and of the lots.
-        on_row: called after each of them, since a bootstrap takes seconds.
+        seed: of the bootstrap and of the random baselines.
+        on_row: called after each row, since a bootstrap takes seconds.
 
     Returns:
-        The full cascade first, then the policies, then the other competitors.
+        The full cascade first, then the policies, then the other baselines.
     """
     times = milliseconds or {}
     rows = []
@@ -90,16 +90,28 @@ def compare(
     return rows
 
 
+def budget(most: int, num_stages: int) -> ExitPolicy:
+    """The best proposals by objectness alone, at most ``most`` of each image."""
+    return ExitPolicy(num_stages=num_stages, region_budget=(most, *[0] * (num_stages - 1)))
+
+
 def format_comparison(rows: Sequence[ComparedExits]) -> str:
-    """The comparison as a table in plain text; percent but for regions, GFLOPs and times."""
+    """The comparison as plain text; in percent except regions, GFLOPs and milliseconds."""
     headers = [
-        *("exits", *_METRICS, "AP change\n[95 %]", "regions/image\nin each stage"),
-        *("later work\nskipped", "region-stages\nleft", "head\nGFLOPs", "ms/image", "lost"),
+        "exits",
+        *_METRICS,
+        "AP change\n[95 %]",
+        "regions/image\nin each stage",
+        "later work\nskipped",
+        "region-stages\nleft",
+        "head\nGFLOPs",
+        "ms/image",
+        "lost",
     ]
     cells = [
         [
             row.name,
-            *(f"{row.figures[name]:.2f}" for name in _METRICS),
+            *(f"{row.metrics[name]:.2f}" for name in _METRICS),
             _interval(row.differences["AP"]),
             " / ".join(f"{number:.0f}" for number in row.entered),
             f"{100 * row.later_skipped:.1f}",
@@ -118,12 +130,20 @@ def write_comparison(rows: Sequence[ComparedExits], path: str | os.PathLike[str]
     """Write the comparison as CSV; an old file is replaced in one step."""
     stages = range(len(rows[0].entered)) if rows else ()
     headers = [
-        *("exits", *(f"{name} (%)" for name in _METRICS)),
-        *("AP change", "AP change low", "AP change high", "AP change deviation"),
+        "exits",
+        *(f"{name} (%)" for name in _METRICS),
+        "AP change",
+        "AP change low",
+        "AP change high",
+        "AP change deviation",
         *(f"{name} change" for name in _METRICS[1:]),
         *(f"regions/image in stage {stage}" for stage in stages),
-        *("later work skipped", "region-stages left", "head FLOPs left"),
-        *("head GFLOPs/image", "ms/image", "lost"),
+        "later work skipped",
+        "region-stages left",
+        "head FLOPs left",
+        "head GFLOPs/image",
+        "ms/image",
+        "lost",
     ]
     write_csv(path, headers, (_cells(row) for row in rows))
 
@@ -132,12 +152,19 @@ def _cells(row: ComparedExits) -> list[str | float | None]:
     change = row.differences["AP"]
     return [
         row.name,
-        *(row.figures[name] for name in _METRICS),
-        *(change.value, change.low, change.high, change.deviation),
+        *(row.metrics[name] for name in _METRICS),
+        change.value,
+        change.low,
+        change.high,
+        change.deviation,
         *(row.differences[name].value for name in _METRICS[1:]),
         *row.entered,
-        *(row.later_skipped, row.regions_left, row.work),
-        *(row.gigaflops, row.milliseconds, row.lost),
+        row.later_skipped,
+        row.regions_left,
+        row.work,
+        row.gigaflops,
+        row.milliseconds,
+        row.lost,
     ]
 
 
@@ -147,27 +174,24 @@ def _trials(
     records = trials.recording.records
     num_stages = len(trials.full.entered)
     yield FULL, trials.full
-    tried = {name: trials.run(policy) for name, policy in policies.items()}
+    tried = {name: trials.replay(policy) for name, policy in policies.items()}
     yield from tried.items()
     for count in range(1, num_stages):
-        yield f"{count} stage{'s' * (count > 1)}", trials.run(None, count)
+        yield f"{count} stage{'s' * (count > 1)}", trials.replay(None, count)
     for most in PROPOSALS:
         if most < trials.full.entered[0].max(initial=0):
-            budget = ExitPolicy(
-                num_stages=num_stages, region_budget=(most, *[0] * (num_stages - 1))
-            )
-            yield f"{most} proposals", trials.run(budget)
+            yield f"{most} proposals", trials.replay(budget(most, num_stages))
     if tried:
         like = tried[chosen or next(iter(tried))].entered.sum(axis=1)
         shares = (like / max(trials.full.entered[0].sum(), 1)).tolist()
         for name, accept in (("random exits", True), ("random drops", False)):
-            by_lot = [random_exits(r, shares, accept=accept, seed=seed) for r in records]
-            yield name, trials.run(by_lot)
+            at_random = [random_exits(r, shares, accept=accept, seed=seed) for r in records]
+            yield name, trials.replay(at_random)
     for suffix, before in (("", False), (" before stage 0", True)):
         oracle = [drop_oracle(record, before_stages=before) for record in records]
-        yield f"oracle of drops{suffix}", trials.run(oracle)
+        yield f"oracle of drops{suffix}", trials.replay(oracle)
     for suffix, before in (("", False), (", drops before stage 0", True)):
-        yield f"oracle{suffix}", trials.run(_outcome_oracles(trials, before_stages=before))
+        yield f"oracle{suffix}", trials.replay(_outcome_oracles(trials, before_stages=before))
 
 
 def _outcome_oracles(trials: ExitTrials, *, before_stages: bool) -> list[ExitPolicy]:
@@ -192,14 +216,13 @@ def _row(
     images = max(trial.entered.shape[1], 1)
     by_stage = trial.entered.sum(axis=1)
     flops = float(by_stage @ np.asarray(trials.recording.stage_flops))
-    full = trials.full
     return ComparedExits(
         name=name,
-        figures=trial.figures,
+        metrics=trial.metrics,
         differences=differences,
         entered=tuple((by_stage / images).tolist()),
-        later_skipped=1 - trial.later_work / max(full.later_work, 1),
-        regions_left=trial.region_stages / max(full.region_stages, 1),
+        later_skipped=trial.exit_rate(trials.full),
+        regions_left=trial.regions_left(trials.full),
         work=trial.work,
         gigaflops=flops / images / 1e9,
         lost=float(trial.lost.mean()),

@@ -1,33 +1,30 @@
-"""How long a call of a detector takes, told from the regions that enter each stage.
+"""A model of the milliseconds of a detector by the regions that enter each stage.
 
 S stages, M measured calls with the same number of images each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import nnls
 
-from cascade_det.errors import ConfigError
-
 
 @dataclass(frozen=True)
 class LatencyModel:
-    """Milliseconds of a call: a constant, and for each stage a fixed part and one per region.
+    """Milliseconds of a call: a constant, and for each stage a fixed part and a part per region.
 
     Attributes:
-        constant: of all that does not depend on exits, such as the backbone.
-        per_call: S milliseconds that a stage takes as soon as any region enters it.
-        per_region: S milliseconds for each region that enters it.
-        device_name: what it was measured on.
-        batch_size: images of a call.
+        constant: milliseconds that do not depend on exits, such as those of the backbone.
+        per_call: S milliseconds that a stage takes if any region enters it.
+        per_region: S milliseconds for each region that enters a stage.
+        device_name: of the measurement.
+        batch_size: images per call.
         samples: M.
-        spread: the median of the absolute relative errors on what it was fitted to.
+        spread: the median of the absolute relative errors on the fitted calls.
     """
 
     constant: float
@@ -47,20 +44,19 @@ class LatencyModel:
         device_name: str = "",
         batch_size: int = 1,
     ) -> LatencyModel:
-        """The model with the least squares of relative errors, in which no part is negative.
+        """Fit by non-negative least squares of relative errors.
 
-        What a stage takes as soon as any region enters it can only be told from calls some of
-        which leave it empty.
+        The fixed part of a stage is only determined if some calls leave the stage empty.
 
         Args:
             entered: ``[M, S]``, regions of all images of a call that entered each stage; they
-                should differ much.
-            milliseconds: ``[M]``, of the whole call; better the median of several runs.
-            device_name: where they were measured.
-            batch_size: images of each of them.
+                should differ widely.
+            milliseconds: ``[M]``, of the whole call, better the median of several runs.
+            device_name: of the measurement.
+            batch_size: images per call.
 
         Raises:
-            ValueError: fewer than 2 S + 1 calls, or one without a duration.
+            ValueError: fewer than 2 S + 1 calls, or one without a finite, positive duration.
         """
         regions, times = np.asarray(entered, np.float64), np.asarray(milliseconds, np.float64)
         count, num_stages = regions.shape
@@ -72,7 +68,7 @@ class LatencyModel:
         if not (np.isfinite(times) & (times > 0)).all():
             raise ValueError("a measured call has no positive, finite duration")
         parts = np.hstack([np.ones((count, 1)), regions > 0, regions])
-        # Errors relative to the duration: a few long calls would decide everything otherwise.
+        # Relative to the duration: absolute errors would be those of a few long calls.
         weighted = parts / times[:, None]
         scales = np.linalg.norm(weighted, axis=0)
         scales[scales == 0] = 1.0  # a stage that nothing ever entered
@@ -92,7 +88,7 @@ class LatencyModel:
         """Milliseconds of calls.
 
         Args:
-            entered: regions that enter each stage: ``[S]`` of one call, or ``[S, N]`` of N calls.
+            entered: regions that enter each stage, ``[S]`` of one call or ``[S, N]`` of N calls.
 
         Returns:
             A float, or float64 ``[N]``.
@@ -103,11 +99,11 @@ class LatencyModel:
         return float(times) if regions.ndim == 1 else times
 
     def per_image(self, entered: npt.ArrayLike) -> float:
-        """Mean milliseconds per image, where images come in the batches that were measured.
+        """Mean milliseconds per image in batches of the measured size; nan without images.
 
         Args:
-            entered: ``[S, N]``, regions of N images that enter each stage; nan for N = 0. A last
-                batch that is not full counts as a part of a full one with as many regions each.
+            entered: ``[S, N]``, regions of N images that enter each stage. A last batch that is
+                not full counts as part of a full one with as many regions per image.
         """
         regions = np.asarray(entered, np.float64)
         firsts = np.arange(0, regions.shape[1], self.batch_size)
@@ -130,20 +126,5 @@ class LatencyModel:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for a file."""
+        """Plain values, for ``calibration.json``."""
         return {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LatencyModel:
-        """The model that ``as_dict`` was called on.
-
-        Raises:
-            ConfigError: these are not its values.
-        """
-        names = {field.name for field in fields(cls)}
-        if wrong := names ^ values.keys():
-            raise ConfigError(
-                f"no latency model: {', '.join(sorted(wrong))} missing or unknown; measure again"
-            )
-        stages = {name: tuple(map(float, values[name])) for name in ("per_call", "per_region")}
-        return cls(**{**values, **stages})

@@ -1,4 +1,4 @@
-"""Which points of a front become profiles: each keeps its promise, and no two are alike."""
+"""The points of a front that become profiles: each keeps its promise, and no two are equal."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from cascade_det.calibration.front import FAST_DROP, QUALITY_DROP, FrontPoint
 from cascade_det.calibration.search import Setting
 
-# Percent points of AP that each of them loses at most.
+# The most percent points of AP that each profile may lose.
 PROMISES = {"quality": QUALITY_DROP, "balanced": FAST_DROP, "fast": FAST_DROP}
 
 
 @dataclass
 class Profiles:
-    """Those to write, and why the others are not.
+    """The profiles to write, and why the others are left out.
 
     Attributes:
         written: points on the images that they were not chosen on, by name.
@@ -26,11 +26,11 @@ class Profiles:
 
     @classmethod
     def of(cls, points: Mapping[str, FrontPoint], chosen: Setting) -> Profiles:
-        """Judge the points of the names in ``PROMISES``.
+        """Check the point of each name in ``PROMISES``.
 
         Args:
-            points: on the images that they were not chosen on.
-            chosen: what the target led to, which has a file of its own.
+            points: by name, on the images that they were not chosen on.
+            chosen: the setting chosen for the target, which has its own file.
         """
         profiles = cls()
         settings = {"exits": chosen} if chosen else {}
@@ -38,7 +38,7 @@ class Profiles:
             point = points[name]
             twin = next((other for other, s in settings.items() if s == point.setting), None)
             if not point.setting:
-                reason = "nothing that was tried saves work at so little loss"
+                reason = "no setting that was tried saves work at so small a loss"
             elif twin is not None:
                 reason = f"it is the same as {twin}.yaml"
             elif point.drop > most:

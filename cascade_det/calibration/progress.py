@@ -1,4 +1,4 @@
-"""How far a long work is: a bar on a terminal, elsewhere a line in the log from time to time."""
+"""The progress of a long task: a bar on a terminal, else a log line every few seconds."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-# Between two lines: often enough to see that it goes on, seldom enough to find other lines.
+# Between two log lines.
 SECONDS = 15.0
 
 
 class Progress:
-    """A context that is told of each step.
+    """A context manager that shows progress.
 
     Args:
-        what: is done, as a verb with its object: "Recording images".
-        total: the most steps that it takes.
-        clock: gives seconds.
+        what: the task, as a verb with its object: "Recording images".
+        total: the largest number of steps.
+        clock: returns seconds.
     """
 
     def __init__(
@@ -30,19 +30,19 @@ class Progress:
         self._total = total
         self._clock = clock
         self._done = 0
-        self._told = clock()
+        self._logged = clock()
         self._bar = tqdm(total=total, desc=what, disable=None, leave=False)
 
     def __enter__(self) -> Progress:
         return self
 
     def step(self, count: int = 1) -> None:
-        """So many more steps are done."""
+        """Count finished steps."""
         self._done += count
         self._bar.update(count)
         # A bar that is not shown is disabled.
-        if self._bar.disable and self._clock() - self._told >= SECONDS:
-            self._told = self._clock()
+        if self._bar.disable and self._clock() - self._logged >= SECONDS:
+            self._logged = self._clock()
             logger.info("%s: %d of %d", self._what, self._done, self._total)
 
     def __exit__(self, *_: object) -> None:

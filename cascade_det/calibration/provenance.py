@@ -1,4 +1,4 @@
-"""What a calibration of exits was made from: weights, data, device and version."""
+"""The origin of a calibration: weights, data, device and version."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Provenance:
 
     Attributes:
         weights: ``MODEL.WEIGHTS``; empty for none.
-        weights_sha256: of the weights in it, see ``cascade_det.weights.digest``.
-        weights_file_sha256: of the file, as ``sha256sum`` has it.
+        weights_sha256: of the tensors, see ``cascade_det.weights.digest``.
+        weights_file_sha256: of the file, as of ``sha256sum``.
         data: name of the data set.
-        json_file: of its ground truth.
+        json_file: path of its ground truth.
         json_sha256: of that file.
-        images: how many of its images were used.
-        device_name: what it ran on.
-        version: of this project.
+        images: number of images used.
+        device_name: of the calibration.
+        version: of this package.
     """
 
     weights: str
@@ -46,7 +46,7 @@ class Provenance:
     def of(
         cls, cfg: CfgNode, dataset: CocoDataset, num_images: int, device_name: str
     ) -> Provenance:
-        """Those of a detector that was loaded by a configuration, on the images of a data set."""
+        """The origin for a detector that was loaded by a configuration, and a data set."""
         weights = cfg.MODEL.WEIGHTS
         file = local_path(weights) if weights else None
         return cls(
@@ -79,7 +79,7 @@ class Provenance:
         }
 
     def comment(self) -> str:
-        """The same for the head of a YAML file."""
+        """Comment lines for the head of a YAML file."""
         lines = (
             f"Calibrated by cascade_det {self.version} on {self.device_name}.",
             f"Weights: {self.weights or 'none'} (file SHA-256 {self.weights_file_sha256 or '-'})",

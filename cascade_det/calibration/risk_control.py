@@ -1,215 +1,92 @@
-"""How early a cascade may exit so that what is lost stays below a level, with a guarantee.
+"""How early a cascade may exit so that its risk stays below a level, with a guarantee.
 
-The risk of a setting is the expected loss of an image, a number in [0, 1] such as
-``reproduction_loss``; average precision is no mean over images, so nothing is promised of it.
-Losses are ``[M, n]``: of M settings on n images. Setting 0 is the full cascade, and is what comes
-out where nothing else can be shown to be safe. The guarantees hold for images that are
-exchangeable with the calibration images, and if the settings were fixed (their thresholds, their
-order, the learned parts that they use) without looking at these.
-
-=================  =====================================  ==========================
-selector           promise for the setting it returns     order of the settings
-=================  =====================================  ==========================
-``crc``            E[risk] <= level                       safe to risky
-``ucb``            P(risk <= level) >= 1 - delta          safe to risky
-``fixed_sequence`` P(risk <= level) >= 1 - delta          safe to risky
-``pareto_testing`` P(risk <= level) >= 1 - delta          any; found on half the images
-=================  =====================================  ==========================
-
-"Safe to risky" is a guess for ``ucb`` and ``fixed_sequence``: where it is wrong they exit later
-than they could, but the promise holds.
-
-Sources: conformal risk control (arXiv 2208.02814), risk-controlling prediction sets (2101.02703),
-Learn then Test (2110.01052), Pareto Testing (2210.07913), early exits (2405.20915).
+The risk of a setting is the expected loss of an image, a number in [0, 1]; average precision is
+not a mean over images, so it has no guarantee. The guarantee holds for images that are exchangeable
+with the calibration images, and for settings (their thresholds, order and learned parts) that were
+fixed without these images: Pareto testing (arXiv 2210.07913) finds settings and their order on one
+half of the images, and tests them on the other half by Learn then Test (2110.01052).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import bdtr, rel_entr
 
-from cascade_det.calibration.risk_bounds import (
-    ROUNDING,
-    Losses,
-    check_probability,
-    checked_losses,
-    hoeffding_bentkus_p_value,
-    wsr_ucb,
-)
 from cascade_det.errors import CascadeDetError
+from cascade_det.evaluation.mean_bounds import check_probability, checked_losses
+
+# A sum of n floats may come out slightly above the whole number that it is, and rounding it up
+# would then count one loss more.
+_ROUNDING = 1e-9
 
 
 class SampleTooSmallError(CascadeDetError, ValueError):
-    """So few images that nothing could be shown of them, whatever their losses."""
+    """Too few images to show anything, whatever their losses."""
 
 
-@dataclass(frozen=True)
-class ParetoTest:
-    """What ``pareto_testing`` did.
-
-    Attributes:
-        setting: the one to use: index into the settings; 0 if none was shown to be safe.
-        front: int64 ``[F]``, the settings in the order of their tests, safe and dear to risky and
-            cheap.
-        p_values: float64 ``[F]``, on the testing images.
-        choosing_images: int64, indices of the images that found the front.
-        testing_images: int64, indices of the others, which the promise comes from.
-    """
-
-    setting: int
-    front: npt.NDArray[np.int64]
-    p_values: npt.NDArray[np.float64]
-    choosing_images: npt.NDArray[np.int64]
-    testing_images: npt.NDArray[np.int64]
-
-
-def smallest_sample(risk: float, delta: float | None = None) -> int:
-    """How many images it takes until a setting that loses nothing on any of them passes.
+def smallest_sample(risk: float, delta: float) -> int:
+    """The number of images at which a setting that loses nothing on any of them passes.
 
     Args:
         risk: level to stay below, in (0, 1).
-        delta: probability of a failure, for ``fixed_sequence`` and ``pareto_testing`` (which needs
-            as many to test with); ``None``: for ``crc``, which has none.
+        delta: probability of a failure, in (0, 1).
 
     Raises:
         ValueError: ``risk`` or ``delta`` is outside (0, 1).
     """
     check_probability("risk", risk)
-    if delta is None:
-        return max(1, math.ceil(1 / risk - 1 - ROUNDING))
     check_probability("delta", delta)
-    return max(1, math.ceil(math.log(delta) / math.log1p(-risk) - ROUNDING))
+    return max(1, math.ceil(math.log(delta) / math.log1p(-risk) - _ROUNDING))
 
 
-def check_sample_size(num_images: int, risk: float, delta: float | None = None) -> None:
-    """Refuse in advance what ``smallest_sample`` says cannot succeed.
+def fixed_sequence(losses: Iterable[npt.ArrayLike], risk: float, delta: float) -> int:
+    """The last setting before the first one that cannot be shown to be safe.
 
-    Raises:
-        SampleTooSmallError: it says how many images are needed.
-    """
-    needed = smallest_sample(risk, delta)
-    if num_images < needed:
-        wanted = f"risk {risk}" if delta is None else f"risk {risk} and delta {delta}"
-        raise SampleTooSmallError(
-            f"{num_images} images cannot show {wanted}: {needed} are needed even if no image "
-            "loses anything. Use more calibration images, or ask for less"
-        )
-
-
-def crc(losses: npt.ArrayLike, risk: float) -> int:
-    """Conformal risk control: the riskiest setting with ``(sum of losses + 1) / (n + 1) <= risk``.
-
-    Its proof needs losses that never fall from safe to risky, so each image's loss is raised to
-    the highest one so far.
+    Fixed-sequence testing of Learn then Test: P(risk <= level) >= 1 - delta for the setting that
+    is returned. Where the order is not from safe to risky, the promise holds, but an earlier
+    setting than necessary may be returned.
 
     Args:
-        losses: ``[M, n]``, safe to risky.
-        risk: bound on the expected loss of an image.
-
-    Raises:
-        SampleTooSmallError: see ``smallest_sample``.
-    """
-    values = _checked_matrix(losses)
-    count = values.shape[1]
-    check_sample_size(count, risk)
-    totals = np.maximum.accumulate(values, axis=0).sum(axis=1)
-    return _last_of_run(totals + 1 <= risk * (count + 1) + ROUNDING)
-
-
-def ucb(
-    losses: npt.ArrayLike,
-    risk: float,
-    delta: float,
-    bound: Callable[[Losses, float], float] = wsr_ucb,
-) -> int:
-    """The setting before the first one whose upper confidence bound is not below ``risk``.
-
-    Args:
-        losses: ``[M, n]``, safe to risky.
-        risk: bound on the expected loss of an image.
+        losses: ``[n]`` losses in [0, 1] of each setting, safe to risky; the first one is the full
+            cascade, which needs no test. No losses are read after the first failure.
+        risk: bound on the expected loss of an image, in (0, 1).
         delta: probability of a higher one.
-        bound: of losses ``[n]`` and delta.
 
-    Raises:
-        SampleTooSmallError: the bound is not below ``risk`` for n losses of 0.
+    Returns:
+        The index of the setting.
     """
-    values = _checked_matrix(losses)
-    without_loss = bound(np.zeros(values.shape[1]), delta)
-    if without_loss >= risk:
-        raise SampleTooSmallError(
-            f"{values.shape[1]} images cannot show risk {risk} and delta {delta}: even if no "
-            f"image loses anything, the bound is {without_loss:.4g}. Use more calibration images, "
-            "or ask for less"
-        )
-    for setting, row in enumerate(values):
-        if bound(row, delta) >= risk:
-            return max(setting - 1, 0)
-    return len(values) - 1
+    passed = -1
+    for of_setting in losses:
+        if hoeffding_bentkus_p_value(of_setting, risk) > delta:
+            break
+        passed += 1
+    return max(passed, 0)
 
 
-def fixed_sequence(
-    losses: npt.ArrayLike,
-    risk: float,
-    delta: float,
-    p_value: Callable[[Losses, float], Losses] = hoeffding_bentkus_p_value,
-) -> int:
-    """Learn then Test: the last setting before the first one that cannot be shown to be safe.
+def hoeffding_bentkus_p_value(losses: npt.ArrayLike, risk: float) -> float:
+    """The p-value of "the mean loss is above ``risk``"; rises with the sum of the losses.
+
+    The smaller one of Hoeffding's (in its tight form) and Bentkus's, at most 1 (arXiv 2101.02703,
+    2110.01052).
 
     Args:
-        losses: ``[M, n]``, safe to risky.
-        risk: bound on the expected loss of an image.
-        delta: probability of a higher one.
-        p_value: of losses ``[M, n]`` and risk, ``[M]``; ``binomial_p_value`` for losses of 0 and 1.
+        losses: ``[n]`` in [0, 1].
+        risk: in (0, 1).
 
     Raises:
-        SampleTooSmallError: see ``smallest_sample``.
+        ValueError: a loss is outside [0, 1], there is none, or ``risk`` is outside (0, 1).
     """
-    values = _checked_matrix(losses)
-    check_sample_size(values.shape[1], risk, delta)
-    return _last_of_run(p_value(values, risk) <= delta)
-
-
-def pareto_testing(
-    losses: npt.ArrayLike, costs: npt.ArrayLike, risk: float, delta: float, *, seed: int = 0
-) -> ParetoTest:
-    """The cheapest of many settings that can be shown to be safe, whatever their order.
-
-    Half of the images, drawn at random, choose: the Pareto front of mean loss and cost, from safe
-    to risky. The other half tests it as ``fixed_sequence`` does.
-
-    Args:
-        losses: ``[M, n]``; setting 0 is the full cascade, the others are in any order.
-        costs: ``[M]``, what a setting costs: work, milliseconds.
-        risk: bound on the expected loss of an image.
-        delta: probability of a higher one.
-        seed: of the split.
-
-    Raises:
-        SampleTooSmallError: fewer than ``smallest_sample(risk, delta)`` images are left to test.
-        ValueError: there are not as many costs as settings.
-    """
-    values = _checked_matrix(losses)
-    prices = np.asarray(costs, np.float64)
-    if prices.shape != values.shape[:1]:
-        raise ValueError(f"{values.shape[0]} settings need as many costs, not {prices.shape}")
-    order = np.random.default_rng(seed).permutation(values.shape[1])
-    middle = (len(order) + 1) // 2
-    choosing, testing = np.sort(order[:middle]), np.sort(order[middle:])
-    try:
-        check_sample_size(len(testing), risk, delta)
-    except SampleTooSmallError as error:
-        raise SampleTooSmallError(
-            f"{error}. Of {len(order)} images half choose the setting and cannot test it"
-        ) from None
-    front = pareto_front(values[:, choosing].mean(axis=1), prices)
-    p_values = hoeffding_bentkus_p_value(values[front][:, testing], risk)
-    passed = p_values <= delta
-    setting = int(front[_last_of_run(passed)]) if passed[0] else 0
-    return ParetoTest(setting, front, p_values, choosing, testing)
+    values = checked_losses(losses)
+    check_probability("risk", risk)
+    total, count = values.sum(), len(values)
+    mean = np.minimum(total / count, risk)
+    divergence = rel_entr(mean, risk) + rel_entr(1 - mean, 1 - risk)
+    bentkus = math.e * bdtr(np.ceil(total - _ROUNDING), count, risk)
+    return float(np.minimum(np.minimum(np.exp(-count * divergence), bentkus), 1))
 
 
 def pareto_front(risks: npt.ArrayLike, costs: npt.ArrayLike) -> npt.NDArray[np.int64]:
@@ -223,19 +100,7 @@ def pareto_front(risks: npt.ArrayLike, costs: npt.ArrayLike) -> npt.NDArray[np.i
         int64 ``[F]``, indices by rising risk, which is by falling cost; of equal settings the
         first.
     """
-    prices = np.asarray(costs, np.float64)
-    by_risk = np.lexsort((prices, np.asarray(risks)))
-    cheapest_so_far = np.minimum.accumulate(prices[by_risk])
+    of_setting = np.asarray(costs, np.float64)
+    by_risk = np.lexsort((of_setting, np.asarray(risks)))
+    cheapest_so_far = np.minimum.accumulate(of_setting[by_risk])
     return by_risk[np.diff(cheapest_so_far, prepend=np.inf) < 0]
-
-
-def _checked_matrix(losses: npt.ArrayLike) -> Losses:
-    values = checked_losses(losses)
-    if values.ndim != 2 or len(values) == 0:
-        raise ValueError(f"losses must be [settings, images], not {list(values.shape)}")
-    return values
-
-
-def _last_of_run(passed: npt.NDArray[np.bool_]) -> int:
-    # Up to the first failure: what passes behind it is not covered by the proofs.
-    return max(int(np.cumprod(passed).sum()) - 1, 0)

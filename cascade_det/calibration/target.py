@@ -1,4 +1,4 @@
-"""What a calibration of exits is to reach, and how thorough it is; told at once if impossible."""
+"""The target of a calibration, and how thorough it is; checked before any work."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from dataclasses import dataclass
 from cascade_det.calibration.risk_control import SampleTooSmallError, smallest_sample
 from cascade_det.errors import ConfigError
 
-MIN_IMAGES = 4  # A half of one image says nothing of how sure a mean is.
+MIN_IMAGES = 4  # Half of these is the smallest sample with a deviation.
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is wanted; one of the first four.
+    """What to reach: one of the first four.
 
     Attributes:
-        max_ap_drop: percent points of AP below the full cascade; the least work is looked for.
-        latency_ms: milliseconds per image; the highest AP is looked for.
-        exit_rate: share of the later stages' regions that are not computed, 0 to 1; likewise.
+        max_ap_drop: the most percent points of AP below the full cascade, at the least work.
+        latency_ms: milliseconds per image, at the highest AP.
+        exit_rate: least share of the later stages' regions that are not computed, 0 to 1, at the
+            highest AP.
         risk: bound on the mean share of the full cascade's true positives of an image that get
-            lost, between 0 and 1; the least work is looked for, and kept with a probability of
-            ``1 - delta``.
+            lost, between 0 and 1, at the least work; holds with probability ``1 - delta``.
         delta: see ``risk``.
 
     Raises:
-        ConfigError: not one target, or one that is out of range.
+        ConfigError: not exactly one target, or a value out of range.
     """
 
     max_ap_drop: float | None = None
@@ -49,15 +49,15 @@ class Target:
             raise ConfigError(f"--delta is {self.delta}: give a number between 0 and 1")
 
     def check_images(self, num_images: int) -> None:
-        """Tell in advance whether there are enough images; half of them test.
+        """Check that there are enough images, half of which judge the setting.
 
         Raises:
-            SampleTooSmallError: there are not.
+            SampleTooSmallError: there are too few.
         """
         if num_images < MIN_IMAGES:
             raise SampleTooSmallError(
                 f"Exits are chosen on one half of the images and judged on the other: {num_images} "
-                f"are too few. Give {MIN_IMAGES} or more, and better some hundreds."
+                f"are too few. Use {MIN_IMAGES} or more, better some hundreds."
             )
         least = 0 if self.risk is None else smallest_sample(self.risk, self.delta)
         if num_images // 2 < least:
@@ -81,12 +81,12 @@ class Options:
     """How thorough a calibration is.
 
     Attributes:
-        images: the most to record.
-        trials: the most settings to try.
-        score: of the detections whose loss is looked at, 0 to 1.
-        seed: of the split in halves.
-        timed_batches: to measure milliseconds on.
-        rounds: how often each of them is run with each policy.
+        images: limit of images to record.
+        trials: limit of settings to try.
+        score: lowest score of a detection that can be lost, 0 to 1.
+        seed: of the split into halves.
+        timed_batches: batches to measure milliseconds on.
+        rounds: how often each batch is run with each policy.
 
     Raises:
         ConfigError: a number is out of range.

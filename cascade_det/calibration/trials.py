@@ -1,4 +1,4 @@
-"""Exits tried on a record of the full cascade: what they would find, and what they would compute.
+"""Exits tried on a recording of the full cascade: what they would find and compute.
 
 N images, S stages.
 """
@@ -13,15 +13,16 @@ import numpy.typing as npt
 import torch
 
 from cascade_det.calibration.bootstrap import average_precision
-from cascade_det.calibration.image_matching import ImageMatcher, MatchedDetections
 from cascade_det.calibration.found_objects import found_objects, lost_share
+from cascade_det.calibration.image_matching import ImageMatcher, MatchedDetections
 from cascade_det.core.exits import ExitPolicy
 from cascade_det.core.postprocess import rescale_detections
 from cascade_det.core.record import CascadeRecord
 from cascade_det.core.structures import Detections
 
+# ``(height, width)`` of a resized image and of the original one.
 Frame = tuple[tuple[int, int], tuple[int, int]]
-# For all records, or one for each; ``None`` for the full cascade.
+# For all records, or one for each; ``None`` is the full cascade.
 Policies = ExitPolicy | Sequence[ExitPolicy | None] | None
 
 
@@ -43,61 +44,59 @@ class Recording:
 
     @property
     def most_proposals(self) -> int:
-        """The most proposals of an image."""
+        """The largest number of proposals in an image."""
         counts = (torch.bincount(r.image_index, minlength=r.num_images) for r in self.records)
         return max(int(images.max()) for images in counts)
 
     def of_images(self, images: Sequence[int]) -> Recording:
-        """Some of them, by their places."""
+        """Some of the images, by index, in the order of this recording."""
         wanted, first = set(images), 0
-        records, places = [], []
+        records, kept = [], []
         for record in self.records:
             here = [i for i in range(record.num_images) if first + i in wanted]
             if here:
                 records.append(record.of_images(here))
-            places += [first + i for i in here]
+            kept += [first + i for i in here]
             first += record.num_images
         return Recording(
             records,
-            [self.image_ids[place] for place in places],
-            [self.frames[place] for place in places],
+            [self.image_ids[index] for index in kept],
+            [self.frames[index] for index in kept],
             self.stage_flops,
         )
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What exits would do, in figures.
+class TrialSummary:
+    """What exits would find, lose and compute, as numbers.
 
     Attributes:
-        figures: ``AP``, ``AP50``, ``AP75`` and ``AP90`` in percent.
+        metrics: ``AP``, ``AP50``, ``AP75`` and ``AP90`` in percent.
         entered: int64 ``[S, N]``, regions that enter each stage.
-        lost: float64 ``[N]``, share of the full cascade's true positives of each image that are
-            not found, at IoU 0.5; see ``reproduction``.
+        lost: float64 ``[N]``, share of the full cascade's true positives in each image that are
+            not found, at IoU 0.5; see ``found_objects``.
         lost_well_placed: the same at IoU 0.75.
         work: share of the full cascade's FLOPs in box heads, 0 to 1.
     """
 
-    figures: dict[str, float]
+    metrics: dict[str, float]
     entered: npt.NDArray[np.int64]
     lost: npt.NDArray[np.float64]
     lost_well_placed: npt.NDArray[np.float64]
     work: float
 
-    @property
-    def region_stages(self) -> int:
-        """Regions that were computed, summed over the stages."""
-        return int(self.entered.sum())
+    def regions_left(self, full: TrialSummary) -> float:
+        """Share of the full cascade's region-stages that are computed, 0 to 1."""
+        return int(self.entered.sum()) / max(int(full.entered.sum()), 1)
 
-    @property
-    def later_work(self) -> int:
-        """The same without stage 0."""
-        return int(self.entered[1:].sum())
+    def exit_rate(self, full: TrialSummary) -> float:
+        """Share of the full cascade's regions in later stages that are not computed, 0 to 1."""
+        return 1 - int(self.entered[1:].sum()) / max(int(full.entered[1:].sum()), 1)
 
 
 @dataclass(frozen=True)
-class Trial(Outcome):
-    """The same with what was found, which is large.
+class Trial(TrialSummary):
+    """A summary with the detections, which are large.
 
     Attributes:
         matched: detections of all images, matched to their objects.
@@ -105,9 +104,10 @@ class Trial(Outcome):
 
     matched: MatchedDetections
 
-    def outcome(self) -> Outcome:
-        """The figures alone."""
-        return Outcome(**{field.name: getattr(self, field.name) for field in fields(Outcome)})
+    def summary(self) -> TrialSummary:
+        """The numbers alone."""
+        names = (field.name for field in fields(TrialSummary))
+        return TrialSummary(**{name: getattr(self, name) for name in names})
 
 
 class ExitTrials:
@@ -116,7 +116,7 @@ class ExitTrials:
     Args:
         recording: of the full cascade.
         matcher: of the ground truth of these images.
-        score: of the detections whose loss is looked at; COCO's AP counts those below too.
+        score: lowest score of a detection that can be lost; COCO's AP counts lower ones too.
 
     Attributes:
         full: the trial without exits.
@@ -129,10 +129,10 @@ class ExitTrials:
         self._objects = [matcher.objects_of(image_id) for image_id in recording.image_ids]
         full = self.detections(None)
         self._found = {iou: self._find(full, iou) for iou in (0.5, 0.75)}
-        self.full = self.run(None)
+        self.full = self.replay(None)
 
-    def run(self, policy: Policies, num_stages: int | None = None) -> Trial:
-        """Try a policy.
+    def replay(self, policy: Policies, num_stages: int | None = None) -> Trial:
+        """Replay the recording with other exits.
 
         Args:
             policy: for all records, or one for each; ``None`` for the full cascade.
@@ -145,7 +145,7 @@ class ExitTrials:
         proposed = sum(len(record.proposals) for record in self.recording.records)
         matched = self.matcher.collect(matches)
         return Trial(
-            figures=average_precision(matched),
+            metrics=average_precision(matched),
             matched=matched,
             entered=entered,
             lost=self._lost(detections, 0.5),
@@ -154,7 +154,7 @@ class ExitTrials:
         )
 
     def detections(self, policy: Policies) -> list[Detections]:
-        """What a policy finds, in pixels of the original images."""
+        """The detections of each image, in pixels of the original images."""
         return self._replay(policy, None)[1]
 
     def _replay(

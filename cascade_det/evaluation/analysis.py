@@ -10,9 +10,9 @@ import numpy.typing as npt
 from pycocotools.cocoeval import COCOeval
 
 from cascade_det.evaluation.average_precision import ap_per_class
+from cascade_det.evaluation.coco_matches import IOU, Matches, best_point, point_at, read_matches
 from cascade_det.evaluation.confusion import confusion_matrix
 from cascade_det.evaluation.ground_truth import class_labels
-from cascade_det.evaluation.coco_matches import IOU, Matches, best_point, point_at, read_matches
 
 SCORE_THRESHOLD = 0.5
 BACKGROUND = "background"

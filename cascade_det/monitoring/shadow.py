@@ -11,7 +11,7 @@ from typing import Any
 from cascade_det.core.structures import DetectorOutput
 from cascade_det.evaluation.agreement import MIN_SCORE, agreement_loss
 from cascade_det.evaluation.evaluator import Evaluator, Sample
-from cascade_det.monitoring.intervals import mean_interval
+from cascade_det.evaluation.mean_bounds import mean_interval
 
 logger = logging.getLogger(__name__)
 

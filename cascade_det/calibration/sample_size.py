@@ -1,4 +1,4 @@
-"""What a sample of images can show of exits, told before any work on it begins."""
+"""What a calibration can show with the images it has, logged before any work begins."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from cascade_det.text import printable
 
 logger = logging.getLogger(__name__)
 
-# From so many images on nothing is said of their number.
+# With fewer images, the log line is a warning.
 ENOUGH_IMAGES = 200
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
-class Sample:
-    """The two halves of the images.
+class SampleSize:
+    """The numbers of images and objects in the two halves.
 
     Attributes:
         choosing: images that exits are chosen on.
         reporting: images that they are judged by.
-        objects: on the latter, how many there are of each class that has any there, by name.
+        objects: objects in the latter by the name of their class, of classes that have any.
     """
 
     choosing: int
@@ -41,10 +41,17 @@ class Sample:
         halves: tuple[Sequence[int], Sequence[int]],
         matcher: ImageMatcher,
         class_names: Sequence[str],
-    ) -> Sample:
-        """That of images whose places were split."""
+    ) -> SampleSize:
+        """Count images and objects.
+
+        Args:
+            image_ids: all images.
+            halves: indices into them, see ``split_images``.
+            matcher: of the ground truth.
+            class_names: of the classes ``0..K-1``.
+        """
         choosing, reporting = halves
-        classes = [matcher.objects_of(image_ids[place])[1] for place in reporting]
+        classes = [matcher.objects_of(image_ids[index])[1] for index in reporting]
         counts = np.bincount(np.concatenate(classes), minlength=len(class_names)).tolist()
         named = zip(class_names, counts, strict=True)
         return cls(len(choosing), len(reporting), {name: n for name, n in named if n})
@@ -56,33 +63,34 @@ class Sample:
 
     @property
     def step(self) -> float:
-        """Percent points of AP that one object of the rarest class makes at most.
+        """The most percent points of AP that one object of the rarest class can change.
 
-        Its recall changes by one over the number of its objects, and AP is a mean over classes.
+        The recall of its class changes by one over the number of objects, and AP is a mean over
+        classes.
         """
         return 100 / (len(self.objects) * self.objects[self.rarest])
 
     @property
     def unseen(self) -> float:
-        """Share of images on which something may be lost though nothing was seen to be.
+        """Share of images that may lose something although none of the sample does.
 
-        The upper end of the exact one-sided interval of a share of which no case was seen.
+        The upper end of the exact one-sided interval of a share without observed cases.
         """
         return float(1 - (1 - CONFIDENCE) ** (1 / self.reporting))
 
     def images_for(self, points: float) -> int:
-        """About how many images like these one object is no more than ``points`` of AP on."""
+        """About how many such images it takes until one object changes ``points`` of AP."""
         return math.ceil((self.choosing + self.reporting) * self.step / points)
 
-    def tell(self, target: Target) -> None:
-        """Log what the sample can show; a warning where it is little, or less than is asked for."""
+    def log(self, target: Target) -> None:
+        """Log what the sample can show; a warning if that is little or less than the target."""
         total = self.choosing + self.reporting
         text = (
             f"{total} images: {self.choosing} to choose exits on, {self.reporting} to judge them "
             f"by, with {sum(self.objects.values())} objects of {len(self.objects)} class(es), "
             f"fewest of {printable(self.rarest, longest=40)} ({self.objects[self.rarest]}). One of "
-            f"these is up to {self.step:.2g} points of AP; and where nothing is lost on any of "
-            f"these {self.reporting} images, something may still be lost on "
+            f"these is worth up to {self.step:.2g} points of AP. Even if none of these "
+            f"{self.reporting} images loses anything, something may be lost on "
             f"{100 * self.unseen:.2g} % of images like them ({100 * CONFIDENCE:g} % confidence)."
         )
         drop = target.max_ap_drop
@@ -90,11 +98,11 @@ class Sample:
         if is_too_small:
             wanted = f", {self.images_for(drop)} or more" if drop else ""
             text += (
-                f" --max-ap-drop {drop:g} is less than one object: whether it is kept is chance. "
-                f"Give more images{wanted}, or a larger drop."
+                f" --max-ap-drop {drop:g} is less than one object: chance decides whether it is "
+                f"kept. Use more images{wanted}, or a larger drop."
             )
         elif total < ENOUGH_IMAGES:
-            text += f" {ENOUGH_IMAGES} images or more say more."
+            text += f" Better use {ENOUGH_IMAGES} images or more."
         logger.log(
             logging.WARNING if is_too_small or total < ENOUGH_IMAGES else logging.INFO, "%s", text
         )

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from cascade_det.monitoring.intervals import mean_interval
+from cascade_det.evaluation.mean_bounds import mean_interval
 
 
 def test_without_samples_nothing_is_known():

@@ -1,4 +1,4 @@
-"""The YAML files of a calibration, to be put on top of a configuration."""
+"""The YAML files of a calibration, to be merged into a configuration."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def write_exits(
     source: Provenance,
     device: str = "",
 ) -> None:
-    """Write exits; those that a setting does not name are off.
+    """Write exits; keys that the setting does not name are off.
 
     Args:
         cfg: of the model.
         setting: values by keys of ``MODEL.CASCADE.EXIT``.
         path: of the YAML.
-        loss: the mean agreement loss that is promised, and its deviation.
-        score: of the detections that it is promised of.
-        source: what it was found on.
-        device: name of the one that the setting depends on; empty for any.
+        loss: the promised mean agreement loss, and its deviation.
+        score: lowest score of a detection that can be lost.
+        source: the origin, written as a comment.
+        device: name of the device that the setting depends on; empty for any.
     """
     exits = {
         **config.exit_values(setting),
@@ -60,7 +60,7 @@ def write_exits(
 
 
 class _WithoutAliases(yaml.SafeDumper):
-    """Spells a value out wherever it comes."""
+    """Writes equal values in full, without YAML anchors and aliases."""
 
     def ignore_aliases(self, data: object) -> bool:
         return True

@@ -1,0 +1,214 @@
+"""What exits do, on the images that they were not chosen on and on the device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from cascade_det.calibration.calibrator import Calibration, Calibrator, build_policy
+from cascade_det.calibration.comparison import FULL, PROPOSALS, ComparedExits, budget, compare
+from cascade_det.calibration.front import FrontPoint, front_point
+from cascade_det.calibration.image_matching import MatchedDetections
+from cascade_det.calibration.latency_model import LatencyModel
+from cascade_det.calibration.progress import Progress
+from cascade_det.calibration.recording import time_policies, truncated_cascades
+from cascade_det.calibration.risk_control import pareto_front
+from cascade_det.calibration.score_calibration import expected_calibration_error
+from cascade_det.calibration.search import Setting
+from cascade_det.calibration.search_space import usual_settings
+from cascade_det.calibration.target import Options
+from cascade_det.core import ExitPolicy
+from cascade_det.evaluation.agreement import agreement_loss
+from cascade_det.evaluation.mean_bounds import mean_upper_bound
+
+CHOSEN, REJECTED = "chosen", "rejected"
+# Probability that a promised loss is too low because the calibration images were easy.
+PROMISE_DELTA = 0.025
+
+_PARTS = {
+    "pruning alone": ("PRUNE_THRESHOLDS",),
+    "learned pruner alone": ("PRUNER_THRESHOLDS",),
+    "redundancy alone": ("REDUNDANCY_IOU",),
+    "objectness alone": ("PROPOSAL_THRESHOLD",),
+    "fewer proposals alone": ("REGION_BUDGET",),
+    "acceptance alone": ("CONFIDENCE", "THRESHOLDS", "LOCALISATION", "LOCALISATION_THRESHOLDS"),
+}
+
+
+class Assessment:
+    """Measures a detector and its exits.
+
+    Args:
+        calibrator: after its search.
+        detector: that was recorded.
+        batches: to measure milliseconds on, of equal size.
+        options: how thorough.
+    """
+
+    def __init__(
+        self, calibrator: Calibrator, detector: Any, batches: Sequence[Any], options: Options
+    ) -> None:
+        self.calibrator = calibrator
+        self.detector = detector
+        self.batches = batches
+        self.options = options
+
+    def expected(self, calibration: Calibration) -> dict[str, float]:
+        """Metrics of the setting on the images that it was not chosen on."""
+        reported, full = calibration.reported, calibration.full
+        plain = self.calibrator.others.replay(self.calibrator.policy(calibration.plain))
+        loss, deviation = self.loss(calibration.setting)
+        change = calibration.differences["AP"]
+        return {
+            "AP": reported.metrics["AP"],
+            "AP_change": change.value,
+            "AP_change_low": change.low,
+            "AP_change_high": change.high,
+            "exit_rate": reported.exit_rate(full),
+            "regions_left": reported.regions_left(full),
+            "work": reported.work,
+            "loss": loss,
+            "loss_deviation": deviation,
+            "lost_true_positives": float(reported.lost.mean()),
+            "calibration_error_before": _calibration_error(plain.matched),
+            "calibration_error": _calibration_error(reported.matched),
+        }
+
+    def loss(self, setting: Setting) -> tuple[float, float]:
+        """Mean agreement loss on the images that settings are not chosen on, and its deviation."""
+        # The full cascade reports its scores by the same calibration, as in shadow runs.
+        scores: Setting = {key: x for key, x in setting.items() if key.startswith("SCORE_")}
+        early, full = (
+            self.calibrator.others.detections(self.calibrator.policy(one))
+            for one in (setting, scores)
+        )
+        losses = np.array(
+            [
+                agreement_loss(of_exits, of_full, min_score=self.options.score)
+                for of_exits, of_full in zip(early, full, strict=True)
+            ]
+        )
+        mean, deviation = float(losses.mean()), float(losses.std(ddof=1) / np.sqrt(len(losses)))
+        # Where hardly any image lost anything, the sample deviation is too small. Monitoring allows
+        # two deviations, so a bound that holds for any distribution counts as two.
+        return mean, max(deviation, (mean_upper_bound(losses, PROMISE_DELTA) - mean) / 2)
+
+    def settings(self, calibration: Calibration) -> dict[str, Setting]:
+        """The setting, each of its parts alone, and each rule alone, by name."""
+        learned = self.calibrator.learned
+        first = calibration.rejected or calibration
+        return {
+            CHOSEN: calibration.setting,
+            **({REJECTED: first.setting} if calibration.rejected is not None else {}),
+            **_parts(first.plain),
+            **usual_settings(self.calibrator.num_stages, () if learned is None else learned.names),
+        }
+
+    def milliseconds(
+        self, calibration: Calibration, points: Sequence[FrontPoint]
+    ) -> dict[str, float]:
+        """Milliseconds per image: of points by their setting, of the comparison by name.
+
+        All are measured in one run, in turn, so that they can be compared.
+        """
+        stages = self.calibrator.num_stages
+        settings = {
+            **self.settings(calibration),
+            **{setting_name(point.setting): point.setting for point in points},
+        }
+        timings = time_policies(
+            self.detector,
+            self.batches,
+            {
+                FULL: None,
+                **{name: self._policy_on_device(one) for name, one in settings.items()},
+                **truncated_cascades(stages),
+                **{
+                    f"{most} proposals": budget(most, stages)
+                    for most in PROPOSALS
+                    if most < self.calibrator.trials.recording.most_proposals
+                },
+            },
+            rounds=self.options.rounds,
+        )
+        size = len(self.batches[0])
+        return {
+            name: median(call.milliseconds for call in calls) / size
+            for name, calls in timings.items()
+        }
+
+    def comparison(
+        self, calibration: Calibration, milliseconds: Mapping[str, float]
+    ) -> list[ComparedExits]:
+        """The settings and the baselines, see ``compare``."""
+        settings = self.settings(calibration)
+        policies = {name: self.calibrator.policy(one) for name, one in settings.items()}
+        # With two random baselines and four oracles, see ``compare``.
+        most = 1 + len(policies) + self.calibrator.num_stages - 1 + len(PROPOSALS) + 2 + 4
+        with Progress("Comparing", most) as progress:
+            return compare(
+                self.calibrator.others,
+                policies,
+                chosen=CHOSEN if calibration.rejected is None else REJECTED,
+                milliseconds=milliseconds,
+                on_row=progress.step,
+            )
+
+    def front(
+        self, calibration: Calibration, latency: LatencyModel
+    ) -> tuple[list[FrontPoint], list[FrontPoint]]:
+        """All trials, and their front, on the images that settings were chosen on."""
+        search = self.calibrator.search
+        points = [
+            front_point(
+                search.setting(levels),
+                trial,
+                self.calibrator.trials.full,
+                predicted=latency.per_image(trial.entered),
+                chosen=search.setting(levels) == calibration.plain,
+            )
+            for levels, trial in search.tried.items()
+        ]
+        front = pareto_front([-point.ap for point in points], [point.work for point in points])
+        return points, [points[index] for index in front]
+
+    def on_others(
+        self, point: FrontPoint, latency: LatencyModel, milliseconds: Mapping[str, float]
+    ) -> FrontPoint:
+        """The point on the images that settings were not chosen on."""
+        trial = self.calibrator.others.replay(self.calibrator.policy(point.setting))
+        return front_point(
+            point.setting,
+            trial,
+            self.calibrator.others.full,
+            milliseconds=milliseconds.get(setting_name(point.setting)),
+            predicted=latency.per_image(trial.entered),
+            chosen=point.chosen,
+        )
+
+    def _policy_on_device(self, setting: Setting) -> ExitPolicy:
+        """The exits of a setting for the detector itself."""
+        own = self.detector.cascade.exits
+        return build_policy(self.calibrator.cfg, setting, None if own is None else own.learned)
+
+
+def setting_name(setting: Setting) -> str:
+    """A name for a setting that no other policy has."""
+    return f"setting {json.dumps(setting, sort_keys=True)}"
+
+
+def _calibration_error(matched: MatchedDetections) -> float:
+    counts = ~matched.ignored[0]
+    return expected_calibration_error(matched.scores[counts], matched.hits[0][counts])
+
+
+def _parts(setting: Setting) -> dict[str, Setting]:
+    """The keys of a setting that belong together, each group alone."""
+    parts = {
+        name: {key: setting[key] for key in keys if key in setting} for name, keys in _PARTS.items()
+    }
+    return {name: part for name, part in parts.items() if part and part != setting}

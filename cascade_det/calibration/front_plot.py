@@ -1,0 +1,178 @@
+"""A plot of the Pareto front over work and over milliseconds.
+
+AP is shown as its change from the full cascade on the same images, so that points of both halves of
+the images share one axis. All milliseconds were measured in one run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
+from cascade_det.calibration.comparison import FULL, ComparedExits
+from cascade_det.calibration.front import FAST_DROP, QUALITY_DROP, FrontPoint
+from cascade_det.files import atomic_path
+
+_Cost = Callable[["FrontPoint | ComparedExits"], float]
+_TINY = 1e-6  # Of work, on a logarithmic axis.
+# Everything else is measured on the other half.
+_TRIED = "all trials, on the search half"
+_BLUE, _RED = "#1b5e8c", "#c0392b"
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Compared exits of one kind: an entry of the legend."""
+
+    label: str
+    includes: Callable[[str], bool]
+    color: str
+    shape: str
+
+
+# A name has the first kind that includes it.
+_KINDS = (
+    _Kind("oracles", lambda name: name.startswith("oracle"), "#2e8b57", "P"),
+    _Kind("random", lambda name: name.startswith("random"), "#8a8a8a", "X"),
+    _Kind("fewer stages or proposals", lambda name: name[0].isdigit(), "#e08214", "v"),
+    _Kind("one rule", lambda name: True, "#444444", "h"),
+)
+
+
+def _percent(point: FrontPoint | ComparedExits) -> float:
+    return 100 * max(point.work, _TINY)
+
+
+def _milliseconds(point: FrontPoint | ComparedExits) -> float:
+    return float("nan") if point.milliseconds is None else point.milliseconds
+
+
+def plot_front(
+    front: Sequence[FrontPoint],
+    path: str | os.PathLike[str],
+    *,
+    profiles: Mapping[str, FrontPoint] | None = None,
+    tried: Sequence[FrontPoint] = (),
+    compared: Sequence[ComparedExits] = (),
+    chosen: Sequence[str] = (),
+) -> None:
+    """Draw a front as a PNG: over the work and, if any were measured, over the milliseconds.
+
+    Args:
+        front: at least one point.
+        path: the PNG; its folder is made where it is missing, an old file is replaced.
+        profiles: points to mark and label, by name.
+        tried: all points of the search, on the images that settings were chosen on.
+        compared: see ``compare``; one kind of mark for each kind of exits.
+        chosen: names of ``compared`` that get an error bar.
+
+    Raises:
+        ValueError: the front has no point.
+    """
+    if not front:
+        raise ValueError("a front without points cannot be drawn")
+    panels: list[tuple[str, _Cost]] = [("work of the box heads (% of the full cascade)", _percent)]
+    if any(point.milliseconds is not None for point in front):
+        panels.append(("time per image (ms, measured)", _milliseconds))
+    figure = Figure(figsize=(7.5 * len(panels), 6.4), dpi=110, layout="constrained")
+    for number, (label, cost) in enumerate(panels, start=1):
+        first = figure.axes[0] if figure.axes else None
+        axes = figure.add_subplot(1, len(panels), number, sharey=first)
+        _draw_front(axes, cost, front, profiles or {}, tried)
+        _draw_compared(axes, cost, compared, chosen)
+        _format_axes(axes, label, wide=cost is _percent)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _draw_front(
+    axes: Axes,
+    cost: _Cost,
+    front: Sequence[FrontPoint],
+    profiles: Mapping[str, FrontPoint],
+    tried: Sequence[FrontPoint],
+) -> None:
+    seen = [(cost(p), -p.drop) for p in tried]
+    if seen and np.isfinite([x for x, _ in seen]).any():
+        axes.plot(*zip(*seen, strict=True), ".", color="#c4ccd3", ms=4, zorder=1, label=_TRIED)
+    line = sorted((cost(p), -p.drop) for p in front if np.isfinite(cost(p)))
+    axes.plot(*zip(*line, strict=True), "o-", color=_BLUE, ms=3.5, lw=1.2, label="front")
+    for index, (name, point) in enumerate(profiles.items()):
+        at = cost(point), -point.drop
+        label = "profile, by its name" if index == 0 else None
+        axes.plot(*at, "s", ms=10, mfc="none", mec=_BLUE, mew=1.6, label=label)
+        _annotate(axes, name, at, color=_BLUE, below=index % 2 == 1)
+
+
+def _annotate(
+    axes: Axes, text: str, at: tuple[float, float], *, color: str, below: bool = False
+) -> None:
+    axes.annotate(
+        text,
+        at,
+        xytext=(0, -16 if below else 10),
+        textcoords="offset points",
+        ha="center",
+        color=color,
+        fontsize=9,
+        annotation_clip=False,
+    )
+
+
+def _draw_compared(
+    axes: Axes, cost: _Cost, compared: Sequence[ComparedExits], chosen: Sequence[str]
+) -> None:
+    labelled = set()
+    for row in compared:
+        at = cost(row), row.differences["AP"].value
+        if not np.isfinite(at[0]):
+            continue
+        if row.name == FULL:
+            axes.plot(*at, "*", color="k", ms=11, zorder=4)
+            _annotate(axes, FULL, at, color="k")
+        elif row.name in chosen:
+            axes.errorbar(
+                *at,
+                _error_bar(row),
+                fmt="o",
+                color=_RED,
+                mfc=_RED if row.name == chosen[0] else "w",
+                ms=8,
+                capsize=4,
+                zorder=5,
+                label=f"{row.name} (95 %)",
+            )
+        else:
+            kind = next(kind for kind in _KINDS if kind.includes(row.name))
+            label = None if kind in labelled else kind.label
+            labelled.add(kind)
+            axes.plot(*at, kind.shape, color=kind.color, ms=8, mec="w", label=label)
+
+
+def _error_bar(row: ComparedExits) -> list[list[float]]:
+    change = row.differences["AP"]
+    return [[max(change.value - change.low, 0.0)], [max(change.high - change.value, 0.0)]]
+
+
+def _format_axes(axes: Axes, label: str, *, wide: bool) -> None:
+    for drop in (0.0, QUALITY_DROP, FAST_DROP):
+        axes.axhline(-drop, color="#888888", lw=0.8, ls=":" if drop else "-", zorder=0)
+    if wide:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+    # Linear near 0, where most of the front is.
+    axes.set_yscale("symlog", linthresh=QUALITY_DROP, linscale=0.6)
+    axes.yaxis.set_major_formatter(lambda x, _: f"{x:+g}" if x else "0")
+    axes.margins(y=0.08)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(xlabel=label, ylabel="change of AP against the full cascade (percent points)")

@@ -1,0 +1,153 @@
+"""The exits that a calibration tries: the parameters of its search, and usual rules for comparison.
+
+S stages, R proposals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from cascade_det.calibration.search import Parameter, Setting
+
+_REDUNDANCY = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
+_PRUNE = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12)
+_DROPPED_SHARES = (0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9)
+_PROPOSALS = (500, 300, 200, 100, 50)
+_REGIONS = (200, 150, 120, 100, 70, 50, 30)
+_PRUNER = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+# Confidence and localisation.
+_ACCEPT = (
+    (0.95, 0.95),
+    (0.9, 0.95),
+    (0.9, 0.92),
+    (0.8, 0.92),
+    (0.9, 0.9),
+    (0.8, 0.9),
+    (0.9, 0.85),
+    (0.8, 0.85),
+    (0.8, 0.8),
+    (0.7, 0.7),
+    (0.7, 0.0),
+)
+
+
+def exit_parameters(
+    *,
+    num_stages: int,
+    objectness: npt.NDArray[np.float32],
+    proposals_per_image: int,
+    learned: Sequence[str] = (),
+) -> list[Parameter]:
+    """The parameters that a search varies.
+
+    Args:
+        num_stages: S.
+        objectness: float32 ``[R]`` in [0, 1], of the proposals of the images to search on.
+        proposals_per_image: the largest number in an image.
+        learned: learned parts that the model has.
+    """
+    gates = num_stages - 1
+    thresholds = [{"PROPOSAL_THRESHOLD": value} for value in _thresholds(objectness)]
+    first, later = ([n for n in m if n < proposals_per_image] for m in (_PROPOSALS, _REGIONS))
+    parameters = [
+        Parameter("redundancy", ({}, *({"REDUNDANCY_IOU": v} for v in _REDUNDANCY))),
+        *(
+            Parameter(
+                f"pruning after stage {s}", _levels("PRUNE_THRESHOLDS", _PRUNE, s, gates, 0.0)
+            )
+            for s in range(gates)
+        ),
+        Parameter("objectness", ({}, *thresholds)),
+        Parameter("proposals", _levels("REGION_BUDGET", first, 0, num_stages, 0)),
+        *(
+            Parameter(f"regions in stage {s}", _levels("REGION_BUDGET", later, s, num_stages, 0))
+            for s in range(1, num_stages)
+        ),
+    ]
+    if "pruner" in learned:
+        parameters += [
+            Parameter(
+                f"pruner at gate {g}", _levels("PRUNER_THRESHOLDS", _PRUNER, g, num_stages, 0.0)
+            )
+            for g in range(num_stages)
+        ]
+    accepted = [
+        {
+            "CONFIDENCE": "learned" if "gate" in learned else "max_prob",
+            "THRESHOLDS": (confidence,) * gates,
+            "LOCALISATION": "predicted_iou" if "iou_head" in learned else "refinement",
+            "LOCALISATION_THRESHOLDS": (iou,) * gates,
+        }
+        for confidence, iou in _ACCEPT
+    ]
+    return [*parameters, Parameter("acceptance", ({}, *accepted))]
+
+
+def usual_settings(num_stages: int, learned: Sequence[str] = ()) -> dict[str, Setting]:
+    """Each exit rule alone, at a usual value.
+
+    Args:
+        num_stages: S.
+        learned: learned parts that the model has.
+    """
+    gates = num_stages - 1
+    accepted = {"LOCALISATION": "refinement", "LOCALISATION_THRESHOLDS": (0.9,) * gates}
+    # The highest threshold that agreement can reach: all stages so far.
+    patience = tuple(float(max(gate, 1)) for gate in range(gates))
+    settings: dict[str, Setting] = {
+        "prune < 0.02": {"PRUNE_THRESHOLDS": (0.02,) * gates},
+        "prune 0.5 below 50th": {
+            "PRUNE_MARGINS": (1.0, *(0.5,) * gates),
+            "PRUNE_BEST": 50,
+        },
+        "redundant at 0.9": {"REDUNDANCY_IOU": 0.9},
+        "redundant at 0.8": {"REDUNDANCY_IOU": 0.8},
+        "prune and redundant": {"PRUNE_THRESHOLDS": (0.02,) * gates, "REDUNDANCY_IOU": 0.9},
+        "accept max_prob 0.9": {"THRESHOLDS": (0.9,) * gates},
+        "accept max_prob, box done": {"THRESHOLDS": (0.9,) * gates, **accepted},
+        "accept entropy, box done": {
+            "THRESHOLDS": (0.7,) * gates,
+            "CONFIDENCE": "entropy",
+            **accepted,
+        },
+        "accept margin, box done": {
+            "THRESHOLDS": (0.8,) * gates,
+            "CONFIDENCE": "margin",
+            **accepted,
+        },
+        "accept agreement, box done": {
+            "THRESHOLDS": patience,
+            "CONFIDENCE": "agreement",
+            **accepted,
+        },
+    }
+    if "pruner" in learned:
+        settings["learned pruner 0.1"] = {"PRUNER_THRESHOLDS": (0.1,) * num_stages}
+    if "gate" in learned:
+        settings["accept learned gate"] = {"THRESHOLDS": (0.6,) * gates, "CONFIDENCE": "learned"}
+    if "iou_head" in learned:
+        settings["accept max_prob, predicted IoU"] = {
+            "THRESHOLDS": (0.9,) * gates,
+            "LOCALISATION": "predicted_iou",
+            "LOCALISATION_THRESHOLDS": (0.85,) * gates,
+        }
+    return settings
+
+
+def _thresholds(objectness: npt.NDArray[np.float32]) -> list[float]:
+    """Thresholds that drop ``_DROPPED_SHARES`` of the proposals, but not none or all of them."""
+    if len(objectness) == 0:
+        return []
+    rounded = [float(f"{value:.4g}") for value in np.quantile(objectness, _DROPPED_SHARES)]
+    return [value for value in dict.fromkeys(rounded) if objectness.min() < value < 1]
+
+
+def _levels(
+    key: str, values: Sequence[float], index: int, length: int, off: float
+) -> tuple[Setting, ...]:
+    """One element of a tuple, whose other elements are off."""
+    tuples = (tuple(v if i == index else off for i in range(length)) for v in values)
+    return ({}, *({key: value} for value in tuples))

@@ -1,7 +1,7 @@
-"""Average precision of weighted images, and from it how sure a difference of two is.
+"""Average precision of weighted images, and the bootstrap of a difference of two.
 
-B sets of image weights, I images, K classes, T IoU thresholds. A weight is how often an image is
-in the set: 0 and 1 for a part of the images, counts for a resample with replacement (Efron 1979).
+B sets of image weights, I images, K classes, T IoU thresholds. A weight is the
+number of copies of an image: 0 and 1 for a subset, counts for a resample (Efron 1979).
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import numpy.typing as npt
 from cascade_det.calibration.image_matching import IOUS, MatchedDetections
 
 RECALLS = np.linspace(0, 1, 101)
-# Places of IoU 0.50, 0.75 and 0.90 in 0.50, 0.55, ...
+# Indices of IoU 0.50, 0.75 and 0.90 in 0.50, 0.55, ...
 ROWS = {"AP50": 0, "AP75": 5, "AP90": 8}
 CHUNK_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference of two figures in percent points, and what resampling the images makes of it.
+    """A difference of two metrics in percent points, and its distribution over resamples.
 
     Attributes:
-        value: on the images as they are.
+        value: on the images themselves.
         mean: over the resamples.
         deviation: standard deviation over the resamples.
         low: lower end of the percentile interval.
-        high: its upper end.
+        high: upper end of the percentile interval.
     """
 
     value: float
@@ -46,24 +46,23 @@ def average_precision(
 
     Args:
         matched: see ``ImageMatcher``.
-        image_weights: ``[I]`` whole numbers from 0 on; ``None``: each image once. With others the
-            figures are those of a data set with that many copies of each image.
+        image_weights: ``[I]`` whole numbers of copies of each image, 0 or more; ``None``: one each.
 
     Returns:
-        nan where no object is to be found.
+        By name; nan without objects.
     """
     weights = np.ones(len(matched.image_ids)) if image_weights is None else image_weights
-    figures = average_precisions(matched, np.asarray(weights)[None])
-    return {name: float(values[0]) for name, values in figures.items()}
+    metrics = average_precisions(matched, np.asarray(weights)[None])
+    return {name: float(values[0]) for name, values in metrics.items()}
 
 
 def average_precisions(
     matched: MatchedDetections, image_weights: npt.ArrayLike
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """``average_precision`` for ``[B, I]`` sets of weights at once; each figure is ``[B]``.
+    """``average_precision`` for ``[B, I]`` sets of weights at once; each metric is ``[B]``.
 
     Raises:
-        ValueError: there are not as many weights as images.
+        ValueError: the numbers of weights and images differ.
     """
     weights = np.asarray(image_weights, np.float64)
     if weights.ndim != 2 or weights.shape[1] != len(matched.image_ids):
@@ -93,17 +92,17 @@ def paired_bootstrap(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> dict[str, Difference]:
-    """How far ``b`` is above ``a``, on resamples of the images that are the same for both.
+    """The difference ``b - a``, on the same resamples of the images for both.
 
     Args:
         a: matched detections of one detector.
-        b: those of another on the same images.
-        rounds: resamples.
+        b: matched detections of another one on the same images.
+        rounds: number of resamples.
         seed: of the resamples.
         confidence: share of the resamples within the interval.
 
     Returns:
-        The difference of AP, AP50, AP75 and AP90.
+        The differences of AP, AP50, AP75 and AP90.
 
     Raises:
         ValueError: the images differ.
@@ -118,7 +117,7 @@ def paired_bootstrap(
 
 
 def _difference(values: npt.NDArray[np.float64], confidence: float) -> Difference:
-    # A resample may hold no object at all, and says nothing then.
+    # nan: a resample without objects.
     resampled = values[1:][~np.isnan(values[1:])]
     if len(resampled) == 0:
         return Difference(float(values[0]), *[float("nan")] * 4)
@@ -141,22 +140,22 @@ def _class_precisions(
     """Average precision ``[B, T]`` of one class.
 
     Args:
-        weights: ``[B, D]``, of the image of each detection, best score first.
+        weights: ``[B, D]``, of each detection's image, best score first.
         hits: ``[T, D]``.
         ignored: ``[T, D]``.
-        objects: ``[B]``, all that could be found.
+        objects: ``[B]``, weighted numbers of objects.
     """
     counted = weights.cumsum(axis=1)
     result = np.zeros((len(weights), len(hits)))
     for row in range(len(hits)):
-        # Precision peaks at a hit, so only these decide what the 101 points see.
-        places = np.flatnonzero(hits[row])
-        if len(places) == 0:
+        # Precision peaks at hits, so they alone decide the precision at the 101 recalls.
+        columns = np.flatnonzero(hits[row])
+        if len(columns) == 0:
             continue
-        found = weights[:, places].cumsum(axis=1)
-        above = counted[:, places]
+        found = weights[:, columns].cumsum(axis=1)
+        above = counted[:, columns]
         if ignored[row].any():
-            above = above - (weights * ignored[row]).cumsum(axis=1)[:, places]
+            above = above - (weights * ignored[row]).cumsum(axis=1)[:, columns]
         result[:, row] = _interpolated(found, above, objects)
     return result
 
@@ -164,7 +163,7 @@ def _class_precisions(
 def _interpolated(
     found: npt.NDArray[np.float64], above: npt.NDArray[np.float64], objects: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """The mean over 101 recalls of the best precision at that recall or a higher one, ``[B]``.
+    """Mean over 101 recalls of the best precision at that recall or a higher one, ``[B]``.
 
     Args:
         found: ``[B, P]``, hits up to each hit.
@@ -190,7 +189,7 @@ def _mean_over_classes(
 
 
 def _chunks(rounds: int, detections: int) -> Iterator[slice]:
-    # Few enough at a time for the weights of one class to stay in some tens of megabytes.
+    # So that the weights of one class take some tens of megabytes.
     size = max(1, CHUNK_ELEMENTS // max(detections, 1))
     for start in range(0, rounds, size):
         yield slice(start, start + size)

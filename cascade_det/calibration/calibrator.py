@@ -169,7 +169,7 @@ class Calibrator:
         return mapped if better else setting
 
     def _choose(self, target: Target, latency: LatencyModel | None) -> Levels:
-        tried, full = self.search.tried, self.trials.full
+        tried = self.search.tried
         if target.risk is not None:
             return self._with_guarantee(target.risk, target.delta)
         if target.max_ap_drop is not None:
@@ -182,7 +182,7 @@ class Calibrator:
             fastest = f"{min(costs.values()):.1f} ms per image on this device"
         else:
             assert target.exit_rate is not None
-            rates = {key: trial.exit_rate(full) for key, trial in tried.items()}
+            rates = {key: trial.exit_rate(self.trials.full) for key, trial in tried.items()}
             reached = [key for key in tried if rates[key] >= target.exit_rate]
             limit = f"--exit-rate {target.exit_rate}: the most that a setting skips is"
             fastest = f"{max(rates.values()):.3f} of the later stages' regions"

@@ -1,4 +1,4 @@
-"""COCO's matching image by image, so that images whose detections did not change keep theirs.
+"""COCO's matching image by image, cached for images whose detections do not change.
 
 I images, K classes, T IoU thresholds (COCO's 0.50, 0.55, ..., 0.95), D detections.
 """
@@ -27,16 +27,16 @@ IOUS = COCOeval(iouType="bbox").params.iouThrs
 
 @dataclass(frozen=True)
 class ImageMatches:
-    """One image: which of its detections hit an object. Best score first within a class.
+    """The matched detections of one image, sorted by class, then by falling score.
 
     Attributes:
         image_id: of the json.
         classes: int64 ``[D]`` in ``[0, K)``.
         scores: float64 ``[D]``.
         exit_stages: int64 ``[D]``.
-        hits: bool ``[T, D]``, whether the detection takes an object.
+        hits: bool ``[T, D]``, whether a detection matches an object.
         ignored: bool ``[T, D]``, whether it lies in a crowd instead and does not count.
-        objects: int64 ``[K]``, how many there are to find; no crowds.
+        objects: int64 ``[K]``, numbers of objects; no crowds.
     """
 
     image_id: int
@@ -73,7 +73,7 @@ class MatchedDetections:
     objects: npt.NDArray[np.int64]
 
     def subset(self, image_ids: Collection[int]) -> MatchedDetections:
-        """Those of some of the images."""
+        """The detections of some of the images."""
         chosen = np.isin(self.image_ids, list(image_ids))
         kept = chosen[self.images]
         return MatchedDetections(
@@ -89,13 +89,13 @@ class MatchedDetections:
 
 
 class ImageMatcher:
-    """Matches the detections of an image to its objects, once for the same detections.
+    """Matches the detections of an image to its objects, and caches the matches.
 
     Args:
         ground_truth: content of a COCO-format json with annotations, see ``load_ground_truth``.
         category_ids: its category id for each class ``0..K-1``.
-        max_detections: of each class in each image so many count, the best ones.
-        cache_size: matched images to remember; one takes about 50 bytes per detection.
+        max_detections: how many count per class and image, best score first.
+        cache_size: number of matched images to keep, of about 50 bytes per detection.
 
     Raises:
         DatasetError: the ground truth cannot be used.
@@ -121,14 +121,14 @@ class ImageMatcher:
         self._cache_size = cache_size
 
     def objects_of(self, image_id: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-        """Boxes ``[G, 4]`` (XYXY, original pixels) and classes ``[G]`` of what is to be found."""
+        """Boxes ``[G, 4]`` (XYXY, original pixels) and classes ``[G]`` of objects; no crowds."""
         objects = self._objects[image_id]
         boxes = objects.boxes[~objects.crowds]
         boxes[:, 2:] += boxes[:, :2]
         return boxes, objects.classes[~objects.crowds]
 
     def match(self, image_id: int, detections: Detections) -> ImageMatches:
-        """What the detections of an image hit.
+        """Match the detections of an image.
 
         Args:
             image_id: of the json.
@@ -148,21 +148,21 @@ class ImageMatcher:
         ]
         key = image_id, hashlib.blake2b(b"".join(map(np.ndarray.tobytes, columns))).digest()
         record = self._cache.pop(key, None) or self._match(image_id, *columns)
-        self._cache[key] = record  # The last one to be forgotten.
+        self._cache[key] = record  # Most recently used.
         if len(self._cache) > self._cache_size:
             self._cache.popitem(last=False)
         return record
 
     def collect(self, records: Iterable[ImageMatches]) -> MatchedDetections:
-        """Join images, each of which may come once; those without detections count as well.
+        """Join images; those without detections count as well.
 
         Raises:
-            ValueError: an image comes twice.
+            ValueError: an image is there twice.
         """
         images = sorted(records, key=lambda record: record.image_id)
         image_ids = np.array([record.image_id for record in images], np.int64)
         if (np.diff(image_ids) == 0).any():
-            raise ValueError("an image is there twice: weigh it instead")
+            raise ValueError("an image is there twice: give it a weight instead")
         none = np.zeros((len(IOUS), 0), bool)
         return MatchedDetections(
             image_ids=image_ids,
@@ -197,7 +197,7 @@ class ImageMatcher:
         firsts = np.searchsorted(classes[by_score], classes[by_score])
         kept = by_score[np.arange(len(classes)) - firsts < self._max_detections]
         hits, ignored = np.zeros((2, len(IOUS), len(kept)), bool)
-        # The difference is of float32, as in files of results.
+        # Sizes are differences in float32, as in files of results.
         xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)[kept]
         xywh = xywh.astype(np.float64)
         for index in np.unique(classes[kept]).tolist():

@@ -1,6 +1,6 @@
-"""Exits to compare others with: at random, and as an oracle that knows how everything ends.
+"""Exits for comparison: at random, and by oracles that know the full cascade's result.
 
-They are made for one record, R regions of N images and S stages, and say nothing about others.
+Each policy is made for one record, of R regions in N images and S stages.
 """
 
 from __future__ import annotations
@@ -16,21 +16,20 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from cascade_det.calibration.image_matching import IOUS
+from cascade_det.calibration.trials import Frame
 from cascade_det.core.exits import BEFORE_STAGES, ExitPolicy, RegionView
 from cascade_det.core.postprocess import rescale_boxes
 from cascade_det.core.record import CascadeRecord
 
-Frame = tuple[tuple[int, int], tuple[int, int]]
 Objects = tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]
 
 
-class LeaveAfter:
-    """Lets every region leave after a stage of its own.
+class ExitAfter:
+    """Lets every region exit after a given stage.
 
     Args:
-        reason: "background" drops the region, "confident" reports it as it is.
-        stages: int64 ``[R]``, by the rows of a record; -1 is before stage 0, and S - 1 or more
-            is never.
+        reason: "background" drops the region, "confident" reports it.
+        stages: int64 ``[R]``, by the rows of a record; -1 is before stage 0, S - 1 or more never.
     """
 
     def __init__(self, reason: str, stages: Tensor) -> None:
@@ -38,7 +37,7 @@ class LeaveAfter:
         self.stages = stages
 
     def is_active(self, stage: int) -> bool:
-        """Whether anything may leave after ``stage`` (-1: before the first)."""
+        """Whether any region exits after ``stage`` (-1: before the first)."""
         return bool((self.stages <= stage).any())
 
     def leaves(self, view: RegionView) -> Tensor:
@@ -50,26 +49,26 @@ class LeaveAfter:
 def random_exits(
     record: CascadeRecord, shares: Sequence[float], *, accept: bool, seed: int = 0
 ) -> ExitPolicy:
-    """Regions leave by lot, as many at each gate as wanted.
+    """Random regions exit, as many at each gate as wanted.
 
     Args:
         record: of some images.
-        shares: S falling numbers in [0, 1]: how much of all proposals enters each stage, up to
-            one region. What does not enter stage 0 is lost.
-        accept: whether regions that saw a stage are reported as they are, rather than dropped.
-        seed: of the lots, which are the same for the same record.
+        shares: S falling numbers in [0, 1]: the share of all proposals that enters each stage,
+            exact to one region. Regions that do not enter stage 0 are lost.
+        accept: whether regions that saw a stage are reported rather than dropped.
+        seed: of the random order, which is the same for the same record.
     """
     count = len(record.proposals)
-    own = zlib.crc32(record.proposals.numpy().tobytes())  # Else, alike places have alike luck.
-    lots = torch.randperm(count, generator=torch.Generator().manual_seed(seed + own))
-    entered = (lots[:, None] + 0.5) / max(count, 1) < torch.tensor([*shares])
+    own = zlib.crc32(record.proposals.numpy().tobytes())  # A different order in each record.
+    ranks = torch.randperm(count, generator=torch.Generator().manual_seed(seed + own))
+    entered = (ranks[:, None] + 0.5) / max(count, 1) < torch.tensor([*shares])  # [R, S]
     return _policy(
-        record, LeaveAfter("confident" if accept else "background", entered.sum(dim=1) - 1)
+        record, ExitAfter("confident" if accept else "background", entered.sum(dim=1) - 1)
     )
 
 
 def drop_oracle(record: CascadeRecord, *, before_stages: bool = False) -> ExitPolicy:
-    """Drops all that no final detection of the full cascade comes from: it changes nothing.
+    """Drops every region that has no final detection of the full cascade: no detection changes.
 
     Args:
         record: of some images.
@@ -85,17 +84,17 @@ def outcome_oracle(
     *,
     before_stages: bool = False,
 ) -> ExitPolicy:
-    """Drops what ``drop_oracle`` drops, and accepts the rest where its outcome is settled.
+    """Drops the regions of ``drop_oracle``, and accepts the others once their outcome is settled.
 
     The outcome of a region is its most probable class and, for each of its final detections, how
     many of COCO's ten IoU thresholds the box passes with the best object of its class. It is
-    settled after the first stage from which on it stays the same. Scores may still change, and
-    with them the AP: a little, in either direction.
+    settled after the first stage from which it stays the same. Scores may still change, and with
+    them the AP slightly, in either direction.
 
     Args:
         record: of N images.
-        objects: for each of them, as ``ImageMatcher.objects_of`` gives them.
-        frames: for each of them, as in ``Recording``.
+        objects: of each image, see ``ImageMatcher.objects_of``.
+        frames: of each image, see ``Recording``.
         before_stages: see ``drop_oracle``.
     """
     rows, classes, images = _carried(record)
@@ -111,19 +110,19 @@ def outcome_oracle(
     settled = torch.full((len(record.proposals),), -1).scatter_reduce(0, rows, since, "amax")
     settled[settled < 0] = record.num_stages
     drop = _dropping(record, rows, before_stages)
-    return _policy(record, drop, LeaveAfter("confident", settled))
+    return _policy(record, drop, ExitAfter("confident", settled))
 
 
-def _policy(record: CascadeRecord, *rules: LeaveAfter) -> ExitPolicy:
+def _policy(record: CascadeRecord, *rules: ExitAfter) -> ExitPolicy:
     policy = ExitPolicy(num_stages=record.num_stages)
     policy.rules = rules
     return policy
 
 
-def _dropping(record: CascadeRecord, kept_rows: Tensor, before_stages: bool) -> LeaveAfter:
+def _dropping(record: CascadeRecord, kept_rows: Tensor, before_stages: bool) -> ExitAfter:
     stages = torch.full((len(record.proposals),), BEFORE_STAGES if before_stages else 0)
     stages[kept_rows] = record.num_stages
-    return LeaveAfter("background", stages)
+    return ExitAfter("background", stages)
 
 
 def _carried(record: CascadeRecord) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,7 +136,7 @@ def _carried(record: CascadeRecord) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _reported(record: CascadeRecord, rows: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """What each stage says of D detections: the top class ``[S, D]``, the box ``[S, D, 4]``."""
+    """The top class ``[S, D]`` and box ``[S, D, 4]`` of D detections after each stage."""
     top, boxes = [], []
     for stage in range(record.num_stages):
         run = record.run_stage(record.start(), stage)
@@ -148,9 +147,9 @@ def _reported(record: CascadeRecord, rows: Tensor, classes: Tensor) -> tuple[Ten
 
 
 def _passed_thresholds(boxes: Tensor, classes: Tensor, objects: Objects) -> Tensor:
-    """How many of COCO's IoUs each box passes with the best object of its class, int64 ``[D]``."""
+    """Number of COCO's IoUs that each box passes with the best object of its class, ``[D]``."""
     gt_boxes, gt_classes = (torch.from_numpy(part) for part in objects)
     overlaps = box_iou(boxes.double(), gt_boxes) * (classes[:, None] == gt_classes)
-    # A column of zeros for images without objects.
+    # The column of zeros is for images without objects.
     best = torch.nn.functional.pad(overlaps, (1, 0)).amax(dim=1)
     return (best[:, None] >= torch.from_numpy(IOUS)).sum(dim=1)

@@ -1,4 +1,4 @@
-"""The full cascade on a data set, recorded; and the milliseconds that exits take on this device."""
+"""Recording the full cascade on a data set, and timing exits on this device."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ class Detector(Protocol):
 
 
 def record_dataset(detector: Any, loader: BatchLoader, most_images: int) -> Recording:
-    """Run the full cascade and keep what every region saw.
+    """Run the full cascade and record every region at every stage.
 
     Args:
         detector: see ``Detector``.
         loader: of the images, by id.
-        most_images: the rest of the loader is left out.
+        most_images: limit of images; the rest of the loader is not used.
 
     Raises:
         ValueError: there is no image.
@@ -68,7 +68,7 @@ def record_dataset(detector: Any, loader: BatchLoader, most_images: int) -> Reco
         nonlocal flops
         for batch in _first_images(loader, most_images):
             inputs = detector.cascade_inputs(batch)
-            # Before the long part: a head that cannot be counted is told at once.
+            # First: a head whose FLOPs cannot be counted fails at once.
             flops = flops or region_flops(detector.cascade, inputs.features[0].shape[1]).stages
             image_ids.extend(sample["image_id"] for sample in batch)
             sizes = [(int(height), int(width)) for height, width in inputs.image_sizes]
@@ -77,10 +77,10 @@ def record_dataset(detector: Any, loader: BatchLoader, most_images: int) -> Reco
                 for sample, size in zip(batch, sizes, strict=True)
             )
             yield detector.cascade.record(**vars(inputs)).cpu()
-            work.step(len(batch))
+            progress.step(len(batch))
 
     with (
-        Progress("Recording images", most_images) as work,
+        Progress("Recording images", most_images) as progress,
         evaluation_mode(detector),
         torch.no_grad(),
     ):
@@ -99,7 +99,7 @@ def _first_images(loader: BatchLoader, count: int) -> Iterator[Batch]:
 
 
 def _joined(records: Iterable[CascadeRecord], images: int = 32) -> Iterator[CascadeRecord]:
-    """Fewer and larger records: each step of a replay has a cost of its own."""
+    """Join records: fewer and larger ones are replayed faster."""
     waiting: list[CascadeRecord] = []
     for record in records:
         waiting.append(record)
@@ -116,7 +116,7 @@ class Timing:
 
     Attributes:
         entered: regions of the batch that entered each stage.
-        milliseconds: of the whole call, for the whole batch.
+        milliseconds: of the whole batch.
     """
 
     entered: tuple[int, ...]
@@ -130,16 +130,16 @@ def time_policies(
     *,
     rounds: int,
 ) -> dict[str, list[Timing]]:
-    """Run the detector with every policy in turn, so that noise meets all of them alike.
+    """Time the detector with every policy in turn, so that noise affects all of them equally.
 
     Args:
         detector: see ``Detector``; it keeps its exits.
-        batches: to run on; the first is run once more before, untimed.
+        batches: to run on; the first one also warms up each policy, untimed.
         policies: by name.
         rounds: how often each batch is run with each policy.
 
     Returns:
-        By name, the calls in order.
+        The calls of each policy, in order.
     """
     device = next(detector.parameters()).device
     timings: dict[str, list[Timing]] = {name: [] for name in policies}
@@ -147,19 +147,19 @@ def time_policies(
     calls = len(policies) * (1 + len(batches) * rounds)
     try:
         with (
-            Progress("Measuring calls", calls) as work,
+            Progress("Measuring calls", calls) as progress,
             evaluation_mode(detector),
             torch.no_grad(),
         ):
             for exits in policies.values():
                 detector.set_exits(exits)
                 detector.detect(batches[0])
-                work.step()
+                progress.step()
             for batch in [*batches] * rounds:
                 for name, exits in policies.items():
                     detector.set_exits(exits)
                     timings[name].append(_time(detector, batch, device))
-                    work.step()
+                    progress.step()
     finally:
         detector.set_exits(own)
     return timings
@@ -185,8 +185,8 @@ def fit_latency(
     timings = time_policies(detector, batches, policies, rounds=rounds)
     entered, milliseconds = [], []
     for calls in timings.values():
-        for place in range(len(batches)):
-            same = calls[place :: len(batches)]
+        for index in range(len(batches)):
+            same = calls[index :: len(batches)]
             entered.append(same[0].entered)
             milliseconds.append(median(call.milliseconds for call in same))
     return LatencyModel.fit(
@@ -216,6 +216,6 @@ def _time(detector: Any, batch: Batch, device: torch.device) -> Timing:
 
 
 def first_batches(loader: Iterable[Batch], count: int) -> list[Batch]:
-    """Some batches of a loader, all as large as the first one, to be run again and again."""
+    """The first batches of a loader that are as large as the first one, to be run repeatedly."""
     batches = list(islice(loader, count))
     return [batch for batch in batches if len(batch) == len(batches[0])]

@@ -1,4 +1,4 @@
-"""Scores that mean the same whichever stage a region left at.
+"""Calibrated scores, which mean the same after every exit stage.
 
 A detection's score ``p`` becomes ``sigmoid(a_s * logit(p) + b_s)``, where *s* is the last stage
 that its region saw: Platt scaling (1999) on the logit, and with ``b_s = 0`` the temperature
@@ -15,8 +15,8 @@ from scipy.optimize import minimize
 from scipy.special import expit, logit
 
 MIN_SAMPLES = 50
-# Keeps a stage whose scores tell the outcomes apart without an error from infinity, and the order
-# of the scores as it was. Beyond 1e-6, scores are what rounding made of them.
+# Finite where scores separate hits from misses perfectly; positive, so that the order of scores
+# stays. Below 1e-6, rounding dominates a score.
 SCALE_RANGE = (0.01, 100.0)
 SHIFT_RANGE = (-50.0, 50.0)
 SMALLEST_SCORE = 1e-6
@@ -24,7 +24,7 @@ SMALLEST_SCORE = 1e-6
 
 @dataclass(frozen=True)
 class ScoreCalibration:
-    """A rising map of the scores for each exit stage.
+    """A monotonic map of scores for each exit stage.
 
     Attributes:
         scales: ``a`` per stage, above 0.
@@ -37,7 +37,7 @@ class ScoreCalibration:
     def __call__(
         self, scores: npt.ArrayLike, exit_stages: npt.ArrayLike
     ) -> npt.NDArray[np.float64]:
-        """Calibrated scores ``[N]``; 0 and 1 stay what they are.
+        """Calibrated scores ``[N]``; 0 and 1 are unchanged.
 
         Args:
             scores: ``[N]`` in [0, 1].
@@ -56,14 +56,14 @@ def fit_score_calibration(
     *,
     with_shift: bool = True,
 ) -> ScoreCalibration:
-    """The calibration under which the outcomes are most likely, stage by stage.
+    """Fit a calibration by maximum likelihood, stage by stage.
 
     Stages with fewer than ``MIN_SAMPLES`` detections, or with one outcome only, keep their scores.
 
     Args:
         scores: ``[N]`` in [0, 1].
-        correct: ``[N]``, whether the detection is a true positive (at IoU 0.5, say); leave those
-            out that COCO ignores.
+        correct: ``[N]``, whether the detection is a true positive (at IoU 0.5, say), without
+            detections that COCO ignores.
         exit_stages: ``[N]``, whole numbers in ``[0, S)``.
         num_stages: S.
         with_shift: ``False``: the temperature alone.
@@ -82,12 +82,12 @@ def fit_score_calibration(
 def expected_calibration_error(
     scores: npt.ArrayLike, correct: npt.ArrayLike, bins: int = 15
 ) -> float:
-    """How far scores are from the share of true positives among their like (1706.04599, eq. 3).
+    """How far scores are from the share of true positives in their bin (1706.04599, eq. 3).
 
     Args:
         scores: ``[N]`` in [0, 1].
         correct: ``[N]``, whether the detection is a true positive.
-        bins: of equal width; the mean difference in each, weighted with its detections.
+        bins: number of bins of equal width, weighted by their detections.
 
     Returns:
         In [0, 1]; nan without detections.
@@ -95,14 +95,14 @@ def expected_calibration_error(
     values, outcomes = np.asarray(scores, np.float64), np.asarray(correct, np.float64)
     if len(values) == 0:
         return float("nan")
-    place = np.minimum((values * bins).astype(np.int64), bins - 1)
-    return float(np.abs(np.bincount(place, outcomes - values)).sum() / len(values))
+    index = np.minimum((values * bins).astype(np.int64), bins - 1)
+    return float(np.abs(np.bincount(index, outcomes - values)).sum() / len(values))
 
 
 def _fit(
     logits: npt.NDArray[np.float64], outcomes: npt.NDArray[np.bool_], with_shift: bool
 ) -> tuple[float, float]:
-    """The scale and shift of the least mean cross entropy, which is convex in them."""
+    """The scale and shift of the least mean cross entropy, a convex problem."""
     signs = np.where(outcomes, 1.0, -1.0)
 
     def loss(parameters: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:

@@ -1,9 +1,9 @@
 """Bounds on the mean of a distribution on [0, 1] by betting (Waudby-Smith and Ramdas).
 
-arXiv 2010.09686, section 4. A gambler bets on each sample that the mean is not ``m``, with a stake that depends only on earlier
-samples. If the mean is ``m``, the capital reaches ``1 / delta`` with probability ``delta`` at most
-(Ville's inequality), so every ``m`` at which it did is refuted. Both bounds use this capital, with
-different stakes: ``mean_upper_bound`` is tightest at a sample size known in advance,
+arXiv 2010.09686, section 4. A gambler bets on each sample that the mean is not ``m``, with a stake
+that depends only on earlier samples. If the mean is ``m``, the capital reaches ``1 / delta`` with
+probability ``delta`` at most (Ville's inequality), so every ``m`` at which it did is refuted. The
+bounds differ in their stakes: ``mean_upper_bound`` is tightest at a sample size known in advance,
 ``mean_interval`` holds at all sample sizes at once.
 """
 
@@ -76,9 +76,7 @@ def mean_interval(values: Sequence[float], *, confidence: float = 0.95) -> Inter
     """
     samples = np.asarray(values, dtype=np.float64)
     if not ((samples >= 0) & (samples <= 1)).all():
-        raise ValueError(
-            f"values must be in [0, 1], not from {samples.min()} to {samples.max()}"
-        )
+        raise ValueError(f"values must be in [0, 1], not from {samples.min()} to {samples.max()}")
     limit = math.log(2 / (1 - confidence))
     low, high = _lower_bound(samples, limit), 1.0 - _lower_bound(1.0 - samples, limit)
     # The bounds may cross where the samples are not from one distribution.

@@ -9,7 +9,6 @@ import torch
 from random_records import CROP_CHANNELS, HIDDEN, make_parts
 from recorded_trials import make_trials
 
-from cascade_det.calibration import search as exit_search
 from cascade_det.calibration.bootstrap import paired_bootstrap
 from cascade_det.calibration.calibrator import (
     Calibrator,
@@ -19,10 +18,14 @@ from cascade_det.calibration.calibrator import (
 )
 from cascade_det.calibration.image_matching import ImageMatcher
 from cascade_det.calibration.latency_model import LatencyModel
-from cascade_det.calibration.risk_control import SampleTooSmallError, pareto_testing
+from cascade_det.calibration.risk_control import (
+    SampleTooSmallError,
+    hoeffding_bentkus_p_value,
+)
 from cascade_det.calibration.score_calibration import ScoreCalibration
+from cascade_det.calibration.search import Parameter, Search
 from cascade_det.calibration.target import Options, Target
-from cascade_det.calibration.trials import Outcome, Recording
+from cascade_det.calibration.trials import Recording, TrialSummary
 from cascade_det.config import get_cfg
 from cascade_det.errors import ConfigError, DatasetError
 
@@ -31,15 +34,15 @@ TRIALS = 20
 
 
 def make_calibrator(recording, matcher, *, tries=TRIALS, **others):
-    """After a search, with each knob alone at its riskiest, and all of them."""
+    """After a search, with each parameter alone at its riskiest, and all of them."""
     arguments = {"learned": None, "score": 0.3, "seed": 0, **others}
     calibrator = Calibrator(get_cfg(), recording, matcher, **arguments)
     if tries:
         calibrator.try_settings(tries)
         search = calibrator.search
-        last = [len(knob.settings) - 1 for knob in search.knobs]
-        for knob, place in enumerate(last):
-            search.trial([place if i == knob else 0 for i in range(len(last))])
+        last = [len(parameter.settings) - 1 for parameter in search.parameters]
+        for index, level in enumerate(last):
+            search.trial([level if i == index else 0 for i in range(len(last))])
         search.trial(last)
     return calibrator
 
@@ -158,14 +161,14 @@ class TestChoice:
         ours, theirs = (found.rejected or found for found in (ours, theirs))
         assert ours.setting
         assert ours.setting == theirs.setting
-        assert ours.reported.figures != theirs.reported.figures
+        assert ours.reported.metrics != theirs.reported.metrics
 
     def test_a_drop_that_the_other_half_does_not_have_is_no_promise(self, calibrator):
         vetoed = []
         for most in np.linspace(0, 40, 21):
             found = calibrator.calibrate(Target(max_ap_drop=float(most)))
             first = found.rejected or found
-            drop = found.full.figures["AP"] - first.reported.figures["AP"]
+            drop = found.full.metrics["AP"] - first.reported.metrics["AP"]
             assert first.drop == pytest.approx(drop)
             assert (found.rejected is not None) == (drop > most)
             if found.rejected is not None:
@@ -178,44 +181,44 @@ class TestChoice:
 
     def test_it_is_reported_on_the_other_half(self, calibrator):
         found = calibrator.calibrate(Target(exit_rate=0.4))
-        wanted = calibrator.others.run(calibrator.policy(found.setting))
-        assert found.reported.figures == wanted.figures
+        wanted = calibrator.others.replay(calibrator.policy(found.setting))
+        assert found.reported.metrics == wanted.metrics
         assert found.full is calibrator.others.full
-        change = wanted.figures["AP"] - found.full.figures["AP"]
+        change = wanted.metrics["AP"] - found.full.metrics["AP"]
         assert found.differences["AP"].value == pytest.approx(change)
 
     @pytest.mark.parametrize("most", [0.0, 10.0, 40.0])
     def test_the_least_work_within_a_drop_that_is_sure(self, calibrator, most):
-        def is_good(places):
-            policy = calibrator.policy(calibrator.search.setting(places))
-            full, trial = calibrator.trials.full, calibrator.trials.run(policy)
-            assert trial.work == calibrator.search.tried[places].work
+        def is_good(levels):
+            policy = calibrator.policy(calibrator.search.setting(levels))
+            full, trial = calibrator.trials.full, calibrator.trials.replay(policy)
+            assert trial.work == calibrator.search.tried[levels].work
             change = paired_bootstrap(full.matched, trial.matched, rounds=300)["AP"]
             return change.value >= -most and change.deviation - change.value <= most
 
         found = calibrator.calibrate(Target(max_ap_drop=most))
-        chosen = calibrator.trials.run(calibrator.policy((found.rejected or found).plain))
-        good = [t.work for places, t in calibrator.search.tried.items() if is_good(places)]
+        chosen = calibrator.trials.replay(calibrator.policy((found.rejected or found).plain))
+        good = [t.work for levels, t in calibrator.search.tried.items() if is_good(levels)]
         assert chosen.work == min(good)
 
     @pytest.mark.parametrize("milliseconds", [9.0, 11.0, 100.0])
     def test_the_best_within_a_time(self, calibrator, milliseconds):
         found = calibrator.calibrate(Target(latency_ms=milliseconds), LATENCY)
-        chosen = calibrator.trials.run(calibrator.policy(found.plain))
+        chosen = calibrator.trials.replay(calibrator.policy(found.plain))
         assert LATENCY.per_image(chosen.entered) <= milliseconds
         for trial in calibrator.search.tried.values():
-            if trial.figures["AP"] > chosen.figures["AP"]:
+            if trial.metrics["AP"] > chosen.metrics["AP"]:
                 assert LATENCY.per_image(trial.entered) > milliseconds
 
     @pytest.mark.parametrize("rate", [0.0, 0.3, 0.6])
     def test_the_best_with_an_exit_rate(self, calibrator, rate):
         found = calibrator.calibrate(Target(exit_rate=rate))
-        chosen = calibrator.trials.run(calibrator.policy(found.plain))
+        chosen = calibrator.trials.replay(calibrator.policy(found.plain))
         skipped = 1 - chosen.entered[1:].sum() / calibrator.trials.full.entered[1:].sum()
         assert skipped >= rate
         for trial in calibrator.search.tried.values():
-            if trial.figures["AP"] > chosen.figures["AP"]:
-                assert 1 - trial.entered[1:].sum() / calibrator.trials.full.later_work < rate
+            if trial.metrics["AP"] > chosen.metrics["AP"]:
+                assert trial.exit_rate(calibrator.trials.full) < rate
 
     def test_what_no_setting_reaches(self, calibrator):
         with pytest.raises(ConfigError, match=r"--latency-ms 4\.0: the fastest setting takes \d"):
@@ -227,33 +230,47 @@ class TestChoice:
         recording, matcher = _misleading()
         calibrator = make_calibrator(recording, matcher, tries=200)
         full = calibrator.trials.full
-        assert full.figures["AP"] > 50
-        others = [trial for places, trial in calibrator.search.tried.items() if any(places)]
-        assert all(trial.figures["AP"] < full.figures["AP"] for trial in others)
+        assert full.metrics["AP"] > 50
+        others = [trial for levels, trial in calibrator.search.tried.items() if any(levels)]
+        assert all(trial.metrics["AP"] < full.metrics["AP"] for trial in others)
         for target in ({"max_ap_drop": 0.0}, {"exit_rate": 0.0}, {"latency_ms": 1e6}):
             found = calibrator.calibrate(Target(**target), LATENCY)
             assert found.setting == found.plain == {}
             assert found.reported.work == 1
 
 
+def by_pareto_testing(risks, work, losses, risk, delta):
+    """The last setting of the front, by rising risk, before the first one that fails its test."""
+    front, cheapest = [], np.inf
+    for _, cost, index in sorted(zip(risks, work, range(len(work)), strict=True)):
+        if cost < cheapest:
+            front.append(index)
+            cheapest = cost
+    chosen = 0
+    for index in front:
+        if hoeffding_bentkus_p_value(losses[index], risk) > delta:
+            break
+        chosen = index
+    return chosen
+
+
 class TestGuarantee:
-    def test_it_is_pareto_testing_of_all_that_was_tried(self, recorded, calibrator):
+    def test_it_is_pareto_testing_of_all_that_was_tried(self, calibrator):
         keys = list(calibrator.search.tried)
         settings = [calibrator.search.setting(key) for key in keys]
-        losses = np.zeros((len(keys), 12))
-        choosing, reporting = split_images(recorded[0].image_ids, recorded[1], 0)
-        for row, key, setting in zip(losses, keys, settings, strict=True):
-            row[choosing] = calibrator.search.tried[key].lost
-            mapped = calibrator.policy(calibrator.with_scores(setting))
-            row[reporting] = calibrator.others.run(mapped).lost
         work = [calibrator.search.tried[key].work for key in keys]
+        risks = [calibrator.search.tried[key].lost.mean() for key in keys]
+        losses = [
+            calibrator.others.replay(calibrator.policy(calibrator.with_scores(setting))).lost
+            for setting in settings
+        ]
         chosen = []
         for risk, delta in ((0.35, 0.2), (0.5, 0.3), (0.65, 0.4), (0.9, 0.4)):
-            wanted = pareto_testing(losses, work, risk, delta, seed=0)
+            wanted = by_pareto_testing(risks, work, losses, risk, delta)
             found = calibrator.calibrate(Target(risk=risk, delta=delta))
-            assert found.plain == settings[wanted.setting]
+            assert found.plain == settings[wanted]
             assert found.setting == calibrator.with_scores(found.plain)
-            chosen.append(work[wanted.setting])
+            chosen.append(work[wanted])
         assert len(set(chosen)) > 1
 
     def test_the_map_of_the_scores_is_tested_too(self, recorded, monkeypatch):
@@ -295,13 +312,15 @@ class _Simulated(Calibrator):
 
         def outcome(row, images):
             empty = np.zeros((3, len(images)), np.int64)
-            return Outcome({"AP": 0.0}, empty, losses[row][images], losses[row][images], work[row])
+            return TrialSummary(
+                {"AP": 0.0}, empty, losses[row][images], losses[row][images], work[row]
+            )
 
-        knobs = [exit_search.Parameter("row", tuple({"row": row} for row in range(len(work))))]
-        self.search = exit_search.Search(knobs, lambda setting: outcome(setting["row"], choosing))
+        parameters = [Parameter("row", tuple({"row": row} for row in range(len(work))))]
+        self.search = Search(parameters, lambda setting: outcome(setting["row"], choosing))
         for row in range(len(work)):
             self.search.trial([row])
-        self.others = SimpleNamespace(run=lambda row: outcome(row, testing))
+        self.others = SimpleNamespace(replay=lambda row: outcome(row, testing))
 
     def policy(self, setting):
         return setting["row"]
@@ -310,8 +329,8 @@ class _Simulated(Calibrator):
         return setting
 
     def calibrate(self, target):
-        (place,) = self._choose(target, None)
-        return place
+        (level,) = self._choose(target, None)
+        return level
 
 
 ACCEPT = {"THRESHOLDS": (0.6, 2.0)}
@@ -341,12 +360,12 @@ class TestScores:
         assert to_last_stage(ScoreCalibration((0.5, 2.0, 1.0), (0.3, -1.0, 0.0))) is None
 
     def test_they_are_mapped_where_that_helps(self, many):
-        plain = many.trials.run(many.policy(ACCEPT))
+        plain = many.trials.replay(many.policy(ACCEPT))
         mapped = many.with_scores(ACCEPT)
         assert mapped.keys() - ACCEPT.keys() == {"SCORE_SCALES", "SCORE_SHIFTS"}
         assert (mapped["SCORE_SCALES"][-1], mapped["SCORE_SHIFTS"][-1]) == (1.0, 0.0)
-        trial = many.trials.run(many.policy(mapped))
-        assert trial.figures["AP"] > plain.figures["AP"]
+        trial = many.trials.replay(many.policy(mapped))
+        assert trial.metrics["AP"] > plain.metrics["AP"]
         assert trial.entered.tolist() == plain.entered.tolist()
 
     def test_what_is_chosen_has_the_map_and_is_reported_with_it(self, many, monkeypatch):
@@ -355,18 +374,18 @@ class TestScores:
         found = many.calibrate(Target(exit_rate=0.1))
         assert found.plain == ACCEPT
         assert found.setting == many.with_scores(ACCEPT)
-        mapped, plain = (many.others.run(many.policy(s)) for s in (found.setting, ACCEPT))
-        assert found.reported.figures == mapped.figures != plain.figures
-        change = mapped.figures["AP"] - many.others.full.figures["AP"]
+        mapped, plain = (many.others.replay(many.policy(s)) for s in (found.setting, ACCEPT))
+        assert found.reported.metrics == mapped.metrics != plain.metrics
+        change = mapped.metrics["AP"] - many.others.full.metrics["AP"]
         assert found.differences["AP"].value == pytest.approx(change)
 
     def test_they_stay_where_it_does_not(self, many, monkeypatch):
         # What left after stage 0 comes out in a row with what did not, but below or above it.
-        plain = many.trials.run(many.policy(ACCEPT)).figures["AP"]
+        plain = many.trials.replay(many.policy(ACCEPT)).metrics["AP"]
         wrong = ScoreCalibration((0.5, 0.5, 1.1), (9.0, 9.0, 0.1))
         maps = to_last_stage(wrong)
         worse = {**ACCEPT, "SCORE_SCALES": maps.scales, "SCORE_SHIFTS": maps.shifts}
-        assert many.trials.run(many.policy(worse)).figures["AP"] < plain
+        assert many.trials.replay(many.policy(worse)).metrics["AP"] < plain
         monkeypatch.setattr(
             "cascade_det.calibration.calibrator.fit_score_calibration", lambda *_: wrong
         )
@@ -383,14 +402,16 @@ def test_learned_parts_are_copied_to_the_cpu_and_used(recorded):
     setting = {"PRUNER_THRESHOLDS": (0.0, 0.5, 0.5)}
     with pytest.raises(ValueError, match="pruner"):
         build_policy(calibrator.cfg, setting, None)
-    trial = calibrator.trials.run(calibrator.policy(setting))
+    trial = calibrator.trials.replay(calibrator.policy(setting))
     assert trial.work < 1
     assert parts.training
     with torch.no_grad():
         for parameter in parts.parameters():
             parameter.zero_()
-    assert calibrator.trials.run(calibrator.policy(setting)).work == trial.work
-    assert {"pruner at gate 0", "acceptance"} <= {knob.name for knob in calibrator.search.knobs}
+    assert calibrator.trials.replay(calibrator.policy(setting)).work == trial.work
+    assert {"pruner at gate 0", "acceptance"} <= {
+        parameter.name for parameter in calibrator.search.parameters
+    }
 
 
 def test_a_policy_is_what_its_setting_says():

@@ -36,7 +36,7 @@ def by_name(rows):
     return {row.name: row for row in rows}
 
 
-def test_all_competitors_are_there(rows):
+def test_all_baselines_are_there(rows):
     assert [row.name for row in rows] == [
         "full cascade",
         "pruning",
@@ -53,9 +53,9 @@ def test_all_competitors_are_there(rows):
     ]
 
 
-def test_figures_of_a_policy(rows, trials, policies):
-    row, trial = by_name(rows)["pruning"], trials.run(policies["pruning"])
-    assert row.figures == trial.figures
+def test_metrics_of_a_policy(rows, trials, policies):
+    row, trial = by_name(rows)["pruning"], trials.replay(policies["pruning"])
+    assert row.metrics == trial.metrics
     wanted = paired_bootstrap(trials.full.matched, trial.matched, rounds=40)
     assert row.differences == wanted
     entered = trial.entered.sum(axis=1)
@@ -84,11 +84,11 @@ def test_the_trivial_rows(rows):
     assert named["50 proposals"].milliseconds is None
 
 
-def test_lots_are_drawn_like_the_chosen_policy(rows, trials, policies):
+def test_random_exits_are_as_many_as_those_of_the_chosen_policy(rows, trials, policies):
     named = by_name(rows)
     for name in ("random exits", "random drops"):
         assert named[name].entered == pytest.approx(named["pruning"].entered, abs=0.5)
-    assert named["random drops"].figures != named["random exits"].figures
+    assert named["random drops"].metrics != named["random exits"].metrics
     other = by_name(compare(trials, policies, chosen="before", rounds=2))
     assert other["random exits"].entered == pytest.approx(other["before"].entered, abs=0.5)
 
@@ -104,7 +104,7 @@ def test_the_oracle_of_drops_loses_nothing_and_the_other_does_less(rows):
     assert named["oracle of drops before stage 0"].entered[0] < 62.5
 
 
-def test_without_policies_there_are_no_lots(trials):
+def test_without_policies_there_are_no_random_exits(trials):
     names = [row.name for row in compare(trials, {}, rounds=2)]
     assert "1 stage" in names
     assert not any("random" in name for name in names)
@@ -117,7 +117,7 @@ def test_the_table(rows):
     row = by_name(rows)["pruning"]
     change = row.differences["AP"]
     for text in (
-        f"{row.figures['AP90']:.2f}",
+        f"{row.metrics['AP90']:.2f}",
         f"{change.value:+.2f} [{change.low:+.2f}, {change.high:+.2f}]",
         " / ".join(f"{number:.0f}" for number in row.entered),
         f"{100 * row.later_skipped:.1f}",
@@ -134,7 +134,7 @@ def test_the_file(rows, tmp_path):
         read = list(csv.DictReader(file))
     assert [line["exits"] for line in read] == [row.name for row in rows]
     for line, row in zip(read, rows, strict=True):
-        assert float(line["AP75 (%)"]) == row.figures["AP75"]
+        assert float(line["AP75 (%)"]) == row.metrics["AP75"]
         assert float(line["AP change low"]) == row.differences["AP"].low
         assert float(line["AP90 change"]) == row.differences["AP90"].value
         assert float(line["regions/image in stage 2"]) == row.entered[2]

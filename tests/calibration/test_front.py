@@ -16,10 +16,10 @@ from cascade_det.calibration.front import (
     FrontPoint,
     choose_points,
     front_point,
-    plot_front,
     spread_out,
     write_front,
 )
+from cascade_det.calibration.front_plot import plot_front
 from cascade_det.core.exits import ExitPolicy
 
 
@@ -34,15 +34,15 @@ def row(name, work, change, milliseconds=None):
 
 def test_a_trial_as_a_point():
     trials = make_trials(num_proposals=(70, 55))
-    trial = trials.run(ExitPolicy(num_stages=3, prune_thresholds=(0.5, 0.6)))
+    trial = trials.replay(ExitPolicy(num_stages=3, prune_thresholds=(0.5, 0.6)))
     setting = {"PRUNE_THRESHOLDS": (0.5, 0.6)}
     got = front_point(setting, trial, trials.full, milliseconds=12.5, chosen=True)
     entered = trial.entered.sum(axis=1)
     assert got.region_shares == pytest.approx(entered / 250)
     wanted_work = entered @ np.array(STAGE_FLOPS) / (250 * sum(STAGE_FLOPS))
     assert got.work == pytest.approx(wanted_work)
-    assert got.ap == trial.figures["AP"]
-    assert got.drop == pytest.approx(trials.full.figures["AP"] - got.ap)
+    assert got.ap == trial.metrics["AP"]
+    assert got.drop == pytest.approx(trials.full.metrics["AP"] - got.ap)
     assert (got.setting, got.milliseconds, got.chosen) == (setting, 12.5, True)
     assert front_point({}, trials.full, trials.full).region_shares == (1, 1, 1)
 
@@ -162,7 +162,9 @@ class TestPlot:
             assert lines["fewer stages or proposals"].get_xydata().tolist() == [[costs[0], -3.5]]
             assert lines["profile, by its name"].get_xydata().tolist() == [[costs[1], -0.5]]
             assert len(lines["front"].get_xydata()) == seen
-            assert ("tried, on the half that chose" in lines) == ("oracles" in lines) == (seen == 4)
+            assert (
+                ("all trials, on the search half" in lines) == ("oracles" in lines) == (seen == 4)
+            )
             (bar,) = axes.containers
             assert bar.get_label() == "wanted (95 %)"
             (segment,) = bar.lines[2][0].get_segments()
@@ -190,14 +192,15 @@ class TestPlot:
         named = [text.get_text() for text in drawn[0].legends[0].get_texts()]
         assert sorted(named) == sorted(
             [
-                *(
-                    "tried, on the half that chose",
-                    "front",
-                    "profile, by its name",
-                    "chosen (95 %)",
-                    "rejected (95 %)",
-                ),
-                *("one rule", "fewer stages or proposals", "by lot", "oracles"),
+                "all trials, on the search half",
+                "front",
+                "profile, by its name",
+                "chosen (95 %)",
+                "rejected (95 %)",
+                "one rule",
+                "fewer stages or proposals",
+                "random",
+                "oracles",
             ]
         )
 

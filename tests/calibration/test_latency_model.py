@@ -1,12 +1,9 @@
 """The latency model: known times come back, and nothing is faster than it can be."""
 
-import json
-
 import numpy as np
 import pytest
 
 from cascade_det.calibration.latency_model import LatencyModel
-from cascade_det.errors import ConfigError
 
 CONSTANT, PER_CALL, PER_REGION = 30.0, (2.0, 1.5, 0.5), (0.02, 0.01, 0.04)
 
@@ -96,19 +93,6 @@ class TestPerImage:
 
     def test_of_no_image(self):
         assert np.isnan(fit(random_calls(60)).per_image(np.zeros((3, 0))))
-
-
-def test_a_file_and_back():
-    model = fit(random_calls(60), noise=0.05, device_name="toaster", batch_size=8)
-    assert LatencyModel.from_dict(json.loads(json.dumps(model.as_dict()))) == model
-
-
-@pytest.mark.parametrize("change", [{"colour": 1}, {"spread": None}])
-def test_a_file_of_something_else_is_refused(change):
-    values = {**fit(random_calls(60)).as_dict(), **change}
-    values = {name: value for name, value in values.items() if value is not None}
-    with pytest.raises(ConfigError, match=next(iter(change))):
-        LatencyModel.from_dict(values)
 
 
 def test_what_cannot_be_fitted_is_refused():

@@ -11,7 +11,7 @@ from recorded_trials import FRAME, SCALE, make_trials, settled_record, without_s
 from small_cascades import assert_same_detections
 
 from cascade_det.calibration.oracles import (
-    LeaveAfter,
+    ExitAfter,
     drop_oracle,
     outcome_oracle,
     random_exits,
@@ -36,7 +36,7 @@ def exit_stages(record, policy):
 
 
 def test_every_region_leaves_after_its_own_stage():
-    rule = LeaveAfter("background", torch.tensor([1, 0, 2, -1, 0]))
+    rule = ExitAfter("background", torch.tensor([1, 0, 2, -1, 0]))
     view = RegionView(
         stage=0,
         num_images=1,
@@ -47,7 +47,7 @@ def test_every_region_leaves_after_its_own_stage():
     )
     assert rule.leaves(view).tolist() == [False, True, True]
     assert rule.is_active(-1)
-    late = LeaveAfter("background", torch.tensor([1, 2]))
+    late = ExitAfter("background", torch.tensor([1, 2]))
     assert [late.is_active(stage) for stage in (-1, 0, 1)] == [False, False, True]
 
 
@@ -75,15 +75,15 @@ class TestRandomExits:
         empty = make_recorded_scene(num_proposals=(0, 0)).record
         assert empty.replay(random_exits(empty, SHARES, accept=True)).entered.sum() == 0
 
-    def test_the_same_lots_for_the_same_record_alone(self):
+    def test_the_same_record_has_the_same_random_order(self):
         record, other = (make_recorded_scene(seed=seed).record for seed in (0, 1))
 
-        def lots(record, seed):
+        def chosen(record, seed):
             return exit_stages(record, random_exits(record, SHARES, accept=True, seed=seed))
 
-        assert lots(record, 0) == lots(record, 0)
-        assert lots(record, 0) != lots(record, 1)
-        assert lots(record, 0) != lots(other, 0)
+        assert chosen(record, 0) == chosen(record, 0)
+        assert chosen(record, 0) != chosen(record, 1)
+        assert chosen(record, 0) != chosen(other, 0)
 
 
 class TestDropOracle:
@@ -97,8 +97,8 @@ class TestDropOracle:
         records = trials.recording.records
         policies = [drop_oracle(record, before_stages=before_stages) for record in records]
         assert_same_detections(trials.detections(policies), trials.detections(None), exact=True)
-        trial = trials.run(policies)
-        assert trial.figures == trials.full.figures
+        trial = trials.replay(policies)
+        assert trial.metrics == trials.full.metrics
         assert not trial.lost.any()
         first = 0 if before_stages else 1
         assert (trial.entered[:first] == trials.full.entered[:first]).all()
@@ -196,4 +196,4 @@ def test_policies_of_other_records_are_refused():
     trials = make_trials()
     policies = [drop_oracle(record) for record in trials.recording.records]
     with pytest.raises(ValueError, match="shorter"):
-        trials.run(policies[:1])
+        trials.replay(policies[:1])

@@ -48,4 +48,4 @@ def test_what_breaks_the_promise_of_one_may_keep_that_of_another():
 def test_no_exits_are_no_profile():
     found = judged(*[point(0.0)] * 3)
     assert found.written == {}
-    assert all("nothing that was tried" in reason for reason in found.left_out.values())
+    assert all("no setting that was tried" in reason for reason in found.left_out.values())

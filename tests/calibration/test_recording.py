@@ -183,7 +183,7 @@ class TestRecording:
 def same_as_the_run(detector, recording, policy, size):
     """Replayed detections and counts are those of a detector with these exits."""
     trials = trials_of(detector, recording)
-    entered = trials.run(policy).entered
+    entered = trials.replay(policy).entered
     detector.eval().set_exits(policy)
     outputs = [detector.detect(batch) for batch in batches_of(detector, size)]
     found = [detections for output in outputs for detections in output.detections]

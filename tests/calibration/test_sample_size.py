@@ -1,4 +1,4 @@
-"""What a sample of images is said to show, against what it does show."""
+"""What a calibration can show with its images, against exact intervals and pycocotools."""
 
 import logging
 
@@ -6,7 +6,7 @@ import pytest
 from scipy.stats import binomtest
 
 from cascade_det.calibration.image_matching import ImageMatcher
-from cascade_det.calibration.sample import Sample
+from cascade_det.calibration.sample_size import SampleSize
 from cascade_det.calibration.target import Target
 from cascade_det.evaluation.average_precision import coco_ap
 from cascade_det.evaluation.ground_truth import load_ground_truth
@@ -16,12 +16,12 @@ NAMES = ("cat", "dog", "owl")
 
 @pytest.fixture
 def told(caplog):
-    """``told(sample, target)``: level and text of the one line."""
+    """``told(sample, target)``: level and text of the log line."""
 
     def tell(sample, **target):
         caplog.clear()
         with caplog.at_level(logging.INFO, "cascade_det"):
-            sample.tell(Target(**target))
+            sample.log(Target(**target))
         (record,) = caplog.records
         return record.levelno, record.getMessage()
 
@@ -41,8 +41,8 @@ def test_objects_of_the_half_that_judges_are_counted():
             for i, category in enumerate(categories)
         ],
     }
-    sample = Sample.of(ids, ([0, 2], [1, 3]), ImageMatcher(content, [5, 7, 9]), NAMES)
-    assert sample == Sample(2, 2, {"cat": 3, "owl": 4})
+    sample = SampleSize.of(ids, ([0, 2], [1, 3]), ImageMatcher(content, [5, 7, 9]), NAMES)
+    assert sample == SampleSize(2, 2, {"cat": 3, "owl": 4})
     assert sample.rarest == "cat"
 
 
@@ -62,7 +62,7 @@ def test_one_object_makes_no_more_of_the_ap(told):
         annotation.update(id=number, area=1800)
     found = [{**annotation, "score": 0.9} for annotation in truth["annotations"]]
     without = [f for f in found if f["id"] != 1]
-    sample = Sample(100, 100, counts)
+    sample = SampleSize(100, 100, counts)
     lost = 100 - coco_ap(load_ground_truth(truth), without, [1])["AP"]
     # 101 recalls are looked at.
     assert sample.step == pytest.approx(lost, abs=0.34)
@@ -72,11 +72,11 @@ def test_one_object_makes_no_more_of_the_ap(told):
 @pytest.mark.parametrize("images", [2, 15, 400])
 def test_what_was_not_seen_may_still_be_there(images):
     exact = binomtest(0, images, alternative="less").proportion_ci(0.95, method="exact")
-    assert Sample(images, images, {"cat": 3}).unseen == pytest.approx(exact.high)
+    assert SampleSize(images, images, {"cat": 3}).unseen == pytest.approx(exact.high)
 
 
 def test_few_images_are_a_warning_and_many_are_not(told):
-    few, many = Sample(15, 15, {"cat": 900}), Sample(120, 120, {"cat": 900})
+    few, many = SampleSize(15, 15, {"cat": 900}), SampleSize(120, 120, {"cat": 900})
     level, text = told(few, exit_rate=0.5)
     assert level == logging.WARNING
     assert "15 to judge them by, with 900 objects" in text
@@ -85,7 +85,7 @@ def test_few_images_are_a_warning_and_many_are_not(told):
 
 
 def test_a_drop_of_less_than_one_object_is_told_with_how_many_images_it_takes(told):
-    sample = Sample(200, 200, {"cat": 50, "dog": 500})
+    sample = SampleSize(200, 200, {"cat": 50, "dog": 500})
     level, text = told(sample, max_ap_drop=0.1)
     assert sample.step == 1.0
     assert level == logging.WARNING

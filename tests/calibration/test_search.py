@@ -1,4 +1,4 @@
-"""The search for settings, on objectives whose best settings are known, and its knobs."""
+"""The search on objectives whose best settings are known, and its parameters."""
 
 import itertools
 
@@ -8,15 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_records import make_recorded_scene
 
-from cascade_det.calibration.search import (
-    TRADE_OFFS,
-    Parameter,
-    Search,
-    exit_parameters,
-    loss_of,
-    pareto,
-)
-from cascade_det.calibration.trials import Outcome
+from cascade_det.calibration.search import TRADE_OFFS, Parameter, Search, loss_of
+from cascade_det.calibration.search_space import exit_parameters
+from cascade_det.calibration.trials import TrialSummary
 from cascade_det.config import exit_arguments, get_cfg, with_exits
 from cascade_det.config.exits import EXIT_DEFAULTS
 from cascade_det.core.exits import ExitPolicy
@@ -27,14 +21,14 @@ SOME = settings(deadline=None, max_examples=10, derandomize=True)
 
 def outcome(ap, work, *, lost=(0.0,), lost_well_placed=(0.0,)):
     entered = np.zeros((3, len(lost)), np.int64)
-    return Outcome({"AP": ap}, entered, np.array(lost), np.array(lost_well_placed), work)
+    return TrialSummary({"AP": ap}, entered, np.array(lost), np.array(lost_well_placed), work)
 
 
 class Separable:
-    """Each knob costs AP and saves work on its own.
+    """Each parameter loses AP and saves work independently.
 
     Args:
-        table: for each knob and place, what it loses and what it saves; nothing at place 0.
+        table: for each parameter and level, what it loses and what it saves; nothing at level 0.
     """
 
     def __init__(self, table):
@@ -45,16 +39,16 @@ class Separable:
         self.runs.append(tuple(setting.get(f"K{k}", 0) for k in range(len(self.table))))
         return self.of(self.runs[-1])
 
-    def of(self, places):
-        rows = [row[place] for row, place in zip(self.table, places, strict=True)]
+    def of(self, levels):
+        rows = [row[level] for row, level in zip(self.table, levels, strict=True)]
         return outcome(50 - sum(lost for lost, _ in rows), 1 - sum(saved for _, saved in rows))
 
     def search(self):
-        knobs = [
-            Parameter(f"K{k}", ({}, *({f"K{k}": place} for place in range(1, len(row)))))
+        parameters = [
+            Parameter(f"K{k}", ({}, *({f"K{k}": level} for level in range(1, len(row)))))
             for k, row in enumerate(self.table)
         ]
-        return Search(knobs, self)
+        return Search(parameters, self)
 
     def everything(self):
         return list(itertools.product(*(range(len(row)) for row in self.table)))
@@ -69,19 +63,19 @@ def make_table(seed, sizes=(4, 3, 5)):
 class TestSearch:
     @given(seed=st.integers(0, 10_000))
     @SOME
-    def test_it_finds_the_best_setting_for_each_price(self, seed):
+    def test_it_finds_the_best_setting_for_each_trade_off(self, seed):
         objective = Separable(make_table(seed))
         search = objective.search()
         search.search(1000)
         full = objective.of((0, 0, 0))
 
-        def regret(places, price):
-            found = objective.of(places)
-            return loss_of(found, full) + price * found.work
+        def regret(levels, trade_off):
+            found = objective.of(levels)
+            return loss_of(found, full) + trade_off * found.work
 
-        for price in TRADE_OFFS:
-            best = min(regret(places, price) for places in objective.everything())
-            assert min(regret(places, price) for places in search.tried) == pytest.approx(best)
+        for trade_off in TRADE_OFFS:
+            best = min(regret(levels, trade_off) for levels in objective.everything())
+            assert min(regret(levels, trade_off) for levels in search.tried) == pytest.approx(best)
 
     @given(seed=st.integers(0, 100), most=st.integers(1, 40))
     @SOME
@@ -93,14 +87,14 @@ class TestSearch:
         assert objective.runs[0] == (0, 0, 0)
         assert len(objective.runs) == len(set(objective.runs)) == len(search.tried) <= most
         assert told == list(range(1, len(search.tried) + 1))
-        assert len(objective.runs) == most or len(objective.runs) > 9  # all places of one knob
+        assert len(objective.runs) == most or len(objective.runs) > 9  # all levels of one parameter
 
     def test_nothing_is_turned_where_it_only_hurts(self):
         objective = Separable([[(0, 0), (5, 0.001)], [(0, 0), (9, 0.0), (20, 0.01)]])
         search = objective.search()
         search.search(100)
-        # One knob at a time: no trial was taken as the start of others.
-        assert all(sum(place > 0 for place in places) <= 1 for places in search.tried)
+        # One parameter at a time: no trial was taken as the start of others.
+        assert all(sum(level > 0 for level in levels) <= 1 for levels in search.tried)
 
     def test_a_trial_is_remembered(self):
         objective = Separable(make_table(1))
@@ -108,14 +102,14 @@ class TestSearch:
         assert search.trial([1, 0, 2]) is search.trial((1, 0, 2))
         assert objective.runs == [(1, 0, 2)]
 
-    def test_settings_of_several_knobs(self):
-        knobs = [
+    def test_settings_of_several_parameters(self):
+        parameters = [
             Parameter("a", ({}, {"REDUNDANCY_IOU": 0.8})),
             Parameter("b", ({}, {"PRUNE_THRESHOLDS": (0.1, 0.0)})),
             Parameter("c", ({}, {"PRUNE_THRESHOLDS": (0.0, 0.3)})),
             Parameter("d", ({}, {"REGION_BUDGET": (0, 40, 0)})),
         ]
-        search = Search(knobs, lambda _: outcome(1, 1))
+        search = Search(parameters, lambda _: outcome(1, 1))
         assert search.setting([0, 0, 0, 0]) == {}
         assert search.setting([0, 1, 0, 0]) == {"PRUNE_THRESHOLDS": (0.1, 0.0)}
         assert search.setting([1, 1, 1, 1]) == {
@@ -139,24 +133,24 @@ def test_the_loss_by_hand():
 OBJECTNESS = np.random.default_rng(0).beta(0.3, 2.0, 4000).astype(np.float32)
 
 
-def make_knobs(*, objectness=OBJECTNESS, num_stages=3, proposals=1000, learned=()):
-    knobs = exit_parameters(
+def make_parameters(*, objectness=OBJECTNESS, num_stages=3, proposals=1000, learned=()):
+    parameters = exit_parameters(
         num_stages=num_stages,
         objectness=objectness,
         proposals_per_image=proposals,
         learned=learned,
     )
-    return {knob.name: knob.settings for knob in knobs}
+    return {parameter.name: parameter.settings for parameter in parameters}
 
 
-class TestKnobs:
+class TestParameters:
     @pytest.mark.parametrize("num_stages", [2, 3, 4])
     @pytest.mark.parametrize("learned", [(), LEARNED_PARTS])
     def test_every_setting_makes_a_policy_and_off_comes_first(self, num_stages, learned):
         cfg = get_cfg()
         cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS = (0.5, 0.6, 0.7, 0.75)[:num_stages]
         cfg.MODEL.CASCADE.EXIT.LEARNED = learned
-        for name, values in make_knobs(num_stages=num_stages, learned=learned).items():
+        for name, values in make_parameters(num_stages=num_stages, learned=learned).items():
             assert values[0] == {}
             assert len(values) > 3, name
             for setting in values[1:]:
@@ -167,20 +161,20 @@ class TestKnobs:
                     policy = ExitPolicy(**{**arguments, "learned": None})
                     assert policy.rules, (name, setting)
 
-    def test_learned_parts_have_knobs_where_they_are(self):
-        plain, pruner = make_knobs(), make_knobs(learned=("pruner",))
+    def test_learned_parts_have_parameters_where_they_are(self):
+        plain, pruner = make_parameters(), make_parameters(learned=("pruner",))
         assert pruner.keys() - plain.keys() == {f"pruner at gate {gate}" for gate in range(3)}
         (accept, *_) = plain["acceptance"][1:]
         assert (accept["CONFIDENCE"], accept["LOCALISATION"]) == ("max_prob", "refinement")
-        (accept, *_) = make_knobs(learned=("gate", "iou_head"))["acceptance"][1:]
+        (accept, *_) = make_parameters(learned=("gate", "iou_head"))["acceptance"][1:]
         assert (accept["CONFIDENCE"], accept["LOCALISATION"]) == ("learned", "predicted_iou")
 
     def test_from_safe_to_risky(self):
         record = make_recorded_scene(num_proposals=(300, 250), num_classes=3).record
         objectness = 1 / (1 + np.exp(-record.objectness.numpy()))
-        knobs = make_knobs(objectness=objectness, proposals=300)
+        parameters = make_parameters(objectness=objectness, proposals=300)
         cfg = get_cfg()
-        for name, values in knobs.items():
+        for name, values in parameters.items():
             if name in ("redundancy", "acceptance"):
                 continue  # a region that goes no longer keeps others from going
             computed = []
@@ -192,47 +186,35 @@ class TestKnobs:
             assert computed[0] == 3 * 550
 
     def test_thresholds_of_objectness_drop_some_and_not_all(self):
-        values = [s["PROPOSAL_THRESHOLD"] for s in make_knobs()["objectness"][1:]]
+        values = [s["PROPOSAL_THRESHOLD"] for s in make_parameters()["objectness"][1:]]
         dropped = [np.mean(value > OBJECTNESS) for value in values]
         np.testing.assert_allclose(dropped, (0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9), atol=0.01)
         assert len(set(values)) == 7
         for extreme in (OBJECTNESS * 1e-8, 1 - OBJECTNESS * 1e-3):
-            knob = make_knobs(objectness=extreme)["objectness"]
-            values = [setting["PROPOSAL_THRESHOLD"] for setting in knob[1:]]
+            parameter = make_parameters(objectness=extreme)["objectness"]
+            values = [setting["PROPOSAL_THRESHOLD"] for setting in parameter[1:]]
             assert values
             assert all(0 < value < 1 and 0 < (extreme < value).mean() < 1 for value in values)
 
     @pytest.mark.parametrize("same", [0.0, 0.5, 1.0])
     def test_alike_proposals_have_no_threshold(self, same):
         alike = np.full(50, same, np.float32)
-        assert make_knobs(objectness=alike)["objectness"] == ({},)
+        assert make_parameters(objectness=alike)["objectness"] == ({},)
 
     def test_without_proposals(self):
-        knobs = make_knobs(objectness=np.zeros(0, np.float32), proposals=0)
-        assert knobs["objectness"] == knobs["proposals"] == knobs["regions in stage 1"] == ({},)
+        parameters = make_parameters(objectness=np.zeros(0, np.float32), proposals=0)
+        assert (
+            parameters["objectness"]
+            == parameters["proposals"]
+            == parameters["regions in stage 1"]
+            == ({},)
+        )
 
     def test_numbers_of_regions_are_below_those_of_the_proposals(self):
-        knobs = make_knobs(proposals=120)
-        assert [s["REGION_BUDGET"] for s in knobs["proposals"][1:]] == [(100, 0, 0), (50, 0, 0)]
-        later = [s["REGION_BUDGET"][2] for s in knobs["regions in stage 2"][1:]]
+        parameters = make_parameters(proposals=120)
+        assert [s["REGION_BUDGET"] for s in parameters["proposals"][1:]] == [
+            (100, 0, 0),
+            (50, 0, 0),
+        ]
+        later = [s["REGION_BUDGET"][2] for s in parameters["regions in stage 2"][1:]]
         assert later == [100, 70, 50, 30]
-
-
-@given(
-    points=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12),
-)
-@SOME
-def test_the_front_by_brute_force(points):
-    tried = {(number,): outcome(float(ap), cost / 6) for number, (ap, cost) in enumerate(points)}
-    front = pareto(tried, lambda trial: trial.work)
-    # Of equal ones any may stand for all.
-    got = {points[number] for (number,) in front}
-    wanted = {
-        (ap, cost)
-        for ap, cost in points
-        if not any((a >= ap and c < cost) or (a > ap and c <= cost) for a, c in points)
-    }
-    assert got == wanted
-    assert len(front) == len(wanted)
-    aps = [tried[key].figures["AP"] for key in front]
-    assert aps == sorted(aps, reverse=True)

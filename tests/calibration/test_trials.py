@@ -9,7 +9,7 @@ from recorded_trials import FRAME, STAGE_FLOPS, make_trials
 
 from cascade_det.calibration.bootstrap import average_precision
 from cascade_det.calibration.found_objects import found_objects, lost_share
-from cascade_det.calibration.trials import ExitTrials, Outcome, Recording
+from cascade_det.calibration.trials import ExitTrials, Recording, TrialSummary
 from cascade_det.core.exits import ExitPolicy
 from cascade_det.core.postprocess import rescale_detections
 
@@ -42,7 +42,7 @@ class TestTrial:
     @pytest.mark.parametrize("rules", [PRUNING, ACCEPTING])
     def test_it_is_what_each_image_gives_by_itself(self, trials, rules):
         exits, matcher, ids = policy(**rules), trials.matcher, trials.recording.image_ids
-        trial = trials.run(exits)
+        trial = trials.replay(exits)
         found, entered = replayed(trials, exits)
         full, _ = replayed(trials, None)
         assert trial.entered.tolist() == entered.tolist()
@@ -52,7 +52,7 @@ class TestTrial:
             matcher.match(image_id, detections)
             for image_id, detections in zip(ids, found, strict=True)
         )
-        assert trial.figures == average_precision(matched)
+        assert trial.metrics == average_precision(matched)
         np.testing.assert_array_equal(trial.matched.scores, matched.scores)
         for iou, lost in ((0.5, trial.lost), (0.75, trial.lost_well_placed)):
             wanted = [
@@ -73,32 +73,31 @@ class TestTrial:
         assert not full.lost.any()
         assert not full.lost_well_placed.any()
         assert full.entered.tolist() == [[30, 20] * 3] * 3
-        assert (full.region_stages, full.later_work) == (450, 300)
-        assert trials.run(policy()).figures == full.figures
-        assert full.figures["AP"] > 1
+        assert (full.regions_left(full), full.exit_rate(full)) == (1, 0)
+        assert trials.replay(policy()).metrics == full.metrics
+        assert full.metrics["AP"] > 1
 
     def test_a_cascade_that_stops_early(self, trials):
-        one = trials.run(None, 1)
+        one = trials.replay(None, 1)
         assert one.entered.tolist() == [[30, 20] * 3, [0] * 6, [0] * 6]
         assert one.work == pytest.approx(STAGE_FLOPS[0] / sum(STAGE_FLOPS))
-        assert one.later_work == 0
-        accepted = trials.run(policy(thresholds=(0.0, 2.0)))
-        assert (accepted.figures, accepted.work) == (one.figures, one.work)
+        assert (one.regions_left(trials.full), one.exit_rate(trials.full)) == (1 / 3, 1)
+        accepted = trials.replay(policy(thresholds=(0.0, 2.0)))
+        assert (accepted.metrics, accepted.work) == (one.metrics, one.work)
 
     def test_a_policy_for_each_record(self, trials):
         alike, other = policy(**PRUNING), policy(**ACCEPTING)
-        mixed = trials.run([alike, other, None])
-        parts = [trials.run(exits).entered for exits in (alike, other, None)]
+        mixed = trials.replay([alike, other, None])
+        parts = [trials.replay(exits).entered for exits in (alike, other, None)]
         wanted = np.concatenate([parts[i][:, 2 * i : 2 * i + 2] for i in range(3)], axis=1)
         assert mixed.entered.tolist() == wanted.tolist()
 
-    def test_its_figures_alone_are_small(self, trials):
-        trial = trials.run(policy(**PRUNING))
-        outcome = trial.outcome()
-        assert type(outcome) is Outcome
-        assert not hasattr(outcome, "matched")
-        for field in dataclasses.fields(Outcome):
-            assert getattr(outcome, field.name) is getattr(trial, field.name)
+    def test_its_summary_is_small(self, trials):
+        trial = trials.replay(policy(**PRUNING))
+        summary = trial.summary()
+        assert type(summary) is TrialSummary
+        for field in dataclasses.fields(TrialSummary):
+            assert getattr(summary, field.name) is getattr(trial, field.name)
 
     def test_detections_are_in_the_original_images(self, trials):
         exits = policy(**PRUNING)
@@ -115,13 +114,13 @@ class TestRecording:
         assert len(some.frames) == 3
         assert [record.num_images for record in some.records] == [1, 1, 1]
         exits = policy(**PRUNING)
-        part = ExitTrials(some, trials.matcher, score=0.3).run(exits)
-        whole = trials.run(exits)
+        part = ExitTrials(some, trials.matcher, score=0.3).replay(exits)
+        whole = trials.replay(exits)
         assert part.entered.tolist() == whole.entered[:, [0, 3, 4]].tolist()
         assert part.lost.tolist() == whole.lost[[0, 3, 4]].tolist()
         subset = whole.matched.subset([10, 13, 14])
         assert part.matched.scores.tolist() == subset.scores.tolist()
-        assert part.figures == average_precision(subset)
+        assert part.metrics == average_precision(subset)
 
     def test_sizes_go_with_their_images(self):
         record = make_recorded_scene(num_proposals=(3, 4, 5), num_objects=(1, 1, 1)).record
@@ -138,9 +137,9 @@ class TestRecording:
 
 def test_images_without_proposals():
     trials = make_trials(num_proposals=(0, 20))
-    trial = trials.run(policy(**PRUNING))
+    trial = trials.replay(policy(**PRUNING))
     assert trial.entered[0].tolist() == [0, 20, 0, 20]
     empty = make_trials(num_proposals=(0, 0))
-    trial = empty.run(policy(proposal_threshold=0.5))
-    assert trial.work == trial.figures["AP"] == 0
+    trial = empty.replay(policy(proposal_threshold=0.5))
+    assert trial.work == trial.metrics["AP"] == 0
     assert not trial.lost.any()

@@ -17,7 +17,7 @@ import calibrate_exits
 from cascade_det import __version__
 from cascade_det.calibration import calibrate as calibrate_module
 from cascade_det.calibration import comparison as exit_comparison
-from cascade_det.calibration.front import plot_front
+from cascade_det.calibration.front_plot import plot_front
 from cascade_det.calibration.recording import _SHARES, time_policies
 from cascade_det.calibration.target import Options
 from cascade_det.config import load_config
@@ -76,13 +76,13 @@ def quick(monkeypatch):
     """Measure little, and compare with less: these take longer than everything else."""
     options = functools.partial(Options, timed_batches=1, rounds=1)
     monkeypatch.setattr(calibrate_exits, "Options", options)
-    report = "cascade_det.calibration.report"
-    monkeypatch.setattr(f"{report}.usual_settings", lambda *_: {})
+    assessment = "cascade_det.calibration.assessment"
+    monkeypatch.setattr(f"{assessment}.usual_settings", lambda *_: {})
     monkeypatch.setattr("cascade_det.calibration.recording._SHARES", _SHARES[:5])
     fewer_rounds = functools.partial(exit_comparison.compare, rounds=20)
-    monkeypatch.setattr(f"{report}.compare", fewer_rounds)
-    monkeypatch.setattr(f"{report}.plot_front", _fewer_pictures)
-    monkeypatch.setattr(f"{report}.time_policies", _two_times)
+    monkeypatch.setattr(f"{assessment}.compare", fewer_rounds)
+    monkeypatch.setattr("cascade_det.calibration.report.plot_front", _fewer_pictures)
+    monkeypatch.setattr(f"{assessment}.time_policies", _two_times)
     monkeypatch.setattr("cascade_det.engine.evaluate.plot_report", lambda *_, **__: None)
     monkeypatch.setattr("cascade_det.engine.evaluate.write_analysis", lambda *_, **__: None)
 
@@ -288,14 +288,14 @@ class TestFiles:
 
 @pytest.fixture
 def choose(monkeypatch):
-    """``choose(name)``: this knob at its riskiest is what comes out; ``None``: no exits."""
+    """``choose(name)``: the result is this parameter at its riskiest; ``None``: no exits."""
 
     def make(name):
-        def places(calibrator, *_):
-            knobs = calibrator.search.knobs
-            return tuple((len(k.settings) - 1) * (k.name == name) for k in knobs)
+        def levels(calibrator, *_):
+            parameters = calibrator.search.parameters
+            return tuple((len(p.settings) - 1) * (p.name == name) for p in parameters)
 
-        monkeypatch.setattr("cascade_det.calibration.calibrator.Calibrator._choose", places)
+        monkeypatch.setattr("cascade_det.calibration.calibrator.Calibrator._choose", levels)
 
     return make
 
@@ -312,15 +312,15 @@ def test_where_nothing_may_leave_exits_are_off(case, tmp_path, choose):
 def test_a_model_with_learned_exits(tmp_path, choose):
     names = ("iou_head", "gate", "pruner")
     case = make_calibration_case(tmp_path / "case", images=4, learned=names)
-    for knob in (None, "pruner at gate 1"):
-        choose(knob)
+    for parameter in (None, "pruner at gate 1"):
+        choose(parameter)
         assert run(case, tmp_path / "out", "--exit-rate", "0", "--trials=1") == 0
         cfg = load_config([INSTANT, tmp_path / "out" / "exits.yaml"], case.options)
         host.check_config(cfg)
         # The model keeps its learned parts where none of them is used.
         assert cfg.MODEL.CASCADE.EXIT.ENABLED
         expected = json.loads((tmp_path / "out" / "calibration.json").read_text())["expected"]
-        assert (expected["work"] == 1) == (knob is None)
+        assert (expected["work"] == 1) == (parameter is None)
     detector, _, loader = host.open_detector(cfg)
     stats = detector.eval().detect(next(iter(loader))).stats
     assert 0 < stats.left[0]["background"] < stats.entered[0]

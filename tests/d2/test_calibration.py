@@ -34,12 +34,14 @@ def case(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, no_pictures):
     """What takes longer than everything else, and is the same in both hosts."""
-    report = "cascade_det.calibration.report"
-    monkeypatch.setattr(f"{report}.usual_settings", lambda *_: {})
+    assessment = "cascade_det.calibration.assessment"
+    monkeypatch.setattr(f"{assessment}.usual_settings", lambda *_: {})
     monkeypatch.setattr("cascade_det.calibration.recording._SHARES", _SHARES[:5])
     fewer_rounds = functools.partial(exit_comparison.compare, rounds=20)
-    monkeypatch.setattr(f"{report}.compare", fewer_rounds)
-    monkeypatch.setattr(f"{report}.plot_front", lambda _, path, **__: path.touch())
+    monkeypatch.setattr(f"{assessment}.compare", fewer_rounds)
+    monkeypatch.setattr(
+        "cascade_det.calibration.report.plot_front", lambda _, path, **__: path.touch()
+    )
 
 
 def load(files, options):

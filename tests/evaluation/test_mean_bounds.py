@@ -1,4 +1,4 @@
-"""Confidence intervals: whether they hold as often as they say, and are narrow enough."""
+"""Bounds of a mean: whether they hold as often as they say, and are narrow enough."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from cascade_det.evaluation.mean_bounds import mean_interval
+from cascade_det.evaluation.mean_bounds import mean_interval, mean_upper_bound
 
 
 def test_without_samples_nothing_is_known():
@@ -56,7 +56,7 @@ MEANS = {"zeros": 0, "ones": 1, "rare": 0.05, "coins": 0.5, "shares": 0.1 * 1.75
 
 @pytest.mark.parametrize("name", DRAWS)
 def test_all_intervals_of_a_stream_hold_together(name):
-    """Whoever looks after every tenth sample is wrong even once in at most 1 of 10 streams."""
+    """Looking after every tenth sample, at most 1 of 10 streams has any wrong interval."""
     rng = np.random.default_rng(1)
     streams, missed = 60, 0
     for _ in range(streams):
@@ -110,5 +110,59 @@ def test_in_a_stream_that_changes_the_interval_has_the_mean_of_the_samples(ones)
 
 @pytest.mark.parametrize("wrong", [-0.01, 1.01, math.nan])
 def test_what_is_no_loss_is_refused(wrong):
-    with pytest.raises(ValueError, match="from 0 to 1"):
+    with pytest.raises(ValueError, match=r"in \[0, 1\]"):
         mean_interval([0.5, wrong])
+
+
+def every(step, count):
+    return (np.arange(1, count + 1) % step == 0).astype(float)
+
+
+class TestUpperBound:
+    @pytest.mark.parametrize(
+        ("losses", "expected"),
+        [
+            (np.zeros(100), 0.02380),
+            (np.zeros(500), 0.00475),
+            (np.zeros(1000), 0.00237),
+            (np.zeros(5000), 0.00047),
+            (every(20, 100), 0.12326),
+            (every(50, 1000), 0.03316),
+            (every(100, 1000), 0.02390),
+            (np.full(1000, 0.01), 0.01237),
+        ],
+    )
+    def test_by_its_formula(self, losses, expected):
+        assert mean_upper_bound(losses, 0.1, seed=None) == pytest.approx(expected, abs=6e-6)
+
+    def test_it_is_above_the_mean_and_at_most_1(self):
+        for losses in (np.zeros(1), np.ones(1), every(2, 30), np.ones(50)):
+            assert losses.mean() < mean_upper_bound(losses, 0.1) <= 1 or losses.mean() == 1
+        assert mean_upper_bound(np.ones(50), 0.1) == 1
+
+    def test_it_shuffles_with_its_seed(self):
+        losses = every(20, 100)
+        assert mean_upper_bound(losses, 0.1) == mean_upper_bound(losses, 0.1, seed=0)
+        assert mean_upper_bound(losses, 0.1) != mean_upper_bound(losses, 0.1, seed=1)
+        in_order = mean_upper_bound(losses, 0.1, seed=None)
+        assert mean_upper_bound(np.sort(losses), 0.1, seed=None) != in_order
+
+    def test_it_fails_as_often_as_promised(self):
+        rng = np.random.default_rng(0)
+        rounds, mean = 300, 0.05
+        draws = ((rng.random(60) < mean).astype(float) for _ in range(rounds))
+        failures = sum(mean_upper_bound(losses, 0.1) < mean for losses in draws)
+        assert failures / rounds <= 0.1 + 3 * math.sqrt(0.1 * 0.9 / rounds)
+
+    @pytest.mark.parametrize(
+        ("losses", "delta", "message"),
+        [
+            ([0.5, 1.5], 0.1, "from 0.5 to 1.5"),
+            ([math.nan], 0.1, "in"),
+            ([], 0.1, "at least one"),
+            ([0.5], 1, "delta must be between 0 and 1, not 1"),
+        ],
+    )
+    def test_refused_input(self, losses, delta, message):
+        with pytest.raises(ValueError, match=message):
+            mean_upper_bound(losses, delta)

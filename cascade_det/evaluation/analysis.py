@@ -1,4 +1,4 @@
-"""Where a detector goes wrong: precision and recall, confused classes, the worst images."""
+"""The mistakes of a detector: precision and recall, confused classes, the worst images."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ def analyze(
     *,
     score_threshold: float = SCORE_THRESHOLD,
 ) -> dict[str, Any]:
-    """Look into an evaluation at ``coco_matches.IOU``.
+    """Analyze an evaluation at ``coco_matches.IOU``.
 
     Args:
         evaluation: see ``run_cocoeval``.
-        results: what it was run on.
-        score_threshold: detections with a lower score are not counted.
+        results: the detections of the evaluation.
+        score_threshold: the lowest score that counts.
 
     Returns:
         - ``precision``, ``recall`` and ``F1`` of all classes together, in percent;
-        - ``overall``: the same with the counts behind it (see ``coco_matches.point_at``), at the
-          threshold and at the score that is best for F1;
+        - ``overall``: the same with counts (see ``coco_matches.point_at``), at the threshold and
+          at the score of the best F1;
         - ``per_class``: a dict for each class in the order of the category ids, with ``class``
-          (its label, see ``ground_truth.class_labels``, here and below),
-          ``category_id``, ``objects``, ``AP``, ``AP50``, ``AP75``, the point at the threshold,
-          and ``best``, the point that is best for its F1;
+          (its label, see ``ground_truth.class_labels``, here and below), ``category_id``,
+          ``objects``, ``AP``, ``AP50``, ``AP75``, the point at the threshold, and ``best``, the
+          point of the best F1;
         - ``confusion_matrix``: ``classes`` and ``counts``, see ``confusion.confusion_matrix``;
-        - ``worst_images``: those with the most mistakes, see below.
+        - ``worst_images``: the images with the most mistakes, see below.
 
         A mistake is a false positive or a miss. An image has ``image_id``, ``file_name``,
         ``true_positives``, ``false_positives``, ``misses``, ``F1`` and ``boxes``; each box has
         ``kind`` (``found`` and ``missed`` are objects, ``false positive`` is a detection),
-        ``class``, ``bbox`` (XYWH in pixels) and, for detections, ``score``. The number of
-        mistakes and not F1 makes an image a bad one: mistakes are what the overall F1 suffers
-        from, and an image with one object would else be the worst as soon as it is missed.
+        ``class``, ``bbox`` (XYWH in pixels) and, for detections, ``score``. Images are ranked by
+        mistakes, which lower the overall F1, rather than by F1: by F1, an image with a single
+        missed object would be among the worst.
     """
     matches = read_matches(evaluation)
     overall = [
@@ -57,7 +57,9 @@ def analyze(
     ]
     labels = class_labels(evaluation.cocoGt.cats)
     counts = confusion_matrix(
-        *(evaluation.cocoGt, results, evaluation.params.imgIds),
+        evaluation.cocoGt,
+        results,
+        evaluation.params.imgIds,
         score_threshold=score_threshold,
         iou_threshold=IOU,
         max_detections=evaluation.params.maxDets[-1],
@@ -128,7 +130,7 @@ def _count(matches: Matches, image_indices: npt.NDArray[np.int64]) -> npt.NDArra
 def _boxes(
     evaluation: COCOeval, matches: Matches, image_index: int, score_threshold: float
 ) -> list[dict[str, Any]]:
-    """What an image shows: objects that were found, false positives, objects that were missed."""
+    """The boxes of an image: found objects, false positives, missed objects."""
     here = matches.object_images == image_index
     found = matches.found_at >= score_threshold
     wrong = (

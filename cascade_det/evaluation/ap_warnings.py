@@ -1,4 +1,4 @@
-"""Why an AP is 0 or nan, or says little, in words."""
+"""Warnings that explain an AP that is 0, nan or meaningless."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _SIZES = {
     "APl": ("large", "from 96 x 96 px", 96.0**2, 1e10),
 }
 _MAX_NAMES = 10
-# Of the objects whose area cannot be: a few of them change no AP.
+# The largest share of objects with an impossible area; a few of them change no AP.
 _MOST_WRONG_AREAS = 0.01
-# Of the detections; a detector that keeps to the image has none.
+# The smallest share of detections beyond their image; a correct detector has none.
 _SHARE_BEYOND = 0.25
 
 
@@ -34,16 +34,16 @@ def explain(
     predictions: Sequence[Mapping[str, Any]],
     image_ids: Collection[int] | None = None,
 ) -> list[str]:
-    """Say for every figure that is nan, for an AP of 0 and for what chance decides, why it is so.
+    """Explain every metric that is nan, an AP of 0, and APs that mean nothing.
 
     Args:
-        results: what ``coco_ap`` returned.
-        coco_gt: the ground truth that it was computed with.
-        predictions: the detections that it was computed from, in COCO's result format.
-        image_ids: the images that it was computed on; ``None`` for all.
+        results: see ``coco_ap``.
+        coco_gt: the ground truth of the evaluation.
+        predictions: its detections, in COCO's result format.
+        image_ids: its images; ``None`` for all.
 
     Returns:
-        One sentence or two per finding, for people. Empty where nothing needs explaining.
+        A sentence or two per finding.
     """
     images = set(coco_gt.imgs if image_ids is None else image_ids)
     objects = [
@@ -70,7 +70,7 @@ def explain(
 
 
 def unprocessed_warning(image_ids: Iterable[int], seen: Collection[int]) -> list[str]:
-    """A note where some of the evaluated images never went through the detector."""
+    """A warning if some of the evaluated images were not processed."""
     missing = [image_id for image_id in image_ids if image_id not in seen]
     if not missing:
         return []
@@ -83,14 +83,14 @@ def unprocessed_warning(image_ids: Iterable[int], seen: Collection[int]) -> list
 def too_many_objects_warning(
     coco_gt: COCO, image_ids: Collection[int], most: int, option: str, *, of_class: bool = False
 ) -> list[str]:
-    """A note where images have more objects than detections count in one.
+    """A warning if images have more objects than detections that count.
 
     Args:
         coco_gt: the ground truth.
-        image_ids: the images that are evaluated.
-        most: how many detections count in an image.
-        option: what sets this.
-        of_class: it holds for each class, not for all classes together.
+        image_ids: the evaluated images.
+        most: the number of detections that count in an image.
+        option: sets this number.
+        of_class: whether the number is per class.
     """
     images = set(image_ids)
     counts = Counter(
@@ -106,8 +106,8 @@ def too_many_objects_warning(
     name = shown_name(coco_gt.imgs[image_id].get("file_name", ""))
     return [
         f"{len(crowded)} images have more than {most} {kind}, up to {highest:,} "
-        f"({name or f'id {image_id}'}), but only the {most} best detections count there: the "
-        f"other objects are missed, however good the detector is. Raise {option}."
+        f"({name or f'id {image_id}'}), but only the {most} best detections of an image count: "
+        f"even a perfect detector misses the other objects. Raise {option}."
     ]
 
 
@@ -117,26 +117,25 @@ def _equal_names(coco_gt: COCO) -> list[str]:
     if not several:
         return []
     return [
-        "Categories of the json have the same name. They stay apart, each with its own AP: "
-        f"{_enumerate(several)}."
+        f"Categories of the json have the same name. Each keeps its own AP: {_enumerate(several)}."
     ]
 
 
 def _wrong_areas(objects: list[dict]) -> list[str]:
-    """APs, APm and APl go by ``area``, which is that of a mask where there is one."""
+    """Areas that do not fit their boxes; an area may be that of a mask inside the box."""
     areas = np.array([item["area"] for item in objects], np.float64)
     width, height = np.array([item["bbox"][2:] for item in objects], np.float64).T
     boxes = width * height
     remedy = (
-        "APs, APm and APl go by it and mean nothing. Mend it, or take it out of the json: the area "
-        "of the box holds then."
+        "APs, APm and APl depend on it and mean nothing. Correct it, or remove it from the json to "
+        "use the area of the box."
     )
     if len(objects) > 1 and np.ptp(areas) == 0 and np.ptp(boxes) > 0:
         return [
-            f"'area' is {areas[0]:g} for all objects, and their boxes have {boxes.min():,.0f} to "
+            f"'area' is {areas[0]:g} for all objects, but their boxes have {boxes.min():,.0f} to "
             f"{boxes.max():,.0f} square pixels: {remedy}"
         ]
-    # Masks are within their boxes, whose edges some count as pixels.
+    # Masks lie inside their boxes; some tools count the edges of a box as pixels.
     wrong = (areas < np.minimum(boxes, 1)) | (areas > (width + 2) * (height + 2))
     if wrong.mean() <= _MOST_WRONG_AREAS:
         return []
@@ -155,13 +154,13 @@ def _equal_scores(predictions: Sequence[Mapping[str, Any]]) -> list[str]:
     if not ranked or any(min(of_class) < max(of_class) for of_class in ranked):
         return []
     return [
-        f"All detections of a class have the same score (such as {ranked[0][0]:g}), so that "
-        "nothing says which come first: AP depends on their order."
+        f"All detections of a class have the same score (such as {ranked[0][0]:g}): AP depends on "
+        "their order in the file."
     ]
 
 
 def _corners_as_sizes(coco_gt: COCO, predictions: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Boxes that are within their images as XYXY alone."""
+    """Boxes that fit into their images only if they are XYXY."""
     sizes = {key: (image.get("width"), image.get("height")) for key, image in coco_gt.imgs.items()}
     known = [item for item in predictions if None not in sizes.get(item["image_id"], (None,))]
     if not known:
@@ -173,8 +172,8 @@ def _corners_as_sizes(coco_gt: COCO, predictions: Sequence[Mapping[str, Any]]) -
     if beyond < _SHARE_BEYOND or not ((corner <= other) & (other <= most)).all():
         return []
     return [
-        f"{100 * beyond:.0f} % of the detections reach beyond their image, and none of them would "
-        "as [x1, y1, x2, y2]: 'bbox' has to be [x, y, width, height]."
+        f"{100 * beyond:.0f} % of the detections reach beyond their image, but none would as "
+        "[x1, y1, x2, y2]: 'bbox' must be [x, y, width, height]."
     ]
 
 
@@ -207,7 +206,8 @@ def _useless_predictions(
     if not predictions:
         return [
             "AP is 0: there are no detections at all. No score reached "
-            "MODEL.ROI_HEADS.SCORE_THRESH_TEST: train longer, check MODEL.WEIGHTS, or lower it."
+            "MODEL.ROI_HEADS.SCORE_THRESH_TEST: train longer, check MODEL.WEIGHTS, or lower the "
+            "threshold."
         ]
     lines = _foreign_categories(coco_gt, predictions)
     if results["AP50"] == 0:
@@ -230,8 +230,8 @@ def _foreign_categories(coco_gt: COCO, predictions: Sequence[Mapping[str, Any]])
     return [
         f"{len(foreign)} of {len(predictions)} detections have category ids that the json does "
         f"not define ({_enumerate(sorted(set(foreign)))}; it defines "
-        f"{_enumerate(sorted(coco_gt.cats))}) and count for nothing: the class list of the "
-        "model and the json do not belong together."
+        f"{_enumerate(sorted(coco_gt.cats))}) and are ignored: the class list of the model does "
+        "not match the json."
     ]
 
 
@@ -247,8 +247,8 @@ def _wrong_place_or_class(
         ]
     if best_of_class < 0.5:
         return [
-            f"AP50 is 0: detections overlap objects (IoU up to {best:.2f}), but never one of "
-            "their own class. The order of the classes and the category ids do not match."
+            f"AP50 is 0: detections overlap objects (IoU up to {best:.2f}), but none of their own "
+            "class. The order of the classes does not match the category ids."
         ]
     return []
 

@@ -11,17 +11,14 @@ from pycocotools.cocoeval import COCOeval
 
 from cascade_det.evaluation.ground_truth import class_labels, stdout_to_log
 
-MAX_DETECTIONS = 100  # of a class in an image, by COCO's rules
+MAX_DETECTIONS = 100  # Per class and image, by COCO's rules.
 
-# Rows of the precisions, at IoU 0.50, 0.55, ..., 0.95.
+# Indices of IoU 0.50, 0.55, ..., 0.95.
 _ALL, _AT_50, _AT_75, _AT_90 = slice(None), slice(0, 1), slice(5, 6), slice(8, 9)
 
 
 def detections_limit(detections_per_image: int) -> int:
-    """How many detections of a class count in an image, of a detector that gives so many in all.
-
-    COCO's limit, unless it would cut off what the detector gives.
-    """
+    """How many detections count per class and image: COCO's limit or the detector's, if higher."""
     return max(MAX_DETECTIONS, detections_per_image)
 
 
@@ -48,10 +45,10 @@ def run_cocoeval(
     Args:
         coco_gt: ground truth, see ``load_ground_truth``.
         results: detections in COCO's result format (``image_id``, ``category_id``, ``bbox``
-            as XYWH, ``score``); not changed. May be empty: AP is then 0, not nan. The id of
-            each in ``cocoDt`` is its place, counted from 1.
+            as XYWH, ``score``); not changed. May be empty: AP is then 0, not nan. Their ids in
+            ``cocoDt`` are 1, 2, ...
         image_ids: images to evaluate on.
-        max_detections: of each class in each image so many count, the best ones.
+        max_detections: how many count per class and image, best score first.
     """
     with stdout_to_log():
         evaluation = COCOeval(coco_gt, _as_coco(coco_gt, results), "bbox")
@@ -65,19 +62,18 @@ def run_cocoeval(
 def ap_metrics(evaluation: COCOeval) -> dict[str, float]:
     """AP, AP50, AP75, AP90, APs, APm, APl and ``AP-<label>`` of each class, in percent.
 
-    A figure for which there is no ground truth is nan. Labels are those of
-    ``ground_truth.class_labels``.
+    A metric without ground truth is nan. Labels are those of ``ground_truth.class_labels``.
     """
     rows = {"AP": _ALL, "AP50": _AT_50, "AP75": _AT_75, "AP90": _AT_90}
     precision = _precision(evaluation)
-    figures = {name: _mean_valid(precision[row]) for name, row in rows.items()}
+    metrics = {name: _mean_valid(precision[row]) for name, row in rows.items()}
     for area, label in enumerate(evaluation.params.areaRngLbl):
         if label != "all":
-            figures[f"AP{label[0]}"] = _mean_valid(_precision(evaluation, area))
+            metrics[f"AP{label[0]}"] = _mean_valid(_precision(evaluation, area))
     labels = class_labels(evaluation.cocoGt.cats)
     for category_id, of_class in ap_per_class(evaluation).items():
-        figures[f"AP-{labels[category_id]}"] = of_class["AP"]
-    return figures
+        metrics[f"AP-{labels[category_id]}"] = of_class["AP"]
+    return metrics
 
 
 def ap_per_class(evaluation: COCOeval) -> dict[int, dict[str, float]]:
@@ -90,14 +86,14 @@ def ap_per_class(evaluation: COCOeval) -> dict[int, dict[str, float]]:
     }
 
 
-def with_ap90(figures: Mapping[str, float], ap90: float) -> dict[str, float]:
-    """Box figures, with AP90 in its place behind AP75."""
-    before = {name: figures[name] for name in ("AP", "AP50", "AP75") if name in figures}
-    return {**before, "AP90": ap90, **figures}
+def with_ap90(metrics: Mapping[str, float], ap90: float) -> dict[str, float]:
+    """Insert AP90 after AP75."""
+    before = {name: metrics[name] for name in ("AP", "AP50", "AP75") if name in metrics}
+    return {**before, "AP90": ap90, **metrics}
 
 
 def _precision(evaluation: COCOeval, area: int = 0) -> np.ndarray:
-    """[IoU, recall, category], of objects of all sizes or one; -1 where there is no truth."""
+    """``[IoU, recall, category]`` of objects of all sizes or one; -1 without ground truth."""
     precision: np.ndarray = evaluation.eval["precision"][:, :, :, area, -1]
     return precision
 

@@ -48,9 +48,9 @@ class CocoEvaluator(Evaluator):
         category_ids: category id in the json of each of these classes.
         output_dir: folder of the run; the detections are written below it, to
             ``inference/coco_instances_results.json``. ``None``: nothing is written.
-        score_threshold: from which score on detections are counted in the analysis.
-        detections_per_image: how many the detector gives at most. COCO counts 100 of a class in an
-            image; where the detector gives more, as many count.
+        score_threshold: the lowest score that counts in the analysis.
+        detections_per_image: the detector's limit. COCO counts 100 detections per class and image,
+            or as many as this limit, if it is higher.
 
     Raises:
         DatasetError: the ground truth cannot be used, or names and ids differ in number.
@@ -78,12 +78,12 @@ class CocoEvaluator(Evaluator):
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything that was processed."""
+        """Discard everything that was processed."""
         self._seen: set[int] = set()
         self._results: list[dict[str, Any]] = []
 
     def process(self, batch: Sequence[Sample], output: DetectorOutput) -> None:
-        """Take in the detections of a batch, in pixels of the original images.
+        """Add the detections of a batch, in pixels of the original images.
 
         Raises:
             DatasetError: an image is not in the json or was processed before, or a class
@@ -98,7 +98,7 @@ class CocoEvaluator(Evaluator):
         return {"seen": sorted(self._seen), "results": self._results}
 
     def merge(self, states: Sequence[dict[str, Any]]) -> None:
-        """Go on from the states of all processes.
+        """Continue from the states of all processes.
 
         Raises:
             DatasetError: two processes saw the same image.
@@ -109,17 +109,19 @@ class CocoEvaluator(Evaluator):
     def evaluate(self, image_ids: Collection[int] | None = None) -> dict[str, Any]:
         """``{"bbox": {"AP": ..., "AP-<class>": ...}, "analysis": {...}, "notes": [...]}``.
 
-        AP is in percent. See ``score_results``, whose figures these are.
+        AP is in percent. See ``score_results``.
 
         Args:
-            image_ids: images to evaluate on; ``None``, as in Detectron2, for all of the json,
-                whether they were processed or not.
+            image_ids: images to evaluate on; ``None``, as in Detectron2, for all images of the
+                json, even if they were not processed.
         """
         if self._output_dir is not None:
             write_json(self._results, Path(self._output_dir) / RESULTS_FILE)
         image_ids = sorted(self._coco_gt.imgs if image_ids is None else image_ids)
         scored = score_results(
-            *(self._coco_gt, self._results, image_ids),
+            self._coco_gt,
+            self._results,
+            image_ids,
             score_threshold=self._score_threshold,
             max_detections=detections_limit(self._detections_per_image),
         )
@@ -131,8 +133,8 @@ class CocoEvaluator(Evaluator):
                 ),
                 *scored["notes"],
             ]
-        for note in scored["notes"]:
-            logger.warning(note)
+        for warning in scored["notes"]:
+            logger.warning(warning)
         return scored
 
 
@@ -144,26 +146,26 @@ def score_results(
     score_threshold: float = SCORE_THRESHOLD,
     max_detections: int = MAX_DETECTIONS,
 ) -> dict[str, Any]:
-    """All figures of detections.
+    """All metrics of detections.
 
     Args:
         coco_gt: ground truth, see ``load_ground_truth``.
         results: detections in COCO's result format.
         image_ids: images to evaluate on.
-        score_threshold: from which score on detections are counted in the analysis.
-        max_detections: of each class in each image so many count, the best ones.
+        score_threshold: the lowest score that counts in the analysis.
+        max_detections: how many count per class and image, best score first.
 
     Returns:
-        ``bbox`` (see ``ap_metrics``), ``analysis`` (see ``analyze``) and ``notes`` on what is 0 or
-        nan. Without annotations ``bbox`` and ``analysis`` are empty.
+        ``bbox`` (see ``ap_metrics``), ``analysis`` (see ``analyze``) and ``notes``, warnings (see
+        ``explain``). Without annotations ``bbox`` and ``analysis`` are empty.
     """
     if "annotations" not in coco_gt.dataset:
-        notes = ["The json has no annotations: AP cannot be computed."]
-        return {"bbox": {}, "analysis": {}, "notes": notes}
+        warning = "The json has no annotations: AP cannot be computed."
+        return {"bbox": {}, "analysis": {}, "notes": [warning]}
     evaluation = run_cocoeval(coco_gt, results, image_ids, max_detections=max_detections)
-    figures = ap_metrics(evaluation)
+    metrics = ap_metrics(evaluation)
     return {
-        "bbox": figures,
+        "bbox": metrics,
         "analysis": analyze(evaluation, results, score_threshold=score_threshold),
-        "notes": explain(figures, coco_gt, results, image_ids),
+        "notes": explain(metrics, coco_gt, results, image_ids),
     }

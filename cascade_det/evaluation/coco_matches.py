@@ -1,4 +1,4 @@
-"""Which detections hit an object, by COCO's rules, and what precision and recall follow."""
+"""COCO's matching of detections and objects, and the precision and recall it gives."""
 
 from __future__ import annotations
 
@@ -17,21 +17,20 @@ IOU = 0.5
 class Matches:
     """COCO's matching at ``IOU``, a row per detection and a row per object.
 
-    Class by class and image by image, detections take the object of the highest IoU that is
-    free, best score first, as many of them as the evaluation counts. So whether one hits does not
-    depend on those with lower scores, and one matching holds for all score thresholds. Crowds and
-    what lies in them have no row.
+    Detections take objects greedily, best score first. Whether one hits does not depend on
+    detections with lower scores, so the matching holds for all score thresholds. Crowds and
+    detections in them have no row.
 
     Attributes:
         images: ``[I]`` ids, ascending.
         classes: ``[K]`` category ids, ascending.
         detection_ids: int64 ``[D]``, ids in ``cocoDt``.
         scores: float64 ``[D]``.
-        hits: bool ``[D]``, whether the detection takes an object.
+        hits: bool ``[D]``, whether the detection matches an object.
         detection_images: int64 ``[D]``, indices into ``images``.
         detection_classes: int64 ``[D]``, indices into ``classes``.
         object_ids: int64 ``[G]``, ids in ``cocoGt``.
-        found_at: float64 ``[G]``, score of the detection that takes the object; -inf for none.
+        found_at: float64 ``[G]``, score of the object's detection; -inf for none.
         object_images: int64 ``[G]``, indices into ``images``.
         object_classes: int64 ``[G]``, indices into ``classes``.
     """
@@ -50,20 +49,20 @@ class Matches:
 
 
 def read_matches(evaluation: COCOeval) -> Matches:
-    """The matching that a COCOeval made; its images and categories are those of its params."""
+    """Read the matching of a COCOeval, on the images and categories of its params."""
     row = int(np.argmin(np.abs(evaluation.params.iouThrs - IOU)))
-    places, entries = [], []
-    for place, entry in _entries_of_all_sizes(evaluation):
-        places.append(place)
+    indices, entries = [], []
+    for class_and_image, entry in _entries_of_all_sizes(evaluation):
+        indices.append(class_and_image)
         entries.append(entry)
-    place_of = np.array(places, np.int64).reshape(-1, 2)
+    index_of = np.array(indices, np.int64).reshape(-1, 2)
 
-    detections = place_of.repeat([len(entry["dtIds"]) for entry in entries], axis=0)
+    detections = index_of.repeat([len(entry["dtIds"]) for entry in entries], axis=0)
     counted = ~_joined([entry["dtIgnore"][row] for entry in entries], np.bool_)
-    objects = place_of.repeat([len(entry["gtIds"]) for entry in entries], axis=0)
+    objects = index_of.repeat([len(entry["gtIds"]) for entry in entries], axis=0)
     wanted = ~_joined([entry["gtIgnore"] for entry in entries], np.bool_)
     taken_by = _joined([entry["gtMatches"][row] for entry in entries], np.int64)
-    # Ids count from 1, and 0 stands for no match.
+    # Ids start at 1; 0 is no match.
     score_of_id = [-np.inf, *(item["score"] for item in evaluation.cocoDt.dataset["annotations"])]
     return Matches(
         images=np.asarray(evaluation.params.imgIds, np.int64),
@@ -86,18 +85,17 @@ def point_at(
     num_objects: int,
     threshold: float,
 ) -> dict[str, Any]:
-    """What counting the detections with ``threshold`` or a higher score gives.
+    """Precision and recall of the detections with ``threshold`` or a higher score.
 
     Args:
         scores: ``[D]``.
         hits: ``[D]``.
-        num_objects: all that could be hit.
+        num_objects: the number of objects.
         threshold: of the score.
 
     Returns:
         ``IoU``, ``score``, ``true_positives``, ``false_positives``, ``misses``, and in percent
-        ``precision`` (of the detections), ``recall`` (of the objects) and their harmonic mean
-        ``F1``; nan where there is nothing to take a share of.
+        ``precision``, ``recall`` and their harmonic mean ``F1``; nan for a share of nothing.
     """
     counted = scores >= threshold
     detections, found = int(counted.sum()), int(hits[counted].sum())
@@ -116,13 +114,13 @@ def point_at(
 def best_point(
     scores: npt.NDArray[np.float64], hits: npt.NDArray[np.bool_], num_objects: int
 ) -> dict[str, Any]:
-    """As ``point_at``, at the score where F1 is highest; of several, the highest score.
+    """``point_at`` the score of the highest F1; of several scores, the highest.
 
-    Without a hit no score is better than another: it is nan, and nothing is counted.
+    Without a hit the score is nan, and no detection counts.
     """
     order = np.argsort(-scores, kind="stable")
     found = hits[order].cumsum()
-    # A threshold takes all detections of one score or none.
+    # A threshold keeps all detections of a score or none.
     last = np.flatnonzero(np.diff(scores[order], append=-np.inf))
     f1 = 2 * found[last] / (last + 1 + num_objects)
     if not f1.any():
@@ -131,7 +129,7 @@ def best_point(
 
 
 def _entries_of_all_sizes(evaluation: COCOeval) -> Iterator[tuple[tuple[int, int], dict]]:
-    """(index of class, index of image) and what COCOeval found there, where there is anything."""
+    """(class index, image index) and COCOeval's matches there, where it has any."""
     num_areas, num_images = len(evaluation.params.areaRng), len(evaluation.params.imgIds)
     for class_index in range(len(evaluation.params.catIds)):
         start = class_index * num_areas * num_images  # Area range 0 is "all".

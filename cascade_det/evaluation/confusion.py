@@ -1,4 +1,4 @@
-"""Which classes are taken for which."""
+"""The confusion matrix of a detector."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ def confusion_matrix(
     iou_threshold: float = 0.5,
     max_detections: int = MAX_DETECTIONS,
 ) -> npt.NDArray[np.int64]:
-    """Count what objects of each class were detected as.
+    """Count the objects of each class by the class they were detected as.
 
-    In each image the detections whose score is ``score_threshold`` or more choose by falling
-    score, the earlier one in ``results`` first where scores are equal. Each takes, among the
-    objects of all classes that nobody has taken, the one of the highest IoU, if that is
-    ``iou_threshold`` or more; of equally good ones an object of its own class, else the first
-    in the json. A detection that takes none is one of background, unless ``iou_threshold`` or
-    more of its area lies in a crowd region of its class: then it does not count. An object that
-    nobody takes was detected as background. Crowd regions are no objects.
+    Matching is greedy in each image, over all classes together. By falling score, and in the order
+    of ``results`` at equal scores, each detection takes the free object with the highest IoU, if
+    that is ``iou_threshold`` or more; at equal IoUs an object of its own class, else the first one
+    in the json. A detection without an object is a false positive (true class: background), unless
+    ``iou_threshold`` or more of its area lies in a crowd region of its class: then it does not
+    count. An object without a detection is a miss (detected class: background). Crowd regions are
+    not objects.
 
-    This is not the matching of AP, which never compares classes: here a detection of a wrong
-    class takes the object away from one of the right class with a lower score.
+    AP matches each class separately. Here, a detection of a wrong class takes the object away from
+    one of the right class with a lower score.
 
     Args:
         coco_gt: ground truth, see ``load_ground_truth``.
-        results: detections in COCO's result format; those of unknown categories do not count.
+        results: detections in COCO's result format; unknown categories do not count.
         image_ids: images to count.
         score_threshold: the lowest score that counts.
-        iou_threshold: the lowest IoU of a match.
-        max_detections: of each class in each image so many count, the best ones, as for AP.
+        iou_threshold: the lowest IoU of a match, above 0.
+        max_detections: how many count per class and image, best score first, as for AP.
 
     Returns:
-        int64 ``[K + 1, K + 1]``: row, the true class; column, the detected class; both in the
-        order of the category ids, with background last.
+        int64 ``[K + 1, K + 1]``: true class by detected class, both in the order of the category
+        ids, with background last.
     """
     index_of = {category_id: index for index, category_id in enumerate(sorted(coco_gt.cats))}
     confident = [result for result in results if result["score"] >= score_threshold]
@@ -67,12 +67,12 @@ def confusion_matrix(
 
 
 def _best(results: Iterable[Mapping[str, Any]], max_detections: int) -> Iterator[Mapping[str, Any]]:
-    """The first so many of each class in each image."""
+    """The first results of each class in each image."""
     counts: Counter[tuple[int, int]] = Counter()
     for result in results:
-        place = result["image_id"], result["category_id"]
-        counts[place] += 1
-        if counts[place] <= max_detections:
+        key = result["image_id"], result["category_id"]
+        counts[key] += 1
+        if counts[key] <= max_detections:
             yield result
 
 
@@ -103,7 +103,7 @@ def _by_image(items: Any, index_of: Mapping[int, int]) -> dict[int, _Boxes]:
 def _pairs(
     found: _Boxes, wanted: _Boxes, crowds: _Boxes, iou_threshold: float, background: int
 ) -> list[npt.NDArray[np.int64]]:
-    """True and detected classes ``[2, N]`` of the matches, the misses and the lone detections."""
+    """True and detected classes ``[2, N]`` of the matches, misses and false positives."""
     taken = _match(found, wanted, iou_threshold)
     hit = taken >= 0
     missed = np.ones(len(wanted.classes), np.bool_)
@@ -129,7 +129,7 @@ def _match(found: _Boxes, wanted: _Boxes, iou_threshold: float) -> npt.NDArray[n
 def _in_crowd(found: _Boxes, crowds: _Boxes, threshold: float) -> npt.NDArray[np.bool_]:
     if not len(found.classes) or not len(crowds.classes):
         return np.zeros(len(found.classes), np.bool_)
-    # The share of the detection, as the flags say.
+    # With crowd flags, an IoU is the share of the detection.
     covered = coco_mask.iou(found.boxes, crowds.boxes, [1] * len(crowds.classes))
     same = np.equal.outer(found.classes, crowds.classes)
     return ((covered >= threshold) & same).any(axis=1)

@@ -1,4 +1,4 @@
-"""The set of evaluators that a run uses."""
+"""The evaluators of a run."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def default_evaluators(
     warmup: int = 5,
     flops: RegionFlops | None = None,
 ) -> list[Evaluator]:
-    """AP, exit rates and latency and, with ``stages``, AP per stage.
+    """Evaluators of AP, exit rates, latency and, with ``stages``, AP per stage.
 
-    ``StageEvaluator`` needs a detector that is run with ``stages=True``, and ``LatencyEvaluator``
-    one that is run with a timer. Arguments as in the evaluators.
+    ``StageEvaluator`` needs a detector that is run with ``stages=True``, ``LatencyEvaluator`` one
+    that is run with a timer. See the evaluators for the arguments.
     """
     evaluators: list[Evaluator] = [
         CocoEvaluator(

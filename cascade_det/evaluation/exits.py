@@ -1,4 +1,4 @@
-"""How many regions each stage computes, why they leave, and what the heads compute for them."""
+"""Exit rates: regions per stage, the reasons of their exits, and the FLOPs of the box heads."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _GIGA = 1e9
 
 @dataclass(frozen=True)
 class RegionFlops:
-    """What the box heads compute for one region; one multiply-add counts as one operation.
+    """Multiply-adds of the box heads for one region.
 
     Attributes:
-        stages: of its way through each stage.
-        scores: of its final scores if it leaves after each stage, beyond what the stages computed.
+        stages: of each stage.
+        scores: of its final scores if it exits after each stage, in addition to the stages.
     """
 
     stages: tuple[float, ...]
@@ -31,10 +31,10 @@ class RegionFlops:
 
 @dataclass
 class _Left:
-    """Regions that left at one place, by reason."""
+    """Regions that exited at one gate, by reason."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    # Exact sums do not depend on which process saw an image, or when.
+    # Exact sums: they are the same for any number of processes and any order of images.
     scores: dict[str, Fraction] = field(default_factory=dict)
 
     def add(self, counts: Mapping[str, int], scores: Mapping[str, float | Fraction]) -> None:
@@ -47,10 +47,10 @@ class _Left:
 
 
 class ExitEvaluator(Evaluator):
-    """Adds up the statistics of a cascade over a data set.
+    """Sums the exit statistics of a cascade over a data set.
 
     Args:
-        flops: of one region; ``None`` leaves out what the heads compute.
+        flops: of one region; ``None`` leaves out the FLOPs.
     """
 
     def __init__(self, flops: RegionFlops | None = None) -> None:
@@ -58,7 +58,7 @@ class ExitEvaluator(Evaluator):
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything that was processed."""
+        """Discard everything that was processed."""
         self._num_images = self._num_batches = self._proposed = self._num_overruns = 0
         self._longest_overrun = 0.0
         self._before = _Left()
@@ -88,7 +88,7 @@ class ExitEvaluator(Evaluator):
         }
 
     def merge(self, states: Sequence[dict[str, Any]]) -> None:
-        """Go on from the states of all processes.
+        """Continue from the states of all processes.
 
         Raises:
             ValueError: the number of stages differs between two that saw images.
@@ -102,18 +102,18 @@ class ExitEvaluator(Evaluator):
         """``{"exits": {"images": n, "stages_per_region": m, "proposals": {...}, "stage0": ...}}``.
 
         ``proposals`` and each stage have ``entered`` (regions), ``entered_per_image``,
-        ``entered_share`` (of the proposals, 0 to 1), ``exit_rate`` (share of the entered that left
-        there, before the cascade was complete), ``left`` (share of the entered by reason) and
-        ``mean_score`` (of those that left, by reason: their largest foreground probability).
+        ``entered_share`` (of the proposals, 0 to 1), ``exit_rate`` (share of the entered regions
+        that exited there, before the cascade was complete), ``left`` (the same by reason) and
+        ``mean_score`` (mean largest foreground probability of the regions that left, by reason).
         ``stages_per_region`` is the mean number of stages computed for a proposal.
         ``overrun_share`` of the batches took longer than their time budget, by ``overrun_ms`` at
-        most. With FLOPs, ``head_gflops_per_image`` is what the box heads computed,
-        ``full_head_gflops_per_image`` what they do for all proposals at all stages, and
-        ``head_flops_share`` the ratio of the two.
+        most. With FLOPs, ``head_gflops_per_image`` is the work of the box heads,
+        ``full_head_gflops_per_image`` that of all proposals at all stages, and
+        ``head_flops_share`` their ratio.
         """
-        places = {"proposals": (self._proposed, self._before)} | {
-            f"stage{index}": place
-            for index, place in enumerate(zip(self._entered, self._left, strict=True))
+        gates = {"proposals": (self._proposed, self._before)} | {
+            f"stage{index}": gate
+            for index, gate in enumerate(zip(self._entered, self._left, strict=True))
         }
         return {
             "exits": {
@@ -122,11 +122,11 @@ class ExitEvaluator(Evaluator):
                 "overrun_share": _share(self._num_overruns, self._num_batches),
                 "overrun_ms": self._longest_overrun,
                 **self._head_work(),
-                **{name: self._place(entered, left) for name, (entered, left) in places.items()},
+                **{name: self._gate(entered, left) for name, (entered, left) in gates.items()},
             }
         }
 
-    def _place(self, entered: int, left: _Left) -> dict[str, Any]:
+    def _gate(self, entered: int, left: _Left) -> dict[str, Any]:
         return {
             "entered": entered,
             "entered_per_image": _share(entered, self._num_images),
@@ -179,7 +179,7 @@ def _state_of(images: int, stats: CascadeStats) -> dict[str, Any]:
         "left_before": stats.left_before,
         "entered": stats.entered,
         "left": stats.left,
-        # There are none without exits.
+        # Not recorded without exits.
         "scores": stats.confidence or [{} for _ in stats.entered],
         "overruns": int(stats.overrun_ms > 0),
         "longest_overrun": stats.overrun_ms,
@@ -187,7 +187,7 @@ def _state_of(images: int, stats: CascadeStats) -> dict[str, Any]:
 
 
 def _in_order(counts: Mapping[str, int]) -> list[str]:
-    """The reasons that something left for, first those that the project knows."""
+    """The reasons of exits, known ones first."""
     names = (*EXIT_REASONS, *sorted(counts.keys() - set(EXIT_REASONS)))
     return [name for name in names if counts.get(name)]
 

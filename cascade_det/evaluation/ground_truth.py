@@ -1,4 +1,4 @@
-"""The annotations that detections are held against."""
+"""The ground truth of an evaluation, and the images that were processed."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ def load_ground_truth(content: Mapping[str, Any]) -> COCO:
 
 
 def class_labels(categories: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
-    """A label for each category, by id: its name, with the id where several have that name.
+    """A label for each category, by id: its name, with the id if several have the same name.
 
     Args:
         categories: of a COCO-format json, by id.
 
     Returns:
-        In the order of the ids. No two are equal: ``cell (id 3)`` and ``cell (id 7)``.
+        Unique labels in the order of the ids, such as ``cell (id 3)`` and ``cell (id 7)``.
     """
     labels = {category_id: categories[category_id]["name"] for category_id in sorted(categories)}
-    # More than once where a name looks like such a label.
+    # Repeated, since a name may look like such a label.
     while len(counts := Counter(labels.values())) < len(labels):
         labels = {
             category_id: f"{label} (id {category_id})" if counts[label] > 1 else label
@@ -77,7 +77,7 @@ def admit_images(
 
     Raises:
         DatasetError: an image is not in the json, or was processed before.
-        ValueError: there are not as many outputs as images.
+        ValueError: the numbers of outputs and images differ.
     """
     if len(batch) != len(detections_per_image):
         raise ValueError(f"{len(batch)} images but {len(detections_per_image)} detector outputs")
@@ -86,8 +86,8 @@ def admit_images(
         if image_id not in coco_gt.imgs:
             raise DatasetError(
                 f"image {image_id} ({sample.get('file_name', 'no file name')}) is not in the "
-                "annotation file that it is evaluated with: give the evaluator the json that "
-                "the images were loaded from"
+                "annotation file of the evaluation: give the evaluator the json that the images "
+                "were loaded from"
             )
         if image_id in seen:
             raise DatasetError(
@@ -98,10 +98,10 @@ def admit_images(
 
 
 def merge_seen(seen_by_process: Iterable[Iterable[int]]) -> set[int]:
-    """The images that any process saw.
+    """The images that were processed, over all processes.
 
     Raises:
-        DatasetError: two of them saw the same image, which would count its detections twice.
+        DatasetError: two processes had the same image, whose detections would count twice.
     """
     seen: set[int] = set()
     for image_ids in seen_by_process:
@@ -116,7 +116,7 @@ def merge_seen(seen_by_process: Iterable[Iterable[int]]) -> set[int]:
 
 @contextlib.contextmanager
 def stdout_to_log() -> Iterator[None]:
-    """Send what pycocotools prints to the log, at level DEBUG."""
+    """Send the output of pycocotools to the log, at level DEBUG."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         yield

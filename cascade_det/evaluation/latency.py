@@ -15,7 +15,7 @@ import numpy as np
 from cascade_det.core.structures import DetectorOutput
 from cascade_det.evaluation.evaluator import Evaluator, Sample
 
-# Times of a second pass through the cascade without exits, where the detector made one.
+# Times of a second pass without exits, if the detector made one.
 FULL_PREFIX = "full/"
 _LATER_STAGE = re.compile(r"stage[1-9]\d*")
 _STAGE = re.compile(r"stage\d+")
@@ -25,8 +25,8 @@ _NOT_TIMED_IN_FULL = (
     "detector with stages=True."
 )
 _SEVERAL_PROCESSES = (
-    "Times are of {} processes that ran at once: where they share a processor, they are longer "
-    "than those of one process."
+    "Times are of {} processes that ran at once: if they share a processor, each is slower than "
+    "one process alone."
 )
 
 Times = dict[str, float]
@@ -34,7 +34,7 @@ Times = dict[str, float]
 
 @dataclass(frozen=True)
 class _Batch:
-    """One measurement: milliseconds per image and part, and what they were measured on."""
+    """One measurement: milliseconds per image by part, and the batch."""
 
     times: Times
     size: int
@@ -43,13 +43,13 @@ class _Batch:
 
 
 class LatencyEvaluator(Evaluator):
-    """Median and 95th percentile of the time that each part takes, after a warm-up.
+    """Median and 95th percentile of the time of each part, after a warm-up.
 
     One batch is one measurement: its milliseconds divided by its images. A part that did not
-    run for a batch, as a stage that no region reached, took 0 ms there.
+    run for a batch, such as a stage that no region reached, took 0 ms there.
 
     Args:
-        warmup: batches at the beginning that are left out, of every process.
+        warmup: number of batches left out at the beginning of every process.
     """
 
     def __init__(self, warmup: int = 5) -> None:
@@ -57,12 +57,12 @@ class LatencyEvaluator(Evaluator):
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything that was processed."""
-        # Process by process: each one warms up.
+        """Discard everything that was processed."""
+        # By process, since each one warms up.
         self._batches: list[list[_Batch]] = [[]]
 
     def process(self, batch: Sequence[Sample], output: DetectorOutput) -> None:
-        """Take in the times of one batch; a batch without times is passed over."""
+        """Add the times of one batch; a batch without times is ignored."""
         milliseconds = output.stats.milliseconds
         if not milliseconds or not batch:
             return
@@ -84,30 +84,29 @@ class LatencyEvaluator(Evaluator):
         return [vars(batch) for batch in chain(*self._batches)]
 
     def merge(self, states: Sequence[list[dict[str, Any]]]) -> None:
-        """Go on from the states of all processes, each with a warm-up of its own."""
+        """Continue from the states of all processes, each with its own warm-up."""
         self._batches = [[_Batch(**batch) for batch in state] for state in states] or [[]]
 
     def evaluate(self) -> dict[str, Any]:
         """``{"latency": {...}}``, all times in milliseconds per image.
 
-        ``parts`` and ``total`` hold ``median_ms`` and ``p95_ms`` of the detector as it is
-        configured; ``full_parts`` and ``full_total`` the same of the cascade without exits,
-        where it was timed. ``most_exits_could_save`` is ``(t_full - t_stage1) / t_full``,
-        where ``t_full`` is the median time without exits and ``t_stage1`` the median of all of
-        it but the second and later stages; nan where only a cascade with exits was timed, or no
-        stage was.
-        ``batch_size``, ``images``, ``batches``, ``warmup_batches`` and ``input_size`` (median
-        of the network's input in pixels) say what was measured, ``notes`` what to beware of.
+        ``parts`` and ``total`` hold ``median_ms`` and ``p95_ms`` of the detector as configured;
+        ``full_parts`` and ``full_total`` the same without exits, if that was timed.
+        ``most_exits_could_save`` is ``(t_full - t_stage1) / t_full``, where ``t_full`` is the
+        median time without exits and ``t_stage1`` the same without the second and later stages;
+        nan if only a cascade with exits, or no stage, was timed. ``batch_size``, ``images``,
+        ``batches``, ``warmup_batches`` and ``input_size`` (median of the network's input in
+        pixels) describe the measurement, ``notes`` are warnings.
         """
         recorded = list(chain(*self._batches))
         if not recorded:
-            note = "No times were recorded: run the detector with a timer."
-            return {"latency": {"images": 0, "batches": 0, "notes": [note]}}
+            warning = "No times were recorded: run the detector with a timer."
+            return {"latency": {"images": 0, "batches": 0, "notes": [warning]}}
         warm = list(chain(*(batches[self._warmup :] for batches in self._batches)))
         batches = warm or recorded
         times, sizes = [batch.times for batch in batches], [batch.size for batch in batches]
-        figures: dict[str, Any] = {
-            # The last batch may be smaller: the size that most batches have is named.
+        metrics: dict[str, Any] = {
+            # The most common size, since the last batch may be smaller.
             "batch_size": Counter(sizes).most_common(1)[0][0],
             "images": sum(sizes),
             "batches": len(times),
@@ -115,19 +114,19 @@ class LatencyEvaluator(Evaluator):
             **_input_size(batch.input_sizes for batch in batches),
             **_times_of("parts", "total", [_configured(batch) for batch in times]),
         }
-        notes = [] if warm else [_too_few(len(times), self._warmup)]
+        warnings = [] if warm else [_too_few(len(times), self._warmup)]
         if len(self._batches) > 1:
-            notes.append(_SEVERAL_PROCESSES.format(len(self._batches)))
+            warnings.append(_SEVERAL_PROCESSES.format(len(self._batches)))
         full = [_full(batch) for batch in times]
         was_timed = any(part.startswith(FULL_PREFIX) for batch in times for part in batch)
         if was_timed:
-            figures |= _times_of("full_parts", "full_total", full)
+            metrics |= _times_of("full_parts", "full_total", full)
         if was_timed or not any(batch.left_early for batch in recorded):
-            figures["most_exits_could_save"] = _largest_saving(full)
+            metrics["most_exits_could_save"] = _largest_saving(full)
         else:
-            figures["most_exits_could_save"] = float("nan")
-            notes.append(_NOT_TIMED_IN_FULL)
-        return {"latency": {**figures, "notes": notes}}
+            metrics["most_exits_could_save"] = float("nan")
+            warnings.append(_NOT_TIMED_IN_FULL)
+        return {"latency": {**metrics, "notes": warnings}}
 
 
 def _configured(times: Times) -> Times:
@@ -135,7 +134,7 @@ def _configured(times: Times) -> Times:
 
 
 def _full(times: Times) -> Times:
-    """The times of one batch without exits: its second pass in place of the first, if any."""
+    """The times of one batch without exits: its second pass replaces the first, if there is one."""
     full = {
         part.removeprefix(FULL_PREFIX): time
         for part, time in times.items()
@@ -161,13 +160,13 @@ def _largest_saving(times: Sequence[Times]) -> float:
 def _times_of(parts_key: str, total_key: str, times: Sequence[Times]) -> dict[str, Any]:
     parts = sorted({part for batch in times for part in batch}, key=_rank)
     return {
-        parts_key: {part: _figures(batch.get(part, 0.0) for batch in times) for part in parts},
-        total_key: _figures(sum(batch.values()) for batch in times),
+        parts_key: {part: _percentiles(batch.get(part, 0.0) for batch in times) for part in parts},
+        total_key: _percentiles(sum(batch.values()) for batch in times),
     }
 
 
 def _rank(part: str) -> tuple[int, int, str]:
-    """Sorts parts by the order in which a detector runs them; unknown ones come last."""
+    """Sort key of a part by the order in which a detector runs them; unknown ones come last."""
     if _STAGE.fullmatch(part):
         return len(_BEFORE_STAGES), int(part.removeprefix("stage")), part
     if part in _BEFORE_STAGES:
@@ -175,7 +174,7 @@ def _rank(part: str) -> tuple[int, int, str]:
     return len(_BEFORE_STAGES) + 1, part != "postprocess", part
 
 
-def _figures(times: Iterable[float]) -> dict[str, float]:
+def _percentiles(times: Iterable[float]) -> dict[str, float]:
     values = list(times)
     return {"median_ms": median(values), "p95_ms": float(np.percentile(values, 95))}
 
@@ -196,5 +195,5 @@ def _input_size(sizes_per_batch: Iterable[list[tuple[int, int]]]) -> dict[str, A
 def _too_few(batches: int, warmup: int) -> str:
     return (
         f"Only {batches} batches were timed, no more than the {warmup} for warming up: all of "
-        "them count, the first ones too."
+        "them count, including the first ones."
     )

@@ -1,4 +1,4 @@
-"""What each stage of the cascade is worth: AP after it, and how far it moves the boxes."""
+"""The gain of each stage of the cascade: AP and the IoU of boxes after it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _STAGE_METRICS = ("AP", "AP50", "AP75", "AP90")
 class StageEvaluator(Evaluator):
     """AP if the cascade stopped after each stage, and mean IoU before and after each stage.
 
-    The IoU is averaged over the regions whose box at the entrance of the cascade overlaps a
-    ground-truth box that is not a crowd by ``MATCH_IOU`` or more. The best of these boxes is
-    the region's target at every stage, so that the figures of the stages can be compared.
+    The IoU is averaged over the proposals whose IoU with an object is ``MATCH_IOU`` or more; crowds
+    are not objects. The object with the highest IoU is the target at every stage, so that the
+    stages can be compared.
 
     Args:
         ground_truth: the content of a COCO-format json, see ``load_ground_truth``.
         category_ids: category id in the json of each class of the detector.
-        detections_per_image: as of a ``CocoEvaluator``.
+        detections_per_image: see ``CocoEvaluator``.
 
     Raises:
         DatasetError: the ground truth cannot be used.
@@ -51,7 +51,7 @@ class StageEvaluator(Evaluator):
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything that was processed."""
+        """Discard everything that was processed."""
         self._seen: set[int] = set()
         # Per stage: (image id, detections) of every image.
         self._detections: list[list[tuple[int, Detections]]] = []
@@ -59,7 +59,7 @@ class StageEvaluator(Evaluator):
         self._ious: dict[int, tuple[int, list[list[float]]]] = {}
 
     def process(self, batch: Sequence[Sample], output: DetectorOutput) -> None:
-        """Take in the stages of a batch, in pixels of the original images.
+        """Add the stages of a batch, in pixels of the original images.
 
         Raises:
             DatasetError: an image is not in the json or was processed before.
@@ -93,7 +93,7 @@ class StageEvaluator(Evaluator):
         }
 
     def merge(self, states: Sequence[dict[str, Any]]) -> None:
-        """Go on from the states of all processes.
+        """Continue from the states of all processes.
 
         Raises:
             DatasetError: two processes saw the same image.
@@ -115,26 +115,25 @@ class StageEvaluator(Evaluator):
         """``{"stages": {"regions": n, "stage0": {...}, ...}}``.
 
         Each stage has ``AP``, ``AP50``, ``AP75`` and ``AP90`` in percent, ``iou_before`` and
-        ``iou_after`` (nan where no region matches a ground-truth box). ``regions`` is the
-        number of regions that the IoU is averaged over.
+        ``iou_after`` (nan if no region matches an object), averaged over ``regions``.
 
         Args:
             image_ids: images for the AP; ``None`` for all of the json.
         """
         regions = sum(count for count, _ in self._ious.values())
-        figures: dict[str, Any] = {"regions": regions}
+        metrics: dict[str, Any] = {"regions": regions}
         for index, detections in enumerate(self._detections):
             before, after = (
-                # An exact sum does not depend on which process saw an image, or when.
+                # Exact: the same for any number of processes and any order of images.
                 math.fsum(sums[index][column] for _, sums in self._ious.values())
                 for column in (0, 1)
             )
-            figures[f"stage{index}"] = {
+            metrics[f"stage{index}"] = {
                 **self._stage_ap(detections, image_ids),
                 "iou_before": before / (regions or math.nan),
                 "iou_after": after / (regions or math.nan),
             }
-        return {"stages": figures}
+        return {"stages": metrics}
 
     def _stage_ap(
         self,
@@ -156,7 +155,7 @@ class StageEvaluator(Evaluator):
 def _iou_sums(
     stages: Sequence[StageOutput], index: int, targets: Tensor
 ) -> tuple[int, list[list[float]]]:
-    """Matched regions of one image of the batch, and per stage their IoU before and after."""
+    """Number of matched regions of an image, and per stage their summed IoU before and after."""
     regions, matches = _match(_cpu(stages[0].boxes_before[index]), targets)
     rows = torch.arange(len(regions))
     sums = [
@@ -170,13 +169,13 @@ def _iou_sums(
 
 
 def _boxes_of(coco_gt: COCO, image_id: int) -> Tensor:
-    """The boxes ``[G, 4]`` of an image that are no crowds, XYXY in original pixels."""
+    """The objects ``[G, 4]`` of an image without crowds, XYXY in original pixels."""
     boxes = [item["bbox"] for item in coco_gt.imgToAnns[image_id] if not item["iscrowd"]]
     return box_convert(torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4), "xywh", "xyxy")
 
 
 def _match(boxes: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices ``[M]`` of the boxes that overlap a target enough, and of their targets."""
+    """Indices ``[M]`` of the boxes that match a target, and of these targets."""
     if not len(targets):
         nothing = torch.zeros(0, dtype=torch.int64)
         return nothing, nothing

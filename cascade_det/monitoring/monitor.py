@@ -36,30 +36,30 @@ class Detects(Protocol):
 
 
 class ExitMonitor:
-    """A detector that is watched: it detects as before, and what its exits do is added up.
+    """Detects with a detector, and monitors its exits.
 
-    The images that ``shadow`` chooses take the full cascade in the same call, the others do not.
-    If exits lose more on them than calibration promised, that is drift: a warning in the log, a
-    call of ``on_drift``, and ``shadow/drift`` in the report. The verdict is looked at after every
-    shadow image; where the promise is true, a false alarm in a window's first fill has at most
-    half the probability that the confidence of ``shadow`` leaves, however often it is looked at.
+    The images that ``shadow`` chooses also take the full cascade in the same call. If exits lose
+    more on them than calibration promised, that is drift: a warning in the log, a call of
+    ``on_drift``, and ``shadow/drift`` in the report. Drift is tested after every shadow image. If
+    the promise is true, the probability of any false alarm until the window is first full is at
+    most ``(1 - confidence) / 2``, with the confidence of ``shadow``.
 
-    Threads may share a monitor, as far as they may share its detector: calls detect at the same
-    time, and are added up one after another, in the order in which they end.
+    Threads may share a monitor if they may share its detector: calls detect at the same time, and
+    are counted one after another, in the order in which they end.
 
     Args:
         detector: of either host, with ``detect(batch, stages=, timer=)``.
-        shadow: which images take the full cascade, and what is promised.
+        shadow: which images take the full cascade, and the promise.
         flops: of one region, see ``cascade_det.engine.head_flops.region_flops``.
-        window: shadow images that count, the latest ones; at least 1.
+        window: number of latest shadow images that count; at least 1.
         on_drift: called with ``report()`` when drift begins; see ``DriftAlarm``. It runs in the
-            thread whose call has shown the drift, once that call is added up.
-        output_dir: a line with all figures goes to its ``metrics.json``, after every ``period``
+            thread whose call showed the drift, after that call is counted.
+        output_dir: a line with all metrics goes to its ``metrics.json`` after every ``period``
             images, when drift begins or ends, and in ``close()``; ``None`` for no file.
         period: images between two lines, at least 1.
 
     Attributes:
-        images: seen since the beginning or the last ``reset()``.
+        images: counted since the beginning or the last ``reset()``.
         drifted: whether there is drift.
     """
 
@@ -93,7 +93,7 @@ class ExitMonitor:
 
     @property
     def drifted(self) -> bool:
-        """As in the last report."""
+        """Whether the latest report shows drift."""
         return self._alarm.drifted
 
     def detect(
@@ -103,16 +103,16 @@ class ExitMonitor:
         stages: bool | Sequence[bool] = False,
         timer: PartTimer | None = None,
     ) -> DetectorOutput:
-        """What the detector gives for the batch; arguments as its own.
+        """Call the detector with the same arguments, and count the output.
 
-        Images are told apart by ``image_id``, else by ``file_name``, else by their number.
+        An image is identified by ``image_id``, else by ``file_name``, else by its number.
 
         Raises:
-            ValueError: an image is to take the full cascade, and the detector cannot do that.
+            ValueError: the detector gives no stages for a shadow run.
         """
         with self._lock:
             first, self._numbered = self._numbered, self._numbered + len(batch)
-        keys = [image_key(sample, first + place) for place, sample in enumerate(batch)]
+        keys = [image_key(sample, first + index) for index, sample in enumerate(batch)]
         chosen = [self._shadow.chooses(key) for key in keys]
         asked = [stages] * len(batch) if isinstance(stages, bool) else list(stages)
         wanted = [a or b for a, b in zip(asked, chosen, strict=True)]
@@ -123,7 +123,7 @@ class ExitMonitor:
             self._count(batch, output, chosen)
             begun = [*self._begun]
             self._begun.clear()
-        # Without the lock: a callback may wait for another thread that uses this monitor.
+        # Outside the lock: a callback may wait for another thread that uses this monitor.
         if self._on_drift is not None:
             for report in begun:
                 self._on_drift(report)
@@ -134,8 +134,8 @@ class ExitMonitor:
     def report(self) -> dict[str, Any]:
         """``exits``, see ``ExitEvaluator``, and ``shadow``, see ``shadow_metrics``.
 
-        Its intervals are for any number of looks until the window is full; for one look from then
-        on, since each look then begins at another image.
+        The intervals hold for any number of reports until the window is full, and for a single
+        report afterwards, since the window then starts at another image each time.
         """
         with self._lock:
             return {
@@ -144,7 +144,7 @@ class ExitMonitor:
             }
 
     def reset(self) -> None:
-        """Begin anew: counters, the window and the alarm. What was written stays."""
+        """Reset counters, the window and the alarm; the file stays."""
         with self._lock:
             self._exits.reset()
             self._losses.clear()
@@ -152,7 +152,7 @@ class ExitMonitor:
             self.images = 0
 
     def close(self) -> None:
-        """Write what is not written yet, and close the file."""
+        """Write the last line, and close the file."""
         with self._lock:
             if self._seen > self._written:
                 self._write(self.report())
@@ -161,7 +161,7 @@ class ExitMonitor:
                 self._writer = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a copy or another process: all but the lock, which cannot be copied."""
+        """For a copy or another process: everything except the lock, which cannot be copied."""
         return {name: value for name, value in vars(self).items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Shadow runs: the full cascade on a sample of the images, and what leaving early loses there."""
+"""Shadow runs: the full cascade on a sample of the images, and what exits lose there."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ from cascade_det.evaluation.mean_bounds import mean_interval
 logger = logging.getLogger(__name__)
 
 Report = Mapping[str, Any]
-# What was promised was measured as well: it may be this many of its deviations off.
+# The promise is a measurement too: losses up to this many of its deviations above are no drift.
 _DEVIATIONS = 2.0
 
 
 @dataclass(frozen=True)
 class ShadowRules:
-    """Which images take the full cascade too, and what their loss is held against.
+    """Which images take the full cascade too, and the loss that calibration promised.
 
     Attributes:
-        share: of the images, in [0, 1]; 0 is none.
-        min_score: detections below it do not count, see ``agreement_loss``.
-        seed: another one chooses other images.
-        expected_loss: the mean of ``agreement_loss`` that was seen in calibration; ``None`` where
-            nothing was promised.
+        share: of the images, in [0, 1].
+        min_score: lowest score that counts, see ``agreement_loss``.
+        seed: of the choice of images.
+        expected_loss: mean ``agreement_loss`` in calibration; ``None`` without a promise.
         expected_deviation: standard deviation of that mean.
         confidence: of the intervals, in (0, 1).
     """
@@ -42,10 +41,9 @@ class ShadowRules:
     confidence: float = 0.95
 
     def place(self, key: object) -> float:
-        """Where an image stands in [0, 1), by a hash of ``key`` and the seed.
+        """A hash in [0, 1) of ``key`` and the seed; images below ``share`` are chosen.
 
-        The first ``share`` are chosen, whatever else is in the batch or came before. A larger
-        share adds images to those of a smaller one.
+        So the choice does not depend on other images, and a larger share adds images.
         """
         digest = hashlib.blake2b(
             f"{self.seed}:{key}".encode("utf-8", "surrogatepass"), digest_size=6
@@ -53,12 +51,12 @@ class ShadowRules:
         return int.from_bytes(digest, "big") / 2.0**48
 
     def chooses(self, key: object) -> bool:
-        """Whether the image of this key is one of the sample."""
+        """Whether the image with this key takes the full cascade."""
         return self.place(key) < self.share
 
 
 def image_key(sample: Sample, number: int) -> object:
-    """What tells an image from others: its id, else its file name, else ``number``."""
+    """The identity of an image: its id, else its file name, else ``number``."""
     for name in ("image_id", "file_name"):
         if sample.get(name) is not None:
             return sample[name]
@@ -66,25 +64,24 @@ def image_key(sample: Sample, number: int) -> object:
 
 
 def shadow_metrics(losses: Sequence[float], rules: ShadowRules) -> dict[str, float]:
-    """What shadow runs say.
+    """The metrics of shadow runs.
 
     Args:
         losses: of independent images, in an order that does not depend on them.
-        rules: what they were chosen by.
+        rules: of the choice of images.
 
     Returns:
         ``images`` with a shadow run; ``loss``, their mean, from ``loss_low`` to ``loss_high``;
         ``changed``, the share of images with any loss, from ``changed_low`` to ``changed_high``;
-        ``confidence`` of either interval. Both are those of ``mean_interval``, which
-        hold however often they are looked at, and whenever looking stops. Without images the
-        means are nan and the intervals [0, 1]. If a loss was promised, ``expected_loss``,
+        ``confidence`` of either interval, see ``mean_interval``. Without images the means are nan
+        and the intervals [0, 1]. If a loss was promised, also ``expected_loss``,
         ``expected_deviation`` and ``drift``: 1 if ``loss_low`` is above the promise plus twice
         its deviation, else 0.
     """
     count, changed = len(losses), [float(loss > 0) for loss in losses]
     low, high = mean_interval(losses, confidence=rules.confidence)
     changed_low, changed_high = mean_interval(changed, confidence=rules.confidence)
-    figures = {
+    metrics = {
         "images": count,
         "loss": sum(losses) / count if count else float("nan"),
         "loss_low": low,
@@ -96,17 +93,17 @@ def shadow_metrics(losses: Sequence[float], rules: ShadowRules) -> dict[str, flo
     }
     if rules.expected_loss is not None:
         most = rules.expected_loss + _DEVIATIONS * rules.expected_deviation
-        figures["expected_loss"] = rules.expected_loss
-        figures["expected_deviation"] = rules.expected_deviation
-        figures["drift"] = int(low > most)
-    return figures
+        metrics["expected_loss"] = rules.expected_loss
+        metrics["expected_deviation"] = rules.expected_deviation
+        metrics["drift"] = int(low > most)
+    return metrics
 
 
 class DriftAlarm:
-    """Warns in the log and calls back when drift begins, once until it has ended.
+    """Logs a warning and calls back when drift begins, once until it ends.
 
     Args:
-        on_drift: called with the report that shows it.
+        on_drift: called with the report that shows drift.
     """
 
     def __init__(self, on_drift: Callable[[Report], None] | None = None) -> None:
@@ -114,21 +111,25 @@ class DriftAlarm:
         self.drifted = False
 
     def look(self, report: Report) -> None:
-        """Take in a report with the figures of ``shadow_metrics`` under ``shadow``."""
+        """Check a report with ``shadow_metrics`` under ``shadow``."""
         shadow = report["shadow"]
         drifts = bool(shadow.get("drift"))
         if drifts == self.drifted:
             return
         self.drifted = drifts
         if not drifts:
-            logger.info("No drift any more: exits lose %.4f per image.", shadow["loss"])
+            logger.info("Drift has ended: exits lose %.4f per image.", shadow["loss"])
             return
         logger.warning(
             "Drift: exits lose %.4f of the full cascade's detections per image (%.4f to %.4f, "
             "from %d shadow images), where calibration promised %.4f with a deviation of %.4f. "
             "Calibrate on images like these, or switch exits off.",
-            *(shadow[name] for name in ("loss", "loss_low", "loss_high", "images")),
-            *(shadow[name] for name in ("expected_loss", "expected_deviation")),
+            shadow["loss"],
+            shadow["loss_low"],
+            shadow["loss_high"],
+            shadow["images"],
+            shadow["expected_loss"],
+            shadow["expected_deviation"],
         )
         if self._on_drift is not None:
             self._on_drift(report)
@@ -140,7 +141,7 @@ class ShadowEvaluator(Evaluator):
     Needs a detector that is run with ``stages=True``.
 
     Args:
-        rules: which images, and what is promised.
+        rules: the choice of images, and the promise.
         on_drift: see ``DriftAlarm``.
     """
 
@@ -152,12 +153,12 @@ class ShadowEvaluator(Evaluator):
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything that was processed."""
+        """Discard everything that was processed."""
         self._num_images = 0
         self._losses: dict[object, float] = {}
 
     def process(self, batch: Sequence[Sample], output: DetectorOutput) -> None:
-        """Take in the images of a batch that are of the sample.
+        """Add the chosen images of a batch.
 
         Raises:
             ValueError: the output has no stages.
@@ -176,12 +177,13 @@ class ShadowEvaluator(Evaluator):
         return self._losses
 
     def merge(self, states: Sequence[dict[object, float]]) -> None:
-        """Go on from the states of all processes."""
+        """Continue from the states of all processes."""
         self._losses = {key: loss for state in states for key, loss in state.items()}
 
     def evaluate(self) -> dict[str, Any]:
         """``{"shadow": {...}}``, see ``shadow_metrics``; warns of drift."""
-        # By hash: an order that depends neither on the losses nor on who saw which image when.
+        # By hash: the intervals need an order that is independent of the losses, and the same for
+        # any number of processes.
         keys = sorted(self._losses, key=self._rules.place)
         report = {"shadow": shadow_metrics([self._losses[key] for key in keys], self._rules)}
         self._alarm.look(report)
@@ -189,5 +191,5 @@ class ShadowEvaluator(Evaluator):
 
 
 def shadow_evaluators(*, share: float, **rules: Any) -> list[Evaluator]:
-    """A ``ShadowEvaluator`` of these ``ShadowRules``, or nothing where they choose no image."""
+    """A ``ShadowEvaluator`` with these ``ShadowRules``; none if they choose no image."""
     return [ShadowEvaluator(ShadowRules(share=share, **rules))] if share > 0 else []

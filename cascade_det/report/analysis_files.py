@@ -32,18 +32,17 @@ def write_analysis(
     *,
     read_image: ReadImage | None = None,
 ) -> Path:
-    """Write ``analysis/`` below a folder; what an earlier evaluation left there is replaced.
-
-    All of it is extra, see :func:`as_extra`: what cannot be written is told, and missing then.
+    """Write ``analysis/`` in the folder of a run, replacing files of an earlier evaluation.
 
     ``per_class.csv``, ``confusion_matrix.csv``, ``worst_images.csv``, ``confusion_matrix.png``
     and, with ``read_image``, ``worst_images/01.jpg`` and so on, in the order of that table.
-    A nan is an empty cell.
+    A nan is an empty cell. A file that cannot be written is a warning, see :func:`as_extra`.
 
     Args:
         analysis: see ``analysis.analyze``.
         output_dir: the folder of the run.
-        read_image: the pixels, uint8 ``[H, W, 3]`` BGR, of a ``file_name`` of the ground truth.
+        read_image: returns the pixels, uint8 ``[H, W, 3]`` BGR, of a ``file_name`` of the ground
+            truth.
 
     Returns:
         The folder.
@@ -61,14 +60,17 @@ def write_analysis(
     pictures = _write_pictures(worst, folder, read_image)
     columns = ("image_id", "file_name", "true_positives", "false_positives", "misses", "F1")
     with as_extra(folder / "worst_images.csv") as path:
-        rows = [[*(i[key] for key in columns), p] for i, p in zip(worst, pictures, strict=True)]
+        rows = [
+            [*(image[key] for key in columns), picture]
+            for image, picture in zip(worst, pictures, strict=True)
+        ]
         write_csv(path, [*columns, "picture"], rows)
     return folder
 
 
 @contextmanager
 def as_extra(path: Path) -> Iterator[Path]:
-    """Let a block that writes ``path`` fail with a warning: figures must not be lost for it."""
+    """Turn an error while writing ``path`` into a warning, so that no metrics are lost."""
     try:
         yield path
     except Exception as error:
@@ -88,7 +90,7 @@ def _class_table(per_class: Sequence[Mapping[str, Any]]) -> tuple[list[str], lis
 def _write_pictures(
     worst: Sequence[Mapping[str, Any]], folder: Path, read_image: ReadImage | None
 ) -> list[str]:
-    """The names of the pictures; empty where there is none."""
+    """The name of each picture; empty if it was not written."""
     with as_extra(folder / _PICTURES):
         for old in (folder / _PICTURES).glob("[0-9][0-9].jpg"):
             old.unlink()

@@ -1,4 +1,4 @@
-"""Colours that can be told apart, for the classes of a data set."""
+"""Distinct colours for the classes of a data set."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 Color = tuple[int, int, int]
 
-# BGR; told apart by people who see colours differently (Okabe and Ito's set).
+# BGR, distinct for colour-blind people too (Okabe and Ito's set).
 GREEN, ORANGE, BLUE, PURPLE, YELLOW, RED = (
     (115, 158, 0),
     (0, 159, 230),
@@ -22,27 +22,27 @@ _NUM_COLORS = 256
 
 
 def class_color(index: int) -> Color:
-    """The BGR colour of a class; 256 classes have one of their own, then they repeat.
+    """The BGR colour of a class; colours repeat after 256 classes.
 
-    After Okabe and Ito's six, each is the one that is farthest from all before it in CIELAB, as
-    Glasbey et al. choose them ("Colour displays for categorical images", 2007).
+    After Okabe and Ito's six, each colour is the farthest from all earlier ones in CIELAB (Glasbey
+    et al., "Colour displays for categorical images", 2007).
     """
     return _palette()[index % _NUM_COLORS]
 
 
 @functools.cache
 def _palette() -> tuple[Color, ...]:
-    """Greedy, so that the first colours differ most, and more of them change none."""
+    """Colours chosen greedily, so that the first ones differ most."""
     levels = np.arange(0, 256, 15)
     candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
     lab = _lab(candidates)
-    # No near-black, near-white or grey: there is enough of them in photographs.
+    # Without near-black, near-white and grey, which photographs are full of.
     colorful = (lab[:, 0] > 25) & (lab[:, 0] < 90) & (np.hypot(lab[:, 1], lab[:, 2]) > 25)
     candidates, lab = candidates[colorful], lab[colorful]
     chosen = [GREEN, ORANGE, BLUE, PURPLE, YELLOW, RED]
     nearest = np.linalg.norm(lab[:, None] - _lab(np.array(chosen)), axis=2).min(axis=1)
     while len(chosen) < _NUM_COLORS:
-        # Rounded, so that processors that round otherwise agree.
+        # Rounded, so that all processors agree.
         best = int(nearest.round(6).argmax())
         blue, green, red = candidates[best].tolist()
         chosen.append((blue, green, red))

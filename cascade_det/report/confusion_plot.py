@@ -15,7 +15,7 @@ from cascade_det.files import atomic_path
 from cascade_det.report.fonts import with_fonts
 from cascade_det.text import printable
 
-# With more classes the numbers are too small to be read; the CSV has them.
+# With more classes the numbers would be illegible; the CSV has them.
 _MOST_WITH_NUMBERS = 30
 _MOST_WITH_NAMES = 150
 _LONGEST_NAME = 24
@@ -42,7 +42,7 @@ def plot_confusion(
     if size <= _MOST_WITH_NAMES:
         names, families = with_fonts(printable(name, longest=_LONGEST_NAME) for name in classes)
         points = float(np.clip(500 / size, 5, 10))
-        # A "$" in a name is no formula.
+        # Names may contain "$".
         style: dict[str, Any] = {"fontsize": points, "fontfamily": families, "parse_math": False}
         axes.set_xticks(range(size), names, rotation=90, **style)
         axes.set_yticks(range(size), names, **style)
@@ -52,7 +52,7 @@ def plot_confusion(
     axes.set_yticks(np.arange(size + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="#dddddd", linewidth=0.4)
     axes.tick_params(which="minor", length=0)
-    # Between the classes and background.
+    # The border of background.
     axes.axhline(size - 1.5, color="black", linewidth=0.8)
     axes.axvline(size - 1.5, color="black", linewidth=0.8)
     with atomic_path(path) as temporary:
@@ -62,9 +62,11 @@ def plot_confusion(
 def _write_numbers(
     axes: Axes, counts: npt.NDArray[np.int64], shares: npt.NDArray[np.float64]
 ) -> None:
-    for row, column in zip(*np.nonzero(counts), strict=True):
+    for row, column in np.argwhere(counts).tolist():
         axes.text(
-            *(column, row, f"{counts[row, column]:,}"),
+            column,
+            row,
+            f"{counts[row, column]:,}",
             ha="center",
             va="center",
             fontsize=8,

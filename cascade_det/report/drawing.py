@@ -1,4 +1,4 @@
-"""Detections and other boxes drawn into a picture; needs no PyTorch."""
+"""Drawing detections and other boxes into an image, without PyTorch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from cascade_det.text import printable
 
 _WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
-_MIN_FONT_SCALE = 0.35  # Capitals of 8 px: below this they cannot be read.
+_MIN_FONT_SCALE = 0.35  # Capitals of 8 px, the smallest legible ones.
 _LONGEST_TEXT = 80  # Characters of a class or file name; a label is no wider than its picture.
-_LONGEST_JPEG_SIDE = 65_500  # Of libjpeg.
+_LONGEST_JPEG_SIDE = 65_500  # The limit of libjpeg.
 
 # A rectangle of pixels: left, top, width, height.
 Area = tuple[int, int, int, int]
@@ -52,9 +52,9 @@ def draw_detections(
     Args:
         image_bgr: uint8 ``[H, W, 3]``; not changed.
         detections: tensors or arrays, boxes in pixels of this image. May be empty.
-        class_names: name of each class. Letters that the font of OpenCV does not have are written
-            as ``\u0e41``; OpenCV 4 has ASCII alone.
-        score_threshold: detections with a lower score are not drawn.
+        class_names: name of each class. Characters missing from OpenCV's font are written as
+            ``\u0e41``; OpenCV 4 has ASCII only.
+        score_threshold: the lowest score that is drawn.
         with_stages: add the exit stage to the labels, ``cat 0.87 s1``, and a legend of the stages
             that occur, in the corner that covers least of the boxes.
 
@@ -111,7 +111,7 @@ def draw_boxes(
 
 
 def caption(picture: npt.NDArray[np.uint8], text: str, color: Color) -> npt.NDArray[np.uint8]:
-    """A line of text on a BGR colour, ``[h, W, 3]``, as wide as the picture that it belongs to."""
+    """A line of text on a BGR colour, ``[h, W, 3]``, as wide as the picture."""
     width = picture.shape[1]
     scale, _, height = _fit(text, _font_scale(picture), width)
     line = np.zeros((height + 4, width, 3), np.uint8)
@@ -120,18 +120,18 @@ def caption(picture: npt.NDArray[np.uint8], text: str, color: Color) -> npt.NDAr
 
 
 def encode(picture: npt.NDArray[np.uint8], suffix: str) -> bytes:
-    """The content of an image file.
+    """Encode a picture as an image file.
 
     Args:
         picture: uint8 ``[H, W, 3]``, BGR.
         suffix: ``".jpg"`` or ``".png"``.
 
     Raises:
-        ValueError: it is empty, or larger than such a file can be.
+        ValueError: the picture is empty, or too large for the format.
     """
     height, width = picture.shape[:2]
     too_large = suffix == ".jpg" and max(height, width) > _LONGEST_JPEG_SIDE
-    # imencode() prints lines of its own where it fails.
+    # imencode() would print to stderr.
     done, content = (
         (False, None) if too_large or 0 in (height, width) else cv2.imencode(suffix, picture)
     )
@@ -142,7 +142,7 @@ def encode(picture: npt.NDArray[np.uint8], suffix: str) -> bytes:
 
 
 def _array(values: Any) -> npt.NDArray[Any]:
-    """Tensors of any device, with or without a graph, as arrays."""
+    """A tensor on any device, or an array, as an array."""
     return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
 
 
@@ -177,15 +177,15 @@ def _draw_labels(
     colors: Sequence[Color],
     taken: npt.NDArray[np.bool_],
 ) -> None:
-    """Write all labels; the last box, which has the best score, gets the first choice of place.
+    """Write all labels; the last box, which has the best score, chooses its place first.
 
     Args:
         picture: is written on.
-        boxes: in pixels of it.
-        labels: one for each; none where it is empty.
-        colors: one for each.
-        taken: ``[H, W]``, where labels are already. A place is looked up here and not held against
-            every other label, of which a picture may have thousands.
+        boxes: in pixels of the picture.
+        labels: one per box; an empty one is not written.
+        colors: one per box.
+        taken: bool ``[H, W]``, pixels of earlier labels, updated. Comparing labels in pairs would
+            be slow with thousands of them.
     """
     scale = _font_scale(picture)
     for box, label, color in reversed(list(zip(boxes, labels, colors, strict=True))):
@@ -201,7 +201,7 @@ def _draw_label(
     scale: float,
     taken: npt.NDArray[np.bool_],
 ) -> Area:
-    """Write a label where it hides no other, if there is such a place; returns that place."""
+    """Write a label where it hides least of other labels; returns its area."""
     left, top, right, bottom = box
     scale, width, height = _fit(text, scale, picture.shape[1])
     candidates = [
@@ -240,9 +240,9 @@ def _draw_legend(
 
 
 def _fit(text: str, scale: float, most: int) -> tuple[float, int, int]:
-    """Font scale, and width and height of the label in pixels, at most as wide as ``most``."""
+    """Font scale, width and height in pixels of a label that is at most ``most`` wide."""
     width, height, baseline = _text_size(text, scale)
-    # More than once: sizes come in whole pixels, so one division may not be enough.
+    # In a loop: sizes are rounded to pixels.
     while width + 4 > most and scale > 0.05:
         scale *= 0.95
         width, height, baseline = _text_size(text, scale)
@@ -256,7 +256,7 @@ def _write(
     cv2.rectangle(picture, (left, top), (left + width - 1, top + height - 1), color, cv2.FILLED)
     _, _, baseline = _text_size(text, scale)
     blue, green, red = color
-    # Black on light and white on dark grounds, by the luma of ITU-R BT.601.
+    # Black on light and white on dark colours, by the luma of ITU-R BT.601.
     ink = _BLACK if 0.114 * blue + 0.587 * green + 0.299 * red > 110 else _WHITE
     origin = (left + 2, top + height - baseline)
     thickness = _thickness(scale)
@@ -270,9 +270,9 @@ def _text_size(text: str, scale: float) -> tuple[int, int, int]:
 
 
 def _drawable(text: str) -> str:
-    """The text as OpenCV can draw it: of what its font does not have it makes question marks.
+    """The text with escapes for characters that OpenCV would draw as question marks.
 
-    Lone surrogates, as in file names that are no UTF-8, end the process there (OpenCV 5.0).
+    Lone surrogates, as in file names that are not UTF-8, would crash OpenCV 5.0.
     """
     return "".join(_drawable_character(character) for character in printable(text))
 
@@ -310,7 +310,7 @@ def _part(picture: npt.NDArray[Any], area: Area) -> npt.NDArray[Any]:
 
 
 def _shared(first: Area, second: Area) -> int:
-    """Pixels that two areas have in common."""
+    """Number of pixels in both areas."""
     width = min(first[0] + first[2], second[0] + second[2]) - max(first[0], second[0])
     height = min(first[1] + first[3], second[1] + second[3]) - max(first[1], second[1])
     return max(0, width) * max(0, height)

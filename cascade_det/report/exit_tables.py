@@ -9,7 +9,7 @@ from cascade_det.report.tables import Metrics, percent, stage_names, table
 
 
 def exit_sections(exits: Metrics | None) -> Iterator[str]:
-    """Who enters and leaves where, the scores of those, and what that means, as far as it is known.
+    """Tables of the regions that enter and exit each stage and of their scores, and a summary.
 
     Args:
         exits: of an ``ExitEvaluator``.
@@ -41,13 +41,13 @@ def exit_sections(exits: Metrics | None) -> Iterator[str]:
 
 
 def exit_places(exits: Metrics) -> list[str]:
-    """Where regions may leave: ``proposals``, if any left before stage 0, then the stages."""
+    """The gates of a table: ``proposals``, if any left before stage 0, then the stages."""
     early = exits.get("proposals", {}).get("left")
     return [*(["proposals"] if early else []), *stage_names(exits)]
 
 
 def shadow_section(shadow: Metrics | None) -> str:
-    """What shadow runs say.
+    """The results of shadow runs as a paragraph.
 
     Args:
         shadow: of a ``ShadowEvaluator``.
@@ -55,16 +55,16 @@ def shadow_section(shadow: Metrics | None) -> str:
     if not shadow:
         return ""
     if not shadow["images"]:
-        return "Shadow runs: none of the images was chosen."
+        return "Shadow runs: no image was chosen."
     text = (
         f"Shadow runs: {shadow['images']:,} images took the full cascade too. Exits lose "
-        f"{_with_interval(shadow, 'loss')} of its detections per image, and some detection on "
-        f"{_with_interval(shadow, 'changed')} of the images (intervals of "
-        f"{100 * shadow['confidence']:g} %)."
+        f"{_with_interval(shadow, 'loss')} of its detections per image, and lose any on "
+        f"{_with_interval(shadow, 'changed')} of the images ({100 * shadow['confidence']:g} % "
+        "confidence intervals)."
     )
     if "drift" not in shadow:
         return text
-    verdict = "this is drift" if shadow["drift"] else "no drift is shown"
+    verdict = "this is drift" if shadow["drift"] else "no drift"
     return (
         f"{text} Calibration promised {100 * shadow['expected_loss']:.2f} % with a deviation of "
         f"{100 * shadow['expected_deviation']:.2f} %: {verdict}."

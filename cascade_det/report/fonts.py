@@ -1,4 +1,4 @@
-"""Letters in pictures of matplotlib, whose own font has no Chinese, Japanese, Korean or Thai."""
+"""Fonts for matplotlib, whose default has no Chinese, Japanese, Korean or Thai characters."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from matplotlib.ft2font import FT2Font
 
 from cascade_det.text import printable
 
-# Which weight of a family is taken does not matter here; it would be a line for each of them.
+# It logs a line for each family without a regular weight; any weight will do here.
 logging.getLogger(font_manager.__name__).setLevel(logging.ERROR)
 
 
 def with_fonts(texts: Iterable[str]) -> tuple[list[str], list[str]]:
-    r"""Texts as they can be drawn, and the installed fonts that it takes.
+    r"""Texts that can be drawn, and the installed fonts that they need.
 
     Args:
         texts: any.
 
     Returns:
-        The texts, in which letters that no font has are written as ``\u0e41``, and names of
-        families, the default one first, for the argument ``fontfamily``.
+        The texts, with characters that no font has written as ``\u0e41``, and the names of font
+        families for the argument ``fontfamily``, the default one first.
     """
     shown = [printable(text) for text in texts]
     families = list(font_manager.FontProperties().get_family())
@@ -36,12 +36,12 @@ def with_fonts(texts: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def _installed() -> list[str]:
-    """Families in the order of their names, but those that have a box for every letter."""
+    """Families by name, except those that draw a box for every character."""
     names = {entry.name for entry in font_manager.fontManager.ttflist}
     return sorted(name for name in names if not name.startswith("Last Resort"))
 
 
 def _letters(family: str) -> set[str]:
-    """What the font has that matplotlib takes for a family."""
+    """The characters of the font that matplotlib uses for a family."""
     path = font_manager.findfont(font_manager.FontProperties(family=[family]))
     return {chr(code) for code in FT2Font(path).get_charmap()}

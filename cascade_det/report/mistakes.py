@@ -1,4 +1,4 @@
-"""An image with what a detector found, missed and made up."""
+"""An image with its found objects, missed objects and false positives."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cascade_det.report.colors import GREEN, RED, YELLOW
 from cascade_det.report.drawing import caption, draw_boxes
 from cascade_det.text import printable
 
-# In the order in which they are drawn: mistakes on top.
+# Drawn in this order: mistakes on top.
 _COLORS = {"found": GREEN, "false positive": RED, "missed": YELLOW}
 _LEGEND = {
     "found": "object that was found",
@@ -21,7 +21,7 @@ _LEGEND = {
     "missed": "object that was missed",
 }
 _WHITE = (255, 255, 255)
-# Smaller images are enlarged: labels on them would hide what they name.
+# Smaller images are enlarged, so that labels do not hide the objects.
 _LEAST_SIDE = 480
 _MOST_ENLARGED = 4096  # The longer side: a thin image stays small enough for a JPEG.
 _LONGEST_NAME = 60
@@ -37,8 +37,8 @@ def draw_mistakes(
         image: its entry, see ``analysis.analyze``.
 
     Returns:
-        A new picture, enlarged by a whole number where the image is small, below a legend that
-        says what each colour stands for, and how often it occurs.
+        A new picture, enlarged by a whole number if the image is small, below a legend of the
+        colours with their counts.
     """
     short, long = sorted(image_bgr.shape[:2])
     factor = max(1, min(_LEAST_SIDE // short, _MOST_ENLARGED // long))
@@ -60,7 +60,7 @@ def draw_mistakes(
 
 
 def _label(box: Mapping[str, Any]) -> str:
-    """Nothing for what was found: its box says it, and labels hide other boxes."""
+    """The label of a box; empty for found objects, since labels hide other boxes."""
     if box["kind"] == "found":
         return ""
     return f"{box['class']} {box['score']:.2f}" if "score" in box else box["class"]

@@ -1,4 +1,4 @@
-"""One picture of an evaluation: AP and IoU per stage, exits, latency."""
+"""The plot of an evaluation: AP and IoU per stage, exits, latency."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _REASON_COLORS = {
     "budget": "#c0392b",
     "completed": "#1b5e8c",
 }
-_GOES_ON = "#e8eef3"
+_KEPT = "#e8eef3"
 
 
 def plot_report(results: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Draw the results as a PNG with one panel per kind of figure that they hold.
+    """Draw the results as a PNG with one panel per kind of metric.
 
     Args:
         results: the merged dicts of the evaluators.
-        path: the PNG; its folder is made where it is missing, an old file is replaced.
+        path: the PNG; its folder is created if missing, an old file is replaced.
     """
     panels = _panels(results)
     columns = min(2, max(1, len(panels)))
@@ -99,7 +99,7 @@ def _plot_exits(axes: Axes, exits: Mapping[str, Any]) -> None:
         heights = [_regions(exits[name], reason) for name in names]
         if not any(heights):
             continue
-        label, color = (reason, _REASON_COLORS[reason]) if reason else ("goes on", _GOES_ON)
+        label, color = (reason, _REASON_COLORS[reason]) if reason else ("goes on", _KEPT)
         axes.bar(names, heights, 0.6, bottom=bottom, label=label, color=color)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     for index, name in enumerate(names):
@@ -117,10 +117,10 @@ def _plot_exits(axes: Axes, exits: Mapping[str, Any]) -> None:
 
 
 def _regions(stage: Mapping[str, Any], reason: str | None) -> float:
-    """Regions per image that left a stage for a reason; ``None``: that went on."""
+    """Regions per image that exited for a reason; ``None``: that were kept."""
     left = stage["left"]
     share = left.get(reason, 0.0) if reason else 1.0 - sum(left.values())
-    # What is left of 1 after summing shares is not exactly 0 where nothing goes on.
+    # The shares may sum to slightly less than 1 where no region is kept.
     return stage["entered_per_image"] * (share if share > 1e-9 else 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Tables in Markdown, and what they are made from."""
+"""Tables in Markdown."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Metrics = Mapping[str, Any]
 _LONGEST_NAME = 48  # Characters of a class or a file in a table or a sentence.
 
 
-def stage_names(figures: Metrics) -> list[str]:
+def stage_names(metrics: Metrics) -> list[str]:
     """The keys ``stage0``, ``stage1``, ... of the results of an evaluator, in order."""
-    names = [name for name in figures if name.removeprefix("stage").isdigit()]
+    names = [name for name in metrics if name.removeprefix("stage").isdigit()]
     return sorted(names, key=lambda name: int(name.removeprefix("stage")))
 
 
@@ -26,12 +26,12 @@ def table(
     rows: Sequence[Sequence[Any]],
     floatfmt: str | Sequence[str],
 ) -> str:
-    """A table below its title; one format for all figures, or one per column.
+    """A table below its title, with one format for all numbers or one per column.
 
-    Texts are escaped and cut, see :func:`shown_name`.
+    Texts are escaped and shortened, see :func:`shown_name`.
     """
     cells = [[_cell(value) if isinstance(value, str) else value for value in row] for row in rows]
-    # Else a class "007" or "1e5" would be a number.
+    # A class may be named "007" or "1e5".
     texts = [i for i, column in enumerate(zip(*rows, strict=True)) if isinstance(column[0], str)]
     formatted = tabulate(
         cells, headers=headers, tablefmt="github", floatfmt=floatfmt, disable_numparse=texts
@@ -40,7 +40,7 @@ def table(
 
 
 def shown_name(text: str) -> str:
-    """The name of a class or file as it may stand in a table or a sentence."""
+    """The name of a class or file, escaped and shortened for a table or a sentence."""
     return printable(text, longest=_LONGEST_NAME)
 
 

@@ -1,4 +1,4 @@
-"""The figures of an evaluation as text and as ``results.json``."""
+"""The results of an evaluation as text and as ``results.json``."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def write_results(
 
     Args:
         results: the merged dicts of the evaluators. A nan becomes ``null``.
-        output_dir: made where it is missing; an old file is replaced in one step.
-        machine: what the figures were measured on, see ``describe_machine``.
+        output_dir: created if missing; an old file is replaced in one step.
+        machine: where they were measured, see ``describe_machine``.
 
     Returns:
         The path of the file.
@@ -62,11 +62,10 @@ def describe_machine(device: torch.device | str = "cpu", dtype: str = "float32")
 
 
 def format_report(results: Metrics) -> str:
-    """All tables of the results, one below the other, in Markdown.
+    """All tables of the results in Markdown.
 
     Args:
-        results: the merged dicts of the evaluators, and ``machine`` where there is one. What
-            is missing is left out.
+        results: the merged dicts of the evaluators, and ``machine``; any of them may be missing.
     """
     sections = (
         *(_ap_section(title, results.get(task)) for task, title in _TASKS.items()),
@@ -76,17 +75,17 @@ def format_report(results: Metrics) -> str:
         shadow_section(results.get("shadow")),
         _latency_section(results.get("latency")),
         _machine_section(results.get("machine")),
-        _notes_section(results),
+        _warnings_section(results),
     )
     return "\n\n".join(section for section in sections if section)
 
 
-def _ap_section(title: str, figures: Metrics | None) -> str:
-    if not figures:
+def _ap_section(title: str, metrics: Metrics | None) -> str:
+    if not metrics:
         return ""
-    # Beside them are those of each class, AP-<class>.
-    names = [name for name in figures if "-" not in name]
-    return table(f"{title} (%)", names, [[figures[name] for name in names]], ".1f")
+    # Without those of single classes, AP-<class>.
+    names = [name for name in metrics if "-" not in name]
+    return table(f"{title} (%)", names, [[metrics[name] for name in names]], ".1f")
 
 
 def _analysis_sections(analysis: Metrics | None) -> list[str]:
@@ -96,8 +95,8 @@ def _analysis_sections(analysis: Metrics | None) -> list[str]:
     shares = ("precision", "recall", "F1")
     counts = ("true_positives", "false_positives", "misses")
     points = [
-        (label.format(point["score"]), *(point[name] for name in (*shares, *counts)))
-        for label, point in (("{:.3f} or more", chosen), ("{:.3f} or more (best F1)", best))
+        (f"{point['score']:.3f} or more{suffix}", *(point[name] for name in (*shares, *counts)))
+        for point, suffix in ((chosen, ""), (best, " (best F1)"))
     ]
     overall = table(
         f"Precision and recall at IoU {chosen['IoU']}",
@@ -185,7 +184,7 @@ def _latency_section(latency: Metrics | None) -> str:
     return (
         f"{table('Latency per image', headers, rows, '.2f')}\n\n"
         f"Batches of {latency['batch_size']}, {latency['images']:,} images after "
-        f"{latency['warmup_batches']} batches of warm-up. The most that exits could save here, "
+        f"{latency['warmup_batches']} warm-up batches. The most that exits could save here, "
         f"(t_full - t_stage1) / t_full: {saving_text}."
     )
 
@@ -196,9 +195,9 @@ def _machine_section(machine: Metrics | None) -> str:
     return "Measured on: " + ", ".join(f"{key} {value}" for key, value in machine.items()) + "."
 
 
-def _notes_section(results: Metrics) -> str:
-    notes = [*results.get("notes", ()), *results.get("latency", {}).get("notes", ())]
-    return "\n".join(["Notes:", *(f"- {note}" for note in notes)]) if notes else ""
+def _warnings_section(results: Metrics) -> str:
+    warnings = [*results.get("notes", ()), *results.get("latency", {}).get("notes", ())]
+    return "\n".join(["Warnings:", *(f"- {text}" for text in warnings)]) if warnings else ""
 
 
 def _cpu_name() -> str:

@@ -107,7 +107,7 @@ def test_swapped_classes(coco_content):
     objects = [(1, 3, cat), (1, 7, dog)]
     rows = [(1, 7, cat), (1, 3, dog)]
     _, notes = notes_for(coco_content(objects), rows)
-    assert "detections overlap objects (IoU up to 1.00), but never one of their own class" in notes
+    assert "detections overlap objects (IoU up to 1.00), but none of their own class" in notes
 
 
 def test_class_that_is_never_predicted(coco_content, all_sizes):
@@ -140,7 +140,7 @@ def with_areas(content, areas):
 @pytest.mark.parametrize(
     ("areas", "words"),
     [
-        ([0] * 6, "'area' is 0 for all objects, and their boxes have 400 to 13,200 square pixels"),
+        ([0] * 6, "'area' is 0 for all objects, but their boxes have 400 to 13,200 square pixels"),
         ([5000.0] * 6, "'area' is 5000 for all objects"),
         # Shares of the image.
         ([0.003, 0.02, 0.1, 0.003, 0.02, 0.11], "'area' of 6 of 6 objects does not fit"),
@@ -233,7 +233,7 @@ def test_names_in_notes_can_be_shown(coco_content, all_sizes):
 
 
 def test_detections_as_corners(coco_content, all_sizes):
-    words = "bbox' has to be [x, y, width, height]"
+    words = "bbox' must be [x, y, width, height]"
     content = coco_content(all_sizes)
     near = [(1, 3, (10, 10, 90, 80)), (1, 7, (50, 50, 140, 100))]
     assert words not in notes_for(content, near)[1]  # These are boxes either way.

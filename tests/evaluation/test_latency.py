@@ -59,8 +59,8 @@ def test_too_few_batches_are_used_and_noted(detector_output):
     assert latency["parts"]["rpn"]["median_ms"] == 20
     assert latency["warmup_batches"] == 0
     assert latency["notes"] == [
-        "Only 3 batches were timed, no more than the 5 for warming up: all of them count, the "
-        "first ones too."
+        "Only 3 batches were timed, no more than the 5 for warming up: all of them count, "
+        "including the first ones."
     ]
 
 

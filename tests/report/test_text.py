@@ -138,23 +138,23 @@ def test_report_holds_the_figures(results):
     assert "10.0 % of the batches took longer than their time budget, by 12.3 ms" in report
     assert "1,200 images took the full cascade too" in report
     assert "lose 2.34 % (1.11 to 4.00) of its detections per image" in report
-    assert "on 10.00 % (5.26 to 17.00) of the images (intervals of 95 %)" in report
+    assert "any on 10.00 % (5.26 to 17.00) of the images (95 % confidence intervals)" in report
     assert "promised 1.00 % with a deviation of 0.05 %: this is drift." in report
     assert "Mean IoU over 1,234 regions" in report
     assert "Measured on: device cpu, threads 3." in report
-    assert report.endswith("Notes:\n- APs is nan: because.\n- Only a test.")
+    assert report.endswith("Warnings:\n- APs is nan: because.\n- Only a test.")
 
 
 def test_every_part_of_a_report_may_be_missing(results):
     whole = format_report(results)
     for name in results:
-        alone = format_report({name: results[name]}).partition("Notes:")
+        alone = format_report({name: results[name]}).partition("Warnings:")
         assert alone[0].strip() in whole
         assert alone[2].strip() in whole
         rest = {key: value for key, value in results.items() if key != name}
         assert len(format_report(rest)) < len(whole)
     assert format_report({}) == ""
-    assert format_report({"latency": {"images": 0, "notes": ["None."]}}) == "Notes:\n- None."
+    assert format_report({"latency": {"images": 0, "notes": ["None."]}}) == "Warnings:\n- None."
 
 
 def test_results_file_is_valid_json_without_nan(results, tmp_path):

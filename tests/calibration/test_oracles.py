@@ -6,6 +6,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
+from detection_rows import plain_iou
 from random_records import make_recorded_scene
 from recorded_trials import FRAME, SCALE, make_trials, settled_record, without_stages
 from small_cascades import assert_same_detections
@@ -127,13 +128,6 @@ class TestDropOracle:
         assert record.replay(drop_oracle(record)).entered.sum() == 0
 
 
-def naive_iou(a, b):
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    shared = max(width, 0) * max(height, 0)
-    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
-
-
 def naive_outcome(scene, stage, row, index):
     """Top class, and the IoU thresholds that the box of class ``index`` passes."""
     record = scene.record
@@ -142,7 +136,7 @@ def naive_outcome(scene, stage, row, index):
     box = boxes[index if len(boxes) > 1 else 0].tolist()
     image = record.image_index[row].item()
     objects, classes = scene.gt_boxes[image].tolist(), scene.gt_classes[image].tolist()
-    overlaps = [naive_iou(box, o) for o, c in zip(objects, classes, strict=True) if c == index]
+    overlaps = [plain_iou(box, o) for o, c in zip(objects, classes, strict=True) if c == index]
     best = max(overlaps, default=0.0)
     return probs.index(max(probs)), sum(best >= (50 + 5 * i) / 100 for i in range(10))
 

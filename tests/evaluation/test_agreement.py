@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from detection_rows import plain_iou
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -68,20 +69,13 @@ def test_inputs_stay_and_need_no_order(detections):
 
 
 def plain_loss(early, full, cut):
-    """Lists of (score, class, box): a loop over pairs, with IoU from the definition."""
-
-    def iou(a, b):
-        width = min(a[2], b[2]) - max(a[0], b[0])
-        height = min(a[3], b[3]) - max(a[1], b[1])
-        common = max(width, 0) * max(height, 0)
-        areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (a, b)]
-        return common / (sum(areas) - common)
+    """Lists of (score, class, box): a loop over pairs."""
 
     free = [d for d in early if d[0] >= cut]
     wanted = sorted((d for d in full if d[0] >= cut), key=lambda d: -d[0])
     lost = 0
     for _, label, box in wanted:
-        rivals = [(iou(box, d[2]), d) for d in free if d[1] == label]
+        rivals = [(plain_iou(box, d[2]), d) for d in free if d[1] == label]
         rivals = [rival for rival in rivals if rival[0] >= 0.5]
         if rivals:
             free.remove(max(rivals, key=lambda rival: rival[0])[1])

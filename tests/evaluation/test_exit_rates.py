@@ -66,26 +66,23 @@ def test_sums_over_batches_of_different_size(detector_output):
     assert (figures["overrun_share"], figures["overrun_ms"]) == (0.5, 7.5)
 
 
-def test_heads_compute_what_entered(detector_output):
-    flops = RegionFlops(stages=(1e6, 2e6, 4e6), scores=(0.0, 0.0, 0.0))
-    evaluator = ExitEvaluator(flops)
+@pytest.mark.parametrize(
+    ("scores", "done", "full"),
+    [
+        # 2000 x 1 + 400 x 2 + 100 x 4 million of 2500 x 7 million, over 4 images.
+        ((0.0, 0.0, 0.0), 3.2, 17.5),
+        # Final scores of 100 regions after each stage.
+        ((1e6, 3e6, 7e6), 3.2 + 0.1 + 0.3 + 0.7, 2.5 * 14),
+    ],
+)
+def test_flops_of_the_heads(detector_output, scores, done, full):
+    evaluator = ExitEvaluator(RegionFlops(stages=(1e6, 2e6, 4e6), scores=scores))
     evaluator.process([{}, {}, {}], detector_output([], stats=FIRST))
     evaluator.process([{}], detector_output([], stats=SECOND))
-    figures = evaluator.evaluate()["exits"]
-    # 2000 x 1 + 400 x 2 + 100 x 4 million of 2500 x 7 million, over 4 images.
-    assert figures["head_gflops_per_image"] == pytest.approx(3.2 / 4)
-    assert figures["full_head_gflops_per_image"] == pytest.approx(17.5 / 4)
-    assert figures["head_flops_share"] == pytest.approx(3.2 / 17.5)
-
-
-def test_heads_that_run_again_for_the_final_scores(detector_output):
-    evaluator = ExitEvaluator(RegionFlops(stages=(1e6, 2e6, 4e6), scores=(1e6, 3e6, 7e6)))
-    evaluator.process([{}, {}, {}], detector_output([], stats=FIRST))
-    evaluator.process([{}], detector_output([], stats=SECOND))
-    figures = evaluator.evaluate()["exits"]
-    # Scored are 100 after stage 0, 100 after stage 1 and 100 at the end.
-    assert figures["head_gflops_per_image"] == pytest.approx((3.2 + 0.1 + 0.3 + 0.7) / 4)
-    assert figures["full_head_gflops_per_image"] == pytest.approx(2.5 * 14 / 4)
+    metrics = evaluator.evaluate()["exits"]
+    assert metrics["head_gflops_per_image"] == pytest.approx(done / 4)
+    assert metrics["full_head_gflops_per_image"] == pytest.approx(full / 4)
+    assert metrics["head_flops_share"] == pytest.approx(done / full)
 
 
 def test_a_stage_that_no_region_reaches(detector_output):

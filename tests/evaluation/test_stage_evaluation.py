@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from detection_rows import plain_iou
 
 from cascade_det.core.structures import StageOutput
 from cascade_det.errors import DatasetError
@@ -55,15 +56,6 @@ def test_last_stage_equals_the_main_ap(coco_content, detections, detector_output
     }
 
 
-def iou(first, second):
-    """Intersection over union of two XYXY boxes, in plain arithmetic."""
-    width = min(first[2], second[2]) - max(first[0], second[0])
-    height = min(first[3], second[3]) - max(first[1], second[1])
-    shared = max(0.0, width) * max(0.0, height)
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
-    return shared / (sum(areas) - shared)
-
-
 def random_boxes(generator, count):
     corner = torch.rand(count, 2, generator=generator) * 200
     size = 20 + torch.rand(count, 2, generator=generator) * 80
@@ -111,12 +103,12 @@ def test_mean_iou_equals_a_loop_over_the_regions(coco_content, detections, detec
     for index, image_id in enumerate(image_ids):
         targets = truth[image_id].tolist()[: 3 if image_id == 2 else None]
         for row, entering in enumerate(chain[0][index].tolist()):
-            best = max(targets, key=lambda target: iou(entering, target), default=None)
-            if best is None or iou(entering, best) < 0.5:
+            best = max(targets, key=lambda target: plain_iou(entering, target), default=None)
+            if best is None or plain_iou(entering, best) < 0.5:
                 continue
             count += 1
             for step in range(3):
-                sums[step] += iou(chain[step][index][row].tolist(), best)
+                sums[step] += plain_iou(chain[step][index][row].tolist(), best)
     assert 5 < count < len(torch.cat(chain[0]))
     assert figures["regions"] == count
     expected = [total / count for total in sums]

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from noisy_detections import CATEGORY_IDS, ap_by_pycocotools, content_of, random_case
 from recorded_trials import match_images
 
 from cascade_det.calibration.bootstrap import (
@@ -14,66 +15,9 @@ from cascade_det.calibration.bootstrap import (
 )
 from cascade_det.calibration.image_matching import ImageMatcher
 from cascade_det.core.structures import Detections
-from cascade_det.data.coco_results import coco_results
 from cascade_det.errors import DatasetError
-from cascade_det.evaluation.average_precision import run_cocoeval
-from cascade_det.evaluation.ground_truth import load_ground_truth
 
-CATEGORY_IDS = (3, 7, 9)
-COLUMNS = {"AP50": 0, "AP75": 5, "AP90": 8}
 BOX = (10, 10, 40, 40)
-
-
-def random_case(seed, *, num_images=12, max_objects=6, noise=2.0):
-    """A ground truth with crowds, and per image noisy copies of it and false positives."""
-    rng = np.random.default_rng(seed)
-    annotations, found = [], {}
-    for image_id in range(1, num_images + 1):
-        count = int(rng.integers(0, max_objects))
-        boxes = np.concatenate(
-            [rng.uniform(0, 200, (count, 2)), rng.uniform(20, 90, (count, 2))], 1
-        )
-        classes = rng.integers(0, 3, count)
-        for box, index in zip(boxes.tolist(), classes.tolist(), strict=True):
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": CATEGORY_IDS[index],
-                    "bbox": box,
-                    "area": box[2] * box[3],
-                    "iscrowd": int(rng.random() < 0.2),
-                }
-            )
-        guesses = np.concatenate([boxes] * 3) + rng.normal(0, noise, (3 * count, 4))
-        guesses = torch.from_numpy(guesses.clip(1)).float()
-        guesses[:, 2:] += guesses[:, :2]
-        found[image_id] = Detections(
-            guesses,
-            torch.from_numpy(rng.random(3 * count)).float(),
-            torch.from_numpy(np.where(rng.random(3 * count) < 0.2, 0, np.tile(classes, 3))),
-            torch.from_numpy(rng.integers(0, 3, 3 * count)),
-        )
-    return content_of(range(1, num_images + 1), annotations), found
-
-
-def content_of(image_ids, annotations):
-    return {
-        "images": [{"id": image_id, "height": 300, "width": 300} for image_id in image_ids],
-        "categories": [{"id": number, "name": str(number)} for number in CATEGORY_IDS],
-        "annotations": annotations,
-    }
-
-
-def by_pycocotools(content, found, image_ids=None):
-    results = [
-        row for item in found.items() for row in coco_results(item[1], item[0], CATEGORY_IDS)
-    ]
-    truth = load_ground_truth(content)
-    precision = run_cocoeval(truth, results, image_ids or list(truth.imgs)).eval["precision"]
-    parts = {"AP": precision[..., 0, -1]}
-    parts |= {name: precision[row, ..., 0, -1] for name, row in COLUMNS.items()}
-    return {name: 100 * part[part > -1].mean() for name, part in parts.items()}
 
 
 def duplicated(content, found, copies):
@@ -101,7 +45,7 @@ def assert_same(figures, expected):
 @pytest.mark.parametrize("seed", range(5))
 def test_whole_set_as_in_pycocotools(seed):
     content, found = random_case(seed)
-    expected = by_pycocotools(content, found)
+    expected = ap_by_pycocotools(content, found)
     assert 3 < expected["AP90"] < expected["AP"] < 95
     assert_same(average_precision(match_images(content, CATEGORY_IDS, found)), expected)
 
@@ -120,7 +64,7 @@ def test_equal_overlaps_and_scores_as_in_pycocotools(seed):
         item.scores = (item.scores * 5).round() / 5
     matched = match_images(content, CATEGORY_IDS, found)
     assert len(np.unique(matched.scores)) <= 6
-    assert_same(average_precision(matched), by_pycocotools(content, found))
+    assert_same(average_precision(matched), ap_by_pycocotools(content, found))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -128,7 +72,7 @@ def test_weights_are_copies_of_images(seed):
     content, found = random_case(seed)
     copies = np.random.default_rng(seed).integers(0, 4, len(found))
     figures = average_precision(match_images(content, CATEGORY_IDS, found), copies)
-    assert_same(figures, by_pycocotools(*duplicated(content, found, copies)))
+    assert_same(figures, ap_by_pycocotools(*duplicated(content, found, copies)))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -136,7 +80,7 @@ def test_weights_of_0_and_1_are_a_part_of_the_images(seed):
     content, found = random_case(seed)
     matched = match_images(content, CATEGORY_IDS, found)
     chosen = [2, 3, 5, 8, 11]
-    expected = by_pycocotools(content, found, chosen)
+    expected = ap_by_pycocotools(content, found, image_ids=chosen)
     assert_same(average_precision(matched, np.isin(matched.image_ids, chosen)), expected)
     assert_same(average_precision(matched.subset(chosen)), expected)
 
@@ -168,7 +112,7 @@ def test_a_hundred_detections_per_class_and_image_count():
         found = {1: Detections(boxes[order], scores, zeros, zeros)}
         figures = average_precision(match_images(content, CATEGORY_IDS, found))
         assert figures["AP"] == pytest.approx(expected)
-        assert_same(figures, by_pycocotools(content, found))
+        assert_same(figures, ap_by_pycocotools(content, found))
 
 
 def nothing():
@@ -259,7 +203,7 @@ def test_changed_detections_are_matched_again():
         for image_id, item in found.items()
     }
     matched = matcher.collect(matcher.match(*item) for item in changed.items())
-    assert_same(average_precision(matched), by_pycocotools(content, changed))
+    assert_same(average_precision(matched), ap_by_pycocotools(content, changed))
 
 
 def as_rows(columns):

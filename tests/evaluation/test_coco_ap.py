@@ -6,13 +6,10 @@ import copy
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from noisy_detections import ROWS, mean_precision, random_case, run_pycocotools
 
-from cascade_det.core.structures import Detections
 from cascade_det.data.coco_results import coco_results
 from cascade_det.errors import DatasetError
 from cascade_det.evaluation import CocoEvaluator, coco_ap
@@ -21,7 +18,6 @@ from cascade_det.evaluation.ground_truth import load_ground_truth
 CATEGORY_IDS = (3, 7)
 MEDIUM_BOX = (10, 20, 50, 50)
 LARGE_BOX = (100, 100, 120, 110)
-STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # The first of pycocotools' twelve.
 
 
 def make_evaluator(content, **kwargs):
@@ -106,74 +102,27 @@ def test_missing_area_and_crowd_flag_are_filled_in(coco_content, detections, det
     assert bbox["APm"] == pytest.approx(100)
 
 
-def random_case(seed):
-    """Objects in 6 images, and noisy copies of them with wrong classes and false positives."""
-    rng = np.random.default_rng(seed)
-    objects, found = [], {}
-    for image_id in range(1, 7):
-        count = int(rng.integers(0, 6))
-        boxes = np.concatenate(
-            [rng.uniform(0, 200, (count, 2)), rng.choice([15, 60, 130], (count, 1)) *
-             rng.uniform(0.8, 1.2, (count, 2))], axis=1
-        )  # fmt: skip
-        classes = rng.integers(0, 2, count)
-        objects += [
-            (image_id, CATEGORY_IDS[c], box.tolist(), int(rng.random() < 0.15))
-            for c, box in zip(classes, boxes, strict=True)
-        ]
-        guesses = np.concatenate([boxes] * 2) + rng.normal(0, 4, (2 * count, 4))
-        guesses = torch.from_numpy(guesses.clip(1)).float()
-        guesses[:, 2:] += guesses[:, :2]
-        found[image_id] = Detections(
-            guesses,
-            torch.from_numpy(rng.random(2 * count)).float(),
-            torch.from_numpy(np.where(rng.random(2 * count) < 0.2, 0, np.tile(classes, 2))),
-            torch.zeros(2 * count, dtype=torch.int64),
-        )
-    return objects, found
-
-
-def plain_pycocotools(dataset, results):
-    """The same figures with nothing but pycocotools, on unrounded float64 boxes."""
-    truth = COCO()
-    truth.dataset = dataset
-    truth.createIndex()
-    evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
-    evaluation.evaluate()
-    evaluation.accumulate()
-    evaluation.summarize()
-    return evaluation
-
-
 @pytest.mark.parametrize("seed", range(4))
-def test_figures_equal_those_of_pycocotools(coco_content, detector_output, seed):
-    objects, found = random_case(seed)
-    content = coco_content(objects, image_ids=range(1, 7))
-    bbox = evaluate(content, found, detector_output)["bbox"]
-
-    for annotation in content["annotations"]:
-        annotation["id"] += 1000
-    rows = []
+def test_metrics_equal_those_of_pycocotools(detector_output, seed):
+    content, found = random_case(seed, num_images=6, noise=4.0)
+    evaluator = CocoEvaluator(
+        ground_truth=content,
+        class_names=("cat", "dog", "owl"),
+        category_ids=[item["id"] for item in content["categories"]],
+    )
     for image_id, item in found.items():
-        for (x1, y1, x2, y2), score, label in zip(
-            item.boxes.tolist(), item.scores.tolist(), item.classes.tolist(), strict=True
-        ):
-            box = [x1, y1, x2 - x1, y2 - y1]
-            category = CATEGORY_IDS[label]
-            rows.append(
-                {"image_id": image_id, "category_id": category, "bbox": box, "score": score}
-            )
-    expected = plain_pycocotools(content, rows)
-    ours = [-1 if math.isnan(bbox[name]) else bbox[name] / 100 for name in STATS]
+        evaluator.process([{"image_id": image_id}], detector_output([item]))
+    bbox = evaluator.evaluate()["bbox"]
+    expected = run_pycocotools(content, found)
     assert 0.1 < bbox["AP"] < 99
-    np.testing.assert_allclose(ours, expected.stats[:6], atol=1e-9)
+    wanted = {name: mean_precision(expected, row) for name, row in ROWS.items()}
+    for area, name in enumerate(("APs", "APm", "APl"), start=1):
+        wanted[name] = mean_precision(expected, area=area)
+    for category, item in enumerate(content["categories"]):
+        wanted[f"AP-{item['name']}"] = mean_precision(expected, category=category)
+    assert list(bbox) == list(wanted)
+    assert bbox == pytest.approx(wanted, abs=1e-9, nan_ok=True)
     assert expected.params.iouThrs[8] == pytest.approx(0.9)
-    at_90 = expected.eval["precision"][8, :, :, 0, 2]
-    assert bbox["AP90"] == pytest.approx(100 * at_90[at_90 > -1].mean())
-    assert list(bbox)[:4] == ["AP", "AP50", "AP75", "AP90"]
-    for index, name in enumerate(("cat", "dog")):
-        precision = expected.eval["precision"][:, :, index, 0, 2]
-        assert bbox[f"AP-{name}"] == pytest.approx(100 * precision[precision > -1].mean())
 
 
 def test_images_that_were_not_processed_count_as_missed(coco_content, detections, detector_output):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from noisy_detections import ap_by_pycocotools, mean_precision, run_pycocotools
 from recorded_trials import match_images
 
 from cascade_det.calibration.bootstrap import average_precision
@@ -59,37 +56,17 @@ def crowded():
     return content, found
 
 
-def rows_of(found):
-    return [row for item in found.items() for row in coco_results(item[1], item[0], IDS)]
-
-
-def by_pycocotools(content, rows, limit):
-    truth = COCO()
-    truth.dataset = content
-    truth.createIndex()
-    evaluation = COCOeval(truth, truth.loadRes(rows), "bbox")
-    evaluation.params.maxDets = [1, 10, limit]
-    evaluation.evaluate()
-    evaluation.accumulate()
-    return evaluation
-
-
-def mean(precision):
-    valid = precision[precision > -1]
-    return 100 * valid.mean() if valid.size else math.nan
-
-
 @pytest.mark.parametrize("limit", [40, 110, 400])
 def test_every_figure_counts_as_many_as_pycocotools(crowded, limit):
     content, found = crowded
-    rows = rows_of(found)
-    expected = by_pycocotools(content, rows, limit)
-    precision = expected.eval["precision"][..., -1]
+    rows = [row for item in found.items() for row in coco_results(item[1], item[0], IDS)]
+    expected = run_pycocotools(content, found, category_ids=IDS, limit=limit)
     truth = load_ground_truth(content)
     scored = score_results(truth, rows, [1, 2], score_threshold=0.3, max_detections=limit)
     for name, area in SIZES.items():
         value = scored["bbox"][name]
-        assert value == pytest.approx(mean(precision[:, :, :, area]), abs=1e-9, nan_ok=True)
+        wanted = mean_precision(expected, area=area)
+        assert value == pytest.approx(wanted, abs=1e-9, nan_ok=True)
     assert coco_ap(truth, rows, [1, 2], max_detections=limit) == pytest.approx(
         scored["bbox"], nan_ok=True
     )
@@ -122,8 +99,7 @@ def test_what_a_detector_gives_is_not_cut_off(crowded, per_image, limit):
     for evaluator in (whole, staged):
         evaluator.process([{"image_id": 1}, {"image_id": 2}], output)
     results = whole.evaluate()
-    expected = by_pycocotools(content, rows_of(found), limit)
-    ap = mean(expected.eval["precision"][:, :, :, 0, -1])
+    ap = ap_by_pycocotools(content, found, category_ids=IDS, limit=limit)["AP"]
     assert results["bbox"]["AP"] == pytest.approx(ap, abs=1e-9)
     assert staged.evaluate()["stages"]["stage0"]["AP"] == pytest.approx(ap, abs=1e-9)
     told = [note for note in results["notes"] if "TEST.DETECTIONS_PER_IMAGE" in note]

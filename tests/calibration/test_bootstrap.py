@@ -36,10 +36,10 @@ def duplicated(content, found, copies):
     return content_of(images, annotations), detections
 
 
-def assert_same(figures, expected):
-    assert figures.keys() == expected.keys()
+def assert_same(metrics, expected):
+    assert metrics.keys() == expected.keys()
     for name, value in expected.items():
-        assert figures[name] == pytest.approx(value, abs=1e-9, nan_ok=True), name
+        assert metrics[name] == pytest.approx(value, abs=1e-9, nan_ok=True), name
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -71,8 +71,8 @@ def test_equal_overlaps_and_scores_as_in_pycocotools(seed):
 def test_weights_are_copies_of_images(seed):
     content, found = random_case(seed)
     copies = np.random.default_rng(seed).integers(0, 4, len(found))
-    figures = average_precision(match_images(content, CATEGORY_IDS, found), copies)
-    assert_same(figures, ap_by_pycocotools(*duplicated(content, found, copies)))
+    metrics = average_precision(match_images(content, CATEGORY_IDS, found), copies)
+    assert_same(metrics, ap_by_pycocotools(*duplicated(content, found, copies)))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -110,9 +110,9 @@ def test_a_hundred_detections_per_class_and_image_count():
         order = torch.arange(101)
         order[[rank, place]] = order[[place, rank]]
         found = {1: Detections(boxes[order], scores, zeros, zeros)}
-        figures = average_precision(match_images(content, CATEGORY_IDS, found))
-        assert figures["AP"] == pytest.approx(expected)
-        assert_same(figures, ap_by_pycocotools(content, found))
+        metrics = average_precision(match_images(content, CATEGORY_IDS, found))
+        assert metrics["AP"] == pytest.approx(expected)
+        assert_same(metrics, ap_by_pycocotools(content, found))
 
 
 def nothing():

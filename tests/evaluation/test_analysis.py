@@ -238,7 +238,7 @@ def test_more_mistakes_are_worse_and_then_a_lower_f1():
     assert [i["image_id"] for i in analysis(truth(*objects), results)["worst_images"]] == [1, 2]
 
 
-def test_one_class_has_figures_of_its_own():
+def test_one_class_has_metrics_of_its_own():
     content = {
         "images": [{"id": 1}],
         "categories": [{"id": 5, "name": "cell"}],
@@ -262,7 +262,7 @@ def test_nothing_detected_and_nothing_to_detect():
     assert result["worst_images"] == []
 
 
-def test_only_three_figures_are_numbers_of_the_analysis_itself():
+def test_only_three_metrics_are_numbers_of_the_analysis_itself():
     # What is nested in lists is not logged during training.
     result = analysis(truth((1, 3, BOX)), found((1, 3, BOX, 0.9)))
     numbers = {name for name, value in result.items() if isinstance(value, float)}

@@ -15,14 +15,14 @@ from cascade_det.evaluation.ground_truth import class_labels, load_ground_truth
 BOX = (10, 20, 50, 50)
 
 
-def notes_for(content, rows, image_ids=(1, 2)):
+def warnings_for(content, rows, image_ids=(1, 2)):
     truth = load_ground_truth(content)
     predictions = [
         {"image_id": image_id, "category_id": category, "bbox": list(box), "score": 0.9 - k / 1000}
         for k, (image_id, category, box) in enumerate(rows)
     ]
-    figures = coco_ap(truth, predictions, image_ids)
-    return figures, "\n".join(explain(figures, truth, predictions, image_ids))
+    metrics = coco_ap(truth, predictions, image_ids)
+    return metrics, "\n".join(explain(metrics, truth, predictions, image_ids))
 
 
 @pytest.fixture
@@ -33,16 +33,16 @@ def all_sizes():
 
 
 def test_nothing_to_explain(coco_content, all_sizes):
-    figures, notes = notes_for(coco_content(all_sizes), all_sizes)
-    assert figures["AP"] == pytest.approx(100)
-    assert notes == ""
+    metrics, warnings = warnings_for(coco_content(all_sizes), all_sizes)
+    assert metrics["AP"] == pytest.approx(100)
+    assert warnings == ""
 
 
 def test_no_detections(coco_content, all_sizes):
-    figures, notes = notes_for(coco_content(all_sizes), [])
-    assert figures["AP"] == figures["APs"] == figures["AP-dog"] == 0
-    assert notes.startswith("AP is 0: there are no detections at all")
-    assert "SCORE_THRESH_TEST" in notes
+    metrics, warnings = warnings_for(coco_content(all_sizes), [])
+    assert metrics["AP"] == metrics["APs"] == metrics["AP-dog"] == 0
+    assert warnings.startswith("AP is 0: there are no detections at all")
+    assert "SCORE_THRESH_TEST" in warnings
 
 
 @pytest.mark.parametrize(
@@ -55,66 +55,68 @@ def test_missing_size(coco_content, all_sizes, key, size, box):
         return "APs" if area < 32**2 else "APm" if area < 96**2 else "APl"
 
     objects = [item for item in all_sizes if size_of(item[2]) != size_of(box)]
-    figures, notes = notes_for(coco_content(objects), objects)
-    assert math.isnan(figures[key])
-    assert f"{key} is nan: the ground truth has no {size}" in notes
-    assert len(notes.splitlines()) == 1
+    metrics, warnings = warnings_for(coco_content(objects), objects)
+    assert math.isnan(metrics[key])
+    assert f"{key} is nan: the ground truth has no {size}" in warnings
+    assert len(warnings.splitlines()) == 1
 
 
 def test_class_without_ground_truth(coco_content, all_sizes):
     objects = [item for item in all_sizes if item[1] == 3]
-    figures, notes = notes_for(coco_content(objects), all_sizes)
-    assert math.isnan(figures["AP-dog"])
-    assert notes == "AP is nan for classes without ground truth: dog."
+    metrics, warnings = warnings_for(coco_content(objects), all_sizes)
+    assert math.isnan(metrics["AP-dog"])
+    assert warnings == "AP is nan for classes without ground truth: dog."
 
 
 def test_only_crowds(coco_content):
-    figures, notes = notes_for(coco_content([(1, 3, BOX, 1)]), [(1, 3, BOX)])
-    assert math.isnan(figures["AP"])
-    assert notes.startswith("Every AP is nan: the 2 images evaluated have no ground truth")
+    metrics, warnings = warnings_for(coco_content([(1, 3, BOX, 1)]), [(1, 3, BOX)])
+    assert math.isnan(metrics["AP"])
+    assert warnings.startswith("Every AP is nan: the 2 images evaluated have no ground truth")
 
 
 def test_ground_truth_of_other_images_does_not_count(coco_content, all_sizes):
-    _, notes = notes_for(coco_content(all_sizes), all_sizes, image_ids=(2,))
-    assert notes.startswith("Every AP is nan: the 1 images")
+    _, warnings = warnings_for(coco_content(all_sizes), all_sizes, image_ids=(2,))
+    assert warnings.startswith("Every AP is nan: the 1 images")
 
 
 def test_category_ids_of_another_data_set(coco_content, all_sizes):
     rows = [(1, category + 100, box) for _, category, box in all_sizes]
-    figures, notes = notes_for(coco_content(all_sizes), rows)
-    assert figures["AP"] == 0
-    assert "6 of 6 detections have category ids that the json does not define (103, 107" in notes
-    assert "it defines 3, 7" in notes
+    metrics, warnings = warnings_for(coco_content(all_sizes), rows)
+    assert metrics["AP"] == 0
+    assert "6 of 6 detections have category ids that the json does not define (103, 107" in warnings
+    assert "it defines 3, 7" in warnings
 
 
 def test_detections_in_the_wrong_place(coco_content, all_sizes):
     # Half the scale, as when the boxes are in pixels of a resized image.
     objects = [(1, category, (200, 200, 80, 80)) for category in (3, 7)]
     rows = [(1, category, (100, 100, 40, 40)) for category in (3, 7)]
-    figures, notes = notes_for(coco_content(objects), rows)
-    assert figures["AP50"] == 0
-    assert "none of the 2 detections overlaps an object by IoU 0.5 (the best reaches 0.00)" in notes
+    metrics, warnings = warnings_for(coco_content(objects), rows)
+    assert metrics["AP50"] == 0
+    assert (
+        "none of the 2 detections overlaps an object by IoU 0.5 (the best reaches 0.00)" in warnings
+    )
 
 
 def test_best_overlap_is_stated(coco_content):
     # 40 of 100 columns.
-    _, notes = notes_for(coco_content([(1, 3, (0, 0, 100, 50))]), [(1, 3, (0, 0, 40, 50))])
-    assert "(the best reaches 0.40)" in notes
+    _, warnings = warnings_for(coco_content([(1, 3, (0, 0, 100, 50))]), [(1, 3, (0, 0, 40, 50))])
+    assert "(the best reaches 0.40)" in warnings
 
 
 def test_swapped_classes(coco_content):
     cat, dog = (0, 0, 50, 50), (200, 100, 60, 60)
     objects = [(1, 3, cat), (1, 7, dog)]
     rows = [(1, 7, cat), (1, 3, dog)]
-    _, notes = notes_for(coco_content(objects), rows)
-    assert "detections overlap objects (IoU up to 1.00), but none of their own class" in notes
+    _, warnings = warnings_for(coco_content(objects), rows)
+    assert "detections overlap objects (IoU up to 1.00), but none of their own class" in warnings
 
 
 def test_class_that_is_never_predicted(coco_content, all_sizes):
     rows = [item for item in all_sizes if item[1] == 3]
-    figures, notes = notes_for(coco_content(all_sizes), rows)
-    assert (figures["AP-cat"], figures["AP-dog"]) == pytest.approx((100, 0))
-    assert notes == "AP is 0 for classes that were never predicted: dog."
+    metrics, warnings = warnings_for(coco_content(all_sizes), rows)
+    assert (metrics["AP-cat"], metrics["AP-dog"]) == pytest.approx((100, 0))
+    assert warnings == "AP is 0 for classes that were never predicted: dog."
 
 
 def test_evaluator_logs_and_returns_the_notes(coco_content, detections, detector_output, caplog):
@@ -152,12 +154,12 @@ def with_areas(content, areas):
     ],
 )
 def test_areas_that_cannot_be(coco_content, all_sizes, areas, words):
-    figures, notes = notes_for(with_areas(coco_content(all_sizes), areas), all_sizes)
-    assert words in notes
-    assert notes.count("APs, APm and APl") == 1
+    metrics, warnings = warnings_for(with_areas(coco_content(all_sizes), areas), all_sizes)
+    assert words in warnings
+    assert warnings.count("APs, APm and APl") == 1
     # That there is no object of some size would be the wrong reason.
-    assert "is nan" not in notes
-    assert figures["AP"] == pytest.approx(100)
+    assert "is nan" not in warnings
+    assert metrics["AP"] == pytest.approx(100)
 
 
 @pytest.mark.parametrize(
@@ -173,15 +175,15 @@ def test_areas_that_can_be(coco_content, all_sizes, areas):
     if areas[0] is None:
         for item in content["annotations"]:
             del item["area"]
-    _, notes = notes_for(content, all_sizes)
-    assert "'area'" not in notes
+    _, warnings = warnings_for(content, all_sizes)
+    assert "'area'" not in warnings
 
 
 def test_boxes_of_one_size_may_have_one_area(coco_content):
     objects = [(1, 3, BOX), (2, 3, BOX)]
-    _, notes = notes_for(coco_content(objects), objects)
-    assert "'area'" not in notes
-    assert "APs is nan" in notes
+    _, warnings = warnings_for(coco_content(objects), objects)
+    assert "'area'" not in warnings
+    assert "APs is nan" in warnings
 
 
 def test_scores_that_rank_nothing(coco_content):
@@ -205,9 +207,9 @@ def test_categories_of_one_name(coco_content, all_sizes):
     content = coco_content(all_sizes)
     content["categories"][1]["name"] = "cat"
     rows = [item for item in all_sizes if item[1] == 3]
-    figures, notes = notes_for(content, rows)
-    assert (figures["AP-cat (id 3)"], figures["AP-cat (id 7)"]) == pytest.approx((100, 0))
-    first, second = notes.splitlines()
+    metrics, warnings = warnings_for(content, rows)
+    assert (metrics["AP-cat (id 3)"], metrics["AP-cat (id 7)"]) == pytest.approx((100, 0))
+    first, second = warnings.splitlines()
     assert "the same name" in first
     assert first.endswith("cat (id 3), cat (id 7).")
     assert second == "AP is 0 for classes that were never predicted: cat (id 7)."
@@ -227,19 +229,19 @@ def test_labels_differ_and_names_that_are_alone_stay(names):
 def test_names_in_notes_can_be_shown(coco_content, all_sizes):
     content = coco_content([item for item in all_sizes if item[1] == 3])
     content["categories"][1]["name"] = "\x1b[2J\u202e" + "x" * 10_000
-    _, notes = notes_for(content, all_sizes)
-    assert "\\x1b[2J\\u202exx" in notes
-    assert len(notes) < 200
+    _, warnings = warnings_for(content, all_sizes)
+    assert "\\x1b[2J\\u202exx" in warnings
+    assert len(warnings) < 200
 
 
 def test_detections_as_corners(coco_content, all_sizes):
     words = "bbox' must be [x, y, width, height]"
     content = coco_content(all_sizes)
     near = [(1, 3, (10, 10, 90, 80)), (1, 7, (50, 50, 140, 100))]
-    assert words not in notes_for(content, near)[1]  # These are boxes either way.
+    assert words not in warnings_for(content, near)[1]  # These are boxes either way.
     far = [(i, c, (x + 150, y + 80, x + w + 150, y + h + 80)) for i, c, (x, y, w, h) in all_sizes]
-    assert words in notes_for(content, far)[1]
-    assert words not in notes_for(content, [*far, (1, 3, (50, 50, 40, 40))])[1]
+    assert words in warnings_for(content, far)[1]
+    assert words not in warnings_for(content, [*far, (1, 3, (50, 50, 40, 40))])[1]
     for image in content["images"]:
         del image["width"]
-    assert words not in notes_for(content, far)[1]
+    assert words not in warnings_for(content, far)[1]

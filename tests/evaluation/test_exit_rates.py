@@ -27,11 +27,11 @@ def test_sums_over_batches_of_different_size(detector_output):
     evaluator = ExitEvaluator()
     evaluator.process([{}, {}, {}], detector_output([], stats=FIRST))
     evaluator.process([{}], detector_output([], stats=SECOND))
-    figures = evaluator.evaluate()["exits"]
-    assert figures["images"] == 4
+    metrics = evaluator.evaluate()["exits"]
+    assert metrics["images"] == 4
     # 2000 + 400 + 100 stages computed for 2500 proposals.
-    assert figures["stages_per_region"] == 1
-    assert figures["proposals"] == {
+    assert metrics["stages_per_region"] == 1
+    assert metrics["proposals"] == {
         "entered": 2500,
         "entered_per_image": 625,
         "entered_share": 1,
@@ -39,7 +39,7 @@ def test_sums_over_batches_of_different_size(detector_output):
         "left": {"background": 0.16, "redundant": 0.04},
         "mean_score": {},
     }
-    assert figures["stage0"] == {
+    assert metrics["stage0"] == {
         "entered": 2000,
         "entered_per_image": 500,
         "entered_share": 0.8,
@@ -47,7 +47,7 @@ def test_sums_over_batches_of_different_size(detector_output):
         "left": {"background": 0.75, "confident": 0.05},
         "mean_score": {"background": 0.02, "confident": 0.95},
     }
-    assert figures["stage1"] == {
+    assert metrics["stage1"] == {
         "entered": 400,
         "entered_per_image": 100,
         "entered_share": 0.16,
@@ -55,7 +55,7 @@ def test_sums_over_batches_of_different_size(detector_output):
         "left": {"background": 0.5, "confident": 0.25},
         "mean_score": {"background": 0.025, "confident": 0.9},
     }
-    assert figures["stage2"] == {
+    assert metrics["stage2"] == {
         "entered": 100,
         "entered_per_image": 25,
         "entered_share": 0.04,
@@ -63,7 +63,7 @@ def test_sums_over_batches_of_different_size(detector_output):
         "left": {"completed": 1},
         "mean_score": {"completed": 0.5},
     }
-    assert (figures["overrun_share"], figures["overrun_ms"]) == (0.5, 7.5)
+    assert (metrics["overrun_share"], metrics["overrun_ms"]) == (0.5, 7.5)
 
 
 @pytest.mark.parametrize(
@@ -89,21 +89,21 @@ def test_a_stage_that_no_region_reaches(detector_output):
     evaluator = ExitEvaluator()
     stats = CascadeStats([10, 0], [{"background": 10}, {}], proposed=10)
     evaluator.process([{}], detector_output([], stats=stats))
-    figures = evaluator.evaluate()["exits"]
-    assert figures["stage0"]["exit_rate"] == 1
-    assert figures["stage1"]["exit_rate"] == figures["stage1"]["entered_share"] == 0
-    assert figures["stage1"]["left"] == {}
+    metrics = evaluator.evaluate()["exits"]
+    assert metrics["stage0"]["exit_rate"] == 1
+    assert metrics["stage1"]["exit_rate"] == metrics["stage1"]["entered_share"] == 0
+    assert metrics["stage1"]["left"] == {}
 
 
 def test_no_regions_and_no_batches(detector_output):
     evaluator = ExitEvaluator(RegionFlops((1e6,), (0.0,)))
-    figures = evaluator.evaluate()["exits"]
-    assert (figures["images"], figures["stages_per_region"]) == (0, 0)
-    assert figures["overrun_share"] == 0
+    metrics = evaluator.evaluate()["exits"]
+    assert (metrics["images"], metrics["stages_per_region"]) == (0, 0)
+    assert metrics["overrun_share"] == 0
     evaluator.process([{}], detector_output([], stats=CascadeStats([0], [{}])))
-    figures = evaluator.evaluate()["exits"]
-    assert figures["stage0"]["entered_share"] == figures["head_gflops_per_image"] == 0
-    assert figures["stage0"]["mean_score"] == {}
+    metrics = evaluator.evaluate()["exits"]
+    assert metrics["stage0"]["entered_share"] == metrics["head_gflops_per_image"] == 0
+    assert metrics["stage0"]["mean_score"] == {}
 
 
 def test_batches_with_another_number_of_stages_are_refused(detector_output):

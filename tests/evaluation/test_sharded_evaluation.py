@@ -1,4 +1,4 @@
-"""Several processes that share the images have the figures of one that sees them all."""
+"""Several processes that share the images have the metrics of one that sees them all."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def processed(content, outputs, image_ids):
 
 @settings(max_examples=15, deadline=None)
 @given(owners=st.lists(st.integers(0, 3), min_size=8, max_size=8), seed=st.integers(0, 99))
-def test_shares_give_the_figures_of_the_whole(case, owners, seed):
+def test_shares_give_the_metrics_of_the_whole(case, owners, seed):
     shuffled = random.Random(seed).sample(IMAGE_IDS, len(IMAGE_IDS))
     shares = [
         [image_id for image_id, owner in zip(shuffled, owners, strict=True) if owner == rank]
@@ -113,9 +113,9 @@ def test_shares_give_the_figures_of_the_whole(case, owners, seed):
         assert json.dumps(ours) == json.dumps(expected)
 
 
-def test_figures_of_the_case_are_not_trivial(case):
-    figures = [item.evaluate() for item in processed(*case, IMAGE_IDS)]
-    coco, stages, exits, shadow, latency = figures
+def test_metrics_of_the_case_are_not_trivial(case):
+    metrics = [item.evaluate() for item in processed(*case, IMAGE_IDS)]
+    coco, stages, exits, shadow, latency = metrics
     assert 1 < coco["bbox"]["AP"] < 99
     assert stages["stages"]["stage0"]["AP"] != stages["stages"]["stage1"]["AP"]
     assert stages["stages"]["regions"] > 10

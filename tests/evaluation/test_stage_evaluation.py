@@ -29,10 +29,10 @@ def test_ap_of_every_stage_is_that_of_its_own_detections(coco_content, detection
     ]
     evaluator = StageEvaluator(ground_truth=content, category_ids=CATEGORY_IDS)
     evaluator.process([{"image_id": 1}], detector_output([detections()], stages=stages))
-    figures = evaluator.evaluate()["stages"]
-    assert [figures[f"stage{k}"]["AP"] for k in range(3)] == pytest.approx([10, 50, 100])
-    assert [figures[f"stage{k}"]["AP50"] for k in range(3)] == pytest.approx([100, 100, 100])
-    assert [figures[f"stage{k}"]["AP75"] for k in range(3)] == pytest.approx([0, 0, 100])
+    metrics = evaluator.evaluate()["stages"]
+    assert [metrics[f"stage{k}"]["AP"] for k in range(3)] == pytest.approx([10, 50, 100])
+    assert [metrics[f"stage{k}"]["AP50"] for k in range(3)] == pytest.approx([100, 100, 100])
+    assert [metrics[f"stage{k}"]["AP75"] for k in range(3)] == pytest.approx([0, 0, 100])
 
 
 def test_last_stage_equals_the_main_ap(coco_content, detections, detector_output):
@@ -97,7 +97,7 @@ def test_mean_iou_equals_a_loop_over_the_regions(coco_content, detections, detec
                 ],
             ),
         )
-    figures = evaluator.evaluate()["stages"]
+    metrics = evaluator.evaluate()["stages"]
 
     sums, count = [0.0] * 3, 0
     for index, image_id in enumerate(image_ids):
@@ -110,10 +110,10 @@ def test_mean_iou_equals_a_loop_over_the_regions(coco_content, detections, detec
             for step in range(3):
                 sums[step] += plain_iou(chain[step][index][row].tolist(), best)
     assert 5 < count < len(torch.cat(chain[0]))
-    assert figures["regions"] == count
+    assert metrics["regions"] == count
     expected = [total / count for total in sums]
-    ours = [figures["stage0"]["iou_before"], figures["stage0"]["iou_after"]]
-    ours += [figures["stage1"]["iou_before"], figures["stage1"]["iou_after"]]
+    ours = [metrics["stage0"]["iou_before"], metrics["stage0"]["iou_after"]]
+    ours += [metrics["stage1"]["iou_before"], metrics["stage1"]["iou_after"]]
     assert ours == pytest.approx([expected[0], expected[1], expected[1], expected[2]], abs=1e-6)
 
 
@@ -127,9 +127,9 @@ def test_a_region_keeps_its_first_target(coco_content, detections, detector_outp
     ]
     evaluator = StageEvaluator(ground_truth=content, category_ids=CATEGORY_IDS)
     evaluator.process([{"image_id": 1}], detector_output([detections()], stages=stages))
-    figures = evaluator.evaluate()["stages"]
-    assert (figures["stage0"]["iou_before"], figures["stage0"]["iou_after"]) == (1, 0)
-    assert (figures["stage1"]["iou_before"], figures["stage1"]["iou_after"]) == (0, 1)
+    metrics = evaluator.evaluate()["stages"]
+    assert (metrics["stage0"]["iou_before"], metrics["stage0"]["iou_after"]) == (1, 0)
+    assert (metrics["stage1"]["iou_before"], metrics["stage1"]["iou_after"]) == (0, 1)
 
 
 def test_no_matching_region_gives_nan(coco_content, detections, detector_output):
@@ -138,11 +138,11 @@ def test_no_matching_region_gives_nan(coco_content, detections, detector_output)
     stages = [StageOutput([detections()], far, far)]
     evaluator = StageEvaluator(ground_truth=content, category_ids=CATEGORY_IDS)
     evaluator.process([{"image_id": 1}], detector_output([detections()], stages=stages))
-    figures = evaluator.evaluate()["stages"]
-    assert figures["regions"] == 0
-    assert math.isnan(figures["stage0"]["iou_before"])
-    assert math.isnan(figures["stage0"]["iou_after"])
-    assert figures["stage0"]["AP"] == 0
+    metrics = evaluator.evaluate()["stages"]
+    assert metrics["regions"] == 0
+    assert math.isnan(metrics["stage0"]["iou_before"])
+    assert math.isnan(metrics["stage0"]["iou_after"])
+    assert metrics["stage0"]["AP"] == 0
 
 
 def test_file_without_annotations_gives_nan(coco_content, detections, detector_output):

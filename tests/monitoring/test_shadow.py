@@ -71,7 +71,7 @@ def make_output(detections, detector_output):
     return make
 
 
-def test_figures_do_not_depend_on_batches_or_order(make_output):
+def test_metrics_do_not_depend_on_batches_or_order(make_output):
     rng = random.Random(0)
     losses = {number: rng.choice([0, 0, 0.25, 0.5, 1]) for number in range(60)}
     found = []
@@ -115,9 +115,9 @@ def test_the_score_that_counts_is_the_one_of_the_rules(detections, detector_outp
 
 
 def test_no_image_says_nothing():
-    figures = shadow_metrics([], ShadowRules(share=0.1, expected_loss=0.0))
-    assert math.isnan(figures["loss"])
-    assert (figures["loss_low"], figures["loss_high"], figures["drift"]) == (0, 1, 0)
+    metrics = shadow_metrics([], ShadowRules(share=0.1, expected_loss=0.0))
+    assert math.isnan(metrics["loss"])
+    assert (metrics["loss_low"], metrics["loss_high"], metrics["drift"]) == (0, 1, 0)
 
 
 def streams(mean, seed, count=400):
@@ -179,9 +179,9 @@ def test_an_evaluation_warns_of_drift(make_output, caplog):
     evaluator = ShadowEvaluator(rules, on_drift=calls.append)
     for number in range(50):
         evaluator.process([{"image_id": number}], make_output([0.5]))
-    figures = evaluator.evaluate()["shadow"]
-    assert figures["drift"] == 1
-    assert calls == [{"shadow": figures}]
+    metrics = evaluator.evaluate()["shadow"]
+    assert metrics["drift"] == 1
+    assert calls == [{"shadow": metrics}]
     assert len(caplog.records) == 1
 
 

@@ -39,27 +39,23 @@ class Difference:
     high: float
 
 
-def average_precision(
-    matched: MatchedDetections, image_weights: npt.ArrayLike | None = None
-) -> dict[str, float]:
-    """AP, AP50, AP75 and AP90 in percent, as pycocotools computes them.
-
-    Args:
-        matched: see ``ImageMatcher``.
-        image_weights: ``[I]`` whole numbers of copies of each image, 0 or more; ``None``: one each.
-
-    Returns:
-        By name; nan without objects.
-    """
-    weights = np.ones(len(matched.image_ids)) if image_weights is None else image_weights
-    metrics = average_precisions(matched, np.asarray(weights)[None])
+def average_precision(matched: MatchedDetections) -> dict[str, float]:
+    """AP, AP50, AP75 and AP90 in percent, as pycocotools computes them; nan without objects."""
+    metrics = average_precisions(matched, np.ones((1, len(matched.image_ids))))
     return {name: float(values[0]) for name, values in metrics.items()}
 
 
 def average_precisions(
     matched: MatchedDetections, image_weights: npt.ArrayLike
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """``average_precision`` for ``[B, I]`` sets of weights at once; each metric is ``[B]``.
+    """``average_precision`` for several sets of image weights.
+
+    Args:
+        matched: see ``ImageMatcher``.
+        image_weights: ``[B, I]`` whole numbers of copies of each image, 0 or more.
+
+    Returns:
+        float64 ``[B]`` by name.
 
     Raises:
         ValueError: the numbers of weights and images differ.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,21 +71,6 @@ class MatchedDetections:
     hits: npt.NDArray[np.bool_]
     ignored: npt.NDArray[np.bool_]
     objects: npt.NDArray[np.int64]
-
-    def subset(self, image_ids: Collection[int]) -> MatchedDetections:
-        """The detections of some of the images."""
-        chosen = np.isin(self.image_ids, list(image_ids))
-        kept = chosen[self.images]
-        return MatchedDetections(
-            image_ids=self.image_ids[chosen],
-            images=(chosen.cumsum() - 1)[self.images[kept]],
-            classes=self.classes[kept],
-            scores=self.scores[kept],
-            exit_stages=self.exit_stages[kept],
-            hits=self.hits[:, kept],
-            ignored=self.ignored[:, kept],
-            objects=self.objects[chosen],
-        )
 
 
 class ImageMatcher:

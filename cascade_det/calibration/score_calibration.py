@@ -34,27 +34,12 @@ class ScoreCalibration:
     scales: tuple[float, ...]
     shifts: tuple[float, ...]
 
-    def __call__(
-        self, scores: npt.ArrayLike, exit_stages: npt.ArrayLike
-    ) -> npt.NDArray[np.float64]:
-        """Calibrated scores ``[N]``; 0 and 1 are unchanged.
-
-        Args:
-            scores: ``[N]`` in [0, 1].
-            exit_stages: ``[N]``, whole numbers in ``[0, S)``.
-        """
-        stages = np.asarray(exit_stages, np.int64)
-        logits = logit(np.asarray(scores, np.float64))
-        return expit(np.array(self.scales)[stages] * logits + np.array(self.shifts)[stages])
-
 
 def fit_score_calibration(
     scores: npt.ArrayLike,
     correct: npt.ArrayLike,
     exit_stages: npt.ArrayLike,
     num_stages: int,
-    *,
-    with_shift: bool = True,
 ) -> ScoreCalibration:
     """Fit a calibration by maximum likelihood, stage by stage.
 
@@ -66,7 +51,6 @@ def fit_score_calibration(
             detections that COCO ignores.
         exit_stages: ``[N]``, whole numbers in ``[0, S)``.
         num_stages: S.
-        with_shift: ``False``: the temperature alone.
     """
     logits = logit(np.clip(np.asarray(scores, np.float64), SMALLEST_SCORE, 1 - SMALLEST_SCORE))
     outcomes, stages = np.asarray(correct, bool), np.asarray(exit_stages, np.int64)
@@ -75,7 +59,7 @@ def fit_score_calibration(
         rows = stages == stage
         hits = int(outcomes[rows].sum())
         enough = rows.sum() >= MIN_SAMPLES and 0 < hits < rows.sum()
-        fitted.append(_fit(logits[rows], outcomes[rows], with_shift) if enough else (1.0, 0.0))
+        fitted.append(_fit(logits[rows], outcomes[rows]) if enough else (1.0, 0.0))
     return ScoreCalibration(tuple(a for a, _ in fitted), tuple(b for _, b in fitted))
 
 
@@ -99,9 +83,7 @@ def expected_calibration_error(
     return float(np.abs(np.bincount(index, outcomes - values)).sum() / len(values))
 
 
-def _fit(
-    logits: npt.NDArray[np.float64], outcomes: npt.NDArray[np.bool_], with_shift: bool
-) -> tuple[float, float]:
+def _fit(logits: npt.NDArray[np.float64], outcomes: npt.NDArray[np.bool_]) -> tuple[float, float]:
     """The scale and shift of the least mean cross entropy, a convex problem."""
     signs = np.where(outcomes, 1.0, -1.0)
 
@@ -112,9 +94,12 @@ def _fit(
         gradient = np.array([(slopes * logits).mean(), slopes.mean()])
         return float(np.logaddexp(0, -margins).mean()), gradient
 
-    shifts = SHIFT_RANGE if with_shift else (0.0, 0.0)
     start = np.array([1.0, 0.0])
     found = minimize(
-        loss, start, jac=True, bounds=[SCALE_RANGE, shifts], options={"ftol": 1e-14, "gtol": 1e-9}
+        loss,
+        start,
+        jac=True,
+        bounds=[SCALE_RANGE, SHIFT_RANGE],
+        options={"ftol": 1e-14, "gtol": 1e-9},
     )
     return float(found.x[0]), float(found.x[1])

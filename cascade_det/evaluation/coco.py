@@ -48,7 +48,6 @@ class CocoEvaluator(Evaluator):
         category_ids: category id in the json of each of these classes.
         output_dir: folder of the run; the detections are written below it, to
             ``inference/coco_instances_results.json``. ``None``: nothing is written.
-        score_threshold: the lowest score that counts in the analysis.
         detections_per_image: the detector's limit. COCO counts 100 detections per class and image,
             or as many as this limit, if it is higher.
 
@@ -63,7 +62,6 @@ class CocoEvaluator(Evaluator):
         class_names: Sequence[str],
         category_ids: Sequence[int],
         output_dir: str | os.PathLike[str] | None = None,
-        score_threshold: float = SCORE_THRESHOLD,
         detections_per_image: int = MAX_DETECTIONS,
     ) -> None:
         if len(class_names) != len(category_ids):
@@ -73,7 +71,6 @@ class CocoEvaluator(Evaluator):
         self._coco_gt = load_ground_truth(ground_truth)
         self._category_ids = tuple(category_ids)
         self._output_dir = output_dir
-        self._score_threshold = score_threshold
         self._detections_per_image = detections_per_image
         self.reset()
 
@@ -106,23 +103,19 @@ class CocoEvaluator(Evaluator):
         self._seen = merge_seen(state["seen"] for state in states)
         self._results = [result for state in states for result in state["results"]]
 
-    def evaluate(self, image_ids: Collection[int] | None = None) -> dict[str, Any]:
+    def evaluate(self) -> dict[str, Any]:
         """``{"bbox": {"AP": ..., "AP-<class>": ...}, "analysis": {...}, "notes": [...]}``.
 
-        AP is in percent. See ``score_results``.
-
-        Args:
-            image_ids: images to evaluate on; ``None``, as in Detectron2, for all images of the
-                json, even if they were not processed.
+        AP is in percent. See ``score_results``. As in Detectron2, all images of the json count,
+        even if they were not processed.
         """
         if self._output_dir is not None:
             write_json(self._results, Path(self._output_dir) / RESULTS_FILE)
-        image_ids = sorted(self._coco_gt.imgs if image_ids is None else image_ids)
+        image_ids = sorted(self._coco_gt.imgs)
         scored = score_results(
             self._coco_gt,
             self._results,
             image_ids,
-            score_threshold=self._score_threshold,
             max_detections=detections_limit(self._detections_per_image),
         )
         if scored["bbox"]:

@@ -25,16 +25,15 @@ _NEXT_TO_0 = 1e-12
 _MOST_AT_STAKE = 0.75
 
 
-def mean_upper_bound(losses: npt.ArrayLike, delta: float, *, seed: int | None = 0) -> float:
+def mean_upper_bound(losses: npt.ArrayLike, delta: float) -> float:
     """An upper bound on the mean loss: the lowest mean that is refuted as too high.
 
-    The stakes are for a fixed number of samples. Tight where losses vary little.
+    The stakes are for a fixed number of samples. Tight where losses vary little. The bound depends
+    on the order of the losses, which are shuffled with a fixed seed.
 
     Args:
         losses: ``[n]``, of images drawn independently, at least one.
         delta: probability of a bound below the mean, in (0, 1).
-        seed: shuffles the losses, since the bound depends on their order; ``None``: they are in
-            random order already.
 
     Returns:
         In (0, 1]; 1 if no mean is refuted.
@@ -42,10 +41,8 @@ def mean_upper_bound(losses: npt.ArrayLike, delta: float, *, seed: int | None = 
     Raises:
         ValueError: a loss is outside [0, 1], there is none, or ``delta`` is outside (0, 1).
     """
-    values = checked_losses(losses)
     check_probability("delta", delta)
-    if seed is not None:
-        values = np.random.default_rng(seed).permutation(values)
+    values = np.random.default_rng(0).permutation(checked_losses(losses))
     limit = math.log(1 / delta)
     stakes = np.minimum(np.sqrt(2 * limit / (len(values) * _variances_before(values))), 1)
 

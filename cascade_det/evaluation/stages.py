@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -111,14 +111,11 @@ class StageEvaluator(Evaluator):
             for of_stage in zip(*shares, strict=True)
         ]
 
-    def evaluate(self, image_ids: Collection[int] | None = None) -> dict[str, Any]:
+    def evaluate(self) -> dict[str, Any]:
         """``{"stages": {"regions": n, "stage0": {...}, ...}}``.
 
         Each stage has ``AP``, ``AP50``, ``AP75`` and ``AP90`` in percent, ``iou_before`` and
         ``iou_after`` (nan if no region matches an object), averaged over ``regions``.
-
-        Args:
-            image_ids: images for the AP; ``None`` for all of the json.
         """
         regions = sum(count for count, _ in self._ious.values())
         metrics: dict[str, Any] = {"regions": regions}
@@ -129,17 +126,13 @@ class StageEvaluator(Evaluator):
                 for column in (0, 1)
             )
             metrics[f"stage{index}"] = {
-                **self._stage_ap(detections, image_ids),
+                **self._stage_ap(detections),
                 "iou_before": before / (regions or math.nan),
                 "iou_after": after / (regions or math.nan),
             }
         return {"stages": metrics}
 
-    def _stage_ap(
-        self,
-        detections_of_images: list[tuple[int, Detections]],
-        image_ids: Collection[int] | None,
-    ) -> dict[str, float]:
+    def _stage_ap(self, detections_of_images: list[tuple[int, Detections]]) -> dict[str, float]:
         if "annotations" not in self._coco_gt.dataset:
             return dict.fromkeys(_STAGE_METRICS, float("nan"))
         results = [
@@ -147,7 +140,7 @@ class StageEvaluator(Evaluator):
             for image_id, detections in detections_of_images
             for result in coco_results(detections, image_id, self._category_ids)
         ]
-        images = sorted(self._coco_gt.imgs if image_ids is None else image_ids)
+        images = sorted(self._coco_gt.imgs)
         metrics = coco_ap(self._coco_gt, results, images, max_detections=self._max_detections)
         return {name: metrics[name] for name in _STAGE_METRICS}
 

@@ -142,14 +142,11 @@ class ShadowEvaluator(Evaluator):
 
     Args:
         rules: the choice of images, and the promise.
-        on_drift: see ``DriftAlarm``.
     """
 
-    def __init__(
-        self, rules: ShadowRules, on_drift: Callable[[Report], None] | None = None
-    ) -> None:
+    def __init__(self, rules: ShadowRules) -> None:
         self._rules = rules
-        self._alarm = DriftAlarm(on_drift)
+        self._alarm = DriftAlarm()
         self.reset()
 
     def reset(self) -> None:

@@ -7,21 +7,19 @@ import numpy as np
 import pytest
 import torch
 from random_records import CROP_CHANNELS, HIDDEN, make_parts
-from recorded_trials import make_trials
+from recorded_trials import make_calibrator, make_trials
 
 from cascade_det.calibration.bootstrap import paired_bootstrap
 from cascade_det.calibration.calibrator import (
     Calibrator,
     build_policy,
     split_images,
-    to_last_stage,
 )
 from cascade_det.calibration.image_matching import ImageMatcher
 from cascade_det.calibration.latency_model import LatencyModel
 from cascade_det.calibration.risk_control import (
     hoeffding_bentkus_p_value,
 )
-from cascade_det.calibration.score_calibration import ScoreCalibration
 from cascade_det.calibration.search import Parameter, Search
 from cascade_det.calibration.target import Target
 from cascade_det.calibration.trials import Recording, TrialSummary
@@ -29,21 +27,6 @@ from cascade_det.config import get_cfg
 from cascade_det.errors import ConfigError, DatasetError
 
 LATENCY = LatencyModel(constant=5.0, per_call=(1.0, 1.0, 1.0), per_region=(0.1, 0.1, 0.1))
-TRIALS = 20
-
-
-def make_calibrator(recording, matcher, *, tries=TRIALS, **others):
-    """After a search, with each parameter alone at its riskiest, and all of them."""
-    arguments = {"learned": None, "score": 0.3, "seed": 0, **others}
-    calibrator = Calibrator(get_cfg(), recording, matcher, **arguments)
-    if tries:
-        calibrator.try_settings(tries)
-        search = calibrator.search
-        last = [len(parameter.settings) - 1 for parameter in search.parameters]
-        for index, level in enumerate(last):
-            search.trial([level if i == index else 0 for i in range(len(last))])
-        search.trial(last)
-    return calibrator
 
 
 @pytest.fixture(scope="module")
@@ -234,10 +217,6 @@ class TestGuarantee:
         found = calibrator.calibrate(Target(risk=0.35, delta=0.2))
         assert found.setting == {}
 
-    def test_the_full_cascade_where_nothing_passes(self):
-        hopeless = _Simulated(np.full((3, 40), 0.9), [1.0, 0.5, 0.2], range(20), range(20, 40))
-        assert hopeless.calibrate(Target(risk=0.2)) == 0
-
     def test_it_holds_at_its_rate(self):
         """Settings whose risk is known: of many calibrations few choose one that is too risky."""
         generator = np.random.default_rng(0)
@@ -282,69 +261,6 @@ class _Simulated(Calibrator):
     def calibrate(self, target):
         (level,) = self._choose(target, None)
         return level
-
-
-ACCEPT = {"THRESHOLDS": (0.6, 2.0)}
-
-
-@pytest.fixture(scope="module")
-def many():
-    """Enough images to fit scores to."""
-    trials = make_trials(seeds=range(16))
-    return make_calibrator(trials.recording, trials.matcher, tries=0)
-
-
-class TestScores:
-    def test_mapped_scores_mean_what_those_of_the_last_stage_do(self):
-        fitted = ScoreCalibration((0.5, 2.0, 0.8), (0.3, -1.0, 0.6))
-        maps = to_last_stage(fitted)
-        scores = np.linspace(0.01, 0.99, 50)
-        last = np.full(50, 2)
-        for stage in (0, 1):
-            as_last = maps(scores, np.full(50, stage))
-            np.testing.assert_allclose(fitted(as_last, last), fitted(scores, np.full(50, stage)))
-        np.testing.assert_allclose(maps(scores, last), scores)
-
-    def test_what_could_not_be_fitted_stays(self):
-        maps = to_last_stage(ScoreCalibration((1.0, 2.0, 0.8), (0.0, -1.0, 0.6)))
-        assert (maps.scales[0], maps.shifts[0]) == (1.0, 0.0)
-        assert to_last_stage(ScoreCalibration((0.5, 2.0, 1.0), (0.3, -1.0, 0.0))) is None
-
-    def test_they_are_mapped_where_that_helps(self, many):
-        plain = many.trials.replay(many.policy(ACCEPT))
-        mapped = many.with_scores(ACCEPT)
-        assert mapped.keys() - ACCEPT.keys() == {"SCORE_SCALES", "SCORE_SHIFTS"}
-        assert (mapped["SCORE_SCALES"][-1], mapped["SCORE_SHIFTS"][-1]) == (1.0, 0.0)
-        trial = many.trials.replay(many.policy(mapped))
-        assert trial.metrics["AP"] > plain.metrics["AP"]
-        assert trial.entered.tolist() == plain.entered.tolist()
-
-    def test_what_is_chosen_has_the_map_and_is_reported_with_it(self, many, monkeypatch):
-        monkeypatch.setattr(many, "_choose", lambda *_: ())
-        monkeypatch.setattr(many.search, "setting", lambda _: ACCEPT)
-        found = many.calibrate(Target(exit_rate=0.1))
-        assert found.plain == ACCEPT
-        assert found.setting == many.with_scores(ACCEPT)
-        mapped, plain = (many.others.replay(many.policy(s)) for s in (found.setting, ACCEPT))
-        assert found.reported.metrics == mapped.metrics != plain.metrics
-        change = mapped.metrics["AP"] - many.others.full.metrics["AP"]
-        assert found.differences["AP"].value == pytest.approx(change)
-
-    def test_they_stay_where_it_does_not(self, many, monkeypatch):
-        # What left after stage 0 comes out in a row with what did not, but below or above it.
-        plain = many.trials.replay(many.policy(ACCEPT)).metrics["AP"]
-        wrong = ScoreCalibration((0.5, 0.5, 1.1), (9.0, 9.0, 0.1))
-        maps = to_last_stage(wrong)
-        worse = {**ACCEPT, "SCORE_SCALES": maps.scales, "SCORE_SHIFTS": maps.shifts}
-        assert many.trials.replay(many.policy(worse)).metrics["AP"] < plain
-        monkeypatch.setattr(
-            "cascade_det.calibration.calibrator.fit_score_calibration", lambda *_: wrong
-        )
-        assert many.with_scores(ACCEPT) == ACCEPT
-
-    def test_they_stay_where_all_leave_after_one_stage(self, many):
-        for setting in ({}, {"REDUNDANCY_IOU": 0.8}):
-            assert many.with_scores(setting) is setting
 
 
 def test_learned_parts_are_copied_to_the_cpu_and_used(recorded):

@@ -7,7 +7,7 @@ import pytest
 from random_records import make_recorded_scene
 from recorded_trials import FRAME, STAGE_FLOPS, make_trials
 
-from cascade_det.calibration.bootstrap import average_precision
+from cascade_det.calibration.bootstrap import average_precision, average_precisions
 from cascade_det.calibration.found_objects import found_objects, lost_share
 from cascade_det.calibration.trials import ExitTrials, Recording, TrialSummary
 from cascade_det.core.exits import ExitPolicy
@@ -118,9 +118,11 @@ class TestRecording:
         whole = trials.replay(exits)
         assert part.entered.tolist() == whole.entered[:, [0, 3, 4]].tolist()
         assert part.lost.tolist() == whole.lost[[0, 3, 4]].tolist()
-        subset = whole.matched.subset([10, 13, 14])
-        assert part.matched.scores.tolist() == subset.scores.tolist()
-        assert part.metrics == average_precision(subset)
+        weights = np.isin(whole.matched.image_ids, [10, 13, 14])
+        kept = weights[whole.matched.images]
+        assert part.matched.scores.tolist() == whole.matched.scores[kept].tolist()
+        of_part = average_precisions(whole.matched, weights[None])
+        assert part.metrics == {name: values[0] for name, values in of_part.items()}
 
     def test_sizes_go_with_their_images(self):
         record = make_recorded_scene(num_proposals=(3, 4, 5), num_objects=(1, 1, 1)).record

@@ -132,14 +132,6 @@ def test_images_that_were_not_processed_count_as_missed(coco_content, detections
     assert results["notes"][0].startswith("1 images of the json were not processed (ids 2)")
 
 
-def test_evaluation_on_chosen_images(coco_content, detections, detector_output):
-    evaluator = make_evaluator(coco_content([(1, 3, MEDIUM_BOX), (2, 3, MEDIUM_BOX)]))
-    batch = [{"image_id": 1}, {"image_id": 2}]
-    evaluator.process(batch, detector_output([detections((MEDIUM_BOX, 0.9, 0)), detections()]))
-    assert evaluator.evaluate(image_ids=[1])["bbox"]["AP"] == pytest.approx(100)
-    assert evaluator.evaluate(image_ids=[2])["bbox"]["AP"] == 0
-
-
 def test_coco_ap_changes_neither_the_detections_nor_its_answer(coco_content, detections):
     truth = load_ground_truth(coco_content([(1, 3, MEDIUM_BOX)]))
     results = coco_results(detections((MEDIUM_BOX, 0.9, 0)), 1, CATEGORY_IDS)

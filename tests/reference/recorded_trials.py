@@ -4,8 +4,10 @@ import dataclasses
 
 from random_records import IMAGE_SIZE, make_recorded_scene
 
+from cascade_det.calibration.calibrator import Calibrator
 from cascade_det.calibration.image_matching import ImageMatcher
 from cascade_det.calibration.trials import ExitTrials, Recording
+from cascade_det.config import get_cfg
 from cascade_det.core.structures import Detections
 
 CATEGORY_IDS = (3, 7, 9)
@@ -26,6 +28,20 @@ def make_trials(*, seeds=(0, 1), num_proposals=(30, 20), num_stages=3, **others)
         [scene.record for scene in scenes], ids, [FRAME] * len(ids), STAGE_FLOPS[:num_stages]
     )
     return ExitTrials(recording, ImageMatcher(_content(ids, objects), CATEGORY_IDS), score=0.3)
+
+
+def make_calibrator(recording, matcher, *, tries=20, **others):
+    """After a search, with each parameter alone at its riskiest, and all of them."""
+    arguments = {"learned": None, "score": 0.3, "seed": 0, **others}
+    calibrator = Calibrator(get_cfg(), recording, matcher, **arguments)
+    if tries:
+        calibrator.try_settings(tries)
+        search = calibrator.search
+        last = [len(parameter.settings) - 1 for parameter in search.parameters]
+        for index, level in enumerate(last):
+            search.trial([level if i == index else 0 for i in range(len(last))])
+        search.trial(last)
+    return calibrator
 
 
 def match_images(content, category_ids, detections_by_image, **options):

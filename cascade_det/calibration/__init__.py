@@ -1,1 +1,1 @@
-"""Exit thresholds from a target: a record of the full cascade, the search on it, its report."""
+"""Exits for a target: record the full cascade, search on the recording, report."""

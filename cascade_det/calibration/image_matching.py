@@ -26,41 +26,18 @@ IOUS = COCOeval(iouType="bbox").params.iouThrs
 
 
 @dataclass(frozen=True)
-class ImageMatches:
-    """The matched detections of one image, sorted by class, then by falling score.
+class MatchedDetections:
+    """The matched detections of some images, sorted by image, class and falling score.
 
     Attributes:
-        image_id: of the json.
+        image_ids: int64 ``[I]`` of the json, ascending.
+        images: int64 ``[D]``, ascending indices into ``image_ids``.
         classes: int64 ``[D]`` in ``[0, K)``.
         scores: float64 ``[D]``.
         exit_stages: int64 ``[D]``.
         hits: bool ``[T, D]``, whether a detection matches an object.
         ignored: bool ``[T, D]``, whether it lies in a crowd instead and does not count.
-        objects: int64 ``[K]``, numbers of objects; no crowds.
-    """
-
-    image_id: int
-    classes: npt.NDArray[np.int64]
-    scores: npt.NDArray[np.float64]
-    exit_stages: npt.NDArray[np.int64]
-    hits: npt.NDArray[np.bool_]
-    ignored: npt.NDArray[np.bool_]
-    objects: npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class MatchedDetections:
-    """The detections of several images, as in ``ImageMatches``.
-
-    Attributes:
-        image_ids: int64 ``[I]``, ascending.
-        images: int64 ``[D]``, ascending indices into ``image_ids``.
-        classes: int64 ``[D]``.
-        scores: float64 ``[D]``.
-        exit_stages: int64 ``[D]``.
-        hits: bool ``[T, D]``.
-        ignored: bool ``[T, D]``.
-        objects: int64 ``[I, K]``.
+        objects: int64 ``[I, K]``, numbers of objects; no crowds.
     """
 
     image_ids: npt.NDArray[np.int64]
@@ -102,7 +79,7 @@ class ImageMatcher:
         self._objects = {
             image_id: _Objects.of(coco.imgToAnns[image_id], category_ids) for image_id in coco.imgs
         }
-        self._cache: OrderedDict[tuple[int, bytes], ImageMatches] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, bytes], MatchedDetections] = OrderedDict()
         self._cache_size = cache_size
 
     def objects_of(self, image_id: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
@@ -112,7 +89,7 @@ class ImageMatcher:
         boxes[:, 2:] += boxes[:, :2]
         return boxes, objects.classes[~objects.crowds]
 
-    def match(self, image_id: int, detections: Detections) -> ImageMatches:
+    def match(self, image_id: int, detections: Detections) -> MatchedDetections:
         """Match the detections of an image.
 
         Args:
@@ -132,32 +109,32 @@ class ImageMatcher:
             )
         ]
         key = image_id, hashlib.blake2b(b"".join(map(np.ndarray.tobytes, columns))).digest()
-        record = self._cache.pop(key, None) or self._match(image_id, *columns)
-        self._cache[key] = record  # Most recently used.
+        matched = self._cache.pop(key, None) or self._match(image_id, *columns)
+        self._cache[key] = matched  # Most recently used.
         if len(self._cache) > self._cache_size:
             self._cache.popitem(last=False)
-        return record
+        return matched
 
-    def collect(self, records: Iterable[ImageMatches]) -> MatchedDetections:
-        """Join images; those without detections count as well.
+    def collect(self, matched: Iterable[MatchedDetections]) -> MatchedDetections:
+        """Join single images; those without detections count as well.
 
         Raises:
             ValueError: an image is there twice.
         """
-        images = sorted(records, key=lambda record: record.image_id)
-        image_ids = np.array([record.image_id for record in images], np.int64)
+        images = sorted(matched, key=lambda of_image: of_image.image_ids[0])
+        image_ids = _joined([image.image_ids for image in images], np.int64)
         if (np.diff(image_ids) == 0).any():
             raise ValueError("an image is there twice: give it a weight instead")
         none = np.zeros((len(IOUS), 0), bool)
         return MatchedDetections(
             image_ids=image_ids,
-            images=np.arange(len(images)).repeat([len(record.scores) for record in images]),
-            classes=_joined([record.classes for record in images], np.int64),
-            scores=_joined([record.scores for record in images], np.float64),
-            exit_stages=_joined([record.exit_stages for record in images], np.int64),
-            hits=np.concatenate([none, *(record.hits for record in images)], axis=1),
-            ignored=np.concatenate([none, *(record.ignored for record in images)], axis=1),
-            objects=_joined([record.objects for record in images], np.int64).reshape(
+            images=np.arange(len(images)).repeat([len(image.scores) for image in images]),
+            classes=_joined([image.classes for image in images], np.int64),
+            scores=_joined([image.scores for image in images], np.float64),
+            exit_stages=_joined([image.exit_stages for image in images], np.int64),
+            hits=np.concatenate([none, *(image.hits for image in images)], axis=1),
+            ignored=np.concatenate([none, *(image.ignored for image in images)], axis=1),
+            objects=_joined([image.objects for image in images], np.int64).reshape(
                 -1, self.num_classes
             ),
         )
@@ -169,7 +146,7 @@ class ImageMatcher:
         scores: npt.NDArray[np.float32],
         classes: npt.NDArray[np.int64],
         exit_stages: npt.NDArray[np.int64],
-    ) -> ImageMatches:
+    ) -> MatchedDetections:
         if image_id not in self._objects:
             raise DatasetError(f"image {image_id} is not in the ground truth")
         if len(classes) and not 0 <= classes.min() <= classes.max() < self.num_classes:
@@ -190,14 +167,16 @@ class ImageMatcher:
             here = objects.classes == index
             found = _match_class(xywh[rows], objects.boxes[here], objects.crowds[here])
             hits[:, rows], ignored[:, rows] = found
-        return ImageMatches(
-            image_id=image_id,
+        counts = np.bincount(objects.classes[~objects.crowds], minlength=self.num_classes)
+        return MatchedDetections(
+            image_ids=np.array([image_id]),
+            images=np.zeros(len(kept), np.int64),
             classes=classes[kept],
             scores=scores[kept].astype(np.float64),
             exit_stages=exit_stages[kept],
             hits=hits,
             ignored=ignored,
-            objects=np.bincount(objects.classes[~objects.crowds], minlength=self.num_classes),
+            objects=counts[None],
         )
 
 

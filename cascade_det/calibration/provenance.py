@@ -22,8 +22,8 @@ class Provenance:
 
     Attributes:
         weights: ``MODEL.WEIGHTS``; empty for none.
-        weights_sha256: of the tensors, see ``cascade_det.weights.digest``.
-        weights_file_sha256: of the file, as of ``sha256sum``.
+        weights_sha256: of the weights in it, see ``cascade_det.weights.digest``.
+        weights_file_sha256: of the file, as ``sha256sum`` has it.
         data: name of the data set.
         json_file: path of its ground truth.
         json_sha256: of that file.

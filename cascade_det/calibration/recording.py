@@ -50,7 +50,7 @@ class Detector(Protocol):
 
 
 def record_dataset(detector: Any, loader: BatchLoader, most_images: int) -> Recording:
-    """Run the full cascade and record every region at every stage.
+    """Run the full cascade and keep what every region saw.
 
     Args:
         detector: see ``Detector``.
@@ -134,7 +134,7 @@ def time_policies(
 
     Args:
         detector: see ``Detector``; it keeps its exits.
-        batches: to run on; the first one also warms up each policy, untimed.
+        batches: to run on; the first is run once more before, untimed.
         policies: by name.
         rounds: how often each batch is run with each policy.
 

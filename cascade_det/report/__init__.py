@@ -1,1 +1,1 @@
-"""Results shown: text, tables, plots, pictures with boxes."""
+"""Results as text, tables, plots and pictures with boxes."""

@@ -24,7 +24,7 @@ help:
 
 # The stamp is written last, so an install that was cut short is taken up again.
 install: $(VENV)/installed
-$(VENV)/installed: setup.py
+$(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo 'Python 3.10 or newer is needed: make PYTHON=/path/to/python3'; exit 1; }
 	$(PYTHON) -m venv $(VENV)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Make a detection data set of drawn shapes in COCO format; the demo is trained on it.
 
-Every image is a function of (seed, split, index, size, share of hard scenes) alone, so image 7 is
-the same in a set of 10 and in a set of 10,000. ``shape_scenes.py`` beside this file draws them.
+Each image depends only on (seed, split, index, size, share of hard scenes): image 7 is the same in
+a set of 10 and in a set of 10,000. ``shape_scenes.py`` draws them.
 
     python datasets/make_shapes.py --output datasets/shapes --train 500 --val 100 --seed 0
 """
@@ -17,6 +17,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cascade_det.commands.errors import without_traceback
+
+JPEG_QUALITY = 92
+MARKER = "parameters.json"
+SPLITS = ("train", "val")
+_MADE = (MARKER, *SPLITS, *(f"{split}.json" for split in SPLITS))
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Draw a detection data set in COCO format.")
@@ -30,27 +37,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-if __name__ == "__main__":
-    _parser().parse_args()  # Help and errors do not wait for the imports below.
-
-import cv2
-from tqdm import tqdm
-
-from cascade_det.commands.errors import without_traceback
-from cascade_det.files import atomic_folder, remove_leftovers
-from shape_scenes import CLASSES, DRAWING_VERSION, make_image
-
-__all__ = ["main", "make_dataset", "make_image"]
-
-JPEG_QUALITY = 92
-MARKER = "parameters.json"
-SPLITS = ("train", "val")
-_MADE = (MARKER, *SPLITS, *(f"{split}.json" for split in SPLITS))
-
-
 @without_traceback
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Read the command line and make the data set; returns the exit status."""
+    """Run the command; returns its exit status."""
     parser = _parser()
     values = vars(parser.parse_args(arguments))
     output = values.pop("output")
@@ -75,9 +64,8 @@ def make_dataset(
 ) -> bool:
     """Write ``train.json``, ``val.json`` and their images into the folder ``output``.
 
-    The folder appears whole or not at all: it is drawn beside its place and then renamed. A
-    folder of other parameters is replaced, if this generator made it. What a killed run left
-    beside it is removed.
+    The folder appears whole or not at all: it is made beside its place and then renamed. A folder
+    that was made here with other parameters is replaced. Leftovers of killed runs are removed.
 
     Args:
         output: the folder to make.
@@ -93,10 +81,15 @@ def make_dataset(
         False if the folder was there already with the same parameters.
 
     Raises:
-        ValueError: a parameter is out of range, or ``output`` exists and was not made here, or has
-            images that were not.
-        CascadeDetError: ``output`` has other parameters, and files in it that were not made here.
+        ValueError: a parameter is out of range, or ``output`` or an image in it exists and was not
+            made here.
+        CascadeDetError: ``output`` has other parameters, and holds files not made here.
     """
+    from tqdm import tqdm
+
+    from cascade_det.files import atomic_folder, remove_leftovers
+    from shape_scenes import DRAWING_VERSION
+
     parameters = {
         "generator": "make_shapes",
         "version": DRAWING_VERSION,
@@ -132,7 +125,7 @@ def _check_parameters(parameters: dict[str, Any]) -> None:
 
 
 def _read_marker(folder: Path) -> dict[str, Any] | None:
-    """The parameters that ``folder`` was made with; None if there is no such folder."""
+    """The parameters that ``folder`` was made with; None if it does not exist."""
     if not folder.exists():
         return None
     try:
@@ -148,7 +141,7 @@ def _read_marker(folder: Path) -> dict[str, Any] | None:
 
 
 def _check_images(folder: Path, marker: dict[str, Any]) -> None:
-    """Make sure that ``folder``, where it is there, has no images that were not drawn here."""
+    """Raise ValueError if ``folder`` has images that were not made here."""
     for split in SPLITS:
         for path in sorted((folder / split).glob("*")):
             number, count = re.fullmatch(r"(\d{6,})\.jpg", path.name), marker.get(split)
@@ -162,13 +155,17 @@ def _check_images(folder: Path, marker: dict[str, Any]) -> None:
 def _write_split(
     folder: Path, split: str, indices: Iterable[int], *, seed: int, **scene: Any
 ) -> None:
+    import cv2
+
+    from shape_scenes import CLASSES, make_image
+
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     (folder / split).mkdir()
     for index in indices:
         pixels, objects, difficulty = make_image(seed, split, index, **scene)
         name = f"{index + 1:06d}.jpg"
-        # Not cv2.imwrite(), which does not say what kept it from writing.
+        # Not cv2.imwrite(), which does not tell why it fails.
         _, jpeg = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
         (folder / split / name).write_bytes(jpeg.tobytes())
         height, width = pixels.shape[:2]

@@ -1,1 +1,5 @@
-"""The commands: their arguments, and what each does."""
+"""The commands of ``cascade-det``.
+
+``main`` dispatches. A command's module holds its arguments and ``main(argv, prog)``; it imports
+what is heavy inside functions, so that ``--help`` and argument errors come at once.
+"""

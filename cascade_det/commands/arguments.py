@@ -1,4 +1,4 @@
-"""What the arguments of all commands have in common; imports nothing that takes long."""
+"""Arguments that commands share; imports nothing heavy, so that help and errors come at once."""
 
 from __future__ import annotations
 
@@ -16,10 +16,33 @@ _SEPARATORS = ("--opts", "--")
 _Number = TypeVar("_Number", int, float)
 
 
-def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """Let a command take ``KEY VALUE ...`` at its end, with ``--opts`` or ``--`` before or without.
+def command_parser(prog: str | None, doc: str | None) -> argparse.ArgumentParser:
+    """The parser of a command.
 
-    Either ends the list of an option that takes several values. They are ``opts``, a list.
+    Args:
+        prog: what the user types, such as "cascade-det train"; ``None`` for a script's file name.
+        doc: the docstring of the command's module, shown as it is.
+    """
+    return argparse.ArgumentParser(
+        prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_config_file(parser: argparse._ActionsContainer, *, required: bool, text: str = "") -> None:
+    """Add ``--config-file``, which can be given several times; its value is a list of names."""
+    parser.add_argument(
+        "--config-file",
+        required=required,
+        action="append",
+        metavar="YAML",
+        help=f"{text}a file, or cascade_det://NAME for a shipped one; later ones override earlier",
+    )
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Add trailing ``KEY VALUE ...``, optionally after ``--opts`` or ``--``, as the list ``opts``.
+
+    ``--opts`` and ``--`` end the list of an option that takes several values.
     """
     for name, text in (
         ("--opts", "configuration keys that override the files, such as SOLVER.MAX_ITER 1000"),
@@ -46,7 +69,7 @@ class _ConfigOptions(argparse.Action):
         given = [value for value in values or () if value not in _SEPARATORS]
         late = next((value for value in given if value.startswith("--")), None)
         if late is not None:
-            # Else those that are required would be said to be missing.
+            # argparse would call a required option missing that stands here.
             is_known = late.partition("=")[0] in re.findall(r"--[\w-]+", parser.format_usage())
             what = (
                 "comes after keys: give options first, then KEY VALUE" if is_known else "is unknown"
@@ -56,34 +79,43 @@ class _ConfigOptions(argparse.Action):
 
 
 def real(least: float, most: float = math.inf) -> Callable[[str], float]:
-    """The ``type`` of an argument: a finite number from ``least`` to ``most``, both included."""
+    """An argument's ``type``: a finite number from ``least`` to ``most``, both included."""
     return _within(float, "number", least, most)
 
 
 def whole(least: int, most: float = math.inf) -> Callable[[str], int]:
-    """The ``type`` of an argument: a whole number from ``least`` to ``most``, both included."""
+    """An argument's ``type``: a whole number from ``least`` to ``most``, both included."""
     return _within(int, "whole number", least, most)
 
 
 def check_output_file(output: Path, inputs: Iterable[str | os.PathLike[str] | None]) -> None:
-    """Make sure that a command can write a file, and that it does not read the same one.
+    """Check that ``output`` can be written and is none of a command's inputs.
 
     Args:
-        output: the file.
-        inputs: names of files that are read; those that are not there, or ``None``, are nothing.
+        output: the file to write.
+        inputs: files to read; ``None`` and files that do not exist are ignored.
 
     Raises:
-        CascadeDetError: it is one of the inputs, under whatever name, or a folder, a pipe or a
-            device.
+        CascadeDetError: ``output`` is one of the inputs (links are followed), a folder, a pipe or
+            a device.
     """
     if output.is_dir():
         raise CascadeDetError(f"{output}: is a folder. Give the name of a file.")
     if output.exists() and not output.is_file():
         # As root, /dev/null would become a file.
-        raise CascadeDetError(f"{output}: is no file, and would be replaced. Give another name.")
+        raise CascadeDetError(f"{output}: is no regular file. Give another name.")
     for given in inputs:
         if given and output.exists() and os.path.exists(given) and os.path.samefile(output, given):
             raise CascadeDetError(f"{output}: would replace {given}. Give another name.")
+
+
+def file_identity(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """Device and inode, equal for all names of a file; ``None`` if it does not exist."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _within(
@@ -97,5 +129,5 @@ def _within(
             raise argparse.ArgumentTypeError(f"{text!r}: give a {kind} {wanted}")
         return value
 
-    parse.__name__ = kind  # argparse names it where the text cannot be converted
+    parse.__name__ = kind  # argparse's messages name the type
     return parse

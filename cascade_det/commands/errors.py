@@ -1,4 +1,4 @@
-"""How a command ends when something stops it that its user can mend."""
+"""Exit statuses and messages in place of tracebacks, for errors that users can fix."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Callable
 from typing import ParamSpec
 
 from cascade_det.errors import CascadeDetError
-from cascade_det.parallel.processes import INTERRUPTED
+from cascade_det.parallel.signals import INTERRUPTED
 from cascade_det.text import printable
 
 _Arguments = ParamSpec("_Arguments")
 
 
 def without_traceback(main: Callable[_Arguments, int]) -> Callable[_Arguments, int]:
-    """Let a command end with a message and a status instead of a traceback.
+    """Turn a command's errors into a message on stderr and an exit status.
 
-    Bad input and paths that cannot be read or written give status 1, and Ctrl-C gives 130.
+    The status is 1 for bad input and for paths that cannot be read or written, 130 for Ctrl-C.
     """
 
     @functools.wraps(main)
@@ -42,6 +42,6 @@ def _tell(message: str) -> None:
 def _path_and_reason(error: OSError) -> str:
     if error.filename is None:
         return str(error)
-    # What the system says, "file exists", is no reason: a folder was to be made in its place.
+    # "File exists" would be misleading: a folder was to be made there.
     reason = "is no folder" if isinstance(error, FileExistsError) else error.strerror
     return f"{error.filename}: {reason}"

@@ -1,4 +1,4 @@
-"""The folder of a prediction: a picture of each image, and one json that grows with the run."""
+"""The output folder of ``predict``: a picture of each image, and one json for all."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, TextIO
 
+from cascade_det.commands.arguments import file_identity
 from cascade_det.data.annotation_file import read_json
 from cascade_det.errors import CascadeDetError, DatasetError
 from cascade_det.files import atomic_path, naming, remove_leftovers
 from cascade_det.text import listed
 
 RESULT_FILE = "predictions.json"
-# One object a line: first {"pictures": [...]}, then an image each. It is there while a run lasts,
-# and stays where one is killed.
+# One object per line: first {"pictures": [...]}, then one per image. It exists during a run, and
+# remains if the run is killed.
 LINES_FILE = "predictions.jsonl"
 
 _SUFFIX = ".jpg"
@@ -28,30 +29,28 @@ _MOST_SHOWN = 5
 
 
 class PredictionFolder:
-    """Pictures and results of one run. A context: the json is complete when it is left.
+    """Pictures and results of one run, a context manager: the json is complete on exit.
 
-    Nothing is replaced but what an earlier run of the same kind made, as its own result file says;
-    the results of that run are removed at the start. Until the end of the run they are in
-    ``predictions.jsonl``, a line as soon as an image is done; ``predictions.json`` is made of it
-    then. No more is kept in memory than the names of the files.
+    Replaces only files that an earlier run made, according to that run's result file, which is
+    removed at the start. Each image becomes a line of ``predictions.jsonl`` when it is done;
+    ``predictions.json`` is made from them at the end. Memory holds file names only.
 
     Args:
         folder: made if missing.
-        files: the images, whose pictures will be ``name.jpg``; an image's id is its place among
-            them, from 1 on.
+        files: the images, whose pictures will be ``name.jpg``; image ids count them from 1.
         categories: ``{"id", "name"}`` of each class.
-        others: names of further files that the run writes in the folder.
+        others: names of other files that the run writes to the folder.
 
     Attributes:
         files: see above.
-        seen: files that were tried.
+        seen: files processed so far.
         done: images with results.
-        detections: of all of them.
+        detections: in all images.
         failed: files that could not be read, and images whose picture could not be written.
 
     Raises:
-        DatasetError: a file would replace one of the images, or one that no earlier run made, or
-            another run is writing to the folder; nothing is changed then.
+        DatasetError: a file would replace one of the images, or a file that no earlier run made,
+            or another run is writing to the folder; nothing has changed.
     """
 
     def __init__(
@@ -80,7 +79,7 @@ class PredictionFolder:
         older = [name for name in made if (folder / name).is_file()]
         self._others = _other_files([*others, *older])
         older = [name for name in older if name.endswith(_SUFFIX)]
-        # All that this run may make, before it makes it: known as such even if it is killed.
+        # Listed before they are made, so that later runs may replace them even if this is killed.
         self._pictures = list(dict.fromkeys([*self._names, *older]))
         self._lines.truncate(0)
         self._append({"pictures": self._pictures, "others": self._others})
@@ -96,16 +95,16 @@ class PredictionFolder:
         results: Sequence[dict[str, Any]],
         encode: Callable[[], bytes],
     ) -> str | None:
-        """Write picture and results of an image.
+        """Write the picture and results of an image.
 
         Args:
             number: of the file, from 0.
             size: height and width in pixels.
             results: detections in COCO's result format.
-            encode: gives the content of the picture.
+            encode: returns the content of the picture file.
 
         Returns:
-            Why the picture could not be written; its results are kept all the same.
+            The reason if the picture could not be written; the results are kept.
 
         Raises:
             OSError: the results cannot be written.
@@ -134,17 +133,17 @@ class PredictionFolder:
         return reason
 
     def fail(self, number: int, reason: str) -> None:
-        """Write down why a file, by its number from 0, has no results.
+        """Record why file ``number``, from 0, has no results.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the record cannot be written.
         """
         self._append({"failed": self._failure(number, reason)})
         self.seen += 1
         self.failed += 1
 
     def __exit__(self, *_: object) -> None:
-        """Make ``predictions.json`` of what is there, however the run ended."""
+        """Make ``predictions.json`` from the images done so far, however the run ended."""
         path = self._folder / RESULT_FILE
         try:
             with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
@@ -152,7 +151,7 @@ class PredictionFolder:
             (self._folder / LINES_FILE).unlink()
         except OSError as reason:
             raise CascadeDetError(
-                f"{path}: {reason.strerror or reason}. What was found is in {LINES_FILE} there."
+                f"{path}: {reason.strerror or reason}. The detections are in {LINES_FILE} there."
             ) from reason
         finally:
             self._lines.close()
@@ -163,7 +162,7 @@ class PredictionFolder:
     def _append(self, line: dict[str, Any]) -> None:
         rest = memoryview((json.dumps(line, allow_nan=False) + "\n").encode())
         with naming(self._folder / LINES_FILE):
-            # A disk that fills up takes a part first.
+            # A write to a disk that fills up may be partial.
             while rest:
                 rest = rest[self._lines.write(rest) :]
 
@@ -199,9 +198,9 @@ class PredictionFolder:
 
 
 def picture_names(files: Iterable[Path]) -> list[str]:
-    """``name.jpg`` for each file; those of one name, or of one to some file systems, are numbered.
+    """``name.jpg`` for each file, numbered where names are equal, or equal to some file systems.
 
-    Names that would be too long are cut.
+    Names that are too long are cut.
     """
     names: dict[str, str] = {}
     counts: dict[str, int] = {}
@@ -223,14 +222,14 @@ def _named(stem: str, number: str) -> str:
 
 
 def _folded(name: str) -> str:
-    """The same for names that a file system may take for one: in case, or in composed letters."""
+    """Equal for names that a file system may not tell apart: by case or composed letters."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
 def _open_alone(path: Path) -> FileIO:
-    """Open the lines of a run, to append to, for this process alone."""
+    """Open the lines of a run for appending, by this process alone."""
     while True:
-        # Neither a link nor a pipe, which would end up somewhere else, or nowhere.
+        # Not a link or a pipe: writes would go somewhere else, or nowhere.
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
         with naming(path):
             file = FileIO(os.open(path, flags, 0o666), "r+")
@@ -255,15 +254,15 @@ def _lock(file: FileIO, path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise DatasetError(
-            f"{path.parent}: another run of predict.py is writing to this folder. Wait for its "
-            "end, or give another --output."
+            f"{path.parent}: another run is writing to this folder. Wait for its end, or give "
+            "another --output."
         ) from None
     except OSError:
         pass  # Some network file systems have no locks.
 
 
 def _made_before(folder: Path) -> list[str]:
-    """Names of the files in a folder that earlier runs made, as their results say."""
+    """Names of the files that earlier runs made in a folder, according to their results."""
     made: list[Any] = []
     if os.path.lexists(folder / RESULT_FILE):
         made += _named_by(folder / RESULT_FILE)
@@ -293,7 +292,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def _other_files(names: Iterable[str]) -> list[str]:
-    """Those that are neither pictures nor results, each once."""
+    """The names of neither pictures nor results, each once."""
     known = (RESULT_FILE, LINES_FILE)
     return [n for n in dict.fromkeys(names) if n not in known and not n.endswith(_SUFFIX)]
 
@@ -301,38 +300,29 @@ def _other_files(names: Iterable[str]) -> list[str]:
 def _check_replaced(
     folder: Path, names: Sequence[str], inputs: Sequence[Path], made: Sequence[str]
 ) -> None:
-    """Make sure that the files of these names are none of the inputs, and were made by us."""
-    places = {_place(file): file for file in inputs}
+    """Raise DatasetError if one of these files is an input, or was made by others."""
+    inputs_by_identity = {file_identity(file): file for file in inputs}
     ours, foreign = set(made), []
     for name in names:
         path = folder / name
         if not os.path.lexists(path):
             continue
-        if path.exists() and _place(path) in places:
+        if (replaced := inputs_by_identity.get(file_identity(path))) and path.exists():
             raise DatasetError(
-                f"--output {folder}: {name} would replace the input {places[_place(path)]}. Give "
-                "another folder."
+                f"--output {folder}: {name} would replace the input {replaced}. Give another "
+                "folder."
             )
         if name not in ours:
             foreign.append(name)
     if foreign:
         raise DatasetError(
-            f"--output {folder}: {listed(foreign, _MOST_SHOWN)} would be replaced, and no earlier "
-            "run of predict.py made that. Give another folder, or move it away."
+            f"--output {folder}: {listed(foreign, _MOST_SHOWN)} would be replaced, and was not "
+            "made by an earlier run. Give another folder, or move it away."
         )
 
 
-def _place(path: Path) -> tuple[int, int] | None:
-    """What is the same for all names of a file; ``None`` if it is not there."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of lines. What is none is left out: a line that was cut short."""
+    """The objects of a file of lines; skips lines that are not objects, such as truncated ones."""
     with path.open("rb") as file:
         for line in file:
             try:

@@ -23,15 +23,13 @@ from typing import Any
 
 from cascade_det.errors import CascadeDetError
 from cascade_det.files import atomic_path
-from cascade_det.parallel.signals import handled, stop_signals
+from cascade_det.parallel.signals import INTERRUPTED, handled, stop_signals
 from cascade_det.parallel.worker_signals import signals_held
 
 logger = logging.getLogger(__name__)
 
 # What the caller of a command can mend: these come out as they are, without a traceback.
 USER_ERRORS = (CascadeDetError, FloatingPointError)
-# As a shell says it of a command that ends by Ctrl-C.
-INTERRUPTED = 128 + signal.SIGINT
 
 # Seconds that processes have to end by themselves once one of them has failed, and then to obey
 # SIGTERM, which one that hangs in a collective does not, before they are killed.

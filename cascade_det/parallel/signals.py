@@ -11,7 +11,9 @@ from types import FrameType
 
 from cascade_det.parallel.worker_signals import PARTING_SIGNALS
 
-Handler = Callable[[int, FrameType | None], None]
+Handler = Callable[[int, FrameType | None], None] | signal.Handlers
+# The exit status after Ctrl-C, as shells have it.
+INTERRUPTED = 128 + signal.SIGINT
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:

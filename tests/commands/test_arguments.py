@@ -1,4 +1,4 @@
-"""Help and errors in arguments come before anything that takes long to import."""
+"""Arguments of the console command and of the scripts; help and errors import nothing heavy."""
 
 import importlib
 import re
@@ -8,16 +8,24 @@ from pathlib import Path
 
 import pytest
 
+from cascade_det import __version__
 from cascade_det.commands.arguments import check_output_file, real, whole
+from cascade_det.commands.main import COMMANDS, main
 from cascade_det.errors import CascadeDetError
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = [
-    path.relative_to(ROOT).as_posix()
-    for folder in ("tools", "datasets")
-    for path in sorted((ROOT / folder).glob("*.py"))
-    if "\nif __name__ ==" in path.read_text()
-]
+SCRIPTS = {
+    "tools/train_net.py": "train",
+    "tools/predict.py": "predict",
+    "tools/calibrate_exits.py": "calibrate",
+    "tools/export.py": "export",
+    "tools/benchmark.py": "benchmark",
+    "tools/check_dataset.py": "check-data",
+    "tools/visualize_data.py": "show-data",
+    "tools/print_config.py": "print-config",
+    "tools/evaluate_json.py": "eval-json",
+    "datasets/prepare_coco.py": "prepare-coco",
+}
 HEAVY = {"torch", "torchvision", "fvcore", "numpy", "scipy", "cv2", "matplotlib", "pycocotools"}
 
 
@@ -35,27 +43,47 @@ def run(*arguments: str) -> tuple[subprocess.CompletedProcess[str], set[str]]:
     return result, {module.partition(".")[0] for module in modules}
 
 
-def test_the_commands_are_found():
-    assert {"tools/train_net.py", "datasets/make_shapes.py"} <= set(COMMANDS)
+def test_every_script_and_command_is_tested():
+    assert {*SCRIPTS.values(), "eval"} == COMMANDS.keys()
+    found = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tools").glob("*.py")}
+    assert found == {script for script in SCRIPTS if script.startswith("tools")}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_imports_nothing_heavy(command):
-    result, imported = run(command, "--help")
+@pytest.mark.parametrize("script", [*SCRIPTS, "datasets/make_shapes.py"])
+def test_help_imports_nothing_heavy(script, capsys):
+    result, imported = run(script, "--help")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith(f"usage: {Path(command).name}")
+    assert result.stdout.startswith(f"usage: {Path(script).name}")
     assert "argparse" in imported
     assert not imported & HEAVY
+    if command := SCRIPTS.get(script):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        own = capsys.readouterr().out
+        assert own.startswith(f"usage: cascade-det {command} ")
+        assert own.partition("\n\n")[2] == result.stdout.partition("\n\n")[2]
+
+
+def test_the_package_lists_its_commands():
+    result, imported = run("-m", "cascade_det", "--help")
+    assert result.stdout.startswith("usage: python -m cascade_det ")
+    listed = re.findall(r"^  ([\w-]+) +\w.*$", result.stdout.partition("commands:")[2], re.MULTILINE)
+    assert listed == list(COMMANDS)
+    assert not imported & HEAVY
+    result, _ = run("-m", "cascade_det", "--version")
+    assert result.stdout == f"{__version__}\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["tools/train_net.py", "--resume"], "--config-file"),
-        (["tools/train_net.py", "--config-file", "a.yaml", "--host", "neither"], "'neither'"),
-        (["tools/calibrate_exits.py", "--config-file", "a.yaml", "--output", "b"], "--max-ap-drop"),
-        (["tools/visualize_data.py", "--num", "0"], "'0': give a whole number of 1 or more"),
+        (["-m", "cascade_det", "train", "--config-file", "a", "--host", "neither"], "'neither'"),
+        (["-m", "cascade_det", "calibrate", "--config-file", "a", "--output", "b"], "--risk"),
+        (["-m", "cascade_det", "show-data", "--num", "0"], "'0': give a whole number of 1 or"),
         (["datasets/prepare_coco.py", "--splits", "test"], "'test'"),
+        (["-m", "cascade_det", "tran"], "'tran'"),
+        (["-m", "cascade_det"], "COMMAND"),
     ],
 )
 def test_a_wrong_argument_is_told_before_anything_heavy_is_imported(arguments, words):
@@ -66,7 +94,8 @@ def test_a_wrong_argument_is_told_before_anything_heavy_is_imported(arguments, w
 
 
 def test_the_configuration_loads_without_torch():
-    result, imported = run("-c", "import cascade_det, cascade_det.config, cascade_det.hosts")
+    program = "import cascade_det.config, cascade_det.hosts, cascade_det.model_zoo"
+    result, imported = run("-c", program)
     assert result.returncode == 0, result.stderr
     assert "fvcore" in imported
     assert not imported & (HEAVY - {"fvcore"})
@@ -80,50 +109,50 @@ def test_what_is_imported_is_seen():
 # Of every command that takes keys: what it needs beside them, a list that could swallow them last.
 WITH_KEYS = {
     "benchmark": ["--batch", "1", "4"],
-    "calibrate_exits": ["--config-file", "a.yaml", "--risk", "0.1", "--output", "o"],
-    "check_dataset": ["--config-file", "a.yaml"],
+    "calibrate": ["--config-file", "a.yaml", "--risk", "0.1", "--output", "o"],
+    "check_data": ["--config-file", "a.yaml"],
     "export": ["--config-file", "a.yaml", "--output", "o"],
     "predict": ["--config-file", "a.yaml", "--output", "o", "--input", "a.jpg", "b.jpg"],
     "print_config": ["--config-file", "a.yaml"],
-    "train_net": ["--config-file", "a.yaml"],
-    "visualize_data": ["--config-file", "a.yaml", "--output", "o"],
+    "train": ["--config-file", "a.yaml"],
+    "show_data": ["--config-file", "a.yaml", "--output", "o"],
 }
 KEYS = ["SOLVER.BASE_LR", "-1", "SEED", "5"]
 
 
+def parse(command, arguments):
+    return importlib.import_module(f"cascade_det.commands.{command}")._parse(arguments, None)
+
+
 def test_all_commands_that_take_keys_are_known():
-    taking = {
-        path.stem for path in (ROOT / "tools").glob("*.py") if "args.opts" in path.read_text()
-    }
-    assert taking | {"benchmark"} == WITH_KEYS.keys()
+    modules = {command.module for command in COMMANDS.values()}
+    assert modules - {"eval_json", "prepare_coco"} == WITH_KEYS.keys()
 
 
 @pytest.mark.parametrize("command", WITH_KEYS)
 def test_keys_are_taken_with_and_without_opts_before_them(command):
-    parse = importlib.import_module(command)._parse
     needed = WITH_KEYS[command]
     for before in (["--opts"], ["--"]):
-        args = parse([*needed, *before, *KEYS])
+        args = parse(command, [*needed, *before, *KEYS])
         assert args.opts == KEYS
     assert vars(args)[{"benchmark": "batches"}.get(command, "config_file")]
     single = needed[:-3] if command == "benchmark" else needed
     if command == "predict":
         single = ["--input", "a.jpg", *needed[:4]]
-    assert parse([*single, *KEYS]).opts == KEYS
-    assert parse([*single, *KEYS[:2], "--opts", *KEYS[2:]]).opts == KEYS
-    assert parse(needed).opts == []
+    assert parse(command, [*single, *KEYS]).opts == KEYS
+    assert parse(command, [*single, *KEYS[:2], "--opts", *KEYS[2:]]).opts == KEYS
+    assert parse(command, needed).opts == []
 
 
 @pytest.mark.parametrize("before", [[], ["--opts"]])
 @pytest.mark.parametrize("command", WITH_KEYS)
 def test_options_behind_the_keys_are_told(command, before, capsys):
-    parse = importlib.import_module(command)._parse
     with pytest.raises(SystemExit):
-        parse([*before, *KEYS, *WITH_KEYS[command]])
+        parse(command, [*before, *KEYS, *WITH_KEYS[command]])
     option = WITH_KEYS[command][0]
     assert f"option {option} comes after keys: give options first" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        parse([*WITH_KEYS[command], *before, "--hasty", "1", *KEYS])
+        parse(command, [*WITH_KEYS[command], *before, "--hasty", "1", *KEYS])
     assert re.search(r"option --hasty is unknown|arguments: --hasty", capsys.readouterr().err)
 
 
@@ -132,8 +161,8 @@ def test_options_behind_the_keys_are_told(command, before, capsys):
     ("command", "option", "needed"),
     [
         ("predict", "--score-threshold", WITH_KEYS["predict"]),
-        ("evaluate_json", "--score-threshold", ["--json", "a", "--predictions", "b"]),
-        ("visualize_data", "--num", WITH_KEYS["visualize_data"]),
+        ("eval_json", "--score-threshold", ["--json", "a", "--predictions", "b"]),
+        ("show_data", "--num", WITH_KEYS["show_data"]),
         ("benchmark", "--seconds", []),
         ("benchmark", "--seed", []),
         ("benchmark", "--threads", []),
@@ -141,7 +170,7 @@ def test_options_behind_the_keys_are_told(command, before, capsys):
 )
 def test_numbers_are_finite_and_in_range(capsys, command, option, needed, text):
     with pytest.raises(SystemExit):
-        importlib.import_module(command)._parse([*needed, f"{option}={text}"])
+        parse(command, [*needed, f"{option}={text}"])
     assert f"{option}: " in capsys.readouterr().err
 
 
@@ -163,5 +192,5 @@ def test_a_command_writes_onto_nothing_that_it_reads(tmp_path):
             check_output_file(tmp_path / output, [None, tmp_path / "a"])
     with pytest.raises(CascadeDetError, match="is a folder"):
         check_output_file(tmp_path, [])
-    with pytest.raises(CascadeDetError, match="/dev/null: is no file"):
+    with pytest.raises(CascadeDetError, match="/dev/null: is no regular file"):
         check_output_file(Path("/dev/null"), [])

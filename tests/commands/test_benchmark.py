@@ -9,7 +9,7 @@ from contextlib import redirect_stdout
 import cv2
 import pytest
 
-import benchmark
+from cascade_det.commands import benchmark
 
 SMALL = (
     *("MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"),

@@ -14,8 +14,7 @@ from filelock import FileLock
 from pycocotools.coco import COCO
 
 import cascade_det.standalone
-import predict
-import train_net
+from cascade_det.commands import predict, prediction, train
 from cascade_det.config import load_config
 from cascade_det.core import Detections
 from cascade_det.engine import run_lock
@@ -70,7 +69,7 @@ def test_a_folder_that_another_run_writes_to_is_left_alone(trained, monkeypatch,
     monkeypatch.setattr(run_lock, "_PATIENCE", 0.1)
     before = {p: p.stat().st_mtime_ns for p in (folder / "output").rglob("*")}
     with FileLock(folder / "output" / ".cascade_det.lock"):
-        assert train_net.main([*RUN, *more[:1], *options, *more[1:]]) == 1
+        assert train.main([*RUN, *more[:1], *options, *more[1:]]) == 1
     assert f"OUTPUT_DIR {folder / 'output'} is in use by another run" in "".join(capfd.readouterr())
     assert {p: p.stat().st_mtime_ns for p in (folder / "output").rglob("*")} == before
 
@@ -79,7 +78,7 @@ def test_eval_only(trained):
     folder, options, _ = trained
     before = json.loads((folder / "output" / "results.json").read_text())
     weights = ["MODEL.WEIGHTS", str(folder / "output" / "model_final.pth")]
-    assert train_net.main([*RUN, "--eval-only", *options, *weights]) == 0
+    assert train.main([*RUN, "--eval-only", *options, *weights]) == 0
     after = json.loads((folder / "output" / "results.json").read_text())
     assert after["bbox"] == before["bbox"]
 
@@ -100,13 +99,13 @@ def test_mistakes_end_with_a_clear_message(trained, tmp_path, capfd, arguments, 
     flags = arguments if arguments[0].startswith("--") else []
     keys = [] if flags else arguments
     keys = [*keys, "OUTPUT_DIR", str(tmp_path)]
-    assert train_net.main([*RUN, *flags, *options, *keys]) == 1
+    assert train.main([*RUN, *flags, *options, *keys]) == 1
     output = "".join(capfd.readouterr())
     assert all(word in output for word in words)
 
 
 def test_missing_config_file(tmp_path, capfd):
-    assert train_net.main(["--config-file", str(tmp_path / "no.yaml")]) == 1
+    assert train.main(["--config-file", str(tmp_path / "no.yaml")]) == 1
     assert "no.yaml" in "".join(capfd.readouterr())
 
 
@@ -294,7 +293,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, capfd):
     for file in files:
         cv2.imwrite(str(file), np.full((40, 30, 3), 128, np.uint8))
     output = tmp_path / "out"
-    assert predict.predict(SlowPredictor(), files, output, 0.5) == 130
+    assert prediction.predict(SlowPredictor(), files, output, 0.5) == 130
     assert "5 images are not done" in capfd.readouterr().err
     assert sorted(path.name for path in output.iterdir()) == [
         *(f"{i}.jpg" for i in range(4)),

@@ -9,8 +9,7 @@ import torch
 from small_detectors import random_image
 from torch import nn
 
-import export
-import predict
+from cascade_det.commands import export, predict
 from cascade_det.config import load_config
 from cascade_det.standalone import build_detector
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import train_net
+from cascade_det.commands import train
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "quick_schedules" / "instant_test.yaml"
@@ -69,12 +69,12 @@ def test_auto_without_a_whole_detectron2(broken, tmp_path):
 
 
 def test_the_host_that_is_asked_for(tmp_path, capfd):
-    assert train_net.main(["--host", "standalone", *KEYS, str(tmp_path)]) == 1
+    assert train.main(["--host", "standalone", *KEYS, str(tmp_path)]) == 1
     told = capfd.readouterr().out.splitlines()
     assert told[0].endswith("Host: standalone, as --host says")
     assert (tmp_path / "log.txt").read_text().splitlines()[0] == told[0]
     with pytest.raises(SystemExit):
-        train_net.main(["--host", "mmdetection", *KEYS, str(tmp_path)])
+        train.main(["--host", "mmdetection", *KEYS, str(tmp_path)])
 
 
 @pytest.mark.needs_detectron2
@@ -84,7 +84,7 @@ def test_the_host_that_is_asked_for(tmp_path, capfd):
 )
 def test_with_detectron2(tmp_path, capfd, arguments, why):
     pytest.importorskip("detectron2.engine", exc_type=ImportError)
-    assert train_net.main([*arguments, *KEYS, str(tmp_path)]) == 1
+    assert train.main([*arguments, *KEYS, str(tmp_path)]) == 1
     told = capfd.readouterr().out.splitlines()
     assert told[0].endswith(f"Host: detectron2, {why}")
     assert (tmp_path / "log.txt").read_text().splitlines()[0] == told[0]

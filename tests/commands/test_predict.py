@@ -11,8 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
-import predict
-from cascade_det.commands import prediction_files
+from cascade_det.commands import prediction, prediction_files
 from cascade_det.errors import CascadeDetError, DatasetError
 from cascade_det.onnx_predictor import ArrayDetections
 
@@ -53,7 +52,7 @@ def draw(folder, *names, size=(40, 30)):
 
 
 def run(inputs, output, finder=None):
-    return predict.predict(finder or Finder(), predict.find_images(list(inputs)), output, 0.5)
+    return prediction.predict(finder or Finder(), prediction.find_images(list(inputs)), output, 0.5)
 
 
 def results(output):
@@ -130,7 +129,7 @@ def test_what_the_detector_writes_beside_the_results_replaces_nothing_either(fol
 
     def watched():
         figures = Finder(lambda name: (output / "metrics.json").write_text("figures"))
-        return predict.predict(figures, [Path("a.png")], output, 0.5, others=["metrics.json"])
+        return prediction.predict(figures, [Path("a.png")], output, 0.5, others=["metrics.json"])
 
     with pytest.raises(DatasetError, match=r"metrics\.json would be replaced"):
         watched()
@@ -170,10 +169,10 @@ def test_what_exists_is_no_glob(folder):
         ([str(folder / "set[2]" / "*t.png")], [str(folder / "set[2]" / "right.png")]),
         (["*.png", "scan1.png"], ["scan1.png", "scan[1].png"]),
     ):
-        assert [str(path) for path in predict.find_images(patterns)] == wanted
+        assert [str(path) for path in prediction.find_images(patterns)] == wanted
     for missing in ("scan[3].png", "set[2]/x*.png", "nothing"):
         with pytest.raises(DatasetError, match="is neither an existing file"):
-            predict.find_images([missing])
+            prediction.find_images([missing])
 
 
 def test_a_pipe_is_told_and_not_waited_for(folder):
@@ -181,7 +180,7 @@ def test_a_pipe_is_told_and_not_waited_for(folder):
     os.mkfifo(folder / "in" / "b.png")
     (folder / "in" / "c.png").mkdir()
     with pytest.raises(DatasetError, match="neither an existing file"):
-        predict.find_images(["in/b.png"])
+        prediction.find_images(["in/b.png"])
     assert run(["in"], folder / "out") == 1
     assert [failure["reason"] for failure in results(folder / "out")["failed"]] == [
         "is not a file"

@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import prepare_coco
+from cascade_det.commands import prepare_coco
+from cascade_det.commands.prepare_coco import main, unpack
 from cascade_det.data.catalog import find_dataset
 from cascade_det.errors import CascadeDetError, DatasetError, DownloadError
-from prepare_coco import main, unpack
 from tests.reference.web_server import Fault, serving
 
 COUNTS = {"train": 5, "val": 3}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import print_config
+from cascade_det.commands import print_config
 from cascade_det.config import changed_keys, flat, get_cfg, load_config
 
 ROOT = Path(__file__).resolve().parents[2]

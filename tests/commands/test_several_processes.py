@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import train_net
+from cascade_det.commands import train
 from cascade_det.config import load_config
 from cascade_det.parallel.interrupts import Interrupted
 from make_shapes import make_dataset
@@ -97,7 +97,7 @@ def test_figures_are_those_of_one_process(trained, keys, tmp_path):
     folder, _, _ = trained
     options = [*keys, "OUTPUT_DIR", str(tmp_path), "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
     options += ["MODEL.WEIGHTS", str(folder / "model_final.pth")]
-    assert train_net.main([*RUN, "--eval-only", *options]) == 0
+    assert train.main([*RUN, "--eval-only", *options]) == 0
     together, alone = (
         json.loads((path / "results.json").read_text()) for path in (folder, tmp_path)
     )
@@ -118,7 +118,7 @@ def test_figures_are_those_of_one_process(trained, keys, tmp_path):
 def test_mistakes_are_told_before_anything_starts(keys, tmp_path, capfd, arguments, words):
     options = [*keys, "SOLVER.REFERENCE_WORLD_SIZE", "0", "OUTPUT_DIR", str(tmp_path)]
     options += ["SOLVER.IMS_PER_BATCH", "1" if arguments == ["--num-gpus", "2"] else "2"]
-    assert train_net.main([*RUN, *arguments, *options]) == 1
+    assert train.main([*RUN, *arguments, *options]) == 1
     output = "".join(capfd.readouterr())
     assert all(word in output for word in words)
     assert "Traceback" not in output
@@ -160,7 +160,7 @@ def test_under_torchrun_the_command_to_go_on_is_torchruns(keys, tmp_path, capfd,
     place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "::1", "MASTER_PORT": 1}
     for name, value in place.items():
         monkeypatch.setenv(name, str(value))
-    assert train_net.main([*RUN, *keys, "OUTPUT_DIR", str(tmp_path)]) == 130
+    assert train.main([*RUN, *keys, "OUTPUT_DIR", str(tmp_path)]) == 130
     assert "the same torchrun command with --resume" in "".join(capfd.readouterr())
 
 
@@ -169,7 +169,7 @@ def test_a_folder_that_cannot_be_written_to(keys, tmp_path, capfd, where):
     (tmp_path / "file").touch()
     (tmp_path / "locked" / "log.txt").mkdir(parents=True)
     output = ["OUTPUT_DIR", str(tmp_path / where)]
-    assert train_net.main([*RUN, *keys, *output]) == 1
+    assert train.main([*RUN, *keys, *output]) == 1
     told = "".join(capfd.readouterr())
     assert f"OUTPUT_DIR is '{tmp_path / where}'" in told
     assert re.search("File exists|Not a directory|Is a directory", told)

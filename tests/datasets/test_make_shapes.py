@@ -15,8 +15,8 @@ from pycocotools.coco import COCO
 
 import shape_scenes
 from cascade_det.errors import CascadeDetError
-from make_shapes import make_dataset, make_image
-from shape_scenes import CLASSES, LOOKS
+from make_shapes import make_dataset
+from shape_scenes import CLASSES, LOOKS, make_image
 
 SCRIPT = Path(__file__).parents[2] / "datasets" / "make_shapes.py"
 SMALL = {"train": 3, "val": 2, "width": 96, "height": 64}
@@ -224,7 +224,7 @@ def test_an_interrupt_leaves_no_half_made_folder(tmp_path, monkeypatch, old):
             raise KeyboardInterrupt
         return make_image(*args, **kwargs)
 
-    monkeypatch.setattr("make_shapes.make_image", interrupted)
+    monkeypatch.setattr("shape_scenes.make_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make_dataset(tmp_path / "shapes", **SMALL)
     assert contents(tmp_path) == before
@@ -250,7 +250,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
 def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path, monkeypatch):
     child = os.fork()
     if child == 0:
-        monkeypatch.setattr("make_shapes.make_image", lambda *_, **__: os.kill(os.getpid(), 9))
+        monkeypatch.setattr("shape_scenes.make_image", lambda *_, **__: os.kill(os.getpid(), 9))
         make_dataset(tmp_path / "shapes", **SMALL)
     os.waitpid(child, 0)
     [left] = os.listdir(tmp_path)

@@ -1,4 +1,4 @@
-"""tools/visualize_data.py against the loader itself and a scene whose colours are known."""
+"""The command against the loader itself and a scene whose colours are known."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import visualize_data
+from cascade_det.commands import show_data
+from cascade_det.commands.training_pictures import tile
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quick_schedules" / "instant_test.yaml"
 RED = (200, 30, 10)  # RGB
@@ -38,9 +39,7 @@ def options(tmp_path):
 
 def draw(tmp_path, *arguments):
     output = tmp_path / "pictures"
-    status = visualize_data.main(
-        ["--config-file", str(CONFIG), "--output", str(output), *arguments]
-    )
+    status = show_data.main(["--config-file", str(CONFIG), "--output", str(output), *arguments])
     return status, output
 
 
@@ -78,7 +77,7 @@ def test_tiles_keep_their_pixels():
     pictures = [
         generator.integers(0, 256, (h, w, 3), np.uint8) for h, w in ((3, 5), (4, 2), (1, 1))
     ]
-    grid = visualize_data.tile(pictures)
+    grid = tile(pictures)
     assert grid.shape == (8, 10, 3)
     for picture, (top, left) in zip(pictures, ((0, 0), (0, 5), (4, 0)), strict=True):
         height, width = picture.shape[:2]

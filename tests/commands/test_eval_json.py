@@ -1,4 +1,4 @@
-"""tools/evaluate_json.py against pycocotools itself, and on files that are no predictions."""
+"""The command against pycocotools itself, and on files that are no predictions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-import evaluate_json
+from cascade_det.commands import eval_json
 
 CATEGORY_IDS = (3, 7)
 IMAGE_IDS = (1, 2, 5, 6)
@@ -72,7 +72,7 @@ def files(tmp_path):
 
 
 def run(folder, *options):
-    return evaluate_json.main(
+    return eval_json.main(
         ["--json", f"{folder}/val.json", "--predictions", f"{folder}/predictions.json", *options]
     )
 
@@ -363,7 +363,7 @@ def test_scores_replace_no_input(files, capsys):
     (files / "predictions.json").rename(files / "scores.json")
     before = (files / "scores.json").read_bytes()
     arguments = ["--json", f"{files}/val.json", "--predictions", f"{files}/scores.json"]
-    assert evaluate_json.main([*arguments, "--output", str(files)]) == 1
+    assert eval_json.main([*arguments, "--output", str(files)]) == 1
     assert "scores.json: would replace" in capsys.readouterr().err
     assert (files / "scores.json").read_bytes() == before
 

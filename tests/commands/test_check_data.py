@@ -1,4 +1,4 @@
-"""tools/check_dataset.py on small data sets with known contents and faults."""
+"""The command on small data sets with known contents and faults."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import check_dataset
+from cascade_det.commands import check_data
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quick_schedules" / "instant_test.yaml"
 CATEGORIES = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 5, "name": "dog"}]
@@ -56,9 +56,7 @@ def read(folder):
 
 def check(folder, *options):
     out = folder / "findings.json"
-    status = check_dataset.main(
-        ["--json", str(folder / "set.json"), "--json-out", str(out), *options]
-    )
+    status = check_data.main(["--json", str(folder / "set.json"), "--json-out", str(out), *options])
     return status, json.loads(out.read_text())["set"]
 
 
@@ -167,12 +165,12 @@ def test_decoding_finds_damage_inside_a_file(folder):
 
 def test_what_leaves_no_data_set(folder, capsys):
     (folder / "set.json").write_text("[]")
-    assert check_dataset.main(["--json", str(folder / "set.json")]) == 1
+    assert check_data.main(["--json", str(folder / "set.json")]) == 1
     assert "no object at the top" in capsys.readouterr().out
-    assert check_dataset.main(["--json", str(folder / "gone.json")]) == 1
+    assert check_data.main(["--json", str(folder / "gone.json")]) == 1
     assert "there is no such file" in capsys.readouterr().out
     options = ["--json", str(folder / "set.json"), "--images", str(folder / "gone")]
-    assert check_dataset.main(options) == 1
+    assert check_data.main(options) == 1
     assert "gone: there is no such folder of images" in capsys.readouterr().err
 
 
@@ -210,16 +208,16 @@ def test_a_folder_of_a_name_that_is_no_text(folder, capsys):
     odd = folder / "gr\udcf6\udcdfe\x1b[2J"
     odd.mkdir()
     (folder / "set.json").rename(odd / "set.json")
-    status = check_dataset.main(["--json", str(odd / "set.json"), "--images", str(folder)])
+    status = check_data.main(["--json", str(odd / "set.json"), "--images", str(folder)])
     assert status == 0
     assert r"gr\udcf6\udcdfe\x1b[2J/set.json" in capsys.readouterr().out
-    assert check_dataset.main(["--json", str(odd / "gone.json")]) == 1
+    assert check_data.main(["--json", str(odd / "gone.json")]) == 1
     assert "\x1b" not in capsys.readouterr().out
 
 
 def test_findings_that_cannot_be_written(folder, capsys):
     out = folder / "set.json" / "findings.json"
-    assert check_dataset.main(["--json", str(folder / "set.json"), "--json-out", str(out)]) == 1
+    assert check_data.main(["--json", str(folder / "set.json"), "--json-out", str(out)]) == 1
     captured = capsys.readouterr()
     assert captured.err == f"{out.parent}: is no folder\n"
     assert "No problems." in captured.out
@@ -227,7 +225,7 @@ def test_findings_that_cannot_be_written(folder, capsys):
 
 def check_config(folder, *options):
     datasets = [("mine", str(folder / "set.json"), str(folder))]
-    return check_dataset.main(
+    return check_data.main(
         ["--config-file", str(CONFIG), "CASCADE.DATASETS", str(datasets), *options]
     )
 
@@ -267,7 +265,7 @@ def test_the_annotations_are_not_replaced(folder, capsys):
     (folder / "link.json").symlink_to("set.json")
     for output in ("set.json", "link.json"):
         arguments = ["--json", str(folder / "set.json"), "--json-out", str(folder / output)]
-        assert check_dataset.main(arguments) == 1
+        assert check_data.main(arguments) == 1
         assert "would replace" in capsys.readouterr().err
     assert (folder / "set.json").read_bytes() == before
 
@@ -279,7 +277,7 @@ def test_findings_replace_findings_and_no_other_file(folder, capsys):
         if content is not None:
             out.write_text(content)
         before = out.read_bytes()
-        assert check_dataset.main(["--json", str(folder / "set.json"), "--json-out", str(out)]) == 1
+        assert check_data.main(["--json", str(folder / "set.json"), "--json-out", str(out)]) == 1
         assert "holds no findings" in capsys.readouterr().err
         assert out.read_bytes() == before
     assert check(folder) == check(folder)

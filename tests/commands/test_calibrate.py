@@ -13,13 +13,13 @@ import pytest
 import yaml
 from calibration_case import INSTANT, make_calibration_case
 
-import calibrate_exits
 from cascade_det import __version__
 from cascade_det.calibration import calibrate as calibrate_module
 from cascade_det.calibration import comparison as exit_comparison
 from cascade_det.calibration.front_plot import plot_front
 from cascade_det.calibration.recording import _SHARES, time_policies
 from cascade_det.calibration.target import Options
+from cascade_det.commands import calibrate
 from cascade_det.config import load_config
 from cascade_det.engine.devices import device_name
 from cascade_det.errors import DatasetError
@@ -75,7 +75,7 @@ def _two_times(detector, batches, policies, *, rounds):
 def quick(monkeypatch):
     """Measure little, and compare with less: these take longer than everything else."""
     options = functools.partial(Options, timed_batches=1, rounds=1)
-    monkeypatch.setattr(calibrate_exits, "Options", options)
+    monkeypatch.setattr("cascade_det.calibration.target.Options", options)
     assessment = "cascade_det.calibration.assessment"
     monkeypatch.setattr(f"{assessment}.usual_settings", lambda *_: {})
     monkeypatch.setattr("cascade_det.calibration.recording._SHARES", _SHARES[:5])
@@ -91,7 +91,7 @@ def run(case, output, *arguments, options=(), host="standalone"):
     flags = ["--host", host, "--config-file", str(INSTANT), "--output", str(output)]
     if not any(a.startswith("--trials") for a in arguments):
         arguments = ["--trials", "16", "--score-threshold", "0.3", *arguments]
-    return calibrate_exits.main([*flags, *arguments, *case.options, *options])
+    return calibrate.main([*flags, *arguments, *case.options, *options])
 
 
 @pytest.fixture(scope="module")
@@ -361,7 +361,7 @@ class TestMistakes:
     )
     def test_of_the_command_line(self, tmp_path, capfd, arguments, words):
         flags = ["--host", "standalone", "--config-file", str(INSTANT), "--output", str(tmp_path)]
-        assert calibrate_exits.main([*flags, *arguments]) == 1
+        assert calibrate.main([*flags, *arguments]) == 1
         told = "".join(capfd.readouterr())
         assert all(word in told for word in words)
         assert "Traceback" not in told
@@ -375,9 +375,7 @@ class TestMistakes:
     )
     def test_of_the_number_of_targets(self, tmp_path, capsys, arguments, words):
         with pytest.raises(SystemExit) as end:
-            calibrate_exits.main(
-                ["--config-file", str(INSTANT), "--output", str(tmp_path), *arguments]
-            )
+            calibrate.main(["--config-file", str(INSTANT), "--output", str(tmp_path), *arguments])
         assert end.value.code == 2
         told = capsys.readouterr().err
         assert all(word in told for word in words)

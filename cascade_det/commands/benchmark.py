@@ -1,0 +1,117 @@
+"""Time ours beside Detectron2 and torchvision: same weights, same images, in turn in one process.
+
+cascade-det benchmark --quick                              # within two minutes
+cascade-det benchmark --batch 1 4 16 --proposals 1000 300 100
+cascade-det benchmark --device cuda --batch 1 8 --autocast float16
+cascade-det benchmark --survivors output/cells/results.json --rounds 5 MODEL.RESNETS.DEPTH 101
+cascade-det benchmark --config-file cells.yaml MODEL.WEIGHTS output/cells/model_final.pth
+
+Without trained weights all detectors share random ones. Thresholds on them would mean nothing, so
+exits are replayed: each stage gets as many proposals as --survivors says. With trained weights,
+images come from DATASETS.TEST and exits from the configuration. Every claim is a ratio to a named
+baseline of the same run. --output gets benchmark.json, benchmark.md and benchmark.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cascade_det.benchmark.options import (
+    CONTENDERS,
+    MEASUREMENTS,
+    QUICK,
+    Options,
+    read_survivors,
+)
+from cascade_det.commands.arguments import (
+    add_config_file,
+    add_config_options,
+    command_parser,
+    real,
+    whole,
+)
+from cascade_det.commands.errors import without_traceback
+
+LARGEST_SEED = 2**63 - 1  # of PyTorch
+MOST_THREADS = 4096
+
+
+def _options(args: argparse.Namespace) -> Options:
+    from cascade_det.model_zoo import get_config_file
+
+    given = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(args).items()
+        if value is not None
+    }
+    if not given.get("config_file"):
+        given["config_file"] = (get_config_file("Base-Cascade-RCNN-FPN.yaml"),)
+    if "survivors" in given:
+        given["survivors"] = read_survivors(given["survivors"])
+    defaults = QUICK if given.pop("quick") else {}
+    if "contenders" in given:
+        # Slow emulations run only when asked for by name.
+        given["emulated"] = True
+    return Options(**{**defaults, **given})
+
+
+def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Namespace:
+    parser = command_parser(prog, __doc__)
+    default = Options(())
+
+    def add(name: str, what: str, **arguments: Any) -> None:
+        parser.add_argument(name, help=what, **arguments)
+
+    add_config_file(parser, required=False)
+    add("--output", f"folder of the results ({default.output})", type=Path, metavar="FOLDER")
+    add("--quick", "few runs of a smaller image", action="store_true")
+    add(
+        "--contenders",
+        "; ".join(f"{name}: {what}" for name, what in CONTENDERS.items()),
+        nargs="+",
+        metavar="NAME",
+    )
+    add("--measure", f"out of {', '.join(MEASUREMENTS)}", nargs="+", metavar="NAME")
+    add("--batch", "images of a batch (1)", dest="batches", nargs="+", type=int, metavar="B")
+    add(
+        "--proposals",
+        "regions of an image that reach the heads (1000 300 100)",
+        nargs="+",
+        type=int,
+        metavar="N",
+    )
+    add("--size", "of drawn images (800 1088)", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"))
+    add("--rounds", f"measured runs of each ({default.rounds})", type=int)
+    add("--warmup", f"runs of each before ({default.warmup})", type=int)
+    add("--seconds", "a comparison begins no round after so long (0: no limit)", type=real(0))
+    add(
+        "--survivors",
+        "regions of an image that enter each stage of a trained model with exits, or the "
+        "results.json of its evaluation (300 100 35)",
+        nargs="+",
+        metavar="COUNT",
+    )
+    add("--device", f"cpu, cuda or cuda:<index> ({default.device})")
+    add("--threads", "of the CPU (as many as PyTorch takes)", type=whole(0, MOST_THREADS))
+    add("--autocast", f"type of the peers under autocast ({default.autocast})", metavar="TYPE")
+    add("--images", f"batches of the test set to go through ({default.images})", type=int)
+    add("--seed", "of weights, images and regions (0)", type=whole(0, LARGEST_SEED))
+    add_config_options(parser)
+    return parser.parse_args(argv)
+
+
+@without_traceback
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run the command; returns its exit status."""
+    options = _options(_parse(argv, prog))
+    from cascade_det.benchmark.report import format_benchmark
+    from cascade_det.benchmark.run import run
+    from cascade_det.engine.log import setup_logging
+
+    options.check()
+    setup_logging(str(options.output))
+    print(format_benchmark(run(options)))
+    return 0

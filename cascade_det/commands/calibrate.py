@@ -1,0 +1,122 @@
+r"""Find thresholds of early exits for a target, on images with ground truth.
+
+cascade-det calibrate --config-file cells.yaml --output output/exits --max-ap-drop 0.1 \
+  MODEL.WEIGHTS output/cells/model_final.pth
+cascade-det calibrate --config-file ... --output ... --latency-ms 40
+cascade-det calibrate --config-file ... --output ... --exit-rate 0.6
+cascade-det calibrate --config-file ... --output ... --risk 0.02 --delta 0.1
+
+Records one run of the full cascade over DATASETS.TEST and tries settings on the record. One half
+of the images chooses; all reported metrics come from the other half. Use images that neither the
+detector nor its gates were trained on, or the results promise too much.
+
+--output gets exits.yaml, to use on top of the configuration (--config-file cells.yaml
+--config-file output/exits/exits.yaml); quality.yaml, balanced.yaml and fast.yaml, three more
+points of the Pareto front, where they hold what they promise; front.csv and front.png;
+comparison.csv, with each exit alone and with simpler alternatives; and calibration.json, with
+what to expect. The whole folder is replaced at the end, and may hold no other files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from cascade_det.commands.arguments import (
+    add_config_file,
+    add_config_options,
+    check_output_file,
+    command_parser,
+)
+from cascade_det.commands.errors import without_traceback
+from cascade_det.hosts import HOSTS, choose_host, load_host
+
+logger = logging.getLogger(__name__)
+
+
+def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Namespace:
+    parser = command_parser(prog, __doc__)
+    add_config_file(parser, required=True)
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="replaced as a whole")
+    parser.add_argument(
+        "--host",
+        default="auto",
+        choices=HOSTS,
+        help="auto (the default): Detectron2 where it can be imported",
+    )
+    group = parser.add_argument_group("target, one of")
+    target = group.add_mutually_exclusive_group(required=True)
+    target.add_argument(
+        "--max-ap-drop", type=float, metavar="POINTS", help="least work within this loss of AP"
+    )
+    target.add_argument(
+        "--latency-ms", type=float, metavar="MS", help="highest AP within this time per image"
+    )
+    target.add_argument(
+        "--exit-rate",
+        type=float,
+        metavar="SHARE",
+        help="highest AP that skips this share of the later stages' proposals",
+    )
+    target.add_argument(
+        "--risk",
+        type=float,
+        metavar="SHARE",
+        help="least work that loses at most this share of the full cascade's true positives, with "
+        "probability 1 - delta",
+    )
+    parser.add_argument("--delta", type=float, default=0.1, help="see --risk (%(default)s)")
+    parser.add_argument(
+        "--score-threshold",
+        type=float,
+        default=0.5,
+        metavar="SCORE",
+        help="least score of the true positives of --risk, and of the promised agreement "
+        "(%(default)s)",
+    )
+    parser.add_argument(
+        "--images", type=int, default=2000, help="most images to record (%(default)s)"
+    )
+    parser.add_argument(
+        "--trials", type=int, default=1000, help="most settings to try (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the split in halves (%(default)s)")
+    add_config_options(parser)
+    return parser.parse_args(argv)
+
+
+@without_traceback
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = _parse(argv, prog)
+    from cascade_det.calibration.calibrate import calibrate
+    from cascade_det.calibration.target import Options, Target
+    from cascade_det.engine.log import setup_logging
+
+    target = Target(args.max_ap_drop, args.latency_ms, args.exit_rate, args.risk, args.delta)
+    options = Options(
+        images=args.images, trials=args.trials, score=args.score_threshold, seed=args.seed
+    )
+    output = Path(args.output)
+    _check_output(output, args.config_file)
+    setup_logging(output)
+    name, why = choose_host(args.host)
+    logger.info("Host: %s, %s", name, why)
+    host = load_host(name)
+    cfg = host.load_config(args.config_file, args.opts)
+    host.check_config(cfg)
+    calibrate(cfg, lambda: host.open_detector(cfg), target, output, options)
+    return 0
+
+
+def _check_output(output: Path, config_files: Sequence[str]) -> None:
+    # Before setup_logging, which writes to the folder.
+    from cascade_det.calibration.calibrate import MADE
+    from cascade_det.calibration.report import FILES
+    from cascade_det.files import check_replaceable
+
+    check_replaceable(output, MADE)
+    for name in FILES:
+        check_output_file(output / name, config_files)

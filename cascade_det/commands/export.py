@@ -1,0 +1,150 @@
+r"""Write a trained detector of fixed depth, without exits, into one self-contained file.
+
+cascade-det export --config-file ... --format onnx --output model.onnx \
+    --opts MODEL.WEIGHTS output/model_final.pth
+cascade-det predict --onnx model.onnx --input photos --output out
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cascade_det.commands.arguments import (
+    add_config_file,
+    add_config_options,
+    check_output_file,
+    command_parser,
+)
+from cascade_det.commands.errors import without_traceback
+from cascade_det.errors import CascadeDetError
+
+if TYPE_CHECKING:
+    import torch
+    from fvcore.common.config import CfgNode
+
+    from cascade_det.onnx_predictor import ExportedModel
+    from cascade_det.standalone import Predictor
+    from cascade_det.standalone.export import Comparison
+
+ASPECT_RATIO = 1.3  # width by height of the image of random pixels
+
+
+def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Namespace:
+    parser = command_parser(prog, __doc__)
+    add_config_file(parser, required=True)
+    parser.add_argument(
+        "--format",
+        choices=("onnx", "torch-export"),
+        default="onnx",
+        help="for onnxruntime (the default) or torch.export.load",
+    )
+    parser.add_argument(
+        "--stages", type=int, metavar="K", help="export the first K; all by default"
+    )
+    parser.add_argument("--output", required=True, metavar="FILE")
+    parser.add_argument(
+        "--image", metavar="FILE", help="to check the file on; random pixels by default"
+    )
+    add_config_options(parser)
+    return parser.parse_args(argv)
+
+
+@without_traceback
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run the command; returns its exit status.
+
+    It is 1, and no file is written, if the exported model's detections differ.
+    """
+    args = _parse(argv, prog)
+    from cascade_det import config
+    from cascade_det.engine.log import setup_logging
+    from cascade_det.files import atomic_path, remove_leftovers
+    from cascade_det.standalone import Predictor, export
+
+    setup_logging()
+    cfg = config.load_config(args.config_file, args.opts)
+    config.check_config(cfg)
+    output = Path(args.output)
+    check_output_file(output, [*args.config_file, args.image, cfg.MODEL.WEIGHTS])
+    num_stages = export.stages_to_export(cfg, args.format, args.stages)
+    _print_what_is_left_out(cfg)
+    cfg = _plain(cfg)
+    image = _image_to_check(cfg, args.image)
+    predictor = Predictor(cfg)
+    description = _description(cfg, predictor, num_stages)
+    remove_leftovers(output.parent)
+    with atomic_path(output) as temporary:
+        exporter = export.export_onnx if args.format == "onnx" else export.export_program
+        run = exporter(predictor.detector, temporary, description)
+        comparison = export.compare(predictor.detector, run, image, num_stages)
+        _report(comparison, image)
+        if not comparison.same:
+            raise CascadeDetError(
+                f"{output}: not the same detections as the detector's; nothing is written"
+            )
+    print(f"{output}: {num_stages} stages, {output.stat().st_size / 2**20:.1f} MiB")
+    return 0
+
+
+def _description(cfg: CfgNode, predictor: Predictor, num_stages: int) -> ExportedModel:
+    from cascade_det import config
+    from cascade_det.onnx_predictor import LONGEST_SIDE, MOST_PIXELS, ExportedModel
+
+    inputs = config.input_arguments(cfg, train=False)
+    min_size = inputs["min_sizes"][0]
+    return ExportedModel(
+        class_names=predictor.class_names,
+        category_ids=predictor.category_ids,
+        image_format=inputs["image_format"],
+        min_size=min_size,
+        max_size=min(inputs["max_size"], LONGEST_SIDE, MOST_PIXELS // max(min_size, 1)),
+        num_stages=num_stages,
+    )
+
+
+def _plain(cfg: CfgNode) -> CfgNode:
+    """The same detector on the CPU, without this machine's optimisations."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.CASCADE.FAST.ENABLED = False
+    cfg.CASCADE.SHADOW_SHARE = 0.0
+    return cfg
+
+
+def _print_what_is_left_out(cfg: CfgNode) -> None:
+    if cfg.MODEL.CASCADE.EXIT.ENABLED:
+        print("Exits are left out: every proposal takes all stages of the file.")
+    if cfg.MODEL.CASCADE.FAST.ENABLED:
+        print("MODEL.CASCADE.FAST is left out: the file is float32, as the weights are.")
+
+
+def _image_to_check(cfg: CfgNode, file: str | None) -> torch.Tensor:
+    """The file's pixels, or random ones: uint8 ``[3, H, W]``, resized as for detection."""
+    import torch
+
+    from cascade_det import config
+    from cascade_det.data.transforms import read_image, resize_shortest_edge
+
+    inputs = config.input_arguments(cfg, train=False)
+    short_edge, max_size = inputs["min_sizes"][0], inputs["max_size"]
+    if file is None:
+        short_edge = short_edge or min(max_size, 800)
+        size = (3, short_edge, min(round(short_edge * ASPECT_RATIO), max_size))
+        return torch.randint(0, 256, size, dtype=torch.uint8)
+    pixels = resize_shortest_edge(read_image(file, inputs["image_format"]), short_edge, max_size)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _report(comparison: Comparison, image: torch.Tensor) -> None:
+    height, width = image.shape[1:]
+    print(
+        f"Checked on an image of {width} x {height}: {comparison.num_exported} detections, "
+        f"{comparison.num_detections} of the detector itself; largest difference "
+        f"{comparison.boxes:.2g} px, {comparison.scores:.2g} in score"
+    )
+    if comparison.num_detections == 0:
+        print("That says little: give an --image with objects in it.")

@@ -1,0 +1,133 @@
+"""Metrics of a file of predictions, which is checked first."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from cascade_det.commands.eval_json import BAD_DATA_OPTION, LIMIT_OPTION
+from cascade_det.data.annotation_file import read_json
+from cascade_det.data.coco import CocoDataset, left_out_warnings
+from cascade_det.data.issues import Issues, shown
+from cascade_det.data.predicted import is_of_predict, predicted_annotations
+from cascade_det.errors import DatasetError
+from cascade_det.evaluation import score_results
+from cascade_det.evaluation.ap_warnings import too_many_objects_warning
+from cascade_det.evaluation.average_precision import MAX_DETECTIONS
+from cascade_det.evaluation.ground_truth import load_ground_truth
+
+# Beyond any image or score, and far below the largest float.
+_LIMIT = 1e9
+
+
+def evaluate(
+    dataset: CocoDataset,
+    predictions_file: Path,
+    score_threshold: float = 0.5,
+    *,
+    max_detections: int = MAX_DETECTIONS,
+) -> dict[str, Any]:
+    """Score a file of predictions, as ``score_results`` does.
+
+    Predictions on images that the data set skips are skipped and counted in ``notes``.
+
+    Raises:
+        DatasetError: the predictions cannot be used, or the data set has no annotations.
+    """
+    coco_gt = load_ground_truth(dataset.ground_truth)
+    if "annotations" not in dataset.ground_truth:
+        raise DatasetError(f"{dataset.source.json_file}: has no annotations to score against")
+    predictions, notes = read_predictions(predictions_file, dataset)
+    kept = [entry for entry in predictions if entry["image_id"] in coco_gt.imgs]
+    image_ids = sorted(coco_gt.imgs)
+    results = score_results(
+        coco_gt,
+        kept,
+        image_ids,
+        score_threshold=score_threshold,
+        max_detections=max_detections,
+    )
+    notes += [
+        *too_many_objects_warning(coco_gt, image_ids, max_detections, LIMIT_OPTION, of_class=True),
+        *results["notes"],
+        *left_out_warnings(dataset, BAD_DATA_OPTION),
+    ]
+    if dropped := len(predictions) - len(kept):
+        notes.append(f"{dropped} of {len(predictions)} predictions are on images left out.")
+    return {**results, "notes": notes}
+
+
+def read_predictions(path: Path, dataset: CocoDataset) -> tuple[list[dict[str, Any]], list[str]]:
+    """Read predictions and check each one.
+
+    Args:
+        path: a json list of objects with ``image_id``, ``category_id``, ``bbox`` (XYWH in pixels)
+            and ``score``; other keys are ignored. Or the ``predictions.json`` of ``predict``, see
+            ``predicted_annotations``.
+        dataset: its images, skipped ones included, and categories are the valid ones.
+
+    Returns:
+        The predictions, with the data set's image ids, and notes for the report.
+
+    Raises:
+        DatasetError: the file cannot be read or has errors; each kind is listed with its count
+            and examples.
+    """
+    truth = dataset.ground_truth
+    image_ids = {image["id"] for image in truth["images"]} | dataset.left_out_images
+    category_ids = {category["id"] for category in truth["categories"]}
+    predictions, notes = read_json(path), []
+    if is_of_predict(predictions):
+        try:
+            predictions, notes = predicted_annotations(predictions, dataset)
+        except DatasetError as error:
+            raise DatasetError(f"{path}: {error}") from None
+    if not isinstance(predictions, list):
+        raise DatasetError(
+            f"{path}: is no list of predictions: its top level is {type(predictions).__name__}. "
+            "Give a file like inference/coco_instances_results.json, or predictions.json of "
+            "tools/predict.py."
+        )
+    problems = Issues()
+    for number, prediction in enumerate(predictions, start=1):
+        for problem, value in _problems_of(prediction, image_ids, category_ids):
+            problems.add(problem, _describe, number, value)
+    if problems:
+        raise DatasetError(
+            f"{path}: bad predictions, of {len(predictions)}\n{problems}\n"
+            "Predictions belong to one annotation file: are these of the given --json?"
+        )
+    return predictions, notes
+
+
+def _problems_of(
+    prediction: Any, image_ids: Collection[int], category_ids: Collection[int]
+) -> list[tuple[str, Any]]:
+    if not isinstance(prediction, dict):
+        return [("prediction that is no object", prediction)]
+    image_id, category_id = prediction.get("image_id"), prediction.get("category_id")
+    box, score = prediction.get("bbox"), prediction.get("score")
+    found = []
+    if type(image_id) is not int or image_id not in image_ids:
+        found.append(("prediction with an unknown 'image_id'", image_id))
+    if type(category_id) is not int or category_id not in category_ids:
+        found.append(("prediction with an unknown 'category_id'", category_id))
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+        found.append(("prediction whose 'bbox' is not four finite numbers", box))
+    elif min(box[2:]) < 0:
+        found.append(("prediction whose 'bbox' has a negative width or height", box))
+    if not _is_number(score):
+        found.append(("prediction whose 'score' is no finite number", score))
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    # NaN and infinities fail the comparison.
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and -_LIMIT < value < _LIMIT
+    )
+
+
+def _describe(number: int, value: Any) -> str:
+    return f"number {number} ({shown(value)})"

@@ -1,0 +1,66 @@
+"""Pictures of training samples: images after augmentation, with their boxes and classes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from fvcore.common.config import CfgNode
+
+from cascade_det import config
+from cascade_det.data.coco import CocoDataset
+from cascade_det.data.loader import build_train_loader
+from cascade_det.data.samples import Sample
+from cascade_det.report.colors import class_color
+from cascade_det.report.drawing import draw_boxes
+
+
+def draw_training_samples(
+    cfg: CfgNode, datasets: Sequence[CocoDataset]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Draw the samples of a training run in their order, without end.
+
+    Args:
+        cfg: a checked configuration. A ``SEED`` below 0, random in a run, counts as 0.
+        datasets: of ``DATASETS.TRAIN``.
+
+    Yields:
+        A name, made of the sample's number and image id, and the picture, uint8 ``[H, W, 3]`` BGR.
+    """
+    arguments = config.train_loader_arguments(cfg)
+    arguments.update(seed=max(arguments["seed"], 0), num_workers=0)
+    loader = build_train_loader(
+        datasets,
+        **config.input_arguments(cfg, train=True),
+        **arguments,
+        on_bad_data=cfg.CASCADE.ON_BAD_DATA,
+    )
+    for number, sample in enumerate(itertools.chain.from_iterable(loader)):
+        name = f"{number:04d}_image{sample['image_id']}"
+        yield name, _draw(sample, cfg.INPUT.FORMAT, datasets[0].class_names)
+
+
+def tile(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Arrange pictures row by row in a roughly square grid, on grey."""
+    columns = math.ceil(math.sqrt(len(pictures)))
+    height = max(picture.shape[0] for picture in pictures)
+    width = max(picture.shape[1] for picture in pictures)
+    rows = math.ceil(len(pictures) / columns)
+    canvas = np.full((rows * height, columns * width, 3), 128, np.uint8)
+    for index, picture in enumerate(pictures):
+        top, left = index // columns * height, index % columns * width
+        canvas[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return canvas
+
+
+def _draw(sample: Sample, image_format: str, class_names: Sequence[str]) -> np.ndarray:
+    pixels = sample["image"].permute(1, 2, 0).numpy()
+    classes = sample["gt_classes"].tolist()
+    return draw_boxes(
+        pixels if image_format == "BGR" else pixels[..., ::-1],
+        sample["gt_boxes"],
+        [class_names[index] for index in classes],
+        [class_color(index) for index in classes],
+    )

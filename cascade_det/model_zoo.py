@@ -1,0 +1,52 @@
+"""The configurations that the package ships, by name, as ``detectron2.model_zoo`` has its own.
+
+In a Detectron2 script, after ``add_cascade_config(cfg)``::
+
+    cfg.merge_from_file(model_zoo.get_config_file("COCO-Detection/cascade_rcnn_R_50_FPN_1x.yaml"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fvcore.common.config import CfgNode
+
+import cascade_det
+from cascade_det.config import load_config
+from cascade_det.config.shipped import config_path
+
+__all__ = ["get_config", "get_config_file", "list_configs"]
+
+
+def get_config_file(name: str) -> str:
+    """The path of a shipped configuration.
+
+    Args:
+        name: such as "COCO-Detection/cascade_rcnn_R_50_FPN_1x.yaml"; see ``list_configs``.
+
+    Raises:
+        ConfigError: there is no such configuration.
+    """
+    return str(config_path(name))
+
+
+def get_config(name: str, opts: Sequence[Any] = ()) -> CfgNode:
+    """A shipped configuration for the standalone host, with options on top.
+
+    Args:
+        name: see ``get_config_file``; a YAML file.
+        opts: ``KEY, VALUE`` pairs in one flat sequence.
+
+    Raises:
+        ConfigError: there is no such configuration, or an option has a wrong key or value.
+    """
+    return load_config(get_config_file(name), opts)
+
+
+def list_configs() -> list[str]:
+    """The names of all shipped configurations: YAML, and Detectron2's LazyConfig (``.py``)."""
+    root = Path(cascade_det.__file__).parent / "configs"
+    files = [*root.rglob("*.yaml"), *root.rglob("*.py")]
+    return sorted(file.relative_to(root).as_posix() for file in files)

@@ -23,6 +23,7 @@ from cascade_det.config.cascade import add_model_node
 from cascade_det.config.defaults import get_cfg
 from cascade_det.config.keys import flat
 from cascade_det.config.rules import shown
+from cascade_det.config.shipped import config_path
 from cascade_det.config.yaml_files import Entry, read_entries, read_text
 from cascade_det.errors import ConfigError
 
@@ -94,7 +95,7 @@ def merge_config(cfg: CfgNode, config_files: ConfigFiles, opts: Sequence[Any] = 
     if isinstance(config_files, (str, Path)):
         config_files = [config_files]
     for file in config_files or ():
-        merge.file(Path(os.path.expanduser(file)), including=())
+        merge.file(_path_of(file), including=())
     if len(opts) % 2:
         raise ConfigError(
             f"Options come as pairs, KEY VALUE, but there are {len(opts)} items: {list(opts)}. "
@@ -161,7 +162,7 @@ class _Merge:
         if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
             raise ConfigError(f"{where} is {shown(entry.value)}; give a path or a list of paths.")
         for base in bases:
-            self.file(path.parent / os.path.expanduser(base), including)
+            self.file(path.parent / _path_of(base), including)
 
     def value(
         self, full_key: str, raw: object, source: str, included_by: tuple[str, ...] = ()
@@ -206,6 +207,13 @@ class _Merge:
                 f"is {epochs.value:g} ({epochs.source}), from which the iterations follow. Set "
                 "CASCADE.EPOCHS instead, or to 0 as well."
             )
+
+
+def _path_of(file: str | Path) -> Path:
+    """The path of a file, which may be a shipped one: ``cascade_det://NAME``."""
+    if isinstance(file, str) and file.startswith("cascade_det://"):
+        return config_path(file.removeprefix("cascade_det://"))
+    return Path(os.path.expanduser(file))
 
 
 def _layer(setting: Setting) -> str:

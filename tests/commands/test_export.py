@@ -120,7 +120,7 @@ def test_a_file_that_differs_is_told(case, tmp_path, capsys, monkeypatch):
         path.write_bytes(b"nothing")
         return lambda image: (torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
 
-    monkeypatch.setitem(export.EXPORTERS, "onnx", export_nothing)
+    monkeypatch.setattr("cascade_det.standalone.export.export_onnx", export_nothing)
     (tmp_path / "model.onnx").write_bytes(b"an older file")
     arguments = ["--config-file", config, "--output", str(tmp_path / "model.onnx")]
     arguments += ["--image", str(folder / "images" / "0.png")]

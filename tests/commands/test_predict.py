@@ -270,13 +270,13 @@ def test_the_results_grow_with_the_run(folder):
 def test_a_killed_run_loses_no_more_than_its_last_batch(folder):
     files = draw(folder, *(f"{i}.png" for i in range(6)))
     program = (
-        "import os, sys, predict, test_predict\n"
+        "import os, sys\n"
+        "from tests.commands import test_predict\n"
         "def kill(name):\n"
         "    if name.startswith('4'): os.kill(os.getpid(), 9)\n"
         "test_predict.run(sys.argv[1:], test_predict.Path('out'), test_predict.Finder(kill))\n"
     )
-    paths = [ROOT, ROOT / "tools", ROOT / "tests" / "tools"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", program, *(file.name for file in files)]
     killed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert killed.returncode == -9, killed.stderr

@@ -1,4 +1,4 @@
-"""The configurations that the package ships, by name, as ``detectron2.model_zoo`` has its own.
+"""The shipped configurations by name, as in ``detectron2.model_zoo``.
 
 In a Detectron2 script, after ``add_cascade_config(cfg)``::
 
@@ -36,8 +36,11 @@ def get_config(name: str, opts: Sequence[Any] = ()) -> CfgNode:
     """A shipped configuration for the standalone host, with options on top.
 
     Args:
-        name: see ``get_config_file``; a YAML file.
+        name: see ``get_config_file``.
         opts: ``KEY, VALUE`` pairs in one flat sequence.
+
+    Returns:
+        The configuration, not frozen; see ``cascade_det.config.check_config``.
 
     Raises:
         ConfigError: there is no such configuration, or an option has a wrong key or value.
@@ -46,7 +49,6 @@ def get_config(name: str, opts: Sequence[Any] = ()) -> CfgNode:
 
 
 def list_configs() -> list[str]:
-    """The names of all shipped configurations: YAML, and Detectron2's LazyConfig (``.py``)."""
+    """The names of all shipped configurations."""
     root = Path(cascade_det.__file__).parent / "configs"
-    files = [*root.rglob("*.yaml"), *root.rglob("*.py")]
-    return sorted(file.relative_to(root).as_posix() for file in files)
+    return sorted(file.relative_to(root).as_posix() for file in root.rglob("*.yaml"))

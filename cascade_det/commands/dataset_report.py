@@ -74,7 +74,7 @@ def _problems(use: DatasetUse, checked: CheckedJson, summary: DatasetSummary) ->
 
 
 def _statistics(checked: CheckedJson, summary: DatasetSummary) -> list[tuple[str, Any]]:
-    rows = [
+    rows: list[tuple[str, Any]] = [
         ("usable images", summary.images),
         ("with boxes", summary.images_with_boxes),
         ("boxes", summary.boxes),

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from cascade_det.commands.prediction_files import PredictionFolder
@@ -190,8 +191,13 @@ def _detect(
     # Reads the next batch while this one is processed.
     batches = read_ahead(lambda part: [_read(file) for file in part], parts)
     for part, batch in zip(parts, batches, strict=True):
-        read = [i for i, image in enumerate(batch) if not isinstance(image, DatasetError)]
-        detections = iter(predictor([batch[i] for i in read], names=[str(part[i]) for i in read]))
+        images = [image for image in batch if not isinstance(image, DatasetError)]
+        names = [
+            str(file)
+            for file, image in zip(part, batch, strict=True)
+            if not isinstance(image, DatasetError)
+        ]
+        detections = iter(predictor(images, names=names))
         for image in batch:
             yield image if isinstance(image, DatasetError) else (image, _arrays(next(detections)))
 
@@ -200,7 +206,7 @@ def _arrays(detections: object) -> ArrayDetections:
     return ArrayDetections(*(np.asarray(column) for column in vars(detections).values()))
 
 
-def _read(file: Path) -> np.ndarray | DatasetError:
+def _read(file: Path) -> npt.NDArray[np.uint8] | DatasetError:
     try:
         return read_image(str(file), "BGR")
     except DatasetError as error:

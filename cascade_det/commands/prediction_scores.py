@@ -77,7 +77,8 @@ def read_predictions(path: Path, dataset: CocoDataset) -> tuple[list[dict[str, A
     truth = dataset.ground_truth
     image_ids = {image["id"] for image in truth["images"]} | dataset.left_out_images
     category_ids = {category["id"] for category in truth["categories"]}
-    predictions, notes = read_json(path), []
+    predictions: Any = read_json(path)
+    notes: list[str] = []
     if is_of_predict(predictions):
         try:
             predictions, notes = predicted_annotations(predictions, dataset)

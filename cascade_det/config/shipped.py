@@ -1,26 +1,32 @@
-"""The configurations that the package ships, by name."""
+"""The configurations that come with the package, by name."""
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath
+import difflib
+from pathlib import Path
 
 import cascade_det
 from cascade_det.errors import ConfigError
 
-_FOLDER = Path(cascade_det.__file__).parent / "configs"
+SCHEME = "cascade_det://"
+_MAX_SUGGESTIONS = 3
 
 
 def config_path(name: str) -> Path:
     """The file of a shipped configuration.
 
     Args:
-        name: such as "COCO-Detection/cascade_rcnn_R_50_FPN_1x.yaml".
+        name: path below ``configs/``, such as ``COCO-Detection/cascade_rcnn_R_50_FPN_1x.yaml``,
+            with or without ``cascade_det://`` before it.
 
     Raises:
-        ConfigError: there is none of this name.
+        ConfigError: there is no such file; the message lists similar names.
     """
-    parts = PurePosixPath(name).parts
-    path = _FOLDER.joinpath(*parts)
-    if ".." in parts or "\0" in name or PurePosixPath(name).is_absolute() or not path.is_file():
-        raise ConfigError(f"cascade_det://{name}: the package ships no such configuration.")
-    return path
+    name = name.removeprefix(SCHEME)
+    folder = Path(cascade_det.__file__).parent / "configs"
+    known = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.yaml"))
+    if name in known:  # so that no name leaves the folder
+        return folder / name
+    near = difflib.get_close_matches(name, known, _MAX_SUGGESTIONS, cutoff=0.4)
+    listed = f"Similar names: {', '.join(near or known)}."
+    raise ConfigError(f"{SCHEME}{name[:200]}: there is no such configuration. {listed}")

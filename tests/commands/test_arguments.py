@@ -67,8 +67,9 @@ def test_help_imports_nothing_heavy(script, capsys):
 def test_the_package_lists_its_commands():
     result, imported = run("-m", "cascade_det", "--help")
     assert result.stdout.startswith("usage: python -m cascade_det ")
-    listed = re.findall(r"^  ([\w-]+) +\w.*$", result.stdout.partition("commands:")[2], re.MULTILINE)
-    assert listed == list(COMMANDS)
+    _, _, listed = result.stdout.partition("commands:\n")
+    assert [line.split()[0] for line in listed.splitlines()] == list(COMMANDS)
+    assert all(len(line.split()) > 2 for line in listed.splitlines())
     assert not imported & HEAVY
     result, _ = run("-m", "cascade_det", "--version")
     assert result.stdout == f"{__version__}\n"

@@ -1,7 +1,5 @@
 """``--config-file`` given twice, in every command that has it: both are read, in their order."""
 
-import re
-
 import pytest
 
 from cascade_det.commands.main import main
@@ -52,12 +50,3 @@ def test_the_later_file_wins(command, files, capfd):
     assert "SOLVER.GAMMA is -2.0" in told
     assert "SOLVER.MAX_ITER is -1" in told
     assert "SOLVER.GAMMA is -1.0" not in told
-
-
-def test_the_origin_of_each_value(files, capsys):
-    given = files("SEED: 1\nVIS_PERIOD: 5\n", "# on top\nSEED: 2\n")
-    main(["print-config", *given, "--changed", "VIS_PERIOD", "6"])
-    assert [re.sub(" +#", " #", line) for line in capsys.readouterr().out.splitlines()] == [
-        "SEED: 2 # 1.yaml:2, replaces 1 of 0.yaml:1",
-        "VIS_PERIOD: 6 # command line, replaces 5 of 0.yaml:2",
-    ]

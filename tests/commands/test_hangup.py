@@ -9,22 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from make_shapes import make_dataset
-
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "quick_schedules" / "instant_test.yaml"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-def options(folder, max_iter):
-    make_dataset(folder / "shapes", train=4, val=0, width=128, height=96, hard=0.0)
-    dataset = ("shapes", str(folder / "shapes/train.json"), str(folder / "shapes/train"))
-    return [
-        *("CASCADE.DATASETS", str([dataset]), "DATASETS.TRAIN", "('shapes',)"),
-        *("DATASETS.TEST", "()", "OUTPUT_DIR", str(folder / "run")),
-        *("SOLVER.MAX_ITER", str(max_iter), "SOLVER.CHECKPOINT_PERIOD", "100000"),
-        *("CASCADE.LOG_PERIOD", "1", "DATALOADER.NUM_WORKERS", "1"),
-    ]
 
 
 @pytest.mark.parametrize(
@@ -32,10 +19,12 @@ def options(folder, max_iter):
     [([], 100_000, 130, r"model_\d{7}"), (["nohup"], 12, 0, "model_final")],
     ids=["hangup", "nohup"],
 )
-def test_the_terminal_goes_away(tmp_path, before, max_iter, status, last):
-    tool = str(ROOT / "tools" / "train_net.py")
-    run = [*before, sys.executable, tool, "--host", "standalone", "--config-file", str(CONFIG)]
-    run += options(tmp_path, max_iter)
+def test_the_terminal_goes_away(tmp_path, shape_options, before, max_iter, status, last):
+    run = [*before, sys.executable, "-m", "cascade_det", "train", "--host", "standalone"]
+    run += ["--config-file", str(CONFIG), *shape_options, "DATASETS.TEST", "()"]
+    run += ["OUTPUT_DIR", str(tmp_path / "run"), "SOLVER.MAX_ITER", str(max_iter)]
+    run += ["SOLVER.CHECKPOINT_PERIOD", "100000", "CASCADE.LOG_PERIOD", "1"]
+    run += ["DATALOADER.NUM_WORKERS", "1"]
     child, terminal = pty.fork()
     if child == 0:
         os.chdir(tmp_path)

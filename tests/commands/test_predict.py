@@ -308,7 +308,21 @@ def test_a_signal_ends_the_run_with_what_is_there(folder, number, capsys):
     assert run(map(str, files), folder / "out", Finder(stop)) == 128 + number
     assert signal.getsignal(number) is before
     assert "4 images are not done" in capsys.readouterr().err
-    assert [i["picture"] for i in results(folder / "out")["images"]] == ["0.jpg", "1.jpg"]
+    found = results(folder / "out")
+    assert [i["picture"] for i in found["images"]] == ["0.jpg", "1.jpg"]
+    assert found["failed"] == []
+    assert found["annotations"][1] == {
+        "id": 2,
+        "image_id": 2,
+        "category_id": 7,
+        "bbox": [1.0, 2.0, 10.0, 20.0],
+        "score": 0.75,
+        "exit_stage": 1,
+        "area": 200.0,
+        "iscrowd": 0,
+    }
+    names = {path.name for path in (folder / "out").iterdir()}
+    assert names == {"0.jpg", "1.jpg", "predictions.json"}
 
 
 def test_an_ignored_hangup_stays_ignored_and_a_late_signal_waits(folder, monkeypatch):

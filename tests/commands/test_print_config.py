@@ -50,17 +50,18 @@ def test_every_value_stands_in_the_line_that_is_named(file, printed):
 
 
 def test_origins_by_hand(printed, tmp_path):
-    base, top = tmp_path / "base.yaml", tmp_path / "top.yaml"
+    base, top, last = (tmp_path / f"{name}.yaml" for name in ("base", "top", "last"))
+    last.write_text("SOLVER:\n  MOMENTUM: 0.8\n")
     base.write_text("SOLVER:\n  BASE_LR: 0.1\n  GAMMA: 0.5\n  MOMENTUM: 0.9\n")
     top.write_text("_BASE_: base.yaml\n\nSOLVER: {BASE_LR: 0.2, STEPS: [1]}\n")
-    status, out, err = printed(
-        "--config-file", top, "--changed", "SOLVER.GAMMA", "0.6", "SEED", "3", "SEED", "4"
-    )
+    options = ["SOLVER.GAMMA", "0.6", "SEED", "3", "SEED", "4"]
+    status, out, err = printed("--config-file", top, "--config-file", last, "--changed", *options)
     assert status == 1
     assert "MODEL.BACKBONE.NAME" in err  # the checks across keys come after the values
     assert [re.sub(" +#", " #", line) for line in out.splitlines()] == [
         "SOLVER:",
         f"  BASE_LR: 0.2 # {top}:3, replaces 0.1 of {base}:2",
+        f"  MOMENTUM: 0.8 # {last}:2, replaces 0.9 of {base}:4",
         f"  GAMMA: 0.6 # command line, replaces 0.5 of {base}:3",
         f"  STEPS: [1] # {top}:3, replaces the default [30000]",
         "SEED: 4 # command line, replaces 3 of command line",

@@ -15,7 +15,6 @@ import pytest
 from cascade_det.commands import train
 from cascade_det.config import load_config
 from cascade_det.parallel.interrupts import Interrupted
-from make_shapes import make_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "train_net.py"
@@ -41,29 +40,22 @@ def run(*arguments):
 
 
 @pytest.fixture(scope="module")
-def keys(tmp_path_factory):
+def keys(shape_options, tmp_path_factory):
     """Made for one process with one image; two processes take half the iterations."""
-    folder = tmp_path_factory.mktemp("several")
-    make_dataset(folder / "shapes", train=4, val=3, width=128, height=96, hard=0.0)
-    datasets = [
-        (f"shapes_{s}", str(folder / f"shapes/{s}.json"), str(folder / f"shapes/{s}"))
-        for s in ("train", "val")
-    ]
-    options = ["CASCADE.DATASETS", str(datasets), "OUTPUT_DIR", str(folder / "output")]
+    options = [*shape_options, "OUTPUT_DIR", str(tmp_path_factory.mktemp("several"))]
     options += ["SOLVER.IMS_PER_BATCH", "1", "SOLVER.REFERENCE_WORLD_SIZE", "1"]
     options += ["SOLVER.CHECKPOINT_PERIOD", "100", "CASCADE.OPTIMIZER", "SGD"]
-    return [*options, "CASCADE.LOG_PERIOD", "1", "DATALOADER.NUM_WORKERS", "0"]
+    return [*options, "CASCADE.LOG_PERIOD", "1"]
 
 
 @pytest.fixture(scope="module")
 def trained(keys):
     """Begun under torchrun, gone on with by processes of the command's own."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    begun = run(*torchrun, TOOL, *RUN, *keys, "SOLVER.MAX_ITER", 4, "DATASETS.TEST", "()")
-    resumed = run(
-        *(TOOL, *RUN, "--num-gpus", 2, "--resume"),
-        *(*keys, "SOLVER.MAX_ITER", 6, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0),
-    )
+    command = ["-m", "cascade_det", "train", *RUN]
+    begun = run(*torchrun, *command, *keys, "SOLVER.MAX_ITER", 4, "DATASETS.TEST", "()")
+    options = ["SOLVER.MAX_ITER", 6, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
+    resumed = run(*command, "--num-gpus", 2, "--resume", *keys, *options)
     return Path(keys[keys.index("OUTPUT_DIR") + 1]), begun, resumed
 
 

@@ -21,7 +21,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 CLASSES = ("circle", "square", "triangle", "star", "cross", "ring")
-# BGR. Colour helps to learn the classes soon; shape has to tell the rest.
+# BGR. Colour helps to learn the classes quickly, but only shape separates them.
 TYPICAL_COLOURS = {
     "circle": (40, 40, 230),
     "square": (230, 70, 40),
@@ -33,9 +33,9 @@ TYPICAL_COLOURS = {
 SPLITS = ("train", "val")
 MIN_SIZE, MAX_SIZE = 8.0, 200.0
 MIN_VISIBLE = 0.3
-FINENESS = 4  # masks are drawn so many times larger
+FINENESS = 4  # masks are supersampled by this factor
 
-# Raise it with every change that draws other pixels from the same seed: old folders are renewed.
+# Raise it with every change to the pixels of a seed, so that old folders are replaced.
 DRAWING_VERSION = 1
 
 Array = NDArray[Any]
@@ -159,7 +159,7 @@ class Shape:
 
 
 def _draw_objects(rng: Generator, canvas: Array, look: Look) -> tuple[list[Shape], Array]:
-    """Draw objects into ``canvas``; also return who owns each pixel (-1: nobody)."""
+    """Draw objects into ``canvas``; also return the object index of each pixel (-1: none)."""
     shapes: list[Shape] = []
     owner = np.full(canvas.shape[:2], -1)
     for _ in range(rng.integers(*look.objects, endpoint=True)):
@@ -185,7 +185,7 @@ def _place(
         remaining = np.bincount(owner[~inside] + 1, minlength=len(shapes) + 1)[1:]
         areas = np.array([max(other.area, 1.0) for other in shapes])
         hides_too_much = remaining < (1 - max_covered) * areas
-        # Only those that this one touches count: some were cut by the border before.
+        # Only shapes that this one touches: the border may have cut others before.
         touched = np.bincount(owner[inside] + 1, minlength=len(shapes) + 1)[1:] > 0
         if not (hides_too_much & touched).any() and inside.sum() >= MIN_VISIBLE * shape.area:
             return shape, mask

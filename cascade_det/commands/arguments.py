@@ -45,8 +45,8 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     ``--opts`` and ``--`` end the list of an option that takes several values.
     """
     for name, text in (
-        ("--opts", "configuration keys that override the files, such as SOLVER.MAX_ITER 1000"),
-        ("opts", "the same; --opts is needed only after an option that takes several values"),
+        ("--opts", "the same; needed only after an option that takes several values"),
+        ("opts", "configuration keys that override the files, such as SOLVER.MAX_ITER 1000"),
     ):
         parser.add_argument(
             name,

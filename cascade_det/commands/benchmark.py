@@ -75,30 +75,30 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
         metavar="NAME",
     )
     add("--measure", f"out of {', '.join(MEASUREMENTS)}", nargs="+", metavar="NAME")
-    add("--batch", "images of a batch (1)", dest="batches", nargs="+", type=int, metavar="B")
+    add("--batch", "images per batch (1)", dest="batches", nargs="+", type=int, metavar="B")
     add(
         "--proposals",
-        "regions of an image that reach the heads (1000 300 100)",
+        "proposals per image (1000 300 100)",
         nargs="+",
         type=int,
         metavar="N",
     )
-    add("--size", "of drawn images (800 1088)", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"))
-    add("--rounds", f"measured runs of each ({default.rounds})", type=int)
-    add("--warmup", f"runs of each before ({default.warmup})", type=int)
-    add("--seconds", "a comparison begins no round after so long (0: no limit)", type=real(0))
+    add("--size", "of random images (800 1088)", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"))
+    add("--rounds", f"measured runs of each model ({default.rounds})", type=int)
+    add("--warmup", f"runs of each model before ({default.warmup})", type=int)
+    add("--seconds", "start no round of a comparison after this long (0: no limit)", type=real(0))
     add(
         "--survivors",
-        "regions of an image that enter each stage of a trained model with exits, or the "
+        "proposals per image that enter each stage of a trained model with exits, or the "
         "results.json of its evaluation (300 100 35)",
         nargs="+",
         metavar="COUNT",
     )
     add("--device", f"cpu, cuda or cuda:<index> ({default.device})")
     add("--threads", "of the CPU (as many as PyTorch takes)", type=whole(0, MOST_THREADS))
-    add("--autocast", f"type of the peers under autocast ({default.autocast})", metavar="TYPE")
-    add("--images", f"batches of the test set to go through ({default.images})", type=int)
-    add("--seed", "of weights, images and regions (0)", type=whole(0, LARGEST_SEED))
+    add("--autocast", f"dtype of the baselines under autocast ({default.autocast})", metavar="TYPE")
+    add("--images", f"batches of the test set to use ({default.images})", type=int)
+    add("--seed", "of weights, images and proposals (0)", type=whole(0, LARGEST_SEED))
     add_config_options(parser)
     return parser.parse_args(argv)
 

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -327,25 +328,6 @@ def test_a_model_with_learned_exits(tmp_path, choose):
 
 
 class TestMistakes:
-    @pytest.fixture
-    def no_work(self, monkeypatch):
-        """The detector is not run."""
-
-        def recording(*_, **__):
-            raise AssertionError("it runs the detector")
-
-        monkeypatch.setattr(calibrate_module, "record_dataset", recording)
-
-    @pytest.fixture
-    def no_model(self, monkeypatch):
-        """The detector is not even loaded."""
-
-        def loading(*_, **__):
-            raise AssertionError("it loads the detector")
-
-        monkeypatch.setattr(host, "open_detector", loading)
-
-    @pytest.mark.usefixtures("no_model")
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
@@ -359,7 +341,8 @@ class TestMistakes:
             (["--exit-rate", "0.5", "MODEL.WIEGHTS", "x"], ["MODEL.WIEGHTS", "MODEL.WEIGHTS"]),
         ],
     )
-    def test_of_the_command_line(self, tmp_path, capfd, arguments, words):
+    def test_of_the_command_line(self, tmp_path, capfd, monkeypatch, arguments, words):
+        monkeypatch.setattr(host, "open_detector", lambda _: pytest.fail("it loads the detector"))
         flags = ["--host", "standalone", "--config-file", str(INSTANT), "--output", str(tmp_path)]
         assert calibrate.main([*flags, *arguments]) == 1
         told = "".join(capfd.readouterr())
@@ -380,43 +363,32 @@ class TestMistakes:
         told = capsys.readouterr().err
         assert all(word in told for word in words)
 
-    @pytest.mark.usefixtures("no_work")
-    def test_too_few_images_for_a_guarantee(self, case, tmp_path, capfd):
-        assert run(case, tmp_path, "--risk", "0.02", "--delta", "0.1") == 1
-        told = capfd.readouterr().err
-        assert "at least 114 images" in told
-        assert "228 in all, but there are 8" in told
-
-    @pytest.mark.usefixtures("no_work")
-    def test_a_set_without_annotations(self, case, tmp_path, capfd):
-        content = {key: x for key, x in case.truth.items() if key != "annotations"}
-        options = case.with_truth("bare", content)
-        assert run(case, tmp_path, "--exit-rate", "0.5", options=options) == 1
-        assert "bare.json has no annotations" in capfd.readouterr().err
-
-    @pytest.mark.usefixtures("no_work")
-    def test_objects_in_one_half_alone(self, case, tmp_path, capfd):
-        content = case.truth
-        first = content["annotations"][0]["image_id"]
-        kept = [a for a in content["annotations"] if a["image_id"] == first]
-        options = case.with_truth("poor", {**content, "annotations": kept})
-        assert run(case, tmp_path, "--exit-rate", "0.5", options=options) == 1
-        assert "None of the 4 images to" in capfd.readouterr().err
-
-    @pytest.mark.usefixtures("no_work")
-    def test_three_images(self, case, tmp_path, capfd):
-        content = case.truth
-        images = content["images"][:3]
-        kept = [a for a in content["annotations"] if a["image_id"] <= images[-1]["id"]]
-        options = case.with_truth("three", {**content, "images": images, "annotations": kept})
-        assert run(case, tmp_path, "--exit-rate", "0.5", options=options) == 1
-        assert "3 are too few" in capfd.readouterr().err
-
-    @pytest.mark.usefixtures("no_work")
-    def test_no_set_at_all(self, case, tmp_path, capfd):
-        options = ["DATASETS.TEST", "()"]
-        assert run(case, tmp_path, "--exit-rate", "0.5", options=options) == 1
-        assert "DATASETS.TEST is empty" in capfd.readouterr().err
+    @pytest.mark.parametrize(
+        ("arguments", "content", "words"),
+        [
+            (["--risk", "0.02"], {}, "at least 114 images.* 228 in all, but there are 8"),
+            (["--exit-rate", "0.5"], {"annotations": None}, "changed.json has no annotations"),
+            (["--exit-rate", "0.5"], {"annotations": 1}, "None of the 4 images to"),
+            (["--exit-rate", "0.5"], {"annotations": 3, "images": 3}, "3 are too few"),
+            (["--exit-rate", "0.5", "DATASETS.TEST", "()"], {}, "DATASETS.TEST is empty"),
+        ],
+    )
+    def test_of_the_data(self, case, tmp_path, capfd, monkeypatch, arguments, content, words):
+        """``content``: how many images, or annotations of how many images, are left."""
+        forbidden = functools.partial(pytest.fail, "it runs the detector")
+        monkeypatch.setattr(calibrate_module, "record_dataset", lambda *_, **__: forbidden())
+        truth = dict(case.truth)
+        images = [image["id"] for image in truth["images"]]
+        if "images" in content:
+            truth["images"] = truth["images"][: content["images"]]
+        if "annotations" in content:
+            kept = images[: content["annotations"] or 0]
+            truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] in kept]
+            if content["annotations"] is None:
+                del truth["annotations"]
+        options = case.with_truth("changed", truth)
+        assert run(case, tmp_path, *arguments[:2], options=[*options, *arguments[2:]]) == 1
+        assert re.search(words, capfd.readouterr().err, re.DOTALL)
 
     def test_what_no_setting_reaches(self, case, tmp_path, capfd):
         assert run(case, tmp_path, "--latency-ms", "0.001", "--trials=3") == 1

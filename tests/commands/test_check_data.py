@@ -215,14 +215,6 @@ def test_a_folder_of_a_name_that_is_no_text(folder, capsys):
     assert "\x1b" not in capsys.readouterr().out
 
 
-def test_findings_that_cannot_be_written(folder, capsys):
-    out = folder / "set.json" / "findings.json"
-    assert check_data.main(["--json", str(folder / "set.json"), "--json-out", str(out)]) == 1
-    captured = capsys.readouterr()
-    assert captured.err == f"{out.parent}: is no folder\n"
-    assert "No problems." in captured.out
-
-
 def check_config(folder, *options):
     datasets = [("mine", str(folder / "set.json"), str(folder))]
     return check_data.main(

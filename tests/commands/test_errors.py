@@ -1,8 +1,11 @@
 """Commands end with a message and a status where a user can mend what stopped them."""
 
+import importlib
+
 import pytest
 
 from cascade_det.commands.errors import without_traceback
+from cascade_det.commands.main import COMMANDS
 from cascade_det.errors import ConfigError, DownloadError
 from cascade_det.files import write_json
 
@@ -38,6 +41,13 @@ def test_names_in_messages_are_escaped(tmp_path, capfd):
     assert capfd.readouterr().err == "\\x1b[2J: gr\\udcf6\\udcdfe\nnext line\n"
     assert ended(write_json, {}, tmp_path / ("\x1b" * 300)) == 1
     assert "\x1b" not in capfd.readouterr().err
+
+
+def test_every_command_but_train_ends_so():
+    """Train logs its errors, see test_commands.py."""
+    for module in {command.module for command in COMMANDS.values()} - {"train"}:
+        main = importlib.import_module(f"cascade_det.commands.{module}").main
+        assert main.__code__ is without_traceback(main).__code__, module
 
 
 def test_ctrl_c(capfd):

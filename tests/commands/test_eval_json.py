@@ -246,11 +246,6 @@ def test_links_out_of_the_folder_of_images(files, tmp_path_factory, capsys):
     assert run(files) == 0  # where no image is looked at, links do not matter
 
 
-def test_an_output_that_is_a_file(files, capsys):
-    assert run(files, "--output", str(files / "val.json")) == 1
-    assert capsys.readouterr().err == f"{files / 'val.json'}: is no folder\n"
-
-
 def test_annotations_are_needed(files, capsys):
     content, _ = noisy_case()
     del content["annotations"]

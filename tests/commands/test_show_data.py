@@ -93,14 +93,6 @@ def test_errors_are_told_without_a_traceback(tmp_path, options, capsys):
         draw(tmp_path, "--num", "0")
 
 
-def test_an_output_that_is_a_file(tmp_path, options, capsys):
-    (tmp_path / "pictures").write_text("mine")
-    status, output = draw(tmp_path, *options)
-    assert status == 1
-    assert capsys.readouterr().err == f"{output}: is no folder\n"
-    assert output.read_text() == "mine"
-
-
 def test_no_image_of_the_data_is_replaced(tmp_path, options, capfd):
     for _ in range(2):  # Pictures that are no input are drawn again.
         status, output = draw(tmp_path, "--num", "1", *options)

@@ -53,7 +53,7 @@ def _options(args: argparse.Namespace) -> Options:
         given["survivors"] = read_survivors(given["survivors"])
     defaults = QUICK if given.pop("quick") else {}
     if "contenders" in given:
-        # Slow emulations run only when asked for by name.
+        # Models that are named are measured even if they are slow.
         given["emulated"] = True
     return Options(**{**defaults, **given})
 
@@ -67,15 +67,15 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
 
     add_config_file(parser, required=False)
     add("--output", f"folder of the results ({default.output})", type=Path, metavar="FOLDER")
-    add("--quick", "few runs of a smaller image", action="store_true")
+    add("--quick", "a few runs on a smaller image", action="store_true")
     add(
         "--contenders",
         "; ".join(f"{name}: {what}" for name, what in CONTENDERS.items()),
         nargs="+",
         metavar="NAME",
     )
-    add("--measure", f"out of {', '.join(MEASUREMENTS)}", nargs="+", metavar="NAME")
-    add("--batch", "images per batch (1)", dest="batches", nargs="+", type=int, metavar="B")
+    add("--measure", f"some of {', '.join(MEASUREMENTS)}", nargs="+", metavar="NAME")
+    add("--batch", "batch sizes (1)", dest="batches", nargs="+", type=int, metavar="B")
     add(
         "--proposals",
         "proposals per image (1000 300 100)",
@@ -83,10 +83,16 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
         type=int,
         metavar="N",
     )
-    add("--size", "of random images (800 1088)", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"))
+    add(
+        "--size",
+        "of random images in pixels (800 1088)",
+        nargs=2,
+        type=int,
+        metavar=("HEIGHT", "WIDTH"),
+    )
     add("--rounds", f"measured runs of each model ({default.rounds})", type=int)
-    add("--warmup", f"runs of each model before ({default.warmup})", type=int)
-    add("--seconds", "start no round of a comparison after this long (0: no limit)", type=real(0))
+    add("--warmup", f"unmeasured runs before them ({default.warmup})", type=int)
+    add("--seconds", "a comparison starts no new round after this time (0: no limit)", type=real(0))
     add(
         "--survivors",
         "proposals per image that enter each stage of a trained model with exits, or the "
@@ -95,7 +101,7 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
         metavar="COUNT",
     )
     add("--device", f"cpu, cuda or cuda:<index> ({default.device})")
-    add("--threads", "of the CPU (as many as PyTorch takes)", type=whole(0, MOST_THREADS))
+    add("--threads", "of the CPU (PyTorch's default)", type=whole(0, MOST_THREADS))
     add("--autocast", f"dtype of the baselines under autocast ({default.autocast})", metavar="TYPE")
     add("--images", f"batches of the test set to use ({default.images})", type=int)
     add("--seed", "of weights, images and proposals (0)", type=whole(0, LARGEST_SEED))

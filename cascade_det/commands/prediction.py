@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from cascade_det.commands.prediction_files import PredictionFolder
 from cascade_det.data.coco_results import coco_results
+from cascade_det.data.given_images import Image
 from cascade_det.data.read_ahead import read_ahead
 from cascade_det.data.transforms import read_image
 from cascade_det.errors import DatasetError
@@ -191,7 +192,7 @@ def _detect(
     # Reads the next batch while this one is processed.
     batches = read_ahead(lambda part: [_read(file) for file in part], parts)
     for part, batch in zip(parts, batches, strict=True):
-        images = [image for image in batch if not isinstance(image, DatasetError)]
+        images: list[Image] = [i for i in batch if not isinstance(i, DatasetError)]
         names = [
             str(file)
             for file, image in zip(part, batch, strict=True)

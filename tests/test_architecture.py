@@ -28,6 +28,7 @@ RANKS = {
     "layers": 0,
     "parallel": 0,
     "core": 1,
+    "model_zoo": 1,
     "backbones": 1,
     "data": 2,
     "weights": 2,
@@ -42,6 +43,7 @@ RANKS = {
     "hosts": 7,
     "benchmark": 7,
     "commands": 8,
+    "__main__": 9,
 }
 # Where a library may be imported; one that is not named here may be imported everywhere.
 HOMES = {

@@ -10,7 +10,7 @@ from fvcore.common.config import CfgNode
 from cascade_det import config
 from cascade_det.calibration.provenance import Provenance
 from cascade_det.calibration.search import Setting
-from cascade_det.config.keys import as_lists
+from cascade_det.config.tree import as_lists
 from cascade_det.files import atomic_path
 
 _HEADS = "EarlyExitCascadeROIHeads"

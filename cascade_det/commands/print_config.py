@@ -75,7 +75,7 @@ def _lines(cfg: CfgNode, keys: Collection[str], history: History) -> Iterator[st
 
 
 def _origin(settings: list[Setting]) -> str:
-    from cascade_det.config.keys import as_lists
+    from cascade_det.config.tree import as_lists
 
     if not settings:
         return "default"
@@ -89,7 +89,7 @@ def _origin(settings: list[Setting]) -> str:
 
 def _in_one_line(value: Any) -> str:
     """YAML on one line; tuples become lists, as in every file."""
-    from cascade_det.config.keys import as_lists
+    from cascade_det.config.tree import as_lists
 
     text = yaml.safe_dump(as_lists(value), default_flow_style=True, width=sys.maxsize)
     return text.removesuffix("\n").removesuffix("\n...")

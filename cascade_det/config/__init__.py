@@ -1,22 +1,17 @@
-"""Every configuration key, its checks, and its translation to plain keyword arguments.
+"""Configuration keys: their table, files, checks, and translation to keyword arguments.
 
-``load_config`` reads YAML and command-line options, ``check_config`` checks keys against each
-other, and the ``*_arguments`` functions are the only readers of keys: everything behind them
-takes plain values.
+The ``*_keys`` modules have one row per key: default, values, unit and help. ``load_config`` reads
+YAML and command-line options, ``check_config`` checks keys by themselves and against each other,
+and only the ``*_arguments`` functions read keys: everything behind them takes plain values.
 """
 
-from cascade_det.config.cascade import add_cascade_config
 from cascade_det.config.checks import (
     check_config,
     check_heads,
     check_run,
     check_unread_cascade,
 )
-from cascade_det.config.defaults import get_cfg
 from cascade_det.config.exit_summary import exit_summary
-from cascade_det.config.exits import exit_arguments, exit_values, with_exits
-from cascade_det.config.fast import fast_arguments, fast_heads_dtype
-from cascade_det.config.keys import changed_keys, flat
 from cascade_det.config.loading import (
     ConfigFiles,
     History,
@@ -31,10 +26,15 @@ from cascade_det.config.model_arguments import (
     box_head_configs,
     cascade_arguments,
     detector_arguments,
+    exit_arguments,
+    exit_values,
+    fast_arguments,
+    fast_heads_dtype,
     pooler_arguments,
     rpn_arguments,
+    training_arguments,
+    with_exits,
 )
-from cascade_det.config.regime import training_arguments
 from cascade_det.config.run_arguments import (
     datasets_arguments,
     input_arguments,
@@ -46,6 +46,7 @@ from cascade_det.config.run_arguments import (
     trainer_arguments,
 )
 from cascade_det.config.scaling import check_processes, scale_to_epochs, scale_to_world_size
+from cascade_det.config.tree import add_cascade_config, changed_keys, flat, get_cfg
 
 __all__ = [
     "ConfigFiles",

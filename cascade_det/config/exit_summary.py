@@ -7,7 +7,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from cascade_det.config.exits import exit_arguments
+from cascade_det.config.model_arguments import exit_arguments
 
 # Rules of one value per stage or gate: key, what it does, and which value is never reached.
 _BACKGROUND: tuple[tuple[str, str, Callable[[float], bool]], ...] = (

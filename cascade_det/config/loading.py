@@ -1,8 +1,7 @@
-"""YAML files and command-line options into a configuration, loudly and safely.
+"""Merging YAML files and command-line options into a configuration.
 
-A layer is one file or the options; later layers win. Each value is checked as it is merged, so
-that an error names the very line that it stands in, and is noted, so that one can ask later
-where a value came from.
+A layer is one file or the options; later layers win. The type of each value is checked as it is
+merged, so that an error names its line, and its source is kept for ``tools/print_config.py``.
 """
 
 from __future__ import annotations
@@ -19,16 +18,11 @@ from typing import Any
 
 from fvcore.common.config import BASE_KEY, CfgNode
 
-from cascade_det.config.cascade import add_model_node
-from cascade_det.config.defaults import get_cfg
-from cascade_det.config.keys import flat
-from cascade_det.config.rules import shown
-from cascade_det.config.shipped import config_path
+from cascade_det.config.key import shown
+from cascade_det.config.shipped import SCHEME, config_path
+from cascade_det.config.tree import KEYS, add_model_node, flat, get_cfg
 from cascade_det.config.yaml_files import Entry, read_entries, read_text
 from cascade_det.errors import ConfigError
-
-# Keys that may be null, with the type of their values otherwise.
-_NULLABLE: dict[str, type] = {"SOLVER.WEIGHT_DECAY_BIAS": float}
 
 _REMEDIES = {
     "bool": "Write True or False.",
@@ -40,15 +34,15 @@ _REMEDIES = {
 
 COMMAND_LINE = "command line"
 _LENGTHS = ("SOLVER.MAX_ITER", "CASCADE.EPOCHS")
-_MAX_FILES = 100  # read for one configuration; bases of bases can name each other without end
+_MAX_FILES = 100  # per configuration: bases of bases can name each other without end
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A value that a key had at some time of the merging.
+    """A value that a key had during the merge.
 
     Attributes:
-        value: as it stands in the configuration.
+        value: as in the configuration.
         source: ``default``, ``<file>:<line>`` or ``command line``.
     """
 
@@ -65,8 +59,9 @@ def load_config(config_files: ConfigFiles, opts: Sequence[Any] = ()) -> CfgNode:
 
     Args:
         config_files: a YAML file, ours or one that Detectron2 dumped, or several, each put on top
-            of those before it. The ``_BASE_`` of a file (a path or a list of paths, relative to
-            the file) is merged right before it. ``None`` for no file.
+            of those before it; ``cascade_det://COCO-Detection/x.yaml`` is a file that comes with
+            the package. The ``_BASE_`` of a file (a path or a list of paths, relative to the file)
+            is merged right before it. ``None`` for no file.
         opts: ``KEY VALUE`` pairs in one flat sequence, as they come from the command line.
 
     Returns:
@@ -95,7 +90,7 @@ def merge_config(cfg: CfgNode, config_files: ConfigFiles, opts: Sequence[Any] = 
     if isinstance(config_files, (str, Path)):
         config_files = [config_files]
     for file in config_files or ():
-        merge.file(_path_of(file), including=())
+        merge.file(_path(str(file)), including=())
     if len(opts) % 2:
         raise ConfigError(
             f"Options come as pairs, KEY VALUE, but there are {len(opts)} items: {list(opts)}. "
@@ -108,10 +103,10 @@ def merge_config(cfg: CfgNode, config_files: ConfigFiles, opts: Sequence[Any] = 
 
 
 def with_cascade_keys(cfg: CfgNode) -> CfgNode:
-    """A copy of ``cfg`` with the node ``MODEL.CASCADE`` in full, whatever it has of it.
+    """A copy of ``cfg`` with the complete node ``MODEL.CASCADE``.
 
-    A configuration of Detectron2's that allows new keys takes any, and takes their values as a
-    YAML file spells them: ``(0.9, 0.9)`` is text there.
+    A configuration of Detectron2 that allows new keys accepts any, and keeps their values as a YAML
+    file spells them: ``(0.9, 0.9)`` is text there.
 
     Raises:
         ConfigError: a key in that node is unknown, or its value has the wrong type.
@@ -128,13 +123,13 @@ def with_cascade_keys(cfg: CfgNode) -> CfgNode:
 
 
 class _Merge:
-    """One merging: the configuration, and what happened to its keys so far."""
+    """A configuration that is being merged, with the history of its keys."""
 
     def __init__(self, cfg: CfgNode) -> None:
         self.cfg = cfg
         self.history: History = {}
         self._files = 0
-        self._last_set = ""  # of the two keys that say how long a training is
+        self._last_set = ""  # of _LENGTHS
 
     def file(self, path: Path, including: tuple[str, ...]) -> None:
         """Merge the bases of a file, then the file; ``including`` are those on the way to it."""
@@ -162,12 +157,16 @@ class _Merge:
         if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
             raise ConfigError(f"{where} is {shown(entry.value)}; give a path or a list of paths.")
         for base in bases:
-            self.file(path.parent / _path_of(base), including)
+            try:
+                file = path.parent / _path(base)
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {error}") from None
+            self.file(file, including)
 
     def value(
         self, full_key: str, raw: object, source: str, included_by: tuple[str, ...] = ()
     ) -> None:
-        """Give one key a value, which may be the text of one."""
+        """Set a key; text is read as a Python literal where the key takes no text."""
         *parents, name = full_key.split(".")
         node: Any = self.cfg
         for part in parents:
@@ -181,9 +180,10 @@ class _Merge:
                 f"{source}: {full_key} is {shown(raw)}, but it is a group of keys: "
                 f"{', '.join(node[name])}. Set one of them."
             )
-        is_nullable = full_key in _NULLABLE
-        wanted = _NULLABLE[full_key] if is_nullable else type(node[name])
-        value = _converted(raw, wanted, is_nullable, f"{source}: {full_key}")
+        key = KEYS.get(full_key)
+        nullable = key.type_if_set if key else None
+        wanted = nullable or type(node[name])
+        value = _converted(raw, wanted, nullable is not None, f"{source}: {full_key}")
         if full_key == "VERSION" and value != node[name]:
             raise ConfigError(
                 f"{source}: VERSION is {value!r}, but only {node[name]} is read. Let Detectron2 "
@@ -209,11 +209,8 @@ class _Merge:
             )
 
 
-def _path_of(file: str | Path) -> Path:
-    """The path of a file, which may be a shipped one: ``cascade_det://NAME``."""
-    if isinstance(file, str) and file.startswith("cascade_det://"):
-        return config_path(file.removeprefix("cascade_det://"))
-    return Path(os.path.expanduser(file))
+def _path(name: str) -> Path:
+    return config_path(name) if name.startswith(SCHEME) else Path(os.path.expanduser(name))
 
 
 def _layer(setting: Setting) -> str:

@@ -1,12 +1,17 @@
-"""Keys of ``MODEL`` into plain keyword arguments. Nothing is checked here: see ``checks``."""
+"""Keys of ``MODEL`` as plain keyword arguments. Nothing is checked here: see ``checks``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fvcore.common.config import CfgNode
 
+from cascade_det.config.cascade_checks import PER_GATE, PER_STAGE
+from cascade_det.config.cascade_keys import EXIT_DEFAULTS
+
+# Together with the defaults: no rule is on.
+_NO_RULES: dict[str, Any] = {"ENABLED": True, "PRUNE_THRESHOLDS": (0.0,), "REDUNDANCY_IOU": 1.01}
 _BACKBONES = {
     "build_resnet_fpn_backbone": "resnet",
     "build_mobilenet_v2_fpn_backbone": "mobilenet_v2",
@@ -136,6 +141,101 @@ def cascade_arguments(cfg: CfgNode) -> dict[str, Any]:
         "score_thresh": heads.SCORE_THRESH_TEST,
         "nms_thresh": heads.NMS_THRESH_TEST,
         "detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+    }
+
+
+def exit_arguments(cfg: CfgNode) -> dict[str, Any] | None:
+    """When regions leave, as arguments of ``core.ExitPolicy``; ``learned`` are names of parts.
+
+    ``None`` where exits are off, which ``CascadeROIHeads`` means by its name.
+    """
+    exits = cfg.MODEL.CASCADE.EXIT
+    if not exits.ENABLED or cfg.MODEL.ROI_HEADS.NAME == "CascadeROIHeads":
+        return None
+    stages = len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)
+    per_stage = {key.lower(): _for_each(exits[key], stages - 1) for key in PER_STAGE}
+    per_gate = {key.lower(): _for_each(exits[key], stages) for key in PER_GATE}
+    return {
+        "num_stages": stages,
+        **per_stage,
+        **per_gate,
+        "proposal_threshold": float(exits.PROPOSAL_THRESHOLD),
+        "prune_best": exits.PRUNE_BEST,
+        "redundancy_iou": float(exits.REDUNDANCY_IOU) if exits.REDUNDANCY_IOU <= 1 else None,
+        "confidence": exits.CONFIDENCE,
+        "localisation": exits.LOCALISATION,
+        "time_budget_ms": float(exits.TIME_BUDGET_MS),
+        "time_budget_per_image": exits.TIME_BUDGET_PER == "image",
+        "learned": tuple(exits.LEARNED),
+    }
+
+
+def with_exits(cfg: CfgNode, setting: Mapping[str, Any]) -> CfgNode:
+    """A copy of ``cfg`` with exits on, of which ``setting`` names all that are not off.
+
+    Args:
+        cfg: of a cascade.
+        setting: values by keys of ``MODEL.CASCADE.EXIT``.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.ROI_HEADS.NAME = "EarlyExitCascadeROIHeads"
+    for key, value in exit_values(setting).items():
+        cfg.MODEL.CASCADE.EXIT[key] = value
+    return cfg
+
+
+def exit_values(setting: Mapping[str, Any]) -> dict[str, Any]:
+    """All keys that say who leaves, with what ``setting`` does not name switched off.
+
+    ``LEARNED`` is not among them: those are parts of the model.
+    """
+    values = {**EXIT_DEFAULTS, **_NO_RULES, **setting}
+    return {key: value for key, value in values.items() if key != "LEARNED"}
+
+
+def fast_arguments(cfg: CfgNode) -> dict[str, Any] | None:
+    """Arguments of ``cascade_det.standalone.optimize``; ``None`` where FAST is off."""
+    fast = cfg.MODEL.CASCADE.FAST
+    if not fast.ENABLED:
+        return None
+    return {
+        "dtype": fast.DTYPE,
+        "float32_parts": tuple(fast.FLOAT32_PARTS),
+        "compile": fast.COMPILE,
+    }
+
+
+def fast_heads_dtype(cfg: CfgNode) -> str | None:
+    """The name of the type that fast box heads compute in, alone; ``None`` where FAST is off."""
+    fast = cfg.MODEL.CASCADE.FAST
+    if not fast.ENABLED:
+        return None
+    return "float32" if "roi_heads" in fast.FLOAT32_PARTS else fast.DTYPE
+
+
+def training_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """Arguments of ``core.build_training_schedule``."""
+    training, stages = cfg.MODEL.CASCADE.TRAINING, len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)
+    dynamic, end = training.DYNAMIC, tuple(map(float, training.STAGE_LOSS_WEIGHTS_END))
+    return {
+        "num_stages": stages,
+        "gating": None if training.GATING == "none" else training.GATING,
+        "gate_threshold": float(training.GATE_THRESHOLD),
+        "gate_scale": float(training.GATE_SCALE),
+        "stage_weighting": training.STAGE_WEIGHTING,
+        "stage_loss_weights_end": end * stages if len(end) == 1 else end,
+        "prefix_loss_weight": float(training.PREFIX_LOSS_WEIGHT),
+        "dynamic": {
+            "k_iou": dynamic.K_I,
+            "k_beta": dynamic.K_BETA,
+            "period": dynamic.PERIOD,
+            "iou_floor": float(dynamic.IOU_FLOOR),
+            "beta_start": float(dynamic.BETA_START),
+        }
+        if dynamic.ENABLED
+        else None,
+        "exits_alone": training.FREEZE_DETECTOR,
     }
 
 

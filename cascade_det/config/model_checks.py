@@ -1,4 +1,4 @@
-"""Keys of ``MODEL`` against each other."""
+"""Checks of the keys of the detector against each other."""
 
 from __future__ import annotations
 
@@ -7,39 +7,11 @@ from collections.abc import Iterator
 
 from fvcore.common.config import CfgNode
 
-from cascade_det.config.exits import (
-    LENGTH_KEYS,
-    NODE,
-    PART_KEYS,
-    check_agreement,
-    check_parts,
-    check_unused,
-    exit_lengths,
-)
-from cascade_det.config.fast import FAST_KEYS, check_fast
-from cascade_det.config.regime import TRAINING_KEYS, check_training
-from cascade_det.config.rules import Check, value_of
+from cascade_det.config.cascade_checks import Check, check_exits_unused
+from cascade_det.config.tree import value_of
 
 _LEVELS = ("res2", "res3", "res4", "res5")
-_BOX_HEAD_LAYERS = ("NUM_CONV", "CONV_DIM", "NUM_FC", "FC_DIM", "NORM")
 _GROUP_NORM_GROUPS = 32
-
-
-def _check_stage_lengths(cfg: CfgNode) -> Iterator[str]:
-    stages = len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)
-    lengths: list[tuple[str, set[int]]] = [
-        ("MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS", {stages}),
-        ("MODEL.CASCADE.STAGE_LOSS_WEIGHTS", {1, stages}),
-        *exit_lengths(stages),
-    ]
-    lengths += [(f"MODEL.CASCADE.BOX_HEAD.{key}", {0, 1, stages}) for key in _BOX_HEAD_LAYERS]
-    for key, allowed in lengths:
-        value = value_of(cfg, key)
-        if len(value) not in allowed:
-            yield (
-                f"{key} is {value!r}, of length {len(value)}, but MODEL.ROI_BOX_CASCADE_HEAD.IOUS "
-                f"has {stages} stages. Give {' or '.join(map(str, sorted(allowed)))} values."
-            )
 
 
 def _check_box_heads(cfg: CfgNode) -> Iterator[str]:
@@ -52,15 +24,6 @@ def _check_box_heads(cfg: CfgNode) -> Iterator[str]:
                 f"MODEL.ROI_BOX_HEAD.NUM_CONV and NUM_FC are both 0 at stage {stage} (or the keys "
                 "of the same name under MODEL.CASCADE.BOX_HEAD). Give the head at least one layer."
             )
-
-
-def _check_first_iou(cfg: CfgNode) -> Iterator[str]:
-    first, wanted = cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS[0], cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS[0]
-    if first != wanted:
-        yield (
-            f"MODEL.ROI_HEADS.IOU_THRESHOLDS is [{first}], but the first of "
-            f"MODEL.ROI_BOX_CASCADE_HEAD.IOUS is {wanted}. Give both the same value."
-        )
 
 
 def _check_resnet(cfg: CfgNode) -> Iterator[str]:
@@ -150,21 +113,7 @@ def _check_group_norm(cfg: CfgNode) -> Iterator[str]:
             )
 
 
-# Each check with the keys that it relies on, as far as rules of their own can find them wrong.
-HEAD_CHECKS: dict[Check, tuple[str, ...]] = {
-    _check_stage_lengths: (
-        "MODEL.ROI_BOX_CASCADE_HEAD.IOUS",
-        "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS",
-        "MODEL.CASCADE.STAGE_LOSS_WEIGHTS",
-        *LENGTH_KEYS,
-        *(f"MODEL.CASCADE.BOX_HEAD.{key}" for key in _BOX_HEAD_LAYERS),
-    ),
-    check_training: TRAINING_KEYS,
-    check_parts: (*PART_KEYS, f"{NODE}.ENABLED"),
-    check_fast: (*FAST_KEYS, "MODEL.DEVICE"),
-    check_agreement: (f"{NODE}.CONFIDENCE", f"{NODE}.THRESHOLDS"),
-    _check_first_iou: ("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", "MODEL.ROI_HEADS.IOU_THRESHOLDS"),
-}
+# Each check with the keys that it relies on, as in ``HEAD_CHECKS``.
 MODEL_CHECKS: dict[Check, tuple[str, ...]] = {
     _check_box_heads: (
         "MODEL.ROI_BOX_CASCADE_HEAD.IOUS",
@@ -173,7 +122,7 @@ MODEL_CHECKS: dict[Check, tuple[str, ...]] = {
         "MODEL.CASCADE.BOX_HEAD.NUM_CONV",
         "MODEL.CASCADE.BOX_HEAD.NUM_FC",
     ),
-    check_unused: ("MODEL.ROI_HEADS.NAME",),
+    check_exits_unused: ("MODEL.ROI_HEADS.NAME",),
     _check_resnet: ("MODEL.RESNETS.DEPTH", "MODEL.FPN.IN_FEATURES", "MODEL.RESNETS.OUT_FEATURES"),
     _check_levels: (
         "MODEL.FPN.IN_FEATURES",

@@ -1,4 +1,4 @@
-"""Keys of data, solver and evaluation against each other."""
+"""Checks of the keys of data, solver and evaluation against each other."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from fvcore.common.config import CfgNode
 
-from cascade_det.config.rules import Check
+from cascade_det.config.cascade_checks import Check
 
 
 def _check_sizes(cfg: CfgNode) -> Iterator[str]:
@@ -83,14 +83,14 @@ def _check_evaluation(cfg: CfgNode) -> Iterator[str]:
         if not cascade.VALIDATION_LOSS:
             yield (
                 f"CASCADE.BEST_METRIC is {metric!r}, but CASCADE.VALIDATION_LOSS is False. Set it "
-                "to True, or watch a figure of the evaluation, such as bbox/AP."
+                "to True, or watch a metric of the evaluation, such as bbox/AP."
             )
         if metric not in losses:
             yield f"CASCADE.BEST_METRIC is {metric!r}. Such losses are {', '.join(losses)}."
     elif patience and len(test_sets) > 1 and metric.split("/")[0] not in test_sets:
         yield (
             f"CASCADE.BEST_METRIC is {metric!r}, but DATASETS.TEST has {len(test_sets)} sets, and "
-            f"their figures begin with their names. Choose one, such as {test_sets[0]}/bbox/AP."
+            f"their metrics begin with their names. Choose one, such as {test_sets[0]}/bbox/AP."
         )
 
 
@@ -111,7 +111,7 @@ def _loss_names(cfg: CfgNode) -> list[str]:
     return ["total_loss", *([] if cascade.TRAINING.FREEZE_DETECTOR else of_detector), *exits]
 
 
-# Each check with the keys that it relies on, as far as rules of their own can find them wrong.
+# Each check with the keys that it relies on, as in ``HEAD_CHECKS``.
 RUN_CHECKS: dict[Check, tuple[str, ...]] = {
     _check_sizes: (
         "INPUT.MIN_SIZE_TRAIN",

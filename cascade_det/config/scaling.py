@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from fvcore.common.config import CfgNode
 
-from cascade_det.config.rules import value_of
+from cascade_det.config.tree import value_of
 from cascade_det.errors import ConfigError
 
 _NORMS = ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM")

@@ -1,8 +1,8 @@
-"""A YAML file as a flat list of full keys, each with its value and the line that it stands in.
+"""A YAML file as a flat list of full keys, each with its value and its line.
 
-Configurations are passed around, so a file may be broken or hostile. Only plain YAML is read
-(text, numbers, booleans, null, lists and mappings), and what would run code, never end or fill
-the memory is refused before any value is made of it.
+Configurations come from strangers too, so a file may be broken or hostile. Only plain YAML is read
+(text, numbers, booleans, null, lists and mappings); whatever would run code, never end or fill the
+memory is refused before a value is made of it.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import yaml
 
 from cascade_det.errors import ConfigError
 
-# A dumped configuration has some 10 KB and 400 values; these are far beyond any, and soon read.
+# Far more than a dumped configuration has (10 KB, 400 values), and still read at once.
 _MAX_BYTES = 256 * 1024
 _MAX_VALUES = 10_000
 
 _YAML = "tag:yaml.org,2002:"
-_TEXT, _MAPPING, _MERGE = _YAML + "str", _YAML + "map", _YAML + "merge"
-_PLAIN = {_YAML + name for name in ("bool", "float", "int", "null", "seq")}
-_OPEN = re.compile(r"\((?!.*\)$)", re.DOTALL)
+_TEXT, _MAPPING = f"{_YAML}str", f"{_YAML}map"
+_KINDS = ("bool", "float", "int", "merge", "null", "seq")
+_PLAIN = {_TEXT, _MAPPING, *(f"{_YAML}{kind}" for kind in _KINDS)}
+_OPEN_TUPLE = re.compile(r"\((?!.*\)$)", re.DOTALL)
 _UNCLOSED = re.compile(r"expected ',' or '[]}]'")
 _NO_TUPLES = (
     "inside {...} and [...] a comma ends a value, so that (a, b) falls apart. Write [a, b], or "
     "give the key a line of its own."
 )
-_READABLE = _PLAIN | {_TEXT, _MAPPING, _MERGE}
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Entry:
     Attributes:
         key: full name, such as ``SOLVER.BASE_LR``.
         value: anything plain; a mapping only where it is empty or inside a list.
-        line: where the key stands, from 1 on.
+        line: of the key, from 1 on.
     """
 
     key: str
@@ -53,7 +53,7 @@ def read_text(path: Path) -> str:
     """The text of a file.
 
     Raises:
-        ConfigError: it cannot be read, is too large or no UTF-8.
+        ConfigError: it cannot be read, is too large or is not UTF-8.
     """
     try:
         with path.open("rb") as file:
@@ -90,12 +90,9 @@ def read_entries(text: str, path: Path) -> list[Entry]:
     """
     loader = None
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         loader.name = str(path)  # the marks of all nodes carry it
-        root = loader.get_single_node()
-        if root is not None:
-            _examine(root, {})
-        return _entries(loader, root, path)
+        return _entries(loader, loader.get_single_node(), path)
     except ConfigError:  # a ValueError too
         raise
     except yaml.YAMLError as error:
@@ -107,6 +104,71 @@ def read_entries(text: str, path: Path) -> list[Entry]:
         raise ConfigError(
             f"{where}: this is not valid YAML: the number in an escape or a directive is too large."
         ) from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses any node that is not plain as soon as it is read, before values are made of it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        # Values at and below each node that is complete, its aliases written out.
+        self._sizes: dict[yaml.Node, float] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        is_alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        if not is_alias:
+            self._check(node)
+        return node
+
+    def _check(self, node: yaml.Node) -> None:
+        if node.tag not in _PLAIN:
+            tag = node.tag.replace(_YAML, "!!")[:200]
+            raise ConfigError(
+                f"{_at(node.start_mark)}: {_name(node)} has the tag {tag}. Only plain YAML is "
+                "read: no tag is ever executed. Write the value itself in place of the tag, and "
+                "put quotes around it if it is text."
+            )
+        values: list[yaml.Node] = []
+        keys: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            keys, values = [key for key, _ in node.value], [value for _, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            values = node.value
+        _refuse_duplicates(keys)
+        if isinstance(node, yaml.CollectionNode) and node.flow_style:
+            _refuse_tuples(values)
+        # A child that is not complete is a node inside itself, which has no end.
+        size = 1 + sum(self._sizes.get(child, math.inf) for child in (*keys, *values))
+        if size > _MAX_VALUES:
+            raise ConfigError(
+                f"{_at(node.start_mark)}: makes more than {_MAX_VALUES} values, which no "
+                "configuration needs. Aliases (*name) repeat what they stand for: use fewer."
+            )
+        self._sizes[node] = size
+
+
+def _refuse_duplicates(keys: list[yaml.Node]) -> None:
+    """YAML would let the last one win."""
+    first: dict[str, int] = {}
+    for key in keys:
+        if not isinstance(key, yaml.ScalarNode):
+            continue
+        line = key.start_mark.line + 1
+        if key.value in first:
+            raise ConfigError(
+                f"{_at(key.start_mark)}: {_name(key)} is set here and in line "
+                f"{first[key.value]} already. Remove one of the two."
+            )
+        first[key.value] = line
+
+
+def _refuse_tuples(values: list[yaml.Node]) -> None:
+    """In flow style a comma ends a value, so that Python's tuples fall apart."""
+    for value in values:
+        is_bare = isinstance(value, yaml.ScalarNode) and value.style is None
+        if is_bare and _OPEN_TUPLE.match(value.value):
+            raise ConfigError(f"{_at(value.start_mark)}: {_NO_TUPLES}")
 
 
 def _invalid(path: Path, error: yaml.YAMLError) -> str:
@@ -129,66 +191,7 @@ def _at(mark: yaml.Mark) -> str:
     return f"{mark.name}:{mark.line + 1}"
 
 
-def _examine(node: yaml.Node, sizes: dict[yaml.Node, float]) -> float:
-    """The number of values at and below a node once its aliases are written out.
-
-    Looks at each node once, however often aliases name it, and raises ``ConfigError`` for
-    whatever is not plain.
-    """
-    if node in sizes:
-        return sizes[node]
-    sizes[node] = math.inf  # as long as it is not known: a node inside itself has no end
-    if node.tag not in _READABLE:
-        raise ConfigError(
-            f"{_at(node.start_mark)}: {_name(node)} has the tag {_short(node.tag)}. Only "
-            "plain YAML is read: no tag is ever executed. Write the value itself in place of the "
-            "tag, and put quotes around it if it is text."
-        )
-    if isinstance(node, yaml.CollectionNode) and node.flow_style:
-        _refuse_tuples(node)
-    children: list[yaml.Node] = []
-    if isinstance(node, yaml.MappingNode):
-        _refuse_duplicates(node)
-        children = [child for pair in node.value for child in pair]
-    elif isinstance(node, yaml.SequenceNode):
-        children = node.value
-    sizes[node] = 1 + sum(_examine(child, sizes) for child in children)
-    if sizes[node] > _MAX_VALUES:
-        raise ConfigError(
-            f"{_at(node.start_mark)}: makes more than {_MAX_VALUES} values, which no "
-            "configuration needs. Aliases (*name) repeat what they stand for: use fewer."
-        )
-    return sizes[node]
-
-
-def _refuse_tuples(node: yaml.CollectionNode) -> None:
-    """In flow style a comma ends a value, so that Python's tuples fall apart."""
-    values = [pair[1] for pair in node.value] if isinstance(node, yaml.MappingNode) else node.value
-    for value in values:
-        if isinstance(value, yaml.ScalarNode) and value.style is None and _OPEN.match(value.value):
-            raise ConfigError(f"{_at(value.start_mark)}: {_NO_TUPLES}")
-
-
-def _short(tag: str) -> str:
-    return ("!!" + tag.removeprefix(_YAML) if tag.startswith(_YAML) else tag)[:200]
-
-
-def _refuse_duplicates(node: yaml.MappingNode) -> None:
-    """YAML's rule that the last one wins is a puzzle in a long file."""
-    first: dict[str, int] = {}
-    for key, _ in node.value:
-        if not isinstance(key, yaml.ScalarNode):
-            continue
-        line = key.start_mark.line + 1
-        if key.value in first:
-            raise ConfigError(
-                f"{_at(key.start_mark)}: {_name(key)} is set here and in line "
-                f"{first[key.value]} already. Remove one of the two."
-            )
-        first[key.value] = line
-
-
-def _entries(loader: yaml.SafeLoader, root: yaml.Node | None, path: Path) -> list[Entry]:
+def _entries(loader: _Loader, root: yaml.Node | None, path: Path) -> list[Entry]:
     if root is None:
         raise ConfigError(f"{path}: the file is empty. It needs at least one KEY: value.")
     if not isinstance(root, yaml.MappingNode):
@@ -200,7 +203,7 @@ def _entries(loader: yaml.SafeLoader, root: yaml.Node | None, path: Path) -> lis
     return entries
 
 
-def _leaves(loader: yaml.SafeLoader, node: yaml.MappingNode, prefix: str) -> Iterator[Entry]:
+def _leaves(loader: _Loader, node: yaml.MappingNode, prefix: str) -> Iterator[Entry]:
     loader.flatten_mapping(node)  # merge keys; an earlier value of the same key is overridden
     for key, value in node.value:
         if key.tag != _TEXT or "." in key.value or not isinstance(key, yaml.ScalarNode):
@@ -219,7 +222,7 @@ def _name(node: yaml.Node) -> str:
     return node.value[:200] or "''" if isinstance(node, yaml.ScalarNode) else f"a {node.id}"
 
 
-def _value(loader: yaml.SafeLoader, full_key: str, node: yaml.Node) -> Any:
+def _value(loader: _Loader, full_key: str, node: yaml.Node) -> Any:
     try:
         return loader.construct_object(node, deep=True)
     except (ValueError, LookupError) as error:  # of 0x_, !!bool maybe, or a million digits

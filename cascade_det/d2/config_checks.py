@@ -16,7 +16,8 @@ from detectron2.modeling import (
 )
 from fvcore.common.registry import Registry
 
-from cascade_det.config.rules import shown, value_of
+from cascade_det.config.key import shown
+from cascade_det.config.tree import value_of
 from cascade_det.errors import ConfigError
 
 _FPN_BACKBONES = (

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cascade_det.config.rules import shown
+from cascade_det.config.key import shown
 from cascade_det.engine.batches import Batch
 from cascade_det.engine.checkpoint import DOES_NOT_FIT
 from cascade_det.engine.precision import autocast

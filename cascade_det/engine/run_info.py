@@ -14,7 +14,7 @@ import torch
 from fvcore.common.config import CfgNode
 
 from cascade_det import config
-from cascade_det.config.rules import shown
+from cascade_det.config.key import shown
 from cascade_det.config.yaml_files import read_entries, read_text
 from cascade_det.data.coco import CocoDataset
 from cascade_det.engine.checkpoint import Checkpointer, checkpoint_to_resume

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade_det.config.rules import shown
+from cascade_det.config.key import shown
 from cascade_det.engine.batches import Batch, split_batch
 from cascade_det.engine.precision import amp_dtype_of
 from cascade_det.errors import CheckpointError

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade_det.backbones import ResNet
-from cascade_det.config.fast import FAST_DEFAULTS, PARTS
+from cascade_det.config.cascade_keys import FAST_PARTS as PARTS
 from cascade_det.core.fast_heads import FastBoxHead, fast_dtype
 from cascade_det.engine.allocator import keep_freed_memory
 from cascade_det.engine.devices import describe_dtypes, resolve_fast_dtype
@@ -22,7 +22,7 @@ from cascade_det.standalone.detector import Detector
 
 logger = logging.getLogger(__name__)
 
-FLOAT32_PARTS: tuple[str, ...] = FAST_DEFAULTS["FLOAT32_PARTS"]
+FLOAT32_PARTS: tuple[str, ...] = ()
 
 
 def optimize(
@@ -45,7 +45,7 @@ def optimize(
     Args:
         detector: with its weights, on its device.
         dtype: see ``cascade_det.engine.devices.resolve_fast_dtype``.
-        float32_parts: of ``cascade_det.config.fast.PARTS``, those that stay float32.
+        float32_parts: of ``cascade_det.config.cascade_keys.FAST_PARTS``, those that stay float32.
         compile: ``torch.compile`` backbone and pyramid, as CUDA graphs on GPUs. Each new size of
             images is recorded anew there, so that it pays where there are few. Float32 on CPUs is
             not compiled: its time goes into convolutions, which stay what they are.

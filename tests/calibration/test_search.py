@@ -12,7 +12,7 @@ from cascade_det.calibration.search import TRADE_OFFS, Parameter, Search, loss_o
 from cascade_det.calibration.search_space import exit_parameters
 from cascade_det.calibration.trials import TrialSummary
 from cascade_det.config import exit_arguments, get_cfg, with_exits
-from cascade_det.config.exits import EXIT_DEFAULTS
+from cascade_det.config.cascade_keys import EXIT_DEFAULTS
 from cascade_det.core.exits import ExitPolicy
 from cascade_det.core.exits.learned import LEARNED_PARTS
 

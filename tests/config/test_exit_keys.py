@@ -6,7 +6,7 @@ import pytest
 from fvcore.common.config import CfgNode
 
 from cascade_det import config
-from cascade_det.config.exits import EXIT_DEFAULTS
+from cascade_det.config.cascade_keys import EXIT_DEFAULTS
 from cascade_det.core import build_exits
 from cascade_det.core.exits.background import KeepNearBest, PruneBelow
 from cascade_det.core.exits.budget import RegionBudget

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cascade_det import config
-from cascade_det.config.exits import EXIT_DEFAULTS
+from cascade_det.config.cascade_keys import EXIT_DEFAULTS
 from cascade_det.core import build_exits
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -10,7 +10,7 @@ from small_cascades import assert_same_detections
 from torch import nn
 
 from cascade_det.benchmark.agreement import compare_detections
-from cascade_det.config.fast import PARTS
+from cascade_det.config.cascade_keys import FAST_PARTS as PARTS
 from cascade_det.core.fast_heads import FastBoxHead
 from cascade_det.engine import devices
 from cascade_det.engine.head_flops import region_flops

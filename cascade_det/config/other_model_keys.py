@@ -1,13 +1,15 @@
-"""Default values of the parts of Detectron2's ``MODEL`` that no box cascade has.
+"""The parts of Detectron2's ``MODEL`` that no box cascade has.
 
-They are here for one reason: a configuration that Detectron2 dumped names all of them.
+A configuration that Detectron2 dumped names all of them.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-OTHER_PARTS: dict[str, Any] = {
+from cascade_det.config.key import Group, Key
+
+_DEFAULTS: dict[str, dict[str, Any]] = {
     "ROI_MASK_HEAD": {
         "NAME": "MaskRCNNConvUpsampleHead",
         "POOLER_RESOLUTION": 14,
@@ -41,12 +43,10 @@ OTHER_PARTS: dict[str, Any] = {
     },
     "PANOPTIC_FPN": {
         "INSTANCE_LOSS_WEIGHT": 1.0,
-        "COMBINE": {
-            "ENABLED": True,
-            "OVERLAP_THRESH": 0.5,
-            "STUFF_AREA_LIMIT": 4096,
-            "INSTANCES_CONFIDENCE_THRESH": 0.5,
-        },
+        "COMBINE.ENABLED": True,
+        "COMBINE.OVERLAP_THRESH": 0.5,
+        "COMBINE.STUFF_AREA_LIMIT": 4096,
+        "COMBINE.INSTANCES_CONFIDENCE_THRESH": 0.5,
     },
     "RETINANET": {
         "NUM_CLASSES": 80,
@@ -66,3 +66,8 @@ OTHER_PARTS: dict[str, Any] = {
         "NORM": "",
     },
 }
+
+OTHER_GROUPS = tuple(
+    Group(f"MODEL.{node}", "", tuple(Key(name, default) for name, default in defaults.items()))
+    for node, defaults in _DEFAULTS.items()
+)

@@ -1,0 +1,312 @@
+"""Our node ``MODEL.CASCADE``: stages, exits, faster inference, training.
+
+A list "per stage" has one value for each stage, or a single value that holds for all of them. In
+``EXIT`` it has none for the last stage, and a list "per gate" has one for the gate before stage 0
+and one for each stage but the last.
+"""
+
+from __future__ import annotations
+
+import re
+
+from cascade_det.config.key import (
+    ABOVE_0_TO_1,
+    BETWEEN_0_AND_1,
+    POSITIVE,
+    Key,
+    Values,
+    above,
+    at_least,
+    each,
+    group,
+    is_number,
+    one_of,
+    subset_of,
+    whole,
+    within,
+)
+from cascade_det.config.model_keys import NORM, NORM_HELP
+
+FAST_PARTS = ("stem", "backbone", "fpn", "rpn", "roi_heads")
+LEARNED_PARTS = ("iou_head", "gate", "pruner")
+
+_OR_SHARED = "or [] for the value of ROI_BOX_HEAD."
+_LAYERS = Values(
+    each(whole(at_least(0))), f"Give a list of whole numbers, 0 or more each, {_OR_SHARED}"
+)
+_WIDTHS = Values(
+    each(whole(at_least(1))), f"Give a list of whole numbers, 1 or more each, {_OR_SHARED}"
+)
+_SHARES = each(within(0, 1))
+_SHARES_0_NEVER = Values(_SHARES, "Give a list of numbers from 0 to 1; 0 means never.")
+_SHARES_1_NEVER = Values(_SHARES, "Give a list of numbers from 0 to 1; 1 means never.")
+
+CASCADE = group(
+    "MODEL.CASCADE",
+    "Cascade",
+    Key(
+        "STAGE_LOSS_WEIGHTS",
+        (1.0,),
+        "Weight of the class and box loss, per stage.",
+        Values(each(at_least(0)), "Give a list of numbers, 0 or more each."),
+    ),
+    Key(
+        "ENSEMBLE",
+        "mean_probs",
+        "How the stages make one score: mean of their probabilities, the last stage alone, softmax "
+        "of the mean of their logits, or mean of the probabilities that all heads give to the last "
+        "boxes.",
+        one_of("mean_probs", "last", "mean_logits", "last_boxes"),
+    ),
+    Key(
+        "POOLER_KERNEL",
+        "auto",
+        "RoI pooling by torchvision, or as weighted sums over a channels-last map (bags, fast on "
+        "CPUs); auto takes the faster one on the device.",
+        one_of("auto", "bags", "torchvision"),
+    ),
+)
+
+BOX_HEAD = group(
+    "MODEL.CASCADE.BOX_HEAD",
+    "Layers of the box heads, per stage; () takes the value of `MODEL.ROI_BOX_HEAD`",
+    Key("NUM_CONV", (), "3x3 convolutions.", _LAYERS),
+    Key("CONV_DIM", (), "Width of the convolutions.", _WIDTHS, "channels"),
+    Key("NUM_FC", (), "Fully connected layers.", _LAYERS),
+    Key("FC_DIM", (), "Width of the fully connected layers.", _WIDTHS, "features"),
+    Key(
+        "NORM",
+        (),
+        NORM_HELP,
+        Values(each(NORM.accepts), f'Give a list of "", "GN", "BN" or "SyncBN", {_OR_SHARED}'),
+    ),
+)
+
+EXIT = group(
+    "MODEL.CASCADE.EXIT",
+    "Exits: regions that leave before the last stage, in inference only",
+    Key("ENABLED", False, "Lets regions leave early."),
+    Key(
+        "PRUNE_THRESHOLDS",
+        (0.02,),
+        "Drops a region whose ensemble probability is below this for every class, per stage.",
+        _SHARES_0_NEVER,
+    ),
+    Key(
+        "PROPOSAL_THRESHOLD",
+        0.0,
+        "Drops a proposal of a lower objectness before stage 0.",
+        Values(within(0, 1), "Give a number from 0 to 1; 0 means never."),
+    ),
+    Key(
+        "PRUNE_MARGINS",
+        (1.0,),
+        "Drops a region whose score is lower by more than this than that of the image's region of "
+        "rank PRUNE_BEST, per gate.",
+        _SHARES_1_NEVER,
+    ),
+    Key(
+        "PRUNE_BEST",
+        100,
+        "The rank that PRUNE_MARGINS count from.",
+        Values(whole(at_least(1)), "Give a whole number, 1 or more."),
+    ),
+    Key(
+        "PRUNER_THRESHOLDS",
+        (0.0,),
+        "Drops a region that the learned pruner gives a lower chance, per gate.",
+        _SHARES_0_NEVER,
+    ),
+    Key(
+        "REDUNDANCY_IOU",
+        0.9,
+        "Drops a region whose IoU with a better one of its class reaches this.",
+        Values(above(0), "Give a number above 0; above 1 means never."),
+    ),
+    Key(
+        "THRESHOLDS",
+        (1.01,),
+        "Accepts a region, with the box that it has, whose CONFIDENCE reaches this, per stage.",
+        Values(each(above(0)), "Give a list of numbers above 0; above 1 means never."),
+    ),
+    Key(
+        "CONFIDENCE",
+        "max_prob",
+        "Probability of the best class, 1 less the normalised entropy, lead of the best class, "
+        "number of stages before that had the same class (THRESHOLDS count stages), or the learned "
+        "gate.",
+        one_of("max_prob", "entropy", "margin", "agreement", "learned"),
+    ),
+    Key(
+        "LOCALISATION",
+        "none",
+        "What an accepted box must reach too: nothing, its IoU with the box before the stage, or "
+        "the IoU with the object that the IoU head predicts.",
+        one_of("none", "refinement", "predicted_iou"),
+    ),
+    Key(
+        "LOCALISATION_THRESHOLDS",
+        (0.9,),
+        "The value of LOCALISATION to reach, per stage.",
+        Values(_SHARES, "Give a list of numbers from 0 to 1."),
+    ),
+    Key(
+        "REGION_BUDGET",
+        (0,),
+        "The most regions of an image that enter a stage, the best first, per gate.",
+        Values(each(whole(at_least(0))), "Give a list of whole numbers; 0: no limit."),
+    ),
+    Key(
+        "TIME_BUDGET_MS",
+        0.0,
+        "Time from the image to its detections, after which regions are final as they are.",
+        Values(at_least(0), "Give milliseconds, 0 or more; 0 means no limit."),
+    ),
+    Key("TIME_BUDGET_PER", "image", "What TIME_BUDGET_MS is for.", one_of("image", "batch")),
+    Key("LEARNED", (), "Trained parts that the rules above use.", subset_of(*LEARNED_PARTS)),
+    Key(
+        "SCORE_SCALES",
+        (1.0,),
+        "Scores after a stage become sigmoid(scale * logit(p) + shift), one scale for every stage.",
+        Values(each(above(0)), "Give a list of numbers above 0."),
+    ),
+    Key(
+        "SCORE_SHIFTS",
+        (0.0,),
+        "The shifts, one for every stage.",
+        Values(each(is_number), "Give a list of numbers."),
+    ),
+    Key(
+        "EXPECTED_LOSS",
+        -1.0,
+        "Mean share of the full cascade's detections that calibration saw lost.",
+        Values(is_number, "Give a number; -1 means not calibrated."),
+    ),
+    Key(
+        "EXPECTED_LOSS_DEVIATION",
+        0.0,
+        "Standard deviation of EXPECTED_LOSS.",
+        Values(at_least(0), "Give a number, 0 or more."),
+    ),
+    Key(
+        "DEVICE_NAME",
+        "",
+        "Device that calibration timed, where thresholds depend on it.",
+        Values(lambda value: isinstance(value, str), "Give the name of a device, or ''."),
+    ),
+    Key(
+        "WEIGHTS_SHA256",
+        "",
+        "Digest of the calibrated weights: others cause a warning.",
+        Values(
+            lambda value: isinstance(value, str) and bool(re.fullmatch("([0-9a-f]{64})?", value)),
+            "Give 64 hexadecimal digits, or ''.",
+        ),
+    ),
+)
+
+FAST = group(
+    "MODEL.CASCADE.FAST",
+    "Lower precision and compilation for evaluation, prediction and calibration",
+    Key(
+        "ENABLED",
+        False,
+        "Makes inference faster, with rounding errors; training runs the model as it is, and in "
+        "Detectron2 only our heads become faster.",
+    ),
+    Key(
+        "DTYPE",
+        "auto",
+        "Type to compute in; auto is bfloat16 on devices with instructions for it, float16 on "
+        "other GPUs, and float32 on other CPUs; float16 needs a GPU.",
+        one_of("auto", "float32", "bfloat16", "float16"),
+    ),
+    Key(
+        "FLOAT32_PARTS",
+        (),
+        "Parts that stay float32; boxes, scores, and the last layers of RPN and heads always do.",
+        subset_of(*FAST_PARTS),
+    ),
+    Key(
+        "COMPILE",
+        False,
+        "Compiles backbone and FPN with torch.compile, which takes about a minute at the first "
+        "image; not for float32 on CPUs, which does not gain from it.",
+    ),
+)
+
+TRAINING = group(
+    "MODEL.CASCADE.TRAINING",
+    "Training beyond the sum of the stages' losses",
+    Key(
+        "GATING",
+        "none",
+        "Stages that a region's class loss reaches: all; those up to the first that is confident "
+        "and right (hard); or all, each with less weight the more probable the right class was at "
+        "the stages before (soft).",
+        one_of("none", "hard", "soft"),
+    ),
+    Key(
+        "GATE_THRESHOLD",
+        0.9,
+        "Probability from which a stage is confident; a soft gate is half closed there.",
+        ABOVE_0_TO_1,
+    ),
+    Key(
+        "GATE_SCALE",
+        15.0,
+        "Steepness of a soft gate; with 1, as published, gates hardly move.",
+        POSITIVE,
+    ),
+    Key(
+        "STAGE_WEIGHTING",
+        "fixed",
+        "Loss weights of the stages: STAGE_LOSS_WEIGHTS, a linear course from those to "
+        "STAGE_LOSS_WEIGHTS_END, or those times a trained factor per stage (uncertainty).",
+        one_of("fixed", "scheduled", "learned"),
+    ),
+    Key(
+        "STAGE_LOSS_WEIGHTS_END",
+        (),
+        "Where the scheduled weights end, per stage; () unless scheduled.",
+        Values(each(at_least(0)), "Give a list of numbers, 0 or more."),
+    ),
+    Key(
+        "PREFIX_LOSS_WEIGHT",
+        0.0,
+        "Weight of the class loss of the ensembles of all subsets of the stages.",
+        Values(at_least(0), "Give 0 or more; 0 leaves the loss out."),
+    ),
+    Key("DYNAMIC.ENABLED", False, "Adapts IoU thresholds and beta to the training: Dynamic R-CNN."),
+    Key(
+        "DYNAMIC.K_I",
+        75,
+        "A stage's IoU threshold is the mean of the images' K_I-th largest IoU, from IOU_FLOOR to "
+        "its value in IOUS.",
+        Values(whole(at_least(0)), "Give 0 or more; 0 keeps the IOUS."),
+    ),
+    Key(
+        "DYNAMIC.K_BETA",
+        10,
+        "A stage's SMOOTH_L1_BETA is the median of the images' K_BETA-th smallest offset of the "
+        "foreground, up to BETA_START.",
+        Values(whole(at_least(0)), "Give 0 or more; 0 keeps SMOOTH_L1_BETA."),
+    ),
+    Key(
+        "DYNAMIC.PERIOD",
+        100,
+        "Time between changes; each of ACCUMULATION_STEPS counts as an iteration.",
+        Values(whole(at_least(1)), "Give 1 or more iterations."),
+    ),
+    Key("DYNAMIC.IOU_FLOOR", 0.4, "Lowest IoU threshold.", BETWEEN_0_AND_1),
+    Key("DYNAMIC.BETA_START", 1.0, "Largest beta.", POSITIVE),
+    Key(
+        "FREEZE_DETECTOR",
+        False,
+        "Trains the parts in EXIT.LEARNED alone; everything else, norms too, stays as it is. In "
+        "Detectron2 this needs our trainer.",
+    ),
+)
+
+CASCADE_GROUPS = (CASCADE, BOX_HEAD, EXIT, FAST, TRAINING)
+EXIT_DEFAULTS = {key.name: key.default for key in EXIT.keys}

@@ -1,0 +1,179 @@
+"""A configuration key with its default, the values that it takes, and its help."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import reprlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeGuard
+
+Condition = Callable[[object], bool]
+
+OTHERS_IN_DETECTRON2 = "Other values need the Detectron2 host."
+
+
+@dataclass(frozen=True)
+class Values:
+    """The values that a key takes.
+
+    Attributes:
+        accepts: whether a value is one of them; never raises.
+        remedy: what to give instead of any other value, as a sentence.
+        standalone_only: whether Detectron2 takes other values too.
+    """
+
+    accepts: Condition
+    remedy: str
+    standalone_only: bool = False
+
+
+ANY = Values(lambda value: True, "")  # of the type of the default
+
+
+@dataclass(frozen=True)
+class Key:
+    """One row of the table of keys.
+
+    Attributes:
+        name: below the node of its group, such as ``NMS_THRESH``.
+        default: its type is the type of all values.
+        help: what it does, as one sentence; "" for a key that the standalone host does not read.
+        values: what it takes.
+        unit: of the value, or of each number in a list.
+        type_if_set: the type of values other than ``None``, where that is the default.
+    """
+
+    name: str
+    default: Any
+    help: str = ""
+    values: Values = ANY
+    unit: str = ""
+    type_if_set: type | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """The keys of one node of the tree.
+
+    Attributes:
+        node: full name of the node, such as ``MODEL.RPN``; "" for the root.
+        about: a few words for a heading.
+        keys: in the order in which they are shown.
+    """
+
+    node: str
+    about: str
+    keys: tuple[Key, ...]
+
+
+def group(node: str, about: str, *keys: Key) -> Group:
+    """A :class:`Group` with its keys as arguments."""
+    return Group(node, about, keys)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a finite number; a bool is not."""
+    return type(value) is not bool and isinstance(value, (int, float)) and abs(value) < math.inf
+
+
+def is_text(value: object) -> bool:
+    """Whether a value is text that is not empty."""
+    return isinstance(value, str) and bool(value)
+
+
+def at_least(low: float) -> Condition:
+    """A number from ``low`` on."""
+    return lambda value: is_number(value) and value >= low
+
+
+def above(low: float) -> Condition:
+    """A number above ``low``."""
+    return lambda value: is_number(value) and value > low
+
+
+def within(low: float, high: float) -> Condition:
+    """A number from ``low`` to ``high``, both included."""
+    return lambda value: is_number(value) and low <= value <= high
+
+
+def between_0_and_1(value: object) -> bool:
+    """A number above 0 and below 1."""
+    return is_number(value) and 0 < value < 1
+
+
+def whole(condition: Condition) -> Condition:
+    """An integer that meets ``condition``."""
+    return lambda value: isinstance(value, int) and condition(value)
+
+
+def each(condition: Condition, *, length: int | None = None, least: int = 0) -> Condition:
+    """A list of items that meet ``condition``: exactly ``length`` of them, or ``least`` or more."""
+
+    def accepts(value: object) -> bool:
+        if not isinstance(value, (list, tuple)) or not all(map(condition, value)):
+            return False
+        return len(value) >= least if length is None else len(value) == length
+
+    return accepts
+
+
+def rising(values: Condition, *, strictly: bool) -> Condition:
+    """A list that meets ``values`` and whose numbers never fall; ``strictly``: always rise."""
+
+    def accepts(value: object) -> bool:
+        if not isinstance(value, (list, tuple)) or not values(value):
+            return False
+        return all(a < b or (a == b and not strictly) for a, b in itertools.pairwise(value))
+
+    return accepts
+
+
+def one_of(*allowed: object, why: str = "") -> Values:
+    """One of the given values."""
+    listed = ", ".join(map(repr, allowed))
+    return Values(lambda value: value in allowed, f"Supported: {listed}.{why and ' ' + why}")
+
+
+def subset_of(*allowed: str) -> Values:
+    """A list of some of the given names."""
+    listed = f"{', '.join(map(repr, allowed[:-1]))} and {allowed[-1]!r}"
+    return Values(each(lambda item: item in allowed), f"Give a list out of {listed}.")
+
+
+def standalone(values: Values) -> Values:
+    """Values of the standalone host; Detectron2 takes others too."""
+    return replace(values, standalone_only=True)
+
+
+def built(*allowed: object) -> Values:
+    """The parts that the standalone host has, by name; Detectron2 has others too."""
+    return standalone(one_of(*allowed, why=OTHERS_IN_DETECTRON2))
+
+
+COUNT = Values(whole(at_least(1)), "Give 1 or more.")
+NOT_NEGATIVE = Values(at_least(0), "Give 0 or more.")
+POSITIVE = Values(above(0), "Give a number above 0.")
+FRACTION = Values(within(0, 1), "Give a number from 0 to 1.")
+ABOVE_0_TO_1 = Values(
+    lambda value: is_number(value) and 0 < value <= 1, "Give a number above 0 and up to 1."
+)
+FROM_0_BELOW_1 = Values(
+    lambda value: is_number(value) and 0 <= value < 1, "Give a number from 0 to below 1."
+)
+BETWEEN_0_AND_1 = Values(between_0_and_1, "Give a number between 0 and 1.")
+NAMES = Values(each(is_text), "Give a list of names, such as [a, b].")
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 200
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = _REPR.maxset = 40
+
+
+def shown(value: object) -> str:
+    """``repr`` for a message: never fails, and is short however long the value is."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # Python spells no integers of many thousand digits
+        return f"a very long {type(value).__name__}"

@@ -1,0 +1,346 @@
+"""The keys of Detectron2's ``MODEL``.
+
+Names and defaults are Detectron2's (a test compares them), so that its YAML files and the
+``config.yaml`` that it dumps can be merged. The defaults describe a C4 model; ``configs/`` has the
+configurations of cascades.
+"""
+
+from __future__ import annotations
+
+import re
+
+from cascade_det.config.key import (
+    ABOVE_0_TO_1,
+    COUNT,
+    FRACTION,
+    FROM_0_BELOW_1,
+    NAMES,
+    NOT_NEGATIVE,
+    OTHERS_IN_DETECTRON2,
+    Key,
+    Values,
+    above,
+    at_least,
+    between_0_and_1,
+    built,
+    each,
+    group,
+    is_number,
+    one_of,
+    rising,
+    standalone,
+    whole,
+    within,
+)
+
+NORM = one_of("", "GN", "BN", "SyncBN")
+BOX_LOSS = one_of("smooth_l1", "giou", "diou", "ciou")
+NORM_HELP = 'Normalisation of the convolutions; "" is none.'
+BETA_HELP = "Where the smooth L1 loss turns from L2 to L1; 0 makes it plain L1."
+_SOFTMAX = "The class loss is softmax cross-entropy."
+_FOUR_WEIGHTS = Values(each(above(0), length=4), "Give 4 numbers above 0.")
+_LISTS = Values(
+    each(each(above(0), least=1), least=1),
+    "Give a list of lists of numbers above 0, such as [[32], [64]].",
+)
+
+
+def _is_device(value: object) -> bool:
+    return isinstance(value, str) and bool(re.fullmatch(r"cpu|cuda(:[0-9]+)?", value))
+
+
+MODEL = group(
+    "MODEL",
+    "Model",
+    Key("LOAD_PROPOSALS", False, values=one_of(False, why="Proposals come from the RPN.")),
+    Key("MASK_ON", False, values=one_of(False, why="There is no mask head.")),
+    Key("KEYPOINT_ON", False, values=one_of(False, why="There is no keypoint head.")),
+    Key(
+        "DEVICE",
+        "cuda",
+        "Device of the model.",
+        Values(_is_device, 'Supported: "cpu", "cuda" or "cuda:<index>".'),
+    ),
+    Key("META_ARCHITECTURE", "GeneralizedRCNN", values=one_of("GeneralizedRCNN")),
+    Key(
+        "WEIGHTS",
+        "",
+        "Weights to start from: a .pth, .pkl or .safetensors file, or an https://, detectron2:// "
+        'or torchvision:// address; "" is random weights.',
+    ),
+    Key(
+        "PIXEL_MEAN",
+        [103.530, 116.280, 123.675],
+        "Subtracted from the pixels, in the channel order of `INPUT.FORMAT`.",
+        Values(each(is_number, length=3), "Give 3 numbers, one per channel."),
+        "of 0 to 255",
+    ),
+    Key(
+        "PIXEL_STD",
+        [1.0, 1.0, 1.0],
+        "Divides the pixels: 1 for MSRA weights, about 58 for torchvision's.",
+        Values(each(above(0), length=3), "Give 3 numbers above 0, one per channel."),
+        "of 0 to 255",
+    ),
+)
+
+BACKBONE = group(
+    "MODEL.BACKBONE",
+    "Backbone",
+    Key(
+        "NAME",
+        "build_resnet_backbone",
+        "The backbone with its feature pyramid.",
+        one_of(
+            "build_resnet_fpn_backbone",
+            "build_mobilenet_v2_fpn_backbone",
+            "build_mobilenet_v3_large_fpn_backbone",
+        ),
+    ),
+    Key(
+        "FREEZE_AT",
+        2,
+        "Leading parts that are not trained: 0 none, 1 the stem, 2 also res2, and so on.",
+        one_of(0, 1, 2, 3, 4, 5),
+    ),
+)
+
+FPN = group(
+    "MODEL.FPN",
+    "Feature pyramid",
+    Key(
+        "IN_FEATURES", [], "Neighbouring levels up to res5; res3 makes p3. p6 comes on top.", NAMES
+    ),
+    Key("OUT_CHANNELS", 256, "Width of every level.", COUNT, "channels"),
+    Key("NORM", "", NORM_HELP, NORM),
+    Key("FUSE_TYPE", "sum", "How a level is merged with the coarser one.", one_of("sum", "avg")),
+)
+
+PROPOSAL_GENERATOR = group(
+    "MODEL.PROPOSAL_GENERATOR",
+    "Proposals",
+    Key("NAME", "RPN", values=built("RPN")),
+    Key(
+        "MIN_SIZE",
+        0,
+        "Both sides of a proposal are longer than this.",
+        NOT_NEGATIVE,
+        "pixels of the resized image",
+    ),
+)
+
+ANCHOR_GENERATOR = group(
+    "MODEL.ANCHOR_GENERATOR",
+    "Anchors",
+    Key("NAME", "DefaultAnchorGenerator", values=built("DefaultAnchorGenerator")),
+    Key(
+        "SIZES",
+        [[32, 64, 128, 256, 512]],
+        "Square root of the area: one list per level of `RPN.IN_FEATURES`, or one for all.",
+        _LISTS,
+        "pixels of the resized image",
+    ),
+    Key(
+        "ASPECT_RATIOS",
+        [[0.5, 1.0, 2.0]],
+        "Height / width: one list per level, or one for all.",
+        _LISTS,
+    ),
+    Key("ANGLES", [[-90, 0, 90]]),
+    Key("OFFSET", 0.0, "Centre of the first anchor.", FROM_0_BELOW_1, "strides"),
+)
+
+RPN = group(
+    "MODEL.RPN",
+    "Region proposal network",
+    Key("HEAD_NAME", "StandardRPNHead", values=built("StandardRPNHead")),
+    Key("IN_FEATURES", ["res4"], "Levels with anchors, finest first.", NAMES),
+    Key(
+        "BOUNDARY_THRESH",
+        -1,
+        values=Values(
+            lambda value: not at_least(0)(value),
+            f"Supported: -1, which keeps all anchors. {OTHERS_IN_DETECTRON2}",
+        ),
+    ),
+    Key(
+        "IOU_THRESHOLDS",
+        [0.3, 0.7],
+        "IoU with an object below which an anchor is background, and from which it is foreground.",
+        Values(
+            rising(each(within(0, 1), length=2), strictly=False),
+            "Give two numbers from 0 to 1: background below the first, object from the second on.",
+        ),
+    ),
+    Key("IOU_LABELS", [0, -1, 1], values=built([0, -1, 1])),
+    Key("BATCH_SIZE_PER_IMAGE", 256, "Anchors per image in the loss.", COUNT),
+    Key("POSITIVE_FRACTION", 0.5, "Their largest share of foreground.", FRACTION),
+    Key("BBOX_REG_LOSS_TYPE", "smooth_l1", "Box loss.", BOX_LOSS),
+    Key("BBOX_REG_LOSS_WEIGHT", 1.0, "Weight of the box loss.", NOT_NEGATIVE),
+    Key(
+        "BBOX_REG_WEIGHTS",
+        (1.0, 1.0, 1.0, 1.0),
+        "Scale of the regression targets (dx, dy, dw, dh).",
+        _FOUR_WEIGHTS,
+    ),
+    Key("SMOOTH_L1_BETA", 0.0, BETA_HELP, NOT_NEGATIVE),
+    Key("LOSS_WEIGHT", 1.0, "Weight of both losses.", NOT_NEGATIVE),
+    Key("PRE_NMS_TOPK_TRAIN", 12000, "Proposals per level before NMS, in training.", COUNT),
+    Key("PRE_NMS_TOPK_TEST", 6000, "The same in inference.", COUNT),
+    Key("POST_NMS_TOPK_TRAIN", 2000, "Proposals per image after NMS, in training.", COUNT),
+    Key("POST_NMS_TOPK_TEST", 1000, "The same in inference.", COUNT),
+    Key("NMS_THRESH", 0.7, "IoU above which NMS drops a proposal.", ABOVE_0_TO_1),
+    Key(
+        "CONV_DIMS",
+        [-1],
+        "Widths of the 3x3 convolutions; -1 is the width of the input.",
+        Values(
+            each(lambda dim: dim == -1 or whole(at_least(1))(dim), least=1),
+            "Give a list of channel counts; -1 stands for as many as come in.",
+        ),
+        "channels",
+    ),
+)
+
+ROI_HEADS = group(
+    "MODEL.ROI_HEADS",
+    "RoI heads",
+    Key(
+        "NAME",
+        "Res5ROIHeads",
+        "The cascade with exits, or the same without.",
+        standalone(one_of("EarlyExitCascadeROIHeads", "CascadeROIHeads")),
+    ),
+    Key("NUM_CLASSES", 80, "Classes, without background.", COUNT),
+    Key("IN_FEATURES", ["res4"], "Levels that regions are pooled from, finest first.", NAMES),
+    Key(
+        "IOU_THRESHOLDS",
+        [0.5],
+        "IoU from which a proposal is foreground at stage 0.",
+        Values(
+            each(between_0_and_1, length=1),
+            "Give one number between 0 and 1, the first of MODEL.ROI_BOX_CASCADE_HEAD.IOUS.",
+        ),
+    ),
+    Key("IOU_LABELS", [0, 1], values=one_of([0, 1], why="A cascade ignores no region.")),
+    Key("BATCH_SIZE_PER_IMAGE", 512, "Regions per image in training.", COUNT),
+    Key("POSITIVE_FRACTION", 0.25, "Their largest share of foreground at stage 0.", FRACTION),
+    Key("SCORE_THRESH_TEST", 0.05, "Detections score above this.", FRACTION),
+    Key("NMS_THRESH_TEST", 0.5, "IoU above which NMS drops a detection, per class.", ABOVE_0_TO_1),
+    Key("PROPOSAL_APPEND_GT", True, "Adds the ground truth to the proposals in training."),
+)
+
+ROI_BOX_HEAD = group(
+    "MODEL.ROI_BOX_HEAD",
+    "Box heads",
+    Key(
+        "NAME", "", "Kind of the box heads of all stages.", standalone(one_of("FastRCNNConvFCHead"))
+    ),
+    Key("BBOX_REG_LOSS_TYPE", "smooth_l1", "Box loss.", BOX_LOSS),
+    Key("BBOX_REG_LOSS_WEIGHT", 1.0, "Weight of the box loss.", NOT_NEGATIVE),
+    Key("BBOX_REG_WEIGHTS", (10.0, 10.0, 5.0, 5.0)),
+    Key("SMOOTH_L1_BETA", 0.0, BETA_HELP, NOT_NEGATIVE),
+    Key("POOLER_RESOLUTION", 14, "Side of a pooled region.", COUNT, "cells"),
+    Key(
+        "POOLER_SAMPLING_RATIO",
+        0,
+        "Samples per cell and side; 0: by the region's size.",
+        NOT_NEGATIVE,
+    ),
+    Key(
+        "POOLER_TYPE",
+        "ROIAlignV2",
+        "ROIAlign lacks the half-pixel shift.",
+        one_of("ROIAlignV2", "ROIAlign"),
+    ),
+    Key("NUM_FC", 0, "Fully connected layers, after the convolutions.", NOT_NEGATIVE),
+    Key("FC_DIM", 1024, "Width of the fully connected layers.", COUNT, "features"),
+    Key("NUM_CONV", 0, "3x3 convolutions.", NOT_NEGATIVE),
+    Key("CONV_DIM", 256, "Width of the convolutions.", COUNT, "channels"),
+    Key("NORM", "", NORM_HELP, standalone(NORM)),
+    Key("CLS_AGNOSTIC_BBOX_REG", False, "One box per region, instead of one per class."),
+    Key(
+        "TRAIN_ON_PRED_BOXES",
+        False,
+        values=standalone(one_of(False, why="A cascade does so by itself.")),
+    ),
+    Key("USE_FED_LOSS", False, values=one_of(False, why=_SOFTMAX)),
+    Key("USE_SIGMOID_CE", False, values=one_of(False, why=_SOFTMAX)),
+    Key("FED_LOSS_FREQ_WEIGHT_POWER", 0.5),
+    Key("FED_LOSS_NUM_CLASSES", 50),
+)
+
+ROI_BOX_CASCADE_HEAD = group(
+    "MODEL.ROI_BOX_CASCADE_HEAD",
+    "Stages",
+    Key(
+        "BBOX_REG_WEIGHTS",
+        (
+            (10.0, 10.0, 5.0, 5.0),
+            (20.0, 20.0, 10.0, 10.0),
+            (30.0, 30.0, 15.0, 15.0),
+        ),
+        "Scale of the regression targets (dx, dy, dw, dh) at each stage; later ones correct less.",
+        Values(
+            each(each(above(0), length=4), least=1),
+            "Give 4 numbers above 0 per stage, such as [[10, 10, 5, 5], [20, 20, 10, 10]].",
+        ),
+    ),
+    Key(
+        "IOUS",
+        (0.5, 0.6, 0.7),
+        "IoU from which a region is foreground at each stage; as many values as stages.",
+        Values(
+            rising(each(between_0_and_1, least=1), strictly=True),
+            "Give one number between 0 and 1 per stage, each larger than the one before.",
+        ),
+    ),
+)
+
+RESNETS = group(
+    "MODEL.RESNETS",
+    "ResNets; `NORM` holds for the MobileNets too",
+    Key("DEPTH", 50, "Layers.", one_of(18, 34, 50, 101, 152)),
+    Key("OUT_FEATURES", ["res4"], "Levels that come out: all that `FPN.IN_FEATURES` names.", NAMES),
+    Key("NUM_GROUPS", 1, "Groups of the 3x3 convolutions; above 1 makes a ResNeXt.", COUNT),
+    Key("NORM", "FrozenBN", "Normalisation.", one_of("FrozenBN", "BN", "SyncBN", "GN")),
+    Key("WIDTH_PER_GROUP", 64, "Width of a group in res2.", COUNT, "channels"),
+    Key(
+        "STRIDE_IN_1X1",
+        True,
+        "Where a bottleneck strides: True for MSRA and Caffe weights, False for torchvision's.",
+    ),
+    Key("RES5_DILATION", 1, values=built(1)),
+    Key(
+        "RES2_OUT_CHANNELS",
+        256,
+        "Width of res2: 64 for depths 18 and 34, else 256.",
+        unit="channels",
+    ),
+    Key("STEM_OUT_CHANNELS", 64, values=built(64)),
+    Key(
+        "DEFORM_ON_PER_STAGE",
+        [False, False, False, False],
+        values=standalone(
+            Values(
+                lambda value: isinstance(value, list) and not any(value),
+                f"Supported: [False, False, False, False]. {OTHERS_IN_DETECTRON2}",
+            )
+        ),
+    ),
+    Key("DEFORM_MODULATED", False),
+    Key("DEFORM_NUM_GROUPS", 1),
+)
+
+MODEL_GROUPS = (
+    MODEL,
+    BACKBONE,
+    FPN,
+    PROPOSAL_GENERATOR,
+    ANCHOR_GENERATOR,
+    RPN,
+    ROI_HEADS,
+    ROI_BOX_HEAD,
+    ROI_BOX_CASCADE_HEAD,
+    RESNETS,
+)

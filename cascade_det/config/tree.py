@@ -1,0 +1,103 @@
+"""The table of all keys, and configurations as trees of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fvcore.common.config import CfgNode
+
+from cascade_det.config.cascade_keys import CASCADE_GROUPS
+from cascade_det.config.key import Key
+from cascade_det.config.model_keys import MODEL_GROUPS
+from cascade_det.config.other_model_keys import OTHER_GROUPS
+from cascade_det.config.run_keys import RUN_GROUPS, VERSION
+
+GROUPS = (VERSION, *MODEL_GROUPS, *OTHER_GROUPS, *CASCADE_GROUPS, *RUN_GROUPS)
+# By full name, such as SOLVER.BASE_LR, in the order of the tree.
+KEYS: dict[str, Key] = {
+    f"{group.node}.{key.name}".lstrip("."): key for group in GROUPS for key in group.keys
+}
+
+
+def get_cfg() -> CfgNode:
+    """A fresh configuration with all default values, ours included.
+
+    The defaults are Detectron2's and describe its C4 model; ``configs/`` holds the configurations
+    of cascades.
+    """
+    return _with_defaults(CfgNode(), "")
+
+
+def add_cascade_config(cfg: CfgNode) -> None:
+    """Add ``MODEL.CASCADE`` and ``CASCADE`` to a configuration, in place.
+
+    Works on any yacs configuration, Detectron2's included: new nodes have the type of ``cfg``,
+    which its ``merge_from_file`` requires. Existing keys keep their values.
+
+    Args:
+        cfg: a configuration with a ``MODEL`` node, not frozen.
+    """
+    add_model_node(cfg)
+    _with_defaults(cfg, "CASCADE.")
+
+
+def add_model_node(cfg: CfgNode) -> None:
+    """Add only ``MODEL.CASCADE``, all that a model needs; see :func:`add_cascade_config`."""
+    _with_defaults(cfg, "MODEL.CASCADE.")
+
+
+def _with_defaults(cfg: CfgNode, prefix: str) -> CfgNode:
+    for full_name, key in KEYS.items():
+        if not full_name.startswith(prefix):
+            continue
+        *parents, name = full_name.split(".")
+        node = cfg
+        for parent in parents:
+            if parent not in node:
+                setattr(node, parent, type(cfg)())
+            node = node[parent]
+        if name not in node:
+            setattr(node, name, copy.deepcopy(key.default))
+    return cfg
+
+
+def value_of(cfg: CfgNode, key: str) -> Any:
+    """The value under a full key."""
+    node: Any = cfg
+    for part in key.split("."):
+        node = node[part]
+    return node
+
+
+def flat(cfg: CfgNode) -> dict[str, Any]:
+    """Every value under its full key, such as ``SOLVER.BASE_LR``, in the order of the tree."""
+    return dict(_leaves(cfg, ""))
+
+
+def _leaves(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def changed_keys(old: CfgNode, new: CfgNode) -> dict[str, tuple[Any, Any]]:
+    """The keys whose values differ, with the old and the new value, in the order of ``new``.
+
+    A list equals a tuple of the same items, since YAML does not tell them apart. A key that only
+    one configuration has counts as ``None`` in the other.
+    """
+    before, after = flat(old), flat(new)
+    return {
+        key: (before.get(key), after.get(key))
+        for key in (*after, *(key for key in before if key not in after))
+        if as_lists(before.get(key)) != as_lists(after.get(key))
+    }
+
+
+def as_lists(value: Any) -> Any:
+    """Tuples as lists, at every depth, as YAML has them."""
+    return [as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value

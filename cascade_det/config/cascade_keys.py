@@ -1,8 +1,8 @@
-"""Our node ``MODEL.CASCADE``: stages, exits, faster inference, training.
+"""Our keys of exits, faster inference and training: nodes of ``MODEL.CASCADE``.
 
-A list "per stage" has one value for each stage, or a single value that holds for all of them. In
-``EXIT`` it has none for the last stage, and a list "per gate" has one for the gate before stage 0
-and one for each stage but the last.
+A list "per stage" has one value for each stage, or a single value for all of them. In ``EXIT`` it
+has none for the last stage, and a list "per gate" has one for the gate before stage 0 and one for
+each stage but the last.
 """
 
 from __future__ import annotations
@@ -25,62 +25,13 @@ from cascade_det.config.key import (
     whole,
     within,
 )
-from cascade_det.config.model_keys import NORM, NORM_HELP
 
 FAST_PARTS = ("stem", "backbone", "fpn", "rpn", "roi_heads")
 LEARNED_PARTS = ("iou_head", "gate", "pruner")
 
-_OR_SHARED = "or [] for the value of ROI_BOX_HEAD."
-_LAYERS = Values(
-    each(whole(at_least(0))), f"Give a list of whole numbers, 0 or more each, {_OR_SHARED}"
-)
-_WIDTHS = Values(
-    each(whole(at_least(1))), f"Give a list of whole numbers, 1 or more each, {_OR_SHARED}"
-)
 _SHARES = each(within(0, 1))
 _SHARES_0_NEVER = Values(_SHARES, "Give a list of numbers from 0 to 1; 0 means never.")
 _SHARES_1_NEVER = Values(_SHARES, "Give a list of numbers from 0 to 1; 1 means never.")
-
-CASCADE = group(
-    "MODEL.CASCADE",
-    "Cascade",
-    Key(
-        "STAGE_LOSS_WEIGHTS",
-        (1.0,),
-        "Weight of the class and box loss, per stage.",
-        Values(each(at_least(0)), "Give a list of numbers, 0 or more each."),
-    ),
-    Key(
-        "ENSEMBLE",
-        "mean_probs",
-        "How the stages make one score: mean of their probabilities, the last stage alone, softmax "
-        "of the mean of their logits, or mean of the probabilities that all heads give to the last "
-        "boxes.",
-        one_of("mean_probs", "last", "mean_logits", "last_boxes"),
-    ),
-    Key(
-        "POOLER_KERNEL",
-        "auto",
-        "RoI pooling by torchvision, or as weighted sums over a channels-last map (bags, fast on "
-        "CPUs); auto takes the faster one on the device.",
-        one_of("auto", "bags", "torchvision"),
-    ),
-)
-
-BOX_HEAD = group(
-    "MODEL.CASCADE.BOX_HEAD",
-    "Layers of the box heads, per stage; () takes the value of `MODEL.ROI_BOX_HEAD`",
-    Key("NUM_CONV", (), "3x3 convolutions.", _LAYERS),
-    Key("CONV_DIM", (), "Width of the convolutions.", _WIDTHS, "channels"),
-    Key("NUM_FC", (), "Fully connected layers.", _LAYERS),
-    Key("FC_DIM", (), "Width of the fully connected layers.", _WIDTHS, "features"),
-    Key(
-        "NORM",
-        (),
-        NORM_HELP,
-        Values(each(NORM.accepts), f'Give a list of "", "GN", "BN" or "SyncBN", {_OR_SHARED}'),
-    ),
-)
 
 EXIT = group(
     "MODEL.CASCADE.EXIT",
@@ -101,8 +52,8 @@ EXIT = group(
     Key(
         "PRUNE_MARGINS",
         (1.0,),
-        "Drops a region whose score is lower by more than this than that of the image's region of "
-        "rank PRUNE_BEST, per gate.",
+        "Drops a region whose score is more than this below that of the image's region of rank "
+        "PRUNE_BEST, per gate.",
         _SHARES_1_NEVER,
     ),
     Key(
@@ -114,7 +65,7 @@ EXIT = group(
     Key(
         "PRUNER_THRESHOLDS",
         (0.0,),
-        "Drops a region that the learned pruner gives a lower chance, per gate.",
+        "Drops a region to which the learned pruner gives a lower chance, per gate.",
         _SHARES_0_NEVER,
     ),
     Key(
@@ -167,19 +118,19 @@ EXIT = group(
     Key(
         "SCORE_SCALES",
         (1.0,),
-        "Scores after a stage become sigmoid(scale * logit(p) + shift), one scale for every stage.",
+        "Scores after a stage become sigmoid(scale * logit(p) + shift); one scale for each stage.",
         Values(each(above(0)), "Give a list of numbers above 0."),
     ),
     Key(
         "SCORE_SHIFTS",
         (0.0,),
-        "The shifts, one for every stage.",
+        "The shifts; one for each stage.",
         Values(each(is_number), "Give a list of numbers."),
     ),
     Key(
         "EXPECTED_LOSS",
         -1.0,
-        "Mean share of the full cascade's detections that calibration saw lost.",
+        "Mean share of the full cascade's detections of an image that calibration saw lost.",
         Values(is_number, "Give a number; -1 means not calibrated."),
     ),
     Key(
@@ -281,15 +232,15 @@ TRAINING = group(
     Key(
         "DYNAMIC.K_I",
         75,
-        "A stage's IoU threshold is the mean of the images' K_I-th largest IoU, from IOU_FLOOR to "
-        "its value in IOUS.",
+        "A stage's IoU threshold is the mean over PERIOD of the images' K_I-th largest IoU, from "
+        "IOU_FLOOR to its value in IOUS.",
         Values(whole(at_least(0)), "Give 0 or more; 0 keeps the IOUS."),
     ),
     Key(
         "DYNAMIC.K_BETA",
         10,
-        "A stage's SMOOTH_L1_BETA is the median of the images' K_BETA-th smallest offset of the "
-        "foreground, up to BETA_START.",
+        "A stage's SMOOTH_L1_BETA is the median over PERIOD of the images' K_BETA-th smallest "
+        "offset of the foreground, up to BETA_START.",
         Values(whole(at_least(0)), "Give 0 or more; 0 keeps SMOOTH_L1_BETA."),
     ),
     Key(
@@ -308,5 +259,5 @@ TRAINING = group(
     ),
 )
 
-CASCADE_GROUPS = (CASCADE, BOX_HEAD, EXIT, FAST, TRAINING)
+CASCADE_GROUPS = (EXIT, FAST, TRAINING)
 EXIT_DEFAULTS = {key.name: key.default for key in EXIT.keys}

@@ -1,8 +1,8 @@
-"""The keys of Detectron2's ``MODEL``.
+"""The keys of the detector and its cascade.
 
-Names and defaults are Detectron2's (a test compares them), so that its YAML files and the
-``config.yaml`` that it dumps can be merged. The defaults describe a C4 model; ``configs/`` has the
-configurations of cascades.
+All but ``MODEL.CASCADE`` are Detectron2's, with its defaults (a test compares them), so that its
+YAML files and the ``config.yaml`` that it dumps can be merged. The defaults describe a C4 model;
+``configs/`` has the configurations of cascades.
 """
 
 from __future__ import annotations
@@ -33,12 +33,19 @@ from cascade_det.config.key import (
     within,
 )
 
-NORM = one_of("", "GN", "BN", "SyncBN")
-BOX_LOSS = one_of("smooth_l1", "giou", "diou", "ciou")
-NORM_HELP = 'Normalisation of the convolutions; "" is none.'
-BETA_HELP = "Where the smooth L1 loss turns from L2 to L1; 0 makes it plain L1."
+_NORM = one_of("", "GN", "BN", "SyncBN")
+_BOX_LOSS = one_of("smooth_l1", "giou", "diou", "ciou")
+_NORM_HELP = 'Normalisation of the convolutions; "" is none.'
+_BETA_HELP = "Where the smooth L1 loss turns from L2 to L1; 0 makes it plain L1."
 _SOFTMAX = "The class loss is softmax cross-entropy."
 _FOUR_WEIGHTS = Values(each(above(0), length=4), "Give 4 numbers above 0.")
+_OR_SHARED = "or [] for the value of ROI_BOX_HEAD."
+_LAYERS = Values(
+    each(whole(at_least(0))), f"Give a list of whole numbers, 0 or more each, {_OR_SHARED}"
+)
+_WIDTHS = Values(
+    each(whole(at_least(1))), f"Give a list of whole numbers, 1 or more each, {_OR_SHARED}"
+)
 _LISTS = Values(
     each(each(above(0), least=1), least=1),
     "Give a list of lists of numbers above 0, such as [[32], [64]].",
@@ -73,14 +80,14 @@ MODEL = group(
         [103.530, 116.280, 123.675],
         "Subtracted from the pixels, in the channel order of `INPUT.FORMAT`.",
         Values(each(is_number, length=3), "Give 3 numbers, one per channel."),
-        "of 0 to 255",
+        "pixel values, 0 to 255",
     ),
     Key(
         "PIXEL_STD",
         [1.0, 1.0, 1.0],
         "Divides the pixels: 1 for MSRA weights, about 58 for torchvision's.",
         Values(each(above(0), length=3), "Give 3 numbers above 0, one per channel."),
-        "of 0 to 255",
+        "pixel values, 0 to 255",
     ),
 )
 
@@ -112,7 +119,7 @@ FPN = group(
         "IN_FEATURES", [], "Neighbouring levels up to res5; res3 makes p3. p6 comes on top.", NAMES
     ),
     Key("OUT_CHANNELS", 256, "Width of every level.", COUNT, "channels"),
-    Key("NORM", "", NORM_HELP, NORM),
+    Key("NORM", "", _NORM_HELP, _NORM),
     Key("FUSE_TYPE", "sum", "How a level is merged with the coarser one.", one_of("sum", "avg")),
 )
 
@@ -175,7 +182,7 @@ RPN = group(
     Key("IOU_LABELS", [0, -1, 1], values=built([0, -1, 1])),
     Key("BATCH_SIZE_PER_IMAGE", 256, "Anchors per image in the loss.", COUNT),
     Key("POSITIVE_FRACTION", 0.5, "Their largest share of foreground.", FRACTION),
-    Key("BBOX_REG_LOSS_TYPE", "smooth_l1", "Box loss.", BOX_LOSS),
+    Key("BBOX_REG_LOSS_TYPE", "smooth_l1", "Box loss.", _BOX_LOSS),
     Key("BBOX_REG_LOSS_WEIGHT", 1.0, "Weight of the box loss.", NOT_NEGATIVE),
     Key(
         "BBOX_REG_WEIGHTS",
@@ -183,7 +190,7 @@ RPN = group(
         "Scale of the regression targets (dx, dy, dw, dh).",
         _FOUR_WEIGHTS,
     ),
-    Key("SMOOTH_L1_BETA", 0.0, BETA_HELP, NOT_NEGATIVE),
+    Key("SMOOTH_L1_BETA", 0.0, _BETA_HELP, NOT_NEGATIVE),
     Key("LOSS_WEIGHT", 1.0, "Weight of both losses.", NOT_NEGATIVE),
     Key("PRE_NMS_TOPK_TRAIN", 12000, "Proposals per level before NMS, in training.", COUNT),
     Key("PRE_NMS_TOPK_TEST", 6000, "The same in inference.", COUNT),
@@ -193,12 +200,11 @@ RPN = group(
     Key(
         "CONV_DIMS",
         [-1],
-        "Widths of the 3x3 convolutions; -1 is the width of the input.",
+        "Widths of the 3x3 convolutions.",
         Values(
             each(lambda dim: dim == -1 or whole(at_least(1))(dim), least=1),
             "Give a list of channel counts; -1 stands for as many as come in.",
         ),
-        "channels",
     ),
 )
 
@@ -236,10 +242,10 @@ ROI_BOX_HEAD = group(
     Key(
         "NAME", "", "Kind of the box heads of all stages.", standalone(one_of("FastRCNNConvFCHead"))
     ),
-    Key("BBOX_REG_LOSS_TYPE", "smooth_l1", "Box loss.", BOX_LOSS),
+    Key("BBOX_REG_LOSS_TYPE", "smooth_l1", "Box loss.", _BOX_LOSS),
     Key("BBOX_REG_LOSS_WEIGHT", 1.0, "Weight of the box loss.", NOT_NEGATIVE),
     Key("BBOX_REG_WEIGHTS", (10.0, 10.0, 5.0, 5.0)),
-    Key("SMOOTH_L1_BETA", 0.0, BETA_HELP, NOT_NEGATIVE),
+    Key("SMOOTH_L1_BETA", 0.0, _BETA_HELP, NOT_NEGATIVE),
     Key("POOLER_RESOLUTION", 14, "Side of a pooled region.", COUNT, "cells"),
     Key(
         "POOLER_SAMPLING_RATIO",
@@ -257,7 +263,7 @@ ROI_BOX_HEAD = group(
     Key("FC_DIM", 1024, "Width of the fully connected layers.", COUNT, "features"),
     Key("NUM_CONV", 0, "3x3 convolutions.", NOT_NEGATIVE),
     Key("CONV_DIM", 256, "Width of the convolutions.", COUNT, "channels"),
-    Key("NORM", "", NORM_HELP, standalone(NORM)),
+    Key("NORM", "", _NORM_HELP, standalone(_NORM)),
     Key("CLS_AGNOSTIC_BBOX_REG", False, "One box per region, instead of one per class."),
     Key(
         "TRAIN_ON_PRED_BOXES",
@@ -330,6 +336,47 @@ RESNETS = group(
     ),
     Key("DEFORM_MODULATED", False),
     Key("DEFORM_NUM_GROUPS", 1),
+)
+
+CASCADE = group(
+    "MODEL.CASCADE",
+    "Cascade",
+    Key(
+        "STAGE_LOSS_WEIGHTS",
+        (1.0,),
+        "Weight of the class and box loss, per stage.",
+        Values(each(at_least(0)), "Give a list of numbers, 0 or more each."),
+    ),
+    Key(
+        "ENSEMBLE",
+        "mean_probs",
+        "How the stages make one score: mean of their probabilities, the last stage alone, softmax "
+        "of the mean of their logits, or mean of the probabilities that all heads give to the last "
+        "boxes.",
+        one_of("mean_probs", "last", "mean_logits", "last_boxes"),
+    ),
+    Key(
+        "POOLER_KERNEL",
+        "auto",
+        "RoI pooling by torchvision, or as weighted sums over a channels-last map (bags, fast on "
+        "CPUs); auto takes the faster one on the device.",
+        one_of("auto", "bags", "torchvision"),
+    ),
+)
+
+BOX_HEAD = group(
+    "MODEL.CASCADE.BOX_HEAD",
+    "Layers of the box heads, per stage; () takes the value of `MODEL.ROI_BOX_HEAD`",
+    Key("NUM_CONV", (), "3x3 convolutions.", _LAYERS),
+    Key("CONV_DIM", (), "Width of the convolutions.", _WIDTHS, "channels"),
+    Key("NUM_FC", (), "Fully connected layers.", _LAYERS),
+    Key("FC_DIM", (), "Width of the fully connected layers.", _WIDTHS, "features"),
+    Key(
+        "NORM",
+        (),
+        _NORM_HELP,
+        Values(each(_NORM.accepts), f'Give a list of "", "GN", "BN" or "SyncBN", {_OR_SHARED}'),
+    ),
 )
 
 MODEL_GROUPS = (

@@ -41,7 +41,6 @@ INPUT = group(
         Values(
             each(whole(at_least(1)), least=1), "Give a list of sizes in pixels, 1 or more each."
         ),
-        "pixels",
     ),
     Key(
         "MIN_SIZE_TRAIN_SAMPLING",
@@ -128,7 +127,6 @@ SOLVER = group(
             rising(each(whole(at_least(1))), strictly=True),
             "Give increasing iterations, 1 or more each.",
         ),
-        "iterations",
     ),
     Key("NUM_DECAYS", 3, "Decays of the fixed-gamma schedule, evenly spaced.", COUNT),
     Key("WARMUP_FACTOR", 1.0 / 1000, "Warm-up starts at BASE_LR times this.", FRACTION),
@@ -236,8 +234,8 @@ CASCADE = group(
     Key(
         "DATASETS",
         (),
-        "Your own data sets in COCO format, to be named in `DATASETS`; paths are relative to the "
-        "working directory.",
+        "Your own data sets in COCO format, for `DATASETS.TRAIN` and `DATASETS.TEST`; paths are "
+        "relative to the working directory.",
         Values(
             each(each(is_text, length=3)),
             "Give [name, annotation file, image folder] for each data set.",

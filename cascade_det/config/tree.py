@@ -10,11 +10,19 @@ from fvcore.common.config import CfgNode
 
 from cascade_det.config.cascade_keys import CASCADE_GROUPS
 from cascade_det.config.key import Key
-from cascade_det.config.model_keys import MODEL_GROUPS
+from cascade_det.config.model_keys import BOX_HEAD, CASCADE, MODEL_GROUPS
 from cascade_det.config.other_model_keys import OTHER_GROUPS
 from cascade_det.config.run_keys import RUN_GROUPS, VERSION
 
-GROUPS = (VERSION, *MODEL_GROUPS, *OTHER_GROUPS, *CASCADE_GROUPS, *RUN_GROUPS)
+GROUPS = (
+    VERSION,
+    *MODEL_GROUPS,
+    *OTHER_GROUPS,
+    CASCADE,
+    BOX_HEAD,
+    *CASCADE_GROUPS,
+    *RUN_GROUPS,
+)
 # By full name, such as SOLVER.BASE_LR, in the order of the tree.
 KEYS: dict[str, Key] = {
     f"{group.node}.{key.name}".lstrip("."): key for group in GROUPS for key in group.keys

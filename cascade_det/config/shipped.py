@@ -28,5 +28,5 @@ def config_path(name: str) -> Path:
     if name in known:  # so that no name leaves the folder
         return folder / name
     near = difflib.get_close_matches(name, known, _MAX_SUGGESTIONS, cutoff=0.4)
-    listed = f"Similar names: {', '.join(near or known)}."
-    raise ConfigError(f"{SCHEME}{name[:200]}: there is no such configuration. {listed}")
+    listed = f"Similar names: {', '.join(near)}" if near else f"There are {', '.join(known)}"
+    raise ConfigError(f"{SCHEME}{name[:200]}: there is no such configuration. {listed}.")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fvcore.common.config import CfgNode
@@ -13,7 +12,6 @@ from cascade_det.config import load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
-Flatten = Callable[[dict[str, Any]], dict[str, Any]]
 WriteYaml = Callable[..., Path]
 
 
@@ -28,20 +26,6 @@ def cfg(base_file: Path) -> CfgNode:
     return load_config(base_file)
 
 
-@pytest.fixture(scope="session")
-def flatten() -> Flatten:
-    """Turns a tree into a dict from full keys to values."""
-
-    def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-        for key, value in node.items():
-            if isinstance(value, dict):
-                yield from leaves(value, f"{prefix}{key}.")
-            else:
-                yield prefix + key, value
-
-    return lambda node: dict(leaves(node))
-
-
 @pytest.fixture
 def write_yaml(tmp_path: Path) -> WriteYaml:
     def write(text: str, name: str = "config.yaml") -> Path:
@@ -51,3 +35,31 @@ def write_yaml(tmp_path: Path) -> WriteYaml:
         return path
 
     return write
+
+
+@pytest.fixture
+def calibrated() -> dict[str, object]:
+    """Every key of ``MODEL.CASCADE.EXIT`` for three stages, none with its default."""
+    return {
+        "ENABLED": True,
+        "PRUNE_THRESHOLDS": (0.1, 0.2),
+        "PROPOSAL_THRESHOLD": 0.05,
+        "PRUNE_MARGINS": (0.5, 0.4, 0.3),
+        "PRUNE_BEST": 30,
+        "PRUNER_THRESHOLDS": (0.0, 0.2, 0.3),
+        "REDUNDANCY_IOU": 0.6,
+        "THRESHOLDS": (1.5, 0.7),
+        "CONFIDENCE": "learned",
+        "LOCALISATION": "predicted_iou",
+        "LOCALISATION_THRESHOLDS": (0.8, 0.7),
+        "REGION_BUDGET": (0, 500, 50),
+        "TIME_BUDGET_MS": 12.5,
+        "TIME_BUDGET_PER": "batch",
+        "LEARNED": ("iou_head", "gate", "pruner"),
+        "SCORE_SCALES": (1.1, 1.2, 1.3),
+        "SCORE_SHIFTS": (0.1, 0.0, -0.1),
+        "EXPECTED_LOSS": 0.012,
+        "EXPECTED_LOSS_DEVIATION": 0.003,
+        "DEVICE_NAME": "another",
+        "WEIGHTS_SHA256": "0" * 64,
+    }

@@ -11,8 +11,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cascade_det.config import get_cfg, load_config, merge_config
+from cascade_det.config import flat, get_cfg, load_config, merge_config
+from cascade_det.config.shipped import config_path
 from cascade_det.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def error_of(config_file: str | Path | None = None, opts: tuple = ()) -> str:
@@ -81,13 +84,13 @@ def test_an_absolute_base_and_a_base_used_twice(write_yaml):
     assert cfg.SEED == 7
 
 
-def test_our_dump_is_read_back(base_file, write_yaml, flatten):
+def test_our_dump_is_read_back(base_file, write_yaml):
     cfg = load_config(base_file, ["CASCADE.DATASETS", "[['a', 'a.json', 'a/']]"])
     again = load_config(write_yaml(cfg.dump()))
     assert again.CASCADE.DATASETS == (["a", "a.json", "a/"],)
     # Tuples in tuples come back as lists; flat ones do not.
     key = "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS"
-    before, after = flatten(cfg), flatten(again)
+    before, after = flat(cfg), flat(again)
     assert tuple(map(tuple, after.pop(key))) == before.pop(key)
     assert after == before
 
@@ -123,8 +126,8 @@ def test_merge_config_changes_the_configuration_that_it_is_given(write_yaml):
         ("DATASETS.TRAIN", "('a',)", ("a",)),
     ],
 )
-def test_options_are_read_as_python_literals_of_the_wanted_type(key, text, value, flatten):
-    read = flatten(load_config(None, [key, text]))[key]
+def test_options_are_read_as_python_literals_of_the_wanted_type(key, text, value):
+    read = flat(load_config(None, [key, text]))[key]
     assert read == value
     assert type(read) is type(value)
 
@@ -270,55 +273,10 @@ def test_a_value_for_a_group_of_keys(value, write_yaml):
     assert "group of keys: ENABLED" in message
 
 
-def test_dots_and_numbers_are_no_keys_in_a_file(write_yaml):
-    assert "MODEL.DEVICE is not a key" in error_of(write_yaml("MODEL.DEVICE: cpu\n"))
-    assert "MODEL.1 is not a key" in error_of(write_yaml("MODEL: {1: cpu}\n"))
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", "empty"),
-        ("# nothing but a comment\n", "empty"),
-        ("- a\n- b\n", "holds a list, not a mapping"),
-        ("just text\n", "holds a single value, not a mapping"),
-        ("MODEL: [\n", "not valid YAML"),
-        ("MODEL: {A: 1\nB: }\n", "not valid YAML"),
-    ],
-)
-def test_files_that_are_no_configuration(text, words, write_yaml):
-    file = write_yaml(text)
-    message = error_of(file)
-    assert str(file) in message
-    assert words in message
-
-
 def test_files_that_cannot_be_read(tmp_path):
     missing = tmp_path / "missing.yaml"
     assert error_of(missing) == f"{missing}: there is no such configuration file."
     assert f"{tmp_path}: cannot be read" in error_of(tmp_path)
-    binary = tmp_path / "model.yaml"
-    binary.write_bytes(b"\x80\x02\xff\xfe")
-    assert f"{binary}: cannot be read" in error_of(binary)
-
-
-@pytest.mark.parametrize("tag", ["python/object/apply", "python/object/new"])
-def test_a_python_tag_is_refused_and_nothing_runs(tag, write_yaml, tmp_path):
-    trace = tmp_path / "executed"
-    file = write_yaml(f"OUTPUT_DIR: !!{tag}:pathlib.Path.touch\n- {trace}\n")
-    message = error_of(file)
-    assert str(file) in message
-    assert "no tag is ever executed" in message
-    file = write_yaml(f"OUTPUT_DIR: !!{tag}:os.mkdir ['{trace}']\n")
-    assert str(file) in error_of(file)
-    assert not trace.exists()
-
-
-def test_an_unsafe_base_is_refused_too(write_yaml, tmp_path):
-    trace = tmp_path / "executed"
-    base = write_yaml(f"SEED: !!python/object/apply:os.mkdir ['{trace}']\n", "base.yaml")
-    assert str(base) in error_of(write_yaml("_BASE_: base.yaml\n", "top.yaml"))
-    assert not trace.exists()
 
 
 def test_an_option_is_not_executed(tmp_path):
@@ -357,6 +315,43 @@ def test_options_come_in_pairs(opts):
     message = error_of(None, tuple(opts))
     assert re.search(rf"there are {len(opts)} items", message)
     assert "KEY VALUE" in message
+
+
+# ---- files that come with the package
+
+
+@pytest.mark.parametrize(
+    "name", ["COCO-Detection/cascade_rcnn_R_50_FPN_1x.yaml", "exits/mobile.yaml"]
+)
+def test_a_shipped_configuration_by_its_address(name, write_yaml):
+    expected = load_config(CONFIGS / name)
+    assert load_config(f"cascade_det://{name}") == expected
+    assert load_config(config_path(name)) == expected
+    assert load_config(write_yaml(f"_BASE_: cascade_det://{name}\n")) == expected
+    top = write_yaml(f"_BASE_: [cascade_det://{name}]\nSEED: 5\n")
+    assert load_config(top).SEED == 5
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../configs/exits/mobile.yaml",
+        "../errors.py",
+        str(CONFIGS / "exits/mobile.yaml"),
+        "exits",
+        "",
+    ],
+)
+def test_an_address_never_leaves_the_folder(name, write_yaml):
+    assert "there is no such configuration" in error_of(f"cascade_det://{name}")
+    file = write_yaml(f"_BASE_: cascade_det://{name}\n")
+    assert error_of(file).startswith(f"{file}:1: _BASE_: cascade_det://{name}: there is no")
+
+
+def test_an_unknown_address_lists_near_names():
+    message = error_of("cascade_det://COCO-Detection/cascade_rcnn_R_50_FPN_2x.yaml")
+    assert "Similar names: COCO-Detection/cascade_rcnn_R_50_FPN_" in message
+    assert "exits/mobile.yaml" in error_of("cascade_det://xyzzy")
 
 
 # ---- the length of a training

@@ -18,30 +18,6 @@ BELOW = {
     "demo": CONFIGS / "quick_schedules" / "demo.yaml",
 }
 NODE = "MODEL.CASCADE.EXIT."
-# Every key of the exits of a cascade of three stages, none as by default.
-CALIBRATED = {
-    "ENABLED": True,
-    "PRUNE_THRESHOLDS": (0.1, 0.2),
-    "PROPOSAL_THRESHOLD": 0.05,
-    "PRUNE_MARGINS": (0.5, 0.4, 0.3),
-    "PRUNE_BEST": 30,
-    "PRUNER_THRESHOLDS": (0.0, 0.2, 0.3),
-    "REDUNDANCY_IOU": 0.6,
-    "THRESHOLDS": (1.5, 0.7),
-    "CONFIDENCE": "learned",
-    "LOCALISATION": "predicted_iou",
-    "LOCALISATION_THRESHOLDS": (0.8, 0.7),
-    "REGION_BUDGET": (0, 500, 50),
-    "TIME_BUDGET_MS": 12.5,
-    "TIME_BUDGET_PER": "batch",
-    "LEARNED": ("iou_head", "gate", "pruner"),
-    "SCORE_SCALES": (1.1, 1.2, 1.3),
-    "SCORE_SHIFTS": (0.1, 0.0, -0.1),
-    "EXPECTED_LOSS": 0.012,
-    "EXPECTED_LOSS_DEVIATION": 0.003,
-    "DEVICE_NAME": "another",
-    "WEIGHTS_SHA256": "0" * 64,
-}
 
 
 def keys(values):
@@ -91,14 +67,14 @@ def test_presets_fit_on_top_of_shipped_cascades(below, preset):
 
 
 @pytest.mark.parametrize("name", ["Base-Exits", *PRESETS])
-def test_nothing_is_left_of_exits_below(name, write_yaml):
+def test_nothing_is_left_of_exits_below(name, write_yaml, calibrated):
     """And no key was forgotten: all of them are set below, for another number of stages."""
-    assert CALIBRATED.keys() == EXIT_DEFAULTS.keys()
-    assert all(CALIBRATED[key] != EXIT_DEFAULTS[key] for key in CALIBRATED)
+    assert calibrated.keys() == EXIT_DEFAULTS.keys()
+    assert all(calibrated[key] != EXIT_DEFAULTS[key] for key in calibrated)
     preset = CONFIGS / "exits" / f"{name}.yaml"
-    calibrated = write_yaml(config.load_config(BELOW["plain"], keys(CALIBRATED)).dump())
-    config.check_config(config.load_config(calibrated))
-    cfg = config.load_config([calibrated, preset])
+    below = write_yaml(config.load_config(BELOW["plain"], keys(calibrated)).dump())
+    config.check_config(config.load_config(below))
+    cfg = config.load_config([below, preset])
     config.check_config(cfg)
     assert cfg.MODEL.CASCADE.EXIT == config.load_config([BELOW["plain"], preset]).MODEL.CASCADE.EXIT
 

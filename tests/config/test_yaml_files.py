@@ -26,6 +26,10 @@ BAD = {
     # ---- code, aliases, depth, size
     "call": ("SEED: !!python/object/apply:os.mkdir [executed]", ":1:", "no tag is ever executed"),
     "new": ("A: 1\nSEED: !!python/object/new:os.mkdir [x]", ":2:", "no tag is ever executed"),
+    "path": (
+        "SEED: !!python/object/apply:pathlib.Path.touch\n- executed",
+        "no tag is ever executed",
+    ),
     "root": ("!!python/object/apply:os.mkdir [executed]", ":1:", "no tag is ever executed"),
     "key": ("? !!python/object/apply:os.mkdir [executed]\n: 1", ":1:", "no tag is ever executed"),
     "module": ("SEED: !!python/module:antigravity", ":1:", "no tag is ever executed"),
@@ -39,6 +43,13 @@ BAD = {
     "deep_mappings": ("{A: " * 5000, "nested too deeply"),
     "long_list": ("SOLVER: {STEPS: [" + "1," * 10_000 + "]}", ":1:", "more than 10000 values"),
     "huge": ("# comment\n" * 30_000, "more than 256 KiB"),
+    # ---- no mapping of keys
+    "empty": ("", "empty"),
+    "comment": ("# nothing but a comment", "empty"),
+    "list": ("- a\n- b", "holds a list, not a mapping"),
+    "value": ("just text", "holds a single value, not a mapping"),
+    "dotted": ("MODEL.DEVICE: cpu", ":1:", "MODEL.DEVICE is not a key"),
+    "number_as_key": ("MODEL: {1: cpu}", ":1:", "MODEL.1 is not a key"),
     # ---- the same key twice
     "twice": ("SEED: 1\nOUTPUT_DIR: a\nSEED: 2", ":3:", "SEED is set here", "in line 1 already"),
     "nested_twice": (
@@ -54,6 +65,7 @@ BAD = {
         "in line 1",
     ),
     # ---- no YAML
+    "open_mapping": ("MODEL: {A: 1\nB: }", "not valid YAML"),
     "tab": ("SOLVER:\n\tGAMMA: 1", ":2:", "not valid YAML", "spaces, not with tabs"),
     "open_list": ("SEED: 1\nSOLVER: [1,\n  2", "not valid YAML", "flow sequence (line 2)"),
     "bad_escape": ('SEED: "\\UFFFFFFFF"', ":1:", "not valid YAML"),

@@ -1,4 +1,4 @@
-"""The key tree against Detectron2's own, and our nodes inside its configuration."""
+"""The tree of keys: Detectron2's own, our nodes inside its configuration, differences of two."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from fvcore.common.config import CfgNode
 
-from cascade_det.config import add_cascade_config, get_cfg, load_config
+from cascade_det.config import add_cascade_config, changed_keys, flat, get_cfg, load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
@@ -31,9 +31,9 @@ def zoo_file(name: str) -> str:
     pytest.skip("Detectron2 is here without its configurations")
 
 
-def test_every_key_and_value_of_detectron2_is_there_and_no_other(d2_cfg, flatten):
-    ours = {key: value for key, value in flatten(get_cfg()).items() if not is_ours(key)}
-    theirs = flatten(d2_cfg)
+def test_every_key_and_value_of_detectron2_is_there_and_no_other(d2_cfg):
+    ours = {key: value for key, value in flat(get_cfg()).items() if not is_ours(key)}
+    theirs = flat(d2_cfg)
     assert ours == theirs
     # 800 == 800.0, and a tuple of the wrong kind would refuse values that Detectron2 takes.
     assert {key: type(value) for key, value in ours.items()} == {
@@ -41,8 +41,8 @@ def test_every_key_and_value_of_detectron2_is_there_and_no_other(d2_cfg, flatten
     }
 
 
-def test_some_values_by_hand(flatten):
-    values = flatten(get_cfg())
+def test_some_values_by_hand():
+    values = flat(get_cfg())
     ours = [key for key in values if key.startswith(("CASCADE.", "MODEL.CASCADE."))]
     assert len(values) == 192 + len(ours)  # Detectron2's and ours
     assert values["VERSION"] == 2
@@ -93,25 +93,25 @@ def test_our_nodes_have_the_type_of_the_configuration():
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
-def test_detectron2_merges_the_same_files(d2_cfg, file, flatten):
+def test_detectron2_merges_the_same_files(d2_cfg, file):
     add_cascade_config(d2_cfg)
     d2_cfg.merge_from_file(str(file), allow_unsafe=False)
-    assert flatten(d2_cfg) == flatten(load_config(file))
+    assert flat(d2_cfg) == flat(load_config(file))
 
 
-def test_what_detectron2_dumped_is_read_back(d2_cfg, write_yaml, flatten):
+def test_what_detectron2_dumped_is_read_back(d2_cfg, write_yaml):
     d2_cfg.merge_from_file(zoo_file("Misc/cascade_mask_rcnn_R_50_FPN_3x.yaml"))
     dumped = write_yaml(d2_cfg.dump())
-    loaded = flatten(load_config(dumped))
+    loaded = flat(load_config(dumped))
     # YAML has no tuples, so what is nested in one comes back as lists, in both hosts.
     again = pytest.importorskip("detectron2.config").get_cfg()
     again.merge_from_file(str(dumped))
-    assert {key: value for key, value in loaded.items() if not is_ours(key)} == flatten(again)
+    assert {key: value for key, value in loaded.items() if not is_ours(key)} == flat(again)
 
 
-def test_the_base_equals_detectron2s_cascade(d2_cfg, base_file, flatten):
+def test_the_base_equals_detectron2s_cascade(d2_cfg, base_file):
     d2_cfg.merge_from_file(zoo_file("Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml"))
-    theirs, ours = flatten(d2_cfg), flatten(load_config(base_file))
+    theirs, ours = flat(d2_cfg), flat(load_config(base_file))
     different = {key for key, value in theirs.items() if ours[key] != value}
     assert different == {
         *("MODEL.MASK_ON", "MODEL.WEIGHTS", "MODEL.ROI_MASK_HEAD.NUM_CONV"),
@@ -120,13 +120,43 @@ def test_the_base_equals_detectron2s_cascade(d2_cfg, base_file, flatten):
 
 
 @pytest.mark.parametrize("name", ["R_50_FPN_1x", "R_50_FPN_3x", "R_101_FPN_3x"])
-def test_schedules_equal_detectron2s(d2_cfg, name, flatten):
+def test_schedules_equal_detectron2s(d2_cfg, name):
     d2_cfg.merge_from_file(zoo_file(f"COCO-Detection/faster_rcnn_{name}.yaml"))
     file = CONFIGS / "COCO-Detection" / f"cascade_rcnn_{name}.yaml"
-    theirs, ours = flatten(d2_cfg), flatten(load_config(file))
+    theirs, ours = flat(d2_cfg), flat(load_config(file))
     assert {key for key, value in theirs.items() if ours[key] != value} == {
         "MODEL.ROI_HEADS.NAME",
         "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG",
         "MODEL.RPN.POST_NMS_TOPK_TRAIN",
         "MODEL.ROI_MASK_HEAD.NUM_CONV",
     }
+
+
+def test_the_flat_table_has_every_value_under_its_full_key():
+    cfg = CfgNode({"A": 1, "B": {"C": 2, "D": {"E": [3]}}})
+    assert flat(cfg) == {"A": 1, "B.C": 2, "B.D.E": [3]}
+    assert list(flat(cfg)) == ["A", "B.C", "B.D.E"]
+
+
+def test_changed_keys_are_those_that_were_set(base_file):
+    old = load_config(base_file)
+    new = load_config(base_file, ["SOLVER.BASE_LR", "0.5", "SEED", "-1", "DATASETS.TEST", "('a',)"])
+    assert changed_keys(old, new) == {
+        "DATASETS.TEST": (("coco_2017_val",), ("a",)),
+        "SOLVER.BASE_LR": (0.02, 0.5),
+    }
+    assert list(changed_keys(old, new)) == ["DATASETS.TEST", "SOLVER.BASE_LR"]
+    assert changed_keys(old, old.clone()) == {}
+
+
+def test_a_dumped_configuration_is_unchanged_although_its_tuples_are_lists(base_file, write_yaml):
+    own = "(('a', 'a.json', 'a/'),)"
+    cfg = load_config(base_file, ["CASCADE.DATASETS", own, "SOLVER.WEIGHT_DECAY_BIAS", "0.1"])
+    again = load_config(write_yaml(cfg.dump()))
+    assert again.CASCADE.DATASETS != cfg.CASCADE.DATASETS
+    assert changed_keys(again, cfg) == {}
+
+
+def test_a_key_that_only_one_has():
+    one, other = CfgNode({"A": 1, "B": {"C": 2}}), CfgNode({"A": 1, "B": {"D": 3}})
+    assert changed_keys(one, other) == {"B.D": (None, 3), "B.C": (2, None)}

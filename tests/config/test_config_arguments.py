@@ -139,24 +139,14 @@ def test_exits_are_off_unless_enabled_in_the_right_heads(cfg):
     assert config.exit_arguments(set_keys(cfg, EARLY_EXIT[0], "CascadeROIHeads")) is None
 
 
-@pytest.mark.parametrize(
-    ("ious", "given", "expected"),
-    [
-        ("(0.5, 0.6, 0.7)", "(0.8,)", (0.8, 0.8)),
-        ("(0.5, 0.6, 0.7)", "(0.8, 2)", (0.8, 2.0)),
-        ("(0.5, 0.6)", "(0.8,)", (0.8,)),
-        ("(0.5,)", "(0.8,)", ()),
-        ("(0.5,)", "()", ()),
-    ],
-)
-def test_exits_have_one_threshold_per_stage_but_the_last(cfg, ious, given, expected):
-    set_keys(cfg, *EARLY_EXIT, "MODEL.CASCADE.EXIT.ENABLED", "True")
-    set_keys(cfg, "MODEL.ROI_BOX_CASCADE_HEAD.IOUS", ious)
-    set_keys(cfg, "MODEL.CASCADE.EXIT.THRESHOLDS", given)
-    arguments = config.exit_arguments(cfg)
-    assert arguments["num_stages"] == len(expected) + 1
-    assert arguments["thresholds"] == expected
-    assert arguments["prune_thresholds"] == (0.02,) * len(expected)
+def test_fast_inference(cfg):
+    assert config.fast_arguments(cfg) is None
+    node = "MODEL.CASCADE.FAST"
+    set_keys(cfg, f"{node}.ENABLED", "True", f"{node}.DTYPE", "bfloat16", f"{node}.COMPILE", "True")
+    set_keys(cfg, f"{node}.FLOAT32_PARTS", "['stem', 'fpn']")
+    config.check_config(cfg)
+    expected = {"dtype": "bfloat16", "float32_parts": ("stem", "fpn"), "compile": True}
+    assert config.fast_arguments(cfg) == expected
 
 
 def test_input(cfg):

@@ -104,6 +104,7 @@ GOOD = (
     "CASCADE.EMA_DECAY 0.9998",
     "CASCADE.VALIDATION_LOSS True CASCADE.PATIENCE 3 TEST.EVAL_PERIOD 10",
     "CASCADE.ON_BAD_DATA skip",
+    "MODEL.CASCADE.FAST.ENABLED True MODEL.CASCADE.FAST.DTYPE float16 MODEL.DEVICE cuda",
 )
 
 
@@ -158,6 +159,9 @@ NOT_BUILT = {
     "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": ["True"],
     "MODEL.CASCADE.ENSEMBLE": ["max"],
     "MODEL.CASCADE.POOLER_KERNEL": ["cuda"],
+    "MODEL.CASCADE.FAST.DTYPE": ["int8"],
+    "MODEL.CASCADE.TRAINING.GATING": ["firm"],
+    "MODEL.CASCADE.TRAINING.STAGE_WEIGHTING": ["random"],
     "INPUT.FORMAT": ["YUV-BT.601"],
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ["random"],
     "INPUT.RANDOM_FLIP": ["both"],
@@ -200,6 +204,15 @@ OUT_OF_RANGE = {
     "MODEL.CASCADE.STAGE_LOSS_WEIGHTS": ["(-1.0,)"],
     "MODEL.CASCADE.BOX_HEAD.FC_DIM": ["(0,)"],
     "MODEL.CASCADE.BOX_HEAD.NUM_CONV": ["(1.5,)"],
+    "MODEL.CASCADE.FAST.FLOAT32_PARTS": ["['neck']"],
+    "MODEL.CASCADE.TRAINING.GATE_THRESHOLD": ["0.0", "1.5"],
+    "MODEL.CASCADE.TRAINING.GATE_SCALE": ["0.0"],
+    "MODEL.CASCADE.TRAINING.STAGE_LOSS_WEIGHTS_END": ["(0.5, -0.5, 1.0)"],
+    "MODEL.CASCADE.TRAINING.PREFIX_LOSS_WEIGHT": ["-1.0"],
+    "MODEL.CASCADE.TRAINING.DYNAMIC.PERIOD": ["0"],
+    "MODEL.CASCADE.TRAINING.DYNAMIC.K_I": ["-1"],
+    "MODEL.CASCADE.TRAINING.DYNAMIC.IOU_FLOOR": ["1.0"],
+    "MODEL.CASCADE.TRAINING.DYNAMIC.BETA_START": ["0.0"],
     "MODEL.ANCHOR_GENERATOR.SIZES": ["[32, 64]", "[[]]"],
     "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": ["[[0.0]]"],
     "MODEL.ANCHOR_GENERATOR.OFFSET": ["1.0"],
@@ -315,6 +328,9 @@ CONTRADICTIONS = {
     "MODEL.RESNETS.NORM GN MODEL.RESNETS.WIDTH_PER_GROUP 24": (
         "WIDTH_PER_GROUP x NUM_GROUPS is 24 | multiple of 32"
     ),
+    "MODEL.DEVICE cpu MODEL.CASCADE.FAST.ENABLED True MODEL.CASCADE.FAST.DTYPE float16": (
+        "FAST.DTYPE is 'float16', but MODEL.DEVICE is cpu"
+    ),
     "INPUT.MAX_SIZE_TRAIN 700": (
         "MIN_SIZE_TRAIN is 800, above INPUT.MAX_SIZE_TRAIN, 700 | raise the second"
     ),
@@ -347,6 +363,12 @@ def test_keys_that_contradict_each_other(cfg, opts, words):
     message = problem(cfg, *opts.split())
     for word in words.split(" | "):
         assert word in message
+
+
+def test_heads_that_are_not_ours_may_have_faster_inference(cfg):
+    """So that the same YAML runs in both hosts."""
+    config.merge_config(cfg, None, ["MODEL.CASCADE.FAST.ENABLED", "True"])
+    config.check_unread_cascade(cfg)
 
 
 def test_a_best_metric_that_there_will_be(cfg):

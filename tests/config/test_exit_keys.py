@@ -165,11 +165,13 @@ class TestEveryKeyReachesThePolicy:
             *("MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS", repr(((10.0,) * 4,) * stages)),
         ]
         config.merge_config(cfg, None, options)
-        config.check_config(merge(cfg, ENABLED=True, REGION_BUDGET=(9,), THRESHOLDS=(0.9,)))
-        exits = build_exits(config.exit_arguments(cfg), [8] * stages, 4)
-        assert exits.num_stages == stages
-        assert exits.thresholds == (0.9,) * (stages - 1)
-        assert exits.rules[-1].most == (9,) * stages
+        for thresholds in ((0.9,), (0.9,) * (stages - 1)):
+            values = {"REGION_BUDGET": (9,), "THRESHOLDS": thresholds}
+            config.check_config(merge(cfg, ENABLED=True, **values))
+            exits = build_exits(config.exit_arguments(cfg), [8] * stages, 4)
+            assert exits.num_stages == stages
+            assert exits.thresholds == (0.9,) * (stages - 1)
+            assert exits.rules[-1].most == (9,) * stages
 
 
 @pytest.mark.parametrize(

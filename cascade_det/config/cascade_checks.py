@@ -111,10 +111,7 @@ def _check_fast(cfg: CfgNode) -> Iterator[str]:
         )
 
 
-def _check_training(cfg: CfgNode) -> Iterator[str]:
-    yield from _check_weights(cfg)
-    yield from _check_dynamic(cfg)
-    yield from _check_frozen(cfg)
+def _check_prefix_loss(cfg: CfgNode) -> Iterator[str]:
     training, ensemble = cfg.MODEL.CASCADE.TRAINING, cfg.MODEL.CASCADE.ENSEMBLE
     if training.PREFIX_LOSS_WEIGHT > 0 and ensemble not in ("mean_probs", "mean_logits"):
         yield (
@@ -192,25 +189,14 @@ def _check_frozen(cfg: CfgNode) -> Iterator[str]:
         )
 
 
-# Each check with the keys that it relies on, or "NODE." for all keys below a node. A check is left
-# out where one of them is wrong by itself.
-HEAD_CHECKS: dict[Check, tuple[str, ...]] = {
-    _check_lengths: ("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", *_lengths(3)),
-    _check_training: (
-        f"{_TRAINING}.",
-        "MODEL.ROI_BOX_CASCADE_HEAD.IOUS",
-        "MODEL.CASCADE.STAGE_LOSS_WEIGHTS",
-        "MODEL.CASCADE.ENSEMBLE",
-        "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE",
-    ),
-    _check_parts: (
-        f"{_EXIT}.LEARNED",
-        f"{_EXIT}.CONFIDENCE",
-        f"{_EXIT}.LOCALISATION",
-        f"{_EXIT}.THRESHOLDS",
-        f"{_EXIT}.PRUNER_THRESHOLDS",
-    ),
-    _check_fast: (f"{_FAST}.", "MODEL.DEVICE"),
-    _check_agreement: (f"{_EXIT}.CONFIDENCE", f"{_EXIT}.THRESHOLDS"),
-    _check_first_iou: ("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", "MODEL.ROI_HEADS.IOU_THRESHOLDS"),
-}
+HEAD_CHECKS: tuple[Check, ...] = (
+    _check_lengths,
+    _check_weights,
+    _check_prefix_loss,
+    _check_dynamic,
+    _check_frozen,
+    _check_parts,
+    _check_fast,
+    _check_agreement,
+    _check_first_iou,
+)

@@ -12,6 +12,8 @@ import re
 from cascade_det.config.key import (
     ABOVE_0_TO_1,
     BETWEEN_0_AND_1,
+    COUNT,
+    NOT_NEGATIVE,
     POSITIVE,
     Key,
     Values,
@@ -56,16 +58,11 @@ EXIT = group(
         "PRUNE_BEST, per gate.",
         _SHARES_1_NEVER,
     ),
-    Key(
-        "PRUNE_BEST",
-        100,
-        "The rank that PRUNE_MARGINS count from.",
-        Values(whole(at_least(1)), "Give a whole number, 1 or more."),
-    ),
+    Key("PRUNE_BEST", 100, "Rank that PRUNE_MARGINS count from.", COUNT),
     Key(
         "PRUNER_THRESHOLDS",
         (0.0,),
-        "Drops a region to which the learned pruner gives a lower chance, per gate.",
+        "Drops a region below this chance by the learned pruner, per gate.",
         _SHARES_0_NEVER,
     ),
     Key(
@@ -133,12 +130,7 @@ EXIT = group(
         "Mean share of the full cascade's detections of an image that calibration saw lost.",
         Values(is_number, "Give a number; -1 means not calibrated."),
     ),
-    Key(
-        "EXPECTED_LOSS_DEVIATION",
-        0.0,
-        "Standard deviation of EXPECTED_LOSS.",
-        Values(at_least(0), "Give a number, 0 or more."),
-    ),
+    Key("EXPECTED_LOSS_DEVIATION", 0.0, "Standard deviation of EXPECTED_LOSS.", NOT_NEGATIVE),
     Key(
         "DEVICE_NAME",
         "",
@@ -203,12 +195,7 @@ TRAINING = group(
         "Probability from which a stage is confident; a soft gate is half closed there.",
         ABOVE_0_TO_1,
     ),
-    Key(
-        "GATE_SCALE",
-        15.0,
-        "Steepness of a soft gate; with 1, as published, gates hardly move.",
-        POSITIVE,
-    ),
+    Key("GATE_SCALE", 15.0, "Steepness of a soft gate; at 1 it hardly moves.", POSITIVE),
     Key(
         "STAGE_WEIGHTING",
         "fixed",

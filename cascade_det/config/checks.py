@@ -1,10 +1,14 @@
 """Checks of a whole configuration.
 
-First each key on its own, then keys against each other. A check across keys is left out where one
-of its keys is wrong by itself, and so never meets odd values.
+First each key on its own, then keys against each other. A check across keys ends at a key that is
+wrong by itself, and so never meets odd values.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection
+from typing import Any
 
 from fvcore.common.config import CfgNode
 
@@ -43,7 +47,7 @@ def check_config(cfg: CfgNode) -> None:
     Raises:
         ConfigError: lists every problem with key, value and remedy.
     """
-    _check(cfg, list(KEYS), {**MODEL_CHECKS, **HEAD_CHECKS, **RUN_CHECKS})
+    _check(cfg, list(KEYS), (*MODEL_CHECKS, *HEAD_CHECKS, *RUN_CHECKS))
 
 
 def check_heads(cfg: CfgNode) -> None:
@@ -103,22 +107,36 @@ def _in_both_hosts(prefixes: tuple[str, ...]) -> list[str]:
     ]
 
 
-def _check(cfg: CfgNode, names: list[str], checks: dict[Check, tuple[str, ...]]) -> None:
-    problems: list[str] = []
-    wrong: set[str] = set()
-    for name in names:
-        value, values = value_of(cfg, name), KEYS[name].values
-        if not values.accepts(value):
-            wrong.add(name)
-            problems.append(f"{name} is {shown(value)}. {values.remedy}")
-    for check, relied_on in checks.items():
-        if not any(_names(key, name) for key in relied_on for name in wrong):
-            problems += check(cfg)
+def _check(cfg: CfgNode, names: list[str], checks: tuple[Check, ...]) -> None:
+    values = {name: value_of(cfg, name) for name in names}
+    wrong = {name: value for name, value in values.items() if not KEYS[name].values.accepts(value)}
+    problems = [
+        f"{name} is {shown(value)}. {KEYS[name].values.remedy}" for name, value in wrong.items()
+    ]
+    for check in checks:
+        with contextlib.suppress(_WrongKey):
+            problems.extend(check(_View(cfg, wrong)))
     if problems:
         count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
         listed = "\n  - ".join(problems)
         raise ConfigError(f"The configuration has {count}:\n  - {listed}")
 
 
-def _names(key: str, name: str) -> bool:
-    return name.startswith(key) if key.endswith(".") else name == key
+class _WrongKey(Exception):
+    """A check has read a key that is wrong by itself."""
+
+
+class _View:
+    """A configuration that can be read, but for keys that are wrong by themselves."""
+
+    def __init__(self, node: CfgNode, wrong: Collection[str], prefix: str = "") -> None:
+        self._node, self._wrong, self._prefix = node, wrong, prefix
+
+    def __getitem__(self, name: str) -> Any:
+        full_name = self._prefix + name
+        if full_name in self._wrong:
+            raise _WrongKey(full_name)
+        value = self._node[name]
+        return _View(value, self._wrong, f"{full_name}.") if isinstance(value, CfgNode) else value
+
+    __getattr__ = __getitem__

@@ -113,35 +113,11 @@ def _check_group_norm(cfg: CfgNode) -> Iterator[str]:
             )
 
 
-# Each check with the keys that it relies on, as in ``HEAD_CHECKS``.
-MODEL_CHECKS: dict[Check, tuple[str, ...]] = {
-    _check_box_heads: (
-        "MODEL.ROI_BOX_CASCADE_HEAD.IOUS",
-        "MODEL.ROI_BOX_HEAD.NUM_CONV",
-        "MODEL.ROI_BOX_HEAD.NUM_FC",
-        "MODEL.CASCADE.BOX_HEAD.NUM_CONV",
-        "MODEL.CASCADE.BOX_HEAD.NUM_FC",
-    ),
-    check_exits_unused: ("MODEL.ROI_HEADS.NAME",),
-    _check_resnet: ("MODEL.RESNETS.DEPTH", "MODEL.FPN.IN_FEATURES", "MODEL.RESNETS.OUT_FEATURES"),
-    _check_levels: (
-        "MODEL.FPN.IN_FEATURES",
-        "MODEL.RPN.IN_FEATURES",
-        "MODEL.ROI_HEADS.IN_FEATURES",
-    ),
-    _check_anchors: (
-        "MODEL.ANCHOR_GENERATOR.SIZES",
-        "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS",
-        "MODEL.RPN.IN_FEATURES",
-    ),
-    _check_group_norm: (
-        "MODEL.BACKBONE.NAME",
-        "MODEL.RESNETS.DEPTH",
-        "MODEL.RESNETS.NUM_GROUPS",
-        "MODEL.RESNETS.WIDTH_PER_GROUP",
-        "MODEL.FPN.OUT_CHANNELS",
-        "MODEL.ROI_BOX_HEAD.CONV_DIM",
-        "MODEL.CASCADE.BOX_HEAD.CONV_DIM",
-        "MODEL.CASCADE.BOX_HEAD.NORM",
-    ),
-}
+MODEL_CHECKS: tuple[Check, ...] = (
+    _check_box_heads,
+    check_exits_unused,
+    _check_resnet,
+    _check_levels,
+    _check_anchors,
+    _check_group_norm,
+)

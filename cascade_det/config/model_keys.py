@@ -38,7 +38,7 @@ _BOX_LOSS = one_of("smooth_l1", "giou", "diou", "ciou")
 _NORM_HELP = 'Normalisation of the convolutions; "" is none.'
 _BETA_HELP = "Where the smooth L1 loss turns from L2 to L1; 0 makes it plain L1."
 _SOFTMAX = "The class loss is softmax cross-entropy."
-_FOUR_WEIGHTS = Values(each(above(0), length=4), "Give 4 numbers above 0.")
+_WEIGHTS = Values(each(above(0), length=4), "Give 4 numbers above 0.")
 _OR_SHARED = "or [] for the value of ROI_BOX_HEAD."
 _LAYERS = Values(
     each(whole(at_least(0))), f"Give a list of whole numbers, 0 or more each, {_OR_SHARED}"
@@ -107,7 +107,7 @@ BACKBONE = group(
     Key(
         "FREEZE_AT",
         2,
-        "Leading parts that are not trained: 0 none, 1 the stem, 2 also res2, and so on.",
+        "Frozen parts: 0 none, 1 the stem, 2 also res2, and so on.",
         one_of(0, 1, 2, 3, 4, 5),
     ),
 )
@@ -127,13 +127,7 @@ PROPOSAL_GENERATOR = group(
     "MODEL.PROPOSAL_GENERATOR",
     "Proposals",
     Key("NAME", "RPN", values=built("RPN")),
-    Key(
-        "MIN_SIZE",
-        0,
-        "Both sides of a proposal are longer than this.",
-        NOT_NEGATIVE,
-        "pixels of the resized image",
-    ),
+    Key("MIN_SIZE", 0, "Sides of a proposal exceed this.", NOT_NEGATIVE, "resized pixels"),
 )
 
 ANCHOR_GENERATOR = group(
@@ -145,14 +139,9 @@ ANCHOR_GENERATOR = group(
         [[32, 64, 128, 256, 512]],
         "Square root of the area: one list per level of `RPN.IN_FEATURES`, or one for all.",
         _LISTS,
-        "pixels of the resized image",
+        "resized pixels",
     ),
-    Key(
-        "ASPECT_RATIOS",
-        [[0.5, 1.0, 2.0]],
-        "Height / width: one list per level, or one for all.",
-        _LISTS,
-    ),
+    Key("ASPECT_RATIOS", [[0.5, 1.0, 2.0]], "Height / width, in lists as in SIZES.", _LISTS),
     Key("ANGLES", [[-90, 0, 90]]),
     Key("OFFSET", 0.0, "Centre of the first anchor.", FROM_0_BELOW_1, "strides"),
 )
@@ -185,10 +174,7 @@ RPN = group(
     Key("BBOX_REG_LOSS_TYPE", "smooth_l1", "Box loss.", _BOX_LOSS),
     Key("BBOX_REG_LOSS_WEIGHT", 1.0, "Weight of the box loss.", NOT_NEGATIVE),
     Key(
-        "BBOX_REG_WEIGHTS",
-        (1.0, 1.0, 1.0, 1.0),
-        "Scale of the regression targets (dx, dy, dw, dh).",
-        _FOUR_WEIGHTS,
+        "BBOX_REG_WEIGHTS", (1.0, 1.0, 1.0, 1.0), "Scale of the targets (dx, dy, dw, dh).", _WEIGHTS
     ),
     Key("SMOOTH_L1_BETA", 0.0, _BETA_HELP, NOT_NEGATIVE),
     Key("LOSS_WEIGHT", 1.0, "Weight of both losses.", NOT_NEGATIVE),
@@ -247,16 +233,11 @@ ROI_BOX_HEAD = group(
     Key("BBOX_REG_WEIGHTS", (10.0, 10.0, 5.0, 5.0)),
     Key("SMOOTH_L1_BETA", 0.0, _BETA_HELP, NOT_NEGATIVE),
     Key("POOLER_RESOLUTION", 14, "Side of a pooled region.", COUNT, "cells"),
-    Key(
-        "POOLER_SAMPLING_RATIO",
-        0,
-        "Samples per cell and side; 0: by the region's size.",
-        NOT_NEGATIVE,
-    ),
+    Key("POOLER_SAMPLING_RATIO", 0, "Samples per cell and side; 0: adaptive.", NOT_NEGATIVE),
     Key(
         "POOLER_TYPE",
         "ROIAlignV2",
-        "ROIAlign lacks the half-pixel shift.",
+        "ROIAlign is half a pixel off.",
         one_of("ROIAlignV2", "ROIAlign"),
     ),
     Key("NUM_FC", 0, "Fully connected layers, after the convolutions.", NOT_NEGATIVE),
@@ -266,9 +247,7 @@ ROI_BOX_HEAD = group(
     Key("NORM", "", _NORM_HELP, standalone(_NORM)),
     Key("CLS_AGNOSTIC_BBOX_REG", False, "One box per region, instead of one per class."),
     Key(
-        "TRAIN_ON_PRED_BOXES",
-        False,
-        values=standalone(one_of(False, why="A cascade does so by itself.")),
+        "TRAIN_ON_PRED_BOXES", False, values=standalone(one_of(False, why="A cascade always does."))
     ),
     Key("USE_FED_LOSS", False, values=one_of(False, why=_SOFTMAX)),
     Key("USE_SIGMOID_CE", False, values=one_of(False, why=_SOFTMAX)),
@@ -311,17 +290,10 @@ RESNETS = group(
     Key("NUM_GROUPS", 1, "Groups of the 3x3 convolutions; above 1 makes a ResNeXt.", COUNT),
     Key("NORM", "FrozenBN", "Normalisation.", one_of("FrozenBN", "BN", "SyncBN", "GN")),
     Key("WIDTH_PER_GROUP", 64, "Width of a group in res2.", COUNT, "channels"),
-    Key(
-        "STRIDE_IN_1X1",
-        True,
-        "Where a bottleneck strides: True for MSRA and Caffe weights, False for torchvision's.",
-    ),
+    Key("STRIDE_IN_1X1", True, "True for MSRA and Caffe weights, False for torchvision's."),
     Key("RES5_DILATION", 1, values=built(1)),
     Key(
-        "RES2_OUT_CHANNELS",
-        256,
-        "Width of res2: 64 for depths 18 and 34, else 256.",
-        unit="channels",
+        "RES2_OUT_CHANNELS", 256, "Width of res2: 64 for depths 18, 34, else 256.", unit="channels"
     ),
     Key("STEM_OUT_CHANNELS", 64, values=built(64)),
     Key(

@@ -111,26 +111,4 @@ def _loss_names(cfg: CfgNode) -> list[str]:
     return ["total_loss", *([] if cascade.TRAINING.FREEZE_DETECTOR else of_detector), *exits]
 
 
-# Each check with the keys that it relies on, as in ``HEAD_CHECKS``.
-RUN_CHECKS: dict[Check, tuple[str, ...]] = {
-    _check_sizes: (
-        "INPUT.MIN_SIZE_TRAIN",
-        "INPUT.MAX_SIZE_TRAIN",
-        "INPUT.MIN_SIZE_TEST",
-        "INPUT.MAX_SIZE_TEST",
-    ),
-    _check_datasets: ("CASCADE.DATASETS", "DATASETS.TRAIN", "DATASETS.TEST"),
-    _check_solver: (
-        "SOLVER.BASE_LR",
-        "SOLVER.BASE_LR_END",
-        "SOLVER.IMS_PER_BATCH",
-        "CASCADE.ACCUMULATION_STEPS",
-    ),
-    _check_evaluation: (
-        "MODEL.ROI_BOX_CASCADE_HEAD.IOUS",
-        "DATASETS.TEST",
-        "MODEL.CASCADE.EXIT.LEARNED",
-        "CASCADE.BEST_METRIC",
-        "CASCADE.PATIENCE",
-    ),
-}
+RUN_CHECKS: tuple[Check, ...] = (_check_sizes, _check_datasets, _check_solver, _check_evaluation)

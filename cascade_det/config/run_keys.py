@@ -45,17 +45,11 @@ INPUT = group(
     Key(
         "MIN_SIZE_TRAIN_SAMPLING",
         "choice",
-        "Draws one of the values, or from the range between two.",
+        "One of the values, or any between two.",
         one_of("choice", "range"),
     ),
     Key("MAX_SIZE_TRAIN", 1333, "Limit of the longer edge in training.", COUNT, "pixels"),
-    Key(
-        "MIN_SIZE_TEST",
-        800,
-        "Shorter edge in inference; 0 leaves images as they are.",
-        NOT_NEGATIVE,
-        "pixels",
-    ),
+    Key("MIN_SIZE_TEST", 800, "Shorter edge in inference; 0: no resizing.", NOT_NEGATIVE, "pixels"),
     Key("MAX_SIZE_TEST", 1333, "Limit of the longer edge in inference.", COUNT, "pixels"),
     Key(
         "RANDOM_FLIP",
@@ -66,12 +60,7 @@ INPUT = group(
     Key("CROP.ENABLED", False, values=built(False)),
     Key("CROP.TYPE", "relative_range"),
     Key("CROP.SIZE", [0.9, 0.9]),
-    Key(
-        "FORMAT",
-        "BGR",
-        "Channel order of the image, and of PIXEL_MEAN and PIXEL_STD.",
-        one_of("BGR", "RGB"),
-    ),
+    Key("FORMAT", "BGR", "Channel order, also of PIXEL_MEAN and _STD.", one_of("BGR", "RGB")),
     Key("MASK_FORMAT", "polygon"),
 )
 
@@ -89,12 +78,7 @@ DATASETS = group(
 DATALOADER = group(
     "DATALOADER",
     "Data loader",
-    Key(
-        "NUM_WORKERS",
-        4,
-        "Processes that read images; 0 reads in the training process.",
-        NOT_NEGATIVE,
-    ),
+    Key("NUM_WORKERS", 4, "Processes that read images; 0: the main one.", NOT_NEGATIVE),
     Key("ASPECT_RATIO_GROUPING", True, "Batches wide images with wide ones, for less padding."),
     Key("SAMPLER_TRAIN", "TrainingSampler", values=built("TrainingSampler")),
     Key("REPEAT_THRESHOLD", 0.0),
@@ -138,7 +122,7 @@ SOLVER = group(
     Key(
         "REFERENCE_WORLD_SIZE",
         0,
-        "Number of processes that batch, rate and schedule are for; 0 scales nothing.",
+        "Processes that batch, rate and schedule are for; 0: any.",
         NOT_NEGATIVE,
     ),
     Key("BIAS_LR_FACTOR", 1.0, "Learning rate of biases, as a multiple of BASE_LR.", POSITIVE),
@@ -179,7 +163,7 @@ TEST = group(
     Key(
         "EVAL_PERIOD",
         0,
-        "Time between evaluations in training; 0 evaluates only at the end.",
+        "Time between evaluations; 0: only at the end.",
         NOT_NEGATIVE,
         "iterations",
     ),
@@ -202,22 +186,9 @@ TEST = group(
 RUN = group(
     "",
     "Run",
-    Key(
-        "OUTPUT_DIR",
-        "./output",
-        "Folder for log, checkpoints and results.",
-        Values(is_text, "Give a folder."),
-    ),
-    Key(
-        "SEED",
-        -1,
-        "From 0 on: the same seed makes the same batches and initial weights; negative is random.",
-    ),
-    Key(
-        "CUDNN_BENCHMARK",
-        False,
-        "Lets cuDNN time its algorithms, which pays where image sizes repeat.",
-    ),
+    Key("OUTPUT_DIR", "./output", "Folder for all results.", Values(is_text, "Give a folder.")),
+    Key("SEED", -1, "Seed of batches and initial weights; below 0: random."),
+    Key("CUDNN_BENCHMARK", False, "Lets cuDNN time its algorithms: for fixed image sizes."),
     Key(
         "FLOAT32_PRECISION",
         "",
@@ -278,14 +249,10 @@ CASCADE = group(
     Key(
         "PATIENCE",
         0,
-        "Evaluations in a row without a better BEST_METRIC that end the training; 0 never does.",
+        "Ends after so many evaluations without a new best; 0: never.",
         NOT_NEGATIVE,
     ),
-    Key(
-        "VALIDATION_LOSS",
-        False,
-        "Computes the losses on all of `DATASETS.TEST` at every evaluation.",
-    ),
+    Key("VALIDATION_LOSS", False, "Computes losses on `DATASETS.TEST` at each evaluation."),
     Key(
         "ACCUMULATION_STEPS",
         1,

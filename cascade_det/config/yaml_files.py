@@ -192,12 +192,10 @@ def _at(mark: yaml.Mark) -> str:
 
 
 def _entries(loader: _Loader, root: yaml.Node | None, path: Path) -> list[Entry]:
-    if root is None:
-        raise ConfigError(f"{path}: the file is empty. It needs at least one KEY: value.")
-    if not isinstance(root, yaml.MappingNode):
+    if root is not None and not isinstance(root, yaml.MappingNode):
         kind = "list" if isinstance(root, yaml.SequenceNode) else "single value"
         raise ConfigError(f"{path}: holds a {kind}, not a mapping of keys to values.")
-    entries = list(_leaves(loader, root, ""))
+    entries = [] if root is None else list(_leaves(loader, root, ""))
     if not entries:
         raise ConfigError(f"{path}: the file is empty. It needs at least one KEY: value.")
     return entries

@@ -1,4 +1,4 @@
-"""The exits of a configuration in words: what a log says of thresholds once they are resolved."""
+"""The exits of a configuration as one line for a log, with a value for every stage or gate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fvcore.common.config import CfgNode
 
 from cascade_det.config.model_arguments import exit_arguments
 
-# Rules of one value per stage or gate: key, what it does, and which value is never reached.
+# Rules with one value per stage or gate: key, effect, and which value means never.
 _BACKGROUND: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     ("prune_thresholds", "background below {}", lambda value: value <= 0),
     (
@@ -22,10 +22,10 @@ _BACKGROUND: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
 
 
 def exit_summary(cfg: CfgNode) -> str:
-    """One line on the exits of a checked configuration.
+    """One line about the exits of a checked configuration.
 
-    It has stages, their IoUs, every rule that is on with a value for each stage (or gate, the one
-    before stage 0 first), and what calibration promised; ``Exits: off`` where there are none.
+    It has the stages and their IoUs, every active rule with a value for each stage (or gate, the
+    one before stage 0 first), and the loss that calibration expects; ``Exits: off`` without exits.
     """
     exits = exit_arguments(cfg)
     if exits is None:

@@ -83,8 +83,8 @@ def merge_config(cfg: CfgNode, config_files: ConfigFiles, opts: Sequence[Any] = 
     """Merge files and options into ``cfg`` in place; see ``load_config``.
 
     Returns:
-        For each key that was set, what it was before (as ``default``) and every value that it
-        was given, in order. The last one holds.
+        For each key that was set, its value before (as ``default``) and every value that it was
+        given, in order. The last one holds.
     """
     merge = _Merge(cfg)
     if isinstance(config_files, (str, Path)):
@@ -196,11 +196,11 @@ class _Merge:
             self._last_set = full_key
 
     def check_length(self) -> None:
-        """Refuse a number of iterations on top of a number of epochs, which would overrule it."""
+        """Refuse SOLVER.MAX_ITER on top of a layer with CASCADE.EPOCHS, which would overrule it."""
         if self._last_set != "SOLVER.MAX_ITER" or "CASCADE.EPOCHS" not in self.history:
             return
         iterations, epochs = (self.history[key][-1] for key in _LENGTHS)
-        # In one layer, the iterations are what the rest of the schedule is a share of.
+        # In one layer, MAX_ITER is what the rest of the schedule is relative to.
         if epochs.value and _layer(iterations) != _layer(epochs):
             raise ConfigError(
                 f"{iterations.source}: SOLVER.MAX_ITER is {iterations.value}, but CASCADE.EPOCHS "
@@ -220,8 +220,8 @@ def _layer(setting: Setting) -> str:
 def _base(path: Path, including: tuple[str, ...]) -> list[Entry]:
     """The values of a base; errors do not quote it.
 
-    Otherwise a configuration from elsewhere could name any file of this machine as its base and
-    have it printed into a log.
+    Otherwise a stranger's configuration could name any file of this machine as its base and have it
+    printed into a log.
     """
     named = f"It is a {BASE_KEY} of {including[-1]}."
     if os.path.exists(path) and not os.path.isfile(path):
@@ -242,7 +242,7 @@ def _base(path: Path, including: tuple[str, ...]) -> list[Entry]:
 
 
 def _converted(raw: object, wanted: type, is_nullable: bool, where: str) -> object:
-    """``raw`` as a value of the ``wanted`` type, or a ``ConfigError`` that starts by ``where``."""
+    """``raw`` as a value of type ``wanted``, or a ``ConfigError`` that begins with ``where``."""
     value = _literal(raw) if isinstance(raw, str) else raw
     if wanted is str and isinstance(raw, str) and not isinstance(value, str):
         value = raw  # a folder may be called 2024
@@ -274,7 +274,7 @@ def _literal(text: str) -> object:
 
 
 def _oddity(value: object) -> str:
-    """What no configuration can hold in ``value`` or the items of a list; "" if all is plain."""
+    """What no configuration can hold, in ``value`` or the items of a list; "" if all is plain."""
     if isinstance(value, (list, tuple)):
         return next(filter(None, map(_oddity, value)), "")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:

@@ -22,7 +22,7 @@ _BACKBONES = {
 def detector_arguments(cfg: CfgNode) -> dict[str, Any]:
     """How images are normalised: ``pixel_mean`` and ``pixel_std``, 3 floats in 0..255 each.
 
-    They are in the channel order of ``INPUT.FORMAT``, as the image tensor is.
+    Their channel order is ``INPUT.FORMAT``, as that of the image tensor.
     """
     return {
         "pixel_mean": _floats(cfg.MODEL.PIXEL_MEAN),
@@ -31,7 +31,7 @@ def detector_arguments(cfg: CfgNode) -> dict[str, Any]:
 
 
 def backbone_arguments(cfg: CfgNode) -> dict[str, Any]:
-    """The feature extractor: its ``name``, what its ``bottom_up`` takes, what its ``fpn`` takes."""
+    """The backbone: its ``name``, and the arguments of its ``bottom_up`` and its ``fpn``."""
     name = _BACKBONES[cfg.MODEL.BACKBONE.NAME]
     resnets = cfg.MODEL.RESNETS
     bottom_up: dict[str, Any] = {"norm": resnets.NORM, "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT}
@@ -52,10 +52,10 @@ def backbone_arguments(cfg: CfgNode) -> dict[str, Any]:
 
 
 def rpn_arguments(cfg: CfgNode) -> dict[str, Any]:
-    """The proposal generator. Anchor sizes (pixels) and ratios (H/W) are given for each level.
+    """The proposal generator, with anchor sizes (pixels) and ratios (H/W) for each level.
 
-    ``pre_nms_topk`` (per level) and ``post_nms_topk`` (per image) are (training, inference);
-    -1 in ``conv_dims`` means as many channels as come in.
+    ``pre_nms_topk`` (per level) and ``post_nms_topk`` (per image) are (training, inference); -1 in
+    ``conv_dims`` is the number of input channels.
     """
     rpn, anchors = cfg.MODEL.RPN, cfg.MODEL.ANCHOR_GENERATOR
     levels = len(rpn.IN_FEATURES)
@@ -83,7 +83,7 @@ def rpn_arguments(cfg: CfgNode) -> dict[str, Any]:
 
 
 def pooler_arguments(cfg: CfgNode) -> dict[str, Any]:
-    """RoI pooling; ``aligned`` is the half-pixel shift that tells ROIAlignV2 from ROIAlign."""
+    """RoI pooling; ``aligned`` is the half-pixel shift of ROIAlignV2."""
     head = cfg.MODEL.ROI_BOX_HEAD
     return {
         "in_features": tuple(cfg.MODEL.ROI_HEADS.IN_FEATURES),
@@ -95,7 +95,7 @@ def pooler_arguments(cfg: CfgNode) -> dict[str, Any]:
 
 
 def box_head_configs(cfg: CfgNode) -> list[CfgNode]:
-    """For each stage the configuration whose ``MODEL.ROI_BOX_HEAD`` describes its box head."""
+    """A configuration for each stage, whose ``MODEL.ROI_BOX_HEAD`` describes its box head."""
     own = cfg.MODEL.CASCADE.BOX_HEAD
     stages = len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)
     configs = [cfg.clone() for _ in range(stages)]
@@ -108,7 +108,7 @@ def box_head_configs(cfg: CfgNode) -> list[CfgNode]:
 
 
 def box_head_arguments(cfg: CfgNode) -> list[dict[str, Any]]:
-    """The layers of each stage's head: ``conv_dims``, then ``fc_dims``, and ``norm``."""
+    """The layers of each stage's box head: ``conv_dims``, then ``fc_dims``, and ``norm``."""
     heads = [stage.MODEL.ROI_BOX_HEAD for stage in box_head_configs(cfg)]
     return [
         {
@@ -121,7 +121,7 @@ def box_head_arguments(cfg: CfgNode) -> list[dict[str, Any]]:
 
 
 def cascade_arguments(cfg: CfgNode) -> dict[str, Any]:
-    """The cascade but for its pooler, heads and exits; tuples have one value per stage."""
+    """The cascade without its pooler, heads and exits; tuples have one value per stage."""
     heads, head = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
     cascade = cfg.MODEL.ROI_BOX_CASCADE_HEAD
     stages = len(cascade.IOUS)
@@ -145,9 +145,9 @@ def cascade_arguments(cfg: CfgNode) -> dict[str, Any]:
 
 
 def exit_arguments(cfg: CfgNode) -> dict[str, Any] | None:
-    """When regions leave, as arguments of ``core.ExitPolicy``; ``learned`` are names of parts.
+    """Arguments of ``core.ExitPolicy``; ``learned`` are names of parts.
 
-    ``None`` where exits are off, which ``CascadeROIHeads`` means by its name.
+    ``None`` where exits are off, as they always are in ``CascadeROIHeads``.
     """
     exits = cfg.MODEL.CASCADE.EXIT
     if not exits.ENABLED or cfg.MODEL.ROI_HEADS.NAME == "CascadeROIHeads":
@@ -171,7 +171,7 @@ def exit_arguments(cfg: CfgNode) -> dict[str, Any] | None:
 
 
 def with_exits(cfg: CfgNode, setting: Mapping[str, Any]) -> CfgNode:
-    """A copy of ``cfg`` with exits on, of which ``setting`` names all that are not off.
+    """A copy of ``cfg`` with exits on, and only the rules that ``setting`` names.
 
     Args:
         cfg: of a cascade.
@@ -186,9 +186,9 @@ def with_exits(cfg: CfgNode, setting: Mapping[str, Any]) -> CfgNode:
 
 
 def exit_values(setting: Mapping[str, Any]) -> dict[str, Any]:
-    """All keys that say who leaves, with what ``setting`` does not name switched off.
+    """All keys of exit rules; rules that ``setting`` does not name are off.
 
-    ``LEARNED`` is not among them: those are parts of the model.
+    ``LEARNED`` is not among them: it names parts of the model.
     """
     values = {**EXIT_DEFAULTS, **_NO_RULES, **setting}
     return {key: value for key, value in values.items() if key != "LEARNED"}
@@ -207,7 +207,7 @@ def fast_arguments(cfg: CfgNode) -> dict[str, Any] | None:
 
 
 def fast_heads_dtype(cfg: CfgNode) -> str | None:
-    """The name of the type that fast box heads compute in, alone; ``None`` where FAST is off."""
+    """The type of the box heads under FAST, by name; ``None`` where FAST is off."""
     fast = cfg.MODEL.CASCADE.FAST
     if not fast.ENABLED:
         return None

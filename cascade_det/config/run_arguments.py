@@ -1,4 +1,4 @@
-"""Keys of data, solver and test into plain keyword arguments. Nothing is checked here."""
+"""Keys of data, solver and evaluation as plain keyword arguments. Nothing is checked here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fvcore.common.config import CfgNode
 
 
 def input_arguments(cfg: CfgNode, train: bool) -> dict[str, Any]:
-    """How images are read and resized; sizes in pixels, and 0 in ``min_sizes`` = no resizing."""
+    """How images are read and resized; sizes in pixels, 0 in ``min_sizes`` resizes nothing."""
     source = cfg.INPUT
     if train:
         return {
@@ -26,7 +26,7 @@ def input_arguments(cfg: CfgNode, train: bool) -> dict[str, Any]:
 
 
 def train_loader_arguments(cfg: CfgNode) -> dict[str, Any]:
-    """Batches of training; ``images_per_batch`` counts all processes, ``seed`` < 0 = random."""
+    """Training batches; ``images_per_batch`` is over all processes, ``seed`` < 0 is random."""
     return {
         "images_per_batch": cfg.SOLVER.IMS_PER_BATCH,
         "num_workers": cfg.DATALOADER.NUM_WORKERS,
@@ -37,7 +37,7 @@ def train_loader_arguments(cfg: CfgNode) -> dict[str, Any]:
 
 
 def test_loader_arguments(cfg: CfgNode) -> dict[str, Any]:
-    """Batches of inference; ``images_per_batch`` is per process."""
+    """Inference batches; ``images_per_batch`` is per process."""
     return {
         "images_per_batch": cfg.CASCADE.TEST_IMS_PER_BATCH,
         "num_workers": cfg.DATALOADER.NUM_WORKERS,
@@ -45,7 +45,7 @@ def test_loader_arguments(cfg: CfgNode) -> dict[str, Any]:
 
 
 def shadow_arguments(cfg: CfgNode) -> dict[str, Any]:
-    """Shadow runs of the full cascade; ``expected_loss`` is None where nothing was promised."""
+    """Shadow runs of the full cascade; ``expected_loss`` is None without calibration."""
     promised = cfg.MODEL.CASCADE.EXIT
     return {
         "share": cfg.CASCADE.SHADOW_SHARE,
@@ -57,7 +57,7 @@ def shadow_arguments(cfg: CfgNode) -> dict[str, Any]:
 
 
 def datasets_arguments(cfg: CfgNode, train: bool) -> dict[str, Any]:
-    """The ``names`` to load; ``own_datasets``: (name, annotation file, image folder) each."""
+    """The ``names`` to load; ``own_datasets`` are (name, annotation file, image folder) each."""
     return {
         "names": tuple(cfg.DATASETS.TRAIN if train else cfg.DATASETS.TEST),
         "own_datasets": tuple(tuple(dataset) for dataset in cfg.CASCADE.DATASETS),
@@ -67,7 +67,7 @@ def datasets_arguments(cfg: CfgNode, train: bool) -> dict[str, Any]:
 
 
 def optimizer_arguments(cfg: CfgNode) -> dict[str, Any]:
-    """The optimizer; ``clip`` is None or the type of clipping, its value and p of the p-norm."""
+    """The optimizer; ``clip`` is None, or the type of clipping, its value and p of the p-norm."""
     solver = cfg.SOLVER
     clip = solver.CLIP_GRADIENTS
     return {
@@ -86,7 +86,7 @@ def optimizer_arguments(cfg: CfgNode) -> dict[str, Any]:
 
 
 def scheduler_arguments(cfg: CfgNode) -> dict[str, Any]:
-    """The course of the learning rate; ``steps`` and ``warmup_iters`` in iterations."""
+    """The schedule of the learning rate; ``steps`` and ``warmup_iters`` in iterations."""
     solver = cfg.SOLVER
     return {
         "name": solver.LR_SCHEDULER_NAME,
@@ -104,9 +104,9 @@ def scheduler_arguments(cfg: CfgNode) -> dict[str, Any]:
 
 
 def trainer_arguments(cfg: CfgNode) -> dict[str, Any]:
-    """The training loop; periods in iterations, ``patience`` in evaluations (0 = never stop).
+    """The training loop; periods in iterations, ``patience`` in evaluations (0 never stops).
 
-    ``max_to_keep`` is None where all checkpoints are kept. ``amp_dtype`` is None (float32),
+    ``max_to_keep`` None keeps all checkpoints. ``amp_dtype`` is None (float32),
     "bfloat16", "float16", or "auto", which the host resolves by its device.
     """
     return {

@@ -1,4 +1,4 @@
-"""A schedule made for one number of processes or images, on another number of them."""
+"""Scaling a schedule to another number of processes or images."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ _OWN_NORMS = "MODEL.CASCADE.BOX_HEAD.NORM"
 
 
 def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
-    """Detectron2's rule of ``SOLVER.REFERENCE_WORLD_SIZE``; 0 there leaves everything as it is.
+    """Apply Detectron2's rule of ``SOLVER.REFERENCE_WORLD_SIZE``; 0 there scales nothing.
 
-    With ``world_size / REFERENCE_WORLD_SIZE`` times as many processes, ``SOLVER.IMS_PER_BATCH``
-    and ``BASE_LR`` are as many times as large, and what is counted in iterations is as many times
-    shorter, though never 0: ``MAX_ITER``, ``WARMUP_ITERS``, ``STEPS``, ``CHECKPOINT_PERIOD`` and
-    ``TEST.EVAL_PERIOD``. A process has as many images in each iteration, and the whole training as
-    many in all. Called again with the result, this changes nothing.
+    With k = ``world_size / REFERENCE_WORLD_SIZE``, ``SOLVER.IMS_PER_BATCH`` and ``BASE_LR`` are
+    multiplied by k; ``MAX_ITER``, ``WARMUP_ITERS``, ``STEPS``, ``CHECKPOINT_PERIOD`` and
+    ``TEST.EVAL_PERIOD`` are divided by k, but never to 0. The images per process and iteration, and
+    those of the whole training, stay the same. Scaling the result again changes nothing.
 
     Args:
         cfg: a checked configuration; it is not changed.
@@ -31,8 +30,8 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
         A configuration for ``world_size`` processes, frozen if ``cfg`` is; check it again.
 
     Raises:
-        ConfigError: the images of an iteration cannot be shared evenly among the processes (and
-            the parts of ``CASCADE.ACCUMULATION_STEPS``).
+        ConfigError: the processes (times ``CASCADE.ACCUMULATION_STEPS``) do not divide the images
+            of an iteration.
     """
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
     if reference not in (0, world_size):
@@ -43,16 +42,15 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
 
 
 def scale_to_epochs(cfg: CfgNode, images: int) -> CfgNode:
-    """The rule of ``CASCADE.EPOCHS``; 0 there leaves everything as it is.
+    """Apply ``CASCADE.EPOCHS``; 0 there scales nothing.
 
-    ``SOLVER.MAX_ITER`` becomes the iterations that this many passes take, rounded up, and what is
-    counted in iterations changes in proportion, though never to 0: ``WARMUP_ITERS``, ``STEPS``,
-    ``CHECKPOINT_PERIOD`` and ``TEST.EVAL_PERIOD``. Called again with the result, this changes
-    nothing.
+    ``SOLVER.MAX_ITER`` becomes the iterations of that many epochs, rounded up; ``WARMUP_ITERS``,
+    ``STEPS``, ``CHECKPOINT_PERIOD`` and ``TEST.EVAL_PERIOD`` change in proportion, but never to 0.
+    Scaling the result again changes nothing.
 
     Args:
         cfg: a checked configuration, scaled to its number of processes; it is not changed.
-        images: that are trained on, >= 1.
+        images: in the training set, >= 1.
 
     Returns:
         A configuration with this schedule, frozen if ``cfg`` is.
@@ -66,8 +64,8 @@ def scale_to_epochs(cfg: CfgNode, images: int) -> CfgNode:
     cfg.defrost()
     # Rounded up, ten periods never make an eleventh evaluation just before the end.
     _shorten(cfg, cfg.SOLVER.MAX_ITER / iterations, _up)
-    cfg.SOLVER.MAX_ITER = iterations  # whatever floats made of it
-    # Where two steps came to be one, the rate falls once: a list of steps has to increase.
+    cfg.SOLVER.MAX_ITER = iterations  # without the rounding of floats
+    # Steps that coincide become one: a list of steps has to increase.
     cfg.SOLVER.STEPS = tuple(sorted(set(cfg.SOLVER.STEPS)))
     if frozen:
         cfg.freeze()
@@ -75,11 +73,10 @@ def scale_to_epochs(cfg: CfgNode, images: int) -> CfgNode:
 
 
 def check_processes(cfg: CfgNode, world_size: int, *, train: bool) -> None:
-    """Check that this many processes can train, or evaluate, what is configured.
+    """Check that this many processes can train, or evaluate, a configuration.
 
     Raises:
-        ConfigError: one GPU is named for all processes, or batch normalisation would have to be
-            synchronised between processes on CPUs.
+        ConfigError: ``MODEL.DEVICE`` is one GPU for all processes, or SyncBN would train on CPUs.
     """
     if world_size == 1:
         return
@@ -113,15 +110,15 @@ def _scaled(cfg: CfgNode, world_size: int) -> CfgNode:
 
 
 def _up(value: float) -> int:
-    """The next whole number; not of 3.0000001, as floats make it of 0.1 * 30."""
+    """Round up, but not 3.0000001, which floats make of 0.1 * 30."""
     return math.ceil(round(value, 6))
 
 
 def _shorten(cfg: CfgNode, scale: float, whole: Callable[[float], int]) -> None:
-    """Divide what is counted in iterations, and make whole numbers of it."""
+    """Divide all lengths and periods in iterations, and round them by ``whole``."""
 
     def shorter(iterations: int) -> int:
-        # 0 stands for "never" or "none" and stays; what is there does not become that.
+        # 0 means "never" or "none": it stays, and nothing else becomes 0.
         return max(whole(iterations / scale), 1) if iterations else 0
 
     solver = cfg.SOLVER

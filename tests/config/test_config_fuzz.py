@@ -1,4 +1,4 @@
-"""Whatever a file or an option holds: a configuration that can be used, or a ``ConfigError``."""
+"""Any file and any option is a configuration that can be used, or a ``ConfigError``."""
 
 from __future__ import annotations
 
@@ -114,40 +114,29 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def bytes_of_a_file(folder: Path, content: bytes) -> None:
+OPTIONS = SETTINGS | st.dictionaries(st.sampled_from(list(DEFAULTS)), YAML_LIKE, max_size=3)
+
+
+@settings(max_examples=120, deadline=None)
+@given(content=st.binary(max_size=60) | damaged() | YAML_LIKE.map(str.encode))
+@example(content=b'SEED: "\\UFFFFFFFF"')
+@example(content=b"SEED: 0b_")
+def test_any_bytes_are_a_configuration_or_an_error(folder, content):
     file = folder / "config.yaml"
     file.write_bytes(content)
     use(file, [], folder)
 
 
-def settings_in_a_file(folder: Path, flat: dict[str, Any]) -> None:
-    text = yaml.dump({"_BASE_": str(BASE), **nested(flat)}, default_flow_style=None)
-    bytes_of_a_file(folder, text.encode("utf-8", "surrogatepass"))
-
-
-def options(folder: Path, flat: dict[str, Any]) -> None:
-    use(BASE, [item for pair in flat.items() for item in pair], folder)
-
-
-BYTES = st.binary(max_size=60) | damaged() | YAML_LIKE.map(str.encode)
-OPTIONS = SETTINGS | st.dictionaries(st.sampled_from(list(DEFAULTS)), YAML_LIKE, max_size=3)
-
-
-@settings(max_examples=120, deadline=None)
-@given(content=BYTES)
-@example(content=b'SEED: "\\UFFFFFFFF"')
-@example(content=b"SEED: 0b_")
-def test_any_bytes_are_a_configuration_or_an_error(folder, content):
-    bytes_of_a_file(folder, content)
-
-
 @settings(max_examples=80, deadline=None)
 @given(flat=SETTINGS)
 def test_any_values_in_a_file_are_a_configuration_or_an_error(folder, flat):
-    settings_in_a_file(folder, flat)
+    text = yaml.dump({"_BASE_": str(BASE), **nested(flat)}, default_flow_style=None)
+    file = folder / "config.yaml"
+    file.write_bytes(text.encode("utf-8", "surrogatepass"))
+    use(file, [], folder)
 
 
 @settings(max_examples=80, deadline=None)
 @given(flat=OPTIONS)
 def test_any_options_are_a_configuration_or_an_error(folder, flat):
-    options(folder, flat)
+    use(BASE, [item for pair in flat.items() for item in pair], folder)

@@ -1,4 +1,4 @@
-"""``MODEL.CASCADE.EXIT``: every key reaches the policy, and what is wrong is told."""
+"""``MODEL.CASCADE.EXIT``: every key reaches the policy, and wrong values are refused."""
 
 import pytest
 from fvcore.common.config import CfgNode
@@ -16,7 +16,7 @@ from cascade_det.errors import ConfigError
 NODE = "MODEL.CASCADE.EXIT"
 HEADS = ("MODEL.ROI_HEADS.NAME", "EarlyExitCascadeROIHeads")
 PLAIN = ("MODEL.ROI_HEADS.NAME", "CascadeROIHeads")
-# Nobody leaves.
+# No rule is on.
 OFF = {"ENABLED": True, "PRUNE_THRESHOLDS": (0.0,), "REDUNDANCY_IOU": 1.5}
 ALL_PARTS = ("iou_head", "gate", "pruner")
 

@@ -1,4 +1,4 @@
-"""``MODEL.CASCADE.TRAINING``: what contradicts itself or the rest, and what becomes of the keys."""
+"""``MODEL.CASCADE.TRAINING``: contradictions, and the training schedule of the keys."""
 
 import pytest
 
@@ -32,12 +32,12 @@ def cfg_of(*options):
         (f"{NODE}.STAGE_WEIGHTING", "learned"),
         DYNAMIC,
         (*DYNAMIC, *GIOU, f"{NODE}.DYNAMIC.K_BETA", 0),
-        # Off, it may say what it likes.
+        # Off, its other keys may have any value.
         (*GIOU, f"{NODE}.DYNAMIC.IOU_FLOOR", 0.9),
         (*LEARNED, *FREEZE),
     ],
 )
-def test_what_fits_builds_a_regime(options):
+def test_options_that_fit_build_a_schedule(options):
     cfg = cfg_of(*options)
     config.check_heads(cfg)
     build_training_schedule(**config.training_arguments(cfg))
@@ -98,7 +98,7 @@ def test_losses_on_validation_data_that_a_run_may_be_judged_by(options, metric, 
             config.check_run(cfg)
 
 
-def test_values_reach_the_regime():
+def test_values_reach_the_schedule():
     cfg = cfg_of(
         *(f"{NODE}.GATING", "soft", f"{NODE}.GATE_THRESHOLD", 0.8, f"{NODE}.GATE_SCALE", 12.0),
         *(*SCHEDULED, (0.5,), f"{NODE}.PREFIX_LOSS_WEIGHT", 0.25),
@@ -106,14 +106,14 @@ def test_values_reach_the_regime():
         *(f"{NODE}.DYNAMIC.PERIOD", 9, f"{NODE}.DYNAMIC.IOU_FLOOR", 0.45),
         *(f"{NODE}.DYNAMIC.BETA_START", 2.0),
     )
-    regime = build_training_schedule(**config.training_arguments(cfg))
-    gates, dynamic = regime.gates, regime.dynamic
+    schedule = build_training_schedule(**config.training_arguments(cfg))
+    gates, dynamic = schedule.gates, schedule.dynamic
     assert (gates.kind, gates.threshold, gates.scale) == ("soft", 0.8, 12.0)
-    assert regime.stage_loss_weights_end == (0.5, 0.5, 0.5)
-    assert regime.prefix_loss_weight == 0.25
+    assert schedule.stage_loss_weights_end == (0.5, 0.5, 0.5)
+    assert schedule.prefix_loss_weight == 0.25
     assert (dynamic.k_iou, dynamic.k_beta, dynamic.period) == (7, 3, 9)
     assert (dynamic.iou_floor, dynamic.beta_start) == (0.45, 2.0)
-    assert not regime.exits_alone
+    assert not schedule.exits_alone
     plain = build_training_schedule(**config.training_arguments(cfg_of(*LEARNED, *FREEZE)))
     assert (plain.gates, plain.dynamic, plain.exits_alone) == (None, None, True)
     assert not plain.state_dict()

@@ -53,7 +53,10 @@ def _check_solver(cfg: CfgNode) -> Iterator[str]:
         )
     if cfg.CASCADE.OPTIMIZER == "SGD" and solver.NESTEROV and solver.MOMENTUM == 0:
         yield "SOLVER.NESTEROV is True, but SOLVER.MOMENTUM is 0. Give it a momentum, such as 0.9."
-    parts, images = cfg.CASCADE.ACCUMULATION_STEPS, solver.IMS_PER_BATCH
+
+
+def _check_accumulation(cfg: CfgNode) -> Iterator[str]:
+    parts, images = cfg.CASCADE.ACCUMULATION_STEPS, cfg.SOLVER.IMS_PER_BATCH
     if images % parts:
         yield (
             f"CASCADE.ACCUMULATION_STEPS is {parts}, which does not divide SOLVER.IMS_PER_BATCH, "
@@ -111,4 +114,10 @@ def _loss_names(cfg: CfgNode) -> list[str]:
     return ["total_loss", *([] if cascade.TRAINING.FREEZE_DETECTOR else of_detector), *exits]
 
 
-RUN_CHECKS: tuple[Check, ...] = (_check_sizes, _check_datasets, _check_solver, _check_evaluation)
+RUN_CHECKS: tuple[Check, ...] = (
+    _check_sizes,
+    _check_datasets,
+    _check_solver,
+    _check_accumulation,
+    _check_evaluation,
+)

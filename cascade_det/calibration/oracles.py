@@ -40,10 +40,10 @@ class ExitAfter:
         """Whether any region exits after ``stage`` (-1: before the first)."""
         return bool((self.stages <= stage).any())
 
-    def leaves(self, view: RegionView) -> Tensor:
+    def exit_mask(self, view: RegionView) -> Tensor:
         """Bool ``[R]``."""
-        assert view.rows is not None
-        return self.stages[view.rows] <= view.stage
+        assert view.proposal_index is not None
+        return self.stages[view.proposal_index] <= view.stage
 
 
 def random_exits(
@@ -127,8 +127,8 @@ def _dropping(record: CascadeRecord, kept_rows: Tensor, before_stages: bool) -> 
 
 def _carried(record: CascadeRecord) -> tuple[Tensor, Tensor, Tensor]:
     """Row, class and image of all D final detections of the full cascade, ``[D]`` each."""
-    scored = record.replay(None).scored
-    by_row = [dataclasses.replace(s, exit_stages=s.rows) for s in scored]
+    reported = record.replay(None).reported
+    by_row = [dataclasses.replace(r, exit_stages=r.proposal_index) for r in reported]
     found = record.select(by_row)
     rows = torch.cat([detections.exit_stages for detections in found])
     classes = torch.cat([detections.classes for detections in found])
@@ -139,9 +139,8 @@ def _reported(record: CascadeRecord, rows: Tensor, classes: Tensor) -> tuple[Ten
     """The top class ``[S, D]`` and box ``[S, D, 4]`` of D detections after each stage."""
     top, boxes = [], []
     for stage in range(record.num_stages):
-        run = record.run_stage(record.start(), stage)
-        top.append(record.reported(run, stage)[rows, :-1].argmax(dim=1))
-        per_class = run.decoded.unflatten(1, (-1, 4))
+        top.append(record.final_probs(stage)[rows, :-1].argmax(dim=1))
+        per_class = record.stages[stage].decoded.unflatten(1, (-1, 4))
         boxes.append(per_class[rows, classes if per_class.shape[1] > 1 else 0])
     return torch.stack(top), torch.stack(boxes)
 

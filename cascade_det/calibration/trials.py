@@ -55,7 +55,7 @@ class Recording:
         for record in self.records:
             here = [i for i in range(record.num_images) if first + i in wanted]
             if here:
-                records.append(record.of_images(here))
+                records.append(record.select_images(here))
             kept += [first + i for i in here]
             first += record.num_images
         return Recording(
@@ -168,7 +168,7 @@ class ExitTrials:
             for record, own in zip(records, policy, strict=True):
                 replay = record.replay(own, num_stages)
                 entered.append(replay.entered.numpy())
-                detections += record.select(replay.scored)
+                detections += record.select(replay.reported)
         frames = self.recording.frames
         rescaled = [rescale_detections(d, *f) for d, f in zip(detections, frames, strict=True)]
         return np.concatenate(entered, axis=1), rescaled

@@ -1,4 +1,4 @@
-"""The head of one stage: region features in, class logits and box deltas out."""
+"""Box head and predictor of one stage: crops to class logits and box deltas."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from cascade_det.layers import ConvNorm
 
 
 class ConvFCBoxHead(nn.Sequential):
-    """Some 3x3 convolutions, then some linear layers, each with a ReLU.
+    """3x3 convolutions, then linear layers, each with a ReLU.
 
-    Detectron2's ``FastRCNNConvFCHead`` in layers, names and initialisation.
+    Layers, names and initialisation of Detectron2's ``FastRCNNConvFCHead``.
 
     Args:
-        in_channels: C of the pooled regions.
-        pooled_size: P, their side in bins.
-        conv_dims: output channels of each convolution, may be empty.
-        fc_dims: output width of each linear layer, may be empty.
+        in_channels: C of the crops.
+        pooled_size: P, bins per side of the crops.
+        conv_dims: output channels of each convolution; may be empty.
+        fc_dims: output width of each linear layer; may be empty.
         norm: norm of the convolutions, see ``cascade_det.layers.make_norm``.
 
     Raises:
-        ValueError: if there is no layer at all.
+        ValueError: without any layer.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class BoxPredictor(nn.Module):
     Args:
         in_features: width of the box head's output.
         num_classes: K.
-        cls_agnostic_bbox_reg: one box for all classes, or one for each.
+        cls_agnostic_bbox_reg: whether to predict one box for all classes, or one per class.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The cascade: a sequence of box heads, each trained on and run from the boxes of the last.
+"""The cascade: a sequence of box heads, each on the boxes that the one before refined.
 
 Cascade R-CNN, arXiv 1712.00726. Shapes: N images, R regions of the whole batch (flat, with an
 image index), S stages, K foreground classes, background is class K. Boxes are float32 XYXY in
@@ -18,50 +18,52 @@ from cascade_det.core.ensemble import ScoreEnsemble
 from cascade_det.core.exit_losses import exit_losses
 from cascade_det.core.exits import ExitPolicy
 from cascade_det.core.fast_heads import common_dtype, fast_box_heads
-from cascade_det.core.matching import LabelledRegions, Targets
+from cascade_det.core.matching import GroundTruth, LabelledRegions
 from cascade_det.core.modes import in_evaluation_mode
 from cascade_det.core.postprocess import select_reported
 from cascade_det.core.record import CascadeRecord
 from cascade_det.core.regions import Regions, ReportedRegions
 from cascade_det.core.roi_pooling import Pyramid, RoIPooler
-from cascade_det.core.stage_network import StageNetwork
+from cascade_det.core.stage_network import LastBoxesNetwork, StageNetwork
 from cascade_det.core.stage_runner import StageRunner, part
 from cascade_det.core.structures import (
     CascadeInputs,
     CascadeStats,
     Detections,
+    ImageSizes,
     PartTimer,
     StageOutput,
 )
 from cascade_det.core.structures.boxes import Weights, flatten_images
 from cascade_det.core.training_schedule import TrainingSchedule
 
-ImageSizes = Sequence[tuple[int, int]]
-
 
 class CascadeHead(nn.Module):
-    """Three (or any number of) box heads in a row, with exits.
+    """A cascade of S box heads with early exits.
 
     Args:
-        pooler: crops regions from the feature pyramid, shared by the stages.
+        pooler: crops regions from the feature pyramid; shared by all stages.
         box_heads: S modules, ``[R, C, P, P]`` to ``[R, F]``.
         box_predictors: S modules, ``[R, F]`` to logits ``[R, K + 1]`` and deltas.
         num_classes: K.
-        ious: S matching thresholds, not falling.
+        ious: S IoU thresholds of foreground, not decreasing.
         bbox_reg_weights: S multipliers of (dx, dy, dw, dh).
         box_reg_loss_type: one of ``cascade_det.core.losses.BOX_LOSSES``.
-        smooth_l1_beta: of the smooth L1 loss; 0 is L1.
+        smooth_l1_beta: where smooth L1 turns from quadratic to linear; 0 is L1.
         box_reg_loss_weight: factor of the box loss.
-        stage_loss_weights: S factors of the losses of a stage.
-        batch_size_per_image: regions sampled for training from each image.
+        stage_loss_weights: S factors of the stage losses; ``None`` for 1.
+        batch_size_per_image: regions sampled from each image in training.
         positive_fraction: the largest share of foreground among them.
-        proposal_append_gt: whether ground truth joins the proposals in training.
+        proposal_append_gt: whether to add the ground truth to the proposals in training.
         ensemble: one of ``cascade_det.core.ensemble.ENSEMBLES``.
-        score_thresh: of the detections.
-        nms_thresh: of the per-class NMS.
-        detections_per_image: the most to return.
-        exits: when regions leave early; ``None`` runs every stage on every region.
-        regime: what training does beyond the sum of the stages' losses; ``None`` for nothing.
+        score_thresh: smallest score of a detection.
+        nms_thresh: IoU of the per-class NMS.
+        detections_per_image: limit per image; negative for none.
+        exits: the exit policy; ``None`` runs every stage on every region.
+        regime: the training schedule; ``None`` for the plain sum of the stage losses.
+
+    Attributes:
+        metrics: scalars of the last call of ``losses``, see ``CascadeTargets.metrics``.
 
     Raises:
         ValueError: if the per-stage arguments differ in length.
@@ -112,7 +114,7 @@ class CascadeHead(nn.Module):
         self.box_predictor = nn.ModuleList(box_predictors)
         self.num_classes = num_classes
         self.bbox_reg_weights = tuple(bbox_reg_weights)
-        self.training_rules = CascadeTargets(
+        self.targets = CascadeTargets(
             num_classes=num_classes,
             ious=tuple(ious),
             bbox_reg_weights=self.bbox_reg_weights,
@@ -133,7 +135,7 @@ class CascadeHead(nn.Module):
         self.metrics: dict[str, Tensor] = {}
 
     def optimize(self, dtype: torch.dtype = torch.float32) -> None:
-        """Make the box heads fast for good, see ``fast_box_heads``; scores stay float32."""
+        """Replace the box heads by fast ones for inference, see ``fast_box_heads``."""
         size = self.pooler.output_size
         self.box_head = fast_box_heads(self.box_head, pooled_size=size, dtype=dtype)
 
@@ -155,31 +157,31 @@ class CascadeHead(nn.Module):
             image_sizes: N ``(height, width)``.
 
         Returns:
-            those of ``cascade_losses``, scalars.
+            The scalars of ``cascade_losses``.
         """
-        boxes, image_index = flatten_images(gt_boxes)
-        targets = Targets(boxes, torch.cat(list(gt_classes)), image_index)
-        rules = self.regime.rules(self.training_rules)
-        candidates = rules.candidates(proposals, gt_boxes, targets)
-        has_objects = targets.are_in(len(image_sizes))
+        boxes, image_index = flatten_images(gt_boxes)  # [G, 4], [G]
+        ground_truth = GroundTruth(boxes, torch.cat(list(gt_classes)), image_index)
+        targets = self.regime.current_targets(self.targets)
+        candidates = targets.candidates(proposals, gt_boxes, ground_truth)
+        has_objects = ground_truth.images_with_objects(len(image_sizes))
         self.regime.observe_proposals(candidates.ious, candidates.image_index, has_objects)
-        regions = rules.sample(candidates, len(image_sizes))
-        return self.losses_of_regions(features, regions, targets, image_sizes)
+        regions = targets.sample(candidates, len(image_sizes))
+        return self.losses_of_regions(features, regions, ground_truth, image_sizes)
 
     def losses_of_regions(
         self,
         features: list[Tensor],
         regions: LabelledRegions,
-        targets: Targets,
+        ground_truth: GroundTruth,
         image_sizes: ImageSizes,
     ) -> dict[str, Tensor]:
-        """Losses of all stages from regions that are already sampled and labelled for stage 0."""
+        """``losses`` from regions that are already sampled and labelled for stage 0."""
         pyramid = self.pooler.prepare(features)
 
         def run_stage(stage: int, regions: LabelledRegions) -> tuple[Tensor, Tensor]:
             pooled = self.pooler(pyramid, regions.boxes, regions.image_index)
             if pooled.requires_grad:
-                # The sum of S losses would train the backbone S times as fast as one head does.
+                # Else the backbone would get the summed gradients of S heads.
                 pooled.register_hook(lambda grad: grad * (1.0 / self.num_stages))
             logits, deltas = self.box_predictor[stage](self.box_head[stage](pooled))
             return logits, deltas
@@ -187,10 +189,10 @@ class CascadeHead(nn.Module):
         losses, self.metrics = cascade_losses(
             run_stage,
             regions,
-            targets,
+            ground_truth,
             image_sizes,
-            rules=self.training_rules,
-            regime=self.regime,
+            targets=self.targets,
+            schedule=self.regime,
             ensemble=self.ensemble,
         )
         return losses
@@ -198,17 +200,17 @@ class CascadeHead(nn.Module):
     def exit_losses(
         self, inputs: CascadeInputs, gt_boxes: Sequence[Tensor], gt_classes: Sequence[Tensor]
     ) -> dict[str, Tensor]:
-        """Losses of the learned parts of exits, of which there may be none.
+        """Losses of the learned parts of the exits; empty without such parts.
 
-        The cascade runs on the inputs as in inference, and learns nothing from it.
+        The cascade runs in inference mode and gets no gradients.
 
         Args:
-            inputs: proposals that were not sampled, with their objectness.
+            inputs: all proposals, not sampled, with their objectness.
             gt_boxes: as in ``losses``.
-            gt_classes: likewise.
+            gt_classes: as in ``losses``.
 
         Returns:
-            ``loss_exit_*``, see ``exits.learned_training.exit_losses``.
+            ``loss_exit_*``, see ``cascade_det.core.exit_losses``.
         """
         learned = None if self.exits is None else self.exits.learned
         if learned is None:
@@ -227,11 +229,11 @@ class CascadeHead(nn.Module):
         timer: PartTimer | None = None,
         started: float | None = None,
     ) -> tuple[list[Detections], CascadeStats]:
-        """Run the cascade; regions that left are neither pooled nor computed again.
+        """Run the cascade; regions that exited are not pooled or computed again.
 
-        Nothing of a call is kept in the module, so threads may detect at once. Under
-        ``torch.jit.trace`` every region sees every stage. Where gradients are on, scores and final
-        boxes have them; what a stage crops and who leaves does not.
+        The call leaves no state in the module, so threads may share it. Under ``torch.jit.trace``
+        every region runs through every stage. With gradients enabled, scores and final boxes have
+        gradients; crops and exit decisions do not.
 
         Args:
             features: L maps ``[N, C, H_l, W_l]``, finest first.
@@ -239,27 +241,26 @@ class CascadeHead(nn.Module):
             image_sizes: N ``(height, width)``.
             objectness: per image float32 ``[R_i]``, logits of the proposals.
             timer: takes the milliseconds of ``stage<s>`` and ``postprocess`` if given.
-            started: reading of the time budget's clock when work on the images began; ``None``
-                for now.
+            started: when work on the images began, in the seconds of ``now()``; ``None`` for now.
 
         Returns:
-            N ``Detections`` in pixels of the resized images, and what was done.
+            N ``Detections`` in pixels of the resized images, and the statistics of the call.
 
         Raises:
-            ValueError: exits look at the objectness, and none is given.
+            ValueError: the exits need the objectness, and none is given.
         """
         exits = self.exits
         budget = None if exits is None or torch.jit.is_tracing() else exits.time_budget
-        if exits is not None and exits.asks_for_objectness and objectness is None:
-            raise ValueError("these exits look at the objectness of the proposals: give it too")
+        if exits is not None and exits.needs_objectness and objectness is None:
+            raise ValueError("the exits need the objectness of the proposals: pass objectness=")
         deadline = None if budget is None else budget.start(len(image_sizes), started)
         with part(timer, "stage0"):
-            network, regions = self._start(
+            network, regions = self._prepare(
                 features,
                 proposals,
                 objectness,
                 image_sizes,
-                agreements=exits is not None and exits.asks_for_agreements,
+                agreements=exits is not None and exits.needs_agreements,
             )
         runner = StageRunner(
             network,
@@ -269,12 +270,12 @@ class CascadeHead(nn.Module):
             deadline=deadline,
             timer=timer,
         )
-        scored = runner.run(regions)
+        reported = runner.run(regions)
         device = regions.boxes.device
         if deadline is not None:
-            deadline.stages_are_done(device)
+            deadline.mark_stages_done(device)
         with part(timer, "postprocess"):
-            detections = self._select(scored, regions, len(image_sizes))
+            detections = self._select(reported, regions, len(image_sizes))
         if deadline is not None:
             runner.stats.overrun_ms = deadline.finish(device)
         if timer is not None:
@@ -282,7 +283,7 @@ class CascadeHead(nn.Module):
         return detections, runner.stats
 
     def now(self) -> float | None:
-        """Reading of the time budget's clock, for ``started``; ``None`` where there is none."""
+        """Seconds on the clock of the time budget; ``None`` without a budget."""
         budget = None if self.exits is None else self.exits.time_budget
         return None if budget is None else budget.clock()
 
@@ -296,27 +297,27 @@ class CascadeHead(nn.Module):
         *,
         timer: PartTimer | None = None,
     ) -> list[StageOutput]:
-        """The full cascade without exits, and what it would return if it stopped at each stage.
+        """Run every stage without exits, and select the detections of each.
 
-        Arguments as in ``detect``; the timer's parts are ``full/stage<s>``.
+        Arguments as in ``detect``; the parts of the timer are ``full/stage<s>``.
         """
         with part(timer, "full/stage0"):
-            network, regions = self._start(features, proposals, None, image_sizes)
+            network, regions = self._prepare(features, proposals, None, image_sizes)
         counts = [len(p) for p in proposals]
         outputs = []
         for stage in range(self.num_stages):
             before = regions.boxes
             with part(timer, f"full/stage{stage}"):
-                run = network.run_stage(regions, stage)
-            regions = run.regions
-            probs = network.reported(run, stage)
+                result = network.run_stage(regions, stage)
+            regions = result.regions
+            probs = network.final_probs(result, stage)  # [R, K + 1]
             if self.exits is not None:
-                # Else these scores could not be held against those of ``detect``.
+                # To be comparable with the scores of ``detect``.
                 probs = self.exits.calibrated(probs, stage)
-            scored = [run.scored(probs, stage)]
+            reported = [result.reported(probs, stage)]
             outputs.append(
                 StageOutput(
-                    self._select(scored, regions, len(image_sizes)),
+                    self._select(reported, regions, len(image_sizes)),
                     list(before.split(counts)),
                     list(regions.boxes.split(counts)),
                 )
@@ -334,12 +335,13 @@ class CascadeHead(nn.Module):
         objectness: Sequence[Tensor] | None = None,
         hidden: bool = False,
     ) -> CascadeRecord:
-        """What every region sees at every stage of the full cascade.
+        """Record every region at every stage of the full cascade.
 
-        Arguments as in ``detect``; ``hidden`` keeps the outputs of the box heads too.
+        Arguments as in ``detect``; ``hidden`` also keeps the outputs of the box heads.
         """
-        start = features, proposals, objectness, image_sizes
-        network, regions = self._start(*start, agreements=True)
+        network, regions = self._prepare(
+            features, proposals, objectness, image_sizes, agreements=True
+        )
         learned = None if self.exits is None else self.exits.learned
         crops = network.crops(regions) if learned is not None and learned.crop_channels else None
         return CascadeRecord(
@@ -355,7 +357,7 @@ class CascadeHead(nn.Module):
             detections_per_image=self.detections_per_image,
         )
 
-    def _start(
+    def _prepare(
         self,
         features: list[Tensor],
         proposals: Sequence[Tensor],
@@ -364,16 +366,19 @@ class CascadeHead(nn.Module):
         *,
         agreements: bool = False,
     ) -> tuple[StageNetwork, Regions]:
-        regions = Regions.of_proposals(proposals, objectness, image_sizes)
+        """The network on the batch, and the proposals as regions."""
+        regions = Regions.from_proposals(proposals, objectness, image_sizes)
         pyramid = self.pooler.prepare(features, dtype=common_dtype(self.box_head))
         return self.network(pyramid, len(image_sizes), agreements=agreements), regions
 
     def network(
         self, pyramid: Pyramid, num_images: int, *, agreements: bool = False
     ) -> StageNetwork:
-        """The stages on maps that the pooler made ready; see ``StageNetwork``."""
-        return StageNetwork(
-            *(pyramid, num_images),
+        """The stages on features that the pooler prepared; see ``StageNetwork``."""
+        network = LastBoxesNetwork if self.ensemble.name == "last_boxes" else StageNetwork
+        return network(
+            pyramid,
+            num_images,
             pooler=self.pooler,
             crop_pooler=self.crop_pooler,
             box_heads=self.box_head,
@@ -385,14 +390,14 @@ class CascadeHead(nn.Module):
         )
 
     def _select(
-        self, scored: list[ReportedRegions], rest: Regions, num_images: int
+        self, reported: list[ReportedRegions], regions: Regions, num_images: int
     ) -> list[Detections]:
-        if not scored:
-            none = rest.image_index[:0]
-            probs = rest.boxes.new_zeros(0, self.num_classes + 1)
-            scored = [ReportedRegions(rest.boxes[:0], probs, none, none, none)]
+        if not reported:  # no proposal entered stage 0
+            none = regions.image_index[:0]
+            probs = regions.boxes.new_zeros(0, self.num_classes + 1)
+            reported = [ReportedRegions(regions.boxes[:0], probs, none, none, none)]
         return select_reported(
-            scored,
+            reported,
             num_images,
             score_thresh=self.score_thresh,
             nms_thresh=self.nms_thresh,

@@ -1,17 +1,17 @@
-"""One training pass of a cascade: stage after stage, then the losses of all of them."""
+"""One training pass of a cascade: run the stages, then sum up their losses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from cascade_det.core.cascade_targets import CascadeTargets
 from cascade_det.core.ensemble import ScoreEnsemble
-from cascade_det.core.matching import LabelledRegions, Targets
+from cascade_det.core.matching import GroundTruth, LabelledRegions
 from cascade_det.core.prefix_loss import prefix_loss
-from cascade_det.core.structures.boxes import image_bounds, is_nonempty
+from cascade_det.core.structures.boxes import ImageSizes, image_bounds, is_nonempty
 from cascade_det.core.training_schedule import TrainingSchedule
 from cascade_det.core.training_stage import TrainingStage
 
@@ -21,46 +21,47 @@ Metrics = dict[str, Tensor]
 def cascade_losses(
     run_stage: Callable[[int, LabelledRegions], tuple[Tensor, Tensor]],
     regions: LabelledRegions,
-    targets: Targets,
-    image_sizes: Sequence[tuple[int, int]],
+    ground_truth: GroundTruth,
+    image_sizes: ImageSizes,
     *,
-    rules: CascadeTargets,
-    regime: TrainingSchedule,
+    targets: CascadeTargets,
+    schedule: TrainingSchedule,
     ensemble: ScoreEnsemble,
 ) -> tuple[Metrics, Metrics]:
     """Losses and metrics of all stages.
 
     Args:
-        run_stage: gives logits ``[R, K + 1]`` and deltas of a stage for regions.
+        run_stage: stage and regions to logits ``[R, K + 1]`` and deltas.
         regions: sampled, and labelled for stage 0.
-        targets: ground truth of the batch.
+        ground_truth: objects of the batch.
         image_sizes: N ``(height, width)``.
-        rules: as configured.
-        regime: what is made of them.
-        ensemble: how the stages' opinions become one score.
+        targets: as configured.
+        schedule: changes them over the training.
+        ensemble: combines the class scores of the stages.
 
     Returns:
-        ``loss_cls_stage<s>`` and ``loss_box_reg_stage<s>`` for every stage, and what the regime
-        adds: ``loss_stage_weights``, ``loss_prefix``; all scalars. And what to watch.
+        ``loss_cls_stage<s>`` and ``loss_box_reg_stage<s>`` of every stage, and the losses of the
+        schedule, ``loss_stage_weights`` and ``loss_prefix``; all scalars. Then metrics to log.
     """
-    of_stage = [regime.rules(rules, stage) for stage in range(len(rules.ious))]
-    rows = torch.arange(len(regions), device=regions.boxes.device)
-    limits = image_bounds(image_sizes, torch.arange(len(image_sizes), device=rows.device))
-    passes: list[TrainingStage] = []
+    current = [schedule.current_targets(targets, stage) for stage in range(len(targets.ious))]
+    device = regions.boxes.device
+    proposal_index = torch.arange(len(regions), device=device)
+    bounds = image_bounds(image_sizes, torch.arange(len(image_sizes), device=device))  # [N, 4]
+    stages: list[TrainingStage] = []
     metrics: Metrics = {}
-    for stage, now in enumerate(of_stage):
+    for stage, own in enumerate(current):
         logits, deltas = run_stage(stage, regions)
-        passes.append(TrainingStage(regions, rows, logits, deltas))
-        own_limits = limits[regions.image_index]
-        refined = now.refine(stage, logits, deltas, regions, targets, own_limits)
-        metrics |= now.metrics(stage, logits, regions, refined, len(image_sizes))
-        # Rows, not a mask: a GPU would be waited for wherever a mask picks rows.
+        stages.append(TrainingStage(regions, proposal_index, logits, deltas))
+        own_bounds = bounds[regions.image_index]  # [R, 4]
+        refined = own.refine(stage, logits, deltas, regions, ground_truth, own_bounds)
+        metrics |= own.metrics(stage, logits, regions, refined, len(image_sizes))
+        # One index for all fields: every mask would make the CPU wait for the GPU.
         kept = torch.nonzero(is_nonempty(refined.boxes)).squeeze(1)
-        regions, rows = refined[kept], rows[kept]
-    losses, more = regime.stage_losses(passes, of_stage)
-    metrics |= more
-    if regime.prefix_loss_weight > 0 and regime.training:
-        losses["loss_prefix"] = regime.prefix_loss_weight * prefix_loss(passes, ensemble)
-    if regime.dynamic is not None and regime.training:
-        metrics |= regime.dynamic.finish_pass(passes, of_stage, targets, len(image_sizes))
+        regions, proposal_index = refined[kept], proposal_index[kept]
+    losses, schedule_metrics = schedule.stage_losses(stages, current)
+    metrics |= schedule_metrics
+    if schedule.prefix_loss_weight > 0 and schedule.training:
+        losses["loss_prefix"] = schedule.prefix_loss_weight * prefix_loss(stages, ensemble)
+    if schedule.dynamic is not None and schedule.training:
+        metrics |= schedule.dynamic.finish_pass(stages, current, ground_truth, len(image_sizes))
     return losses, metrics

@@ -1,4 +1,4 @@
-"""How a cascade is trained: sampling, labels, losses and refinement of its regions.
+"""Training targets of a cascade: sampling, labels, losses and refinement of its regions.
 
 Shapes: R regions of the whole batch, G ground-truth boxes, S stages, K foreground classes.
 """
@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 from cascade_det.core.losses import box_loss, classification_loss
-from cascade_det.core.matching import LabelledRegions, Targets, label_regions, sample_regions
+from cascade_det.core.matching import (
+    GroundTruth,
+    LabelledRegions,
+    label_regions,
+    sample_regions,
+)
 from cascade_det.core.structures.boxes import (
     Weights,
     clip_boxes,
@@ -25,7 +30,7 @@ from cascade_det.core.training_stage import TrainingStage
 
 @dataclass(frozen=True, kw_only=True)
 class CascadeTargets:
-    """The rules of training, without parameters of their own; fields as in ``CascadeHead``."""
+    """Settings of the training targets; for the fields see ``CascadeHead``."""
 
     num_classes: int
     ious: tuple[float, ...]
@@ -39,16 +44,16 @@ class CascadeTargets:
     proposal_append_gt: bool
 
     def candidates(
-        self, proposals: Sequence[Tensor], gt_boxes: Sequence[Tensor], targets: Targets
+        self, proposals: Sequence[Tensor], gt_boxes: Sequence[Tensor], ground_truth: GroundTruth
     ) -> LabelledRegions:
-        """What the minibatches are drawn from: the proposals, labelled for stage 0."""
+        """Proposals, and ground truth if appended, labelled for stage 0."""
         if self.proposal_append_gt:
             proposals = [torch.cat(pair) for pair in zip(proposals, gt_boxes, strict=True)]
         boxes, image_index = flatten_images(proposals)
-        return self._label(boxes, image_index, targets, 0)
+        return self._label(boxes, image_index, ground_truth, 0)
 
     def sample(self, candidates: LabelledRegions, num_images: int) -> LabelledRegions:
-        """Draw the minibatch of each image."""
+        """Sample a minibatch of each image."""
         return sample_regions(
             candidates,
             num_images=num_images,
@@ -57,30 +62,30 @@ class CascadeTargets:
             num_classes=self.num_classes,
         )
 
-    def class_loss(self, stage: int, run: TrainingStage) -> Tensor:
+    def class_loss(self, stage: int, output: TrainingStage) -> Tensor:
         """Weighted class loss of one stage (arXiv 1712.00726, equation 8)."""
-        loss = classification_loss(run.logits, run.regions.gt_classes)
+        loss = classification_loss(output.logits, output.regions.gt_classes)
         return self.stage_loss_weights[stage] * loss
 
-    def regression_loss(self, stage: int, run: TrainingStage) -> Tensor:
-        """Weighted box loss of one stage, of its foreground."""
-        rows = self.foreground(run.regions)
-        foreground = run.regions[rows]
-        regression = box_loss(
-            select_class(run.deltas[rows], foreground.gt_classes),
+    def regression_loss(self, stage: int, output: TrainingStage) -> Tensor:
+        """Weighted box loss of the foreground of one stage."""
+        rows = self.foreground(output.regions)  # [F]
+        foreground = output.regions[rows]
+        loss = box_loss(
+            select_class(output.deltas[rows], foreground.gt_classes),  # [F, 4]
             foreground.boxes,
             foreground.gt_boxes,
             weights=self.bbox_reg_weights[stage],
             loss_type=self.box_reg_loss_type,
             smooth_l1_beta=self.smooth_l1_beta,
         )
-        # All regions count, also background, so that each foreground box weighs the same
+        # Divided by all regions, also background: each foreground box has the same weight
         # however many there are (Fast R-CNN, arXiv 1504.08083, section 2.3).
-        regression = regression / max(len(run.regions), 1) * self.box_reg_loss_weight
-        return self.stage_loss_weights[stage] * regression
+        loss = loss / max(len(output.regions), 1) * self.box_reg_loss_weight
+        return self.stage_loss_weights[stage] * loss
 
     def foreground(self, regions: LabelledRegions) -> Tensor:
-        """int64 rows of the regions that have an object."""
+        """int64 ``[F]``: indices of the foreground regions."""
         return torch.nonzero(self._is_foreground(regions)).squeeze(1)
 
     @torch.no_grad()
@@ -90,30 +95,30 @@ class CascadeTargets:
         logits: Tensor,
         deltas: Tensor,
         regions: LabelledRegions,
-        targets: Targets,
-        limits: Tensor,
+        ground_truth: GroundTruth,
+        bounds: Tensor,
     ) -> LabelledRegions:
-        """The boxes after a stage, row by row, labelled for the next one.
+        """The regions with the boxes after a stage, labelled for the next one.
 
-        With class-specific regression a foreground region moves by the deltas of its
-        ground-truth class, any other by those of its top foreground class.
+        With class-specific regression a foreground region takes the deltas of its ground-truth
+        class, a background region those of its top foreground class.
 
         Args:
             stage: from 0.
             logits: ``[R, K + 1]``.
             deltas: ``[R, 4]`` or ``[R, 4 K]``.
             regions: labelled for this stage.
-            targets: ground truth of the batch.
-            limits: float32 ``[R, 4]``, see ``image_bounds``.
+            ground_truth: objects of the batch.
+            bounds: float32 ``[R, 4]``, see ``image_bounds``.
         """
-        top_class = logits[:, :-1].argmax(dim=1)
+        top_class = logits[:, :-1].argmax(dim=1)  # [R]
         classes = torch.where(self._is_foreground(regions), regions.gt_classes, top_class)
         boxes = decode_boxes(
             select_class(deltas, classes), regions.boxes, self.bbox_reg_weights[stage]
-        )
-        boxes = clip_boxes(boxes, limits)
+        )  # [R, 4]
+        boxes = clip_boxes(boxes, bounds)
         next_stage = min(stage + 1, len(self.ious) - 1)
-        return self._label(boxes, regions.image_index, targets, next_stage)
+        return self._label(boxes, regions.image_index, ground_truth, next_stage)
 
     @torch.no_grad()
     def metrics(
@@ -124,10 +129,10 @@ class CascadeTargets:
         refined: LabelledRegions,
         num_images: int,
     ) -> dict[str, Tensor]:
-        """What to watch: regions per image, accuracies, and IoU before and after the stage.
+        """Regions per image, accuracies, and mean IoU before and after the stage; scalars.
 
-        ``nonfinite_boxes`` counts refined boxes that are NaN: training has diverged. Means over
-        foreground are NaN where a stage has none.
+        ``nonfinite_boxes`` counts refined boxes with NaN or Inf: training has diverged. Means over
+        the foreground are NaN without foreground.
         """
         is_foreground = self._is_foreground(regions)
         foreground = torch.nonzero(is_foreground).squeeze(1)
@@ -146,12 +151,12 @@ class CascadeTargets:
         return {f"stage{stage}/{name}": value for name, value in values.items()}
 
     def _label(
-        self, boxes: Tensor, image_index: Tensor, targets: Targets, stage: int
+        self, boxes: Tensor, image_index: Tensor, ground_truth: GroundTruth, stage: int
     ) -> LabelledRegions:
         return label_regions(
             boxes,
             image_index,
-            targets,
+            ground_truth,
             iou_threshold=self.ious[stage],
             num_classes=self.num_classes,
         )

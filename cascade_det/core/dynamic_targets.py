@@ -1,4 +1,4 @@
-"""Dynamic R-CNN: what counts as foreground, and where smooth L1 bends, follow the training.
+"""Dynamic R-CNN: IoU thresholds and smooth-L1 betas that follow the training.
 
 Shapes: R regions of a batch, N images, S stages.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from cascade_det.core.cascade_targets import CascadeTargets
-from cascade_det.core.matching import LabelledRegions, Targets
+from cascade_det.core.matching import GroundTruth, LabelledRegions
 from cascade_det.core.structures.boxes import Weights, encode_boxes
 from cascade_det.core.training_stage import TrainingStage
 
@@ -21,31 +21,31 @@ from cascade_det.core.training_stage import TrainingStage
 class DynamicTargets(nn.Module):
     """IoU thresholds and smooth-L1 betas from statistics of the regions (arXiv 2004.06002).
 
-    Label assignment: the threshold is the mean over ``period`` passes of the ``k_iou``-th largest
-    IoU of an image's regions with the ground truth; for stage 0 of all proposals, before sampling.
-    Images without objects do not count. The paper has one head, and a threshold that rises as far
-    as the regions allow. In a cascade each stage has its own statistic, and its configured IoU is
-    the upper end: stage s uses ``min(ious[s], max(iou_floor, statistic))``, and at least what the
-    stage before uses. So the stages begin alike, with enough foreground each, and end as the
-    cascade that was configured where regions are good enough for it.
+    IoU threshold: the mean over ``period`` passes of the ``k_iou``-th largest IoU of the regions
+    of an image with the ground truth. Stage 0 takes all proposals, before sampling; images
+    without objects are left out. The paper has one head, whose threshold rises without a limit.
+    In a cascade each stage has its own statistic, limited by its configured IoU: stage s uses
+    ``min(ious[s], max(iou_floor, statistic))``, and at least the threshold of the stage before.
+    All stages start at the same low threshold, with enough foreground each, and reach the
+    configured ones once the regions are good enough.
 
-    Smooth L1: beta is the upper median over ``period`` passes of the ``k_beta * N``-th smallest
-    mean of the target offsets (abs(dx), abs(dy)) of foreground regions, and at most
-    ``beta_start``. Each stage measures its own targets, with its own multipliers. Regions that
-    are the ground truth itself have targets of 0 and do not count, as they do in the paper: in
-    images of more than ``k_beta`` objects nothing else would.
+    Beta: the upper median over ``period`` passes of the ``k_beta * N``-th smallest mean target
+    offset (abs(dx) + abs(dy)) / 2 of foreground regions, at most ``beta_start``. Each stage
+    measures its own targets, with its own multipliers. Unlike in the paper, regions with targets
+    of 0, the ground truth itself, are left out: in images of more than ``k_beta`` objects they
+    alone would set the beta.
 
-    Statistics are means over the processes, so that all have the same state, and one process'
-    checkpoint is everyone's. A part of an accumulated batch is a pass of its own. All state is in
-    buffers: a training that is resumed goes on to the bit.
+    Statistics are averaged over the processes, so all have the same state and the checkpoint of
+    one restores all. Each part of an accumulated batch is one pass. All state is in buffers, so
+    a resumed training is bit-equal to an uninterrupted one.
 
     Args:
         num_stages: S.
-        k_iou: of each image; 0 keeps the configured thresholds.
-        k_beta: of each image; 0 keeps the configured beta.
-        period: passes between two changes.
-        iou_floor: the first threshold, and the lowest.
-        beta_start: the first beta, and the largest.
+        k_iou: regions per image; 0 keeps the configured thresholds.
+        k_beta: regions per image; 0 keeps the configured beta.
+        period: passes between two updates.
+        iou_floor: initial and lowest threshold.
+        beta_start: initial and largest beta.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class DynamicTargets(nn.Module):
         self.register_buffer("betas", torch.full((num_stages,), beta_start))
         self.register_buffer("iou_sums", torch.zeros(num_stages))
         self.register_buffer("iou_counts", torch.zeros(num_stages))
-        # 0 stands for a pass without foreground: no offset that counts is 0.
+        # 0 marks a pass without foreground: offsets that count are above 0.
         self.register_buffer("beta_history", torch.zeros(num_stages, period))
         self.register_buffer("passes", torch.tensor(0))
-        self._seen: Tensor | None = None
+        self._sums: Tensor | None = None
         self._values: tuple[list[float], list[float], int] | None = None
 
     def ious(self, configured: tuple[float, ...]) -> tuple[float, ...]:
-        """The thresholds of the stages now, never above the ``configured`` ones."""
+        """The current thresholds of the stages, never above the ``configured`` ones."""
         if not self.k_iou:
             return configured
         statistics, _, _ = self._current()
@@ -89,15 +89,15 @@ class DynamicTargets(nn.Module):
         return tuple(accumulate(map(min, configured, raised), max))
 
     def beta(self, stage: int, configured: float) -> float:
-        """The beta of smooth L1 of a stage now."""
+        """The current smooth-L1 beta of a stage."""
         return self._current()[1][stage] if self.k_beta else configured
 
     @torch.no_grad()
     def observe_proposals(self, ious: Tensor, image_index: Tensor, has_objects: Tensor) -> None:
-        """Take in what stage 0 samples from, before ``finish_pass``; once, or image by image.
+        """Add the proposals of a pass, before ``finish_pass``: all at once, or image by image.
 
         Args:
-            ious: float32 ``[R]``, of the proposals with their best ground truth.
+            ious: float32 ``[R]``, largest IoU of each proposal with an object.
             image_index: int64 ``[R]``.
             has_objects: bool ``[N]``, which images have ground truth.
         """
@@ -107,38 +107,40 @@ class DynamicTargets(nn.Module):
     @torch.no_grad()
     def finish_pass(
         self,
-        passes: Sequence[TrainingStage],
-        rules: Sequence[CascadeTargets],
-        targets: Targets,
+        stages: Sequence[TrainingStage],
+        targets: Sequence[CascadeTargets],
+        ground_truth: GroundTruth,
         num_images: int,
     ) -> dict[str, Tensor]:
-        """Take in the stages of a pass; after each ``period`` passes, act upon what was seen.
+        """Add the stages of a pass; every ``period`` passes, update thresholds and betas.
 
         Args:
-            passes: of S stages.
-            rules: of S stages, as they held in this pass.
-            targets: ground truth of the batch.
+            stages: S stages.
+            targets: S targets of this pass.
+            ground_truth: objects of the batch.
             num_images: N.
 
         Returns:
             ``stage<s>/iou_threshold`` and ``stage<s>/smooth_l1_beta`` of this pass.
         """
         metrics: dict[str, Tensor] = {}
-        has_objects = targets.are_in(num_images)
-        for stage, (now, run) in enumerate(zip(rules, passes, strict=True)):
+        has_objects = ground_truth.images_with_objects(num_images)
+        for stage, (own, output) in enumerate(zip(targets, stages, strict=True)):
+            regions = output.regions
             if stage > 0 and self.k_iou:
-                self._add_ious(stage, run.regions.ious, run.regions.image_index, has_objects)
+                self._add_ious(stage, regions.ious, regions.image_index, has_objects)
             if self.k_beta:
-                foreground = run.regions[now.foreground(run.regions)]
-                weights = now.bbox_reg_weights[stage]
+                foreground = regions[own.foreground(regions)]
+                weights = own.bbox_reg_weights[stage]
                 self._add_offsets(stage, foreground, weights, self.k_beta * num_images)
-            metrics[f"stage{stage}/iou_threshold"] = self.betas.new_tensor(now.ious[stage])
-            metrics[f"stage{stage}/smooth_l1_beta"] = self.betas.new_tensor(now.smooth_l1_beta)
-        self._take_down()
+            metrics[f"stage{stage}/iou_threshold"] = self.betas.new_tensor(own.ious[stage])
+            metrics[f"stage{stage}/smooth_l1_beta"] = self.betas.new_tensor(own.smooth_l1_beta)
+        self._store_pass()
         return metrics
 
     def _add_ious(self, stage: int, ious: Tensor, image_index: Tensor, has_objects: Tensor) -> None:
-        counts = torch.bincount(image_index, minlength=len(has_objects))
+        counts = torch.bincount(image_index, minlength=len(has_objects))  # [N]
+        # Regions image by image, largest IoU first.
         by_iou = torch.argsort(ious, descending=True, stable=True)
         order = by_iou[torch.argsort(image_index[by_iou], stable=True)]
         counted = torch.nonzero(has_objects & (counts > 0)).squeeze(1)
@@ -149,19 +151,19 @@ class DynamicTargets(nn.Module):
     def _add_offsets(
         self, stage: int, foreground: LabelledRegions, weights: Weights, k: int
     ) -> None:
-        offsets = encode_boxes(foreground.boxes, foreground.gt_boxes, weights)[:, :2]
-        means = offsets.abs().mean(dim=1)
+        offsets = encode_boxes(foreground.boxes, foreground.gt_boxes, weights)[:, :2]  # [F, 2]
+        means = offsets.abs().mean(dim=1)  # [F]
         means = means[means > 0]
         if len(means):
             self._add(2, stage, means.kthvalue(min(k, len(means))).values[None])
 
-    def _take_down(self) -> None:
-        """What this pass saw, on all processes, becomes history."""
-        seen = self._seen_so_far()
-        self._seen = None
+    def _store_pass(self) -> None:
+        """Add the sums of this pass, over all processes, to the statistics of the period."""
+        sums = self._pass_sums()
+        self._sums = None
         if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(seen)
-        iou_sums, num_ious, beta_sums, num_betas = seen
+            distributed.all_reduce(sums)
+        iou_sums, num_ious, beta_sums, num_betas = sums  # each [S]
         self.iou_sums += iou_sums / num_ious.clamp(min=1)
         self.iou_counts += num_ious > 0
         statistics, betas, passes = self._current()
@@ -169,9 +171,9 @@ class DynamicTargets(nn.Module):
         self.passes += 1
         self._values = statistics, betas, passes + 1
         if (passes + 1) % self.period == 0:
-            self._renew()
+            self._update()
 
-    def _renew(self) -> None:
+    def _update(self) -> None:
         means = self.iou_sums / self.iou_counts.clamp(min=1)
         self.iou_statistics.copy_(torch.where(self.iou_counts > 0, means, self.iou_statistics))
         for stage, history in enumerate(self.beta_history):
@@ -183,17 +185,17 @@ class DynamicTargets(nn.Module):
         self._values = None
 
     def _add(self, row: int, stage: int, values: Tensor) -> None:
-        seen = self._seen_so_far()
-        seen[row, stage] += values.sum()
-        seen[row + 1, stage] += len(values)
-        self._seen = seen
+        sums = self._pass_sums()
+        sums[row, stage] += values.sum()
+        sums[row + 1, stage] += len(values)
+        self._sums = sums
 
-    def _seen_so_far(self) -> Tensor:
-        """``[4, S]``: sum and number of the IoUs, sum and number of the offsets, of this pass."""
-        return self.betas.new_zeros(4, len(self.betas)) if self._seen is None else self._seen
+    def _pass_sums(self) -> Tensor:
+        """``[4, S]``: sum and count of the IoUs, sum and count of the offsets of this pass."""
+        return self.betas.new_zeros(4, len(self.betas)) if self._sums is None else self._sums
 
     def _current(self) -> tuple[list[float], list[float], int]:
-        """IoU statistics, betas and passes as numbers; the device is asked when they changed."""
+        """IoU statistics, betas and passes as numbers, read from the device after a change."""
         if self._values is None:
             numbers = torch.stack((self.iou_statistics, self.betas)).tolist()
             self._values = numbers[0], numbers[1], int(self.passes)

@@ -1,4 +1,4 @@
-"""How the class probabilities of the stages that a region saw become its scores."""
+"""Combines the class scores of the stages."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ ENSEMBLES = ("mean_probs", "last", "mean_logits", "last_boxes")
 
 
 class ScoreEnsemble:
-    """Running scores over the stages.
+    """Running class scores over the stages.
 
-    ``mean_probs`` averages the softmax of each head on its own crop (Detectron2, MMDetection);
-    ``mean_logits`` averages before the softmax; ``last`` takes the last stage alone;
-    ``last_boxes`` is Cascade R-CNN's own test-time ensemble (arXiv 1712.00726, section 4.2): all
-    heads run again on the crops of the last stage. Until a region leaves, ``last_boxes`` runs as
-    ``mean_probs``, which is what exit policies look at.
+    - ``mean_probs``: mean of the softmax of every stage, each on its own crop (Detectron2,
+      MMDetection).
+    - ``mean_logits``: softmax of the mean logits.
+    - ``last``: the last stage alone.
+    - ``last_boxes``: all heads run again on the crops of the last stage (Cascade R-CNN, arXiv
+      1712.00726, section 4.2); see ``LastBoxesNetwork``. Until a region exits it has the scores
+      of ``mean_probs``, which exit rules see.
 
     Raises:
         ValueError: for a name that is not in ``ENSEMBLES``.
@@ -29,39 +31,34 @@ class ScoreEnsemble:
             raise ValueError(f"unknown ensemble {name!r}; known: {', '.join(ENSEMBLES)}")
         self.name = name
 
-    @property
-    def reruns_heads(self) -> bool:
-        """Whether final scores need every head on the crops of the last stage."""
-        return self.name == "last_boxes"
-
-    def add(self, total: Tensor | None, logits: Tensor) -> Tensor:
-        """The running state after one more stage.
+    def update(self, state: Tensor | None, logits: Tensor) -> Tensor:
+        """The running state ``[R, K + 1]`` after one more stage.
 
         Args:
-            total: ``[R, K + 1]`` state of the stages before, ``None`` at the first.
+            state: ``[R, K + 1]`` after the stages before, ``None`` at the first.
             logits: ``[R, K + 1]`` of this stage.
         """
         term = logits.float() if self.name == "mean_logits" else torch.softmax(logits.float(), 1)
-        return term if total is None or self.name == "last" else total + term
+        return term if state is None or self.name == "last" else state + term
 
-    def probs(self, total: Tensor | None, num_seen: int) -> Tensor:
-        """Class probabilities ``[R, K + 1]`` after ``num_seen`` stages, at least one."""
-        assert total is not None
+    def probs(self, state: Tensor | None, num_stages: int) -> Tensor:
+        """Class probabilities ``[R, K + 1]`` from the state after ``num_stages >= 1`` stages."""
+        assert state is not None
         if self.name == "last":
-            return total
-        mean = total * (1.0 / num_seen)
+            return state
+        mean = state * (1.0 / num_stages)
         return torch.softmax(mean, dim=1) if self.name == "mean_logits" else mean
 
     def log_probs(self, logits: Sequence[Tensor]) -> Tensor:
-        """Logarithms ``[R, K + 1]`` of what these stages together give as probabilities.
+        """Log-probabilities ``[R, K + 1]`` of the mean over the given stages.
 
         Args:
-            logits: ``[R, K + 1]`` each, at least one, of the same regions.
+            logits: at least one ``[R, K + 1]``, all of the same regions.
 
         Raises:
-            ValueError: "last" has one stage alone, and "last_boxes" needs other crops.
+            ValueError: for "last" and "last_boxes", which are no mean over stages.
         """
-        stacked = torch.stack([x.float() for x in logits])
+        stacked = torch.stack([x.float() for x in logits])  # [S, R, K + 1]
         if self.name == "mean_logits":
             return torch.log_softmax(stacked.mean(dim=0), dim=1)
         if self.name != "mean_probs":

@@ -1,4 +1,4 @@
-"""Box heads as inference wants them: in the layout of the pooling, and in a type of one's choice.
+"""Box heads for inference: in the memory layout of the pooling, and in a chosen dtype.
 
 Shapes: R regions, C channels of the feature maps, P bins per side, F outputs of a box head.
 """
@@ -16,16 +16,16 @@ logger = logging.getLogger(__name__)
 
 
 class FastBoxHead(nn.Module):
-    """Linear layers over pooled regions, whose first one takes bins with their channels together.
+    """Linear layers whose first one reads channels-last crops.
 
-    That is how the ``bags`` kernel writes them, so that nothing has to be moved in between. Boxes
-    and scores stay float32: what comes out does, whatever the type inside.
+    The ``bags`` kernel writes crops in this layout, so no permutation is needed. The output is
+    float32 for every ``dtype``, and so are boxes and scores.
 
     Args:
-        layers: the first one ``nn.Linear(C * P * P, ...)`` over flattened ``[R, C, P, P]``. They
-            are changed and kept.
+        layers: modified in place; the first is ``nn.Linear(C * P * P, ...)`` over flattened
+            ``[R, C, P, P]``.
         pooled_size: P.
-        dtype: to compute in.
+        dtype: of the computation.
     """
 
     def __init__(
@@ -35,47 +35,48 @@ class FastBoxHead(nn.Module):
         first = layers[0]
         assert isinstance(first, nn.Linear)
         self.dtype = dtype
+        # [out, C * P * P] to [out, C, P * P] to [out, P * P * C]
         weight = first.weight.detach().to(dtype).unflatten(1, (-1, pooled_size**2))
         first.weight = nn.Parameter(weight.transpose(1, 2).flatten(1), requires_grad=False)
         self.layers = nn.Sequential(*layers).to(dtype).requires_grad_(False)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """``[R, C, P, P]`` to float32 ``[R, F]``."""
-        return self.of_rows(pooled.flatten(2).transpose(1, 2).flatten(1))
+        return self.forward_rows(pooled.flatten(2).transpose(1, 2).flatten(1))
 
-    def of_rows(self, rows: Tensor) -> Tensor:
-        """``[R, P * P * C]``, as ``RoIPooler.rows`` gives them, to float32 ``[R, F]``."""
+    def forward_rows(self, rows: Tensor) -> Tensor:
+        """``[R, P * P * C]`` from ``RoIPooler.pool_rows`` to float32 ``[R, F]``."""
         return self.layers(rows.to(self.dtype)).float()
 
 
 def fast_box_heads(
     heads: Iterable[nn.Module], *, pooled_size: int, dtype: torch.dtype, keep: bool = False
 ) -> nn.ModuleList:
-    """Box heads that compute the same faster; inference only.
+    """Faster box heads with the same output, for inference only.
 
-    A head can be changed if it is a sequence of ``nn.Flatten``, ``nn.Linear`` and others that go
-    row by row. Another, and one of a class whose ``forward`` does anything else, stays as it is.
+    A head qualifies if it is a sequence of ``nn.Flatten``, ``nn.Linear`` and row-wise layers, and
+    its class does not override ``forward``. All others stay as they are.
 
     Args:
         heads: S modules, ``[R, C, P, P]`` to ``[R, F]``.
         pooled_size: P.
-        dtype: to compute in.
-        keep: leave ``heads`` as they are, at the price of a second set of weights.
+        dtype: of the computation.
+        keep: copy the weights and leave ``heads`` unchanged.
 
     Returns:
-        S modules, in their order.
+        S modules, in order.
     """
     return nn.ModuleList(_fast(head, pooled_size, dtype, keep) for head in heads)
 
 
 def common_dtype(heads: Iterable[nn.Module]) -> torch.dtype | None:
-    """What box heads all want their maps in; ``None``: some want the type that these have."""
+    """The dtype in which all heads read the features; ``None`` if they differ or one is plain."""
     dtypes = {head.dtype if isinstance(head, FastBoxHead) else None for head in heads}
     return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def fast_dtype(heads: Iterable[nn.Module]) -> torch.dtype:
-    """What box heads compute in, as far as they are fast ones; float32 where none is."""
+    """The dtype of the first fast head; float32 without fast heads."""
     return next((head.dtype for head in heads if isinstance(head, FastBoxHead)), torch.float32)
 
 
@@ -90,7 +91,7 @@ def _fast(head: nn.Module, pooled_size: int, dtype: torch.dtype, keep: bool) -> 
         and _is_their_sequence(head, layers, pooled_size)
     )
     if not plain:
-        logger.warning("A box head stays as it is: it is not linear layers alone.")
+        logger.warning("A box head stays as it is: it has more than linear layers.")
         return head
     layers = layers[1:]
     return FastBoxHead(
@@ -100,11 +101,11 @@ def _fast(head: nn.Module, pooled_size: int, dtype: torch.dtype, keep: bool) -> 
 
 @torch.no_grad()
 def _is_their_sequence(head: nn.Module, layers: list[nn.Module], pooled_size: int) -> bool:
-    """Whether ``forward``, which a class can write as it likes, gives what the layers give."""
+    """Whether ``forward`` returns what the layers return, on one crop."""
     weight = layers[1].weight
     assert isinstance(weight, Tensor)
     pooled = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)
-    pooled = pooled.view(1, -1, pooled_size, pooled_size)
+    pooled = pooled.view(1, -1, pooled_size, pooled_size)  # [1, C, P, P]
     expected = pooled
     for layer in layers:
         expected = layer(expected)
@@ -112,14 +113,14 @@ def _is_their_sequence(head: nn.Module, layers: list[nn.Module], pooled_size: in
 
 
 class FastCopies:
-    """Fast copies of box heads that are kept, made anew when weights were loaded or replaced.
+    """Cached fast copies of box heads, renewed when weights were loaded or replaced.
 
-    They do not notice a training: fused optimisers write weights without counting it. Threads that
-    ask at once may each make copies, of which one stays.
+    A training step is not noticed: fused optimisers change weights without a new version. Threads
+    may each make copies at first; one set stays.
 
     Args:
         pooled_size: P.
-        dtype: to compute in.
+        dtype: of the computation.
         device: of the heads.
     """
 
@@ -129,15 +130,17 @@ class FastCopies:
         self.device = device
         self._kept: tuple[list[tuple[int, int, int]], nn.ModuleList] | None = None
 
-    def of(self, heads: Collection[nn.Module]) -> nn.ModuleList:
-        """Copies of the heads as they are now."""
+    def get(self, heads: Collection[nn.Module]) -> nn.ModuleList:
+        """Fast copies of the heads with their current weights."""
         parameters = [p for head in heads for p in head.parameters()]
-        made_of = [(id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
+        versions = [
+            (id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters
+        ]
         kept = self._kept
-        if kept is None or kept[0] != made_of:
-            kept = self._kept = None  # frees the memory of the last ones first
+        if kept is None or kept[0] != versions:
+            kept = self._kept = None  # free the old copies first
             kept = (
-                made_of,
+                versions,
                 fast_box_heads(heads, pooled_size=self.pooled_size, dtype=self.dtype, keep=True),
             )
             self._kept = kept

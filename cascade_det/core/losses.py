@@ -35,7 +35,7 @@ def classification_loss(logits: Tensor, gt_classes: Tensor) -> Tensor:
 
 
 def weighted_classification_loss(logits: Tensor, gt_classes: Tensor, weights: Tensor) -> Tensor:
-    """Softmax cross-entropy of all regions, each times its weight, summed.
+    """Weighted sum of the softmax cross-entropy of all regions.
 
     Args:
         logits: ``[R, K + 1]``.
@@ -54,13 +54,13 @@ def box_loss(
     loss_type: str,
     smooth_l1_beta: float,
 ) -> Tensor:
-    """Summed regression loss of matched boxes.
+    """Sum of the regression losses of matched boxes.
 
     Args:
-        deltas: ``[F, 4]``, predictions of the foreground rows.
-        boxes: float32 ``[F, 4]``, the boxes that the deltas start from.
+        deltas: ``[F, 4]``, predictions of F foreground regions.
+        boxes: float32 ``[F, 4]``, to which the deltas apply.
         gt_boxes: float32 ``[F, 4]``.
-        weights: multipliers that the deltas carry.
+        weights: multipliers of the deltas.
         loss_type: one of ``BOX_LOSSES``; smooth L1 compares deltas, the IoU losses compare boxes.
         smooth_l1_beta: where smooth L1 turns from quadratic to linear; 0 is L1.
 

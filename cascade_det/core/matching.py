@@ -1,4 +1,4 @@
-"""Labelling and sampling of regions for training, as Detectron2 does it.
+"""Labels and samples regions for training, as Detectron2 does; matches detections to objects.
 
 K is the number of foreground classes; class K is background.
 """
@@ -13,8 +13,8 @@ from torchvision.ops import box_iou
 
 
 @dataclass
-class Targets:
-    """Ground truth of a batch, flat.
+class GroundTruth:
+    """The objects of a batch, flat.
 
     Attributes:
         boxes: float32 ``[G, 4]``, XYXY in absolute pixels, none empty.
@@ -26,21 +26,21 @@ class Targets:
     classes: Tensor
     image_index: Tensor
 
-    def are_in(self, num_images: int) -> Tensor:
-        """Which images have any: bool ``[N]``."""
+    def images_with_objects(self, num_images: int) -> Tensor:
+        """Bool ``[N]``: which images have objects."""
         return torch.bincount(self.image_index, minlength=num_images) > 0
 
 
 @dataclass
 class LabelledRegions:
-    """Regions with the ground truth that they are trained towards.
+    """Regions and the ground truth that they are trained towards.
 
     Attributes:
         boxes: float32 ``[R, 4]``, XYXY in absolute pixels.
         image_index: int64 ``[R]``.
         gt_classes: int64 ``[R]`` in ``[0, K]``, K for background.
-        gt_boxes: float32 ``[R, 4]``; of no meaning for background.
-        ious: float32 ``[R]``, IoU with the best ground truth, 0 where an image has none.
+        gt_boxes: float32 ``[R, 4]``; undefined for background.
+        ious: float32 ``[R]``, largest IoU with an object of the image; 0 without objects.
     """
 
     boxes: Tensor
@@ -64,20 +64,25 @@ class LabelledRegions:
 
 @torch.no_grad()
 def label_regions(
-    boxes: Tensor, image_index: Tensor, targets: Targets, *, iou_threshold: float, num_classes: int
+    boxes: Tensor,
+    image_index: Tensor,
+    ground_truth: GroundTruth,
+    *,
+    iou_threshold: float,
+    num_classes: int,
 ) -> LabelledRegions:
-    """Give each region the class of the ground truth that it overlaps best, or background.
+    """Give each region the class of the object that it overlaps best, or background.
 
-    Cascade R-CNN, arXiv 1712.00726, equation (5): foreground from ``iou_threshold`` upwards.
+    Cascade R-CNN, arXiv 1712.00726, equation (5): foreground is ``iou >= iou_threshold``.
 
     Args:
         boxes: float32 ``[R, 4]``, none empty.
         image_index: int64 ``[R]``.
-        targets: ground truth of the batch.
+        ground_truth: objects of the batch.
         iou_threshold: in (0, 1).
         num_classes: K.
     """
-    if len(targets.boxes) == 0 or len(boxes) == 0:
+    if len(ground_truth.boxes) == 0 or len(boxes) == 0:
         return LabelledRegions(
             boxes,
             image_index,
@@ -85,32 +90,31 @@ def label_regions(
             torch.zeros_like(boxes),
             boxes.new_zeros(len(boxes)),
         )
-    overlaps = box_iou(targets.boxes, boxes)
-    overlaps = overlaps.where(targets.image_index[:, None] == image_index, 0.0)
+    overlaps = box_iou(ground_truth.boxes, boxes)  # [G, R]
+    overlaps = overlaps.where(ground_truth.image_index[:, None] == image_index, 0.0)
     ious, matched = overlaps.max(dim=0)
     background = ious < iou_threshold
-    gt_classes = targets.classes[matched].masked_fill(background, num_classes)
-    return LabelledRegions(boxes, image_index, gt_classes, targets.boxes[matched], ious)
+    gt_classes = ground_truth.classes[matched].masked_fill(background, num_classes)
+    return LabelledRegions(boxes, image_index, gt_classes, ground_truth.boxes[matched], ious)
 
 
 @torch.no_grad()
 def sample_labels(
     labels: Tensor, *, num_samples: int, positive_fraction: float, negative_label: int
 ) -> tuple[Tensor, Tensor]:
-    """Draw a random minibatch of one image's rows (Fast R-CNN, arXiv 1504.08083, section 2.3).
+    """Sample a minibatch from the regions of one image (Fast R-CNN, arXiv 1504.08083, section 2.3).
 
-    Draws from torch's global generator in the same order as Detectron2, so that one seed gives
-    the same sample in both.
+    Draws from torch's global generator in the order of Detectron2: one seed gives the same sample
+    in both.
 
     Args:
-        labels: int ``[R]``; -1 is never drawn, every other label but ``negative_label`` is
-            positive.
-        num_samples: rows wanted in all.
+        labels: int ``[R]``; ``negative_label`` is negative, -1 is ignored, the rest is positive.
+        num_samples: size of the minibatch.
         positive_fraction: the largest share of positives; negatives fill the rest.
         negative_label: the label of negatives.
 
     Returns:
-        int64 rows of the drawn positives and of the drawn negatives.
+        int64 indices of the sampled positives and of the sampled negatives.
     """
     positive = torch.nonzero((labels != -1) & (labels != negative_label)).squeeze(1)
     negative = torch.nonzero(labels == negative_label).squeeze(1)
@@ -130,7 +134,7 @@ def sample_regions(
     positive_fraction: float,
     num_classes: int,
 ) -> LabelledRegions:
-    """The regions of every image that its minibatch keeps, image by image, positives first."""
+    """Sample a minibatch of every image; image by image, positives first."""
     kept = []
     for image in range(num_images):
         rows = torch.nonzero(regions.image_index == image).squeeze(1)
@@ -142,3 +146,23 @@ def sample_regions(
         )
         kept += [rows[positive], rows[negative]]
     return regions[torch.cat(kept)]
+
+
+def greedy_matches(overlaps: Tensor, iou_threshold: float) -> Tensor:
+    """Match detections, best score first, to the free object that each overlaps most.
+
+    Args:
+        overlaps: ``[D, G]`` IoUs on the CPU, 0 for pairs that must not match.
+        iou_threshold: the smallest IoU of a match, above 0.
+
+    Returns:
+        int64 ``[D]``: the object of each detection, or -1.
+    """
+    free = overlaps.clone()
+    matches = torch.full((len(overlaps),), -1)
+    for row in range(len(overlaps) if overlaps.shape[1] else 0):
+        overlap, column = free[row].max(dim=0)
+        if overlap >= iou_threshold:
+            matches[row] = column
+            free[:, column] = 0.0
+    return matches

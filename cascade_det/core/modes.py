@@ -1,4 +1,4 @@
-"""Modules that are in evaluation mode for a while."""
+"""Puts modules into evaluation mode for the length of a call, also with threads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _Result = TypeVar("_Result")
 
 
 class _Block:
-    """Modules that were in training, and how many calls need them in evaluation mode."""
+    """Modules that were in training mode, and the number of calls that use them now."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
@@ -29,10 +29,10 @@ _BLOCK_OF: dict[nn.Module, _Block] = {}
 
 @contextmanager
 def evaluation_mode(*parts: nn.Module) -> Iterator[None]:
-    """Within the block all modules are in evaluation mode; afterwards in the mode of before.
+    """Put all modules into evaluation mode inside the block, and back afterwards.
 
-    Threads can share them: the first one switches, and the last one switches back. Where all are
-    in evaluation mode already, nothing is written.
+    Threads may share modules: the first call switches and the last one switches back. Modules
+    that are in evaluation mode already are not touched.
     """
     with _LOCK:
         blocks = _enter(parts)
@@ -45,8 +45,8 @@ def evaluation_mode(*parts: nn.Module) -> Iterator[None]:
 
 
 def _enter(parts: tuple[nn.Module, ...]) -> set[_Block]:
-    """Switch to evaluation mode; whose switching back has to wait for this call."""
-    # Module by module: what is frozen in evaluation mode inside a training model stays so.
+    """Switch to evaluation mode; returns the blocks that wait for the end of this call."""
+    # Module by module: a part frozen in evaluation mode stays frozen afterwards.
     modules = [module for part in parts for module in part.modules()]
     blocks = {_BLOCK_OF[module] for module in modules if module in _BLOCK_OF}
     training = [module for module in modules if module.training]
@@ -75,10 +75,7 @@ def _leave(blocks: set[_Block]) -> None:
 def in_evaluation_mode(
     method: Callable[Concatenate[_Module, _Arguments], _Result],
 ) -> Callable[Concatenate[_Module, _Arguments], _Result]:
-    """Let a method of a module run in evaluation mode, whatever mode the module is in.
-
-    A norm would else take its statistics from what is detected, and a dropout drop some of it.
-    """
+    """Run a method of a module in evaluation mode, without batch statistics and dropout."""
 
     @wraps(method)
     def call(self: _Module, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:

@@ -1,4 +1,4 @@
-"""From scored regions to detections: score threshold, per-class NMS, top-k."""
+"""Selects detections from scored regions: score threshold, per-class NMS, top-k."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from cascade_det.core.regions import ReportedRegions
 from cascade_det.core.structures import Detections, StageOutput
 from cascade_det.core.structures.boxes import is_nonempty
 
+Frame = tuple[tuple[int, int], tuple[int, int]]  # (height, width) of boxes, and wanted
+
 
 def select_detections(
     boxes: Tensor,
@@ -24,7 +26,7 @@ def select_detections(
     nms_thresh: float,
     detections_per_image: int,
 ) -> list[Detections]:
-    """Keep the best detections of each image, as Detectron2's Fast R-CNN inference does.
+    """Select the best detections of each image, as Detectron2's Fast R-CNN inference does.
 
     Args:
         boxes: float32 ``[R, 4]`` or class-specific ``[R, 4 K]``, XYXY pixels inside the image.
@@ -32,16 +34,17 @@ def select_detections(
         image_index: int64 ``[R]``.
         exit_stages: int64 ``[R]``.
         num_images: N.
-        score_thresh: detections must score above it.
-        nms_thresh: of two boxes of one class that overlap by more, the lower score goes.
-        detections_per_image: at most this many for each image; negative keeps all.
+        score_thresh: detections score above it.
+        nms_thresh: NMS drops the lower score of two boxes of a class with a larger IoU.
+        detections_per_image: limit per image; negative for none.
 
     Returns:
-        N ``Detections``, each by falling score. Rows with NaN or Inf are left out.
+        N ``Detections``, best score first. Rows with NaN or Inf are left out.
     """
     finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(probs).all(dim=1)
     rows, classes = torch.nonzero((probs[:, :-1] > score_thresh) & finite[:, None], as_tuple=True)
-    per_class = boxes.unflatten(1, (-1, 4))
+    per_class = boxes.unflatten(1, (-1, 4))  # [R, 1 or K, 4]
+    # C candidates: pairs of a region and a class.
     candidates = Detections(
         per_class[rows, classes if per_class.shape[1] > 1 else 0],
         probs[rows, classes],
@@ -49,32 +52,32 @@ def select_detections(
         exit_stages[rows],
     )
     images = image_index[rows]
-    # NMS of all images in one call would shift boxes by up to N * K image sizes, where float32
-    # has lost the fraction of a pixel; image by image keeps Detectron2's decisions.
+    # Image by image: NMS of all in one call would shift boxes by up to N * K image sizes, where
+    # float32 loses fractions of a pixel, and decisions would differ from Detectron2's.
     detections = []
     for image in range(num_images):
-        of_image = candidates[torch.nonzero(images == image).squeeze(1)]
-        kept = batched_nms(of_image.boxes, of_image.scores, of_image.classes, nms_thresh)
+        own = candidates[torch.nonzero(images == image).squeeze(1)]
+        kept = batched_nms(own.boxes, own.scores, own.classes, nms_thresh)
         if detections_per_image >= 0:
             kept = kept[:detections_per_image]
-        detections.append(of_image[kept])
+        detections.append(own[kept])
     return detections
 
 
 def select_reported(
-    scored: Sequence[ReportedRegions],
+    reported: Sequence[ReportedRegions],
     num_images: int,
     *,
     score_thresh: float,
     nms_thresh: float,
     detections_per_image: int,
 ) -> list[Detections]:
-    """Detections of what regions are reported as; arguments as in ``select_detections``."""
+    """``select_detections`` from at least one batch of reported regions."""
     return select_detections(
-        torch.cat([s.boxes for s in scored]),
-        torch.cat([s.probs for s in scored]),
-        torch.cat([s.image_index for s in scored]),
-        torch.cat([s.exit_stages for s in scored]),
+        torch.cat([r.boxes for r in reported]),
+        torch.cat([r.probs for r in reported]),
+        torch.cat([r.image_index for r in reported]),
+        torch.cat([r.exit_stages for r in reported]),
         num_images=num_images,
         score_thresh=score_thresh,
         nms_thresh=nms_thresh,
@@ -85,12 +88,12 @@ def select_reported(
 def rescale_detections(
     detections: Detections, from_size: tuple[int, int], to_size: tuple[int, int]
 ) -> Detections:
-    """Detections in pixels of another size of the same image; boxes that become empty are dropped.
+    """Rescale detections to another size of the image; boxes that become empty are dropped.
 
     Args:
         detections: of one image.
-        from_size: ``(height, width)`` that the boxes refer to.
-        to_size: ``(height, width)`` wanted.
+        from_size: ``(height, width)`` of the boxes.
+        to_size: ``(height, width)`` of the result.
     """
     boxes = rescale_boxes(detections.boxes, from_size, to_size)
     rescaled = Detections(boxes, detections.scores, detections.classes, detections.exit_stages)
@@ -98,21 +101,19 @@ def rescale_detections(
 
 
 def rescale_boxes(boxes: Tensor, from_size: Sequence[int], to_size: Sequence[int]) -> Tensor:
-    """``[R, 4]`` boxes in pixels of another size of the image, clipped to it; see above."""
+    """Rescale boxes ``[R, 4]`` to another size of the image and clip them to it."""
     scale_y, scale_x = to_size[0] / from_size[0], to_size[1] / from_size[1]
-    limits = boxes.new_tensor([to_size[1], to_size[0], to_size[1], to_size[0]])
+    bounds = boxes.new_tensor([to_size[1], to_size[0], to_size[1], to_size[0]])
     scaled = boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
-    return torch.minimum(scaled.clamp(min=0), limits)
+    return torch.minimum(scaled.clamp(min=0), bounds)
 
 
-def rescale_stage(
-    stage: StageOutput, frames: Sequence[tuple[tuple[int, int], tuple[int, int]]]
-) -> StageOutput:
-    """The output of a stage in pixels of other sizes of its images.
+def rescale_stage(stage: StageOutput, frames: Sequence[Frame]) -> StageOutput:
+    """Rescale the output of a stage to other sizes of its images.
 
     Args:
-        stage: for N images.
-        frames: N pairs of ``from_size`` and ``to_size``, see ``rescale_detections``.
+        stage: of N images.
+        frames: N pairs ``(from_size, to_size)``, see ``rescale_detections``.
     """
 
     def boxes(per_image: list[Tensor]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Every-prefix training: any stages together are trained to be a final answer."""
+"""Every-prefix training: every subset of the stages is trained to give the final scores."""
 
 from __future__ import annotations
 
@@ -13,33 +13,34 @@ from cascade_det.core.ensemble import ScoreEnsemble
 from cascade_det.core.training_stage import TrainingStage
 
 
-def prefix_loss(passes: Sequence[TrainingStage], ensemble: ScoreEnsemble) -> Tensor:
-    """Mean class loss of the ensembles of all non-empty subsets of the stages.
+def prefix_loss(stages: Sequence[TrainingStage], ensemble: ScoreEnsemble) -> Tensor:
+    """Mean class loss over the ensembles of all non-empty subsets of the stages.
 
-    MUTATION (MERIT, arXiv 2303.16892) sums one loss for each subset of the outputs,
-    of their summed logits. Here the ensemble is the one that gives the scores at test: the
-    negative log of the mean softmax, or cross-entropy of the mean logits. Crops and labels of a
-    region differ from stage to stage: the label is that of the deepest stage of the subset, and
-    regions that did not reach it do not count. The mean over the 2^S - 1 subsets, where MERIT has
-    the sum, is of the size of one stage's loss however many stages there are.
+    MUTATION (MERIT, arXiv 2303.16892) sums one loss per subset of the outputs, on their summed
+    logits. Three things differ here. The ensemble is that of inference: the negative log of the
+    mean softmax, or cross-entropy of the mean logits. The label of a region is that of the
+    deepest stage of the subset, and regions that did not reach it are left out, because crops and
+    labels change from stage to stage. The mean over the 2^S - 1 subsets replaces the sum, so the
+    loss has the size of one stage's for any S.
 
     Args:
-        passes: S stages.
+        stages: S stages.
         ensemble: see ``ScoreEnsemble.log_probs``.
 
     Returns:
-        a scalar; exactly 0, with gradients, without regions.
+        A scalar; exactly 0, with gradients, without regions.
     """
     losses = []
-    for deepest, last in enumerate(passes):
-        labels = last.regions.gt_classes
-        # Rows rise and only ever get fewer: those of a stage are found in every one before it.
+    for deepest, last in enumerate(stages):
+        labels = last.regions.gt_classes  # [R], R regions of the deepest stage
+        # Indices ascend, and each stage has a subset of the ones before.
         logits = [
-            run.logits[torch.searchsorted(run.rows, last.rows)] for run in passes[: deepest + 1]
+            output.logits[torch.searchsorted(output.proposal_index, last.proposal_index)]
+            for output in stages[: deepest + 1]
         ]
         for count in range(deepest + 1):
             for earlier in combinations(logits[:-1], count):
-                log_probs = ensemble.log_probs([*earlier, logits[-1]])
+                log_probs = ensemble.log_probs([*earlier, logits[-1]])  # [R, K + 1]
                 loss = F.nll_loss(log_probs, labels, reduction="sum") / max(len(labels), 1)
                 losses.append(loss)
     return torch.stack(losses).mean()

@@ -1,7 +1,7 @@
-"""What every region of some images saw at every stage of the full cascade.
+"""A recording of the full cascade: every region at every stage.
 
-Exit rules are tried on a record without the network: ``StageRunner`` takes the same steps, and the
-record hands it what a network would compute. N images, R regions of all of them, S stages,
+Exit rules are replayed on a record without the network: ``StageRunner`` takes the same path, and
+the record returns what the network would compute. N images, R regions of all of them, S stages,
 K foreground classes. Boxes are float32 XYXY in pixels of the resized images.
 """
 
@@ -28,37 +28,36 @@ class RecordedStage:
     """One stage; row *i* is the same region at every stage.
 
     Attributes:
-        boxes: float32 ``[R, 4]``, as it refined them.
-        decoded: all boxes that it predicts, ``[R, 4]`` or ``[R, 4 K]``.
-        total: ``[R, K + 1]``, state of the score ensemble.
-        agreements: int64 ``[R]``, how many stages before had the same most probable class up to
-            there, in a row.
-        predicted_ious: float32 ``[R]``; ``None`` without a head for them.
-        reported: ``[R, K + 1]``, what a region is reported with that leaves here; ``None`` where
-            the state of the ensemble says so.
-        hidden: ``[R, F]`` of the box head, where they were asked for.
+        boxes: float32 ``[R, 4]``, refined by the stage.
+        decoded: float32 ``[R, 4]`` or ``[R, 4 K]``, all predicted boxes.
+        score_state: float32 ``[R, K + 1]``, state of the score ensemble.
+        agreements: int64 ``[R]``, number of consecutive stages before with the same top class.
+        predicted_ious: float32 ``[R]`` in [0, 1]; ``None`` without an IoU head.
+        final_probs: float32 ``[R, K + 1]``, for exits after this stage; ``None`` where
+            ``score_state`` gives them.
+        hidden: ``[R, F]``, outputs of the box head; ``None`` unless requested.
     """
 
     boxes: Tensor
     decoded: Tensor
-    total: Tensor
+    score_state: Tensor
     agreements: Tensor
     predicted_ious: Tensor | None = None
-    reported: Tensor | None = None
+    final_probs: Tensor | None = None
     hidden: Tensor | None = None
 
 
 @dataclass
 class Replay:
-    """What a cascade with exits would have done.
+    """Outcome of a cascade with exits, from a record.
 
     Attributes:
-        scored: what is reported of the regions, for ``CascadeRecord.select``.
-        stats: of all images together.
+        reported: the regions to report, for ``CascadeRecord.select``.
+        stats: counts over all images.
         entered: int64 ``[S, N]``, regions of each image that enter each stage.
     """
 
-    scored: list[ReportedRegions]
+    reported: list[ReportedRegions]
     stats: CascadeStats
     entered: Tensor
 
@@ -69,15 +68,15 @@ class CascadeRecord:
 
     Attributes:
         image_sizes: N ``(height, width)``.
-        image_index: int64 ``[R]``, rising.
+        image_index: int64 ``[R]``, ascending.
         proposals: float32 ``[R, 4]``.
         objectness: float32 ``[R]``, logits.
-        crops: float32 ``[R, C]``, one feature vector for each proposal, or ``None``.
+        crops: float32 ``[R, C]``, one feature vector per proposal, or ``None``.
         stages: S stages.
-        ensemble: how the stages' opinions become one score.
-        score_thresh: of detections.
-        nms_thresh: likewise.
-        detections_per_image: likewise.
+        ensemble: combines the class scores of the stages.
+        score_thresh: see ``select_detections``, as the next two.
+        nms_thresh: IoU of the NMS.
+        detections_per_image: limit per image.
     """
 
     image_sizes: list[tuple[int, int]]
@@ -102,7 +101,7 @@ class CascadeRecord:
         return len(self.stages)
 
     def cpu(self) -> CascadeRecord:
-        """The same on the CPU."""
+        """A copy on the CPU."""
 
         def move(part: Any) -> dict[str, Any]:
             return {n: x.cpu() if isinstance(x, Tensor) else x for n, x in vars(part).items()}
@@ -110,33 +109,26 @@ class CascadeRecord:
         stages = [RecordedStage(**move(stage)) for stage in self.stages]
         return CascadeRecord(**{**move(self), "stages": stages})
 
-    def of_images(self, images: Sequence[int]) -> CascadeRecord:
+    def select_images(self, images: Sequence[int]) -> CascadeRecord:
         """The record of some of the images, in the given order."""
         counts = torch.bincount(self.image_index, minlength=self.num_images).tolist()
-        rows_of = torch.arange(len(self.proposals)).split(counts)
-        chosen = [rows_of[image] for image in images]
+        rows_per_image = torch.arange(len(self.proposals)).split(counts)
+        chosen = [rows_per_image[image] for image in images]
         rows = torch.cat([*chosen, torch.zeros(0, dtype=torch.int64)])
 
-        def pick(part: Any) -> dict[str, Any]:
+        def select(part: Any) -> dict[str, Any]:
             return {n: x[rows] if isinstance(x, Tensor) else x for n, x in vars(part).items()}
 
         lengths = torch.tensor([len(one) for one in chosen], dtype=torch.int64)
-        fields = pick(self) | {
+        fields = select(self) | {
             "image_sizes": [self.image_sizes[image] for image in images],
             "image_index": torch.arange(len(chosen)).repeat_interleave(lengths),
-            "stages": [RecordedStage(**pick(stage)) for stage in self.stages],
+            "stages": [RecordedStage(**select(stage)) for stage in self.stages],
         }
         return CascadeRecord(**fields)
 
-    def start(self) -> Regions:
-        """All regions, before stage 0."""
-        limits = image_bounds(self.image_sizes, self.image_index)
-        rows = torch.arange(len(self.proposals), device=self.proposals.device)
-        return Regions(self.proposals, self.image_index, limits, self.objectness, rows)
-
     def view(self, stage: int) -> RegionView:
-        """What exit rules see after ``stage`` (-1: before the first) where nobody left."""
-        before = self.proposals if stage < 1 else self.stages[stage - 1].boxes
+        """The input of exit rules after ``stage`` (-1: before stage 0), had no region exited."""
         if stage < 0:
             return RegionView(
                 stage=stage,
@@ -146,77 +138,60 @@ class CascadeRecord:
                 objectness=self.objectness,
                 crops=self.crops,
             )
-        of_stage = self.stages[stage]
+        recorded = self.stages[stage]
         return RegionView(
             stage=stage,
             num_images=self.num_images,
             image_index=self.image_index,
-            boxes=of_stage.boxes,
+            boxes=recorded.boxes,
             objectness=self.objectness,
-            boxes_before=before,
-            probs=self.ensemble.probs(of_stage.total, stage + 1),
-            agreements=of_stage.agreements,
-            predicted_ious=of_stage.predicted_ious,
+            boxes_before=self.stages[stage - 1].boxes if stage else self.proposals,
+            probs=self.ensemble.probs(recorded.score_state, stage + 1),
+            agreements=recorded.agreements,
+            predicted_ious=recorded.predicted_ious,
         )
 
-    def run_stage(self, regions: Regions, stage: int) -> StageResult:
-        """The outcome of a stage for some of the regions."""
-        of_stage, rows = self.stages[stage], regions.rows
-        ious = of_stage.predicted_ious
-        refined = Regions(
-            of_stage.boxes[rows],
-            regions.image_index,
-            regions.limits,
-            regions.objectness,
-            rows,
-            boxes_before=regions.boxes,
-            total=of_stage.total[rows],
-            agreements=of_stage.agreements[rows],
-            predicted_ious=None if ious is None else ious[rows],
-        )
-        return StageResult(refined, of_stage.decoded[rows])
-
-    def reported(self, run: StageResult, stage: int) -> Tensor:
-        """Class probabilities ``[R, K + 1]`` of regions that leave after ``stage``."""
-        reported = self.stages[stage].reported
-        if reported is not None:
-            return reported[run.regions.rows]
-        return self.ensemble.probs(run.regions.total, stage + 1)
-
-    def recorded_crops(self, regions: Regions) -> Tensor:
-        """The crops ``[R, C]`` of some of the proposals.
-
-        Raises:
-            ValueError: none were recorded.
-        """
-        if self.crops is None:
-            raise ValueError("the record has no crops: record with a policy that asks for them")
-        return self.crops[regions.rows]
+    def final_probs(self, stage: int, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Class probabilities ``[R, K + 1]`` of rows that exit after ``stage``."""
+        recorded = self.stages[stage]
+        if recorded.final_probs is not None:
+            return recorded.final_probs[rows]
+        return self.ensemble.probs(recorded.score_state[rows], stage + 1)
 
     def replay(self, policy: ExitPolicy | None, num_stages: int | None = None) -> Replay:
-        """What a cascade with these exits would do.
+        """Run the recorded cascade with other exits.
 
         Args:
-            policy: its exits, of which time budgets have no meaning here.
-            num_stages: of the cascade, if it stops before the last one.
+            policy: the exits; a time budget has no effect. ``None`` for none.
+            num_stages: stop after so many stages; ``None`` runs all.
+
+        Raises:
+            ValueError: the policy needs crops, and the record has none.
         """
-        source = _Source(self)
+        source = _RecordSource(self)
         runner = StageRunner(
             source,
             num_stages=num_stages or self.num_stages,
             ensemble=self.ensemble,
             policy=policy,
         )
-        scored = runner.run(self.start())
-        return Replay(scored, runner.stats, source.entered)
+        proposals = Regions(
+            boxes=self.proposals,
+            image_index=self.image_index,
+            image_bounds=image_bounds(self.image_sizes, self.image_index),
+            objectness=self.objectness,
+            proposal_index=torch.arange(len(self.proposals), device=self.proposals.device),
+        )
+        reported = runner.run(proposals)
+        return Replay(reported, runner.stats, source.entered)
 
-    def select(self, scored: Sequence[ReportedRegions]) -> list[Detections]:
-        """Detections of every image, in pixels of the resized ones."""
-        if not scored:  # no proposal entered stage 0
+    def select(self, reported: Sequence[ReportedRegions]) -> list[Detections]:
+        """Detections of every image, in pixels of the resized images."""
+        if not reported:  # no proposal entered stage 0
             last, none = self.stages[-1], self.image_index[:0]
-            scored = [ReportedRegions(last.decoded[:0], last.total[:0], none, none, none)]
+            reported = [ReportedRegions(last.decoded[:0], last.score_state[:0], none, none, none)]
         return select_reported(
-            scored,
+            reported,
             self.num_images,
             score_thresh=self.score_thresh,
             nms_thresh=self.nms_thresh,
@@ -224,25 +199,45 @@ class CascadeRecord:
         )
 
 
-class _Source:
-    """A record in the place of a network."""
+class _RecordSource:
+    """A record as a ``StageSource``, which counts the regions that enter each stage."""
 
     def __init__(self, record: CascadeRecord) -> None:
         self.num_images = record.num_images
-        self.reported, self.crops = record.reported, record.recorded_crops
         self.entered = record.image_index.new_zeros(record.num_stages, record.num_images)
         self._record = record
 
     def run_stage(self, regions: Regions, stage: int) -> StageResult:
         self.entered[stage] = torch.bincount(regions.image_index, minlength=self.num_images)
-        return self._record.run_stage(regions, stage)
+        recorded, rows = self._record.stages[stage], regions.proposal_index
+        ious = recorded.predicted_ious
+        refined = Regions(
+            recorded.boxes[rows],
+            regions.image_index,
+            regions.image_bounds,
+            regions.objectness,
+            rows,
+            boxes_before=regions.boxes,
+            score_state=recorded.score_state[rows],
+            agreements=recorded.agreements[rows],
+            predicted_ious=None if ious is None else ious[rows],
+        )
+        return StageResult(refined, recorded.decoded[rows])
+
+    def final_probs(self, result: StageResult, stage: int) -> Tensor:
+        return self._record.final_probs(stage, result.regions.proposal_index)
+
+    def crops(self, regions: Regions) -> Tensor:
+        if self._record.crops is None:
+            raise ValueError("the record has no crops: record with a policy that needs them")
+        return self._record.crops[regions.proposal_index]
 
 
 def join_records(records: Sequence[CascadeRecord]) -> CascadeRecord:
-    """One record of the images of several, in order, with what all of them have.
+    """Concatenate records, in order; a field that one of them lacks is ``None``.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are no records.
     """
     if not records:
         raise ValueError("no records to join")

@@ -1,6 +1,6 @@
-"""Confidence-gated training: which stages teach a region its class.
+"""Confidence-gated training: weights of the class loss by region and stage.
 
-Shapes: S stages; R_s regions that stage s saw, ``R_0`` of them at the first, K foreground classes.
+Shapes: S stages, R_s regions that reached stage s, K foreground classes.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from torch import Tensor
 from cascade_det.core.training_stage import TrainingStage
 
 GATES = ("hard", "soft")
-# The smallest weight before normalisation: no region is lost to any stage.
-_LEAST = 1e-3
+# Before normalisation, so that every stage still trains on every region.
+_MIN_WEIGHT = 1e-3
 
 
 class RegionGates:
-    """Weights of the class loss by region and stage (arXiv 2509.17885), with regions for samples.
+    """Class-loss weights by region and stage (arXiv 2509.17885, with regions for samples).
 
-    A stage teaches regions as far as no stage before has settled them. Stage k settles a region,
-    by the softmax of its own logits p_k and the label y_k that the region has at this stage's IoU,
-    background included:
+    A stage trains on a region as far as the stages before have not settled it. With p_k, the
+    softmax of stage k, and y_k, the label at its IoU threshold (background included), the stage
+    settles a region by
 
-    - "hard": entirely, if max p_k >= threshold and argmax p_k = y_k; else not at all;
-    - "soft": by sigmoid(scale (p_k(y_k) - threshold)).
+    - "hard": 1 if max p_k >= threshold and argmax p_k = y_k, else 0;
+    - "soft": sigmoid(scale (p_k(y_k) - threshold)).
 
-    Eligibility is the product over the stages before of what is left unsettled, 1 at stage 0. The
-    weights are stage weight x eligibility + 0.001, normalised to a sum of 1 over the stages
-    that the region reached. No gradient flows through them.
+    Eligibility is the product of (1 - settled) over the stages before, 1 at stage 0. The weights
+    are stage weight x eligibility + 0.001, normalised to a sum of 1 over the stages that the
+    region reached. They carry no gradient.
 
-    The paper's repository has a scale of 1, with which what is left unsettled lies between 0.48
-    and 0.71 whatever p is (at 0.9): nearly constant. About 15 makes it a gate.
+    At the scale of 1 of the paper's repository and a threshold of 0.9, (1 - settled) lies between
+    0.48 and 0.71 for every p: nearly constant. A scale of about 15 makes it a gate.
 
     Args:
         kind: one of ``GATES``.
@@ -52,27 +52,35 @@ class RegionGates:
 
     @torch.no_grad()
     def weights(
-        self, passes: Sequence[TrainingStage], stage_weights: Sequence[float]
+        self, stages: Sequence[TrainingStage], stage_weights: Sequence[float]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """S tensors ``[R_s]`` each: the weights, and eligibilities in [0, 1]."""
-        left = passes[0].logits.new_ones(len(passes[0].rows), dtype=torch.float32)
-        total = torch.zeros_like(left)
+        """S weights and S eligibilities in [0, 1], each ``[R_s]``.
+
+        Args:
+            stages: S stages.
+            stage_weights: S weights.
+        """
+        first = stages[0]
+        unsettled = first.logits.new_ones(len(first.proposal_index), dtype=torch.float32)  # [R_0]
+        weight_sum = torch.zeros_like(unsettled)
         eligibilities, weights = [], []
-        for stage_weight, run in zip(stage_weights, passes, strict=True):
-            eligible = left[run.rows]
-            weight = stage_weight * eligible + _LEAST
-            total[run.rows] += weight
-            left[run.rows] = eligible * (1.0 - self._settled(run))
+        for stage_weight, output in zip(stage_weights, stages, strict=True):
+            rows = output.proposal_index
+            eligible = unsettled[rows]  # [R_s]
+            weight = stage_weight * eligible + _MIN_WEIGHT
+            weight_sum[rows] += weight
+            unsettled[rows] = eligible * (1.0 - self._settled(output))
             eligibilities.append(eligible)
             weights.append(weight)
-        normalised = [w / total[run.rows] for w, run in zip(weights, passes, strict=True)]
-        return normalised, eligibilities
+        pairs = zip(weights, stages, strict=True)
+        return [w / weight_sum[output.proposal_index] for w, output in pairs], eligibilities
 
-    def _settled(self, run: TrainingStage) -> Tensor:
+    def _settled(self, output: TrainingStage) -> Tensor:
         """``[R_s]`` in [0, 1]: how far a stage settles its regions."""
-        probs, labels = torch.softmax(run.logits.float(), dim=1), run.regions.gt_classes
+        labels = output.regions.gt_classes
+        probs = torch.softmax(output.logits.float(), dim=1)  # [R_s, K + 1]
         if self.kind == "hard":
             confidence, classes = probs.max(dim=1)
             return ((confidence >= self.threshold) & (classes == labels)).float()
-        of_label = probs.gather(1, labels[:, None]).squeeze(1)
-        return torch.sigmoid(self.scale * (of_label - self.threshold))
+        label_probs = probs.gather(1, labels[:, None]).squeeze(1)
+        return torch.sigmoid(self.scale * (label_probs - self.threshold))

@@ -1,4 +1,4 @@
-"""Regions on their way through the cascade, flat over the batch.
+"""Regions in the cascade, flat over the batch.
 
 R regions, K foreground classes. Boxes are float32 XYXY in absolute pixels of the resized image.
 """
@@ -12,78 +12,81 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade_det.core.structures.boxes import flatten_images, image_bounds
+from cascade_det.core.structures.boxes import ImageSizes, flatten_images, image_bounds
 
 
 @dataclass
 class Regions:
-    """The regions that are still in the cascade.
+    """The live regions of a batch; the optional fields are ``None`` before stage 0.
 
     Attributes:
         boxes: float32 ``[R, 4]``.
-        image_index: int64 ``[R]``, rising.
-        limits: float32 ``[R, 4]``, see ``image_bounds``.
+        image_index: int64 ``[R]``, ascending.
+        image_bounds: float32 ``[R, 4]``, (width, height, width, height) of the image.
         objectness: float32 ``[R]``, logits of the proposals.
-        rows: int64 ``[R]``, which of the proposals of the batch each region was.
-        boxes_before: float32 ``[R, 4]``, what the last stage cropped; ``None`` before stage 0,
-            as all that follow.
-        total: ``[R, K + 1]``, running state of the score ensemble.
-        top_class: int64 ``[R]`` in ``[0, K]``, the most probable one; ``None`` where no rule
-            asks for agreements.
-        agreements: int64 ``[R]``, how many stages before the last one had the same, in a row;
-            likewise.
-        predicted_ious: float32 ``[R]``; ``None`` without a head for them.
+        proposal_index: int64 ``[R]``, index of each region among the proposals of the batch.
+        boxes_before: float32 ``[R, 4]``, the boxes that the last stage pooled.
+        score_state: float32 ``[R, K + 1]``, running state of the score ensemble.
+        top_class: int64 ``[R]`` in ``[0, K]``, the most probable class; ``None`` unless a rule
+            needs agreements.
+        agreements: int64 ``[R]``, number of consecutive stages before the last one with the same
+            top class; ``None`` unless a rule needs it.
+        predicted_ious: float32 ``[R]`` in [0, 1]; ``None`` without an IoU head.
     """
 
     boxes: Tensor
     image_index: Tensor
-    limits: Tensor
+    image_bounds: Tensor
     objectness: Tensor
-    rows: Tensor
+    proposal_index: Tensor
     boxes_before: Tensor | None = None
-    total: Tensor | None = None
+    score_state: Tensor | None = None
     top_class: Tensor | None = None
     agreements: Tensor | None = None
     predicted_ious: Tensor | None = None
 
     @classmethod
-    def of_proposals(
+    def from_proposals(
         cls,
         proposals: Sequence[Tensor],
         objectness: Sequence[Tensor] | None,
-        image_sizes: Sequence[tuple[int, int]],
+        image_sizes: ImageSizes,
     ) -> Regions:
         """The proposals of N images, before stage 0.
 
         Args:
             proposals: per image float32 ``[R_i, 4]``, clipped to the image.
-            objectness: per image float32 ``[R_i]``; ``None`` counts as 0.
+            objectness: per image float32 ``[R_i]``, logits; ``None`` counts as 0.
             image_sizes: N ``(height, width)``.
         """
-        boxes, image_index = flatten_images(proposals)
-        limits = image_bounds(image_sizes, image_index)
+        boxes, image_index = flatten_images(proposals)  # [R, 4], [R]
         logits = boxes.new_zeros(boxes.shape[0]) if objectness is None else torch.cat([*objectness])
-        rows = torch.arange(boxes.shape[0], device=boxes.device)
-        return cls(boxes, image_index, limits, logits, rows)
+        return cls(
+            boxes,
+            image_index,
+            image_bounds(image_sizes, image_index),
+            logits,
+            torch.arange(boxes.shape[0], device=boxes.device),
+        )
 
     def __len__(self) -> int:
         return len(self.boxes)
 
     def __getitem__(self, index: Tensor | slice) -> Regions:
         fields = vars(self).items()
-        rows: dict[str, Any] = {name: None if x is None else x[index] for name, x in fields}
-        return Regions(**rows)
+        chosen: dict[str, Any] = {name: None if x is None else x[index] for name, x in fields}
+        return Regions(**chosen)
 
 
 @dataclass
 class StageResult:
-    """What a stage made of the regions that entered it.
+    """The output of one stage for the regions that entered it.
 
     Attributes:
-        regions: refined, in the order in which they came.
-        decoded: all boxes that it predicts, ``[R, 4]`` or ``[R, 4 K]``.
-        pooled: the crops ``[R, C, P, P]``, of a network that is running.
-        hidden: ``[R, F]``, what the box head made of them, likewise.
+        regions: the refined regions, in the same order.
+        decoded: float32 ``[R, 4]`` or ``[R, 4 K]``, all predicted boxes.
+        pooled: ``[R, C, P, P]``, kept by ``LastBoxesNetwork`` alone.
+        hidden: ``[R, F]``, output of the box head; ``None`` in a replay.
     """
 
     regions: Regions
@@ -95,28 +98,32 @@ class StageResult:
         pooled, hidden = (None if x is None else x[index] for x in (self.pooled, self.hidden))
         return StageResult(self.regions[index], self.decoded[index], pooled, hidden)
 
-    def scored(self, probs: Tensor, stage: int) -> ReportedRegions:
-        """The regions as they are reported after ``stage``, with ``probs`` ``[R, K + 1]``."""
-        image_index, rows = self.regions.image_index, self.regions.rows
+    def reported(self, probs: Tensor, stage: int) -> ReportedRegions:
+        """The regions as reported after ``stage`` with ``probs`` ``[R, K + 1]``."""
+        image_index = self.regions.image_index
         return ReportedRegions(
-            self.decoded, probs, image_index, torch.full_like(image_index, stage), rows
+            boxes=self.decoded,
+            probs=probs,
+            image_index=image_index,
+            exit_stages=torch.full_like(image_index, stage),
+            proposal_index=self.regions.proposal_index,
         )
 
 
 @dataclass
 class ReportedRegions:
-    """What regions are reported as.
+    """Boxes and scores from which detections are selected.
 
     Attributes:
-        boxes: ``[R, 4]`` or ``[R, 4 K]``.
-        probs: ``[R, K + 1]``.
+        boxes: float32 ``[R, 4]`` or ``[R, 4 K]``.
+        probs: float32 ``[R, K + 1]``.
         image_index: int64 ``[R]``.
-        exit_stages: int64 ``[R]``, the last stage that each saw.
-        rows: int64 ``[R]``, see ``Regions``.
+        exit_stages: int64 ``[R]``, the last stage that ran on each region.
+        proposal_index: int64 ``[R]``, see ``Regions``.
     """
 
     boxes: Tensor
     probs: Tensor
     image_index: Tensor
     exit_stages: Tensor
-    rows: Tensor
+    proposal_index: Tensor

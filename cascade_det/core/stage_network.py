@@ -1,6 +1,7 @@
-"""The stages of a cascade on the features of a batch.
+"""Computes the stages of a cascade on the features of a batch.
 
-Shapes: R regions of the whole batch, S stages, K foreground classes, C channels, P bins per side.
+Shapes: R regions of the whole batch, S stages, K foreground classes, C channels, P bins per side,
+F outputs of a box head.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from cascade_det.core.structures.boxes import Weights, clip_boxes, decode_boxes,
 
 
 class StageNetwork:
-    """Computes what a ``StageRunner`` asks for.
+    """The stages on one batch: the ``StageSource`` of a real run.
 
     Args:
-        pyramid: features that ``pooler`` made ready.
-        num_images: of the batch.
+        pyramid: features from ``pooler.prepare``.
+        num_images: N.
         pooler: crops regions to ``[R, C, P, P]``.
         crop_pooler: crops proposals to ``[R, C, 1, 1]``.
-        box_heads: S modules or more, ``[R, C, P, P]`` to ``[R, F]``.
-        box_predictors: likewise, ``[R, F]`` to logits ``[R, K + 1]`` and deltas.
+        box_heads: at least S modules, ``[R, C, P, P]`` to ``[R, F]``.
+        box_predictors: at least S modules, ``[R, F]`` to logits ``[R, K + 1]`` and deltas.
         bbox_reg_weights: S multipliers of (dx, dy, dw, dh).
-        ensemble: how the stages' opinions become one score.
-        learned: the learned parts of exits, if there are any.
-        counts_agreements: whether regions are told how many stages agree on their class.
+        ensemble: combines the class scores of the stages.
+        learned: the learned parts of the exits, or ``None``.
+        counts_agreements: whether to count how many stages agree on the class of a region.
     """
 
     def __init__(
@@ -63,55 +64,35 @@ class StageNetwork:
 
     def run_stage(self, regions: Regions, stage: int) -> StageResult:
         """Pool, classify and refine the regions that enter a stage."""
-        pooled, hidden = self._hidden(regions, stage)
-        logits, deltas = self.box_predictors[stage](hidden)
+        pooled, hidden = self._run_head(regions, stage)  # hidden: [R, F]
+        logits, deltas = self.box_predictors[stage](hidden)  # [R, K + 1], [R, 4] or [R, 4 K]
         decoded = decode_boxes(deltas, regions.boxes, self.bbox_reg_weights[stage])
-        decoded = clip_boxes(decoded.unflatten(1, (-1, 4)), regions.limits).flatten(1)
-        total = self.ensemble.add(regions.total, logits)
-        top_class, agreements = self._agreements(regions, total, stage)
+        decoded = clip_boxes(decoded.unflatten(1, (-1, 4)), regions.image_bounds).flatten(1)
+        score_state = self.ensemble.update(regions.score_state, logits)  # [R, K + 1]
+        top_class, agreements = self._agreements(regions, score_state, stage)
         refined = replace(
             regions,
             boxes=select_class(decoded.detach(), logits[:, :-1].argmax(dim=1)),
             boxes_before=regions.boxes,
-            total=total,
+            score_state=score_state,
             top_class=top_class,
             agreements=agreements,
             predicted_ious=self._predicted_ious(hidden, stage),
         )
         return StageResult(refined, decoded, pooled, hidden)
 
-    def _hidden(self, regions: Regions, stage: int) -> tuple[Tensor | None, Tensor]:
-        """Crops ``[R, C, P, P]``, if they are of use later, and what a box head makes of them."""
-        head, boxes, image_index = self.box_heads[stage], regions.boxes, regions.image_index
-        # Crops that nobody asks for need not be in the order of the regions.
-        if (
-            isinstance(head, FastBoxHead)
-            and self.pyramid.table is not None
-            and not self.ensemble.reruns_heads
-        ):
-            rows, order = self.pooler.rows(self.pyramid, boxes, image_index)
-            hidden = head.of_rows(rows)
-            return None, torch.empty_like(hidden).index_copy_(0, order, hidden)
-        pooled = self.pooler(self.pyramid, boxes, image_index)
-        return pooled, head(pooled)
-
-    def reported(self, run: StageResult, stage: int) -> Tensor:
-        """Class probabilities ``[R, K + 1]`` of regions that leave after ``stage``."""
-        if not self.ensemble.reruns_heads:
-            return self.ensemble.probs(run.regions.total, stage + 1)
-        seen = slice(0, stage + 1)
-        heads = zip(self.box_heads[seen], self.box_predictors[seen], strict=True)
-        all_probs = [torch.softmax(p(h(run.pooled))[0].float(), dim=1) for h, p in heads]
-        return torch.stack(all_probs).mean(dim=0)
+    def final_probs(self, result: StageResult, stage: int) -> Tensor:
+        """Class probabilities ``[R, K + 1]`` of regions that exit after ``stage``."""
+        return self.ensemble.probs(result.regions.score_state, stage + 1)
 
     def crops(self, regions: Regions) -> Tensor:
-        """The mean feature ``[R, C]`` of each proposal, from the level that it belongs to."""
+        """Mean feature ``[R, C]`` of each proposal, from its pyramid level."""
         pyramid = Pyramid(self.pyramid.features)
         pooled: Tensor = self.crop_pooler(pyramid, regions.boxes, regions.image_index)
-        return pooled.flatten(1).float()
+        return pooled.flatten(1).float()  # [R, C, 1, 1] to [R, C]
 
     def record(self, regions: Regions, num_stages: int, *, hidden: bool) -> list[RecordedStage]:
-        """The outcome of every stage where nobody leaves.
+        """Run every stage on every region.
 
         Args:
             regions: the proposals.
@@ -120,30 +101,40 @@ class StageNetwork:
         """
         stages = []
         for stage in range(num_stages):
-            run = self.run_stage(regions, stage)
-            regions = run.regions
-            assert regions.total is not None
-            assert regions.agreements is not None
-            stages.append(
-                RecordedStage(
-                    boxes=regions.boxes,
-                    decoded=run.decoded,
-                    total=regions.total,
-                    agreements=regions.agreements,
-                    predicted_ious=regions.predicted_ious,
-                    reported=self.reported(run, stage) if self.ensemble.reruns_heads else None,
-                    hidden=run.hidden if hidden else None,
-                )
-            )
+            result = self.run_stage(regions, stage)
+            stages.append(self._record_stage(result, stage, hidden))
+            regions = result.regions
         return stages
 
+    def _record_stage(self, result: StageResult, stage: int, hidden: bool) -> RecordedStage:
+        regions = result.regions
+        assert regions.score_state is not None
+        assert regions.agreements is not None
+        return RecordedStage(
+            boxes=regions.boxes,
+            decoded=result.decoded,
+            score_state=regions.score_state,
+            agreements=regions.agreements,
+            predicted_ious=regions.predicted_ious,
+            hidden=result.hidden if hidden else None,
+        )
+
+    def _run_head(self, regions: Regions, stage: int) -> tuple[Tensor | None, Tensor]:
+        """Crops ``[R, C, P, P]`` if they are needed later, and the box head's ``[R, F]``."""
+        head, boxes, image_index = self.box_heads[stage], regions.boxes, regions.image_index
+        if isinstance(head, FastBoxHead) and self.pyramid.table is not None:
+            rows, order = self.pooler.pool_rows(self.pyramid, boxes, image_index)  # [R, P * P * C]
+            hidden = head.forward_rows(rows)
+            return None, torch.empty_like(hidden).index_copy_(0, order, hidden)
+        return None, head(self.pooler(self.pyramid, boxes, image_index))
+
     def _agreements(
-        self, regions: Regions, total: Tensor, stage: int
+        self, regions: Regions, score_state: Tensor, stage: int
     ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """The most probable class now, and how many stages in a row had it before."""
+        """Top class, and the number of consecutive stages before with the same one; ``[R]``."""
         if not self.counts_agreements:
             return None, None
-        top_class = self.ensemble.probs(total, stage + 1).argmax(dim=1)
+        top_class = self.ensemble.probs(score_state, stage + 1).argmax(dim=1)
         if regions.top_class is None or regions.agreements is None:
             return top_class, torch.zeros_like(top_class)
         return top_class, (regions.agreements + 1) * (regions.top_class == top_class)
@@ -152,3 +143,29 @@ class StageNetwork:
         if self.learned is None or "iou_head" not in self.learned.names:
             return None
         return self.learned.predict_ious(stage, hidden)
+
+
+class LastBoxesNetwork(StageNetwork):
+    """The ensemble ``last_boxes``: all heads so far run again on the crops of the exit stage.
+
+    All that this ensemble costs is here: crops are kept, in the order of the regions, and
+    every reported region runs through ``stage + 1`` heads once more.
+    """
+
+    def final_probs(self, result: StageResult, stage: int) -> Tensor:
+        """Mean probabilities ``[R, K + 1]`` of the heads 0 to ``stage`` on the crops of it."""
+        seen = slice(0, stage + 1)
+        heads = zip(self.box_heads[seen], self.box_predictors[seen], strict=True)
+        probs = [
+            torch.softmax(predictor(head(result.pooled))[0].float(), dim=1)
+            for head, predictor in heads
+        ]
+        return torch.stack(probs).mean(dim=0)  # [S, R, K + 1] to [R, K + 1]
+
+    def _run_head(self, regions: Regions, stage: int) -> tuple[Tensor | None, Tensor]:
+        pooled = self.pooler(self.pyramid, regions.boxes, regions.image_index)
+        return pooled, self.box_heads[stage](pooled)
+
+    def _record_stage(self, result: StageResult, stage: int, hidden: bool) -> RecordedStage:
+        recorded = super()._record_stage(result, stage, hidden)
+        return replace(recorded, final_probs=self.final_probs(result, stage))

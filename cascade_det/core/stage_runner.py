@@ -1,6 +1,7 @@
-"""The way of regions through the stages: computed by a network, or replayed from a record.
+"""Runs the stages of a cascade and applies the exit policy before the first and after each.
 
-Both take the same steps, so that what is decided for a record is what a real run does.
+The stages are computed by a network or replayed from a record; both take the same path here, so a
+replay decides what a real run decides.
 """
 
 from __future__ import annotations
@@ -12,37 +13,46 @@ import torch
 from torch import Tensor
 
 from cascade_det.core.ensemble import ScoreEnsemble
-from cascade_det.core.exits import BEFORE_STAGES, KEPT, Accepted, ExitPolicy, RegionView
+from cascade_det.core.exits import (
+    BEFORE_STAGES,
+    REPORTED_REASONS,
+    Accepted,
+    ExitPolicy,
+    RegionView,
+)
 from cascade_det.core.exits.budget import Deadline
 from cascade_det.core.regions import Regions, ReportedRegions, StageResult
 from cascade_det.core.structures import CascadeStats, PartTimer
 
 
 class StageSource(Protocol):
-    """Where the outcome of a stage comes from."""
+    """Computes or replays the stages."""
 
     num_images: int
 
     def run_stage(self, regions: Regions, stage: int) -> StageResult:
-        """The outcome of a stage for the regions that enter it."""
+        """Run one stage on the regions that enter it."""
 
-    def reported(self, run: StageResult, stage: int) -> Tensor:
-        """Class probabilities ``[R, K + 1]`` of regions that leave after ``stage``."""
+    def final_probs(self, result: StageResult, stage: int) -> Tensor:
+        """Class probabilities ``[R, K + 1]`` of regions that exit after ``stage``."""
 
     def crops(self, regions: Regions) -> Tensor:
-        """One feature vector for each proposal, ``[R, C]``."""
+        """One feature vector per proposal: ``[R, C]``."""
 
 
 class StageRunner:
-    """Leads regions through the stages, and lets them out as a policy says; for one call.
+    """One pass of a batch through the stages.
 
     Args:
-        source: of the outcomes.
+        source: computes or replays the stages.
         num_stages: S.
-        ensemble: how the stages' opinions become one score.
-        policy: who leaves early; ``None`` for nobody.
-        deadline: of the call, where the policy has a time budget that is to count.
+        ensemble: combines the class scores of the stages.
+        policy: the exits; ``None`` runs every stage on every region.
+        deadline: of this call, if its time budget applies.
         timer: takes the milliseconds of ``stage<s>`` if given.
+
+    Attributes:
+        stats: counts of this call, complete after ``run``.
     """
 
     def __init__(
@@ -59,34 +69,34 @@ class StageRunner:
         self.num_stages = num_stages
         self.ensemble = ensemble
         self.policy = policy
+        # Exits depend on the input, which a tracer cannot record.
+        self.exits = None if torch.jit.is_tracing() else policy
         self.deadline = deadline
         self.timer = timer
-        self.stats = CascadeStats.of_nothing(num_stages)
-        self._scored: list[ReportedRegions] = []
+        self.stats = CascadeStats.empty(num_stages)
+        self._reported: list[ReportedRegions] = []
         self._accepted: list[RegionView] = []
-        self._confidence: list[tuple[int, str, Tensor]] = []
+        self._score_sums: list[tuple[int, str, Tensor]] = []
 
     def run(self, proposals: Regions) -> list[ReportedRegions]:
-        """All stages, or as many as any region needs; what is to be reported of the regions."""
+        """Run the stages until no region is live; returns the regions to report."""
         self.stats.proposed = len(proposals)
         with part(self.timer, "stage0"):
-            live = self._admit(proposals)
+            live = self._apply_proposal_exits(proposals)
         for stage in range(self.num_stages):
-            # A tracer would leave the stages out for all inputs.
+            # A trace has to hold all stages, also for inputs that have regions.
             if len(live) == 0 and not torch.jit.is_tracing():
                 break
             self.stats.entered[stage] = len(live)
             with part(self.timer, f"stage{stage}"):
-                run = self.source.run_stage(live, stage)
-                live = self._let_out(run, stage)
-        self._sum_up()
-        return self._scored
+                result = self.source.run_stage(live, stage)
+                live = self._apply_exits(result, stage)
+        self._store_score_sums()
+        return self._reported
 
-    def _admit(self, proposals: Regions) -> Regions:
+    def _apply_proposal_exits(self, proposals: Regions) -> Regions:
         """The proposals that enter stage 0."""
-        policy = self.policy
-        # Who leaves depends on the input: a tracer could not record it.
-        if policy is None or torch.jit.is_tracing():
+        if self.exits is None:
             return proposals
         view = RegionView(
             stage=BEFORE_STAGES,
@@ -94,36 +104,37 @@ class StageRunner:
             image_index=proposals.image_index,
             boxes=proposals.boxes,
             objectness=proposals.objectness,
-            rows=proposals.rows,
-            crops=self.source.crops(proposals) if policy.asks_for_crops else None,
+            proposal_index=proposals.proposal_index,
+            crops=self.source.crops(proposals) if self.exits.needs_crops else None,
         )
-        decision = policy.decide(view, self.deadline)
-        self.stats.left_before = {reason: len(rows) for reason, rows in decision.left.items()}
-        return proposals if decision.stay is None else proposals[decision.stay]
+        decision = self.exits.decide(view, self.deadline)
+        self.stats.left_before = {reason: len(rows) for reason, rows in decision.exited.items()}
+        return proposals if decision.kept is None else proposals[decision.kept]
 
-    def _let_out(self, run: StageResult, stage: int) -> Regions:
-        """Those that go on after a stage; the others are taken down."""
-        live = run.regions
+    def _apply_exits(self, result: StageResult, stage: int) -> Regions:
+        """The regions that enter the next stage; exits are reported or dropped."""
+        live = result.regions
         if stage == self.num_stages - 1:
-            self._take_down(run, stage)
+            self._report(result, stage)
             self.stats.left[stage] = {"completed": len(live)}
-            if self.policy is not None and not torch.jit.is_tracing():
-                self._confidence.append((stage, "completed", self._view(live, stage).scores.sum()))
+            if self.exits is not None:
+                self._score_sums.append((stage, "completed", self._view(live, stage).scores.sum()))
             return live[:0]
-        if self.policy is None or torch.jit.is_tracing():
+        if self.exits is None:
             return live
         view = self._view(live, stage)
-        decision = self.policy.decide(view, self.deadline)
-        self.stats.left[stage] = {reason: len(rows) for reason, rows in decision.left.items()}
-        for reason, rows in decision.left.items():
-            self._confidence.append((stage, reason, view.scores[rows].sum()))
-        kept = [decision.left[reason] for reason in KEPT if reason in decision.left]
-        if kept:
-            # Crops are many numbers for each region: they are gathered only where they are used.
-            self._take_down(run[torch.cat(kept)], stage)
-        if "confident" in decision.left and self.policy.asks_for_accepted:
-            self._accepted.append(view[decision.left["confident"]])
-        return live if decision.stay is None else live[decision.stay]
+        decision = self.exits.decide(view, self.deadline)
+        exited = decision.exited
+        self.stats.left[stage] = {reason: len(rows) for reason, rows in exited.items()}
+        for reason, rows in exited.items():
+            self._score_sums.append((stage, reason, view.scores[rows].sum()))
+        reported = [exited[reason] for reason in REPORTED_REASONS if reason in exited]
+        if reported:
+            # Indexing copies the crops, which are large: only where regions are reported.
+            self._report(result[torch.cat(reported)], stage)
+        if "confident" in exited and self.exits.needs_accepted:
+            self._accepted.append(view[exited["confident"]])
+        return live if decision.kept is None else live[decision.kept]
 
     def _view(self, live: Regions, stage: int) -> RegionView:
         return RegionView(
@@ -132,30 +143,29 @@ class StageRunner:
             image_index=live.image_index,
             boxes=live.boxes,
             objectness=live.objectness,
-            rows=live.rows,
+            proposal_index=live.proposal_index,
             boxes_before=live.boxes_before,
-            probs=self.ensemble.probs(live.total, stage + 1),
+            probs=self.ensemble.probs(live.score_state, stage + 1),
             agreements=live.agreements,
             predicted_ious=live.predicted_ious,
-            accepted=Accepted.of(self._accepted),
+            accepted=Accepted.from_views(self._accepted),
         )
 
-    def _take_down(self, run: StageResult, stage: int) -> None:
-        """Regions that are reported as they are now."""
-        probs = self.source.reported(run, stage)
+    def _report(self, result: StageResult, stage: int) -> None:
+        probs = self.source.final_probs(result, stage)  # [R, K + 1]
         if self.policy is not None:
             probs = self.policy.calibrated(probs, stage)
-        self._scored.append(run.scored(probs, stage))
+        self._reported.append(result.reported(probs, stage))
 
-    def _sum_up(self) -> None:
-        """Sums of scores, which stayed on the device until here, in one transfer."""
-        if self._confidence:
-            sums = torch.stack([total for _, _, total in self._confidence]).tolist()
+    def _store_score_sums(self) -> None:
+        """Fill ``stats.confidence``: all sums leave the device in one transfer."""
+        if self._score_sums:
+            sums = torch.stack([score_sum for _, _, score_sum in self._score_sums]).tolist()
             self.stats.confidence = [{} for _ in range(self.num_stages)]
-            for (stage, reason, _), total in zip(self._confidence, sums, strict=True):
-                self.stats.confidence[stage][reason] = total
+            for (stage, reason, _), score_sum in zip(self._score_sums, sums, strict=True):
+                self.stats.confidence[stage][reason] = score_sum
 
 
 def part(timer: PartTimer | None, name: str) -> AbstractContextManager[None]:
-    """Within the block the timer, if there is one, counts time as that of ``name``."""
+    """``timer.part(name)``, or an empty context without a timer."""
     return nullcontext() if timer is None else timer.part(name)

@@ -1,4 +1,4 @@
-"""How a cascade is trained beyond the plain sum of its stages' losses."""
+"""Training beyond the plain sum of the stage losses: weights and targets that change."""
 
 from __future__ import annotations
 
@@ -19,32 +19,30 @@ STAGE_WEIGHTINGS = ("fixed", "scheduled", "learned")
 
 
 class TrainingSchedule(nn.Module):
-    """Weights of stages and regions in the losses of a cascade, and targets that change.
+    """Loss weights of stages and regions, and targets that change over the training.
 
-    In evaluation mode a regime is idle: the losses are the plain ones, so that those on
-    validation data mean the same throughout a training, and for every regime.
+    In evaluation mode the losses are the plain ones, so validation losses stay comparable over
+    the training and between schedules.
 
     Args:
         num_stages: S.
-        gates: which stages teach a region its class; ``None`` for all. The box loss has no gates:
-            they look at the class alone, and a region whose class is settled still has a box to
-            be refined.
-        stage_weighting: "fixed"; "scheduled", linearly from the stage weights to
-            ``stage_loss_weights_end`` over the training; or "learned", a log-variance s for each
-            stage, 0 at first, by which its losses L become exp(-s) L + s (arXiv 1705.07115, with
-            one s for class and box).
-        stage_loss_weights_end: S factors, of "scheduled" alone.
+        gates: weights of the class loss by region and stage; ``None`` for none. The box loss has
+            no gates: a region whose class is settled still needs its box refined.
+        stage_weighting: "fixed"; "scheduled", linear from the stage weights to
+            ``stage_loss_weights_end`` over the training; or "learned": each stage has a
+            log-variance s, initially 0, and its losses L become exp(-s) L + s (arXiv 1705.07115,
+            with one s for class and box).
+        stage_loss_weights_end: S factors for "scheduled", else empty.
         prefix_loss_weight: factor of ``prefix_loss``; 0 leaves it out.
         dynamic: IoU thresholds and betas that follow the training; ``None`` for fixed ones.
-        exits_alone: whether only the learned parts of exits are trained, and nothing else has a
-            loss.
+        exits_alone: train the learned parts of the exits and nothing else.
 
     Attributes:
-        progress: share of the training that is done, in [0, 1]. Whoever trains sets it.
-        log_variances: float32 ``[S]``, where they are learned.
+        progress: share of the training that is done, in [0, 1]; set by the training loop.
+        log_variances: float32 ``[S]`` if learned, else ``None``.
 
     Raises:
-        ValueError: an unknown weighting, or end weights that do not fit it.
+        ValueError: for an unknown weighting, or end weights that do not fit it.
     """
 
     def __init__(
@@ -78,21 +76,21 @@ class TrainingSchedule(nn.Module):
         if stage_weighting == "learned":
             self.log_variances = nn.Parameter(torch.zeros(num_stages))
 
-    def rules(self, rules: CascadeTargets, stage: int = 0) -> CascadeTargets:
-        """The rules that hold for a stage now, in the place of those that were configured."""
+    def current_targets(self, targets: CascadeTargets, stage: int = 0) -> CascadeTargets:
+        """The configured targets as they are for a stage at this point of the training."""
         if not self.training:
-            return rules
+            return targets
         if self.stage_loss_weights_end:
-            pairs = zip(rules.stage_loss_weights, self.stage_loss_weights_end, strict=True)
-            now = tuple(start + self.progress * (end - start) for start, end in pairs)
-            rules = replace(rules, stage_loss_weights=now)
+            pairs = zip(targets.stage_loss_weights, self.stage_loss_weights_end, strict=True)
+            weights = tuple(start + self.progress * (end - start) for start, end in pairs)
+            targets = replace(targets, stage_loss_weights=weights)
         if self.dynamic is not None:
-            rules = replace(
-                rules,
-                ious=self.dynamic.ious(rules.ious),
-                smooth_l1_beta=self.dynamic.beta(stage, rules.smooth_l1_beta),
+            targets = replace(
+                targets,
+                ious=self.dynamic.ious(targets.ious),
+                smooth_l1_beta=self.dynamic.beta(stage, targets.smooth_l1_beta),
             )
-        return rules
+        return targets
 
     def observe_proposals(self, ious: Tensor, image_index: Tensor, has_objects: Tensor) -> None:
         """See ``DynamicTargets.observe_proposals``."""
@@ -100,47 +98,48 @@ class TrainingSchedule(nn.Module):
             self.dynamic.observe_proposals(ious, image_index, has_objects)
 
     def stage_losses(
-        self, passes: Sequence[TrainingStage], rules: Sequence[CascadeTargets]
+        self, stages: Sequence[TrainingStage], targets: Sequence[CascadeTargets]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Losses by name, and metrics.
 
-        Under gates the class losses are those of ``RegionGates``, multiplied by the sum of the
-        stage weights: as long as no region is settled they are the plain ones, up to the smallest
-        weight, and so is their balance with the box losses.
+        With gates, the class losses of ``RegionGates`` are multiplied by the sum of the stage
+        weights: while no region is settled they equal the plain ones (up to the 0.001), and so
+        does their balance with the box losses.
 
         Args:
-            passes: of S stages.
-            rules: of S stages, from ``rules``.
+            stages: S stages.
+            targets: S current targets.
         """
-        stages = list(zip(rules, passes, strict=True))
+        pairs = list(zip(targets, stages, strict=True))
         metrics: dict[str, Tensor] = {}
         if self.gates is not None and self.training:
-            class_losses, metrics = self._gated_class_losses(self.gates, passes, rules[0])
+            class_losses, metrics = self._gated_class_losses(self.gates, stages, targets[0])
         else:
-            class_losses = [r.class_loss(stage, run) for stage, (r, run) in enumerate(stages)]
+            class_losses = [own.class_loss(stage, out) for stage, (own, out) in enumerate(pairs)]
         factors: Sequence[Tensor] = ()
         if self.log_variances is not None and self.training:
             factors = list(torch.exp(-self.log_variances))
         losses: dict[str, Tensor] = {}
-        for stage, (of_stage, run) in enumerate(stages):
-            pair = class_losses[stage], of_stage.regression_loss(stage, run)
+        for stage, (own, output) in enumerate(pairs):
+            class_loss, box_loss = class_losses[stage], own.regression_loss(stage, output)
             if factors:
-                pair = pair[0] * factors[stage], pair[1] * factors[stage]
+                class_loss, box_loss = class_loss * factors[stage], box_loss * factors[stage]
                 metrics[f"stage{stage}/loss_factor"] = factors[stage].detach()
-            losses[f"loss_cls_stage{stage}"], losses[f"loss_box_reg_stage{stage}"] = pair
+            losses[f"loss_cls_stage{stage}"] = class_loss
+            losses[f"loss_box_reg_stage{stage}"] = box_loss
         if self.log_variances is not None and self.training:
             losses["loss_stage_weights"] = self.log_variances.sum()
         return losses, metrics
 
     @staticmethod
     def _gated_class_losses(
-        gates: RegionGates, passes: Sequence[TrainingStage], rules: CascadeTargets
+        gates: RegionGates, stages: Sequence[TrainingStage], targets: CascadeTargets
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        weights, eligible = gates.weights(passes, rules.stage_loss_weights)
-        scale = sum(rules.stage_loss_weights) / max(len(passes[0].rows), 1)
+        weights, eligible = gates.weights(stages, targets.stage_loss_weights)
+        scale = sum(targets.stage_loss_weights) / max(len(stages[0].proposal_index), 1)
         losses = [
-            scale * weighted_classification_loss(run.logits, run.regions.gt_classes, weight)
-            for run, weight in zip(passes, weights, strict=True)
+            scale * weighted_classification_loss(output.logits, output.regions.gt_classes, weight)
+            for output, weight in zip(stages, weights, strict=True)
         ]
         return losses, {f"stage{s}/eligible": share.mean() for s, share in enumerate(eligible)}
 
@@ -154,15 +153,15 @@ def build_training_schedule(
     dynamic: Mapping[str, Any] | None,
     **arguments: Any,
 ) -> TrainingSchedule:
-    """A regime from plain values.
+    """A training schedule from plain values.
 
     Args:
         num_stages: S.
-        gating: one of ``GATES``, or ``None``.
-        gate_threshold: see ``RegionGates``.
-        gate_scale: likewise.
-        dynamic: arguments of ``DynamicTargets`` but for the first, or ``None``.
-        arguments: further ones of ``TrainingSchedule``.
+        gating: kind of ``RegionGates``, or ``None``.
+        gate_threshold: threshold of ``RegionGates``.
+        gate_scale: scale of ``RegionGates``.
+        dynamic: arguments of ``DynamicTargets`` without ``num_stages``, or ``None``.
+        arguments: further arguments of ``TrainingSchedule``.
     """
     gates = None
     if gating is not None:

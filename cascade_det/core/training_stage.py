@@ -1,4 +1,4 @@
-"""What one stage made of its regions in training."""
+"""The output of one stage in a training pass."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class TrainingStage:
     """One stage of a training pass.
 
     Attributes:
-        regions: R of them, labelled for this stage.
-        rows: int64 ``[R]``, rising: which of the regions of stage 0 they are. Boxes that became
-            empty are not among those of later stages.
+        regions: R regions, labelled for this stage.
+        proposal_index: int64 ``[R]``, ascending: index of each region among those of stage 0.
+            Regions whose box became empty are missing from later stages.
         logits: ``[R, K + 1]``.
         deltas: ``[R, 4]`` or ``[R, 4 K]``.
     """
 
     regions: LabelledRegions
-    rows: Tensor
+    proposal_index: Tensor
     logits: Tensor
     deltas: Tensor

@@ -24,7 +24,7 @@ from cascade_det.core import (
 from cascade_det.core.fast_heads import fast_dtype
 from cascade_det.core.modes import evaluation_mode, in_evaluation_mode
 from cascade_det.core.postprocess import rescale_stage
-from cascade_det.core.structures.boxes import of_images
+from cascade_det.core.structures.boxes import keep_images
 from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads, HeadsCall
 from cascade_det.d2.structures import detections_of, objectness_of
 from cascade_det.engine.batches import check_images
@@ -98,7 +98,7 @@ class Detector(nn.Module):
         if len(batch) == 0:
             self.outputs = []
             num_stages = self._heads.num_cascade_stages if self.has_stages else 0
-            return DetectorOutput([], CascadeStats.of_nothing(num_stages))
+            return DetectorOutput([], CascadeStats.empty(num_stages))
         check_images(batch, image_channels(self.model))
         if self.has_stages:
             chosen = [stages] * len(batch) if isinstance(stages, bool) else stages
@@ -192,7 +192,7 @@ class Detector(nn.Module):
         if any(chosen):
             full = heads.cascade.detect_stages(
                 [maps[name] for name in heads.box_in_features],
-                of_images([x.proposal_boxes.tensor for x in proposals], chosen),
+                keep_images([x.proposal_boxes.tensor for x in proposals], chosen),
                 images.image_sizes,
                 timer=timer,
             )

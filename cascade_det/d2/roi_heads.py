@@ -303,7 +303,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         if self.box_pooler is not self.__dict__["_pooler"]:
             cascade.pooler = pooler_like(self.box_pooler, cascade.pooler.kernel)
             self.__dict__["_pooler"] = self.box_pooler
-        cascade.training_rules = replace(cascade.training_rules, **rules)
+        cascade.targets = replace(cascade.targets, **rules)
         cascade.num_classes = rules["num_classes"]
         cascade.bbox_reg_weights = rules["bbox_reg_weights"]
         cascade.score_thresh = last.test_score_thresh
@@ -325,7 +325,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             )
             if device.type == "cpu":
                 keep_freed_memory()
-        return copies.of(self.box_head)
+        return copies.get(self.box_head)
 
     def _rules(self) -> dict[str, Any]:
         """What Detectron2 has in the predictors and matchers, as arguments of the cascade."""

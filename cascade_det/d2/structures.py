@@ -14,17 +14,17 @@ from detectron2.structures.boxes import matched_pairwise_iou
 from torch import Tensor
 
 from cascade_det.core import Detections
-from cascade_det.core.matching import LabelledRegions, Targets
+from cascade_det.core.matching import GroundTruth, LabelledRegions
 from cascade_det.core.structures.boxes import flatten_images
 
 _FARTHEST = 1e5  # pixels, of a polygon's point
 _KNOWN = (Tensor, Boxes, BitMasks, PolygonMasks, Keypoints)
 
 
-def targets_of(instances: Sequence[Instances]) -> Targets:
+def targets_of(instances: Sequence[Instances]) -> GroundTruth:
     """The ground truth of a batch, from the fields ``gt_boxes`` and ``gt_classes``."""
     boxes, image_index = flatten_images([x.gt_boxes.tensor for x in instances])
-    return Targets(boxes, _classes(instances), image_index)
+    return GroundTruth(boxes, _classes(instances), image_index)
 
 
 def labelled_regions_of(proposals: Sequence[Instances]) -> LabelledRegions:

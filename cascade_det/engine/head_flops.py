@@ -43,6 +43,6 @@ def _operations(head: nn.Module, crop: torch.Tensor) -> float:
 
 def _of_scores(cascade: CascadeHead, of_stages: Sequence[float]) -> tuple[float, ...]:
     """Of the final scores: some ensembles run the heads so far again on the last crop."""
-    if cascade.ensemble.reruns_heads:
+    if cascade.ensemble.name == "last_boxes":
         return tuple(accumulate(of_stages))
     return (0.0,) * len(of_stages)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from cascade_det.core.exits import KEPT
+from cascade_det.core.exits import REPORTED_REASONS
 from cascade_det.core.structures import EXIT_REASONS, CascadeStats, DetectorOutput
 from cascade_det.evaluation.evaluator import Evaluator, Sample
 
-_REPORTED = (*KEPT, "completed")
+_REPORTED = (*REPORTED_REASONS, "completed")
 _GIGA = 1e9
 
 

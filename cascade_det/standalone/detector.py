@@ -20,7 +20,7 @@ from cascade_det.core import (
 )
 from cascade_det.core.modes import in_evaluation_mode
 from cascade_det.core.postprocess import rescale_detections, rescale_stage
-from cascade_det.core.structures.boxes import of_images
+from cascade_det.core.structures.boxes import keep_images
 from cascade_det.engine.batches import check_images
 from cascade_det.standalone.rpn import RPN
 
@@ -158,7 +158,7 @@ class Detector(nn.Module):
             ValueError: an image is not a tensor ``[3, H, W]``, or has no pixels.
         """
         if len(batch) == 0:
-            return DetectorOutput([], CascadeStats.of_nothing(self.roi_heads.num_stages))
+            return DetectorOutput([], CascadeStats.empty(self.roi_heads.num_stages))
         part = timer.part if timer is not None else lambda name: nullcontext()
         started = self.roi_heads.now()
         inputs = self._cascade_inputs(batch, timer)
@@ -177,7 +177,7 @@ class Detector(nn.Module):
         chosen = [stages] * len(batch) if isinstance(stages, bool) else stages
         if any(chosen):
             full = self.roi_heads.detect_stages(
-                inputs.features, of_images(inputs.proposals, chosen), image_sizes, timer=timer
+                inputs.features, keep_images(inputs.proposals, chosen), image_sizes, timer=timer
             )
             output.stages = [rescale_stage(stage, frames) for stage in full]
         return output

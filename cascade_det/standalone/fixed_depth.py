@@ -112,13 +112,13 @@ class FixedDepthDetector(nn.Module):
         regions = Regions(
             proposals, image_index, limits.expand_as(proposals), proposals[:, 0], image_index
         )
-        run = network.run_stage(regions, 0)
+        result = network.run_stage(regions, 0)
         for stage in range(1, self.num_stages):
-            run = network.run_stage(run.regions, stage)
-        probs = network.reported(run, self.num_stages - 1)
+            result = network.run_stage(result.regions, stage)
+        probs = network.final_probs(result, self.num_stages - 1)
         if heads.exits is not None:
             probs = heads.exits.calibrated(probs, self.num_stages - 1)
-        return run.decoded, probs
+        return result.decoded, probs
 
     def _select(self, boxes: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What ``select_detections`` gives for all rows but the last, less boxes that are empty."""

@@ -301,7 +301,9 @@ def _nonsense(recording, images):
         alone = recording.of_images([place]).records[0]
         if place in images:
             stages = [
-                dataclasses.replace(stage, total=stage.total[torch.randperm(len(stage.total))])
+                dataclasses.replace(
+                    stage, score_state=stage.score_state[torch.randperm(len(stage.score_state))]
+                )
                 for stage in alone.stages
             ]
             alone = dataclasses.replace(alone, stages=stages)
@@ -333,7 +335,7 @@ def _misleading():
                 stage,
                 boxes=boxes if final else place,
                 decoded=boxes if final else place,
-                total=3 * last if final else early * count,
+                score_state=3 * last if final else early * count,
             )
             for stage, count, final in zip(record.stages, (1, 2, 3), (0, 0, 1), strict=True)
         ]

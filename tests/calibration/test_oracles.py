@@ -31,8 +31,8 @@ def objects_of(scene):
 def exit_stages(record, policy):
     """After which stage each region is reported; -1 for those that are dropped."""
     stages = torch.full((len(record.proposals),), -1)
-    for scored in record.replay(policy).scored:
-        stages[scored.rows] = scored.exit_stages
+    for scored in record.replay(policy).reported:
+        stages[scored.proposal_index] = scored.exit_stages
     return stages.tolist()
 
 
@@ -44,9 +44,9 @@ def test_every_region_leaves_after_its_own_stage():
         image_index=torch.zeros(3, dtype=torch.int64),
         boxes=torch.zeros(3, 4),
         objectness=torch.zeros(3),
-        rows=torch.tensor([0, 1, 4]),
+        proposal_index=torch.tensor([0, 1, 4]),
     )
-    assert rule.leaves(view).tolist() == [False, True, True]
+    assert rule.exit_mask(view).tolist() == [False, True, True]
     assert rule.is_active(-1)
     late = ExitAfter("background", torch.tensor([1, 2]))
     assert [late.is_active(stage) for stage in (-1, 0, 1)] == [False, False, True]
@@ -58,7 +58,7 @@ class TestRandomExits:
         record = make_recorded_scene(num_proposals=(60, 40)).record
         replay = record.replay(random_exits(record, SHARES, accept=accept))
         assert replay.entered.sum(dim=1).tolist() == [80, 50, 20]
-        reported = sum(len(scored.rows) for scored in replay.scored)
+        reported = sum(len(scored.proposal_index) for scored in replay.reported)
         # What enters stage 0 is reported where it is accepted, what ends the cascade always.
         assert reported == (80 if accept else 20)
 
@@ -66,13 +66,13 @@ class TestRandomExits:
         record = make_recorded_scene().record
         replay = record.replay(random_exits(record, (1.0, 1.0, 1.0), accept=True))
         assert_same_detections(
-            record.select(replay.scored), record.select(record.replay(None).scored), exact=True
+            record.select(replay.reported), record.select(record.replay(None).reported), exact=True
         )
 
     def test_nothing_enters(self):
         record = make_recorded_scene().record
         replay = record.replay(random_exits(record, (0.0,) * 3, accept=True))
-        assert replay.scored == []
+        assert replay.reported == []
         empty = make_recorded_scene(num_proposals=(0, 0)).record
         assert empty.replay(random_exits(empty, SHARES, accept=True)).entered.sum() == 0
 
@@ -116,7 +116,7 @@ class TestDropOracle:
         dropped = oracle.rules[0].stages
 
         def scores():
-            return [d.scores.tolist() for d in record.select(record.replay(oracle).scored)]
+            return [d.scores.tolist() for d in record.select(record.replay(oracle).reported)]
 
         wanted = scores()
         for row in torch.nonzero(dropped > 0).squeeze(1).tolist():
@@ -131,7 +131,7 @@ class TestDropOracle:
 def naive_outcome(scene, stage, row, index):
     """Top class, and the IoU thresholds that the box of class ``index`` passes."""
     record = scene.record
-    probs = (record.stages[stage].total[row] / (stage + 1)).tolist()[:-1]
+    probs = (record.stages[stage].score_state[row] / (stage + 1)).tolist()[:-1]
     boxes = record.stages[stage].decoded[row].reshape(-1, 4)
     box = boxes[index if len(boxes) > 1 else 0].tolist()
     image = record.image_index[row].item()
@@ -149,10 +149,10 @@ class TestOutcomeOracle:
             seed=seed, num_proposals=(60, 50), num_objects=(4, 0), cls_agnostic=cls_agnostic
         )
         record = scene.record
-        full = record.replay(None).scored[0]
-        rows = full.rows[torch.argsort(full.rows)]
+        full = record.replay(None).reported[0]
+        rows = full.proposal_index[torch.argsort(full.proposal_index)]
         assert rows.tolist() == list(range(110))
-        by_row = dataclasses.replace(full, exit_stages=full.rows)
+        by_row = dataclasses.replace(full, exit_stages=full.proposal_index)
         wanted = [-1] * 110
         for detections in record.select([by_row]):
             pairs = zip(detections.exit_stages.tolist(), detections.classes.tolist(), strict=True)
@@ -170,14 +170,14 @@ class TestOutcomeOracle:
         record = settled_record(scene.record)
         oracle = outcome_oracle(record, objects_of(scene), [FRAME] * 2, before_stages=before_stages)
         replay = record.replay(oracle)
-        carriers = len(set(chain(*(s.rows.tolist() for s in replay.scored))))
+        carriers = len(set(chain(*(s.proposal_index.tolist() for s in replay.reported))))
         count = len(record.proposals)
         assert carriers < count
         wanted = [carriers if before_stages else count, 0, 0]
         assert replay.entered.sum(dim=1).tolist() == wanted
         assert_same_detections(
-            without_stages(record.select(replay.scored)),
-            without_stages(record.select(record.replay(None).scored)),
+            without_stages(record.select(replay.reported)),
+            without_stages(record.select(record.replay(None).reported)),
         )
 
     def test_of_no_regions(self):

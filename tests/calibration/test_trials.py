@@ -31,9 +31,9 @@ def replayed(trials, exits):
     found, entered = [], []
     for record in trials.recording.records:
         for image in range(record.num_images):
-            alone = record.of_images([image])
+            alone = record.select_images([image])
             replay = alone.replay(exits)
-            found.append(rescale_detections(*alone.select(replay.scored), *FRAME))
+            found.append(rescale_detections(*alone.select(replay.reported), *FRAME))
             entered.append(replay.entered[:, 0].numpy())
     return found, np.array(entered).T
 

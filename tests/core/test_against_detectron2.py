@@ -14,7 +14,7 @@ from cascade_det.core import (
     Detections,
     RoIPooler,
 )
-from cascade_det.core.matching import Targets, label_regions, sample_labels
+from cascade_det.core.matching import GroundTruth, label_regions, sample_labels
 from cascade_det.core.postprocess import rescale_detections, select_detections
 from cascade_det.core.structures.boxes import decode_boxes, encode_boxes, flatten_images
 
@@ -80,7 +80,7 @@ class TestPieces:
         ours = label_regions(
             boxes,
             images,
-            Targets(objects, classes, images[:6]),
+            GroundTruth(objects, classes, images[:6]),
             iou_threshold=0.5,
             num_classes=NUM_CLASSES,
         )

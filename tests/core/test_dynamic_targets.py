@@ -9,7 +9,7 @@ from small_cascades import NUM_CLASSES, REG_WEIGHTS, make_cascade, make_scene
 from training_passes import losses_of
 
 from cascade_det.core.dynamic_targets import DynamicTargets
-from cascade_det.core.matching import LabelledRegions, Targets
+from cascade_det.core.matching import GroundTruth, LabelledRegions
 from cascade_det.core.training_schedule import TrainingSchedule
 from cascade_det.core.training_stage import TrainingStage
 
@@ -17,7 +17,7 @@ IOUS = (0.5, 0.6, 0.7)
 
 
 def rules_of(num_stages=3):
-    return [make_cascade(num_stages=num_stages).training_rules] * num_stages
+    return [make_cascade(num_stages=num_stages).targets] * num_stages
 
 
 def regions_of(ious, image_index=None, shifts=()):
@@ -43,7 +43,7 @@ def as_pass(regions):
 
 def objects_in(*images):
     index = torch.tensor(images, dtype=torch.int64)
-    return Targets(torch.zeros(len(index), 4), torch.zeros_like(index), index)
+    return GroundTruth(torch.zeros(len(index), 4), torch.zeros_like(index), index)
 
 
 def passes_with(dynamic, proposals, stages, *, has_objects=(True,), targets=None):
@@ -100,7 +100,7 @@ def test_without_objects_or_regions_thresholds_stay():
         (objects_in(0), [regions_of([])] * 2),
     ):
         none = torch.zeros(0)
-        dynamic.observe_proposals(none, none.long(), targets.are_in(1))
+        dynamic.observe_proposals(none, none.long(), targets.images_with_objects(1))
         dynamic.finish_pass([as_pass(r) for r in stages], rules_of(2), targets, 1)
         assert dynamic.ious((0.5, 0.6)) == pytest.approx((0.4, 0.4))
         assert dynamic.beta(1, 0.0) == 1.0
@@ -186,8 +186,8 @@ def test_stage_zero_looks_at_proposals_that_were_not_drawn():
     found = []
     for drawn in (4, 512):
         cascade = dynamic_cascade(period=1)
-        cascade.training_rules = copy.copy(cascade.training_rules)
-        object.__setattr__(cascade.training_rules, "batch_size_per_image", drawn)
+        cascade.targets = copy.copy(cascade.targets)
+        object.__setattr__(cascade.targets, "batch_size_per_image", drawn)
         losses_of(cascade, scene)
         found.append(cascade.regime.dynamic.iou_statistics[0])
     assert found[0] == found[1]

@@ -21,18 +21,11 @@ from cascade_det.core.ensemble import ScoreEnsemble
 )
 def test_running_scores_by_hand(name, wanted):
     ensemble = ScoreEnsemble(name)
-    total = None
+    state = None
     for stage, odds in enumerate((3.0, 1 / 9, 1.0)):
-        total = ensemble.add(total, torch.tensor([[math.log(odds), 0.0]]))
-        probs = ensemble.probs(total, stage + 1)
+        state = ensemble.update(state, torch.tensor([[math.log(odds), 0.0]]))
+        probs = ensemble.probs(state, stage + 1)
         torch.testing.assert_close(probs, torch.tensor([[wanted[stage], 1 - wanted[stage]]]))
-
-
-def test_only_last_boxes_runs_heads_again():
-    assert {name: ScoreEnsemble(name).reruns_heads for name in ("mean_probs", "last_boxes")} == {
-        "mean_probs": False,
-        "last_boxes": True,
-    }
 
 
 def test_unknown_ensemble_is_named():

@@ -33,21 +33,21 @@ class TestRegionBudget:
         view = view_of(probs, image_index=[0, 0, 0, 0, 1, 1])
         rule = RegionBudget((0, 2, 0))
         assert [rule.is_active(stage) for stage in (-1, 0, 1)] == [False, True, False]
-        assert rule.leaves(view).tolist() == [True, False, False, True, False, False]
+        assert rule.exit_mask(view).tolist() == [True, False, False, True, False, False]
 
     def test_of_equal_scores_the_first_enter(self):
         view = view_of([[0.5, 0.5]] * 5, image_index=[0, 0, 0, 1, 1])
-        assert RegionBudget((0, 2)).leaves(view).tolist() == [False, False, True, False, False]
+        assert RegionBudget((0, 2)).exit_mask(view).tolist() == [False, False, True, False, False]
 
     def test_before_stage_0_by_objectness(self):
         view = make_view(stage=-1, counts=(3, 1))
         view.objectness = torch.tensor([0.0, 2.0, 1.0, -5.0])
-        assert RegionBudget((1, 0)).leaves(view).tolist() == [True, False, True, False]
+        assert RegionBudget((1, 0)).exit_mask(view).tolist() == [True, False, True, False]
 
     @pytest.mark.parametrize("seed", range(5))
     def test_never_more_than_the_budget_and_never_a_better_one_left(self, seed):
         view = make_view(counts=(20, 3, 0, 8), seed=seed)
-        leaves = RegionBudget((0, 5)).leaves(view)
+        leaves = RegionBudget((0, 5)).exit_mask(view)
         for image, count in enumerate((20, 3, 0, 8)):
             own = view.image_index == image
             assert (own & ~leaves).sum() == min(count, 5)
@@ -61,12 +61,12 @@ class Call:
     def __init__(self, budget, clock, *, num_images=1, started=None):
         self.budget, self.clock = budget, clock
         self.deadline = budget.start(num_images, started)
-        assert not self.leaves(make_view(stage=-1, counts=(10,)))
+        assert not self.exit_mask(make_view(stage=-1, counts=(10,)))
         self.stage = 0
 
-    def leaves(self, view):
+    def exit_mask(self, view):
         assert self.deadline.is_active(view.stage)
-        leaves = self.deadline.leaves(view)
+        leaves = self.deadline.exit_mask(view)
         assert leaves.dtype == torch.bool
         assert leaves.shape == (len(view),)
         assert leaves.all() == leaves.any()
@@ -77,10 +77,10 @@ class Call:
         self.clock.tick(seconds)
         view = make_view(stage=self.stage, counts=(live,))
         self.stage += 1
-        return self.leaves(view)
+        return self.exit_mask(view)
 
     def report(self, seconds):
-        self.deadline.stages_are_done(CPU)
+        self.deadline.mark_stages_done(CPU)
         self.clock.tick(seconds)
         return self.deadline.finish(CPU)
 
@@ -148,7 +148,7 @@ class TestTimeBudget:
         exits = policy(time_budget_ms=1.0, clock=self.clock)
         exits.time_budget.start(1, None)
         self.clock.tick(1.0)
-        assert exits.decide(make_view()).stay is None
+        assert exits.decide(make_view()).kept is None
 
     def test_the_budget_is_the_last_reason(self):
         exits = policy(prune_thresholds=(0.3, 0.3), time_budget_ms=1.0, clock=self.clock)

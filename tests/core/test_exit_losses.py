@@ -14,7 +14,7 @@ from cascade_det.core.exit_losses import (
     loses_nothing,
 )
 from cascade_det.core.exits.learned import LEARNED_PARTS
-from cascade_det.core.matching import Targets
+from cascade_det.core.matching import GroundTruth
 from cascade_det.core.structures.boxes import flatten_images
 
 SCENES = [
@@ -29,13 +29,13 @@ SCENES = [
 
 def flat_targets(scene):
     boxes, image_index = flatten_images(scene.gt_boxes)
-    return Targets(boxes, torch.cat(scene.gt_classes), image_index)
+    return GroundTruth(boxes, torch.cat(scene.gt_classes), image_index)
 
 
 def brute_force_true_positives(scene):
     """Rows of regions that find an object: NMS, the best few, then objects by falling score."""
     record, last = scene.record, scene.record.stages[-1]
-    probs = (last.total / record.num_stages).tolist()
+    probs = (last.score_state / record.num_stages).tolist()
     decoded = last.decoded.unflatten(1, (-1, 4)).tolist()
     rows = set()
     for image in range(record.num_images):
@@ -67,7 +67,7 @@ def brute_force_ready(scene, stage):
     early, last = (record.stages[s].decoded.unflatten(1, (-1, 4)).tolist() for s in (stage, -1))
     rows = set()
     for row, image in enumerate(record.image_index.tolist()):
-        label = record.stages[stage].total[row, :-1].argmax().item()
+        label = record.stages[stage].score_state[row, :-1].argmax().item()
         column = label if len(early[row]) > 1 else 0
         boxes = scene.gt_boxes[image][scene.gt_classes[image] == label].tolist()
         best = max(boxes, key=lambda b: iou(early[row][column], b), default=None)
@@ -115,7 +115,7 @@ def test_an_object_is_found_once():
     last = scene.record.stages[-1]
     scene.gt_boxes[0][:] = torch.tensor([10.0, 10, 110, 110])
     last.decoded[:] = torch.tensor([[10.0, 10, 110, 70], [10, 50, 110, 110]])  # IoU 0.6 each, 0.2
-    last.total[:] = torch.tensor([[1.2, 1.8], [1.8, 1.2]])
+    last.score_state[:] = torch.tensor([[1.2, 1.8], [1.8, 1.2]])
     assert ends_as_true_positive(scene.record, flat_targets(scene)).tolist() == [False, True]
 
 
@@ -199,7 +199,7 @@ def test_without_regions_losses_are_zero_and_have_gradients():
 def test_a_gate_without_foreground_has_nothing_to_learn_from():
     scene, parts = make_recorded_scene(), make_parts()
     for stage in scene.record.stages:
-        stage.total[:, -1] = 100.0
+        stage.score_state[:, -1] = 100.0
     losses = exit_losses(parts, scene.record, *scene.targets)
     sum(losses.values()).backward()
     assert losses["loss_exit_gate_stage0"] == 0

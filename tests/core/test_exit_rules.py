@@ -26,7 +26,7 @@ SEEDS = range(8)
 
 def leaves(rule, view):
     assert rule.is_active(view.stage)
-    leaving = rule.leaves(view)
+    leaving = rule.exit_mask(view)
     assert leaving.dtype == torch.bool
     return leaving.tolist()
 
@@ -196,7 +196,7 @@ class TestDropCovered:
             counts=counts, num_classes=num_classes, image_size=(800, 1333), num_accepted=40
         )
         rule = DropCovered(0.85)
-        together = rule.leaves(view)
+        together = rule.exit_mask(view)
         assert 0 < together.sum() < len(view)
         for image in range(0, len(counts), 3):
             own = together[view.image_index == image]
@@ -295,7 +295,7 @@ class TestLearned:
             wanted = ["confident" if x else None for x in answers >= thresholds[stage]]
             assert len(set(wanted)) == 2
             assert reasons_of(exits.decide(view), len(view)) == wanted
-            assert exits.decide(record.view(1 - stage)).stay is None
+            assert exits.decide(record.view(1 - stage)).kept is None
 
     def test_the_pruner_drops(self):
         parts, record = make_parts(), make_recorded_scene().record
@@ -308,4 +308,4 @@ class TestLearned:
             wanted = ["background" if x else None for x in answers < thresholds[gate]]
             assert len(set(wanted)) == 2
             assert reasons_of(exits.decide(view), len(view)) == wanted
-            assert all(exits.decide(record.view(s)).stay is None for s in (-1, 0, 1) if s != stage)
+            assert all(exits.decide(record.view(s)).kept is None for s in (-1, 0, 1) if s != stage)

@@ -96,12 +96,12 @@ def test_without_rules_everybody_stays(stage):
     }
     for exits in (policy(), policy(**neutral), policy(**neutral, confidence="margin")):
         assert exits.rules == ()
-        assert not exits.asks_for_crops
-        assert not exits.asks_for_objectness
-        assert not exits.asks_for_accepted
+        assert not exits.needs_crops
+        assert not exits.needs_objectness
+        assert not exits.needs_accepted
         decision = exits.decide(make_view(stage=stage))
-        assert decision.stay is None
-        assert decision.left == {}
+        assert decision.kept is None
+        assert decision.exited == {}
 
 
 @given(
@@ -154,8 +154,8 @@ def test_nobody_is_there(stage):
     )
     view = make_view(stage=stage, counts=(0, 0))
     decision = everything.decide(view)
-    assert decision.stay is None
-    assert decision.left == {}
+    assert decision.kept is None
+    assert decision.exited == {}
 
 
 def test_what_a_policy_asks_for():
@@ -163,7 +163,7 @@ def test_what_a_policy_asks_for():
 
     def asks(**arguments):
         exits = policy(**arguments, learned=parts)
-        return exits.asks_for_objectness, exits.asks_for_crops, exits.asks_for_accepted
+        return exits.needs_objectness, exits.needs_crops, exits.needs_accepted
 
     accept = {"thresholds": (0.9, 0.9)}
     assert asks(**accept) == (False, False, False)

@@ -36,11 +36,11 @@ def test_fast_head_equals_head(fc_dims):
     assert isinstance(made, FastBoxHead)
     assert_close(made(pooled), plain(pooled))
     rows = torch.stack([region.permute(1, 2, 0).flatten() for region in pooled])
-    assert_close(made.of_rows(rows), plain(pooled))
+    assert_close(made.forward_rows(rows), plain(pooled))
 
 
 def test_empty_input_gives_empty_output():
-    assert fast(head()).of_rows(torch.zeros(0, 36)).shape == (0, 8)
+    assert fast(head()).forward_rows(torch.zeros(0, 36)).shape == (0, 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -125,12 +125,12 @@ def test_copies_follow_weights():
     heads = nn.ModuleList([head(), head()])
     copies = FastCopies(pooled_size=POOLED, dtype=torch.float32, device=torch.device("cpu"))
     pooled = torch.randn(3, 4, POOLED, POOLED)
-    first = copies.of(heads)
-    assert copies.of(heads) is first
+    first = copies.get(heads)
+    assert copies.get(heads) is first
     with torch.no_grad():
         heads[1].fc1.weight.mul_(2)
-    assert_close(copies.of(heads)[1](pooled), heads[1](pooled))
+    assert_close(copies.get(heads)[1](pooled), heads[1](pooled))
     heads[0].load_state_dict(head().state_dict())
-    assert_close(copies.of(heads)[0](pooled), heads[0](pooled))
+    assert_close(copies.get(heads)[0](pooled), heads[0](pooled))
     heads[0].fc1.weight.data = torch.randn(16, 36)
-    assert_close(copies.of(heads)[0](pooled), heads[0](pooled))
+    assert_close(copies.get(heads)[0](pooled), heads[0](pooled))

@@ -219,7 +219,7 @@ def test_pruner_drops_what_is_below_the_threshold_of_its_gate():
     assert pruner.reason == "background"
     assert [pruner.is_active(stage) for stage in GATES] == [True, False, True]
     for view, probability, threshold in zip(views, said, pruner.thresholds, strict=True):
-        leaves = pruner.leaves(view)
+        leaves = pruner.exit_mask(view)
         assert leaves.tolist() == [p < threshold for p in probability.tolist()]
-    assert not pruner.leaves(views[1]).any()
-    assert 0 < pruner.leaves(views[2]).sum() < len(views[2])
+    assert not pruner.exit_mask(views[1]).any()
+    assert 0 < pruner.exit_mask(views[2]).sum() < len(views[2])

@@ -44,6 +44,6 @@ def test_a_run_with_learned_exits_equals_its_replay():
     wanted, stats = cascade.detect(*inputs, objectness=objectness)
     replayed = record.replay(cascade.exits)
     assert (replayed.stats.entered, replayed.stats.left) == (stats.entered, stats.left)
-    assert_same_detections(record.select(replayed.scored), wanted)
+    assert_same_detections(record.select(replayed.reported), wanted)
     assert stats.entered[0] < 100
     assert {"background", "confident"} <= set(stats.left[0])

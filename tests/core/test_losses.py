@@ -24,7 +24,7 @@ def loss_of(box, gt_box, *, deltas=(0.0, 0.0, 0.0, 0.0), loss_type="smooth_l1", 
 @pytest.mark.parametrize(
     ("beta", "wanted"),
     [
-        # Targets of (2, -1, 5 log 2, 0) from predictions of (0, 0, 0, 0.5).
+        # GroundTruth of (2, -1, 5 log 2, 0) from predictions of (0, 0, 0, 0.5).
         (0.0, 2 + 1 + 5 * math.log(2) + 0.5),
         (1.5, (2 - 0.75) + 1 / 3 + (5 * math.log(2) - 0.75) + 0.25 / 3),
     ],

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from naive_cascade import iou
 from small_cascades import make_scene, random_boxes
 
-from cascade_det.core.matching import Targets, label_regions, sample_labels, sample_regions
+from cascade_det.core.matching import GroundTruth, label_regions, sample_labels, sample_regions
 from cascade_det.core.structures.boxes import flatten_images
 
 NUM_CLASSES = 3
@@ -15,7 +15,7 @@ NUM_CLASSES = 3
 
 def flat_targets(scene):
     boxes, image_index = flatten_images(scene.gt_boxes)
-    return Targets(boxes, torch.cat(scene.gt_classes), image_index)
+    return GroundTruth(boxes, torch.cat(scene.gt_classes), image_index)
 
 
 def label_scene(scene, iou_threshold):
@@ -61,7 +61,7 @@ def test_labels_equal_brute_force(iou_threshold, num_objects):
 
 def test_objects_of_another_image_do_not_count():
     box = torch.tensor([[10.0, 10.0, 30.0, 30.0]])
-    targets = Targets(box, torch.tensor([1]), torch.tensor([0]))
+    targets = GroundTruth(box, torch.tensor([1]), torch.tensor([0]))
     labelled = label_regions(
         box.repeat(2, 1),
         torch.tensor([0, 1]),
@@ -74,7 +74,7 @@ def test_objects_of_another_image_do_not_count():
 
 
 def test_foreground_starts_at_the_threshold_itself():
-    targets = Targets(torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([2]), torch.tensor([0]))
+    targets = GroundTruth(torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([2]), torch.tensor([0]))
     half, less = [0.0, 0, 10, 5], [0.0, 0, 10, 4.99]
     boxes, images = torch.tensor([half, less]), torch.zeros(2, dtype=torch.int64)
     labelled = label_regions(boxes, images, targets, iou_threshold=0.5, num_classes=NUM_CLASSES)
@@ -150,7 +150,9 @@ def test_each_image_has_a_minibatch_of_its_own():
 
 def test_rows_of_a_sample_stay_together():
     boxes = random_boxes(50, (96, 96), generator=torch.Generator().manual_seed(3))
-    targets = Targets(boxes[:5], torch.tensor([0, 1, 2, 0, 1]), torch.zeros(5, dtype=torch.int64))
+    targets = GroundTruth(
+        boxes[:5], torch.tensor([0, 1, 2, 0, 1]), torch.zeros(5, dtype=torch.int64)
+    )
     images = torch.zeros(50, dtype=torch.int64)
     sampled = sample_regions(
         label_regions(boxes, images, targets, iou_threshold=0.5, num_classes=NUM_CLASSES),

@@ -20,9 +20,10 @@ def naive_prefix_loss(passes, name):
     for subset in subsets:
         deepest = passes[max(subset)]
         terms = []
-        for place, row in enumerate(deepest.rows.tolist()):
+        for place, row in enumerate(deepest.proposal_index.tolist()):
             of_region = [
-                run.logits[run.rows.tolist().index(row)] for run in (passes[s] for s in subset)
+                output.logits[output.proposal_index.tolist().index(row)]
+                for output in (passes[s] for s in subset)
             ]
             if name == "mean_logits":
                 probs = torch.softmax(sum(of_region) / len(subset), dim=0)
@@ -39,7 +40,7 @@ def naive_prefix_loss(passes, name):
 @pytest.mark.parametrize("num_stages", [1, 2, 3])
 def test_loss_and_gradients_equal_a_loop_over_subsets(name, num_stages):
     passes = random_passes()[:num_stages]
-    logits = [run.logits.requires_grad_() for run in passes]
+    logits = [output.logits.requires_grad_() for output in passes]
     results = []
     for loss in (prefix_loss(passes, ScoreEnsemble(name)), naive_prefix_loss(passes, name)):
         results.append((loss, torch.autograd.grad(loss, logits)))
@@ -52,7 +53,7 @@ def test_the_ensemble_is_that_of_inference(name):
     ensemble, logits = ScoreEnsemble(name), [torch.randn(5, 4) for _ in range(3)]
     total = None
     for stage in range(3):
-        total = ensemble.add(total, logits[stage])
+        total = ensemble.update(total, logits[stage])
         probs = ensemble.log_probs(logits[: stage + 1]).exp()
         torch.testing.assert_close(probs, ensemble.probs(total, stage + 1))
 

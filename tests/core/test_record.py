@@ -52,7 +52,7 @@ def inputs_of(scene, images=slice(None)):
 def outcome(record, exits, num_stages=None):
     """Detections and statistics of a replay."""
     replay = record.replay(exits, num_stages)
-    return record.select(replay.scored), replay.stats
+    return record.select(replay.reported), replay.stats
 
 
 def naive_replay(record, naive):
@@ -204,7 +204,7 @@ class TestRecord:
             assert not recorded.hidden.requires_grad
             ious = cascade.exits.learned.predict_ious(stage, recorded.hidden)
             assert torch.equal(recorded.predicted_ious, ious)
-            tops.append(recorded.total.argmax(dim=1))
+            tops.append(recorded.score_state.argmax(dim=1))
             agreements = torch.zeros(NUM_REGIONS, dtype=torch.int64)
             for row in range(NUM_REGIONS):
                 while (
@@ -228,7 +228,7 @@ class TestRecord:
             ours = record.view(theirs.stage)
             for field in dataclasses.fields(theirs):
                 got, wanted = getattr(ours, field.name), getattr(theirs, field.name)
-                if field.name == "rows":
+                if field.name == "proposal_index":
                     assert got is None or torch.equal(got, wanted)
                 elif isinstance(wanted, torch.Tensor):
                     assert torch.equal(got, wanted)
@@ -279,7 +279,7 @@ class TestRecord:
         assert replay.entered.shape == (3, 3)
         assert replay.entered.sum(dim=1).tolist() == replay.stats.entered
         for image in range(3):
-            alone = record.of_images([image]).replay(exits)
+            alone = record.select_images([image]).replay(exits)
             assert alone.stats.entered == replay.entered[:, image].tolist()
         assert record.replay(None).entered.tolist() == [[30, 0, 20]] * 3
 
@@ -322,9 +322,9 @@ class TestJoining:
     def test_some_of_the_images(self):
         record = make_recorded_scene(num_proposals=(30, 0, 20), num_objects=(4, 0, 3)).record
         found, _ = outcome(record, self.EXITS())
-        chosen, _ = outcome(record.of_images([2, 0, 2, 1]), self.EXITS())
+        chosen, _ = outcome(record.select_images([2, 0, 2, 1]), self.EXITS())
         assert_same_detections(chosen, [found[i] for i in (2, 0, 2, 1)], exact=True)
-        assert record.of_images([]).num_images == len(record.of_images([]).proposals) == 0
+        assert record.select_images([]).num_images == len(record.select_images([]).proposals) == 0
 
     def test_what_one_lacks_all_lack(self):
         with_crops, without = make_recorded_scene().record, make_recorded_scene(seed=1).record

@@ -20,21 +20,21 @@ def settled(kind, probs, label, threshold, scale):
     return 1 / (1 + math.exp(-scale * (probs[label] - threshold)))
 
 
-def naive_weights(passes, kind, threshold, scale):
+def naive_weights(stages, kind, threshold, scale):
     """By a loop over regions: (stage, row) to weight, and to eligibility."""
     weights, eligibility = {}, {}
-    for row in passes[0].rows.tolist():
+    for row in stages[0].proposal_index.tolist():
         left, own = 1.0, {}
-        for stage, run in enumerate(passes):
-            if row not in run.rows.tolist():
+        for stage, output in enumerate(stages):
+            if row not in output.proposal_index.tolist():
                 continue
-            place = run.rows.tolist().index(row)
-            logits = run.logits[place].tolist()
+            place = output.proposal_index.tolist().index(row)
+            logits = output.logits[place].tolist()
             exps = [math.exp(x) for x in logits]
             probs = [x / sum(exps) for x in exps]
             own[stage] = STAGE_WEIGHTS[stage] * left + 1e-3
             eligibility[stage, row] = left
-            label = run.regions.gt_classes[place].item()
+            label = output.regions.gt_classes[place].item()
             left *= 1 - settled(kind, probs, label, threshold, scale)
         weights |= {(stage, row): w / sum(own.values()) for stage, w in own.items()}
     return weights, eligibility
@@ -42,37 +42,37 @@ def naive_weights(passes, kind, threshold, scale):
 
 @pytest.mark.parametrize(("kind", "threshold", "scale"), [("hard", 0.7, 0), ("soft", 0.8, 15)])
 def test_weights_equal_a_loop_over_regions(kind, threshold, scale):
-    passes = random_passes()
+    stages = random_passes()
     gates = RegionGates(kind, threshold=threshold, scale=scale)
-    weights, eligible = gates.weights(passes, STAGE_WEIGHTS)
-    wanted, eligibility = naive_weights(passes, kind, threshold, scale)
+    weights, eligible = gates.weights(stages, STAGE_WEIGHTS)
+    wanted, eligibility = naive_weights(stages, kind, threshold, scale)
     got = {}
-    for stage, run in enumerate(passes):
-        for place, row in enumerate(run.rows.tolist()):
+    for stage, output in enumerate(stages):
+        for place, row in enumerate(output.proposal_index.tolist()):
             got[stage, row] = weights[stage][place].item()
             assert eligible[stage][place].item() == pytest.approx(eligibility[stage, row], abs=1e-5)
     assert got == pytest.approx(wanted, abs=1e-5)
     # Some regions are settled by the first stage, some go to the last, some did not get there.
-    last = [got[2, row] for row in passes[2].rows.tolist()]
+    last = [got[2, row] for row in stages[2].proposal_index.tolist()]
     assert min(last) < 0.01 < 0.1 < max(last)
-    assert len(passes[2].rows) < 40
+    assert len(stages[2].proposal_index) < 40
     totals = torch.zeros(40)
-    for run, weight in zip(passes, weights, strict=True):
-        totals[run.rows] += weight
+    for output, weight in zip(stages, weights, strict=True):
+        totals[output.proposal_index] += weight
     torch.testing.assert_close(totals, torch.ones(40))
 
 
 def test_who_is_confident_and_wrong_goes_on():
     sure = [[9.0, 0, 0, 0]] * 2 + [[1.0, 0, 0, 0]]
-    passes = [make_pass([0, 1, 2], sure, [0, 1, 0]) for _ in range(2)]
-    _, eligible = RegionGates("hard", threshold=0.9, scale=0).weights(passes, (1.0, 1.0))
+    stages = [make_pass([0, 1, 2], sure, [0, 1, 0]) for _ in range(2)]
+    _, eligible = RegionGates("hard", threshold=0.9, scale=0).weights(stages, (1.0, 1.0))
     assert eligible[0].tolist() == [1, 1, 1]
     assert eligible[1].tolist() == [0, 1, 1]
 
 
 def test_background_counts_as_correct():
-    passes = [make_pass([0], [[0.0, 0, 0, 9]], [NUM_CLASSES]) for _ in range(2)]
-    _, eligible = RegionGates("hard", threshold=0.9, scale=0).weights(passes, (1.0, 1.0))
+    stages = [make_pass([0], [[0.0, 0, 0, 9]], [NUM_CLASSES]) for _ in range(2)]
+    _, eligible = RegionGates("hard", threshold=0.9, scale=0).weights(stages, (1.0, 1.0))
     assert eligible[1].tolist() == [0]
 
 
@@ -97,22 +97,22 @@ def test_losses_are_weighted_cross_entropies(kind):
     seen = []
     weights = gates.weights
 
-    def watch(passes, stage_weights):
-        seen.append((passes, weights(passes, stage_weights)[0], stage_weights))
-        return weights(passes, stage_weights)
+    def watch(stages, stage_weights):
+        seen.append((stages, weights(stages, stage_weights)[0], stage_weights))
+        return weights(stages, stage_weights)
 
     gates.weights = watch
     losses = losses_of(cascade, scene)
-    (passes, of_regions, stage_weights) = seen[0]
+    (stages, of_regions, stage_weights) = seen[0]
     assert stage_weights == (1.0, 1.0, 1.0)
-    for stage, (run, weight) in enumerate(zip(passes, of_regions, strict=True)):
+    for stage, (output, weight) in enumerate(zip(stages, of_regions, strict=True)):
         assert not weight.requires_grad
-        log_probs = torch.log_softmax(run.logits, dim=1)
+        log_probs = torch.log_softmax(output.logits, dim=1)
         terms = [
             -weight[i] * log_probs[i, label]
-            for i, label in enumerate(run.regions.gt_classes.tolist())
+            for i, label in enumerate(output.regions.gt_classes.tolist())
         ]
-        wanted = 3 * sum(terms) / len(passes[0].rows)
+        wanted = 3 * sum(terms) / len(stages[0].proposal_index)
         torch.testing.assert_close(losses[f"loss_cls_stage{stage}"], wanted)
         eligible = cascade.metrics[f"stage{stage}/eligible"]
         assert 0 < eligible <= 1

@@ -258,12 +258,12 @@ def test_accepted_regions_are_seen_where_redundancy_asks():
             view[torch.nonzero(view.scores >= threshold).squeeze(1)]
             for view, threshold in zip(views[1 : 1 + stages], (0.7, 0.5), strict=False)
         ]
-        wanted = Accepted.of(confident)
+        wanted = Accepted.from_views(confident)
         assert all(map(len, confident))
         for name in ("boxes", "scores", "classes", "image_index"):
             assert torch.equal(getattr(accepted, name), getattr(wanted, name))
     assert run() == [None] * 4
-    assert Accepted.of([]) is None
+    assert Accepted.from_views([]) is None
 
 
 class TestLaws:

@@ -17,14 +17,14 @@ from torch.nn import functional as F
 
 from cascade_det.core import RoIPooler
 from cascade_det.core.losses import BOX_LOSSES
-from cascade_det.core.matching import LabelledRegions, Targets, label_regions
+from cascade_det.core.matching import GroundTruth, LabelledRegions, label_regions
 from cascade_det.core.structures.boxes import flatten_images, image_bounds
 from cascade_det.core.training_stage import TrainingStage
 
 
 def flat_targets(scene):
     boxes, image_index = flatten_images(scene.gt_boxes)
-    return Targets(boxes, torch.cat(scene.gt_classes), image_index)
+    return GroundTruth(boxes, torch.cat(scene.gt_classes), image_index)
 
 
 def all_regions(scene, iou_threshold=0.5):
@@ -70,8 +70,8 @@ def naive_delta(box, target, weights):
 
 def naive_losses(cascade, scene, features):
     """Losses of all stages by loops over regions, with plain autograd and no scaled gradients."""
-    twin, ious = naive_twin(cascade), cascade.training_rules.ious
-    beta = cascade.training_rules.smooth_l1_beta
+    twin, ious = naive_twin(cascade), cascade.targets.ious
+    beta = cascade.targets.smooth_l1_beta
     boxes = [tuple(box) for image in scene.proposals for box in image.tolist()]
     images = [i for i, image in enumerate(scene.proposals) for _ in image]
     losses = {}
@@ -158,7 +158,7 @@ def test_weights_of_stages_and_of_the_box_loss():
 @pytest.mark.parametrize("loss_type", BOX_LOSSES)
 def test_box_loss_is_divided_by_all_regions(loss_type):
     cascade = make_cascade(num_stages=1, box_reg_loss_type=loss_type)
-    rules, regions = cascade.training_rules, all_regions(make_scene())
+    rules, regions = cascade.targets, all_regions(make_scene())
     logits, deltas = torch.randn(len(regions), NUM_CLASSES + 1), torch.randn(len(regions), 4)
     foreground = regions.gt_classes < NUM_CLASSES
     assert 0 < foreground.sum() < len(regions)
@@ -208,8 +208,8 @@ def regions_by_hand(boxes, gt_classes):
 
 
 def test_refined_boxes_are_labelled_by_the_iou_of_the_next_stage():
-    rules = make_cascade(ious=(0.5, 0.6, 0.7)).training_rules
-    targets = Targets(torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([1]), torch.tensor([0]))
+    rules = make_cascade(ious=(0.5, 0.6, 0.7)).targets
+    targets = GroundTruth(torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([1]), torch.tensor([0]))
     # IoU with the only object: 0.55, 0.65 and 0.75.
     regions = regions_by_hand([[0.0, 0, 10, 5.5], [0, 0, 10, 6.5], [0, 0, 10, 7.5]], [1, 1, 1])
     limits = image_bounds([(50, 50)], regions.image_index)
@@ -223,14 +223,14 @@ def test_refined_boxes_are_labelled_by_the_iou_of_the_next_stage():
 
 
 def test_class_specific_refinement_follows_ground_truth_or_the_top_class():
-    rules = make_cascade(cls_agnostic=False).training_rules
+    rules = make_cascade(cls_agnostic=False).targets
     boxes = [[10.0, 10, 20, 20]] * 3
     regions = regions_by_hand(boxes, [0, 2, NUM_CLASSES])
     logits = torch.tensor([[0.0, 5, 0, 9], [7, 5, 0, 0], [0, 4, 3, 9]])
     shifts = torch.tensor([1.0, 2.0, 3.0])  # pixels by which each class moves a box right
     deltas = torch.zeros(3, NUM_CLASSES, 4)
     deltas[:, :, 0] = shifts * REG_WEIGHTS[0][0] / 10
-    none = Targets(
+    none = GroundTruth(
         torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
     )
     limits = image_bounds([(50, 50)], regions.image_index)
@@ -240,7 +240,7 @@ def test_class_specific_refinement_follows_ground_truth_or_the_top_class():
 
 
 def test_metrics_by_hand():
-    rules = make_cascade().training_rules
+    rules = make_cascade().targets
     regions = regions_by_hand([[0.0, 0, 1, 1]] * 5, [0, 1, 2, NUM_CLASSES, NUM_CLASSES])
     regions.ious = torch.tensor([0.5, 0.6, 0.7, 0.1, 0.0])
     refined = regions_by_hand([[0.0, 0, 1, 1]] * 5, [0] * 5)
@@ -275,7 +275,7 @@ def test_ground_truth_joins_the_proposals_if_asked(append):
     cascade = make_cascade(
         proposal_append_gt=append, batch_size_per_image=100, positive_fraction=1.0
     )
-    rules = cascade.training_rules
+    rules = cascade.targets
     candidates = rules.candidates(scene.proposals, scene.gt_boxes, flat_targets(scene))
     sampled = rules.sample(candidates, num_images=2)
     assert len(sampled) == (10 + 4 + 3 if append else 10)
@@ -286,9 +286,9 @@ def test_ground_truth_joins_the_proposals_if_asked(append):
 
 
 def test_samples_are_labelled_by_the_iou_of_the_first_stage():
-    rules = make_cascade(proposal_append_gt=False).training_rules
+    rules = make_cascade(proposal_append_gt=False).targets
     objects = [torch.tensor([[0.0, 0, 10, 10]])]
-    targets = Targets(objects[0], torch.tensor([1]), torch.tensor([0]))
+    targets = GroundTruth(objects[0], torch.tensor([1]), torch.tensor([0]))
     overlaps = [torch.tensor([[0.0, 0, 10, 4.5], [0, 0, 10, 5.5], [0, 0, 10, 6.5]])]
     sampled = rules.sample(rules.candidates(overlaps, objects, targets), num_images=1)
     by_iou = sorted(zip(sampled.ious.tolist(), sampled.gt_classes.tolist(), strict=True))

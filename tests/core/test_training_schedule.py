@@ -18,8 +18,8 @@ def test_a_plain_regime_has_no_state_and_changes_nothing():
     assert not list(cascade.regime.parameters())
     assert not [name for name in cascade.state_dict() if "regime" in name]
     cascade.regime.progress = 0.7
-    rules = cascade.training_rules
-    assert cascade.regime.rules(rules, 1) is rules
+    rules = cascade.targets
+    assert cascade.regime.current_targets(rules, 1) is rules
     assert losses_of(cascade, scene) == losses_of(make_cascade(), scene)
 
 

@@ -116,7 +116,7 @@ def test_every_setting_of_the_model(models):
     for ours, theirs in zip(heads.box_predictor, their_heads.box_predictor, strict=True):
         for loss in ("loss_cls", "loss_box_reg"):
             assert ours.loss_weight.get(loss, 1.0) == theirs.loss_weight.get(loss, 1.0)
-    assert heads.cascade.training_rules == their_heads.cascade.training_rules
+    assert heads.cascade.targets == their_heads.cascade.targets
     probs = torch.rand(2, 3)
     assert all(
         h.exits.calibrated(probs, stage) is probs

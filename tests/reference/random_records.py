@@ -67,7 +67,7 @@ def make_recorded_scene(
             RecordedStage(
                 boxes=corners[torch.arange(len(goals)), chosen],
                 decoded=corners.flatten(1),
-                total=total,
+                score_state=total,
                 agreements=torch.randint(stage + 1, (len(goals),), generator=generator),
                 predicted_ious=torch.rand(len(goals), generator=generator),
                 hidden=torch.randn(len(goals), HIDDEN, generator=generator),

@@ -58,9 +58,10 @@ def without_stages(detections):
 def settled_record(record):
     """A record whose stages all say what the last one does."""
     last = record.stages[-1]
-    probs = last.total / record.num_stages
+    probs = last.score_state / record.num_stages
     stages = [
-        dataclasses.replace(last, total=probs * (stage + 1)) for stage in range(record.num_stages)
+        dataclasses.replace(last, score_state=probs * (stage + 1))
+        for stage in range(record.num_stages)
     ]
     return dataclasses.replace(record, stages=stages)
 

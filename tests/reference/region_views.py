@@ -168,16 +168,16 @@ def both_policies(*, num_stages=NUM_STAGES, **arguments):
 def reasons_of(decision, count):
     """The reason of each of the regions, ``None`` for those that stay; they are a partition."""
     reasons = [None] * count
-    for reason, rows in decision.left.items():
+    for reason, rows in decision.exited.items():
         assert rows.dtype == torch.int64
         assert len(rows)
         for row in rows.tolist():
             assert reasons[row] is None
             reasons[row] = reason
     staying = [row for row in range(count) if reasons[row] is None]
-    if decision.stay is None:
-        assert not decision.left
+    if decision.kept is None:
+        assert not decision.exited
     else:
-        assert decision.stay.dtype == torch.int64
-        assert decision.stay.tolist() == staying
+        assert decision.kept.dtype == torch.int64
+        assert decision.kept.tolist() == staying
     return reasons

@@ -9,7 +9,7 @@ from torch import nn
 
 from cascade_det.config import load_config
 from cascade_det.core.dynamic_targets import DynamicTargets
-from cascade_det.core.matching import Targets
+from cascade_det.core.matching import GroundTruth
 from cascade_det.core.structures import CascadeStats, Detections, DetectorOutput, StageOutput
 from cascade_det.engine.inference import run_inference
 from cascade_det.evaluation import default_evaluators
@@ -143,7 +143,7 @@ def observe_together(rank):
         dynamic.observe_proposals(
             torch.tensor([best]), none.new_zeros(1), torch.tensor([has_objects])
         )
-        dynamic.finish_pass([], [], Targets(torch.zeros(0, 4), none, none), 1)
+        dynamic.finish_pass([], [], GroundTruth(torch.zeros(0, 4), none, none), 1)
         state = {name: value.clone() for name, value in dynamic.state_dict().items()}
         found.append((dynamic.ious((0.9,)), state))
     return found

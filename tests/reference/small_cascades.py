@@ -129,7 +129,7 @@ def naive_twin(cascade, policy=None):
 
 def truncate(cascade, num_stages):
     """The first stages of a cascade, sharing its weights and settings, without exits."""
-    rules = cascade.training_rules
+    rules = cascade.targets
     return CascadeHead(
         pooler=cascade.pooler,
         box_heads=list(cascade.box_head)[:num_stages],

@@ -1,12 +1,18 @@
-"""When regions leave the cascade before its last stage, and what that is decided from."""
+"""Exit rules: which regions leave the cascade before its last stage."""
 
-from cascade_det.core.exits.policy import CONFIDENCES, KEPT, Decision, ExitPolicy, build_exits
+from cascade_det.core.exits.policy import (
+    CONFIDENCES,
+    REPORTED_REASONS,
+    Decision,
+    ExitPolicy,
+    build_exits,
+)
 from cascade_det.core.exits.view import BEFORE_STAGES, Accepted, RegionView
 
 __all__ = [
     "BEFORE_STAGES",
     "CONFIDENCES",
-    "KEPT",
+    "REPORTED_REASONS",
     "Accepted",
     "Decision",
     "ExitPolicy",

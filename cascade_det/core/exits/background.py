@@ -1,4 +1,4 @@
-"""Rules that drop a region as background."""
+"""Rules that drop regions as background."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from cascade_det.core.exits.view import RegionView
 
 
 class PruneBelow:
-    """Drops what no foreground class gives a probability of ``thresholds[gate]``.
+    """Drops regions whose foreground probabilities are all below ``thresholds[gate]``.
 
-    Before stage 0, where there are no classes yet, the objectness is looked at.
+    Before stage 0 the objectness takes the place of the probability.
 
     Args:
-        thresholds: in [0, 1], one for each gate: before stage 0, after stage 0, ...; 0 is never.
+        thresholds: in [0, 1], one per gate: before stage 0, after stage 0, ...; 0 is off.
     """
 
     reason = "background"
@@ -24,23 +24,22 @@ class PruneBelow:
         self.thresholds = tuple(thresholds)
 
     def is_active(self, stage: int) -> bool:
-        """Whether anything may leave after ``stage`` (-1: before the first)."""
+        """Whether regions can exit after ``stage`` (-1: before stage 0)."""
         return self.thresholds[stage + 1] > 0
 
-    def leaves(self, view: RegionView) -> Tensor:
+    def exit_mask(self, view: RegionView) -> Tensor:
         """Bool ``[R]``."""
         return view.scores < self.thresholds[view.stage + 1]
 
 
 class KeepNearBest:
-    """Drops what scores less than the k-th best of its image by more than ``margins[gate]``.
+    """Drops regions that score lower than the k-th best of their image by over ``margins[gate]``.
 
-    The two-line heuristic of learning to rank, "early exit by proximity threshold" (Cambazoglu et
-    al., WSDM 2010), that LEAR (arXiv 2105.02568) is compared with. An image with k regions or
-    fewer keeps them all.
+    "Early exit by proximity threshold" of learning to rank (Cambazoglu et al., WSDM 2010), a
+    baseline of LEAR (arXiv 2105.02568). Images with at most k regions keep them all.
 
     Args:
-        margins: p in [0, 1] for each gate, as in ``PruneBelow``; 1 is never.
+        margins: in [0, 1], one per gate as in ``PruneBelow``; 1 is off.
         best: k, at least 1.
     """
 
@@ -51,12 +50,12 @@ class KeepNearBest:
         self.best = best
 
     def is_active(self, stage: int) -> bool:
-        """Whether anything may leave after ``stage`` (-1: before the first)."""
+        """Whether regions can exit after ``stage`` (-1: before stage 0)."""
         return self.margins[stage + 1] < 1
 
-    def leaves(self, view: RegionView) -> Tensor:
+    def exit_mask(self, view: RegionView) -> Tensor:
         """Bool ``[R]``."""
-        # A sum over one region each: no index whose length a GPU would have to tell first.
+        # [N]. A sum over one region per image: its shape does not depend on values on the GPU.
         kth_best = view.scores.new_zeros(view.num_images)
         kth_best.index_add_(0, view.image_index, view.scores * (view.ranks == self.best - 1))
         return view.scores < kth_best[view.image_index] - self.margins[view.stage + 1]

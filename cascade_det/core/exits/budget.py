@@ -1,4 +1,4 @@
-"""Rules that end the work on regions when a budget is used up (anytime inference)."""
+"""Budgets of regions and of time (anytime inference)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from cascade_det.core.exits.view import RegionView
 
 
 class RegionBudget:
-    """Lets only the best-scored regions of every image enter a stage.
+    """Keeps only the best-scored regions of every image.
 
     Args:
-        most: regions of an image that may enter stage 0, 1, ...; 0 for any number.
+        most: S limits of the regions per image that enter stage 0, 1, ...; 0 is no limit.
     """
 
     reason = "budget"
@@ -24,29 +24,28 @@ class RegionBudget:
         self.most = tuple(most)
 
     def is_active(self, stage: int) -> bool:
-        """Whether anything may leave after ``stage`` (-1: before the first)."""
+        """Whether regions can exit after ``stage`` (-1: before stage 0)."""
         return self.most[stage + 1] > 0
 
-    def leaves(self, view: RegionView) -> Tensor:
+    def exit_mask(self, view: RegionView) -> Tensor:
         """Bool ``[R]``."""
         return view.ranks >= self.most[view.stage + 1]
 
 
 class TimeBudget:
-    """How long a call of a cascade may take.
+    """Time limit of a call of the cascade.
 
-    What is known of a call in progress is in its :class:`Deadline`, so that threads may share a
-    budget. Common to all calls is one number alone: how long the call that ended last took to
-    report what it had found.
+    The state of a call is in its :class:`Deadline`, so threads may share a budget. All calls share
+    ``report_seconds`` alone.
 
     Args:
-        milliseconds: of a call, from its start to its end.
-        per_image: whether they are for each image of a batch rather than for all of it.
-        clock: gives seconds.
+        milliseconds: limit of a call, from its start to its end.
+        per_image: multiply the limit by the number of images of a batch.
+        clock: returns seconds.
 
     Attributes:
-        report_seconds: from the end of the stages to the end of the call, in the call that ended
-            last; 0 before the first one has.
+        report_seconds: time from the end of the stages to the end of the call, in the last call
+            that ended; initially 0.
     """
 
     def __init__(
@@ -62,27 +61,26 @@ class TimeBudget:
         self.report_seconds = 0.0
 
     def start(self, num_images: int, started: float | None) -> Deadline:
-        """The deadline of a call that begins.
+        """Start a call.
 
         Args:
-            num_images: of its batch.
-            started: reading of ``clock`` when work on the images began; ``None`` for now.
+            num_images: N of the batch.
+            started: ``clock()`` when work on the images began; ``None`` for now.
         """
         seconds = self.milliseconds / 1000 * (num_images if self.per_image else 1)
         return Deadline(self, (self.clock() if started is None else started) + seconds)
 
 
 class Deadline:
-    """Ends the cascade where the next stage, as it looks, would end after the time is over.
+    """Ends the cascade before a stage that is expected to exceed the time budget.
 
-    How long the next stage takes is told from the last one, region by region; how long it takes
-    to report what was found, from an earlier call. Stage 0 always runs, so that there is
-    something to report. The budget is kept as far as these foresee: by how much a call went over
-    it is measured.
+    The next stage is estimated by the time per region of the last one, and post-processing by an
+    earlier call. Stage 0 always runs, so there is always a result. A call can exceed its budget
+    where the estimates are too low; ``finish`` measures by how much.
 
     Args:
         budget: of the call.
-        end: reading of its clock when the time is over.
+        end: reading of its clock at which the time is over.
     """
 
     reason = "budget"
@@ -94,10 +92,10 @@ class Deadline:
         self._entered = 0
 
     def is_active(self, stage: int) -> bool:
-        """At every gate, if only to read the clock."""
+        """At every gate, to read the clock."""
         return True
 
-    def leaves(self, view: RegionView) -> Tensor:
+    def exit_mask(self, view: RegionView) -> Tensor:
         """Bool ``[R]``: all or none."""
         now = self._now(view.boxes.device)
         over = False
@@ -107,12 +105,12 @@ class Deadline:
         self._last_gate, self._entered = now, len(view)
         return torch.full((len(view),), over, dtype=torch.bool, device=view.boxes.device)
 
-    def stages_are_done(self, device: torch.device) -> None:
-        """From here on the call reports what it found."""
+    def mark_stages_done(self, device: torch.device) -> None:
+        """Post-processing begins."""
         self._last_gate = self._now(device)
 
     def finish(self, device: torch.device) -> float:
-        """End the call; by how many milliseconds it took longer than its budget."""
+        """End the call; returns the milliseconds by which it exceeded its budget, or 0."""
         now = self._now(device)
         self._budget.report_seconds = now - self._last_gate
         return max(0.0, (now - self._end) * 1000)

@@ -1,4 +1,4 @@
-"""The rule that takes a region as it is: its class is certain, and its box is done."""
+"""The rule that accepts a region early: its class is confident, and its box well localised."""
 
 from __future__ import annotations
 
@@ -18,28 +18,24 @@ def max_prob(view: RegionView) -> Tensor:
 
 
 def entropy(view: RegionView) -> Tensor:
-    """``[R]`` in [0, 1]: 1 less the entropy over all classes, normalised by its maximum.
+    """``[R]`` in [0, 1]: 1 minus the entropy over all classes, normalised by its maximum.
 
-    The normalised entropy of EENet (arXiv 2301.07099); 0 where background is the most probable.
+    The normalised entropy of EENet (arXiv 2301.07099); 0 where background is most probable.
     """
-    probs = view.probs
-    assert probs is not None
-    negative = torch.special.xlogy(probs, probs).sum(dim=1)
-    certainty = 1 + negative / torch.log(torch.tensor(float(probs.shape[1])))
-    return certainty.clamp(min=0) * view.is_foreground
+    assert view.probs is not None
+    maximum = torch.log(torch.tensor(float(view.probs.shape[1])))
+    return (1 - view.entropy / maximum).clamp(min=0) * view.is_foreground
 
 
 def margin(view: RegionView) -> Tensor:
-    """``[R]`` in [0, 1]: how far the most probable class leads; 0 where that is background."""
-    assert view.probs is not None
-    first, second = view.probs.topk(2, dim=1).values.unbind(dim=1)
-    return (first - second) * view.is_foreground
+    """``[R]`` in [0, 1]: lead of the most probable class; 0 where that is background."""
+    return view.margin * view.is_foreground
 
 
 def agreement(view: RegionView) -> Tensor:
-    """``[R]``: stages in a row before this one that gave the same foreground class.
+    """``[R]``: number of consecutive stages before with the same foreground class.
 
-    The patience of PABEE (arXiv 2006.04152), as a number of stages; 0 for background.
+    The patience of PABEE (arXiv 2006.04152), in stages; 0 for background.
     """
     assert view.agreements is not None
     return (view.agreements * view.is_foreground).float()
@@ -54,12 +50,12 @@ MEASURES: dict[str, Measure] = {
 
 
 def refinement(view: RegionView) -> Tensor:
-    """``[R]`` in [0, 1]: IoU of the box with the one that the stage refined it from."""
+    """``[R]`` in [0, 1]: IoU of the box before and after the stage."""
     return view.refinement_ious
 
 
 def predicted_iou(view: RegionView) -> Tensor:
-    """``[R]`` in [0, 1]: IoU of the box with its object, as a head predicts it."""
+    """``[R]`` in [0, 1]: IoU of the box with its object, predicted by the IoU head."""
     assert view.predicted_ious is not None
     return view.predicted_ious
 
@@ -68,13 +64,13 @@ LOCALISATIONS: dict[str, Measure] = {"refinement": refinement, "predicted_iou": 
 
 
 class AcceptConfident:
-    """Accepts what reaches ``thresholds[stage]`` and, where asked for, is well localised.
+    """Accepts regions that reach the thresholds of confidence and localisation.
 
     Args:
-        confidence: how certain the class is, such as one of ``MEASURES``.
-        thresholds: one for each stage but the last.
-        localisation: how well the box fits, such as one of ``LOCALISATIONS``, or ``None``.
-        localisation_thresholds: likewise, of ``localisation``.
+        confidence: of the class, such as one of ``MEASURES``.
+        thresholds: S - 1 values of ``confidence``.
+        localisation: of the box, such as one of ``LOCALISATIONS``; ``None`` for any box.
+        localisation_thresholds: S - 1 values of ``localisation``.
     """
 
     reason = "confident"
@@ -92,10 +88,10 @@ class AcceptConfident:
         self.localisation_thresholds = tuple(localisation_thresholds)
 
     def is_active(self, stage: int) -> bool:
-        """Whether anything may leave after ``stage``: not before there are classes."""
+        """After every stage; before stage 0 there are no classes."""
         return stage >= 0
 
-    def leaves(self, view: RegionView) -> Tensor:
+    def exit_mask(self, view: RegionView) -> Tensor:
         """Bool ``[R]``."""
         ready = self.confidence(view) >= self.thresholds[view.stage]
         if self.localisation is None:

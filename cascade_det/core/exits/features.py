@@ -1,8 +1,8 @@
-"""What learned exits know of a region: a few numbers of the size of 1, whatever the data set.
+"""Input features of the learned exits, each of about unit size on any data set.
 
-They are scaled by constants, never by statistics, so that they need no data to be set up, and a
-region has the same ones in every batch. What depends on other regions is told from the live ones
-of the same image. R live regions, K foreground classes.
+They are scaled by constants, not by statistics: they need no calibration data, and a region has
+the same features in every batch. Features relative to other regions use the live regions of the
+same image. R live regions, K foreground classes.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ NUM_TOP_CLASSES = 5
 NUM_PROPOSAL_FEATURES = 9
 NUM_REGION_FEATURES = NUM_PROPOSAL_FEATURES + NUM_TOP_CLASSES - 1 + 5
 
-# A region of this side, in pixels, is of medium size; an e-fold of it is SIZE_SCALE apart.
+# A side of MEDIUM_SIZE pixels gives 0, one of MEDIUM_SIZE * exp(SIZE_SCALE) gives 1.
 MEDIUM_SIZE = 64.0
 SIZE_SCALE = 2.0
 LOGIT_SCALE = 4.0
-# Of ln(1 + count): about 7 for the usual thousand regions of an image.
+# Of ln(1 + count), which is about 7 for the usual thousand regions of an image.
 COUNT_SCALE = 4.0
 SMALLEST_PROBABILITY = 1e-4
 
 
 def proposal_features(view: RegionView) -> Tensor:
-    """Features that regions have before stage 0, and keep: float32 ``[R, NUM_PROPOSAL_FEATURES]``.
+    """Features of proposals and regions at every gate: float32 ``[R, NUM_PROPOSAL_FEATURES]``.
 
-    The objectness, the width and the height, and LEAR's four (arXiv 2105.02568, section 3): rank,
-    score (as a logit too), score between the worst and the best of the image, and how many there
-    are; the rank also as a share of these.
+    Objectness, width and height, and the four of LEAR (arXiv 2105.02568, section 3): rank (also
+    as a share of the regions), score (also as a logit), score normalised to the worst and best of
+    the image, and number of regions.
     """
     scores = view.scores.float()
     count = view.counts[view.image_index].float()
@@ -55,35 +55,33 @@ def proposal_features(view: RegionView) -> Tensor:
 
 
 def region_features(view: RegionView) -> Tensor:
-    """Features that regions have after a stage: float32 ``[R, NUM_REGION_FEATURES]``.
+    """Features of regions after a stage: float32 ``[R, NUM_REGION_FEATURES]``.
 
-    Those of a proposal, with the largest foreground probability for a score; and of the class
-    probabilities the largest of the foreground, the background's, the lead of the first class and
-    the entropy (EENet, arXiv 2301.07099); how long the stages agree; and how far the box moved.
+    ``proposal_features``, with the largest foreground probability as score; the largest foreground
+    probabilities; the probability of background; margin and normalised entropy (EENet, arXiv
+    2301.07099); number of agreeing stages; and IoU of the box before and after the stage.
     """
     assert view.probs is not None
     assert view.agreements is not None
     probs = view.probs.float()
-    foreground, background = probs[:, :-1], probs[:, -1]
+    foreground, background = probs[:, :-1], probs[:, -1]  # [R, K], [R]
     most = min(NUM_TOP_CLASSES, foreground.shape[1])
     top = F.pad(foreground.topk(most, dim=1).values, (0, NUM_TOP_CLASSES - most))
-    first, second = probs.topk(2, dim=1).values.unbind(dim=1)
-    entropy = -torch.special.xlogy(probs, probs).sum(dim=1) / math.log(probs.shape[1])
     others = (
         torch.logit(background, eps=SMALLEST_PROBABILITY) / LOGIT_SCALE,
-        first - second,
-        entropy,
+        view.margin,
+        view.entropy / math.log(probs.shape[1]),
         view.agreements.float(),
         view.refinement_ious.float(),
     )
-    # The best class is the score, which is among the features of a proposal.
+    # The largest probability is the score, which proposal_features has already.
     return torch.cat((proposal_features(view), top[:, 1:], torch.stack(others, dim=1)), dim=1)
 
 
 def _between_worst_and_best(view: RegionView) -> Tensor:
     """``[R]`` in [0, 1]: 1 for the best score of an image, 0 for the worst; 1 if all are equal."""
     scores = view.scores.float()
-    best, worst = (
+    best, worst = (  # [N] each
         torch.zeros(view.num_images, device=scores.device).scatter_reduce(
             0, view.image_index, scores, reduce, include_self=False
         )

@@ -1,8 +1,8 @@
-"""Exits that are learned: predicted IoU, a gate for what is done, a pruner for what is nothing.
+"""Learned exits: an IoU head, a gate that accepts regions, a pruner that drops background.
 
-Shapes: R live regions of the whole batch, S stages, F the width of a box head's output, C the
-channels of a proposal's crop. Gate 0 is before stage 0, gate s + 1 after stage s; behind the last
-stage there is none. All are computed in float32 whatever autocast says.
+Shapes: R live regions of the whole batch, S stages, F outputs of a box head, C channels of a
+proposal's crop. Gate 0 is before stage 0, gate s + 1 after stage s; there is none after the last
+stage. Everything is computed in float32, also under autocast.
 """
 
 from __future__ import annotations
@@ -25,25 +25,23 @@ LEARNED_PARTS = ("iou_head", "gate", "pruner")
 
 
 class LearnedParts(nn.Module):
-    """The trained parts of exits; those that were not asked for are not there.
-
-    Untrained, every part answers 0.5.
+    """The trained parts of exits. Untrained, every part returns 0.5.
 
     Args:
-        names: which of ``LEARNED_PARTS``.
+        names: the parts to build, from ``LEARNED_PARTS``.
         num_stages: S.
         hidden_features: S widths F of the outputs of the box heads.
-        crop_channels: C of the crops that the pruner sees before stage 0; 0 for none.
+        crop_channels: C of the crops that the pruner reads before stage 0; 0 for none.
 
     Attributes:
-        names: the parts that are there, in the order of ``LEARNED_PARTS``.
-        crop_channels: C, as above; 0 also where there is no pruner.
-        iou_head: one linear layer for each stage.
-        gate: a small network for each stage but the last.
-        pruner: a small network for each gate.
+        names: the parts, in the order of ``LEARNED_PARTS``.
+        crop_channels: C as above; 0 without a pruner.
+        iou_head: S linear layers; empty if not built, as the next two.
+        gate: S - 1 small networks, one per stage but the last.
+        pruner: S small networks, one per gate.
 
     Raises:
-        ValueError: for a name that is not in ``LEARNED_PARTS``, or widths that are not S.
+        ValueError: for an unknown name, or if there are not S widths.
     """
 
     def __init__(
@@ -66,7 +64,7 @@ class LearnedParts(nn.Module):
         self.iou_head, self.gate, self.pruner = (nn.ModuleList() for _ in LEARNED_PARTS)
         if "iou_head" in names:
             inputs += 1
-            self.iou_head.extend(_answers_half(nn.Linear(f, 1)) for f in hidden_features)
+            self.iou_head.extend(_zero_initialised(nn.Linear(f, 1)) for f in hidden_features)
         if "gate" in names:
             self.gate.extend(_Scorer(inputs) for _ in range(num_stages - 1))
         if "pruner" in names:
@@ -78,7 +76,7 @@ class LearnedParts(nn.Module):
 
         Args:
             stage: from 0.
-            hidden: ``[R, F]`` or ``[R, ...]`` with as many numbers, output of its box head.
+            hidden: ``[R, F]``, output of its box head; further axes are flattened.
 
         Returns:
             float32 ``[R]`` in [0, 1].
@@ -98,11 +96,11 @@ class LearnedParts(nn.Module):
             return self.pruner[0](proposal_features(view), crops)
 
     def continue_probability(self, view: RegionView) -> Tensor:
-        """Whether regions will be among the true positives of the full cascade.
+        """Score for regions to end as true positives of the full cascade.
 
         The classifier "Continue or Exit" of LEAR (arXiv 2105.02568), with regions for documents,
-        images for queries and gates for sentinels. It is trained with balanced classes: the
-        answers order regions, and are no frequencies.
+        images for queries and gates for sentinels. It is trained with balanced classes: the scores
+        rank regions, but are not calibrated probabilities.
 
         Args:
             view: at any gate.
@@ -113,20 +111,20 @@ class LearnedParts(nn.Module):
         return torch.sigmoid(self.continue_logits(view))
 
     def readiness_logits(self, view: RegionView) -> Tensor:
-        """float32 ``[R]``: logits of ``readiness``, also where background is most probable."""
+        """float32 ``[R]``: logits of ``readiness``, without the mask of background."""
         with torch.autocast(view.boxes.device.type, enabled=False):
             return self.gate[view.stage](self._region_features(view))
 
     def readiness(self, view: RegionView) -> Tensor:
-        """Whether regions lose nothing if they stop here.
+        """Probability that regions lose nothing by an exit here.
 
-        A gate of the kind of EENet's (arXiv 2301.07099), which sees the box as well as the class.
+        A gate like that of EENet (arXiv 2301.07099), with features of the box and of the class.
 
         Args:
             view: after a stage.
 
         Returns:
-            float32 ``[R]`` in [0, 1]; 0 where background is the most probable class.
+            float32 ``[R]`` in [0, 1]; 0 where background is most probable.
         """
         return torch.sigmoid(self.readiness_logits(view)) * view.is_foreground
 
@@ -139,12 +137,12 @@ class LearnedParts(nn.Module):
 
 
 class LearnedPruner:
-    """Drops what is not likely to end as a true positive.
+    """Drops regions that are unlikely to end as true positives.
 
     Args:
         parts: with a pruner.
-        thresholds: of ``LearnedParts.continue_probability``, in [0, 1], one for each gate: before
-            stage 0, after stage 0, ...; 0 is never.
+        thresholds: of ``LearnedParts.continue_probability``, in [0, 1], one per gate: before
+            stage 0, after stage 0, ...; 0 is off.
     """
 
     reason = "background"
@@ -154,21 +152,21 @@ class LearnedPruner:
         self.thresholds = tuple(thresholds)
 
     def is_active(self, stage: int) -> bool:
-        """Whether anything may leave after ``stage`` (-1: before the first)."""
+        """Whether regions can exit after ``stage`` (-1: before stage 0)."""
         return self.thresholds[stage + 1] > 0
 
     @torch.no_grad()
-    def leaves(self, view: RegionView) -> Tensor:
+    def exit_mask(self, view: RegionView) -> Tensor:
         """Bool ``[R]``."""
         return self.parts.continue_probability(view) < self.thresholds[view.stage + 1]
 
 
 class _Scorer(nn.Module):
-    """A logit from the features of a region and, where there is one, its crop.
+    """An MLP from the features of a region, and its crop if C > 0, to one logit.
 
     Args:
-        num_features: of the features, which are of the size of 1.
-        crop_channels: C; crops are of any size and are normalised.
+        num_features: number of features, each of about unit size.
+        crop_channels: C; crops are normalised first.
     """
 
     hidden_width = 32
@@ -178,17 +176,17 @@ class _Scorer(nn.Module):
         self.crop_norm = nn.LayerNorm(crop_channels) if crop_channels else None
         self.fc1 = nn.Linear(num_features + crop_channels, self.hidden_width)
         self.fc2 = nn.Linear(self.hidden_width, self.hidden_width)
-        self.logit = _answers_half(nn.Linear(self.hidden_width, 1))
+        self.logit = _zero_initialised(nn.Linear(self.hidden_width, 1))
 
     def forward(self, features: Tensor, crops: Tensor | None = None) -> Tensor:
-        """``[R]`` logits."""
+        """``[R, num_features]`` and ``[R, C]`` to logits ``[R]``."""
         if self.crop_norm is not None:
             assert crops is not None
             features = torch.cat((features, self.crop_norm(crops)), dim=1)
         return self.logit(F.relu(self.fc2(F.relu(self.fc1(features))))).squeeze(1)
 
 
-def _answers_half(layer: nn.Linear) -> nn.Linear:
+def _zero_initialised(layer: nn.Linear) -> nn.Linear:
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer

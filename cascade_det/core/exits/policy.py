@@ -1,4 +1,4 @@
-"""When regions leave the cascade before its last stage: all rules together."""
+"""The exit policy: all exit rules, in order."""
 
 from __future__ import annotations
 
@@ -18,65 +18,65 @@ from cascade_det.core.exits.redundancy import DropCovered
 from cascade_det.core.exits.view import BEFORE_STAGES, RegionView
 
 CONFIDENCES = (*MEASURES, "learned")
-# What leaves for these reasons is reported; the rest is dropped.
-KEPT = ("confident", "budget")
+# Early exits for these reasons are reported; all others are dropped.
+REPORTED_REASONS = ("confident", "budget")
 
 
 class ExitRule(Protocol):
-    """One cause to leave."""
+    """Selects the regions that exit for one reason."""
 
     reason: str
 
     def is_active(self, stage: int) -> bool:
-        """Whether anything may leave after ``stage`` (-1: before the first)."""
+        """Whether regions can exit after ``stage`` (-1: before stage 0)."""
 
-    def leaves(self, view: RegionView) -> Tensor:
-        """Which of the regions leave: bool ``[R]``."""
+    def exit_mask(self, view: RegionView) -> Tensor:
+        """Bool ``[R]``: the regions that exit."""
 
 
 @dataclass
 class Decision:
-    """Who leaves at a gate; int64 indices into the regions that were asked about.
+    """The outcome of a gate: int64 indices into the regions of its view.
 
     Attributes:
-        stay: who goes on, in the order in which they came; ``None`` for everybody.
-        left: who leaves, by reason; never empty.
+        kept: regions that enter the next stage, in order; ``None`` for all.
+        exited: regions that exit, by reason; no entry is empty.
     """
 
-    stay: Tensor | None
-    left: dict[str, Tensor]
+    kept: Tensor | None
+    exited: dict[str, Tensor]
 
 
 class ExitPolicy(nn.Module):
-    """Decides which regions leave at each gate: before stage 0, and after each but the last.
+    """Decides which regions exit at each gate: before stage 0 and after each stage but the last.
 
-    A region leaves for the first reason that holds: background, redundant, confident, budget.
-    Rules look at those that no rule before them took. What a rule would do by its default is
-    nothing. A policy keeps nothing of the calls that use it: threads may share one.
+    A region exits for the first reason that applies: background, redundant, confident, budget.
+    Each rule sees the regions that the rules before it kept. All rules are off by default. A
+    policy keeps no state of a call, so threads may share it.
 
     Args:
         num_stages: S.
-        thresholds: S - 1 values of the confidence from which on a region is final.
+        thresholds: S - 1 confidences from which on a region is accepted.
         confidence: one of ``CONFIDENCES``.
-        localisation: "none" or one of ``LOCALISATIONS``, which a confident region reaches too.
+        localisation: "none" or one of ``LOCALISATIONS``, a further condition of acceptance.
         localisation_thresholds: S - 1 values of it, each in [0, 1].
         prune_thresholds: S - 1 foreground probabilities, see ``PruneBelow``.
         proposal_threshold: the same for the objectness before stage 0.
         prune_margins: S values, before stage 0 and after each stage, see ``KeepNearBest``.
-        prune_best: its k.
-        pruner_thresholds: S values, see ``LearnedPruner``; 0 is never.
-        redundancy_iou: see ``DropCovered``; ``None`` is never.
-        region_budget: S numbers, see ``RegionBudget``.
-        time_budget_ms: see ``TimeBudget``; 0 is no limit.
-        time_budget_per_image: likewise.
-        clock: likewise.
-        score_scales: S values a of the calibration of the scores that a region which left after
-            stage s is reported with: sigmoid(a logit(p) + b).
-        score_shifts: S values b.
-        learned: the parts that are trained, for the rules that use them.
+        prune_best: k of ``KeepNearBest``.
+        pruner_thresholds: S values, see ``LearnedPruner``; 0 is off.
+        redundancy_iou: see ``DropCovered``; ``None`` is off.
+        region_budget: S limits, see ``RegionBudget``.
+        time_budget_ms: milliseconds of ``TimeBudget``; 0 is no limit.
+        time_budget_per_image: see ``TimeBudget``.
+        clock: see ``TimeBudget``.
+        score_scales: S values a, by exit stage; regions are reported with the calibrated scores
+            sigmoid(a logit(p) + b).
+        score_shifts: S values b, by exit stage.
+        learned: the learned parts that the rules use.
 
     Raises:
-        ValueError: values that differ in number, or a rule whose learned part is missing.
+        ValueError: for a wrong number of values, or a rule without its learned part.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class ExitPolicy(nn.Module):
         if any(region_budget):
             rules.append(RegionBudget(region_budget))
         self.rules = tuple(rules)
-        # No rule: it has one for each call.
+        # Not among the rules: each call has a Deadline of its own.
         self.time_budget: TimeBudget | None = None
         if time_budget_ms > 0:
             self.time_budget = TimeBudget(
@@ -151,45 +151,44 @@ class ExitPolicy(nn.Module):
             )
         self.score_scales = tuple(score_scales)
         self.score_shifts = tuple(score_shifts)
-        self.asks_for_crops = any(pruner_thresholds[:1])
-        # It is among the features of learned parts at every gate.
+        self.needs_crops = any(pruner_thresholds[:1])
+        # Learned parts read the objectness at every gate.
         uses_learned = any(pruner_thresholds) or (accepts and confidence == "learned")
-        self.asks_for_objectness = uses_learned or any(
+        self.needs_objectness = uses_learned or any(
             rule.is_active(BEFORE_STAGES) for rule in self.rules
         )
-        self.asks_for_agreements = uses_learned or (accepts and confidence == "agreement")
-        self.asks_for_accepted = redundancy_iou is not None and accepts
+        self.needs_agreements = uses_learned or (accepts and confidence == "agreement")
+        self.needs_accepted = redundancy_iou is not None and accepts
 
     def decide(self, view: RegionView, deadline: Deadline | None = None) -> Decision:
-        """Who leaves at the gate of ``view``.
+        """Decide which regions of ``view`` exit.
 
         Args:
-            view: of the regions that are still there.
-            deadline: of the call, by ``time_budget``, the last reason to leave; ``None`` for none,
-                as in a replay.
+            view: the live regions.
+            deadline: of the call, applied last; ``None`` for none, as in a replay.
         """
-        left: dict[str, Tensor] = {}
-        stay: Tensor | None = None
+        exited: dict[str, Tensor] = {}
+        kept: Tensor | None = None
         for rule in self.rules if deadline is None else (*self.rules, deadline):
             if not rule.is_active(view.stage) or not len(view):
                 continue
-            leaves = rule.leaves(view)
-            # A stable sort keeps the order, and one count tells the lengths of both parts.
-            staying, leaving = torch.argsort(leaves.byte(), stable=True).tensor_split(
-                [len(view) - int(leaves.sum())]
+            mask = rule.exit_mask(view)  # [R]
+            # A stable sort keeps the order, and takes one synchronisation with the GPU.
+            staying, exiting = torch.argsort(mask.byte(), stable=True).tensor_split(
+                [len(view) - int(mask.sum())]
             )
-            if not len(leaving):
+            if not len(exiting):
                 continue
-            rows = leaving if stay is None else stay[leaving]
-            left[rule.reason] = (
-                torch.cat((left[rule.reason], rows)) if rule.reason in left else rows
+            rows = exiting if kept is None else kept[exiting]
+            exited[rule.reason] = (
+                torch.cat((exited[rule.reason], rows)) if rule.reason in exited else rows
             )
-            stay = staying if stay is None else stay[staying]
+            kept = staying if kept is None else kept[staying]
             view = view[staying]
-        return Decision(stay, left)
+        return Decision(kept, exited)
 
     def calibrated(self, probs: Tensor, stage: int) -> Tensor:
-        """The class probabilities ``[R, K + 1]`` that regions report which left after ``stage``."""
+        """Calibrate class probabilities ``[R, K + 1]`` of regions that exit after ``stage``."""
         if not self.score_scales:
             return probs
         scale, shift = self.score_scales[stage], self.score_shifts[stage]
@@ -200,7 +199,7 @@ class ExitPolicy(nn.Module):
 
     def _part(self, name: str) -> LearnedParts:
         if self.learned is None or name not in self.learned.names:
-            raise ValueError(f"a rule needs the learned part {name!r}, which is not there")
+            raise ValueError(f"a rule needs the learned part {name!r}, which is missing")
         return self.learned
 
     def _localisation(self, name: str) -> Callable[[RegionView], Tensor] | None:
@@ -214,10 +213,10 @@ class ExitPolicy(nn.Module):
 def build_exits(
     arguments: Mapping[str, Any] | None, hidden_features: Sequence[int], crop_channels: int
 ) -> ExitPolicy | None:
-    """A policy with the learned parts that it wants; ``None`` for ``None``.
+    """Build a policy and its learned parts; ``None`` for ``None``.
 
     Args:
-        arguments: of ``ExitPolicy``, with the names of its parts under ``learned``.
+        arguments: of ``ExitPolicy``, with the names of the parts to build as ``learned``.
         hidden_features: S widths of the outputs of the box heads.
         crop_channels: C of the feature maps.
     """

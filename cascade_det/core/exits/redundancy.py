@@ -1,4 +1,4 @@
-"""The rule that drops a region which a better one covers."""
+"""The rule that drops regions covered by a better one."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from torchvision.ops import batched_nms, nms
 
 from cascade_det.core.exits.view import RegionView
 
-# The work of one NMS call grows with the square of the regions. torchvision would call it class by
-# class from 1,000 on, which is slower up to about here (80 classes, 8 images, on a CPU).
+# One NMS call is quadratic in the regions; torchvision switches to one per class from 1,000 on,
+# which is slower up to about this number (80 classes, 8 images, on a CPU).
 MOST_IN_ONE_CALL = 10_000
 
 
 class DropCovered:
-    """Drops what a better region of its class and image, live or accepted, overlaps enough.
+    """Drops regions that overlap a better one of their class and image, live or accepted.
 
-    The class is the most probable foreground class. As in the NMS at the end, what leaves covers
-    nothing itself.
+    The class is the most probable foreground class. As in NMS, a dropped region covers no other.
 
     Args:
-        iou: the overlap from which on a region leaves, in (0, 1].
+        iou: smallest overlap, in (0, 1].
     """
 
     reason = "redundant"
@@ -29,10 +28,10 @@ class DropCovered:
         self.iou = iou
 
     def is_active(self, stage: int) -> bool:
-        """Whether anything may leave after ``stage``: not before there are classes."""
+        """After every stage; before stage 0 there are no classes."""
         return stage >= 0
 
-    def leaves(self, view: RegionView) -> Tensor:
+    def exit_mask(self, view: RegionView) -> Tensor:
         """Bool ``[R]``."""
         assert view.probs is not None
         classes = view.probs.shape[1] - 1
@@ -43,9 +42,9 @@ class DropCovered:
             boxes = torch.cat((boxes, accepted.boxes))
             scores = torch.cat((scores, accepted.scores))
             groups = torch.cat((groups, accepted.image_index * classes + accepted.classes))
-        # In float64, so that a batch decides as its images do one by one: boxes of different
-        # groups are shifted apart, and float32 would lose the fraction of a pixel. The shift is
-        # the largest coordinate, which must not be NaN; what is empty covers nothing.
+        # Groups are shifted apart. In float64, because float32 would lose fractions of a pixel and
+        # a batch would decide unlike its images alone. The shift is the largest coordinate, so
+        # NaN and Inf become 0; an empty box covers nothing.
         boxes = boxes.double().where(boxes.isfinite(), 0.0)
         threshold = _just_below(self.iou)
         if len(boxes) <= MOST_IN_ONE_CALL:
@@ -59,8 +58,8 @@ class DropCovered:
 
 
 def _just_below(value: float) -> float:
-    """Of NMS, which drops what overlaps by more than a threshold: what makes it "or more".
+    """The float32 below ``value``: turns the "more than" of NMS into "at least".
 
-    In float32, to which NMS rounds its threshold on a GPU.
+    In float32, because NMS on a GPU rounds its threshold to it.
     """
     return torch.nextafter(torch.tensor(value), torch.tensor(0.0)).item()

@@ -1,4 +1,4 @@
-"""What the exit rules see of the regions that are still in the cascade.
+"""The input of exit rules: the live regions at a gate.
 
 R live regions of the whole batch, K foreground classes; the last class is background. Boxes are
 float32 XYXY in absolute pixels of the resized image.
@@ -21,11 +21,11 @@ BEFORE_STAGES = -1
 
 @dataclass
 class Accepted:
-    """Regions that are final already.
+    """Regions that were accepted early, after stages before.
 
     Attributes:
         boxes: float32 ``[A, 4]``.
-        scores: float32 ``[A]``, of their best class.
+        scores: float32 ``[A]``, largest foreground probability.
         classes: int64 ``[A]`` in ``[0, K)``.
         image_index: int64 ``[A]``.
     """
@@ -36,8 +36,8 @@ class Accepted:
     image_index: Tensor
 
     @classmethod
-    def of(cls, views: Sequence[RegionView]) -> Accepted | None:
-        """Those of several stages together; ``None`` for nothing."""
+    def from_views(cls, views: Sequence[RegionView]) -> Accepted | None:
+        """The regions of all views; ``None`` without views."""
         if not views:
             return None
         return cls(
@@ -50,27 +50,25 @@ class Accepted:
 
 @dataclass
 class RegionView:
-    """Live regions after a stage, or (``stage`` -1) the proposals before the first one.
+    """Live regions after a stage, or the proposals before stage 0 (``stage`` -1).
+
+    ``boxes_before``, ``probs`` and ``agreements`` are ``None`` before stage 0; fields that no rule
+    needs are ``None`` too.
 
     Attributes:
-        stage: the last stage that the regions saw; -1 before stage 0.
+        stage: the last stage that ran; -1 before stage 0.
         num_images: N.
-        image_index: int64 ``[R]``, rising.
-        boxes: float32 ``[R, 4]``, as the stage refined them; the proposals before stage 0.
+        image_index: int64 ``[R]``, ascending.
+        boxes: float32 ``[R, 4]``, refined by the stage; the proposals before stage 0.
         objectness: float32 ``[R]``, logits of the proposals.
-        rows: int64 ``[R]``, which of the proposals of the batch each region was; ``None``
-            where nobody asks.
-        boxes_before: float32 ``[R, 4]``, what the stage cropped; ``None`` before stage 0.
-        probs: float32 ``[R, K + 1]`` of the score ensemble up to ``stage``: by default the mean of
-            the stages; ``None`` before stage 0.
-        agreements: int64 ``[R]``, how many stages in a row before this one had the same most
-            probable class (background included) in ``probs``; ``None`` before stage 0, and where
-            no rule asks.
-        predicted_ious: float32 ``[R]`` in [0, 1], of ``boxes`` with their object; ``None``
-            where there is no head for it.
-        crops: float32 ``[R, C]``, one feature vector for each proposal, before stage 0 and only
-            where a pruner wants them.
-        accepted: regions that left as confident before this stage; ``None`` where no rule asks.
+        proposal_index: int64 ``[R]``, index of each region among the proposals of the batch.
+        boxes_before: float32 ``[R, 4]``, the boxes that the stage pooled.
+        probs: float32 ``[R, K + 1]`` of the score ensemble up to ``stage``.
+        agreements: int64 ``[R]``, number of consecutive stages before with the same most probable
+            class (background included) in ``probs``.
+        predicted_ious: float32 ``[R]`` in [0, 1], of ``boxes`` with their object.
+        crops: float32 ``[R, C]``, one feature vector per proposal; only before stage 0.
+        accepted: regions that exited as confident before.
     """
 
     stage: int
@@ -78,7 +76,7 @@ class RegionView:
     image_index: Tensor
     boxes: Tensor
     objectness: Tensor
-    rows: Tensor | None = None
+    proposal_index: Tensor | None = None
     boxes_before: Tensor | None = None
     probs: Tensor | None = None
     agreements: Tensor | None = None
@@ -90,17 +88,18 @@ class RegionView:
         return len(self.boxes)
 
     def __getitem__(self, index: Tensor) -> RegionView:
-        own = ("stage", "num_images", "accepted")
+        whole = ("stage", "num_images", "accepted")
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        rows = {n: x if n in own or x is None else x[index] for n, x in fields.items()}
-        subset = RegionView(**rows)
-        if "_best" in vars(self):  # the maximum over many classes is not looked for twice
+        subset = RegionView(
+            **{n: x if n in whole or x is None else x[index] for n, x in fields.items()}
+        )
+        if "_best" in vars(self):  # the maximum over many classes is expensive
             vars(subset)["_best"] = tuple(x[index] for x in self._best)
         return subset
 
     @cached_property
     def scores(self) -> Tensor:
-        """``[R]`` in [0, 1]: the largest foreground probability; objectness before stage 0."""
+        """``[R]`` in [0, 1]: largest foreground probability; objectness before stage 0."""
         return torch.sigmoid(self.objectness) if self.probs is None else self._best[0]
 
     @cached_property
@@ -114,9 +113,22 @@ class RegionView:
         assert self.probs is not None
         return self.scores >= self.probs[:, -1]
 
+    @property
+    def entropy(self) -> Tensor:
+        """``[R]``: entropy of ``probs`` in nats."""
+        assert self.probs is not None
+        return -torch.special.xlogy(self.probs, self.probs).sum(dim=1)
+
+    @property
+    def margin(self) -> Tensor:
+        """``[R]`` in [0, 1]: difference of the two largest of ``probs``."""
+        assert self.probs is not None
+        first, second = self.probs.topk(2, dim=1).values.unbind(dim=1)
+        return first - second
+
     @cached_property
     def refinement_ious(self) -> Tensor:
-        """float32 ``[R]``: IoU of each box with the one that the stage refined it from."""
+        """float32 ``[R]``: IoU of each box before and after the stage."""
         assert self.boxes_before is not None
         return paired_iou(self.boxes, self.boxes_before)
 
@@ -127,11 +139,12 @@ class RegionView:
 
     @cached_property
     def ranks(self) -> Tensor:
-        """int64 ``[R]``: place of each region among the live ones of its image by ``scores``.
+        """int64 ``[R]``: rank of each region in its image by ``scores``, 0 for the best.
 
-        The best has 0; equal scores keep their order.
+        Equal scores keep their order.
         """
         by_score = torch.argsort(self.scores, descending=True, stable=True)
+        # Image by image, best score first.
         order = by_score[torch.argsort(self.image_index[by_score], stable=True)]
         first = torch.cumsum(self.counts, 0) - self.counts
         places = torch.arange(len(self), device=order.device) - first[self.image_index[order]]

@@ -1,5 +1,6 @@
-"""What passes through and out of a cascade: boxes, detections, statistics of a call."""
+"""Types that other rooms share: boxes, detections, statistics of a call."""
 
+from cascade_det.core.structures.boxes import ImageSizes
 from cascade_det.core.structures.outputs import (
     EXIT_REASONS,
     CascadeInputs,
@@ -16,6 +17,7 @@ __all__ = [
     "CascadeStats",
     "Detections",
     "DetectorOutput",
+    "ImageSizes",
     "PartTimer",
     "StageOutput",
 ]

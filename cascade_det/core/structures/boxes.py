@@ -1,6 +1,6 @@
-"""Box arithmetic on flat batches: regression deltas, clipping, and the bookkeeping of images.
+"""Box arithmetic on flat batches: regression deltas, clipping, IoU, image indices.
 
-All boxes are float32 XYXY in absolute pixels; decoding is float32 whatever the autocast type.
+Boxes are float32 XYXY in absolute pixels. Decoding is float32 even under autocast.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 MAX_LOG_SCALE = math.log(1000.0 / 16)
 
 Weights = tuple[float, float, float, float]
+ImageSizes = Sequence[tuple[int, int]]  # (height, width) of each image, in pixels
 
 
 def encode_boxes(boxes: Tensor, targets: Tensor, weights: Weights) -> Tensor:
@@ -25,7 +26,7 @@ def encode_boxes(boxes: Tensor, targets: Tensor, weights: Weights) -> Tensor:
 
     Args:
         boxes: ``[R, 4]`` with positive width and height.
-        targets: ``[R, 4]``, likewise.
+        targets: ``[R, 4]`` with positive width and height.
         weights: multipliers of (dx, dy, dw, dh).
 
     Returns:
@@ -53,7 +54,7 @@ def decode_boxes(deltas: Tensor, boxes: Tensor, weights: Weights) -> Tensor:
     Args:
         deltas: ``[R, 4 k]``, k deltas for each box (k classes, or 1).
         boxes: ``[R, 4]``.
-        weights: the multipliers that the deltas carry.
+        weights: the multipliers of the deltas.
 
     Returns:
         float32 ``[R, 4 k]``.
@@ -62,6 +63,7 @@ def decode_boxes(deltas: Tensor, boxes: Tensor, weights: Weights) -> Tensor:
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     center_x, center_y = boxes[:, 0] + 0.5 * width, boxes[:, 1] + 0.5 * height
     wx, wy, ww, wh = weights
+    # Each [R, k].
     new_x = deltas[:, 0::4] / wx * width[:, None] + center_x[:, None]
     new_y = deltas[:, 1::4] / wy * height[:, None] + center_y[:, None]
     half_width = 0.5 * (torch.exp((deltas[:, 2::4] / ww).clamp(max=MAX_LOG_SCALE)) * width[:, None])
@@ -72,29 +74,28 @@ def decode_boxes(deltas: Tensor, boxes: Tensor, weights: Weights) -> Tensor:
     return torch.stack(corners, dim=-1).reshape(deltas.shape)
 
 
-def clip_boxes(boxes: Tensor, limits: Tensor) -> Tensor:
-    """Move corners that lie outside an image onto its border.
+def clip_boxes(boxes: Tensor, bounds: Tensor) -> Tensor:
+    """Clip boxes to their image.
 
     Args:
         boxes: ``[R, ..., 4]``.
-        limits: ``[R, 4]``, (width, height, width, height) of the image of each row, as
-            ``image_bounds`` gives it.
+        bounds: ``[R, 4]`` from ``image_bounds``.
 
     Returns:
-        A tensor shaped as ``boxes``; NaN stays NaN.
+        The shape of ``boxes``; NaN stays NaN.
     """
     for _ in range(boxes.dim() - 2):
-        limits = limits.unsqueeze(1)
-    return torch.minimum(boxes.clamp(min=0), limits)
+        bounds = bounds.unsqueeze(1)
+    return torch.minimum(boxes.clamp(min=0), bounds)
 
 
-def of_images(boxes: Sequence[Tensor], chosen: Sequence[bool]) -> list[Tensor]:
-    """The boxes ``[R_i, 4]`` of the chosen images; of the others ``[0, 4]``."""
-    return [b if wanted else b[:0] for b, wanted in zip(boxes, chosen, strict=True)]
+def keep_images(boxes: Sequence[Tensor], chosen: Sequence[bool]) -> list[Tensor]:
+    """The boxes ``[R_i, 4]`` of the chosen images, ``[0, 4]`` for the other ones."""
+    return [b if keep else b[:0] for b, keep in zip(boxes, chosen, strict=True)]
 
 
-def image_bounds(image_sizes: Sequence[tuple[int, int]], image_index: Tensor) -> Tensor:
-    """(width, height, width, height) of the image of each row, for ``clip_boxes``.
+def image_bounds(image_sizes: ImageSizes, image_index: Tensor) -> Tensor:
+    """(width, height, width, height) of the image of each region.
 
     Args:
         image_sizes: ``(height, width)`` of each image in pixels.
@@ -103,7 +104,7 @@ def image_bounds(image_sizes: Sequence[tuple[int, int]], image_index: Tensor) ->
     Returns:
         float32 ``[R, 4]``.
     """
-    # A tracer hands over a tensor in the place of numbers, which has to stay in its graph.
+    # Under a tracer sizes are tensors, and have to stay in its graph.
     tensors = [size if torch.is_tensor(size) else torch.tensor(size) for size in image_sizes]
     sizes = torch.stack(tensors).to(torch.float32)
     return _on_device_of(sizes.flip(1).repeat(1, 2), image_index)[image_index]
@@ -111,7 +112,7 @@ def image_bounds(image_sizes: Sequence[tuple[int, int]], image_index: Tensor) ->
 
 @torch.jit.script_if_tracing
 def _on_device_of(tensor: Tensor, other: Tensor) -> Tensor:
-    # Scripted, so that a trace which is made on one device runs on another.
+    # Scripted, so that a trace made on one device runs on another.
     return tensor.to(other.device)
 
 
@@ -121,15 +122,15 @@ def is_nonempty(boxes: Tensor, min_size: float = 0.0) -> Tensor:
 
 
 def select_class(per_class: Tensor, classes: Tensor) -> Tensor:
-    """Of ``[R, 4 K]`` the four values of one class for each row; ``[R, 4]`` is returned as is."""
+    """The four values ``[R, 4]`` of one class per row of ``[R, 4 K]``; ``[R, 4]`` stays as is."""
     if per_class.shape[1] == 4:
         return per_class
-    per_class = per_class.unflatten(1, (-1, 4))
+    per_class = per_class.unflatten(1, (-1, 4))  # [R, K, 4]
     return per_class[torch.arange(classes.shape[0], device=classes.device), classes]
 
 
 def flatten_images(per_image: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Concatenate per-image rows.
+    """Concatenate the rows of all images.
 
     Args:
         per_image: at least one tensor ``[R_i, ...]``.
@@ -137,7 +138,7 @@ def flatten_images(per_image: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     Returns:
         ``[R, ...]`` and the int64 ``[R]`` image index of each row.
     """
-    # shape[0], not len(): a tracer would write the latter into its graph as a constant.
+    # shape[0], not len(), which a tracer records as a constant.
     image_index = [
         rows.new_full((rows.shape[0],), i, dtype=torch.int64) for i, rows in enumerate(per_image)
     ]
@@ -145,10 +146,7 @@ def flatten_images(per_image: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """IoU of each box with the one in the same row: ``[R]`` in [0, 1] for two ``[R, 4]``.
-
-    0 where both are empty.
-    """
+    """Row-wise IoU of two ``[R, 4]``: ``[R]`` in [0, 1]; 0 where both boxes are empty."""
     sizes = torch.minimum(boxes[:, 2:], others[:, 2:]) - torch.maximum(boxes[:, :2], others[:, :2])
     intersection = sizes.clamp(min=0).prod(dim=1)
     areas = [(b[:, 2:] - b[:, :2]).prod(dim=1) for b in (boxes, others)]

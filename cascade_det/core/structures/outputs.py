@@ -1,4 +1,4 @@
-"""What a cascade hands out: detections, statistics of one call, and milliseconds per part."""
+"""Inputs and outputs of a cascade: detections, statistics of one call, milliseconds per part."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Detections:
         boxes: float32 ``[D, 4]``, XYXY in absolute pixels.
         scores: float32 ``[D]`` in [0, 1].
         classes: int64 ``[D]`` in ``[0, K)``.
-        exit_stages: int64 ``[D]``, the last stage (from 0) that each region saw.
+        exit_stages: int64 ``[D]``, the last stage (from 0) that ran on each region.
     """
 
     boxes: Tensor
@@ -49,19 +49,19 @@ class Detections:
 
 @dataclass
 class CascadeStats:
-    """What one call of the cascade did.
+    """Counts and times of one call of the cascade.
 
     Attributes:
-        entered: regions of the whole batch that each stage computed, length S.
-        left: for each stage, how many regions left after it, by reason (a subset of
-            ``EXIT_REASONS``); ``sum(left[s].values()) == entered[s] - entered[s + 1]``.
-        milliseconds: wall time per part; empty unless a timer was given.
+        entered: S counts, regions of the whole batch that ran through each stage.
+        left: S dicts, regions that exited after each stage, by reason (one of ``EXIT_REASONS``);
+            ``sum(left[s].values()) == entered[s] - entered[s + 1]``.
+        milliseconds: wall time per part; empty without a timer.
         proposed: proposals of the whole batch.
-        left_before: how many of them left before stage 0, by reason;
+        left_before: proposals that exited before stage 0, by reason;
             ``proposed - sum(left_before.values()) == entered[0]``.
-        confidence: for each stage, the sum of the scores (largest foreground probabilities) of
-            those that left after it, by reason; empty without exits.
-        overrun_ms: by how much the call took longer than its time budget, 0 without one.
+        confidence: S dicts, the summed scores (largest foreground probabilities) of the regions
+            that exited after each stage, by reason; empty without exits.
+        overrun_ms: milliseconds by which the call exceeded its time budget; 0 without one.
     """
 
     entered: list[int]
@@ -73,8 +73,8 @@ class CascadeStats:
     overrun_ms: float = field(default=0.0, compare=False)
 
     @classmethod
-    def of_nothing(cls, num_stages: int) -> CascadeStats:
-        """Those of a call without any image."""
+    def empty(cls, num_stages: int) -> CascadeStats:
+        """The statistics of a call without images."""
         return cls([0] * num_stages, [{} for _ in range(num_stages)])
 
 
@@ -82,11 +82,12 @@ class CascadeStats:
 class StageOutput:
     """One stage of the full cascade (no exits), for per-stage evaluation.
 
+    Row *i* of the boxes is the same region at every stage, in the pixels of ``detections``.
+
     Attributes:
-        detections: per image, what the detector returns if the cascade stops after this stage.
+        detections: per image, the result of a cascade that ends with this stage.
         boxes_before: per image ``[R_i, 4]``, the boxes that the stage pooled.
-        boxes_after: per image ``[R_i, 4]``, the boxes that it refined them to. Row *i* is the
-            same region at every stage. XYXY pixels of the same frame as ``detections``.
+        boxes_after: per image ``[R_i, 4]``, the same boxes refined.
     """
 
     detections: list[Detections]
@@ -96,13 +97,13 @@ class StageOutput:
 
 @dataclass
 class CascadeInputs:
-    """What a detector hands to its cascade for a batch of N images; see ``CascadeHead.detect``.
+    """Arguments of ``CascadeHead.detect`` for a batch of N images.
 
     Attributes:
         features: L maps ``[N, C, H_l, W_l]``, finest first.
         proposals: per image float32 ``[R_i, 4]``.
-        image_sizes: N ``(height, width)``, of the images that the boxes refer to.
-        objectness: per image float32 ``[R_i]``, logits; ``None`` where nobody knows.
+        image_sizes: N ``(height, width)`` of the resized images.
+        objectness: per image float32 ``[R_i]``, logits; ``None`` if unknown.
     """
 
     features: list[Tensor]
@@ -113,12 +114,12 @@ class CascadeInputs:
 
 @dataclass
 class DetectorOutput:
-    """What a detector returns for a batch.
+    """The output of a detector for a batch.
 
     Attributes:
         detections: per image, in pixels of the original image.
         stats: counts and times of the cascade, summed over the batch.
-        stages: one entry per stage where per-stage output was asked for, else ``None``.
+        stages: one entry per stage if per-stage output was requested, else ``None``.
     """
 
     detections: list[Detections]
@@ -127,7 +128,7 @@ class DetectorOutput:
 
 
 class PartTimer:
-    """Wall milliseconds of named parts of one call; waits for the GPU at both ends of a part."""
+    """Wall milliseconds of named parts of one call, with the GPU synchronised around each part."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
@@ -135,7 +136,7 @@ class PartTimer:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Add the time spent inside the block to part ``name``."""
+        """Add the time of the block to part ``name``."""
         self._synchronize()
         start = time.perf_counter()
         yield

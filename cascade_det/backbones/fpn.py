@@ -12,16 +12,16 @@ from torch.nn import functional as F
 from cascade_det.layers import ConvNorm, may_write_in_place
 from cascade_det.layers.winograd import WinogradConv2d
 
-# Stride 4 is level 2: a level is the logarithm of its stride.
+# A level is the base-2 logarithm of its stride.
 LEVELS = {"res2": 2, "res3": 3, "res4": 4, "res5": 5}
 
 
 class Trunk(Protocol):
-    """What the pyramid needs of a feature extractor, which is also an ``nn.Module``.
+    """The feature extractor below the pyramid, an ``nn.Module``.
 
     Attributes:
-        out_features: names of the maps that it returns, finest first.
-        channels: of the maps, by name.
+        out_features: names of its maps, finest first.
+        channels: channels of the maps, by name.
     """
 
     out_features: tuple[str, ...]
@@ -34,7 +34,7 @@ class Trunk(Protocol):
 class FPN(nn.Module):
     """Top-down pathway over a trunk, and one coarser level by subsampling.
 
-    Its outputs are named ``p2`` to ``p6``, of strides 4 to 64, as far as the trunk goes.
+    Outputs are ``p2`` to ``p6``, of strides 4 to 64, as far as the trunk has features.
 
     Args:
         bottom_up: the trunk, with ``out_features`` and ``channels``.
@@ -78,10 +78,10 @@ class FPN(nn.Module):
         self.bottom_up = bottom_up
 
     def freeze_unread(self, names: Collection[str]) -> None:
-        """Freeze the convolutions that only maps need which nothing reads.
+        """Freeze the convolutions of maps that are not read.
 
-        They get no gradients anyway, but processes that train together wait for those of every
-        parameter that is not frozen.
+        They get no gradients, but distributed training waits for the gradients of every parameter
+        that is not frozen.
 
         Args:
             names: of the maps that are read.
@@ -101,7 +101,7 @@ class FPN(nn.Module):
         merged: dict[str, Tensor] = {}
         coarser: Tensor | None = None
         for name, level in zip(reversed(self.in_features), reversed(self.levels), strict=True):
-            # A map that is not held any longer makes room.
+            # pop: frees the memory of each map after its use.
             lateral = self.get_submodule(f"fpn_lateral{level}")(maps.pop(name))
             if coarser is not None:
                 lateral = _add_at_twice_the_size(lateral, coarser)
@@ -109,12 +109,12 @@ class FPN(nn.Module):
                     lateral = lateral.mul_(self.scale)
             merged[f"p{level}"] = coarser = lateral
         del lateral, coarser
-        places = _places(merged)
+        buffers = _output_buffers(merged)
         pyramid: dict[str, Tensor] = {}
         for level in reversed(self.levels):
             name = f"p{level}"
             output = self.get_submodule(f"fpn_output{level}")
-            pyramid[name] = _apply(output, merged.pop(name), places.get(name))
+            pyramid[name] = _apply(output, merged.pop(name), buffers.get(name))
         top = f"p{self.levels[-1]}"
         coarsest = F.max_pool2d(pyramid[top], kernel_size=1, stride=2)
         return {name: pyramid.get(name, coarsest) for name in self.strides}
@@ -124,40 +124,40 @@ def _add_at_twice_the_size(lateral: Tensor, coarser: Tensor) -> Tensor:
     """``[N, C, 2 H, 2 W]`` plus nearest neighbours in ``[N, C, H, W]``, in place."""
     if not may_write_in_place(lateral):
         return lateral.add_(F.interpolate(coarser, scale_factor=2.0, mode="nearest"))
-    # The same without the enlarged map, which is the largest of all on the finest level.
-    quads = lateral.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+    # Without a copy of the enlarged map.
+    quads = lateral.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # [N, C, H, 2, W, 2]
     quads.add_(coarser[:, :, :, None, :, None])
     return lateral
 
 
-def _places(maps: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Room for maps of these sizes: channels-last, finest first, one after another in one block.
+def _output_buffers(maps: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Channels-last buffers of the sizes of ``maps``, finest first in one block of memory.
 
-    So the pooling of regions wants them on CPUs; it would copy them there. ``maps`` are coarsest
-    first. Empty where maps cannot be written in place.
+    RoI pooling on CPUs reads this layout without a copy. ``maps`` are coarsest first. Empty where
+    maps cannot be written in place.
     """
     finest_first = dict(reversed(maps.items()))
     finest = next(iter(finest_first.values()))
     if (
         finest.device.type != "cpu"
-        or torch.is_autocast_enabled("cpu")  # whose types norms do not keep
+        or torch.is_autocast_enabled("cpu")  # norms change the dtype
         or not all(map(may_write_in_place, maps.values()))
     ):
         return {}
     sizes = [map_.numel() for map_ in finest_first.values()]
     block = finest.new_empty(sum(sizes))
-    places = {}
-    for (name, map_), place in zip(finest_first.items(), block.split(sizes), strict=True):
+    buffers = {}
+    for (name, map_), part in zip(finest_first.items(), block.split(sizes), strict=True):
         images, channels, height, width = map_.shape
-        places[name] = place.view(images, height, width, channels).permute(0, 3, 1, 2)
-    return places
+        buffers[name] = part.view(images, height, width, channels).permute(0, 3, 1, 2)
+    return buffers
 
 
-def _apply(conv: nn.Module, x: Tensor, place: Tensor | None) -> Tensor:
-    if place is not None and isinstance(conv, WinogradConv2d):
-        return conv(x, out=place)
+def _apply(conv: nn.Module, x: Tensor, out: Tensor | None) -> Tensor:
+    if out is not None and isinstance(conv, WinogradConv2d):
+        return conv(x, out=out)
     output: Tensor = conv(x)
-    return output if place is None else place.copy_(output)
+    return output if out is None else out.copy_(output)
 
 
 def _initialise(conv: ConvNorm) -> None:

@@ -1,4 +1,4 @@
-"""torchvision's MobileNets as light trunks, with feature names and freezing as the ResNets'."""
+"""torchvision's MobileNets as light trunks, with the feature names and freezing of our ResNets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cascade_det.layers import NORMS, freeze
 
 
 class _MobileNet(nn.Module):
-    """The layers of a MobileNet, with the last one of each stride from 4 to 32 as a feature.
+    """A MobileNet whose features are the last layers of strides 4 to 32.
 
     State-dict names are torchvision's (``features.0.0.weight``).
     """
@@ -35,7 +35,7 @@ class _MobileNet(nn.Module):
         self.channels = {
             name: _out_channels(layers[self.last_layers[name]]) for name in out_features
         }
-        # 1 freezes all layers up to stride 2, the counterpart of a ResNet's stem.
+        # 1 freezes the layers up to stride 2, like the stem of a ResNet.
         frozen = {0: 0, 1: 2}.get(freeze_at)
         if frozen is None:
             frozen = 1 + last_layers[min(freeze_at, 5) - 2]
@@ -56,7 +56,7 @@ class MobileNetV2(_MobileNet):
     """MobileNetV2 (arXiv 1801.04381) without its last convolution.
 
     Args:
-        out_features: of ``res2`` to ``res5``, strides 4 to 32.
+        out_features: names from ``res2`` to ``res5``, strides 4 to 32.
         norm: ``BN``, ``SyncBN`` or ``FrozenBN``.
         freeze_at: 0 trains all; 1 freezes up to stride 2, 2 also stride 4, and so on.
 
@@ -76,7 +76,7 @@ class MobileNetV2(_MobileNet):
 
 
 class MobileNetV3Large(_MobileNet):
-    """MobileNetV3-Large (arXiv 1905.02244) without its last convolution; arguments as above."""
+    """MobileNetV3-Large (arXiv 1905.02244) without its last convolution; see ``MobileNetV2``."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class MobileNetV3Large(_MobileNet):
         norm: str = "BN",
         freeze_at: int = 0,
     ) -> None:
-        # The paper's (TensorFlow's) epsilon, which published weights were trained with.
+        # TensorFlow's epsilon, with which the published weights were trained.
         layers = mobilenet_v3_large(norm_layer=partial(NORMS[norm], eps=0.001)).features
         super().__init__(layers, (3, 6, 12, 15), out_features, freeze_at)
 

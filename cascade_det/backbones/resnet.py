@@ -1,8 +1,7 @@
 """ResNet (arXiv 1512.03385) with Detectron2's names, strides, freezing and initialisation.
 
-torchvision's ResNet computes the same, but cannot put the stride into the first 1x1 convolution,
-as the ImageNet weights of most published Cascade R-CNN models want it, and names every layer
-otherwise; the block below is less code than the two-way renaming would be.
+torchvision's ResNet cannot put the stride into the first 1x1 convolution, as the ImageNet weights
+of most published Cascade R-CNN models need, and has other names for all layers.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ class ResNet(nn.Module):
 
     Args:
         depth: 18, 34, 50, 101 or 152.
-        out_features: names of the stages to return; later stages are not built.
+        out_features: names of the stages to return; stages after the last are not built.
         norm: see ``cascade_det.layers.make_norm``.
-        stride_in_1x1: where a bottleneck block halves the size: in its first 1x1 convolution
+        stride_in_1x1: whether the stride of a bottleneck block is in its first 1x1 convolution
             (the original MSRA weights) or in its 3x3 (torchvision's).
         num_groups: groups of the 3x3 convolutions (ResNeXt).
         width_per_group: channels of each group in ``res2``.
@@ -89,10 +88,9 @@ class ResNet(nn.Module):
             self.add_module(name, nn.Sequential(*blocks))
             self.channels[name] = in_channels
         self._initialise()
-        for module in [self.stem, *(self.get_submodule(name) for name in self.stage_names)][
-            :freeze_at
-        ]:
-            freeze(module)
+        parts = [self.stem, *(self.get_submodule(name) for name in self.stage_names)]
+        for part in parts[:freeze_at]:
+            freeze(part)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Images ``[N, 3, H, W]`` to the maps of ``out_features`` by name."""
@@ -142,7 +140,7 @@ class BasicBlock(nn.Module):
 class BottleneckBlock(nn.Module):
     """1x1, 3x3 and 1x1 convolutions and a shortcut: the block of ResNet-50 and deeper.
 
-    Without gradients it may write over its input, if that is as large as its output.
+    Without gradients it may overwrite an input of the size of its output.
     """
 
     def __init__(

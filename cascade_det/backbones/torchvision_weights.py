@@ -1,4 +1,4 @@
-"""torchvision's names of weights -> addresses."""
+"""Download addresses of torchvision's weights."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ def torchvision_address(name: str) -> str:
     """The address of weights such as ``ResNet50_Weights.IMAGENET1K_V2``.
 
     Args:
-        name: what ``torchvision.models.get_weight`` knows; no default is chosen for a model's name,
-            because defaults change.
+        name: as in ``torchvision.models.get_weight``. A model's name alone is refused, because its
+            default weights may change.
 
     Returns:
-        An https address. Nearly all end in ``-<first digits of the SHA-256>.pth``.
+        An https address, usually ending in ``-<first digits of the SHA-256>.pth``.
 
     Raises:
-        ValueError: torchvision has no such weights; the message has the names that are close.
+        ValueError: for unknown weights; the message has the names for this model.
     """
     try:
         return str(get_weight(name).url)

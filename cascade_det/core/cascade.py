@@ -34,7 +34,7 @@ from cascade_det.core.structures import (
     PartTimer,
     StageOutput,
 )
-from cascade_det.core.structures.boxes import Weights, flatten_images
+from cascade_det.core.structures.boxes import Weights
 from cascade_det.core.training_schedule import TrainingSchedule
 
 
@@ -95,13 +95,12 @@ class CascadeHead(nn.Module):
         super().__init__()
         self.num_stages = len(ious)
         stage_loss_weights = stage_loss_weights or [1.0] * self.num_stages
-        per_stage = {
-            "box_heads": box_heads,
-            "box_predictors": box_predictors,
-            "bbox_reg_weights": bbox_reg_weights,
-            "stage_loss_weights": stage_loss_weights,
-        }
-        for name, values in per_stage.items():
+        for name, values in (
+            ("box_heads", box_heads),
+            ("box_predictors", box_predictors),
+            ("bbox_reg_weights", bbox_reg_weights),
+            ("stage_loss_weights", stage_loss_weights),
+        ):
             if len(values) != self.num_stages:
                 raise ValueError(f"{len(values)} {name} for {self.num_stages} ious")
         if exits is not None and exits.num_stages != self.num_stages:
@@ -159,8 +158,7 @@ class CascadeHead(nn.Module):
         Returns:
             The scalars of ``cascade_losses``.
         """
-        boxes, image_index = flatten_images(gt_boxes)  # [G, 4], [G]
-        ground_truth = GroundTruth(boxes, torch.cat(list(gt_classes)), image_index)
+        ground_truth = GroundTruth.from_images(gt_boxes, gt_classes)
         targets = self.regime.current_targets(self.targets)
         candidates = targets.candidates(proposals, gt_boxes, ground_truth)
         has_objects = ground_truth.images_with_objects(len(image_sizes))
@@ -179,7 +177,7 @@ class CascadeHead(nn.Module):
         pyramid = self.pooler.prepare(features)
 
         def run_stage(stage: int, regions: LabelledRegions) -> tuple[Tensor, Tensor]:
-            pooled = self.pooler(pyramid, regions.boxes, regions.image_index)
+            pooled = self.pooler(pyramid, regions.boxes, regions.image_index)  # [R, C, P, P]
             if pooled.requires_grad:
                 # Else the backbone would get the summed gradients of S heads.
                 pooled.register_hook(lambda grad: grad * (1.0 / self.num_stages))
@@ -249,18 +247,15 @@ class CascadeHead(nn.Module):
         Raises:
             ValueError: the exits need the objectness, and none is given.
         """
-        exits = self.exits
+        exits, num_images = self.exits, len(image_sizes)
         budget = None if exits is None or torch.jit.is_tracing() else exits.time_budget
         if exits is not None and exits.needs_objectness and objectness is None:
             raise ValueError("the exits need the objectness of the proposals: pass objectness=")
-        deadline = None if budget is None else budget.start(len(image_sizes), started)
+        deadline = None if budget is None else budget.start(num_images, started)
+        agreements = exits is not None and exits.needs_agreements
         with part(timer, "stage0"):
             network, regions = self._prepare(
-                features,
-                proposals,
-                objectness,
-                image_sizes,
-                agreements=exits is not None and exits.needs_agreements,
+                features, proposals, objectness, image_sizes, agreements=agreements
             )
         runner = StageRunner(
             network,
@@ -275,7 +270,7 @@ class CascadeHead(nn.Module):
         if deadline is not None:
             deadline.mark_stages_done(device)
         with part(timer, "postprocess"):
-            detections = self._select(reported, regions, len(image_sizes))
+            detections = self._select(reported, regions, num_images)
         if deadline is not None:
             runner.stats.overrun_ms = deadline.finish(device)
         if timer is not None:
@@ -314,14 +309,9 @@ class CascadeHead(nn.Module):
             if self.exits is not None:
                 # To be comparable with the scores of ``detect``.
                 probs = self.exits.calibrated(probs, stage)
-            reported = [result.reported(probs, stage)]
-            outputs.append(
-                StageOutput(
-                    self._select(reported, regions, len(image_sizes)),
-                    list(before.split(counts)),
-                    list(regions.boxes.split(counts)),
-                )
-            )
+            detections = self._select([result.reported(probs, stage)], regions, len(image_sizes))
+            after = regions.boxes.split(counts)
+            outputs.append(StageOutput(detections, list(before.split(counts)), list(after)))
         return outputs
 
     @in_evaluation_mode

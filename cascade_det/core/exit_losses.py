@@ -19,7 +19,7 @@ from cascade_det.core.exits.learned import LearnedParts
 from cascade_det.core.exits.view import BEFORE_STAGES, RegionView
 from cascade_det.core.matching import GroundTruth, greedy_matches, label_regions
 from cascade_det.core.record import CascadeRecord
-from cascade_det.core.structures.boxes import flatten_images, paired_iou, select_class
+from cascade_det.core.structures.boxes import paired_iou, select_class
 
 # The IoU of a true positive (PASCAL VOC).
 TRUE_POSITIVE_IOU = 0.5
@@ -62,8 +62,7 @@ def exit_losses(
         the last, ``loss_exit_pruner_gate<g>`` for every gate, g = s + 1 after stage s; scalars,
         exactly 0 without regions to train on.
     """
-    boxes, image_index = flatten_images(gt_boxes)
-    ground_truth = GroundTruth(boxes, torch.cat(list(gt_classes)), image_index)
+    ground_truth = GroundTruth.from_images(gt_boxes, gt_classes)
     losses = {
         f"loss_exit_iou_stage{stage}": _iou_loss(parts, record, ground_truth, stage)
         for stage in range(len(parts.iou_head))

@@ -5,11 +5,14 @@ K is the number of foreground classes; class K is background.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torchvision.ops import box_iou
+
+from cascade_det.core.structures.boxes import flatten_images
 
 
 @dataclass
@@ -25,6 +28,12 @@ class GroundTruth:
     boxes: Tensor
     classes: Tensor
     image_index: Tensor
+
+    @classmethod
+    def from_images(cls, boxes: Sequence[Tensor], classes: Sequence[Tensor]) -> GroundTruth:
+        """From the boxes ``[G_i, 4]`` and classes ``[G_i]`` of each image."""
+        flat_boxes, image_index = flatten_images(boxes)
+        return cls(flat_boxes, torch.cat(list(classes)), image_index)
 
     def images_with_objects(self, num_images: int) -> Tensor:
         """Bool ``[N]``: which images have objects."""

@@ -1,6 +1,6 @@
-"""Convolutions with their norm, as every part of a detector uses them; named as in Detectron2.
+"""Convolutions with norms, under Detectron2's names, for all parts of a detector.
 
-What inference makes of them is in ``folding`` and ``winograd``.
+``folding`` and ``winograd`` make them faster for inference, ``training_conv`` for training.
 """
 
 from cascade_det.layers.conv_norm import (

@@ -1,4 +1,4 @@
-"""Convolution with its norm inside, named as Detectron2 names it, for every part of a detector."""
+"""Convolution with its norm as a child, under Detectron2's names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cascade_det.layers.training_conv import training_conv2d
 
 
 class FrozenBatchNorm2d(_FrozenBatchNorm2d):
-    """torchvision's frozen batch norm through the fused kernel: one pass, and Detectron2's bits."""
+    """torchvision's frozen batch norm by the fused kernel: one pass, bit-equal to Detectron2's."""
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` normalised by the stored statistics."""
@@ -23,7 +23,7 @@ class FrozenBatchNorm2d(_FrozenBatchNorm2d):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Group norm with 32 groups, as in arXiv 1803.08494."""
+    """Group norm with 32 groups (arXiv 1803.08494)."""
     return nn.GroupNorm(32, channels)
 
 
@@ -49,18 +49,18 @@ def make_norm(name: str, channels: int) -> nn.Module | None:
 
 
 class ConvNorm(nn.Conv2d):
-    """A convolution, then its norm (child ``norm``) where there is one.
+    """A convolution and its norm, the child ``norm``, or ``None``.
 
-    Keeping the norm inside gives the state-dict names of Detectron2: ``conv1.weight`` and
+    As a child the norm has Detectron2's state-dict names: ``conv1.weight``,
     ``conv1.norm.weight``. A convolution with a norm has no bias.
 
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
         kernel_size: side of the kernel; padding keeps the size at stride 1.
-        stride: step in pixels.
+        stride: in both directions.
         groups: groups of channels.
-        norm: name of the norm, see ``make_norm``.
+        norm: see ``make_norm``.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class ConvNorm(nn.Conv2d):
             return x if self.norm is None else self.norm(x)
         weight, bias, norm = self.weight, self.bias, self.norm
         if isinstance(norm, FrozenBatchNorm2d):
-            # The same up to rounding, without a pass over the map and without keeping one of it.
+            # Folded: equal up to rounding, without a pass over the map and a copy of it.
             scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
             weight, bias = weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale
             norm = None
@@ -107,9 +107,9 @@ class ConvNorm(nn.Conv2d):
 
 
 def may_write_in_place(maps: Tensor) -> bool:
-    """Whether operations may change channels-last ``maps [N, C, H, W]`` that nobody reads later.
+    """Whether operations may overwrite ``maps [N, C, H, W]`` that are not read later.
 
-    Not with gradients, which may want them, nor in what is recorded: copies are clearer there.
+    Only channels-last maps; not with gradients, which may need them, nor while tracing.
     """
     return not (
         torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling()
@@ -119,21 +119,31 @@ def may_write_in_place(maps: Tensor) -> bool:
 def add_convolved(shortcut: Tensor, x: Tensor, conv: ConvNorm) -> Tensor:
     """``relu(shortcut + conv(x))``, the end of a residual block.
 
-    Where it may and oneDNN can, all in one pass and in place of ``shortcut``; the numbers are the
-    same.
+    One pass of oneDNN in place of ``shortcut`` where possible, with the same numbers.
 
     Args:
-        shortcut: ``[N, K, H, W]``, not to be read afterwards.
+        shortcut: ``[N, K, H, W]``; may be overwritten.
         x: ``[N, C, H', W']``.
-        conv: from x to the shape of ``shortcut``.
+        conv: maps ``x`` to the shape of ``shortcut``.
     """
     if not _is_fusible(shortcut, x, conv):
         return F.relu_(conv(x).add_(shortcut))
-    geometry = list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups
-    done: Tensor = torch.ops.mkldnn._convolution_pointwise_.binary(
-        shortcut, x, conv.weight, conv.bias, *geometry, "add", 1.0, "relu", [], ""
+    result: Tensor = torch.ops.mkldnn._convolution_pointwise_.binary(
+        shortcut,
+        x,
+        conv.weight,
+        conv.bias,
+        list(conv.padding),
+        list(conv.stride),
+        list(conv.dilation),
+        conv.groups,
+        "add",
+        1.0,
+        "relu",
+        [],
+        "",
     )
-    return done
+    return result
 
 
 def _is_fusible(shortcut: Tensor, x: Tensor, conv: nn.Module) -> bool:
@@ -149,7 +159,7 @@ def _is_fusible(shortcut: Tensor, x: Tensor, conv: nn.Module) -> bool:
 
 
 def freeze(module: nn.Module) -> None:
-    """Stop training a part: parameters keep their values, batch norms become frozen ones."""
+    """Freeze a part: its parameters need no gradients, its batch norms become frozen ones."""
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     for child in list(module.modules()):

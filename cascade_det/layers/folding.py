@@ -1,4 +1,4 @@
-"""Batch norms that became part of the convolutions before them, for inference."""
+"""Folds batch norms into the convolutions before them, for inference."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ _Norm: TypeAlias = FrozenBatchNorm2d | _BatchNorm
 
 
 def fold_norms(module: nn.Module) -> int:
-    """Put batch norms with fixed statistics into the convolutions before them, in place.
+    """Fold batch norms with fixed statistics into the convolutions before them, in place.
 
-    That is every norm of a ``ConvNorm`` and every one that follows a convolution in an
-    ``nn.Sequential``, if it is a frozen one or in evaluation mode.
+    These are the norms of every ``ConvNorm``, and norms after a convolution in an
+    ``nn.Sequential``, if they are frozen or in evaluation mode. The output of the module stays the
+    same up to rounding.
 
     Returns:
-        How many there were. What the module computes is the same up to rounding.
+        The number of folded norms.
     """
     count = 0
     for child in list(module.modules()):
@@ -46,7 +47,7 @@ def _is_fixed(norm: nn.Module | None) -> TypeGuard[_Norm]:
 
 
 def _fold(conv: nn.Conv2d, norm: _Norm) -> None:
-    # In float64, so that the factors of a norm are rounded once.
+    # In float64, to round once.
     mean, variance, scale, shift, bias = (
         None if x is None else x.detach().double()
         for x in (norm.running_mean, norm.running_var, norm.weight, norm.bias, conv.bias)

@@ -1,4 +1,4 @@
-"""Convolutions that train fast on CPUs, where PyTorch's own lose time in the backward pass.
+"""Convolutions with a faster backward pass on CPUs.
 
 Shapes: N images, C input and K output channels, ``[H, W]`` of the input, ``[h, w]`` of the output.
 """
@@ -21,11 +21,11 @@ def training_conv2d(
     padding: int = 0,
     groups: int = 1,
 ) -> Tensor:
-    """``F.conv2d`` with a faster way back on CPUs; elsewhere the same to the last bit.
+    """``F.conv2d`` with a faster backward pass on CPUs; bit-equal to it elsewhere.
 
-    Two kinds of convolution are the slow ones. A strided 1x1 one is its plain self on every
-    ``stride``-th pixel. And the gradient of a larger kernel's weights on a channels-last map is a
-    sum of matrix products, one for each of the kernel's places.
+    Two kinds of convolution are slow in PyTorch. A strided 1x1 convolution becomes an unstrided
+    one on every ``stride``-th pixel. The weight gradient of a larger kernel on a channels-last map
+    becomes one matrix product per kernel position.
 
     Args:
         x: ``[N, C, H, W]``.
@@ -72,38 +72,44 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         return (
-            _input_gradient(gradient, x, weight, ctx.padding) if of_x else None,
-            _weight_gradient(gradient, x, weight.shape, ctx.padding) if of_weight else None,
-            gradient.sum((0, 2, 3)) if of_bias else None,
+            _input_gradient(gradient, x, weight, ctx.padding) if needs_x else None,
+            _weight_gradient(gradient, x, weight.shape, ctx.padding) if needs_weight else None,
+            gradient.sum((0, 2, 3)) if needs_bias else None,
             None,
         )
 
 
 def _input_gradient(gradient: Tensor, x: Tensor, weight: Tensor, padding: int) -> Tensor:
-    of_x: Tensor = torch.ops.aten.convolution_backward(
+    x_gradient: Tensor = torch.ops.aten.convolution_backward(
         gradient,
         x,
         weight,
         None,
-        *([1, 1], [padding, padding], [1, 1], False, [0, 0], 1),
+        [1, 1],
+        [padding, padding],
+        [1, 1],
+        False,
+        [0, 0],
+        1,
         [True, False, False],
     )[0]
-    return of_x
+    return x_gradient
 
 
 def _weight_gradient(gradient: Tensor, x: Tensor, shape: torch.Size, padding: int) -> Tensor:
-    """The gradient of weights ``[K, C, s, s]`` as products of matrices without a copy for each.
+    """The gradient of weights ``[K, C, s, s]``, by matrix products on views of two maps.
 
-    With the padded map and the gradient in rows of equal length, the pixel that a place of the
-    kernel sees lies the same number of rows ahead of its output, wherever that is.
+    Input and output gradient are padded to the same width. The input pixel of a kernel position
+    then lies a constant number of rows ahead of its output pixel in the flattened maps.
     """
     height, width = shape[2:]
+    # [N, H + 2 padding, W + 2 padding, C], and the gradient as [N, ..., K] of the same size.
     pixels = F.pad(x, (padding,) * 4).permute(0, 2, 3, 1)
     outputs = F.pad(gradient, (0, width - 1, 0, height - 1)).permute(0, 2, 3, 1)
     row = pixels.shape[2]
     pixels, outputs = pixels.reshape(-1, shape[1]), outputs.reshape(-1, shape[0])
-    places = [i * row + j for i in range(height) for j in range(width)]
-    products = [outputs[: len(outputs) - ahead].T @ pixels[ahead:] for ahead in places]
+    offsets = [i * row + j for i in range(height) for j in range(width)]
+    products = [outputs[: len(outputs) - ahead].T @ pixels[ahead:] for ahead in offsets]  # [K, C]
     return torch.stack(products, dim=2).view(shape)

@@ -14,13 +14,8 @@ from torch.nn import functional as F
 
 from cascade_det.layers import ConvNorm
 from cascade_det.layers import winograd as layers_winograd
-from cascade_det.layers.winograd import (
-    WinogradConv2d,
-    _workers,
-    transform_weight,
-    use_winograd,
-    winograd_conv2d,
-)
+from cascade_det.layers.winograd import WinogradConv2d, use_winograd
+from cascade_det.layers.winograd_kernel import _workers, transform_weight, winograd_conv2d
 
 CHANNELS = layers_winograd.MIN_CHANNELS
 

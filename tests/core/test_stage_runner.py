@@ -1,27 +1,32 @@
-"""The walk of regions through the stages with every rule: the naive cascade, and the laws."""
+"""A cascade with every exit rule: against the naive cascade, and the laws of exits."""
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from naive_exits import NaivePolicy
+from random_records import make_parts
 from region_views import both_policies, policy, some_policies
 from small_cascades import (
     CHANNELS,
-    NUM_CLASSES,
+    POOLED,
+    STRIDES,
     as_detections,
     assert_same_detections,
+    detect,
+    detect_stages,
     make_cascade,
     make_scene,
     naive_twin,
+    objectness_of,
     record_calls,
     truncate,
 )
 
-from cascade_det.core import EXIT_REASONS
+from cascade_det.core import EXIT_REASONS, RoIPooler
 from cascade_det.core.ensemble import ENSEMBLES
 from cascade_det.core.exits import Accepted, RegionView
-from cascade_det.core.exits.learned import LEARNED_PARTS, LearnedParts
+from cascade_det.core.exits.learned import LEARNED_PARTS
 
 FEW = settings(deadline=None, max_examples=4, derandomize=True)
 SOME = settings(deadline=None, max_examples=12, derandomize=True)
@@ -38,33 +43,31 @@ EVERY_RULE = {
     "score_scales": (0.8, 0.9, 1.0),
     "score_shifts": (-0.2, 0.1, 0.3),
 }
-
-
-def objectness_of(scene, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(len(p), generator=generator) for p in scene.proposals]
-
-
-def detect(cascade, scene, objectness=None):
-    if objectness is None:
-        objectness = objectness_of(scene)
-    return cascade.detect(scene.features, scene.proposals, scene.image_sizes, objectness=objectness)
+CONFIDENCES = ["max_prob", "entropy", "margin", "agreement"]
+PAIR = st.tuples(st.floats(0, 1.1), st.floats(0, 1.1)).map(sorted)
 
 
 def assert_clear(is_clear):
     assert is_clear
 
 
-def assert_as_naive(cascade, scene, naive_policy, *, expect=assert_clear):
-    """Detections, statistics, and which regions were pooled; return the statistics.
+def are_distinct(naive_images):
+    """Whether rounding does not decide the order of the detections."""
+    scores = [sorted(d.score for d in found) for found in naive_images]
+    return all(b - a > 1e-6 for own in scores for a, b in zip(own, own[1:], strict=False))
 
-    ``expect`` is told whether no value comes so near to its threshold that rounding decides.
+
+def assert_as_naive(cascade, scene, naive_policy, *, expect=assert_clear):
+    """Compare detections, statistics, and which regions were pooled; return the statistics.
+
+    ``expect`` gets whether all values are far enough from thresholds, and from each other, that
+    rounding does not decide.
     """
     objectness = objectness_of(scene)
     naive = naive_twin(cascade, naive_policy).detect(
         scene.features, scene.proposals, scene.image_sizes, objectness
     )
-    expect(naive_policy.closest > 1e-5)
+    expect(naive_policy.closest > 1e-5 and are_distinct(naive.detections))
     pooled, rows = record_calls(cascade)
     detections, stats = detect(cascade, scene, objectness)
     assert_same_detections(detections, as_detections(naive.detections))
@@ -81,11 +84,12 @@ def assert_as_naive(cascade, scene, naive_policy, *, expect=assert_clear):
     assert [image_index.tolist() for _, image_index in pooled] == wanted
     if cascade.ensemble.name != "last_boxes":
         assert rows == [[n, n] if n else [] for n in stats.entered]
+    assert_adds_up(stats)
     return stats
 
 
 def assert_adds_up(stats):
-    """Everybody is somewhere."""
+    """Each region is counted once."""
     assert stats.proposed - sum(stats.left_before.values()) == stats.entered[0]
     for stage, then in enumerate([*stats.entered[1:], 0]):
         assert sum(stats.left[stage].values()) == stats.entered[stage] - then
@@ -101,7 +105,6 @@ class TestAgainstNaiveCascade:
         exits, naive = both_policies(**EVERY_RULE)
         cascade = make_cascade(ensemble=ensemble, cls_agnostic=cls_agnostic, exits=exits)
         stats = assert_as_naive(cascade, make_scene(num_proposals=(60, 50)), naive)
-        assert_adds_up(stats)
         assert set(stats.left_before) == {"background", "budget"}
         assert set(stats.left[0]) | set(stats.left[1]) == set(EXIT_REASONS) - {"completed"}
         assert stats.left[2]["completed"] > 0
@@ -113,21 +116,7 @@ class TestAgainstNaiveCascade:
         cascade = make_cascade(
             ensemble=ensemble, cls_agnostic=cls_agnostic, exits=exits, score_thresh=0.1
         )
-        assert_adds_up(assert_as_naive(cascade, make_scene(seed=seed), naive, expect=assume))
-
-
-def make_learned(names=LEARNED_PARTS, num_stages=3):
-    """Parts whose answers differ."""
-    torch.manual_seed(5)
-    parts = LearnedParts(
-        names=names,
-        num_stages=num_stages,
-        hidden_features=[12] * num_stages,
-        crop_channels=CHANNELS,
-    )
-    for parameter in parts.parameters():
-        torch.nn.init.normal_(parameter, std=0.4)
-    return parts
+        assert_as_naive(cascade, make_scene(seed=seed), naive, expect=assume)
 
 
 def naive_answers(answer):
@@ -158,7 +147,7 @@ def naive_answers(answer):
 
 
 def between(answers):
-    """A threshold that some of the answers reach, those of 0 aside."""
+    """A threshold that some of the answers above 0 reach."""
     return answers[answers > 0].mean().item()
 
 
@@ -174,7 +163,7 @@ def between(answers):
     ],
 )
 def test_learned_parts_in_the_naive_cascade(names, arguments):
-    parts, scene = make_learned(names), make_scene()
+    parts, scene = make_parts(names=names, hidden=12, crop_channels=CHANNELS), make_scene()
     cascade = make_cascade(exits=policy(learned=parts))
     record = cascade.record(
         scene.features, scene.proposals, scene.image_sizes, objectness=objectness_of(scene)
@@ -193,7 +182,6 @@ def test_learned_parts_in_the_naive_cascade(names, arguments):
     naive.gate, naive.pruner = map(naive_answers, (parts.readiness, parts.continue_probability))
     cascade.exits = exits
     stats = assert_as_naive(cascade, scene, naive)
-    assert_adds_up(stats)
     reason = "background" if "pruner" in names else "confident"
     assert 0 < stats.left[0][reason] < stats.entered[0]
     assert 0 < stats.left[1][reason] < stats.entered[1]
@@ -208,39 +196,7 @@ def test_stages_agree_in_four_stages():
         assert stats.left[stage]["confident"] > 0
 
 
-def test_what_a_policy_sees():
-    """Every field of the views, in a run where nobody leaves."""
-    exits = policy(learned=make_learned(), pruner_thresholds=(1e-9, 0, 0))
-    cascade, scene = make_cascade(exits=exits), make_scene()
-    views, decide = [], exits.decide
-    exits.decide = lambda view, _: views.append(view) or decide(view)
-    pooled, _ = record_calls(cascade)
-    objectness = objectness_of(scene)
-    detect(cascade, scene, objectness)
-    stages = cascade.detect_stages(scene.features, scene.proposals, scene.image_sizes)
-    assert [view.stage for view in views] == [-1, 0, 1]
-    assert torch.equal(views[0].boxes, torch.cat(scene.proposals))
-    assert views[0].probs is None
-    assert views[0].boxes_before is None
-    assert views[0].crops.shape == (41, CHANNELS)
-    seen = []
-    for view in views:
-        assert view.num_images == 2
-        assert view.image_index.tolist() == [0] * 24 + [1] * 17
-        assert torch.equal(view.objectness, torch.cat(objectness))
-        assert view.accepted is None
-    for view in views[1:]:
-        assert torch.equal(view.boxes_before, torch.cat(stages[view.stage].boxes_before))
-        assert torch.equal(view.boxes, torch.cat(stages[view.stage].boxes_after))
-        assert torch.equal(view.boxes_before, pooled[view.stage][0])
-        assert view.probs.shape == (41, NUM_CLASSES + 1)
-        seen.append(view.probs.argmax(dim=1))
-        agrees = (seen[0] == seen[-1]) if view.stage else torch.zeros(41)
-        assert view.agreements.tolist() == agrees.long().tolist()
-        assert ((view.predicted_ious > 0) & (view.predicted_ious < 1)).all()
-
-
-def test_accepted_regions_are_seen_where_redundancy_asks():
+def test_redundancy_sees_the_accepted_regions():
     views = []
 
     def run(**arguments):
@@ -263,13 +219,12 @@ def test_accepted_regions_are_seen_where_redundancy_asks():
         for name in ("boxes", "scores", "classes", "image_index"):
             assert torch.equal(getattr(accepted, name), getattr(wanted, name))
     assert run() == [None] * 4
-    assert Accepted.from_views([]) is None
 
 
 class TestLaws:
     @given(arguments=some_policies(), seed=st.integers(0, 100), agnostic=st.booleans())
     @SOME
-    def test_a_batch_is_its_images_one_by_one(self, arguments, seed, agnostic):
+    def test_a_batch_equals_its_images_one_by_one(self, arguments, seed, agnostic):
         sizes = [(240, 320), (200, 280), (240, 240)]
         cascade = make_cascade(cls_agnostic=agnostic, exits=policy(**arguments), score_thresh=0.1)
         scene = make_scene(
@@ -291,12 +246,12 @@ class TestLaws:
                 for reason, count in counts.items():
                     total[reason] = total.get(reason, 0) + count
         assert stats.entered == entered.tolist()
-        # An image that lost all its regions completes with 0 of them.
+        # An image without live regions completes with 0 of them.
         assert stats.left == [{r: n for r, n in counts.items() if n} for counts in left]
 
     @given(arguments=some_policies(), seed=st.integers(0, 100))
     @SOME
-    def test_permuted_proposals_permute_nothing_but_the_order(self, arguments, seed):
+    def test_the_order_of_proposals_does_not_matter(self, arguments, seed):
         cascade = make_cascade(exits=policy(**arguments), score_thresh=0.1)
         scene, permuted = make_scene(seed=seed), make_scene(seed=seed)
         objectness = objectness_of(scene)
@@ -308,10 +263,15 @@ class TestLaws:
         got, permuted_stats = detect(cascade, permuted, [o[order] for _, o, order in pairs])
         assert permuted_stats == stats
         assert_same_detections(got, wanted)
+        both = detect_stages(cascade, scene), detect_stages(cascade, permuted)
+        for before, after in zip(*both, strict=True):
+            boxes = zip(orders, before.boxes_after, after.boxes_after, strict=True)
+            for order, plain, others in boxes:
+                torch.testing.assert_close(others, plain[order], rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("ensemble", ENSEMBLES)
-    @pytest.mark.parametrize("confidence", ["max_prob", "entropy", "margin", "agreement"])
-    def test_leaving_after_the_first_stage_is_a_one_stage_head(self, ensemble, confidence):
+    @pytest.mark.parametrize("confidence", CONFIDENCES)
+    def test_exits_after_the_first_stage_equal_a_one_stage_head(self, ensemble, confidence):
         cascade, scene = make_cascade(ensemble=ensemble), make_scene()
         wanted, _ = detect(truncate(cascade, 1), scene)
         cascade.exits = policy(
@@ -323,25 +283,30 @@ class TestLaws:
         pooled, _ = record_calls(cascade)
         detections, stats = detect(cascade, scene)
         assert_same_detections(detections, wanted, exact=True)
+        assert stats.entered == [41, 0, 0]
         assert stats.left == [{"confident": 41}, {}, {}]
         assert len(pooled) == 1
 
     @given(
-        confidence=st.sampled_from(["max_prob", "entropy", "margin", "agreement"]),
-        thresholds=st.tuples(*[st.tuples(st.floats(0, 1.1), st.floats(0, 1.1)).map(sorted)] * 2),
-        localise=st.booleans(),
+        confidence=st.sampled_from(CONFIDENCES),
+        pairs=st.tuples(PAIR, PAIR),
+        kind=st.sampled_from(["thresholds", "localisation_thresholds", "prune_thresholds"]),
     )
-    @SOME
-    def test_a_higher_threshold_never_removes_work(self, confidence, thresholds, localise):
-        low, high = zip(*thresholds, strict=True)
-        always = (0.0, 0.0)
+    @settings(SOME, max_examples=24)
+    def test_thresholds_change_the_work_monotonically(self, confidence, pairs, kind):
+        low, high = zip(*pairs, strict=True)
+        if kind == "prune_thresholds":  # the higher, the more regions are dropped
+            low, high = high, low
+        always, never = (0.0, 0.0), (9.0, 9.0)
         works = []
         for values in (low, high):
+            plain = {
+                "thresholds": never if kind == "prune_thresholds" else always,
+                "localisation_thresholds": always,
+                "prune_thresholds": always,
+            }
             exits = policy(
-                confidence=confidence,
-                thresholds=always if localise else values,
-                localisation="refinement",
-                localisation_thresholds=values if localise else always,
+                confidence=confidence, localisation="refinement", **(plain | {kind: values})
             )
             works.append(detect(make_cascade(exits=exits), make_scene())[1].entered)
         assert all(less <= more for less, more in zip(*works, strict=True))
@@ -363,7 +328,7 @@ class TestLaws:
     def test_empty_proposals(self, ensemble, counts):
         exits = policy(
             **{**EVERY_RULE, "pruner_thresholds": (0.3, 0.3, 0.3), "confidence": "learned"},
-            learned=make_learned(),
+            learned=make_parts(hidden=12, crop_channels=CHANNELS),
         )
         cascade = make_cascade(exits=exits, ensemble=ensemble)
         detections, stats = detect(cascade, make_scene(num_proposals=counts))
@@ -373,9 +338,9 @@ class TestLaws:
             assert found.exit_stages.dtype == found.classes.dtype == torch.int64
             assert count or not len(found)
 
-    def test_an_image_leaves_when_all_its_regions_left(self):
+    def test_an_image_without_live_regions_takes_no_work(self):
         cascade, scene = make_cascade(), make_scene()
-        # Of image 1 nobody passes the objectness; of image 0 all.
+        # All proposals of image 0 pass the threshold, none of image 1.
         objectness = [torch.full((24,), 3.0), torch.full((17,), -3.0)]
         cascade.exits = policy(proposal_threshold=0.5)
         pooled, rows = record_calls(cascade)
@@ -390,20 +355,29 @@ class TestLaws:
         )
         assert_same_detections(detections[:1], [wanted])
 
-    def test_when_nobody_enters_no_stage_runs(self):
-        cascade = make_cascade(exits=policy(proposal_threshold=0.999))
+    @pytest.mark.parametrize(
+        ("arguments", "entered"),
+        [
+            ({"proposal_threshold": 0.999}, [0, 0, 0]),
+            ({"prune_thresholds": (1.1, 1.1), "thresholds": (0.0, 0.0)}, [41, 0, 0]),
+        ],
+    )
+    def test_without_live_regions_no_stage_runs(self, arguments, entered):
+        cascade = make_cascade(exits=policy(**arguments))
         pooled, _ = record_calls(cascade)
         detections, stats = detect(cascade, make_scene())
-        assert pooled == []
-        assert stats.entered == [0, 0, 0]
-        assert stats.left == [{}, {}, {}]
-        assert [len(d) for d in detections] == [0, 0]
+        assert len(pooled) == sum(map(bool, entered))
+        assert stats.entered == entered
+        assert stats.left == [{"background": n} if n else {} for n in entered]
+        assert [d.boxes.shape for d in detections] == [(0, 4), (0, 4)]
 
-    def test_rules_that_let_nobody_go_change_no_bit(self):
-        cascade, scene = make_cascade(), make_scene()
+    @pytest.mark.parametrize("ensemble", ENSEMBLES)
+    def test_rules_that_keep_all_regions_change_no_bit(self, ensemble):
+        cascade, scene = make_cascade(ensemble=ensemble), make_scene()
         wanted, stats = detect(cascade, scene)
         cascade.exits = policy(
             proposal_threshold=1e-9,
+            thresholds=(1.1, 1.1),
             prune_thresholds=(1e-9, 1e-9),
             prune_margins=(0.9999,) * 3,
             redundancy_iou=1.0,
@@ -416,8 +390,10 @@ class TestLaws:
         assert_same_detections(detections, wanted, exact=True)
         assert stats_with_exits == stats
 
-    def test_nan_in_one_image_does_not_reach_the_other(self):
-        cascade = make_cascade(exits=policy(**EVERY_RULE))
+    @pytest.mark.parametrize("kernel", ["bags", "torchvision"])
+    def test_nan_in_one_image_does_not_reach_the_other(self, kernel):
+        pooler = RoIPooler(output_size=POOLED, strides=STRIDES, kernel=kernel)
+        cascade = make_cascade(pooler=pooler, exits=policy(**EVERY_RULE))
         scene = make_scene(num_proposals=(60, 50))
         wanted, _ = detect(cascade, scene)
         for level in scene.features:
@@ -429,7 +405,7 @@ class TestLaws:
         assert_same_detections(detections[1:], wanted[1:])
 
 
-def test_scores_are_calibrated_by_the_stage_of_the_exit():
+def test_scores_are_calibrated_by_exit_stage():
     thresholds = {"thresholds": (0.7, 0.6)}
     cascade, scene = make_cascade(exits=policy(**thresholds), score_thresh=0.0), make_scene()
     cascade.nms_thresh, cascade.detections_per_image = 1.0, -1
@@ -446,7 +422,7 @@ def test_scores_are_calibrated_by_the_stage_of_the_exit():
         torch.testing.assert_close(ours.scores, expected.sort(descending=True).values)
 
 
-def test_proposals_without_objectness_are_told_where_it_is_asked_for():
+def test_missing_objectness_is_refused_if_it_is_needed():
     cascade, scene = make_cascade(exits=policy(proposal_threshold=0.1)), make_scene()
     with pytest.raises(ValueError, match="objectness"):
         cascade.detect(scene.features, scene.proposals, scene.image_sizes)
@@ -457,16 +433,17 @@ def test_proposals_without_objectness_are_told_where_it_is_asked_for():
     cascade.detect(scene.features, scene.proposals, scene.image_sizes)
 
 
-def test_learned_parts_of_exits_have_their_names_in_the_state_dict():
-    parts = make_learned()
+def test_state_dict_names_of_learned_parts():
+    parts = make_parts(hidden=12, crop_channels=CHANNELS)
     cascade = make_cascade(exits=policy(learned=parts))
     names = [name for name in cascade.state_dict() if name.startswith("exits.")]
     assert names == [f"exits.learned.{name}" for name in parts.state_dict()]
     assert len(names) > 20
 
 
-def test_gradients_do_not_go_through_who_leaves():
-    exits = policy(thresholds=(0.1, 0.1), confidence="learned", learned=make_learned())
+def test_exit_decisions_have_no_gradients():
+    parts = make_parts(hidden=12, crop_channels=CHANNELS)
+    exits = policy(thresholds=(0.1, 0.1), confidence="learned", learned=parts)
     cascade, scene = make_cascade(exits=exits), make_scene()
     detections, stats = detect(cascade, scene)
     assert 0 < stats.left[0]["confident"] < 41
@@ -474,6 +451,6 @@ def test_gradients_do_not_go_through_who_leaves():
     assert all(p.grad is None for p in exits.parameters())
 
 
-def test_naive_policy_is_the_neutral_one_by_default():
+def test_both_policies_are_neutral_by_default():
     _, stats = detect(make_cascade(exits=policy()), make_scene())
     assert assert_as_naive(make_cascade(exits=policy()), make_scene(), NaivePolicy()) == stats

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cascade_det.core.ensemble import ScoreEnsemble
 from cascade_det.core.exits.learned import LEARNED_PARTS, LearnedParts
+from cascade_det.core.matching import GroundTruth
 from cascade_det.core.record import CascadeRecord, RecordedStage
 
 IMAGE_SIZE = (200, 300)
@@ -26,6 +27,10 @@ class RecordedScene:
     @property
     def targets(self):
         return self.gt_boxes, self.gt_classes
+
+    @property
+    def ground_truth(self):
+        return GroundTruth.from_images(*self.targets)
 
 
 def make_recorded_scene(
@@ -91,7 +96,7 @@ def make_recorded_scene(
 def make_parts(
     *, names=LEARNED_PARTS, num_stages=3, crop_channels=CROP_CHANNELS, hidden=HIDDEN, seed=1
 ):
-    """Parts with random weights, so that regions get different answers."""
+    """Parts with random weights, which give different answers to each region."""
     torch.manual_seed(seed)
     parts = LearnedParts(
         names=names,

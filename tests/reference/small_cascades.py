@@ -8,6 +8,7 @@ from naive_exits import NaivePolicy
 from torch import Tensor, nn
 
 from cascade_det.core import BoxPredictor, CascadeHead, ConvFCBoxHead, Detections, RoIPooler
+from cascade_det.core.matching import GroundTruth
 
 CHANNELS = 6
 POOLED = 3
@@ -35,6 +36,10 @@ class Scene:
     @property
     def targets(self):
         return self.gt_boxes, self.gt_classes
+
+    @property
+    def ground_truth(self):
+        return GroundTruth.from_images(*self.targets)
 
 
 def make_scene(
@@ -98,6 +103,22 @@ def make_cascade(
     return CascadeHead(box_heads=heads, box_predictors=predictors, **(arguments | changes))
 
 
+def objectness_of(scene, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(len(p), generator=generator) for p in scene.proposals]
+
+
+def detect(cascade, scene, objectness=None):
+    """Detections and statistics; the objectness is random unless given."""
+    if objectness is None:
+        objectness = objectness_of(scene)
+    return cascade.detect(scene.features, scene.proposals, scene.image_sizes, objectness=objectness)
+
+
+def detect_stages(cascade, scene):
+    return cascade.detect_stages(scene.features, scene.proposals, scene.image_sizes)
+
+
 def naive_twin(cascade, policy=None):
     """The naive cascade with the weights and settings of a real one.
 
@@ -129,13 +150,13 @@ def naive_twin(cascade, policy=None):
 
 def truncate(cascade, num_stages):
     """The first stages of a cascade, sharing its weights and settings, without exits."""
-    rules = cascade.targets
+    targets = cascade.targets
     return CascadeHead(
         pooler=cascade.pooler,
         box_heads=list(cascade.box_head)[:num_stages],
         box_predictors=list(cascade.box_predictor)[:num_stages],
         num_classes=cascade.num_classes,
-        ious=rules.ious[:num_stages],
+        ious=targets.ious[:num_stages],
         bbox_reg_weights=cascade.bbox_reg_weights[:num_stages],
         ensemble=cascade.ensemble.name,
         score_thresh=cascade.score_thresh,

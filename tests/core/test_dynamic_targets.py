@@ -16,7 +16,7 @@ from cascade_det.core.training_stage import TrainingStage
 IOUS = (0.5, 0.6, 0.7)
 
 
-def rules_of(num_stages=3):
+def targets_of(num_stages=3):
     return [make_cascade(num_stages=num_stages).targets] * num_stages
 
 
@@ -46,12 +46,14 @@ def objects_in(*images):
     return GroundTruth(torch.zeros(len(index), 4), torch.zeros_like(index), index)
 
 
-def passes_with(dynamic, proposals, stages, *, has_objects=(True,), targets=None):
+def passes_with(dynamic, proposals, stages, *, has_objects=(True,), ground_truth=None):
     """One training pass in which every stage saw such regions."""
     index = torch.zeros(len(proposals), dtype=torch.int64)
     dynamic.observe_proposals(torch.tensor(proposals), index, torch.tensor(has_objects[:1]))
-    targets = objects_in(0) if targets is None else targets
-    return dynamic.finish_pass([as_pass(r) for r in stages], rules_of(len(stages)), targets, 1)
+    ground_truth = objects_in(0) if ground_truth is None else ground_truth
+    return dynamic.finish_pass(
+        [as_pass(r) for r in stages], targets_of(len(stages)), ground_truth, 1
+    )
 
 
 def test_thresholds_are_means_of_the_kth_largest_iou():
@@ -89,19 +91,19 @@ def test_images_count_alike_and_those_without_objects_do_not():
         torch.tensor(ious), torch.tensor(index), torch.tensor([True, True, False])
     )
     passes = [as_pass(regions_of([0.0])), as_pass(regions_of(ious, index))]
-    dynamic.finish_pass(passes, rules_of(2), objects_in(0, 1, 1), 3)
+    dynamic.finish_pass(passes, targets_of(2), objects_in(0, 1, 1), 3)
     assert dynamic.ious((0.9, 0.9)) == pytest.approx((0.3, 0.3))
 
 
 def test_without_objects_or_regions_thresholds_stay():
     dynamic = DynamicTargets(num_stages=2, k_iou=2, period=1, iou_floor=0.4)
-    for targets, stages in (
+    for ground_truth, stages in (
         (objects_in(), [regions_of([0.0, 0.0])] * 2),
         (objects_in(0), [regions_of([])] * 2),
     ):
         none = torch.zeros(0)
-        dynamic.observe_proposals(none, none.long(), targets.images_with_objects(1))
-        dynamic.finish_pass([as_pass(r) for r in stages], rules_of(2), targets, 1)
+        dynamic.observe_proposals(none, none.long(), ground_truth.images_with_objects(1))
+        dynamic.finish_pass([as_pass(r) for r in stages], targets_of(2), ground_truth, 1)
         assert dynamic.ious((0.5, 0.6)) == pytest.approx((0.4, 0.4))
         assert dynamic.beta(1, 0.0) == 1.0
 
@@ -119,10 +121,10 @@ def test_betas_are_medians_of_the_kth_smallest_offset():
         assert dynamic.beta(0, 0.0) == 1.0
         both = [regions_of([0.5] * 5, shifts=shifts)] * 2
         metrics = dynamic.finish_pass(
-            [as_pass(r) for r in both], rules_of(2), objects_in(0), num_images=1
+            [as_pass(r) for r in both], targets_of(2), objects_in(0), num_images=1
         )
         assert metrics["stage0/smooth_l1_beta"] == 0.0, number
-    # Those of rules_of, which do not ask.
+    # Those of targets_of, which do not ask.
     assert REG_WEIGHTS[1][0] == 2 * REG_WEIGHTS[0][0]
     assert dynamic.beta(0, 0.0) == pytest.approx(0.4)
     assert dynamic.beta(1, 0.0) == pytest.approx(0.8)
@@ -134,18 +136,18 @@ def test_the_median_is_the_upper_one_of_the_passes_with_foreground():
     for shift in (0.2, None, 0.4, 0.3, 0.6):
         shifts = [] if shift is None else [(shift, shift)]
         regions = regions_of([0.5] * 2, shifts=shifts)
-        dynamic.finish_pass([as_pass(regions)], rules_of(1), objects_in(0), num_images=1)
+        dynamic.finish_pass([as_pass(regions)], targets_of(1), objects_in(0), num_images=1)
     assert dynamic.beta(0, 0.0) == pytest.approx(0.4)
     for _ in range(5):  # 0.9 is above the start
         regions = regions_of([0.5] * 2, shifts=[(0.9, 0.9)])
-        dynamic.finish_pass([as_pass(regions)], rules_of(1), objects_in(0), num_images=1)
+        dynamic.finish_pass([as_pass(regions)], targets_of(1), objects_in(0), num_images=1)
     assert dynamic.beta(0, 0.0) == pytest.approx(0.45)
 
 
 def test_k_counts_for_each_image():
     dynamic = DynamicTargets(num_stages=1, k_iou=0, k_beta=1, period=1)
     regions = regions_of([0.5] * 3, image_index=[0, 0, 1], shifts=[(0.1, 0.1), (0.2, 0.2)])
-    dynamic.finish_pass([as_pass(regions)], rules_of(1), objects_in(0), num_images=2)
+    dynamic.finish_pass([as_pass(regions)], targets_of(1), objects_in(0), num_images=2)
     assert dynamic.beta(0, 0.0) == pytest.approx(0.2)
 
 

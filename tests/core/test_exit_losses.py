@@ -6,7 +6,9 @@ import pytest
 import torch
 from naive_cascade import iou
 from random_records import make_parts, make_recorded_scene
+from small_cascades import CHANNELS, make_cascade, make_scene, objectness_of
 
+from cascade_det.core import CascadeInputs, ExitPolicy
 from cascade_det.core.exit_losses import (
     draw_live_rows,
     ends_as_true_positive,
@@ -14,8 +16,6 @@ from cascade_det.core.exit_losses import (
     loses_nothing,
 )
 from cascade_det.core.exits.learned import LEARNED_PARTS
-from cascade_det.core.matching import GroundTruth
-from cascade_det.core.structures.boxes import flatten_images
 
 SCENES = [
     {"seed": 0},
@@ -25,11 +25,6 @@ SCENES = [
     {"seed": 4, "num_objects": (0, 0)},
     {"seed": 5, "num_stages": 1},
 ]
-
-
-def flat_targets(scene):
-    boxes, image_index = flatten_images(scene.gt_boxes)
-    return GroundTruth(boxes, torch.cat(scene.gt_classes), image_index)
 
 
 def brute_force_true_positives(scene):
@@ -89,11 +84,11 @@ def rows_of(mask):
 @pytest.mark.parametrize("kwargs", SCENES)
 def test_labels_equal_brute_force(kwargs):
     scene = make_recorded_scene(**kwargs)
-    found = ends_as_true_positive(scene.record, flat_targets(scene))
+    found = ends_as_true_positive(scene.record, scene.ground_truth)
     assert rows_of(found) == brute_force_true_positives(scene)
     assert found.any() == any(len(boxes) for boxes in scene.gt_boxes)
     for stage in range(scene.record.num_stages - 1):
-        ready = loses_nothing(scene.record, flat_targets(scene), stage)
+        ready = loses_nothing(scene.record, scene.ground_truth, stage)
         assert rows_of(ready) == brute_force_ready(scene, stage)
 
 
@@ -101,8 +96,8 @@ def test_labels_of_many_random_scenes_equal_brute_force():
     shares = []
     for seed in range(20):
         scene = make_recorded_scene(seed=seed, num_proposals=(25, 10), cls_agnostic=seed % 2 == 0)
-        found = ends_as_true_positive(scene.record, flat_targets(scene))
-        ready = loses_nothing(scene.record, flat_targets(scene), 1)
+        found = ends_as_true_positive(scene.record, scene.ground_truth)
+        ready = loses_nothing(scene.record, scene.ground_truth, 1)
         assert rows_of(found) == brute_force_true_positives(scene)
         assert rows_of(ready) == brute_force_ready(scene, 1)
         shares.append((found.float().mean(), ready.float().mean()))
@@ -116,7 +111,7 @@ def test_an_object_is_found_once():
     scene.gt_boxes[0][:] = torch.tensor([10.0, 10, 110, 110])
     last.decoded[:] = torch.tensor([[10.0, 10, 110, 70], [10, 50, 110, 110]])  # IoU 0.6 each, 0.2
     last.score_state[:] = torch.tensor([[1.2, 1.8], [1.8, 1.2]])
-    assert ends_as_true_positive(scene.record, flat_targets(scene)).tolist() == [False, True]
+    assert ends_as_true_positive(scene.record, scene.ground_truth).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3])
@@ -138,7 +133,7 @@ def test_names_of_losses(names, num_stages):
 @pytest.mark.parametrize("kwargs", SCENES[:5])
 def test_losses_equal_sums_over_regions(kwargs):
     scene, parts = make_recorded_scene(**kwargs), make_parts()
-    record, targets = scene.record, flat_targets(scene)
+    record, ground_truth = scene.record, scene.ground_truth
     losses = exit_losses(parts, record, *scene.targets, smallest_share=1.0)
 
     images = record.image_index.tolist()
@@ -174,7 +169,7 @@ def test_losses_equal_sums_over_regions(kwargs):
         means = [sum(group) / len(group) for group in groups.values() if group]
         wanted = sum(means) / len(means)
         assert losses[f"loss_exit_iou_stage{stage}"].item() == pytest.approx(wanted, rel=1e-4)
-    assert len(targets.boxes) == sum(len(b) for b in scene.gt_boxes)
+    assert len(ground_truth.boxes) == sum(len(b) for b in scene.gt_boxes)
 
 
 def test_only_the_parts_get_gradients():
@@ -186,6 +181,16 @@ def test_only_the_parts_get_gradients():
     for name, parameter in parts.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
+
+
+def test_a_cascade_trains_its_exits_and_nothing_else():
+    parts = make_parts(hidden=12, crop_channels=CHANNELS)
+    cascade = make_cascade(exits=ExitPolicy(num_stages=3, learned=parts))
+    scene = make_scene()
+    inputs = CascadeInputs(scene.features, scene.proposals, scene.image_sizes, objectness_of(scene))
+    sum(cascade.exit_losses(inputs, *scene.targets).values()).backward()
+    trained = {name for name, p in cascade.named_parameters() if p.grad is not None}
+    assert trained == {f"exits.learned.{name}" for name in parts.state_dict()}
 
 
 def test_without_regions_losses_are_zero_and_have_gradients():
@@ -254,10 +259,11 @@ def test_all_parts_learn():
     outcomes = {"pruner": [], "gate": [], "iou_head": []}
     with torch.no_grad():
         for scene in scenes[6:]:
-            view, targets, stage = scene.record.view(1), flat_targets(scene), scene.record.stages[1]
-            found = ends_as_true_positive(scene.record, targets)
+            view, stage = scene.record.view(1), scene.record.stages[1]
+            ground_truth = scene.ground_truth
+            found = ends_as_true_positive(scene.record, ground_truth)
             outcomes["pruner"].append((parts.continue_probability(view), found))
-            ready, asked = loses_nothing(scene.record, targets, 1), view.is_foreground
+            ready, asked = loses_nothing(scene.record, ground_truth, 1), view.is_foreground
             outcomes["gate"].append((parts.readiness(view)[asked], ready[asked]))
             predicted = parts.predict_ious(1, stage.hidden)
             outcomes["iou_head"].append((predicted, stage.predicted_ious))

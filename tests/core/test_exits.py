@@ -1,4 +1,4 @@
-"""The exit policy as a whole: which rule comes first, who stays, and what it asks for."""
+"""The exit policy: order of the rules, its decisions, and what it needs."""
 
 import dataclasses
 
@@ -16,7 +16,6 @@ from region_views import (
     reasons_of,
     some_policies,
     view_of,
-    view_of_image,
 )
 
 from cascade_det.core.exits import CONFIDENCES, RegionView, build_exits
@@ -42,7 +41,7 @@ def test_reasons_by_hand():
     assert decide(exits, view_of(probs, stage=1)) == wanted
 
 
-def test_the_first_reason_that_holds_counts():
+def test_the_first_reason_that_applies_counts():
     every_reason = {
         "prune_thresholds": (0.3, 0.3),
         "redundancy_iou": 0.5,
@@ -66,7 +65,7 @@ def test_the_first_reason_that_holds_counts():
     assert without("redundancy_iou", "prune_thresholds", "thresholds") == [None, "budget", "budget"]
 
 
-def test_rules_look_at_those_that_no_rule_before_took():
+def test_a_rule_sees_the_regions_that_the_rules_before_kept():
     # Of three that overlap in a row, the first covers the second; pruned, it covers nothing.
     boxes = [[0.0, 0, 10, 10], [0.0, 0, 10, 8], [0.0, 0, 10, 6]]
     probs = [[0.9, 0.0, 0.1], [0.3, 0.0, 0.7], [0.5, 0.0, 0.5]]
@@ -86,7 +85,7 @@ def test_both_kinds_of_background_are_one_reason():
 
 
 @pytest.mark.parametrize("stage", [-1, 0, 1])
-def test_without_rules_everybody_stays(stage):
+def test_without_rules_all_regions_stay(stage):
     neutral = {
         "thresholds": (NEVER, NEVER),
         "prune_thresholds": (0.0, 0.0),
@@ -124,20 +123,8 @@ def test_any_policy_decides_as_the_naive_one(arguments, localisation, seed):
         assert decide(exits, view) == wanted
 
 
-@given(arguments=some_policies(), seed=st.integers(0, 1000))
-@settings(deadline=None, max_examples=20, derandomize=True)
-def test_a_batch_is_decided_as_its_images_one_by_one(arguments, seed):
-    exits = policy(**arguments)
-    for stage in (-1, 0, 1):
-        view = make_view(stage=stage, seed=seed, counts=(9, 0, 12, 7), num_accepted=4)
-        together = decide(exits, view)
-        for image in range(4):
-            own = [together[row] for row in torch.nonzero(view.image_index == image).squeeze(1)]
-            assert decide(exits, view_of_image(view, image)) == own
-
-
 @pytest.mark.parametrize("stage", [-1, 0, 1])
-def test_nobody_is_there(stage):
+def test_a_gate_without_regions(stage):
     everything = policy(
         thresholds=(0.5, 0.5),
         localisation="refinement",
@@ -158,31 +145,31 @@ def test_nobody_is_there(stage):
     assert decision.exited == {}
 
 
-def test_what_a_policy_asks_for():
+def test_what_a_policy_needs():
     parts = make_parts()
 
-    def asks(**arguments):
+    def needs(**arguments):
         exits = policy(**arguments, learned=parts)
         return exits.needs_objectness, exits.needs_crops, exits.needs_accepted
 
     accept = {"thresholds": (0.9, 0.9)}
-    assert asks(**accept) == (False, False, False)
-    assert asks(**accept, prune_thresholds=(0.1, 0.1), redundancy_iou=0.8) == (False, False, True)
-    assert asks(redundancy_iou=0.8) == (False, False, False)
-    assert asks(redundancy_iou=0.8, thresholds=(NEVER, NEVER)) == (False, False, False)
-    assert asks(proposal_threshold=0.1) == (True, False, False)
-    assert asks(prune_margins=(0.5, 1, 1)) == (True, False, False)
-    assert asks(prune_margins=(1, 0.5, 1)) == (False, False, False)
-    assert asks(region_budget=(5, 0, 0)) == (True, False, False)
-    assert asks(region_budget=(0, 5, 5)) == (False, False, False)
-    assert asks(time_budget_ms=5.0) == (False, False, False)
-    assert asks(pruner_thresholds=(0.5, 0, 0)) == (True, True, False)
+    assert needs(**accept) == (False, False, False)
+    assert needs(**accept, prune_thresholds=(0.1, 0.1), redundancy_iou=0.8) == (False, False, True)
+    assert needs(redundancy_iou=0.8) == (False, False, False)
+    assert needs(redundancy_iou=0.8, thresholds=(NEVER, NEVER)) == (False, False, False)
+    assert needs(proposal_threshold=0.1) == (True, False, False)
+    assert needs(prune_margins=(0.5, 1, 1)) == (True, False, False)
+    assert needs(prune_margins=(1, 0.5, 1)) == (False, False, False)
+    assert needs(region_budget=(5, 0, 0)) == (True, False, False)
+    assert needs(region_budget=(0, 5, 5)) == (False, False, False)
+    assert needs(time_budget_ms=5.0) == (False, False, False)
+    assert needs(pruner_thresholds=(0.5, 0, 0)) == (True, True, False)
     # The objectness is among what they see at every gate.
-    assert asks(pruner_thresholds=(0, 0.5, 0)) == (True, False, False)
-    assert asks(confidence="learned", **accept) == (True, False, False)
-    assert asks(confidence="learned", thresholds=(NEVER, NEVER)) == (False, False, False)
+    assert needs(pruner_thresholds=(0, 0.5, 0)) == (True, False, False)
+    assert needs(confidence="learned", **accept) == (True, False, False)
+    assert needs(confidence="learned", thresholds=(NEVER, NEVER)) == (False, False, False)
     # Two stages or more in a row is no probability above 1.
-    assert asks(confidence="agreement", thresholds=(2, 2), redundancy_iou=0.8)[2]
+    assert needs(confidence="agreement", thresholds=(2, 2), redundancy_iou=0.8)[2]
 
 
 @pytest.mark.parametrize(
@@ -206,7 +193,7 @@ def test_arguments_that_do_not_fit_are_refused(arguments, message):
         policy(**arguments)
 
 
-def test_names_of_the_confidences_are_those_that_there_are():
+def test_every_confidence_has_a_rule():
     for confidence in CONFIDENCES:
         exits = policy(confidence=confidence, thresholds=(0.5, 0.5), learned=make_parts())
         decide(exits, make_view())
@@ -255,7 +242,7 @@ class TestCalibration:
 
 
 class TestView:
-    def test_a_part_of_a_view_is_that_of_every_field(self):
+    def test_indexing_selects_rows_of_every_field(self):
         view = dataclasses.replace(make_view(stage=1, num_accepted=2))  # nothing cached yet
         rows = torch.tensor([1, 3, 4, 15])
         for looked_at in (False, True):

@@ -1,4 +1,4 @@
-"""Learned parts: what they see, that regions do not disturb each other, names, and the pruner."""
+"""Learned parts: features, independence of other images, names."""
 
 import dataclasses
 import math
@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 from random_records import CROP_CHANNELS, HIDDEN, make_parts, make_recorded_scene
+from region_views import view_of_image
 
 from cascade_det.core.exits.features import proposal_features, region_features
-from cascade_det.core.exits.learned import LEARNED_PARTS, LearnedParts, LearnedPruner
+from cascade_det.core.exits.learned import LEARNED_PARTS, LearnedParts
 from cascade_det.core.exits.view import RegionView
 
 GATES = range(-1, 2)
@@ -21,11 +22,6 @@ def answers(parts, view):
         if view.stage >= 0:
             said["ready"] = parts.readiness(view)
     return said
-
-
-def view_of_image(view, image):
-    one = view[torch.nonzero(view.image_index == image).squeeze(1)]
-    return dataclasses.replace(one, num_images=1, image_index=torch.zeros_like(one.image_index))
 
 
 def test_hand_made_features_of_one_region():
@@ -208,18 +204,3 @@ def test_wrong_arguments_are_told():
         LearnedParts(names=("gates",), num_stages=3, hidden_features=(4,) * 3)
     with pytest.raises(ValueError, match="2 hidden features for 3 stages"):
         LearnedParts(names=("gate",), num_stages=3, hidden_features=(4, 4))
-
-
-def test_pruner_drops_what_is_below_the_threshold_of_its_gate():
-    record, parts = make_recorded_scene().record, make_parts()
-    views = [record.view(stage) for stage in GATES]
-    said = [parts.continue_probability(view) for view in views]
-    thresholds = [p.median().item() for p in said]
-    pruner = LearnedPruner(parts, (thresholds[0], 0.0, thresholds[2]))
-    assert pruner.reason == "background"
-    assert [pruner.is_active(stage) for stage in GATES] == [True, False, True]
-    for view, probability, threshold in zip(views, said, pruner.thresholds, strict=True):
-        leaves = pruner.exit_mask(view)
-        assert leaves.tolist() == [p < threshold for p in probability.tolist()]
-    assert not pruner.exit_mask(views[1]).any()
-    assert 0 < pruner.exit_mask(views[2]).sum() < len(views[2])

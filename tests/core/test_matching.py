@@ -13,17 +13,12 @@ from cascade_det.core.structures.boxes import flatten_images
 NUM_CLASSES = 3
 
 
-def flat_targets(scene):
-    boxes, image_index = flatten_images(scene.gt_boxes)
-    return GroundTruth(boxes, torch.cat(scene.gt_classes), image_index)
-
-
 def label_scene(scene, iou_threshold):
     boxes, image_index = flatten_images(scene.proposals)
     return label_regions(
         boxes,
         image_index,
-        flat_targets(scene),
+        scene.ground_truth,
         iou_threshold=iou_threshold,
         num_classes=NUM_CLASSES,
     )
@@ -61,11 +56,11 @@ def test_labels_equal_brute_force(iou_threshold, num_objects):
 
 def test_objects_of_another_image_do_not_count():
     box = torch.tensor([[10.0, 10.0, 30.0, 30.0]])
-    targets = GroundTruth(box, torch.tensor([1]), torch.tensor([0]))
+    ground_truth = GroundTruth(box, torch.tensor([1]), torch.tensor([0]))
     labelled = label_regions(
         box.repeat(2, 1),
         torch.tensor([0, 1]),
-        targets,
+        ground_truth,
         iou_threshold=0.5,
         num_classes=NUM_CLASSES,
     )
@@ -74,10 +69,14 @@ def test_objects_of_another_image_do_not_count():
 
 
 def test_foreground_starts_at_the_threshold_itself():
-    targets = GroundTruth(torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([2]), torch.tensor([0]))
+    ground_truth = GroundTruth(
+        torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([2]), torch.tensor([0])
+    )
     half, less = [0.0, 0, 10, 5], [0.0, 0, 10, 4.99]
     boxes, images = torch.tensor([half, less]), torch.zeros(2, dtype=torch.int64)
-    labelled = label_regions(boxes, images, targets, iou_threshold=0.5, num_classes=NUM_CLASSES)
+    labelled = label_regions(
+        boxes, images, ground_truth, iou_threshold=0.5, num_classes=NUM_CLASSES
+    )
     assert labelled.gt_classes.tolist() == [2, NUM_CLASSES]
 
 
@@ -150,19 +149,19 @@ def test_each_image_has_a_minibatch_of_its_own():
 
 def test_rows_of_a_sample_stay_together():
     boxes = random_boxes(50, (96, 96), generator=torch.Generator().manual_seed(3))
-    targets = GroundTruth(
+    ground_truth = GroundTruth(
         boxes[:5], torch.tensor([0, 1, 2, 0, 1]), torch.zeros(5, dtype=torch.int64)
     )
     images = torch.zeros(50, dtype=torch.int64)
     sampled = sample_regions(
-        label_regions(boxes, images, targets, iou_threshold=0.5, num_classes=NUM_CLASSES),
+        label_regions(boxes, images, ground_truth, iou_threshold=0.5, num_classes=NUM_CLASSES),
         num_images=1,
         batch_size_per_image=20,
         positive_fraction=0.5,
         num_classes=NUM_CLASSES,
     )
     again = label_regions(
-        sampled.boxes, sampled.image_index, targets, iou_threshold=0.5, num_classes=NUM_CLASSES
+        sampled.boxes, sampled.image_index, ground_truth, iou_threshold=0.5, num_classes=NUM_CLASSES
     )
     assert torch.equal(sampled.gt_classes, again.gt_classes)
     assert torch.equal(sampled.gt_boxes, again.gt_boxes)

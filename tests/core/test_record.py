@@ -13,39 +13,28 @@ from small_cascades import (
     assert_same_detections,
     make_cascade,
     make_scene,
+    objectness_of,
     truncate,
 )
 
 from cascade_det.core.ensemble import ENSEMBLES
-from cascade_det.core.exits.learned import LearnedParts
 from cascade_det.core.record import CascadeRecord, RecordedStage, join_records
 
 SOME = settings(deadline=None, max_examples=6, derandomize=True)
 NUM_REGIONS = 41
 
 
-def make_learned(num_stages=3):
-    torch.manual_seed(5)
-    parts = LearnedParts(
-        names=("iou_head", "gate", "pruner"),
-        num_stages=num_stages,
-        hidden_features=[12] * num_stages,
-        crop_channels=CHANNELS,
-    )
-    for parameter in parts.parameters():
-        torch.nn.init.normal_(parameter, std=0.4)
-    return parts
+def make_learned():
+    return make_parts(hidden=12, crop_channels=CHANNELS)
 
 
 def inputs_of(scene, images=slice(None)):
     """Arguments of a cascade for some of the images."""
-    generator = torch.Generator().manual_seed(0)
-    objectness = [torch.randn(len(p), generator=generator) for p in scene.proposals]
     return {
         "features": [level[images] for level in scene.features],
         "proposals": scene.proposals[images],
         "image_sizes": scene.image_sizes[images],
-        "objectness": objectness[images],
+        "objectness": objectness_of(scene)[images],
     }
 
 
@@ -179,10 +168,8 @@ def test_a_shorter_cascade_with_exits(ensemble):
 
 class TestRecord:
     def test_of_a_stage_as_the_cascade_computes_it(self):
-        cascade, inputs = (
-            make_cascade(exits=policy(learned=make_learned())),
-            inputs_of(make_scene()),
-        )
+        cascade = make_cascade(exits=policy(learned=make_learned()))
+        inputs = inputs_of(make_scene())
         hidden = [[] for _ in range(3)]
         for seen, head in zip(hidden, cascade.box_head, strict=True):
             head.register_forward_hook(lambda _, x, y, seen=seen: seen.append(y))
@@ -200,6 +187,7 @@ class TestRecord:
         tops = []
         for stage, (recorded, wanted) in enumerate(zip(record.stages, stages, strict=True)):
             assert torch.equal(recorded.boxes, torch.cat(wanted.boxes_after))
+            assert torch.equal(record.view(stage).boxes_before, torch.cat(wanted.boxes_before))
             assert torch.equal(recorded.hidden, hidden[stage][0])
             assert not recorded.hidden.requires_grad
             ious = cascade.exits.learned.predict_ious(stage, recorded.hidden)
@@ -239,9 +227,8 @@ class TestRecord:
         record = make_cascade().record(**inputs_of(make_scene()))
         assert record.crops is None
         assert all(stage.predicted_ious is None for stage in record.stages)
-        parts = make_parts(crop_channels=CHANNELS)
         with pytest.raises(ValueError, match="no crops"):
-            record.replay(policy(pruner_thresholds=(0.5, 0, 0), learned=parts))
+            record.replay(policy(pruner_thresholds=(0.5, 0, 0), learned=make_learned()))
 
     @pytest.mark.parametrize("counts", [(0, 0), (9, 0)])
     def test_of_nothing(self, counts):

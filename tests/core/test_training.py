@@ -22,18 +22,13 @@ from cascade_det.core.structures.boxes import flatten_images, image_bounds
 from cascade_det.core.training_stage import TrainingStage
 
 
-def flat_targets(scene):
-    boxes, image_index = flatten_images(scene.gt_boxes)
-    return GroundTruth(boxes, torch.cat(scene.gt_classes), image_index)
-
-
 def all_regions(scene, iou_threshold=0.5):
     """Every proposal of a scene, labelled, none sampled away."""
     boxes, image_index = flatten_images(scene.proposals)
     return label_regions(
         boxes,
         image_index,
-        flat_targets(scene),
+        scene.ground_truth,
         iou_threshold=iou_threshold,
         num_classes=NUM_CLASSES,
     )
@@ -41,7 +36,7 @@ def all_regions(scene, iou_threshold=0.5):
 
 def losses_of_all(cascade, scene):
     return cascade.losses_of_regions(
-        scene.features, all_regions(scene), flat_targets(scene), scene.image_sizes
+        scene.features, all_regions(scene), scene.ground_truth, scene.image_sizes
     )
 
 
@@ -158,15 +153,15 @@ def test_weights_of_stages_and_of_the_box_loss():
 @pytest.mark.parametrize("loss_type", BOX_LOSSES)
 def test_box_loss_is_divided_by_all_regions(loss_type):
     cascade = make_cascade(num_stages=1, box_reg_loss_type=loss_type)
-    rules, regions = cascade.targets, all_regions(make_scene())
+    targets, regions = cascade.targets, all_regions(make_scene())
     logits, deltas = torch.randn(len(regions), NUM_CLASSES + 1), torch.randn(len(regions), 4)
     foreground = regions.gt_classes < NUM_CLASSES
     assert 0 < foreground.sum() < len(regions)
     everything = TrainingStage(regions, torch.arange(len(regions)), logits, deltas)
-    with_background = rules.regression_loss(0, everything)
+    with_background = targets.regression_loss(0, everything)
     rows = torch.nonzero(foreground).squeeze(1)
     objects = TrainingStage(regions[rows], rows, logits[rows], deltas[rows])
-    without = rules.regression_loss(0, objects)
+    without = targets.regression_loss(0, objects)
     torch.testing.assert_close(with_background, without * len(rows) / len(regions))
 
 
@@ -208,22 +203,24 @@ def regions_by_hand(boxes, gt_classes):
 
 
 def test_refined_boxes_are_labelled_by_the_iou_of_the_next_stage():
-    rules = make_cascade(ious=(0.5, 0.6, 0.7)).targets
-    targets = GroundTruth(torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([1]), torch.tensor([0]))
+    targets = make_cascade(ious=(0.5, 0.6, 0.7)).targets
+    ground_truth = GroundTruth(
+        torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([1]), torch.tensor([0])
+    )
     # IoU with the only object: 0.55, 0.65 and 0.75.
     regions = regions_by_hand([[0.0, 0, 10, 5.5], [0, 0, 10, 6.5], [0, 0, 10, 7.5]], [1, 1, 1])
-    limits = image_bounds([(50, 50)], regions.image_index)
+    bounds = image_bounds([(50, 50)], regions.image_index)
     still = torch.zeros(3, NUM_CLASSES + 1), torch.zeros(3, 4)
     wanted = {0: [3, 1, 1], 1: [3, 3, 1], 2: [3, 3, 1]}
     for stage, classes in wanted.items():
-        refined = rules.refine(stage, *still, regions, targets, limits)
+        refined = targets.refine(stage, *still, regions, ground_truth, bounds)
         assert torch.equal(refined.boxes, regions.boxes)
         assert refined.gt_classes.tolist() == classes
         torch.testing.assert_close(refined.ious, torch.tensor([0.55, 0.65, 0.75]))
 
 
 def test_class_specific_refinement_follows_ground_truth_or_the_top_class():
-    rules = make_cascade(cls_agnostic=False).targets
+    targets = make_cascade(cls_agnostic=False).targets
     boxes = [[10.0, 10, 20, 20]] * 3
     regions = regions_by_hand(boxes, [0, 2, NUM_CLASSES])
     logits = torch.tensor([[0.0, 5, 0, 9], [7, 5, 0, 0], [0, 4, 3, 9]])
@@ -233,21 +230,21 @@ def test_class_specific_refinement_follows_ground_truth_or_the_top_class():
     none = GroundTruth(
         torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
     )
-    limits = image_bounds([(50, 50)], regions.image_index)
-    refined = rules.refine(0, logits, deltas.flatten(1), regions, none, limits)
+    bounds = image_bounds([(50, 50)], regions.image_index)
+    refined = targets.refine(0, logits, deltas.flatten(1), regions, none, bounds)
     # Foreground of class 0 and 2 move as those classes; background as class 1, its best guess.
     torch.testing.assert_close(refined.boxes[:, 0], torch.tensor([11.0, 13.0, 12.0]))
 
 
 def test_metrics_by_hand():
-    rules = make_cascade().targets
+    targets = make_cascade().targets
     regions = regions_by_hand([[0.0, 0, 1, 1]] * 5, [0, 1, 2, NUM_CLASSES, NUM_CLASSES])
     regions.ious = torch.tensor([0.5, 0.6, 0.7, 0.1, 0.0])
     refined = regions_by_hand([[0.0, 0, 1, 1]] * 5, [0] * 5)
     refined.ious = torch.tensor([0.6, 0.6, 0.9, 0.8, 0.0])
     # Right, wrong, missed; one background right and one taken for an object.
     logits = 9 * F.one_hot(torch.tensor([0, 0, 3, 3, 1]), NUM_CLASSES + 1).float()
-    metrics = rules.metrics(1, logits, regions, refined, num_images=2)
+    metrics = targets.metrics(1, logits, regions, refined, num_images=2)
     assert {name: pytest.approx(float(value)) for name, value in metrics.items()} == {
         "stage1/roi_head/num_fg_samples": 1.5,
         "stage1/roi_head/num_bg_samples": 1,
@@ -259,7 +256,7 @@ def test_metrics_by_hand():
         "stage1/nonfinite_boxes": 0,
     }
     refined.boxes[3, 2], refined.boxes[4] = torch.nan, torch.nan
-    assert rules.metrics(1, logits, regions, refined, 2)["stage1/nonfinite_boxes"] == 2
+    assert targets.metrics(1, logits, regions, refined, 2)["stage1/nonfinite_boxes"] == 2
 
 
 def test_losses_fill_the_metrics_of_every_stage():
@@ -275,9 +272,9 @@ def test_ground_truth_joins_the_proposals_if_asked(append):
     cascade = make_cascade(
         proposal_append_gt=append, batch_size_per_image=100, positive_fraction=1.0
     )
-    rules = cascade.targets
-    candidates = rules.candidates(scene.proposals, scene.gt_boxes, flat_targets(scene))
-    sampled = rules.sample(candidates, num_images=2)
+    targets = cascade.targets
+    candidates = targets.candidates(scene.proposals, scene.gt_boxes, scene.ground_truth)
+    sampled = targets.sample(candidates, num_images=2)
     assert len(sampled) == (10 + 4 + 3 if append else 10)
     exact = sampled.ious == 1
     assert exact.sum() == (7 if append else 0)
@@ -286,11 +283,11 @@ def test_ground_truth_joins_the_proposals_if_asked(append):
 
 
 def test_samples_are_labelled_by_the_iou_of_the_first_stage():
-    rules = make_cascade(proposal_append_gt=False).targets
+    targets = make_cascade(proposal_append_gt=False).targets
     objects = [torch.tensor([[0.0, 0, 10, 10]])]
-    targets = GroundTruth(objects[0], torch.tensor([1]), torch.tensor([0]))
+    ground_truth = GroundTruth(objects[0], torch.tensor([1]), torch.tensor([0]))
     overlaps = [torch.tensor([[0.0, 0, 10, 4.5], [0, 0, 10, 5.5], [0, 0, 10, 6.5]])]
-    sampled = rules.sample(rules.candidates(overlaps, objects, targets), num_images=1)
+    sampled = targets.sample(targets.candidates(overlaps, objects, ground_truth), num_images=1)
     by_iou = sorted(zip(sampled.ious.tolist(), sampled.gt_classes.tolist(), strict=True))
     assert [label for _, label in by_iou] == [NUM_CLASSES, 1, 1]
 

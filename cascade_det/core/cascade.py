@@ -20,7 +20,7 @@ from cascade_det.core.exits import ExitPolicy
 from cascade_det.core.fast_heads import common_dtype, fast_box_heads
 from cascade_det.core.matching import GroundTruth, LabelledRegions
 from cascade_det.core.modes import in_evaluation_mode
-from cascade_det.core.postprocess import select_reported
+from cascade_det.core.postprocess import select_detections
 from cascade_det.core.record import CascadeRecord
 from cascade_det.core.regions import Regions, ReportedRegions
 from cascade_det.core.roi_pooling import Pyramid, RoIPooler
@@ -386,7 +386,7 @@ class CascadeHead(nn.Module):
             none = regions.image_index[:0]
             probs = regions.boxes.new_zeros(0, self.num_classes + 1)
             reported = [ReportedRegions(regions.boxes[:0], probs, none, none, none)]
-        return select_reported(
+        return select_detections(
             reported,
             num_images,
             score_thresh=self.score_thresh,

@@ -16,12 +16,9 @@ Frame = tuple[tuple[int, int], tuple[int, int]]  # (height, width) of boxes, and
 
 
 def select_detections(
-    boxes: Tensor,
-    probs: Tensor,
-    image_index: Tensor,
-    exit_stages: Tensor,
-    *,
+    reported: Sequence[ReportedRegions],
     num_images: int,
+    *,
     score_thresh: float,
     nms_thresh: float,
     detections_per_image: int,
@@ -29,10 +26,7 @@ def select_detections(
     """Select the best detections of each image, as Detectron2's Fast R-CNN inference does.
 
     Args:
-        boxes: float32 ``[R, 4]`` or class-specific ``[R, 4 K]``, XYXY pixels inside the image.
-        probs: float32 ``[R, K + 1]``; the last column is background.
-        image_index: int64 ``[R]``.
-        exit_stages: int64 ``[R]``.
+        reported: at least one batch of regions; boxes lie inside their image.
         num_images: N.
         score_thresh: detections score above it.
         nms_thresh: NMS drops the lower score of two boxes of a class with a larger IoU.
@@ -41,17 +35,19 @@ def select_detections(
     Returns:
         N ``Detections``, best score first. Rows with NaN or Inf are left out.
     """
+    boxes = torch.cat([r.boxes for r in reported])  # [R, 4] or [R, 4 K]
+    probs = torch.cat([r.probs for r in reported])  # [R, K + 1]
     finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(probs).all(dim=1)
+    # C candidates: pairs of a region and a class.
     rows, classes = torch.nonzero((probs[:, :-1] > score_thresh) & finite[:, None], as_tuple=True)
     per_class = boxes.unflatten(1, (-1, 4))  # [R, 1 or K, 4]
-    # C candidates: pairs of a region and a class.
     candidates = Detections(
-        per_class[rows, classes if per_class.shape[1] > 1 else 0],
+        per_class[rows, classes if per_class.shape[1] > 1 else 0],  # [C, 4]
         probs[rows, classes],
         classes,
-        exit_stages[rows],
+        torch.cat([r.exit_stages for r in reported])[rows],
     )
-    images = image_index[rows]
+    images = torch.cat([r.image_index for r in reported])[rows]
     # Image by image: NMS of all in one call would shift boxes by up to N * K image sizes, where
     # float32 loses fractions of a pixel, and decisions would differ from Detectron2's.
     detections = []
@@ -62,27 +58,6 @@ def select_detections(
             kept = kept[:detections_per_image]
         detections.append(own[kept])
     return detections
-
-
-def select_reported(
-    reported: Sequence[ReportedRegions],
-    num_images: int,
-    *,
-    score_thresh: float,
-    nms_thresh: float,
-    detections_per_image: int,
-) -> list[Detections]:
-    """``select_detections`` from at least one batch of reported regions."""
-    return select_detections(
-        torch.cat([r.boxes for r in reported]),
-        torch.cat([r.probs for r in reported]),
-        torch.cat([r.image_index for r in reported]),
-        torch.cat([r.exit_stages for r in reported]),
-        num_images=num_images,
-        score_thresh=score_thresh,
-        nms_thresh=nms_thresh,
-        detections_per_image=detections_per_image,
-    )
 
 
 def rescale_detections(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cascade_det.core.ensemble import ScoreEnsemble
 from cascade_det.core.exits import ExitPolicy, RegionView
-from cascade_det.core.postprocess import select_reported
+from cascade_det.core.postprocess import select_detections
 from cascade_det.core.regions import Regions, ReportedRegions, StageResult
 from cascade_det.core.stage_runner import StageRunner
 from cascade_det.core.structures import CascadeStats, Detections
@@ -190,7 +190,7 @@ class CascadeRecord:
         if not reported:  # no proposal entered stage 0
             last, none = self.stages[-1], self.image_index[:0]
             reported = [ReportedRegions(last.decoded[:0], last.score_state[:0], none, none, none)]
-        return select_reported(
+        return select_detections(
             reported,
             self.num_images,
             score_thresh=self.score_thresh,

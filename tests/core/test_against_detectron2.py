@@ -5,7 +5,7 @@ Runs where Detectron2 can be imported; nothing of its compiled part is needed.
 
 import pytest
 import torch
-from small_cascades import random_boxes
+from small_cascades import random_boxes, reported
 
 from cascade_det.core import (
     BoxPredictor,
@@ -126,11 +126,8 @@ class TestPieces:
         boxes[3, 1] = torch.nan
         images = (torch.arange(rows) >= 30).long()
         ours = select_detections(
-            boxes,
-            probs,
-            images,
-            torch.zeros_like(images),
-            num_images=2,
+            [reported(boxes, probs, images, torch.zeros_like(images))],
+            2,
             score_thresh=0.05,
             nms_thresh=0.5,
             detections_per_image=topk,

@@ -1,4 +1,4 @@
-"""Dynamic R-CNN's statistics against sequences by hand, and what becomes of them in a cascade."""
+"""Dynamic R-CNN's statistics against sequences by hand, and in a cascade."""
 
 import copy
 import pickle
@@ -124,7 +124,7 @@ def test_betas_are_medians_of_the_kth_smallest_offset():
             [as_pass(r) for r in both], targets_of(2), objects_in(0), num_images=1
         )
         assert metrics["stage0/smooth_l1_beta"] == 0.0, number
-    # Those of targets_of, which do not ask.
+    # The configured ones.
     assert REG_WEIGHTS[1][0] == 2 * REG_WEIGHTS[0][0]
     assert dynamic.beta(0, 0.0) == pytest.approx(0.4)
     assert dynamic.beta(1, 0.0) == pytest.approx(0.8)
@@ -163,7 +163,7 @@ def dynamic_cascade(**changes):
     return make_cascade(regime=TrainingSchedule(num_stages=3, dynamic=dynamic))
 
 
-def test_a_cascade_is_trained_towards_the_targets_of_now():
+def test_a_cascade_is_trained_towards_the_current_targets():
     cascade, scene = dynamic_cascade(), make_scene(num_proposals=(60, 50))
     wanted = make_cascade(ious=(0.3,) * 3, smooth_l1_beta=9.0)
     assert losses_of(cascade, scene) == losses_of(wanted, scene)
@@ -183,7 +183,7 @@ def test_a_cascade_is_trained_towards_the_targets_of_now():
         assert cascade.metrics[f"stage{stage}/smooth_l1_beta"] == pytest.approx(beta)
 
 
-def test_stage_zero_looks_at_proposals_that_were_not_drawn():
+def test_stage_0_counts_proposals_that_were_not_sampled():
     scene = make_scene(num_proposals=(60, 50))
     found = []
     for drawn in (4, 512):
@@ -204,7 +204,7 @@ def test_evaluation_changes_nothing_and_has_the_configured_targets():
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_state_goes_on_to_the_bit_in_the_middle_of_a_period():
+def test_a_resumed_training_is_bit_equal_in_the_middle_of_a_period():
     straight, scene = dynamic_cascade(period=3), make_scene(num_proposals=(60, 50))
     history = [losses_of(straight, scene) for _ in range(4)]
     state = copy.deepcopy(straight.state_dict())
@@ -219,7 +219,12 @@ def test_state_goes_on_to_the_bit_in_the_middle_of_a_period():
     assert names == {
         f"regime.dynamic.{name}"
         for name in (
-            *("iou_statistics", "iou_sums", "iou_counts", "betas", "beta_history", "passes"),
+            "iou_statistics",
+            "iou_sums",
+            "iou_counts",
+            "betas",
+            "beta_history",
+            "passes",
         )
     }
     assert pickle.loads(pickle.dumps(resumed)).regime.dynamic.ious(IOUS)

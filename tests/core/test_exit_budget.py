@@ -1,4 +1,4 @@
-"""Budgets of regions and of time, the latter by a clock that the test sets."""
+"""Budgets of regions and of time, with a clock that the test advances."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,7 +15,7 @@ NUM_REGIONS = 41
 
 
 class Clock:
-    """Seconds that pass when told to."""
+    """A clock that the test advances."""
 
     def __init__(self):
         self.now = 100.0
@@ -56,7 +56,7 @@ class TestRegionBudget:
 
 
 class Call:
-    """One call of a time budget: the stages take the seconds that they are given."""
+    """One call of a time budget, with stages of given seconds."""
 
     def __init__(self, budget, clock, *, num_images=1, started=None):
         self.budget, self.clock = budget, clock
@@ -73,7 +73,7 @@ class Call:
         return bool(leaves.all())
 
     def ends_after(self, seconds, *, live=10):
-        """Whether all leave after a stage of so many seconds, if so many regions are live."""
+        """Whether all exit after a stage of so many seconds with so many live regions."""
         self.clock.tick(seconds)
         view = make_view(stage=self.stage, counts=(live,))
         self.stage += 1
@@ -144,20 +144,20 @@ class TestTimeBudget:
         assert call.report(0.05) == pytest.approx(200)
         assert Call(call.budget, self.clock).report(0.05) == 0.0
 
-    def test_outside_of_a_call_nobody_leaves(self):
+    def test_without_a_deadline_no_region_exits(self):
         exits = policy(time_budget_ms=1.0, clock=self.clock)
         exits.time_budget.start(1, None)
         self.clock.tick(1.0)
         assert exits.decide(make_view()).kept is None
 
-    def test_the_budget_is_the_last_reason(self):
+    def test_the_time_budget_applies_last(self):
         exits = policy(prune_thresholds=(0.3, 0.3), time_budget_ms=1.0, clock=self.clock)
         deadline = exits.time_budget.start(1, None)
         self.clock.tick(1.0)
         view = view_of([[0.5, 0.5], [0.2, 0.8], [0.4, 0.6]])
         assert reasons_of(exits.decide(view, deadline), 3) == ["budget", "background", "budget"]
 
-    def test_a_call_that_ends_in_another_thread_leaves_this_one_its_deadline(self):
+    def test_calls_in_other_threads_do_not_change_a_deadline(self):
         budget = TimeBudget(10, clock=self.clock)
         call = Call(budget, self.clock)
 
@@ -184,13 +184,13 @@ class TestInACascade:
             self.clock.tick(len(output) / 1000)
 
         self.cascade.pooler.register_forward_hook(on_pool)
-        select = cascade_module.select_reported
+        select = cascade_module.select_detections
 
         def select_slowly(*arguments, **options):
             self.clock.tick(0.02)
             return select(*arguments, **options)
 
-        monkeypatch.setattr(cascade_module, "select_reported", select_slowly)
+        monkeypatch.setattr(cascade_module, "select_detections", select_slowly)
 
     def detect(self, milliseconds, *, per_image=False, started=None, scene=None, **others):
         if milliseconds is not None:
@@ -245,7 +245,7 @@ class TestInACascade:
         assert stats.entered == [NUM_REGIONS, NUM_REGIONS, 0]
         assert stats.overrun_ms == 0.0
 
-    def test_who_left_early_leaves_time_to_others(self):
+    def test_early_exits_leave_time_for_other_regions(self):
         _, stats = self.detect(100, prune_thresholds=(0.5, 0.0))
         going_on = stats.entered[1]
         assert 0 < going_on < (100 - 20 - NUM_REGIONS) / 2
@@ -259,7 +259,7 @@ class TestInACascade:
         assert stats.entered == [0, 0, 0]
         assert stats.overrun_ms == pytest.approx(10)  # of 20 to report
 
-    def test_without_a_budget_there_is_no_clock(self):
+    def test_without_a_budget_no_clock_is_read(self):
         assert self.cascade.now() is None
         _, stats = self.detect(None)
         assert stats.overrun_ms == 0.0
@@ -271,7 +271,7 @@ class TestInACascade:
         _, stats = self.run(self.scene, None)
         assert self.rows == stats.entered == [NUM_REGIONS, 20, 8]
         assert stats.left == [{"budget": NUM_REGIONS - 20}, {"budget": 12}, {"completed": 8}]
-        # Those that did not enter stage 0 have no class to be reported with.
+        # Proposals that do not enter stage 0 have no class and are not reported.
         self.cascade.exits = policy(region_budget=(5, 0, 0))
         objectness = [torch.randn(len(p)) for p in self.scene.proposals]
         detections, stats = self.cascade.detect(

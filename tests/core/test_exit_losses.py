@@ -139,33 +139,33 @@ def test_losses_equal_sums_over_regions(kwargs):
     images = record.image_index.tolist()
     found = brute_force_true_positives(scene)
     for stage in (-1, 0, 1):
-        said = parts.continue_probability(record.view(stage)).tolist()
+        answers = parts.continue_probability(record.view(stage)).tolist()
         total = weights = 0.0
         for row, image in enumerate(images):
             mates = [r for r in range(len(images)) if images[r] == image]
             alike = [r for r in mates if (r in found) == (row in found)]
             weight = (2 if row in found else 1) * len(mates) / (2 * len(alike))
-            total -= weight * math.log(said[row] if row in found else 1 - said[row])
+            total -= weight * math.log(answers[row] if row in found else 1 - answers[row])
             weights += weight
         got = losses[f"loss_exit_pruner_gate{stage + 1}"].item()
         assert got == pytest.approx(total / weights, rel=1e-4)
 
     for stage in (0, 1):
         view = record.view(stage)
-        said, ready = parts.readiness(view).tolist(), brute_force_ready(scene, stage)
+        answers, ready = parts.readiness(view).tolist(), brute_force_ready(scene, stage)
         rows = torch.nonzero(view.is_foreground).squeeze(1).tolist()
-        terms = [-math.log(said[r] if r in ready else 1 - said[r]) for r in rows]
+        terms = [-math.log(answers[r] if r in ready else 1 - answers[r]) for r in rows]
         wanted = sum(terms) / len(terms)
         assert losses[f"loss_exit_gate_stage{stage}"].item() == pytest.approx(wanted, rel=1e-4)
 
     for stage in range(3):
-        of_stage = record.stages[stage]
-        said = parts.predict_ious(stage, of_stage.hidden).tolist()
+        recorded = record.stages[stage]
+        answers = parts.predict_ious(stage, recorded.hidden).tolist()
         groups = {True: [], False: []}
-        for row, box in enumerate(of_stage.boxes.tolist()):
+        for row, box in enumerate(recorded.boxes.tolist()):
             objects = scene.gt_boxes[images[row]].tolist()
             best = max((iou(box, other) for other in objects), default=0.0)
-            groups[best >= 0.5].append((said[row] - best) ** 2)
+            groups[best >= 0.5].append((answers[row] - best) ** 2)
         means = [sum(group) / len(group) for group in groups.values() if group]
         wanted = sum(means) / len(means)
         assert losses[f"loss_exit_iou_stage{stage}"].item() == pytest.approx(wanted, rel=1e-4)
@@ -201,7 +201,7 @@ def test_without_regions_losses_are_zero_and_have_gradients():
     assert all(p.grad is not None and p.grad.eq(0).all() for p in parts.parameters())
 
 
-def test_a_gate_without_foreground_has_nothing_to_learn_from():
+def test_a_gate_without_foreground_has_a_loss_of_zero():
     scene, parts = make_recorded_scene(), make_parts()
     for stage in scene.record.stages:
         stage.score_state[:, -1] = 100.0
@@ -235,8 +235,8 @@ def area_under_curve(scores, labels):
     return (positive[:, None] > negative).float().mean().item()
 
 
-def with_telling_hidden(scene):
-    """The same scene, where the IoU of a box can be read off its hidden features, with noise."""
+def with_informative_hidden(scene):
+    """The same scene, where the IoU of a box is among its hidden features."""
     for stage in scene.record.stages:
         for row, image in enumerate(scene.record.image_index.tolist()):
             objects = scene.gt_boxes[image].tolist()
@@ -247,8 +247,8 @@ def with_telling_hidden(scene):
 
 
 def test_all_parts_learn():
-    """From six scenes what holds in three others."""
-    scenes = [with_telling_hidden(make_recorded_scene(seed=seed)) for seed in range(9)]
+    """Trained on six scenes, tested on three others."""
+    scenes = [with_informative_hidden(make_recorded_scene(seed=seed)) for seed in range(9)]
     parts = make_parts()
     optimizer = torch.optim.Adam(parts.parameters(), lr=0.02)
     for step in range(90):
@@ -263,8 +263,8 @@ def test_all_parts_learn():
             ground_truth = scene.ground_truth
             found = ends_as_true_positive(scene.record, ground_truth)
             outcomes["pruner"].append((parts.continue_probability(view), found))
-            ready, asked = loses_nothing(scene.record, ground_truth, 1), view.is_foreground
-            outcomes["gate"].append((parts.readiness(view)[asked], ready[asked]))
+            ready, foreground = loses_nothing(scene.record, ground_truth, 1), view.is_foreground
+            outcomes["gate"].append((parts.readiness(view)[foreground], ready[foreground]))
             predicted = parts.predict_ious(1, stage.hidden)
             outcomes["iou_head"].append((predicted, stage.predicted_ious))
     pooled = {name: [torch.cat(t) for t in zip(*o, strict=True)] for name, o in outcomes.items()}

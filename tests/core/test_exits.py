@@ -59,7 +59,7 @@ def test_the_first_reason_that_applies_counts():
     assert without() == ["confident", "redundant", "background"]
     assert without("prune_thresholds") == ["confident", "redundant", "redundant"]
     assert without("redundancy_iou") == ["confident", "confident", "background"]
-    # The budget counts those that no other rule took.
+    # The budget counts the regions that the other rules kept.
     assert without("redundancy_iou", "prune_thresholds") == ["confident", "confident", None]
     assert without("redundancy_iou", "thresholds") == [None, "budget", "background"]
     assert without("redundancy_iou", "prune_thresholds", "thresholds") == [None, "budget", "budget"]

@@ -16,12 +16,12 @@ GATES = range(-1, 2)
 
 
 def answers(parts, view):
-    """What the parts say at a gate, by name."""
+    """The outputs of the parts at a gate, by name."""
     with torch.no_grad():
-        said = {"continue": parts.continue_probability(view)}
+        by_name = {"continue": parts.continue_probability(view)}
         if view.stage >= 0:
-            said["ready"] = parts.readiness(view)
-    return said
+            by_name["ready"] = parts.readiness(view)
+    return by_name
 
 
 def test_hand_made_features_of_one_region():
@@ -86,7 +86,7 @@ def test_the_number_of_classes_does_not_matter():
 
 
 @pytest.mark.parametrize("stage", GATES)
-def test_images_do_not_disturb_each_other(stage):
+def test_images_are_independent(stage):
     view = make_recorded_scene(num_proposals=(30, 0, 1, 20), num_objects=(4, 1, 1, 0)).record.view(
         stage
     )
@@ -110,13 +110,13 @@ def test_the_order_of_regions_does_not_matter(stage):
 
 
 @pytest.mark.parametrize("stage", GATES)
-def test_no_regions_no_answers(stage):
+def test_without_regions(stage):
     view = make_recorded_scene(num_proposals=(0, 0)).record.view(stage)
     for got in answers(make_parts(), view).values():
         assert got.shape == (0,)
 
 
-def test_readiness_is_for_foreground_alone():
+def test_readiness_is_0_for_background():
     view = make_recorded_scene().record.view(1)
     ready = make_parts().readiness(view)
     assert 0 < view.is_foreground.sum() < len(view)
@@ -124,7 +124,7 @@ def test_readiness_is_for_foreground_alone():
     assert ready[view.is_foreground].gt(0).all()
 
 
-def test_crops_and_predicted_ious_are_looked_at_where_asked_for():
+def test_crops_and_predicted_ious_are_used_if_configured():
     scene = make_recorded_scene()
     before, after = scene.record.view(-1), scene.record.view(0)
     other_crops = dataclasses.replace(before, crops=before.crops.flip(0))
@@ -156,10 +156,10 @@ def test_autocast_changes_nothing():
         got = [answers(parts, v) for v in views]
         torch.testing.assert_close(parts.predict_ious(0, hidden), ious, rtol=0, atol=0)
     torch.testing.assert_close(got, wanted, rtol=0, atol=0)
-    assert all(t.dtype == torch.float32 for said in got for t in said.values())
+    assert all(t.dtype == torch.float32 for by_name in got for t in by_name.values())
 
 
-def test_untrained_parts_know_nothing():
+def test_untrained_parts_return_a_half():
     parts = LearnedParts(
         names=LEARNED_PARTS,
         num_stages=3,
@@ -188,7 +188,7 @@ def test_state_dict_names_and_round_trip():
 
 
 @pytest.mark.parametrize("name", LEARNED_PARTS)
-def test_parts_come_one_by_one(name):
+def test_parts_are_built_one_by_one(name):
     parts = make_parts(names={name})
     assert parts.names == (name,)
     assert {key.split(".")[0] for key in parts.state_dict()} == {name}
@@ -199,7 +199,7 @@ def test_a_cascade_of_one_stage_has_a_gate_before_it_alone():
     assert (len(parts.iou_head), len(parts.gate), len(parts.pruner)) == (1, 0, 1)
 
 
-def test_wrong_arguments_are_told():
+def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match=r"unknown parts.*'gates'.*iou_head, gate, pruner"):
         LearnedParts(names=("gates",), num_stages=3, hidden_features=(4,) * 3)
     with pytest.raises(ValueError, match="2 hidden features for 3 stages"):

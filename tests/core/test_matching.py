@@ -5,23 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_cascade import iou
-from small_cascades import make_scene, random_boxes
+from small_cascades import NUM_CLASSES, label_scene, make_scene, random_boxes
 
 from cascade_det.core.matching import GroundTruth, label_regions, sample_labels, sample_regions
-from cascade_det.core.structures.boxes import flatten_images
-
-NUM_CLASSES = 3
-
-
-def label_scene(scene, iou_threshold):
-    boxes, image_index = flatten_images(scene.proposals)
-    return label_regions(
-        boxes,
-        image_index,
-        scene.ground_truth,
-        iou_threshold=iou_threshold,
-        num_classes=NUM_CLASSES,
-    )
 
 
 def brute_force_labels(scene, iou_threshold):

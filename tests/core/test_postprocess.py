@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from naive_cascade import iou
-from small_cascades import random_boxes
+from small_cascades import random_boxes, reported
 
 from cascade_det.core import Detections
 from cascade_det.core.postprocess import rescale_boxes, rescale_detections, select_detections
@@ -26,8 +26,8 @@ def make_candidates(*, rows=40, images=2, per_class=False, seed=0):
 
 def select(candidates, *, images=2, score_thresh=0.05, nms_thresh=0.4, detections_per_image=100):
     return select_detections(
-        *candidates,
-        num_images=images,
+        [reported(*candidates)],
+        images,
         score_thresh=score_thresh,
         nms_thresh=nms_thresh,
         detections_per_image=detections_per_image,

@@ -1,4 +1,4 @@
-"""The record of the full cascade, and what exits would have done by it."""
+"""Records of the full cascade and replays of exits on them."""
 
 import dataclasses
 
@@ -45,7 +45,7 @@ def outcome(record, exits, num_stages=None):
 
 
 def naive_replay(record, naive):
-    """Who leaves when and why, region by region."""
+    """The exits of each region, by stage and reason."""
     entered, left = [0] * 3, [{}, {}, {}]
     views = [as_seen(record.view(stage)) for stage in range(-1, 3)]
     live, accepted, left_before = list(range(len(views[0]))), [], {}

@@ -1,5 +1,7 @@
 """A cascade with every exit rule: against the naive cascade, and the laws of exits."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -54,7 +56,7 @@ def assert_clear(is_clear):
 def are_distinct(naive_images):
     """Whether rounding does not decide the order of the detections."""
     scores = [sorted(d.score for d in found) for found in naive_images]
-    return all(b - a > 1e-6 for own in scores for a, b in zip(own, own[1:], strict=False))
+    return all(b - a > 1e-6 for own in scores for a, b in pairwise(own))
 
 
 def assert_as_naive(cascade, scene, naive_policy, *, expect=assert_clear):

@@ -1,4 +1,4 @@
-"""Training: which regions each stage sees, what it is taught, and what reaches the features."""
+"""Training: regions, labels and losses of each stage, and gradients of the features."""
 
 import math
 
@@ -9,6 +9,7 @@ from small_cascades import (
     NUM_CLASSES,
     REG_WEIGHTS,
     STRIDES,
+    label_scene,
     make_cascade,
     make_scene,
     naive_twin,
@@ -17,26 +18,14 @@ from torch.nn import functional as F
 
 from cascade_det.core import RoIPooler
 from cascade_det.core.losses import BOX_LOSSES
-from cascade_det.core.matching import GroundTruth, LabelledRegions, label_regions
-from cascade_det.core.structures.boxes import flatten_images, image_bounds
+from cascade_det.core.matching import GroundTruth, LabelledRegions
+from cascade_det.core.structures.boxes import image_bounds
 from cascade_det.core.training_stage import TrainingStage
-
-
-def all_regions(scene, iou_threshold=0.5):
-    """Every proposal of a scene, labelled, none sampled away."""
-    boxes, image_index = flatten_images(scene.proposals)
-    return label_regions(
-        boxes,
-        image_index,
-        scene.ground_truth,
-        iou_threshold=iou_threshold,
-        num_classes=NUM_CLASSES,
-    )
 
 
 def losses_of_all(cascade, scene):
     return cascade.losses_of_regions(
-        scene.features, all_regions(scene), scene.ground_truth, scene.image_sizes
+        scene.features, label_scene(scene, 0.5), scene.ground_truth, scene.image_sizes
     )
 
 
@@ -153,7 +142,7 @@ def test_weights_of_stages_and_of_the_box_loss():
 @pytest.mark.parametrize("loss_type", BOX_LOSSES)
 def test_box_loss_is_divided_by_all_regions(loss_type):
     cascade = make_cascade(num_stages=1, box_reg_loss_type=loss_type)
-    targets, regions = cascade.targets, all_regions(make_scene())
+    targets, regions = cascade.targets, label_scene(make_scene(), 0.5)
     logits, deltas = torch.randn(len(regions), NUM_CLASSES + 1), torch.randn(len(regions), 4)
     foreground = regions.gt_classes < NUM_CLASSES
     assert 0 < foreground.sum() < len(regions)
@@ -267,7 +256,7 @@ def test_losses_fill_the_metrics_of_every_stage():
 
 
 @pytest.mark.parametrize("append", [True, False])
-def test_ground_truth_joins_the_proposals_if_asked(append):
+def test_ground_truth_is_added_to_the_proposals_if_configured(append):
     scene = make_scene(num_proposals=(5, 5))
     cascade = make_cascade(
         proposal_append_gt=append, batch_size_per_image=100, positive_fraction=1.0

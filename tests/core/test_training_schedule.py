@@ -1,4 +1,4 @@
-"""Stage weights that follow the training or are learned, and a regime that asks for nothing."""
+"""Training schedules: scheduled and learned stage weights, and the plain one."""
 
 import math
 
@@ -13,7 +13,7 @@ from cascade_det.core.training_schedule import TrainingSchedule
 START, END = (1.0, 0.7, 0.4), (0.2, 0.5, 0.9)
 
 
-def test_a_plain_regime_has_no_state_and_changes_nothing():
+def test_the_plain_schedule_has_no_state_and_changes_nothing():
     cascade, scene = make_cascade(), make_scene()
     assert not list(cascade.regime.parameters())
     assert not [name for name in cascade.state_dict() if "regime" in name]
@@ -41,7 +41,7 @@ def test_weights_go_from_start_to_end(progress):
             torch.testing.assert_close(losses[name], weight * plain[name])
 
 
-def test_gates_take_the_weights_of_now():
+def test_gates_use_the_current_weights():
     cascade = scheduled(gates=RegionGates("hard", threshold=0.5, scale=1))
     seen = []
     weights = cascade.regime.gates.weights
@@ -62,7 +62,7 @@ def test_learned_weights_begin_as_plain_training():
     assert losses == losses_of(make_cascade(), scene)
 
 
-def test_learned_weights_are_exp_of_minus_s_with_s_as_price():
+def test_learned_weights_are_exp_of_minus_s_with_the_penalty_s():
     cascade, scene = learned(), make_scene()
     values = (0.5, -1.0, 0.1)
     cascade.regime.log_variances.data = torch.tensor(values)
@@ -108,6 +108,6 @@ def test_in_evaluation_losses_are_plain():
         ({"stage_loss_weights_end": (1.0, 1.0, 1.0)}, "needs 0"),
     ],
 )
-def test_what_does_not_fit_is_refused(arguments, message):
+def test_arguments_that_do_not_fit_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         TrainingSchedule(num_stages=3, **arguments)

@@ -48,7 +48,7 @@ def test_it_is_a_convolution(
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
 
 
-def test_groups_and_gradients_that_nobody_asks_for():
+def test_groups_and_unneeded_gradients():
     x = torch.randn(2, 4, 6, 5).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(6, 2, 3, 3, requires_grad=True)
     found = training_conv2d(x, weight, padding=1, groups=2)

@@ -1,7 +1,7 @@
-"""The cascade once more, slow and plain, to compare the real one with.
+"""A slow and plain cascade to test the real one against.
 
-One region at a time, in double precision, by the letter of the design. It shares no code with
-``cascade_det``: it knows the weights by their names in a state dict and nothing else.
+One region at a time, in double precision. It shares no code with ``cascade_det``, only the names
+of the weights in the state dict.
 """
 
 import math
@@ -15,7 +15,7 @@ from torchvision.ops import roi_align
 
 @dataclass
 class NaiveRegion:
-    """``seen`` is what exit rules know of it, as of the last stage that it saw."""
+    """``seen`` is the input of exit rules after the last stage."""
 
     image: int
     row: int
@@ -97,7 +97,7 @@ class NaiveCascade:
         return NaiveResult(detections, survivors, left, left_before, confidence)
 
     def report(self, stage, region, boxes, crop):
-        """What is found of a region that leaves after a stage."""
+        """The detections of a region that exits after a stage."""
         found = []
         for label, score in enumerate(self.final_probs(stage, region, crop)[:-1]):
             if score > self.score_thresh:
@@ -106,7 +106,7 @@ class NaiveCascade:
         return found
 
     def admit(self, live, features):
-        """Those that enter stage 0, and how many did not by reason."""
+        """The regions that enter stage 0, and counts of the others by reason."""
         if self.policy is None:
             return live, {}
         for region in live:

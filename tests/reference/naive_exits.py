@@ -1,6 +1,6 @@
-"""The exit rules once more, region by region in plain Python, to compare the real ones with.
+"""Plain-Python exit rules, region by region, to test the real ones against.
 
-Shares no code with ``cascade_det``; only the answers of learned parts are handed in.
+They share no code with ``cascade_det``; the outputs of learned parts are passed in.
 """
 
 import math
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Seen:
-    """What the rules know of a region; before stage 0 it has neither ``probs`` nor ``before``."""
+    """The input of the rules for one region; no ``probs`` and ``before`` before stage 0."""
 
     image: int
     box: tuple[float, float, float, float]
@@ -38,8 +38,8 @@ class Seen:
 class NaivePolicy:
     """Arguments as those of the real policy; tuples per stage or per gate, or empty for never.
 
-    ``pruner`` and ``gate`` give the answers for a stage and its regions as a list. After
-    ``decide``, ``closest`` is how near to its threshold any value came so far.
+    ``pruner`` and ``gate`` map a stage and its regions to a list of outputs. ``closest`` is the
+    smallest distance of any value to its threshold so far.
     """
 
     thresholds: tuple[float, ...] = ()
@@ -60,7 +60,7 @@ class NaivePolicy:
     closest: float = field(default=math.inf)
 
     def decide(self, stage, regions, accepted=()):
-        """The reason to leave of each region, ``None`` for those that stay."""
+        """The exit reason of each region, ``None`` if it stays."""
         reasons = [None] * len(regions)
         for rule in (
             self._below,
@@ -125,11 +125,11 @@ class NaivePolicy:
     def _covered(self, stage, regions, accepted):
         if self.redundancy_iou is None or stage < 0:
             return [None] * len(regions)
-        everybody = [*regions, *accepted]
-        order = sorted(range(len(everybody)), key=lambda i: -everybody[i].score)
+        candidates = [*regions, *accepted]
+        order = sorted(range(len(candidates)), key=lambda i: -candidates[i].score)
         kept, covered = [], set()
         for i in order:
-            region = everybody[i]
+            region = candidates[i]
             overlaps = [
                 iou(region.box, other.box)
                 for other in kept

@@ -1,4 +1,4 @@
-"""What exit rules see, made at random or by hand."""
+"""Inputs of exit rules, random or by hand."""
 
 import torch
 from hypothesis import strategies as st
@@ -15,7 +15,7 @@ IMAGE_SIZE = (120, 160)
 def make_view(
     *, stage=0, counts=(12, 0, 9), num_classes=4, seed=0, num_accepted=0, image_size=IMAGE_SIZE
 ):
-    """Boxes in bunches that overlap, and probabilities of which some are certain."""
+    """Clusters of overlapping boxes, some with confident classes."""
     generator = torch.Generator().manual_seed(seed)
     boxes, before = [], []
     for count in counts:
@@ -49,7 +49,7 @@ def make_view(
 
 
 def view_of(probs, *, boxes=None, image_index=None, stage=0, **others):
-    """A view of hand-made regions: of one image, and far from each other, unless told otherwise."""
+    """A view of hand-made regions; by default of one image and far from each other."""
     probs = torch.tensor(probs)
     count = len(probs)
     if boxes is None:
@@ -91,8 +91,14 @@ def as_seen(view):
         return [None] * len(view) if values is None else values.tolist()
 
     tensors = (
-        *(view.image_index, view.boxes, view.objectness, view.boxes_before),
-        *(view.probs, view.agreements, view.predicted_ious, view.crops),
+        view.image_index,
+        view.boxes,
+        view.objectness,
+        view.boxes_before,
+        view.probs,
+        view.agreements,
+        view.predicted_ious,
+        view.crops,
     )
     return [
         Seen(image, tuple(box), objectness, before and tuple(before), *others)
@@ -166,7 +172,7 @@ def both_policies(*, num_stages=NUM_STAGES, **arguments):
 
 
 def reasons_of(decision, count):
-    """The reason of each of the regions, ``None`` for those that stay; they are a partition."""
+    """The exit reason of each region, ``None`` if it stays; each has one outcome."""
     reasons = [None] * count
     for reason, rows in decision.exited.items():
         assert rows.dtype == torch.int64

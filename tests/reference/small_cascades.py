@@ -1,4 +1,4 @@
-"""Cascades and inputs small enough for a naive reference, with answers that differ clearly."""
+"""Cascades and inputs small enough for a naive reference, with clearly different outputs."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,9 @@ from naive_exits import NaivePolicy
 from torch import Tensor, nn
 
 from cascade_det.core import BoxPredictor, CascadeHead, ConvFCBoxHead, Detections, RoIPooler
-from cascade_det.core.matching import GroundTruth
+from cascade_det.core.matching import GroundTruth, label_regions
+from cascade_det.core.regions import ReportedRegions
+from cascade_det.core.structures.boxes import flatten_images
 
 CHANNELS = 6
 POOLED = 3
@@ -25,7 +27,7 @@ REG_WEIGHTS = (
 
 @dataclass
 class Scene:
-    """Inputs of a cascade: two images unless told otherwise, padded to the larger."""
+    """Inputs of a cascade: by default of two images, padded to the larger."""
 
     features: list[Tensor]
     proposals: list[Tensor]
@@ -67,9 +69,9 @@ def make_scene(
 def random_boxes(count, image_size, *, generator, smallest=8.0):
     """``[count, 4]`` boxes inside an image, most of them overlapping others."""
     height, width = image_size
-    limits = torch.tensor([width, height], dtype=torch.float32)
-    sizes = smallest + torch.rand(count, 2, generator=generator) * (limits * 0.6 - smallest)
-    corners = torch.rand(count, 2, generator=generator) * (limits - sizes)
+    bounds = torch.tensor([width, height], dtype=torch.float32)
+    sizes = smallest + torch.rand(count, 2, generator=generator) * (bounds * 0.6 - smallest)
+    corners = torch.rand(count, 2, generator=generator) * (bounds - sizes)
     return torch.cat([corners, corners + sizes], dim=1)
 
 
@@ -101,6 +103,16 @@ def make_cascade(
         "batch_size_per_image": 16,
     }
     return CascadeHead(box_heads=heads, box_predictors=predictors, **(arguments | changes))
+
+
+def label_scene(scene, iou_threshold):
+    """Every proposal of a scene, labelled, none sampled away."""
+    return label_regions(
+        *flatten_images(scene.proposals),
+        scene.ground_truth,
+        iou_threshold=iou_threshold,
+        num_classes=NUM_CLASSES,
+    )
 
 
 def objectness_of(scene, seed=0):
@@ -163,6 +175,10 @@ def truncate(cascade, num_stages):
         nms_thresh=cascade.nms_thresh,
         detections_per_image=cascade.detections_per_image,
     )
+
+
+def reported(boxes, probs, image_index, exit_stages):
+    return ReportedRegions(boxes, probs, image_index, exit_stages, torch.arange(len(boxes)))
 
 
 def as_detections(naive_images):

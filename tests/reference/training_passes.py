@@ -1,4 +1,4 @@
-"""Passes of a cascade in training, by hand and by chance."""
+"""Stages of training passes, by hand and random."""
 
 import torch
 from small_cascades import NUM_CLASSES

@@ -102,7 +102,7 @@ class FPN(nn.Module):
         coarser: Tensor | None = None
         for name, level in zip(reversed(self.in_features), reversed(self.levels), strict=True):
             # pop: frees the memory of each map after its use.
-            lateral = self.get_submodule(f"fpn_lateral{level}")(maps.pop(name))
+            lateral = self.get_submodule(f"fpn_lateral{level}")(maps.pop(name))  # [N, C, H_l, W_l]
             if coarser is not None:
                 lateral = _add_at_twice_the_size(lateral, coarser)
                 if self.scale != 1.0:
@@ -116,7 +116,7 @@ class FPN(nn.Module):
             output = self.get_submodule(f"fpn_output{level}")
             pyramid[name] = _apply(output, merged.pop(name), buffers.get(name))
         top = f"p{self.levels[-1]}"
-        coarsest = F.max_pool2d(pyramid[top], kernel_size=1, stride=2)
+        coarsest = F.max_pool2d(pyramid[top], kernel_size=1, stride=2)  # half the size
         return {name: pyramid.get(name, coarsest) for name in self.strides}
 
 

@@ -117,7 +117,7 @@ class Stem(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """``[N, 3, H, W]`` to ``[N, 64, H / 4, W / 4]``."""
-        x = F.relu_(self.conv1(images))
+        x = F.relu_(self.conv1(images))  # [N, 64, H / 2, W / 2]
         return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
 
 

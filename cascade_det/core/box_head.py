@@ -83,5 +83,5 @@ class BoxPredictor(nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """``[R, F]`` to logits ``[R, K + 1]`` and deltas ``[R, 4]`` or ``[R, 4 K]``."""
-        features = torch.flatten(features, start_dim=1)
+        features = torch.flatten(features, start_dim=1)  # for heads without linear layers
         return self.cls_score(features), self.bbox_pred(features)

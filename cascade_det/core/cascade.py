@@ -56,7 +56,7 @@ class CascadeHead(nn.Module):
         positive_fraction: the largest share of foreground among them.
         proposal_append_gt: whether to add the ground truth to the proposals in training.
         ensemble: one of ``cascade_det.core.ensemble.ENSEMBLES``.
-        score_thresh: smallest score of a detection.
+        score_thresh: detections score above it.
         nms_thresh: IoU of the per-class NMS.
         detections_per_image: limit per image; negative for none.
         exits: the exit policy; ``None`` runs every stage on every region.

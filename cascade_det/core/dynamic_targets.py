@@ -145,8 +145,8 @@ class DynamicTargets(nn.Module):
         order = by_iou[torch.argsort(image_index[by_iou], stable=True)]
         counted = torch.nonzero(has_objects & (counts > 0)).squeeze(1)
         first = torch.cumsum(counts, 0) - counts
-        places = first[counted] + counts[counted].clamp(max=self.k_iou) - 1
-        self._add(0, stage, ious[order[places]])
+        kth = first[counted] + counts[counted].clamp(max=self.k_iou) - 1
+        self._add(0, stage, ious[order[kth]])  # one per image that counts
 
     def _add_offsets(
         self, stage: int, foreground: LabelledRegions, weights: Weights, k: int

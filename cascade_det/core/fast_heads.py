@@ -42,7 +42,8 @@ class FastBoxHead(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """``[R, C, P, P]`` to float32 ``[R, F]``."""
-        return self.forward_rows(pooled.flatten(2).transpose(1, 2).flatten(1))
+        rows = pooled.flatten(2).transpose(1, 2).flatten(1)  # [R, P * P * C]
+        return self.forward_rows(rows)
 
     def forward_rows(self, rows: Tensor) -> Tensor:
         """``[R, P * P * C]`` from ``RoIPooler.pool_rows`` to float32 ``[R, F]``."""

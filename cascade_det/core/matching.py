@@ -101,7 +101,7 @@ def label_regions(
         )
     overlaps = box_iou(ground_truth.boxes, boxes)  # [G, R]
     overlaps = overlaps.where(ground_truth.image_index[:, None] == image_index, 0.0)
-    ious, matched = overlaps.max(dim=0)
+    ious, matched = overlaps.max(dim=0)  # [R]
     background = ious < iou_threshold
     gt_classes = ground_truth.classes[matched].masked_fill(background, num_classes)
     return LabelledRegions(boxes, image_index, gt_classes, ground_truth.boxes[matched], ious)
@@ -146,7 +146,7 @@ def sample_regions(
     """Sample a minibatch of every image; image by image, positives first."""
     kept = []
     for image in range(num_images):
-        rows = torch.nonzero(regions.image_index == image).squeeze(1)
+        rows = torch.nonzero(regions.image_index == image).squeeze(1)  # [R_i]
         positive, negative = sample_labels(
             regions.gt_classes[rows],
             num_samples=batch_size_per_image,

@@ -7,7 +7,7 @@ K foreground classes. Boxes are float32 XYXY in pixels of the resized images.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,12 +102,8 @@ class CascadeRecord:
 
     def cpu(self) -> CascadeRecord:
         """A copy on the CPU."""
-
-        def move(part: Any) -> dict[str, Any]:
-            return {n: x.cpu() if isinstance(x, Tensor) else x for n, x in vars(part).items()}
-
-        stages = [RecordedStage(**move(stage)) for stage in self.stages]
-        return CascadeRecord(**{**move(self), "stages": stages})
+        stages = [RecordedStage(**_map_tensors(Tensor.cpu, stage)) for stage in self.stages]
+        return CascadeRecord(**{**_map_tensors(Tensor.cpu, self), "stages": stages})
 
     def select_images(self, images: Sequence[int]) -> CascadeRecord:
         """The record of some of the images, in the given order."""
@@ -116,14 +112,14 @@ class CascadeRecord:
         chosen = [rows_per_image[image] for image in images]
         rows = torch.cat([*chosen, torch.zeros(0, dtype=torch.int64)])
 
-        def select(part: Any) -> dict[str, Any]:
-            return {n: x[rows] if isinstance(x, Tensor) else x for n, x in vars(part).items()}
+        def select(tensor: Tensor) -> Tensor:
+            return tensor[rows]
 
         lengths = torch.tensor([len(one) for one in chosen], dtype=torch.int64)
-        fields = select(self) | {
+        fields = _map_tensors(select, self) | {
             "image_sizes": [self.image_sizes[image] for image in images],
             "image_index": torch.arange(len(chosen)).repeat_interleave(lengths),
-            "stages": [RecordedStage(**select(stage)) for stage in self.stages],
+            "stages": [RecordedStage(**_map_tensors(select, stage)) for stage in self.stages],
         }
         return CascadeRecord(**fields)
 
@@ -261,6 +257,11 @@ def join_records(records: Sequence[CascadeRecord]) -> CascadeRecord:
         detections_per_image=first.detections_per_image,
         **_join([{name: getattr(record, name) for name in names} for record in records]),
     )
+
+
+def _map_tensors(function: Callable[[Tensor], Tensor], part: object) -> dict[str, Any]:
+    """The fields of a dataclass, with ``function`` applied to tensors."""
+    return {n: function(x) if isinstance(x, Tensor) else x for n, x in vars(part).items()}
 
 
 def _join(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

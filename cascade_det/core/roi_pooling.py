@@ -30,7 +30,7 @@ def assign_levels(boxes: Tensor, *, min_level: int, max_level: int) -> Tensor:
     Returns:
         int64 ``[R]`` in ``[0, max_level - min_level]``; empty boxes go to the finest level.
     """
-    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])  # [R]
     sizes = torch.sqrt(areas)
     levels = torch.floor(CANONICAL_LEVEL + torch.log2(sizes / CANONICAL_BOX_SIZE + 1e-8))
     return torch.clamp(levels, min=min_level, max=max_level).to(torch.int64) - min_level
@@ -148,7 +148,7 @@ class RoIPooler(nn.Module):
                 self.sampling_ratio,
                 self.aligned,
             )
-            crops.append(pooled.to(feature.dtype))
+            crops.append(pooled.to(feature.dtype))  # [R_l, C, P, P]
         crops.append(features[0].new_zeros(rows[-1].shape[0], features[0].shape[1], size, size))
         return torch.cat(crops)[torch.argsort(torch.cat(rows))]
 

@@ -84,7 +84,7 @@ class StageRunner:
         with part(self.timer, "stage0"):
             live = self._apply_proposal_exits(proposals)
         for stage in range(self.num_stages):
-            # A trace has to hold all stages, also for inputs that have regions.
+            # A trace must contain all stages, for inputs with live regions.
             if len(live) == 0 and not torch.jit.is_tracing():
                 break
             self.stats.entered[stage] = len(live)

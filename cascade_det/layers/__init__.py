@@ -9,7 +9,6 @@ from cascade_det.layers.conv_norm import (
     FrozenBatchNorm2d,
     add_convolved,
     freeze,
-    group_norm,
     make_norm,
     may_write_in_place,
 )
@@ -20,7 +19,6 @@ __all__ = [
     "FrozenBatchNorm2d",
     "add_convolved",
     "freeze",
-    "group_norm",
     "make_norm",
     "may_write_in_place",
 ]

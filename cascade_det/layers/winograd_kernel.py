@@ -39,7 +39,7 @@ _WEIGHT_TRANSFORM = (
 
 def transform_weight(weight: Tensor) -> Tensor:
     """``[K, C, 3, 3]`` to the ``[36, C, K]`` of ``winograd_conv2d``, computed in float64."""
-    g = torch.tensor(_WEIGHT_TRANSFORM, dtype=torch.float64, device=weight.device)
+    g = torch.tensor(_WEIGHT_TRANSFORM, dtype=torch.float64, device=weight.device)  # [6, 3]
     transformed = torch.einsum("ai,kcij,bj->abck", g, weight.detach().double(), g)
     return transformed.flatten(0, 1).to(weight.dtype).contiguous()
 
@@ -96,8 +96,8 @@ def winograd_conv2d(
         workers = _workers(threads, os.getpid())
         for done in [workers.submit(work) for _ in range(threads)]:
             done.result()
-    whole = tiled.view(images, 4 * tile_rows, 4 * tile_columns, out_channels)
-    result = whole[:, :height, :width].permute(0, 3, 1, 2)
+    whole = tiled.view(images, 4 * tile_rows, 4 * tile_columns, out_channels)  # [N, 4 P, 4 Q, K]
+    result = whole[:, :height, :width].permute(0, 3, 1, 2)  # [N, K, H, W]
     if out is None:
         return result.contiguous(memory_format=torch.channels_last)
     return out.copy_(result) if height % 4 or width % 4 else out

@@ -87,5 +87,5 @@ def _between_worst_and_best(view: RegionView) -> Tensor:
         )
         for reduce in ("amax", "amin")
     )
-    spread = (best - worst)[view.image_index]
+    spread = (best - worst)[view.image_index]  # [R]
     return 1.0 - (best[view.image_index] - scores) / spread.where(spread > 0, 1.0)

@@ -129,7 +129,7 @@ class LearnedParts(nn.Module):
         return torch.sigmoid(self.readiness_logits(view)) * view.is_foreground
 
     def _region_features(self, view: RegionView) -> Tensor:
-        features = region_features(view)
+        features = region_features(view)  # [R, NUM_REGION_FEATURES]
         if "iou_head" not in self.names:
             return features
         assert view.predicted_ious is not None
@@ -182,7 +182,7 @@ class _Scorer(nn.Module):
         """``[R, num_features]`` and ``[R, C]`` to logits ``[R]``."""
         if self.crop_norm is not None:
             assert crops is not None
-            features = torch.cat((features, self.crop_norm(crops)), dim=1)
+            features = torch.cat((features, self.crop_norm(crops)), dim=1)  # [R, num_features + C]
         return self.logit(F.relu(self.fc2(F.relu(self.fc1(features))))).squeeze(1)
 
 

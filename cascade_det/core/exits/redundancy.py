@@ -39,6 +39,7 @@ class DropCovered:
         groups = view.image_index * classes + view.classes
         if view.accepted is not None:
             accepted = view.accepted
+            # [R + A, 4], [R + A], [R + A]
             boxes = torch.cat((boxes, accepted.boxes))
             scores = torch.cat((scores, accepted.scores))
             groups = torch.cat((groups, accepted.image_index * classes + accepted.classes))

@@ -123,7 +123,7 @@ class RegionView:
     def margin(self) -> Tensor:
         """``[R]`` in [0, 1]: difference of the two largest of ``probs``."""
         assert self.probs is not None
-        first, second = self.probs.topk(2, dim=1).values.unbind(dim=1)
+        first, second = self.probs.topk(2, dim=1).values.unbind(dim=1)  # [R] each
         return first - second
 
     @cached_property
@@ -146,12 +146,12 @@ class RegionView:
         by_score = torch.argsort(self.scores, descending=True, stable=True)
         # Image by image, best score first.
         order = by_score[torch.argsort(self.image_index[by_score], stable=True)]
-        first = torch.cumsum(self.counts, 0) - self.counts
+        first = torch.cumsum(self.counts, 0) - self.counts  # [N]
         places = torch.arange(len(self), device=order.device) - first[self.image_index[order]]
         return torch.empty_like(order).scatter_(0, order, places)
 
     @cached_property
     def _best(self) -> tuple[Tensor, Tensor]:
         assert self.probs is not None
-        best = self.probs[:, :-1].max(dim=1)
+        best = self.probs[:, :-1].max(dim=1)  # [R]
         return best.values, best.indices

@@ -71,7 +71,7 @@ def decode_boxes(deltas: Tensor, boxes: Tensor, weights: Weights) -> Tensor:
         torch.exp((deltas[:, 3::4] / wh).clamp(max=MAX_LOG_SCALE)) * height[:, None]
     )
     corners = (new_x - half_width, new_y - half_height, new_x + half_width, new_y + half_height)
-    return torch.stack(corners, dim=-1).reshape(deltas.shape)
+    return torch.stack(corners, dim=-1).reshape(deltas.shape)  # [R, k, 4] to [R, 4 k]
 
 
 def clip_boxes(boxes: Tensor, bounds: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def image_bounds(image_sizes: ImageSizes, image_index: Tensor) -> Tensor:
     """
     # Under a tracer sizes are tensors, and have to stay in its graph.
     tensors = [size if torch.is_tensor(size) else torch.tensor(size) for size in image_sizes]
-    sizes = torch.stack(tensors).to(torch.float32)
+    sizes = torch.stack(tensors).to(torch.float32)  # [N, 2]
     return _on_device_of(sizes.flip(1).repeat(1, 2), image_index)[image_index]
 
 
@@ -148,7 +148,7 @@ def flatten_images(per_image: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
     """Row-wise IoU of two ``[R, 4]``: ``[R]`` in [0, 1]; 0 where both boxes are empty."""
     sizes = torch.minimum(boxes[:, 2:], others[:, 2:]) - torch.maximum(boxes[:, :2], others[:, :2])
-    intersection = sizes.clamp(min=0).prod(dim=1)
+    intersection = sizes.clamp(min=0).prod(dim=1)  # [R]
     areas = [(b[:, 2:] - b[:, :2]).prod(dim=1) for b in (boxes, others)]
     union = areas[0] + areas[1] - intersection
     return intersection / union.where(union > 0, 1.0)

@@ -1,4 +1,4 @@
-"""Nothing to find and nothing to look at: forward and backward."""
+"""Images without proposals or objects: forward and backward."""
 
 import pytest
 import torch
@@ -7,6 +7,8 @@ from small_cascades import POOLED, STRIDES, make_cascade, make_scene
 from cascade_det.core import ExitPolicy, RoIPooler
 from cascade_det.core.ensemble import ENSEMBLES
 from cascade_det.core.losses import BOX_LOSSES
+from cascade_det.core.region_gates import RegionGates
+from cascade_det.core.training_schedule import TrainingSchedule
 
 # Proposals and objects of two images.
 COUNTS = {
@@ -72,6 +74,16 @@ def test_a_stage_that_loses_all_its_regions():
     assert losses["loss_cls_stage0"] > 0
     assert losses["loss_cls_stage1"] == losses["loss_cls_stage2"] == 0
     assert all(p.grad is not None and p.grad.isfinite().all() for p in cascade.parameters())
+
+
+def test_gates_and_the_prefix_loss_are_zero_without_regions():
+    gates = RegionGates("hard", threshold=0.5, scale=15)
+    schedule = TrainingSchedule(num_stages=3, gates=gates, prefix_loss_weight=1.0)
+    cascade, scene = cascade_and_scene("nothing", regime=schedule)
+    losses = cascade.losses(scene.features, scene.proposals, *scene.targets, scene.image_sizes)
+    assert len(losses) == 7
+    assert all(loss.item() == 0 for loss in losses.values())
+    sum(losses.values()).backward()
 
 
 @pytest.mark.parametrize("ensemble", ENSEMBLES)

@@ -81,7 +81,16 @@ def rows_of(mask):
     return set(torch.nonzero(mask).squeeze(1).tolist())
 
 
-@pytest.mark.parametrize("kwargs", SCENES)
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        *SCENES,
+        *(
+            {"seed": seed, "num_proposals": (25, 10), "cls_agnostic": seed % 2 == 0}
+            for seed in range(20)
+        ),
+    ],
+)
 def test_labels_equal_brute_force(kwargs):
     scene = make_recorded_scene(**kwargs)
     found = ends_as_true_positive(scene.record, scene.ground_truth)
@@ -90,22 +99,13 @@ def test_labels_equal_brute_force(kwargs):
     for stage in range(scene.record.num_stages - 1):
         ready = loses_nothing(scene.record, scene.ground_truth, stage)
         assert rows_of(ready) == brute_force_ready(scene, stage)
-
-
-def test_labels_of_many_random_scenes_equal_brute_force():
-    shares = []
-    for seed in range(20):
-        scene = make_recorded_scene(seed=seed, num_proposals=(25, 10), cls_agnostic=seed % 2 == 0)
-        found = ends_as_true_positive(scene.record, scene.ground_truth)
-        ready = loses_nothing(scene.record, scene.ground_truth, 1)
-        assert rows_of(found) == brute_force_true_positives(scene)
-        assert rows_of(ready) == brute_force_ready(scene, 1)
-        shares.append((found.float().mean(), ready.float().mean()))
-    assert all(0.02 < share < 0.6 for pair in shares for share in pair)
+        if kwargs in SCENES[:2]:
+            assert 0.02 < found.float().mean() < 0.6
+            assert 0.02 < ready.float().mean() < 0.6
 
 
 def test_an_object_is_found_once():
-    """Two regions on one object that NMS leaves: the better one is it."""
+    """Of two regions on one object that NMS keeps, the better one is the true positive."""
     scene = make_recorded_scene(num_proposals=(2,), num_objects=(1,), num_classes=1)
     last = scene.record.stages[-1]
     scene.gt_boxes[0][:] = torch.tensor([10.0, 10, 110, 110])

@@ -83,11 +83,3 @@ def test_it_comes_beside_the_plain_losses():
     gradients = torch.autograd.grad(prefix, list(parameters.values()), allow_unused=True)
     unused = {n for n, g in zip(parameters, gradients, strict=True) if g is None}
     assert unused == {n for n in parameters if "bbox_pred" in n}
-
-
-def test_without_regions_it_is_zero():
-    regime = TrainingSchedule(num_stages=3, prefix_loss_weight=1.0)
-    scene = make_scene(num_proposals=(0, 0), num_objects=(0, 0))
-    losses = losses_of(make_cascade(regime=regime), scene)
-    assert losses["loss_prefix"] == 0
-    losses["loss_prefix"].backward()

@@ -140,14 +140,6 @@ def test_a_stage_has_no_gradient_from_gates_of_later_losses(kind):
         }
 
 
-def test_no_regions_have_losses_of_zero():
-    cascade = gated(RegionGates("hard", threshold=0.5, scale=15))
-    scene = make_scene(num_proposals=(0, 0), num_objects=(0, 0))
-    losses = losses_of(cascade, scene)
-    assert all(loss.item() == 0 for loss in losses.values())
-    sum(losses.values()).backward()
-
-
 def test_unknown_gates_are_refused():
     with pytest.raises(ValueError, match="hard, soft"):
         RegionGates("firm", threshold=0.5, scale=1)

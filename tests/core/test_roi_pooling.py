@@ -15,7 +15,7 @@ STRIDES = (4, 8, 16)
 MAP_SIZES = ((20, 24), (10, 12), (5, 6))
 HEIGHT, WIDTH = 80, 96
 
-# Boxes of all sorts on a 96 x 80 image; empty and inverted ones can come from a bad proposal.
+# On an image of 96 x 80; bad proposals can be empty or inverted.
 BOXES = {
     "inside": [10.3, 12.1, 40.7, 50.9],
     "whole image": [0.0, 0.0, 96.0, 80.0],
@@ -59,6 +59,12 @@ def pool_one_by_one(features, boxes, image_index, *, sampling_ratio=0, aligned=T
     return torch.cat(crops)
 
 
+def every_box(images=2):
+    """All boxes in each of the images."""
+    boxes = torch.tensor(list(BOXES.values()))
+    return boxes.repeat(images, 1), torch.arange(images).repeat_interleave(len(boxes))
+
+
 def gradients(value, features):
     return torch.autograd.grad(value, features, materialize_grads=True)
 
@@ -76,17 +82,8 @@ class TestAgainstTorchvision:
     def _settings(self, aligned, sampling_ratio):
         self.settings = {"aligned": aligned, "sampling_ratio": sampling_ratio}
 
-    @pytest.mark.parametrize("name", BOXES)
-    def test_one_box(self, name):
-        features = make_features()
-        boxes, image_index = torch.tensor([BOXES[name]]), torch.tensor([1])
-        got = pool(features, boxes, image_index, **self.settings)
-        wanted = pool_one_by_one(features, boxes, image_index, **self.settings)
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
-
     def test_forward_and_backward_of_many_boxes(self):
-        boxes = torch.tensor(list(BOXES.values())).repeat(2, 1)
-        image_index = torch.arange(len(boxes)) % 2
+        boxes, image_index = every_box()
         levels = assign_levels(boxes, min_level=2, max_level=4)
         assert levels.unique().tolist() == [0, 1, 2]
         features = make_features(requires_grad=True)
@@ -100,8 +97,7 @@ class TestAgainstTorchvision:
 
     def test_kernels_agree_in_bfloat16(self):
         features = [f.bfloat16() for f in make_features()]
-        boxes = torch.tensor(list(BOXES.values()))
-        image_index = torch.arange(len(boxes)) % 2
+        boxes, image_index = every_box()
         wanted = pool_one_by_one([f.float() for f in features], boxes, image_index, **self.settings)
         for kernel in ("bags", "torchvision"):
             got = pool(features, boxes, image_index, kernel=kernel, **self.settings)
@@ -112,8 +108,7 @@ class TestAgainstTorchvision:
 @pytest.mark.parametrize("kernel", ["bags", "torchvision"])
 def test_memory_format_does_not_matter(kernel):
     features = make_features()
-    boxes = torch.tensor(list(BOXES.values()))
-    image_index = torch.arange(len(boxes)) % 2
+    boxes, image_index = every_box()
     wanted = pool(features, boxes, image_index, kernel=kernel)
     channels_last = [f.contiguous(memory_format=torch.channels_last) for f in features]
     assert torch.equal(pool(channels_last, boxes, image_index, kernel=kernel), wanted)
@@ -121,8 +116,7 @@ def test_memory_format_does_not_matter(kernel):
 
 def test_torchvision_kernel_is_torchvision():
     features = make_features(requires_grad=True)
-    boxes = torch.tensor(list(BOXES.values()))
-    image_index = torch.arange(len(boxes)) % 2
+    boxes, image_index = every_box()
     got = pool(features, boxes, image_index, kernel="torchvision")
     wanted = pool_one_by_one(features, boxes, image_index)
     assert torch.equal(got, wanted)
@@ -183,7 +177,7 @@ class TestRegionsWithoutPixels:
     @pytest.mark.parametrize(
         "bad", [[math.nan] * 4, [1.0, math.nan, 9.0, 9.0], [9.0, 1.0, 2.0, 7.0]]
     )
-    def test_nan_and_inverted_boxes_spoil_no_other_box(self, kernel, bad):
+    def test_nan_and_inverted_boxes_pool_zeros(self, kernel, bad):
         features = make_features()
         image_index = torch.tensor([0, 1])
         boxes = torch.tensor([bad, BOXES["inside"]])
@@ -237,8 +231,7 @@ class TestMapsInOneBlock:
         return views
 
     def pool_both(self, features, others, **settings):
-        boxes = torch.tensor(list(BOXES.values())).repeat(3, 1)
-        image_index = torch.arange(len(boxes)) % len(features[0])
+        boxes, image_index = every_box(len(features[0]))
         return (pool(some, boxes, image_index, **settings) for some in (features, others))
 
     @pytest.mark.parametrize("images", [1, 2, 3])

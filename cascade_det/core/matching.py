@@ -62,13 +62,7 @@ class LabelledRegions:
         return len(self.boxes)
 
     def __getitem__(self, index: Tensor) -> LabelledRegions:
-        return LabelledRegions(
-            self.boxes[index],
-            self.image_index[index],
-            self.gt_classes[index],
-            self.gt_boxes[index],
-            self.ious[index],
-        )
+        return LabelledRegions(**{name: field[index] for name, field in vars(self).items()})
 
 
 @torch.no_grad()

@@ -33,18 +33,11 @@ class Detections:
         return len(self.boxes)
 
     def __getitem__(self, index: Tensor | slice) -> Detections:
-        return Detections(
-            self.boxes[index], self.scores[index], self.classes[index], self.exit_stages[index]
-        )
+        return Detections(**{name: field[index] for name, field in vars(self).items()})
 
     def to(self, device: torch.device | str) -> Detections:
         """The same detections on another device."""
-        return Detections(
-            self.boxes.to(device),
-            self.scores.to(device),
-            self.classes.to(device),
-            self.exit_stages.to(device),
-        )
+        return Detections(**{name: field.to(device) for name, field in vars(self).items()})
 
 
 @dataclass

@@ -23,7 +23,7 @@ from cascade_det.core import ExitPolicy, PartTimer
 from cascade_det.d2 import host
 from cascade_det.d2.detector import Detector
 from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
-from cascade_det.d2.structures import detections_of
+from cascade_det.d2.structures import to_detections
 from cascade_det.errors import ConfigError
 
 # The heads of each kind, and what else Detectron2's own configurations of such a model have.
@@ -122,7 +122,7 @@ class InDetectron2:
         heads = self.model.roi_heads
         stages = getattr(heads, "num_cascade_stages", 1)
         entered = heads.stats.entered if self.heads_are_ours else [self._arrived] * stages
-        return Outcome([detections_of(found) for found in returned], self._arrived, entered)
+        return Outcome([to_detections(found) for found in returned], self._arrived, entered)
 
     def parts(self, batch: Sequence[Sample]) -> dict[str, float]:
         """Milliseconds of the parts of one call."""

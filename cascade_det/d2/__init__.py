@@ -1,7 +1,7 @@
-"""The cascade as a plugin of Detectron2: importing this registers its ROI heads and backbones.
+"""The cascade as a plugin of Detectron2. Importing it registers our ROI heads and backbones.
 
 ``add_cascade_config(cfg)`` adds the keys of ``MODEL.CASCADE`` and ``CASCADE`` to a configuration of
-Detectron2's; ``MODEL.ROI_HEADS.NAME: EarlyExitCascadeROIHeads`` puts the heads into a model.
+Detectron2; ``MODEL.ROI_HEADS.NAME: EarlyExitCascadeROIHeads`` selects the heads.
 """
 
 from cascade_det.quiet_imports import without_jit_warning
@@ -15,7 +15,7 @@ except ImportError as error:
         f"cascade_det.d2 is a plugin of Detectron2, which cannot be imported here ({error}). "
         "Install it into this environment, see "
         "https://detectron2.readthedocs.io/en/latest/tutorials/install.html, or use "
-        "cascade_det.standalone, which does without.",
+        "cascade_det.standalone, which does not need it.",
         name=error.name,
         path=error.path,
     ) from error

@@ -1,4 +1,4 @@
-"""Our light trunks as backbones of Detectron2, under the names that YAML files give them."""
+"""MobileNets with a feature pyramid as backbones of Detectron2, registered by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cascade_det.d2.parts import refuse_torchvision_names
 
 
 class MobileNetV2Backbone(MobileNetV2, Backbone):
-    """:class:`~cascade_det.backbones.MobileNetV2` with the shapes that Detectron2 asks for."""
+    """:class:`~cascade_det.backbones.MobileNetV2` as a ``Backbone`` of Detectron2."""
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of every feature."""
@@ -22,7 +22,7 @@ class MobileNetV2Backbone(MobileNetV2, Backbone):
 
 
 class MobileNetV3LargeBackbone(MobileNetV3Large, Backbone):
-    """:class:`~cascade_det.backbones.MobileNetV3Large`, likewise."""
+    """:class:`~cascade_det.backbones.MobileNetV3Large` as a ``Backbone`` of Detectron2."""
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of every feature."""
@@ -31,13 +31,13 @@ class MobileNetV3LargeBackbone(MobileNetV3Large, Backbone):
 
 @BACKBONE_REGISTRY.register()
 def build_mobilenet_v2_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """MobileNetV2 below a feature pyramid; keys as for ``build_resnet_fpn_backbone``."""
+    """MobileNetV2 with a feature pyramid; reads the keys of ``build_resnet_fpn_backbone``."""
     return _build_fpn(cfg, MobileNetV2Backbone)
 
 
 @BACKBONE_REGISTRY.register()
 def build_mobilenet_v3_large_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """MobileNetV3-Large below a feature pyramid."""
+    """MobileNetV3-Large with a feature pyramid; reads the same keys."""
     return _build_fpn(cfg, MobileNetV3LargeBackbone)
 
 
@@ -48,7 +48,7 @@ def _build_fpn(
     fpn = arguments["fpn"]
     in_features = fpn.pop("in_features")
     bottom_up = trunk(out_features=in_features, **arguments["bottom_up"])
-    # Whatever heads go with it.
+    # Here as well, since the ROI heads may be Detectron2's.
     bottom_up.register_load_state_dict_post_hook(refuse_torchvision_names)
     return FPN(
         bottom_up=bottom_up,

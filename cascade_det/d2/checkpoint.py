@@ -1,4 +1,4 @@
-"""Detectron2's checkpointer without pickle execution and without half-written files."""
+"""Detectron2's checkpointer with restricted unpickling and atomic writes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from cascade_det.engine import checkpoint
 class Checkpointer(checkpoint.Checkpointer, DetectionCheckpointer):
     """``DetectionCheckpointer`` with the restricted reader and the atomic writer of the engine.
 
-    Arguments and errors are those of :class:`cascade_det.engine.checkpoint.Checkpointer`; the files
-    are what ``DetectionCheckpointer`` reads and writes.
+    Arguments and errors as in :class:`cascade_det.engine.checkpoint.Checkpointer`; the files are
+    those of ``DetectionCheckpointer``.
     """

@@ -1,4 +1,4 @@
-"""Names in a configuration that Detectron2 would look for in vain, told as errors of ours."""
+"""Checks that the parts and feature maps that a configuration names exist in Detectron2."""
 
 from __future__ import annotations
 
@@ -31,29 +31,33 @@ _LEVELS = ("res2", "res3", "res4", "res5")
 
 
 def check_model(cfg: CfgNode) -> None:
-    """Check that what a configuration names is there: parts of a model, and maps of its backbone.
+    """Check the registered names of a model's parts and the feature maps of its backbone.
 
     Raises:
-        ConfigError: lists every problem that was found, each with key, value and remedy.
+        ConfigError: lists all errors, each with key, value and remedy.
     """
-    problems = [*_unknown_parts(cfg), *_unknown_maps(cfg)]
-    if problems:
-        listed = "\n  - ".join(problems)
+    errors = [*_unknown_parts(cfg), *_unknown_maps(cfg)]
+    if errors:
+        listed = "\n  - ".join(errors)
         raise ConfigError(f"Detectron2 cannot build this model:\n  - {listed}")
 
 
 def check_box_heads(cfg: CfgNode, maps: Collection[str]) -> None:
-    """Check that box heads as the configuration names them can be put on the maps of a backbone.
+    """Check the name of the box heads and the feature maps that they pool.
+
+    Args:
+        cfg: a configuration.
+        maps: names of the backbone's feature maps.
 
     Raises:
-        ConfigError: as above; a configuration of a C4 model names none.
+        ConfigError: lists all errors; for C4 models, which have no box heads, too.
     """
-    problems = [
+    errors = [
         *_not_in("MODEL.ROI_BOX_HEAD.NAME", ROI_BOX_HEAD_REGISTRY, cfg),
         *_not_among("MODEL.ROI_HEADS.IN_FEATURES", maps, cfg),
     ]
-    if problems:
-        listed = "\n  - ".join(problems)
+    if errors:
+        listed = "\n  - ".join(errors)
         raise ConfigError(
             f"EarlyExitCascadeROIHeads cannot be built:\n  - {listed}\nThey are for models with a "
             "feature pyramid and box heads of their own, such as Base-RCNN-FPN.yaml; Detectron2's "
@@ -77,7 +81,7 @@ def _unknown_parts(cfg: CfgNode) -> Iterator[str]:
 
 
 def _unknown_maps(cfg: CfgNode) -> Iterator[str]:
-    """Of the backbones whose maps the configuration tells."""
+    """Errors in feature-map names, for backbones whose maps follow from the configuration."""
     model = cfg.MODEL
     if model.BACKBONE.NAME not in _FPN_BACKBONES:
         return

@@ -1,4 +1,4 @@
-"""The data sets of a configuration in Detectron2's catalogs."""
+"""Registration of a configuration's data sets in Detectron2's catalogs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from cascade_det.errors import DatasetError
 
 
 def register_dataset(name: str, own_datasets: Iterable[tuple[str, str, str]] = ()) -> DatasetSource:
-    """Register a data set in Detectron2, unless it is there, and say where it lies.
+    """Register a data set in Detectron2 unless it is registered, and return its files.
 
     Args:
-        name: one of ``own_datasets``, one of Detectron2's COCO names, or any that is registered
-            in its catalog from a COCO-format json.
-        own_datasets: ``CASCADE.DATASETS``: name, json file and image folder each.
+        name: one of ``own_datasets``, one of Detectron2's COCO names, or one registered in its
+            catalog with a COCO-format json.
+        own_datasets: ``CASCADE.DATASETS``: name, json file and image folder of each.
 
     Raises:
-        DatasetError: no such name, a missing file or folder, or a name that is registered for
-            other files.
+        DatasetError: the name is unknown or registered for other files, or a file or folder is
+            missing.
     """
     own_datasets = list(own_datasets)
     registered = _registered(name)
@@ -43,18 +43,18 @@ def register_dataset(name: str, own_datasets: Iterable[tuple[str, str, str]] = (
 
 
 def refuse_left_out(datasets: Sequence[CocoDataset]) -> None:
-    """Make sure that ``CASCADE.ON_BAD_DATA skip`` has left out nothing.
+    """Check that ``CASCADE.ON_BAD_DATA skip`` left out no entry of a json.
 
     Raises:
-        DatasetError: it has, but Detectron2 reads the json itself, with what is wrong in it.
+        DatasetError: it did, but Detectron2 reads the json itself, with the wrong entries.
     """
     for dataset in datasets:
         if dataset.left_out:
             kinds = ", ".join(f"{count} x {kind}" for kind, count in dataset.left_out.items())
             raise DatasetError(
-                f"{dataset.source.json_file}: {kinds}. Detectron2 reads the file itself, so that "
-                "this cannot be left out there (CASCADE.ON_BAD_DATA 'skip'). Mend the file, or "
-                "take --host standalone."
+                f"{dataset.source.json_file}: {kinds}. Detectron2 reads the file itself and "
+                "cannot leave these out (CASCADE.ON_BAD_DATA 'skip'). Fix the file, or use "
+                "--host standalone."
             )
 
 

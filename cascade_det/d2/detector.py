@@ -1,8 +1,8 @@
-"""A model of Detectron2 as the engine knows a detector."""
+"""A model of Detectron2 with the interface of a detector that the engine uses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -25,30 +25,31 @@ from cascade_det.core.fast_heads import fast_dtype
 from cascade_det.core.modes import evaluation_mode, in_evaluation_mode
 from cascade_det.core.postprocess import rescale_stage
 from cascade_det.core.structures.boxes import keep_images
-from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads, HeadsCall
-from cascade_det.d2.structures import detections_of, objectness_of
+from cascade_det.d2.heads_call import HeadsCall
+from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
+from cascade_det.d2.structures import objectness_logits, to_detections
+from cascade_det.data.samples import Sample
 from cascade_det.engine.batches import check_images
 from cascade_det.engine.devices import describe_dtypes
 
-Inputs = Mapping[str, Any]
-
 
 class Detector(nn.Module):
-    """Inputs of Detectron2 in, losses or detections out.
+    """A model of Detectron2: its inputs in, losses or detections out.
 
     Args:
-        model: of Detectron2, trained or in training.
+        model: any model of Detectron2.
 
     Attributes:
-        outputs: of the call of :meth:`detect` that ended last, as the model itself returns them.
-        has_stages: whether the model is an R-CNN with our heads; any other is a single part.
+        outputs: the model's own outputs in the last call of :meth:`detect`.
+        has_stages: whether the model is an R-CNN with our heads. Any other runs as a whole:
+            without exits, stages and times of parts.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
         self.outputs: list[dict[str, Instances]] = []
-        # A model that a user derived may do more than its parts one after another.
+        # An overridden method may do more than run the parts one after another.
         is_plain = all(
             getattr(type(model), name, None) is getattr(GeneralizedRCNN, name)
             for name in ("forward", "inference", "preprocess_image", "_postprocess")
@@ -56,14 +57,17 @@ class Detector(nn.Module):
         heads = getattr(model, "roi_heads", None)
         self.has_stages = is_plain and isinstance(heads, EarlyExitCascadeROIHeads)
 
-    def losses(self, batch: Sequence[Inputs]) -> dict[str, Tensor]:
-        """Losses without a step: norms stay in the mode that they are in, nothing is logged.
+    def losses(self, batch: Sequence[Sample]) -> dict[str, Tensor]:
+        """Losses of a batch; norms and dropout stay in their mode, and nothing is logged.
 
         Args:
-            batch: inputs with ``instances``, the ground truth.
+            batch: samples with ``image`` and ``instances``, the ground truth.
+
+        Returns:
+            Scalars by Detectron2's names.
 
         Raises:
-            ValueError: the batch is empty, or has an image that ``detect`` refuses.
+            ValueError: the batch is empty, or ``detect`` refuses one of its images.
         """
         if len(batch) == 0:
             raise ValueError("the batch is empty: losses need at least one image")
@@ -75,22 +79,25 @@ class Detector(nn.Module):
     @torch.no_grad()
     def detect(
         self,
-        batch: Sequence[Inputs],
+        batch: Sequence[Sample],
         *,
         stages: bool | Sequence[bool] = False,
         timer: PartTimer | None = None,
     ) -> DetectorOutput:
-        """Detections of a batch, in pixels of the original images.
+        """Detect objects in a batch.
 
-        In evaluation mode, whatever mode the modules are in; each is in its own again afterwards.
+        Runs in evaluation mode and restores the mode of every module afterwards.
 
         Args:
-            batch: inputs with ``image`` and, if it was resized, ``height`` and ``width`` of the
+            batch: samples with ``image`` and, if it was resized, ``height`` and ``width`` of the
                 original.
-            stages: also run the full cascade and report what it gives after every stage; of all
-                images, or of those for which it is true. The others have nothing there. Only
-                where ``has_stages``.
-            timer: takes the milliseconds of every part if given.
+            stages: also run the full cascade and report the detections after every stage: of all
+                images, or of those for which it is true; the others get empty ones. Only where
+                ``has_stages``.
+            timer: measures the milliseconds of every part.
+
+        Returns:
+            Detections in pixels of the original images.
 
         Raises:
             ValueError: an image is not a tensor ``[3, H, W]``, or has no pixels.
@@ -106,8 +113,13 @@ class Detector(nn.Module):
         with timer.part("model") if timer is not None else nullcontext():
             outputs = self.model(batch)
         self.outputs = outputs
-        detections = [detections_of(output["instances"]) for output in outputs]
+        detections = [to_detections(output["instances"]) for output in outputs]
         return DetectorOutput(detections, CascadeStats([], []))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.model.parameters()).device
 
     @property
     def cascade(self) -> CascadeHead:
@@ -118,7 +130,7 @@ class Detector(nn.Module):
 
     @property
     def dtype(self) -> str:
-        """What inference computes in, for a report."""
+        """The types that inference computes in, for a report."""
         if not self.has_stages:
             return "float32"
         with evaluation_mode(self):
@@ -126,22 +138,22 @@ class Detector(nn.Module):
         return describe_dtypes({"roi_heads": heads, "all before": torch.float32})
 
     def set_exits(self, exits: ExitPolicy | None) -> None:
-        """Let regions leave by other exits, where ``has_stages``."""
+        """Replace the exit policy; ``None`` for no exits. Only where ``has_stages``."""
         self._heads.exits = exits
 
     @in_evaluation_mode
     @torch.no_grad()
     def cascade_inputs(
-        self, batch: Sequence[Inputs], *, timer: PartTimer | None = None
+        self, batch: Sequence[Sample], *, timer: PartTimer | None = None
     ) -> CascadeInputs:
-        """What the cascade gets of a batch, where ``has_stages``; arguments as in ``detect``."""
+        """Inputs of the cascade for a batch; arguments as in ``detect``. Needs ``has_stages``."""
         check_images(batch, image_channels(self.model))
-        images, maps, proposals = self._enter(batch, timer)
+        images, maps, proposals = self._propose(batch, timer)
         return CascadeInputs(
             [maps[name] for name in self._heads.box_in_features],
             [x.proposal_boxes.tensor for x in proposals],
             images.image_sizes,
-            objectness_of(proposals),
+            objectness_logits(proposals),
         )
 
     @property
@@ -150,10 +162,10 @@ class Detector(nn.Module):
         heads: EarlyExitCascadeROIHeads = model.roi_heads
         return heads
 
-    def _enter(
-        self, batch: Sequence[Inputs], timer: PartTimer | None
+    def _propose(
+        self, batch: Sequence[Sample], timer: PartTimer | None
     ) -> tuple[ImageList, dict[str, Tensor], list[Instances]]:
-        """All before the heads."""
+        """Images, feature maps and proposals: all parts before the heads."""
         model: Any = self.model
         part = timer.part if timer is not None else lambda name: nullcontext()
         with part("preprocess"):
@@ -162,23 +174,23 @@ class Detector(nn.Module):
             maps = model.backbone(images.tensor)
         with part("rpn"):
             if model.proposal_generator is None:
-                proposals = [inputs["proposals"].to(model.device) for inputs in batch]
+                proposals = [sample["proposals"].to(model.device) for sample in batch]
             else:
                 proposals, _ = model.proposal_generator(images, maps, None)
         return images, maps, proposals
 
     def _detect_in_parts(
-        self, batch: Sequence[Inputs], chosen: Sequence[bool], timer: PartTimer | None
+        self, batch: Sequence[Sample], chosen: Sequence[bool], timer: PartTimer | None
     ) -> DetectorOutput:
         heads = self._heads
         part = timer.part if timer is not None else lambda name: nullcontext()
         started = self.cascade.now()
-        images, maps, proposals = self._enter(batch, timer)
+        images, maps, proposals = self._propose(batch, timer)
         with HeadsCall(timer, started).within() as call:
             instances, _ = heads(images, maps, proposals, None)
         original_sizes = [
-            (inputs.get("height", size[0]), inputs.get("width", size[1]))
-            for inputs, size in zip(batch, images.image_sizes, strict=True)
+            (sample.get("height", size[0]), sample.get("width", size[1]))
+            for sample, size in zip(batch, images.image_sizes, strict=True)
         ]
         with part("postprocess"):
             outputs = [
@@ -187,7 +199,7 @@ class Detector(nn.Module):
             ]
         self.outputs = outputs
         assert call.stats is not None
-        detections = [detections_of(output["instances"]) for output in outputs]
+        detections = [to_detections(output["instances"]) for output in outputs]
         output = DetectorOutput(detections, call.stats)
         if any(chosen):
             full = heads.cascade.detect_stages(
@@ -202,14 +214,14 @@ class Detector(nn.Module):
 
 
 def image_channels(model: nn.Module) -> int | None:
-    """How many channels an image of a model has; ``None`` where the model does not say."""
+    """Channels of a model's images; ``None`` for a model without ``pixel_mean``."""
     mean = getattr(model, "pixel_mean", None)
     return len(mean) if isinstance(mean, Tensor) else None
 
 
 @contextmanager
 def _training_heads(model: Any) -> Iterator[None]:
-    """Within the block what computes losses does so, without any norm or dropout in training."""
+    """Put the modules that compute losses into training mode, but no norm and no dropout."""
     heads = getattr(model, "roi_heads", None)
     regime = getattr(heads, "regime", None)
     parts = [model, heads]
@@ -221,7 +233,7 @@ def _training_heads(model: Any) -> Iterator[None]:
     for part, _ in modes:
         part.training = True
     for part, _ in periods:
-        part.vis_period = 0  # nobody would see the pictures
+        part.vis_period = 0  # no event storage would show the pictures
     try:
         yield
     finally:

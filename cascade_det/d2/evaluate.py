@@ -1,4 +1,4 @@
-"""The evaluation of a configuration in Detectron2: by its ``COCOEvaluator`` and by ours."""
+"""Evaluation of a model of Detectron2, by its ``COCOEvaluator`` and by our evaluators."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ logger = logging.getLogger(__name__)
 def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     """Evaluate the weights of a configuration on ``DATASETS.TEST``.
 
-    Args, results and errors are those of :func:`cascade_det.standalone.evaluate`; the box AP is
-    Detectron2's, and masks and keypoints have theirs beside it (``segm``, ``keypoints``).
+    Args, results and errors as in :func:`cascade_det.standalone.evaluate`. Detectron2 computes the
+    box AP, and adds ``segm`` and ``keypoints`` for models with masks and keypoints.
     """
     model, datasets = load_model(cfg, resume=resume)
     results = evaluate_all(cfg, model, datasets)
@@ -60,7 +60,7 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
 
 
 def load_model(cfg: CfgNode, *, resume: bool = False) -> tuple[nn.Module, list[CocoDataset]]:
-    """The model with its weights, and ``DATASETS.TEST``; arguments and errors as above."""
+    """The model with its weights, and ``DATASETS.TEST``; arguments and errors as ``evaluate``."""
     datasets = load_datasets_to_evaluate(cfg, register_dataset, resume=resume)
     refuse_left_out(datasets)
     set_backends(cfg)
@@ -75,7 +75,7 @@ def evaluate_all(cfg: CfgNode, model: nn.Module, datasets: Sequence[CocoDataset]
     detector = Detector(model)
     if not detector.has_stages:
         logger.info(
-            "The model has none of our heads: no figures per stage, no shadow runs. "
+            "The model does not use our heads: no metrics per stage, no shadow runs. "
             "MODEL.ROI_HEADS.NAME EarlyExitCascadeROIHeads is a cascade that has them."
         )
     has_others = cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON
@@ -83,18 +83,18 @@ def evaluate_all(cfg: CfgNode, model: nn.Module, datasets: Sequence[CocoDataset]
     def evaluate_one(dataset: CocoDataset, folder: Path) -> dict[str, Any]:
         name = dataset.source.name
         loader = build_test_loader(cfg, name)
-        # One of the two writes the detections: who has more to say about them.
-        own = coco_evaluator(cfg, name, folder / "inference" if has_others else None)
-        own.reset()
+        # Our evaluator writes the detections, unless only Detectron2's has masks and keypoints.
+        coco = coco_evaluator(cfg, name, folder / "inference" if has_others else None)
+        coco.reset()
 
         def finish(results: dict[str, Any]) -> Mapping[str, Any]:
-            theirs = dict(distributed.broadcast(own.evaluate()))
-            # Of no detections at all it makes nan, where the AP is 0.
-            if all(math.isnan(value) for value in theirs.get("bbox", {}).values()):
-                theirs.pop("bbox", None)
-            if "bbox" in theirs:
-                theirs["bbox"] = with_ap90(theirs["bbox"], results["bbox"]["AP90"])
-            return {**results, **theirs}
+            found = dict(distributed.broadcast(coco.evaluate()))
+            # Without any detection it reports nan, although the AP is 0.
+            if all(math.isnan(value) for value in found.get("bbox", {}).values()):
+                found.pop("bbox", None)
+            if "bbox" in found:
+                found["bbox"] = with_ap90(found["bbox"], results["bbox"]["AP90"])
+            return {**results, **found}
 
         shadow = shadow_evaluators(**config.shadow_arguments(cfg)) if detector.has_stages else []
         return evaluate_dataset(
@@ -102,12 +102,12 @@ def evaluate_all(cfg: CfgNode, model: nn.Module, datasets: Sequence[CocoDataset]
             loader,
             dataset,
             folder,
-            device=next(model.parameters()).device,
+            device=detector.device,
             detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
             dtype=detector.dtype,
             stages=detector.has_stages,
             flops=_flops(detector),
-            further=[*shadow, _Feed(own, detector)],
+            further=[*shadow, _FeedOutputs(coco, detector)],
             finish=finish,
         )
 
@@ -117,11 +117,16 @@ def evaluate_all(cfg: CfgNode, model: nn.Module, datasets: Sequence[CocoDataset]
 def with_augmentation(
     cfg: CfgNode, model: nn.Module, datasets: Sequence[CocoDataset], results: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Evaluate with Detectron2's test-time augmentation (``TEST.AUG``) too.
+    """Evaluate with Detectron2's test-time augmentation (``TEST.AUG``).
+
+    Args:
+        cfg: a configuration.
+        model: with its weights.
+        datasets: the test sets.
+        results: of ``evaluate_all`` on them.
 
     Returns:
-        ``results`` of the same data sets, with ``bbox_TTA`` and so on beside ``bbox``. They are
-        added to ``results.json`` as well.
+        ``results`` with ``bbox_TTA`` and so on beside ``bbox``; also in ``results.json``.
     """
     augmented = GeneralizedRCNNWithTTA(cfg, model)
 
@@ -130,23 +135,25 @@ def with_augmentation(
         loader, evaluator = build_test_loader(cfg, name), coco_evaluator(cfg, name)
         with evaluation_mode(model):
             found = inference_on_dataset(augmented, loader, evaluator)
-        figures = {f"{task}_TTA": value for task, value in distributed.broadcast(found).items()}
-        logger.info("Results on %s with test-time augmentation: %s", name, figures)
+        metrics = {f"{task}_TTA": value for task, value in distributed.broadcast(found).items()}
+        logger.info("Results on %s with test-time augmentation: %s", name, metrics)
         if distributed.is_main():
             saved = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
-            write_results({**saved, **figures}, folder)
-        return {**(results if len(datasets) == 1 else results.get(name, {})), **figures}
+            write_results({**saved, **metrics}, folder)
+        return {**(results if len(datasets) == 1 else results.get(name, {})), **metrics}
 
     return {**results, **by_dataset(datasets, Path(cfg.OUTPUT_DIR), evaluate_one)}
 
 
 def coco_evaluator(cfg: CfgNode, name: str, output_dir: Path | None = None) -> COCOEvaluator:
-    """Detectron2's evaluator of a data set; its json may leave out what has an obvious value.
+    """Detectron2's evaluator of a data set; fills in missing entries of its json.
+
+    These are ``iscrowd`` (0), ``area`` (of the box) and ``num_keypoints`` (the visible ones).
 
     Args:
         cfg: a configuration.
         name: of a registered data set.
-        output_dir: where detections are written; ``None`` for nowhere.
+        output_dir: folder for the detections; ``None`` to write none.
     """
     evaluator = _Evaluator(
         name,
@@ -164,13 +171,13 @@ def coco_evaluator(cfg: CfgNode, name: str, output_dir: Path | None = None) -> C
 
 
 def check_expected(cfg: CfgNode, results: Mapping[str, Any]) -> None:
-    """End the process if results are not those of ``TEST.EXPECTED_RESULTS``, as Detectron2 does.
+    """Compare results with ``TEST.EXPECTED_RESULTS``, as Detectron2 does.
 
     Raises:
-        ConfigError: something is expected of a task that was not evaluated.
-        SystemExit: of the main process, with status 1, after the figures are logged.
+        ConfigError: a task is expected that was not evaluated.
+        SystemExit: results differ; in the main process, with status 1, after they are logged.
     """
-    # A training that was complete before has nothing to show.
+    # A training that was complete before this start has no results.
     expected = cfg.TEST.EXPECTED_RESULTS if results else []
     if unknown := {task for task, *_ in expected} - results.keys():
         raise ConfigError(
@@ -182,21 +189,21 @@ def check_expected(cfg: CfgNode, results: Mapping[str, Any]) -> None:
 
 
 def _flops(detector: Detector) -> RegionFlops | None:
-    """What the box heads compute for a region, if they are ours and can be traced."""
+    """FLOPs of the box heads per region; ``None`` for heads that cannot be traced."""
     if not detector.has_stages:
         return None
     model: Any = detector.model
     maps = model.backbone.output_shape()
     try:
         return region_flops(detector.cascade, maps[model.roi_heads.box_in_features[0]].channels)
-    # A head that somebody wrote may fail to be traced in many ways.
+    # Tracing of a user's own box head may fail in many ways.
     except Exception as error:
         logger.info("No FLOPs of the heads: they cannot be traced (%s).", error)
         return None
 
 
 class _Evaluator(COCOEvaluator):
-    """Names the figures of classes as ours does, so that none is lost where two have one name."""
+    """Labels classes as our evaluators do, so that classes of the same name keep their AP."""
 
     def _derive_coco_results(
         self, coco_eval: Any, iou_type: str, class_names: Sequence[str] | None = None
@@ -205,12 +212,12 @@ class _Evaluator(COCOEvaluator):
         if class_names is not None and len(class_names) == len(ids):
             named = {key: {"name": name} for key, name in zip(ids, class_names, strict=True)}
             class_names = list(class_labels(named).values())
-        figures: dict[str, float] = super()._derive_coco_results(coco_eval, iou_type, class_names)
-        return figures
+        metrics: dict[str, float] = super()._derive_coco_results(coco_eval, iou_type, class_names)
+        return metrics
 
 
-class _Feed:
-    """Hands a model's own outputs to an evaluator of Detectron2, which gathers them itself."""
+class _FeedOutputs:
+    """Passes the model's own outputs to an evaluator of Detectron2, which gathers them itself."""
 
     def __init__(self, evaluator: DatasetEvaluator, detector: Detector) -> None:
         self._evaluator = evaluator

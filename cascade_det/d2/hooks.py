@@ -1,4 +1,4 @@
-"""The engine's hooks among those of Detectron2, and its writers."""
+"""The engine's hooks as hooks of Detectron2, and Detectron2's writers."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ logger = logging.getLogger(__name__)
 
 
 class StorageHistory:
-    """Detectron2's storage of events, read as :class:`cascade_det.engine.events.History` is.
+    """``EventStorage`` with the interface of :class:`cascade_det.engine.events.History`.
 
     Args:
         storage: of a training.
-        last: the iteration that was completed last; what comes after it counts as part of it.
+        last: the last completed iteration; later values count as its.
     """
 
     def __init__(self, storage: EventStorage, last: int) -> None:
@@ -40,30 +40,30 @@ class StorageHistory:
         return name in self._storage.latest()
 
     def latest(self, name: str) -> tuple[float, int]:
-        """The last value of ``name``, and its iteration."""
+        """The last value of ``name`` and its iteration."""
         value, iteration = self._storage.latest()[name]
         return value, min(iteration, self._last)
 
     def put_all(self, values: Mapping[str, float], *, smooth: bool = True) -> None:
-        """File values; ``smooth`` says whether writers should show a median."""
+        """Store values; writers show a median of those with ``smooth``."""
         self._storage.put_scalars(**values, smoothing_hint=smooth)
 
 
 class LearningRate(hooks.LRScheduler):
-    """Detectron2's hook, that takes the place in the schedule from a checkpoint, not the rates."""
+    """Detectron2's hook, which resumes the position in the schedule but not the rates."""
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on at the iteration of the checkpoint, with the rates of the configuration."""
+        """Continue at the checkpoint's iteration with the rates of the configuration."""
         load_scheduler_state(self.scheduler, state_dict)
 
 
 class Printer(CommonMetricPrinter):
-    """Detectron2's, that divides by zero where a run ends early and a line would come twice."""
+    """Detectron2's printer, which would divide by zero if it printed an iteration twice."""
 
     _printed = -1
 
     def write(self) -> None:
-        """Log losses, rate and times, unless this iteration has been logged."""
+        """Log losses, learning rate and times once per iteration."""
         iteration = get_event_storage().iter
         if iteration != self._printed:
             super().write()
@@ -71,10 +71,10 @@ class Printer(CommonMetricPrinter):
 
 
 def build_writers(output_dir: str | Path, max_iter: int) -> list[EventWriter]:
-    """Detectron2's writers; where tensorboard is not installed, one log line in place of its.
+    """Detectron2's writers; without tensorboard installed, a log line says so.
 
     Args:
-        output_dir: made if needed.
+        output_dir: created if missing.
         max_iter: iterations of the whole training.
     """
     Path(output_dir).mkdir(parents=True, exist_ok=True)
@@ -86,10 +86,7 @@ def build_writers(output_dir: str | Path, max_iter: int) -> list[EventWriter]:
 
 
 def as_detectron2_hook(hook: Hook) -> HookBase:
-    """One of the engine's hooks, for a trainer of Detectron2 that has what it looks at.
-
-    Its state is kept under its own name.
-    """
+    """Wrap a hook of the engine; its state is saved under its own class name."""
     return type(type(hook).__name__, (_Adapted,), {})(hook)
 
 

@@ -1,4 +1,4 @@
-"""What ``tools/train_net.py`` asks of this host; ``cascade_det.standalone`` has the same."""
+"""The functions that commands call in this host; ``cascade_det.standalone.host`` has the same."""
 
 from __future__ import annotations
 
@@ -34,10 +34,12 @@ __all__ = [
 
 
 def open_detector(cfg: CfgNode) -> tuple[Detector, CocoDataset, Any]:
-    """A trained detector with the first of ``DATASETS.TEST``; errors as of ``evaluate``.
+    """The trained detector, the first of ``DATASETS.TEST`` and its loader.
+
+    Errors as in ``evaluate``.
 
     Raises:
-        ConfigError: its heads are not ours.
+        ConfigError: the model does not use our heads.
     """
     model, datasets = load_model(cfg)
     detector = Detector(model)
@@ -50,9 +52,9 @@ def open_detector(cfg: CfgNode) -> tuple[Detector, CocoDataset, Any]:
 
 
 def load_config(config_files: ConfigFiles, opts: Sequence[Any] = ()) -> CfgNode:
-    """Detectron2's configuration with our nodes, and files and options merged into it.
+    """Detectron2's configuration with our keys, merged with files and options.
 
-    Args and errors are those of :func:`cascade_det.config.load_config`.
+    Args and errors as in :func:`cascade_det.config.load_config`.
     """
     cfg = detectron2.config.get_cfg()
     config.add_cascade_config(cfg)
@@ -61,10 +63,10 @@ def load_config(config_files: ConfigFiles, opts: Sequence[Any] = ()) -> CfgNode:
 
 
 def check_config(cfg: CfgNode) -> None:
-    """Check what is ours, and that what is Detectron2's is there; the rest is left to it.
+    """Check our keys, and that the parts and feature maps named for Detectron2 exist.
 
     Raises:
-        ConfigError: lists every problem that was found, each with key, value and remedy.
+        ConfigError: lists all errors, each with key, value and remedy.
     """
     config.check_run(cfg)
     check_model(cfg)
@@ -77,7 +79,7 @@ def check_config(cfg: CfgNode) -> None:
 
 
 def join() -> None:
-    """Tell Detectron2 of the processes that train together, once in each of them."""
+    """Register the process groups of this training with Detectron2; once in every process."""
     if distributed.world_size() > 1:
         per_machine = max(distributed.all_gather(distributed.local_rank())) + 1
         comm.create_local_process_group(per_machine)

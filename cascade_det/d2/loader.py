@@ -1,4 +1,4 @@
-"""Detectron2's loaders, with workers that outlive signals and images that are named if broken."""
+"""Detectron2's loaders; workers ignore signals, and errors name the broken image."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ _ERROR = "error"
 def build_train_loader(cfg: CfgNode) -> Batches:
     """Detectron2's endless loader of ``DATASETS.TRAIN``.
 
-    ``CASCADE.ON_BAD_DATA`` says what becomes of an image that turns out to be broken when it is
-    read: ``error`` raises, ``skip`` logs it, and another one takes its place.
+    With ``CASCADE.ON_BAD_DATA`` ``error``, an image that cannot be read raises an error; with
+    ``skip`` it is logged and replaced by another one.
     """
     mapper = _Reader(DatasetMapper(cfg, is_train=True), skip=cfg.CASCADE.ON_BAD_DATA == "skip")
     return Batches(build_detection_train_loader(cfg, mapper=mapper))
 
 
 def build_test_loader(cfg: CfgNode, name: str, mapper: Mapper | None = None) -> Batches:
-    """Detectron2's loader of a test set, of this process its share, in its order.
+    """Detectron2's loader of this process's share of a test set, in its order.
 
     Args:
         cfg: a configuration.
@@ -58,10 +58,10 @@ def build_test_loader(cfg: CfgNode, name: str, mapper: Mapper | None = None) -> 
 
 
 class Batches:
-    """Batches of a loader of Detectron2's.
+    """Batches of a loader of Detectron2 whose mapper is a ``_Reader``.
 
     Args:
-        loader: of inputs that a mapper of this module made.
+        loader: of Detectron2.
     """
 
     def __init__(self, loader: Iterable[list[Inputs]]) -> None:
@@ -78,7 +78,7 @@ class Batches:
         """
         with signals_held():
             batches = iter(self._loader)
-            # Grouping by aspect ratio starts the workers only now.
+            # With grouping by aspect ratio the workers start at the first batch.
             first = list(itertools.islice(batches, 1))
         for batch in itertools.chain(first, batches):
             for inputs in batch:
@@ -88,7 +88,7 @@ class Batches:
 
 
 class _Reader:
-    """A mapper whose errors travel as inputs: PyTorch would add a worker's traceback to them."""
+    """A mapper that returns errors as inputs: PyTorch would add the worker's traceback to them."""
 
     def __init__(self, mapper: Mapper, *, skip: bool) -> None:
         self._mapper = mapper
@@ -115,10 +115,10 @@ class _Reader:
 
 
 def _check_png(path: str) -> None:
-    """Look for damage by the check sums: Detectron2 passes over what Pillow says of a PNG.
+    """Verify the checksums of a PNG, because Detectron2 would use a damaged one.
 
-    It asks for EXIF data first, which decodes such an image, ignores any error of that, and takes
-    what was decoded until then.
+    It reads EXIF data first, which decodes a PNG, ignores any error, and uses the pixels decoded
+    until then.
     """
     if path.lower().endswith(".png"):
         with Image.open(path) as image:

@@ -1,4 +1,4 @@
-"""Parts of Detectron2 in terms of the cascade's, and a refusal of those that it cannot replace."""
+"""Checks that the cascade can replace parts of Detectron2, and their settings for it."""
 
 from __future__ import annotations
 
@@ -18,110 +18,113 @@ from cascade_det.core.roi_pooling import CANONICAL_BOX_SIZE, CANONICAL_LEVEL
 from cascade_det.core.structures.boxes import MAX_LOG_SCALE
 from cascade_det.errors import CheckpointError
 
-# Of torchvision's classifiers, and their names in a trunk.
+# The first weight of torchvision's classifiers, and its name in our trunks.
 _FIRST_WEIGHTS = {
     "layer1.0.conv1.weight": "res2.0.conv1.weight",
     "features.0.0.weight": "features.0.0.weight",
 }
-_PREDICTED_BY_THE_CORE = ("losses", "box_reg_loss", "inference", "predict_boxes", "predict_probs")
+_METHODS_REPLACED = ("losses", "box_reg_loss", "inference", "predict_boxes", "predict_probs")
 
 
-def refuse_overrides(own: type, base: type, names: Iterable[str]) -> None:
-    """Make sure that a class has methods as ``base`` has them.
+def check_not_overridden(own: type, base: type, names: Iterable[str]) -> None:
+    """Check that a class inherits the methods ``names`` of ``base`` unchanged.
 
     Raises:
-        ValueError: ``own`` has another one, or none.
+        ValueError: ``own`` overrides or lacks one.
     """
     overridden = [name for name in names if getattr(own, name, None) is not getattr(base, name)]
     if overridden:
         raise ValueError(
-            f"{own.__name__} overrides {', '.join(overridden)}, which {base.__name__} has, but "
-            "EarlyExitCascadeROIHeads never calls: its cascade does that work itself. Override "
-            "another method, or take Detectron2's CascadeROIHeads."
+            f"{own.__name__} overrides {', '.join(overridden)} of {base.__name__}, which "
+            "EarlyExitCascadeROIHeads never calls: its cascade does that work. Override another "
+            "method, or use Detectron2's CascadeROIHeads."
         )
 
 
 def check_predictor(predictor: FastRCNNOutputLayers) -> None:
-    """Make sure that losses and boxes of a predictor are those that the cascade computes.
+    """Check that a predictor has the losses and box transform that the cascade computes.
 
     Raises:
-        ValueError: they are others.
+        ValueError: it has others.
     """
-    refuse_overrides(type(predictor), FastRCNNOutputLayers, _PREDICTED_BY_THE_CORE)
+    check_not_overridden(type(predictor), FastRCNNOutputLayers, _METHODS_REPLACED)
     for option in ("use_sigmoid_ce", "use_fed_loss"):
         if getattr(predictor, option):
             raise ValueError(
                 f"box_predictors: {option} is True, but the class loss of EarlyExitCascadeROIHeads "
-                "is softmax cross-entropy. Set it to False, or take Detectron2's CascadeROIHeads."
+                "is softmax cross-entropy. Set it to False, or use Detectron2's CascadeROIHeads."
             )
     transform = predictor.box2box_transform
     if type(transform) is not Box2BoxTransform or transform.scale_clamp != MAX_LOG_SCALE:
         raise ValueError(
-            "box_predictors: box2box_transform has to be Detectron2's Box2BoxTransform with its "
-            f"usual scale_clamp, not {type(transform).__name__} with {transform.scale_clamp}"
+            "box_predictors: box2box_transform must be Detectron2's Box2BoxTransform with its "
+            f"default scale_clamp, not {type(transform).__name__} with {transform.scale_clamp}"
         )
 
 
 def refuse_torchvision_names(part: nn.Module, incompatible: Any) -> None:
-    """A hook after ``load_state_dict``: a trunk takes no weights under torchvision's names.
+    """Post-hook of ``load_state_dict`` that refuses weights under torchvision's names.
 
-    Detectron2's checkpointer logs them as unexpected, and a trunk with frozen norms goes on with
-    the random weights that it began with. A part of a model sees the names, but not the weights:
-    so they cannot be renamed here.
+    Detectron2's checkpointer only logs such names as unexpected, and the trunk would keep its
+    random weights. The hook sees the names but not the weights, so it cannot rename them.
 
     Args:
-        part: of the model that is loaded.
+        part: the module that the hook belongs to.
         incompatible: ``missing_keys`` and ``unexpected_keys`` of the whole model.
 
     Raises:
-        CheckpointError: the names are torchvision's, and the trunk has none of its weights.
+        CheckpointError: the file has torchvision's names, and no weights under the trunk's own.
     """
     for theirs, ours in _FIRST_WEIGHTS.items():
         missing = any(name.endswith(f".{ours}") for name in incompatible.missing_keys)
         if missing and theirs in incompatible.unexpected_keys:
             raise CheckpointError(
                 f"the weights have torchvision's names ({theirs}), which Detectron2 does not know: "
-                f"the backbone ({ours}) would stay as it was initialised. Leave MODEL.WEIGHTS "
-                "empty and load the file by cascade_det.weights.loading.load_weights(model, file), "
-                "which renames them, or train with tools/train_net.py, which does the same."
+                f"the backbone ({ours}) would keep its initial weights. Leave MODEL.WEIGHTS "
+                "empty and load the file with cascade_det.weights.loading.load_weights(model, "
+                "file), which renames them, or train with tools/train_net.py, which does the same."
             )
 
 
-def pooler_like(pooler: ROIPooler, kernel: str) -> RoIPooler:
-    """Our pooler that computes the same.
+def to_roi_pooler(pooler: ROIPooler, kernel: str) -> RoIPooler:
+    """A ``RoIPooler`` that computes the same as a pooler of Detectron2.
+
+    Args:
+        pooler: crops squares by ``ROIAlign`` or ``ROIAlignV2``.
+        kernel: see ``MODEL.CASCADE.POOLER_KERNEL``.
 
     Raises:
-        ValueError: Detectron2's is of another kind.
+        ValueError: the pooler is of another kind.
     """
     levels = list(pooler.level_poolers)
     height, width = pooler.output_size
     canonical = (pooler.canonical_box_size, pooler.canonical_level)
     if (
-        # Not of a class of the user's own, that may compute something else.
+        # A subclass may compute something else.
         type(pooler) is not ROIPooler
         or any(type(level) is not ROIAlign for level in levels)
         or canonical != (CANONICAL_BOX_SIZE, CANONICAL_LEVEL)
         or height != width
     ):
         raise ValueError(
-            "box_pooler has to be Detectron2's ROIPooler, which crops squares by ROIAlign or "
+            "box_pooler must be Detectron2's ROIPooler, which crops squares by ROIAlign or "
             f"ROIAlignV2, with the canonical box size {CANONICAL_BOX_SIZE} on level "
             f"{CANONICAL_LEVEL}, not {pooler}"
         )
     return RoIPooler(
         output_size=height,
         strides=tuple(round(1 / level.spatial_scale) for level in levels),
-        sampling_ratio=common(level.sampling_ratio for level in levels),
-        aligned=common(level.aligned for level in levels),
+        sampling_ratio=common_value(level.sampling_ratio for level in levels),
+        aligned=common_value(level.aligned for level in levels),
         kernel=kernel,
     )
 
 
-def threshold(matcher: Matcher) -> float:
-    """The IoU from which a matcher of a stage takes regions for foreground.
+def foreground_threshold(matcher: Matcher) -> float:
+    """The IoU at which a stage's matcher labels a region foreground.
 
     Raises:
-        ValueError: it does not tell foreground from background by one threshold alone.
+        ValueError: the matcher has more than one threshold or low-quality matches.
     """
     if matcher.labels != [0, 1] or matcher.allow_low_quality_matches:
         raise ValueError(
@@ -133,20 +136,20 @@ def threshold(matcher: Matcher) -> float:
 
 
 class DynamicMatcher(Matcher):
-    """The matcher of the proposals, by the threshold of stage 0 as it is now.
+    """Matches proposals at the current IoU threshold of stage 0 of a dynamic training schedule.
 
-    It is also where a regime sees the proposals: sampling is Detectron2's own.
+    Also reports the IoUs of the proposals to the schedule, since Detectron2 does the sampling.
 
     Raises:
-        ValueError: see ``threshold``.
+        ValueError: see ``foreground_threshold``.
     """
 
     def __init__(self, matcher: Matcher, regime: TrainingSchedule) -> None:
-        super().__init__([threshold(matcher)], matcher.labels)
+        super().__init__([foreground_threshold(matcher)], matcher.labels)
         self.regime = regime
 
     def __call__(self, match_quality_matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """Ground truth and label of each of R proposals, from their IoUs ``[G, R]``."""
+        """Index of the matched object and label, int ``[R]`` each, from IoUs ``[G, R]``."""
         dynamic = self.regime.dynamic
         if dynamic is None or not self.regime.training:
             return super().__call__(match_quality_matrix)
@@ -158,13 +161,13 @@ class DynamicMatcher(Matcher):
         return Matcher(list(now), self.labels)(match_quality_matrix)
 
 
-def common(values: Iterable[Any]) -> Any:
-    """The value that all are.
+def common_value(values: Iterable[Any]) -> Any:
+    """The one value that all of them have.
 
     Raises:
         ValueError: they differ.
     """
     first, *others = values
     if any(other != first for other in others):
-        raise ValueError(f"stages and levels have to agree, but one has {first}, another {others}")
+        raise ValueError(f"stages and levels must agree, but one has {first}, the others {others}")
     return first

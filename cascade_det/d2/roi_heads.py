@@ -1,12 +1,11 @@
-"""The ROI heads for Detectron2: its interface around, our cascade within."""
+"""The cascade with early exits as ROI heads of Detectron2."""
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,22 +27,27 @@ from cascade_det.core import (
     CascadeStats,
     ExitPolicy,
     FastCopies,
-    PartTimer,
     TrainingSchedule,
     build_exits,
     build_training_schedule,
 )
 from cascade_det.d2.config_checks import check_box_heads
+from cascade_det.d2.heads_call import current_call
 from cascade_det.d2.parts import (
     DynamicMatcher,
+    check_not_overridden,
     check_predictor,
-    common,
-    pooler_like,
-    refuse_overrides,
+    common_value,
+    foreground_threshold,
     refuse_torchvision_names,
-    threshold,
+    to_roi_pooler,
 )
-from cascade_det.d2.structures import instances_of, labelled_regions_of, objectness_of, targets_of
+from cascade_det.d2.structures import (
+    objectness_logits,
+    to_instances,
+    to_labelled_regions,
+    to_targets,
+)
 from cascade_det.engine.allocator import keep_freed_memory
 from cascade_det.engine.devices import resolve_fast_dtype
 
@@ -52,82 +56,48 @@ Losses = dict[str, Tensor]
 _COMPUTED_BY_THE_CORE = ("_run_stage", "_match_and_label_boxes", "_create_proposals_from_boxes")
 
 
-@dataclass
-class HeadsCall:
-    """One inference by the heads: what they take and give beside Detectron2's interface.
-
-    Attributes:
-        timer: takes the milliseconds of the stages.
-        started: reading of the time budget's clock when work on the images began; ``None`` counts
-            from where proposals come in.
-        stats: how many regions entered and left each stage, once it has run.
-    """
-
-    timer: PartTimer | None = None
-    started: float | None = None
-    stats: CascadeStats | None = None
-
-    @contextmanager
-    def within(self) -> Iterator[HeadsCall]:
-        """Within the block, inference by any heads in this thread is this call."""
-        before = _OF_THREAD.call
-        _OF_THREAD.call = self
-        try:
-            yield self
-        finally:
-            _OF_THREAD.call = before
-
-
-class _OfThread(threading.local):
-    def __init__(self) -> None:
-        self.call = HeadsCall()
-
-
-_OF_THREAD = _OfThread()
-
-
 @ROI_HEADS_REGISTRY.register()
 class EarlyExitCascadeROIHeads(CascadeROIHeads):
-    """Detectron2's cascade of box heads, from which regions may leave early.
+    """Detectron2's cascade of box heads with early exits.
 
-    In place of :class:`CascadeROIHeads` it takes the same arguments and the same weights. Without
-    ``exits``, and with ``pooler_kernel="torchvision"``, losses and detections are the same to the
-    last bit. Mask and keypoint heads are Detectron2's own, on the boxes that the cascade gives.
-    Detections have one more field, ``exit_stages``: int64 ``[D]``, the last stage (from 0) that
-    each region saw. ``GeneralizedRCNNWithTTA`` builds new ``Instances``, without it.
-    Traced by ``torch.jit.trace``, every region sees every stage.
+    Replaces :class:`CascadeROIHeads` with the same arguments and the same weights. Without
+    ``exits`` and with ``pooler_kernel="torchvision"``, losses and detections are equal to the last
+    bit. Mask and keypoint heads are Detectron2's own and run on the boxes of the cascade.
+    Detections have one more field, ``exit_stages``: int64 ``[D]``, the last stage (from 0) of
+    each region. ``GeneralizedRCNNWithTTA`` builds new ``Instances`` without it. Under
+    ``torch.jit.trace`` every region runs through every stage.
 
-    What the cascade computes itself is not to be overridden in a subclass: ``_run_stage``,
-    ``_match_and_label_boxes``, ``_create_proposals_from_boxes``. The box heads are free, and so are
+    Subclasses must not override ``_run_stage``, ``_match_and_label_boxes`` and
+    ``_create_proposals_from_boxes``, which the cascade replaces. They may override
     ``_init_box_head``, ``_init_mask_head``, ``_init_keypoint_head``, ``label_and_sample_proposals``
-    and ``forward``.
+    and ``forward``, and use any box heads.
 
     Args:
-        box_in_features: names of the maps that regions are cropped from, finest first.
+        box_in_features: names of the feature maps to pool, finest first.
         box_pooler: of type ``ROIAlign`` or ``ROIAlignV2``. It stays as ``self.box_pooler``; the
-            cascade crops with a pooler of its own that computes the same.
+            cascade pools with an equivalent ``RoIPooler``.
         box_heads: S modules, ``[R, C, P, P]`` to ``[R, F]``.
-        box_predictors: S ``FastRCNNOutputLayers``; they carry the deltas' weights, the losses and
-            the thresholds of inference.
-        proposal_matchers: S matchers of one threshold each, below it background.
-        stage_loss_weights: S factors of the losses of a stage; ``None`` for 1.
-        ensemble: how the stages' opinions become one score, see ``MODEL.CASCADE.ENSEMBLE``.
+        box_predictors: S ``FastRCNNOutputLayers``. The cascade takes delta weights, loss types and
+            inference thresholds from them.
+        proposal_matchers: S matchers with one threshold each; background below it.
+        stage_loss_weights: S factors of the stages' losses; ``None`` for 1.
+        ensemble: how the stages' scores become one, see ``MODEL.CASCADE.ENSEMBLE``.
         pooler_kernel: see ``MODEL.CASCADE.POOLER_KERNEL``.
-        exits: when regions leave early, in inference only; ``None`` for never.
-        regime: what training does beyond the sum of the stages' losses; ``None`` for nothing.
-        fast_dtype: let inference compute on copies of the box heads that are made for it, in this
-            type: see ``MODEL.CASCADE.FAST.DTYPE``; ``None`` for no copies.
+        exits: the exit policy of inference; ``None`` for no exits.
+        regime: the training schedule; ``None`` for the plain sum of the stages' losses.
+        fast_dtype: run inference on optimised copies of the box heads in this type, see
+            ``MODEL.CASCADE.FAST.DTYPE``; ``None`` for no copies.
         kwargs: further arguments of :class:`CascadeROIHeads`.
 
     Attributes:
-        cascade: the box heads in a row; no submodule, its parts are those of this module.
-        stats: of the inference that ended last, how many regions entered and left each stage. Where
-            several threads detect, each has its own in :class:`HeadsCall`.
+        cascade: runs the box heads. Not a submodule: it shares the parts of this module.
+        stats: how many regions entered and left each stage in the last inference. With several
+            threads, each has its own in :class:`~cascade_det.d2.heads_call.HeadsCall`.
 
     Raises:
-        ValueError: a part that the cascade cannot stand in for.
-        ConfigError: from a configuration: a key that does not fit, see
-            :func:`cascade_det.config.check_heads`, or a name that is not known.
+        ValueError: the cascade cannot replace one of the parts.
+        ConfigError: a configuration has a wrong value, see
+            :func:`cascade_det.config.check_heads`, or an unknown name.
     """
 
     proposal_matcher: Matcher
@@ -157,9 +127,9 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             proposal_matchers=proposal_matchers,
             **kwargs,
         )
-        refuse_overrides(type(self), CascadeROIHeads, _COMPUTED_BY_THE_CORE)
+        check_not_overridden(type(self), CascadeROIHeads, _COMPUTED_BY_THE_CORE)
         cascade = CascadeHead(
-            pooler=pooler_like(box_pooler, pooler_kernel),
+            pooler=to_roi_pooler(box_pooler, pooler_kernel),
             box_heads=box_heads,
             box_predictors=box_predictors,
             stage_loss_weights=stage_loss_weights,
@@ -172,7 +142,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         self.regime = cascade.regime
         if self.regime.dynamic is not None:
             self.proposal_matcher = DynamicMatcher(self.proposal_matcher, self.regime)
-        # Past nn.Module, which would register every parameter under a second name.
+        # Not by nn.Module.__setattr__, which would register every parameter under a second name.
         self.__dict__["cascade"] = cascade
         self.__dict__["_pooler"] = box_pooler
         self._fast_dtype = fast_dtype
@@ -180,17 +150,17 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         self.cascade: CascadeHead
         self.stats: CascadeStats | None = None
         self.follow_predictors()
-        # Whatever trunk comes before them.
+        # Here as well, since the trunk may be of any kind.
         self.register_load_state_dict_post_hook(refuse_torchvision_names)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        """Arguments from a configuration; nodes and keys of ours that it lacks have defaults."""
+        """Arguments from a configuration; missing keys of ours get their defaults."""
         cfg = config.with_cascade_keys(cfg)
         config.check_heads(cfg)
         arguments, parts = config.cascade_arguments(cfg), super().from_config(cfg, input_shape)
-        hidden_features = [_size(head.output_shape) for head in parts["box_heads"]]
-        channels = common(input_shape[name].channels for name in parts["box_in_features"])
+        hidden_features = [_num_features(head.output_shape) for head in parts["box_heads"]]
+        channels = common_value(input_shape[name].channels for name in parts["box_in_features"])
         return {
             **parts,
             "stage_loss_weights": arguments["stage_loss_weights"],
@@ -206,7 +176,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         check_box_heads(cfg, input_shape)
         pooling = config.pooler_arguments(cfg)
         in_features, size = list(pooling["in_features"]), pooling["output_size"]
-        channels = common(input_shape[name].channels for name in in_features)
+        channels = common_value(input_shape[name].channels for name in in_features)
         cascade = cfg.MODEL.ROI_BOX_CASCADE_HEAD
         heads, predictors = [], []
         stages = zip(config.box_head_configs(cfg), cascade.BBOX_REG_WEIGHTS, strict=True)
@@ -237,7 +207,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         proposals: list[Instances],
         targets: list[Instances] | None = None,
     ) -> tuple[list[Instances], Losses]:
-        """As in Detectron2; in training with the losses of learned exits, or these alone."""
+        """As in Detectron2; training adds the losses of learned exits, or has only these."""
         if not self.training or self.exits is None or self.exits.learned is None:
             return super().forward(images, features, proposals, targets)
         assert targets is not None
@@ -249,7 +219,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             [features[name] for name in self.box_in_features],
             [x.proposal_boxes.tensor for x in proposals],
             [x.image_size for x in proposals],
-            objectness_of(proposals),
+            objectness_logits(proposals),
         )
         objects = [x.gt_boxes.tensor for x in targets], [x.gt_classes.long() for x in targets]
         return sampled, {**losses, **self.cascade.exit_losses(inputs, *objects)}
@@ -260,7 +230,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         proposals: list[Instances],
         targets: list[Instances] | None = None,
     ) -> Losses | list[Instances]:
-        """Losses from sampled proposals in training; else detections."""
+        """Losses of sampled proposals in training, detections otherwise."""
         maps = [features[name] for name in self.box_in_features]
         image_sizes = [x.image_size for x in proposals]
         self.follow_predictors()
@@ -269,39 +239,39 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             return self._losses(maps, proposals, targets, image_sizes)
         if torch.jit.is_tracing() and self.exits is not None:
             warnings.warn("A traced cascade has no exits: it runs every stage.", stacklevel=2)
-        call = _OF_THREAD.call
+        call = current_call()
         detections, stats = self.cascade.detect(
             maps,
             [x.proposal_boxes.tensor for x in proposals],
             image_sizes,
-            objectness=objectness_of(proposals),
+            objectness=objectness_logits(proposals),
             timer=call.timer,
             started=call.started,
         )
         self.stats = call.stats = stats
         _log_exit_rates(stats)
-        return [instances_of(d, size) for d, size in zip(detections, image_sizes, strict=True)]
+        return [to_instances(d, size) for d, size in zip(detections, image_sizes, strict=True)]
 
     def forward_with_given_boxes(
         self, features: dict[str, Tensor], instances: list[Instances]
     ) -> list[Instances]:
-        """Masks and keypoints of detections, by Detectron2's own heads."""
+        """Add masks and keypoints to detections by Detectron2's own heads."""
         has_any = self.mask_on or self.keypoint_on
-        timer = _OF_THREAD.call.timer
+        timer = current_call().timer
         with timer.part("masks") if timer is not None and has_any else nullcontext():
             return super().forward_with_given_boxes(features, instances)
 
     def follow_predictors(self) -> None:
-        """Take over what may have been replaced or set here since, as users of Detectron2 do.
+        """Pass on to the cascade the parts and settings that a user replaced on this module.
 
         Raises:
-            ValueError: a part that the cascade cannot stand in for.
+            ValueError: the cascade cannot replace one of the parts.
         """
         cascade, rules, last = self.cascade, self._rules(), self.box_predictor[-1]
         cascade.box_head, cascade.box_predictor = self._box_heads(), self.box_predictor
         cascade.exits, cascade.regime = self.exits, self.regime
         if self.box_pooler is not self.__dict__["_pooler"]:
-            cascade.pooler = pooler_like(self.box_pooler, cascade.pooler.kernel)
+            cascade.pooler = to_roi_pooler(self.box_pooler, cascade.pooler.kernel)
             self.__dict__["_pooler"] = self.box_pooler
         cascade.targets = replace(cascade.targets, **rules)
         cascade.num_classes = rules["num_classes"]
@@ -311,7 +281,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         cascade.detections_per_image = last.test_topk_per_image
 
     def _box_heads(self) -> nn.ModuleList:
-        """Those that the cascade runs: in inference fast copies, if they are wanted."""
+        """The box heads of the cascade; in inference fast copies if ``fast_dtype`` is set."""
         if self.training:
             self._fast_copies = None  # of weights that are about to change
         if self._fast_dtype is None or self.training or torch.jit.is_tracing():
@@ -328,16 +298,16 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         return copies.get(self.box_head)
 
     def _rules(self) -> dict[str, Any]:
-        """What Detectron2 has in the predictors and matchers, as arguments of the cascade."""
+        """Settings of the predictors and matchers as arguments of the cascade."""
         predictors = self.box_predictor
         for predictor in predictors:
             check_predictor(predictor)
         return {
             "num_classes": self.num_classes,
-            "ious": tuple(threshold(matcher) for matcher in self.proposal_matchers),
+            "ious": tuple(foreground_threshold(matcher) for matcher in self.proposal_matchers),
             "bbox_reg_weights": tuple(tuple(p.box2box_transform.weights) for p in predictors),
-            "box_reg_loss_type": common(p.box_reg_loss_type for p in predictors),
-            "smooth_l1_beta": common(p.smooth_l1_beta for p in predictors),
+            "box_reg_loss_type": common_value(p.box_reg_loss_type for p in predictors),
+            "smooth_l1_beta": common_value(p.smooth_l1_beta for p in predictors),
         }
 
     def _losses(
@@ -348,7 +318,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         image_sizes: list[tuple[int, int]],
     ) -> Losses:
         losses = self.cascade.losses_of_regions(
-            maps, labelled_regions_of(proposals), targets_of(targets), image_sizes
+            maps, to_labelled_regions(proposals), to_targets(targets), image_sizes
         )
         _log_metrics(self.cascade.metrics)
         for stage, predictor in enumerate(self.box_predictor):
@@ -358,7 +328,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         return losses
 
 
-def _size(shape: ShapeSpec) -> int:
+def _num_features(shape: ShapeSpec) -> int:
     return (shape.channels or 1) * (shape.height or 1) * (shape.width or 1)
 
 
@@ -370,7 +340,7 @@ def _log_metrics(metrics: dict[str, Tensor]) -> None:
 
 
 def _log_exit_rates(stats: CascadeStats) -> None:
-    """While a model in training is evaluated: of the last batches, who left after which stage."""
+    """Log the share of regions that leave after each stage, for evaluations during training."""
     if not has_event_storage():
         return
     for stage, (entered, left) in enumerate(zip(stats.entered, stats.left, strict=True)):

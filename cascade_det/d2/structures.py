@@ -1,6 +1,6 @@
-"""Detectron2's ``Instances`` to the core's types, or to plain ones, and back.
+"""Conversion between Detectron2's ``Instances``, the core's types and plain samples.
 
-Boxes are float32 XYXY in absolute pixels of the resized image in both.
+Boxes are float32 XYXY in absolute pixels of the resized image.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from cascade_det.core import Detections
 from cascade_det.core.matching import GroundTruth, LabelledRegions
 from cascade_det.core.structures.boxes import flatten_images
 
-_FARTHEST = 1e5  # pixels, of a polygon's point
-_KNOWN = (Tensor, Boxes, BitMasks, PolygonMasks, Keypoints)
+_MAX_COORDINATE = 1e5  # pixels, of a polygon
+_SAVED_TYPES = (Tensor, Boxes, BitMasks, PolygonMasks, Keypoints)
 
 
-def targets_of(instances: Sequence[Instances]) -> GroundTruth:
-    """The ground truth of a batch, from the fields ``gt_boxes`` and ``gt_classes``."""
+def to_ground_truth(instances: Sequence[Instances]) -> GroundTruth:
+    """The ground truth of a batch from the fields ``gt_boxes`` and ``gt_classes``."""
     boxes, image_index = flatten_images([x.gt_boxes.tensor for x in instances])
     return GroundTruth(boxes, _classes(instances), image_index)
 
 
-def labelled_regions_of(proposals: Sequence[Instances]) -> LabelledRegions:
-    """Sampled proposals; images without ground truth have no field ``gt_boxes``."""
+def to_labelled_regions(proposals: Sequence[Instances]) -> LabelledRegions:
+    """Sampled proposals with their matched boxes; images without objects lack ``gt_boxes``."""
     boxes, image_index = flatten_images([x.proposal_boxes.tensor for x in proposals])
     gt_boxes = torch.cat(
         [
@@ -40,8 +40,20 @@ def labelled_regions_of(proposals: Sequence[Instances]) -> LabelledRegions:
     return LabelledRegions(boxes, image_index, _classes(proposals), gt_boxes, ious)
 
 
-def instances_of(detections: Detections, image_size: tuple[int, int]) -> Instances:
-    """Detections of one image as Detectron2's heads return them, with ``exit_stages`` beside."""
+def objectness_logits(proposals: list[Instances]) -> list[Tensor] | None:
+    """Objectness logits of proposals, float32 ``[R_i]`` per image; ``None`` without the field."""
+    if not all(x.has("objectness_logits") for x in proposals):
+        return None
+    return [x.objectness_logits.float() for x in proposals]
+
+
+def to_instances(detections: Detections, image_size: tuple[int, int]) -> Instances:
+    """Detections of one image as Detectron2's heads return them, plus ``exit_stages``.
+
+    Args:
+        detections: of one image.
+        image_size: ``(height, width)`` in pixels.
+    """
     return Instances(
         image_size,
         pred_boxes=Boxes(detections.boxes),
@@ -51,8 +63,8 @@ def instances_of(detections: Detections, image_size: tuple[int, int]) -> Instanc
     )
 
 
-def detections_of(instances: Instances) -> Detections:
-    """The reverse of ``instances_of``; without ``exit_stages`` every region counts as stage 0."""
+def to_detections(instances: Instances) -> Detections:
+    """The reverse of ``to_instances``; missing ``exit_stages`` become 0."""
     has_stages = instances.has("exit_stages")
     return Detections(
         instances.pred_boxes.tensor,
@@ -62,26 +74,28 @@ def detections_of(instances: Instances) -> Detections:
     )
 
 
-def sample_of(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """One image's input of a training model as tensors and plain values, for a file."""
+def to_sample(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A training input of one image as tensors and plain values, for a file."""
     plain = {k: v for k, v in inputs.items() if isinstance(v, (Tensor, int, float, str))}
     fields = inputs["instances"].get_fields() if "instances" in inputs else {}
-    return {**plain, **{k: _plain(v) for k, v in fields.items() if isinstance(v, _KNOWN)}}
+    return {**plain, **{k: _to_plain(v) for k, v in fields.items() if isinstance(v, _SAVED_TYPES)}}
 
 
-def inputs_of(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """The reverse of ``sample_of``: fields whose names begin with ``gt_`` become instances."""
-    fields = {name: _rich(name, value) for name, value in sample.items() if name.startswith("gt_")}
+def to_inputs(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """The reverse of ``to_sample``: entries named ``gt_...`` become fields of ``instances``."""
+    fields = {
+        name: _to_field(name, value) for name, value in sample.items() if name.startswith("gt_")
+    }
     rest = {name: value for name, value in sample.items() if name not in fields}
     return {**rest, "instances": Instances(tuple(sample["image"].shape[-2:]), **fields)}
 
 
-def check_shapes_of(sample: Mapping[str, Any]) -> None:
-    """Check the masks and keypoints of a sample, see ``sample_of``, as far as it has any.
+def check_masks_and_keypoints(sample: Mapping[str, Any]) -> None:
+    """Check the masks and keypoints of a sample of ``to_sample``, if it has any.
 
     Raises:
-        ValueError: there is not one for each box, or they are not polygons, bit masks or keypoints
-            anywhere near an image.
+        ValueError: there is not one for each box, or they are not polygons, bit masks or keypoints,
+            or far outside any image.
     """
     count = len(sample["gt_boxes"]) if "gt_boxes" in sample else 0
     masks, keypoints = sample.get("gt_masks"), sample.get("gt_keypoints")
@@ -102,38 +116,31 @@ def check_shapes_of(sample: Mapping[str, Any]) -> None:
 
 
 def _is_polygon(points: Any) -> bool:
-    """Whether these are x, y, x, y, ... of three points or more; what draws them checks nothing."""
+    """Whether these are x, y, x, y, ... of at least three points; the rasteriser does not check."""
     return (
         isinstance(points, Tensor)
         and points.dim() == 1
         and len(points) >= 6
         and len(points) % 2 == 0
-        and bool((points.abs() <= _FARTHEST).all())  # NaN is not
+        and bool((points.abs() <= _MAX_COORDINATE).all())  # False for NaN
     )
 
 
 def _classes(instances: Sequence[Instances]) -> Tensor:
-    # Mappers of users give an image without objects torch.tensor([]), which is float.
+    # Some mappers give an image without objects torch.tensor([]), which is float.
     return torch.cat([x.gt_classes.to(torch.int64) for x in instances])
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     if isinstance(value, PolygonMasks):
         return [[torch.as_tensor(p) for p in polygons] for polygons in value.polygons]
     return value if isinstance(value, Tensor) else value.tensor
 
 
-def _rich(name: str, value: Any) -> Any:
+def _to_field(name: str, value: Any) -> Any:
     if name == "gt_masks":
         if isinstance(value, Tensor):
             return BitMasks(value)
         return PolygonMasks([[polygon.numpy() for polygon in polygons] for polygons in value])
-    rich = {"gt_boxes": Boxes, "gt_keypoints": Keypoints}.get(name)
-    return value if rich is None else rich(value)
-
-
-def objectness_of(proposals: list[Instances]) -> list[Tensor] | None:
-    """Per image the logits ``[R_i]`` of proposals; ``None`` if they do not carry them."""
-    if not all(x.has("objectness_logits") for x in proposals):
-        return None
-    return [x.objectness_logits.float() for x in proposals]
+    kind = {"gt_boxes": Boxes, "gt_keypoints": Keypoints}.get(name)
+    return value if kind is None else kind(value)

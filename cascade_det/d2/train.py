@@ -21,18 +21,14 @@ from cascade_det.d2.datasets import refuse_left_out, register_dataset
 from cascade_det.d2.detector import Detector, image_channels
 from cascade_det.d2.evaluate import check_expected, evaluate_all, with_augmentation
 from cascade_det.d2.loader import build_test_loader
-from cascade_det.d2.structures import check_shapes_of, inputs_of
+from cascade_det.d2.structures import check_masks_and_keypoints, to_inputs
 from cascade_det.d2.trainer import Results, Trainer
 from cascade_det.data.coco import CocoDataset, check_same_classes
 from cascade_det.engine.batches import check_images, check_truth
 from cascade_det.engine.datasets import load_training_data, scheduled
 from cascade_det.engine.devices import on_its_device, resolve_amp_dtype, set_backends
 from cascade_det.engine.divergence import replay
-from cascade_det.engine.run_info import (
-    RunInfo,
-    check_output,
-    record_start,
-)
+from cascade_det.engine.run_info import RunInfo, check_output, record_start
 from cascade_det.engine.run_lock import alone_in_output_dir
 from cascade_det.engine.validation import validation_losses
 from cascade_det.parallel import distributed
@@ -40,9 +36,9 @@ from cascade_det.parallel import distributed
 
 @alone_in_output_dir
 def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
-    """Train a model by Detectron2's trainer, with everything in ``OUTPUT_DIR``.
+    """Train a model of Detectron2, with checkpoints, metrics and evaluation in ``OUTPUT_DIR``.
 
-    Args, results and errors are those of :func:`cascade_det.standalone.train`.
+    Args, results and errors as in :func:`cascade_det.standalone.train`.
     """
     check_output(cfg, resume=resume)
     set_backends(cfg)
@@ -58,7 +54,7 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
         results = evaluate_all(cfg, model, test_datasets)
         if not cfg.CASCADE.VALIDATION_LOSS:
             return results
-        return {**results, "validation": _losses_on(cfg, model, test_datasets)}
+        return {**results, "validation": _validation_losses(cfg, model, test_datasets)}
 
     trainer = Trainer(cfg, run, evaluate if test_datasets else None)
     trainer.resume_or_load(resume)
@@ -72,37 +68,39 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
 
 
 def replay_batch(cfg: CfgNode, path: str | Path) -> list[str]:
-    """Run the batch of a training that diverged again; see ``cascade_det.standalone``.
+    """Repeat the training step at which a training diverged.
 
     Args:
         cfg: the configuration of that training.
         path: the file that it wrote, in either host.
 
     Returns:
-        What was found, see :func:`cascade_det.engine.divergence.replay`.
+        Lines of a report, see :func:`cascade_det.engine.divergence.replay`.
 
     Raises:
-        CheckpointError: the file cannot be read or is of another model.
+        CheckpointError: the file cannot be read or belongs to another model.
     """
     set_backends(cfg)
     cfg = on_its_device(cfg)
     model = build_model(cfg)
-    model.register_forward_pre_hook(lambda _, batch: ([inputs_of(x) for x in batch[0]],))
-    part = getattr(model, "roi_heads", model)
+    model.register_forward_pre_hook(lambda _, args: ([to_inputs(x) for x in args[0]],))
+    num_classes = getattr(getattr(model, "roi_heads", model), "num_classes", sys.maxsize)
 
     def check(batch: list[dict[str, Any]]) -> None:
         check_images(batch, image_channels(model))
-        check_truth(batch, getattr(part, "num_classes", sys.maxsize))
+        check_truth(batch, num_classes)
         for sample in batch:
-            check_shapes_of(sample)
+            check_masks_and_keypoints(sample)
 
     with EventStorage():
         return replay(path, model, device=cfg.MODEL.DEVICE, check=check)
 
 
-def _losses_on(cfg: CfgNode, model: nn.Module, datasets: Sequence[CocoDataset]) -> dict[str, float]:
+def _validation_losses(
+    cfg: CfgNode, model: nn.Module, datasets: Sequence[CocoDataset]
+) -> dict[str, float]:
     sizes = (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST)
-    # As in training but for the augmentation: with the ground truth.
+    # The mapper of training, which loads ground truth, without random augmentation.
     mapper = DatasetMapper(
         cfg,
         is_train=True,

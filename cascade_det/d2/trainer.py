@@ -1,11 +1,12 @@
-"""Detectron2's ``DefaultTrainer`` with the engine's step, checkpoints, evaluation and averages."""
+"""A trainer of Detectron2 with the engine's step, checkpoints, evaluation and averages."""
 
 from __future__ import annotations
 
 import logging
 import random
+import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
-from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage, EventWriter
 from fvcore.nn.precise_bn import get_bn_modules
@@ -26,9 +27,8 @@ from cascade_det import config
 from cascade_det.d2.checkpoint import Checkpointer
 from cascade_det.d2.evaluate import coco_evaluator
 from cascade_det.d2.hooks import LearningRate, StorageHistory, as_detectron2_hook, build_writers
-from cascade_det.d2.loader import Batches, build_train_loader
-from cascade_det.d2.steps import Steps
-from cascade_det.d2.structures import sample_of
+from cascade_det.d2.loader import Batches, Inputs, build_test_loader, build_train_loader
+from cascade_det.d2.structures import to_sample
 from cascade_det.engine.averaging import WeightAverage
 from cascade_det.engine.best_model import BestModel
 from cascade_det.engine.devices import resolve_amp_dtype
@@ -38,6 +38,7 @@ from cascade_det.engine.run_info import RunInfo, resume_or_load
 from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, build_scheduler
 from cascade_det.engine.step import TrainingStep
 from cascade_det.engine.training_modes import freeze_detector, training_mode
+from cascade_det.engine.training_state import load_optimizer_state, optimizer_state
 from cascade_det.parallel import distributed
 from cascade_det.parallel.interrupts import InterruptRequest, interrupt_request
 
@@ -46,35 +47,44 @@ logger = logging.getLogger(__name__)
 Results = dict[str, Any]
 
 
-class Trainer(RunControl, DefaultTrainer):
-    """Trains a model of Detectron2, ours or its own, as ``CASCADE`` and its own keys say.
+class Trainer(RunControl, TrainerBase):
+    """Trains a model of Detectron2, with our heads or its own, on its own and our ``CASCADE`` keys.
+
+    A ``TrainerBase``, because the loop, step, checkpoints and hooks of ``DefaultTrainer`` are
+    replaced. What users of a ``DefaultTrainer`` reach for has the same name here: ``cfg``,
+    ``model``, ``optimizer``, ``data_loader``, ``scheduler``, ``checkpointer``, ``resume_or_load``,
+    ``test``, every ``build_*``, and the layout of the checkpoint.
 
     Args:
         cfg: a checked configuration.
-        run: of this training.
-        evaluate: gives the results of a model; ``None`` for a training without test sets.
+        run: seed, classes and host of this training, kept in its checkpoints.
+        evaluate: returns the results of a model; ``None`` for a training without test sets.
 
     Attributes:
-        iteration: the one that runs, or was completed last; from 0. Detectron2's ``iter`` may be
-            one that was not begun.
-        results: of the last evaluation, empty before it.
-        finished: whether training came to a good end, by ``max_iter`` or by :meth:`stop`.
-        last_checkpoint: the newest file that was saved or resumed, for messages.
+        step: computes one iteration.
+        data_loader: of the training batches; ``None`` until training starts.
+        iteration: the running or last completed iteration, from 0. Detectron2's ``iter`` may be
+            one that has not started.
+        results: of the last evaluation; empty before it.
+        finished: whether training ended well, at ``max_iter`` or by :meth:`stop`.
+        last_checkpoint: the newest file saved or resumed, for messages.
     """
 
     def __init__(
         self, cfg: CfgNode, run: RunInfo, evaluate: Callable[[nn.Module], Results] | None = None
     ) -> None:
-        # Not DefaultTrainer's own: its step, optimiser and checkpointer are others.
-        TrainerBase.__init__(self)
+        super().__init__()
         self.cfg = cfg
         self.run = run
         self.device = torch.device(cfg.MODEL.DEVICE)
         self.results: Results = {}
         self.finished = False
-        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
         self.iteration = -1
         self.last_checkpoint: str | None = None
+        self.data_loader: Batches | None = None
+        self._batches: Iterator[list[Inputs]]
         self._evaluate = evaluate
         self._interrupted = False
         self._interrupt = InterruptRequest()
@@ -82,15 +92,25 @@ class Trainer(RunControl, DefaultTrainer):
         model = self.build_model(cfg)
         decay = self._arguments["ema_decay"]
         self._average = WeightAverage(model, decay) if decay > 0 else None
-        self._trainer = self._build_steps(cfg, model)
-        self.scheduler = self.build_lr_scheduler(cfg, self._trainer.optimizer)
+        self.step = self._build_step(cfg, model)
+        self.scheduler = self.build_lr_scheduler(cfg, self.optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, save_to_disk=distributed.is_main())
         self.register_hooks(self.build_hooks())
 
     @property
+    def model(self) -> nn.Module:
+        """The model in training, in DistributedDataParallel if there are several processes."""
+        return self.step.detector
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer of the training step."""
+        return self.step.optimizer
+
+    @property
     def module(self) -> nn.Module:
-        """The model in training, which DistributedDataParallel keeps one level below."""
-        return self._trainer.step.module
+        """The model in training, without DistributedDataParallel."""
+        return self.step.module
 
     @property
     def tested(self) -> nn.Module:
@@ -99,8 +119,13 @@ class Trainer(RunControl, DefaultTrainer):
 
     @property
     def history(self) -> StorageHistory:
-        """What was measured, for the engine's hooks."""
+        """The event storage as the engine's hooks read it."""
         return StorageHistory(self.storage, self.iteration)
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Detectron2's model of a configuration; the log describes it."""
+        return DefaultTrainer.build_model(cfg)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
@@ -116,16 +141,28 @@ class Trainer(RunControl, DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Batches:
-        """Detectron2's, see :func:`cascade_det.d2.loader.build_train_loader`."""
+        """See :func:`cascade_det.d2.loader.build_train_loader`."""
         return build_train_loader(cfg)
 
     @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Batches:
+        """See :func:`cascade_det.d2.loader.build_test_loader`."""
+        return build_test_loader(cfg, dataset_name)
+
+    @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        """What Detectron2's own ``test`` evaluates with."""
+        """Detectron2's COCO evaluator, which :meth:`test` uses."""
         return coco_evaluator(cfg, dataset_name, Path(cfg.OUTPUT_DIR, "inference"))
 
+    @classmethod
+    def test(
+        cls, cfg: CfgNode, model: nn.Module, evaluators: Sequence[DatasetEvaluator] | None = None
+    ) -> Results:
+        """Evaluate a model on ``DATASETS.TEST`` as ``DefaultTrainer.test`` does."""
+        return DefaultTrainer.test.__func__(cls, cfg, model, evaluators)
+
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's usual hooks, with the engine's in their places among them."""
+        """Detectron2's usual hooks, some replaced by the engine's; the order matters."""
         cfg, arguments = self.cfg, self._arguments
         found: list[HookBase | None] = [hooks.IterationTimer(), LearningRate()]
         if self._average is not None:
@@ -134,9 +171,14 @@ class Trainer(RunControl, DefaultTrainer):
             reader = cfg.clone()
             reader.defrost()
             reader.DATALOADER.NUM_WORKERS = 0
-            loader = self.build_train_loader(reader)
-            precise = (cfg.TEST.EVAL_PERIOD, self.tested, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
-            found.append(hooks.PreciseBN(*precise))
+            found.append(
+                hooks.PreciseBN(
+                    cfg.TEST.EVAL_PERIOD,
+                    self.tested,
+                    self.build_train_loader(reader),
+                    cfg.TEST.PRECISE_BN.NUM_ITER,
+                )
+            )
         period, max_to_keep = arguments["checkpoint_period"], arguments["max_to_keep"] or 0
         checkpoints = PeriodicCheckpoint(self.checkpointer, period, max_to_keep)
         found.append(as_detectron2_hook(checkpoints))
@@ -149,7 +191,7 @@ class Trainer(RunControl, DefaultTrainer):
         return found
 
     def build_writers(self) -> list[EventWriter]:
-        """Detectron2's, see :func:`cascade_det.d2.hooks.build_writers`."""
+        """See :func:`cascade_det.d2.hooks.build_writers`."""
         return build_writers(self.cfg.OUTPUT_DIR, self.max_iter)
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -163,14 +205,14 @@ class Trainer(RunControl, DefaultTrainer):
         if self._average is None:
             self.checkpointer.load_resumed("training_weights", self.module)
         else:
-            # The checkpoint's model is the average; what training goes on with is beside it.
+            # The checkpoint's model is the average; the weights in training are saved beside it.
             self._average.module.load_state_dict(self.module.state_dict())
             self.checkpointer.model = self._average.module
             self.checkpointer.add_checkpointable("training_weights", self.module)
         self.checkpointer.add_checkpointable("run", self.run)
         self.checkpointer.add_checkpointable("trainer", weakref.proxy(self))
         if resume:
-            # That of the run, which may be another one than has been drawn for this start.
+            # The run's own seed replaces the one drawn at this start.
             seed_all_rng(self.run.seed + distributed.rank())
 
     def train(self) -> None:
@@ -182,7 +224,7 @@ class Trainer(RunControl, DefaultTrainer):
             DatasetError: an image cannot be read.
             Interrupted: a signal asked for an end; there is a checkpoint.
         """
-        # Not TrainerBase's own: it logs a traceback of whatever ends it.
+        # Not TrainerBase.train, which logs a traceback of every error.
         self.finished = self.resumable = self._stopping = False
         self.iter, self.iteration = self.start_iter, self.start_iter - 1
         with (
@@ -191,7 +233,7 @@ class Trainer(RunControl, DefaultTrainer):
         ):
             try:
                 self.before_train()
-                # A hook may know that nothing is left to do.
+                # A hook may have stopped the training before its first step.
                 if not self._stopping:
                     self._run()
                 self.finished = True
@@ -199,40 +241,64 @@ class Trainer(RunControl, DefaultTrainer):
                 self.after_train()
 
     def after_train(self) -> None:
-        """Give every hook its end, in their order, even if an earlier one fails at its own."""
+        """Call ``after_train`` of every hook in order, even if an earlier one fails."""
         self.storage.iter = self.iter
         with ExitStack() as ends:
             for hook in reversed(self._hooks):
                 ends.callback(hook.after_train)
 
     def evaluate(self) -> Results:
-        """The results of what a checkpoint would hold."""
+        """Results of the model that a checkpoint would hold."""
         assert self._evaluate is not None
         model = self.tested
-        # The statistics of norms that are trained differ from process to process.
+        # Running statistics of norms differ between processes.
         distributed.synchronise_buffers(model)
-        with _numpy_randomness_kept():
+        with _keep_random_state():
             return self._evaluate(model)
 
     def run_step(self) -> None:
-        """One iteration."""
-        self._trainer.iter = self.iter
-        batch = self._trainer.next_batch()
+        """Train on the next batch."""
+        start = time.perf_counter()
+        batch = next(self._batches)
+        data_time = time.perf_counter() - start
         self.resumable = False
         self.iteration = self.iter
-        self._interrupted = self._trainer.run_batch(
+        metrics, self._interrupted = self.step.run(
             batch,
+            self.iter,
             interrupted=bool(self._interrupt),
             last_checkpoint=lambda: self.last_checkpoint or "",
         )
+        # The heads put their own metrics into the storage.
+        logged = self.step.metrics()
+        rest = {name: value for name, value in metrics.items() if name not in logged}
+        self.storage.put_scalars(data_time=data_time, **rest)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything beside the weights that a resumed run needs, as ``DefaultTrainer`` has it."""
+        step = {
+            "iteration": max(self.iteration, 0),
+            "optimizer": optimizer_state(self.optimizer, self.module),
+            "scaler": self.step.state_dict(),
+        }
+        return {**super().state_dict(), "_trainer": step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`, with the settings of the configuration."""
+        super().load_state_dict(state)
+        step = state["_trainer"]
+        self.iteration = step["iteration"]
+        load_optimizer_state(self.optimizer, self.module, step["optimizer"])
+        self.step.load_state_dict(step["scaler"])
 
     def _run(self) -> None:
         if self._is_complete():
             return
-        self._trainer.data_loader = self.build_train_loader(self._seeded())
+        self.data_loader = self.build_train_loader(self._seeded())
         if self.start_iter > 0:
-            # Not again the regions and the augmentations that the run began with.
+            # Otherwise sampling and augmentation would repeat those of the first iterations.
             seed_all_rng(self.run.seed + self.start_iter + distributed.rank())
+        self._batches = iter(self.data_loader)
         for iteration in range(self.start_iter, self.max_iter):
             self.iter = iteration
             self.before_step()
@@ -240,24 +306,24 @@ class Trainer(RunControl, DefaultTrainer):
             self.after_step()
             if self._is_stopped(self._interrupted):
                 return
-        # That tells Detectron2's hooks of a good end.
+        # Detectron2's hooks recognise a complete training by this.
         self.iter += 1
 
     def _seeded(self) -> CfgNode:
-        """The configuration with a seed for the order of images: a resumed run has another one."""
+        """The configuration with a seed for the order of images, a new one after a resume."""
         cfg = self.cfg.clone()
         cfg.defrost()
         cfg.SEED = self.run.seed + self.start_iter
         return cfg
 
-    def _build_steps(self, cfg: CfgNode, model: nn.Module) -> Steps:
+    def _build_step(self, cfg: CfgNode, model: nn.Module) -> TrainingStep:
         freeze_detector(model)
-        optimizer = self.build_optimizer(cfg, model)
 
         def metrics() -> Mapping[str, Tensor]:
             cascade = getattr(getattr(model, "roi_heads", None), "cascade", None)
             return {} if cascade is None else cascade.metrics
 
+        optimizer = self.build_optimizer(cfg, model)
         step = TrainingStep(
             distributed.wrap(model),
             optimizer,
@@ -268,16 +334,15 @@ class Trainer(RunControl, DefaultTrainer):
             max_iter=self.max_iter,
             device=self.device,
             output_dir=cfg.OUTPUT_DIR,
-            as_sample=sample_of,
+            as_sample=to_sample,
         )
-        steps = Steps(step)
         training_mode(step.detector)
-        return steps
+        return step
 
 
 @contextmanager
-def _numpy_randomness_kept() -> Iterator[None]:
-    """Detectron2's augmentations draw from the global generators, even where nothing is random."""
+def _keep_random_state() -> Iterator[None]:
+    """Restore the states of ``numpy`` and ``random``, from which Detectron2's mappers draw."""
     states = np.random.get_state(), random.getstate()  # noqa: NPY002
     try:
         yield

@@ -89,6 +89,20 @@ def test_detections_with_exits(models):
     assert torch.equal(found["instances"].exit_stages, wanted["instances"].exit_stages)
 
 
+def test_a_dump_from_before_the_modules_moved_still_instantiates(lazy):
+    """``dumped_roi_heads.yaml`` was saved by version 0.1, before its modules moved."""
+    dumped = LazyConfig.load(str(Path(__file__).with_name("dumped_roi_heads.yaml")))
+    assert str(dumped.roi_heads["_target_"]) == "cascade_det.d2.EarlyExitCascadeROIHeads"
+    settings = (dumped.roi_heads, lazy.model.roi_heads)
+    old, new = (instantiate(heads) for heads in settings)
+    assert [(k, v.shape) for k, v in old.state_dict().items()] == [
+        (k, v.shape) for k, v in new.state_dict().items()
+    ]
+    assert plain(old.exits.rules) == plain(new.exits.rules)
+    assert old.exits.prune_thresholds == (0.02, 0.02)
+    assert [type(rule) for rule in old.exits.rules] == [PruneBelow, DropCovered]
+
+
 def plain(value):
     """A setting in simple types, lists for all sequences."""
     if isinstance(value, (str, int, float, type(None))):

@@ -20,7 +20,7 @@ from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, Polygon
 
 from cascade_det.d2 import host
 from cascade_det.d2.datasets import register_dataset
-from cascade_det.d2.structures import inputs_of, sample_of
+from cascade_det.d2.structures import to_inputs, to_sample
 
 pytestmark = [pytest.mark.needs_detectron2, pytest.mark.usefixtures("no_pictures")]
 
@@ -97,7 +97,7 @@ def test_a_batch_with_masks_that_diverges_is_replayed(own, make_cfg, tmp_path, k
     )
     written = torch.load(file, weights_only=True)["batch"]
     for inputs, sample in zip(seen, written, strict=True):
-        assert_same_inputs(inputs_of(sample), inputs)
+        assert_same_inputs(to_inputs(sample), inputs)
 
 
 def assert_same_inputs(one, other):
@@ -160,9 +160,9 @@ def inputs(draw):
 @settings(max_examples=60, deadline=None)
 def test_inputs_survive_a_file_of_plain_types(given_inputs):
     file = io.BytesIO()
-    torch.save(sample_of(given_inputs), file)
+    torch.save(to_sample(given_inputs), file)
     file.seek(0)
-    back = inputs_of(torch.load(file, weights_only=True))
+    back = to_inputs(torch.load(file, weights_only=True))
     assert back.keys() == given_inputs.keys()
     for name in ("height", "width", "image_id"):
         assert back[name] == given_inputs[name]

@@ -154,7 +154,7 @@ class TestModels:
         cfg = make_cfg(*heads, *ONE, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0")
         with caplog.at_level(logging.INFO):
             results = host.train(cfg)
-        assert "The model has none of our heads: no figures per stage" in caplog.text
+        assert "The model does not use our heads: no metrics per stage" in caplog.text
         assert results["bbox"]["AP"] >= 0
         assert "stages" not in results
         assert list(results["latency"]["parts"]) == ["model"]

@@ -1,0 +1,49 @@
+"""Arguments and results of our heads that Detectron2's interface has no place for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from cascade_det.core import CascadeStats, PartTimer
+
+
+@dataclass
+class HeadsCall:
+    """One inference by the heads.
+
+    Attributes:
+        timer: measures the milliseconds of the stages.
+        started: reading of the time budget's clock when work on the images began; ``None`` to
+            start it when the proposals arrive.
+        stats: how many regions entered and left each stage; set by the heads.
+    """
+
+    timer: PartTimer | None = None
+    started: float | None = None
+    stats: CascadeStats | None = None
+
+    @contextmanager
+    def within(self) -> Iterator[HeadsCall]:
+        """Make this the current call of the thread inside the block."""
+        before = _THREAD.call
+        _THREAD.call = self
+        try:
+            yield self
+        finally:
+            _THREAD.call = before
+
+
+class _ThreadState(threading.local):
+    def __init__(self) -> None:
+        self.call = HeadsCall()
+
+
+_THREAD = _ThreadState()
+
+
+def current_call() -> HeadsCall:
+    """The innermost ``HeadsCall.within`` of this thread; outside of any, a default one."""
+    return _THREAD.call

@@ -1,13 +1,13 @@
-"""Detection by an ONNX file alone: no PyTorch, no configuration, no weights beside it."""
+"""Detection with an exported ONNX file, without PyTorch, configuration and weights."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints, overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,26 +21,27 @@ from cascade_det.text import check_name, printable
 METADATA_KEY = "cascade_det"
 INPUTS = ("image",)
 OUTPUTS = ("boxes", "scores", "classes")
+_OUTPUT_TYPES = ("tensor(float)", "tensor(float)", "tensor(int64)")
 _REMEDY = "Make one with tools/export.py --format onnx."
 
-# No file makes anybody ask for more memory than there is.
+# Bounds on the memory that a file can make us allocate.
 LONGEST_SIDE = 2**16  # pixels of an image
 MOST_PIXELS = 2**26  # of a resized image: 8,192 x 8,192
-_LONGEST_METADATA = 2**22  # characters: names of 10,000 classes and more
+_LONGEST_METADATA = 2**22  # characters, enough for the names of 10,000 classes
 _LARGEST_ID = 2**63 - 1
 
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """What an exported file says of itself.
+    """The description of a detector inside its exported file.
 
     Attributes:
         class_names: K names.
         category_ids: K ids of the data set that the weights were trained on.
         image_format: "BGR" or "RGB", the order of the channels.
-        min_size: the shorter edge of images is resized to so many pixels; 0: not at all.
-        max_size: the longer edge gets no longer than this.
-        num_stages: how many stages every region takes.
+        min_size: pixels; the shorter edge of images is resized to this; 0 for no resizing.
+        max_size: pixels; upper bound of the longer edge.
+        num_stages: stages that every region runs through.
     """
 
     class_names: list[str]
@@ -51,12 +52,12 @@ class ExportedModel:
     num_stages: int
 
     def to_json(self) -> str:
-        """For ``from_json``."""
+        """The description as text for ``from_json``."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> ExportedModel:
-        """What ``to_json`` wrote.
+        """Read what ``to_json`` wrote; other keys are ignored.
 
         Raises:
             ValueError: it did not write this, or images would be resized beyond ``MOST_PIXELS``.
@@ -64,60 +65,57 @@ class ExportedModel:
         if len(text) > _LONGEST_METADATA:
             raise ValueError(f"it has {len(text):,} characters")
         content = json.loads(text)
-        if not isinstance(content, dict) or not {f.name for f in fields(cls)} <= set(content):
+        names = [field.name for field in fields(cls)]
+        if not isinstance(content, dict) or not content.keys() >= set(names):
             raise ValueError("keys are missing")
-        model = cls(**{f.name: content[f.name] for f in fields(cls)})
-        model._check()
-        return model
-
-    def _check(self) -> None:
-        self._check_types()
-        if len(self.class_names) != len(self.category_ids):
-            raise ValueError("as many class_names as category_ids are needed")
-        for class_name in self.class_names:
-            _check_class_name(class_name)
-        if len(set(self.category_ids)) != len(self.category_ids):
-            raise ValueError("category_ids has an id twice")
-        if not all(-_LARGEST_ID <= number <= _LARGEST_ID for number in self.category_ids):
-            raise ValueError("category_ids has an id of more than 64 bits")
-        if self.image_format not in IMAGE_FORMATS:
-            raise ValueError(f"image_format is {shown(self.image_format)}")
-        for name, least in (("min_size", 0), ("max_size", 1), ("num_stages", 1)):
-            if not least <= getattr(self, name) <= LONGEST_SIDE:
-                raise ValueError(f"{name} is {shown(getattr(self, name))}")
-        if min(self.min_size, self.max_size) * self.max_size > MOST_PIXELS:
-            raise ValueError(
-                f"min_size {self.min_size} and max_size {self.max_size} allow images of more than "
-                f"{MOST_PIXELS:,} pixels"
-            )
-
-    def _check_types(self) -> None:
-        for name, kind in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            item = {list[str]: str, list[int]: int}.get(kind)
-            wanted = kind if item is None else list
-            if not isinstance(value, wanted) or isinstance(value, bool):
-                raise ValueError(f"{name} is {shown(value)}")
-            if item is not None and not all(type(x) is item for x in value):
-                raise ValueError(f"{name} is {shown(value)}")
+        _check_classes(content["class_names"], content["category_ids"])
+        if content["image_format"] not in IMAGE_FORMATS:
+            raise ValueError(f"image_format is {shown(content['image_format'])}")
+        _check_sizes(content)
+        return cls(**{name: content[name] for name in names})
 
 
-def _check_class_name(name: str) -> None:
-    try:
-        check_name(name)
-    except ValueError as error:
-        raise ValueError(f"a name in class_names cannot be used: {error}") from None
+def _check_classes(class_names: Any, category_ids: Any) -> None:
+    for key, values, kind in (
+        ("class_names", class_names, str),
+        ("category_ids", category_ids, int),
+    ):
+        if not isinstance(values, list) or not all(type(value) is kind for value in values):
+            raise ValueError(f"{key} is {shown(values)}")
+    if len(class_names) != len(category_ids):
+        raise ValueError("class_names and category_ids have different lengths")
+    for class_name in class_names:
+        try:
+            check_name(class_name)
+        except ValueError as error:
+            raise ValueError(f"a name in class_names cannot be used: {error}") from None
+    if len(set(category_ids)) != len(category_ids):
+        raise ValueError("category_ids has an id twice")
+    if any(abs(number) > _LARGEST_ID for number in category_ids):
+        raise ValueError("category_ids has an id of more than 64 bits")
+
+
+def _check_sizes(content: Mapping[str, Any]) -> None:
+    for key, least in (("min_size", 0), ("max_size", 1), ("num_stages", 1)):
+        if type(content[key]) is not int or not least <= content[key] <= LONGEST_SIDE:
+            raise ValueError(f"{key} is {shown(content[key])}")
+    min_size, max_size = content["min_size"], content["max_size"]
+    if min(min_size, max_size) * max_size > MOST_PIXELS:
+        raise ValueError(
+            f"min_size {min_size} and max_size {max_size} allow images of more than "
+            f"{MOST_PIXELS:,} pixels"
+        )
 
 
 @dataclass
 class ArrayDetections:
-    """The detections of one image, best score first; as ``core.Detections``, of NumPy arrays.
+    """The detections of one image as NumPy arrays, best score first; see ``core.Detections``.
 
     Attributes:
         boxes: float32 ``[D, 4]``, XYXY in absolute pixels.
         scores: float32 ``[D]`` in [0, 1].
         classes: int64 ``[D]`` in ``[0, K)``.
-        exit_stages: int64 ``[D]``: the last stage of the file, for all of them.
+        exit_stages: int64 ``[D]``, all the last stage of the file.
     """
 
     boxes: NDArray[np.float32]
@@ -130,22 +128,22 @@ class ArrayDetections:
 
 
 class OnnxPredictor:
-    """Detects objects in images by a file of ``tools/export.py``, as ``Predictor`` does by weights.
+    """Detects objects in images with a file of ``tools/export.py``; called like ``Predictor``.
 
-    It may be shared between threads. A pickled one opens its file again where it is unpickled.
+    Threads may share it. Unpickling opens the file again.
 
     Args:
-        path: the ONNX file. What it keeps in other files has to be in its own folder or below.
+        path: the ONNX file. External data must be in its own folder or below.
         providers: of onnxruntime, the preferred one first.
 
     Attributes:
-        model: what the file says of itself.
+        model: the description in the file.
         class_names: K names.
         category_ids: K ids of the data set that the weights were trained on.
         batch_size: images that run at once: 1.
 
     Raises:
-        CheckpointError: the file is missing, broken, or not made by ``tools/export.py``.
+        CheckpointError: the file is missing, damaged, or not from ``tools/export.py``.
         ConfigError: onnxruntime is not installed.
     """
 
@@ -157,9 +155,10 @@ class OnnxPredictor:
         *,
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ) -> None:
-        self._path, self._providers = Path(path).absolute(), tuple(providers)
+        self._path = Path(path).absolute()
+        self._providers = tuple(providers)
         self._session = _open(Path(path), providers)
-        self.model = _described(Path(path), self._session)
+        self.model = _read_description(Path(path), self._session)
         self.class_names = self.model.class_names
         self.category_ids = self.model.category_ids
 
@@ -185,31 +184,34 @@ class OnnxPredictor:
         Args:
             images: one image, or a list or tuple of several; each a uint8 array ``[H, W, 3]`` in
                 BGR order, as OpenCV reads it, or the path of a file.
-            names: taken as ``Predictor`` takes it, and not used: there are no exits to watch.
+            names: as in ``Predictor``, but without effect.
 
         Returns:
             ``ArrayDetections``, boxes in pixels of the given image; a list for several.
 
         Raises:
-            DatasetError: if a file is missing or no image.
-            CheckpointError: the file fails, or what it gives are no detections: boxes or scores
-                that are not finite, scores outside [0, 1] or not in descending order, or classes
-                that it does not name.
-            ValueError: if an image is something else, or an array not uint8 ``[H, W, 3]``.
+            DatasetError: a file is missing or not an image.
+            CheckpointError: the ONNX file fails, or its outputs are not detections: boxes or
+                scores are not finite, scores are outside [0, 1] or not in descending order, or
+                classes are not in ``[0, K)``.
+            ValueError: an image is something else, or an array not uint8 ``[H, W, 3]``.
         """
         if isinstance(images, (np.ndarray, str, os.PathLike)):
             return self([images])[0]
         return [self._detect(image) for image in check_images(images, names)]
 
     def run(self, image: NDArray[np.uint8]) -> tuple[NDArray[Any], ...]:
-        """Boxes, scores and classes as the file gives them, of a resized image ``[3, H, W]``.
+        """Run the file on a resized image uint8 ``[3, H, W]``.
+
+        Returns:
+            Its boxes, scores and classes, unchecked.
 
         Raises:
             CheckpointError: the file fails.
         """
         try:
             outputs = self._session.run(list(OUTPUTS), {"image": np.ascontiguousarray(image)})
-        except Exception as error:  # onnxruntime's own errors have no base but this
+        except Exception as error:  # onnxruntime's errors have no other base class
             height, width = image.shape[1:]
             raise CheckpointError(
                 f"{self._path}: fails on an image of {width} x {height} px "
@@ -221,13 +223,13 @@ class OnnxPredictor:
         pixels = given_pixels(image, self.model.image_format)
         resized = resize_shortest_edge(pixels, self.model.min_size, self.model.max_size)
         boxes, scores, classes = self.run(resized.transpose(2, 0, 1))
-        wrong = _what_is_wrong(boxes, scores, classes, len(self.class_names))
-        if wrong is not None:
-            raise CheckpointError(f"{self._path}: gives {wrong}. {_REMEDY}")
-        # In float32, in the order of the detector's own rescaling.
-        (height, width), (from_height, from_width) = pixels.shape[:2], resized.shape[:2]
-        scale_x, scale_y = width / from_width, height / from_height
-        with np.errstate(over="ignore"):  # what is beyond float32 is beyond the image
+        error = _find_error(boxes, scores, classes, len(self.class_names))
+        if error is not None:
+            raise CheckpointError(f"{self._path}: gives {error}. {_REMEDY}")
+        # In float32 and in this order, as the detector rescales.
+        height, width = pixels.shape[:2]
+        scale_x, scale_y = width / resized.shape[1], height / resized.shape[0]
+        with np.errstate(over="ignore"):  # infinite coordinates are clipped to the image
             scaled = boxes * np.array([scale_x, scale_y, scale_x, scale_y], np.float32)
         boxes = np.clip(scaled, 0, np.array([width, height, width, height], np.float32))
         kept = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
@@ -235,12 +237,14 @@ class OnnxPredictor:
         return ArrayDetections(boxes[kept], scores[kept], classes[kept], stages)
 
 
-def _what_is_wrong(
+def _find_error(
     boxes: NDArray[Any], scores: NDArray[Any], classes: NDArray[Any], num_classes: int
 ) -> str | None:
     if scores.ndim != 1 or boxes.shape != (len(scores), 4) or classes.shape != scores.shape:
-        shapes = [list(array.shape) for array in (boxes, scores, classes)]
-        return "boxes of shape {}, scores of shape {} and classes of shape {}".format(*shapes)
+        return (
+            f"boxes of shape {list(boxes.shape)}, scores of shape {list(scores.shape)} and "
+            f"classes of shape {list(classes.shape)}"
+        )
     if not np.isfinite(boxes).all():
         return "boxes that are not finite"
     # NaN fails every comparison.
@@ -263,19 +267,19 @@ def _open(path: Path, providers: Sequence[str]) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file. {_REMEDY}")
     options = onnxruntime.SessionOptions()
-    # Errors are raised as well, and its log would send names from the file to the terminal.
+    # Errors are raised anyway, and the log would print names from the file to the terminal.
     options.log_severity_level = 4
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
-    except Exception as error:  # onnxruntime's own errors have no base but this
+    except Exception as error:  # onnxruntime's errors have no other base class
         raise CheckpointError(
             f"{path}: onnxruntime cannot open it ({printable(str(error), longest=300)}). The file "
-            f"is damaged or no ONNX. {_REMEDY}"
+            f"is damaged or not ONNX. {_REMEDY}"
         ) from error
 
 
-def _described(path: Path, session: Any) -> ExportedModel:
-    """What the file says of itself, if it is one of ours."""
+def _read_description(path: Path, session: Any) -> ExportedModel:
+    """The description in the file, which must have our inputs and outputs."""
     text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     if text is None:
         raise CheckpointError(
@@ -290,10 +294,8 @@ def _described(path: Path, session: Any) -> ExportedModel:
         ) from error
     inputs = [(i.name, i.type, len(i.shape)) for i in session.get_inputs()]
     outputs = [(o.name, o.type) for o in session.get_outputs()]
-    types = ("tensor(float)", "tensor(float)", "tensor(int64)")
-    if inputs != [("image", "tensor(uint8)", 3)] or outputs != list(
-        zip(OUTPUTS, types, strict=True)
-    ):
+    wanted = list(zip(OUTPUTS, _OUTPUT_TYPES, strict=True))
+    if inputs != [("image", "tensor(uint8)", 3)] or outputs != wanted:
         raise CheckpointError(
             f"{path}: takes {inputs} and gives {outputs}, not a uint8 image [3, H, W] and "
             f"{', '.join(OUTPUTS)}. {_REMEDY}"

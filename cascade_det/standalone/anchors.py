@@ -1,4 +1,4 @@
-"""Anchors on the levels of a pyramid, exactly as Detectron2 places them (no rounding)."""
+"""Anchors on the levels of a feature pyramid, placed exactly as in Detectron2 (no rounding)."""
 
 from __future__ import annotations
 
@@ -74,11 +74,9 @@ class AnchorGenerator(nn.Module):
         ):
             cells = self.get_buffer(f"cells{level}")
             start = self.offset * stride
-            x = torch.arange(
-                start, width * stride, step=stride, dtype=torch.float32, device=cells.device
-            )
-            y = torch.arange(
-                start, height * stride, step=stride, dtype=torch.float32, device=cells.device
+            y, x = (
+                torch.arange(start, side * stride, stride, dtype=torch.float32, device=cells.device)
+                for side in (height, width)
             )
             grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
             shifts = torch.stack((grid_x, grid_y, grid_x, grid_y), dim=-1)
@@ -86,19 +84,19 @@ class AnchorGenerator(nn.Module):
         return anchors
 
     def at(self, level: int, index: Tensor, width: int) -> Tensor:
-        """Some anchors of one level, without the others.
+        """Chosen anchors of one level.
 
         Args:
-            level: place among the levels.
-            index: int64 ``[...]``, places in the order that ``forward`` gives.
+            level: index of the level.
+            index: int64 ``[...]``, indices of anchors in the order of ``forward``.
             width: of the level in positions.
 
         Returns:
-            float32 ``[..., 4]``, to the last bit what ``forward(...)[level][index]`` is.
+            float32 ``[..., 4]``, equal to ``forward(...)[level][index]`` to the last bit.
         """
         cells, stride = self.get_buffer(f"cells{level}"), self.strides[level]
         position = index // len(cells)
-        places = torch.stack((position % width, position // width), dim=-1)
+        xy = torch.stack((position % width, position // width), dim=-1)
         # In float64 first, as torch.arange does.
-        shifts = (places.double() * stride + self.offset * stride).float()
+        shifts = (xy.double() * stride + self.offset * stride).float()
         return torch.cat((shifts, shifts), dim=-1) + cells[index % len(cells)]

@@ -1,4 +1,4 @@
-"""From a configuration to a detector."""
+"""Builds a detector from a configuration."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def build_detector(cfg: CfgNode) -> Detector:
         cfg: a configuration with our nodes, see ``cascade_det.config.get_cfg``.
 
     Raises:
-        ConfigError: if keys contradict each other, or ask for a part that this host lacks or for
-            a GPU that is not there.
+        ConfigError: keys contradict each other, or name a part that this host lacks or a GPU that
+            does not exist.
     """
     config.check_config(cfg)
     backbone = _build_backbone(cfg)
@@ -65,7 +65,7 @@ def build_detector(cfg: CfgNode) -> Detector:
     )
     device = resolve_device(cfg)
     if device.index is not None:
-        # Random numbers and memory are asked for of the current GPU.
+        # PyTorch draws random numbers and reports memory on the current GPU.
         torch.cuda.set_device(device)
     return detector.to(device)
 

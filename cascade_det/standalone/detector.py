@@ -1,10 +1,9 @@
-"""A whole detector without Detectron2: backbone, RPN and cascade under its state-dict names."""
+"""A whole detector without Detectron2, with Detectron2's names in its state dict."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +20,10 @@ from cascade_det.core import (
 from cascade_det.core.modes import in_evaluation_mode
 from cascade_det.core.postprocess import rescale_detections, rescale_stage
 from cascade_det.core.structures.boxes import keep_images
+from cascade_det.data.samples import Sample
 from cascade_det.engine.batches import check_images
 from cascade_det.standalone.rpn import RPN
 
-Sample = dict[str, Any]
 ImageSizes = list[tuple[int, int]]
 
 
@@ -32,20 +31,20 @@ class Detector(nn.Module):
     """Images in, losses or detections out.
 
     Args:
-        backbone: image batch to pyramid maps by name.
+        backbone: a batch of images to feature maps by name.
         proposal_generator: the RPN.
         roi_heads: the cascade.
-        roi_in_features: names of the maps that the cascade pools, finest first.
+        roi_in_features: names of the feature maps that the cascade pools, finest first.
         pixel_mean: of each channel, in the channel order of the images.
-        pixel_std: likewise.
+        pixel_std: of each channel, in the same order.
 
     Attributes:
-        optimizations: what ``cascade_det.standalone.optimize`` did to it, a sentence each; none
-            where it was not called. A detector that has some cannot be trained.
-        dtype: what it computes in, for a report: "float32", or what ``optimize`` made of it.
-        memory_format: of the batch of images.
-        training_format: likewise, in training on a CPU: as the convolutions that train fast and the
-            pooling of regions want the maps. It rounds otherwise than contiguous maps do.
+        optimizations: the changes made by ``cascade_det.standalone.optimize``, one sentence each;
+            empty before it. An optimised detector cannot be trained.
+        dtype: the types that inference computes in, for a report.
+        memory_format: of the batch of images in inference, and in training on a GPU.
+        training_format: of the batch of images in training on a CPU, where channels-last maps are
+            faster. Rounding differs from that on contiguous maps.
     """
 
     def __init__(
@@ -81,40 +80,40 @@ class Detector(nn.Module):
 
     @property
     def cascade(self) -> CascadeHead:
-        """The cascade, in either host."""
+        """The cascade: the same as ``roi_heads``."""
         return self.roi_heads
 
     def set_exits(self, exits: ExitPolicy | None) -> None:
-        """Let regions leave by other exits, in either host."""
+        """Replace the exit policy; ``None`` for no exits."""
         self.roi_heads.exits = exits
 
     @property
     def metrics(self) -> dict[str, Tensor]:
-        """Scalars to watch beside the losses, of the last call of ``losses``."""
+        """Scalars to log beside the losses, from the last call of ``losses``."""
         return {**self.proposal_generator.metrics, **self.roi_heads.metrics}
 
     def forward(self, batch: Sequence[Sample]) -> dict[str, Tensor]:
-        """The same as ``losses``, for wrappers that only see ``forward``."""
+        """The same as ``losses``, for wrappers that call ``forward``."""
         return self.losses(batch)
 
     def losses(self, batch: Sequence[Sample]) -> dict[str, Tensor]:
-        """All losses of a training batch.
+        """Losses of a batch.
 
         Args:
             batch: samples with ``image`` (uint8 ``[3, H, W]``), ``gt_boxes`` (float32 ``[G, 4]``,
-                pixels of the image) and ``gt_classes`` (int64 ``[G]``).
+                XYXY in pixels of the image) and ``gt_classes`` (int64 ``[G]``).
 
         Returns:
-            scalars by Detectron2's names; their sum is to be minimised.
+            Scalars by Detectron2's names; training minimises their sum.
 
         Raises:
             RuntimeError: the detector was optimised for inference.
-            ValueError: the batch is empty, or has an image that ``detect`` refuses.
+            ValueError: the batch is empty, or ``detect`` refuses one of its images.
         """
         if self.optimizations:
             raise RuntimeError(
-                "an optimised detector cannot be trained: its norms are gone, and its weights are "
-                "in other types. Build it again, without optimize() and without "
+                "an optimised detector cannot be trained: its norms are folded and its weights "
+                "converted. Build it again without optimize() and without "
                 "MODEL.CASCADE.FAST.ENABLED"
             )
         if len(batch) == 0:
@@ -143,16 +142,19 @@ class Detector(nn.Module):
         stages: bool | Sequence[bool] = False,
         timer: PartTimer | None = None,
     ) -> DetectorOutput:
-        """Detections of a batch, in pixels of the original images.
+        """Detect objects in a batch.
 
-        In evaluation mode, whatever mode the modules are in; each is in its own again afterwards.
+        Runs in evaluation mode and restores the mode of every module afterwards.
 
         Args:
             batch: samples with ``image`` (uint8 ``[3, H, W]``) and, if it was resized, ``height``
                 and ``width`` of the original.
-            stages: also run the full cascade and report what it gives after every stage; of all
-                images, or of those for which it is true. The others have nothing there.
-            timer: takes the milliseconds of every part if given.
+            stages: also run the full cascade and report the detections after every stage: of all
+                images, or of those for which it is true; the others get empty ones.
+            timer: measures the milliseconds of every part.
+
+        Returns:
+            Detections in pixels of the original images.
 
         Raises:
             ValueError: an image is not a tensor ``[3, H, W]``, or has no pixels.
@@ -187,12 +189,12 @@ class Detector(nn.Module):
     def cascade_inputs(
         self, batch: Sequence[Sample], *, timer: PartTimer | None = None
     ) -> CascadeInputs:
-        """What the cascade gets of a batch; arguments as in ``detect``."""
+        """Inputs of the cascade for a batch; arguments as in ``detect``."""
         return self._cascade_inputs(batch, timer)
 
     def _cascade_inputs(self, batch: Sequence[Sample], timer: PartTimer | None) -> CascadeInputs:
         part = timer.part if timer is not None else lambda name: nullcontext()
-        # What is compiled is compiled for one mode, whatever that of the caller.
+        # A compiled backbone is compiled for inference mode only.
         mode = torch.inference_mode if self.optimizations else nullcontext
         with part("preprocess"), mode():
             check_images(batch)
@@ -205,14 +207,14 @@ class Detector(nn.Module):
         return CascadeInputs(features, proposals, image_sizes, objectness)
 
     def preprocess(self, images: Sequence[Tensor]) -> tuple[Tensor, ImageSizes]:
-        """Normalise, pad on the right and at the bottom with 0, and stack.
+        """Normalise, pad with 0 on the right and at the bottom, and stack.
 
         Args:
-            images: uint8 ``[3, H_i, W_i]``.
+            images: N of uint8 ``[3, H_i, W_i]``.
 
         Returns:
-            float32 ``[N, 3, H, W]``, sides multiples of the backbone's ``size_divisibility``,
-            and ``(H_i, W_i)`` of every image.
+            float32 ``[N, 3, H, W]``, with H and W multiples of the backbone's
+            ``size_divisibility``, and ``(H_i, W_i)`` of every image.
         """
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         step = self.backbone.size_divisibility
@@ -220,7 +222,7 @@ class Detector(nn.Module):
         batch = torch.empty(
             (len(images), 3, height, width), device=self.device, memory_format=self.memory_format
         ).zero_()
-        for place, image in zip(batch, images, strict=True):
+        for padded, image in zip(batch, images, strict=True):
             normalised = (image.to(self.device) - self.pixel_mean).div_(self.pixel_std)
-            place[:, : image.shape[-2], : image.shape[-1]].copy_(normalised)
+            padded[:, : image.shape[-2], : image.shape[-1]].copy_(normalised)
         return batch, sizes

@@ -1,4 +1,4 @@
-"""The evaluation of a configuration on its test sets."""
+"""Evaluation of a detector on the test sets of its configuration."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from cascade_det import config
 from cascade_det.data.coco import CocoDataset
 from cascade_det.data.loader import build_test_loader
+from cascade_det.data.samples import Sample
 from cascade_det.engine.checkpoint import Checkpointer
 from cascade_det.engine.datasets import load_datasets_to_evaluate
 from cascade_det.engine.devices import set_backends
@@ -22,7 +23,7 @@ from cascade_det.engine.run_lock import alone_in_output_dir
 from cascade_det.monitoring.shadow import shadow_evaluators
 from cascade_det.parallel import distributed
 from cascade_det.standalone.build import build_detector
-from cascade_det.standalone.detector import Detector, Sample
+from cascade_det.standalone.detector import Detector
 from cascade_det.standalone.optimize import optimize
 
 
@@ -30,31 +31,32 @@ from cascade_det.standalone.optimize import optimize
 def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     """Evaluate the weights of a configuration on ``DATASETS.TEST``.
 
+    Several processes share the images; all return the same results, and the main one writes the
+    files.
+
     Args:
         cfg: a checked configuration with ``MODEL.WEIGHTS``.
-        resume: take the last checkpoint in ``OUTPUT_DIR`` instead.
+        resume: evaluate the last checkpoint in ``OUTPUT_DIR`` instead.
 
     Returns:
-        ``bbox``, ``analysis``, ``stages``, ``exits`` and ``latency`` figures, and ``shadow`` if
-        ``CASCADE.SHADOW_SHARE`` is above 0; by data set if there are several. They are also in
-        ``results.json``, as tables in the log, in ``report.png`` and in ``analysis/``. Several
-        processes share the images; all return the same, and the main one writes the files.
+        The metrics ``bbox``, ``analysis``, ``stages``, ``exits`` and ``latency``, and ``shadow``
+        if ``CASCADE.SHADOW_SHARE`` is above 0; by data set if there are several. They are also in
+        ``results.json``, ``report.png`` and ``analysis/``, and as tables in the log.
 
     Raises:
-        ConfigError: if there is no test data set or no weights, or another process runs in
-            ``OUTPUT_DIR``.
-        DatasetError: if data are missing or wrong, or are not of the classes that the checkpoint
-            was trained on, where it names them.
-        CheckpointError: if weights cannot be read or do not fit, or there is nothing to resume.
+        ConfigError: there is no test set or no weights, or another process uses ``OUTPUT_DIR``.
+        DatasetError: data are missing or wrong, or their classes differ from those that the
+            checkpoint names.
+        CheckpointError: weights cannot be read or do not fit, or there is nothing to resume.
     """
     detector, datasets = load_detector(cfg, resume=resume)
     return evaluate_all(cfg, detector, datasets, Path(cfg.OUTPUT_DIR))
 
 
 def load_detector(cfg: CfgNode, *, resume: bool = False) -> tuple[Detector, list[CocoDataset]]:
-    """The detector with its weights, and ``DATASETS.TEST``; arguments and errors as above.
+    """The detector with its weights, and ``DATASETS.TEST``; arguments and errors as ``evaluate``.
 
-    It is optimised as ``MODEL.CASCADE.FAST`` asks for.
+    The detector is optimised if ``MODEL.CASCADE.FAST.ENABLED``.
     """
     datasets = load_datasets_to_evaluate(cfg, resume=resume)
     set_backends(cfg)

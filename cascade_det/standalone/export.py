@@ -1,4 +1,4 @@
-"""A whole detector of fixed depth in one file, for onnxruntime or ``torch.export.load``."""
+"""Export of a detector of fixed depth to one file, for onnxruntime or ``torch.export.load``."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ from cascade_det.standalone.detector import Detector
 from cascade_det.standalone.fixed_depth import FixedDepthDetector
 
 FORMATS = ("onnx", "torch-export")
-# The first with RoIAlign whose pixels are aligned is 16; 18 is what the exporter was made for.
+# Aligned RoIAlign needs 16; PyTorch's exporter was written for 18.
 OPSET = 18
 METADATA_FILE = f"{METADATA_KEY}.json"
 _PACKAGES = {"onnx": ("onnx", "onnxruntime"), "torch-export": ()}
-# Of an image that is recorded. Its sides are no multiples of anything, so that nothing is taken
-# for a constant.
-_EXAMPLE = (3, 150, 211)
+# Shape of the traced image. Its sides share no factor with a stride, so that no size becomes a
+# constant.
+_EXAMPLE_SHAPE = (3, 150, 211)
 
-# An image uint8 [3, H, W] to its boxes [D, 4], scores [D] and classes [D].
-Run = Callable[[Tensor], tuple[Tensor, ...]]
+# Image uint8 [3, H, W] to boxes [D, 4], scores [D] and classes [D].
+ExportedDetector = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 def stages_to_export(cfg: CfgNode, file_format: str, num_stages: int | None) -> int:
-    """How many stages a file will have, after a look at what an export would fail on.
+    """Check that an export can work, and return the number of stages to export.
 
     Args:
         cfg: of the detector.
         file_format: one of ``FORMATS``.
-        num_stages: wanted; ``None`` for all, which a cascade with exits does not have.
+        num_stages: as asked for; ``None`` for all, which is refused if exits are enabled.
 
     Raises:
-        ConfigError: a package is missing, there are no weights or not so many stages, or exits
-            are on and it was not said how many stages to take in their place.
+        ConfigError: a package or the weights are missing, the cascade has fewer stages, or exits
+            are enabled and ``num_stages`` is ``None``.
     """
     for package in _PACKAGES[file_format]:
         if importlib.util.find_spec(package) is None:
@@ -63,8 +63,8 @@ def stages_to_export(cfg: CfgNode, file_format: str, num_stages: int | None) -> 
         if cfg.MODEL.CASCADE.EXIT.ENABLED and cfg.MODEL.ROI_HEADS.NAME != "CascadeROIHeads":
             raise ConfigError(
                 "MODEL.CASCADE.EXIT.ENABLED is True, but an exported file has no exits: all "
-                "regions take the same stages. Say how many with --stages (1 to "
-                f"{available}), which leaves the exits out, or set the key to False for all."
+                "regions run through the same stages. Give their number with --stages (1 to "
+                f"{available}), or set the key to False to export all."
             )
         return available
     if not 1 <= num_stages <= available:
@@ -77,24 +77,24 @@ def stages_to_export(cfg: CfgNode, file_format: str, num_stages: int | None) -> 
 
 def export_onnx(
     detector: Detector, path: str | os.PathLike[str], description: ExportedModel
-) -> Run:
-    """Write an ONNX file; height and width of its image are free.
+) -> ExportedDetector:
+    """Write an ONNX file that takes an image of any size.
 
     Args:
         detector: on the CPU, not optimised.
         path: of the file.
-        description: goes into the file. Its ``num_stages`` are exported.
+        description: written into the file; its ``num_stages`` are exported.
 
     Returns:
-        The file, run by onnxruntime.
+        A function that runs the file in onnxruntime.
     """
     import onnx
 
     model = FixedDepthDetector(detector, description.num_stages)
     sides = {1: "height", 2: "width"}
     with evaluation_mode(model), torch.no_grad(), warnings.catch_warnings():
-        # On Python values that are constants by intention, and on the age of the exporter: the
-        # one by torch.export takes many times as long for the same file.
+        # Warnings about intended constants and about this exporter being the old one. The new one
+        # takes many times as long to write the same file.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             model,
@@ -116,13 +116,13 @@ def export_onnx(
 
 def export_program(
     detector: Detector, path: str | os.PathLike[str], description: ExportedModel
-) -> Run:
-    """Write a ``.pt2`` file for ``torch.export.load``; arguments as of ``export_onnx``.
+) -> ExportedDetector:
+    """Write a ``.pt2`` file for ``torch.export.load``; arguments as in ``export_onnx``.
 
-    Sides of its images are 2 to 65,536 px long. The description is in it as ``cascade_det.json``.
+    It takes images with sides of 2 to 65,536 px. The description is in ``cascade_det.json`` in it.
 
     Returns:
-        The file, run by PyTorch.
+        A function that runs the file in PyTorch.
     """
     model = FixedDepthDetector(detector, description.num_stages)
     sides = {
@@ -142,14 +142,14 @@ def export_program(
 
 @dataclass
 class Comparison:
-    """How far the detections of an exported file are from the detector's own.
+    """Differences between the detections of an exported file and of its detector.
 
     Attributes:
         num_detections: of the detector.
         num_exported: of the file.
-        boxes: pixels; the largest distance of a coordinate from that of the nearest detection of
-            the same class; ``inf`` where there is none.
-        scores: the largest difference of their scores.
+        boxes: pixels; largest difference of a coordinate to the nearest detection of the same
+            class; ``inf`` without one.
+        scores: largest difference of scores to that detection.
     """
 
     num_detections: int
@@ -159,35 +159,34 @@ class Comparison:
 
     @property
     def same(self) -> bool:
-        """Whether they are the same up to rounding."""
+        """Whether they agree up to rounding."""
         counts_agree = self.num_detections == self.num_exported
         return counts_agree and self.boxes < 0.05 and self.scores < 1e-3
 
 
-def compare(detector: Detector, run: Run, image: Tensor, num_stages: int) -> Comparison:
-    """Hold a file against its detector on an image, uint8 ``[3, H, W]``."""
+def compare(
+    detector: Detector, exported: ExportedDetector, image: Tensor, num_stages: int
+) -> Comparison:
+    """Compare an exported file with its detector on an image, uint8 ``[3, H, W]``."""
     stages = detector.detect([{"image": image}], stages=True).stages
     assert stages is not None
     wanted = stages[num_stages - 1].detections[0]
-    boxes, scores, classes = run(image)
+    boxes, scores, classes = exported(image)
     if len(boxes) == 0 or len(wanted) == 0:
         distance = 0.0 if len(boxes) == len(wanted) else float("inf")
         return Comparison(len(wanted), len(boxes), distance, distance)
     distances = (wanted.boxes[:, None] - boxes).abs().amax(dim=2)
     distances[wanted.classes[:, None] != classes] = torch.inf
-    gaps = (wanted.scores[:, None] - scores).abs()
-    nearest = [(distances.amin(dim=axis), distances.argmin(dim=axis)) for axis in (0, 1)]
-    score_gaps = [
-        gaps.gather(axis, at.unsqueeze(axis)).max() for axis, (_, at) in enumerate(nearest)
-    ]
-    return Comparison(
-        len(wanted),
-        len(boxes),
-        float(max(near.max() for near, _ in nearest)),
-        float(max(score_gaps)),
-    )
+    score_gaps = (wanted.scores[:, None] - scores).abs()
+    # The nearest detection of the detector for each of the file, and the reverse.
+    nearest = [distances.min(dim=axis, keepdim=True) for axis in (0, 1)]
+    box_distance = torch.stack([found.values.max() for found in nearest]).max()
+    score_gap = torch.stack(
+        [score_gaps.gather(axis, found.indices).max() for axis, found in enumerate(nearest)]
+    ).max()
+    return Comparison(len(wanted), len(boxes), float(box_distance), float(score_gap))
 
 
 def _example() -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, _EXAMPLE, dtype=torch.uint8, generator=generator)
+    return torch.randint(0, 256, _EXAMPLE_SHAPE, dtype=torch.uint8, generator=generator)

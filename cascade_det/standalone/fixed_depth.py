@@ -1,6 +1,6 @@
-"""A detector as one function of one image, in operations that can be exported.
+"""A detector as a function of one image, in operations that can be exported.
 
-Every region takes the same stages. Shapes: R regions, K foreground classes, D detections.
+Every region runs through the same stages. Shapes: R regions, K foreground classes, D detections.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from cascade_det.core.roi_pooling import Pyramid
 from cascade_det.core.structures.boxes import clip_boxes, decode_boxes, is_nonempty
 from cascade_det.standalone.detector import Detector
 
-# Pixels; farther than any image is wide, and no loss of precision in float64.
-_FAR = 2.0**20
-_LOWEST = torch.finfo(torch.float32).min
-_LAST = _LOWEST / 2
+# Pixels; wider than any image, and exact in float64.
+_CLASS_OFFSET = 2.0**20
+_LOWEST_SCORE = torch.finfo(torch.float32).min
+_PADDING_SCORE = _LOWEST_SCORE / 2  # below every score, above the threshold of NMS
 _ALL = 2**31 - 1
 
 
 class FixedDepthDetector(nn.Module):
-    """The first stages of a detector, without exits: what ``detect_stages`` gives after the last.
+    """A detector that runs its first stages, without exits, as ``detect_stages`` does.
 
     Args:
         detector: in evaluation mode, not optimised; its parameters are shared.
-        num_stages: how many stages every region takes, 1 or more.
+        num_stages: stages that every region runs through, 1 or more.
 
     Raises:
-        ValueError: the detector does not have so many stages, or is optimised.
+        ValueError: the detector has fewer stages, or is optimised.
     """
 
     def __init__(self, detector: Detector, num_stages: int) -> None:
@@ -54,63 +54,62 @@ class FixedDepthDetector(nn.Module):
             image: uint8 ``[3, H, W]``, already resized.
 
         Returns:
-            boxes float32 ``[D, 4]``, XYXY in pixels of this image; scores float32 ``[D]``; classes
+            Boxes float32 ``[D, 4]``, XYXY in pixels of this image; scores float32 ``[D]``; classes
             int64 ``[D]`` in ``[0, K)``.
         """
         detector = self.detector
         height, width = image.shape[-2:]
         step = detector.backbone.size_divisibility
         pixels = (image - detector.pixel_mean) / detector.pixel_std
-        # Exporters know floors of quotients better than remainders.
+        # Exporters handle floor division better than remainders.
         right, bottom = ((side + step - 1) // step * step - side for side in (width, height))
         maps = detector.backbone(F.pad(pixels, (0, right, 0, bottom))[None])
-        sides = (width, height, width, height)
-        limits = torch.stack([torch.scalar_tensor(s, device=image.device) for s in sides])[None]
-        # With one region more, which is dropped in the end, a stage never has none: some of what
-        # runs a file cannot reshape nothing.
-        proposals = torch.cat([self._propose(maps, limits), limits])
-        boxes, probs = self._run_stages(maps, proposals, limits)
+        sides = [torch.scalar_tensor(side, device=image.device) for side in (width, height)]
+        image_bounds = torch.stack(sides * 2)[None]
+        # One extra region, dropped in the end: some runtimes cannot reshape empty tensors.
+        proposals = torch.cat([self._propose(maps, image_bounds), image_bounds])
+        boxes, probs = self._run_stages(maps, proposals, image_bounds)
         return self._select(boxes, probs)
 
-    def _propose(self, maps: dict[str, Tensor], limits: Tensor) -> Tensor:
-        """What ``RPN.propose`` gives for one image: float32 ``[R, 4]``, by falling objectness."""
+    def _propose(self, maps: dict[str, Tensor], image_bounds: Tensor) -> Tensor:
+        """``RPN.propose`` for one image: float32 ``[R, 4]``, best objectness first."""
         rpn = self.detector.proposal_generator
         most = rpn.pre_nms_topk[1]
         levels = [maps[name] for name in rpn.in_features]
         scores, boxes = [], []
         for level, (logits, deltas) in enumerate(zip(*rpn.rpn_head(levels), strict=True)):
-            # Filled up, so that one number of anchors holds for images of all sizes.
-            top, places = F.pad(logits[0], (0, most), value=-torch.inf).topk(most)
-            places = places.clamp(max=logits.shape[1] - 1)
-            anchors = rpn.anchor_generator.at(level, places, levels[level].shape[-1])
-            boxes.append(decode_boxes(deltas[0][places], anchors, rpn.bbox_reg_weights))
+            # Padded, so that top-k has the same size for images of all sizes.
+            top, index = F.pad(logits[0], (0, most), value=-torch.inf).topk(most)
+            index = index.clamp(max=logits.shape[1] - 1)
+            anchors = rpn.anchor_generator.at(level, index, levels[level].shape[-1])
+            boxes.append(decode_boxes(deltas[0][index], anchors, rpn.bbox_reg_weights))
             scores.append(top)
         all_boxes, all_scores = torch.cat(boxes), torch.cat(scores)
-        level_index = torch.arange(len(levels), device=limits.device).repeat_interleave(most)
+        level_index = torch.arange(len(levels), device=image_bounds.device).repeat_interleave(most)
         finite = torch.isfinite(all_boxes).all(dim=1) & torch.isfinite(all_scores)
-        clipped = clip_boxes(all_boxes, limits)
-        rows = torch.nonzero(finite & is_nonempty(clipped, rpn.min_box_size)).squeeze(1)
+        clipped = clip_boxes(all_boxes, image_bounds)
+        valid = torch.nonzero(finite & is_nonempty(clipped, rpn.min_box_size)).squeeze(1)
         kept = best_of_classes(
-            clipped[rows],
-            all_scores[rows],
-            level_index[rows],
+            clipped[valid],
+            all_scores[valid],
+            level_index[valid],
             num_classes=len(levels),
             iou=rpn.nms_thresh,
             most=rpn.post_nms_topk[1],
         )
-        return clipped[rows][kept]
+        return clipped[valid][kept]
 
     def _run_stages(
-        self, maps: dict[str, Tensor], proposals: Tensor, limits: Tensor
+        self, maps: dict[str, Tensor], proposals: Tensor, image_bounds: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Boxes ``[R, 4]`` or ``[R, 4 K]`` and probabilities ``[R, K + 1]`` of the last stage."""
         heads = self.detector.roi_heads
-        # Without a table: torchvision's kernel is the one that can be exported.
+        # Without a table, pooling uses torchvision's kernel, the one that can be exported.
         pyramid = Pyramid([maps[name] for name in self.detector.roi_in_features])
         network = heads.network(pyramid, 1)
         image_index = torch.zeros_like(proposals[:, 0], dtype=torch.int64)
         regions = Regions(
-            proposals, image_index, limits.expand_as(proposals), proposals[:, 0], image_index
+            proposals, image_index, image_bounds.expand_as(proposals), proposals[:, 0], image_index
         )
         result = network.run_stage(regions, 0)
         for stage in range(1, self.num_stages):
@@ -121,14 +120,14 @@ class FixedDepthDetector(nn.Module):
         return result.decoded, probs
 
     def _select(self, boxes: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What ``select_detections`` gives for all rows but the last, less boxes that are empty."""
+        """``select_detections`` for all regions but the last, without empty boxes."""
         heads = self.detector.roi_heads
         finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(probs).all(dim=1)
         chosen = (probs[:, :-1] > heads.score_thresh) & finite[:, None]
-        rows, classes = torch.nonzero(chosen[:-1], as_tuple=True)
+        regions, classes = torch.nonzero(chosen[:-1], as_tuple=True)
         per_class = boxes.unflatten(1, (-1, 4))
         column = classes if per_class.shape[1] > 1 else torch.zeros_like(classes)
-        candidates, scores = per_class[rows, column], probs[rows, classes]
+        candidates, scores = per_class[regions, column], probs[regions, classes]
         most = heads.detections_per_image
         kept = best_of_classes(
             candidates,
@@ -145,55 +144,55 @@ class FixedDepthDetector(nn.Module):
 def best_of_classes(
     boxes: Tensor, scores: Tensor, classes: Tensor, *, num_classes: int, iou: float, most: int
 ) -> Tensor:
-    """What NMS within each class keeps: int64 indices, best score first, ``most`` at most.
+    """NMS within each class: int64 indices of the best ``most`` boxes kept, best score first.
 
-    Arguments as of ``class_nms``.
+    Arguments as in ``class_nms``.
     """
     count = boxes.shape[0]
-    # Two empty boxes more, which come last and are not returned: torch.export records an operation
-    # on many rows as one that needs two.
+    # Two empty boxes that sort last and are not returned: torch.export specialises on fewer than
+    # two rows.
     boxes = F.pad(boxes, (0, 0, 0, 2))
-    scores = F.pad(scores, (0, 2), value=_LAST)
+    scores = F.pad(scores, (0, 2), value=_PADDING_SCORE)
     classes = F.pad(classes, (0, 2))
     kept = class_nms(boxes, scores, classes, num_classes, iou)
     order = kept[scores[kept].argsort(descending=True)]
-    # A slice would do, but exporters take its length for ``most`` even where there are fewer.
-    place = torch.arange(order.shape[0], device=order.device)
-    return order[torch.nonzero((place < most) & (order < count)).squeeze(1)]
+    # Not a slice: exporters would assume that it has ``most`` elements, even if there are fewer.
+    rank = torch.arange(order.shape[0], device=order.device)
+    return order[torch.nonzero((rank < most) & (order < count)).squeeze(1)]
 
 
 def class_nms(
     boxes: Tensor, scores: Tensor, classes: Tensor, num_classes: int, iou: float
 ) -> Tensor:
-    """NMS within each class: int64 indices of what is kept, in any order.
+    """NMS within each class: int64 indices of the boxes kept, in any order.
 
     Args:
         boxes: float32 ``[C, 4]``, inside an image.
         scores: float32 ``[C]``.
         classes: int64 ``[C]`` in ``[0, num_classes)``.
         num_classes: K.
-        iou: of two boxes of one class that overlap by more, the lower score goes.
+        iou: threshold above which the lower-scored of two boxes of a class is suppressed.
     """
     if torch.jit.is_tracing():
         kept: Tensor = _ClassNMS.apply(boxes, scores, classes, num_classes, iou)
         return kept
-    return _far_apart(boxes, scores, classes, iou)
+    return _nms_with_offsets(boxes, scores, classes, iou)
 
 
-def _far_apart(boxes: Tensor, scores: Tensor, classes: Tensor, iou: float) -> Tensor:
-    # In float32 the shift would cost boxes a fraction of a pixel, and change decisions.
-    kept: Tensor = nms(boxes.double() + classes[:, None] * _FAR, scores.double(), iou)
+def _nms_with_offsets(boxes: Tensor, scores: Tensor, classes: Tensor, iou: float) -> Tensor:
+    # In float64, because the offsets would cost float32 boxes fractions of a pixel.
+    kept: Tensor = nms(boxes.double() + classes[:, None] * _CLASS_OFFSET, scores.double(), iou)
     return kept
 
 
 class _ClassNMS(torch.autograd.Function):
-    """For ONNX, whose own operator knows classes."""
+    """Exported as the NonMaxSuppression operator of ONNX, which separates classes itself."""
 
     @staticmethod
     def forward(
         ctx: Any, boxes: Tensor, scores: Tensor, classes: Tensor, num_classes: int, iou: float
     ) -> Tensor:
-        return _far_apart(boxes, scores, classes, iou)
+        return _nms_with_offsets(boxes, scores, classes, iou)
 
     @staticmethod
     def symbolic(
@@ -202,19 +201,19 @@ class _ClassNMS(torch.autograd.Function):
         def constant(value: Any) -> Any:
             return graph.op("Constant", value_t=torch.tensor(value))
 
-        first = constant([0])
-        number = graph.op("Constant", value_t=torch.arange(num_classes)[:, None])
-        of_class = graph.op("Equal", number, graph.op("Unsqueeze", classes, first))
+        axis = constant([0])
+        class_index = graph.op("Constant", value_t=torch.arange(num_classes)[:, None])
+        of_class = graph.op("Equal", class_index, graph.op("Unsqueeze", classes, axis))
         table = graph.op(
-            "Where", of_class, graph.op("Unsqueeze", scores, first), constant(-torch.inf)
+            "Where", of_class, graph.op("Unsqueeze", scores, axis), constant(-torch.inf)
         )
         selected = graph.op(
             "NonMaxSuppression",
-            graph.op("Unsqueeze", boxes, first),
-            graph.op("Unsqueeze", table, first),
+            graph.op("Unsqueeze", boxes, axis),
+            graph.op("Unsqueeze", table, axis),
             constant([_ALL]),
             constant([iou]),
-            constant([_LOWEST]),
+            constant([_LOWEST_SCORE]),
         )
-        # Rows of (image, class, box).
+        # [M, 3]: image, class, box
         return graph.op("Gather", selected, constant(2), axis_i=1)

@@ -1,4 +1,4 @@
-"""A detector made faster, for inference alone."""
+"""Optimisation of a detector for inference."""
 
 from __future__ import annotations
 
@@ -32,30 +32,30 @@ def optimize(
     float32_parts: Collection[str] = FLOAT32_PARTS,
     compile: bool = False,
 ) -> Detector:
-    """Make a detector faster, in place; it can do nothing but detect afterwards.
+    """Optimise a detector for inference in place; it cannot be trained afterwards.
 
-    Norms are folded into convolutions, maps are channels-last, the RPN computes deltas of its best
-    anchors alone, heads take regions as they are pooled, and all of it is in the type that the
-    device is fastest in: in float32 detections are the same up to rounding, in the others nearly
-    so. On CPUs, large float32 convolutions are Winograd's, and the process keeps the memory of
-    freed tensors. What was done is logged, and kept in ``detector.optimizations``.
+    Folds norms into convolutions, uses channels-last maps, computes only the RPN deltas of the best
+    anchors, lets box heads read regions in the layout of the pooling, and computes in the fastest
+    type of the device. Detections in float32 stay equal up to rounding, in other types nearly. On
+    CPUs, large float32 convolutions use Winograd's algorithm, and the process keeps the memory of
+    freed tensors. The changes are logged and listed in ``detector.optimizations``.
 
-    Call it after weights are loaded: their names are others afterwards.
+    Load weights first: the state dict has other names afterwards.
 
     Args:
         detector: with its weights, on its device.
         dtype: see ``cascade_det.engine.devices.resolve_fast_dtype``.
-        float32_parts: of ``cascade_det.config.cascade_keys.FAST_PARTS``, those that stay float32.
-        compile: ``torch.compile`` backbone and pyramid, as CUDA graphs on GPUs. Each new size of
-            images is recorded anew there, so that it pays where there are few. Float32 on CPUs is
-            not compiled: its time goes into convolutions, which stay what they are.
+        float32_parts: parts that stay float32, of ``cascade_det.config.cascade_keys.FAST_PARTS``.
+        compile: ``torch.compile`` the backbone, on GPUs as CUDA graphs. Every new image size is
+            recorded again there, so that it pays for few sizes. Float32 on CPUs is not compiled,
+            because convolutions take most of its time and do not change.
 
     Returns:
         The detector, in evaluation mode.
 
     Raises:
         ConfigError: float16 on a CPU.
-        ValueError: an unknown part, or a detector that is optimised already.
+        ValueError: an unknown part, or the detector is optimised already.
     """
     if detector.optimizations:
         raise ValueError("the detector is optimised already: build it again for other settings")
@@ -64,18 +64,27 @@ def optimize(
     wanted = resolve_fast_dtype(dtype, detector.device)
     dtypes = {part: torch.float32 if part in float32_parts else wanted for part in PARTS}
     detector.eval().requires_grad_(False)
-    done = [_fold(detector), _reorder(detector), _lean(detector), _set_types(detector, dtypes)]
-    done.append(_optimize_heads(detector, dtypes["roi_heads"]))
-    # What is compiled calls PyTorch's own.
-    parts = [detector.proposal_generator, *(() if compile else (detector.backbone,))]
+    done = [
+        f"{fold_norms(detector)} norms are folded into convolutions.",
+        _use_channels_last(detector),
+        _compute_topk_deltas_only(detector),
+        _set_types(detector, dtypes),
+        _optimize_heads(detector, dtypes["roi_heads"]),
+    ]
+    # A compiled backbone calls PyTorch's convolutions.
+    parts = (
+        [detector.proposal_generator]
+        if compile
+        else [detector.proposal_generator, detector.backbone]
+    )
     if count := sum(map(use_winograd, parts)):
-        done.append(f"{count} convolutions are Winograd's where maps are large enough.")
+        done.append(f"{count} convolutions use Winograd's algorithm on maps that are large enough.")
     _cast_between(detector, dtypes)
     if detector.device.type == "cpu" and keep_freed_memory():
-        done.append("The memory of freed tensors is kept for the next ones, process-wide.")
+        done.append("The process keeps the memory of freed tensors for the next ones.")
     if compile:
         done.append(_compile(detector, dtypes))
-    # Heads that cannot be made fast stay as they are.
+    # Box heads of unknown kinds stay as they are.
     detector.dtype = describe_dtypes(
         {**dtypes, "roi_heads": fast_dtype(detector.roi_heads.box_head)}
     )
@@ -86,16 +95,16 @@ def optimize(
 
 @dataclass
 class _Part:
-    """Modules of a part of the body, and those among them that take maps of the part before."""
+    """Modules of a part, and those of them that take the maps of the part before."""
 
     modules: list[nn.Module]
     entrances: list[nn.Module]
 
 
-def _body(detector: Detector) -> dict[str, _Part]:
+def _parts(detector: Detector) -> dict[str, _Part]:
     backbone = detector.backbone
     trunk: nn.Module = backbone.get_submodule("bottom_up")
-    # Of a MobileNet, whose layers are all in one sequence, the first one is the stem.
+    # A MobileNet is one sequence of layers; the first one is its stem.
     stem, *stages = (
         [trunk.stem, *(trunk.get_submodule(name) for name in trunk.stage_names)]
         if isinstance(trunk, ResNet)
@@ -115,33 +124,29 @@ def _body(detector: Detector) -> dict[str, _Part]:
     }
 
 
-def _fold(detector: Detector) -> str:
-    return f"{fold_norms(detector)} norms are folded into convolutions."
-
-
-def _reorder(detector: Detector) -> str:
+def _use_channels_last(detector: Detector) -> str:
     for part in (detector.backbone, detector.proposal_generator):
         part.to(memory_format=torch.channels_last)
     detector.memory_format = torch.channels_last
-    return "Images and maps are in channels-last order."
+    return "Images and maps are channels-last."
 
 
-def _lean(detector: Detector) -> str:
-    detector.proposal_generator.rpn_head.lean = True
-    return "The RPN computes deltas of its best anchors alone."
+def _compute_topk_deltas_only(detector: Detector) -> str:
+    detector.proposal_generator.rpn_head.topk_deltas_only = True
+    return "The RPN computes the deltas of its best anchors only."
 
 
 def _set_types(detector: Detector, dtypes: Mapping[str, torch.dtype]) -> str:
-    for name, part in _body(detector).items():
+    for name, part in _parts(detector).items():
         for module in part.modules:
             module.to(dtypes[name])
-    return f"Computed in {describe_dtypes(dtypes)}. Boxes, scores and last layers in float32."
+    return f"Computes in {describe_dtypes(dtypes)}; boxes, scores and last layers in float32."
 
 
 def _cast_between(detector: Detector, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Let maps change their type where they go from one part to another."""
+    """Convert maps where parts of different types meet."""
     before = torch.float32  # of images
-    for name, part in _body(detector).items():
+    for name, part in _parts(detector).items():
         if dtypes[name] != before:
             for module in part.entrances:
                 module.register_forward_pre_hook(partial(_cast, dtypes[name]))
@@ -159,17 +164,17 @@ def _optimize_heads(detector: Detector, dtype: torch.dtype) -> str:
     detector.roi_heads.optimize(dtype)
     heads = list(detector.roi_heads.box_head)
     count = sum(isinstance(head, FastBoxHead) for head in heads)
-    return f"{count} of {len(heads)} box heads take regions in the layout of the pooling."
+    return f"{count} of {len(heads)} box heads read regions in the layout of the pooling."
 
 
 def _compile(detector: Detector, dtypes: Mapping[str, torch.dtype]) -> str:
     is_gpu = detector.device.type == "cuda"
     if not is_gpu and dtypes["backbone"] == torch.float32:
-        return "Nothing is compiled: float32 on a CPU gains nothing from it."
+        return "Nothing is compiled: float32 on a CPU would not gain from it."
     if is_gpu:
         detector.backbone.compile(dynamic=True, mode="reduce-overhead")
     else:
-        # Weights as constants, laid out for the kernels once.
+        # Freezing turns weights into constants in the layout of the kernels.
         detector.backbone.compile(dynamic=True, options={"freezing": True})
     side = 8 * detector.backbone.size_divisibility
     image = torch.zeros(3, side, side + detector.backbone.size_divisibility, dtype=torch.uint8)
@@ -178,6 +183,6 @@ def _compile(detector: Detector, dtypes: Mapping[str, torch.dtype]) -> str:
         detector.backbone(detector.preprocess([image])[0])
     seconds = time.perf_counter() - started
     return (
-        f"Backbone and pyramid are compiled, which took {seconds:.0f} s for single images; it "
-        "takes as long again at the first batch of several."
+        f"Backbone and pyramid are compiled, which took {seconds:.0f} s for single images; the "
+        "first batch of several takes as long again."
     )

@@ -1,4 +1,4 @@
-"""A trained detector as a function of images."""
+"""Detection in images with trained weights."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from cascade_det import config
 from cascade_det.core import Detections
 from cascade_det.data.given_images import Image, Images, check_images, given_pixels
 from cascade_det.data.read_ahead import read_ahead
+from cascade_det.data.samples import Sample
 from cascade_det.data.transforms import resize_shortest_edge
 from cascade_det.engine.head_flops import region_flops
 from cascade_det.engine.run_info import log_exits, run_of
@@ -29,29 +30,27 @@ logger = logging.getLogger(__name__)
 
 
 class Predictor:
-    """Detects objects in images; loads the weights once.
-
-    It may be shared between threads.
+    """Detects objects in images; threads may share it.
 
     Args:
-        cfg: a configuration with ``MODEL.WEIGHTS``; images are resized by
-            ``INPUT.MIN_SIZE_TEST`` and ``MAX_SIZE_TEST``, and run in batches of
-            ``CASCADE.TEST_IMS_PER_BATCH``. ``CASCADE.SHADOW_SHARE`` of them take the full cascade
-            too. The detector is optimised as ``MODEL.CASCADE.FAST`` asks for.
-        on_drift: called with a report when exits begin to lose more than calibration promised.
-        metrics_dir: folder of a ``metrics.json`` that lines on the exits go to; ``None`` for none.
-            See ``ExitMonitor`` for both.
+        cfg: a configuration with ``MODEL.WEIGHTS``. Images are resized by ``INPUT.MIN_SIZE_TEST``
+            and ``MAX_SIZE_TEST`` and run in batches of ``CASCADE.TEST_IMS_PER_BATCH``; the share
+            ``CASCADE.SHADOW_SHARE`` of them also runs the full cascade. The detector is optimised
+            if ``MODEL.CASCADE.FAST.ENABLED``.
+        on_drift: called with a report when exits begin to lose more than calibration promised,
+            see ``ExitMonitor``.
+        metrics_dir: folder for a ``metrics.json`` about the exits, see ``ExitMonitor``; ``None``
+            for none.
 
     Attributes:
-        monitor: an ``ExitMonitor``: what the exits have done so far.
-        class_names: K names, from the checkpoint; ``class 0``, ... where it has none.
-        category_ids: K ids of the data set that the checkpoint was trained on; ``1``, ... where
-            it has none.
+        monitor: an ``ExitMonitor`` with counts of all exits so far.
+        class_names: K names from the checkpoint, or ``class 0``, ... without any.
+        category_ids: K ids of the training data from the checkpoint, or ``1``, ... without any.
         batch_size: images that run at once.
 
     Raises:
-        ConfigError: if ``MODEL.WEIGHTS`` is empty or keys contradict each other.
-        CheckpointError: if the weights cannot be read or do not fit.
+        ConfigError: ``MODEL.WEIGHTS`` is empty, or keys contradict each other.
+        CheckpointError: the weights cannot be read or do not fit.
     """
 
     def __init__(
@@ -105,15 +104,15 @@ class Predictor:
         Args:
             images: one image, or a list or tuple of several; each a uint8 array ``[H, W, 3]`` in
                 BGR order, as OpenCV reads it, or the path of a file.
-            names: of each of several images, which tell whether it takes the full cascade too; by
-                default its path, or of an array how many images came before.
+            names: one for each of several images, which decides whether it runs the full cascade
+                too; by default its path, or for an array the number of images before.
 
         Returns:
             ``Detections`` on the CPU, boxes in pixels of the given image; a list for several.
 
         Raises:
-            DatasetError: if a file is missing or no image.
-            ValueError: if an image is something else, or an array not uint8 ``[H, W, 3]``.
+            DatasetError: a file is missing or not an image.
+            ValueError: an image is something else, or an array not uint8 ``[H, W, 3]``.
         """
         if isinstance(images, (np.ndarray, str, PathLike)):
             return self([images])[0]
@@ -122,14 +121,14 @@ class Predictor:
         named = list(zip(checked, paths if names is None else names, strict=True))
         parts = [named[i : i + self.batch_size] for i in range(0, len(named), self.batch_size)]
         detections: list[Detections] = []
-        for batch in read_ahead(self._batch, parts):
+        for batch in read_ahead(self._read_batch, parts):
             detections += [d.to("cpu") for d in self.monitor.detect(batch).detections]
         return detections
 
-    def _batch(self, named: Sequence[tuple[Image, str | None]]) -> list[dict[str, Any]]:
-        return [self._sample(*item) for item in named]
+    def _read_batch(self, named: Sequence[tuple[Image, str | None]]) -> list[Sample]:
+        return [self._read_sample(image, name) for image, name in named]
 
-    def _sample(self, image: Image, name: str | None) -> dict[str, Any]:
+    def _read_sample(self, image: Image, name: str | None) -> Sample:
         pixels = given_pixels(image, self._format)
         height, width = pixels.shape[:2]
         resized = resize_shortest_edge(pixels, self._short_edge, self._max_size)

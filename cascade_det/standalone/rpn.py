@@ -1,4 +1,4 @@
-"""Region proposal network (Faster R-CNN, arXiv 1506.01497, section 3) with Detectron2's numbers.
+"""Region proposal network (Faster R-CNN, arXiv 1506.01497, section 3), equal to Detectron2's.
 
 Shapes: N images, L levels, A anchors at each position, G ground-truth boxes of an image.
 """
@@ -34,18 +34,18 @@ class RPN(nn.Module):
     Args:
         in_features: names of the pyramid levels, finest first.
         in_channels: C of the levels.
-        strides: of those levels.
-        anchor_sizes: see ``AnchorGenerator``.
-        aspect_ratios: likewise.
-        anchor_offset: likewise.
+        strides: of the levels in pixels.
+        anchor_sizes: of each level in pixels.
+        aspect_ratios: of each level, height / width.
+        anchor_offset: see ``AnchorGenerator``.
         conv_dims: see ``RPNHead``.
-        iou_thresholds: below the first an anchor is background, from the second on an object.
+        iou_thresholds: anchors below the first are background, from the second on foreground.
         batch_size_per_image: anchors sampled for the loss from each image.
-        positive_fraction: the largest share of objects among them.
-        pre_nms_topk: (training, inference) proposals kept of each level before NMS.
-        post_nms_topk: (training, inference) proposals kept of each image after it.
-        nms_thresh: IoU of the per-level NMS.
-        min_box_size: both sides of a proposal are longer, in pixels.
+        positive_fraction: upper bound of the share of foreground among them.
+        pre_nms_topk: (training, inference) proposals of a level kept before NMS.
+        post_nms_topk: (training, inference) proposals of an image kept after NMS.
+        nms_thresh: IoU threshold of the per-level NMS.
+        min_box_size: pixels; proposals with a side of at most this length are dropped.
         bbox_reg_weights: multipliers of (dx, dy, dw, dh).
         box_reg_loss_type: one of ``cascade_det.core.losses.BOX_LOSSES``.
         smooth_l1_beta: 0 is L1.
@@ -100,24 +100,26 @@ class RPN(nn.Module):
     def losses(
         self, features: dict[str, Tensor], gt_boxes: Sequence[Tensor], image_sizes: ImageSizes
     ) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
-        """Proposals for training the heads, the logits of their objectness, and the losses.
+        """Proposals for training the heads, and the losses of the RPN.
 
-        These are ``loss_rpn_cls`` and ``loss_rpn_loc``.
+        Proposals that are NaN or Inf are dropped, and counted in ``metrics``.
 
         Args:
-            features: pyramid maps by name.
-            gt_boxes: per image float32 ``[G_i, 4]``.
+            features: feature maps by name.
+            gt_boxes: per image float32 ``[G_i, 4]``, XYXY in pixels.
             image_sizes: N ``(height, width)``.
 
-        Proposals that are NaN or Inf are left out, and counted in ``metrics``.
+        Returns:
+            Per image boxes float32 ``[R_i, 4]`` and objectness logits float32 ``[R_i]``, and the
+            losses ``loss_rpn_cls`` and ``loss_rpn_loc``.
         """
         levels = [features[name] for name in self.in_features]
         anchors = torch.cat(self.anchor_generator([(x.shape[-2], x.shape[-1]) for x in levels]))
         labelled = [self._label_anchors(anchors, boxes) for boxes in gt_boxes]
         labels = torch.stack([labels for labels, _ in labelled])
         targets = torch.stack([targets for _, targets in labelled])
-        # Before the proposals: autocast keeps the weights that it converts for the first who asks,
-        # and those of the proposals have no gradients.
+        # Before the proposals: autocast caches converted weights at their first use, and those
+        # converted under no_grad have no gradients.
         losses = self._losses(levels, anchors, labels, targets)
         with torch.no_grad():
             best = self.rpn_head.best(levels, self.pre_nms_topk[0])
@@ -129,9 +131,13 @@ class RPN(nn.Module):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Proposals for inference.
 
+        Args:
+            features: feature maps by name.
+            image_sizes: N ``(height, width)``.
+
         Returns:
-            per image float32 ``[R_i, 4]``, by falling objectness, clipped to the image; and the
-            logits of their objectness, float32 ``[R_i]``.
+            Per image float32 ``[R_i, 4]``, XYXY clipped to the image, best objectness first, and
+            objectness logits float32 ``[R_i]``.
         """
         levels = [features[name] for name in self.in_features]
         best = self.rpn_head.best(levels, self.pre_nms_topk[1])
@@ -139,18 +145,23 @@ class RPN(nn.Module):
 
     @torch.no_grad()
     def _label_anchors(self, anchors: Tensor, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """1 for a sampled object, 0 for sampled background, -1 for the rest; and matched boxes."""
+        """Labels and matched boxes of M anchors for one image.
+
+        Returns:
+            int64 ``[M]``: 1 for sampled foreground, 0 for sampled background, -1 for the rest; and
+            float32 ``[M, 4]``.
+        """
         if len(gt_boxes) == 0:
             labels = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
             matched_boxes = torch.zeros_like(anchors)
         else:
-            overlaps = box_iou(gt_boxes, anchors)
+            overlaps = box_iou(gt_boxes, anchors)  # [G, M]
             best, matched = overlaps.max(dim=0)
             low, high = self.iou_thresholds
             labels = torch.full_like(matched, -1)
             labels[best < low] = 0
             labels[best >= high] = 1
-            # Section 3.1.2: the best anchors of every object are positive, however poor.
+            # Section 3.1.2: the best anchors of every object are positive at any IoU.
             best_of_gt = overlaps.max(dim=1, keepdim=True).values
             labels[(overlaps == best_of_gt).any(dim=0)] = 1
             matched_boxes = gt_boxes[matched]
@@ -170,8 +181,8 @@ class RPN(nn.Module):
     ) -> dict[str, Tensor]:
         image, anchor = torch.nonzero(labels >= 0).unbind(1)
         logits, deltas = predictions_at(self.rpn_head, levels, image, anchor)
-        is_object = labels[image, anchor] == 1
-        positive = torch.nonzero(is_object).squeeze(1)
+        is_foreground = labels[image, anchor] == 1  # [S]
+        positive = torch.nonzero(is_foreground).squeeze(1)
         location = box_loss(
             deltas[positive],
             anchors[anchor[positive]],
@@ -181,7 +192,7 @@ class RPN(nn.Module):
             smooth_l1_beta=self.smooth_l1_beta,
         )
         objectness = F.binary_cross_entropy_with_logits(
-            logits.float(), is_object.float(), reduction="sum"
+            logits.float(), is_foreground.float(), reduction="sum"
         )
         losses = {"loss_rpn_cls": objectness, "loss_rpn_loc": location}
         normalizer = self.batch_size_per_image * len(labels)
@@ -199,7 +210,7 @@ class RPN(nn.Module):
         *,
         mode: int,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The best anchors of each level, decoded, clipped, non-empty, after NMS in the level.
+        """Decode and clip the best anchors, drop empty boxes, and apply NMS within each level.
 
         Args:
             best: of each level.
@@ -207,12 +218,11 @@ class RPN(nn.Module):
             image_sizes: N ``(height, width)``.
             mode: 0 in training, 1 in inference.
         """
-        scores = torch.cat([level.logits for level in best], 1)
-        deltas = torch.cat([level.deltas for level in best], 1)
-        # Only the chosen anchors are made at all.
+        scores = torch.cat([level.logits for level in best], 1)  # [N, K]
+        deltas = torch.cat([level.deltas for level in best], 1)  # [N, K, 4]
         anchors = torch.cat(
             [
-                self.anchor_generator.at(level, chosen.places, width)
+                self.anchor_generator.at(level, chosen.anchor_index, width)
                 for level, (chosen, width) in enumerate(zip(best, widths, strict=True))
             ],
             dim=1,
@@ -222,17 +232,21 @@ class RPN(nn.Module):
         if mode == 0:
             self.metrics = {"rpn/nonfinite_boxes": (~finite).sum()}
         boxes = boxes.view_as(anchors)
-        limits = image_bounds(image_sizes, torch.arange(len(image_sizes), device=boxes.device))
-        clipped = clip_boxes(boxes, limits)
+        images = torch.arange(len(image_sizes), device=boxes.device)
+        clipped = clip_boxes(boxes, image_bounds(image_sizes, images))
         keep = finite & is_nonempty(clipped.flatten(0, 1), self.min_box_size)
-        levels = torch.cat([torch.full_like(b.places[0], level) for level, b in enumerate(best)])
+        levels = torch.cat(
+            [torch.full_like(b.anchor_index[0], level) for level, b in enumerate(best)]
+        )
         proposals, objectness = [], []
-        # Image by image, and on CPUs level by level within it: one call for all compares every
-        # box with those of other levels and images too, and takes more than twice as long.
-        for of_image, image_scores, kept in zip(clipped, scores, keep.view_as(scores), strict=True):
-            rows = torch.nonzero(kept).squeeze(1)
-            candidates, logits = of_image[rows], image_scores[rows]
-            best_first = batched_nms(candidates, logits, levels[rows], self.nms_thresh)
+        # Image by image: one call for all would compare boxes of different images, and take more
+        # than twice as long.
+        for image_boxes, image_scores, kept in zip(
+            clipped, scores, keep.view_as(scores), strict=True
+        ):
+            index = torch.nonzero(kept).squeeze(1)
+            candidates, logits = image_boxes[index], image_scores[index]
+            best_first = batched_nms(candidates, logits, levels[index], self.nms_thresh)
             best_first = best_first[: self.post_nms_topk[mode]]
             proposals.append(candidates[best_first])
             objectness.append(logits[best_first])

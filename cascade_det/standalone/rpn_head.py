@@ -1,4 +1,4 @@
-"""The convolutional head of an RPN, and the anchors that it likes best.
+"""The convolutional head of an RPN, and the selection of its best anchors.
 
 Shapes: N images, L levels, C channels, A anchors at each position, M = H W A anchors of a level.
 """
@@ -12,34 +12,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Positions whose features are in float32 at a time where those of the map are not.
+# Positions whose features are converted to float32 at a time.
 _POSITIONS = 16384
 
 
 class BestAnchors(NamedTuple):
-    """The best K anchors of one level, by falling objectness.
+    """The best K anchors of one level, best objectness first.
 
     Attributes:
-        logits: float32 ``[N, K]``, of their objectness.
-        places: int64 ``[N, K]``, among the M anchors of the level.
+        logits: float32 ``[N, K]``, objectness.
+        anchor_index: int64 ``[N, K]``, among the M anchors of the level.
         deltas: ``[N, K, 4]``.
     """
 
     logits: Tensor
-    places: Tensor
+    anchor_index: Tensor
     deltas: Tensor
 
 
 def best_anchors(logits: Tensor, deltas: Tensor, most: int) -> BestAnchors:
-    """Of one level, ``most`` anchors or all that there are.
+    """The ``most`` best anchors of one level, or all if there are fewer.
 
     Args:
         logits: ``[N, M]``.
         deltas: ``[N, M, 4]``.
-        most: K, if there are so many.
+        most: upper bound of K.
     """
-    top, places = logits.float().topk(min(most, logits.shape[1]), dim=1)
-    return BestAnchors(top, places, deltas.gather(1, places[..., None].expand(-1, -1, 4)))
+    top, index = logits.float().topk(min(most, logits.shape[1]), dim=1)
+    return BestAnchors(top, index, deltas.gather(1, index[..., None].expand(-1, -1, 4)))
 
 
 class RPNHead(nn.Module):
@@ -51,8 +51,8 @@ class RPNHead(nn.Module):
         conv_dims: output channels of the convolutions; -1 keeps the number.
 
     Attributes:
-        lean: whether ``best`` computes deltas of the best anchors alone, in inference. That rounds
-            otherwise than whole maps of deltas do. Both last layers are in float32 then.
+        topk_deltas_only: whether ``best`` computes the deltas of the best anchors only, with both
+            last layers in float32. For inference; rounding differs from that of whole maps.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class RPNHead(nn.Module):
                 self.conv.add_module(f"conv{i}", conv)
         self.objectness_logits = nn.Conv2d(channels, num_anchors, 1)
         self.anchor_deltas = nn.Conv2d(channels, num_anchors * 4, 1)
-        self.lean = False
+        self.topk_deltas_only = False
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d) and layer.bias is not None:
                 nn.init.normal_(layer.weight, std=0.01)
@@ -89,15 +89,17 @@ class RPNHead(nn.Module):
         logits, deltas = [], []
         for x in features:
             hidden = self._hidden(x)
+            # [N, A, H, W] -> [N, H W A]
             logits.append(self.objectness_logits(hidden).permute(0, 2, 3, 1).flatten(1))
+            # [N, A 4, H, W] -> [N, A, 4, H, W] -> [N, H, W, A, 4] -> [N, H W A, 4]
             level_deltas = self.anchor_deltas(hidden).unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2)
             deltas.append(level_deltas.flatten(1, 3))
         return logits, deltas
 
     def best(self, features: Sequence[Tensor], most: int) -> list[BestAnchors]:
         """The ``most`` best anchors of each of L maps ``[N, C, H_l, W_l]``."""
-        if self.lean:
-            return [self._best_of(self._hidden(x), most) for x in features]
+        if self.topk_deltas_only:
+            return [self._best_with_deltas(self._hidden(x), most) for x in features]
         logits, deltas = self(features)
         return [best_anchors(x, d, most) for x, d in zip(logits, deltas, strict=True)]
 
@@ -106,19 +108,20 @@ class RPNHead(nn.Module):
             x = F.relu_(conv(x))
         return x
 
-    def _best_of(self, hidden: Tensor, most: int) -> BestAnchors:
+    def _best_with_deltas(self, hidden: Tensor, most: int) -> BestAnchors:
         num_anchors = self.objectness_logits.out_channels
-        # [N, H W, C]: no copy where the map is in channels-last order.
+        # [N, H W, C], without a copy if the map is channels-last
         pixels = hidden.permute(0, 2, 3, 1).flatten(1, 2)
         parts = [_per_pixel(self.objectness_logits, p) for p in pixels.split(_POSITIONS, dim=1)]
         logits = torch.cat(parts, dim=1).flatten(1)
-        top, places = logits.topk(min(most, logits.shape[1]), dim=1)
+        top, index = logits.topk(min(most, logits.shape[1]), dim=1)  # [N, K]
         images = torch.arange(len(pixels), device=pixels.device)[:, None]
-        deltas = _per_pixel(self.anchor_deltas, pixels[images, places // num_anchors])
-        anchor = (places % num_anchors)[..., None, None].expand(-1, -1, 1, 4)
-        return BestAnchors(top, places, deltas.unflatten(2, (-1, 4)).gather(2, anchor).squeeze(2))
+        deltas = _per_pixel(self.anchor_deltas, pixels[images, index // num_anchors])
+        anchor = (index % num_anchors)[..., None, None].expand(-1, -1, 1, 4)  # [N, K, 1, 4]
+        # [N, K, A 4] -> [N, K, A, 4] -> [N, K, 4]
+        return BestAnchors(top, index, deltas.unflatten(2, (-1, 4)).gather(2, anchor).squeeze(2))
 
 
 def _per_pixel(conv: nn.Conv2d, pixels: Tensor) -> Tensor:
-    """A 1x1 convolution of pixels ``[N, P, C]``, in its own type."""
+    """A 1x1 convolution of pixels ``[N, P, C]``, in the type of its weights."""
     return F.linear(pixels.to(conv.weight.dtype), conv.weight.flatten(1), conv.bias)

@@ -1,4 +1,4 @@
-"""Training of a configuration: the wiring of data, detector, engine and evaluation."""
+"""Training of a configuration: connects data, detector, engine and evaluation."""
 
 from __future__ import annotations
 
@@ -21,12 +21,7 @@ from cascade_det.engine.datasets import load_training_data, scheduled
 from cascade_det.engine.devices import resolve_amp_dtype, set_backends
 from cascade_det.engine.divergence import replay
 from cascade_det.engine.hooks import EvalHook, Hook, PeriodicCheckpoint, WriterHook
-from cascade_det.engine.run_info import (
-    RunInfo,
-    check_output,
-    record_start,
-    resume_or_load,
-)
+from cascade_det.engine.run_info import RunInfo, check_output, record_start, resume_or_load
 from cascade_det.engine.run_lock import alone_in_output_dir
 from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, build_scheduler
 from cascade_det.engine.trainer import Trainer
@@ -43,24 +38,24 @@ logger = logging.getLogger(__name__)
 
 @alone_in_output_dir
 def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
-    """Train a detector, with checkpoints, figures and evaluation in ``OUTPUT_DIR``.
+    """Train a detector, with checkpoints, metrics and evaluation in ``OUTPUT_DIR``.
 
-    Every one of several processes calls it with the same arguments.
+    All processes of a training call it with the same arguments.
 
     Args:
         cfg: a checked configuration; ``SEED`` below 0 draws a seed.
-        resume: go on from the last checkpoint in ``OUTPUT_DIR``.
+        resume: continue from the last checkpoint in ``OUTPUT_DIR``.
 
     Returns:
         The results of the last evaluation, see ``evaluate``; empty without ``DATASETS.TEST``.
 
     Raises:
-        ConfigError: if ``MODEL.ROI_HEADS.NUM_CLASSES`` is not that of the data, or ``OUTPUT_DIR``
-            holds another run, or another process runs there.
-        DatasetError: if data are missing or wrong.
-        CheckpointError: if weights cannot be read or do not fit, or there is nothing to resume.
-        FloatingPointError: if training diverges.
-        Interrupted: if a signal asked for an end; there is a checkpoint then.
+        ConfigError: ``MODEL.ROI_HEADS.NUM_CLASSES`` differs from the data, or ``OUTPUT_DIR`` holds
+            another run or is used by another process.
+        DatasetError: data are missing or wrong.
+        CheckpointError: weights cannot be read or do not fit, or there is nothing to resume.
+        FloatingPointError: training diverged.
+        Interrupted: a signal ended the training; a checkpoint was saved.
     """
     check_output(cfg, resume=resume)
     set_backends(cfg)
@@ -74,7 +69,7 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     checkpointer.add_checkpointable("run", info)
     record_start(cfg, resume=resume)
     if distributed.rank() > 0:
-        # Each process draws its own regions; rank 0 those of a run with one process.
+        # Every process samples its own regions; rank 0 those of a run with one process.
         torch.manual_seed(info.seed + distributed.rank())
     trainer = _build_trainer(
         cfg, detector, _train_loader(cfg, datasets, info, checkpointer), checkpointer, test_datasets
@@ -84,17 +79,17 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
 
 
 def replay_batch(cfg: CfgNode, path: str | Path) -> list[str]:
-    """Run the batch of a training that diverged again, on the detector of a configuration.
+    """Repeat the training step at which a training diverged.
 
     Args:
         cfg: the configuration of that training.
         path: the file that it wrote.
 
     Returns:
-        What was found, see :func:`cascade_det.engine.divergence.replay`.
+        Lines of a report, see :func:`cascade_det.engine.divergence.replay`.
 
     Raises:
-        CheckpointError: the file cannot be read or is of another model.
+        CheckpointError: the file cannot be read or belongs to another model.
     """
     set_backends(cfg)
     detector = build_detector(cfg)
@@ -133,13 +128,13 @@ def _build_trainer(
     freeze_detector(detector)
     optimizer = build_optimizer(detector, **optimizer_arguments)
     hooks: list[Hook] = []
-    best: Any = detector
+    tested = detector
     if arguments["ema_decay"] > 0:
         average = WeightAverage(detector, arguments["ema_decay"])
         hooks.append(average)
-        # A checkpoint's model is what detects best, for whoever loads it.
-        best = checkpointer.model = average.module
-        # Beside it, the weights that training goes on with.
+        # The checkpoint's model is the average; the weights in training are saved beside it.
+        assert isinstance(average.module, Detector)
+        tested = checkpointer.model = average.module
         checkpointer.add_checkpointable("training_weights", detector)
     else:
         checkpointer.load_resumed("training_weights", detector)
@@ -149,7 +144,7 @@ def _build_trainer(
         )
     )
     if test_datasets:
-        evaluate = _evaluation(cfg, best, test_datasets, arguments["validation_loss"], amp_dtype)
+        evaluate = _evaluation(cfg, tested, test_datasets, arguments["validation_loss"], amp_dtype)
         hooks.append(EvalHook(arguments["eval_period"], evaluate))
         hooks.append(BestModel(checkpointer, arguments["best_metric"], arguments["patience"]))
     hooks.append(WriterHook(_writers(cfg), arguments["log_period"]))
@@ -187,7 +182,7 @@ def _evaluation(
     with_losses: bool,
     amp_dtype: str | None,
 ) -> Callable[[], Mapping[str, Any]]:
-    """What the evaluation hook calls: figures of the test sets, and the losses on them if asked."""
+    """The function for the evaluation hook: metrics of the test sets, and losses if asked for."""
 
     def losses() -> dict[str, float]:
         loaders = [
@@ -204,7 +199,7 @@ def _evaluation(
         return validation_losses(detector, batches, amp_dtype=amp_dtype, device=detector.device)
 
     def evaluate() -> dict[str, Any]:
-        # The statistics of norms that are trained differ from process to process.
+        # Running statistics of norms differ between processes.
         distributed.synchronise_buffers(detector)
         results = evaluate_all(cfg, detector, datasets, Path(cfg.OUTPUT_DIR))
         return {**results, "validation": losses()} if with_losses else results

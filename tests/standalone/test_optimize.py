@@ -104,7 +104,7 @@ def types_of(detector):
 def test_parts_have_the_types_that_are_asked_for(instant_cfg, parts):
     fast = optimize(make_detector(instant_cfg), dtype="bfloat16", float32_parts=parts)
     assert types_of(fast) == set(parts)
-    sentence = next(s for s in fast.optimizations if s.startswith("Computed in"))
+    sentence = next(s for s in fast.optimizations if s.startswith("Computes in"))
     if len(parts) in (0, len(PARTS)):
         assert fast.dtype == ("float32" if parts else "bfloat16")
     else:

@@ -222,7 +222,7 @@ def test_deltas_of_the_best_alone_are_those_of_the_maps(maps, memory_format, mon
     for parameter in rpn.rpn_head.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     expected = rpn.propose(maps, SIZES)
-    rpn.rpn_head.lean = True
+    rpn.rpn_head.topk_deltas_only = True
     lean = rpn.propose(
         {k: x.contiguous(memory_format=memory_format) for k, x in maps.items()}, SIZES
     )

@@ -18,64 +18,64 @@ pytestmark = pytest.mark.needs_detectron2
 
 
 @pytest.fixture
-def entry(scenes):
+def entry(shapes):
     """An entry of ``CASCADE.DATASETS``."""
-    return ("scenes_own", str(scenes / "train.json"), str(scenes / "train"))
+    return ("shapes_own", str(shapes / "train.json"), str(shapes / "train"))
 
 
-def test_a_set_of_ones_own_is_registered_with_its_files(entry, scenes):
-    source = register_dataset("scenes_own", [entry])
-    assert (source.json_file, source.image_root) == (scenes / "train.json", scenes / "train")
-    records = get_detection_dataset_dicts("scenes_own")
-    content = json.loads((scenes / "train.json").read_text())
+def test_a_set_of_ones_own_is_registered_with_its_files(entry, shapes):
+    source = register_dataset("shapes_own", [entry])
+    assert (source.json_file, source.image_root) == (shapes / "train.json", shapes / "train")
+    records = get_detection_dataset_dicts("shapes_own")
+    content = json.loads((shapes / "train.json").read_text())
     assert [r["image_id"] for r in records] == [image["id"] for image in content["images"]]
     assert sum(len(r["annotations"]) for r in records) == len(content["annotations"])
     names = [category["name"] for category in content["categories"]]
-    assert MetadataCatalog.get("scenes_own").thing_classes == names
+    assert MetadataCatalog.get("shapes_own").thing_classes == names
 
 
 def test_as_often_as_one_likes(entry):
-    assert register_dataset("scenes_own", [entry]) == register_dataset("scenes_own", [entry])
+    assert register_dataset("shapes_own", [entry]) == register_dataset("shapes_own", [entry])
 
 
-def test_also_after_its_user_did_the_same(entry, scenes, monkeypatch):
+def test_also_after_its_user_did_the_same(entry, shapes, monkeypatch):
     """However the paths are spelt."""
-    monkeypatch.chdir(scenes.parent)
-    register_coco_instances("scenes_own", {}, "shapes/../shapes/train.json", "shapes/train/")
-    assert register_dataset("scenes_own", [entry]).json_file.samefile(entry[1])
+    monkeypatch.chdir(shapes.parent)
+    register_coco_instances("shapes_own", {}, "shapes/../shapes/train.json", "shapes/train/")
+    assert register_dataset("shapes_own", [entry]).json_file.samefile(entry[1])
 
 
-def test_a_name_of_other_files_is_refused_and_both_are_shown(entry, scenes):
-    register_coco_instances("scenes_own", {}, str(scenes / "val.json"), str(scenes / "val"))
+def test_a_name_of_other_files_is_refused_and_both_are_shown(entry, shapes):
+    register_coco_instances("shapes_own", {}, str(shapes / "val.json"), str(shapes / "val"))
     with pytest.raises(DatasetError) as error:
-        register_dataset("scenes_own", [entry])
-    for path in (scenes / "train.json", scenes / "train", scenes / "val.json", scenes / "val"):
+        register_dataset("shapes_own", [entry])
+    for path in (shapes / "train.json", shapes / "train", shapes / "val.json", shapes / "val"):
         assert re.search(rf"{re.escape(str(path))}[ ,.]", str(error.value))
-    assert MetadataCatalog.get("scenes_own").json_file == str(scenes / "val.json")
+    assert MetadataCatalog.get("shapes_own").json_file == str(shapes / "val.json")
 
 
-def test_a_set_that_its_user_registered_alone(scenes):
-    register_coco_instances("scenes_own", {}, str(scenes / "val.json"), str(scenes / "val"))
-    source = register_dataset("scenes_own", [])
-    assert (source.name, source.json_file) == ("scenes_own", scenes / "val.json")
+def test_a_set_that_its_user_registered_alone(shapes):
+    register_coco_instances("shapes_own", {}, str(shapes / "val.json"), str(shapes / "val"))
+    source = register_dataset("shapes_own", [])
+    assert (source.name, source.json_file) == ("shapes_own", shapes / "val.json")
 
 
-def test_a_registered_set_whose_files_are_gone(scenes):
-    register_coco_instances("scenes_own", {}, str(scenes / "gone.json"), str(scenes / "val"))
+def test_a_registered_set_whose_files_are_gone(shapes):
+    register_coco_instances("shapes_own", {}, str(shapes / "gone.json"), str(shapes / "val"))
     with pytest.raises(DatasetError, match=r"registered in Detectron2 as .*gone\.json.*missing"):
-        register_dataset("scenes_own", [])
+        register_dataset("shapes_own", [])
 
 
-def test_a_registered_set_without_a_json(scenes):
-    DatasetCatalog.register("scenes_own", list)
-    with pytest.raises(DatasetError, match=r"'scenes_own' .* without a COCO-format json"):
-        register_dataset("scenes_own", [])
+def test_a_registered_set_without_a_json(shapes):
+    DatasetCatalog.register("shapes_own", list)
+    with pytest.raises(DatasetError, match=r"'shapes_own' .* without a COCO-format json"):
+        register_dataset("shapes_own", [])
 
 
 def test_an_unknown_name_is_told_with_the_nearest(entry):
-    with pytest.raises(DatasetError, match=r"no data set 'scene_own'\. Did you mean 'scenes_own'"):
-        register_dataset("scene_own", [entry])
-    assert "scene_own" not in DatasetCatalog.list()
+    with pytest.raises(DatasetError, match=r"no data set 'shape_own'\. Did you mean 'shapes_own'"):
+        register_dataset("shape_own", [entry])
+    assert "shape_own" not in DatasetCatalog.list()
 
 
 def test_a_builtin_name_lies_where_detectron2_looks_for_it():

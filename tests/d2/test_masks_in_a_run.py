@@ -40,11 +40,11 @@ EVALUATED = [
 
 
 @pytest.fixture
-def own(scenes, tmp_path):
+def own(shapes, tmp_path):
     """Options of a data set with an octagon and three points in each box."""
     for split in ("train", "val"):
-        shutil.copytree(scenes / split, tmp_path / split)
-        content = json.loads((scenes / f"{split}.json").read_text())
+        shutil.copytree(shapes / split, tmp_path / split)
+        content = json.loads((shapes / f"{split}.json").read_text())
         for annotation in content["annotations"]:
             x, y, w, h = annotation["bbox"]
             angles = np.arange(8) * np.pi / 4

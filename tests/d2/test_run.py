@@ -109,8 +109,8 @@ def class_names(folder):
     return torch.load(folder / "model_final.pth", weights_only=True)["run"]["class_names"]
 
 
-def test_the_box_ap_is_pycocotools(output, scenes):
-    truth = COCO(str(scenes / "val.json"))
+def test_the_box_ap_is_pycocotools(output, shapes):
+    truth = COCO(str(shapes / "val.json"))
     found = truth.loadRes(str(output / "inference" / "coco_instances_results.json"))
     evaluation = COCOeval(truth, found, "bbox")
     evaluation.evaluate()
@@ -165,9 +165,9 @@ def test_either_configuration_loads_in_the_other_host(runs):
     assert config.changed_keys(theirs, original) == {}
 
 
-def test_a_checkpoint_is_plain_and_names_what_it_detects(output, scenes):
+def test_a_checkpoint_is_plain_and_names_what_it_detects(output, shapes):
     content = torch.load(output / "model_final.pth", weights_only=True)
-    categories = json.loads((scenes / "val.json").read_text())["categories"]
+    categories = json.loads((shapes / "val.json").read_text())["categories"]
     assert content["run"]["class_names"] == [entry["name"] for entry in categories]
     assert content["run"]["host"] == "detectron2"
     assert content["iteration"] == 5
@@ -178,13 +178,13 @@ def test_a_checkpoint_is_plain_and_names_what_it_detects(output, scenes):
     assert reader.resume_or_load(str(output / "model_final.pth"), resume=False)["iteration"] == 5
 
 
-def test_the_validation_loss_is_that_of_the_standalone_host(output, scenes):
+def test_the_validation_loss_is_that_of_the_standalone_host(output, shapes):
     """Same weights, same images, same objects."""
     cfg = config.load_config(output / "config.yaml")
     detector = build_detector(cfg)
     content = torch.load(output / "model_final.pth", weights_only=True)
     detector.load_state_dict(content["model"])
-    dataset = load_dataset(DatasetSource("val", scenes / "val.json", scenes / "val"))
+    dataset = load_dataset(DatasetSource("val", shapes / "val.json", shapes / "val"))
     arguments = config.input_arguments(cfg, train=False) | config.test_loader_arguments(cfg)
     losses = validation_losses(detector, build_test_loader(dataset, **arguments, annotated=True))
     (line,) = (line for line in lines_of(output) if "validation/total_loss" in line)

@@ -34,10 +34,10 @@ BROKEN = "roi_heads.box_predictor.1.bbox_pred"
 
 
 @pytest.fixture
-def data(scenes, tmp_path):
-    """A copy of the scenes, to be damaged, and the options that name it."""
+def data(shapes, tmp_path):
+    """A copy of the shapes, to be damaged, and the options that name it."""
     folder = tmp_path / "data"
-    shutil.copytree(scenes, folder)
+    shutil.copytree(shapes, folder)
     names = [(f"own_{s}", str(folder / f"{s}.json"), str(folder / s)) for s in ("train", "val")]
     keys = ["CASCADE.DATASETS", str(names)]
     return folder, [*keys, "DATASETS.TRAIN", "('own_train',)", "DATASETS.TEST", "('own_val',)"]
@@ -58,7 +58,7 @@ class TestDivergence:
         return str(tmp_path / "broken.pth")
 
     def test_stage_images_and_file_are_named_and_replayed_in_both_hosts(
-        self, options, broken_weights, tmp_path, capfd, scenes
+        self, options, broken_weights, tmp_path, capfd, shapes
     ):
         keys = [*options, *SHORT, "MODEL.WEIGHTS", broken_weights]
         keys += ["OUTPUT_DIR", str(tmp_path / "output")]
@@ -71,7 +71,7 @@ class TestDivergence:
         (file,) = (tmp_path / "output").glob("diverged_*.pth")
         assert str(file) in told
         ids = json.loads(re.search(r"image ids (\[.*?\])", told)[1])
-        known = {image["id"] for image in json.loads((scenes / "train.json").read_text())["images"]}
+        known = {image["id"] for image in json.loads((shapes / "train.json").read_text())["images"]}
         assert len(ids) == 2
         assert known.issuperset(ids)
 
@@ -179,7 +179,7 @@ class TestData:
                 run(cfg)
         assert os.listdir(cfg.OUTPUT_DIR) == [".cascade_det.lock"]
 
-    def test_classes_have_to_agree(self, data, make_cfg, scenes):
+    def test_classes_have_to_agree(self, data, make_cfg, shapes):
         folder, own = data
         with pytest.raises(ConfigError, match=r"NUM_CLASSES is 4.*6 categories.*NUM_CLASSES 6"):
             host.train(make_cfg(*own, "MODEL.ROI_HEADS.NUM_CLASSES", "4"))

@@ -105,7 +105,7 @@ class TestSolver:
             *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "1000"),
             *("MODEL.ROI_HEADS.POSITIVE_FRACTION", "1.0"),
         )
-        register_dataset("scenes_train", cfg.CASCADE.DATASETS)
+        register_dataset("shapes_train", cfg.CASCADE.DATASETS)
         first, _ = next(iter(build_train_loader(cfg)))
         gradients = []
         for parts in (1, 2):
@@ -166,26 +166,26 @@ class TestModels:
         assert exits["stage0"]["entered"] == exits["stage2"]["entered"] > 0
 
     def test_several_test_sets(self, make_cfg):
-        cfg = make_cfg(*ONE, "DATASETS.TEST", "('scenes_val', 'scenes_train')")
+        cfg = make_cfg(*ONE, "DATASETS.TEST", "('shapes_val', 'shapes_train')")
         results = host.train(cfg)
-        assert list(results) == ["scenes_val", "scenes_train"]
-        assert results["scenes_train"]["exits"]["images"] == 6
-        assert Path(cfg.OUTPUT_DIR, "scenes_val", "results.json").is_file()
+        assert list(results) == ["shapes_val", "shapes_train"]
+        assert results["shapes_train"]["exits"]["images"] == 6
+        assert Path(cfg.OUTPUT_DIR, "shapes_val", "results.json").is_file()
 
     @pytest.mark.parametrize(
         ("threshold", "annotated", "ap"), [("0.999", True, 0.0), ("0.0", False, math.nan)]
     )
     def test_nothing_found_and_nothing_to_find(
-        self, make_cfg, scenes, tmp_path, threshold, annotated, ap
+        self, make_cfg, shapes, tmp_path, threshold, annotated, ap
     ):
-        content = json.loads((scenes / "val.json").read_text())
+        content = json.loads((shapes / "val.json").read_text())
         if not annotated:
             content["annotations"].clear()
         (tmp_path / "own.json").write_text(json.dumps(content))
         cfg = make_cfg(*ONE, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", threshold)
         train, _ = cfg.CASCADE.DATASETS
-        own = ("scenes_own", str(tmp_path / "own.json"), str(scenes / "val"))
-        cfg.CASCADE.DATASETS, cfg.DATASETS.TEST = (train, own), ("scenes_own",)
+        own = ("shapes_own", str(tmp_path / "own.json"), str(shapes / "val"))
+        cfg.CASCADE.DATASETS, cfg.DATASETS.TEST = (train, own), ("shapes_own",)
         results = host.train(cfg)
         assert results["bbox"]["AP"] == pytest.approx(ap, nan_ok=True)
         assert len(results["bbox"]) == 7 + 6

@@ -1,7 +1,6 @@
-"""Training regimes in Detectron2: the losses are those of the core, and what is frozen stays."""
+"""Training schedules in Detectron2: losses as in the core, and a frozen detector stays frozen."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,12 +23,9 @@ from two_hosts import BACKBONES, Standalone, build_two, make_batch, with_instanc
 
 from cascade_det import config
 from cascade_det.core import CascadeInputs, RoIPooler, build_exits, build_training_schedule
-from cascade_det.d2 import host
 from cascade_det.d2.detector import Detector
-from cascade_det.engine.step import TrainingStep
 from cascade_det.engine.training_modes import (
     freeze_detector,
-    progress_of,
     set_progress,
     training_mode,
 )
@@ -50,7 +46,7 @@ LEARNED = [
     *("MODEL.CASCADE.EXIT.LEARNED", ("iou_head", "gate", "pruner")),
 ]
 FROZEN = [*LEARNED, f"{NODE}FREEZE_DETECTOR", True]
-REGIMES = {
+SCHEDULES = {
     "hard": [f"{NODE}GATING", "hard", f"{NODE}GATE_THRESHOLD", 0.5, *SCHEDULED],
     "soft": [f"{NODE}GATING", "soft", f"{NODE}GATE_THRESHOLD", 0.5],
     "learned weights": [f"{NODE}STAGE_WEIGHTING", "learned"],
@@ -90,9 +86,9 @@ def losses_of_core(cascade, scene):
     return {**losses, **cascade.exit_losses(inputs, *scene.targets)}
 
 
-@pytest.mark.parametrize("name", REGIMES)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_losses_and_state_are_those_of_the_core(name):
-    models, results = twins(REGIMES[name]), []
+    models, results = twins(SCHEDULES[name]), []
     for model, losses_of in zip(models, (losses_of_heads, losses_of_core), strict=True):
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
         history = []
@@ -172,52 +168,3 @@ def test_validation_of_a_frozen_detector_has_the_losses_of_exits(frozen_models):
     losses = Detector(model).losses([with_instances(sample) for sample in make_batch(1)])
     assert losses
     assert all(name.startswith("loss_exit_") for name in losses)
-
-
-SHORT = ("DATASETS.TEST", "()", "SOLVER.STEPS", "()", "SOLVER.MAX_ITER")
-
-
-def weights_of(cfg, name="final", entry="model"):
-    return torch.load(Path(cfg.OUTPUT_DIR, f"model_{name}.pth"), weights_only=True)[entry]
-
-
-def test_a_run_knows_its_progress_and_keeps_its_dynamics(make_cfg, monkeypatch):
-    shares = []
-    run = TrainingStep.run
-
-    def watched(self, *args, **kwargs):
-        result = run(self, *args, **kwargs)
-        shares.append(progress_of(self.module))
-        return result
-
-    monkeypatch.setattr(TrainingStep, "run", watched)
-    options = [*DYNAMIC, f"{NODE}DYNAMIC.PERIOD", "2", *SCHEDULED]
-    cfg = make_cfg(*SHORT, "4", "SOLVER.CHECKPOINT_PERIOD", "3", *options)
-    host.train(cfg)
-    assert shares == [0, 0.25, 0.5, 0.75]
-    dynamic = "roi_heads.regime.dynamic."
-    saved, last = weights_of(cfg, "0000002"), weights_of(cfg)
-    assert [saved[dynamic + "passes"], last[dynamic + "passes"]] == [3, 4]
-    assert (saved[dynamic + "iou_counts"] == 1).all()
-    Path(cfg.OUTPUT_DIR, "last_checkpoint").write_text("model_0000002.pth")
-    host.train(cfg, resume=True)
-    assert shares[4:] == [0.75]
-    assert weights_of(cfg)[dynamic + "passes"] == 4
-
-
-def test_a_run_of_exits_alone_leaves_the_detector(make_cfg):
-    norms = ("MODEL.RESNETS.NORM", "BN")
-    detector = make_cfg(*SHORT, "1", *norms, output="detector")
-    host.train(detector)
-    weights = ("MODEL.WEIGHTS", str(Path(detector.OUTPUT_DIR, "model_final.pth")))
-    averaged = ("CASCADE.EMA_DECAY", "0.5", "SOLVER.WARMUP_ITERS", "0")
-    cfg = make_cfg(*SHORT, "2", *norms, *weights, *FROZEN, *averaged)
-    host.train(cfg)
-    before = weights_of(detector)
-    for entry in ("model", "training_weights"):
-        after = weights_of(cfg, entry=entry)
-        assert all(torch.equal(after[name], value) for name, value in before.items())
-        added = after.keys() - before.keys()
-        assert all(name.startswith("roi_heads.exits.learned.") for name in added)
-    biases = [value for name, value in after.items() if name.endswith("logit.bias")]
-    assert all(value.any() for value in biases)

@@ -103,28 +103,6 @@ class TestDivergence:
             host.replay_batch(cfg, broken_weights)
 
 
-@pytest.mark.parametrize("use", [host.evaluate, host.open_detector])
-class TestWeightsThatDetectNothing:
-    @pytest.fixture
-    def cfg(self, make_cfg, tmp_path):
-        return make_cfg("MODEL.WEIGHTS", str(tmp_path / "weights.pth"))
-
-    def test_a_trunk_is_refused(self, use, cfg):
-        state = build_model(cfg).state_dict()
-        torch.save({k: v for k, v in state.items() if ".bottom_up." in k}, cfg.MODEL.WEIGHTS)
-        with pytest.raises(CheckpointError, match=r"MODEL\.WEIGHTS") as error:
-            use(cfg)
-        assert "lacks the FPN (40 of 40 tensors), the RPN" in str(error.value)
-        assert "the box heads" in str(error.value)
-
-    def test_infinity_is_refused(self, use, cfg):
-        state = build_model(cfg).state_dict()
-        state[f"{BROKEN}.bias"][0] = float("inf")
-        torch.save(state, cfg.MODEL.WEIGHTS)
-        with pytest.raises(CheckpointError, match=f"weights.pth: holds NaN or Inf in {BROKEN}"):
-            use(cfg)
-
-
 class TestData:
     def break_image(self, folder):
         """A picture that only decoding finds broken; its name."""
@@ -179,10 +157,8 @@ class TestData:
                 run(cfg)
         assert os.listdir(cfg.OUTPUT_DIR) == [".cascade_det.lock"]
 
-    def test_classes_have_to_agree(self, data, make_cfg, shapes):
+    def test_data_sets_to_train_on_have_the_same_classes(self, data, make_cfg):
         folder, own = data
-        with pytest.raises(ConfigError, match=r"NUM_CLASSES is 4.*6 categories.*NUM_CLASSES 6"):
-            host.train(make_cfg(*own, "MODEL.ROI_HEADS.NUM_CLASSES", "4"))
 
         def turn(content):
             names = [category["name"] for category in content["categories"]]
@@ -190,8 +166,6 @@ class TestData:
                 category["name"] = name
 
         change(folder / "val.json", turn)
-        with pytest.raises(DatasetError, match=r"val\.json has the classes ring, cross"):
-            host.train(make_cfg(*own))
         with pytest.raises(DatasetError, match="have different"):
             host.train(make_cfg(*own, *SHORT, "DATASETS.TRAIN", "('own_train', 'own_val')"))
 

@@ -38,37 +38,7 @@ def lines_of(cfg):
     return [json.loads(line) for line in text.splitlines()]
 
 
-def assert_same_weights(one, other):
-    ours, theirs = saved(one)["model"], saved(other)["model"]
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-
-
 class TestSolver:
-    def test_evaluating_on_the_way_changes_nothing(self, make_cfg):
-        """Neither weights nor statistics of norms, whatever an evaluation draws."""
-        often = ("TEST.EVAL_PERIOD", "1", "CASCADE.VALIDATION_LOSS", "True")
-        keys = (*TWO, "INPUT.MIN_SIZE_TRAIN", "(40, 48, 56, 64, 72, 80)")
-        evaluated, quiet = make_cfg(*keys, *often), make_cfg(*keys, *NO_TESTS, output="quiet")
-        host.train(evaluated)
-        host.train(quiet)
-        assert_same_weights(evaluated, quiet)
-
-    def test_another_seed_is_another_run(self, make_cfg):
-        cfgs = [make_cfg(*ONE, *NO_TESTS, "SEED", seed, output=seed) for seed in ("1", "2")]
-        for cfg in cfgs:
-            host.train(cfg)
-        one, other = (saved(cfg)["model"][NAME] for cfg in cfgs)
-        assert not torch.equal(one, other)
-
-    def test_epochs_are_the_length_of_a_run(self, make_cfg, caplog):
-        cfg = make_cfg(*TWO, *NO_TESTS, "CASCADE.EPOCHS", "0.1")  # of six images, two at once
-        with caplog.at_level(logging.INFO):
-            host.train(cfg)
-        assert "1 iterations x 2 images = 0.333 epochs of 6 images" in caplog.text
-        assert saved(cfg)["iteration"] == 0
-        assert host.load_config(f"{cfg.OUTPUT_DIR}/config.yaml").SOLVER.MAX_ITER == 1
-
     @pytest.mark.parametrize(
         ("name", "memory"), [("SGD", {"momentum_buffer"}), ("AdamW", {"exp_avg", "exp_avg_sq"})]
     )
@@ -127,17 +97,6 @@ class TestSolver:
         host.train(cfg)
         assert [line["iteration"] for line in lines_of(cfg) if "total_loss" in line] == [1, 2]
 
-    def test_half_precision(self, make_cfg):
-        losses = []
-        for more in (("CASCADE.AMP_DTYPE", "bfloat16"), ("SOLVER.AMP.ENABLED", "False")):
-            cfg = make_cfg(*ONE, *NO_TESTS, *more, output=more[1])
-            host.train(cfg)
-            losses.append(lines_of(cfg)[0]["total_loss"])
-            assert saved(cfg)["model"][NAME].dtype == torch.float32
-        half, single = losses
-        assert half != single
-        assert half == pytest.approx(single, rel=0.05)
-
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_and_without_a_folder(make_cfg, caplog):
@@ -164,13 +123,6 @@ class TestModels:
     def test_our_heads_without_exits(self, make_cfg):
         exits = host.train(make_cfg(*ONE, *NO_EXITS))["exits"]
         assert exits["stage0"]["entered"] == exits["stage2"]["entered"] > 0
-
-    def test_several_test_sets(self, make_cfg):
-        cfg = make_cfg(*ONE, "DATASETS.TEST", "('shapes_val', 'shapes_train')")
-        results = host.train(cfg)
-        assert list(results) == ["shapes_val", "shapes_train"]
-        assert results["shapes_train"]["exits"]["images"] == 6
-        assert Path(cfg.OUTPUT_DIR, "shapes_val", "results.json").is_file()
 
     @pytest.mark.parametrize(
         ("threshold", "annotated", "ap"), [("0.999", True, 0.0), ("0.0", False, math.nan)]

@@ -58,12 +58,12 @@ def test_a_resumed_schedule_continues(host, make_cfg, saved, monkeypatch):
 
 
 def test_exits_are_added_to_a_trained_detector(host, make_cfg, saved):
-    short = [*SHORT, "2", "SOLVER.WARMUP_ITERS", "0", "MODEL.RESNETS.NORM", "BN"]
-    detector = make_cfg(*short, output="detector")
+    norms = ["MODEL.RESNETS.NORM", "BN"]
+    detector = make_cfg(*SHORT, "1", *norms, output="detector")
     host.train(detector)
     weights = ["MODEL.WEIGHTS", str(Path(detector.OUTPUT_DIR, "model_final.pth"))]
-    averaged = ["CASCADE.EMA_DECAY", "0.5"]
-    cfg = make_cfg(*short, *weights, *LEARNED, *averaged)
+    averaged = ["CASCADE.EMA_DECAY", "0.5", "SOLVER.WARMUP_ITERS", "0"]
+    cfg = make_cfg(*SHORT, "2", *norms, *weights, *LEARNED, *averaged)
     host.train(cfg)
     before, checkpoint = saved(detector)["model"], saved(cfg)
     for entry in ("model", "training_weights"):

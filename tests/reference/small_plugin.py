@@ -2,19 +2,29 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
-from detectron2.modeling.roi_heads import build_roi_heads
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.roi_heads import (
+    FastRCNNConvFCHead,
+    FastRCNNOutputLayers,
+    build_roi_heads,
+)
 from detectron2.structures import Boxes, Instances
-from small_cascades import CHANNELS, NUM_CLASSES, POOLED, STRIDES
+from detectron2.utils.events import EventStorage
+from small_cascades import CHANNELS, NUM_CLASSES, POOLED, STRIDES, naive_twin
 
 from cascade_det.d2 import add_cascade_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 OURS, THEIRS = "EarlyExitCascadeROIHeads", "CascadeROIHeads"
 NAMES = ["p2", "p3"]
+POOLED_SHAPE = ShapeSpec(channels=CHANNELS, height=POOLED, width=POOLED)
 SHAPES = {
     name: ShapeSpec(channels=CHANNELS, stride=stride)
     for name, stride in zip(NAMES, STRIDES, strict=True)
@@ -161,3 +171,73 @@ def assert_same_instances(got, wanted, **tolerance):
             assert ours.has(name) == theirs.has(name)
             if theirs.has(name):
                 torch.testing.assert_close(ours.get(name), theirs.get(name), **tolerance)
+
+
+def box_head(conv_dims=(), fc_dims=(12,)):
+    return FastRCNNConvFCHead(POOLED_SHAPE, conv_dims=list(conv_dims), fc_dims=list(fc_dims))
+
+
+def box_predictor(weights=(10.0, 10.0, 5.0, 5.0), num_classes=NUM_CLASSES, **changes):
+    defaults = {"cls_agnostic_bbox_reg": True, "test_score_thresh": 0.05}
+    return FastRCNNOutputLayers(
+        ShapeSpec(channels=12),
+        box2box_transform=Box2BoxTransform(weights),
+        num_classes=num_classes,
+        **(defaults | changes),
+    )
+
+
+def plain_arguments(**changes):
+    """What Detectron2's ``CascadeROIHeads`` takes, too."""
+    weights = [(10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0)]
+    return {
+        "num_classes": NUM_CLASSES,
+        "batch_size_per_image": 16,
+        "positive_fraction": 0.25,
+        "box_in_features": NAMES,
+        "box_pooler": pooler("ROIAlignV2"),
+        "box_heads": [box_head() for _ in weights],
+        "box_predictors": [box_predictor(stage) for stage in weights],
+        "proposal_matchers": [Matcher([iou], [0, 1]) for iou in (0.5, 0.6, 0.7)],
+    } | changes
+
+
+def pooler(kind, **changes):
+    return ROIPooler(POOLED, [1 / stride for stride in STRIDES], 0, kind, **changes)
+
+
+def losses_of(heads, scene, *, seed=0):
+    """Losses, with what was put into the event storage."""
+    torch.manual_seed(seed)
+    with EventStorage() as storage:
+        _, losses = heads.train()(None, features_of(scene), proposals_of(scene), targets_of(scene))
+        return losses, {name: value for name, (value, _) in storage.latest().items()}
+
+
+def assert_same_as_naive(heads, scene):
+    """Against a loop over images and regions that shares no code."""
+    found = detect(heads, scene)
+    naive = naive_twin(heads.cascade).detect(scene.features, scene.proposals, scene.image_sizes)
+    for instances, wanted in zip(found, naive.detections, strict=True):
+        assert instances.pred_classes.tolist() == [d.label for d in wanted]
+        assert instances.exit_stages.tolist() == [d.exit_stage for d in wanted]
+        assert instances.scores.tolist() == pytest.approx([d.score for d in wanted], abs=1e-4)
+        boxes = torch.tensor([d.box for d in wanted]).view(-1, 4)
+        torch.testing.assert_close(instances.pred_boxes.tensor, boxes, rtol=1e-4, atol=1e-2)
+
+
+def assert_same_training(ours, theirs, scene):
+    """Losses and gradients of Detectron2's own heads, to the last bit; and what both log."""
+    (losses, logged), (expected, their_log) = (losses_of(h, scene) for h in (ours, theirs))
+    assert losses.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(losses[name], value), name
+    for heads, values in ((ours, losses), (theirs, expected)):
+        heads.zero_grad()
+        sum(values.values()).backward()
+    gradients = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter.grad, gradients[name].grad), name
+    assert logged.keys() >= their_log.keys()
+    for name, value in their_log.items():
+        assert logged[name] == pytest.approx(value), name

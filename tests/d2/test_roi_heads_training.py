@@ -1,0 +1,144 @@
+"""Losses, gradients and logged scalars of our ROI heads, against Detectron2's own."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("detectron2.engine", exc_type=ImportError)
+
+from detectron2.utils.events import EventStorage
+from small_cascades import make_scene
+from small_plugin import (
+    SAME_KERNEL,
+    assert_same_instances,
+    assert_same_training,
+    box_predictor,
+    build_heads,
+    detect,
+    features_of,
+    losses_of,
+    proposals_of,
+    targets_of,
+    twins,
+)
+
+pytestmark = pytest.mark.needs_detectron2
+
+
+class TestTraining:
+    @pytest.mark.parametrize("loss_weight", [0.5, {"loss_cls": 2.0}, {"loss_box_reg": 3.0}])
+    def test_loss_weights_of_predictors(self, loss_weight):
+        ours, theirs = twins()
+        for heads in (ours, theirs):
+            heads.box_predictor[1] = box_predictor(loss_weight=loss_weight)
+        ours.load_state_dict(theirs.state_dict())
+        assert_same_training(ours, theirs, make_scene())
+
+    @pytest.mark.parametrize("loss", ["smooth_l1", "giou", "diou", "ciou"])
+    def test_keys_of_the_box_loss(self, loss):
+        options = ["MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT", 2.5]
+        options += ["MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", loss]
+        options += ["MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA", 0.5]
+        ours, theirs = twins(options)
+        (losses, _), (expected, _) = (losses_of(h, make_scene()) for h in (ours, theirs))
+        assert losses.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(losses[name], value, rtol=1e-6, atol=0, msg=name)
+
+    def test_scalars(self):
+        scene = make_scene()
+        _, logged = losses_of(build_heads(), scene)
+        for stage in range(3):
+            prefix = f"stage{stage}"
+            samples = [logged[f"{prefix}/roi_head/num_{kind}_samples"] for kind in ("fg", "bg")]
+            # 16 are sampled of each image; of those that have no area left, a few go.
+            assert 8 < sum(samples) <= 16
+            assert 0 <= logged[f"{prefix}/fast_rcnn/cls_accuracy"] <= 1
+            assert logged[f"{prefix}/nonfinite_boxes"] == 0
+            # Of a stage without foreground there is nothing more to say.
+            about_foreground = ("iou_before", "iou_after", "fast_rcnn/fg_cls_accuracy")
+            assert {f"{prefix}/{name}" in logged for name in about_foreground} == {samples[0] > 0}
+            if samples[0]:
+                assert (0.5, 0.6, 0.7)[stage] <= logged[f"{prefix}/iou_before"] <= 1
+                assert 0 <= logged[f"{prefix}/iou_after"] <= 1
+        assert logged["stage0/roi_head/num_fg_samples"] == logged["roi_head/num_fg_samples"] > 0
+
+    def test_iou_of_boxes_that_stay(self):
+        heads = build_heads()
+        for predictor in heads.box_predictor:
+            torch.nn.init.zeros_(predictor.bbox_pred.weight)
+            torch.nn.init.zeros_(predictor.bbox_pred.bias)
+        scene = make_scene()
+        scene.proposals = [boxes.clone() for boxes in scene.gt_boxes]
+        _, logged = losses_of(heads, scene)
+        for stage in range(3):
+            assert logged[f"stage{stage}/iou_before"] == pytest.approx(1.0)
+            assert logged[f"stage{stage}/iou_after"] == pytest.approx(1.0, abs=1e-4)
+            assert logged[f"stage{stage}/roi_head/num_bg_samples"] == 0
+
+    @pytest.mark.parametrize(
+        ("proposals", "objects"),
+        [((24, 17), (0, 0)), ((24, 17), (4, 0)), ((0, 0), (4, 3)), ((0, 17), (4, 3))],
+    )
+    @pytest.mark.parametrize("append", [True, False])
+    def test_empty_parts(self, proposals, objects, append):
+        ours, theirs = twins(["MODEL.ROI_HEADS.PROPOSAL_APPEND_GT", append])
+        scene = make_scene(num_proposals=proposals, num_objects=objects)
+        assert_same_training(ours, theirs, scene)
+
+    def test_nothing_at_all(self):
+        scene = make_scene(num_proposals=(0, 0), num_objects=(0, 0))
+        heads = build_heads()
+        losses, logged = losses_of(heads, scene)
+        assert all(value == 0 for value in losses.values())
+        sum(losses.values()).backward()
+        assert all(torch.count_nonzero(value.grad) == 0 for value in heads.parameters())
+        assert logged["stage2/roi_head/num_fg_samples"] == 0
+
+    def test_no_foreground(self):
+        ours, theirs = twins(["MODEL.ROI_HEADS.PROPOSAL_APPEND_GT", False])
+        scene = make_scene()
+        scene.gt_boxes = [torch.tensor([[0.0, 0.0, 4.0, 4.0]])] * 2
+        scene.gt_classes = [torch.tensor([1])] * 2
+        assert_same_training(ours, theirs, scene)
+        losses, logged = losses_of(ours, scene)
+        assert losses["loss_box_reg_stage0"] == 0
+        assert "stage0/iou_before" not in logged
+
+    @settings(max_examples=25, deadline=None)
+    @given(
+        counts=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 4)), min_size=1, max_size=3),
+        seed=st.integers(0, 999),
+    )
+    def test_any_batch_is_detectron2s(self, counts, seed):
+        ours, theirs = twins()
+        scene = make_scene(
+            seed=seed,
+            num_proposals=tuple(n for n, _ in counts),
+            num_objects=tuple(n for _, n in counts),
+            image_sizes=((96, 128), (80, 100), (120, 64))[: len(counts)],
+        )
+        assert_same_instances(detect(ours, scene), detect(theirs, scene))
+        if sum(n for pair in counts for n in pair):
+            assert_same_training(ours, theirs, scene)
+
+    def test_features_that_are_nan(self):
+        heads, scene = build_heads(options=SAME_KERNEL), make_scene()
+        scene.features[0][0] = torch.nan
+        losses, logged = losses_of(heads, scene)
+        assert bool(losses["loss_cls_stage0"].isnan())
+        assert logged["stage0/nonfinite_boxes"] > 0
+
+
+def test_an_image_without_objects_may_have_classes_of_any_type():
+    scene = make_scene(num_objects=(4, 0))
+    losses = []
+    for heads in twins():
+        targets = targets_of(scene)
+        targets[1].gt_classes = torch.tensor([])
+        torch.manual_seed(0)
+        with EventStorage():
+            found = heads.train()(None, features_of(scene), proposals_of(scene), targets)[1]
+        losses.append(found)
+    torch.testing.assert_close(*losses)

@@ -1,6 +1,7 @@
 """A model of Detectron2 as the engine knows a detector."""
 
 import copy
+import inspect
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,11 +15,9 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
+from cascade_det import standalone
 from cascade_det.core import PartTimer
 from cascade_det.d2.detector import Detector
-from cascade_det.evaluation import agreement_loss
-from cascade_det.monitoring.monitor import ExitMonitor
-from cascade_det.monitoring.shadow import ShadowRules
 
 pytestmark = pytest.mark.needs_detectron2
 
@@ -90,30 +89,6 @@ def test_a_call_is_the_same_with_one_of_another_thread_between_its_steps(build, 
 def state_of(model):
     modes = [module.training for module in model.modules()]
     return modes, copy.deepcopy(dict(model.named_buffers()))
-
-
-def test_stages_of_some_images_alone(build, batch):
-    detector = Detector(build())
-    whole = detector.detect(batch, stages=True).stages
-    part = detector.detect(batch, stages=[False, True]).stages
-    for of_all, of_some in zip(whole, part, strict=True):
-        assert len(of_all.detections[0]) > 3
-        assert len(of_some.detections[0]) == len(of_some.boxes_before[0]) == 0
-        found, wanted = vars(of_some.detections[1]), vars(of_all.detections[1])
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    assert detector.detect(batch, stages=[False, False]).stages is None
-
-
-def test_a_monitor_shadows_a_model_of_detectron2(build, batch):
-    detector = Detector(build())
-    monitor = ExitMonitor(detector, shadow=ShadowRules(share=1.0, min_score=0.2))
-    found = monitor.detect(batch)
-    assert found.stages is None
-    output = detector.detect(batch, stages=True)
-    pairs = zip(output.detections, output.stages[-1].detections, strict=True)
-    losses = [agreement_loss(*pair, min_score=0.2) for pair in pairs]
-    shadow = monitor.report()["shadow"]
-    assert (shadow["images"], shadow["loss"]) == (2, pytest.approx(sum(losses) / 2))
 
 
 @pytest.mark.parametrize("exits", ["True", "False"])
@@ -191,71 +166,7 @@ def test_losses_change_no_statistics_of_norms(build, batch):
         assert torch.equal(value, buffers[name]), name
 
 
-def test_modes_come_back_after_an_error(build, batch):
-    model = build()
-    modes, _ = state_of(model)
-    del batch[0]["instances"]
-    with pytest.raises(KeyError):
-        Detector(model).losses(batch[::-1])
-    assert state_of(model)[0] == modes
-
-
 BN = ["MODEL.RESNETS.NORM", "BN", "MODEL.FPN.NORM", "BN"]
-
-
-def answers(detector, batch):
-    output = detector.detect(batch)
-    return [x for found in output.detections for x in (found.boxes, found.scores, found.classes)]
-
-
-@pytest.mark.parametrize("more", [[], STANDARD], ids=["ours", "another"])
-def test_a_model_in_training_detects_as_in_evaluation(build, batch, more):
-    model = build(*BN, *more)
-    detector = Detector(model)
-    wanted = answers(detector, batch)
-    assert len(wanted[0]) > 3
-    model.train()
-    model.backbone.bottom_up.features[0].eval()
-    before = state_of(model)
-    for found, expected in zip(answers(detector, batch), wanted, strict=True):
-        assert torch.equal(found, expected)
-    if detector.has_stages:
-        detector.cascade_inputs(batch)
-    modes, buffers = state_of(model)
-    assert modes == before[0]
-    for name, value in buffers.items():
-        assert torch.equal(value, before[1][name]), name
-
-
-def test_modes_come_back_after_a_failure(build, batch, monkeypatch):
-    model = build().train()
-
-    def fail(*_, **__):
-        raise KeyError("no more is needed")
-
-    monkeypatch.setattr(model.roi_heads, "forward", fail)
-    before, _ = state_of(model)
-    with pytest.raises(KeyError):
-        Detector(model).detect(batch)
-    assert state_of(model)[0] == before
-
-
-@pytest.mark.parametrize("more", [[], STANDARD], ids=["ours", "another"])
-def test_batches_that_are_none(build, batch, more):
-    detector = Detector(build(*more))
-    assert detector.detect([], stages=detector.has_stages).detections == []
-    assert detector.outputs == []
-    with pytest.raises(ValueError, match="at least one"):
-        detector.losses([])
-    for shape in ((3, 0, 5), (1, 8, 8), (8, 8)):
-        broken = [batch[0], {**batch[1], "image": torch.zeros(shape, dtype=torch.uint8)}]
-        for call in (detector.detect, detector.losses):
-            with pytest.raises(ValueError, match=r"image 1 of the batch .*\[3, H, W\]"):
-                call(broken)
-    for call in (detector.detect, detector.losses):
-        for none in (batch[0], [batch[0]["image"]]):
-            with pytest.raises(ValueError, match=r"list of samples|give a dict"):
-                call(none)
 
 
 @pytest.mark.parametrize(
@@ -272,3 +183,12 @@ def test_the_type_that_is_reported_is_the_one_that_runs(build, more, dtype):
     detector = Detector(build(*keys).train())
     assert detector.dtype == dtype
     assert detector.model.training
+
+
+@pytest.mark.parametrize("name", ["losses", "detect", "set_exits", "cascade_inputs"])
+def test_signatures_are_those_of_the_standalone_detector(name):
+    ours, theirs = (
+        inspect.signature(inspect.unwrap(getattr(detector, name)))
+        for detector in (Detector, standalone.Detector)
+    )
+    assert ours == theirs

@@ -15,7 +15,6 @@ from small_cascades import make_scene, naive_twin
 from small_plugin import (
     EXITS,
     MASKS,
-    SAME_KERNEL,
     assert_same_as_naive,
     assert_same_instances,
     assert_same_training,
@@ -156,15 +155,6 @@ class TestInference:
         # One call for each stage: the images of a batch are computed together.
         assert seen == list(enumerate(counts))
 
-    def test_when_all_have_left_the_rest_does_not_run(self):
-        options = [*EXITS, "MODEL.CASCADE.EXIT.THRESHOLDS", (1e-6,)]
-        options += ["MODEL.CASCADE.EXIT.PRUNE_THRESHOLDS", (0.0,)]
-        heads = build_heads(options=options)
-        seen = rows_seen(heads)
-        found = detect(heads, make_scene())
-        assert seen == [(0, 41)]
-        assert {stage for x in found for stage in x.exit_stages.tolist()} == {0}
-
     def test_exits_are_for_inference(self):
         without, with_exits = build_heads(), build_heads(options=EXITS)
         losses, expected = (losses_of(h, make_scene())[0] for h in (with_exits, without))
@@ -192,16 +182,6 @@ class TestInference:
             assert instances.exit_stages.dtype == torch.int64
         with_one = detect(heads, make_scene(num_proposals=(0, 17)))
         assert [len(x) > 0 for x in with_one] == [False, True]
-
-    @pytest.mark.parametrize("exits", [[], EXITS])
-    def test_one_image_of_nan_spoils_no_other(self, exits):
-        heads, scene = build_heads(options=[*exits, *SAME_KERNEL]), make_scene()
-        wanted = detect(heads, scene)[1]
-        for level in scene.features:
-            level[0] = torch.nan
-        broken, other = detect(heads, scene)
-        assert len(broken) == 0
-        assert_same_instances([other], [wanted])
 
     def test_a_box_of_nan_spoils_no_other(self):
         heads, scene = build_heads(options=EXITS), make_scene()

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cascade_det.config import get_cfg, load_config
-from cascade_det.engine.devices import resolve_device
+from cascade_det.config import load_config
 from cascade_det.errors import ConfigError
 from cascade_det.standalone import build_detector
 
@@ -125,12 +124,3 @@ def test_a_contradiction_is_refused_before_anything_is_built(instant_cfg):
     instant_cfg.MODEL.CASCADE.EXIT.THRESHOLDS = (0.9, 0.9, 0.9)
     with pytest.raises(ConfigError, match=r"MODEL\.CASCADE\.EXIT\.THRESHOLDS"):
         build_detector(instant_cfg)
-
-
-def test_a_missing_gpu_falls_back_with_a_warning(caplog, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    cfg = get_cfg()
-    assert cfg.MODEL.DEVICE == "cuda"
-    with caplog.at_level("WARNING"):
-        assert resolve_device(cfg).type == "cpu"
-    assert "MODEL.DEVICE" in caplog.text

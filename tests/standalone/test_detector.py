@@ -1,14 +1,12 @@
 """What a detector is asked for, in whatever mode it is, and batches that are none."""
 
 import copy
-import threading
 
 import pytest
 import torch
 from small_detectors import make_detector, random_image
 from torch import nn
 
-from cascade_det.core.structures import PartTimer
 from cascade_det.layers import ConvNorm
 from cascade_det.monitoring.monitor import ExitMonitor
 from cascade_det.onnx_predictor import ExportedModel
@@ -96,38 +94,6 @@ class TestModes:
         assert not written
 
 
-def test_modes_come_back_after_a_failure(detector, batch):
-    mix_modes(detector)
-    modes = modes_of(detector)
-
-    class Broken(PartTimer):
-        def part(self, name):
-            if name == "stage1":
-                raise KeyError(name)
-            return super().part(name)
-
-    with pytest.raises(KeyError):
-        detector.detect(batch, timer=Broken())
-    assert modes_of(detector) == modes
-
-
-def test_threads_share_a_detector_in_evaluation_mode(detector, batch):
-    wanted = boxes_and_scores(detector.detect(batch).detections)
-    found = []
-
-    def detect():
-        found.extend(boxes_and_scores(detector.detect(batch).detections) for _ in range(5))
-
-    threads = [threading.Thread(target=detect) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 15
-    for each in found:
-        assert all(torch.equal(a, b) for a, b in zip(each, wanted, strict=True))
-
-
 def test_an_export_leaves_the_modes(detector, tmp_path, monkeypatch):
     pytest.importorskip("onnx")
 
@@ -149,44 +115,3 @@ def test_an_export_leaves_the_modes(detector, tmp_path, monkeypatch):
     with pytest.raises(KeyError):
         export_onnx(detector, tmp_path / "model.onnx", description)
     assert modes_of(detector) == modes
-
-
-class TestBatches:
-    def test_of_no_image_nothing_is_detected(self, detector):
-        for one in (detector, ExitMonitor(detector)):
-            output = one.detect([])
-            assert output.detections == []
-            assert output.stats.entered == [0, 0, 0]
-            assert output.stages is None
-        assert detector.detect([], stages=True, timer=PartTimer()).detections == []
-
-    def test_of_no_image_there_are_no_losses(self, detector):
-        with pytest.raises(ValueError, match="at least one"):
-            detector.losses([])
-
-    @pytest.mark.parametrize(
-        "image",
-        [
-            torch.zeros(3, 0, 5, dtype=torch.uint8),
-            torch.zeros(3, 5, 0, dtype=torch.uint8),
-            torch.zeros(1, 8, 8, dtype=torch.uint8),
-            torch.zeros(8, 8, 3, dtype=torch.uint8),
-            torch.zeros(8, 8, dtype=torch.uint8),
-            torch.zeros(0, dtype=torch.uint8),
-            torch.zeros(3, 8, 8).numpy(),
-            None,
-        ],
-        ids=lambda image: str(getattr(image, "shape", image)),
-    )
-    def test_an_image_that_is_none_is_refused(self, image, detector, batch):
-        truth = {"gt_boxes": torch.zeros(0, 4), "gt_classes": torch.zeros(0, dtype=torch.int64)}
-        batch = [{**sample, **truth} for sample in [*batch, {"image": image}]]
-        for call in (detector.detect, detector.losses, detector.cascade_inputs):
-            with pytest.raises(ValueError, match=r"image 2 of the batch .*\[3, H, W\]"):
-                call(batch)
-
-    @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: s["image"], lambda s: [s["image"]]])
-    def test_a_sample_or_an_image_is_no_batch(self, wrap, detector, batch):
-        for call in (detector.detect, detector.losses, detector.cascade_inputs):
-            with pytest.raises(ValueError, match=r"give a dict|list of samples"):
-                call(wrap(batch[0]))

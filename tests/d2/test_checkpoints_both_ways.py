@@ -13,13 +13,13 @@ pytest.importorskip("detectron2.engine", exc_type=ImportError)
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
+from shape_runs import INSTANT, ROOT
 from two_hosts import (
     BACKBONES,
     CONFIG,
     EXITS,
     OUR_HEADS,
     OWN_HEADS,
-    ROOT,
     SMALL,
     InDetectron2,
     detectron2_cfg,
@@ -155,9 +155,8 @@ class TestStandaloneToDetectron2:
     def run(self, options, tmp_path_factory):
         """A configuration and the folder of a short run with averaged weights."""
         folder = tmp_path_factory.mktemp("run")
-        file = ROOT / "configs" / "quick_schedules" / "instant_test.yaml"
         more = ["SOLVER.MAX_ITER", 2, "DATASETS.TEST", (), "CASCADE.EMA_DECAY", 0.9]
-        cfg = load_config(file, [*options, *more, "OUTPUT_DIR", str(folder)])
+        cfg = load_config(INSTANT, [*options, *more, "OUTPUT_DIR", str(folder)])
         train(cfg)
         return cfg, folder
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shape_runs import INSTANT, assert_same
 
 pytest.importorskip("detectron2.engine", exc_type=ImportError)
 
@@ -24,8 +25,6 @@ from cascade_det.parallel.interrupts import Interrupted
 
 pytestmark = pytest.mark.needs_detectron2
 
-ROOT = Path(__file__).resolve().parents[2]
-INSTANT = str(ROOT / "configs" / "quick_schedules" / "instant_test.yaml")
 NO_TESTS = ("DATASETS.TEST", "()")
 EACH = ("SOLVER.MAX_ITER", "4", "SOLVER.CHECKPOINT_PERIOD", "1", "CASCADE.MAX_TO_KEEP", "0")
 AVERAGED = (*EACH, *NO_TESTS, "CASCADE.EMA_DECAY", "0.25")
@@ -72,17 +71,6 @@ def rates(folder):
 
 def checkpoints(cfg):
     return sorted(path.stem for path in Path(cfg.OUTPUT_DIR).glob("*.pth"))
-
-
-def assert_same(one, other, where=""):
-    """To the last bit, at every depth."""
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key, value in one.items():
-            assert_same(value, other[key], f"{where}/{key}")
-    else:
-        same = torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-        assert same, where
 
 
 class TestState:

@@ -2,13 +2,12 @@
 
 import json
 import math
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from shape_runs import INSTANT
 
 pytest.importorskip("detectron2.engine", exc_type=ImportError)
 
@@ -16,7 +15,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
 import train_net
-from cascade_det import config, standalone
+from cascade_det import config
 from cascade_det.d2 import host
 from cascade_det.data.catalog import DatasetSource
 from cascade_det.data.coco import load_dataset
@@ -26,8 +25,6 @@ from cascade_det.standalone.build import build_detector
 
 pytestmark = pytest.mark.needs_detectron2
 
-ROOT = Path(__file__).resolve().parents[2]
-INSTANT = str(ROOT / "configs" / "quick_schedules" / "instant_test.yaml")
 RUN = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "CASCADE.VALIDATION_LOSS", "True"]
 RUN += ["SOLVER.AMP.ENABLED", "False"]  # float32 on every machine
 RUN += ["CASCADE.SHADOW_SHARE", "1.0", "MODEL.CASCADE.EXIT.EXPECTED_LOSS", "0.1"]
@@ -153,18 +150,6 @@ def test_metrics_have_losses_rates_stages_and_figures(output):
     assert trained[0]["total_loss"] == pytest.approx(sum(losses), rel=1e-5)
 
 
-def test_either_configuration_loads_in_the_other_host(runs):
-    dumped = {name: folder / "config.yaml" for name, folder in runs.items()}
-    ours = config.load_config(dumped["detectron2"], ["OUTPUT_DIR", "here"])
-    config.check_config(ours)
-    theirs = host.load_config(dumped["standalone"], ["OUTPUT_DIR", "here"])
-    host.check_config(theirs)
-    original = config.load_config(dumped["standalone"], ["OUTPUT_DIR", "here"])
-    assert config.changed_keys(ours, original) == {}
-    original = host.load_config(dumped["detectron2"], ["OUTPUT_DIR", "here"])
-    assert config.changed_keys(theirs, original) == {}
-
-
 def test_a_checkpoint_is_plain_and_names_what_it_detects(output, shapes):
     content = torch.load(output / "model_final.pth", weights_only=True)
     categories = json.loads((shapes / "val.json").read_text())["categories"]
@@ -195,27 +180,3 @@ def test_the_validation_loss_is_that_of_the_standalone_host(output, shapes):
         # Which regions of background are drawn is each host's own; only class losses see it.
         close = 1e-3 if "cls" in name or name == "total_loss" else rounding
         assert line[f"validation/{name}"] == pytest.approx(value, rel=close), name
-
-
-def test_evaluation_alone_repeats_the_figures(runs, tmp_path, make_cfg, no_pictures):
-    """Those of the run, those of ``--resume``, and those of the other host on the same weights."""
-    weights = ["MODEL.WEIGHTS", str(runs["detectron2"] / "model_final.pth")]
-    more = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "CASCADE.TEST_IMS_PER_BATCH", "2"]
-    figures = results_of(runs["detectron2"])
-    again = host.evaluate(make_cfg(*more, *weights))
-    assert again["bbox"] == pytest.approx(as_nan(figures["bbox"]), nan_ok=True, abs=1e-6)
-    # Sums of scores depend on what else is in a batch, in their last digits.
-    for exits in (again["exits"], figures["exits"]):
-        scores = [exits[f"stage{stage}"].pop("mean_score") for stage in range(3)]
-        assert all(0 < score < 1 for of_stage in scores for score in of_stage.values())
-    assert json.dumps(again["exits"]) == json.dumps(figures["exits"])
-    shutil.copytree(runs["detectron2"], tmp_path / "copy")
-    resumed = host.evaluate(make_cfg(*more, output="copy"), resume=True)
-    assert resumed["bbox"] == pytest.approx(as_nan(figures["bbox"]), nan_ok=True, abs=1e-6)
-    weights += ["OUTPUT_DIR", str(tmp_path)]
-    other = standalone.evaluate(config.load_config(runs["detectron2"] / "config.yaml", weights))
-    assert other["bbox"]["AP"] == pytest.approx(figures["bbox"]["AP"], abs=0.1)
-
-
-def as_nan(figures):
-    return {name: math.nan if value is None else value for name, value in figures.items()}

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from shape_runs import INSTANT
 
 pytest.importorskip("detectron2.engine", exc_type=ImportError)
 
@@ -26,8 +27,6 @@ from cascade_det.errors import CheckpointError, ConfigError, DatasetError
 
 pytestmark = [pytest.mark.needs_detectron2, pytest.mark.usefixtures("no_pictures")]
 
-ROOT = Path(__file__).resolve().parents[2]
-INSTANT = str(ROOT / "configs" / "quick_schedules" / "instant_test.yaml")
 SHORT = ("DATASETS.TEST", "()", "SOLVER.MAX_ITER", "4")
 STANDARD = ("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.CASCADE.EXIT.ENABLED", "False")
 BROKEN = "roi_heads.box_predictor.1.bbox_pred"

@@ -91,12 +91,6 @@ class TestSolver:
         for name, gradient in whole.items():
             torch.testing.assert_close(in_parts[name], gradient, rtol=1e-3, atol=1e-6)
 
-    def test_a_run_in_parts_and_lines_every_so_often(self, make_cfg):
-        keys = ("CASCADE.ACCUMULATION_STEPS", "2", "CASCADE.LOG_PERIOD", "2")
-        cfg = make_cfg("SOLVER.MAX_ITER", "3", *keys, *NO_TESTS)
-        host.train(cfg)
-        assert [line["iteration"] for line in lines_of(cfg) if "total_loss" in line] == [1, 2]
-
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_and_without_a_folder(make_cfg, caplog):

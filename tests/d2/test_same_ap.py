@@ -20,13 +20,13 @@ from detectron2.engine import DefaultPredictor
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from shape_runs import ROOT
 from two_hosts import (
     BACKBONES,
     CONFIG,
     EXITS,
     OUR_HEADS,
     OWN_HEADS,
-    ROOT,
     SMALL,
     detectron2_cfg,
     in_detectron2,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shape_runs import INSTANT, ROOT
 
 pytest.importorskip("detectron2.engine", exc_type=ImportError)
 
@@ -16,10 +17,8 @@ from cascade_det.d2 import host
 
 pytestmark = pytest.mark.needs_detectron2
 
-ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "train_net.py"
-RUN = ["--host", "detectron2", "--config-file"]
-RUN += [str(ROOT / "configs" / "quick_schedules" / "instant_test.yaml")]
+RUN = ["--host", "detectron2", "--config-file", INSTANT]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 

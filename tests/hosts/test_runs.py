@@ -92,7 +92,8 @@ class TestKeys:
     def test_accumulation_and_validation_loss(self, host, make_cfg, saved, metrics_of):
         cfg = make_cfg(
             *("CASCADE.ACCUMULATION_STEPS", "2", "CASCADE.VALIDATION_LOSS", "True"),
-            *("CASCADE.BEST_METRIC", "validation/total_loss", "TEST.EVAL_PERIOD", "3"),
+            *("CASCADE.BEST_METRIC", "validation/total_loss", "TEST.EVAL_PERIOD", "2"),
+            *("CASCADE.LOG_PERIOD", "2", "SOLVER.MAX_ITER", "4", "SOLVER.STEPS", "()"),
         )
         losses = host.train(cfg)["validation"]
         assert losses["total_loss"] == pytest.approx(
@@ -100,6 +101,7 @@ class TestKeys:
         )
         assert "loss_box_reg_stage2" in losses
         lines = metrics_of(cfg)
+        assert [line["iteration"] for line in lines if "total_loss" in line] == [1, 3]
         found = [x["validation/total_loss"] for x in lines if "validation/total_loss" in x]
         assert len(found) == 2
         assert saved(cfg, "model_best.pth")["metric"]["validation/total_loss"] == min(found)
@@ -225,3 +227,23 @@ class TestWeightsThatDetectNothing:
         torch.save(state, cfg.MODEL.WEIGHTS)
         with pytest.raises(CheckpointError, match=f"weights.pth: holds NaN or Inf in {name}"):
             open_weights(cfg)
+
+
+def test_evaluation_repeats_the_metrics_of_the_training(host, make_cfg):
+    keys = ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0")
+    cfg = make_cfg(*keys)
+    trained = host.train(cfg)
+    weights = ("MODEL.WEIGHTS", f"{cfg.OUTPUT_DIR}/model_final.pth")
+    batches = ("CASCADE.TEST_IMS_PER_BATCH", "2")
+    again = host.evaluate(make_cfg(*keys, *weights, *batches, output="again"))
+    resumed = host.evaluate(make_cfg(*keys), resume=True)
+    for results in (again, resumed):
+        assert results["bbox"] == pytest.approx(trained["bbox"], nan_ok=True, abs=1e-6)
+        found, wanted = results["stages"]["stage2"], trained["stages"]["stage2"]
+        assert found == pytest.approx(wanted, nan_ok=True, abs=1e-6)
+    # In their last digits, scores depend on what else is in a batch.
+    exits = [json.loads(json.dumps(results["exits"])) for results in (trained, again)]
+    for stages in exits:
+        for stage in range(3):
+            assert all(0 < x < 1 for x in stages[f"stage{stage}"].pop("mean_score").values())
+    assert exits[0] == exits[1]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from cascade_det.config import load_config
 from cascade_det.engine.step import TrainingStep
@@ -95,3 +96,20 @@ def own_catalog():
     for name in set(DatasetCatalog.list()) - before:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
+
+
+def assert_same(found, expected, at=""):
+    """Equal types and values to the last bit, at every depth of dicts and lists."""
+    assert type(found) is type(expected), at
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), at
+        for key in expected:
+            assert_same(found[key], expected[key], f"{at}/{key}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), at
+        for number, pair in enumerate(zip(found, expected, strict=True)):
+            assert_same(*pair, f"{at}/{number}")
+    elif isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected), at
+    else:
+        assert found == expected, at

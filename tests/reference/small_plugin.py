@@ -1,7 +1,5 @@
 """The plugin in Detectron2, small: the heads on scenes of ``small_cascades``, and whole models."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from detectron2.config import get_cfg
@@ -17,11 +15,12 @@ from detectron2.modeling.roi_heads import (
 )
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from shape_runs import ROOT
 from small_cascades import CHANNELS, NUM_CLASSES, POOLED, STRIDES, naive_twin
 
 from cascade_det.d2 import add_cascade_config
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = ROOT / "configs"
 OURS, THEIRS = "EarlyExitCascadeROIHeads", "CascadeROIHeads"
 NAMES = ["p2", "p3"]
 POOLED_SHAPE = ShapeSpec(channels=CHANNELS, height=POOLED, width=POOLED)

@@ -4,8 +4,6 @@ The three take the same batches, in the form of the core: dicts with ``image``, 
 ``width`` and, in training, ``gt_boxes`` and ``gt_classes``.
 """
 
-from pathlib import Path
-
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
@@ -13,6 +11,7 @@ from detectron2.solver import build_lr_scheduler
 from detectron2.solver import build_optimizer as build_detectron2_optimizer
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from shape_runs import ROOT
 from torch.nn import functional as F
 
 from cascade_det import config
@@ -21,7 +20,6 @@ from cascade_det.d2 import add_cascade_config
 from cascade_det.engine.solver import build_optimizer, build_scheduler
 from cascade_det.standalone import build_detector
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "Base-Cascade-RCNN-FPN.yaml"
 OWN_HEADS = ("MODEL.ROI_HEADS.NAME", "CascadeROIHeads")
 OUR_HEADS = ("MODEL.ROI_HEADS.NAME", "EarlyExitCascadeROIHeads")

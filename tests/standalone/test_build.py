@@ -1,15 +1,13 @@
 """Every configuration that is shipped gives a detector, with Detectron2's names."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from shape_runs import ROOT
 
 from cascade_det.config import load_config
 from cascade_det.errors import ConfigError
 from cascade_det.standalone import build_detector
 
-ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
 LIGHT = ("build_mobilenet_v2_fpn_backbone", "build_mobilenet_v3_large_fpn_backbone")
 

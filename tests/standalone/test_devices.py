@@ -1,16 +1,13 @@
 """The device that MODEL.DEVICE asks for, on machines with some GPUs, one or none."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from shape_runs import INSTANT
 
 from cascade_det.config import load_config
 from cascade_det.engine.devices import resolve_device
 from cascade_det.errors import ConfigError
 from cascade_det.standalone import build_detector
-
-INSTANT = Path(__file__).resolve().parents[2] / "configs" / "quick_schedules" / "instant_test.yaml"
 
 
 @pytest.fixture

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from shape_runs import INSTANT, assert_same
 
 from cascade_det.config import load_config
 from cascade_det.engine.checkpoint import Checkpointer
 from cascade_det.errors import CheckpointError
 from cascade_det.standalone.train import train
 
-INSTANT = Path(__file__).resolve().parents[2] / "configs" / "quick_schedules" / "instant_test.yaml"
 FORK = multiprocessing.get_context("fork")
 
 
@@ -84,23 +84,6 @@ def whole(shape_options, tmp_path_factory):
     began = time.perf_counter()
     assert finish(start(train, cfg)) == 0
     return cfg, final_state(cfg), time.perf_counter() - began
-
-
-def assert_same(found, expected, at=""):
-    """Equal to the last bit, in whatever containers."""
-    assert type(found) is type(expected), at
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys(), at
-        for key in expected:
-            assert_same(found[key], expected[key], f"{at}/{key}")
-    elif isinstance(expected, list):
-        assert len(found) == len(expected), at
-        for number, pair in enumerate(zip(found, expected, strict=True)):
-            assert_same(*pair, f"{at}/{number}")
-    elif isinstance(expected, torch.Tensor):
-        assert torch.equal(found, expected), at
-    else:
-        assert found == expected, at
 
 
 def metrics(cfg):

@@ -1,4 +1,4 @@
-"""ONNX files that are not what they should be, and pictures by them without PyTorch."""
+"""Hostile and damaged ONNX files, and predictions without PyTorch."""
 
 import json
 import os
@@ -134,6 +134,17 @@ def test_a_file_that_fails_is_named(path, capfd):
         ({"category_ids": [3, 3]}, "an id twice"),
         ({"category_ids": [3, 2**70]}, "64 bits"),
         ({"comment": "x" * 2**22}, "characters"),
+        ({"class_names": "abc"}, "class_names is 'abc'"),
+        ({"class_names": ["a", 2]}, "class_names is"),
+        ({"class_names": ["a"]}, "class_names and category_ids"),
+        ({"category_ids": [1, True]}, "category_ids is"),
+        ({"image_format": "HSV"}, "image_format is 'HSV'"),
+        ({"image_format": ["RGB"]}, "image_format is"),
+        ({"min_size": -1}, "min_size is -1"),
+        ({"min_size": True}, "min_size is True"),
+        ({"max_size": 0}, "max_size is 0"),
+        ({"max_size": "160"}, "max_size is '160'"),
+        ({"num_stages": 0}, "num_stages is 0"),
     ],
 )
 def test_metadata_have_bounds(path, changes, words):
@@ -142,6 +153,13 @@ def test_metadata_have_bounds(path, changes, words):
         OnnxPredictor(write(path, metadata=text))
     assert len(str(error.value)) < 1000
     assert str(error.value).isprintable()
+
+
+def test_a_description_survives_its_text():
+    assert ExportedModel.from_json(MODEL.to_json()) == MODEL
+    for text in ("[]", "{}", "nothing"):
+        with pytest.raises(ValueError):  # noqa: PT011
+            ExportedModel.from_json(text)
 
 
 def test_no_image_is_resized_beyond_the_bound(path):
@@ -194,7 +212,7 @@ def test_the_command_needs_no_torch(path, tmp_path):
     cv2.imwrite(str(tmp_path / "a.png"), IMAGE)
     program = (
         "import sys\n"
-        "sys.modules['torch'] = None  # whoever imports it fails\n"
+        "sys.modules['torch'] = None  # importing it fails\n"
         "import predict\n"
         "status = predict.main(sys.argv[1:])\n"
         "heavy = {'torchvision', 'pycocotools', 'matplotlib', 'fvcore'} & sys.modules.keys()\n"

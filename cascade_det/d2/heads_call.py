@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from cascade_det.core import CascadeStats, PartTimer
@@ -28,22 +28,16 @@ class HeadsCall:
     @contextmanager
     def within(self) -> Iterator[HeadsCall]:
         """Make this the current call of the thread inside the block."""
-        before = _THREAD.call
-        _THREAD.call = self
+        token = _current.set(self)
         try:
             yield self
         finally:
-            _THREAD.call = before
+            _current.reset(token)
 
 
-class _ThreadState(threading.local):
-    def __init__(self) -> None:
-        self.call = HeadsCall()
-
-
-_THREAD = _ThreadState()
+_current: ContextVar[HeadsCall | None] = ContextVar("heads_call", default=None)
 
 
 def current_call() -> HeadsCall:
-    """The innermost ``HeadsCall.within`` of this thread; outside of any, a default one."""
-    return _THREAD.call
+    """The innermost ``HeadsCall.within`` of this thread; outside of any, a new one."""
+    return _current.get() or HeadsCall()

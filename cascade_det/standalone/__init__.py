@@ -1,4 +1,4 @@
-"""The host without Detectron2: torch and torchvision parts, and the wiring of a run."""
+"""The host without Detectron2: detector, training, evaluation and prediction on torchvision."""
 
 from cascade_det.standalone.build import build_detector
 from cascade_det.standalone.detector import Detector

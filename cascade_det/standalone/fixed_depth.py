@@ -149,8 +149,7 @@ def best_of_classes(
     Arguments as in ``class_nms``.
     """
     count = boxes.shape[0]
-    # Two empty boxes that sort last and are not returned: torch.export specialises on fewer than
-    # two rows.
+    # Two empty boxes that sort last and are not returned: torch.export assumes two rows or more.
     boxes = F.pad(boxes, (0, 0, 0, 2))
     scores = F.pad(scores, (0, 2), value=_PADDING_SCORE)
     classes = F.pad(classes, (0, 2))

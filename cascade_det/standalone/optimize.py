@@ -71,12 +71,9 @@ def optimize(
         _set_types(detector, dtypes),
         _optimize_heads(detector, dtypes["roi_heads"]),
     ]
-    # A compiled backbone calls PyTorch's convolutions.
-    parts = (
-        [detector.proposal_generator]
-        if compile
-        else [detector.proposal_generator, detector.backbone]
-    )
+    parts: list[nn.Module] = [detector.proposal_generator]
+    if not compile:  # torch.compile needs PyTorch's convolutions
+        parts.append(detector.backbone)
     if count := sum(map(use_winograd, parts)):
         done.append(f"{count} convolutions use Winograd's algorithm on maps that are large enough.")
     _cast_between(detector, dtypes)

@@ -1,4 +1,4 @@
-"""Weights and configurations go from one host to the other as they are."""
+"""Weights and configurations of one host are read by the other unchanged."""
 
 import logging
 import pickle
@@ -41,7 +41,7 @@ R18 = BACKBONES["R-18"]
 
 @pytest.fixture
 def detectron2_log(caplog, monkeypatch):
-    """What Detectron2's checkpointer says, whatever an earlier test has done to its loggers."""
+    """The log of Detectron2's checkpointer."""
     for name in ("fvcore", "fvcore.common.checkpoint", "detectron2"):
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
     caplog.set_level(logging.INFO, "fvcore")
@@ -237,7 +237,7 @@ class TestConfigurations:
 
     @pytest.mark.parametrize("nodes", ["", "part"])
     def test_with_part_of_our_nodes(self, nodes, tmp_path):
-        """As those make one who let Detectron2 merge keys that it does not know."""
+        """With new keys allowed, Detectron2 merges files with keys that it does not know."""
         content = {"_BASE_": str(CONFIG), "MODEL": {"ROI_HEADS": {"NAME": OUR_HEADS[1]}}}
         if nodes:
             exits = {"ENABLED": True, "THRESHOLDS": [0.6, 0.4], "PRUNE_THRESHOLDS": [0.1, 0.15]}

@@ -43,19 +43,16 @@ from small_plugin import (
 )
 
 from cascade_det.d2 import EarlyExitCascadeROIHeads, add_cascade_config
-from make_shapes import make_dataset
 
 pytestmark = pytest.mark.needs_detectron2
 
 
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
+def data(shapes):
     """Options of a configuration that name a small data set."""
-    folder = tmp_path_factory.mktemp("shapes") / "data"
-    make_dataset(folder, train=6, val=3, width=128, height=96)
     for split in ("train", "val"):
         name = f"plug_shapes_{split}"
-        register_coco_instances(name, {}, str(folder / f"{split}.json"), str(folder / split))
+        register_coco_instances(name, {}, str(shapes / f"{split}.json"), str(shapes / split))
     return [
         *("DATASETS.TRAIN", ("plug_shapes_train",), "DATASETS.TEST", ("plug_shapes_val",)),
         *("INPUT.MIN_SIZE_TRAIN", (64,), "INPUT.MIN_SIZE_TEST", 64, "INPUT.MAX_SIZE_TEST", 128),
@@ -79,8 +76,8 @@ def picture(size, seed=0):
 
 
 class TestInference:
-    def test_predictor(self, shapes, tmp_path):
-        cfg = model_cfg(options=[*shapes, *EXITS])
+    def test_predictor(self, data, tmp_path):
+        cfg = model_cfg(options=[*data, *EXITS])
         model = build_detector(cfg)
         DetectionCheckpointer(model, str(tmp_path)).save("model")
         cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
@@ -94,8 +91,8 @@ class TestInference:
             wanted = model([inputs])[0]["instances"]
         assert_same_instances([found], [wanted])
 
-    def test_predictor_of_another_size(self, shapes):
-        cfg = model_cfg(options=shapes)
+    def test_predictor_of_another_size(self, data):
+        cfg = model_cfg(options=data)
         predictor = DefaultPredictor(cfg)
         predictor.model.load_state_dict(build_detector(cfg).state_dict())
         found = predictor(picture((192, 256)))["instances"]
@@ -103,9 +100,9 @@ class TestInference:
         # In pixels of the picture, which the model saw smaller.
         assert found.pred_boxes.tensor.max() > 128
 
-    def test_evaluator(self, shapes, tmp_path):
+    def test_evaluator(self, data, tmp_path):
         results, files = [], []
-        for name, (cfg, model) in zip(("ours", "theirs"), models(shapes), strict=True):
+        for name, (cfg, model) in zip(("ours", "theirs"), models(data), strict=True):
             evaluator = COCOEvaluator("plug_shapes_val", output_dir=str(tmp_path / name))
             loader = build_detection_test_loader(cfg, "plug_shapes_val")
             results.append(inference_on_dataset(model, loader, evaluator)["bbox"])
@@ -116,8 +113,8 @@ class TestInference:
         assert "AP50" in results[0]
 
     @pytest.mark.parametrize("masks", [[], MASKS], ids=["boxes", "masks"])
-    def test_test_time_augmentation(self, shapes, masks):
-        (cfg, model), (their_cfg, their_model) = models([*shapes, *masks])
+    def test_test_time_augmentation(self, data, masks):
+        (cfg, model), (their_cfg, their_model) = models([*data, *masks])
         inputs = {"image": make_image((64, 100)), "height": 64, "width": 100}
         with torch.no_grad():
             found, wanted = (
@@ -130,8 +127,8 @@ class TestInference:
         assert not found.has("exit_stages")
         assert "GeneralizedRCNNWithTTA" in EarlyExitCascadeROIHeads.__doc__
 
-    def test_visualizer(self, shapes):
-        cfg = model_cfg(options=[*shapes, *EXITS, *MASKS])
+    def test_visualizer(self, data):
+        cfg = model_cfg(options=[*data, *EXITS, *MASKS])
         image = picture((96, 128))
         with torch.no_grad():
             inputs = {"image": make_image((96, 128)), "height": 96, "width": 128}
@@ -144,8 +141,8 @@ class TestInference:
         assert drawn.shape == image.shape
         assert not np.array_equal(drawn, image)
 
-    def test_autocast(self, shapes):
-        (_, ours), (_, theirs) = models(shapes)
+    def test_autocast(self, data):
+        (_, ours), (_, theirs) = models(data)
         inputs = [{"image": make_image((64, 96))}]
         with torch.no_grad():
             exact = ours(inputs)[0]["instances"]
@@ -165,7 +162,7 @@ class Trainer(DefaultTrainer):
         return COCOEvaluator(dataset_name, output_dir=cfg.OUTPUT_DIR)
 
 
-def training_options(shapes, folder, **changes):
+def training_options(data, folder, **changes):
     keys = {
         "OUTPUT_DIR": str(folder),
         "SOLVER.IMS_PER_BATCH": 2,
@@ -176,7 +173,7 @@ def training_options(shapes, folder, **changes):
         "TEST.EVAL_PERIOD": 2,
         "SEED": 1,
     } | changes
-    return [*shapes, *(item for pair in keys.items() for item in pair)]
+    return [*data, *(item for pair in keys.items() for item in pair)]
 
 
 def scalars(folder):
@@ -188,9 +185,9 @@ def scalars(folder):
 
 
 class TestTraining:
-    def test_trainer_with_its_hooks_and_resume(self, shapes, tmp_path):
+    def test_trainer_with_its_hooks_and_resume(self, data, tmp_path):
         pytest.importorskip("tensorboard")  # one of Detectron2's writers
-        options = training_options(shapes, tmp_path)
+        options = training_options(data, tmp_path)
         trainer = Trainer(model_cfg(options=[*options, *EXITS]))
         trainer.resume_or_load(resume=False)
         before = copy.deepcopy(trainer.model.roi_heads.state_dict())
@@ -208,7 +205,7 @@ class TestTraining:
         files = {path.name for path in tmp_path.glob("model_*.pth")}
         assert files == {"model_0000001.pth", "model_0000003.pth", "model_final.pth"}
 
-        longer = training_options(shapes, tmp_path, **{"SOLVER.MAX_ITER": 5})
+        longer = training_options(data, tmp_path, **{"SOLVER.MAX_ITER": 5})
         resumed = Trainer(model_cfg(options=[*longer, *EXITS]))
         resumed.resume_or_load(resume=True)
         assert resumed.start_iter == 4
@@ -331,9 +328,9 @@ class TestOthers:
         assert losses[0] == losses[1]
         assert losses[0]["loss_keypoint"] > 0
 
-    def test_supervision(self, shapes):
+    def test_supervision(self, data):
         supervision = pytest.importorskip("supervision", exc_type=ImportError)
-        cfg = model_cfg(options=[*shapes, *EXITS, *MASKS])
+        cfg = model_cfg(options=[*data, *EXITS, *MASKS])
         with torch.no_grad():
             inputs = {"image": make_image((64, 96)), "height": 64, "width": 96}
             output = build_detector(cfg)([inputs])[0]

@@ -1,4 +1,4 @@
-"""Stopping and going on in Detectron2: what is kept, what is said, and what is refused."""
+"""Interrupted and resumed runs in Detectron2: what they keep, log and refuse."""
 
 import json
 import os
@@ -32,7 +32,7 @@ NAME = "roi_heads.box_head.0.fc1.weight"
 
 
 class Killed(BaseException):
-    """Ends a run in the place where it is, as ``kill -9`` does as far as files go."""
+    """Ends a run at once; its files are as after ``kill -9``."""
 
 
 @pytest.fixture(scope="module")
@@ -207,9 +207,9 @@ class TestEvaluations:
         host.train(cfg, resume=True)
         assert steps == [0, 1, 2, 3, 4]
         assert saved(cfg, "model_best.pth")["metric"] == {"bbox/AP": 9.0}
-        figures = {r["iteration"]: r["bbox/AP"] for r in lines_of(cfg.OUTPUT_DIR) if "bbox/AP" in r}
-        # Detectron2 files what comes after the last iteration under a number of its own.
-        assert figures == dict(zip([0, 1, 2, 3, 5], values, strict=True))
+        aps = {r["iteration"]: r["bbox/AP"] for r in lines_of(cfg.OUTPUT_DIR) if "bbox/AP" in r}
+        # Detectron2 logs values after the last iteration under the next one.
+        assert aps == dict(zip([0, 1, 2, 3, 5], values, strict=True))
 
     def test_an_evaluation_that_was_cut_off_is_made_up_for(self, make_cfg, on_evaluation, on_step):
         def cut_off():

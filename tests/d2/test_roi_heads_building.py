@@ -44,7 +44,7 @@ pytestmark = pytest.mark.needs_detectron2
 
 @ROI_BOX_HEAD_REGISTRY.register()
 class MeanAndLinear(torch.nn.Module):
-    """A user's own box head."""
+    """A box head that a user registered."""
 
     def __init__(self, cfg, input_shape):
         super().__init__()
@@ -56,7 +56,7 @@ class MeanAndLinear(torch.nn.Module):
 
 
 def without_own_keys():
-    """A configuration as one has it who never called ``add_cascade_config``."""
+    """A configuration without the keys of ``add_cascade_config``."""
     cfg = heads_cfg()
     del cfg["CASCADE"], cfg.MODEL["CASCADE"]
     return cfg

@@ -1,4 +1,4 @@
-"""What a run in Detectron2 leaves, beside a run of the standalone host on the same YAML."""
+"""The output folder of a run in Detectron2, compared with the standalone host on the same YAML."""
 
 import json
 import math
@@ -86,9 +86,9 @@ def test_both_hosts_leave_the_same_files(runs):
     assert list(runs["detectron2"].glob("events.out.tfevents.*"))
 
 
-def test_both_hosts_report_the_same_figures(runs):
+def test_both_hosts_report_the_same_metrics(runs):
     ours, theirs = results_of(runs["standalone"]), results_of(runs["detectron2"])
-    # Of the classes Detectron2 has its own names for the AP; and which mistakes there are differs.
+    # Detectron2 names the AP of classes itself, and the confusions depend on the weights.
     per_class = {name for name in theirs["bbox"] if name.startswith("AP-")}
     assert per_class == {f"AP-{name}" for name in class_names(runs["detectron2"])}
     for results in (ours, theirs):
@@ -134,7 +134,7 @@ def test_the_log_has_the_tables(output):
     assert "Traceback" not in log
 
 
-def test_metrics_have_losses_rates_stages_and_figures(output):
+def test_metrics_have_losses_rates_stages_and_results(output):
     lines = lines_of(output)
     names = set().union(*lines)
     assert names >= {

@@ -1,4 +1,4 @@
-"""The same figures in both hosts: of the same predictions, and of a checkpoint from end to end."""
+"""The same AP in both hosts: on the same detections, and for a checkpoint from end to end."""
 
 import json
 import math
@@ -41,7 +41,7 @@ from cascade_det.standalone import evaluate
 
 pytestmark = pytest.mark.needs_detectron2
 
-# Not in a row, not from 1, and one that nothing belongs to.
+# Ids neither consecutive nor from 1, and one class without objects.
 CATEGORIES = {4: "cell", 7: "plate", 12: "rod", 30: "nothing"}
 
 

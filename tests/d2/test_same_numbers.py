@@ -1,6 +1,6 @@
-"""One model, one image tensor: the same detections, whoever runs it.
+"""The same detections of one model and image in Detectron2, our heads in it, and standalone.
 
-How far apart they are at most is recorded: ``pytest --junitxml`` writes it down.
+``pytest --junitxml`` records the largest differences.
 """
 
 import pytest
@@ -42,7 +42,7 @@ def test_same_kernels_give_the_same_bits(three, count):
     assert all(len(found) > 20 and len(found.classes.unique()) > 1 for found in own)
     assert_equal(ours, own)
     assert_equal(alone, own)
-    # Without exits all of them saw all stages.
+    # Without exits every region ran through all stages.
     assert {stage for found in (*ours, *alone) for stage in found.exit_stages.tolist()} == {2}
 
 

@@ -1,6 +1,6 @@
-"""One model, one set of batches: the same training, whoever runs it.
+"""The same training of one model and data in Detectron2, our heads in it, and standalone.
 
-How far apart they are at most is recorded: ``pytest --junitxml`` writes it down.
+``pytest --junitxml`` records the largest differences.
 """
 
 import pytest
@@ -63,7 +63,7 @@ def largest_of_gradients(got, wanted):
 @pytest.mark.parametrize("options", [(), FROM_SCRATCH], ids=["frozen", "from_scratch"])
 def test_one_step(kernel, options, record_property):
     own, ours, alone = build_three(*R18, *kernel, *options, stirred=False)
-    # In one of the images nothing is to be found.
+    # One of the images has no objects.
     batch = [*make_batch(2), *make_batch(1, seed=1, objects=0)]
     wanted = step(own, batch)
     for name, host in (("plugin", ours), ("standalone", alone)):

@@ -1,7 +1,7 @@
-"""One model three times: Detectron2 with its own heads, with ours in them, and standalone.
+"""One model three times: Detectron2 with its own heads, Detectron2 with ours, and standalone.
 
-The three take the same batches, in the form of the core: dicts with ``image``, ``height``,
-``width`` and, in training, ``gt_boxes`` and ``gt_classes``.
+All take the batches of the standalone host: dicts with ``image``, ``height``, ``width`` and, in
+training, ``gt_boxes`` and ``gt_classes``.
 """
 
 import torch
@@ -135,7 +135,7 @@ def in_detectron2(*options):
 
 
 def standalone(*options):
-    """A small standalone detector, likewise."""
+    """A small standalone detector, with its initial weights."""
     return Standalone(config.load_config(CONFIG, [*SMALL, *options]))
 
 
@@ -152,7 +152,7 @@ def build_three(*options, seed=0, stirred=True):
 
 
 def build_two(*options, seed=0, stirred=True):
-    """Detectron2 with our heads, and standalone, likewise."""
+    """Detectron2 with our heads, and standalone, with the same weights."""
     torch.manual_seed(seed)
     ours, alone = in_detectron2(*options, *OUR_HEADS), standalone(*options, *OUR_HEADS)
     if stirred:

@@ -1,4 +1,4 @@
-"""What a detector is asked for, in whatever mode it is, and batches that are none."""
+"""A detector gives the same in every mode, and leaves the mode as it is."""
 
 import copy
 

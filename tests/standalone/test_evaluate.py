@@ -1,4 +1,4 @@
-"""What an evaluation of a checkpoint checks, says and writes."""
+"""What an evaluation of a checkpoint checks, logs and writes."""
 
 from __future__ import annotations
 
@@ -135,10 +135,10 @@ def test_two_categories_of_one_name_have_figures_of_their_own(cfg, test_json, tm
     results = evaluate(cfg)
     saved = json.loads((Path(cfg.OUTPUT_DIR) / "results.json").read_text())
     # What CASCADE.BEST_METRIC may name.
-    figures = dict(scalars_of(results))
+    scalars = dict(scalars_of(results))
     for name in ("AP-circle (id 1)", "AP-circle (id 2)"):
         assert name in saved["bbox"]
-        assert f"bbox/{name}" in figures
+        assert f"bbox/{name}" in scalars
     assert "AP-circle" not in saved["bbox"]
 
 

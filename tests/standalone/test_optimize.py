@@ -202,10 +202,10 @@ class TestByConfiguration:
         cfg.merge_from_list(FAST)
         predictor = Predictor(cfg)
         assert any("bfloat16" in sentence for sentence in predictor.detector.optimizations)
-        figures = compare_detections(predictor(images), expected)
-        # NMS among boxes that nobody trained decides otherwise for many of them.
-        assert figures["in_common"] > 0.5 * figures["of_the_other"] > 20
-        assert 0 < figures["score_difference"] < 0.05
+        agreement = compare_detections(predictor(images), expected)
+        # NMS among boxes of untrained weights flips for many of them.
+        assert agreement["in_common"] > 0.5 * agreement["of_the_other"] > 20
+        assert 0 < agreement["score_difference"] < 0.05
 
     def test_evaluation_and_calibration_get_the_fast_detector(self, cfg):
         plain, _, _ = open_detector(cfg)

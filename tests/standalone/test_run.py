@@ -1,4 +1,4 @@
-"""The whole road: train, resume, evaluate."""
+"""Whole runs of the standalone host."""
 
 import json
 

@@ -44,9 +44,9 @@ from cascade_det.d2.parts import (
 )
 from cascade_det.d2.structures import (
     objectness_logits,
+    to_ground_truth,
     to_instances,
     to_labelled_regions,
-    to_targets,
 )
 from cascade_det.engine.allocator import keep_freed_memory
 from cascade_det.engine.devices import resolve_fast_dtype
@@ -318,7 +318,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         image_sizes: list[tuple[int, int]],
     ) -> Losses:
         losses = self.cascade.losses_of_regions(
-            maps, to_labelled_regions(proposals), to_targets(targets), image_sizes
+            maps, to_labelled_regions(proposals), to_ground_truth(targets), image_sizes
         )
         _log_metrics(self.cascade.metrics)
         for stage, predictor in enumerate(self.box_predictor):

@@ -1,6 +1,6 @@
-"""Detectors side by side: same weights, same images, one process, runs in turn.
+"""Detectors compared side by side: same weights, same images, one process, taking turns.
 
-``tools/benchmark.py`` is its command. ``options`` says what is measured, ``setup`` has what all
-contenders share, ``contenders`` opens them by name, ``run`` measures, ``report`` and ``picture``
-show it. Nothing here is imported by the rest of the package.
+``tools/benchmark.py`` is the command. ``options`` holds what to measure, ``setup`` what all models
+share, ``models`` opens them by name, ``run`` measures, ``report`` and ``picture`` show the results.
+The rest of the package imports nothing from here.
 """

@@ -1,10 +1,9 @@
-"""The AP of settings beside their speed, by the evaluation of the standalone host."""
+"""AP beside speed, by the evaluation of the standalone host."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +17,15 @@ from cascade_det.standalone.evaluate import load_detector, test_loader
 logger = logging.getLogger(__name__)
 
 _EXITS, _FAST = "MODEL.CASCADE.EXIT.ENABLED", "MODEL.CASCADE.FAST.ENABLED"
-# The first is what the others are held against.
+# The others are compared with the first.
 SETTINGS: dict[str, tuple[Any, ...]] = {
     "exits off, float32": (_EXITS, False, _FAST, False),
     "exits": (_EXITS, True, _FAST, False),
     "fast": (_EXITS, False, _FAST, True),
     "fast, exits": (_EXITS, True, _FAST, True),
 }
-_APS = ("AP", "AP75", "AP90")
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """A setting on a test set.
-
-    Attributes:
-        setting: its name.
-        AP: in percent, as AP75 and AP90.
-        milliseconds: median of an image, in this evaluation.
-        entered: regions of an image that each stage computed, on average.
-    """
-
-    setting: str
-    AP: float
-    AP75: float
-    AP90: float
-    milliseconds: float
-    entered: list[float]
+SETTINGS_WITHOUT_EXITS = {name: SETTINGS[name] for name in ("exits off, float32", "fast")}
+_METRICS = ("AP", "AP75", "AP90")
 
 
 def measure_accuracy(
@@ -53,18 +34,20 @@ def measure_accuracy(
     *,
     settings: Mapping[str, Sequence[Any]] = SETTINGS,
 ) -> dict[str, Any]:
-    """Evaluate a trained detector in some settings on the first of ``DATASETS.TEST``.
+    """Evaluate a trained detector in several settings on the first data set of ``DATASETS.TEST``.
 
     Args:
         cfg: a configuration with ``MODEL.WEIGHTS``.
-        output_dir: gets a folder for each setting with what an evaluation writes.
-        settings: keys and values on top of the configuration, by name.
+        output_dir: each setting writes its evaluation to a folder in it.
+        settings: keys and values that override the configuration, by name.
 
     Returns:
-        ``dataset``, ``images`` (how many) and ``settings`` (each as ``Accuracy``).
+        ``dataset``, ``images`` (their number) and ``settings``, a list with ``setting`` (its
+        name), ``AP``, ``AP75`` and ``AP90`` in percent, ``milliseconds`` (median per image) and
+        ``entered`` (mean regions per image, by stage).
 
     Raises:
-        ConfigError: a setting contradicts the configuration, or one of them is missing in it.
+        ConfigError: a setting contradicts the configuration; before any is evaluated.
         DatasetError: data are missing or wrong.
         CheckpointError: weights cannot be read or do not fit.
     """
@@ -84,38 +67,38 @@ def measure_accuracy(
             dtype=detector.dtype,
             stages=False,
         )
-        rows.append(_accuracy(name, results))
-    return {
-        "dataset": dataset.source.name,
-        "images": len(dataset.records),
-        "settings": [asdict(row) for row in rows],
-    }
+        exits = results["exits"]
+        rows.append(
+            {
+                "setting": name,
+                **{metric: results["bbox"][metric] for metric in _METRICS},
+                "milliseconds": results["latency"]["total"]["median_ms"],
+                "entered": [exits[stage]["entered_per_image"] for stage in stage_names(exits)],
+            }
+        )
+    return {"dataset": dataset.source.name, "images": len(dataset.records), "settings": rows}
 
 
 def accuracy_section(results: Metrics) -> str:
-    """What ``measure_accuracy`` gave, as a table: AP, and differences from the first."""
-    rows = [Accuracy(**row) for row in results["settings"]]
-    first = rows[0]
-    cells = [
-        (
-            row.setting,
-            *(getattr(row, name) for name in _APS),
-            *(getattr(row, name) - getattr(first, name) for name in _APS),
-            row.milliseconds,
-            first.milliseconds / row.milliseconds,
-            ", ".join(f"{count:.1f}" for count in row.entered),
-        )
-        for row in rows
+    """The results of ``measure_accuracy`` as a table in Markdown, with differences of AP."""
+    first = results["settings"][0]
+    rows = [
+        [
+            row["setting"],
+            *[row[metric] for metric in _METRICS],
+            *[row[metric] - first[metric] for metric in _METRICS],
+            row["milliseconds"],
+            first["milliseconds"] / row["milliseconds"],
+            ", ".join(f"{count:.1f}" for count in row["entered"]),
+        ]
+        for row in results["settings"]
     ]
-    headers = ["setting", *(f"{name} (%)" for name in _APS), *(f"{name} +-" for name in _APS)]
+    headers = ["setting"]
+    headers += [f"{metric} (%)" for metric in _METRICS] + [f"{metric} +-" for metric in _METRICS]
     headers += ["ms per image", "times as fast", "regions by stage"]
+    formats = ["", ".2f", ".2f", ".2f", "+.2f", "+.2f", "+.2f", ".1f", ".2f", ""]
     title = f"Accuracy on {results['dataset']}, {results['images']} images"
-    return table(title, headers, cells, ("", *[".2f"] * 3, *["+.2f"] * 3, ".1f", ".2f", ""))
-
-
-def settings_without_exits() -> dict[str, tuple[Any, ...]]:
-    """Those of ``SETTINGS`` that a configuration without exits has."""
-    return {name: options for name, options in SETTINGS.items() if options[1] is False}
+    return table(title, headers, rows, formats)
 
 
 def _changed(cfg: CfgNode, options: Sequence[Any]) -> CfgNode:
@@ -124,15 +107,3 @@ def _changed(cfg: CfgNode, options: Sequence[Any]) -> CfgNode:
     changed.merge_from_list(list(options))
     check_config(changed)
     return changed
-
-
-def _accuracy(setting: str, results: Metrics) -> Accuracy:
-    bbox, exits = results["bbox"], results["exits"]
-    return Accuracy(
-        setting,
-        AP=bbox["AP"],
-        AP75=bbox["AP75"],
-        AP90=bbox["AP90"],
-        milliseconds=results["latency"]["total"]["median_ms"],
-        entered=[exits[stage]["entered_per_image"] for stage in stage_names(exits)],
-    )

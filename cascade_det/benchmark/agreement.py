@@ -1,4 +1,4 @@
-"""How far the detections of one contender are from those of another on the same images."""
+"""Differences between the detections of two models on the same images."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ _MATCH_IOU = 0.9
 
 
 def compare_detections(own: Sequence[Detections], other: Sequence[Detections]) -> dict[str, Any]:
-    """Detections of the same images side by side.
+    """Compare two models' detections of the same images.
 
-    Two belong together that have the same class and each other as the box that overlaps most,
-    by an IoU of 0.9 or more.
+    Two detections match if they have the same class, an IoU of 0.9 or more, and overlap each
+    other more than any other detection.
+
+    Args:
+        own: one entry per image.
+        other: one entry per image.
 
     Returns:
-        ``detections`` and ``of_the_other``, how many there are; ``in_common``, how many belong
-        together; and the largest differences among these, ``box_difference`` in pixels and
-        ``score_difference``, 0 where there are none.
+        ``detections`` and ``of_the_other``, the numbers of detections; ``in_common``, the number
+        of matches; ``box_difference`` (pixels) and ``score_difference``, the largest among the
+        matches, 0 without any.
     """
     common = 0
     boxes = scores = 0.0

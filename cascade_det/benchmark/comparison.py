@@ -1,205 +1,193 @@
-"""Contenders in turn on the same input: heads alone, whole models, parts and training steps."""
+"""Models taking turns on the same input: heads alone, whole models, parts, training steps."""
 
 from __future__ import annotations
 
-import logging
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cascade_det.benchmark.agreement import compare_detections
-from cascade_det.benchmark.contenders import Contender, Outcome
-from cascade_det.benchmark.options import Options
+from cascade_det.benchmark.models import BenchmarkModel, ModelOutput
 from cascade_det.benchmark.setup import Setup
-from cascade_det.benchmark.timing import Spread, alternate, ratio
+from cascade_det.benchmark.timing import alternate, ratio, spread
 from cascade_det.engine.allocator import keep_freed_memory
 
-logger = logging.getLogger(__name__)
+Models = Mapping[str, BenchmarkModel]
+Calls = dict[str, Callable[[int], Any]]  # by model; they take the number of the round
 
-# Whose detections the others of its weights are held against, if it runs: the first of them.
+# Detections are compared with those of the first of these that runs.
 _REFERENCES = ("detectron2-cascade", "ours")
 _OTHER_WEIGHTS = ("detectron2-one-stage", "torchvision")
 
 
 def is_ours(name: str) -> bool:
-    """Whether a contender is ours, in either host, rather than a peer."""
+    """Whether a model has our heads, in either host; the others are baselines."""
     return name.startswith(("ours", "plugin"))
 
 
-def compare_heads(
-    setup: Setup, contenders: Mapping[str, Contender], images: int, proposals: int
-) -> dict[str, Any]:
-    """RoI heads alone, on given features and exactly so many regions of each image.
+def compare_heads(setup: Setup, models: Models, images: int, proposals: int) -> dict[str, Any]:
+    """Compare the RoI heads alone, on the same ``proposals`` regions of each image.
 
     Returns:
         See ``_compare``.
     """
-    batches = setup.batches(images)
-    given = [(batch, setup.regions(batch, proposals)) for batch in batches]
-    # Contenders that are one model in several settings get the same features.
+    given = [(batch, setup.regions(batch, proposals)) for batch in setup.batches(images)]
+    # One adapter in several settings gets the same features.
     prepared: dict[Any, list[Any]] = {}
-    runs = {}
-    for name, contender in contenders.items():
-        key = contender.model, contender.autocast
+    calls: Calls = {}
+    for name, model in models.items():
+        key = model.adapter, model.autocast
         if key not in prepared:
-            prepared[key] = [contender.prepare(*each) for each in given]
-        runs[name] = _on_each(contender.heads, prepared[key])
-    return _compare(setup, contenders, runs, images, proposals)
+            prepared[key] = [model.prepare(batch, regions) for batch, regions in given]
+        calls[name] = _call_in_turn(model.heads, prepared[key])
+    return _compare(setup, models, calls, images, proposals)
 
 
-def compare_whole(
-    setup: Setup, contenders: Mapping[str, Contender], images: int, proposals: int
-) -> dict[str, Any]:
-    """Whole models, on images as their loaders give them, with so many regions from the RPN.
+def compare_whole(setup: Setup, models: Models, images: int, proposals: int) -> dict[str, Any]:
+    """Compare whole models, on images, with at most ``proposals`` regions from the RPN.
 
     Returns:
         See ``_compare``.
     """
-    batches = setup.batches(images)
-    runs = {}
-    for name, contender in contenders.items():
-        contender.limit_proposals(proposals)
-        runs[name] = _on_each(contender.whole, [contender.inputs(batch) for batch in batches])
-    return _compare(setup, contenders, runs, images, proposals)
+    calls: Calls = {}
+    for name, model in models.items():
+        calls[name] = _call_in_turn(model.whole, _inputs(setup, model, images, proposals))
+    return _compare(setup, models, calls, images, proposals)
 
 
-def compare_parts(
-    setup: Setup, contenders: Mapping[str, Contender], images: int, proposals: int
-) -> dict[str, Any]:
-    """Parts of whole models: ``contenders``, by name and part spreads of ms per image."""
-    batches = setup.batches(images)
-    found: dict[str, list[dict[str, float]]] = defaultdict(list)
-    calls, runs = {}, {}
-    for name, contender in contenders.items():
-        contender.limit_proposals(proposals)
-        run = _on_each(contender.parts, [contender.inputs(batch) for batch in batches])
-        runs[name] = run
-        calls[name] = lambda number, name=name, run=run: found[name].append(run(number))
-    # What these calls take in all is not kept: they wait for the device at every part.
-    course = {**_course(setup), "warmup": 0}
-    alternate(calls, before=_own_memory(contenders, runs), **course)
+def compare_parts(setup: Setup, models: Models, images: int, proposals: int) -> dict[str, Any]:
+    """Time the parts of whole models.
+
+    Returns:
+        ``batch``, ``proposals``, and ``contenders``: the spread of milliseconds per image, by
+        model and part.
+    """
+    calls: Calls = {}
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in models}
+    timed: Calls = {}
+    for name, model in models.items():
+        call = _call_in_turn(model.parts, _inputs(setup, model, images, proposals))
+        calls[name] = call
+        timed[name] = lambda number, name=name, call=call: times[name].append(call(number))
+    # The total times are not kept: a GPU is synchronised at every part.
+    _take_turns(setup, timed, warmup=0, before=_run_untimed(models, calls))
     return {
         "batch": images,
         "proposals": proposals,
-        "contenders": {name: _spreads(times, images) for name, times in found.items()},
+        "contenders": {name: _part_spreads(runs, images) for name, runs in times.items()},
     }
 
 
 def compare_training(
     setup: Setup, steps: Mapping[str, Callable[[], object]], images: int
 ) -> dict[str, Any]:
-    """Steps of training on one batch; ``contenders`` and ``ratios`` as of ``_compare``."""
-    calls = {name: lambda _, step=step: step() for name, step in steps.items()}
+    """Compare training steps on one batch.
 
-    def prepare(name: str, _: int) -> None:
-        # Our training on a CPU lets the process keep freed memory, see ``set_backends``.
+    Returns:
+        ``batch``, and ``contenders`` and ``ratios`` as ``_compare``.
+    """
+    calls: Calls = {name: lambda _, step=step: step() for name, step in steps.items()}
+
+    def before(name: str, _: int) -> None:
+        # Our training on a CPU keeps freed memory, see ``set_backends``.
         keep_freed_memory(is_ours(name))
 
-    times = alternate(calls, before=prepare, **_course(setup))
-    return {"batch": images, **_figures(times, images)}
+    times = _take_turns(setup, calls, warmup=setup.options.warmup, before=before)
+    return {"batch": images, **_times_and_ratios(times, images)}
 
 
 def _compare(
-    setup: Setup,
-    contenders: Mapping[str, Contender],
-    runs: Mapping[str, Callable[[int], Any]],
-    images: int,
-    proposals: int,
+    setup: Setup, models: Models, calls: Calls, images: int, proposals: int
 ) -> dict[str, Any]:
-    """Times, ratios, and what came out.
+    """Measure times and ratios, and compare the detections.
 
     Returns:
-        ``batch`` and ``proposals`` as given; ``contenders`` by name: ``ms_per_image`` (a spread),
-        ``arrived`` and ``entered`` (regions of an image that reached the heads, and that each
-        stage computed); ``ratios`` of every peer to every one of ours; ``agreement``, of those
-        without exits that have the same weights, with the first of them.
+        ``batch`` and ``proposals`` as given; ``contenders``, by model: ``ms_per_image`` (a
+        spread), ``arrived`` and ``entered`` (regions per image that reach the heads, and each
+        stage) and ``detections``; ``ratios`` of every baseline to every model of ours;
+        ``agreement`` of the models without exits that share weights with the first of them.
     """
-    # Also the first round of warming up.
-    outcomes = {name: contenders[name].outcome(runs[name](0)) for name in contenders}
-    course = _course(setup)
-    course["warmup"] = max(0, course["warmup"] - 1)
-    times = alternate(runs, before=_own_memory(contenders, runs), **course)
-    figures = _figures(times, images)
-    for name, outcome in outcomes.items():
-        figures["contenders"][name] |= {
-            "arrived": outcome.arrived / images,
-            "entered": [count / images for count in outcome.entered],
-            "detections": sum(map(len, outcome.detections)) / images,
+    # This is also the first round of the warm-up.
+    outputs = {name: models[name].adapter.output(calls[name](0)) for name in models}
+    warmup = max(0, setup.options.warmup - 1)
+    times = _take_turns(setup, calls, warmup=warmup, before=_run_untimed(models, calls))
+    results = _times_and_ratios(times, images)
+    for name, output in outputs.items():
+        results["contenders"][name] |= {
+            "arrived": output.arrived / images,
+            "entered": [count / images for count in output.entered],
+            "detections": sum(map(len, output.detections)) / images,
         }
-    return {
-        "batch": images,
-        "proposals": proposals,
-        **figures,
-        "agreement": _agreement(contenders, outcomes),
-    }
+    agreement = _agreement(models, outputs)
+    return {"batch": images, "proposals": proposals, **results, "agreement": agreement}
 
 
-def _own_memory(
-    contenders: Mapping[str, Contender], runs: Mapping[str, Callable[[int], Any]]
-) -> Callable[[str, int], None]:
-    """Lets the process treat freed memory as it would if a contender were alone in it.
-
-    Whoever is next runs once untimed: what the last one left of memory and caches is not its own.
-    """
-
-    def prepare(name: str, number: int) -> None:
-        keep_freed_memory(contenders[name].keeps_memory)
-        runs[name](number)
-
-    return prepare
+def _inputs(setup: Setup, model: BenchmarkModel, images: int, proposals: int) -> list[Any]:
+    model.adapter.limit_proposals(proposals)
+    return [model.adapter.inputs(batch) for batch in setup.batches(images)]
 
 
-def _figures(times: Mapping[str, Sequence[float]], images: int) -> dict[str, Any]:
-    spreads = {
-        name: {"ms_per_image": Spread.of([time / images for time in taken]).as_dict()}
-        for name, taken in times.items()
-    }
-    ratios = [
-        {"what": own, "against": peer, "ratio": ratio(times[peer], times[own]).as_dict()}
-        for own in times
-        for peer in times
-        if is_ours(own) and not is_ours(peer)
-    ]
-    return {"contenders": spreads, "ratios": ratios}
-
-
-def _agreement(
-    contenders: Mapping[str, Contender], outcomes: Mapping[str, Outcome]
-) -> dict[str, Any]:
-    alike = [
-        name
-        for name, contender in contenders.items()
-        if contender.exits is None and not name.startswith(_OTHER_WEIGHTS)
-    ]
-    reference = next((name for name in _REFERENCES if name in alike), None)
-    if reference is None:
-        return {}
-    wanted = outcomes[reference].detections
-    compared = {
-        name: compare_detections(outcomes[name].detections, wanted)
-        for name in alike
-        if name != reference
-    }
-    return {"with": reference, "contenders": compared} if compared else {}
-
-
-def _on_each(call: Callable[[Any], Any], inputs: Sequence[Any]) -> Callable[[int], Any]:
-    """The call on one input after the other, by the number of the round."""
+def _call_in_turn(call: Callable[[Any], Any], inputs: Sequence[Any]) -> Callable[[int], Any]:
+    """Calls ``call`` on another input in each round."""
     return lambda number: call(inputs[number % len(inputs)])
 
 
-def _spreads(times: Sequence[Mapping[str, float]], images: int) -> dict[str, Any]:
-    parts = list(dict.fromkeys(part for run in times for part in run))
+def _run_untimed(models: Models, calls: Calls) -> Callable[[str, int], None]:
+    """Prepares a timed call: the allocator's settings and caches are those of the model alone."""
+
+    def before(name: str, number: int) -> None:
+        keep_freed_memory(models[name].keeps_memory)
+        calls[name](number)
+
+    return before
+
+
+def _take_turns(
+    setup: Setup, calls: Calls, *, warmup: int, before: Callable[[str, int], None]
+) -> dict[str, list[float]]:
+    options = setup.options
+    return alternate(
+        calls,
+        rounds=options.rounds,
+        warmup=warmup,
+        seconds=options.seconds,
+        device=setup.device,
+        before=before,
+    )
+
+
+def _times_and_ratios(times: Mapping[str, Sequence[float]], images: int) -> dict[str, Any]:
     return {
-        part: Spread.of([run.get(part, 0.0) / images for run in times]).as_dict() for part in parts
+        "contenders": {
+            name: {"ms_per_image": spread([time / images for time in samples])}
+            for name, samples in times.items()
+        },
+        "ratios": [
+            {"what": own, "against": baseline, "ratio": ratio(times[baseline], times[own])}
+            for own in times
+            for baseline in times
+            if is_ours(own) and not is_ours(baseline)
+        ],
     }
 
 
-def _course(setup: Setup) -> dict[str, Any]:
-    options: Options = setup.options
-    return {
-        "rounds": options.rounds,
-        "warmup": options.warmup,
-        "seconds": options.seconds,
-        "device": setup.device,
+def _agreement(models: Models, outputs: Mapping[str, ModelOutput]) -> dict[str, Any]:
+    alike = [
+        name
+        for name, model in models.items()
+        if model.exits is None and not name.startswith(_OTHER_WEIGHTS)
+    ]
+    reference = next((name for name in _REFERENCES if name in alike), None)
+    if reference is None or alike == [reference]:
+        return {}
+    wanted = outputs[reference].detections
+    compared = {
+        name: compare_detections(outputs[name].detections, wanted)
+        for name in alike
+        if name != reference
     }
+    return {"with": reference, "contenders": compared}
+
+
+def _part_spreads(runs: Sequence[Mapping[str, float]], images: int) -> dict[str, Any]:
+    parts = dict.fromkeys(part for run in runs for part in run)
+    return {part: spread([run.get(part, 0.0) / images for run in runs]) for part in parts}

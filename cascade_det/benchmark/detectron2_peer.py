@@ -1,4 +1,4 @@
-"""The real Detectron2, with its own heads and with ours in them."""
+"""Detectron2's models, with its own heads and with ours."""
 
 from __future__ import annotations
 
@@ -15,59 +15,31 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from cascade_det.benchmark.contenders import Outcome
-from cascade_det.benchmark.marks import Mark, Marks
-from cascade_det.benchmark.setup import Regions, Sample, Setup
-from cascade_det.benchmark.weights import spread
+from cascade_det.benchmark.models import ModelAdapter, ModelOutput, SharedMaps
+from cascade_det.benchmark.part_timers import PartStart, time_parts
+from cascade_det.benchmark.setup import Regions, Setup
+from cascade_det.benchmark.weights import draw_predictor
 from cascade_det.core import ExitPolicy, PartTimer
 from cascade_det.d2 import host
 from cascade_det.d2.detector import Detector
 from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
 from cascade_det.d2.structures import to_detections
+from cascade_det.data.samples import Sample
 from cascade_det.errors import ConfigError
 
-# The heads of each kind, and what else Detectron2's own configurations of such a model have.
+_HEADS, _FAST = "MODEL.ROI_HEADS.NAME", "MODEL.CASCADE.FAST.ENABLED"
+_CLASS_AGNOSTIC = "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG"
+# By kind, as in Detectron2's own configurations of such models.
 _OPTIONS: dict[str, tuple[Any, ...]] = {
-    "plugin": (
-        *("MODEL.ROI_HEADS.NAME", "EarlyExitCascadeROIHeads"),
-        *("MODEL.CASCADE.FAST.ENABLED", False),
-    ),
-    "plugin-fast": (
-        *("MODEL.ROI_HEADS.NAME", "EarlyExitCascadeROIHeads"),
-        *("MODEL.CASCADE.FAST.ENABLED", True),
-    ),
-    "detectron2-cascade": ("MODEL.ROI_HEADS.NAME", "CascadeROIHeads"),
-    "detectron2-one-stage": (
-        *("MODEL.ROI_HEADS.NAME", "StandardROIHeads"),
-        *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", False),
-    ),
+    "plugin": (_HEADS, "EarlyExitCascadeROIHeads", _FAST, False),
+    "plugin-fast": (_HEADS, "EarlyExitCascadeROIHeads", _FAST, True),
+    "detectron2-cascade": (_HEADS, "CascadeROIHeads"),
+    "detectron2-one-stage": (_HEADS, "StandardROIHeads", _CLASS_AGNOSTIC, False),
 }
 
 
-class SharedMaps:
-    """Feature maps of batches, which models with the same backbone compute once.
-
-    Args:
-        most: batches whose maps are kept.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._known: list[tuple[Sequence[Sample], tuple[Any, dict[str, Tensor]]]] = []
-
-    def of(self, model: Any, batch: Sequence[Sample]) -> tuple[Any, dict[str, Tensor]]:
-        """Images as the model takes them, and maps by name."""
-        for known, entered in self._known:
-            if known is batch:
-                return entered
-        images = model.preprocess_image(batch)
-        entered = images, model.backbone(images.tensor)
-        self._known = [*self._known, (batch, entered)][-self._most :]
-        return entered
-
-
-class InDetectron2:
-    """A model of Detectron2, whatever its heads.
+class InDetectron2(ModelAdapter):
+    """A Detectron2 model with any heads.
 
     Args:
         model: in evaluation mode.
@@ -76,28 +48,24 @@ class InDetectron2:
 
     def __init__(self, model: Any, maps: SharedMaps) -> None:
         self.model = model
-        self.heads_are_ours = isinstance(self.model.roi_heads, EarlyExitCascadeROIHeads)
+        self._has_our_heads = isinstance(model.roi_heads, EarlyExitCascadeROIHeads)
         self._maps = maps
         self._arrived = 0
-        self.model.roi_heads.register_forward_pre_hook(self._count)
+        model.roi_heads.register_forward_pre_hook(self._count)
 
     def limit_proposals(self, count: int) -> None:
-        """Let the RPN hand out so many regions of an image."""
+        """Let the RPN return at most ``count`` regions per image."""
         self.model.proposal_generator.post_nms_topk[False] = count
 
     def set_exits(self, exits: ExitPolicy | None) -> None:
-        """Let regions leave by these, where the heads are ours."""
-        if self.heads_are_ours:
+        """Use these exits if the heads are ours."""
+        if self._has_our_heads:
             self.model.roi_heads.exits = exits
-
-    def inputs(self, batch: Sequence[Sample]) -> Sequence[Sample]:
-        """The batch as the model takes it."""
-        return batch
 
     def prepare(
         self, batch: Sequence[Sample], regions: Regions, dtype: torch.dtype | None
     ) -> tuple[Any, dict[str, Tensor], list[Instances]]:
-        """Its own features, with given regions."""
+        """The model's own features, with given regions."""
         images, maps = self._maps.of(self.model, batch)
         if dtype is not None:
             maps = {name: x.to(dtype) for name, x in maps.items()}
@@ -110,47 +78,45 @@ class InDetectron2:
         return images, maps, proposals
 
     def heads(self, prepared: Any) -> list[Instances]:
-        """The RoI heads alone."""
+        """Run the RoI heads alone."""
         return self.model.roi_heads(*prepared, None)[0]
 
-    def whole(self, batch: Sequence[Sample]) -> list[Instances]:
-        """The whole model."""
-        return [output["instances"] for output in self.model(batch)]
+    def whole(self, inputs: Sequence[Sample]) -> list[Instances]:
+        """Run the whole model."""
+        return [output["instances"] for output in self.model(inputs)]
 
-    def outcome(self, returned: list[Instances]) -> Outcome:
-        """What a call returned, in our terms."""
+    def output(self, returned: list[Instances]) -> ModelOutput:
+        """Convert the instances of a call."""
         heads = self.model.roi_heads
         stages = getattr(heads, "num_cascade_stages", 1)
-        entered = heads.stats.entered if self.heads_are_ours else [self._arrived] * stages
-        return Outcome([to_detections(found) for found in returned], self._arrived, entered)
+        entered = heads.stats.entered if self._has_our_heads else [self._arrived] * stages
+        return ModelOutput([to_detections(found) for found in returned], self._arrived, entered)
 
-    def parts(self, batch: Sequence[Sample]) -> dict[str, float]:
-        """Milliseconds of the parts of one call."""
-        device = self.model.device
-        if self.heads_are_ours:
-            timer = PartTimer(device)
-            Detector(self.model).detect(batch, timer=timer)
-            return timer.milliseconds
-        marks = Marks(device)
-        with marks.watching(self._marks()):
-            self.model(batch)
-        return marks.milliseconds
+    def parts(self, inputs: Sequence[Sample]) -> dict[str, float]:
+        """Run the whole model once; milliseconds by part."""
+        timer = PartTimer(self.model.device)
+        if self._has_our_heads:
+            Detector(self.model).detect(inputs, timer=timer)
+        else:
+            with time_parts(timer, self._part_starts()):
+                self.model(inputs)
+        return timer.milliseconds
 
-    def _marks(self) -> list[Mark]:
+    def _part_starts(self) -> list[PartStart]:
         model, heads = self.model, self.model.roi_heads
-        before: list[Mark] = [
+        starts: list[PartStart] = [
             (model, "preprocess_image", "preprocess"),
             (model.backbone, "forward", "backbone"),
             (model.proposal_generator, "forward", "rpn"),
         ]
         if hasattr(heads, "num_cascade_stages"):
             return [
-                *before,
+                *starts,
                 (heads, "_run_stage", lambda features, proposals, stage: f"stage{stage}"),
                 (cascade_rcnn, "fast_rcnn_inference", "postprocess"),
             ]
         return [
-            *before,
+            *starts,
             (heads, "_forward_box", "stage0"),
             (heads.box_predictor, "inference", "postprocess"),
         ]
@@ -160,14 +126,14 @@ class InDetectron2:
 
 
 def build_detectron2(kind: str, setup: Setup, maps: SharedMaps) -> InDetectron2:
-    """A model of Detectron2 with the weights of all contenders.
+    """Build a Detectron2 model with the weights of all models.
 
-    A single-stage head gets those of stage 0; where its shapes are others, it has drawn ones.
+    A single-stage head gets those of stage 0, and random ones where shapes differ.
 
     Args:
         kind: "plugin", "plugin-fast", "detectron2-cascade" or "detectron2-one-stage".
-        setup: what the contenders share.
-        maps: likewise.
+        setup: what all models share.
+        maps: feature maps that models in Detectron2 share.
     """
     model: Any = build_model(detectron2_cfg(kind, setup)).eval()
     load(model, setup.weights, setup.options.seed)
@@ -175,53 +141,59 @@ def build_detectron2(kind: str, setup: Setup, maps: SharedMaps) -> InDetectron2:
 
 
 def detectron2_cfg(kind: str, setup: Setup, *more: Any) -> Any:
-    """The configuration of a model of Detectron2; arguments as of ``build_detectron2``."""
+    """The configuration of a Detectron2 model.
+
+    Args:
+        kind: as for ``build_detectron2``.
+        setup: what all models share.
+        more: keys and values that override the configuration.
+    """
     options = setup.options
     return host.load_config(
         list(options.config_file),
-        # The weights are set from the state dict that all contenders have.
         [*options.opts, "MODEL.DEVICE", str(setup.device), *_OPTIONS[kind], *more],
     )
 
 
 def load(model: nn.Module, weights: dict[str, Tensor], seed: int) -> None:
-    """Set the weights of a model of Detectron2, of a single-stage one too.
+    """Load the weights of our cascade into a Detectron2 model, cascade or single stage.
+
+    Args:
+        model: gets the weights.
+        weights: state dict of our detector.
+        seed: of the single-stage predictor, whose shapes differ.
 
     Raises:
-        ConfigError: it has no place for some, so that it is another cascade.
+        ConfigError: a cascade lacks a parameter of ours.
     """
     state = model.state_dict()
     is_cascade = any(name.startswith("roi_heads.box_head.0.") for name in state)
     if not is_cascade:
-        first = {"box_head.0.": "box_head.", "box_predictor.0.": "box_predictor."}
-        for prefix, single in first.items():
-            weights = {
-                k.replace(f"roi_heads.{prefix}", f"roi_heads.{single}"): v
-                for k, v in weights.items()
-            }
+        for part in ("box_head", "box_predictor"):
+            stage0, single = f"roi_heads.{part}.0.", f"roi_heads.{part}."
+            weights = {name.replace(stage0, single): x for name, x in weights.items()}
         predictor: Any = model.roi_heads.box_predictor  # type: ignore[union-attr]
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            spread(predictor.cls_score, predictor.bbox_pred)
+            draw_predictor(predictor.cls_score, predictor.bbox_pred)
     fitting = {k: v for k, v in weights.items() if k in state and v.shape == state[k].shape}
-    left = [name for name in weights if name not in fitting and ".exits." not in name]
-    if is_cascade and left:
-        raise ConfigError(f"Detectron2 builds another cascade: it has no place for {left[0]}")
+    unused = [name for name in weights if name not in fitting and ".exits." not in name]
+    if is_cascade and unused:
+        raise ConfigError(f"Detectron2 builds another cascade: it has no parameter {unused[0]}")
     model.load_state_dict(fitting, strict=False)
 
 
 def open_training_step(
     setup: Setup, batch: Sequence[Sample], options: Sequence[Any] = ()
 ) -> Callable[[], None]:
-    """What takes one step of Detectron2's ``SimpleTrainer`` on a batch, as shipped.
+    """A function that takes one step of Detectron2's ``SimpleTrainer``, as shipped.
 
     Args:
-        setup: what the contenders share.
+        setup: what all models share.
         batch: with ``gt_boxes`` and ``gt_classes``.
-        options: keys and values on top of the configuration.
+        options: keys and values that override the configuration.
     """
-    kind = "detectron2-cascade"
-    cfg = detectron2_cfg(kind, setup, *options)
+    cfg = detectron2_cfg("detectron2-cascade", setup, *options)
     model: Any = build_model(cfg).train()
     load(model, setup.weights, setup.options.seed)
     inputs = [_with_instances(sample) for sample in batch]

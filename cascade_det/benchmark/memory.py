@@ -1,130 +1,195 @@
-"""The memory that a model takes at most, in a process of its own.
+"""Peak memory of models, each in its own process, beside that of Detectron2's cascade.
 
-On CPUs it is the resident set, libraries included: what a process has to be given. On GPUs it is
-what torch's allocator handed out.
+On CPUs this is the resident set, libraries included; on GPUs the memory of torch's allocator.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import logging
 import multiprocessing
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cascade_det.benchmark.comparison import is_ours
+from cascade_det.benchmark.models import open_models
+from cascade_det.benchmark.options import Options
+from cascade_det.benchmark.setup import Setup
+from cascade_det.benchmark.training import open_training_steps
+from cascade_det.engine.allocator import keep_freed_memory
 from cascade_det.errors import CascadeDetError
+from cascade_det.report.tables import Metrics, table
 
-# Each run may allocate what the next one keeps: gradients, momentum, caches.
-RUNS = 2
+logger = logging.getLogger(__name__)
 
-Run = Callable[[], object]
+BASELINE = "detectron2-cascade"
+_MEGA = 1e6
+# The first call may allocate what the second keeps: gradients, momentum, caches.
+_CALLS = 2
+
+Call = Callable[[], object]
+Meter = Callable[[], int]
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Peaks in bytes.
+def compare_memory(
+    options: Options, names: Sequence[str], training: Sequence[str], images: int
+) -> dict[str, Any]:
+    """Measure the peak memory of inference and of training.
 
-    Attributes:
-        total: the most that was in use, from the first run on.
-        above_model: how much that is above what was in use once the model was built.
+    Args:
+        options: batch, number of regions and device are the first ones.
+        names: models that run here.
+        training: models whose training steps run here, see ``trainable``.
+        images: of a training batch.
+
+    Returns:
+        ``inference`` and ``training``, each with ``batch`` and ``contenders``: by model ``total``
+        and ``above_model`` as ``peak_memory`` and, if Detectron2's cascade runs, ``ratio``, the
+        share of its ``above_model``.
     """
+    whole: dict[str, Callable[[], Call]] = {
+        name: partial(_build_whole, options, name) for name in names
+    }
+    steps: dict[str, Callable[[], Call]] = {
+        name: partial(_build_step, options, name, images) for name in training
+    }
+    return {
+        "inference": {
+            "batch": options.batches[0],
+            "proposals": options.proposals[0],
+            "contenders": _peaks(options, whole),
+        },
+        "training": {"batch": images, "contenders": _peaks(options, steps)},
+    }
 
-    total: int
-    above_model: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain numbers."""
-        return asdict(self)
+def memory_sections(results: Metrics) -> list[str]:
+    """The results of ``compare_memory`` as tables in Markdown."""
+    headers = ["model", "above the model (MB)", "in all (MB)", f"of {BASELINE}"]
+    sections = []
+    for measurement, measured in results.items():
+        rows = [
+            (name, memory["above_model"] / _MEGA, memory["total"] / _MEGA, memory.get("ratio"))
+            for name, memory in measured["contenders"].items()
+        ]
+        if rows:
+            title = f"Peak memory, {measurement}: batch of {measured['batch']}"
+            sections.append(table(title, headers, rows, ("", ".0f", ".0f", ".2f")))
+    return sections
 
 
 def peak_memory(
-    build: Callable[[], Run],
+    build: Callable[[], Call],
     *,
     device: torch.device | str = "cpu",
-    threads: int | None = None,
-    runs: int = RUNS,
-) -> Memory:
-    """Build and run a model in a new process, which ends afterwards.
-
-    What the first run loads or keeps (gradients, momentum, workspaces) is above the model.
+    threads: int = 0,
+    calls: int = _CALLS,
+) -> dict[str, int]:
+    """Measure a model in a new process.
 
     Args:
-        build: picklable; gives what is to be run, such as a call of a model or a training step.
-        device: whose memory is meant.
-        threads: of the new process; ``None`` for as many as here.
-        runs: how often it runs.
+        build: picklable; builds a model and returns the call to measure.
+        device: whose memory to measure.
+        threads: of the new process; 0 for as many as here.
+        calls: number of calls.
+
+    Returns:
+        ``total``, the peak in bytes from the first call on, and ``above_model``, how much more
+        that is than before the first call.
 
     Raises:
-        CascadeDetError: the process was ended, as systems do that run out of memory. What ``build``
-            or a run raises is raised here.
+        CascadeDetError: the process was killed, as systems do that run out of memory. Errors of
+            ``build`` and of the calls are raised here too.
     """
     threads = threads or torch.get_num_threads()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            return pool.submit(_measure, build, torch.device(device), threads, runs).result()
+            return pool.submit(_measure, build, torch.device(device), threads, calls).result()
         except BrokenProcessPool as error:
             raise CascadeDetError(
-                "The process whose memory was measured was ended from outside, probably since "
-                "memory ran out: take smaller or fewer images."
+                "The process that measures memory was killed, probably because memory ran out: "
+                "use smaller or fewer images."
             ) from error
 
 
-def _measure(build: Callable[[], Run], device: torch.device, threads: int, runs: int) -> Memory:
+def _peaks(options: Options, builds: dict[str, Callable[[], Call]]) -> dict[str, dict[str, Any]]:
+    peaks: dict[str, dict[str, Any]] = {}
+    for name, build in builds.items():
+        peaks[name] = {**peak_memory(build, device=options.device, threads=options.threads)}
+        logger.info("%s: %.0f MB above the model", name, peaks[name]["above_model"] / _MEGA)
+    if BASELINE in peaks:
+        for peak in peaks.values():
+            peak["ratio"] = peak["above_model"] / peaks[BASELINE]["above_model"]
+    return peaks
+
+
+def _build_whole(options: Options, name: str) -> Call:
+    setup = Setup(options)
+    model = open_models(setup, [name])[0][name]
+    model.adapter.limit_proposals(options.proposals[0])
+    inputs = model.adapter.inputs(setup.batches(options.batches[0])[0])
+    return lambda: model.whole(inputs)
+
+
+def _build_step(options: Options, name: str, images: int) -> Call:
+    setup = Setup(options)
+    if is_ours(name) and setup.device.type == "cpu":
+        keep_freed_memory()  # as in training
+    return open_training_steps(setup, [name], setup.training_batch(images))[name]
+
+
+def _measure(
+    build: Callable[[], Call], device: torch.device, threads: int, calls: int
+) -> dict[str, int]:
     torch.set_num_threads(threads)
-    run = build()
-    in_use, peak = (_on_gpu if device.type == "cuda" else _on_cpu)(device)
+    call = build()
+    in_use, peak = _gpu_meters(device) if device.type == "cuda" else _cpu_meters()
     before = in_use()
-    for _ in range(runs):
-        run()
-    return Memory(total=peak(), above_model=peak() - before)
+    for _ in range(calls):
+        call()
+    total = peak()
+    return {"total": total, "above_model": total - before}
 
 
-Meter = Callable[[], int]
-
-
-def _on_gpu(device: torch.device) -> tuple[Meter, Meter]:
+def _gpu_meters(device: torch.device) -> tuple[Meter, Meter]:
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     return (
-        lambda: torch.cuda.memory_allocated(device),
-        lambda: torch.cuda.max_memory_allocated(device),
+        partial(torch.cuda.memory_allocated, device),
+        partial(torch.cuda.max_memory_allocated, device),
     )
 
 
-def _on_cpu(_: torch.device) -> tuple[Meter, Meter]:
-    _give_back()
-    try:
-        # Linux forgets the peak of building: it becomes what is in use now.
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    except OSError:
-        # Then what counts above the model is what goes beyond the peak of building it.
-        return _most_resident, _most_resident
-    return lambda: _status("VmRSS"), lambda: _status("VmHWM")
-
-
-def _give_back() -> None:
-    """Let the C library return free memory, which a run would take again unseen."""
+def _cpu_meters() -> tuple[Meter, Meter]:
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
-        trim(0)
+        trim(0)  # else a call could reuse freed memory unnoticed
+    try:
+        # Linux resets the peak of building to the memory in use now.
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    except OSError:
+        # Only memory beyond the peak of building counts as above the model.
+        return _peak_resident, _peak_resident
+    return partial(_status, "VmRSS"), partial(_status, "VmHWM")
 
 
-def _most_resident() -> int:
+def _peak_resident() -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _status(name: str) -> int:
-    """A line of ``/proc/self/status`` in bytes."""
+    """A value of ``/proc/self/status`` in bytes."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name + ":"))

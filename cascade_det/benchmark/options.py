@@ -1,4 +1,4 @@
-"""What is to be measured, checked before anything heavy is imported."""
+"""What to measure; checked before heavy imports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from cascade_det.errors import ConfigError
 
-CONTENDERS: dict[str, str] = {
+MODELS: dict[str, str] = {
     "ours": "standalone host, exits off, float32",
     "ours-fast": "standalone host after optimize(), exits off",
     "ours-fast-exits": "standalone host after optimize(), with exits",
@@ -28,19 +28,19 @@ CONTENDERS: dict[str, str] = {
 MEASUREMENTS = ("heads", "whole", "parts", "training", "memory", "limits", "accuracy")
 AUTOCAST_TYPES = ("bfloat16", "float16")
 
-# From the README's table of exits: blood cells (BCCD), ResNet-18, exits "below 0.02, redundant from
-# 0.95, REGION_BUDGET [300, 100, 50]", AP 60.88 where the full cascade has 60.92.
+# Measured on blood cells (BCCD) with ResNet-18 and exits "below 0.02, redundant from 0.95,
+# REGION_BUDGET [300, 100, 50]": AP 60.88, the full cascade 60.92.
 RECORDED = (300.0, 100.0, 35.0)
-RECORDED_FROM = "the README's table of exits (BCCD, R-18, AP 60.88 against 60.92 without exits)"
+RECORDED_FROM = "BCCD with ResNet-18 (AP 60.88, and 60.92 without exits)"
 
 
 @dataclass(frozen=True)
 class Survivors:
-    """Regions of an image that enter each stage, as a trained model with exits had them.
+    """Regions per image that enter each stage of a trained model with exits.
 
     Attributes:
-        per_stage: means over images; never rising.
-        origin: where they come from, for the report.
+        per_stage: means over images, non-increasing.
+        origin: where the numbers come from, for the report.
     """
 
     per_stage: tuple[float, ...]
@@ -48,39 +48,39 @@ class Survivors:
 
     @property
     def budgets(self) -> list[int]:
-        """The same as whole numbers, never less work than was recorded."""
+        """The means rounded up, so that the work is never less than recorded; 1 or more."""
         return [max(1, math.ceil(count)) for count in self.per_stage]
 
 
 @dataclass(frozen=True)
 class Options:
-    """Everything that a user can choose; checked by ``check``.
+    """The options of the command.
 
     Attributes:
-        config_file: YAML files, later ones on top.
-        opts: configuration keys and values that override them.
+        config_file: YAML files; later ones override earlier ones.
+        opts: configuration keys and values that override the files.
         output: folder of the results.
-        contenders: names out of ``CONTENDERS``.
-        measure: names out of ``MEASUREMENTS``.
-        batches: images of a batch.
-        proposals: regions of an image that reach the heads.
-        size: (height, width) of drawn images in pixels.
-        rounds: measured runs of each contender.
-        warmup: runs of each contender before them.
-        seconds: after so long a comparison begins no further round; 0 for no limit.
-        survivors: what exits are replayed from, where weights are not trained.
-        device: of all contenders, "cpu" or "cuda".
-        threads: of the CPU; 0 for as many as PyTorch takes.
-        autocast: type of the peers under autocast.
-        emulated: whether to run peers under autocast where the CPU only emulates its type.
-        images: different batches that a comparison goes through, where weights are trained.
+        contenders: the models to compare, names from ``MODELS``.
+        measure: names from ``MEASUREMENTS``.
+        batches: batch sizes, in images.
+        proposals: numbers of regions per image that reach the heads.
+        size: (height, width) of random images in pixels.
+        rounds: measured runs of each model.
+        warmup: unmeasured runs of each model before them.
+        seconds: a comparison starts no new round after this time; 0 for no limit.
+        survivors: regions per stage that replayed exits keep; used without trained weights.
+        device: of all models, "cpu", "cuda" or "cuda:<index>".
+        threads: of the CPU; 0 for PyTorch's default.
+        autocast: dtype of the baselines under autocast.
+        emulated: whether to run baselines under autocast on a CPU that only emulates the dtype.
+        images: number of different batches per comparison; used with trained weights.
         seed: of weights, images and regions.
     """
 
     config_file: tuple[str, ...]
     opts: tuple[str, ...] = ()
     output: Path = Path("output/benchmark")
-    contenders: tuple[str, ...] = tuple(CONTENDERS)
+    contenders: tuple[str, ...] = tuple(MODELS)
     measure: tuple[str, ...] = MEASUREMENTS
     batches: tuple[int, ...] = (1,)
     proposals: tuple[int, ...] = (1000, 300, 100)
@@ -97,12 +97,12 @@ class Options:
     seed: int = 0
 
     def check(self) -> None:
-        """Make sure that the values make sense.
+        """Check all values.
 
         Raises:
             ConfigError: names an option, its value and the remedy.
         """
-        _known("--contenders", self.contenders, tuple(CONTENDERS))
+        _known("--contenders", self.contenders, tuple(MODELS))
         _known("--measure", self.measure, MEASUREMENTS)
         _known("--autocast", (self.autocast,), AUTOCAST_TYPES)
         for option, values, least in (
@@ -125,9 +125,9 @@ class Options:
             raise ConfigError(f"--device is {self.device!r}: give cpu, cuda or cuda:<index>.")
 
 
-# What ends within two minutes on two threads of a CPU. No further round begins after ``seconds``.
+# Ends within two minutes on two threads of a CPU.
 QUICK: dict[str, Any] = {
-    "contenders": tuple(name for name in CONTENDERS if name not in ("plugin", "plugin-fast")),
+    "contenders": tuple(name for name in MODELS if name not in ("plugin", "plugin-fast")),
     "measure": ("heads", "whole", "parts"),
     "proposals": (1000,),
     "size": (384, 512),
@@ -138,26 +138,23 @@ QUICK: dict[str, Any] = {
 
 
 def read_survivors(values: Sequence[str]) -> Survivors:
-    """Survivors from numbers, or from the ``results.json`` of an evaluation with exits.
+    """Read survivors from numbers, or from the ``results.json`` of an evaluation with exits.
 
     Args:
-        values: one number for each stage, or the path of the file alone.
+        values: one number per stage, or a single path.
 
     Raises:
-        ConfigError: they are no numbers above 0, they rise, or the file has none.
+        ConfigError: the numbers are invalid or increase, or the file has none.
     """
-    if len(values) == 1 and not _is_number(values[0]):
-        survivors = _from_results(Path(values[0]))
-    else:
-        try:
-            per_stage = tuple(float(value) for value in values)
-        except ValueError:
-            shown = " ".join(values)
+    try:
+        survivors = Survivors(tuple(float(value) for value in values), "--survivors")
+    except ValueError:
+        if len(values) > 1:
             raise ConfigError(
-                f"--survivors {shown!r}: give one number for each stage, such as 300 100 35, or "
-                "the results.json of an evaluation with exits."
+                f"--survivors {' '.join(values)!r}: give one number for each stage, such as "
+                "300 100 35, or the results.json of an evaluation with exits."
             ) from None
-        survivors = Survivors(per_stage, "--survivors")
+        survivors = _from_results(Path(values[0]))
     counts = survivors.per_stage
     if not all(math.isfinite(count) and count >= 0 for count in counts) or counts[0] < 1:
         raise ConfigError(
@@ -166,32 +163,30 @@ def read_survivors(values: Sequence[str]) -> Survivors:
         )
     if any(later > earlier for earlier, later in itertools.pairwise(counts)):
         raise ConfigError(
-            f"{survivors.origin}: {list(counts)} grow, but no region comes back once it has left. "
-            "Give what enters stage 0, 1, ..."
+            f"{survivors.origin}: {list(counts)} grow, but regions that exit do not come back. "
+            "Give the numbers that enter stage 0, 1, ..."
         )
     return survivors
 
 
 def _from_results(path: Path) -> Survivors:
     try:
-        results: Any = json.loads(path.read_text(encoding="utf-8"))
+        results = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"--survivors {path}: neither numbers nor a results.json that can be read ({error})."
+            f"--survivors {path}: neither numbers nor a readable results.json ({error})."
         ) from error
-    exits = results.get("exits") if isinstance(results, dict) else None
-    stages = exits if isinstance(exits, dict) else {}
     found: list[float] = []
-    while isinstance(stage := stages.get(f"stage{len(found)}"), dict):
-        count = stage.get("entered_per_image")
-        if not isinstance(count, int | float):
-            break
-        found.append(float(count))
-    if not found:
+    try:
+        exits = results["exits"]
+        while not found or f"stage{len(found)}" in exits:
+            found.append(float(exits[f"stage{len(found)}"]["entered_per_image"]))
+    except (KeyError, TypeError, ValueError):
         raise ConfigError(
-            f"--survivors {path}: has no exits/stage0/entered_per_image. Give the results.json "
-            "that tools/train_net.py --eval-only wrote for one data set, with exits on."
-        )
+            f"--survivors {path}: has no exits/stage{len(found)}/entered_per_image. Give the "
+            "results.json that tools/train_net.py --eval-only wrote for one data set, with exits "
+            "on."
+        ) from None
     return Survivors(tuple(found), str(path))
 
 
@@ -201,11 +196,3 @@ def _known(option: str, names: Sequence[str], known: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             raise ConfigError(f"{option}: {name!r} is unknown. Give some of {', '.join(known)}.")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -7,23 +7,31 @@ from typing import Any
 
 from cascade_det.benchmark.accuracy import accuracy_section
 from cascade_det.benchmark.limits import limits_section
-from cascade_det.benchmark.memory_comparison import memory_sections
+from cascade_det.benchmark.memory import memory_sections
 from cascade_det.report.tables import Metrics, table
 
-_STAGE_ORDER = ("preprocess", "backbone", "rpn")
-_TITLES = {
+TITLES = {
     "heads": "RoI heads alone",
     "whole": "Whole model",
-    "training": "Step of training",
+    "training": "Training step",
 }
+_FIRST_PARTS = ("preprocess", "backbone", "rpn")
 
 
 def format_benchmark(results: Metrics) -> str:
-    """All tables of the results, as far as they were measured."""
-    sections = [_settings_section(results), _contender_section(results)]
-    for measurement, title in _TITLES.items():
+    """Tables of everything that was measured."""
+    machine, settings = results["machine"], results["settings"]
+    rows = [(name, _plain(value)) for name, value in machine.items()]
+    rows += [(name, _plain(value)) for name, value in settings.items() if value is not None]
+    sections = [table("Machine and settings", ["", ""], rows, "")]
+    rows = list(results["contenders"].items())
+    rows += [(name, f"left out: {reason}") for name, reason in results["left_out"].items()]
+    sections.append(table("Models", ["name", "description"], rows, ""))
+    for measurement, title in TITLES.items():
         for comparison in results.get(measurement, ()):
-            sections += _comparison_sections(title, comparison)
+            sections.append(_comparison_section(title, comparison))
+            if comparison.get("agreement"):
+                sections.append(_agreement_section(comparison["agreement"]))
     sections += [_parts_section(comparison) for comparison in results.get("parts", ())]
     if results.get("memory"):
         sections += memory_sections(results["memory"])
@@ -31,123 +39,96 @@ def format_benchmark(results: Metrics) -> str:
         sections.append(limits_section(results["limits"]))
     if results.get("accuracy"):
         sections.append(accuracy_section(results["accuracy"]))
-    sections.append(_bar_section(results.get("bar", ())))
-    return "\n\n".join(section for section in sections if section)
+    if results.get("bar"):
+        sections.append(_target_section(results["bar"]))
+    return "\n\n".join(sections)
 
 
-def shown(spread: Metrics, digits: int = 2) -> str:
-    """A spread as ``median [low, high]``."""
-    low, high = (f"{spread[end]:.{digits}f}" for end in ("low", "high"))
-    return f"{spread['median']:.{digits}f} [{low}, {high}]"
+def where(comparison: Metrics) -> str:
+    """The batch size of a comparison, and its number of proposals if it has one."""
+    batch = f"batch of {comparison['batch']}"
+    return f"{batch}, {comparison['proposals']} proposals" if "proposals" in comparison else batch
 
 
-def _settings_section(results: Metrics) -> str:
-    machine, settings = results["machine"], results["settings"]
-    rows = [
-        *((name, _plain(value)) for name, value in machine.items()),
-        *((name, _plain(value)) for name, value in settings.items() if value is not None),
-    ]
-    return table("Machine and settings", ["", ""], rows, "")
-
-
-def _contender_section(results: Metrics) -> str:
-    rows = [
-        *((name, text) for name, text in results["contenders"].items()),
-        *((name, f"left out: {reason}") for name, reason in results["left_out"].items()),
-    ]
-    return table("Contenders", ["name", "what it is"], rows, "")
-
-
-def _comparison_sections(title: str, comparison: Metrics) -> list[str]:
-    where = f"{title}: batch of {comparison['batch']}"
-    if "proposals" in comparison:
-        where += f", {comparison['proposals']} proposals"
-    contenders = comparison["contenders"]
-    peers = list(dict.fromkeys(entry["against"] for entry in comparison["ratios"]))
+def _comparison_section(title: str, comparison: Metrics) -> str:
+    models = comparison["contenders"]
     ratios = {(entry["what"], entry["against"]): entry["ratio"] for entry in comparison["ratios"]}
+    baselines = list(dict.fromkeys(baseline for _, baseline in ratios))
+    counted = any("entered" in measured for measured in models.values())
+    rows = []
+    for name, measured in models.items():
+        row = [name, _spread(measured["ms_per_image"], 1)]
+        if counted:
+            entered = ", ".join(f"{count:g}" for count in measured["entered"])
+            row += [f"{measured['arrived']:g}: {entered}", f"{measured['detections']:g}"]
+        for baseline in baselines:
+            pair = (name, baseline)
+            row.append(_spread(ratios[pair]) if pair in ratios else "")
+        rows.append(row)
+    headers = ["model", "ms per image"]
+    headers += ["regions: in, by stage", "detections"] if counted else []
+    headers += [f"times as fast as {baseline}" for baseline in baselines]
+    note = "Median [quartiles]; ratios are taken within each round."
+    return f"{table(f'{title}: {where(comparison)}', headers, rows, '')}\n\n{note}"
+
+
+def _agreement_section(agreement: Metrics) -> str:
+    reference = agreement["with"]
     rows = [
         [
             name,
-            shown(figures["ms_per_image"], 1),
-            *_regions(figures),
-            *(shown(ratios[name, peer]) if (name, peer) in ratios else "" for peer in peers),
+            compared["detections"],
+            compared["of_the_other"],
+            compared["in_common"],
+            f"{compared['box_difference']:.2g}",
+            f"{compared['score_difference']:.2g}",
         ]
-        for name, figures in contenders.items()
+        for name, compared in agreement["contenders"].items()
     ]
-    counted = any("entered" in figures for figures in contenders.values())
-    headers = [
-        *("contender", "ms per image"),
-        *(("regions: in, by stage", "detections") if counted else ()),
-        *(f"faster than {peer}" for peer in peers),
-    ]
-    note = "Median [quartiles]; ratios are of pairs within a round."
-    sections = [f"{table(where, headers, rows, '')}\n\n{note}"]
-    return [*sections, *_agreement_section(comparison)]
-
-
-def _regions(figures: Metrics) -> list[Any]:
-    if "entered" not in figures:
-        return []
-    by_stage = ", ".join(f"{count:g}" for count in figures["entered"])
-    return [f"{figures['arrived']:g}: {by_stage}", f"{figures['detections']:g}"]
-
-
-def _agreement_section(comparison: Metrics) -> list[str]:
-    agreement = comparison.get("agreement")
-    if not agreement:
-        return []
-    rows = [
-        [
-            name,
-            figures["detections"],
-            figures["of_the_other"],
-            figures["in_common"],
-            f"{figures['box_difference']:.2g}",
-            f"{figures['score_difference']:.2g}",
-        ]
-        for name, figures in agreement["contenders"].items()
-    ]
-    headers = [
-        *("contender", "detections", f"of {agreement['with']}", "in common"),
-        *("largest difference of boxes (pixels)", "of scores"),
-    ]
-    return [table(f"Detections beside those of {agreement['with']}", headers, rows, "")]
+    headers = ["model", "detections", f"of {reference}", "in common"]
+    headers += ["largest difference of boxes (pixels)", "of scores"]
+    return table(f"Detections compared with {reference}", headers, rows, "")
 
 
 def _parts_section(comparison: Metrics) -> str:
-    contenders: Mapping[str, Metrics] = comparison["contenders"]
-    parts = sorted({part for times in contenders.values() for part in times}, key=_part_order)
+    models: Mapping[str, Metrics] = comparison["contenders"]
+    parts = sorted({part for times in models.values() for part in times}, key=_part_order)
     rows = [
-        [name, *(f"{times[part]['median']:.1f}" if part in times else "" for part in parts)]
-        for name, times in contenders.items()
+        [name] + [f"{times[part]['median']:.1f}" if part in times else "" for part in parts]
+        for name, times in models.items()
     ]
-    where = f"batch of {comparison['batch']}, {comparison['proposals']} proposals"
-    return table(f"Parts, ms per image: {where}", ["contender", *parts], rows, "")
+    return table(f"Parts, ms per image: {where(comparison)}", ["model", *parts], rows, "")
 
 
 def _part_order(part: str) -> tuple[int, str]:
-    if part in _STAGE_ORDER:
-        return _STAGE_ORDER.index(part), part
-    return len(_STAGE_ORDER) + (0 if part.startswith("stage") else 1), part
+    if part in _FIRST_PARTS:
+        return _FIRST_PARTS.index(part), part
+    return len(_FIRST_PARTS) + (0 if part.startswith("stage") else 1), part
 
 
-def _bar_section(claims: Sequence[Metrics]) -> str:
-    rows = [
-        [
-            claim["what"],
-            claim["contender"],
-            claim["against"],
-            "" if claim["batch"] is None else claim["batch"],
-            "" if claim["proposals"] is None else claim["proposals"],
-            shown(claim["ratio"])
-            if isinstance(claim["ratio"], Mapping)
-            else f"{claim['ratio']:.2f}",
-            claim["bar"],
-        ]
-        for claim in claims
-    ]
-    headers = ["what", "contender", "against", "batch", "proposals", "measured", "bar"]
-    return table("The bar", headers, rows, ".2f") if rows else ""
+def _target_section(targets: Sequence[Metrics]) -> str:
+    rows = []
+    for target in targets:
+        ratio = target["ratio"]
+        rows.append(
+            [
+                target["what"],
+                target["contender"],
+                target["against"],
+                "" if target["batch"] is None else target["batch"],
+                "" if target["proposals"] is None else target["proposals"],
+                _spread(ratio) if isinstance(ratio, Mapping) else f"{ratio:.2f}",
+                target["bar"],
+            ]
+        )
+    headers = ["what", "model", "against", "batch", "proposals", "measured", "target"]
+    return table("Targets (speed and memory: on a CPU)", headers, rows, ".2f")
+
+
+def _spread(spread: Metrics, digits: int = 2) -> str:
+    """``median [low, high]``."""
+    median, low, high = (f"{spread[key]:.{digits}f}" for key in ("median", "low", "high"))
+    return f"{median} [{low}, {high}]"
 
 
 def _plain(value: Any) -> str:

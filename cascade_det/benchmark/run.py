@@ -1,29 +1,30 @@
-"""All that a benchmark measures, one comparison after the other."""
+"""Runs all measurements of a benchmark and writes their results."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from cascade_det.benchmark.accuracy import SETTINGS, measure_accuracy, settings_without_exits
-from cascade_det.benchmark.bar import EMULATED, hold_claims
+from cascade_det.benchmark.accuracy import SETTINGS, SETTINGS_WITHOUT_EXITS, measure_accuracy
 from cascade_det.benchmark.comparison import (
     compare_heads,
     compare_parts,
     compare_training,
     compare_whole,
 )
-from cascade_det.benchmark.contenders import Contender, open_contenders
 from cascade_det.benchmark.limits import measure_limits
 from cascade_det.benchmark.machine import describe
-from cascade_det.benchmark.memory_comparison import compare_memory
-from cascade_det.benchmark.options import CONTENDERS, Options
+from cascade_det.benchmark.memory import compare_memory
+from cascade_det.benchmark.models import BenchmarkModel, open_models
+from cascade_det.benchmark.options import MODELS, Options
 from cascade_det.benchmark.picture import plot_benchmark
 from cascade_det.benchmark.report import format_benchmark
 from cascade_det.benchmark.setup import Setup
+from cascade_det.benchmark.targets import EMULATED, hold_targets
 from cascade_det.benchmark.training import open_training_steps, trainable
 from cascade_det.engine.devices import has_bfloat16
 from cascade_det.files import atomic_path, write_json
@@ -34,43 +35,45 @@ RESULTS_FILE = "benchmark.json"
 TABLES_FILE = "benchmark.md"
 PICTURE_FILE = "benchmark.png"
 _TRAINING_IMAGES = 2
-# Of which peak memory is looked at: each takes a process of its own.
-_WEIGHED = ("ours", "ours-fast", "ours-fast-exits", "detectron2-cascade")
+# Memory is measured for these only: each takes its own process.
+_MEMORY_MODELS = ("ours", "ours-fast", "ours-fast-exits", "detectron2-cascade")
 
 Results = dict[str, Any]
+Models = Mapping[str, BenchmarkModel]
 
 
-def run(options: Options) -> Results:
-    """Measure everything that is asked for, and write ``benchmark.json``, ``.md`` and ``.png``.
+def run_benchmark(options: Options) -> Results:
+    """Run all requested measurements; write ``benchmark.json``, ``.md`` and ``.png``.
 
     Returns:
-        ``machine``, ``settings``, ``contenders`` and ``left_out`` (a word on each by name), one
-        entry for each measurement, and ``bar``, see ``bar.hold_claims``.
+        ``machine``, ``settings``, ``contenders`` and ``left_out`` (descriptions and reasons, by
+        model), one entry per measurement, and ``bar``, see ``hold_targets``.
 
     Raises:
-        ConfigError: options or configuration cannot be met; before anything is measured.
-        CheckpointError: likewise, of weights.
-        DatasetError: likewise, of a test set.
+        ConfigError: options or configuration are wrong; before anything is measured.
+        CheckpointError: weights cannot be read or do not fit; before anything is measured.
+        DatasetError: the test set cannot be read; before anything is measured.
     """
     options.check()
     if options.threads:
         torch.set_num_threads(options.threads)
     setup = Setup(options)
-    setup.batches(options.batches[0])  # a test set that is missing is told of now
-    opened, left_out = open_contenders(setup, options.contenders)
+    setup.batches(options.batches[0])  # reads the test set now, so that errors come first
+    models, left_out = open_models(setup, options.contenders)
     for name, reason in left_out.items():
         logger.info("Left out: %s, %s", name, reason)
     results: Results = {
         "machine": describe(setup.device),
         "settings": _settings(setup),
-        "contenders": {name: _described(name, setup) for name in opened},
+        "contenders": {name: _described(name, setup) for name in models},
         "left_out": left_out,
     }
+    measurements = _measurements(setup, models, left_out)
     for name in options.measure:
         logger.info("Measuring: %s", name)
-        results[name] = _MEASURES[name](setup, opened, left_out)
-        results["bar"] = hold_claims(results)
-        # Each time: what was measured is not lost if the rest is interrupted.
+        results[name] = measurements[name]()
+        results["bar"] = hold_targets(results)
+        # After every measurement, so that an interruption loses none.
         write_json(results, options.output / RESULTS_FILE, indent=2)
         with atomic_path(options.output / TABLES_FILE) as temporary:
             temporary.write_text(format_benchmark(results) + "\n", encoding="utf-8")
@@ -80,59 +83,40 @@ def run(options: Options) -> Results:
 
 def _described(name: str, setup: Setup) -> str:
     is_emulated = name.endswith("-autocast") and not has_bfloat16(setup.device)
-    return CONTENDERS[name] + (EMULATED if is_emulated else "")
+    return MODELS[name] + (EMULATED if is_emulated else "")
 
 
-def _heads(setup: Setup, opened: Mapping[str, Contender], _: dict[str, str]) -> list[Results]:
-    return [compare_heads(setup, opened, *size) for size in _sizes(setup.options)]
+def _measurements(
+    setup: Setup, models: Models, left_out: dict[str, str]
+) -> dict[str, Callable[[], Any]]:
+    options = setup.options
+    sizes = list(itertools.product(options.batches, options.proposals))
+    in_memory = [name for name in _MEMORY_MODELS if name in models]
+    return {
+        "heads": lambda: [compare_heads(setup, models, *size) for size in sizes],
+        "whole": lambda: [compare_whole(setup, models, *size) for size in sizes],
+        "parts": lambda: [compare_parts(setup, models, *sizes[0])],
+        "training": lambda: _training(setup, left_out),
+        "memory": lambda: compare_memory(options, in_memory, trainable(setup)[0], _TRAINING_IMAGES),
+        "limits": lambda: measure_limits(setup, models),
+        "accuracy": lambda: _accuracy(setup, left_out),
+    }
 
 
-def _whole(setup: Setup, opened: Mapping[str, Contender], _: dict[str, str]) -> list[Results]:
-    return [compare_whole(setup, opened, *size) for size in _sizes(setup.options)]
-
-
-def _parts(setup: Setup, opened: Mapping[str, Contender], _: dict[str, str]) -> list[Results]:
-    return [compare_parts(setup, opened, *_sizes(setup.options)[0])]
-
-
-def _training(setup: Setup, _: Mapping[str, Contender], left_out: dict[str, str]) -> list[Results]:
+def _training(setup: Setup, left_out: dict[str, str]) -> list[Results]:
     names, why_not = trainable(setup)
     left_out |= why_not
     steps = open_training_steps(setup, names, setup.training_batch(_TRAINING_IMAGES))
     return [compare_training(setup, steps, _TRAINING_IMAGES)] if steps else []
 
 
-def _memory(setup: Setup, opened: Mapping[str, Contender], _: dict[str, str]) -> Results:
-    names = [name for name in _WEIGHED if name in opened]
-    return compare_memory(setup.options, names, trainable(setup)[0], _TRAINING_IMAGES)
-
-
-def _limits(setup: Setup, opened: Mapping[str, Contender], _: dict[str, str]) -> Results:
-    return measure_limits(setup, opened)
-
-
-def _accuracy(setup: Setup, _: Mapping[str, Contender], left_out: dict[str, str]) -> Results:
+def _accuracy(setup: Setup, left_out: dict[str, str]) -> Results:
     if not setup.trained:
-        left_out["accuracy"] = "MODEL.WEIGHTS is empty, and drawn weights detect nothing"
+        left_out["accuracy"] = "MODEL.WEIGHTS is empty, and random weights detect nothing"
         return {}
-    # Exits at values that nobody chose are none of those that were timed.
-    settings = SETTINGS if setup.exits[0] is not None else settings_without_exits()
+    # Without exits in the configuration, default thresholds would mean nothing.
+    settings = SETTINGS if setup.exits[0] is not None else SETTINGS_WITHOUT_EXITS
     return measure_accuracy(setup.cfg, setup.options.output / "accuracy", settings=settings)
-
-
-_MEASURES: dict[str, Callable[[Setup, Mapping[str, Contender], dict[str, str]], Any]] = {
-    "heads": _heads,
-    "whole": _whole,
-    "parts": _parts,
-    "training": _training,
-    "memory": _memory,
-    "limits": _limits,
-    "accuracy": _accuracy,
-}
-
-
-def _sizes(options: Options) -> list[tuple[int, int]]:
-    return [(batch, count) for batch in options.batches for count in options.proposals]
 
 
 def _settings(setup: Setup) -> Results:

@@ -1,9 +1,8 @@
-"""What all contenders share: configuration, weights, images, regions, exits and device."""
+"""What all models share: configuration, weights, images, regions, exits and device."""
 
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from fvcore.common.config import CfgNode
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,22 +18,19 @@ from cascade_det import config
 from cascade_det.benchmark.options import Options, Survivors
 from cascade_det.benchmark.weights import seeded_weights
 from cascade_det.core import ExitPolicy
+from cascade_det.data.samples import Sample
 from cascade_det.engine.datasets import load_datasets_to_evaluate
 from cascade_det.errors import ConfigError
 from cascade_det.standalone import Detector, build_detector
 from cascade_det.standalone.evaluate import test_loader
 from cascade_det.weights.loading import load_weights
 
-logger = logging.getLogger(__name__)
-
-Sample = dict[str, Any]
-
-# Scores and overlaps that nobody reaches: the rules are computed, and remove no region.
+# At these thresholds the rules are computed but remove no region.
 _NEVER_BACKGROUND = 1e-30
 _NEVER_REDUNDANT = 1.0
-_SMALLEST_SIDE = 16.0  # pixels of a drawn region; the largest is a share of the image
-_LARGEST_SHARE = 0.6
-_OBJECTS = 8  # of an image of a training batch
+_SMALLEST_SIDE = 16.0  # pixels of a random box
+_LARGEST_SHARE = 0.6  # of the shorter image side
+_OBJECTS = 8  # per training image
 
 
 @dataclass
@@ -41,7 +38,7 @@ class Regions:
     """Proposals of a batch.
 
     Attributes:
-        boxes: per image float32 ``[R, 4]``, XYXY pixels, by falling objectness.
+        boxes: per image float32 ``[R, 4]``, XYXY pixels, by descending objectness.
         objectness: per image float32 ``[R]``, logits.
     """
 
@@ -50,19 +47,19 @@ class Regions:
 
 
 class Setup:
-    """What all contenders share.
+    """What all models share.
 
     Args:
-        options: checked ones.
+        options: must have passed ``check``.
 
     Attributes:
-        cfg: of the standalone host, with the device that is asked for.
-        device: of all contenders.
-        trained: whether the weights come from ``MODEL.WEIGHTS``; else they are drawn.
+        cfg: configuration of the standalone host, with the device of the options.
+        device: of all models.
+        trained: whether ``MODEL.WEIGHTS`` is set; without it, weights are random.
 
     Raises:
-        ConfigError: the configuration contradicts itself, the device is not there, or survivors
-            are not of as many stages as the cascade has.
+        ConfigError: the configuration contradicts itself, the device does not exist, or the
+            number of survivors is not the number of stages.
     """
 
     def __init__(self, options: Options) -> None:
@@ -83,44 +80,37 @@ class Setup:
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
-        """The state dict of all contenders of this architecture, on the CPU.
+        """The state dict of all models of this architecture, on the CPU.
 
         Raises:
-            CheckpointError: ``MODEL.WEIGHTS`` cannot be read, or is no whole detector.
+            CheckpointError: ``MODEL.WEIGHTS`` cannot be read, or is not a complete detector.
         """
         if not self.trained:
-            return seeded_weights(
-                self.cfg, [self._draw_image(self.options.seed)], self.options.seed
-            )
-        cfg = self.cfg.clone()
-        cfg.defrost()
-        cfg.MODEL.DEVICE = "cpu"
-        detector = build_detector(cfg)
-        load_weights(detector, cfg.MODEL.WEIGHTS, complete=True)
+            seed = self.options.seed
+            return seeded_weights(self.cfg, [self._draw_image(seed)], seed)
+        detector = build_detector(self._changed("MODEL.DEVICE", "cpu"))
+        load_weights(detector, self.cfg.MODEL.WEIGHTS, complete=True)
         return detector.state_dict()
 
     def build_ours(self) -> Detector:
-        """A standalone detector with the weights, for inference, its own exits off."""
+        """Build a standalone detector with the weights, for inference, exits off."""
         detector = build_detector(self.cfg).eval()
         detector.load_state_dict(self.weights)
         detector.set_exits(None)
         return detector
 
     def fast_arguments(self) -> dict[str, Any]:
-        """How ours is optimised, as arguments of ``optimize``: as the configuration says."""
-        cfg = self.cfg.clone()
-        cfg.defrost()
-        cfg.MODEL.CASCADE.FAST.ENABLED = True
-        arguments = config.fast_arguments(cfg)
+        """The arguments of ``optimize`` that the configuration gives."""
+        arguments = config.fast_arguments(self._changed("MODEL.CASCADE.FAST.ENABLED", True))
         assert arguments is not None
         return arguments
 
     @cached_property
     def exits(self) -> tuple[ExitPolicy | None, str]:
-        """When regions leave in contenders with exits, and a word on it; ``None``: no exits.
+        """The exit policy of models with exits, ``None`` for no exits; and its description.
 
-        Those of the configuration where weights are trained. Others would decide by chance: for
-        them, as many regions enter each stage as survived in a trained model.
+        Trained weights use the exits of the configuration. On random weights these would decide
+        by chance, so as many regions enter each stage as in a trained model.
         """
         if not self.trained:
             return replayed_exits(self.options.survivors), _describe(self.options.survivors)
@@ -131,29 +121,28 @@ class Setup:
         return detector.roi_heads.exits, config.exit_summary(self.cfg)
 
     def batches(self, size: int) -> list[list[Sample]]:
-        """Batches of this many images: of the test set where weights are trained, else drawn.
+        """Batches of ``size`` images: from the test set if weights are trained, else random.
 
         Raises:
             ConfigError: weights are trained, but there is no test set.
             DatasetError: it cannot be read.
         """
         if size not in self._batches:
-            first = self.options.seed
             if self.trained:
                 wanted = self.options.images * size
-                there = list(itertools.islice(itertools.cycle(self._test_images), wanted))
+                images = list(itertools.islice(itertools.cycle(self._test_images), wanted))
             else:
-                there = [self._sample(first + number) for number in range(size)]
-            starts = range(0, len(there), size)
-            self._batches[size] = [there[start : start + size] for start in starts]
+                images = [self._sample(self.options.seed + number) for number in range(size)]
+            starts = range(0, len(images), size)
+            self._batches[size] = [images[start : start + size] for start in starts]
         return self._batches[size]
 
     def training_batch(self, size: int) -> list[Sample]:
-        """Drawn images with objects of all classes, for a step of training."""
+        """Random images with objects of random classes, for a training step."""
         batch = []
-        for number in range(size):
-            sample = self._sample(self.options.seed + number)
-            generator = torch.Generator().manual_seed(self.options.seed + number)
+        for seed in range(self.options.seed, self.options.seed + size):
+            sample = self._sample(seed)
+            generator = torch.Generator().manual_seed(seed)
             sample["gt_boxes"] = draw_boxes(_OBJECTS, sample["image"].shape[-2:], generator)
             classes = self.cfg.MODEL.ROI_HEADS.NUM_CLASSES
             sample["gt_classes"] = torch.randint(classes, (_OBJECTS,), generator=generator)
@@ -161,10 +150,9 @@ class Setup:
         return batch
 
     def regions(self, batch: Sequence[Sample], count: int) -> Regions:
-        """Regions for a batch, exactly so many of each image.
+        """Exactly ``count`` random regions per image.
 
-        They are drawn; where weights are trained, they are the best that our RPN proposes, as
-        far as it has so many.
+        With trained weights, the best proposals of our RPN instead, at most ``count`` of them.
         """
         if self.trained:
             inputs = self._reference.cascade_inputs(batch)
@@ -174,12 +162,18 @@ class Setup:
                 [logits[:count] for logits in inputs.objectness],
             )
         boxes, objectness = [], []
-        for number, sample in enumerate(batch):
-            generator = torch.Generator().manual_seed(self.options.seed + number)
+        for seed, sample in enumerate(batch, self.options.seed):
+            generator = torch.Generator().manual_seed(seed)
             boxes.append(draw_boxes(count, sample["image"].shape[-2:], generator))
             logits = torch.randn(count, generator=generator)
             objectness.append(logits.sort(descending=True).values)
         return Regions([x.to(self.device) for x in boxes], [x.to(self.device) for x in objectness])
+
+    def _changed(self, *options: Any) -> CfgNode:
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.merge_from_list(list(options))
+        return cfg
 
     @cached_property
     def _reference(self) -> Detector:
@@ -191,9 +185,7 @@ class Setup:
     @cached_property
     def _test_images(self) -> list[Sample]:
         dataset = load_datasets_to_evaluate(self.cfg, resume=False)[0]
-        cfg = self.cfg.clone()
-        cfg.defrost()
-        cfg.CASCADE.TEST_IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS = 1, 0
+        cfg = self._changed("CASCADE.TEST_IMS_PER_BATCH", 1, "DATALOADER.NUM_WORKERS", 0)
         wanted = self.options.images * max(self.options.batches)
         loader = itertools.islice(test_loader(cfg, dataset), wanted)
         return [sample for batch in loader for sample in batch]
@@ -203,7 +195,7 @@ class Setup:
         return {"image": self._draw_image(seed), "height": height, "width": width}
 
     def _draw_image(self, seed: int) -> Tensor:
-        """Smooth blocks with noise on them: uint8 ``[3, H, W]``."""
+        """Smooth blocks with noise: uint8 ``[3, H, W]``."""
         generator = torch.Generator().manual_seed(seed)
         blocks = 200 * torch.rand(1, 3, 12, 16, generator=generator)
         image = F.interpolate(blocks, self.options.size, mode="bilinear")[0]
@@ -211,7 +203,7 @@ class Setup:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name.
+    """The device with this name.
 
     Raises:
         ConfigError: there is no such GPU.
@@ -222,18 +214,19 @@ def find_device(name: str) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = device.index or 0
     if index >= count:
+        choices = f" or cuda:0 to cuda:{count - 1}" if count else ""
         raise ConfigError(
             f"--device {name}: there is no such GPU, PyTorch sees {count}. Give --device cpu"
-            f"{f' or cuda:0 to cuda:{count - 1}' if count else ''}."
+            f"{choices}."
         )
     return torch.device("cuda", index)
 
 
 def replayed_exits(survivors: Survivors) -> ExitPolicy:
-    """Exits that let as many regions of each image into the stages as were recorded.
+    """Exits that let the recorded number of regions into each stage: the most confident ones.
 
-    Budgets take them away, the best stay. The rules for background and redundancy are computed on
-    all that reach a gate, at values at which they remove nobody: their cost is in.
+    Only budgets remove regions. The rules for background and redundancy run too, at thresholds
+    that remove nothing, so that the measured time includes them.
     """
     stages = len(survivors.per_stage)
     return ExitPolicy(
@@ -246,7 +239,13 @@ def replayed_exits(survivors: Survivors) -> ExitPolicy:
 
 
 def draw_boxes(count: int, size: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Boxes ``[count, 4]`` inside an image, of all sizes on a logarithmic scale."""
+    """Random boxes ``[count, 4]`` (XYXY) inside an image, with log-uniform side lengths.
+
+    Args:
+        count: of boxes.
+        size: (height, width) of the image in pixels.
+        generator: on the CPU.
+    """
     height, width = size
     largest = max(_LARGEST_SHARE * min(height, width), _SMALLEST_SIDE + 1)
     low, high = math.log(min(_SMALLEST_SIDE, min(height, width) / 4)), math.log(largest)
@@ -263,6 +262,7 @@ def _describe(survivors: Survivors) -> str:
     counts = ", ".join(f"{count:g}" for count in survivors.per_stage)
     return (
         f"replayed: {counts} regions of an image enter stages 0 to {len(survivors.per_stage) - 1}, "
-        f"from {survivors.origin}; background and redundancy are computed too, at values at which "
-        "they remove nobody. What left is reported here, which real exits would mostly drop"
+        f"from {survivors.origin}; the rules for background and redundancy run too, at thresholds "
+        "that remove nothing. Regions that leave by a budget are reported here; real exits mostly "
+        "drop them"
     )

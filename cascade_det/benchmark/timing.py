@@ -1,41 +1,29 @@
-"""Times of contenders that run in turn, and ratios between them."""
+"""Run times of models that take turns, and ratios between them."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 
-@dataclass(frozen=True)
-class Spread:
-    """A median with its quartiles.
+def spread(samples: Sequence[float]) -> dict[str, Any]:
+    """``median`` of the samples, ``low`` and ``high`` (interpolated quartiles), and ``samples``."""
+    low, median, high = np.percentile(samples, (25, 50, 75)).tolist()
+    return {"median": median, "low": low, "high": high, "samples": list(map(float, samples))}
 
-    Attributes:
-        median: of the samples.
-        low: their first quartile.
-        high: their third quartile.
-        samples: in the order in which they were taken.
+
+def ratio(baseline: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
+    """How many times as fast ours is: the ``spread`` of the ratios within each round.
+
+    Args:
+        baseline: milliseconds, one per round.
+        ours: milliseconds in the same rounds.
     """
-
-    median: float
-    low: float
-    high: float
-    samples: tuple[float, ...]
-
-    @classmethod
-    def of(cls, samples: Sequence[float]) -> Spread:
-        """The spread of one sample or more; quartiles between two are interpolated."""
-        low, median, high = np.percentile(samples, (25, 50, 75)).tolist()
-        return cls(median, low, high, tuple(map(float, samples)))
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**vars(self), "samples": list(self.samples)}
+    return spread([theirs / own for theirs, own in zip(baseline, ours, strict=True)])
 
 
 def alternate(
@@ -48,20 +36,19 @@ def alternate(
     before: Callable[[str, int], None] = lambda name, number: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Milliseconds of each call, all of them once in each round: A B C A B C.
+    """Milliseconds of each call, each called once per round: A B C A B C.
 
-    So whatever the machine does meanwhile meets all of them alike, and two samples of one round
-    were taken close to each other.
+    A machine that slows down slows all of them, and the samples of one round are close in time.
 
     Args:
-        calls: by name; they are given the number of the round, from 0 on, warm-up included.
-        rounds: that are measured.
-        warmup: rounds before, of which no time is kept.
-        seconds: after so long, warm-up included, no further round begins, but one is always
+        calls: by name; they get the number of the round, from 0 on, warm-up included.
+        rounds: number of measured rounds.
+        warmup: number of unmeasured rounds before them.
+        seconds: no new round starts after this time, warm-up included, but one is always
             measured; 0 for no limit.
-        device: a GPU is waited for at both ends of a call.
-        before: is called before each call, with its name and round, and is not timed.
-        clock: gives seconds.
+        device: a GPU is synchronised before and after each call.
+        before: called before each call with its name and round; not timed.
+        clock: returns seconds.
     """
     device = torch.device(device)
     milliseconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -71,31 +58,15 @@ def alternate(
             break
         for name, call in calls.items():
             before(name, number)
-            synchronize(device)
+            _synchronize(device)
             start = clock()
             call(number)
-            synchronize(device)
+            _synchronize(device)
             if number >= warmup:
                 milliseconds[name].append((clock() - start) * 1000)
     return milliseconds
 
 
-def ratio(of: Sequence[float], to: Sequence[float]) -> Spread:
-    """How many times as long ``of`` takes as ``to``, from the pairs of each round.
-
-    Args:
-        of: milliseconds of a peer.
-        to: milliseconds of ours, in the same rounds.
-
-    Raises:
-        ValueError: they differ in number, or there are none.
-    """
-    if len(of) != len(to) or not len(of):
-        raise ValueError(f"{len(of)} and {len(to)} samples are no pairs")
-    return Spread.of([peer / own for peer, own in zip(of, to, strict=True)])
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given."""
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

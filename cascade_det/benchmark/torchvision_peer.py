@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-from cascade_det.benchmark.contenders import Outcome
-from cascade_det.benchmark.marks import Marks
-from cascade_det.benchmark.setup import Regions, Sample, Setup
-from cascade_det.benchmark.weights import keep_anchors, settle_norms, spread
-from cascade_det.core import Detections, ExitPolicy
+from cascade_det.benchmark.models import ModelAdapter, ModelOutput
+from cascade_det.benchmark.part_timers import time_parts
+from cascade_det.benchmark.setup import Regions, Setup
+from cascade_det.benchmark.weights import draw_predictor, keep_anchors, settle_norms
+from cascade_det.core import Detections, ExitPolicy, PartTimer
+from cascade_det.data.samples import Sample
 
 
-class Torchvision:
+class Torchvision(ModelAdapter):
     """torchvision's model.
 
     Args:
@@ -34,62 +35,60 @@ class Torchvision:
         self.model.roi_heads.register_forward_pre_hook(self._count)
 
     def limit_proposals(self, count: int) -> None:
-        """Let the RPN hand out so many regions of an image."""
+        """Let the RPN return at most ``count`` regions per image."""
         self.model.rpn._post_nms_top_n["testing"] = count
 
     def set_exits(self, exits: ExitPolicy | None) -> None:
-        """It has none."""
+        """Does nothing: torchvision has no exits."""
 
     def inputs(self, batch: Sequence[Sample]) -> list[Tensor]:
-        """The batch as the model takes it."""
-        # Whoever reads images for torchvision makes floats of them: no work of the model.
+        """Images as torchvision's loaders give them: float RGB ``[3, H, W]`` from 0 to 1."""
         return [(sample["image"].flip(0).float() / 255).to(self._device) for sample in batch]
 
     def prepare(
         self, batch: Sequence[Sample], regions: Regions, dtype: torch.dtype | None
     ) -> tuple[OrderedDict[str, Tensor], list[Tensor], list[tuple[int, int]]]:
-        """Its own features, with given regions."""
+        """The model's own features, with given regions."""
         images, _ = self.model.transform(self.inputs(batch))
         return self.model.backbone(images.tensors), regions.boxes, images.image_sizes
 
     def heads(self, prepared: Any) -> list[dict[str, Tensor]]:
-        """The RoI heads alone."""
+        """Run the RoI heads alone."""
         return self.model.roi_heads(*prepared)[0]
 
-    def whole(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
-        """The whole model."""
-        return self.model(images)
+    def whole(self, inputs: list[Tensor]) -> list[dict[str, Tensor]]:
+        """Run the whole model."""
+        return self.model(inputs)
 
-    def outcome(self, returned: list[dict[str, Tensor]]) -> Outcome:
-        """What a call returned, in our terms."""
+    def output(self, returned: list[dict[str, Tensor]]) -> ModelOutput:
+        """Convert the results of a call."""
         detections = [
-            # Class 0 is its background.
+            # Class 0 is torchvision's background.
             Detections(x["boxes"], x["scores"], x["labels"] - 1, torch.zeros_like(x["labels"]))
             for x in returned
         ]
-        return Outcome(detections, self._arrived, [self._arrived])
+        return ModelOutput(detections, self._arrived, [self._arrived])
 
-    def parts(self, images: list[Tensor]) -> dict[str, float]:
-        """Milliseconds of the parts of one call."""
-        marks = Marks(self._device)
-        model = self.model
-        watched = [
+    def parts(self, inputs: list[Tensor]) -> dict[str, float]:
+        """Run the whole model once; milliseconds by part."""
+        timer, model = PartTimer(self._device), self.model
+        starts = [
             (model.transform, "forward", "preprocess"),
             (model.backbone, "forward", "backbone"),
             (model.rpn, "forward", "rpn"),
             (model.roi_heads, "forward", "stage0"),
             (model.roi_heads, "postprocess_detections", "postprocess"),
         ]
-        with marks.watching(watched):
-            model(images)
-        return marks.milliseconds
+        with time_parts(timer, starts):
+            model(inputs)
+        return timer.milliseconds
 
     def _count(self, heads: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._arrived = sum(len(proposals) for proposals in inputs[1])
 
 
 def reason_against(cfg: CfgNode) -> str:
-    """Why torchvision's model is no contender of a configuration; empty if it is one."""
+    """Why torchvision's model cannot be compared with a configuration; empty if it can."""
     trunk = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.RESNETS.DEPTH
     if trunk == ("build_resnet_fpn_backbone", 50):
         return ""
@@ -97,13 +96,13 @@ def reason_against(cfg: CfgNode) -> str:
 
 
 def build_torchvision(setup: Setup) -> Torchvision:
-    """The model with frozen norms, as its published weights have it, and drawn weights.
+    """Build the model with frozen norms, as for its published weights, and random weights.
 
-    Its names and its place of the strides (in 3x3 convolutions) are others than Detectron2's, so
-    that no weights are shared; how long it takes does not depend on them.
+    Its parameter names differ from Detectron2's, and so does the place of its strides (the 3x3
+    convolutions), so it cannot share weights. Its speed does not depend on them.
 
     Args:
-        setup: what the contenders share.
+        setup: what all models share.
     """
     cfg, options = setup.cfg, setup.options
     smallest, largest = min(options.size), max(options.size)
@@ -121,5 +120,5 @@ def build_torchvision(setup: Setup) -> Torchvision:
         settle_norms(model.backbone, lambda: model.backbone(image))
         keep_anchors(model.rpn.head.bbox_pred)
         predictor = model.roi_heads.box_predictor
-        spread(predictor.cls_score, predictor.bbox_pred)
+        draw_predictor(predictor.cls_score, predictor.bbox_pred)
     return Torchvision(model.to(setup.device), setup.device)

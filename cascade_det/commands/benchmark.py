@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from cascade_det.benchmark.options import (
-    CONTENDERS,
     MEASUREMENTS,
+    MODELS,
     QUICK,
     Options,
     read_survivors,
@@ -70,7 +70,7 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
     add("--quick", "a few runs on a smaller image", action="store_true")
     add(
         "--contenders",
-        "; ".join(f"{name}: {what}" for name, what in CONTENDERS.items()),
+        "; ".join(f"{name}: {what}" for name, what in MODELS.items()),
         nargs="+",
         metavar="NAME",
     )
@@ -114,10 +114,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command; returns its exit status."""
     options = _options(_parse(argv, prog))
     from cascade_det.benchmark.report import format_benchmark
-    from cascade_det.benchmark.run import run
+    from cascade_det.benchmark.run import run_benchmark
     from cascade_det.engine.log import setup_logging
 
     options.check()
     setup_logging(str(options.output))
-    print(format_benchmark(run(options)))
+    print(format_benchmark(run_benchmark(options)))
     return 0

@@ -18,7 +18,7 @@ from cascade_det.benchmark.comparison import (
 )
 from cascade_det.benchmark.limits import measure_limits
 from cascade_det.benchmark.machine import describe
-from cascade_det.benchmark.memory import compare_memory
+from cascade_det.benchmark.memory_comparison import compare_memory
 from cascade_det.benchmark.models import BenchmarkModel, open_models
 from cascade_det.benchmark.options import MODELS, Options
 from cascade_det.benchmark.picture import plot_benchmark

@@ -1,4 +1,4 @@
-"""A benchmark small enough for a test: ResNet-18, 64 pixels, 40 proposals."""
+"""A benchmark small enough for a test: ResNet-18, 64 x 96 pixels, 40 proposals."""
 
 from pathlib import Path
 
@@ -7,26 +7,30 @@ import pytest
 from cascade_det.benchmark.options import Options, Survivors
 from cascade_det.benchmark.setup import Setup
 
-CONFIG = str(Path(__file__).resolve().parents[2] / "configs" / "Base-Cascade-RCNN-FPN.yaml")
-SMALL = (
-    *("MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"),
-    *("MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"),
-    *("MODEL.ROI_HEADS.NUM_CLASSES", "5", "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "32"),
-    *("MODEL.ANCHOR_GENERATOR.SIZES", "[[8], [16], [32], [48], [64]]"),
-    *("MODEL.RPN.POST_NMS_TOPK_TRAIN", "60", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16"),
-    *("MODEL.CASCADE.FAST.DTYPE", "float32"),
-)
-BFLOAT16 = (*SMALL, "MODEL.CASCADE.FAST.DTYPE", "bfloat16")
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "Base-Cascade-RCNN-FPN.yaml"
+SMALL = {
+    "MODEL.RESNETS.DEPTH": 18,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+    "MODEL.FPN.OUT_CHANNELS": 32,
+    "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
+    "MODEL.ROI_HEADS.NUM_CLASSES": 5,
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 32,
+    "MODEL.ANCHOR_GENERATOR.SIZES": [[8], [16], [32], [48], [64]],
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN": 60,
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 16,
+    "MODEL.CASCADE.FAST.DTYPE": "float32",
+}
 
 
 @pytest.fixture(scope="session")
 def make_options():
-    """Gives options of a small benchmark, with changes."""
+    """Options of a small benchmark, with changes; ``keys`` change the configuration."""
 
-    def make(**changes):
+    def make(keys=None, **changes):
+        opts = tuple(part for pair in {**SMALL, **(keys or {})}.items() for part in pair)
         small = {
-            "config_file": (CONFIG,),
-            "opts": SMALL,
+            "config_file": (str(CONFIG),),
+            "opts": opts,
             "size": (64, 96),
             "proposals": (40,),
             "rounds": 2,
@@ -40,11 +44,27 @@ def make_options():
 
 @pytest.fixture(scope="session")
 def setup(make_options):
-    """What small contenders share, with weights that are drawn; all of them compute in float32."""
+    """What small models share, with random weights; all of them compute in float32."""
     return Setup(make_options())
 
 
 @pytest.fixture(scope="session")
-def bfloat16_setup(make_options):
-    """The same weights, for fast contenders that compute in bfloat16."""
-    return Setup(make_options(opts=BFLOAT16))
+def heads_output(setup):
+    """Runs the heads of a model on given regions of two images."""
+
+    def run(model, setup=setup, count=40):
+        batch = setup.batches(2)[0]
+        return model.adapter.output(model.heads(model.prepare(batch, setup.regions(batch, count))))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def whole_output(setup):
+    """Runs a whole model on two images."""
+
+    def run(model, count=40):
+        model.adapter.limit_proposals(count)
+        return model.adapter.output(model.whole(model.adapter.inputs(setup.batches(2)[0])))
+
+    return run

@@ -1,4 +1,4 @@
-"""Detections side by side, against answers by hand."""
+"""Detections compared, against answers by hand."""
 
 import pytest
 import torch
@@ -21,10 +21,10 @@ NONE = found([], [], [])
 THERE = found([[0, 0, 100, 100], [50, 50, 90, 90]], [0.9, 0.6], [1, 2])
 
 
-def test_what_is_alike_is_in_common():
+def test_alike_detections_match():
     moved = found([[50, 50, 90, 91], [0, 0, 100.5, 100]], [0.5, 0.9], [2, 1])
-    figures = compare_detections([THERE, NONE], [moved, NONE])
-    assert figures == {
+    compared = compare_detections([THERE, NONE], [moved, NONE])
+    assert compared == {
         "detections": 2,
         "of_the_other": 2,
         "in_common": 2,
@@ -33,15 +33,15 @@ def test_what_is_alike_is_in_common():
     }
 
 
-def test_another_class_or_another_place_is_not():
+def test_another_class_or_place_does_not_match():
     other_class = found([[0, 0, 100, 100]], [0.9], [2])
     other_place = found([[0, 0, 100, 80]], [0.9], [1])
     for other in (other_class, other_place, NONE):
-        figures = compare_detections([THERE], [other])
-        assert (figures["in_common"], figures["box_difference"]) == (0, 0.0)
+        compared = compare_detections([THERE], [other])
+        assert (compared["in_common"], compared["box_difference"]) == (0, 0.0)
 
 
-def test_two_cannot_share_one():
+def test_two_cannot_match_the_same_one():
     twice = found([[0, 0, 100, 100], [0, 0, 100, 99]], [0.9, 0.8], [1, 1])
     assert compare_detections([twice], [THERE])["in_common"] == 1
     assert compare_detections([THERE], [twice])["in_common"] == 1

@@ -1,4 +1,4 @@
-"""What a user may ask for, and what is told at once."""
+"""Options and their errors."""
 
 import json
 
@@ -8,7 +8,7 @@ from cascade_det.benchmark.options import read_survivors
 from cascade_det.errors import ConfigError
 
 
-def test_options_that_make_sense_pass(make_options):
+def test_right_options_pass(make_options):
     make_options().check()
     make_options(seconds=0.0, warmup=0, threads=0, batches=(1, 4, 16)).check()
 
@@ -30,15 +30,15 @@ def test_options_that_make_sense_pass(make_options):
         ({"device": "tpu"}, "--device is 'tpu'"),
     ],
 )
-def test_what_makes_none_is_told(make_options, changes, words):
+def test_wrong_options_are_errors(make_options, changes, words):
     with pytest.raises(ConfigError, match=words):
         make_options(**changes).check()
 
 
-def test_survivors_are_numbers_and_never_less_work_than_recorded():
+def test_survivors_are_rounded_up_to_budgets():
     survivors = read_survivors(["300", "146.7", "0.2"])
     assert survivors.per_stage == (300.0, 146.7, 0.2)
-    # A budget of 0 would be no limit at all.
+    # A budget of 0 would mean no limit.
     assert survivors.budgets == [300, 147, 1]
 
 
@@ -50,10 +50,10 @@ def test_survivors_are_numbers_and_never_less_work_than_recorded():
         (["300", "-1"], "no numbers of regions"),
         (["inf", "3"], "no numbers of regions"),
         (["300", "many"], "one number for each stage"),
-        (["nowhere.json"], "neither numbers nor a results.json"),
+        (["nowhere.json"], "neither numbers nor a readable results.json"),
     ],
 )
-def test_survivors_that_cannot_be_are_told(values, words):
+def test_wrong_survivors_are_errors(values, words):
     with pytest.raises(ConfigError, match=words):
         read_survivors(values)
 
@@ -69,7 +69,7 @@ def test_survivors_of_an_evaluation(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"exits": {"stage0": {}}}'])
-def test_a_file_without_survivors_is_told(tmp_path, text):
+def test_a_file_without_survivors_is_an_error(tmp_path, text):
     path = tmp_path / "results.json"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"results\.json"):

@@ -1,19 +1,17 @@
-"""Runs in turn, and what is made of their times."""
-
-import itertools
+"""Calls that take turns, and ratios of their times."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascade_det.benchmark.timing import Spread, alternate, ratio
+from cascade_det.benchmark.timing import alternate, ratio, spread
 
 times = st.floats(0.01, 1e6)
 
 
 class Clock:
-    """Every call takes as many seconds as it says."""
+    """Advances by the seconds of each call."""
 
     def __init__(self):
         self.now = 0.0
@@ -30,7 +28,7 @@ class Clock:
         return run
 
 
-def test_calls_run_in_turn_and_the_warm_up_does_not_count():
+def test_calls_take_turns_and_the_warm_up_does_not_count():
     clock = Clock()
     calls = {"a": clock.call("a", [9.0, 1.0, 2.0]), "b": clock.call("b", [9.0, 3.0, 5.0])}
     taken = alternate(calls, rounds=2, warmup=1, clock=clock)
@@ -38,47 +36,16 @@ def test_calls_run_in_turn_and_the_warm_up_does_not_count():
     assert taken == {"a": [1000.0, 2000.0], "b": [3000.0, 5000.0]}
 
 
-def test_no_round_begins_after_the_time_is_over_but_one_is_measured():
+@pytest.mark.parametrize(("seconds", "rounds"), [(20.0, 2), (1.0, 1)])
+def test_no_round_starts_after_the_time_limit_but_one_is_measured(seconds, rounds):
     clock = Clock()
     calls = {name: clock.call(name, 4.0) for name in "ab"}
-    taken = alternate(calls, rounds=10, warmup=1, seconds=20.0, clock=clock)
-    # 8 seconds of warm-up; the rounds begin at 8 and 16, and the third would at 24.
-    assert taken == {"a": [4000.0] * 2, "b": [4000.0] * 2}
-    assert alternate(calls, rounds=10, warmup=1, seconds=1.0, clock=clock) == {
-        "a": [4000.0],
-        "b": [4000.0],
-    }
+    # Warm-up takes 8 seconds; rounds start at 8 and 16, and the third would at 24.
+    taken = alternate(calls, rounds=10, warmup=1, seconds=seconds, clock=clock)
+    assert taken == {"a": [4000.0] * rounds, "b": [4000.0] * rounds}
 
 
-@given(st.lists(times, min_size=1, max_size=20))
-def test_a_spread_is_the_median_and_the_quartiles(samples):
-    spread = Spread.of(samples)
-    wanted = np.quantile(samples, [0.25, 0.5, 0.75])
-    assert [spread.low, spread.median, spread.high] == pytest.approx(wanted.tolist())
-    assert list(spread.samples) == samples
-
-
-def test_a_ratio_is_that_of_the_pairs():
-    # 10 / 2, 12 / 4, 40 / 4: by hand 5, 3, 10, between which quartiles are halfway.
-    spread = ratio([10.0, 12.0, 40.0], [2.0, 4.0, 4.0])
-    assert (spread.low, spread.median, spread.high) == (4.0, 5.0, 7.5)
-
-
-@given(st.lists(st.tuples(times, times), min_size=1, max_size=9), st.floats(0.5, 8.0))
-def test_a_machine_that_gets_slower_changes_no_ratio(pairs, factor):
-    of, to = zip(*pairs, strict=True)
-    slower = [factor**number for number in range(len(pairs))]
-    shifted = [[time * f for time, f in zip(side, slower, strict=True)] for side in (of, to)]
-    assert ratio(*shifted).median == pytest.approx(ratio(of, to).median)
-
-
-@pytest.mark.parametrize(("of", "to"), [([], []), ([1.0], [1.0, 2.0])])
-def test_samples_without_a_partner_are_no_pairs(of, to):
-    with pytest.raises(ValueError, match="no pairs"):
-        ratio(of, to)
-
-
-def test_what_comes_before_a_call_is_not_timed():
+def test_preparing_a_call_is_not_timed():
     clock = Clock()
     before = clock.call("before", 100.0)
     taken = alternate(
@@ -92,9 +59,23 @@ def test_what_comes_before_a_call_is_not_timed():
     assert taken == {"a": [1000.0, 1000.0]}
 
 
-def test_contenders_of_a_round_are_next_to_each_other():
-    clock = Clock()
-    alternate({name: clock.call(name, 1.0) for name in "abc"}, rounds=4, warmup=0, clock=clock)
-    names = [name for name, _ in clock.order]
-    assert all(a != b for a, b in itertools.pairwise(names))
-    assert names == list("abc") * 4
+@given(st.lists(times, min_size=1, max_size=20))
+def test_a_spread_has_median_and_quartiles(samples):
+    found = spread(samples)
+    wanted = np.quantile(samples, [0.25, 0.5, 0.75])
+    assert [found["low"], found["median"], found["high"]] == pytest.approx(wanted.tolist())
+    assert found["samples"] == samples
+
+
+def test_a_ratio_is_that_of_the_pairs():
+    # 10 / 2, 12 / 4, 40 / 4: 5, 3, 10, with quartiles halfway between them.
+    found = ratio([10.0, 12.0, 40.0], [2.0, 4.0, 4.0])
+    assert (found["low"], found["median"], found["high"]) == (4.0, 5.0, 7.5)
+
+
+@given(st.lists(st.tuples(times, times), min_size=1, max_size=9), st.floats(0.5, 8.0))
+def test_a_machine_that_gets_slower_changes_no_ratio(pairs, factor):
+    baseline, ours = zip(*pairs, strict=True)
+    slower = [factor**number for number in range(len(pairs))]
+    shifted = [[t * f for t, f in zip(side, slower, strict=True)] for side in (baseline, ours)]
+    assert ratio(*shifted)["median"] == pytest.approx(ratio(baseline, ours)["median"])

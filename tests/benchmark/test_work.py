@@ -11,7 +11,7 @@ FLOAT = 4
 
 
 def counted(parts):
-    """The work of functions that are run one after the other, each as a part by its name."""
+    """The work of functions called in turn, each as a part with its name."""
     counter = PartCounter()
     with torch.no_grad():
         for name, call in parts.items():
@@ -38,7 +38,7 @@ def test_a_convolution_multiplies_for_every_output(stride):
 
 
 def test_only_what_crosses_a_border_is_moved():
-    """The first hands 5 x 8 numbers on; the 5 x 9 before them stay with it."""
+    """The first passes on 5 x 8 numbers, and keeps the 5 x 9 before them."""
     first, second, third = nn.Linear(4, 9), nn.Linear(9, 8), nn.Linear(8, 3)
     x, handed = torch.randn(5, 4), []
     work = counted(
@@ -52,25 +52,25 @@ def test_only_what_crosses_a_border_is_moved():
     assert work["two"] == Work(5 * 8 * 3, floats=8 * 3 + 3 + 5 * 8)
 
 
-def test_what_is_read_twice_counts_once_and_views_not_at_all():
+def test_a_second_read_and_views_count_nothing():
     x = torch.randn(6, 10)
     work = counted({"sum": lambda: x.view(60).sum() + x.sum(), "view": lambda: x[:3].flatten()})
     assert work["sum"] == Work(floats=60)
     assert work["view"] == Work()
 
 
-def test_an_expanded_tensor_has_no_more_numbers_than_its_storage():
+def test_an_expanded_tensor_counts_its_storage():
     x = torch.randn(10, 1)
     assert counted({"sum": lambda: x.expand(10, 50).sum()})["sum"].floats == 10
 
 
-def test_numbers_of_other_kinds_are_counted_in_bytes():
+def test_integers_are_counted_in_bytes():
     image, index = torch.zeros(3, 5, 5, dtype=torch.uint8), torch.arange(6)
     work = counted({"part": lambda: (image.float(), index + 1)})["part"]
     assert work == Work(other_bytes=75 + 6 * 8)
 
 
-def test_bags_read_the_rows_that_they_name():
+def test_embedding_bags_read_the_rows_of_their_index():
     table, index = torch.randn(1000, 16), torch.tensor([3, 5, 3, 9])
     offsets, weights = torch.tensor([0, 2]), torch.rand(4)
 
@@ -81,8 +81,8 @@ def test_bags_read_the_rows_that_they_name():
     assert work == Work(4 * 16, floats=3 * 16 + 4, other_bytes=4 * 8 + 2 * 8)
 
 
-def test_storages_that_take_the_place_of_freed_ones_are_not_confused():
-    """Each pass frees what it made: the next one may get the same address."""
+def test_storages_at_reused_addresses_are_not_confused():
+    """Each pass frees its tensors: the next one may reuse their addresses."""
     source = torch.randn(50_000)
 
     def passes():

@@ -1,4 +1,4 @@
-"""The command, on a detector that is small enough for a test."""
+"""The benchmark command on a small detector."""
 
 import io
 import json
@@ -11,12 +11,14 @@ import pytest
 
 from cascade_det.commands import benchmark
 
-SMALL = (
-    *("MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"),
-    *("MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"),
-    *("MODEL.ROI_HEADS.NUM_CLASSES", "5"),
-    *("MODEL.ANCHOR_GENERATOR.SIZES", "[[8], [16], [32], [48], [64]]"),
-)
+SMALL = {
+    "MODEL.RESNETS.DEPTH": "18",
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": "64",
+    "MODEL.FPN.OUT_CHANNELS": "32",
+    "MODEL.ROI_BOX_HEAD.FC_DIM": "32",
+    "MODEL.ROI_HEADS.NUM_CLASSES": "5",
+    "MODEL.ANCHOR_GENERATOR.SIZES": "[[8], [16], [32], [48], [64]]",
+}
 QUICK = ("--quick", "--size", "64", "96", "--rounds", "2", "--warmup", "0", "--proposals", "30")
 
 
@@ -27,7 +29,8 @@ def done(tmp_path_factory):
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
         patch.setitem(sys.modules, "cascade_det.d2.host", None)
-        arguments = [*QUICK, "--survivors", "10", "4", "2", "--output", str(output), *SMALL]
+        keys = [word for pair in SMALL.items() for word in pair]
+        arguments = [*QUICK, "--survivors", "10", "4", "2", "--output", str(output), *keys]
         assert benchmark.main(arguments) == 0
     return output, printed.getvalue(), json.loads((output / "benchmark.json").read_text())
 
@@ -42,14 +45,14 @@ def test_the_json_is_complete(done):
         [comparison] = results[measurement]
         assert (comparison["batch"], comparison["proposals"]) == (1, 30)
         assert list(comparison["contenders"]) == ours
-        for figures in comparison["contenders"].values():
-            assert figures["arrived"] == 30
-            assert figures["ms_per_image"]["low"] > 0
+        for measured in comparison["contenders"].values():
+            assert measured["arrived"] == 30
+            assert measured["ms_per_image"]["low"] > 0
         assert comparison["contenders"]["ours-fast-exits"]["entered"] == [10, 4, 2]
     assert list(results["parts"][0]["contenders"]) == ours
 
 
-def test_peers_that_are_not_there_are_named(done):
+def test_missing_baselines_are_named_with_the_reason(done):
     _, shown, results = done
     missing = {name for name in results["left_out"] if name.startswith(("plugin", "detectron2"))}
     assert len(missing) == 5
@@ -61,7 +64,7 @@ def test_peers_that_are_not_there_are_named(done):
         assert re.search(rf"\| {name} +\| left out: ", shown)
 
 
-def test_what_is_printed_is_what_is_written(done):
+def test_the_printed_tables_are_the_written_ones(done):
     output, shown, _ = done
     assert shown.endswith((output / "benchmark.md").read_text())
     for words in ("Machine and settings", "RoI heads alone", "Whole model", "Parts", "replayed"):
@@ -80,14 +83,14 @@ def test_what_is_printed_is_what_is_written(done):
         (["--config-file", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
-def test_bad_input_is_told_before_any_work(arguments, words, tmp_path, capsys, monkeypatch):
+def test_wrong_input_is_an_error_before_any_work(arguments, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert benchmark.main(["--output", str(tmp_path / "out"), *arguments]) == 1
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out" / "benchmark.json").exists()
 
 
-def test_options_of_the_command_come_before_those_of_quick():
+def test_given_options_override_those_of_quick():
     parsed = benchmark._options(
         benchmark._parse(["--quick", "--rounds", "9", "--size", "64", "64"])
     )
@@ -95,5 +98,5 @@ def test_options_of_the_command_come_before_those_of_quick():
     assert not parsed.emulated
     named = benchmark._parse(["--quick", "--contenders", "ours", "--", "MODEL.MASK_ON", "False"])
     options = benchmark._options(named)
-    assert options.emulated, "a contender that is named is measured"
+    assert options.emulated, "a named model is measured"
     assert options.opts == ("MODEL.MASK_ON", "False")

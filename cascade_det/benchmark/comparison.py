@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from cascade_det.benchmark.agreement import compare_detections
@@ -12,7 +13,7 @@ from cascade_det.benchmark.timing import alternate, ratio, spread
 from cascade_det.engine.allocator import keep_freed_memory
 
 Models = Mapping[str, BenchmarkModel]
-Calls = dict[str, Callable[[int], Any]]  # by model; they take the number of the round
+Calls = Mapping[str, Callable[[int], Any]]  # by model; they take the number of the round
 
 # Detections are compared with those of the first of these that runs.
 _REFERENCES = ("detectron2-cascade", "ours")
@@ -33,7 +34,7 @@ def compare_heads(setup: Setup, models: Models, images: int, proposals: int) -> 
     given = [(batch, setup.regions(batch, proposals)) for batch in setup.batches(images)]
     # One adapter in several settings gets the same features.
     prepared: dict[Any, list[Any]] = {}
-    calls: Calls = {}
+    calls = {}
     for name, model in models.items():
         key = model.adapter, model.autocast
         if key not in prepared:
@@ -48,7 +49,7 @@ def compare_whole(setup: Setup, models: Models, images: int, proposals: int) -> 
     Returns:
         See ``_compare``.
     """
-    calls: Calls = {}
+    calls = {}
     for name, model in models.items():
         calls[name] = _call_in_turn(model.whole, _inputs(setup, model, images, proposals))
     return _compare(setup, models, calls, images, proposals)
@@ -61,14 +62,16 @@ def compare_parts(setup: Setup, models: Models, images: int, proposals: int) -> 
         ``batch``, ``proposals``, and ``contenders``: the spread of milliseconds per image, by
         model and part.
     """
-    calls: Calls = {}
     times: dict[str, list[dict[str, float]]] = {name: [] for name in models}
-    timed: Calls = {}
+    calls = {}
     for name, model in models.items():
-        call = _call_in_turn(model.parts, _inputs(setup, model, images, proposals))
-        calls[name] = call
-        timed[name] = lambda number, name=name, call=call: times[name].append(call(number))
+        calls[name] = _call_in_turn(model.parts, _inputs(setup, model, images, proposals))
+
+    def time_parts(name: str, number: int) -> None:
+        times[name].append(calls[name](number))
+
     # The total times are not kept: a GPU is synchronised at every part.
+    timed = {name: partial(time_parts, name) for name in models}
     _take_turns(setup, timed, warmup=0, before=_run_untimed(models, calls))
     return {
         "batch": images,
@@ -85,12 +88,15 @@ def compare_training(
     Returns:
         ``batch``, and ``contenders`` and ``ratios`` as ``_compare``.
     """
-    calls: Calls = {name: lambda _, step=step: step() for name, step in steps.items()}
+
+    def step(name: str, _: int) -> None:
+        steps[name]()
 
     def before(name: str, _: int) -> None:
         # Our training on a CPU keeps freed memory, see ``set_backends``.
         keep_freed_memory(is_ours(name))
 
+    calls = {name: partial(step, name) for name in steps}
     times = _take_turns(setup, calls, warmup=setup.options.warmup, before=before)
     return {"batch": images, **_times_and_ratios(times, images)}
 

@@ -7,30 +7,17 @@ import pytest
 from cascade_det.benchmark.options import Options, Survivors
 from cascade_det.benchmark.setup import Setup
 
-CONFIG = Path(__file__).resolve().parents[2] / "configs" / "Base-Cascade-RCNN-FPN.yaml"
-SMALL = {
-    "MODEL.RESNETS.DEPTH": 18,
-    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
-    "MODEL.FPN.OUT_CHANNELS": 32,
-    "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
-    "MODEL.ROI_HEADS.NUM_CLASSES": 5,
-    "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 32,
-    "MODEL.ANCHOR_GENERATOR.SIZES": [[8], [16], [32], [48], [64]],
-    "MODEL.RPN.POST_NMS_TOPK_TRAIN": 60,
-    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 16,
-    "MODEL.CASCADE.FAST.DTYPE": "float32",
-}
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quick_schedules" / "demo.yaml"
 
 
 @pytest.fixture(scope="session")
 def make_options():
-    """Options of a small benchmark, with changes; ``keys`` change the configuration."""
+    """Options of a small benchmark, with configuration keys and with changes."""
 
-    def make(keys=None, **changes):
-        opts = tuple(part for pair in {**SMALL, **(keys or {})}.items() for part in pair)
+    def make(*keys, **changes):
         small = {
             "config_file": (str(CONFIG),),
-            "opts": opts,
+            "opts": ("MODEL.CASCADE.FAST.DTYPE", "float32", *keys),
             "size": (64, 96),
             "proposals": (40,),
             "rounds": 2,

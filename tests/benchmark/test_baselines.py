@@ -51,7 +51,7 @@ def test_detections_of_the_same_images_are_those_of_detectron2(models, whole_out
 
 def test_in_bfloat16_our_heads_detect_nearly_the_same(in_heads, make_options, heads_output):
     """Eight bits of a number are left: some hundredths of a score, a part of a pixel of 96."""
-    setup = Setup(make_options({"MODEL.CASCADE.FAST.DTYPE": "bfloat16"}))
+    setup = Setup(make_options("MODEL.CASCADE.FAST.DTYPE", "bfloat16"))
     opened, _ = open_models(setup, ("plugin-fast",))
     output = heads_output(opened["plugin-fast"], setup)
     compared = compare_detections(output.detections, in_heads["detectron2-cascade"].detections)

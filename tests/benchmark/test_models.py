@@ -142,7 +142,7 @@ def test_incomplete_weights_are_an_error(make_options, setup, tmp_path):
     path = tmp_path / "backbone.pth"
     torch.save({"model": backbone}, path)
     with pytest.raises(CheckpointError, match=r"backbone\.pth: lacks the RPN"):
-        _ = Setup(make_options({"MODEL.WEIGHTS": str(path)})).weights
+        _ = Setup(make_options("MODEL.WEIGHTS", str(path))).weights
 
 
 def test_torchvision_is_left_out_for_another_backbone(setup):

@@ -5,20 +5,14 @@ import json
 import re
 import sys
 from contextlib import redirect_stdout
+from pathlib import Path
 
 import cv2
 import pytest
 
 from cascade_det.commands import benchmark
 
-SMALL = {
-    "MODEL.RESNETS.DEPTH": "18",
-    "MODEL.RESNETS.RES2_OUT_CHANNELS": "64",
-    "MODEL.FPN.OUT_CHANNELS": "32",
-    "MODEL.ROI_BOX_HEAD.FC_DIM": "32",
-    "MODEL.ROI_HEADS.NUM_CLASSES": "5",
-    "MODEL.ANCHOR_GENERATOR.SIZES": "[[8], [16], [32], [48], [64]]",
-}
+DEMO = Path(__file__).resolve().parents[2] / "configs" / "quick_schedules" / "demo.yaml"
 QUICK = ("--quick", "--size", "64", "96", "--rounds", "2", "--warmup", "0", "--proposals", "30")
 
 
@@ -29,9 +23,8 @@ def done(tmp_path_factory):
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
         patch.setitem(sys.modules, "cascade_det.d2.host", None)
-        keys = [word for pair in SMALL.items() for word in pair]
-        arguments = [*QUICK, "--survivors", "10", "4", "2", "--output", str(output), *keys]
-        assert benchmark.main(arguments) == 0
+        arguments = ["--config-file", str(DEMO), "--survivors", "10", "4", "2"]
+        assert benchmark.main([*QUICK, *arguments, "--output", str(output)]) == 0
     return output, printed.getvalue(), json.loads((output / "benchmark.json").read_text())
 
 

@@ -59,7 +59,7 @@ def hold_targets(
         target in words) and, for speed, ``least`` and ``measurement``.
     """
     rows = _accuracies(results)
-    if results["machine"]["device"] != "cpu":
+    if not results["machine"]["device"].startswith("cpu"):
         return list(rows)
     speeds = [row for target in targets for row in _speeds(results, target)]
     return [*speeds, *_memories(results), *rows]

@@ -5,9 +5,8 @@ import torch
 
 from cascade_det.benchmark import comparison
 from cascade_det.benchmark.models import open_models
-from cascade_det.benchmark.options import Survivors
-from cascade_det.benchmark.setup import Setup, find_device
-from cascade_det.errors import CheckpointError, ConfigError
+from cascade_det.benchmark.setup import Setup
+from cascade_det.errors import CheckpointError
 
 OURS = ("ours", "ours-fast", "ours-fast-exits")
 
@@ -125,16 +124,6 @@ def test_ratios_are_of_baselines_to_ours(setup, monkeypatch):
     medians = {(r["what"], r["against"]): r["ratio"]["median"] for r in results["ratios"]}
     # 40 / 10 and 20 / 20; 40 / 5 and 20 / 5.
     assert medians == {("ours", "torchvision"): 2.5, ("ours-fast", "torchvision"): 6.0}
-
-
-def test_a_wrong_number_of_survivors_is_an_error(make_options):
-    with pytest.raises(ConfigError, match="2 numbers, but"):
-        Setup(make_options(survivors=Survivors((20.0, 10.0), "a test")))
-
-
-def test_a_missing_gpu_is_an_error():
-    with pytest.raises(ConfigError, match="--device cuda:99"):
-        find_device("cuda:99")
 
 
 def test_incomplete_weights_are_an_error(make_options, setup, tmp_path):

@@ -8,11 +8,6 @@ from cascade_det.benchmark.options import read_survivors
 from cascade_det.errors import ConfigError
 
 
-def test_right_options_pass(make_options):
-    make_options().check()
-    make_options(seconds=0.0, warmup=0, threads=0, batches=(1, 4, 16)).check()
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

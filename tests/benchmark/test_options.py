@@ -21,7 +21,6 @@ from cascade_det.errors import ConfigError
         ({"warmup": -1}, "--warmup"),
         ({"seconds": -1.0}, "--seconds"),
         ({"size": (800, 16)}, "--size"),
-        ({"config_file": ("nowhere.yaml",)}, "nowhere.yaml"),
         ({"device": "tpu"}, "--device is 'tpu'"),
     ],
 )
@@ -41,9 +40,9 @@ def test_survivors_are_rounded_up_to_budgets():
     ("values", "words"),
     [
         (["300", "301"], "grow"),
-        (["0", "0"], "no numbers of regions"),
-        (["300", "-1"], "no numbers of regions"),
-        (["inf", "3"], "no numbers of regions"),
+        (["0", "0"], "not numbers of regions"),
+        (["300", "-1"], "not numbers of regions"),
+        (["inf", "3"], "not numbers of regions"),
         (["300", "many"], "one number for each stage"),
         (["nowhere.json"], "neither numbers nor a readable results.json"),
     ],

@@ -71,6 +71,7 @@ def test_the_printed_tables_are_the_written_ones(done):
         (["--proposals", "0"], "--proposals is '0'"),
         (["--survivors", "10", "5"], "2 numbers"),
         (["--device", "cuda:99"], "--device cuda:99"),
+        (["--config-file", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
 def test_wrong_input_is_an_error_before_any_work(arguments, words, tmp_path, capsys, monkeypatch):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from pycocotools import mask
 
+from cascade_det.core.matching import match_greedily
 from cascade_det.core.structures import Detections
-from cascade_det.evaluation.greedy_matching import match_greedily
 
 
 def found_objects(
@@ -42,7 +43,7 @@ def found_objects(
     boxes = detections.boxes.detach().cpu().numpy()[order]
     ious = mask.iou(_xywh(boxes), _xywh(gt_boxes), np.zeros(len(classes), np.uint8))
     ious[detections.classes.cpu().numpy()[order, None] != classes] = -1
-    (taken,) = match_greedily(ious, [iou])
+    (taken,) = match_greedily(torch.from_numpy(ious), [iou])
     found[taken[taken >= 0]] = True
     return found
 

@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from pycocotools import mask
 from pycocotools.cocoeval import COCOeval
 
+from cascade_det.core.matching import match_greedily
 from cascade_det.core.structures import Detections
 from cascade_det.errors import DatasetError
 from cascade_det.evaluation.average_precision import MAX_DETECTIONS
-from cascade_det.evaluation.greedy_matching import match_greedily
 from cascade_det.evaluation.ground_truth import load_ground_truth
 
 IOUS = COCOeval(iouType="bbox").params.iouThrs
@@ -208,7 +209,8 @@ def _match_class(
         return hits, hits
     ious = mask.iou(boxes, truth, crowds.astype(np.uint8))
     # Reversed: of objects with equal IoU, COCOeval takes the last one.
-    hits = match_greedily(ious[:, ~crowds][:, ::-1], IOUS.tolist()) >= 0
+    reversed_ious = torch.from_numpy(ious[:, ~crowds][:, ::-1].copy())
+    hits = match_greedily(reversed_ious, IOUS.tolist()).numpy() >= 0
     in_crowd = ious[:, crowds].max(axis=1, initial=0) >= IOUS[:, None]
     return hits, in_crowd & ~hits
 

@@ -17,7 +17,7 @@ from torchvision.ops import box_iou
 
 from cascade_det.core.exits.learned import LearnedParts
 from cascade_det.core.exits.view import BEFORE_STAGES, RegionView
-from cascade_det.core.matching import GroundTruth, greedy_matches, label_regions
+from cascade_det.core.matching import GroundTruth, label_regions, match_greedily
 from cascade_det.core.record import CascadeRecord
 from cascade_det.core.structures.boxes import paired_iou, select_class
 
@@ -86,7 +86,7 @@ def ends_as_true_positive(record: CascadeRecord, ground_truth: GroundTruth) -> T
     """Regions whose detection by the full cascade is a true positive.
 
     Detections, after NMS and the limit per image, are matched greedily to the objects of their
-    class with IoU >= 0.5, see ``greedy_matches``.
+    class with IoU >= 0.5, see ``match_greedily``.
 
     Args:
         record: of the full cascade.
@@ -103,7 +103,7 @@ def ends_as_true_positive(record: CascadeRecord, ground_truth: GroundTruth) -> T
         objects = torch.nonzero(ground_truth.image_index == image).squeeze(1)
         overlaps = box_iou(own.boxes, ground_truth.boxes[objects])  # [D, G]
         same_class = own.classes[:, None] == ground_truth.classes[objects]
-        matches = greedy_matches(overlaps.where(same_class, 0.0).cpu(), TRUE_POSITIVE_IOU)
+        (matches,) = match_greedily(overlaps.where(same_class, 0.0).cpu(), [TRUE_POSITIVE_IOU])
         found[own.exit_stages[(matches >= 0).to(found.device)]] = True
     return found
 

@@ -151,21 +151,35 @@ def sample_regions(
     return regions[torch.cat(kept)]
 
 
-def greedy_matches(overlaps: Tensor, iou_threshold: float) -> Tensor:
-    """Match detections, best score first, to the free object that each overlaps most.
+def match_greedily(
+    ious: Tensor, thresholds: Sequence[float], *, preferred: Tensor | None = None
+) -> Tensor:
+    """Give each box, in order, the free candidate that overlaps it most.
 
     Args:
-        overlaps: ``[D, G]`` IoUs on the CPU, 0 for pairs that must not match.
-        iou_threshold: the smallest IoU of a match, above 0.
+        ious: ``[N, M]`` on the CPU, above 0 for pairs that may match; best box first.
+        thresholds: T IoUs above 0; each has a matching of its own, of pairs that reach it.
+        preferred: bool ``[N, M]``, candidates that come first among equal IoUs. After that, the
+            first column comes first.
 
     Returns:
-        int64 ``[D]``: the object of each detection, or -1.
+        int64 ``[T, N]``, the column that each box takes; -1 for none.
     """
-    free = overlaps.clone()
-    matches = torch.full((len(overlaps),), -1)
-    for row in range(len(overlaps) if overlaps.shape[1] else 0):
-        overlap, column = free[row].max(dim=0)
-        if overlap >= iou_threshold:
-            matches[row] = column
-            free[:, column] = 0.0
-    return matches
+    rows, columns = torch.nonzero(ious >= min(thresholds), as_tuple=True)
+    values = ious[rows, columns]
+    order = torch.arange(len(rows))
+    if preferred is not None:
+        order = torch.argsort(~preferred[rows, columns], stable=True)
+    order = order[torch.argsort(values[order], descending=True, stable=True)]
+    order = order[torch.argsort(rows[order], stable=True)]
+    ordered = (rows[order].tolist(), columns[order].tolist(), values[order].tolist())
+    taken = torch.full((len(thresholds), len(ious)), -1)
+    for level, threshold in enumerate(thresholds):
+        matched: dict[int, int] = {}
+        used: set[int] = set()
+        for row, column, value in zip(*ordered, strict=True):
+            if value >= threshold and row not in matched and column not in used:
+                matched[row] = column
+                used.add(column)
+        taken[level, list(matched)] = torch.tensor(list(matched.values()), dtype=torch.int64)
+    return taken

@@ -5,13 +5,12 @@ Boxes are XYXY in absolute pixels of one frame; D detections of one image.
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
 import torch
+from torch import Tensor
 from torchvision.ops import box_iou
 
+from cascade_det.core.matching import match_greedily
 from cascade_det.core.structures import Detections
-from cascade_det.evaluation.greedy_matching import match_greedily
 
 MATCH_IOU = 0.5
 MIN_SCORE = 0.5
@@ -51,9 +50,8 @@ def _from_score(detections: Detections, min_score: float) -> Detections:
     return kept[torch.argsort(kept.scores, descending=True, stable=True)]
 
 
-def _ious(wanted: Detections, found: Detections) -> npt.NDArray[np.float64]:
+def _ious(wanted: Detections, found: Detections) -> Tensor:
     """IoU float64 ``[W, F]``; -1 for pairs of different classes, or where it is 0 / 0."""
     ious = box_iou(wanted.boxes.detach().double(), found.boxes.detach().double())
     same_class = wanted.classes[:, None] == found.classes
-    masked: npt.NDArray[np.float64] = torch.where(same_class & ~ious.isnan(), ious, -1.0).numpy()
-    return masked
+    return torch.where(same_class & ~ious.isnan(), ious, -1.0)

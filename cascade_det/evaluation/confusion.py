@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+from cascade_det.core.matching import match_greedily
 from cascade_det.evaluation.average_precision import MAX_DETECTIONS
-from cascade_det.evaluation.greedy_matching import match_greedily
 
 
 def confusion_matrix(
@@ -123,7 +124,9 @@ def _match(found: _Boxes, wanted: _Boxes, iou_threshold: float) -> npt.NDArray[n
         return np.full(len(found.classes), -1)
     ious = coco_mask.iou(found.boxes, wanted.boxes, [0] * len(wanted.classes))
     same_class = np.equal.outer(found.classes, wanted.classes)
-    return match_greedily(ious, [iou_threshold], preferred=same_class)[0]
+    preferred = torch.from_numpy(same_class)
+    (taken,) = match_greedily(torch.from_numpy(ious), [iou_threshold], preferred=preferred)
+    return taken.numpy()
 
 
 def _in_crowd(found: _Boxes, crowds: _Boxes, threshold: float) -> npt.NDArray[np.bool_]:

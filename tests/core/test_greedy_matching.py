@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cascade_det.evaluation.greedy_matching import match_greedily
+from cascade_det.core.matching import match_greedily
 
 
 def plain_matching(ious, threshold, preferred):
@@ -30,7 +31,11 @@ def test_it_equals_a_loop_over_all_pairs(seed, boxes, candidates):
     # Few values, so that many are equal; -1 is a pair that must not match.
     ious = rng.choice([-1.0, 0.0, 0.4, 0.5, 0.6, 0.75], (boxes, candidates))
     preferred, thresholds = rng.random(ious.shape) < 0.4, (0.5, 0.4, 0.75)
-    taken = match_greedily(ious, thresholds, preferred=preferred)
+    taken = match_greedily(
+        torch.from_numpy(ious), thresholds, preferred=torch.from_numpy(preferred)
+    )
     assert taken.tolist() == [plain_matching(ious, t, preferred) for t in thresholds]
     none = np.zeros_like(preferred)
-    assert match_greedily(ious, [0.5]).tolist() == [plain_matching(ious, 0.5, none)]
+    assert match_greedily(torch.from_numpy(ious), [0.5]).tolist() == [
+        plain_matching(ious, 0.5, none)
+    ]

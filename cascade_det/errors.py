@@ -1,4 +1,4 @@
-"""The errors that a user can cause and mend. Everything else is a bug of ours."""
+"""Errors that a user can cause and fix. Any other exception is a bug."""
 
 
 class CascadeDetError(Exception):
@@ -18,4 +18,4 @@ class CheckpointError(CascadeDetError, ValueError):
 
 
 class DownloadError(CascadeDetError, OSError):
-    """An address cannot be fetched, or what it serves is not what it should be."""
+    """An address cannot be fetched, or serves another file than expected."""

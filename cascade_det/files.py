@@ -22,7 +22,7 @@ import numpy as np
 from cascade_det.errors import CascadeDetError
 from cascade_det.text import printable
 
-# What is being written. No other program uses such a name, and it is short enough for any folder.
+# Names of temporary files. No other program uses them, and they are short enough for any folder.
 _TEMPORARY = re.compile(r"\.cascade_det-[0-9a-f]{16}\.tmp")
 # linux/fs.h
 _RENAME_EXCHANGE = 2
@@ -30,7 +30,7 @@ _RENAME_EXCHANGE = 2
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Let an OSError within the block name ``path`` if it names nothing that a user knows."""
+    """Let an OSError within the block name ``path`` instead of nothing or a temporary file."""
     try:
         yield
     except OSError as error:
@@ -45,15 +45,14 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 def atomic_path(path: str | os.PathLike[str], *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that replaces it when the block succeeds.
 
-    The folder is made where it is missing. After an error, a full disk included, ``path`` is as it
-    was before. Once the block has ended, what was written survives a crash of the machine. The mode
-    of a file that is replaced stays; a link is replaced, not followed. Each writer has a temporary
-    file of its own, so that of several the last one wins. A killed process leaves it behind, see
-    :func:`remove_leftovers`.
+    Missing folders are made. After an error, such as a full disk, ``path`` is as before. After the
+    block, the content survives a crash of the machine. A replaced file passes on its mode; a link
+    is replaced, not followed. Each writer has its own temporary file, so of several the last one
+    wins. A killed process leaves its file behind, see :func:`remove_leftovers`.
 
     Args:
         path: the file to write.
-        durable: wait for the disk. Without, only a crash of the machine can leave a damaged file.
+        durable: wait for the disk; otherwise a crash of the machine can leave a damaged file.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +65,7 @@ def atomic_path(path: str | os.PathLike[str], *, durable: bool = True) -> Iterat
             yield temporary
             if durable:
                 _sync(temporary)
-            # Last: with some modes it cannot be opened any more.
+            # Last, since some modes prevent opening the file.
             if mode is not None:
                 temporary.chmod(mode)
             os.replace(temporary, target)
@@ -81,7 +80,7 @@ def _create(folder: Path) -> tuple[Path, int]:
     """A new locked file in a folder, and its descriptor."""
     while True:
         temporary = _temporary_name(folder)
-        # Not mkstemp(), whose files are private: the mode here is that of the umask.
+        # Not mkstemp(), whose files are private: here the umask decides.
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         descriptor = os.open(temporary, flags, 0o666)
         _lock(descriptor, wait=True)
@@ -100,11 +99,11 @@ def atomic_folder(path: str | os.PathLike[str], *, made: Collection[str]) -> Ite
 
     Args:
         path: the folder to make; its parents are made.
-        made: names of the entries that the caller makes. An older folder may hold these alone,
-            since all that is in it is replaced.
+        made: names of the entries that the caller makes. An existing folder may hold only these,
+            since all of it is replaced.
 
     Raises:
-        CascadeDetError: ``path`` is not a folder, or holds something else; before the block runs.
+        CascadeDetError: ``path`` is not a folder, or holds other entries; before the block runs.
     """
     target = Path(os.path.realpath(path))
     check_replaceable(target, made)
@@ -127,10 +126,10 @@ def atomic_folder(path: str | os.PathLike[str], *, made: Collection[str]) -> Ite
 
 
 def check_replaceable(folder: Path, made: Collection[str]) -> None:
-    """Make sure that a folder, if it is there, holds no other entries than those of ``made``.
+    """Check that a folder, if it exists, has only entries named in ``made``.
 
     Raises:
-        CascadeDetError: it does, or is no folder.
+        CascadeDetError: it has others, or is not a folder.
     """
     if not os.path.lexists(folder):
         return
@@ -145,7 +144,7 @@ def check_replaceable(folder: Path, made: Collection[str]) -> None:
 
 
 def _sync_tree(folder: Path) -> None:
-    """Let all files and names in a folder survive a crash of the machine."""
+    """Flush all files and names in a folder to disk."""
     for place, _, names in os.walk(folder):
         for name in names:
             _sync(os.path.join(place, name))
@@ -153,11 +152,11 @@ def _sync_tree(folder: Path) -> None:
 
 
 def _exchange(fresh: Path, target: Path) -> None:
-    """Give ``fresh`` the name ``target``; what had it before has the name ``fresh`` then."""
+    """Rename ``fresh`` to ``target``, and an existing ``target`` to ``fresh``."""
     if not target.exists():
         os.rename(fresh, target)
     elif not _exchange_at_once(fresh, target):
-        # Another system than Linux, or a file system that cannot: for a moment there is neither.
+        # Not Linux, or a file system without exchange: for a moment neither exists.
         aside = _temporary_name(target.parent)
         os.rename(target, aside)
         os.rename(fresh, target)
@@ -176,17 +175,14 @@ def _exchange_at_once(first: Path, second: Path) -> bool:
 
 
 def move_into_place(finished: Path, target: Path) -> None:
-    """Let ``finished``, a file in the same folder, replace ``target`` at once and for good.
-
-    Bytes and name survive a crash of the machine.
-    """
+    """Replace ``target`` by ``finished``, a file in the same folder, atomically and durably."""
     _sync(finished)
     os.replace(finished, target)
     _sync_names(target.parent)
 
 
 def _sync_names(folder: str | Path) -> None:
-    # Files are in their places already. Some network file systems cannot do this to a folder.
+    # Some network file systems cannot flush a folder; its files are in place already.
     with suppress(OSError):
         _sync(folder)
 
@@ -200,19 +196,19 @@ def _sync(path: str | os.PathLike[str]) -> None:
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Remove what :func:`atomic_path` and :func:`atomic_folder` left in ``folder`` when killed.
+    """Remove what killed :func:`atomic_path` and :func:`atomic_folder` left in ``folder``.
 
-    Only entries of their own names go, and only those that are no longer written: a writer holds a
-    lock, which ends with its process. The number of the process says less: another one may have it
-    by now, and in a container it is the same after every start.
+    Only their temporary names are removed, and only if no process is writing them: a writer holds
+    a lock, which ends with its process. A process id would be no proof: it may be reused, and in a
+    container it is the same after every start.
 
     Args:
-        folder: where the complete files are; folders below it are left alone. It may be missing.
+        folder: where the complete files are, not searched recursively; it may be missing.
     """
     for path in Path(folder).glob(".cascade_det-*.tmp"):
         if not _TEMPORARY.fullmatch(path.name):
             continue
-        # It may vanish at any time, since its writer renames it; and it may belong to another user.
+        # Its writer may rename it at any time, and it may belong to another user.
         with suppress(OSError):
             _remove_if_left(path)
 
@@ -237,7 +233,7 @@ def _temporary_name(folder: Path) -> Path:
 
 
 def _mode_of(path: Path) -> int | None:
-    """Permissions of a file; ``None`` where there is none, or a link that will be replaced."""
+    """Permissions of a regular file; ``None`` if there is none, or a link."""
     try:
         found = path.lstat()
     except OSError:
@@ -246,7 +242,7 @@ def _mode_of(path: Path) -> int | None:
 
 
 def write_json(value: Any, path: str | os.PathLike[str], *, indent: int | None = None) -> None:
-    """Write ``value`` as JSON that every reader accepts: nan and infinities become ``null``."""
+    """Write strict JSON: nan and infinities become ``null``."""
     text = json.dumps(_plain(value), allow_nan=False, indent=indent)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -257,8 +253,8 @@ def write_csv(
 ) -> None:
     """Write a table; ``None`` and nan are empty cells.
 
-    A text that a spreadsheet would compute, one that begins with ``=``, ``+``, ``-`` or ``@``, has
-    an apostrophe before it, and unprintable characters are escaped.
+    An apostrophe precedes text that a spreadsheet would compute because it begins with ``=``,
+    ``+``, ``-`` or ``@``. Unprintable characters are escaped.
     """
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -275,7 +271,7 @@ def _cell(value: Any) -> Any:
 
 
 def _lock(descriptor: int, *, wait: bool = False) -> bool:
-    """Lock until the file is closed; ``False`` if another has it, or if locks are unknown here."""
+    """Lock until the file is closed; ``False`` if another process holds it, or without locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:

@@ -1,4 +1,4 @@
-"""Imports of libraries that PyTorch has something to say about, which no user here can mend."""
+"""Imports of libraries without a deprecation warning that no user can fix."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any, cast
 
 @contextmanager
 def without_jit_warning() -> Iterator[None]:
-    """Import what compiles functions by ``torch.jit.script``, as fvcore and Detectron2 do.
+    """For importing fvcore or Detectron2, which call ``torch.jit.script``.
 
-    Every log would else begin with PyTorch's remark that this is deprecated. Filters that the
-    libraries set themselves stay, which ``warnings.catch_warnings`` would take away.
+    Otherwise every log would begin with PyTorch's warning that this is deprecated. Unlike
+    ``warnings.catch_warnings``, this keeps filters that the libraries set.
     """
     warnings.filterwarnings("ignore", r"`torch\.jit\.script` is", FutureWarning)
     filters = cast(list[Any], warnings.filters)

@@ -1,4 +1,4 @@
-"""Text from files and file names, made safe to show."""
+"""Makes text from files and file names safe to show."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-# Marks that change the direction of the text around them, so that it reads as something else.
+# Marks that change the direction of the surrounding text, so that it reads as something else.
 _BIDI_MARKS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 # Control characters, lone surrogates, separators of lines and of paragraphs.
 _UNPRINTABLE = frozenset(("Cc", "Cs", "Zl", "Zp"))
@@ -15,14 +15,14 @@ LONGEST_NAME = 255  # characters
 
 
 def printable(text: str, *, longest: int = 0, lines: bool = False) -> str:
-    r"""Escape what a terminal obeys, an encoder refuses or a reader is deceived by.
+    r"""Escape characters that control a terminal, break an encoder or deceive a reader.
 
     Control characters, bidirectional marks and lone surrogates (bytes of a file name that are no
     UTF-8) become ``\x1b``, ``\u202e``, ``\udcf6``; everything else stays.
 
     Args:
         text: any string.
-        longest: a longer text is cut in its middle to so many characters; 0: never.
+        longest: shorten longer text to this many characters, in its middle; 0: never.
         lines: keep line breaks and tabs.
     """
     kept = "\n\t" if lines else ""
@@ -37,9 +37,9 @@ def listed(texts: Sequence[str], most: int, separator: str = ", ") -> str:
     """Some of many texts, such as ``a, b, c and 4 more``.
 
     Args:
-        texts: any; of none of them the result is empty.
-        most: as many are shown, the first ones.
-        separator: stands between them.
+        texts: if empty, so is the result.
+        most: how many to show, from the first on.
+        separator: between them.
     """
     more = f" and {len(texts) - most} more" if len(texts) > most else ""
     return separator.join(texts[:most]) + more

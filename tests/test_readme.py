@@ -15,7 +15,7 @@ from torchvision.models import get_weight, mobilenet_v2, mobilenet_v3_large, res
 from cascade_det.backbones.torchvision_weights import torchvision_address
 from cascade_det.config import check_config, load_config
 from cascade_det.standalone.build import build_detector
-from cascade_det.weights.loading import load_weights
+from cascade_det.weights import load_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {

@@ -23,7 +23,7 @@ from cascade_det.engine.datasets import load_datasets_to_evaluate
 from cascade_det.errors import ConfigError
 from cascade_det.standalone import Detector, build_detector
 from cascade_det.standalone.evaluate import test_loader
-from cascade_det.weights.loading import load_weights
+from cascade_det.weights import load_weights
 
 # At these thresholds the rules are computed but remove no region.
 _NEVER_BACKGROUND = 1e-30

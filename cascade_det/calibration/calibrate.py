@@ -20,6 +20,7 @@ from cascade_det.calibration.report import FILES, write_report
 from cascade_det.calibration.sample_size import SampleSize
 from cascade_det.calibration.target import Options, Target
 from cascade_det.data.coco import CocoDataset
+from cascade_det.engine.detector import CascadeDetector
 from cascade_det.engine.devices import device_name
 from cascade_det.engine.inference import BatchLoader
 from cascade_det.errors import DatasetError
@@ -34,7 +35,7 @@ MADE = (*FILES, LOG_FILE)
 
 def calibrate(
     cfg: CfgNode,
-    open_detector: Callable[[], tuple[Any, CocoDataset, BatchLoader]],
+    open_detector: Callable[[], tuple[CascadeDetector, CocoDataset, BatchLoader]],
     target: Target,
     output_dir: Path,
     options: Options,
@@ -43,8 +44,8 @@ def calibrate(
 
     Args:
         cfg: of the detector.
-        open_detector: gives the detector (see ``cascade_det.calibration.recording.Detector``), the
-            calibration set with its ground truth, and a loader of it.
+        open_detector: gives the detector, the calibration set with its ground truth, and a
+            loader of it.
         target: what to reach.
         output_dir: for ``exits.yaml``, ``quality.yaml``, ``balanced.yaml``, ``fast.yaml``,
             ``front.csv``, ``front.png``, ``comparison.csv`` and ``calibration.json``. Apart from
@@ -83,7 +84,7 @@ def _keep_log(log: Path, kept: Path) -> None:
 
 def _calibrate(
     cfg: CfgNode,
-    open_detector: Callable[[], tuple[Any, CocoDataset, BatchLoader]],
+    open_detector: Callable[[], tuple[CascadeDetector, CocoDataset, BatchLoader]],
     target: Target,
     folder: Path,
     options: Options,

@@ -11,9 +11,7 @@ from fvcore.common.config import CfgNode
 from cascade_det import __version__
 from cascade_det.data.coco import CocoDataset
 from cascade_det.text import printable
-from cascade_det.weights.addresses import local_path
-from cascade_det.weights.digest import weights_sha256
-from cascade_det.weights.transfer import sha256_of
+from cascade_det.weights import local_path, read_weights_file, sha256_of, weights_sha256
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class Provenance:
 
     Attributes:
         weights: ``MODEL.WEIGHTS``; empty for none.
-        weights_sha256: of the weights in it, see ``cascade_det.weights.digest``.
+        weights_sha256: of the weights in it, see ``cascade_det.weights.weights_sha256``.
         weights_file_sha256: of the file, as ``sha256sum`` has it.
         data: name of the data set.
         json_file: path of its ground truth.
@@ -51,7 +49,7 @@ class Provenance:
         file = local_path(weights) if weights else None
         return cls(
             weights=str(weights),
-            weights_sha256=weights_sha256(file) if file else "",
+            weights_sha256=weights_sha256(read_weights_file(file).weights) if file else "",
             weights_file_sha256=sha256_of(file) if file else "",
             data=dataset.source.name,
             json_file=str(dataset.source.json_file),

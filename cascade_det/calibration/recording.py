@@ -6,60 +6,39 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from statistics import median
-from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import nn
 
 from cascade_det.calibration.latency_model import LatencyModel
 from cascade_det.calibration.progress import Progress
 from cascade_det.calibration.trials import Frame, Recording
-from cascade_det.core import CascadeHead, CascadeInputs, DetectorOutput, ExitPolicy, PartTimer
+from cascade_det.core import ExitPolicy, PartTimer
 from cascade_det.core.modes import evaluation_mode
 from cascade_det.core.record import CascadeRecord, join_records
+from cascade_det.data.samples import Batch
+from cascade_det.engine.detector import CascadeDetector
 from cascade_det.engine.devices import device_name
 from cascade_det.engine.head_flops import region_flops
 from cascade_det.engine.inference import BatchLoader
 
-Batch = list[dict[str, Any]]
 # Regions that enter the first and the later stages when latency is measured, as shares.
 _SHARES = ((1.0, 1.0), *((first, later) for first in (1.0, 0.4, 0.1) for later in (0.3, 0.1, 0.02)))
 
 
-class Detector(Protocol):
-    """A detector around a cascade, in either host."""
-
-    @property
-    def cascade(self) -> CascadeHead:
-        """The cascade."""
-
-    @property
-    def dtype(self) -> str:
-        """What it computes in, for a report."""
-
-    def cascade_inputs(self, batch: Batch, *, timer: PartTimer | None = None) -> CascadeInputs:
-        """What the cascade gets of a batch."""
-
-    def detect(
-        self, batch: Batch, *, stages: bool = False, timer: PartTimer | None = None
-    ) -> DetectorOutput:
-        """Detections of a batch."""
-
-    def set_exits(self, exits: ExitPolicy | None) -> None:
-        """Let regions leave by other exits."""
-
-
-def record_dataset(detector: Any, loader: BatchLoader, most_images: int) -> Recording:
+def record_dataset(detector: CascadeDetector, loader: BatchLoader, most_images: int) -> Recording:
     """Run the full cascade and keep what every region saw.
 
     Args:
-        detector: see ``Detector``.
+        detector: in either host.
         loader: of the images, by id.
         most_images: limit of images; the rest of the loader is not used.
 
     Raises:
         ValueError: there is no image.
     """
+    assert isinstance(detector, nn.Module)
     image_ids: list[int] = []
     frames: list[Frame] = []
     flops: tuple[float, ...] = ()
@@ -124,7 +103,7 @@ class Timing:
 
 
 def time_policies(
-    detector: Any,
+    detector: CascadeDetector,
     batches: Sequence[Batch],
     policies: Mapping[str, ExitPolicy | None],
     *,
@@ -133,7 +112,7 @@ def time_policies(
     """Time the detector with every policy in turn, so that noise affects all of them equally.
 
     Args:
-        detector: see ``Detector``; it keeps its exits.
+        detector: keeps its exits.
         batches: to run on; the first is run once more before, untimed.
         policies: by name.
         rounds: how often each batch is run with each policy.
@@ -141,6 +120,7 @@ def time_policies(
     Returns:
         The calls of each policy, in order.
     """
+    assert isinstance(detector, nn.Module)
     device = next(detector.parameters()).device
     timings: dict[str, list[Timing]] = {name: [] for name in policies}
     own = detector.cascade.exits
@@ -166,12 +146,12 @@ def time_policies(
 
 
 def fit_latency(
-    detector: Any, batches: Sequence[Batch], *, most_proposals: int, rounds: int
+    detector: CascadeDetector, batches: Sequence[Batch], *, most_proposals: int, rounds: int
 ) -> LatencyModel:
     """Measure a detector with more and fewer regions, and fit a model to the medians.
 
     Args:
-        detector: see ``Detector``.
+        detector: in either host.
         batches: to run on, of equal size.
         most_proposals: of an image.
         rounds: how often each batch is run with each number of regions.
@@ -209,7 +189,7 @@ def truncated_cascades(num_stages: int) -> dict[str, ExitPolicy]:
     }
 
 
-def _time(detector: Any, batch: Batch, device: torch.device) -> Timing:
+def _time(detector: CascadeDetector, batch: Batch, device: torch.device) -> Timing:
     timer = PartTimer(device)
     stats = detector.detect(batch, timer=timer).stats
     return Timing(tuple(stats.entered), sum(timer.milliseconds.values()))

@@ -27,12 +27,13 @@ from cascade_det.d2.datasets import refuse_left_out, register_dataset
 from cascade_det.d2.detector import Detector
 from cascade_det.d2.loader import build_test_loader
 from cascade_det.data.coco import CocoDataset
+from cascade_det.data.samples import Sample
 from cascade_det.engine.datasets import load_datasets_to_evaluate
 from cascade_det.engine.devices import on_its_device, set_backends
 from cascade_det.engine.evaluate import by_dataset, evaluate_dataset
 from cascade_det.engine.head_flops import region_flops
-from cascade_det.engine.run_info import load_to_evaluate
 from cascade_det.engine.run_lock import alone_in_output_dir
+from cascade_det.engine.run_weights import load_to_evaluate
 from cascade_det.errors import ConfigError
 from cascade_det.evaluation import RegionFlops
 from cascade_det.evaluation.average_precision import detections_limit, with_ap90
@@ -223,7 +224,7 @@ class _FeedOutputs:
         self._evaluator = evaluator
         self._detector = detector
 
-    def process(self, batch: list[dict[str, Any]], output: DetectorOutput) -> None:
+    def process(self, batch: Sequence[Sample], output: DetectorOutput) -> None:
         self._evaluator.process(batch, self._detector.outputs)
 
     def state(self) -> None:

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class StorageHistory:
-    """``EventStorage`` with the interface of :class:`cascade_det.engine.events.History`.
+    """``EventStorage`` with the interface of :class:`cascade_det.engine.history.History`.
 
     Args:
         storage: of a training.

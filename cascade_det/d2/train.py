@@ -24,11 +24,13 @@ from cascade_det.d2.loader import build_test_loader
 from cascade_det.d2.structures import check_masks_and_keypoints, to_inputs
 from cascade_det.d2.trainer import Results, Trainer
 from cascade_det.data.coco import CocoDataset, check_same_classes
+from cascade_det.data.samples import Batch
 from cascade_det.engine.batches import check_images, check_truth
 from cascade_det.engine.datasets import load_training_data, scheduled
 from cascade_det.engine.devices import on_its_device, resolve_amp_dtype, set_backends
-from cascade_det.engine.divergence import replay
-from cascade_det.engine.run_info import RunInfo, check_output, record_start
+from cascade_det.engine.output_dir import check_output, record_start
+from cascade_det.engine.replay import replay
+from cascade_det.engine.run_info import RunInfo
 from cascade_det.engine.run_lock import alone_in_output_dir
 from cascade_det.engine.validation import validation_losses
 from cascade_det.parallel import distributed
@@ -75,7 +77,7 @@ def replay_batch(cfg: CfgNode, path: str | Path) -> list[str]:
         path: the file that it wrote, in either host.
 
     Returns:
-        Lines of a report, see :func:`cascade_det.engine.divergence.replay`.
+        Lines of a report, see :func:`cascade_det.engine.replay.replay`.
 
     Raises:
         CheckpointError: the file cannot be read or belongs to another model.
@@ -86,7 +88,7 @@ def replay_batch(cfg: CfgNode, path: str | Path) -> list[str]:
     model.register_forward_pre_hook(lambda _, args: ([to_inputs(x) for x in args[0]],))
     num_classes = getattr(getattr(model, "roi_heads", model), "num_classes", sys.maxsize)
 
-    def check(batch: list[dict[str, Any]]) -> None:
+    def check(batch: Batch) -> None:
         check_images(batch, image_channels(model))
         check_truth(batch, num_classes)
         for sample in batch:
@@ -113,5 +115,4 @@ def _validation_losses(
         Detector(model),
         (batch for loader in loaders for batch in loader),
         amp_dtype=resolve_amp_dtype(config.trainer_arguments(cfg)["amp_dtype"], device),
-        device=device,
     )

@@ -33,10 +33,11 @@ from cascade_det.engine.averaging import WeightAverage
 from cascade_det.engine.best_model import BestModel
 from cascade_det.engine.devices import resolve_amp_dtype
 from cascade_det.engine.hooks import EvalHook, PeriodicCheckpoint
-from cascade_det.engine.run_control import RunControl
-from cascade_det.engine.run_info import RunInfo, resume_or_load
+from cascade_det.engine.run_info import RunInfo
+from cascade_det.engine.run_weights import resume_or_load
 from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, build_scheduler
 from cascade_det.engine.step import TrainingStep
+from cascade_det.engine.stopping import StoppableLoop
 from cascade_det.engine.training_modes import freeze_detector, training_mode
 from cascade_det.engine.training_state import load_optimizer_state, optimizer_state
 from cascade_det.parallel import distributed
@@ -47,7 +48,7 @@ logger = logging.getLogger(__name__)
 Results = dict[str, Any]
 
 
-class Trainer(RunControl, TrainerBase):
+class Trainer(StoppableLoop, TrainerBase):
     """Trains a model of Detectron2, with our heads or its own, on its own and our ``CASCADE`` keys.
 
     A ``TrainerBase``, because the loop, step, checkpoints and hooks of ``DefaultTrainer`` are

@@ -1,4 +1,4 @@
-"""What the C library does with memory that tensors on the CPU have given back."""
+"""Reuse of freed CPU memory by the C library."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ _DEFAULT_MMAP_MAX = 65536
 
 
 def keep_freed_memory(keep: bool = True) -> bool:
-    """Let this process keep the memory of freed tensors for the next ones, or give it back again.
+    """Let this process keep the memory of freed tensors for the next ones, or return it.
 
-    By default glibc takes the memory of every large tensor from the system and returns it, so that
-    each page of each feature map is mapped and zeroed anew, which can take longer than to compute
-    it. Kept memory is that of the largest moment; the process returns it when it ends.
+    By default glibc maps the memory of every large tensor and unmaps it again, so each page of
+    each feature map is zeroed anew, which can take longer than computing it. Kept memory stays at
+    its peak until the process ends.
 
     Args:
-        keep: ``False`` returns what was kept and maps large tensors one by one again, as glibc
-            does by itself, except those that find room between what is still in use in the heap.
+        keep: ``False`` returns the kept memory and restores glibc's default.
 
     Returns:
-        Whether it could be done: only with glibc, that is on most Linux systems.
+        Whether it worked: only with glibc, that is on most Linux systems.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -1,30 +1,27 @@
-"""Weights averaged over the iterations, which detect better than the last ones."""
+"""An exponential moving average of the weights, which detects better than the last weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from cascade_det.engine.hooks import Hook
-
-if TYPE_CHECKING:
-    from cascade_det.engine.trainer import Trainer
+from cascade_det.engine.hooks import Hook, TrainingLoop
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 class WeightAverage(Hook):
-    """Keeps an exponential moving average of all parameters and buffers.
+    """Averages all parameters and buffers.
 
     At iteration *t* the average keeps ``min(decay, (1 + t) / (10 + t))`` of itself, so that it
-    soon forgets the initial weights.
+    forgets the initial weights quickly.
 
     Args:
         detector: copied as it is now; the copy is updated after every step.
-        decay: what is kept in the long run, in (0, 1).
+        decay: the share that is kept in the long run, in (0, 1).
     """
 
     def __init__(self, detector: nn.Module, decay: float) -> None:
@@ -37,16 +34,16 @@ class WeightAverage(Hook):
         """The detector with averaged weights."""
         return self._average.module
 
-    def after_step(self, trainer: Trainer) -> None:
-        """Take in the new weights."""
+    def after_step(self, trainer: TrainingLoop) -> None:
+        """Update the average."""
         self._average.update_parameters(self._detector)
 
     def state_dict(self) -> dict[str, Any]:
-        """How many steps were averaged; the average itself is the checkpoint's model."""
+        """The number of averaged steps; the average itself is the checkpoint's model."""
         return {"steps": int(self._average.n_averaged)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Restore :meth:`state_dict`."""
         self._average.n_averaged.fill_(state["steps"])
 
     def _update(self, averages: Tensors, current: Tensors, steps: Tensor | int) -> None:

@@ -1,4 +1,4 @@
-"""Batches of training, and the parts that they are computed in."""
+"""Checks of batches, and the equal parts that a step computes them in."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Of an image; memory grows with these times the anchors.
-_MOST_OBJECTS = 10_000
+from cascade_det.data.samples import Batch
 
-Batch = list[dict[str, Any]]
+# Per image; memory grows with these times the anchors.
+_MOST_OBJECTS = 10_000
 
 
 def split_batch(batch: Batch, parts: int) -> list[Batch]:
-    """A batch in equal parts, in order.
+    """Split a batch into equal parts, in order.
 
     Raises:
-        ValueError: it cannot be shared equally.
+        ValueError: its size is not a multiple of ``parts``.
     """
     if parts < 1 or len(batch) % parts:
         raise ValueError(f"{len(batch)} images cannot be computed in {parts} equal parts")
@@ -27,22 +27,22 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
 
 
 def check_images(batch: Sequence[Mapping[str, Any]], channels: int | None = 3) -> None:
-    """Check that a detector can take the images of a batch.
+    """Check the images of a batch.
 
     Args:
         batch: samples.
-        channels: of an image; ``None`` for any number.
+        channels: of each image; ``None`` for any number.
 
     Raises:
-        ValueError: one is not a tensor ``[channels, H, W]``, or has no pixels; or the batch is
+        ValueError: an image is not a tensor ``[channels, H, W]`` or has no pixels, or the batch is
             not a list of dicts.
     """
     if isinstance(batch, Mapping):
         raise ValueError("a batch is a list of samples, not one alone")
-    for place, sample in enumerate(batch):
+    for index, sample in enumerate(batch):
         if not isinstance(sample, Mapping):
             raise ValueError(
-                f"image {place} of the batch is {type(sample).__name__}: give a dict with the "
+                f"image {index} of the batch is {type(sample).__name__}: give a dict with the "
                 "tensor as 'image'"
             )
         image = sample.get("image")
@@ -50,37 +50,37 @@ def check_images(batch: Sequence[Mapping[str, Any]], channels: int | None = 3) -
         is_image = isinstance(shape, list) and len(shape) == 3 and 0 not in shape
         if not is_image or shape[0] != (channels or shape[0]):
             raise ValueError(
-                f"image {place} of the batch is {shape}: give a uint8 tensor "
+                f"image {index} of the batch is {shape}: give a uint8 tensor "
                 f"[{channels or 'C'}, H, W] with at least one pixel"
             )
 
 
 def check_truth(batch: Sequence[Mapping[str, Any]], num_classes: int) -> None:
-    """Check that the ground truth of a batch, as far as there is any, can be trained on.
+    """Check the ground truth of a batch, where it has some.
 
     Raises:
         ValueError: boxes are not ``[G, 4]``, classes not int64 ``[G]`` in ``[0, num_classes)``, or
             G is beyond any image.
     """
-    for place, sample in enumerate(batch):
+    for index, sample in enumerate(batch):
         if "gt_boxes" not in sample and "gt_classes" not in sample:
             continue
         boxes, classes = sample.get("gt_boxes"), sample.get("gt_classes")
         if not isinstance(boxes, Tensor) or not isinstance(classes, Tensor):
             raise ValueError(
-                f"image {place} of the batch has gt_boxes or gt_classes that are not tensors"
+                f"image {index} of the batch has gt_boxes or gt_classes that are not tensors"
             )
         is_fine = (
             boxes.is_floating_point()
             and boxes.shape == (len(boxes), 4)
             and classes.shape == (len(boxes),)
-            # Mappers of users give an image without objects classes that are float.
+            # Some mappers give float classes to an image without objects.
             and (classes.dtype in (torch.int64, torch.int32) or not len(classes))
         )
         if not is_fine or len(boxes) > _MOST_OBJECTS:
             raise ValueError(
-                f"the objects of image {place} of the batch are not boxes [G, 4] and as many "
+                f"the objects of image {index} of the batch are not boxes [G, 4] and as many "
                 f"classes, {_MOST_OBJECTS:,} at most"
             )
         if ((classes < 0) | (classes >= num_classes)).any():
-            raise ValueError(f"image {place} of the batch has classes beyond the {num_classes}")
+            raise ValueError(f"image {index} of the batch has classes beyond the {num_classes}")

@@ -1,4 +1,4 @@
-"""The best weights of a training, and an end when nothing better comes."""
+"""Keeps the best weights of a training, and stops it when they no longer improve."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cascade_det.engine.checkpoint import Checkpointer
-from cascade_det.engine.hooks import Hook, scalars_of
-
-if TYPE_CHECKING:
-    from cascade_det.engine.trainer import Trainer
+from cascade_det.engine.hooks import Hook, TrainingLoop, scalars_of
 
 logger = logging.getLogger(__name__)
 
@@ -20,15 +17,15 @@ BEST = "model_best"
 
 
 class BestModel(Hook):
-    """Saves the best weights as ``model_best.pth``, and stops when nothing better comes.
+    """Saves the best weights as ``model_best.pth``; stops after ``patience`` worse evaluations.
 
-    Put it after evaluation. The file has no state of training: it is to be used, not resumed, and
+    Put it after evaluation. The file holds no training state: it is for use, not for resuming, and
     ``last_checkpoint`` does not name it.
 
     Args:
         checkpointer: writes the file.
-        metric: name in the history, such as ``bbox/AP``; more is better, but of losses, which are
-            below ``validation/`` or end in ``loss``, less. NaN is never better.
+        metric: name in the history, such as ``bbox/AP``. Higher is better, except for losses,
+            whose names start with ``validation/`` or end in ``loss``. NaN is never better.
         patience: evaluations in a row without improvement that end training; 0 for never.
     """
 
@@ -43,13 +40,13 @@ class BestModel(Hook):
         self._waited = 0
         self._warned = False
 
-    def before_train(self, trainer: Trainer) -> None:
-        """Look at an evaluation that a resumed run begins with; end one that ended before."""
+    def before_train(self, trainer: TrainingLoop) -> None:
+        """Take in an evaluation that a resumed run starts with; stop if patience has run out."""
         self.after_step(trainer)
-        self._stop_without_hope(trainer)
+        self._stop_if_out_of_patience(trainer)
 
-    def after_step(self, trainer: Trainer) -> None:
-        """Look at the figure, if this iteration has a new one."""
+    def after_step(self, trainer: TrainingLoop) -> None:
+        """Compare the metric, if this iteration has measured it."""
         if not trainer.results:
             return
         if self._metric not in trainer.history:
@@ -65,20 +62,22 @@ class BestModel(Hook):
             self._checkpointer.save_weights(BEST, iteration=iteration, metric={self._metric: value})
             return
         self._waited += 1
-        self._stop_without_hope(trainer)
+        self._stop_if_out_of_patience(trainer)
 
-    def after_train(self, trainer: Trainer) -> None:
-        """Look at the last evaluation, and say which one was the best."""
+    def after_train(self, trainer: TrainingLoop) -> None:
+        """Take in the last evaluation, and log which one was the best."""
         self.after_step(trainer)
         if trainer.finished and self._best is not None:
             logger.info(
                 "Best %s: %.4g after iteration %d, in %s",
-                *(self._metric, self._best, self._best_iteration),
+                self._metric,
+                self._best,
+                self._best_iteration,
                 Path(self._checkpointer.save_dir, f"{BEST}.pth"),
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The best so far, and how long ago it was."""
+        """The best value so far, and how many evaluations ago it was."""
         return {
             "metric": self._metric,
             "best": self._best,
@@ -88,30 +87,35 @@ class BestModel(Hook):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on waiting where the last run stopped; begin anew with another metric."""
+        """Restore :meth:`state_dict`; with another metric, start over."""
         if state["metric"] != self._metric:
-            logger.info("CASCADE.BEST_METRIC was %s: the best is sought anew", state["metric"])
+            logger.info(
+                "CASCADE.BEST_METRIC was %s: the search for the best starts over", state["metric"]
+            )
             return
         self._best, self._best_iteration = state["best"], state["iteration"]
         self._seen, self._waited = state["seen"], state["waited"]
 
-    def _stop_without_hope(self, trainer: Trainer) -> None:
+    def _stop_if_out_of_patience(self, trainer: TrainingLoop) -> None:
         if 0 < self._patience <= self._waited:
             logger.info(
                 "Stopping after iteration %d: %s has not become better than %.4g (iteration %d) in "
                 "%d evaluations. Raise CASCADE.PATIENCE, %d now, to train on.",
-                *(trainer.iteration, self._metric),
-                *(math.nan if self._best is None else self._best, self._best_iteration),
-                *(self._waited, self._patience),
+                trainer.iteration,
+                self._metric,
+                math.nan if self._best is None else self._best,
+                self._best_iteration,
+                self._waited,
+                self._patience,
             )
             trainer.stop()
 
-    def _warn_once(self, trainer: Trainer) -> None:
+    def _warn_once(self, trainer: TrainingLoop) -> None:
         if not self._warned:
             self._warned = True
             logger.warning(
                 "CASCADE.BEST_METRIC %r is not among the results, so no best checkpoint is kept. "
-                "There are: %s",
+                "The results have: %s",
                 self._metric,
                 ", ".join(name for name, _ in scalars_of(trainer.results)),
             )

@@ -13,15 +13,11 @@ from torch import nn
 from cascade_det.errors import CheckpointError
 from cascade_det.files import atomic_path
 from cascade_det.text import listed
-from cascade_det.weights.completeness import check_finite
-from cascade_det.weights.files import load_torch_file
-from cascade_det.weights.loading import load_weights
+from cascade_det.weights import check_finite, load_torch_file, load_weights
 
 LAST = "last_checkpoint"
-# What loading the state of something else ends in; CheckpointErrors are ValueErrors.
+# Raised when a state is loaded into the wrong object; CheckpointErrors are ValueErrors.
 DOES_NOT_FIT = (AttributeError, LookupError, TypeError, ValueError, RuntimeError)
-# What goes with weights that are to be used, beside the weights themselves.
-WITH_WEIGHTS = ("run",)
 
 
 def newest_checkpoint(folder: str | Path) -> str:
@@ -46,17 +42,17 @@ def newest_checkpoint(folder: str | Path) -> str:
 
 
 def checkpoint_to_resume(folder: str | Path) -> str:
-    """As :func:`newest_checkpoint`, where there has to be one.
+    """As :func:`newest_checkpoint`.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no checkpoint.
     """
     if file := newest_checkpoint(folder):
         return file
-    found = sorted(file.name for file in Path(folder).glob("*.pth"))
-    listed = f"only {', '.join(found[:5])} without {LAST}" if found else "no checkpoint"
+    files = sorted(file.name for file in Path(folder).glob("*.pth"))
+    found = f"only {', '.join(files[:5])} without {LAST}" if files else "no checkpoint"
     raise CheckpointError(
-        f"--resume: there is nothing to resume in OUTPUT_DIR {folder}: it has {listed}. Start "
+        f"--resume: there is nothing to resume in OUTPUT_DIR {folder}: it has {found}. Start "
         "without --resume, or give the OUTPUT_DIR of the run to go on with."
     )
 
@@ -70,14 +66,14 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
     Args:
         model: its state dict is saved under ``"model"``.
         save_dir: an existing folder.
-        save_to_disk: ``False`` makes :meth:`save` collect the state, but write nothing; of several
+        save_to_disk: ``False`` makes :meth:`save` collect the state but write nothing: several
             processes all save, and one writes.
         checkpointables: objects with ``state_dict()`` and ``load_state_dict()``. The trainer,
             which :class:`~cascade_det.engine.hooks.PeriodicCheckpoint` adds, covers optimiser,
             schedule, loss scaling, random numbers, history and hooks.
 
     Attributes:
-        start_iter: where training goes on: 0, or one after the checkpoint that was resumed.
+        start_iter: where training continues: 0, or one after the resumed checkpoint.
     """
 
     def __init__(
@@ -93,15 +89,15 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
         super().__init__(model, str(save_dir), save_to_disk=save_to_disk, **checkpointables)
 
     def add_checkpointable(self, key: str, checkpointable: Any) -> None:
-        """Track one more object; after a resume it is given its state at once.
+        """Track one more object; after a resume its state is restored at once.
 
-        That lets the loader and the trainer be built when the iteration to start with is known.
+        So loader and trainer can be built after the iteration to start with is known.
         """
         super().add_checkpointable(key, checkpointable)
         self.load_resumed(key, checkpointable)
 
     def load_resumed(self, key: str, checkpointable: Any) -> None:
-        """Give an object its state from the resumed checkpoint, if that has one; do not track it.
+        """Restore an object's state from the resumed checkpoint, if that has one, untracked.
 
         Raises:
             CheckpointError: the state does not fit.
@@ -117,7 +113,7 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
             ) from error
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write ``name.pth``; an earlier file of that name is there, whole, until this one is.
+        """Write ``name.pth`` atomically.
 
         Raises:
             CheckpointError: the file cannot be written, for example because the disk is full.
@@ -129,13 +125,14 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
             self.tag_last_checkpoint(f"{name}.pth")
 
     def save_weights(self, name: str, **kwargs: Any) -> None:
-        """Write ``name.pth`` without the trainer's state, beside the checkpoints to resume from.
+        """Write ``name.pth`` without the state of training; ``last_checkpoint`` stays.
 
         Raises:
             CheckpointError: see :meth:`save`.
         """
-        others = {k: o.state_dict() for k, o in self.checkpointables.items() if k in WITH_WEIGHTS}
-        self._write(name, {"model": self.model.state_dict(), **others, **kwargs})
+        run = self.checkpointables.get("run")
+        info = {} if run is None else {"run": run.state_dict()}
+        self._write(name, {"model": self.model.state_dict(), **info, **kwargs})
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Write the name of the newest checkpoint to ``last_checkpoint``."""
@@ -151,20 +148,20 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
         return newest_checkpoint(self.save_dir)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """Load a checkpoint of this very model; see :meth:`resume_or_load` for other weights.
+        """Load a checkpoint of this model; see :meth:`resume_or_load` for other weights.
 
         Args:
             path: a file that :meth:`save` wrote.
             checkpointables: which of the objects to load; ``None`` for all.
 
         Returns:
-            What the checkpoint holds beyond them.
+            The other entries of the checkpoint.
 
         Raises:
             CheckpointError: the file is missing, damaged, of another model or optimiser, or its
                 weights are NaN or Inf.
         """
-        if not os.path.isfile(path):  # False for impossible names too
+        if not os.path.isfile(path):
             raise CheckpointError(
                 f"{path}: no such checkpoint. Delete {Path(self.save_dir) / 'last_checkpoint'}, or "
                 "write into it the name of a checkpoint that is there."
@@ -179,22 +176,19 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
                 "configuration that it was written with, or start without resuming."
             ) from error
 
-    def resume_or_load(
-        self, path: str, *, resume: bool = True, complete: bool = False
-    ) -> dict[str, Any]:
-        """Go on from the last checkpoint, or load weights only.
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Resume from the last checkpoint, or load weights only.
 
         Args:
             path: file of weights for a start; empty for a start from the initialisation.
-            resume: whether to go on from the last checkpoint, which is always complete.
-            complete: whether the file of weights has to be, see ``load_weights``.
+            resume: resume from the last checkpoint; ``path`` is ignored then.
 
         Returns:
-            What the resumed checkpoint holds beyond the checkpointables; empty for a start.
+            The entries of the resumed checkpoint besides the checkpointables; empty for a start.
 
         Raises:
             CheckpointError: there is nothing to resume; else see :meth:`load` and
-                :func:`cascade_det.weights.loading.load_weights`.
+                :func:`cascade_det.weights.load_weights`.
         """
         self.start_iter, self._resumed = 0, {}
         if resume:
@@ -209,7 +203,7 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
             self.start_iter = iteration + 1
             self.logger.info("Resuming at iteration %d", self.start_iter)
         elif path:
-            load_weights(self.model, path, complete=complete)
+            load_weights(self.model, path)
         else:
             self.logger.info("No weights given: starting from the initialisation")
         return self._resumed
@@ -222,7 +216,7 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
         try:
             with atomic_path(path) as temporary:
                 torch.save(data, temporary)
-        # torch reports a full disk as a RuntimeError about its archive.
+        # torch reports a full disk as a RuntimeError.
         except (OSError, RuntimeError) as error:
             raise CheckpointError(
                 f"{path}: cannot be written ({error}). Is the disk full? Make room and go on with "
@@ -234,21 +228,21 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
         content = load_torch_file(Path(f))
         if not isinstance(content, dict) or "model" not in content:
             raise CheckpointError(f"{f}: is no checkpoint, it has no entry 'model'.")
-        if isinstance(content["model"], dict):  # fvcore says what else it is
+        if isinstance(content["model"], dict):  # fvcore refuses others
             tensors = {k: v for k, v in content["model"].items() if isinstance(v, torch.Tensor)}
             check_finite(f, tensors)
         return content
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
-        """Raise, where fvcore warns: a resumed model that lacks weights is no resumed model."""
+        """Raise where fvcore only warns: a resumed model needs all its weights."""
         differing = {name for name, _, _ in incompatible.incorrect_shapes}
-        problems = [
+        issues = [
             f"{name} is {in_file} in the file, {in_model} in the model"
             for name, in_file, in_model in incompatible.incorrect_shapes
         ]
-        # fvcore passes over tensors of another shape, so that they count as missing too.
+        # fvcore skips tensors of another shape, so they count as missing too.
         missing = [name for name in incompatible.missing_keys if name not in differing]
-        problems += [f"{name} is only in the model" for name in missing]
-        problems += [f"{name} is only in the file" for name in incompatible.unexpected_keys]
-        if problems:
-            raise ValueError(listed(problems, 5, "; "))
+        issues += [f"{name} is only in the model" for name in missing]
+        issues += [f"{name} is only in the file" for name in incompatible.unexpected_keys]
+        if issues:
+            raise ValueError(listed(issues, 5, "; "))

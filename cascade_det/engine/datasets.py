@@ -23,13 +23,13 @@ Find = Callable[[str, Iterable[tuple[str, str, str]]], DatasetSource]
 def load_datasets(cfg: CfgNode, *, train: bool, find: Find = find_dataset) -> list[CocoDataset]:
     """Load ``DATASETS.TRAIN`` or ``DATASETS.TEST``.
 
-    The images of test sets are decoded, so that no evaluation ends a long run at a damaged one.
-    There is no other image to take in its place, as there is in training.
+    The images of test sets are decoded, so that a damaged one does not end a long run at its
+    evaluation: unlike in training, no other image can stand in for it.
 
     Args:
         cfg: a checked configuration.
         train: which of the two.
-        find: where a data set lies, by its name and the user's own ones.
+        find: locates a data set by its name and the user's own data sets.
 
     Raises:
         ConfigError: nothing to train on is named, or NUM_CLASSES is not that of the data.
@@ -74,7 +74,7 @@ def load_datasets_to_evaluate(
 def load_training_data(
     cfg: CfgNode, find: Find = find_dataset
 ) -> tuple[list[CocoDataset], list[CocoDataset]]:
-    """Load ``DATASETS.TRAIN`` and ``DATASETS.TEST``, which have to have the same classes.
+    """Load ``DATASETS.TRAIN`` and ``DATASETS.TEST``, which need the same classes.
 
     Raises:
         ConfigError: as ``load_datasets``.
@@ -88,10 +88,10 @@ def load_training_data(
 
 
 def scheduled(cfg: CfgNode, datasets: Sequence[CocoDataset]) -> CfgNode:
-    """The configuration with the schedule for its training data; says how long that is.
+    """Scale the schedule to ``CASCADE.EPOCHS``, where that is set, and log its length.
 
     Args:
-        cfg: a checked configuration, whose ``CASCADE.EPOCHS`` may ask for another schedule.
+        cfg: a checked configuration.
         datasets: those of ``DATASETS.TRAIN``.
 
     Raises:
@@ -104,14 +104,16 @@ def scheduled(cfg: CfgNode, datasets: Sequence[CocoDataset]) -> CfgNode:
     before, cfg = cfg, config.scale_to_epochs(cfg, len(records))
     changes = config.changed_keys(before, cfg)
     if changes:
-        told = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changes.items())
-        logger.info("CASCADE.EPOCHS is %g: %s", cfg.CASCADE.EPOCHS, told)
+        changed = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changes.items())
+        logger.info("CASCADE.EPOCHS is %g: %s", cfg.CASCADE.EPOCHS, changed)
     iterations, images = cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH
     epochs = iterations * images / len(records)
     logger.info(
         "%s iterations x %d images = %s epochs of %s images",
-        *(f"{iterations:,}", images),
-        *(f"{epochs:,.0f}" if epochs >= 1000 else f"{epochs:.3g}", f"{len(records):,}"),
+        f"{iterations:,}",
+        images,
+        f"{epochs:,.0f}" if epochs >= 1000 else f"{epochs:.3g}",
+        f"{len(records):,}",
     )
     return cfg
 

@@ -1,4 +1,4 @@
-"""What a configuration leaves to the machine: device, type of mixed precision, backends."""
+"""Settings that depend on the machine: device, type of mixed precision, backends."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ logger = logging.getLogger(__name__)
 
 
 def resolve_device(cfg: CfgNode) -> torch.device:
-    """``MODEL.DEVICE``; for ``cuda`` without any GPU the CPU, with a warning.
+    """``MODEL.DEVICE``; the CPU, with a warning, if it is ``cuda`` and there is no GPU.
 
     Raises:
-        ConfigError: the key asks for one GPU by its index, and there is none of that index.
+        ConfigError: there is no GPU of the index that the key names.
     """
     name: str = cfg.MODEL.DEVICE
     kind, _, index = name.partition(":")
@@ -40,7 +40,7 @@ def resolve_device(cfg: CfgNode) -> torch.device:
 
 
 def on_its_device(cfg: CfgNode) -> CfgNode:
-    """The configuration with the device that ``resolve_device`` gives, for who reads the key.
+    """The configuration with its device resolved, for readers of ``MODEL.DEVICE``.
 
     Raises:
         ConfigError: see ``resolve_device``.
@@ -54,13 +54,13 @@ def on_its_device(cfg: CfgNode) -> CfgNode:
 
 
 def device_name(device: torch.device | str) -> str:
-    """What a device is called, a GPU or the CPU: the same on every machine that has such a one."""
+    """The model name of a GPU or of the CPU."""
     name: str = describe_machine(device)["device_name"]
     return name
 
 
 def resolve_amp_dtype(name: str | None, device: torch.device) -> str | None:
-    """``auto`` is float16 on GPUs, bfloat16 on CPUs with instructions for it, float32 on others."""
+    """Resolve ``auto``: float16 on GPUs, bfloat16 on CPUs that have it, else float32."""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -72,9 +72,9 @@ def resolve_amp_dtype(name: str | None, device: torch.device) -> str | None:
 
 
 def resolve_fast_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``MODEL.CASCADE.FAST.DTYPE``; ``auto`` is the fastest type that the device computes in.
+    """``MODEL.CASCADE.FAST.DTYPE``; ``auto`` is the fastest type of the device.
 
-    That is bfloat16 where there are instructions for it, else float16 on GPUs, float32 on CPUs.
+    That is bfloat16 if it has instructions for it, else float16 on GPUs and float32 on CPUs.
 
     Raises:
         ConfigError: float16 is asked for on a CPU.
@@ -96,11 +96,7 @@ def resolve_fast_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def describe_dtypes(dtypes: Mapping[str, torch.dtype]) -> str:
-    """What a detector computes in: ``bfloat16``, or ``bfloat16: fpn, rpn; float32: stem``.
-
-    Args:
-        dtypes: of its parts, by name.
-    """
+    """The types of a detector's parts: ``bfloat16``, or ``bfloat16: fpn, rpn; float32: stem``."""
     names: dict[str, list[str]] = {}
     for name, dtype in dtypes.items():
         names.setdefault(str(dtype).removeprefix("torch."), []).append(name)
@@ -110,7 +106,7 @@ def describe_dtypes(dtypes: Mapping[str, torch.dtype]) -> str:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device has instructions for bfloat16; emulated, it is slower than float32."""
+    """Whether a device has instructions for bfloat16; emulation is slower than float32."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)

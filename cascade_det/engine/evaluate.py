@@ -1,4 +1,4 @@
-"""A detector on a data set: all figures, as a report in the log and in files."""
+"""Evaluates a detector on a data set: all metrics, as a report in the log and in files."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from cascade_det.data.coco import CocoDataset, left_out_warnings
 from cascade_det.data.transforms import read_image
-from cascade_det.engine.inference import BatchLoader, Evaluator, run_inference
-from cascade_det.evaluation import RegionFlops, default_evaluators
+from cascade_det.engine.detector import Detector
+from cascade_det.engine.inference import BatchLoader, run_inference
+from cascade_det.evaluation import Evaluator, RegionFlops, default_evaluators
 from cascade_det.parallel import distributed
 from cascade_det.report.analysis_files import as_extra, write_analysis
 from cascade_det.report.plots import plot_report
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate_dataset(
-    detector: nn.Module,
+    detector: Detector,
     loader: BatchLoader,
     dataset: CocoDataset,
     output_dir: Path,
@@ -41,21 +41,21 @@ def evaluate_dataset(
     """Evaluate a detector; several processes share the images, and the main one writes the files.
 
     Args:
-        detector: see :func:`cascade_det.engine.inference.run_inference`.
+        detector: with its weights.
         loader: batches of this process.
         dataset: with its ground truth.
-        output_dir: of ``results.json``, ``report.png``, ``analysis/`` and ``inference/``.
+        output_dir: for ``results.json``, ``report.png``, ``analysis/`` and ``inference/``.
         device: of the detector.
-        detections_per_image: how many the detector gives at most.
-        dtype: what it computes in, for the report.
-        stages: whether the detector can say what each stage alone would give.
+        detections_per_image: the detector's limit.
+        dtype: the type it computes in, for the report.
+        stages: whether the detector can report what each stage alone would give.
         flops: of one region, see :func:`cascade_det.engine.head_flops.region_flops`.
-        further: evaluators beside those of the project.
-        finish: called with the results on every process; gives what is reported.
+        further: evaluators besides the default ones.
+        finish: called with the results on every process; returns those to report.
 
     Returns:
-        ``bbox``, ``analysis``, ``stages``, ``exits``, ``latency``, ``notes`` and what ``further``
-        evaluators give; the same on every process.
+        ``bbox``, ``analysis``, ``stages``, ``exits``, ``latency``, ``notes`` and the results of
+        ``further`` evaluators; the same on every process.
     """
     evaluators = default_evaluators(
         ground_truth=dataset.ground_truth,
@@ -67,7 +67,8 @@ def evaluate_dataset(
         flops=flops,
     )
     found = run_inference(detector, loader, [*evaluators, *further], stages=stages)
-    results = dict(finish({**found, "notes": [*found["notes"], *left_out_warnings(dataset)]}))
+    warnings = [*found["notes"], *left_out_warnings(dataset)]
+    results = dict(finish({**found, "notes": warnings}))
     machine = describe_machine(device, dtype)
     report = format_report({**results, "machine": machine})
     logger.info("Results on %s:\n\n%s\n", dataset.source.name, report)
@@ -91,7 +92,7 @@ def by_dataset(
     output_dir: Path,
     evaluate: Callable[[CocoDataset, Path], dict[str, Any]],
 ) -> dict[str, Any]:
-    """Evaluate: results of one set as they are; of several, by name, in folders of their own."""
+    """Evaluate one data set, or several in folders of their own, with results by name."""
     if len(datasets) == 1:
         return evaluate(datasets[0], output_dir)
     names = [dataset.source.name for dataset in datasets]

@@ -1,4 +1,4 @@
-"""What the box heads of a cascade compute for one region, counted by fvcore."""
+"""Multiply-adds of the box heads for one region, counted by fvcore."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ with without_jit_warning():
 
 
 def region_flops(cascade: CascadeHead, channels: int) -> RegionFlops:
-    """Operations of the box head and the predictor of each stage, cropping left out.
+    """Operations of the box head and the predictor of each stage, without RoI pooling.
 
     One multiply-add is one operation, as fvcore counts; activations are none.
 
     Args:
-        cascade: its modules are run once, on one region of zeros.
-        channels: C of the maps that regions are cropped from.
+        cascade: its modules run once, on one region of zeros.
+        channels: C of the feature maps.
     """
     stages = list(zip(cascade.box_head, cascade.box_predictor, strict=True))
     parameter = next(cascade.box_predictor.parameters())
     side = cascade.pooler.output_size
-    crop = torch.zeros(1, channels, side, side, dtype=parameter.dtype, device=parameter.device)
-    of_stages = [_operations(nn.Sequential(*stage), crop) for stage in stages]
+    pooled = torch.zeros(1, channels, side, side, dtype=parameter.dtype, device=parameter.device)
+    of_stages = [_operations(nn.Sequential(*stage), pooled) for stage in stages]
     return RegionFlops(tuple(of_stages), _of_scores(cascade, of_stages))
 
 
-def _operations(head: nn.Module, crop: torch.Tensor) -> float:
+def _operations(head: nn.Module, pooled: torch.Tensor) -> float:
     with evaluation_mode(head), torch.no_grad():
-        counts = FlopCountAnalysis(head, crop)
+        counts = FlopCountAnalysis(head, pooled)
         counts.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         return float(counts.total())
 

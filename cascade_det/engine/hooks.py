@@ -1,63 +1,107 @@
-"""What happens around the steps of training: checkpoints, evaluation, stopping, writing."""
+"""What happens around the steps of training: checkpoints, evaluation and writing."""
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from fvcore.common.checkpoint import PeriodicCheckpointer
 
 from cascade_det.engine.checkpoint import Checkpointer
+from cascade_det.engine.history import History
 from cascade_det.engine.writers import Writer
 from cascade_det.parallel import distributed
-
-if TYPE_CHECKING:
-    from cascade_det.engine.trainer import Trainer
-
-logger = logging.getLogger(__name__)
 
 START, FINAL = "model_start", "model_final"
 
 
-class Hook:
-    """Does nothing at any time. A trainer calls its hooks in their order.
+class Metrics(Protocol):
+    """The part of a history that hooks use in both hosts."""
 
-    ``after_train`` is called whatever the end was; ``trainer.finished`` tells a good end. A hook
-    with a state dict that is not empty finds it again after a resume (one hook of a class).
+    def __contains__(self, name: str, /) -> bool:
+        """Whether the metric has been measured."""
+
+    def latest(self, name: str) -> tuple[float, int]:
+        """Its last value and the iteration of that."""
+
+    def put_all(self, values: Mapping[str, float], *, smooth: bool = True) -> None:
+        """Add values by name; ``smooth``: readers get a median."""
+
+
+class TrainingLoop(Protocol):
+    """What hooks use of the trainer, in either host.
+
+    Attributes:
+        iteration: the current iteration, or the last completed one; from 0.
+        start_iter: the first iteration of this run.
+        max_iter: one more than the last iteration.
+        device: of the detector.
+        results: of the last evaluation; empty before it.
+        finished: whether training reached its end, by ``max_iter`` or by :meth:`stop`.
+        resumable: whether a checkpoint written now can be resumed, see
+            :class:`cascade_det.engine.stopping.StoppableLoop`.
+        last_checkpoint: the newest file that was saved or resumed, for messages.
     """
 
-    def before_train(self, trainer: Trainer) -> None:
+    iteration: int
+    start_iter: int
+    max_iter: int
+    device: torch.device
+    results: dict[str, Any]
+    finished: bool
+    resumable: bool
+    last_checkpoint: str | None
+
+    @property
+    def history(self) -> Metrics:
+        """What was measured."""
+
+    def stop(self) -> None:
+        """End training as finished, after the hooks of this iteration."""
+
+    def interruptible(self) -> AbstractContextManager[None]:
+        """Within the block a signal ends the training at once."""
+
+
+class Hook:
+    """Does nothing; subclasses override what they need. A trainer calls its hooks in order.
+
+    ``after_train`` is called after errors too; ``trainer.finished`` is true after a full run.
+    A state dict that is not empty is restored on resume, by the name of the hook's class.
+    """
+
+    def before_train(self, trainer: TrainingLoop) -> None:
         """Before the first step."""
 
-    def after_step(self, trainer: Trainer) -> None:
+    def after_step(self, trainer: TrainingLoop) -> None:
         """After ``trainer.iteration`` has been completed."""
 
-    def after_train(self, trainer: Trainer) -> None:
+    def after_train(self, trainer: TrainingLoop) -> None:
         """After the last step, or after an error."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run has to know, as plain types."""
+        """What a resumed run needs, as plain types."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Restore :meth:`state_dict`."""
 
 
 class PeriodicCheckpoint(Hook):
     """Saves ``model_0004999.pth`` every ``period`` iterations and ``model_final.pth`` at the end.
 
-    ``model_start.pth`` is there until the first of them is, so that a run can be resumed from its
-    first moment on. An interrupted run is saved where it stopped. Put it before evaluation: an
-    evaluation that fails must not cost the training before it.
+    ``model_start.pth`` exists until the first of them does, so that a run can be resumed from the
+    beginning. An interrupted run is saved where it stopped. Put this hook before evaluation, so
+    that a failing evaluation does not cost the training before it.
 
     Args:
         checkpointer: tracks the trainer from the start of training on.
-        period: iterations between two checkpoints; 0 for the last one only.
-        max_to_keep: of the periodic ones, delete all but this many; 0 keeps all.
+        period: iterations between two checkpoints; 0 for the final one only.
+        max_to_keep: how many of the periodic ones to keep; 0 keeps all.
     """
 
     def __init__(self, checkpointer: Checkpointer, period: int, max_to_keep: int = 0) -> None:
@@ -66,34 +110,34 @@ class PeriodicCheckpoint(Hook):
         self._max_to_keep = max_to_keep
         self._saved: int | None = None
 
-    def before_train(self, trainer: Trainer) -> None:
-        """Track the trainer, which gives it the state of a resumed run."""
+    def before_train(self, trainer: TrainingLoop) -> None:
+        """Track the trainer, which restores the state of a resumed run."""
         if "trainer" not in self._checkpointer.checkpointables:
             self._checkpointer.add_checkpointable("trainer", trainer)
         self._periodic = PeriodicCheckpointer(
             self._checkpointer,
             self._period if self._period > 0 else trainer.max_iter + 1,
             trainer.max_iter,
-            # One process deletes files for all.
+            # Only the main process deletes files.
             (self._max_to_keep or None) if distributed.is_main() else None,
         )
-        # The files of the run that is resumed count too.
+        # The files of the resumed run count too.
         self._periodic.recent_checkpoints = self._files_before(trainer.start_iter)
         if trainer.start_iter == 0:
             self._checkpointer.save(START, iteration=-1)
-        self._note(trainer.start_iter - 1, trainer)
+        self._record_save(trainer.start_iter - 1, trainer)
 
-    def after_step(self, trainer: Trainer) -> None:
+    def after_step(self, trainer: TrainingLoop) -> None:
         """Save when it is time."""
-        # Hooks with a state that cannot be made up for come before this one.
+        # Hooks whose state cannot be recomputed come before this one.
         trainer.resumable = distributed.world_size() == 1
         done = trainer.iteration + 1
         if done >= trainer.max_iter or (self._period > 0 and done % self._period == 0):
             self._periodic.step(trainer.iteration)
-            self._note(trainer.iteration, trainer)
+            self._record_save(trainer.iteration, trainer)
 
-    def after_train(self, trainer: Trainer) -> None:
-        """Save the last state of a training that ended before its time."""
+    def after_train(self, trainer: TrainingLoop) -> None:
+        """Save the state of a training that ended early."""
         is_saved = trainer.iteration == self._saved
         if trainer.finished:
             name = FINAL
@@ -102,14 +146,14 @@ class PeriodicCheckpoint(Hook):
             name = f"model_{trainer.iteration:07d}"
         if not is_saved and (trainer.finished or trainer.resumable):
             self._checkpointer.save(name, iteration=trainer.iteration)
-            self._note(trainer.iteration, trainer)
+            self._record_save(trainer.iteration, trainer)
 
-    def _note(self, saved: int, trainer: Trainer) -> None:
-        self._saved = saved
-        # The others might look for the file before the main process has written it.
+    def _record_save(self, iteration: int, trainer: TrainingLoop) -> None:
+        self._saved = iteration
+        # Other processes might look for the file before the main one has written it.
         newest = self._checkpointer.get_checkpoint_file() if distributed.is_main() else ""
         trainer.last_checkpoint = distributed.broadcast(newest)
-        if saved >= 0 and distributed.is_main():
+        if iteration >= 0 and distributed.is_main():
             Path(self._checkpointer.save_dir, f"{START}.pth").unlink(missing_ok=True)
 
     def _files_before(self, iteration: int) -> list[str]:
@@ -119,15 +163,15 @@ class PeriodicCheckpoint(Hook):
 
 
 class EvalHook(Hook):
-    """Evaluates every ``period`` iterations and after the last one, never twice in one place.
+    """Evaluates every ``period`` iterations and after the last one, never twice at one iteration.
 
-    Figures go to the history under names like ``bbox/AP``, and whole into ``trainer.results``.
-    Evaluation does not touch the random numbers of training. A run that was stopped between a
-    checkpoint and its evaluation begins with that evaluation when it is resumed.
+    The metrics go to the history under names like ``bbox/AP``, and as returned into
+    ``trainer.results``. Evaluation does not change the random state of training. A run that was
+    stopped between a checkpoint and its evaluation starts with that evaluation when resumed.
 
     Args:
         period: iterations between two evaluations; 0 for the last one only.
-        evaluate: returns results, nested by any depth; figures among them are logged.
+        evaluate: returns results, nested to any depth; the numbers among them are logged.
     """
 
     def __init__(self, period: int, evaluate: Callable[[], Mapping[str, Any]]) -> None:
@@ -135,32 +179,32 @@ class EvalHook(Hook):
         self._evaluate = evaluate
         self._evaluated: int | None = None
 
-    def before_train(self, trainer: Trainer) -> None:
-        """Catch up on the evaluation that the run before did not come to."""
+    def before_train(self, trainer: TrainingLoop) -> None:
+        """Catch up on an evaluation that the previous run did not get to."""
         if trainer.start_iter > 0:
             self.after_step(trainer)
 
-    def after_step(self, trainer: Trainer) -> None:
+    def after_step(self, trainer: TrainingLoop) -> None:
         """Evaluate when it is time."""
         done = trainer.iteration + 1
         is_time = self._period > 0 and done % self._period == 0 and done < trainer.max_iter
         if is_time and self._evaluated != trainer.iteration:
-            self._run(trainer)
+            self._evaluate_now(trainer)
 
-    def after_train(self, trainer: Trainer) -> None:
+    def after_train(self, trainer: TrainingLoop) -> None:
         """Evaluate the final weights."""
         if trainer.finished and self._evaluated != trainer.iteration:
-            self._run(trainer)
+            self._evaluate_now(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The iteration that was evaluated last."""
+        """The iteration of the last evaluation."""
         return {} if self._evaluated is None else {"evaluated": self._evaluated}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Know what was evaluated before."""
+        """Restore :meth:`state_dict`."""
         self._evaluated = state["evaluated"]
 
-    def _run(self, trainer: Trainer) -> None:
+    def _evaluate_now(self, trainer: TrainingLoop) -> None:
         devices = [trainer.device] if trainer.device.type == "cuda" else []
         with trainer.interruptible(), torch.random.fork_rng(devices):
             trainer.results = dict(self._evaluate())
@@ -169,7 +213,7 @@ class EvalHook(Hook):
 
 
 class WriterHook(Hook):
-    """Feeds the writers. Put it last, so that they see what the other hooks found.
+    """Feeds the writers of the standalone host. Put it last: it writes what other hooks measured.
 
     Args:
         writers: closed when training ends.
@@ -181,21 +225,21 @@ class WriterHook(Hook):
         self._period = period
         self._written = -1
 
-    def before_train(self, trainer: Trainer) -> None:
-        """Take back what the run before wrote after its last checkpoint: it comes again."""
+    def before_train(self, trainer: TrainingLoop) -> None:
+        """Drop what the previous run wrote after its last checkpoint: it will come again."""
         for writer in self._writers:
             writer.resume(self._written)
         if trainer.start_iter > 0 and self._is_time(trainer):
             self._write(trainer)
 
-    def after_step(self, trainer: Trainer) -> None:
-        """Let the writers see the step, and write when it is time."""
+    def after_step(self, trainer: TrainingLoop) -> None:
+        """Pass the step to the writers, and write when it is time."""
         for writer in self._writers:
-            writer.step(trainer.history)
+            writer.step(_full_history(trainer))
         if self._is_time(trainer):
             self._write(trainer)
 
-    def after_train(self, trainer: Trainer) -> None:
+    def after_train(self, trainer: TrainingLoop) -> None:
         """Write what is left, and close the writers."""
         try:
             self._write(trainer)
@@ -204,20 +248,20 @@ class WriterHook(Hook):
                 writer.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Until which iteration everything was written."""
+        """The last iteration that was written."""
         return {"written": self._written}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Know until where the run before wrote."""
+        """Restore :meth:`state_dict`."""
         self._written = state["written"]
 
-    def _is_time(self, trainer: Trainer) -> bool:
+    def _is_time(self, trainer: TrainingLoop) -> bool:
         done = trainer.iteration + 1
         return done % self._period == 0 or done >= trainer.max_iter
 
-    def _write(self, trainer: Trainer) -> None:
-        history = trainer.history
-        # After an error the last iteration has no time.
+    def _write(self, trainer: TrainingLoop) -> None:
+        history = _full_history(trainer)
+        # An iteration that failed has no time.
         if "time" in history and history.latest("time")[1] == trainer.iteration:
             left = trainer.max_iter - trainer.iteration - 1
             history.put("eta_seconds", history.median("time", 1000) * left, smooth=False)
@@ -226,8 +270,13 @@ class WriterHook(Hook):
         self._written = trainer.iteration
 
 
+def _full_history(trainer: TrainingLoop) -> History:
+    assert isinstance(trainer.history, History)
+    return trainer.history
+
+
 def scalars_of(results: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The figures in nested results, as ``("bbox/AP", 1.0)``; what is no figure is passed over."""
+    """The numbers in nested results, as ``("bbox/AP", 1.0)``; other values are skipped."""
     for name, value in results.items():
         if isinstance(value, Mapping):
             yield from scalars_of(value, f"{prefix}{name}/")

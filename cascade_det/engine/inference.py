@@ -1,20 +1,20 @@
-"""A detector over a loader, or over this process's share of it, into evaluators."""
+"""Runs a detector over a loader and feeds its output to evaluators."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Sequence, Sized
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from cascade_det.core.modes import evaluation_mode
-from cascade_det.core.structures import DetectorOutput, PartTimer
-from cascade_det.engine.precision import amp_dtype_of, autocast
+from cascade_det.core.structures import PartTimer
+from cascade_det.data.samples import Batch
+from cascade_det.engine.detector import Detector
+from cascade_det.evaluation import Evaluator
 from cascade_det.parallel import distributed
 
 logger = logging.getLogger(__name__)
@@ -23,54 +23,33 @@ logger = logging.getLogger(__name__)
 _LOG_SECONDS = 30.0
 
 
-class Evaluator(Protocol):
-    """Takes detections batch by batch and hands out results at the end."""
-
-    def process(self, batch: list[dict[str, Any]], output: DetectorOutput) -> None:
-        """Take the output for one batch."""
-
-    def state(self) -> Any:
-        """What it took, as something picklable."""
-
-    def merge(self, states: Sequence[Any]) -> None:
-        """Put the states of all processes, in the order of ranks, in the place of its own."""
-
-    def evaluate(self) -> Mapping[str, Any]:
-        """Results of all batches, by name."""
-
-
 class BatchLoader(Sized, Protocol):
     """A finite loader: a known number of batches."""
 
-    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+    def __iter__(self) -> Iterator[Batch]:
         """The batches, in order."""
 
 
 def run_inference(
-    detector: nn.Module,
+    detector: Detector,
     loader: BatchLoader,
     evaluators: Sequence[Evaluator],
     *,
-    amp_dtype: torch.dtype | str | None = None,
-    warmup: int = 1,
     stages: bool = False,
-    timed: bool = True,
 ) -> dict[str, Any]:
-    """Detect on every batch in evaluation mode and give the evaluators what was found.
+    """Detect on every batch and pass the output to the evaluators.
 
-    The modes of all modules are as before afterwards. An empty loader gives the evaluators
-    nothing, and their results. Several processes all call this, each with its share of the
-    batches: the main one merges what they saw and computes the results.
+    ``output.stats.milliseconds`` gets the time of each part. The first batch runs once untimed
+    before the loop, so that the times leave out first-call costs.
+
+    Several processes call this together, each with its share of the batches, which may be empty:
+    the main process merges the evaluators' states and computes the results.
 
     Args:
-        detector: has ``detect(batch, stages=, timer=)``.
-        loader: the batches of this process, which may be none.
+        detector: in any mode.
+        loader: the batches of this process.
         evaluators: called in order.
-        amp_dtype: type of mixed precision; ``None`` for float32.
-        warmup: how often the first batch is run in advance, its output thrown away, so that no
-            first-call costs are in the times. Only where ``timed``.
-        stages: ask for per-stage output too.
-        timed: measure milliseconds per part, into ``output.stats.milliseconds``.
+        stages: also report what each stage alone would give.
 
     Returns:
         The evaluators' results, merged; the same on every process.
@@ -79,19 +58,15 @@ def run_inference(
         ValueError: two evaluators give results of the same name.
         PeerError: on the other processes, if the main one cannot compute the results.
     """
-    # DistributedDataParallel keeps the detector one level below.
-    model: Any = getattr(detector, "module", detector)
-    device = _device_of(model)
+    device = next(detector.parameters(), torch.empty(0)).device
     images, start = 0, time.perf_counter()
-    with evaluation_mode(model), torch.inference_mode():
+    with torch.inference_mode():
         for index, batch in enumerate(_with_progress(loader)):
-            with autocast(device, amp_dtype_of(amp_dtype)):
-                for _ in range(warmup if timed and index == 0 else 0):
-                    model.detect(batch, stages=stages, timer=None)
-                timer = PartTimer(device) if timed else None
-                output = model.detect(batch, stages=stages, timer=timer)
-            if timer is not None:
-                output.stats.milliseconds = dict(timer.milliseconds)
+            if index == 0:
+                detector.detect(batch, stages=stages)
+            timer = PartTimer(device)
+            output = detector.detect(batch, stages=stages, timer=timer)
+            output.stats.milliseconds = dict(timer.milliseconds)
             for evaluator in evaluators:
                 evaluator.process(batch, output)
             images += len(batch)
@@ -101,17 +76,14 @@ def run_inference(
         logger.warning("No images to detect on: the loader is empty.")
     logger.info(
         "Inference on %d images took %.1f s (%.4f s per image)",
-        *(images, seconds, seconds / max(images, 1)),
+        images,
+        seconds,
+        seconds / max(images, 1),
     )
     return _results_of_all(evaluators)
 
 
-def _device_of(detector: nn.Module) -> torch.device:
-    parameter = next(detector.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
-
-
-def _with_progress(loader: BatchLoader) -> Iterator[list[dict[str, Any]]]:
+def _with_progress(loader: BatchLoader) -> Iterator[Batch]:
     if sys.stderr.isatty() and distributed.is_main():
         yield from tqdm(loader, desc="inference", unit="batch", leave=False)
         return

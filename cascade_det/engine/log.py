@@ -16,15 +16,14 @@ from cascade_det.text import printable
 _LOGGERS = ("cascade_det", "fvcore", "detectron2")
 
 
-def setup_logging(output_dir: str | Path | None = None, *, level: int = logging.INFO) -> None:
-    """Log to the console and, where a folder is given, append to its ``log.txt``.
+def setup_logging(output_dir: str | Path | None = None) -> None:
+    """Log to the console and, if a folder is given, append to its ``log.txt``.
 
-    May be called again: the handlers of the last call are replaced. Of several processes, those
-    beside the main one log to ``log.txt.rank1`` and so on, and show warnings only.
+    A later call replaces the handlers of an earlier one. Processes besides the main one log to
+    ``log.txt.rank1`` and so on, and only their warnings reach the console.
 
     Args:
         output_dir: made if needed; ``None`` for the console alone.
-        level: of the least important lines that are shown.
 
     Raises:
         ConfigError: no log can be written to ``output_dir``.
@@ -36,13 +35,13 @@ def setup_logging(output_dir: str | Path | None = None, *, level: int = logging.
         console.setLevel(logging.WARNING)
     if output_dir is not None:
         handlers.append(_open(Path(output_dir), rank))
-    who = "" if rank == 0 else f" rank {rank}"
-    line = f"[%(asctime)s{who} %(name)s] %(levelname)s: %(message)s"
+    process = "" if rank == 0 else f" rank {rank}"
+    line = f"[%(asctime)s{process} %(name)s] %(levelname)s: %(message)s"
     for handler in handlers:
         handler.setFormatter(_Printable(line, "%m/%d %H:%M:%S"))
     for name in _LOGGERS:
         logger = logging.getLogger(name)
-        logger.setLevel(level)
+        logger.setLevel(logging.INFO)
         for old in [h for h in logger.handlers if isinstance(h, (_ConsoleHandler, _LogFile))]:
             logger.removeHandler(old)
             old.close()
@@ -63,18 +62,18 @@ def _open(folder: Path, rank: int) -> _LogFile:
 
 
 class _Printable(logging.Formatter):
-    """Escapes what names of files and classes could do to a terminal, or to an encoder."""
+    """Escapes characters of file and class names that a terminal or an encoder cannot take."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), lines=True)
 
 
 class _LogFile(logging.FileHandler):
-    """``log.txt``; a class of its own to be known again."""
+    """``log.txt``; a class of its own, so that a later call finds it."""
 
 
 class _ConsoleHandler(logging.Handler):
-    """Prints above a progress bar, if one is drawn, which then replaces the lines of progress."""
+    """Prints above a progress bar; where one is drawn, it replaces the lines of progress."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.name == progress_logger.name and sys.stderr.isatty():

@@ -1,4 +1,4 @@
-"""Mixed precision: names of types, and the autocast context of a device."""
+"""Mixed precision: names of types, and autocast."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _AMP_DTYPES: dict[torch.dtype | str, torch.dtype] = {
 
 
 def amp_dtype_of(name: torch.dtype | str | None) -> torch.dtype | None:
-    """``None``, "bfloat16", "float16" or either type itself -> the type, or ``None`` for float32.
+    """The type of mixed precision by its name; ``None``, which is float32, stays.
 
     Raises:
-        ConfigError: anything else.
+        ConfigError: it is not bfloat16, float16 or ``None``.
     """
     if name is None:
         return None
     if name not in _AMP_DTYPES:
         raise ConfigError(
-            f"CASCADE.AMP_DTYPE: {name!r} is no type to compute in; bfloat16 and float16 are."
+            f"CASCADE.AMP_DTYPE: {name!r} is no type of mixed precision; bfloat16 and float16 are."
         )
     return _AMP_DTYPES[name]
 

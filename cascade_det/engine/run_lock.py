@@ -28,10 +28,10 @@ logger = logging.getLogger(__name__)
 
 _LOCK = ".cascade_det.lock"
 _OWNER = ".cascade_det.owner.json"
-# Seconds. With older versions of filelock the workers of a run that was killed hold its lock until
-# they notice, which takes them 5.
+# Seconds. With older versions of filelock the workers of a killed run hold its lock for 5 more
+# seconds, until they notice.
 _PATIENCE = 10.0
-# How file systems say that they have none.
+# Raised by file systems without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 _Arguments = ParamSpec("_Arguments")
@@ -41,13 +41,13 @@ _Result = TypeVar("_Result")
 def alone_in_output_dir(
     run: Callable[Concatenate[CfgNode, _Arguments], _Result],
 ) -> Callable[Concatenate[CfgNode, _Arguments], _Result]:
-    """Let a function of a configuration hold ``OUTPUT_DIR`` while it runs.
+    """Lock ``OUTPUT_DIR`` while the decorated function of a configuration runs.
 
-    Of several processes the main one holds it for all. The lock ends with its process, however that
-    ends.
+    Of several processes the main one holds the lock for all. It is released when the process ends,
+    even if that is killed.
 
     Raises:
-        ConfigError: another run holds it; the message says which.
+        ConfigError: another run holds it; the message names its process.
     """
 
     @functools.wraps(run)
@@ -59,10 +59,10 @@ def alone_in_output_dir(
 
 
 def check_free(output_dir: str | Path) -> None:
-    """Make sure that no run holds a folder, before anything is written to it.
+    """Check that no run holds a folder, before anything is written to it.
 
     Raises:
-        ConfigError: one does; the message says which.
+        ConfigError: one does; the message names its process.
     """
     if (Path(output_dir) / _LOCK).exists():
         _acquire(Path(output_dir)).release()
@@ -101,7 +101,8 @@ def _acquire(folder: Path) -> FileLock:
         logger.warning(
             "%s: its file system has no locks (%s), so another run in this folder would go "
             "unnoticed",
-            *(folder, error),
+            folder,
+            error,
         )
     return lock
 
@@ -120,5 +121,5 @@ def _owner_of(folder: Path) -> str:
         owner = json.loads((folder / _OWNER).read_text())
         text = "process {pid} on {host} since {since} ({command})".format_map(owner)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return "one that has not said who it is"
+        return "its process is unknown"
     return printable(text, longest=500)

@@ -20,8 +20,6 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from cascade_det.errors import ConfigError
-
 logger = logging.getLogger(__name__)
 
 GradientClipper = Callable[[Iterable[nn.Parameter]], None]
@@ -60,18 +58,16 @@ def build_optimizer(
         base_lr: the learning rate that the schedule multiplies.
         momentum: SGD's.
         nesterov: SGD's.
-        weight_decay: of all parameters that the rules below say nothing of.
+        weight_decay: of all other parameters.
         weight_decay_norm: weight decay of normalisation layers; ``None`` for ``weight_decay``.
         bias_lr_factor: multiplies the learning rate of parameters named ``bias``.
-        weight_decay_bias: their weight decay; ``None`` for ``weight_decay``. It comes before
-            ``weight_decay_norm``.
+        weight_decay_bias: their weight decay; ``None`` for ``weight_decay``. It takes precedence
+            over ``weight_decay_norm``.
 
     Returns:
-        The optimiser. Parameters with equal settings share a group, so that one kernel updates
-        many tensors, each in one pass over memory.
+        The optimiser, fused. Parameters with equal settings share a group, so that one kernel
+        updates many tensors.
 
-    Raises:
-        ConfigError: ``name`` is unknown.
     """
     groups = _parameter_groups(model, base_lr, weight_decay_norm, bias_lr_factor, weight_decay_bias)
     if name == "SGD":
@@ -85,16 +81,15 @@ def build_optimizer(
         )
         sgd.register_step_pre_hook(_begin_momentum)
         return sgd
-    if name == "AdamW":
-        return torch.optim.AdamW(groups, lr=base_lr, weight_decay=weight_decay, fused=True)
-    raise ConfigError(f"CASCADE.OPTIMIZER: {name!r} is unknown; SGD and AdamW are known.")
+    assert name == "AdamW", name
+    return torch.optim.AdamW(groups, lr=base_lr, weight_decay=weight_decay, fused=True)
 
 
 def _begin_momentum(optimizer: torch.optim.Optimizer, *_: object) -> None:
     """Start momentum at zero.
 
-    The fused kernel starts it at whatever is in memory where the loss scaler leaves the first step
-    out, and fails where a parameter has its first gradient later than others.
+    The fused kernel would start from uninitialised memory if the loss scaler skips the first step,
+    and fail for a parameter that gets its first gradient later than others.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"] if group["momentum"] else ():
@@ -104,15 +99,12 @@ def _begin_momentum(optimizer: torch.optim.Optimizer, *_: object) -> None:
 
 
 def build_gradient_clipper(clip: Mapping[str, Any] | None) -> GradientClipper | None:
-    """The function that the trainer calls with the parameters between backward and step.
+    """The function that clips the gradients of parameters between backward and step.
 
     Args:
         clip: ``None`` for no clipping, else ``type``, ``value`` and, for norms, ``norm_type``.
             Type "value" limits every element to [-value, value], "norm" the norm of each
             parameter's gradient, "full_model" the norm of all gradients together.
-
-    Raises:
-        ConfigError: the type is unknown.
     """
     if clip is None:
         return None
@@ -128,13 +120,7 @@ def build_gradient_clipper(clip: Mapping[str, Any] | None) -> GradientClipper | 
     def clip_full_model(parameters: Iterable[nn.Parameter]) -> None:
         nn.utils.clip_grad_norm_(parameters, value, norm_type)
 
-    clippers = {"value": clip_value, "norm": clip_norm, "full_model": clip_full_model}
-    if kind not in clippers:
-        raise ConfigError(
-            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE: {kind!r} is unknown; "
-            f"{', '.join(clippers)} are known."
-        )
-    return clippers[kind]
+    return {"value": clip_value, "norm": clip_norm, "full_model": clip_full_model}[kind]
 
 
 def build_scheduler(
@@ -155,35 +141,29 @@ def build_scheduler(
     """A schedule that is stepped once per iteration and multiplies every group's learning rate.
 
     Args:
-        optimizer: its groups' learning rates are the ones that a multiplier of 1 gives.
+        optimizer: its groups' learning rates are multiplied.
         name: "WarmupMultiStepLR", "WarmupCosineLR" or "WarmupStepWithFixedGammaLR".
         max_iter: iterations of the whole training.
-        gamma: factor of one decay, for the first and the last.
-        steps: iterations at which the first decays.
-        base_lr: where the cosine starts.
-        base_lr_end: where the cosine ends.
-        num_decays: how often the last decays, at equal distances.
-        warmup_factor: where the warm-up starts, times the schedule's first value.
-        warmup_iters: iterations until the schedule's own value is reached.
-        warmup_method: "linear", or "constant" for ``warmup_factor`` until then.
-        rescale_interval: squeeze the whole schedule into what is left after the warm-up, rather
-            than hide its beginning.
-
-    Raises:
-        ConfigError: a name is unknown.
+        gamma: factor of one decay, except for the cosine.
+        steps: iterations at which "WarmupMultiStepLR" decays.
+        base_lr: start of the cosine.
+        base_lr_end: end of the cosine.
+        num_decays: number of evenly spaced decays of "WarmupStepWithFixedGammaLR".
+        warmup_factor: start of the warm-up, relative to the schedule's first value.
+        warmup_iters: iterations of the warm-up.
+        warmup_method: "linear", or "constant" at ``warmup_factor``.
+        rescale_interval: fit the whole schedule into the iterations after the warm-up, instead of
+            skipping its beginning.
     """
+    schedule: ParamScheduler
     if name == "WarmupMultiStepLR":
         schedule = _multi_step(steps, gamma, max_iter)
     elif name == "WarmupCosineLR":
         schedule = CosineParamScheduler(1.0, base_lr_end / base_lr)
-    elif name == "WarmupStepWithFixedGammaLR":
+    else:
+        assert name == "WarmupStepWithFixedGammaLR", name
         schedule = StepWithFixedGammaParamScheduler(
             base_value=1.0, num_decays=num_decays, gamma=gamma, num_updates=max_iter
-        )
-    else:
-        raise ConfigError(
-            f"SOLVER.LR_SCHEDULER_NAME: {name!r} is unknown; WarmupMultiStepLR, WarmupCosineLR "
-            "and WarmupStepWithFixedGammaLR are known."
         )
     warmup_length = min(warmup_iters / max_iter, 1.0)
     multiplier = _with_warmup(
@@ -191,8 +171,7 @@ def build_scheduler(
     )
 
     def factor(iteration: int) -> float:
-        # After the last iteration the schedule is stepped once more, to a value that nothing
-        # uses and that some of fvcore's schedulers do not have.
+        # The step after the last iteration is unused, and some of fvcore's schedulers fail there.
         return multiplier(min(iteration, max_iter - 1) / max_iter)
 
     return LambdaLR(optimizer, factor)
@@ -242,18 +221,10 @@ def _with_warmup(
     schedule: ParamScheduler, factor: float, length: float, method: str, rescale: bool
 ) -> ParamScheduler:
     start = factor * schedule(0.0)
-    # Some of fvcore's schedulers have no value at their very end, where a warm-up that takes all
-    # of the training would look.
+    # Some of fvcore's schedulers have no value at 1, where a warm-up of the whole training ends.
     end = schedule(0.0 if rescale else min(length, 1.0 - 1e-5))
-    warmup: ParamScheduler
-    if method == "linear":
-        warmup = LinearParamScheduler(start, end)
-    elif method == "constant":
-        warmup = ConstantParamScheduler(start)
-    else:
-        raise ConfigError(
-            f"SOLVER.WARMUP_METHOD: {method!r} is unknown; linear and constant are known."
-        )
+    is_linear = method == "linear"
+    warmup = LinearParamScheduler(start, end) if is_linear else ConstantParamScheduler(start)
     return CompositeParamScheduler(
         [warmup, schedule],
         lengths=[length, 1 - length],

@@ -1,4 +1,4 @@
-"""What an engine does for the training regime of a cascade, wherever in a detector that is."""
+"""Applies a cascade's training schedule to the whole detector: progress, freezing, modes."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from cascade_det.errors import ConfigError
 
 
 def progress_of(detector: nn.Module) -> float:
-    """Share of the training that is done, as its regimes know it; 0 where there are none."""
-    return next((regime.progress for regime in _regimes(detector)), 0.0)
+    """Share of the training that is done, in [0, 1]; 0 without a training schedule."""
+    return next((schedule.progress for schedule in _schedules(detector)), 0.0)
 
 
 def set_progress(detector: nn.Module, progress: float) -> None:
-    """Tell the regimes which share of the training is done, in [0, 1]."""
-    for regime in _regimes(detector):
-        regime.progress = progress
+    """Set the share of the training that is done, in [0, 1], in every training schedule."""
+    for schedule in _schedules(detector):
+        schedule.progress = progress
 
 
 def freeze_detector(detector: nn.Module) -> None:
-    """Take all parameters but those of learned exits out of training, where a regime asks for it.
+    """Freeze all parameters but those of learned exits, if the training schedule asks for it.
 
     Raises:
-        ConfigError: there are no learned exits.
+        ConfigError: it does, and there are no learned exits.
     """
     owners = list(_exits_alone(detector))
     if not owners:
@@ -42,10 +42,10 @@ def freeze_detector(detector: nn.Module) -> None:
 
 
 def training_mode(detector: nn.Module) -> None:
-    """``detector.train()``; but what is frozen for the sake of exits is in evaluation mode.
+    """``detector.train()``, except that a detector frozen for its exits is in evaluation mode.
 
-    So norms keep their statistics, dropout is off, and proposals are those of inference. Only what
-    holds the exits is in training, since that is what makes it compute losses.
+    There norms keep their statistics, dropout is off, and proposals are those of inference. Only
+    the modules that contain the exits are in training mode, since that makes them compute losses.
     """
     detector.train()
     owners = list(_exits_alone(detector))
@@ -61,12 +61,12 @@ def training_mode(detector: nn.Module) -> None:
 
 
 def _exits_alone(detector: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:
-    """Names of the modules whose regimes train exits alone, and these exits."""
+    """Names of the modules whose schedule trains exits alone, and these exits."""
     for name, module in detector.named_modules():
-        regime = getattr(module, "regime", None)
-        if isinstance(regime, TrainingSchedule) and regime.exits_alone:
+        schedule = getattr(module, "regime", None)
+        if isinstance(schedule, TrainingSchedule) and schedule.exits_alone:
             yield name, getattr(module, "exits", None)
 
 
-def _regimes(detector: nn.Module) -> Iterator[TrainingSchedule]:
+def _schedules(detector: nn.Module) -> Iterator[TrainingSchedule]:
     return (module for module in detector.modules() if isinstance(module, TrainingSchedule))

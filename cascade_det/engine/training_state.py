@@ -1,7 +1,7 @@
-"""What a training has to go on with beside its weights, as plain types for a checkpoint.
+"""State of a training besides its weights, as plain types for a checkpoint.
 
-State comes from the checkpoint, settings from the configuration: a run that is resumed with another
-learning rate or weight decay uses it from there on.
+State comes from the checkpoint, settings from the configuration: a run resumed with another
+learning rate or weight decay uses the new one.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 
 def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
-    """The optimiser's memory of each parameter, by the parameter's name.
+    """The optimiser's state of each parameter, by the parameter's name.
 
-    Names, unlike the positions that PyTorch stores, survive a change of the parameter groups.
+    Unlike the indices that PyTorch stores, names survive a change of the parameter groups.
     """
     names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
@@ -35,7 +35,7 @@ def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
 
 
 def load_optimizer_state(optimizer: Optimizer, model: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Go on from :func:`optimizer_state`.
+    """Restore :func:`optimizer_state`.
 
     Raises:
         CheckpointError: it is of another kind of optimiser, or of other parameters.
@@ -69,7 +69,7 @@ def load_optimizer_state(optimizer: Optimizer, model: nn.Module, saved: Mapping[
 
 
 def load_scheduler_state(scheduler: LambdaLR, saved: Mapping[str, Any]) -> None:
-    """Go on at the iteration of a scheduler's ``state_dict``, with the rates of this one."""
+    """Move to the iteration of a scheduler's ``state_dict``, keeping this one's rates."""
     position = {key: saved[key] for key in ("last_epoch", "_step_count")}
     scheduler.load_state_dict({**scheduler.state_dict(), **position})
     rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
@@ -85,18 +85,18 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Go on from :func:`random_state`."""
+    """Restore :func:`random_state`."""
     torch.set_rng_state(state["cpu"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 
 
 def own_random_state(of_all: list[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """This process' share of the states of all processes; ``None`` where their number changed."""
+    """The state of this process among those of all; ``None`` if their number has changed."""
     if len(of_all) == distributed.world_size():
         return of_all[distributed.rank()]
     logger.warning(
-        "Written by %d processes, resumed by %d: their random numbers begin anew",
+        "Written by %d processes, resumed by %d: their random numbers start over",
         len(of_all),
         distributed.world_size(),
     )

@@ -4,52 +4,51 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import nn
 
 from cascade_det.core.modes import evaluation_mode
+from cascade_det.data.samples import Batch
+from cascade_det.engine.detector import Detector
 from cascade_det.engine.precision import amp_dtype_of, autocast
 from cascade_det.parallel import distributed
 
-# Which regions are sampled must not change from one evaluation to the next.
+# The sampling of regions must not change from one evaluation to the next.
 _SEED = 0
 
 
 def validation_losses(
-    detector: nn.Module,
-    loader: Iterable[list[dict[str, Any]]],
+    detector: Detector,
+    loader: Iterable[Batch],
     *,
     amp_dtype: torch.dtype | str | None = None,
-    device: torch.device | str = "cpu",
 ) -> dict[str, float]:
     """Mean losses over the images of a loader, without gradients and with norms as in inference.
 
-    The random numbers of the caller are left as they were.
+    The caller's random state stays as it was.
 
     Args:
-        detector: has ``losses(batch)``.
-        loader: batches with ground truth; of several processes, each gives its share.
+        detector: in any mode.
+        loader: batches with ground truth; of several processes, each passes its share.
         amp_dtype: type of mixed precision; ``None`` for float32.
-        device: of the detector.
 
     Returns:
-        The losses by their names, and their sum as ``total_loss``; empty without images.
+        The losses by name, and their sum as ``total_loss``; empty without images.
     """
-    model: Any = getattr(detector, "module", detector)
-    device = torch.device(device)
+    assert isinstance(detector, nn.Module)
+    device = next(detector.parameters()).device
     sums: dict[str, float] = defaultdict(float)
     images = 0
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
-        evaluation_mode(model),
+        evaluation_mode(detector),
         torch.no_grad(),
     ):
         torch.manual_seed(_SEED)
         for batch in loader:
             with autocast(device, amp_dtype_of(amp_dtype)):
-                losses = model.losses(batch)
+                losses = detector.losses(batch)
             values = torch.stack(list(losses.values())).tolist()
             for name, value in zip(losses, values, strict=True):
                 sums[name] += value * len(batch)

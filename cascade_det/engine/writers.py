@@ -1,4 +1,4 @@
-"""Where the figures of a run go: metrics.json, TensorBoard, and lines or a bar for people."""
+"""Writes the metrics of a training: metrics.json, TensorBoard, progress bar and log lines."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from cascade_det.engine.events import History
+from cascade_det.engine.history import History
 from cascade_det.files import atomic_path, naming
 
 logger = logging.getLogger(__name__)
-# Lines of progress: in log.txt always, on the console only where no bar can be drawn.
+# Lines of progress: always in log.txt, on the console only if no bar can be drawn.
 progress_logger = logging.getLogger("cascade_det.engine.progress")
 
 
 class Writer:
-    """A reader of the history; does nothing by itself."""
+    """Base of the writers; does nothing."""
 
     def resume(self, written: int) -> None:
-        """Called once at the start: go on after iteration ``written``, and forget what is later."""
+        """Called at the start: continue after iteration ``written``, and drop later values."""
 
     def step(self, history: History) -> None:
         """Called after every iteration."""
 
     def write(self, history: History) -> None:
-        """Called every so many iterations and at the end."""
+        """Called periodically and at the end."""
 
     def close(self) -> None:
-        """Called once, whatever the end."""
+        """Called once, after errors too."""
 
 
 class _NewScalars:
-    """The scalars that have a value of a later iteration than when they were last asked for."""
+    """Finds the scalars that have new values since the last call."""
 
     def __init__(self) -> None:
         self._seen: dict[str, int] = {}
@@ -50,7 +50,7 @@ class _NewScalars:
         rows: dict[int, dict[str, float]] = defaultdict(dict)
         for name in history:
             iteration = history.latest(name)[1]
-            # What a resume brought back was written by the run before.
+            # The previous run has written what a resume restored.
             if iteration > self._seen.get(name, self.since):
                 self._seen[name] = iteration
                 rows[iteration][name] = history.smoothed(name)
@@ -58,37 +58,40 @@ class _NewScalars:
 
 
 class JsonWriter(Writer):
-    """Appends one json object per line, as Detectron2's ``metrics.json``.
+    """Appends one json object per line, like Detectron2's ``metrics.json``.
 
-    A figure that is not finite is written as ``null``: json has no NaN.
+    Values that are not finite become ``null``: json has no NaN.
     """
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        self._open()
         self._new = _NewScalars()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a copy, or another process: it goes on at the end of the same file."""
+        """For a copy, or another process: it appends to the same file."""
         return {name: value for name, value in vars(self).items() if name != "_file"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self._open()
+
+    def _open(self) -> None:
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
 
     def resume(self, written: int) -> None:
-        """Drop the lines of later iterations, and one that was cut short."""
+        """Drop the lines of later iterations, and an incomplete one."""
         self._new.since = written
         self._file.close()
         lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
         kept = [line for line in lines if _iteration_of(line) <= written]
         with atomic_path(self._path) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        self._open()
 
     def write(self, history: History) -> None:
-        """Append one line for each iteration that has new figures."""
+        """Append one line for each iteration with new values."""
         lines = []
         for iteration, scalars in self._new.take(history).items():
             row: dict[str, Any] = {
@@ -107,7 +110,7 @@ class JsonWriter(Writer):
 
 
 class TensorBoardWriter(Writer):
-    """Event files in ``log_dir``; where tensorboard is not installed, one log line and nothing."""
+    """Event files in ``log_dir``; without the package, only a log line that says so."""
 
     def __init__(self, log_dir: str | Path) -> None:
         self._new = _NewScalars()
@@ -115,7 +118,7 @@ class TensorBoardWriter(Writer):
         self._writer: Any = None
 
     def resume(self, written: int) -> None:
-        """Begin an event file that takes the place of what is later in earlier ones."""
+        """Start an event file that replaces later values of earlier ones."""
         self._new.since = written
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -125,7 +128,7 @@ class TensorBoardWriter(Writer):
             self._writer = SummaryWriter(self._log_dir, purge_step=written + 1)
 
     def write(self, history: History) -> None:
-        """Add what is new."""
+        """Add new values."""
         if self._writer is None:
             return
         for iteration, scalars in self._new.take(history).items():
@@ -140,7 +143,7 @@ class TensorBoardWriter(Writer):
 
 
 class ConsoleWriter(Writer):
-    """A bar on a terminal, and log lines with losses, times and the time left."""
+    """A progress bar on a terminal, and log lines with losses, times and the time left."""
 
     def __init__(self, max_iter: int) -> None:
         self._max_iter = max_iter
@@ -148,11 +151,11 @@ class ConsoleWriter(Writer):
         self._written = -1
 
     def resume(self, written: int) -> None:
-        """Say nothing of what was said before."""
+        """Skip what the previous run has logged."""
         self._written = written
 
     def step(self, history: History) -> None:
-        """Move the bar on."""
+        """Advance the bar."""
         if self._bar is None:
             # disable=None: no bar where the output is not a terminal.
             self._bar = tqdm(
@@ -170,13 +173,13 @@ class ConsoleWriter(Writer):
             progress_logger.info("%s", _progress_line(history, iteration))
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Close the bar as it is."""
         if self._bar is not None:
             self._bar.close()
 
 
 def _iteration_of(line: str) -> float:
-    """The iteration of a line of ``metrics.json``; infinite where there is none."""
+    """The iteration of a line of ``metrics.json``; infinite if it has none."""
     try:
         return float(json.loads(line)["iteration"])
     except (ValueError, TypeError, KeyError):

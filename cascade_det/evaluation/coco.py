@@ -12,6 +12,7 @@ from pycocotools.coco import COCO
 
 from cascade_det.core.structures import DetectorOutput
 from cascade_det.data.coco_results import coco_results
+from cascade_det.data.samples import Sample
 from cascade_det.errors import DatasetError
 from cascade_det.evaluation.analysis import SCORE_THRESHOLD, analyze
 from cascade_det.evaluation.ap_warnings import (
@@ -25,7 +26,7 @@ from cascade_det.evaluation.average_precision import (
     detections_limit,
     run_cocoeval,
 )
-from cascade_det.evaluation.evaluator import Evaluator, Sample
+from cascade_det.evaluation.evaluator import Evaluator
 from cascade_det.evaluation.ground_truth import (
     admit_images,
     load_ground_truth,

@@ -10,7 +10,8 @@ from typing import Any
 
 from cascade_det.core.exits import REPORTED_REASONS
 from cascade_det.core.structures import EXIT_REASONS, CascadeStats, DetectorOutput
-from cascade_det.evaluation.evaluator import Evaluator, Sample
+from cascade_det.data.samples import Sample
+from cascade_det.evaluation.evaluator import Evaluator
 
 _REPORTED = (*REPORTED_REASONS, "completed")
 _GIGA = 1e9

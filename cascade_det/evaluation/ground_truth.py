@@ -11,8 +11,8 @@ from typing import Any
 
 from pycocotools.coco import COCO
 
+from cascade_det.data.samples import Sample
 from cascade_det.errors import DatasetError
-from cascade_det.evaluation.evaluator import Sample
 
 logger = logging.getLogger(__name__)
 

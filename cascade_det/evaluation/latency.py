@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from cascade_det.core.structures import DetectorOutput
-from cascade_det.evaluation.evaluator import Evaluator, Sample
+from cascade_det.data.samples import Sample
+from cascade_det.evaluation.evaluator import Evaluator
 
 # Times of a second pass without exits, if the detector made one.
 FULL_PREFIX = "full/"

@@ -14,8 +14,9 @@ from torchvision.ops import box_convert, box_iou
 
 from cascade_det.core.structures import Detections, DetectorOutput, StageOutput
 from cascade_det.data.coco_results import coco_results
+from cascade_det.data.samples import Sample
 from cascade_det.evaluation.average_precision import MAX_DETECTIONS, coco_ap, detections_limit
-from cascade_det.evaluation.evaluator import Evaluator, Sample
+from cascade_det.evaluation.evaluator import Evaluator
 from cascade_det.evaluation.ground_truth import admit_images, load_ground_truth, merge_seen
 
 MATCH_IOU = 0.5

@@ -8,31 +8,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import RLock
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from cascade_det.core.structures import DetectorOutput, PartTimer
-from cascade_det.engine.events import History
+from cascade_det.data.samples import Sample
+from cascade_det.engine.detector import Detector
+from cascade_det.engine.history import History
 from cascade_det.engine.hooks import scalars_of
 from cascade_det.engine.writers import JsonWriter
 from cascade_det.evaluation import ExitEvaluator, RegionFlops, agreement_loss
 from cascade_det.monitoring.shadow import DriftAlarm, ShadowRules, image_key, shadow_metrics
 
-Sample = dict[str, Any]
-
 METRICS_FILE = "metrics.json"
-
-
-class Detects(Protocol):
-    """What the detectors of both hosts are."""
-
-    def detect(
-        self,
-        batch: Sequence[Sample],
-        *,
-        stages: bool | Sequence[bool] = False,
-        timer: PartTimer | None = None,
-    ) -> DetectorOutput:
-        """Detections of a batch; of all images, or of those told, per stage as well."""
 
 
 class ExitMonitor:
@@ -65,7 +52,7 @@ class ExitMonitor:
 
     def __init__(
         self,
-        detector: Detects,
+        detector: Detector,
         *,
         shadow: ShadowRules | None = None,
         flops: RegionFlops | None = None,

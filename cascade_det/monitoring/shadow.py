@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cascade_det.core.structures import DetectorOutput
+from cascade_det.data.samples import Sample
 from cascade_det.evaluation.agreement import MIN_SCORE, agreement_loss
-from cascade_det.evaluation.evaluator import Evaluator, Sample
+from cascade_det.evaluation.evaluator import Evaluator
 from cascade_det.evaluation.mean_bounds import mean_interval
 
 logger = logging.getLogger(__name__)

@@ -1,1 +1,1 @@
-"""Processes of one run: their start, what they exchange, and how signals end them."""
+"""Several processes of one run: starting them, exchanging data, handling signals."""

@@ -1,9 +1,9 @@
 """Several processes that train or evaluate together.
 
-Everything here works without a process group too: then this process is rank 0 of 1. Tensors of
-training go through NCCL on GPUs and gloo on CPUs; objects always go through gloo, with a timeout
-that outlasts any evaluation. A process that died is not found by timeouts: whoever started it
-notices (see :mod:`cascade_det.parallel.processes`), and gloo sees the closed connection.
+Without a process group, this process is rank 0 of 1. Tensors of training go through NCCL on GPUs
+and gloo on CPUs; objects always go through gloo, with a timeout longer than any evaluation. A dead
+process is detected by its parent (see :mod:`cascade_det.parallel.processes`) and by gloo's closed
+connection, not by timeouts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclass
 class _Joined:
-    """What this process knows of its place beyond torch's default group."""
+    """What torch's default group does not know."""
 
     local_rank: int = 0
     objects: Any = None  # a process group
@@ -44,17 +44,17 @@ _joined = _Joined()
 
 
 def rank() -> int:
-    """Which of the processes on all machines this one is, from 0."""
+    """Index of this process among those on all machines, from 0."""
     return dist.get_rank() if _in_group() else 0
 
 
 def world_size() -> int:
-    """How many processes there are on all machines."""
+    """Number of processes on all machines."""
     return dist.get_world_size() if _in_group() else 1
 
 
 def planned_world_size(num_processes: int, num_machines: int = 1) -> int:
-    """How many processes :func:`launch` will make of these, or torchrun has made.
+    """How many processes :func:`launch` will start, or torchrun has started.
 
     Raises:
         ConfigError: a number is below 1.
@@ -70,7 +70,7 @@ def planned_world_size(num_processes: int, num_machines: int = 1) -> int:
 
 
 def local_rank() -> int:
-    """Which of the processes on this machine this one is, from 0; on GPUs the GPU's index."""
+    """Index of this process among those on this machine, from 0; also its GPU's index."""
     return _joined.local_rank
 
 
@@ -93,7 +93,7 @@ def all_gather(value: Any) -> list[Any]:
 
 
 def gather(value: Any) -> list[Any] | None:
-    """As ``all_gather``, but on the main process only; ``None`` on the others."""
+    """Like ``all_gather``, on the main process only; ``None`` on the others."""
     if world_size() == 1:
         return [value]
     values: list[Any] | None = [None] * world_size() if is_main() else None
@@ -102,7 +102,7 @@ def gather(value: Any) -> list[Any] | None:
 
 
 def broadcast(value: Any) -> Any:
-    """The main process's value, on every process; what the others give is not looked at."""
+    """The main process's value, on every process; the values of the others are ignored."""
     if world_size() == 1:
         return value
     values = [value if is_main() else None]
@@ -111,14 +111,14 @@ def broadcast(value: Any) -> Any:
 
 
 def on_main(compute: Callable[[], T]) -> T:
-    """What the main process computes, on every process; the others wait for it.
+    """Compute on the main process while the others wait; every process gets the result.
 
     Args:
-        compute: called on the main process only; gives something picklable.
+        compute: called on the main process only; returns something picklable.
 
     Raises:
-        PeerError: on the other processes, if it fails with an error that is none of the user's.
-            Those of the user are raised on all of them.
+        PeerError: on the other processes, if it fails with an error that the user cannot fix. A
+            user's error is raised on all processes.
     """
     if world_size() == 1:
         return compute()
@@ -141,7 +141,7 @@ def mean_over_processes(vector: Tensor) -> Tensor:
     """The mean over processes, on every process.
 
     Args:
-        vector: float ``[N]`` on the training device; it is not changed. N is the same everywhere.
+        vector: float ``[N]`` on the training device, with the same N everywhere; unchanged.
     """
     if world_size() == 1:
         return vector
@@ -151,19 +151,19 @@ def mean_over_processes(vector: Tensor) -> Tensor:
 
 
 def wrap(detector: nn.Module) -> nn.Module:
-    """The detector in ``DistributedDataParallel`` if there are several processes, else itself.
+    """Wrap the detector in ``DistributedDataParallel`` if there are several processes.
 
-    All processes start from the main one's weights. Buffers go their own ways from there, see
+    All processes start from the main one's weights. Buffers are not kept in step, see
     :func:`synchronise_buffers`.
 
     Args:
-        detector: on the training device. Each of its parameters that is not frozen has to get a
-            gradient in every iteration, if need be of zeros.
+        detector: on the training device. Every trained parameter needs a gradient in every
+            iteration, if only of zeros.
     """
     if world_size() == 1:
         return detector
     device = next(detector.parameters()).device
-    # The name that newer versions of torch have for it.
+    # Newer versions of torch renamed it.
     arguments = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in arguments else "broadcast_buffers"
     without_syncing: dict[str, Any] = {name: False}
@@ -175,9 +175,9 @@ def wrap(detector: nn.Module) -> nn.Module:
 
 
 def synchronise_buffers(detector: nn.Module) -> None:
-    """Give every process the buffers of the main one.
+    """Copy the main process's buffers to all others.
 
-    The statistics of batch normalisation differ between processes: call this before an evaluation.
+    Call it before an evaluation: the statistics of batch norms differ between processes.
     """
     if world_size() > 1:
         for buffer in detector.buffers():
@@ -194,17 +194,17 @@ def launch(
     dist_url: str = "auto",
     device_type: str,
 ) -> int:
-    """Call ``main(*args)`` in every one of the processes, in a process group.
+    """Call ``main(*args)`` in every process of a group.
 
-    One process is no group: it is a call. Under torchrun, which says so in the environment, the
-    processes are there already, and its numbers are the ones that hold. Else they are spawned,
-    and a process that dies takes the others with it.
+    A single process just calls it. Under torchrun the processes exist already, and its environment
+    replaces the numbers given here. Otherwise they are spawned, and if one dies, the others are
+    stopped.
 
     Args:
-        main: at the top level of a module; gives an exit status, the same in every process.
+        main: at the top level of a module; returns an exit status, the same in every process.
         args: picklable.
-        num_processes: on this machine, as many as on every other one.
-        num_machines: all of them run the same command.
+        num_processes: on each machine.
+        num_machines: all run the same command.
         machine_rank: from 0.
         dist_url: ``tcp://host:port`` of machine 0, or ``auto`` for a free port on a single machine.
         device_type: ``cuda`` gives each process a GPU of its own; else ``cpu``.
@@ -213,7 +213,8 @@ def launch(
         The exit status, see :func:`cascade_det.parallel.processes.run_processes`.
 
     Raises:
-        ConfigError: the arguments contradict each other or the machine, or nobody is at the URL.
+        ConfigError: the arguments contradict each other or the machine, or nothing listens at the
+            URL.
         CascadeDetError, FloatingPointError: raised by ``main``.
     """
     if under_torchrun():
@@ -225,22 +226,22 @@ def launch(
     _check_devices(num_processes, device_type)
     store, host, port = _serve(dist_url, machine_rank)
     first_rank = machine_rank * num_processes
-    place = _Place(host, port, first_rank, total, device_type)
+    rendezvous = _Rendezvous(host, port, first_rank, total, device_type)
     threads = None
     if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         threads = max(torch.get_num_threads() // num_processes, 1)
     try:
         return run_processes(
-            _run_spawned, (place, threads, main, args), num_processes, first_rank=first_rank
+            _run_spawned, (rendezvous, threads, main, args), num_processes, first_rank=first_rank
         )
     finally:
-        # The server of the rendezvous lives as long as this.
+        # The server of the rendezvous lives as long as this object.
         del store
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where the processes meet, and how many they are."""
+class _Rendezvous:
+    """Address of the rendezvous, and the numbers of processes."""
 
     host: str
     port: int
@@ -250,23 +251,28 @@ class _Place:
 
 
 def _run_spawned(
-    index: int, place: _Place, threads: int | None, main: Callable[..., int], args: tuple[Any, ...]
+    index: int,
+    rendezvous: _Rendezvous,
+    threads: int | None,
+    main: Callable[..., int],
+    args: tuple[Any, ...],
 ) -> int:
     if threads is not None:
         torch.set_num_threads(threads)
+    host, port = rendezvous.host, rendezvous.port
     try:
-        store = dist.TCPStore(place.host, place.port, timeout=_CONNECTION_TIMEOUT)
+        store = dist.TCPStore(host, port, timeout=_CONNECTION_TIMEOUT)
     except RuntimeError as error:
         raise ConfigError(
-            f"--dist-url tcp://{place.host}:{place.port}: cannot be reached ({error}). Give the "
-            "address of machine 0, and a port of it that is open to the others."
+            f"--dist-url tcp://{host}:{port}: cannot be reached ({error}). Give the address of "
+            "machine 0, and a port of it that is open to the others."
         ) from error
     _join(
         index,
-        place.device_type,
+        rendezvous.device_type,
         store=store,
-        rank=place.first_rank + index,
-        world_size=place.world_size,
+        rank=rendezvous.first_rank + index,
+        world_size=rendezvous.world_size,
     )
     return _call_and_leave(main, args)
 
@@ -291,9 +297,9 @@ def _join(index: int, device_type: str, **rendezvous: Any) -> None:
 
 
 def _call_and_leave(main: Callable[..., int], args: tuple[Any, ...]) -> int:
-    """After an error nobody leaves in order: the others may be in any collective."""
+    """Call ``main`` and leave the group; after an error, without waiting for the others."""
     status = main(*args)
-    # The first to leave would break the connections of those that still write or compute.
+    # The first to leave would break the connections of the others.
     dist.barrier(group=_joined.objects)
     dist.destroy_process_group()
     _joined.local_rank, _joined.objects = 0, None
@@ -301,7 +307,7 @@ def _call_and_leave(main: Callable[..., int], args: tuple[Any, ...]) -> int:
 
 
 def _serve(dist_url: str, machine_rank: int) -> tuple[dist.TCPStore | None, str, int]:
-    """On machine 0 the server at which processes find each other; its host and port."""
+    """On machine 0, start the server of the rendezvous; returns it with its host and port."""
     url = urlsplit("tcp://127.0.0.1:0" if dist_url == "auto" else dist_url)
     host, port = str(url.hostname), int(url.port or 0)
     if machine_rank != 0:
@@ -349,7 +355,7 @@ def _check_devices(num_processes: int, device_type: str) -> None:
 
 
 def under_torchrun() -> bool:
-    """Whether torchrun has started this process, which its environment says."""
+    """Whether torchrun has started this process, by its environment."""
     return all(name in os.environ for name in _TORCHRUN)
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, a terminal that is gone, and what clusters send before they take a machine away."""
+"""Signals that interrupt a training: Ctrl-C, a lost terminal, a cluster's warning."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 class InterruptRequest:
-    """Whether someone asked to stop; true from the first signal on.
+    """Whether a signal has asked to stop; true from the first one on.
 
     Attributes:
-        immediate: whether the next signal is to end what runs at once, by a KeyboardInterrupt.
+        immediate: whether the next signal raises KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
@@ -31,10 +31,10 @@ class InterruptRequest:
         return bool(self._received)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal: it is remembered, and a second Ctrl-C ends everything at once.
+        """Handle a signal: the first is remembered, a second Ctrl-C ends everything at once.
 
-        Other signals may come several times for one and the same wish, to the group of processes
-        and from the parent: however often, they never mean haste.
+        Other signals may arrive several times for one request, to the process group and from the
+        parent, so repeating them does not mean haste.
 
         Raises:
             KeyboardInterrupt: it is the second Ctrl-C, or ``immediate`` is set.
@@ -44,7 +44,7 @@ class InterruptRequest:
         first, again = not self._received, number in self._received
         self._received.add(number)
         if self.immediate or (again and number == signal.SIGINT):
-            # Once: what is ended saves before it goes.
+            # Only once: the interrupted work saves before it ends.
             self.immediate = False
             raise KeyboardInterrupt
         if first:
@@ -56,9 +56,9 @@ class InterruptRequest:
 
 @contextmanager
 def interrupt_request() -> Iterator[InterruptRequest]:
-    """Within the block, what ``stop_signals`` has is remembered instead of ending the process."""
+    """Within the block, ``stop_signals()`` are remembered instead of ending the process."""
     request = InterruptRequest()
-    # Python hands signals to the main thread alone, and lets no other one ask for them.
+    # Python delivers signals to the main thread only, and only it may set handlers.
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
@@ -68,12 +68,12 @@ def interrupt_request() -> Iterator[InterruptRequest]:
 
 @contextmanager
 def ending_at_once(request: InterruptRequest, message: str) -> Iterator[None]:
-    """For what takes long between two iterations: within the block a signal ends it at once.
+    """For long work between two iterations: within the block a signal ends it at once.
 
     Several processes would lose each other, so there the signal waits for the next iteration.
 
     Raises:
-        Interrupted: a signal came, before the block or within; ``message`` says where.
+        Interrupted: with ``message``, after a signal before or within the block.
     """
     if distributed.world_size() > 1:
         yield

@@ -1,4 +1,4 @@
-"""Child processes that live and die together, whatever it is that they do."""
+"""Child processes that start and end together."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ from cascade_det.parallel.worker_signals import signals_held
 
 logger = logging.getLogger(__name__)
 
-# What the caller of a command can mend: these come out as they are, without a traceback.
+# Errors that the user can fix: raised as they are, reported without a traceback.
 USER_ERRORS = (CascadeDetError, FloatingPointError)
 
-# Seconds that processes have to end by themselves once one of them has failed, and then to obey
-# SIGTERM, which one that hangs in a collective does not, before they are killed.
+# Seconds for processes to end by themselves once one has failed, and then to obey SIGTERM, which
+# one that hangs in a collective does not, before they are killed.
 _GRACE = 15.0
 _TERMINATION = 10.0
-# The same after Ctrl-C, unless it is pressed again: time for the main process to save.
+# The grace after a single Ctrl-C: time for the main process to save.
 _INTERRUPTION = 600.0
-# Between two looks at the signals that came, which do not end a wait.
+# Seconds between two checks for signals, which do not end a wait.
 _POLL = 0.5
 
 
 class Interrupted(Exception):
-    """Training ended because it was asked to, after a checkpoint."""
+    """A signal ended the training, after a checkpoint."""
 
 
 class PeerError(RuntimeError):
-    """Another process failed, and this one cannot go on; the other one says why."""
+    """Another process failed, so this one cannot continue; the other one reports the cause."""
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """How a process failed: the time by the clock, the error, and its traceback as text."""
+    """How a process failed: seconds since the epoch, the error, and its traceback as text."""
 
     time: float
     error: Exception
@@ -63,28 +63,28 @@ def run_processes(
 ) -> int:
     """Call ``function(index, *args)`` in ``count`` new processes and wait for all of them.
 
-    If one fails, the others are given a few seconds and then stopped. Signals are theirs to
-    handle: for each of ``stop_signals()`` that comes here they get a SIGTERM, beside the signal
-    that may reach them from the terminal, and they get one if this process dies. To be called from
-    the main thread.
+    If one fails, the others get a few seconds and are then stopped. The processes handle signals
+    themselves: for each of ``stop_signals()`` that arrives here they get a SIGTERM, besides the
+    signal that may reach them from the terminal, and also if this process dies. Call it from the
+    main thread.
 
     Args:
-        function: at the top level of a module; gives an exit status.
+        function: at the top level of a module; returns an exit status.
         args: picklable.
         count: 1 or more.
         first_rank: the rank of process 0, for messages.
 
     Returns:
-        What all of them gave; 130 after Ctrl-C, 143 after SIGTERM and the like. 1 for a process
-        that died or gave another status than the others, after an error in the log that names rank
+        The common exit status; 130 after Ctrl-C, 143 after SIGTERM and the like; 1 if a process
+        died or returned another status than the others, after an error in the log that names rank
         and cause.
 
     Raises:
-        CascadeDetError, FloatingPointError: what the first process that failed raised.
+        CascadeDetError, FloatingPointError: what the first failed process raised.
     """
     with tempfile.TemporaryDirectory(prefix="cascade-det-") as folder, _signals() as caught:
         start = multiprocessing.get_context("spawn").Process
-        with signals_held():  # Python's helper would be started anyway, and die of a SIGHUP then
+        with signals_held():  # started later, Python's helper would die of a SIGHUP
             resource_tracker.ensure_running()
         processes = caught.processes
         try:
@@ -93,7 +93,7 @@ def run_processes(
                 process.start()
                 processes.append(process)
             if caught.terminated or caught.interruptions:
-                caught.hand_on()
+                caught.forward()
             _wait_for(processes, caught)
         finally:
             stopped = _stop(processes)
@@ -113,7 +113,7 @@ def run_processes(
 
 
 class _Caught:
-    """The signals that came while waiting."""
+    """The signals that arrived while waiting."""
 
     def __init__(self) -> None:
         self.interruptions = 0
@@ -122,15 +122,15 @@ class _Caught:
 
     def interrupt(self, *_: Any) -> None:
         self.interruptions += 1
-        self.hand_on()
+        self.forward()
 
     def terminate(self, *_: Any) -> None:
         self.terminated = True
-        self.hand_on()
+        self.forward()
 
-    def hand_on(self) -> None:
-        # Nothing tells whether the signal has reached the others already, as from a terminal, or
-        # this process alone. A SIGTERM too many does no harm, while a second SIGINT means haste.
+    def forward(self) -> None:
+        # A signal from a terminal has reached the others already, one from elsewhere has not. An
+        # extra SIGTERM does no harm, while a second SIGINT means haste.
         for process in self.processes:
             process.terminate()
 
@@ -144,7 +144,7 @@ def _signals() -> Iterator[_Caught]:
 
 
 def _wait_for(processes: Sequence[BaseProcess], caught: _Caught) -> None:
-    """Return when all have ended, or some time after one that failed or a second Ctrl-C."""
+    """Return when all have ended, or some time after a failure or a second Ctrl-C."""
     failed_at = math.inf
     alive = list(processes)
     while alive:
@@ -160,7 +160,7 @@ def _wait_for(processes: Sequence[BaseProcess], caught: _Caught) -> None:
 
 
 def _stop(processes: Sequence[BaseProcess]) -> set[int]:
-    """End those that are still there; their places."""
+    """End the processes that still run; returns their indices."""
     stopped = {index for index, process in enumerate(processes) if process.is_alive()}
     for index in stopped:
         processes[index].terminate()
@@ -180,7 +180,7 @@ def _end_by_signals(
     stopped: set[int],
     caught: _Caught,
 ) -> int | None:
-    """The exit status after signals; ``None`` if there were none, or if they are not the cause.
+    """The exit status after signals; ``None`` if no signal is the cause.
 
     Raises:
         CascadeDetError, FloatingPointError: raised on the way out, as by a save to a full disk.
@@ -188,21 +188,21 @@ def _end_by_signals(
     if caught.interruptions > 1:
         return INTERRUPTED
     by_themselves = {s for index, s in enumerate(statuses) if index not in stopped}
-    # Of processes that had no handlers yet, or none any more.
+    # Processes that had no handlers yet, or no longer.
     killed = caught.interruptions > 0 and bool(by_themselves & {-signal.SIGINT, -signal.SIGTERM})
     if not (caught.terminated or killed or INTERRUPTED in statuses):
         return None
-    # Other failures are of processes that lost those that ended first.
-    told = [f for f in failures.values() if f is not None and isinstance(f.error, USER_ERRORS)]
-    if told:
-        raise min(told, key=lambda failure: failure.time).error
+    # Other failures come from losing the processes that ended first.
+    users = [f for f in failures.values() if f is not None and isinstance(f.error, USER_ERRORS)]
+    if users:
+        raise min(users, key=lambda failure: failure.time).error
     return 128 + signal.SIGTERM if caught.terminated else INTERRUPTED
 
 
 def _first_cause(
     statuses: Sequence[int], failures: dict[int, _Failure | None], stopped: set[int]
 ) -> int:
-    """The place of the process that failed by itself, not because another one had."""
+    """Index of the process that failed by itself, not because another one had."""
 
     def order(index: int) -> tuple[int, float]:
         failure = failures[index]
@@ -217,25 +217,25 @@ def _first_cause(
 
 
 def _describe(rank: int, process: BaseProcess, failure: _Failure | None) -> str:
-    who = f"The process of rank {rank} (pid {process.pid})"
+    subject = f"The process of rank {rank} (pid {process.pid})"
     rest = "The other processes were ended. --resume goes on from the last checkpoint."
     if failure is not None:
-        return f"{who} failed: {failure.trace.rstrip()}\n{rest}"
+        return f"{subject} failed: {failure.trace.rstrip()}\n{rest}"
     status = process.exitcode or 0
     if status >= 0:
-        return f"{who} ended with status {status}. {rest}"
+        return f"{subject} ended with status {status}. {rest}"
     name = signal.Signals(-status).name
     hint = ""
     if -status == signal.SIGKILL:
         hint = (
-            " A system that runs out of memory does that: lower SOLVER.IMS_PER_BATCH or "
-            "DATALOADER.NUM_WORKERS if the kernel's log (dmesg) says so."
+            " Perhaps the system ran out of memory: if the kernel's log (dmesg) says so, lower "
+            "SOLVER.IMS_PER_BATCH or DATALOADER.NUM_WORKERS."
         )
-    return f"{who} was killed by the signal {name}.{hint} {rest}"
+    return f"{subject} was killed by the signal {name}.{hint} {rest}"
 
 
 def _call(index: int, function: Callable[..., int], args: tuple[Any, ...], folder: Path) -> None:
-    """In the new process: call, and leave word of a failure."""
+    """In the new process: call the function, and save its failure for the parent."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         status = function(index, *args)
@@ -250,7 +250,7 @@ def _call(index: int, function: Callable[..., int], args: tuple[Any, ...], folde
 
 
 def _end_with_parent() -> None:
-    # The kernel can do this too, but only Linux, and when the thread ends that started this one.
+    # Linux alone could do this in the kernel, but by the parent's thread instead of its process.
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -260,10 +260,7 @@ def _end_with_parent() -> None:
 
 
 def portable(error: Exception) -> Exception:
-    """The error itself if it is one of the user's, or a peer's, and can be pickled; else its text.
-
-    Not every exception can be unpickled, and of a bug it is the traceback that helps.
-    """
+    """An error that can be pickled: a user's or peer's error itself if possible, else its text."""
     if isinstance(error, (*USER_ERRORS, PeerError)):
         try:
             return pickle.loads(pickle.dumps(error))

@@ -1,4 +1,4 @@
-"""Signals that ask for an end, and what is left of a terminal after one of them."""
+"""Signals that ask a process to stop, and output after its terminal is lost."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ INTERRUPTED = 128 + signal.SIGINT
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """The signals that mean the wish to stop: SIGINT, SIGTERM, and others that would kill.
+    """The signals that ask to stop: SIGINT, SIGTERM, and others that would kill.
 
-    SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU are left alone where they are ignored, as by ``nohup``, or
-    where the program around this one handles them.
+    SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU are left out if they are ignored, as under ``nohup``, or
+    handled by the surrounding program.
     """
     fatal = (n for n in PARTING_SIGNALS if signal.getsignal(n) is signal.SIG_DFL)
     return (signal.SIGINT, signal.SIGTERM, *fatal)
@@ -28,7 +28,7 @@ def stop_signals() -> tuple[signal.Signals, ...]:
 
 @contextmanager
 def handled(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
-    """Within the block these signals have these handlers; to be called from the main thread."""
+    """Set signal handlers within the block; call it from the main thread."""
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
@@ -38,7 +38,7 @@ def handled(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
 
 
 def let_go_of_lost_terminal() -> None:
-    """After a SIGHUP: let output go nowhere, where each write to the terminal would fail."""
+    """After a SIGHUP, discard output to a terminal that is gone: each write would fail."""
     for descriptor in (1, 2):
         try:
             is_lost = stat.S_ISCHR(os.fstat(descriptor).st_mode) and _fails(descriptor)

@@ -18,8 +18,8 @@ from cascade_det.engine.datasets import load_datasets_to_evaluate
 from cascade_det.engine.devices import set_backends
 from cascade_det.engine.evaluate import by_dataset, evaluate_dataset
 from cascade_det.engine.head_flops import region_flops
-from cascade_det.engine.run_info import load_to_evaluate
 from cascade_det.engine.run_lock import alone_in_output_dir
+from cascade_det.engine.run_weights import load_to_evaluate
 from cascade_det.monitoring.shadow import shadow_evaluators
 from cascade_det.parallel import distributed
 from cascade_det.standalone.build import build_detector

@@ -18,13 +18,14 @@ from cascade_det.data.read_ahead import read_ahead
 from cascade_det.data.samples import Sample
 from cascade_det.data.transforms import resize_shortest_edge
 from cascade_det.engine.head_flops import region_flops
-from cascade_det.engine.run_info import log_exits, run_of
+from cascade_det.engine.run_info import usable_run_info
+from cascade_det.engine.run_weights import log_exits
 from cascade_det.errors import ConfigError
 from cascade_det.monitoring.monitor import ExitMonitor
 from cascade_det.monitoring.shadow import ShadowRules
 from cascade_det.standalone.build import build_detector
 from cascade_det.standalone.optimize import optimize
-from cascade_det.weights.loading import load_weights
+from cascade_det.weights import load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -63,12 +64,12 @@ class Predictor:
         if not cfg.MODEL.WEIGHTS:
             raise ConfigError("MODEL.WEIGHTS is empty: give the file of weights to predict with")
         self.detector = build_detector(cfg).eval()
-        weights = load_weights(self.detector, cfg.MODEL.WEIGHTS, complete=True).path
+        file = load_weights(self.detector, cfg.MODEL.WEIGHTS, complete=True).file
         if (fast := config.fast_arguments(cfg)) is not None:
             optimize(self.detector, **fast)
-        log_exits(cfg, self.detector.device, weights)
+        log_exits(cfg, self.detector.device, file.path, file.weights)
         num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-        run = run_of(weights)
+        run = usable_run_info(file.run, file.path)
         self.class_names = list(run.get("class_names", ()))
         self.category_ids = list(run.get("category_ids", ()))
         if len(self.class_names) != num_classes:

@@ -13,17 +13,21 @@ from fvcore.common.config import CfgNode
 from cascade_det import config
 from cascade_det.data.coco import CocoDataset
 from cascade_det.data.loader import build_test_loader, build_train_loader
+from cascade_det.data.samples import Batch
 from cascade_det.engine.averaging import WeightAverage
 from cascade_det.engine.batches import check_images, check_truth
 from cascade_det.engine.best_model import BestModel
 from cascade_det.engine.checkpoint import Checkpointer
 from cascade_det.engine.datasets import load_training_data, scheduled
 from cascade_det.engine.devices import resolve_amp_dtype, set_backends
-from cascade_det.engine.divergence import replay
 from cascade_det.engine.hooks import EvalHook, Hook, PeriodicCheckpoint, WriterHook
-from cascade_det.engine.run_info import RunInfo, check_output, record_start, resume_or_load
+from cascade_det.engine.output_dir import check_output, record_start
+from cascade_det.engine.replay import replay
+from cascade_det.engine.run_info import RunInfo
 from cascade_det.engine.run_lock import alone_in_output_dir
+from cascade_det.engine.run_weights import resume_or_load
 from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, build_scheduler
+from cascade_det.engine.step import TrainingStep
 from cascade_det.engine.trainer import Trainer
 from cascade_det.engine.training_modes import freeze_detector
 from cascade_det.engine.validation import validation_losses
@@ -86,7 +90,7 @@ def replay_batch(cfg: CfgNode, path: str | Path) -> list[str]:
         path: the file that it wrote.
 
     Returns:
-        Lines of a report, see :func:`cascade_det.engine.divergence.replay`.
+        Lines of a report, see :func:`cascade_det.engine.replay.replay`.
 
     Raises:
         CheckpointError: the file cannot be read or belongs to another model.
@@ -94,7 +98,7 @@ def replay_batch(cfg: CfgNode, path: str | Path) -> list[str]:
     set_backends(cfg)
     detector = build_detector(cfg)
 
-    def check(batch: list[dict[str, Any]]) -> None:
+    def check(batch: Batch) -> None:
         check_images(batch)
         check_truth(batch, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
 
@@ -103,7 +107,7 @@ def replay_batch(cfg: CfgNode, path: str | Path) -> list[str]:
 
 def _train_loader(
     cfg: CfgNode, datasets: Sequence[CocoDataset], info: RunInfo, checkpointer: Checkpointer
-) -> Iterable[list[dict[str, Any]]]:
+) -> Iterable[Batch]:
     return build_train_loader(
         datasets,
         **config.input_arguments(cfg, train=True),
@@ -117,7 +121,7 @@ def _train_loader(
 def _build_trainer(
     cfg: CfgNode,
     detector: Detector,
-    loader: Iterable[list[dict[str, Any]]],
+    loader: Iterable[Batch],
     checkpointer: Checkpointer,
     test_datasets: Sequence[CocoDataset],
 ) -> Trainer:
@@ -148,19 +152,23 @@ def _build_trainer(
         hooks.append(EvalHook(arguments["eval_period"], evaluate))
         hooks.append(BestModel(checkpointer, arguments["best_metric"], arguments["patience"]))
     hooks.append(WriterHook(_writers(cfg), arguments["log_period"]))
-    return Trainer(
+    step = TrainingStep(
         distributed.wrap(detector),
-        loader,
         optimizer,
+        amp_dtype=amp_dtype,
+        clip_gradients=clip,
+        accumulation_steps=arguments["accumulation_steps"],
+        max_iter=arguments["max_iter"],
+        device=detector.device,
+        output_dir=cfg.OUTPUT_DIR,
+    )
+    return Trainer(
+        step,
+        loader,
         build_scheduler(optimizer, **config.scheduler_arguments(cfg)),
         max_iter=arguments["max_iter"],
         start_iter=checkpointer.start_iter,
         hooks=hooks,
-        amp_dtype=amp_dtype,
-        clip_gradients=clip,
-        accumulation_steps=arguments["accumulation_steps"],
-        device=detector.device,
-        output_dir=cfg.OUTPUT_DIR,
     )
 
 
@@ -196,7 +204,7 @@ def _evaluation(
             for dataset in datasets
         ]
         batches = (batch for loader in loaders for batch in loader)
-        return validation_losses(detector, batches, amp_dtype=amp_dtype, device=detector.device)
+        return validation_losses(detector, batches, amp_dtype=amp_dtype)
 
     def evaluate() -> dict[str, Any]:
         # Running statistics of norms differ between processes.

@@ -1,4 +1,4 @@
-"""Names of weights, local or on the web -> local files."""
+"""Resolves names of weights, local or on the web, to local files."""
 
 from __future__ import annotations
 
@@ -15,27 +15,22 @@ from cascade_det.weights.downloads import download
 SUFFIXES = (".pth", ".pt", ".pkl", ".safetensors")
 
 _DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2/"
-# torchvision's way to name files, which others took over. Eight digits may be a date as well.
+# torchvision's naming of files, which others adopted. Eight digits may also be a date.
 _HASH_IN_NAME = re.compile(r"-(?!(?:19|20)\d\d[01]\d[0-3]\d\.)([0-9a-f]{8,64})\.\w+$")
 
 
 def local_path(name: str | Path) -> Path:
-    """The local file of a name of weights, downloaded if it is not here yet.
+    """The local file of a name of weights, downloaded once if need be.
 
-    Names are a path; ``http://`` and ``https://`` addresses, whose SHA-256 may follow as
-    ``#sha256=<digits>``; ``detectron2://`` for what lies below dl.fbaipublicfiles.com/detectron2;
-    and ``torchvision://ResNet50_Weights.IMAGENET1K_V2``, as ``torchvision.models.get_weight`` has
-    them. A file name like ``resnet50-11ad3fa6.pth`` says what its checksum begins with, which is
-    checked.
+    A name is a path; an ``http://`` or ``https://`` address, whose SHA-256 may follow as
+    ``#sha256=<digits>``; ``detectron2://`` and a path below dl.fbaipublicfiles.com/detectron2; or
+    ``torchvision://`` and a name for ``torchvision.models.get_weight``, such as
+    ``ResNet50_Weights.IMAGENET1K_V2``. The digits in a file name like ``resnet50-11ad3fa6.pth``
+    are checked as the start of its SHA-256.
 
-    Downloads are kept in ``$FVCORE_CACHE``, or else ``~/.torch/iopath_cache``: Detectron2's cache,
-    in its order for its own files, so that these are not fetched twice.
-
-    Args:
-        name: see above. Nothing is loaded twice; of several processes on a machine one downloads.
-
-    Returns:
-        A file that is there.
+    Downloads go to ``$FVCORE_CACHE``, by default ``~/.torch/iopath_cache``: Detectron2's cache,
+    with the same layout for its files, so that they are not fetched twice. Of several processes on
+    a machine one downloads.
 
     Raises:
         CheckpointError: there is no such file, or it cannot be fetched.
@@ -77,7 +72,7 @@ def _web_address(name: str) -> str:
 
 
 def _cached_path(address: str) -> Path:
-    """Where a download is kept: its host and its path, below the cache folder."""
+    """The place of a download: its host and path below the cache folder."""
     parts = urlsplit(address)
     host = parts.netloc.rpartition("@")[2]
     names = [host, *(name for name in unquote(parts.path).split("/") if name)]
@@ -94,7 +89,7 @@ def _cached_path(address: str) -> Path:
 
 
 def _known_sha256(file_name: str, fragment: str) -> str:
-    """The first digits of the checksum, as far as the address says; else empty."""
+    """The first digits of the checksum, if the address has any; else empty."""
     if not fragment:
         found = _HASH_IN_NAME.search(file_name)
     elif not (found := re.fullmatch("sha256=([0-9a-fA-F]{8,64})", fragment)):

@@ -1,4 +1,4 @@
-"""What a model that is only used needs of a file of weights; without it, it detects nonsense."""
+"""Checks that a file of weights has all that a detector needs, and only finite numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 
 _STAGE = re.compile(r"roi_heads\.box_(?:head|predictor)\.(\d+)\.")
 _LEARNED = re.compile(r"roi_heads\.exits\.learned\.(\w+)\.")
-# What a training has beside the detector, such as thresholds that follow its statistics.
+# State of a training, such as thresholds that follow its statistics.
 _TRAINING_ALONE = re.compile(r"roi_heads\.regime\.")
 _PARTS = (
     (re.compile(r"backbone\.(?:bottom_up|features)\."), "the backbone"),
@@ -32,11 +32,11 @@ _SHOWN = 3
 
 
 def check_finite(path: str | Path, weights: Mapping[str, Tensor]) -> None:
-    """Make sure that weights are numbers: a detector with NaN or Inf in it detects nothing.
+    """Check that weights are finite: a detector with NaN or Inf in it detects nothing.
 
     Args:
         path: of the file, for the message.
-        weights: name to tensor, in the types that they are used in.
+        weights: name to tensor, in the types of the model.
 
     Raises:
         CheckpointError: names the first tensors that are not finite.
@@ -53,27 +53,26 @@ def check_complete(
     path: str | Path,
     loaded: Collection[str],
     missing: Collection[str],
-    mismatched: Mapping[str, Shapes] | None = None,
-    unexpected: Collection[str] = (),
+    mismatched: Mapping[str, Shapes],
+    unexpected: Collection[str],
 ) -> None:
-    """Make sure that every part of a model that detects comes from a file of weights.
+    """Check that a file has weights for every part of a detector.
 
-    What the file has beyond that may be a whole part, such as a mask head or further stages; but
-    more layers in the same part are another architecture, of which the first ones alone are
-    nonsense.
+    The file may have whole parts more, such as a mask head or further stages. But more layers in
+    the same part mean another architecture, whose first layers alone are useless.
 
     Args:
         path: of the file, for the message.
         loaded: the model's names that the file has values for.
-        missing: those that it has not.
-        mismatched: those that it has in another shape: that in the file, and that in the model.
+        missing: the model's names that the file lacks.
+        mismatched: the model's names whose shapes differ: the file's and the model's.
         unexpected: the file's names that the model has no place for.
 
     Raises:
         CheckpointError: names what is missing, of another shape or too much, and the remedies.
     """
     missing = [name for name in missing if not _TRAINING_ALONE.match(name)]
-    differing = {k: v for k, v in (mismatched or {}).items() if not _TRAINING_ALONE.match(k)}
+    differing = {k: v for k, v in mismatched.items() if not _TRAINING_ALONE.match(k)}
     there = _stages([*loaded, *differing])
     lacking = sorted(_stages(missing) - there)
     learned = {found[1]: name for name in [*missing, *differing] if (found := _LEARNED.match(name))}

@@ -1,8 +1,7 @@
-"""Files by http: checked, continued where a transfer broke off, and whole or not there.
+"""Downloads files by http: checked, continued after an interruption, written atomically.
 
-HTTP is urllib's, the lock filelock's, the progress bar tqdm's. The downloads of torch.hub, iopath
-and fvcore begin again at every fault, never try a second time, and see a full disk when it is full;
-torch.hub's also lets every process load the file, and takes a transfer that broke off for whole.
+Unlike the downloads of torch.hub, iopath and fvcore, these retry, resume, and check for disk space
+first; torch.hub's also download once per process and accept an incomplete file.
 """
 
 from __future__ import annotations
@@ -32,22 +31,23 @@ def download(
 ) -> None:
     """Fetch ``address`` to ``path``, if there is no such file yet.
 
-    ``path`` appears whole. What came before an interruption waits in ``path.part``; it is continued
-    if the server still has the same file, in this call and in later ones. Of several processes on a
-    machine one downloads and the others wait. A file that is there is held against its checksum.
+    ``path`` is written atomically. After an interruption ``path.part`` holds the beginning, and
+    this call or a later one continues it if the server still has the same file. Of several
+    processes on a machine one downloads and the others wait. The checksum of an existing file is
+    checked.
 
     Args:
         address: http:// or https://; redirects may lead to such addresses alone, and from
             https:// to https:// alone.
         path: a local file; its folder is made.
         sha256: of the file, or the first digits of it, lower case; empty where it is not known.
-        attempts: how often in a row a try may bring nothing new before giving up.
-        pause: seconds before the second try; doubles with every further one.
-        timeout: seconds that the server may be silent.
+        attempts: tries in a row without new data before giving up.
+        pause: seconds before the second try; doubles with each further one.
+        timeout: seconds without data from the server that end a try.
 
     Raises:
         DownloadError: names the address; the server does not answer, refuses, or serves another
-            file than it should, the disk has no room, or the file that is there is another one.
+            file than expected, the disk has no room, or the existing file is another one.
     """
     try:
         if path.is_file():
@@ -55,12 +55,12 @@ def download(
         if not is_web(address):
             raise DownloadError(f"{address}: only http:// and https:// are fetched")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(path):
+        with _locked(path):
             if path.is_file():
                 return _check_present(address, path, sha256)
             logger.info("Downloading %s to %s", address, path)
             transfer = Transfer(address, path, sha256, timeout)
-            _persist(transfer, attempts, pause)
+            _retry(transfer, attempts, pause)
             transfer.finish()
     except DownloadError:
         raise
@@ -77,8 +77,8 @@ def _check_present(address: str, path: Path, sha256: str) -> None:
         )
 
 
-def _persist(transfer: Transfer, attempts: int, pause: float) -> None:
-    """Try until the file is here, or until ``attempts`` tries in a row brought nothing new."""
+def _retry(transfer: Transfer, attempts: int, pause: float) -> None:
+    """Try until the file is complete, or ``attempts`` tries in a row brought no new data."""
     failures, most = 0, transfer.size
     while True:
         try:
@@ -97,8 +97,8 @@ def _persist(transfer: Transfer, attempts: int, pause: float) -> None:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold the lock on ``path`` between the processes of a machine; it ends with its holder."""
+def _locked(path: Path) -> Iterator[None]:
+    """Lock ``path`` between the processes of a machine; the lock ends with its process."""
     lock = FileLock(f"{path}.lock")
     try:
         lock.acquire(timeout=0)

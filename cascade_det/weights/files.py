@@ -1,10 +1,11 @@
-"""Files of weights -> tensors under Detectron2's names."""
+"""Reads files of weights into tensors under Detectron2's names."""
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile, is_zipfile
@@ -24,7 +25,7 @@ from cascade_det.weights.names import (
 )
 from cascade_det.weights.restricted_pickle import read_array_pickle
 
-# Times the size of the file.
+# Factor of the file size.
 _MOST_UNPACKED = 10
 # The global that torch.load(weights_only=True) names when it refuses a file.
 _REFUSED = re.compile(r"[Uu]nsupported (?:global: GLOBAL|GLOBAL|class) ([\w.]+)")
@@ -35,42 +36,36 @@ class WeightsFile:
     """What a file of weights holds.
 
     Attributes:
-        path: where it lies.
+        path: the local file.
         weights: Detectron2's name to CPU tensor; names may lack the prefix above their part.
+        run: the entry ``run`` of our own checkpoints, unchecked; ``None`` in other files.
         matches_by_suffix: the file says, or its origin implies, that prefixes are missing.
-        origin: whose names the file used, for the report.
-        hint: what a user of such a file has to know; may be empty.
+        origin: whose names the file used: "Detectron2", "Caffe2" or "torchvision".
+        hint: what users of such a file have to know; may be empty.
     """
 
     path: Path
-    weights: dict[str, Tensor]
+    weights: dict[str, Tensor] = field(repr=False)
+    run: Any = None
     matches_by_suffix: bool = False
     origin: str = "Detectron2"
     hint: str = ""
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
+def read_weights_file(path: str | Path) -> WeightsFile:
     """Read a ``.pth``, ``.pt``, ``.pkl`` or ``.safetensors`` file; nothing in it is executed.
 
-    Understood are state dicts, alone or under ``"model"`` or ``"state_dict"``, Detectron2's model
-    zoo, and the names of Caffe2's Detectron and of torchvision's ResNets.
+    The file holds a state dict, alone or under ``"model"`` or ``"state_dict"``, with the names of
+    Detectron2, of Caffe2's Detectron or of torchvision's ResNets.
 
     Args:
         path: a local file, or an address, see
-            :func:`cascade_det.weights.addresses.local_path`.
-
-    Returns:
-        Detectron2's name to CPU tensor.
+            :func:`cascade_det.weights.local_path`.
 
     Raises:
         CheckpointError: the file is missing, truncated, unsafe, cannot be downloaded, or holds no
             weights.
     """
-    return read_weights_file(path).weights
-
-
-def read_weights_file(path: str | Path) -> WeightsFile:
-    """As :func:`read_weights`, with what else is known of the file."""
     file = local_path(path)
     reader = _READERS.get(file.suffix.lower())
     if reader is None:
@@ -85,7 +80,21 @@ def read_weights_file(path: str | Path) -> WeightsFile:
         if "://" not in str(path):
             raise
         raise CheckpointError(f"{error} Delete it to download {path} again.") from error
-    return _with_detectron2_names(file, weights, bool(content.get("matching_heuristics", False)))
+    by_suffix = bool(content.get("matching_heuristics", False))
+    return _with_detectron2_names(file, weights, content.get("run"), by_suffix)
+
+
+def weights_sha256(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of weights: of their names, shapes, types and values, 64 digits.
+
+    It identifies weights in whatever file they are: a run's ``model_final.pth`` and its last
+    checkpoint have the same one, and so does a file that the other host saved.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def load_torch_file(path: Path) -> Any:
@@ -101,9 +110,9 @@ def load_torch_file(path: Path) -> Any:
         raise
     except PermissionError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
-    # A damaged archive ends in whatever its reader stumbled over.
+    # A damaged archive can raise anything.
     except Exception as error:
-        # torch's own message goes on to advise switching the protection off.
+        # torch's own message advises switching the protection off.
         if refused := _REFUSED.search(str(error)):
             raise CheckpointError(
                 f"{path}: refused, because reading it would call {refused[1]}. A checkpoint holds "
@@ -117,7 +126,7 @@ def load_torch_file(path: Path) -> Any:
 
 
 def _refuse_bomb(path: Path) -> None:
-    """PyTorch stores tensors as they are, but reads a compressed archive as well."""
+    """PyTorch writes archives uncompressed, but reads compressed ones too."""
     if not is_zipfile(path):
         return
     with ZipFile(path) as archive:
@@ -150,7 +159,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         return load_file(path)
     except PermissionError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
-    # As above.
+    # A damaged file can raise anything.
     except Exception as error:
         raise CheckpointError(
             f"{path}: cannot be read as a safetensors file ({str(error)[:200]}). It is probably "
@@ -186,8 +195,8 @@ def _find_weights(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
     if not weights:
         names = ", ".join(str(key)[:80] for key in list(state)[:8]) or "nothing"
         raise CheckpointError(
-            f"{path}: holds no tensors; found {names}. Weights are looked for at the top, under "
-            "'model' and under 'state_dict'."
+            f"{path}: holds no tensors; found {names}. Weights are expected at the top, under "
+            "'model' or under 'state_dict'."
         )
     # Left by DistributedDataParallel.
     consume_prefix_in_state_dict_if_present(weights, "module.")
@@ -195,7 +204,7 @@ def _find_weights(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
 
 
 def plain_tensor(value: Tensor | np.ndarray, name: str, path: Path) -> Tensor:
-    """``value`` as a tensor of numbers that are there, one by one.
+    """``value`` as a dense tensor on the CPU.
 
     Raises:
         CheckpointError: it is sparse, quantised, on no device, or larger than its file.
@@ -217,9 +226,11 @@ def plain_tensor(value: Tensor | np.ndarray, name: str, path: Path) -> Tensor:
     return tensor
 
 
-def _with_detectron2_names(path: Path, weights: dict[str, Tensor], by_suffix: bool) -> WeightsFile:
+def _with_detectron2_names(
+    path: Path, weights: dict[str, Tensor], run: Any, by_suffix: bool
+) -> WeightsFile:
     if has_caffe2_names(weights):
-        return WeightsFile(path, caffe2_to_detectron2(weights), True, "Caffe2")
+        return WeightsFile(path, caffe2_to_detectron2(weights), run, True, "Caffe2")
     if has_torchvision_resnet_names(weights):
         hint = (
             "These were trained on RGB images: INPUT.FORMAT RGB, MODEL.PIXEL_MEAN "
@@ -227,5 +238,5 @@ def _with_detectron2_names(path: Path, weights: dict[str, Tensor], by_suffix: bo
             "MODEL.RESNETS.STRIDE_IN_1X1 False."
         )
         renamed = torchvision_resnet_to_detectron2(weights)
-        return WeightsFile(path, renamed, True, "torchvision", hint)
-    return WeightsFile(path, weights, by_suffix)
+        return WeightsFile(path, renamed, run, True, "torchvision", hint)
+    return WeightsFile(path, weights, run, by_suffix)

@@ -1,4 +1,4 @@
-"""Weights of a file -> parameters of a model, with a report of what went where."""
+"""Loads the weights of a file into a model, with a report of what went where."""
 
 from __future__ import annotations
 
@@ -14,63 +14,48 @@ from torch import Tensor, nn
 
 from cascade_det.errors import CheckpointError
 from cascade_det.text import listed
-from cascade_det.weights.completeness import check_complete, check_finite
-from cascade_det.weights.files import WeightsFile, read_weights, read_weights_file
-
-__all__ = ["LoadReport", "ShapeMismatch", "load_weights", "read_weights"]
+from cascade_det.weights.completeness import Shapes, check_complete, check_finite
+from cascade_det.weights.files import WeightsFile, read_weights_file
 
 logger = logging.getLogger(__name__)
 
-# Nobody misses these: the configuration sets the pixel statistics, anchors are computed, and the
-# count of batches only matters to a BatchNorm without momentum.
+# A file may lack these: the configuration sets the pixel statistics, anchors are computed, and
+# the count of batches only matters to a BatchNorm without momentum.
 _UNIMPORTANT = re.compile(
     r"(^|\.)num_batches_tracked$|(^|\.)pixel_(mean|std)$|anchor_generator\.cell_anchors"
 )
 
 
-@dataclass(frozen=True)
-class ShapeMismatch:
-    """A parameter that stays as initialised, because the file's has another shape."""
-
-    name: str
-    in_file: tuple[int, ...]
-    in_model: tuple[int, ...]
-
-
 @dataclass
 class LoadReport:
-    """What became of the weights of a file. ``str(report)`` is for reading.
+    """Where the weights of a file went. ``str(report)`` is for reading.
 
     Attributes:
-        path: the local file.
-        origin: whose names it used: "Detectron2", "Caffe2" or "torchvision".
-        loaded: names of the model's tensors that were set.
+        file: what was read.
         total: how many tensors the model has.
-        reinitialised: tensors left as initialised because the shapes differ.
+        loaded: names of the model's tensors that were set.
+        reinitialised: tensors left as initialised, by name: the file's shape and the model's.
         missing: the model's names that the file does not have.
         unexpected: the file's names that the model has no place for.
         ambiguous: the file's names that fit several places of the model, and were left out.
-        hint: what a user of such a file has to know; may be empty.
     """
 
-    path: Path
-    origin: str
+    file: WeightsFile
     total: int
-    hint: str = ""
     loaded: list[str] = field(default_factory=list)
-    reinitialised: list[ShapeMismatch] = field(default_factory=list)
+    reinitialised: dict[str, Shapes] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     ambiguous: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        known_here = [*self.loaded, *self.missing, *(m.name for m in self.reinitialised)]
+        known_here = [*self.loaded, *self.missing, *self.reinitialised]
         sections = (
             (
                 "initialised anew, the shape differs (another number of classes?)",
                 [
-                    f"{m.name}: {m.in_file} in the file, {m.in_model} here"
-                    for m in self.reinitialised
+                    f"{name}: {in_file} in the file, {in_model} here"
+                    for name, (in_file, in_model) in self.reinitialised.items()
                 ],
             ),
             ("not in the file, left as initialised", _by_module(self.missing, self.loaded)),
@@ -78,14 +63,14 @@ class LoadReport:
             ("fits several places of this model, left out", self.ambiguous),
         )
         lines = [
-            f"Weights from {self.path} ({self.origin} names): "
+            f"Weights from {self.file.path} ({self.file.origin} names): "
             f"{len(self.loaded)} of the model's {self.total} tensors loaded."
         ]
         for title, entries in sections:
             if entries:
                 lines += [f"  {title}:", *(f"    {entry}" for entry in entries)]
-        if self.hint:
-            lines.append(f"  {self.hint}")
+        if self.file.hint:
+            lines.append(f"  {self.file.hint}")
         return "\n".join(lines)
 
 
@@ -98,36 +83,36 @@ def load_weights(model: nn.Module, path: str | Path, *, complete: bool = False) 
 
     Args:
         model: its state dict has Detectron2's names.
-        path: a file or an address, see :func:`cascade_det.weights.addresses.local_path`.
-        complete: whether a part of the model that is not in the file, or has another shape there,
-            is an error, as for a model that is not trained any more.
+        path: a file or an address, see :func:`cascade_det.weights.local_path`.
+        complete: raise if the file lacks a part of the model or has it in another shape: for a
+            model that will not be trained.
 
     Returns:
         The report, which has also been logged.
 
     Raises:
-        CheckpointError: the file cannot be had or read, nothing in it fits the model, it holds NaN
-            or Inf, or it is not complete.
+        CheckpointError: the file cannot be found, fetched or read, nothing in it fits the model,
+            it holds NaN or Inf, or it is not complete.
     """
     file = read_weights_file(path)
     state = model.state_dict()
     values, report = _match(file, state)
     if not values:
-        # With the shapes, where these are what differs.
-        in_file = [f"{m.name} {m.in_file}" for m in report.reinitialised] or file.weights
-        in_model = [f"{m.name} {m.in_model}" for m in report.reinitialised] or state
+        # Only where shapes differ does the message need them.
+        differing = report.reinitialised
+        in_file = [f"{name} {shapes[0]}" for name, shapes in differing.items()] or file.weights
+        in_model = [f"{name} {shapes[1]}" for name, shapes in differing.items()] or state
         has, wants = listed(sorted(in_file), 3), listed(sorted(in_model), 3)
         raise CheckpointError(
             f"{path}: nothing in it fits this model. The file has {has}; the model wants {wants}. "
             "Check that the file belongs to this architecture."
         )
     statistics = _unit_statistics(values, state)
-    # A number may be too large for the type here alone.
+    # A number that fits the file's type may overflow the model's.
     check_finite(path, {name: value.to(state[name].dtype) for name, value in values.items()})
     if complete:
-        mismatched = {m.name: (m.in_file, m.in_model) for m in report.reinitialised}
         missing = [*report.missing, *statistics]
-        check_complete(path, report.loaded, missing, mismatched, report.unexpected)
+        check_complete(path, report.loaded, missing, report.reinitialised, report.unexpected)
     model.load_state_dict({**statistics, **values}, strict=False)
     logger.info("%s", report)
     return report
@@ -137,7 +122,7 @@ def _match(file: WeightsFile, state: Mapping[str, Tensor]) -> tuple[dict[str, Te
     weights = {k: v for k, v in file.weights.items() if not _is_pixel_statistic(k)}
     by_suffix = file.matches_by_suffix or not (weights.keys() & state.keys())
     total = sum(not _UNIMPORTANT.search(name) for name in state)
-    report = LoadReport(file.path, file.origin, total, file.hint)
+    report = LoadReport(file, total)
     sources = dict(_sources(state, weights, by_suffix))
 
     fitting, used = defaultdict(list), set(sources.values())
@@ -146,7 +131,7 @@ def _match(file: WeightsFile, state: Mapping[str, Tensor]) -> tuple[dict[str, Te
         if in_file == in_model:
             fitting[source].append(name)
         else:
-            report.reinitialised.append(ShapeMismatch(name, in_file, in_model))
+            report.reinitialised[name] = in_file, in_model
 
     values = {}
     for source, names in fitting.items():
@@ -156,8 +141,8 @@ def _match(file: WeightsFile, state: Mapping[str, Tensor]) -> tuple[dict[str, Te
             report.ambiguous.append(source)
     report.loaded = [name for name in values if not _UNIMPORTANT.search(name)]
     filled = values.keys() | _unit_statistics(values, state).keys()
-    differing = {mismatch.name for mismatch in report.reinitialised}
-    report.missing = _important(name for name in state if name not in filled | differing)
+    filled |= report.reinitialised.keys()
+    report.missing = _important(name for name in state if name not in filled)
     report.unexpected = _important(name for name in weights if name not in used)
     return values, report
 
@@ -179,7 +164,7 @@ def _unit_statistics(
 ) -> dict[str, Tensor]:
     """Mean 0 and variance 1 for norms whose statistics were folded into weight and bias.
 
-    Caffe2's ImageNet backbones are such files; Detectron2 reads them in the same way.
+    Caffe2's ImageNet backbones are such files; Detectron2 does the same.
     """
     statistics = {}
     for name in values:

@@ -1,4 +1,4 @@
-"""Names of weights in other projects' files -> Detectron2's names."""
+"""Renames weights of other projects to Detectron2's names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 _Rule = tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]
 
-# In order; each rule sees what the earlier ones made. Blob names have had "_" turned into ".".
+# Applied in order, each to the result of those before. "_" in blob names is "." already.
 _CAFFE2_RULES: tuple[_Rule, ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -74,14 +74,14 @@ def has_caffe2_names(names: Iterable[str]) -> bool:
 def caffe2_to_detectron2(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the blobs of an ImageNet backbone or of a whole Detectron model.
 
-    Caffe2 puts the background class first, Detectron2 puts it last and gives it neither a box
-    nor a mask: rows of the prediction layers are moved or dropped accordingly.
+    Caffe2 puts the background class first; Detectron2 puts it last, without a box or mask of its
+    own. Rows of the prediction layers are moved or dropped accordingly.
 
     Args:
         weights: blob name to tensor; momentum blobs are dropped.
 
     Returns:
-        Detectron2's name to tensor. Names have no prefix above the part (``res2.0.conv1.weight``).
+        Detectron2's name to tensor, without the prefix above the part (``res2.0.conv1.weight``).
     """
     renamed = {}
     for blob, tensor in weights.items():

@@ -1,8 +1,8 @@
-"""Reads pickles that hold numpy arrays in plain containers, and executes nothing.
+"""Reads pickles of numpy arrays in plain containers without executing anything.
 
-Model-zoo weights are pickles, and a pickle may name any function to be called while it is read.
-Here the few names that numpy's own arrays need are answered by stand-ins that only collect the
-shape, the type and the bytes; every other name is refused, ``builtins`` included.
+Model-zoo weights are pickles, and reading a pickle may call any function that it names. Here the
+few names that numpy's arrays need resolve to stand-ins that only collect shape, type and bytes;
+all others are refused, ``builtins`` included.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _NUMBER = re.compile(r"[biufc]\d{1,2}")
 def read_array_pickle(path: Path) -> Any:
     """Read a pickle of dicts, lists, plain values and numeric numpy arrays.
 
-    Pickles of Python 2 and of any protocol are read, whichever numpy wrote them.
+    The pickle may be of Python 2, of any protocol and any numpy version.
 
     Args:
         path: a local file.
 
     Returns:
-        What was pickled; arrays and numpy scalars as native-endian ``np.ndarray``.
+        The content; arrays and numpy scalars as native-endian ``np.ndarray``.
 
     Raises:
-        CheckpointError: the file asks for any other global, or is truncated or no pickle at all.
+        CheckpointError: the file names any other global, or is truncated or no pickle.
     """
     try:
         content = path.read_bytes()
@@ -45,7 +45,7 @@ def read_array_pickle(path: Path) -> Any:
         return _unwrap(_ArrayUnpickler(io.BytesIO(content), path).load(), {})
     except CheckpointError:
         raise
-    # The bytes may be anything, and so may be the exception that reading them ends in.
+    # Arbitrary bytes can raise any exception.
     except Exception as error:
         raise CheckpointError(
             f"{path}: cannot be read as a pickle of arrays ({type(error).__name__}: "
@@ -55,10 +55,10 @@ def read_array_pickle(path: Path) -> Any:
 
 
 def _check_sizes(content: bytes) -> None:
-    """Raise ValueError where the pickle claims more than it has.
+    """Raise ValueError if the pickle claims more than it holds.
 
-    The unpickler believes lengths and places in its memo before it has seen the bytes: five damaged
-    ones make it fill gigabytes.
+    The unpickler allocates by claimed lengths and memo places before it reads the data: five
+    damaged bytes make it fill gigabytes.
     """
     for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
         if opcode.name.endswith("PUT") and argument is not None and argument > count:
@@ -92,7 +92,7 @@ class _Array:
         self._fill(raw, dtype, shape, "F" if is_fortran else "C")
 
     def _fill(self, raw: bytes | str, dtype: _DType, shape: tuple[int, ...], order: str) -> None:
-        # Python 2 pickled bytes as text, which encoding="latin1" hands out one to one.
+        # Python 2 pickled bytes as text, which encoding="latin1" maps one to one.
         data = raw.encode("latin1") if isinstance(raw, str) else bytes(raw)
         layout: Literal["C", "F"] = "F" if order == "F" else "C"
         array = np.frombuffer(data, dtype.numpy()).reshape(shape, order=layout)
@@ -103,7 +103,7 @@ class _ArrayUnpickler(pickle.Unpickler):
     def __init__(self, file: IO[bytes], path: Path) -> None:
         super().__init__(file, encoding="latin1")
         self._path = path
-        # Bound methods rather than functions: a pickle cannot set attributes on them.
+        # Bound methods, not functions: a pickle cannot set attributes on them.
         self._admitted: dict[tuple[str, str], Callable[..., object]] = {
             ("numpy", "ndarray"): _Array,
             ("numpy", "dtype"): _DType,
@@ -114,7 +114,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         }
 
     def find_class(self, module: str, name: str, /) -> Any:
-        # numpy 2 renamed numpy.core to numpy._core; files of both are about.
+        # numpy 2 renamed numpy.core to numpy._core.
         known = self._admitted.get((module.replace("numpy._core", "numpy.core"), name))
         if known is None:
             raise CheckpointError(
@@ -144,7 +144,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _unwrap(value: Any, done: dict[int, Any]) -> Any:
-    """Arrays in place of their stand-ins. What is shared stays so, or it could grow endlessly."""
+    """Replace stand-ins by their arrays. Shared objects stay shared, or size could explode."""
     if id(value) in done:
         return done[id(value)]
     if isinstance(value, _Array):

@@ -1,4 +1,4 @@
-"""One request for a file, or for what is missing of it."""
+"""Requests for a file, or for the rest of a partial one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cascade_det.errors import DownloadError
 from cascade_det.files import move_into_place, write_json
 
 _BLOCK = 1 << 20
-# Of the client errors, those that another try may mend; the range after a start from the beginning.
+# Client errors that another try may fix; the range error after starting over.
 _PASSING = (
     HTTPStatus.REQUEST_TIMEOUT,
     HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
@@ -30,13 +30,13 @@ _PASSING = (
 
 
 class TransferFault(Exception):
-    """The transfer failed in a way that another try may mend."""
+    """The transfer failed in a way that another try may fix."""
 
 
 class Transfer:
-    """A file on its way: what is here of it, and a tag that says what it is the beginning of.
+    """A partial download, and a tag that identifies the whole file.
 
-    The tag has the server's mark of the version (ETag or date) and the size of the whole file.
+    The tag holds the server's version mark (ETag or date) and the size of the whole file.
     """
 
     def __init__(self, address: str, path: Path, sha256: str, timeout: float) -> None:
@@ -49,17 +49,17 @@ class Transfer:
 
     @property
     def size(self) -> int:
-        """Bytes that are here."""
+        """Bytes of the partial file."""
         return self._part.stat().st_size if self._part.exists() else 0
 
     @property
     def kept(self) -> int:
         """Bytes that can be continued."""
-        # Without a mark or a checksum nobody would notice the halves of two files.
+        # Without a mark or a checksum, halves of two different files would go unnoticed.
         return self.size if self._sha256 or self._read_tag()[0] else 0
 
     def attempt(self) -> None:
-        """Go on from what is here to the whole file, with one request; raises TransferFault."""
+        """Complete the file with one request; raises TransferFault."""
         version, total = self._read_tag()
         kept = self.kept
         if kept == 0 or kept != total:
@@ -68,7 +68,7 @@ class Transfer:
         self._verify(continued=kept > 0)
 
     def finish(self) -> None:
-        """Give the whole file its name."""
+        """Move the whole file into place."""
         move_into_place(self._part, self.path)
         self._tag.unlink(missing_ok=True)
 
@@ -96,7 +96,7 @@ class Transfer:
             raise TransferFault(f"no answer ({error})") from error
 
     def _receive(self, response: HTTPResponse, kept: int, version: str) -> int:
-        """Write the answer behind what is kept, or instead of it; return how much was kept."""
+        """Append the response to the partial file, or replace it; return the bytes kept."""
         self._check_kind(response)
         if response.status == HTTPStatus.PARTIAL_CONTENT:
             total: int | None = self._check_range(response, kept, version)
@@ -104,8 +104,8 @@ class Transfer:
             kept, total = 0, response.length
             if total is None and not response.chunked and not self._sha256:
                 raise DownloadError(
-                    f"{self.address}: the server does not say how long the file is, so that nobody "
-                    "could tell whether it came whole"
+                    f"{self.address}: the server does not give the length of the file, so an "
+                    "incomplete transfer would go unnoticed"
                 )
         self._check_room(total)
         if not kept:
@@ -123,19 +123,19 @@ class Transfer:
         kind = response.headers.get_content_type()
         encoding = response.headers.get("Content-Encoding", "identity")
         if response.status not in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
-            problem = f"the server answers {response.status} {response.reason}"
+            issue = f"the server answers {response.status} {response.reason}"
         elif kind == "text/html":
-            problem = "the server answers with a web page; is a login needed?"
+            issue = "the server answers with a web page; is a login needed?"
         elif encoding != "identity":
-            problem = f"the server sends the file as {encoding}, though it was not asked to"
+            issue = f"the server sends the file as {encoding}, though it was not asked to"
         else:
             return
-        raise DownloadError(f"{self.address}: {problem}")
+        raise DownloadError(f"{self.address}: {issue}")
 
     def _check_range(self, response: HTTPResponse, kept: int, version: str) -> int:
-        """Size of the whole file, of which the answer is the rest behind ``kept`` bytes."""
+        """Check that the response continues at ``kept``; returns the size of the whole file."""
         found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
-        # Some servers know ranges and no If-Range.
+        # Some servers support ranges but not If-Range.
         is_same = not version or _version(response) in ("", version)
         if not found or int(found[1]) != kept or not is_same:
             self._discard()
@@ -157,10 +157,10 @@ class Transfer:
             return
         self._discard()
         if continued:
-            raise TransferFault("the checksum of what was continued is wrong; starting over")
+            raise TransferFault("the checksum of the continued file is wrong; starting over")
         raise DownloadError(
-            f"{self.address}: the SHA-256 of what came is {digest}, and should be {self._sha256}; "
-            "the file is damaged, or another one"
+            f"{self.address}: the SHA-256 of the download is {digest}, and should be "
+            f"{self._sha256}; the file is damaged, or another one"
         )
 
     def _read_tag(self) -> tuple[str, int | None]:
@@ -176,17 +176,17 @@ class Transfer:
 
 
 def _not_through_links(path: str, flags: int) -> int:
-    """Others may write into a shared cache as well."""
+    """Other users may place links in a shared cache."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 class _WebRedirects(request.HTTPRedirectHandler):
-    """urllib follows redirects to ftp:// as well, and from https:// to http://."""
+    """Unlike urllib, refuses redirects to ftp:// and from https:// to http://."""
 
     def redirect_request(
         self, req: request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> request.Request | None:
-        """Follow http and https, but not from the safe one to the other."""
+        """Follow to http and https, but not from https to http."""
         wanted = "https" if req.type == "https" else "https?"
         if not re.match(f"{wanted}://[^/]", newurl, re.IGNORECASE):
             raise HTTPError(req.full_url, code, f"and redirects to {newurl}", headers, fp)
@@ -206,7 +206,7 @@ def _copy(response: HTTPResponse, file: IO[bytes], total: int | None, name: str)
     with bar:
         while True:
             try:
-                # Unlike read(), it hands out what is there before the connection breaks.
+                # Unlike read(), it returns the data that arrived before the connection broke.
                 block = response.read1(_BLOCK)
             except (OSError, HTTPException) as error:
                 raise TransferFault(f"the transfer broke off ({error})") from error
@@ -217,13 +217,13 @@ def _copy(response: HTTPResponse, file: IO[bytes], total: int | None, name: str)
 
 
 def _version(response: HTTPResponse) -> str:
-    """What tells one state of the file from the next, fit for If-Range; empty if nothing does."""
+    """The server's mark of this version of the file, for If-Range; empty if it has none."""
     etag = response.headers.get("ETag", "")
     return etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
 
 
 def sha256_of(path: Path) -> str:
-    """The checksum of a file, 64 digits."""
+    """SHA-256 of a file, 64 digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):

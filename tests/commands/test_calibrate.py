@@ -25,7 +25,7 @@ from cascade_det.config import load_config
 from cascade_det.engine.devices import device_name
 from cascade_det.errors import DatasetError
 from cascade_det.standalone import evaluate, host
-from cascade_det.weights.digest import weights_sha256
+from cascade_det.weights import read_weights_file, weights_sha256
 
 FILES = ["calibration.json", "comparison.csv", "exits.yaml", "front.csv", "front.png"]
 PROFILES = ("quality", "balanced", "fast")
@@ -180,7 +180,7 @@ class TestFiles:
         folder = calibrated("drop")
         content = json.loads((folder / "calibration.json").read_text())
         cfg = load_config(INSTANT, case.options)
-        sha256 = weights_sha256(cfg.MODEL.WEIGHTS)
+        sha256 = weights_sha256(read_weights_file(cfg.MODEL.WEIGHTS).weights)
         of_file = hashlib.sha256(Path(cfg.MODEL.WEIGHTS).read_bytes()).hexdigest()
         truth = case.folder / "truth.json"
         of_truth = hashlib.sha256(truth.read_bytes()).hexdigest()

@@ -15,7 +15,7 @@ from cascade_det.calibration.recording import _SHARES
 from cascade_det.calibration.target import Options, Target
 from cascade_det.d2 import host
 from cascade_det.errors import ConfigError
-from cascade_det.weights.digest import weights_sha256
+from cascade_det.weights import read_weights_file, weights_sha256
 
 pytestmark = pytest.mark.needs_detectron2
 
@@ -66,7 +66,8 @@ def test_an_evaluation_gives_what_was_promised(case, target, tmp_path):
     entered = [results["exits"][f"stage{stage}"]["entered"] for stage in range(3)]
     assert sum(entered) / (3 * 4 * 60) == pytest.approx(expected["regions_left"])
     assert results["shadow"]["loss"] == pytest.approx(expected["loss"], abs=1e-6)
-    assert found["weights"]["sha256"] == weights_sha256(found["weights"]["file"])
+    weights = read_weights_file(found["weights"]["file"]).weights
+    assert found["weights"]["sha256"] == weights_sha256(weights)
     for path in folder.glob("*.yaml"):
         told = load([INSTANT, path], case.options).MODEL.CASCADE.EXIT.WEIGHTS_SHA256
         assert told == found["weights"]["sha256"]

@@ -32,7 +32,7 @@ from two_hosts import (
 
 from cascade_det.config import add_cascade_config, load_config
 from cascade_det.standalone import build_detector, train
-from cascade_det.weights.loading import load_weights
+from cascade_det.weights import load_weights
 
 pytestmark = pytest.mark.needs_detectron2
 
@@ -69,7 +69,7 @@ def assert_same_state(model, state):
 
 
 def assert_complete(report):
-    assert (report.missing, report.unexpected, report.reinitialised) == ([], [], [])
+    assert (report.missing, report.unexpected, report.reinitialised) == ([], [], {})
     assert len(report.loaded) == report.total
 
 

@@ -11,7 +11,7 @@ from small_plugin import model_cfg
 from torchvision.models import mobilenet_v2, mobilenet_v3_large, resnet18
 
 from cascade_det.errors import CheckpointError
-from cascade_det.weights.loading import load_weights
+from cascade_det.weights import load_weights
 
 pytestmark = pytest.mark.needs_detectron2
 

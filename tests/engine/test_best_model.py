@@ -6,12 +6,10 @@ import math
 
 import pytest
 import torch
+from toy_detectors import make_resumable
 
 from cascade_det.engine.best_model import BestModel
-from cascade_det.engine.checkpoint import Checkpointer
-from cascade_det.engine.hooks import EvalHook, Hook, PeriodicCheckpoint, WriterHook
-from cascade_det.engine.solver import build_optimizer, build_scheduler
-from cascade_det.engine.trainer import Trainer
+from cascade_det.engine.hooks import EvalHook, Hook, WriterHook
 from cascade_det.engine.writers import JsonWriter
 
 
@@ -29,22 +27,8 @@ class Kill(Hook):
             raise Killed
 
 
-def run(folder, detector, make_loader, hooks, *, resume=False, period=2, max_iter=8):
-    """Train; ``hooks`` makes the hooks that come after the checkpoints."""
-    folder.mkdir(exist_ok=True)
-    checkpointer = Checkpointer(detector, folder)
-    checkpointer.resume_or_load("", resume=resume)
-    start = checkpointer.start_iter
-    optimizer = build_optimizer(detector, base_lr=0.05)
-    trainer = Trainer(
-        detector,
-        make_loader(start),
-        optimizer,
-        build_scheduler(optimizer, max_iter=max_iter, warmup_iters=3),
-        max_iter=max_iter,
-        start_iter=start,
-        hooks=[PeriodicCheckpoint(checkpointer, period), *hooks(checkpointer)],
-    )
+def run(folder, detector, make_loader, hooks, *, period=2, **others):
+    trainer = make_resumable(folder, detector, make_loader, hooks=hooks, period=period, **others)
     trainer.train()
     return trainer
 

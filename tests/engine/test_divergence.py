@@ -5,12 +5,12 @@ import re
 
 import pytest
 import torch
+from toy_detectors import make_resumable, make_trainer
 
-from cascade_det.engine.checkpoint import Checkpointer
-from cascade_det.engine.divergence import divergence, replay, save_step
-from cascade_det.engine.hooks import Hook, PeriodicCheckpoint
-from cascade_det.engine.solver import build_optimizer, build_scheduler
-from cascade_det.engine.trainer import Trainer
+from cascade_det.engine.divergence import divergence
+from cascade_det.engine.hooks import Hook
+from cascade_det.engine.replay import replay
+from cascade_det.engine.step_file import save_step
 from cascade_det.engine.training_state import random_state
 from cascade_det.errors import CheckpointError
 
@@ -72,10 +72,7 @@ def test_float16_that_overflows_at_every_scale_is_a_divergence(make_detector, ma
             self.head.weight.register_hook(lambda gradient: gradient * math.inf)
             return losses
 
-    detector = Overflows()
-    optimizer = build_optimizer(detector, base_lr=0.05)
-    scheduler = build_scheduler(optimizer, max_iter=100, warmup_iters=0)
-    trainer = Trainer(detector, make_loader(), optimizer, scheduler, max_iter=100)
+    trainer = make_trainer(Overflows(), make_loader(), max_iter=100, warmup=0)
     trainer.step._scaler = torch.amp.GradScaler("cpu")  # the CPU's stands in for the GPU's
     with pytest.raises(FloatingPointError, match="however small the loss is scaled"):
         trainer.train()
@@ -88,8 +85,6 @@ def test_a_step_in_parts_is_replayed_in_parts(make_detector, make_loader, tmp_pa
     detector = make_detector()
     batch = next(iter(make_loader()))
     torch.manual_seed(4)
-    optimizer = build_optimizer(detector, base_lr=0.05)
-    scheduler = build_scheduler(optimizer, max_iter=1, warmup_iters=0)
     save_step(
         tmp_path / "step.pth",
         detector=detector,
@@ -99,7 +94,9 @@ def test_a_step_in_parts_is_replayed_in_parts(make_detector, make_loader, tmp_pa
         amp_dtype=None,
         parts=parts,
     )
-    trainer = Trainer(detector, [batch], optimizer, scheduler, max_iter=1, accumulation_steps=parts)
+    trainer = make_trainer(
+        detector, [batch], max_iter=1, steps=(), warmup=0, accumulation_steps=parts
+    )
     trainer.train()
     report = "\n".join(replay(tmp_path / "step.pth", make_detector(), device="cpu"))
     found = float(re.search(r"loss_square ([\d.e+]+)", report)[1])
@@ -136,15 +133,14 @@ def diverged(make_detector, make_loader, tmp_path):
     detector = make_detector()
 
     def run(nan=True):
-        checkpointer = Checkpointer(detector, tmp_path)
-        optimizer = build_optimizer(detector, base_lr=0.05)
-        trainer = Trainer(
+        trainer = make_resumable(
+            tmp_path,
             detector,
-            make_loader(),
-            optimizer,
-            build_scheduler(optimizer, max_iter=8, warmup_iters=0),
-            max_iter=8,
-            hooks=[PeriodicCheckpoint(checkpointer, 2), Overflows(nan)],
+            make_loader,
+            period=2,
+            steps=(),
+            warmup=0,
+            hooks=lambda _: [Overflows(nan)],
             output_dir=tmp_path,
         )
         with pytest.raises(FloatingPointError) as caught:

@@ -11,26 +11,29 @@ from cascade_det.engine.head_flops import region_flops
 from cascade_det.evaluation import ExitEvaluator
 
 LOGITS = NUM_CLASSES + 1
+INPUTS = CHANNELS * POOLED**2
 
 
-def test_linear_layers_are_inputs_times_outputs():
-    """One multiply-add for each weight; biases and activations are not counted."""
-    flops = region_flops(make_cascade(fc_dims=(12, 7)), CHANNELS)
-    one = CHANNELS * POOLED**2 * 12 + 12 * 7 + 7 * LOGITS + 7 * 4
-    assert flops.stages == (one, one, one)
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"fc_dims": (12, 7)}, INPUTS * 12 + 12 * 7 + 7 * (LOGITS + 4)),
+        (
+            {"fc_dims": (12,), "cls_agnostic": False},
+            INPUTS * 12 + 12 * (LOGITS + 4 * NUM_CLASSES),
+        ),
+        (
+            {"conv_dims": (5,), "fc_dims": ()},
+            INPUTS * 5 * 9 + 5 * POOLED**2 * (LOGITS + 4),
+        ),
+    ],
+    ids=["linear layers", "boxes of each class", "convolutions of 3 x 3 taps"],
+)
+def test_one_multiply_add_for_each_weight_and_position(changes, expected):
+    """Biases and activations are not counted."""
+    flops = region_flops(make_cascade(**changes), CHANNELS)
+    assert flops.stages == (expected,) * 3
     assert flops.scores == (0, 0, 0)
-
-
-def test_boxes_of_each_class_cost_more():
-    flops = region_flops(make_cascade(cls_agnostic=False, fc_dims=(12,)), CHANNELS)
-    assert flops.stages[0] == CHANNELS * POOLED**2 * 12 + 12 * LOGITS + 12 * 4 * NUM_CLASSES
-
-
-def test_convolutions_are_inputs_times_outputs_times_cells_times_taps():
-    flops = region_flops(make_cascade(conv_dims=(5,), fc_dims=()), CHANNELS)
-    features = 5 * POOLED**2
-    one = CHANNELS * 5 * POOLED**2 * 9 + features * LOGITS + features * 4
-    assert flops.stages[0] == one
 
 
 def test_heads_that_run_again_count_again():

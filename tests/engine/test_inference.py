@@ -4,8 +4,8 @@ import sys
 
 import pytest
 import torch
-from torch import nn
 
+from cascade_det.core.modes import in_evaluation_mode
 from cascade_det.core.structures import StageOutput
 from cascade_det.engine import inference
 from cascade_det.engine.inference import run_inference
@@ -55,31 +55,29 @@ def test_modes_of_all_modules_are_as_before(make_detector, make_loader):
     assert [module.training for module in detector.modules()] == modes
 
 
-@pytest.mark.parametrize(("timed", "warmup", "calls"), [(True, 0, 2), (True, 3, 5), (False, 3, 2)])
-def test_times_and_warm_up(make_detector, make_loader, timed, warmup, calls):
+def test_times_after_one_untimed_call(make_detector, make_loader):
     detector, evaluator = make_detector(), Collect()
-    run_inference(detector, batches(make_loader(), 2), [evaluator], timed=timed, warmup=warmup)
-    assert len(detector.modes) == calls
-    assert len(evaluator.seen) == 2
-    for _, output in evaluator.seen:
-        assert list(output.stats.milliseconds) == (["backbone"] if timed else [])
+    run_inference(detector, batches(make_loader(), 2), [evaluator])
+    assert len(detector.modes) == 3
+    assert [list(output.stats.milliseconds) for _, output in evaluator.seen] == [["backbone"]] * 2
 
 
-def test_gradients_stages_and_types(make_detector, make_loader):
+def test_gradients_and_stages(make_detector, make_loader):
     seen = []
 
     class Looks(make_detector):
+        @in_evaluation_mode
         def detect(self, batch, *, stages=False, timer=None):
             output = super().detect(batch, timer=timer)
             result = self.head(self.body(torch.ones(2, 4)))
-            seen.append((result.requires_grad, result.dtype, stages))
+            seen.append((result.requires_grad, stages))
             output.stages = [StageOutput(output.detections, [], [])] if stages else None
             return output
 
     loader, evaluator = batches(make_loader(), 1), Collect()
-    run_inference(Looks(), loader, [evaluator], stages=True, warmup=0)
-    run_inference(Looks(), loader, [evaluator], amp_dtype="bfloat16", warmup=0)
-    assert seen == [(False, torch.float32, True), (False, torch.bfloat16, False)]
+    run_inference(Looks(), loader, [evaluator], stages=True)
+    run_inference(Looks(), loader, [evaluator])
+    assert seen == [(False, True)] * 2 + [(False, False)] * 2
     assert [len(output.stages or []) for _, output in evaluator.seen] == [1, 0]
 
 
@@ -93,13 +91,6 @@ def test_empty_loader(make_detector, caplog):
 def test_two_results_of_one_name(make_detector):
     with pytest.raises(ValueError, match="toy"):
         run_inference(make_detector(), [], [Collect(), Collect()])
-
-
-def test_wrapped_detector(make_detector, make_loader):
-    wrapper = nn.Module()
-    wrapper.module = make_detector()
-    run_inference(wrapper, batches(make_loader(), 1), [Collect()])
-    assert wrapper.module.modes == [False, False]
 
 
 def test_progress_is_a_bar_on_a_terminal(make_detector, make_loader, monkeypatch):

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from cascade_det.config import get_cfg
-from cascade_det.engine.run_info import RunInfo, check_output, record_start, run_of
+from cascade_det.engine.output_dir import check_output, record_start
+from cascade_det.engine.run_info import RunInfo, usable_run_info
 from cascade_det.errors import CheckpointError, ConfigError
+from cascade_det.weights import read_weights_file
 
 LEFT = ".cascade_det-0123456789abcdef.tmp"
 GOOD = {"seed": 3, "class_names": ["cat", "dog"], "category_ids": [1, 18], "host": "standalone"}
@@ -38,20 +40,20 @@ BAD_CLASSES = {
 }
 
 
-def checkpoint(folder, run):
-    torch.save({"model": {}, "run": run}, folder / "model.pth")
-    return folder / "model.pth"
+def read_back(folder, run):
+    torch.save({"model": {"w": torch.ones(1)}, "run": run}, folder / "model.pth")
+    return usable_run_info(read_weights_file(folder / "model.pth").run, folder / "model.pth")
 
 
 def test_it_is_what_was_written(tmp_path):
-    assert run_of(checkpoint(tmp_path, GOOD)) == GOOD
+    assert read_back(tmp_path, GOOD) == GOOD
 
 
 @pytest.mark.parametrize("changes", BAD_CLASSES.values(), ids=BAD_CLASSES)
-def test_classes_that_nobody_can_use_are_passed_over(changes, tmp_path, caplog):
-    file = checkpoint(tmp_path, {**GOOD, **changes})
+def test_unusable_classes_are_left_out_with_a_warning(changes, tmp_path, caplog):
+    file = tmp_path / "model.pth"
     with caplog.at_level(logging.WARNING):
-        assert run_of(file) == {"seed": 3, "host": "standalone"}
+        assert read_back(tmp_path, {**GOOD, **changes}) == {"seed": 3, "host": "standalone"}
     (message,) = caplog.messages
     assert str(file) in message
     assert "class_names" in message or "category_ids" in message
@@ -61,7 +63,7 @@ def test_classes_that_nobody_can_use_are_passed_over(changes, tmp_path, caplog):
 
 @pytest.mark.parametrize("run", [[1], "text", None, 3, torch.zeros(2), {1: 2}, {}])
 def test_a_run_of_another_kind_says_nothing(run, tmp_path):
-    assert not run_of(checkpoint(tmp_path, run)).keys() & {"class_names", "category_ids"}
+    assert not read_back(tmp_path, run).keys() & {"class_names", "category_ids"}
 
 
 @pytest.mark.parametrize("changes", BAD_CLASSES.values(), ids=BAD_CLASSES)
@@ -87,7 +89,7 @@ def cfg(tmp_path):
     return cfg
 
 
-def test_a_run_keeps_the_configuration_that_somebody_wrote(cfg, tmp_path):
+def test_a_run_keeps_a_handwritten_configuration(cfg, tmp_path):
     """Often the very one that it was started with, comments and all."""
     file = Path(cfg.OUTPUT_DIR) / "config.yaml"
     record_start(cfg, resume=False)

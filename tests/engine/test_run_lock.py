@@ -94,7 +94,10 @@ def test_an_owner_that_says_nothing_useful(cfg, content):
     folder = Path(cfg.OUTPUT_DIR)
     folder.mkdir()
     (folder / ".cascade_det.owner.json").write_text(content, errors="surrogatepass")
-    with FileLock(folder / ".cascade_det.lock"), pytest.raises(ConfigError, match="has not said"):
+    with (
+        FileLock(folder / ".cascade_det.lock"),
+        pytest.raises(ConfigError, match="is unknown"),
+    ):
         check_free(folder)
 
 

@@ -1,18 +1,11 @@
 import pytest
 import torch
 from torch import nn
+from toy_detectors import make_resumable, make_trainer
 
-from cascade_det.engine.checkpoint import Checkpointer
-from cascade_det.engine.hooks import EvalHook, Hook, PeriodicCheckpoint
-from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, build_scheduler
-from cascade_det.engine.trainer import Trainer
+from cascade_det.engine.hooks import EvalHook, Hook
+from cascade_det.engine.solver import build_gradient_clipper, build_optimizer
 from cascade_det.errors import ConfigError
-
-
-def build(detector, loader, *, max_iter=8, lr=0.05, name="SGD", **arguments):
-    optimizer = build_optimizer(detector, name=name, base_lr=lr)
-    scheduler = build_scheduler(optimizer, max_iter=max_iter, steps=(5,), warmup_iters=3)
-    return Trainer(detector, loader, optimizer, scheduler, max_iter=max_iter, **arguments)
 
 
 def state_of(detector):
@@ -46,7 +39,7 @@ class Record(Hook):
 def test_equals_a_loop_written_out(make_detector, make_loader):
     trained = make_detector()
     torch.manual_seed(3)
-    build(
+    make_trainer(
         trained,
         make_loader(),
         clip_gradients=build_gradient_clipper({"type": "full_model", "value": 0.5}),
@@ -68,7 +61,7 @@ def test_equals_a_loop_written_out(make_detector, make_loader):
 
 
 def test_training_lowers_the_loss(make_detector, make_loader):
-    trainer = build(make_detector(), make_loader(), max_iter=300, lr=0.02)
+    trainer = make_trainer(make_detector(), make_loader(), max_iter=300, lr=0.02)
     losses = []
 
     class Losses(Hook):
@@ -81,7 +74,7 @@ def test_training_lowers_the_loss(make_detector, make_loader):
 
 
 def test_history_holds_losses_metrics_and_times(make_detector, make_loader):
-    trainer = build(make_detector(), make_loader())
+    trainer = make_trainer(make_detector(), make_loader())
     trainer.train()
     history = trainer.history
     names = {"total_loss", "loss_square", "loss_abs", "toy/error", "lr", "time", "data_time"}
@@ -96,7 +89,7 @@ def test_history_holds_losses_metrics_and_times(make_detector, make_loader):
 
 def test_hooks_are_called_in_order(make_detector, make_loader):
     calls = []
-    trainer = build(
+    trainer = make_trainer(
         make_detector(), make_loader(), max_iter=2, hooks=[Record(calls, "a"), Record(calls, "b")]
     )
     trainer.train()
@@ -116,7 +109,7 @@ def test_hooks_are_called_in_order(make_detector, make_loader):
 def test_every_hook_gets_its_end_after_an_error(make_detector, make_loader):
     calls = []
     hooks = [Record(calls, "a", fail_at="end"), Record(calls, "b", fail_at=1), Record(calls, "c")]
-    trainer = build(make_detector(), make_loader(), hooks=hooks)
+    trainer = make_trainer(make_detector(), make_loader(), hooks=hooks)
     with pytest.raises(RuntimeError, match="end failed") as caught:
         trainer.train()
     assert "step failed" in str(caught.value.__context__)
@@ -127,7 +120,7 @@ def test_every_hook_gets_its_end_after_an_error(make_detector, make_loader):
 def test_loader_that_ends_is_an_error(make_detector, make_loader):
     batches = [batch for batch, _ in zip(make_loader(), range(3), strict=False)]
     with pytest.raises(RuntimeError, match="ended before iteration 3"):
-        build(make_detector(), batches).train()
+        make_trainer(make_detector(), batches).train()
 
 
 class Shuffling:
@@ -147,17 +140,14 @@ def test_resumed_run_equals_uninterrupted_one(
     make_detector, make_loader, tmp_path, optimizer, stop_at
 ):
     def run(folder, *, resume=False, hooks=()):
-        folder.mkdir(exist_ok=True)
-        detector = make_detector()
-        checkpointer = Checkpointer(detector, folder)
-        checkpointer.resume_or_load("", resume=resume)
-        start = checkpointer.start_iter
-        trainer = build(
-            detector,
-            Shuffling(make_loader(start)),
+        trainer = make_resumable(
+            folder,
+            make_detector(),
+            lambda start: Shuffling(make_loader(start)),
             name=optimizer,
-            start_iter=start,
-            hooks=[PeriodicCheckpoint(checkpointer, 1), *hooks],
+            resume=resume,
+            period=1,
+            hooks=lambda _: hooks,
         )
         trainer.train()
         return trainer
@@ -189,22 +179,15 @@ def test_resumed_run_equals_uninterrupted_one(
 def test_run_that_is_done_trains_nothing_and_evaluates(make_detector, make_loader, tmp_path):
     for resume in (False, True):
         detector, evaluations = make_detector(), []
-        checkpointer = Checkpointer(detector, tmp_path)
-        checkpointer.resume_or_load("", resume=resume)
-        before = state_of(detector)
-        trainer = build(
-            detector,
-            make_loader(),
-            start_iter=checkpointer.start_iter,
-            hooks=[
-                PeriodicCheckpoint(checkpointer, 100),
-                EvalHook(0, lambda evaluations=evaluations: evaluations.append(1) or {"a": 1.0}),
-            ],
+        hook = EvalHook(0, lambda evaluations=evaluations: evaluations.append(1) or {"a": 1.0})
+        trainer = make_resumable(
+            tmp_path, detector, make_loader, resume=resume, hooks=lambda _, hook=hook: [hook]
         )
+        before = state_of(detector)
         trainer.train()
         assert evaluations == [1]
         assert trainer.results == {"a": 1.0}
-    assert checkpointer.start_iter == 8
+    assert trainer.start_iter == 8
     assert_equal(state_of(detector), before)
 
 
@@ -212,12 +195,15 @@ def test_old_checkpoints_are_deleted_also_those_of_the_run_before(
     make_detector, make_loader, tmp_path
 ):
     def run(until, resume):
-        detector = make_detector()
-        checkpointer = Checkpointer(detector, tmp_path)
-        checkpointer.resume_or_load("", resume=resume)
-        start = checkpointer.start_iter
-        hook = PeriodicCheckpoint(checkpointer, 2, max_to_keep=2)
-        build(detector, make_loader(start), max_iter=until, start_iter=start, hooks=[hook]).train()
+        make_resumable(
+            tmp_path,
+            make_detector(),
+            make_loader,
+            resume=resume,
+            period=2,
+            max_to_keep=2,
+            max_iter=until,
+        ).train()
         return sorted(path.name for path in tmp_path.glob("*.pth"))
 
     (tmp_path / "model_best.pth").touch()
@@ -251,7 +237,9 @@ def test_evaluations_at_the_period_and_the_end_never_twice(
         return {"bbox": {"AP": float(len(found)), "text": "x", "per_class": {"dog": 1}}, "n": True}
 
     detector = make_detector()
-    trainer = build(detector, make_loader(), max_iter=max_iter, hooks=[EvalHook(period, evaluate)])
+    trainer = make_trainer(
+        detector, make_loader(), max_iter=max_iter, hooks=[EvalHook(period, evaluate)]
+    )
     torch.manual_seed(0)
     trainer.train()
     assert found == evaluated
@@ -263,14 +251,14 @@ def test_evaluations_at_the_period_and_the_end_never_twice(
     # Evaluation, which draws random numbers too, changes nothing in training.
     alone = make_detector()
     torch.manual_seed(0)
-    build(alone, make_loader(), max_iter=max_iter).train()
+    make_trainer(alone, make_loader(), max_iter=max_iter).train()
     assert_equal(state_of(detector), state_of(alone))
 
 
 def test_no_evaluation_after_an_error(make_detector, make_loader):
     hooks = [Record([], "x", fail_at=3), EvalHook(0, lambda: pytest.fail("evaluated"))]
     with pytest.raises(RuntimeError, match="step failed"):
-        build(make_detector(), make_loader(), hooks=hooks).train()
+        make_trainer(make_detector(), make_loader(), hooks=hooks).train()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
@@ -280,23 +268,23 @@ def test_mixed_precision_computes_in_its_type_and_keeps_float32_weights(
     seen = []
     detector = make_detector()
     detector.head.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
-    trainer = build(detector, make_loader(), amp_dtype=dtype)
+    trainer = make_trainer(detector, make_loader(), amp_dtype=dtype)
     trainer.train()
     assert set(seen) == {torch.bfloat16}
     assert all(p.dtype == torch.float32 for p in detector.parameters())
     plain = make_detector()
-    build(plain, make_loader()).train()
+    make_trainer(plain, make_loader()).train()
     assert not torch.equal(detector.head.weight, plain.head.weight)
 
 
 def test_unknown_precision(make_detector, make_loader):
     with pytest.raises(ConfigError, match=r"AMP_DTYPE.*'float8'"):
-        build(make_detector(), make_loader(), amp_dtype="float8")
+        make_trainer(make_detector(), make_loader(), amp_dtype="float8")
 
 
 def test_training_mode_is_set(make_detector, make_loader):
     detector = make_detector().eval()
-    build(detector, make_loader(), max_iter=1).train()
+    make_trainer(detector, make_loader(), max_iter=1).train()
     assert detector.training
 
 
@@ -309,7 +297,7 @@ def test_metrics_inside_a_wrapper_are_found(make_detector, make_loader):
         def forward(self, batch):
             return self.module(batch)
 
-    trainer = build(Wrapper(make_detector()), make_loader(), max_iter=1)
+    trainer = make_trainer(Wrapper(make_detector()), make_loader(), max_iter=1)
     trainer.train()
     assert "toy/error" in trainer.history
 
@@ -320,7 +308,7 @@ def test_scaled_loss_changes_nothing_but_the_range(make_detector, make_loader):
     def run(scaled):
         detector = make_detector()
         clip = build_gradient_clipper({"type": "full_model", "value": 0.5})
-        trainer = build(detector, make_loader(), clip_gradients=clip)
+        trainer = make_trainer(detector, make_loader(), clip_gradients=clip)
         if scaled:  # the CPU's scaler stands in for the GPU's
             trainer.step._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
         torch.manual_seed(0)
@@ -342,7 +330,7 @@ def test_scaled_loss_changes_nothing_but_the_range(make_detector, make_loader):
 def test_last_evaluation_comes_after_all_hooks_of_the_last_step(make_detector, make_loader):
     calls = []
     hooks = [EvalHook(1, lambda: calls.append("evaluation") or {}), Record(calls, "x")]
-    build(make_detector(), make_loader(), max_iter=2, hooks=hooks).train()
+    make_trainer(make_detector(), make_loader(), max_iter=2, hooks=hooks).train()
     assert [call if call == "evaluation" else call[1] for call in calls] == [
         "before",
         "evaluation",

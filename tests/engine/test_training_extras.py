@@ -6,36 +6,18 @@ import signal
 import pytest
 import torch
 from torch import nn
+from toy_detectors import make_resumable, make_trainer
 
 from cascade_det.engine.averaging import WeightAverage
 from cascade_det.engine.checkpoint import Checkpointer
 from cascade_det.engine.hooks import EvalHook, Hook, PeriodicCheckpoint
-from cascade_det.engine.solver import build_optimizer, build_scheduler
-from cascade_det.engine.trainer import Trainer
 from cascade_det.engine.validation import validation_losses
 from cascade_det.errors import CheckpointError, DatasetError
 from cascade_det.parallel.interrupts import Interrupted
 
 
-def build(detector, loader, *, max_iter=8, lr=0.05, name="SGD", decay=1e-4, **arguments):
-    optimizer = build_optimizer(detector, name=name, base_lr=lr, weight_decay=decay)
-    scheduler = build_scheduler(optimizer, max_iter=max_iter, steps=(5,), warmup_iters=3)
-    return Trainer(detector, loader, optimizer, scheduler, max_iter=max_iter, **arguments)
-
-
-def resumable(folder, make_detector, make_loader, *, resume=False, hooks=(), **arguments):
-    folder.mkdir(exist_ok=True)
-    detector = make_detector()
-    checkpointer = Checkpointer(detector, folder)
-    checkpointer.resume_or_load("", resume=resume)
-    start = checkpointer.start_iter
-    return build(
-        detector,
-        make_loader(start),
-        start_iter=start,
-        hooks=[PeriodicCheckpoint(checkpointer, 100), *hooks],
-        **arguments,
-    )
+def resumable(folder, make_detector, make_loader, *, hooks=(), **others):
+    return make_resumable(folder, make_detector(), make_loader, hooks=lambda _: hooks, **others)
 
 
 class Signal(Hook):
@@ -116,7 +98,7 @@ def test_an_error_of_the_data_costs_no_iteration(make_detector, make_loader, tmp
     resumed = resumable(tmp_path, make_detector, make_loader, resume=True)
     resumed.train()
     torch.manual_seed(0)
-    whole = build(make_detector(), make_loader())
+    whole = make_trainer(make_detector(), make_loader())
     whole.train()
     torch.testing.assert_close(
         resumed.detector.state_dict(), whole.detector.state_dict(), rtol=0, atol=0
@@ -145,8 +127,8 @@ class Plain(nn.Module):
 def test_accumulated_parts_give_the_gradients_of_the_whole(make_loader, parts):
     whole, split = Plain(), Plain()
     trainers = [
-        build(whole, make_loader()),
-        build(split, make_loader(), accumulation_steps=parts),
+        make_trainer(whole, make_loader()),
+        make_trainer(split, make_loader(), accumulation_steps=parts),
     ]
     for trainer in trainers:
         trainer.train()
@@ -159,13 +141,13 @@ def test_accumulated_parts_give_the_gradients_of_the_whole(make_loader, parts):
 
 def test_gradient_norm_is_that_of_all_gradients(make_loader):
     detector = Plain()
-    trainer = build(detector, make_loader(), max_iter=1)
+    trainer = make_trainer(detector, make_loader(), max_iter=1)
     trainer.train()
     flat = torch.cat([parameter.grad.flatten() for parameter in detector.parameters()])
     assert trainer.history.latest("gradient_norm")[0] == pytest.approx(float(flat.norm()), rel=1e-6)
 
 
-def averaged(folder, make_detector, make_loader, *, resume=False, decay=0.9, hooks=(), max_iter=8):
+def averaged(folder, make_detector, make_loader, *, resume=False, decay=0.9, hooks=()):
     folder.mkdir(exist_ok=True)
     detector = make_detector()
     checkpointer = Checkpointer(detector, folder)
@@ -174,9 +156,8 @@ def averaged(folder, make_detector, make_loader, *, resume=False, decay=0.9, hoo
     checkpointer.model = average.module
     checkpointer.add_checkpointable("training_weights", detector)
     start = checkpointer.start_iter
-    checkpoints = PeriodicCheckpoint(checkpointer, 100)
-    hooks = [average, checkpoints, *hooks]
-    trainer = build(detector, make_loader(start), start_iter=start, hooks=hooks, max_iter=max_iter)
+    hooks = [average, PeriodicCheckpoint(checkpointer, 100), *hooks]
+    trainer = make_trainer(detector, make_loader(start), start_iter=start, hooks=hooks)
     return trainer, average
 
 
@@ -203,7 +184,7 @@ def test_average_is_the_recurrence_and_does_not_touch_training(
     torch.testing.assert_close(saved["model"], dict(average.module.state_dict()), rtol=0, atol=0)
 
     torch.manual_seed(0)
-    alone = build(make_detector(), make_loader())
+    alone = make_trainer(make_detector(), make_loader())
     alone.train()
     torch.testing.assert_close(
         trainer.detector.state_dict(), alone.detector.state_dict(), rtol=0, atol=0
@@ -246,25 +227,17 @@ def test_validation_losses_are_means_over_images(make_loader):
 
 
 def test_validation_losses_repeat_and_leave_norms_alone(make_detector, make_loader):
-    detector = make_detector().train()
+    class Sampling(make_detector):
+        def losses(self, batch):
+            return {**super().losses(batch), "loss_drawn": torch.rand(())}
+
+    detector = Sampling().train()
     batches = [batch for batch, _ in zip(make_loader(), range(3), strict=False)]
     state = {k: v.clone() for k, v in detector.state_dict().items()}
     first = validation_losses(detector, batches)
     torch.rand(7)
     assert validation_losses(detector, batches) == first
     torch.testing.assert_close(dict(detector.state_dict()), state, rtol=0, atol=0)
-
-
-def test_validation_losses_draw_the_same_every_time(make_loader):
-    class Sampling(Plain):
-        def losses(self, batch):
-            return {"loss_drawn": torch.rand(()) + 0 * super().losses(batch)["loss_square"]}
-
-    batches = [batch for batch, _ in zip(make_loader(), range(3), strict=False)]
-    detector = Sampling()
-    first = validation_losses(detector, batches)
-    torch.rand(5)
-    assert validation_losses(detector, batches) == first
 
 
 def test_settings_are_the_new_runs_and_state_is_the_old_ones(make_detector, make_loader, tmp_path):

@@ -1,13 +1,13 @@
-"""What the engine tells training regimes, and a detector of which only exits are trained."""
+"""Progress of training schedules, and a detector whose exits alone are trained."""
 
 import pytest
 import torch
 from torch import nn
+from toy_detectors import make_trainer
 
 from cascade_det.core.training_schedule import TrainingSchedule
-from cascade_det.engine.divergence import replay, save_step
-from cascade_det.engine.solver import build_optimizer, build_scheduler
-from cascade_det.engine.trainer import Trainer
+from cascade_det.engine.replay import replay
+from cascade_det.engine.step_file import save_step
 from cascade_det.engine.training_modes import freeze_detector, progress_of, training_mode
 from cascade_det.engine.training_state import random_state
 from cascade_det.errors import ConfigError
@@ -53,18 +53,12 @@ def make(make_detector):
     return build
 
 
-def make_trainer(detector, loader, **arguments):
-    optimizer = build_optimizer(detector, base_lr=0.1)
-    scheduler = build_scheduler(optimizer, max_iter=4)
-    return Trainer(detector, loader, optimizer, scheduler, max_iter=4, **arguments)
-
-
 def test_progress_is_a_share_of_all_iterations_also_after_a_resume(make, make_loader):
     detector = make()
-    make_trainer(detector, make_loader(), accumulation_steps=2).train()
+    make_trainer(detector, make_loader(), max_iter=4, accumulation_steps=2).train()
     assert detector.seen == [0, 0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
     resumed = make()
-    make_trainer(resumed, make_loader(2), start_iter=2).train()
+    make_trainer(resumed, make_loader(2), max_iter=4, start_iter=2).train()
     assert resumed.seen == [0.5, 0.75]
 
 

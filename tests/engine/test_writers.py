@@ -6,12 +6,12 @@ import sys
 
 import pytest
 import torch
+from toy_detectors import make_trainer
 
-from cascade_det.engine.events import WINDOW, History, mean_metrics
+from cascade_det.engine.history import WINDOW, History
 from cascade_det.engine.hooks import EvalHook, Hook, WriterHook
 from cascade_det.engine.log import setup_logging
-from cascade_det.engine.solver import build_optimizer, build_scheduler
-from cascade_det.engine.trainer import Trainer
+from cascade_det.engine.step import mean_metrics
 from cascade_det.engine.writers import ConsoleWriter, JsonWriter, TensorBoardWriter, Writer
 
 
@@ -31,19 +31,16 @@ def rows(path):
 
 
 def train(detector, loader, hooks, max_iter=6, start_iter=0):
-    optimizer = build_optimizer(detector, base_lr=0.01)
-    scheduler = build_scheduler(optimizer, max_iter=max_iter, warmup_iters=0)
-    trainer = Trainer(
+    make_trainer(
         detector,
         loader,
-        optimizer,
-        scheduler,
         max_iter=max_iter,
         start_iter=start_iter,
+        lr=0.01,
+        steps=(),
+        warmup=0,
         hooks=hooks,
-    )
-    trainer.train()
-    return trainer
+    ).train()
 
 
 def test_history_smooths_what_is_noisy():
@@ -215,20 +212,6 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def clean_loggers():
-    loggers = [logging.getLogger(name) for name in ("cascade_det", "fvcore")]
-    before = [(logger.handlers[:], logger.level) for logger in loggers]
-    yield
-    for logger, (handlers, level) in zip(loggers, before, strict=True):
-        for handler in logger.handlers[:]:
-            if handler not in handlers:
-                logger.removeHandler(handler)
-                handler.close()
-        logger.setLevel(level)
-
-
-@pytest.mark.usefixtures("clean_loggers")
 def test_terminal_gets_a_bar_and_the_file_gets_the_lines(
     make_detector, make_loader, tmp_path, monkeypatch, capsys
 ):
@@ -243,7 +226,6 @@ def test_terminal_gets_a_bar_and_the_file_gets_the_lines(
     assert "iter: 5" in (tmp_path / "log.txt").read_text()
 
 
-@pytest.mark.usefixtures("clean_loggers")
 def test_elsewhere_there_are_lines_and_no_bar(make_detector, make_loader, tmp_path, capsys):
     setup_logging(tmp_path)
     train(make_detector(), make_loader(), [WriterHook([ConsoleWriter(6)], period=2)])
@@ -253,7 +235,6 @@ def test_elsewhere_there_are_lines_and_no_bar(make_detector, make_loader, tmp_pa
     assert "iter: 5" in (tmp_path / "log.txt").read_text()
 
 
-@pytest.mark.usefixtures("clean_loggers")
 def test_logging_may_be_set_up_again(tmp_path, capsys):
     setup_logging(tmp_path / "a")
     setup_logging(tmp_path / "b")

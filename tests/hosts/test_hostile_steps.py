@@ -12,7 +12,8 @@ from hostile_steps import BOX, HARMLESS, HOSTILE, ODD, changed, field, outcome, 
 from shape_runs import INSTANT
 from small_detectors import make_detector
 
-from cascade_det.engine.divergence import replay, save_step
+from cascade_det.engine.replay import replay
+from cascade_det.engine.step_file import save_step
 from cascade_det.engine.training_state import random_state
 from cascade_det.errors import CheckpointError
 

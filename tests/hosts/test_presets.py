@@ -10,7 +10,7 @@ from shape_runs import INSTANT, ROOT
 from cascade_det.engine.devices import device_name
 from cascade_det.errors import CheckpointError
 from cascade_det.standalone import Predictor
-from cascade_det.weights.digest import weights_sha256
+from cascade_det.weights import read_weights_file, weights_sha256
 
 NODE = "MODEL.CASCADE.EXIT."
 ONE = ("SOLVER.MAX_ITER", "1", "DATASETS.TEST", "()")
@@ -139,7 +139,8 @@ def test_exits_of_other_weights_are_warned_of(
     again, other = tmp_path / "again.pth", tmp_path / "other.pth"
     torch.save({"model": state, "iteration": 5}, again)
     torch.save({"model": {name: value + 1 for name, value in state.items()}}, other)
-    calibrated = [f"{NODE}WEIGHTS_SHA256", weights_sha256(weights), f"{NODE}ENABLED"]
+    sha256 = weights_sha256(read_weights_file(weights).weights)
+    calibrated = [f"{NODE}WEIGHTS_SHA256", sha256, f"{NODE}ENABLED"]
 
     def warnings(file, enabled="True"):
         messages()
@@ -147,7 +148,7 @@ def test_exits_of_other_weights_are_warned_of(
         return [message for message in messages() if "WEIGHTS_SHA256" in message]
 
     (told,) = warnings(other)
-    assert weights_sha256(weights)[:12] in told
+    assert weights_sha256(read_weights_file(weights).weights)[:12] in told
     assert str(other) in told
-    assert weights_sha256(other)[:12] in told
+    assert weights_sha256(read_weights_file(other).weights)[:12] in told
     assert warnings(weights) == warnings(again) == warnings(other, "False") == []

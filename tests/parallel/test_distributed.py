@@ -1,4 +1,4 @@
-"""Two processes against one: gradients, figures, and what happens when one of them is gone."""
+"""Two processes against one: gradients, metrics, and the end of one of them."""
 
 import json
 import multiprocessing
@@ -93,8 +93,8 @@ def test_stages_without_regions_on_one_process(found):
     assert all(f["finite"] for f in found)
 
 
-@pytest.mark.parametrize(("key", "count"), [("figures", 7), ("figures of one image", 1)])
-def test_figures_are_those_of_one_process(found, ground_truth, key, count):
+@pytest.mark.parametrize(("key", "count"), [("metrics", 7), ("metrics of one image", 1)])
+def test_metrics_are_those_of_one_process(found, ground_truth, key, count):
     image_ids = [image["id"] for image in ground_truth["images"]][:count]
     alone = shared_work.evaluate_share(ground_truth, image_ids, (0, 1))
     assert 1 < alone["bbox"]["AP"] < 99
@@ -106,9 +106,9 @@ def test_figures_are_those_of_one_process(found, ground_truth, key, count):
 
 
 def test_an_evaluation_that_fails_on_the_main_process_fails_on_all(found):
-    assert found[0]["failure"] == "ZeroDivisionError: no figures"
+    assert found[0]["failure"] == "ZeroDivisionError: no metrics"
     assert found[1]["failure"].startswith("PeerError: ")
-    assert "no figures" in found[1]["failure"]
+    assert "no metrics" in found[1]["failure"]
 
 
 def test_a_process_killed_in_training_ends_the_launch(tmp_path, caplog):

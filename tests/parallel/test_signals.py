@@ -7,11 +7,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
-import signal, sys
+import signal, sys, time
 from cascade_det.parallel.signals import handled, let_go_of_lost_terminal
-with handled({signal.SIGHUP: lambda *_: let_go_of_lost_terminal()}):
+received = []
+def handle(number, frame):
+    let_go_of_lost_terminal()
+    received.append(number)
+with handled({signal.SIGHUP: handle}):
     print("here", flush=True)
-    signal.pause()
+    while not received:
+        time.sleep(0.01)
     print("not read", flush=True)
     print("nor this", file=sys.stderr, flush=True)
 sys.exit(7)

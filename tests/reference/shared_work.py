@@ -1,4 +1,4 @@
-"""What two processes do in the tests: gradients and figures; each leaves what it found."""
+"""What two processes do in the tests: gradients and metrics; each saves its results."""
 
 import itertools
 from contextlib import nullcontext
@@ -25,7 +25,7 @@ KEYS = [
     *(f"MODEL.ROI_HEADS.{x}" if isinstance(x, str) else x for x in _EVERYTHING),
     *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
     *("MODEL.RESNETS.NORM", "GN", "MODEL.BACKBONE.FREEZE_AT", 0),
-    # The finest level is read by nobody: its convolutions get no gradient.
+    # Nothing reads the finest level: its convolutions get no gradient.
     *("MODEL.RPN.IN_FEATURES", ["p3", "p4", "p5", "p6"]),
     *("MODEL.ROI_HEADS.IN_FEATURES", ["p3", "p4", "p5"]),
     *("MODEL.ANCHOR_GENERATOR.SIZES", [[16, 32]]),
@@ -99,7 +99,7 @@ class NoisyOracle(nn.Module):
 
 
 def evaluate_share(ground_truth, image_ids, share):
-    """The figures of the oracle on the images; this process sees ``share`` (index, count)."""
+    """Metrics of the oracle on the images; this process sees ``share`` (index, count)."""
     ids = [category["id"] for category in ground_truth["categories"]]
     objects = {}
     for image_id in image_ids:
@@ -119,7 +119,7 @@ def evaluate_share(ground_truth, image_ids, share):
 
 
 class Failing:
-    """An evaluator without figures."""
+    """An evaluator that fails."""
 
     def process(self, batch, output):
         pass
@@ -131,7 +131,7 @@ class Failing:
         pass
 
     def evaluate(self):
-        raise ZeroDivisionError("no figures")
+        raise ZeroDivisionError("no metrics")
 
 
 def observe_together(rank):
@@ -183,8 +183,8 @@ def work_together(folder, ground_truth):
     found["finite"] = all(grad.isfinite().all() for grad in gradients(detector).values())
 
     image_ids = [image["id"] for image in ground_truth["images"]]
-    found["figures"] = evaluate_share(ground_truth, image_ids, (rank, 2))
-    found["figures of one image"] = evaluate_share(ground_truth, image_ids[:1], (rank, 2))
+    found["metrics"] = evaluate_share(ground_truth, image_ids, (rank, 2))
+    found["metrics of one image"] = evaluate_share(ground_truth, image_ids[:1], (rank, 2))
     try:
         run_inference(NoisyOracle({}, 1), [], [Failing()])
     except (PeerError, ZeroDivisionError) as error:

@@ -1,4 +1,4 @@
-"""A detector small enough to see through, and batches for it."""
+"""A detector small enough to see through, with batches and a trainer."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cascade_det.core.modes import in_evaluation_mode
 from cascade_det.core.structures import CascadeStats, Detections, DetectorOutput
+from cascade_det.engine.checkpoint import Checkpointer
+from cascade_det.engine.hooks import PeriodicCheckpoint
+from cascade_det.engine.solver import build_optimizer, build_scheduler
+from cascade_det.engine.step import TrainingStep
+from cascade_det.engine.trainer import Trainer
 
 
 class ToyDetector(nn.Module):
@@ -30,6 +36,7 @@ class ToyDetector(nn.Module):
         self.metrics = {"toy/error": float(error.detach().abs().mean())}
         return {"loss_square": (error**2).mean(), "loss_abs": 0.1 * error.abs().mean()}
 
+    @in_evaluation_mode
     def detect(self, batch: list[dict], *, stages: bool = False, timer=None) -> DetectorOutput:
         self.modes.append(self.training)
         if timer is not None:
@@ -58,6 +65,53 @@ class ToyLoader:
                 for k, row in enumerate(image)
             ]
             i += 1
+
+
+def make_trainer(
+    detector,
+    loader,
+    *,
+    max_iter=8,
+    start_iter=0,
+    hooks=(),
+    lr=0.05,
+    name="SGD",
+    decay=1e-4,
+    steps=(5,),
+    warmup=3,
+    **others,
+) -> Trainer:
+    """A trainer; ``others`` are arguments of its step."""
+    optimizer = build_optimizer(detector, name=name, base_lr=lr, weight_decay=decay)
+    scheduler = build_scheduler(optimizer, max_iter=max_iter, steps=steps, warmup_iters=warmup)
+    step = TrainingStep(detector, optimizer, max_iter=max_iter, **others)
+    return Trainer(step, loader, scheduler, max_iter=max_iter, start_iter=start_iter, hooks=hooks)
+
+
+def make_resumable(
+    folder,
+    detector,
+    make_loader,
+    *,
+    resume=False,
+    period=100,
+    max_to_keep=0,
+    hooks=lambda _: (),
+    **others,
+) -> Trainer:
+    """A trainer with checkpoints; ``hooks`` makes those after them, of the checkpointer."""
+    folder.mkdir(exist_ok=True)
+    checkpointer = Checkpointer(detector, folder)
+    checkpointer.resume_or_load("", resume=resume)
+    start = checkpointer.start_iter
+    saving = PeriodicCheckpoint(checkpointer, period, max_to_keep)
+    return make_trainer(
+        detector,
+        make_loader(start),
+        start_iter=start,
+        hooks=[saving, *hooks(checkpointer)],
+        **others,
+    )
 
 
 @pytest.fixture

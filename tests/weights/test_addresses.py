@@ -11,8 +11,8 @@ from torch import nn
 from cascade_det.engine.checkpoint import Checkpointer
 from cascade_det.errors import CheckpointError
 from cascade_det.weights import addresses as weight_addresses
+from cascade_det.weights import load_weights, read_weights_file
 from cascade_det.weights.addresses import SUFFIXES, local_path
-from cascade_det.weights.loading import load_weights, read_weights
 from tests.reference.web_server import Fault, serving
 
 ZOO = "COCO-Detection/faster_rcnn_R_50_FPN_3x/137849458/model_final_280758.pkl"
@@ -164,8 +164,8 @@ def test_weights_of_an_address_load_once_into_a_model(web, cache, caplog):
         for _ in range(2):
             report = load_weights(target, web.address("/zoo/w.pth"))
     torch.testing.assert_close(target.weight, source.weight, rtol=0, atol=0)
-    assert report.path.is_file()
-    assert cache in report.path.parents
+    assert report.file.path.is_file()
+    assert cache in report.file.path.parents
     assert len(web.requests) == 2  # one that broke, and its rest
     assert "Downloading http://127.0.0.1" in caplog.text
 
@@ -180,7 +180,7 @@ def test_a_run_starts_from_an_address(web, tmp_path):
 def test_failures_say_what_to_do(web, cache):
     address = web.address("/gone.pth")
     with pytest.raises(CheckpointError) as caught:
-        read_weights(address)
+        read_weights_file(address)
     message = str(caught.value)
     assert message.startswith(f"{address}: the server answers 404")
     assert "set MODEL.WEIGHTS to its path" in message
@@ -191,11 +191,11 @@ def test_the_checksum_of_the_name_is_checked(web):
     content = pth({"w": torch.ones(2)})
     digest = hashlib.sha256(content).hexdigest()
     web.files = {f"/good-{digest[:8]}.pth": content, "/bad-0a1b2c3d.pth": content}
-    assert read_weights(web.address(f"/good-{digest[:8]}.pth")).keys() == {"w"}
+    assert read_weights_file(web.address(f"/good-{digest[:8]}.pth")).weights.keys() == {"w"}
     with pytest.raises(CheckpointError, match="SHA-256"):
-        read_weights(web.address("/bad-0a1b2c3d.pth"))
+        read_weights_file(web.address("/bad-0a1b2c3d.pth"))
     with pytest.raises(CheckpointError, match="SHA-256"):
-        read_weights(web.address(f"/good-{digest[:8]}.pth?again#sha256=00000000"))
+        read_weights_file(web.address(f"/good-{digest[:8]}.pth?again#sha256=00000000"))
 
 
 def test_a_file_in_the_cache_with_another_checksum_is_named(web, cache):
@@ -208,7 +208,7 @@ def test_a_file_in_the_cache_with_another_checksum_is_named(web, cache):
 def test_a_download_that_is_no_weights_can_be_deleted(web, cache):
     web.files["/w.pth"] = b"nothing of the kind"
     with pytest.raises(CheckpointError, match=r"cache.*w\.pth: cannot be read.*Delete it to"):
-        read_weights(web.address("/w.pth"))
+        read_weights_file(web.address("/w.pth"))
 
 
 def test_all_kinds_that_are_fetched_are_read(tmp_path):
@@ -216,4 +216,4 @@ def test_all_kinds_that_are_fetched_are_read(tmp_path):
         path = tmp_path / f"a{suffix}"
         path.write_bytes(b"junk")
         with pytest.raises(CheckpointError, match="cannot be read as"):
-            read_weights(path)
+            read_weights_file(path)

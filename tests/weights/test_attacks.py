@@ -15,7 +15,7 @@ from torch import nn
 
 from cascade_det.engine.checkpoint import Checkpointer
 from cascade_det.errors import CheckpointError
-from cascade_det.weights.loading import load_weights, read_weights
+from cascade_det.weights import load_weights, read_weights_file
 
 
 class Calls:
@@ -76,9 +76,12 @@ def test_calls_in_every_form_of_file(tmp_path, victim, form, payload):
     else:
         evil["model"]["w"] = np.ones(1) if form == "zoo" else 1
         path.write_bytes(pickle.dumps(evil, protocol=2))
-    for read in (read_weights, lambda path: load_weights(nn.Linear(1, 1), path)):
-        with pytest.raises(CheckpointError, match=rf"evil.*: refused.*{payload}"):
+    for read in (read_weights_file, lambda path: load_weights(nn.Linear(1, 1), path)):
+        with pytest.raises(CheckpointError, match=rf"evil.*: refused.*{payload}") as caught:
             read(path)
+        # No advice to switch the protection off.
+        assert "weights_only" not in str(caught.value)
+        assert "safe_globals" not in str(caught.value)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -94,7 +97,7 @@ def test_calls_in_every_place(tmp_path, victim, place):
     path = tmp_path / "evil.pth"
     torch.save(content, path)
     with pytest.raises(CheckpointError, match=r"evil\.pth: refused.*system"):
-        read_weights(path)
+        read_weights_file(path)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -117,7 +120,7 @@ def test_calls_in_other_entries_of_the_archive(tmp_path, victim):
     for added in ({"good/data/0": evil}, {"good/extra.pkl": evil}, more):
         archive(tmp_path / "a.pth", {**entries, **added})
         try:
-            weights = read_weights(tmp_path / "a.pth")
+            weights = read_weights_file(tmp_path / "a.pth").weights
         except CheckpointError as error:
             assert "a.pth" in str(error)  # noqa: PT017 - TorchScript is refused as a whole
         else:
@@ -132,7 +135,7 @@ def test_an_archive_behind_a_pickle(tmp_path, victim):
     path = tmp_path / "both.pth"
     path.write_bytes(pickle.dumps(payloads(victim)["system"]) + good.read_bytes())
     with pytest.raises(CheckpointError, match=r"both\.pth"):
-        read_weights(path)
+        read_weights_file(path)
 
 
 def test_the_oldest_format_is_refused(tmp_path, victim):
@@ -145,14 +148,14 @@ def test_the_oldest_format_is_refused(tmp_path, victim):
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
     with pytest.raises(CheckpointError, match=r"old\.pth"):
-        read_weights(path)
+        read_weights_file(path)
 
 
 def test_torchscript_is_refused(tmp_path):
     path = tmp_path / "script.pth"
     torch.jit.trace(nn.Linear(1, 1), torch.ones(1, 1)).save(path)
     with pytest.raises(CheckpointError, match=r"script\.pth"):
-        read_weights(path)
+        read_weights_file(path)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pkl"])
@@ -160,7 +163,7 @@ def test_a_wrong_suffix_executes_nothing(tmp_path, victim, suffix):
     path = tmp_path / f"evil{suffix}"
     path.write_bytes(pickle.dumps(payloads(victim)["system"], protocol=2))
     with pytest.raises(CheckpointError, match="evil"):
-        read_weights(path)
+        read_weights_file(path)
 
 
 def test_compressed_bombs_are_refused_unread(tmp_path):
@@ -170,7 +173,7 @@ def test_compressed_bombs_are_refused_unread(tmp_path):
         for name, content in entries_of(tmp_path / "a.pth").items():
             file.writestr(name, content)
     with pytest.raises(CheckpointError, match=r"bomb\.pth: refused.*would unpack to 12,\d+,\d+"):
-        read_weights(path)
+        read_weights_file(path)
 
 
 def claiming(path, *, legacy, places):
@@ -193,7 +196,7 @@ def test_claims_beyond_the_file_are_not_believed(tmp_path, legacy, places):
     path = tmp_path / "claims.pth"
     claiming(path, legacy=legacy, places=places)
     try:
-        weights = read_weights(path)
+        weights = read_weights_file(path).weights
     except CheckpointError as refused:
         message = str(refused)
     else:
@@ -209,7 +212,7 @@ def test_one_number_repeated_beyond_the_file_is_refused(tmp_path):
     torch.save({"w": torch.ones(1).expand(10**6, 10**6)}, path)
     assert path.stat().st_size < 10_000
     with pytest.raises(CheckpointError, match=r"a\.pth: w claims to be \(1000000, 1000000\)"):
-        read_weights(path)
+        read_weights_file(path)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +240,7 @@ def test_a_far_place_in_the_memo_takes_no_memory(tmp_path, opcode):
     # The unpickler would fill a table of twice as many places, 34 GB.
     (tmp_path / "a.pkl").write_bytes(b"\x80\x02}" + opcode + b".")
     with pytest.raises(CheckpointError, match=r"a\.pkl.*memo"):
-        read_weights(tmp_path / "a.pkl")
+        read_weights_file(tmp_path / "a.pkl")
 
 
 @pytest.mark.parametrize("kind", [list, tuple, dict])
@@ -246,14 +249,14 @@ def test_what_refers_to_itself_often_is_read_once(tmp_path, kind):
     for _ in range(100):  # 2 ** 100 arrays, each counted
         content = {"a": content, "b": content} if kind is dict else kind([content, content])
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"w": np.ones(2), "more": content}))
-    assert read_weights(tmp_path / "a.pkl").keys() == {"w"}
+    assert read_weights_file(tmp_path / "a.pkl").weights.keys() == {"w"}
 
 
 def test_what_contains_itself(tmp_path):
     content = {"w": np.ones(2), "list": []}
     content["list"] += [content, content["list"]]
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(content))
-    assert read_weights(tmp_path / "a.pkl").keys() == {"w"}
+    assert read_weights_file(tmp_path / "a.pkl").weights.keys() == {"w"}
 
 
 def test_deep_nesting(tmp_path):
@@ -261,7 +264,7 @@ def test_deep_nesting(tmp_path):
         b"\x80\x02}U\x01wK\x01s" + b"]" * 100_000 + b"a" * 99_999 + b"."
     )
     with pytest.raises(CheckpointError, match=r"a\.pkl"):
-        read_weights(tmp_path / "a.pkl")
+        read_weights_file(tmp_path / "a.pkl")
 
 
 @pytest.mark.parametrize("name", ["a.pth", "a.pkl", "a.safetensors"])
@@ -272,4 +275,4 @@ def test_files_that_may_not_be_read(tmp_path, name, monkeypatch):
     if os.access(path, os.R_OK):
         pytest.skip("the administrator may read everything")
     with pytest.raises(CheckpointError, match=rf"{name}: cannot be read \(Permission denied\)"):
-        read_weights(path)
+        read_weights_file(path)

@@ -171,8 +171,8 @@ def test_last_modified_serves_where_there_is_no_strong_etag(web, path):
 
 
 @pytest.mark.parametrize("sha256", ["", DIGEST])
-def test_nothing_is_written_through_a_link_that_somebody_planted(web, path, sha256):
-    """As in a cache that many write to."""
+def test_nothing_is_written_through_a_planted_link(web, path, sha256):
+    """As in a shared cache."""
     path.parent.mkdir()
     theirs = path.with_name("theirs")
     theirs.write_bytes(b"theirs")
@@ -339,7 +339,7 @@ def test_broken_addresses(path, address):
     [
         (Fault(headers={"Content-Type": "text/html; charset=utf-8"}), "web page"),
         (Fault(headers={"Content-Encoding": "gzip"}), "gzip"),
-        (Fault(length=-1), "how long"),
+        (Fault(length=-1), "give the length"),
         (Fault(status=204), "204"),
     ],
 )

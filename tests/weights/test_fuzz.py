@@ -17,7 +17,7 @@ from torch import nn
 
 from cascade_det.engine.checkpoint import Checkpointer
 from cascade_det.errors import CheckpointError
-from cascade_det.weights.loading import load_weights
+from cascade_det.weights import load_weights
 
 OPCODES = [opcode.code.encode("latin1") for opcode in pickletools.opcodes]
 NUMBERS = [b"\x00", b"\xff", b"\x7f\xff\xff\xff", b"\xff" * 8, b"\x00\x00\x00\x80"]

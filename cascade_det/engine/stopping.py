@@ -1,4 +1,4 @@
-"""How a training ends before its time: a hook or a signal asks for it, or nothing is left to do."""
+"""How a training ends early: a hook or a signal stops it, or nothing is left to train."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from cascade_det.parallel.interrupts import Interrupted, InterruptRequest, endin
 logger = logging.getLogger(__name__)
 
 
-class RunControl:
-    """What the trainers of both hosts have in common beside the step.
+class StoppableLoop:
+    """The part of a training loop that both hosts share.
 
     Attributes:
-        iteration: the iteration that runs, or was completed last; from 0.
-        start_iter: the first one of this run.
-        max_iter: one more than the last one.
-        resumable: whether a checkpoint now, after an end that was not good, would go on with the
-            next iteration as if nothing had happened. The hook that saves checkpoints sets it
-            after a step; of several processes, only those that are interrupted together are.
+        resumable: whether a checkpoint written now, after an error or a signal, would go on with
+            the next iteration as if nothing had happened. The checkpoint hook sets it after each
+            step in a single process; several processes are resumable only if they are interrupted
+            together.
     """
 
     iteration: int
@@ -30,16 +28,16 @@ class RunControl:
     _interrupt: InterruptRequest
 
     def stop(self) -> None:
-        """End training, as if done, after the hooks of this iteration."""
+        """End training as finished, after the hooks of this iteration."""
         self._stopping = True
 
     def interruptible(self) -> AbstractContextManager[None]:
-        """For what a hook does for long: within the block a signal ends the training at once."""
+        """For long work in a hook: within the block a signal ends the training at once."""
         where = f"Interrupted in the hooks after iteration {self.iteration}"
         return ending_at_once(self._interrupt, where)
 
     def _is_complete(self) -> bool:
-        """Whether nothing is left to train; the log says what is."""
+        """Whether nothing is left to train; logs which iterations are."""
         if self.start_iter >= self.max_iter:
             logger.info(
                 "This training is complete: all %d iterations of SOLVER.MAX_ITER are done. Raise "
@@ -51,10 +49,10 @@ class RunControl:
         return False
 
     def _is_stopped(self, interrupted: bool) -> bool:
-        """Whether a hook asked for an end after this iteration.
+        """Whether a hook has stopped the training in this iteration.
 
         Raises:
-            Interrupted: a signal did, of any process, and iterations are left.
+            Interrupted: a signal reached one of the processes, and iterations are left.
         """
         if not self._stopping and interrupted and self.iteration < self.max_iter - 1:
             self.resumable = True

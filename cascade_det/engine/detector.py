@@ -1,0 +1,56 @@
+"""What engine, calibration and monitoring require of a detector."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from cascade_det.core import CascadeHead, CascadeInputs, DetectorOutput, ExitPolicy, PartTimer
+from cascade_det.data.samples import Sample
+
+
+class Detector(Protocol):
+    """A detector of either host. Both are ``nn.Module``, for which Python has no protocol."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters."""
+
+    def losses(self, batch: Sequence[Sample]) -> dict[str, Tensor]:
+        """Scalar losses of a batch with ground truth, by Detectron2's names."""
+
+    def detect(
+        self,
+        batch: Sequence[Sample],
+        *,
+        stages: bool | Sequence[bool] = False,
+        timer: PartTimer | None = None,
+    ) -> DetectorOutput:
+        """Detect in evaluation mode, leaving every module in the mode it was in.
+
+        Args:
+            batch: samples.
+            stages: also report what each stage alone would give: for all images or for some.
+            timer: measures the milliseconds of each part.
+        """
+
+
+class CascadeDetector(Detector, Protocol):
+    """A detector around a cascade."""
+
+    @property
+    def cascade(self) -> CascadeHead:
+        """The cascade."""
+
+    @property
+    def dtype(self) -> str:
+        """The type or types it computes in, for a report."""
+
+    def cascade_inputs(
+        self, batch: Sequence[Sample], *, timer: PartTimer | None = None
+    ) -> CascadeInputs:
+        """Features and proposals of a batch."""
+
+    def set_exits(self, exits: ExitPolicy | None) -> None:
+        """Replace the exit policy."""

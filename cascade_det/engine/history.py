@@ -1,0 +1,81 @@
+"""What was measured during a training, at which iteration, smoothed for reading."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fvcore.common.history_buffer import HistoryBuffer
+
+# Losses jump from batch to batch; readers get the median of this many.
+WINDOW = 20
+# Values kept per scalar: enough for a robust estimate of the seconds per iteration.
+_KEPT = 1000
+
+
+class History:
+    """Scalars by name, each with the iterations that it was measured at.
+
+    Attributes:
+        iteration: the iteration under which :meth:`put` stores values.
+    """
+
+    def __init__(self) -> None:
+        self.iteration = 0
+        self._buffers: dict[str, HistoryBuffer] = {}
+        self._smoothed: dict[str, bool] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._buffers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._buffers)
+
+    def put(self, name: str, value: float, *, smooth: bool = True) -> None:
+        """Add a value; ``smooth``: readers get a median."""
+        if name not in self._buffers:
+            self._buffers[name] = HistoryBuffer(_KEPT)
+            self._smoothed[name] = smooth
+        self._buffers[name].update(float(value), self.iteration)
+
+    def put_all(self, values: Mapping[str, float], *, smooth: bool = True) -> None:
+        """Add values by name."""
+        for name, value in values.items():
+            self.put(name, value, smooth=smooth)
+
+    def latest(self, name: str) -> tuple[float, int]:
+        """The last value, unsmoothed, and its iteration."""
+        value, iteration = self._buffers[name].values()[-1]
+        return value, int(iteration)
+
+    def smoothed(self, name: str) -> float:
+        """The median of the last ``WINDOW`` values of a noisy scalar, else the last value."""
+        return self.median(name) if self._smoothed[name] else self.latest(name)[0]
+
+    def median(self, name: str, window: int = WINDOW) -> float:
+        """The median of the last ``window`` values."""
+        return float(self._buffers[name].median(window))
+
+    def mean(self, name: str) -> float:
+        """The mean of the last ``WINDOW`` values."""
+        return float(self._buffers[name].avg(WINDOW))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What smoothing needs to continue, as plain types."""
+        return {
+            name: {
+                "smooth": self._smoothed[name],
+                "values": [[float(v), int(i)] for v, i in buffer.values()[-WINDOW:]],
+            }
+            for name, buffer in self._buffers.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`; other values are dropped."""
+        self._buffers.clear()
+        self._smoothed.clear()
+        now = self.iteration
+        for name, entry in state.items():
+            for value, self.iteration in entry["values"]:
+                self.put(name, value, smooth=entry["smooth"])
+        self.iteration = now

@@ -59,7 +59,6 @@ def evaluate_dataset(
     """
     evaluators = default_evaluators(
         ground_truth=dataset.ground_truth,
-        class_names=dataset.class_names,
         category_ids=dataset.category_ids,
         output_dir=output_dir,
         detections_per_image=detections_per_image,

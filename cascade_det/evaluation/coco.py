@@ -13,7 +13,6 @@ from pycocotools.coco import COCO
 from cascade_det.core.structures import DetectorOutput
 from cascade_det.data.coco_results import coco_results
 from cascade_det.data.samples import Sample
-from cascade_det.errors import DatasetError
 from cascade_det.evaluation.analysis import SCORE_THRESHOLD, analyze
 from cascade_det.evaluation.ap_warnings import (
     explain,
@@ -27,11 +26,7 @@ from cascade_det.evaluation.average_precision import (
     run_cocoeval,
 )
 from cascade_det.evaluation.evaluator import Evaluator
-from cascade_det.evaluation.ground_truth import (
-    admit_images,
-    load_ground_truth,
-    merge_seen,
-)
+from cascade_det.evaluation.ground_truth import admit_images, load_ground_truth, merge_seen
 from cascade_det.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -45,30 +40,24 @@ class CocoEvaluator(Evaluator):
 
     Args:
         ground_truth: the content of a COCO-format json, see ``load_ground_truth``.
-        class_names: name of each class ``0..K-1`` of the detector.
-        category_ids: category id in the json of each of these classes.
+        category_ids: category id in the json of each class ``0..K-1`` of the detector.
         output_dir: folder of the run; the detections are written below it, to
             ``inference/coco_instances_results.json``. ``None``: nothing is written.
         detections_per_image: the detector's limit. COCO counts 100 detections per class and image,
             or as many as this limit, if it is higher.
 
     Raises:
-        DatasetError: the ground truth cannot be used, or names and ids differ in number.
+        DatasetError: the ground truth cannot be used.
     """
 
     def __init__(
         self,
         *,
         ground_truth: Mapping[str, Any],
-        class_names: Sequence[str],
         category_ids: Sequence[int],
         output_dir: str | os.PathLike[str] | None = None,
         detections_per_image: int = MAX_DETECTIONS,
     ) -> None:
-        if len(class_names) != len(category_ids):
-            raise DatasetError(
-                f"{len(class_names)} class names but {len(category_ids)} category ids"
-            )
         self._coco_gt = load_ground_truth(ground_truth)
         self._category_ids = tuple(category_ids)
         self._output_dir = output_dir

@@ -17,7 +17,6 @@ from cascade_det.evaluation.stages import StageEvaluator
 def default_evaluators(
     *,
     ground_truth: Mapping[str, Any],
-    class_names: Sequence[str],
     category_ids: Sequence[int],
     output_dir: str | os.PathLike[str] | None = None,
     detections_per_image: int = MAX_DETECTIONS,
@@ -33,7 +32,6 @@ def default_evaluators(
     evaluators: list[Evaluator] = [
         CocoEvaluator(
             ground_truth=ground_truth,
-            class_names=class_names,
             category_ids=category_ids,
             output_dir=output_dir,
             detections_per_image=detections_per_image,

@@ -23,7 +23,7 @@ class Evaluator(Protocol):
 
     @abstractmethod
     def state(self) -> Any:
-        """Everything collected, as plain types and arrays that can be pickled."""
+        """Everything collected, picklable."""
 
     @abstractmethod
     def merge(self, states: Sequence[Any]) -> None:

@@ -31,20 +31,40 @@ class RegionFlops:
 
 
 @dataclass
-class _Left:
-    """Regions that exited at one gate, by reason."""
+class _Sums:
+    """Sums over batches, see ``CascadeStats``.
 
-    counts: Counter[str] = field(default_factory=Counter)
-    # Exact sums: they are the same for any number of processes and any order of images.
-    scores: dict[str, Fraction] = field(default_factory=dict)
+    The scores are exact: the same for any number of processes and any order of images.
+    """
 
-    def add(self, counts: Mapping[str, int], scores: Mapping[str, float | Fraction]) -> None:
-        self.counts.update(counts)
-        for reason, total in scores.items():
-            self.scores[reason] = self.scores.get(reason, Fraction(0)) + Fraction(total)
+    images: int = 0
+    batches: int = 0
+    proposed: int = 0
+    entered: list[int] = field(default_factory=list)
+    left_before: Counter[str] = field(default_factory=Counter)
+    left: list[Counter[str]] = field(default_factory=list)
+    scores: list[dict[str, Fraction]] = field(default_factory=list)
+    overruns: int = 0
+    longest_overrun: float = 0.0
 
-    def early(self) -> int:
-        return self.counts.total() - self.counts["completed"]
+    def add(self, other: _Sums) -> None:
+        if not self.images:
+            stages = len(other.entered)
+            self.entered = [0] * stages
+            self.left = [Counter() for _ in range(stages)]
+            self.scores = [{} for _ in range(stages)]
+        self.images += other.images
+        self.batches += other.batches
+        self.proposed += other.proposed
+        self.entered = [a + b for a, b in zip(self.entered, other.entered, strict=True)]
+        self.left_before.update(other.left_before)
+        for counts, more in zip(self.left, other.left, strict=True):
+            counts.update(more)
+        for sums, added in zip(self.scores, other.scores, strict=True):
+            for reason, score in added.items():
+                sums[reason] = sums.get(reason, Fraction(0)) + score
+        self.overruns += other.overruns
+        self.longest_overrun = max(self.longest_overrun, other.longest_overrun)
 
 
 class ExitEvaluator(Evaluator):
@@ -60,11 +80,7 @@ class ExitEvaluator(Evaluator):
 
     def reset(self) -> None:
         """Discard everything that was processed."""
-        self._num_images = self._num_batches = self._proposed = self._num_overruns = 0
-        self._longest_overrun = 0.0
-        self._before = _Left()
-        self._entered: list[int] = []
-        self._left: list[_Left] = []
+        self._sums = _Sums()
 
     def process(self, batch: Sequence[Sample], output: DetectorOutput) -> None:
         """Add the counts of one batch.
@@ -72,23 +88,13 @@ class ExitEvaluator(Evaluator):
         Raises:
             ValueError: the number of stages differs from that of the batches before.
         """
-        self._add(_state_of(len(batch), output.stats))
+        self._sums.add(_sums_of(len(batch), output.stats))
 
-    def state(self) -> dict[str, Any]:
-        """Counts and sums, as plain numbers and fractions."""
-        return {
-            "images": self._num_images,
-            "batches": self._num_batches,
-            "proposed": self._proposed,
-            "left_before": dict(self._before.counts),
-            "entered": self._entered,
-            "left": [dict(left.counts) for left in self._left],
-            "scores": [dict(left.scores) for left in self._left],
-            "overruns": self._num_overruns,
-            "longest_overrun": self._longest_overrun,
-        }
+    def state(self) -> _Sums:
+        """Counts and sums."""
+        return self._sums
 
-    def merge(self, states: Sequence[dict[str, Any]]) -> None:
+    def merge(self, states: Sequence[_Sums]) -> None:
         """Continue from the states of all processes.
 
         Raises:
@@ -96,8 +102,8 @@ class ExitEvaluator(Evaluator):
         """
         self.reset()
         for state in states:
-            if state["images"]:
-                self._add(state)
+            if state.images:
+                self._sums.add(state)
 
     def evaluate(self) -> dict[str, Any]:
         """``{"exits": {"images": n, "stages_per_region": m, "proposals": {...}, "stage0": ...}}``.
@@ -112,79 +118,64 @@ class ExitEvaluator(Evaluator):
         ``full_head_gflops_per_image`` that of all proposals at all stages, and
         ``head_flops_share`` their ratio.
         """
-        gates = {"proposals": (self._proposed, self._before)} | {
-            f"stage{index}": gate
-            for index, gate in enumerate(zip(self._entered, self._left, strict=True))
+        sums = self._sums
+        metrics = {
+            "images": sums.images,
+            "stages_per_region": _share(sum(sums.entered), sums.proposed),
+            "overrun_share": _share(sums.overruns, sums.batches),
+            "overrun_ms": sums.longest_overrun,
+            **self._head_work(),
+            "proposals": self._gate(sums.proposed, sums.left_before, {}),
         }
-        return {
-            "exits": {
-                "images": self._num_images,
-                "stages_per_region": _share(sum(self._entered), self._proposed),
-                "overrun_share": _share(self._num_overruns, self._num_batches),
-                "overrun_ms": self._longest_overrun,
-                **self._head_work(),
-                **{name: self._gate(entered, left) for name, (entered, left) in gates.items()},
-            }
-        }
+        for index, gate in enumerate(zip(sums.entered, sums.left, sums.scores, strict=True)):
+            metrics[f"stage{index}"] = self._gate(*gate)
+        return {"exits": metrics}
 
-    def _gate(self, entered: int, left: _Left) -> dict[str, Any]:
+    def _gate(
+        self, entered: int, left: Counter[str], scores: Mapping[str, Fraction]
+    ) -> dict[str, Any]:
+        reasons = _in_order(left)
         return {
             "entered": entered,
-            "entered_per_image": _share(entered, self._num_images),
-            "entered_share": _share(entered, self._proposed),
-            "exit_rate": _share(left.early(), entered),
-            "left": {
-                reason: _share(left.counts[reason], entered) for reason in _in_order(left.counts)
-            },
+            "entered_per_image": _share(entered, self._sums.images),
+            "entered_share": _share(entered, self._sums.proposed),
+            "exit_rate": _share(left.total() - left["completed"], entered),
+            "left": {reason: _share(left[reason], entered) for reason in reasons},
             "mean_score": {
-                reason: float(left.scores[reason] / left.counts[reason])
-                for reason in _in_order(left.counts)
-                if reason in left.scores
+                reason: float(scores[reason] / left[reason])
+                for reason in reasons
+                if reason in scores
             },
         }
 
     def _head_work(self) -> dict[str, float]:
-        if self._flops is None or not self._entered:
+        if self._flops is None or not self._sums.entered:
             return {}
-        stages, scores = self._flops.stages, self._flops.scores
-        done = _dot(self._entered, stages) + _dot(
-            (sum(left.counts[reason] for reason in _REPORTED) for left in self._left), scores
-        )
-        full = self._proposed * (sum(stages) + scores[-1])
+        sums, stages, scores = self._sums, self._flops.stages, self._flops.scores
+        reported = [sum(left[reason] for reason in _REPORTED) for left in sums.left]
+        done = _dot(sums.entered, stages) + _dot(reported, scores)
+        full = sums.proposed * (sum(stages) + scores[-1])
         return {
-            "head_gflops_per_image": _share(done / _GIGA, self._num_images),
-            "full_head_gflops_per_image": _share(full / _GIGA, self._num_images),
+            "head_gflops_per_image": _share(done / _GIGA, sums.images),
+            "full_head_gflops_per_image": _share(full / _GIGA, sums.images),
             "head_flops_share": _share(done, full),
         }
 
-    def _add(self, state: Mapping[str, Any]) -> None:
-        if not self._num_images:
-            self._entered = [0] * len(state["entered"])
-            self._left = [_Left() for _ in state["entered"]]
-        self._num_images += state["images"]
-        self._num_batches += state["batches"]
-        self._proposed += state["proposed"]
-        self._before.add(state["left_before"], {})
-        self._entered = [a + b for a, b in zip(self._entered, state["entered"], strict=True)]
-        for total, counts, scores in zip(self._left, state["left"], state["scores"], strict=True):
-            total.add(counts, scores)
-        self._num_overruns += state["overruns"]
-        self._longest_overrun = max(self._longest_overrun, state["longest_overrun"])
 
-
-def _state_of(images: int, stats: CascadeStats) -> dict[str, Any]:
-    return {
-        "images": images,
-        "batches": 1,
-        "proposed": stats.proposed,
-        "left_before": stats.left_before,
-        "entered": stats.entered,
-        "left": stats.left,
-        # Not recorded without exits.
-        "scores": stats.confidence or [{} for _ in stats.entered],
-        "overruns": int(stats.overrun_ms > 0),
-        "longest_overrun": stats.overrun_ms,
-    }
+def _sums_of(images: int, stats: CascadeStats) -> _Sums:
+    # Without exits, no scores are recorded.
+    confidence = stats.confidence or [{} for _ in stats.entered]
+    return _Sums(
+        images=images,
+        batches=1,
+        proposed=stats.proposed,
+        entered=stats.entered,
+        left_before=Counter(stats.left_before),
+        left=[Counter(left) for left in stats.left],
+        scores=[{reason: Fraction(x) for reason, x in sums.items()} for sums in confidence],
+        overruns=int(stats.overrun_ms > 0),
+        longest_overrun=stats.overrun_ms,
+    )
 
 
 def _in_order(counts: Mapping[str, int]) -> list[str]:

@@ -80,13 +80,13 @@ class LatencyEvaluator(Evaluator):
         )
         self._batches[-1].append(measured)
 
-    def state(self) -> list[dict[str, Any]]:
+    def state(self) -> list[_Batch]:
         """The measurements, in order."""
-        return [vars(batch) for batch in chain(*self._batches)]
+        return list(chain(*self._batches))
 
-    def merge(self, states: Sequence[list[dict[str, Any]]]) -> None:
+    def merge(self, states: Sequence[list[_Batch]]) -> None:
         """Continue from the states of all processes, each with its own warm-up."""
-        self._batches = [[_Batch(**batch) for batch in state] for state in states] or [[]]
+        self._batches = [list(state) for state in states]
 
     def evaluate(self) -> dict[str, Any]:
         """``{"latency": {...}}``, all times in milliseconds per image.

@@ -135,7 +135,6 @@ def test_of_the_same_detections(limit, seed, tmp_path, record_property):
     in_our_host = coco_evaluator(cfg, name)
     ours = CocoEvaluator(
         ground_truth=truth,
-        class_names=[category["name"] for category in truth["categories"]],
         category_ids=list(CATEGORIES),
         detections_per_image=limit,
     )

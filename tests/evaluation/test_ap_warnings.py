@@ -122,7 +122,6 @@ def test_class_that_is_never_predicted(coco_content, all_sizes):
 def test_evaluator_logs_and_returns_the_notes(coco_content, detections, detector_output, caplog):
     evaluator = CocoEvaluator(
         ground_truth=coco_content([(1, 3, BOX)], image_ids=(1,)),
-        class_names=("cat", "dog"),
         category_ids=(3, 7),
     )
     evaluator.process([{"image_id": 1}], detector_output([detections()]))

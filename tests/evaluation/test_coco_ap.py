@@ -21,9 +21,7 @@ LARGE_BOX = (100, 100, 120, 110)
 
 
 def make_evaluator(content, **kwargs):
-    return CocoEvaluator(
-        ground_truth=content, class_names=("cat", "dog"), category_ids=CATEGORY_IDS, **kwargs
-    )
+    return CocoEvaluator(ground_truth=content, category_ids=CATEGORY_IDS, **kwargs)
 
 
 def evaluate(content, detections_of_images, detector_output, **kwargs):
@@ -92,7 +90,6 @@ def test_metrics_equal_those_of_pycocotools(detector_output, seed):
     content, found = random_case(seed, num_images=6, noise=4.0)
     evaluator = CocoEvaluator(
         ground_truth=content,
-        class_names=("cat", "dog", "owl"),
         category_ids=[item["id"] for item in content["categories"]],
     )
     for image_id, item in found.items():
@@ -190,13 +187,6 @@ def test_outputs_must_be_as_many_as_images(coco_content, detector_output):
     evaluator = make_evaluator(coco_content([(1, 3, MEDIUM_BOX)]))
     with pytest.raises(ValueError, match="1 images but 0"):
         evaluator.process([{"image_id": 1}], detector_output([]))
-
-
-def test_names_and_ids_must_be_as_many(coco_content):
-    with pytest.raises(DatasetError, match="1 class names but 2 category ids"):
-        CocoEvaluator(
-            ground_truth=coco_content([]), class_names=("cat",), category_ids=CATEGORY_IDS
-        )
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def case():
 
 def build(content):
     return [
-        CocoEvaluator(ground_truth=content, class_names=("cat", "dog"), category_ids=CATEGORY_IDS),
+        CocoEvaluator(ground_truth=content, category_ids=CATEGORY_IDS),
         StageEvaluator(ground_truth=content, category_ids=CATEGORY_IDS),
         ExitEvaluator(RegionFlops((1e6, 2e6), (0.0, 0.0))),
         ShadowEvaluator(ShadowRules(share=0.7, min_score=0.3, expected_loss=0.0)),

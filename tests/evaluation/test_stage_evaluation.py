@@ -43,9 +43,7 @@ def test_last_stage_equals_the_main_ap(coco_content, detections, detector_output
     ]
     batch = [{"image_id": 1}, {"image_id": 2}]
     output = detector_output(found, stages=[StageOutput(found, no_boxes(2), no_boxes(2))])
-    whole = CocoEvaluator(
-        ground_truth=content, class_names=("cat", "dog"), category_ids=CATEGORY_IDS
-    )
+    whole = CocoEvaluator(ground_truth=content, category_ids=CATEGORY_IDS)
     staged = StageEvaluator(ground_truth=content, category_ids=CATEGORY_IDS)
     for evaluator in (whole, staged):
         evaluator.process(batch, output)

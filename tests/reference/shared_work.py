@@ -111,7 +111,6 @@ def evaluate_share(ground_truth, image_ids, share):
     mine = image_ids[index * len(image_ids) // count : (index + 1) * len(image_ids) // count]
     evaluators = default_evaluators(
         ground_truth=ground_truth,
-        class_names=[category["name"] for category in ground_truth["categories"]],
         category_ids=ids,
     )
     loader = [[{"image_id": image_id, "file_name": f"{image_id}.jpg"}] for image_id in mine]

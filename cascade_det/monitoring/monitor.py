@@ -17,7 +17,7 @@ from cascade_det.engine.history import History
 from cascade_det.engine.hooks import scalars_of
 from cascade_det.engine.writers import JsonWriter
 from cascade_det.evaluation import ExitEvaluator, RegionFlops, agreement_loss
-from cascade_det.monitoring.shadow import DriftAlarm, ShadowRules, image_key, shadow_metrics
+from cascade_det.monitoring.shadow import ShadowRules, image_key, shadow_metrics, watch_drift
 
 METRICS_FILE = "metrics.json"
 
@@ -39,8 +39,8 @@ class ExitMonitor:
         shadow: which images take the full cascade, and the promise.
         flops: of one region, see ``cascade_det.engine.head_flops.region_flops``.
         window: number of latest shadow images that count; at least 1.
-        on_drift: called with ``report()`` when drift begins; see ``DriftAlarm``. It runs in the
-            thread whose call showed the drift, after that call is counted.
+        on_drift: called with ``report()`` when drift begins, in the thread whose call showed the
+            drift, after that call is counted.
         output_dir: a line with all metrics goes to its ``metrics.json`` after every ``period``
             images, when drift begins or ends, and in ``close()``; ``None`` for no file.
         period: images between two lines, at least 1.
@@ -69,7 +69,6 @@ class ExitMonitor:
         self._losses: deque[float] = deque(maxlen=window)
         self._on_drift = on_drift
         self._begun: list[Mapping[str, Any]] = []
-        self._alarm = DriftAlarm(self._keep)
         self._history = History()
         self._path = None if output_dir is None else Path(output_dir, METRICS_FILE)
         self._writer: JsonWriter | None = None
@@ -77,11 +76,7 @@ class ExitMonitor:
         self._numbered = self._seen = self._written = 0
         self._lock = RLock()
         self.images = 0
-
-    @property
-    def drifted(self) -> bool:
-        """Whether the latest report shows drift."""
-        return self._alarm.drifted
+        self.drifted = False
 
     def detect(
         self,
@@ -108,8 +103,7 @@ class ExitMonitor:
         )
         with self._lock:
             self._count(batch, output, chosen)
-            begun = [*self._begun]
-            self._begun.clear()
+            begun, self._begun = self._begun, []
         # Outside the lock: a callback may wait for another thread that uses this monitor.
         if self._on_drift is not None:
             for report in begun:
@@ -135,8 +129,8 @@ class ExitMonitor:
         with self._lock:
             self._exits.reset()
             self._losses.clear()
-            self._alarm.drifted = False
             self.images = 0
+            self.drifted = False
 
     def close(self) -> None:
         """Write the last line, and close the file."""
@@ -184,13 +178,12 @@ class ExitMonitor:
         if changed or self._seen - self._written >= self._period:
             self._write(self.report())
 
-    def _keep(self, report: Mapping[str, Any]) -> None:
-        self._begun.append(report)
-
     def _look(self) -> bool:
         """Whether drift began or ended with the last image."""
-        before = self.drifted
-        self._alarm.look(self.report())
+        before, report = self.drifted, self.report()
+        self.drifted = watch_drift(report["shadow"], before)
+        if self.drifted and not before:
+            self._begun.append(report)
         return self.drifted != before
 
     def _write(self, report: Mapping[str, Any]) -> None:

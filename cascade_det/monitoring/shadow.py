@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,6 @@ from cascade_det.evaluation.mean_bounds import mean_interval
 
 logger = logging.getLogger(__name__)
 
-Report = Mapping[str, Any]
 # The promise is a measurement too: losses up to this many of its deviations above are no drift.
 _DEVIATIONS = 2.0
 
@@ -100,27 +99,20 @@ def shadow_metrics(losses: Sequence[float], rules: ShadowRules) -> dict[str, flo
     return metrics
 
 
-class DriftAlarm:
-    """Logs a warning and calls back when drift begins, once until it ends.
+def watch_drift(shadow: Mapping[str, Any], drifted: bool) -> bool:
+    """Log when drift begins or ends.
 
     Args:
-        on_drift: called with the report that shows drift.
+        shadow: see ``shadow_metrics``.
+        drifted: whether there was drift before.
+
+    Returns:
+        Whether there is drift now.
     """
-
-    def __init__(self, on_drift: Callable[[Report], None] | None = None) -> None:
-        self._on_drift = on_drift
-        self.drifted = False
-
-    def look(self, report: Report) -> None:
-        """Check a report with ``shadow_metrics`` under ``shadow``."""
-        shadow = report["shadow"]
-        drifts = bool(shadow.get("drift"))
-        if drifts == self.drifted:
-            return
-        self.drifted = drifts
-        if not drifts:
-            logger.info("Drift has ended: exits lose %.4f per image.", shadow["loss"])
-            return
+    drifts = bool(shadow.get("drift"))
+    if drifted and not drifts:
+        logger.info("Drift has ended: exits lose %.4f per image.", shadow["loss"])
+    elif drifts and not drifted:
         logger.warning(
             "Drift: exits lose %.4f of the full cascade's detections per image (%.4f to %.4f, "
             "from %d shadow images), where calibration promised %.4f with a deviation of %.4f. "
@@ -132,8 +124,7 @@ class DriftAlarm:
             shadow["expected_loss"],
             shadow["expected_deviation"],
         )
-        if self._on_drift is not None:
-            self._on_drift(report)
+    return drifts
 
 
 class ShadowEvaluator(Evaluator):
@@ -147,7 +138,7 @@ class ShadowEvaluator(Evaluator):
 
     def __init__(self, rules: ShadowRules) -> None:
         self._rules = rules
-        self._alarm = DriftAlarm()
+        self._drifted = False
         self.reset()
 
     def reset(self) -> None:
@@ -183,9 +174,9 @@ class ShadowEvaluator(Evaluator):
         # By hash: the intervals need an order that is independent of the losses, and the same for
         # any number of processes.
         keys = sorted(self._losses, key=self._rules.place)
-        report = {"shadow": shadow_metrics([self._losses[key] for key in keys], self._rules)}
-        self._alarm.look(report)
-        return report
+        shadow = shadow_metrics([self._losses[key] for key in keys], self._rules)
+        self._drifted = watch_drift(shadow, self._drifted)
+        return {"shadow": shadow}
 
 
 def shadow_evaluators(*, share: float, **rules: Any) -> list[Evaluator]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from cascade_det.evaluation.ground_truth import class_labels
+from cascade_det.evaluation.ground_truth import by_image, class_labels
 from cascade_det.report.tables import shown_name
 from cascade_det.text import listed
 
@@ -61,7 +61,7 @@ def explain(
     predictions = [item for item in predictions if item["image_id"] in images]
     return [
         *_equal_names(coco_gt),
-        *(_wrong_areas(objects) or _missing_sizes(results, objects)),
+        *(list(_wrong_areas(objects)) or _missing_sizes(results, objects)),
         *_missing_classes(results, coco_gt, objects),
         *_useless_predictions(results, coco_gt, objects, predictions),
         *_equal_scores(predictions),
@@ -111,17 +111,17 @@ def too_many_objects_warning(
     ]
 
 
-def _equal_names(coco_gt: COCO) -> list[str]:
+def _equal_names(coco_gt: COCO) -> Iterator[str]:
     labels = class_labels(coco_gt.cats)
     several = [label for key, label in labels.items() if label != coco_gt.cats[key]["name"]]
-    if not several:
-        return []
-    return [
-        f"Categories of the json have the same name. Each keeps its own AP: {_enumerate(several)}."
-    ]
+    if several:
+        yield (
+            "Categories of the json have the same name. Each keeps its own AP: "
+            f"{_enumerate(several)}."
+        )
 
 
-def _wrong_areas(objects: list[dict]) -> list[str]:
+def _wrong_areas(objects: list[dict]) -> Iterator[str]:
     """Areas that do not fit their boxes; an area may be that of a mask inside the box."""
     areas = np.array([item["area"] for item in objects], np.float64)
     width, height = np.array([item["bbox"][2:] for item in objects], np.float64).T
@@ -131,70 +131,68 @@ def _wrong_areas(objects: list[dict]) -> list[str]:
         "use the area of the box."
     )
     if len(objects) > 1 and np.ptp(areas) == 0 and np.ptp(boxes) > 0:
-        return [
+        yield (
             f"'area' is {areas[0]:g} for all objects, but their boxes have {boxes.min():,.0f} to "
             f"{boxes.max():,.0f} square pixels: {remedy}"
-        ]
+        )
+        return
     # Masks lie inside their boxes; some tools count the edges of a box as pixels.
     wrong = (areas < np.minimum(boxes, 1)) | (areas > (width + 2) * (height + 2))
-    if wrong.mean() <= _MOST_WRONG_AREAS:
-        return []
-    number = int(wrong.argmax())
-    return [
-        f"'area' of {wrong.sum():,} of {len(objects):,} objects does not fit their boxes (one of "
-        f"{boxes[number]:,.0f} square pixels has {areas[number]:g}): {remedy}"
-    ]
+    if wrong.mean() > _MOST_WRONG_AREAS:
+        number = int(wrong.argmax())
+        yield (
+            f"'area' of {wrong.sum():,} of {len(objects):,} objects does not fit their boxes (one "
+            f"of {boxes[number]:,.0f} square pixels has {areas[number]:g}): {remedy}"
+        )
 
 
-def _equal_scores(predictions: Sequence[Mapping[str, Any]]) -> list[str]:
+def _equal_scores(predictions: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     scores = defaultdict(list)
     for item in predictions:
         scores[item["category_id"]].append(item["score"])
     ranked = [of_class for of_class in scores.values() if len(of_class) > 1]
-    if not ranked or any(min(of_class) < max(of_class) for of_class in ranked):
-        return []
-    return [
-        f"All detections of a class have the same score (such as {ranked[0][0]:g}): AP depends on "
-        "their order in the file."
-    ]
+    if ranked and all(min(of_class) == max(of_class) for of_class in ranked):
+        yield (
+            f"All detections of a class have the same score (such as {ranked[0][0]:g}): AP depends "
+            "on their order in the file."
+        )
 
 
-def _corners_as_sizes(coco_gt: COCO, predictions: Sequence[Mapping[str, Any]]) -> list[str]:
+def _corners_as_sizes(coco_gt: COCO, predictions: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Boxes that fit into their images only if they are XYXY."""
     sizes = {key: (image.get("width"), image.get("height")) for key, image in coco_gt.imgs.items()}
     known = [item for item in predictions if None not in sizes.get(item["image_id"], (None,))]
     if not known:
-        return []
+        return
     boxes = np.array([item["bbox"] for item in known], np.float64)
     corner, other = boxes[:, :2], boxes[:, 2:]
     most = np.array([sizes[item["image_id"]] for item in known], np.float64) + 1
     beyond = (corner + other > most).any(axis=1).mean()
-    if beyond < _SHARE_BEYOND or not ((corner <= other) & (other <= most)).all():
-        return []
-    return [
-        f"{100 * beyond:.0f} % of the detections reach beyond their image, but none would as "
-        "[x1, y1, x2, y2]: 'bbox' must be [x, y, width, height]."
-    ]
+    if beyond >= _SHARE_BEYOND and ((corner <= other) & (other <= most)).all():
+        yield (
+            f"{100 * beyond:.0f} % of the detections reach beyond their image, but none would as "
+            "[x1, y1, x2, y2]: 'bbox' must be [x, y, width, height]."
+        )
 
 
-def _missing_sizes(results: Mapping[str, float], objects: list[dict]) -> list[str]:
-    return [
-        f"{key} is nan: the ground truth has no {size} object ({extent})."
-        for key, (size, extent, least, most) in _SIZES.items()
-        if math.isnan(results[key]) and not any(least <= item["area"] <= most for item in objects)
-    ]
+def _missing_sizes(results: Mapping[str, float], objects: list[dict]) -> Iterator[str]:
+    areas = np.array([item["area"] for item in objects])
+    for key, (size, extent, least, most) in _SIZES.items():
+        if math.isnan(results[key]) and not ((least <= areas) & (areas <= most)).any():
+            yield f"{key} is nan: the ground truth has no {size} object ({extent})."
 
 
-def _missing_classes(results: Mapping[str, float], coco_gt: COCO, objects: list[dict]) -> list[str]:
+def _missing_classes(
+    results: Mapping[str, float], coco_gt: COCO, objects: list[dict]
+) -> Iterator[str]:
     present = {item["category_id"] for item in objects}
     names = [
         label
         for category_id, label in class_labels(coco_gt.cats).items()
         if category_id not in present and math.isnan(results.get(f"AP-{label}", 0.0))
     ]
-    if not names:
-        return []
-    return [f"AP is nan for classes without ground truth: {_enumerate(names)}."]
+    if names:
+        yield f"AP is nan for classes without ground truth: {_enumerate(names)}."
 
 
 def _useless_predictions(
@@ -202,62 +200,60 @@ def _useless_predictions(
     coco_gt: COCO,
     objects: list[dict],
     predictions: Sequence[Mapping[str, Any]],
-) -> list[str]:
+) -> Iterator[str]:
     if not predictions:
-        return [
+        yield (
             "AP is 0: there are no detections at all. No score reached "
             "MODEL.ROI_HEADS.SCORE_THRESH_TEST: train longer, check MODEL.WEIGHTS, or lower the "
             "threshold."
-        ]
-    lines = _foreign_categories(coco_gt, predictions)
+        )
+        return
+    yield from _foreign_categories(coco_gt, predictions)
     if results["AP50"] == 0:
-        lines += _wrong_place_or_class(objects, predictions)
+        yield from _wrong_place_or_class(objects, predictions)
     predicted = {item["category_id"] for item in predictions}
     present = {item["category_id"] for item in objects}
     labels = class_labels(coco_gt.cats)
     silent = [labels[key] for key in sorted(present - predicted)]
     if silent:
-        lines.append(f"AP is 0 for classes that were never predicted: {_enumerate(silent)}.")
-    return lines
+        yield f"AP is 0 for classes that were never predicted: {_enumerate(silent)}."
 
 
-def _foreign_categories(coco_gt: COCO, predictions: Sequence[Mapping[str, Any]]) -> list[str]:
+def _foreign_categories(coco_gt: COCO, predictions: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     foreign = [
         item["category_id"] for item in predictions if item["category_id"] not in coco_gt.cats
     ]
-    if not foreign:
-        return []
-    return [
-        f"{len(foreign)} of {len(predictions)} detections have category ids that the json does "
-        f"not define ({_enumerate(sorted(set(foreign)))}; it defines "
-        f"{_enumerate(sorted(coco_gt.cats))}) and are ignored: the class list of the model does "
-        "not match the json."
-    ]
+    if foreign:
+        yield (
+            f"{len(foreign)} of {len(predictions)} detections have category ids that the json does "
+            f"not define ({_enumerate(sorted(set(foreign)))}; it defines "
+            f"{_enumerate(sorted(coco_gt.cats))}) and are ignored: the class list of the model "
+            "does not match the json."
+        )
 
 
 def _wrong_place_or_class(
     objects: list[dict], predictions: Sequence[Mapping[str, Any]]
-) -> list[str]:
+) -> Iterator[str]:
     best, best_of_class = _best_overlaps(objects, predictions)
     if best < 0.5:
-        return [
+        yield (
             f"AP50 is 0: none of the {len(predictions)} detections overlaps an object by "
             f"IoU 0.5 (the best reaches {best:.2f}). The model is untrained, or its boxes and "
             "the annotations are in pixels of different image sizes."
-        ]
-    if best_of_class < 0.5:
-        return [
+        )
+    elif best_of_class < 0.5:
+        yield (
             f"AP50 is 0: detections overlap objects (IoU up to {best:.2f}), but none of their own "
             "class. The order of the classes does not match the category ids."
-        ]
-    return []
+        )
 
 
 def _best_overlaps(
     objects: list[dict], predictions: Sequence[Mapping[str, Any]]
 ) -> tuple[float, float]:
     """The highest IoU of any detection with any object, and with one of its own class."""
-    objects_of, predictions_of = _by_image(objects), _by_image(predictions)
+    objects_of, predictions_of = by_image(objects), by_image(predictions)
     best = best_of_class = 0.0
     for image_id in objects_of.keys() & predictions_of.keys():
         found, wanted = predictions_of[image_id], objects_of[image_id]
@@ -272,13 +268,6 @@ def _best_overlaps(
         best = max(best, float(overlap.max()))
         best_of_class = max(best_of_class, float((overlap * same_class).max()))
     return best, best_of_class
-
-
-def _by_image(items: Iterable[Mapping[str, Any]]) -> dict[int, list[Mapping[str, Any]]]:
-    groups = defaultdict(list)
-    for item in items:
-        groups[item["image_id"]].append(item)
-    return groups
 
 
 def _enumerate(names: Sequence[object]) -> str:

@@ -15,6 +15,7 @@ from pycocotools.coco import COCO
 
 from cascade_det.core.matching import match_greedily
 from cascade_det.evaluation.average_precision import MAX_DETECTIONS
+from cascade_det.evaluation.ground_truth import by_image
 
 
 def confusion_matrix(
@@ -52,17 +53,21 @@ def confusion_matrix(
         ids, with background last.
     """
     index_of = {category_id: index for index, category_id in enumerate(sorted(coco_gt.cats))}
-    confident = [result for result in results if result["score"] >= score_threshold]
+    known = [item for item in results if item["category_id"] in index_of]
+    confident = [item for item in known if item["score"] >= score_threshold]
     best = _best(sorted(confident, key=lambda item: -item["score"]), max_detections)
-    detections = _by_image(best, index_of)
     truth = coco_gt.dataset.get("annotations", [])
-    objects = _by_image((item for item in truth if not item["iscrowd"]), index_of)
-    crowds = _by_image((item for item in truth if item["iscrowd"]), index_of)
+    objects = [item for item in truth if item["category_id"] in index_of]
+    detections = by_image(best)
+    wanted = by_image(item for item in objects if not item["iscrowd"])
+    crowds = by_image(item for item in objects if item["iscrowd"])
     size = len(index_of) + 1
     pairs = [np.zeros((2, 0), np.int64)]
     for image_id in image_ids:
-        found, wanted = detections.get(image_id, _NONE), objects.get(image_id, _NONE)
-        pairs += _pairs(found, wanted, crowds.get(image_id, _NONE), iou_threshold, size - 1)
+        boxes = [
+            _boxes(groups.get(image_id, []), index_of) for groups in (detections, wanted, crowds)
+        ]
+        pairs += _pairs(*boxes, iou_threshold, size - 1)
     true, detected = np.concatenate(pairs, axis=1)
     return np.bincount(true * size + detected, minlength=size * size).reshape(size, size)
 
@@ -85,20 +90,9 @@ class _Boxes:
     classes: npt.NDArray[np.int64]
 
 
-_NONE = _Boxes(np.zeros((0, 4)), np.zeros(0, np.int64))
-
-
-def _by_image(items: Any, index_of: Mapping[int, int]) -> dict[int, _Boxes]:
-    groups: dict[int, tuple[list, list]] = {}
-    for item in items:
-        if item["category_id"] in index_of:
-            boxes, classes = groups.setdefault(item["image_id"], ([], []))
-            boxes.append(item["bbox"])
-            classes.append(index_of[item["category_id"]])
-    return {
-        image_id: _Boxes(np.array(boxes, np.float64), np.array(classes, np.int64))
-        for image_id, (boxes, classes) in groups.items()
-    }
+def _boxes(items: Sequence[Mapping[str, Any]], index_of: Mapping[int, int]) -> _Boxes:
+    boxes = np.array([item["bbox"] for item in items], np.float64).reshape(-1, 4)
+    return _Boxes(boxes, np.array([index_of[item["category_id"]] for item in items], np.int64))
 
 
 def _pairs(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -65,6 +65,14 @@ def class_labels(categories: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
             for category_id, label in labels.items()
         }
     return labels
+
+
+def by_image(items: Iterable[Mapping[str, Any]]) -> dict[int, list[Mapping[str, Any]]]:
+    """Objects or detections by ``image_id``, in order; no entry for images without any."""
+    groups = defaultdict(list)
+    for item in items:
+        groups[item["image_id"]].append(item)
+    return groups
 
 
 def admit_images(

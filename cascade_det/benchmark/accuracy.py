@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fvcore.common.config import CfgNode
 
+from cascade_det.benchmark.setup import changed
 from cascade_det.config import check_config
 from cascade_det.engine.evaluate import evaluate_dataset
 from cascade_det.report.tables import Metrics, stage_names, table
@@ -24,22 +24,17 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "fast": (_EXITS, False, _FAST, True),
     "fast, exits": (_EXITS, True, _FAST, True),
 }
-SETTINGS_WITHOUT_EXITS = {name: SETTINGS[name] for name in ("exits off, float32", "fast")}
 _METRICS = ("AP", "AP75", "AP90")
 
 
-def measure_accuracy(
-    cfg: CfgNode,
-    output_dir: Path,
-    *,
-    settings: Mapping[str, Sequence[Any]] = SETTINGS,
-) -> dict[str, Any]:
+def measure_accuracy(cfg: CfgNode, output_dir: Path) -> dict[str, Any]:
     """Evaluate a trained detector in several settings on the first data set of ``DATASETS.TEST``.
+
+    Settings with exits need exits in the configuration: default thresholds would mean nothing.
 
     Args:
         cfg: a configuration with ``MODEL.WEIGHTS``.
         output_dir: each setting writes its evaluation to a folder in it.
-        settings: keys and values that override the configuration, by name.
 
     Returns:
         ``dataset``, ``images`` (their number) and ``settings``, a list with ``setting`` (its
@@ -51,19 +46,25 @@ def measure_accuracy(
         DatasetError: data are missing or wrong.
         CheckpointError: weights cannot be read or do not fit.
     """
-    configurations = {name: _changed(cfg, options) for name, options in settings.items()}
+    configurations = {
+        name: changed(cfg, *options)
+        for name, options in SETTINGS.items()
+        if "exits" not in name.split(", ") or cfg.MODEL.CASCADE.EXIT.ENABLED
+    }
+    for setting in configurations.values():
+        check_config(setting)
     rows = []
-    for name, changed in configurations.items():
-        detector, datasets = load_detector(changed)
+    for name, setting in configurations.items():
+        detector, datasets = load_detector(setting)
         dataset = datasets[0]
         logger.info("Accuracy: %s, %d images", name, len(dataset.records))
         results = evaluate_dataset(
             detector,
-            test_loader(changed, dataset),
+            test_loader(setting, dataset),
             dataset,
             output_dir / name.replace(", ", "_").replace(" ", "_"),
             device=detector.device,
-            detections_per_image=changed.TEST.DETECTIONS_PER_IMAGE,
+            detections_per_image=setting.TEST.DETECTIONS_PER_IMAGE,
             dtype=detector.dtype,
             stages=False,
         )
@@ -99,11 +100,3 @@ def accuracy_section(results: Metrics) -> str:
     formats = ["", ".2f", ".2f", ".2f", "+.2f", "+.2f", "+.2f", ".1f", ".2f", ""]
     title = f"Accuracy on {results['dataset']}, {results['images']} images"
     return table(title, headers, rows, formats)
-
-
-def _changed(cfg: CfgNode, options: Sequence[Any]) -> CfgNode:
-    changed = cfg.clone()
-    changed.defrost()
-    changed.merge_from_list(list(options))
-    check_config(changed)
-    return changed

@@ -95,31 +95,6 @@ class Options:
     images: int = 4
     seed: int = 0
 
-    def check(self) -> None:
-        """Check all values.
-
-        Raises:
-            ConfigError: names an option, its value and the remedy.
-        """
-        _known("--contenders", self.contenders, tuple(MODELS))
-        _known("--measure", self.measure, MEASUREMENTS)
-        _known("--autocast", (self.autocast,), AUTOCAST_TYPES)
-        for option, values, least in (
-            ("--batch", self.batches, 1),
-            ("--proposals", self.proposals, 1),
-            ("--size", self.size, 32),
-            ("--rounds", (self.rounds,), 1),
-            ("--warmup", (self.warmup,), 0),
-            ("--seconds", (self.seconds,), 0),
-            ("--threads", (self.threads,), 0),
-            ("--images", (self.images,), 1),
-        ):
-            if not values or min(values) < least:
-                shown = " ".join(map(str, values))
-                raise ConfigError(f"{option} is {shown!r}: give numbers of {least} or more.")
-        if self.device.partition(":")[0] not in ("cpu", "cuda"):
-            raise ConfigError(f"--device is {self.device!r}: give cpu, cuda or cuda:<index>.")
-
 
 # Ends within two minutes on two threads of a CPU.
 QUICK: dict[str, Any] = {
@@ -142,53 +117,37 @@ def read_survivors(values: Sequence[str]) -> Survivors:
     Raises:
         ConfigError: the numbers are invalid or increase, or the file has none.
     """
+    origin = "--survivors"
     try:
-        survivors = Survivors(tuple(float(value) for value in values), "--survivors")
+        counts = tuple(float(value) for value in values)
     except ValueError:
         if len(values) > 1:
             raise ConfigError(
                 f"--survivors {' '.join(values)!r}: give one number for each stage, such as "
                 "300 100 35, or the results.json of an evaluation with exits."
             ) from None
-        survivors = _from_results(Path(values[0]))
-    counts = survivors.per_stage
-    if not all(math.isfinite(count) and count >= 0 for count in counts) or counts[0] < 1:
+        origin = values[0]
+        counts = _entered_per_image(Path(origin))
+    # Written so that nan fails as well.
+    if not (1 <= counts[0] < math.inf and all(0 <= b <= a for a, b in itertools.pairwise(counts))):
         raise ConfigError(
-            f"{survivors.origin}: {list(counts)} are not numbers of regions. Give means per image, "
-            "1 or more for stage 0."
+            f"{origin}: {list(counts)} are not numbers of regions that enter stage 0, 1, ... Give "
+            "means per image, 1 or more for stage 0, that do not grow: regions that exit do not "
+            "come back."
         )
-    if any(later > earlier for earlier, later in itertools.pairwise(counts)):
-        raise ConfigError(
-            f"{survivors.origin}: {list(counts)} grow, but regions that exit do not come back. "
-            "Give the numbers that enter stage 0, 1, ..."
-        )
-    return survivors
+    return Survivors(counts, origin)
 
 
-def _from_results(path: Path) -> Survivors:
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"--survivors {path}: neither numbers nor a readable results.json ({error})."
-        ) from error
+def _entered_per_image(path: Path) -> tuple[float, ...]:
     found: list[float] = []
     try:
-        exits = results["exits"]
+        exits = json.loads(path.read_text(encoding="utf-8"))["exits"]
         while not found or f"stage{len(found)}" in exits:
             found.append(float(exits[f"stage{len(found)}"]["entered_per_image"]))
-    except (KeyError, TypeError, ValueError):
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(
-            f"--survivors {path}: has no exits/stage{len(found)}/entered_per_image. Give the "
-            "results.json that tools/train_net.py --eval-only wrote for one data set, with exits "
-            "on."
-        ) from None
-    return Survivors(tuple(found), str(path))
-
-
-def _known(option: str, names: Sequence[str], known: Sequence[str]) -> None:
-    if not names:
-        raise ConfigError(f"{option} is empty: give some of {', '.join(known)}.")
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"{option}: {name!r} is unknown. Give some of {', '.join(known)}.")
+            f"--survivors {path}: neither numbers nor a results.json with "
+            f"exits/stage{len(found)}/entered_per_image, as tools/train_net.py --eval-only writes "
+            f"for one data set, with exits on ({type(error).__name__}: {error})."
+        ) from error
+    return tuple(found)

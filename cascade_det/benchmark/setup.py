@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,7 +51,7 @@ class Setup:
     """What all models share.
 
     Args:
-        options: must have passed ``check``.
+        options: what to measure.
 
     Attributes:
         cfg: configuration of the standalone host, with the device of the options.
@@ -85,10 +86,11 @@ class Setup:
         Raises:
             CheckpointError: ``MODEL.WEIGHTS`` cannot be read, or is not a complete detector.
         """
+        cfg = changed(self.cfg, "MODEL.DEVICE", "cpu")
         if not self.trained:
             seed = self.options.seed
-            return seeded_weights(self.cfg, [self._draw_image(seed)], seed)
-        detector = build_detector(self._changed("MODEL.DEVICE", "cpu"))
+            return seeded_weights(cfg, self._draw_image(seed), seed)
+        detector = build_detector(cfg)
         load_weights(detector, self.cfg.MODEL.WEIGHTS, complete=True)
         return detector.state_dict()
 
@@ -101,7 +103,7 @@ class Setup:
 
     def fast_arguments(self) -> dict[str, Any]:
         """The arguments of ``optimize`` that the configuration gives."""
-        arguments = config.fast_arguments(self._changed("MODEL.CASCADE.FAST.ENABLED", True))
+        arguments = config.fast_arguments(changed(self.cfg, "MODEL.CASCADE.FAST.ENABLED", True))
         assert arguments is not None
         return arguments
 
@@ -169,12 +171,6 @@ class Setup:
             objectness.append(logits.sort(descending=True).values)
         return Regions([x.to(self.device) for x in boxes], [x.to(self.device) for x in objectness])
 
-    def _changed(self, *options: Any) -> CfgNode:
-        cfg = self.cfg.clone()
-        cfg.defrost()
-        cfg.merge_from_list(list(options))
-        return cfg
-
     @cached_property
     def _reference(self) -> Detector:
         detector = self.build_ours()
@@ -185,7 +181,7 @@ class Setup:
     @cached_property
     def _test_images(self) -> list[Sample]:
         dataset = load_datasets_to_evaluate(self.cfg, resume=False)[0]
-        cfg = self._changed("CASCADE.TEST_IMS_PER_BATCH", 1, "DATALOADER.NUM_WORKERS", 0)
+        cfg = changed(self.cfg, "CASCADE.TEST_IMS_PER_BATCH", 1, "DATALOADER.NUM_WORKERS", 0)
         wanted = self.options.images * max(self.options.batches)
         loader = itertools.islice(test_loader(cfg, dataset), wanted)
         return [sample for batch in loader for sample in batch]
@@ -202,14 +198,24 @@ class Setup:
         return (image + 55 * torch.rand(image.shape, generator=generator)).to(torch.uint8)
 
 
+def changed(cfg: CfgNode, *options: Any) -> CfgNode:
+    """A copy of a configuration with other values: key, value, key, value, ..."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.merge_from_list(list(options))
+    return cfg
+
+
 def find_device(name: str) -> torch.device:
     """The device with this name.
 
     Raises:
-        ConfigError: there is no such GPU.
+        ConfigError: the name is none of a CPU or GPU, or there is no such GPU.
     """
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ConfigError(f"--device is {name!r}: give cpu, cuda or cuda:<index>.")
     device = torch.device(name)
-    if device.type != "cuda":
+    if device.type == "cpu":
         return device
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = device.index or 0

@@ -23,21 +23,18 @@ _LOGIT_SPREAD = 0.7
 _DELTA_SPREAD = 0.25
 
 
-def seeded_weights(cfg: CfgNode, images: list[Tensor], seed: int) -> dict[str, Tensor]:
+def seeded_weights(cfg: CfgNode, image: Tensor, seed: int) -> dict[str, Tensor]:
     """The state dict of a detector with random weights, under Detectron2's names.
 
     Args:
-        cfg: of a standalone detector.
-        images: uint8 ``[3, H, W]``; the norms get their statistics.
+        cfg: of a standalone detector on the CPU.
+        image: uint8 ``[3, H, W]``; the norms get its statistics.
         seed: of the weights.
     """
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "cpu"
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         detector = build_detector(cfg).eval()
-        batch, _ = detector.preprocess(images)
+        batch, _ = detector.preprocess([image])
         settle_norms(detector.backbone, lambda: detector.backbone(batch))
         keep_anchors(detector.proposal_generator.rpn_head.anchor_deltas)
         for predictor in detector.roi_heads.box_predictor:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade_det.benchmark.options import (
+    AUTOCAST_TYPES,
     MEASUREMENTS,
     MODELS,
     QUICK,
@@ -71,27 +72,34 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
     add(
         "--contenders",
         "; ".join(f"{name}: {what}" for name, what in MODELS.items()),
+        choices=MODELS,
         nargs="+",
         metavar="NAME",
     )
-    add("--measure", f"some of {', '.join(MEASUREMENTS)}", nargs="+", metavar="NAME")
-    add("--batch", "batch sizes (1)", dest="batches", nargs="+", type=int, metavar="B")
+    add(
+        "--measure",
+        f"some of {', '.join(MEASUREMENTS)}",
+        choices=MEASUREMENTS,
+        nargs="+",
+        metavar="NAME",
+    )
+    add("--batch", "batch sizes (1)", dest="batches", nargs="+", type=whole(1), metavar="B")
     add(
         "--proposals",
         "proposals per image (1000 300 100)",
         nargs="+",
-        type=int,
+        type=whole(1),
         metavar="N",
     )
     add(
         "--size",
         "of random images in pixels (800 1088)",
         nargs=2,
-        type=int,
+        type=whole(32),
         metavar=("HEIGHT", "WIDTH"),
     )
-    add("--rounds", f"measured runs of each model ({default.rounds})", type=int)
-    add("--warmup", f"unmeasured runs before them ({default.warmup})", type=int)
+    add("--rounds", f"measured runs of each model ({default.rounds})", type=whole(1))
+    add("--warmup", f"unmeasured runs before them ({default.warmup})", type=whole(0))
     add("--seconds", "a comparison starts no new round after this time (0: no limit)", type=real(0))
     add(
         "--survivors",
@@ -102,8 +110,12 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
     )
     add("--device", f"cpu, cuda or cuda:<index> ({default.device})")
     add("--threads", "of the CPU (PyTorch's default)", type=whole(0, MOST_THREADS))
-    add("--autocast", f"dtype of the baselines under autocast ({default.autocast})", metavar="TYPE")
-    add("--images", f"batches of the test set to use ({default.images})", type=int)
+    add(
+        "--autocast",
+        f"dtype of the baselines under autocast ({default.autocast})",
+        choices=AUTOCAST_TYPES,
+    )
+    add("--images", f"batches of the test set to use ({default.images})", type=whole(1))
     add("--seed", "of weights, images and proposals (0)", type=whole(0, LARGEST_SEED))
     add_config_options(parser)
     return parser.parse_args(argv)
@@ -117,7 +129,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     from cascade_det.benchmark.run import run_benchmark
     from cascade_det.engine.log import setup_logging
 
-    options.check()
     setup_logging(str(options.output))
     print(format_benchmark(run_benchmark(options)))
     return 0

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
+
 from cascade_det.benchmark.agreement import compare_detections
 from cascade_det.benchmark.models import BenchmarkModel, ModelOutput
 from cascade_det.benchmark.setup import Setup
@@ -25,6 +27,7 @@ def is_ours(name: str) -> bool:
     return name.startswith(("ours", "plugin"))
 
 
+@torch.no_grad()
 def compare_heads(setup: Setup, models: Models, images: int, proposals: int) -> dict[str, Any]:
     """Compare the RoI heads alone, on the same ``proposals`` regions of each image.
 
@@ -38,8 +41,10 @@ def compare_heads(setup: Setup, models: Models, images: int, proposals: int) -> 
     for name, model in models.items():
         key = model.adapter, model.autocast
         if key not in prepared:
-            prepared[key] = [model.prepare(batch, regions) for batch, regions in given]
-        calls[name] = _call_in_turn(model.heads, prepared[key])
+            prepared[key] = [
+                model.adapter.prepare(batch, regions, model.autocast) for batch, regions in given
+            ]
+        calls[name] = _call_in_turn(partial(model.run, model.adapter.heads), prepared[key])
     return _compare(setup, models, calls, images, proposals)
 
 
@@ -51,7 +56,8 @@ def compare_whole(setup: Setup, models: Models, images: int, proposals: int) -> 
     """
     calls = {}
     for name, model in models.items():
-        calls[name] = _call_in_turn(model.whole, _inputs(setup, model, images, proposals))
+        inputs = _inputs(setup, model, images, proposals)
+        calls[name] = _call_in_turn(partial(model.run, model.adapter.whole), inputs)
     return _compare(setup, models, calls, images, proposals)
 
 
@@ -72,7 +78,7 @@ def compare_parts(setup: Setup, models: Models, images: int, proposals: int) -> 
 
     # The total times are not kept: a GPU is synchronised at every part.
     timed = {name: partial(time_parts, name) for name in models}
-    _take_turns(setup, timed, warmup=0, before=_run_untimed(models, calls))
+    alternate(timed, warmup=0, before=_run_untimed(models, calls), **_rounds(setup))
     return {
         "batch": images,
         "proposals": proposals,
@@ -97,7 +103,7 @@ def compare_training(
         keep_freed_memory(is_ours(name))
 
     calls = {name: partial(step, name) for name in steps}
-    times = _take_turns(setup, calls, warmup=setup.options.warmup, before=before)
+    times = alternate(calls, warmup=setup.options.warmup, before=before, **_rounds(setup))
     return {"batch": images, **_times_and_ratios(times, images)}
 
 
@@ -115,7 +121,8 @@ def _compare(
     # This is also the first round of the warm-up.
     outputs = {name: models[name].adapter.output(calls[name](0)) for name in models}
     warmup = max(0, setup.options.warmup - 1)
-    times = _take_turns(setup, calls, warmup=warmup, before=_run_untimed(models, calls))
+    before = _run_untimed(models, calls)
+    times = alternate(calls, warmup=warmup, before=before, **_rounds(setup))
     results = _times_and_ratios(times, images)
     for name, output in outputs.items():
         results["contenders"][name] |= {
@@ -147,18 +154,9 @@ def _run_untimed(models: Models, calls: Calls) -> Callable[[str, int], None]:
     return before
 
 
-def _take_turns(
-    setup: Setup, calls: Calls, *, warmup: int, before: Callable[[str, int], None]
-) -> dict[str, list[float]]:
+def _rounds(setup: Setup) -> dict[str, Any]:
     options = setup.options
-    return alternate(
-        calls,
-        rounds=options.rounds,
-        warmup=warmup,
-        seconds=options.seconds,
-        device=setup.device,
-        before=before,
-    )
+    return {"rounds": options.rounds, "seconds": options.seconds, "device": setup.device}
 
 
 def _times_and_ratios(times: Mapping[str, Sequence[float]], images: int) -> dict[str, Any]:
@@ -177,20 +175,16 @@ def _times_and_ratios(times: Mapping[str, Sequence[float]], images: int) -> dict
 
 
 def _agreement(models: Models, outputs: Mapping[str, ModelOutput]) -> dict[str, Any]:
-    alike = [
-        name
+    alike = {
+        name: outputs[name].detections
         for name, model in models.items()
         if model.exits is None and not name.startswith(_OTHER_WEIGHTS)
-    ]
-    reference = next((name for name in _REFERENCES if name in alike), None)
-    if reference is None or alike == [reference]:
-        return {}
-    wanted = outputs[reference].detections
-    compared = {
-        name: compare_detections(outputs[name].detections, wanted)
-        for name in alike
-        if name != reference
     }
+    reference = next((name for name in _REFERENCES if name in alike), "")
+    wanted = alike.pop(reference, [])
+    if not wanted or not alike:
+        return {}
+    compared = {name: compare_detections(found, wanted) for name, found in alike.items()}
     return {"with": reference, "contenders": compared}
 
 

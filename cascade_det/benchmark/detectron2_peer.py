@@ -92,15 +92,13 @@ class InDetectron2(ModelAdapter):
         entered = heads.stats.entered if self._has_our_heads else [self._arrived] * stages
         return ModelOutput([to_detections(found) for found in returned], self._arrived, entered)
 
-    def parts(self, inputs: Sequence[Sample]) -> dict[str, float]:
-        """Run the whole model once; milliseconds by part."""
-        timer = PartTimer(self.model.device)
+    def parts(self, inputs: Sequence[Sample], timer: PartTimer) -> None:
+        """Run the whole model; the timer gets the milliseconds of its parts."""
         if self._has_our_heads:
             Detector(self.model).detect(inputs, timer=timer)
         else:
             with time_parts(timer, self._part_starts()):
                 self.model(inputs)
-        return timer.milliseconds
 
     def _part_starts(self) -> list[PartStart]:
         model, heads = self.model, self.model.roi_heads
@@ -110,16 +108,16 @@ class InDetectron2(ModelAdapter):
             (model.proposal_generator, "forward", "rpn"),
         ]
         if hasattr(heads, "num_cascade_stages"):
-            return [
-                *starts,
+            starts += [
                 (heads, "_run_stage", lambda features, proposals, stage: f"stage{stage}"),
                 (cascade_rcnn, "fast_rcnn_inference", "postprocess"),
             ]
-        return [
-            *starts,
-            (heads, "_forward_box", "stage0"),
-            (heads.box_predictor, "inference", "postprocess"),
-        ]
+        else:
+            starts += [
+                (heads, "_forward_box", "stage0"),
+                (heads.box_predictor, "inference", "postprocess"),
+            ]
+        return starts
 
     def _count(self, heads: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._arrived = sum(len(proposals) for proposals in inputs[2])

@@ -44,19 +44,21 @@ def measure_limits(setup: Setup, models: Mapping[str, BenchmarkModel]) -> dict[s
     if name is None:
         return {}
     model, options = models[name], setup.options
+    adapter: Any = model.adapter
     batch, proposals = setup.batches(options.batches[0])[0], options.proposals[0]
     plain = Standalone(setup.build_ours())
     plain.set_exits(model.exits)
-    for adapter in (plain, model.adapter):
-        adapter.limit_proposals(proposals)
+    plain.limit_proposals(proposals)
+    adapter.limit_proposals(proposals)
     work = count_work(plain.detector, batch)
-    inputs = model.adapter.inputs(batch)
+    inputs = adapter.inputs(batch)
     keep_freed_memory(model.keeps_memory)
     for _ in range(options.warmup):
-        model.whole(inputs)
+        model.run(adapter.whole, inputs)
     runs = [model.parts(inputs) for _ in range(options.rounds)]
     milliseconds = {part: median(run.get(part, 0.0) for run in runs) for part in runs[0]}
-    dtype = _narrowest_dtype(model.adapter)
+    # The dtype of most products.
+    dtype = min((x.dtype for x in adapter.detector.parameters()), key=lambda dtype: dtype.itemsize)
     peaks = measure_peaks(setup.device, dtype)
     return {
         "contender": name,
@@ -142,9 +144,3 @@ def limits_section(results: Metrics) -> str:
     )
     formats = ("", ".2f", ".2f", ".2f", ".2f", ".2f", ".1f", ".2f")
     return f"{table(title, headers, rows, formats)}\n\n{note}"
-
-
-def _narrowest_dtype(adapter: Any) -> torch.dtype:
-    """The dtype of most products of a standalone model."""
-    parameters = adapter.detector.parameters()
-    return min((x.dtype for x in parameters), key=lambda dtype: dtype.itemsize)

@@ -135,7 +135,7 @@ def _build_whole(options: Options, name: str) -> Call:
     model = open_models(setup, [name])[0][name]
     model.adapter.limit_proposals(options.proposals[0])
     inputs = model.adapter.inputs(setup.batches(options.batches[0])[0])
-    return lambda: model.whole(inputs)
+    return lambda: model.run(model.adapter.whole, inputs)
 
 
 def _build_step(options: Options, name: str, images: int) -> Call:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,99 +32,69 @@ class ModelOutput:
     entered: list[int]
 
 
-class ModelAdapter(ABC):
+class ModelAdapter(Protocol):
     """A detector in evaluation mode, behind the methods that measurements call."""
 
     def inputs(self, batch: Sequence[Sample]) -> Any:
         """A batch in the form that ``whole`` and ``parts`` take."""
         return batch
 
-    @abstractmethod
     def set_exits(self, exits: ExitPolicy | None) -> None:
         """Use these exits if the heads have any."""
 
-    @abstractmethod
     def limit_proposals(self, count: int) -> None:
         """Let the RPN return at most ``count`` regions per image."""
 
-    @abstractmethod
     def prepare(self, batch: Sequence[Sample], regions: Regions, dtype: torch.dtype | None) -> Any:
         """The input of ``heads``: the model's own features of a batch, with given regions.
 
         ``dtype`` is that of the features under autocast, else ``None``.
         """
 
-    @abstractmethod
     def heads(self, prepared: Any) -> Any:
         """Run the RoI heads alone."""
 
-    @abstractmethod
     def whole(self, inputs: Any) -> Any:
         """Run the whole model."""
 
-    @abstractmethod
     def output(self, returned: Any) -> ModelOutput:
         """Convert what the last call of ``heads`` or ``whole`` returned."""
 
-    @abstractmethod
-    def parts(self, inputs: Any) -> dict[str, float]:
-        """Run the whole model once; milliseconds by part."""
+    def parts(self, inputs: Any, timer: PartTimer) -> None:
+        """Run the whole model; the timer gets the milliseconds of its parts."""
 
 
+@dataclass
 class BenchmarkModel:
     """A model in one of its settings.
 
-    Args:
-        name: one of ``options.MODELS``.
+    Attributes:
         adapter: may be shared with models in other settings.
         device: of the model.
+        keeps_memory: whether the process keeps freed memory while it runs, which ``optimize`` and
+            our heads in Detectron2 set for all models.
         exits: ``None`` for no exits.
         autocast: dtype under autocast; ``None`` for no autocast.
     """
 
-    def __init__(
-        self,
-        name: str,
-        adapter: ModelAdapter,
-        device: torch.device,
-        *,
-        exits: ExitPolicy | None = None,
-        autocast: torch.dtype | None = None,
-    ) -> None:
-        self.adapter = adapter
-        self.exits = exits
-        self.autocast = autocast
-        # ``optimize`` and our heads in Detectron2 set this for the whole process.
-        self.keeps_memory = device.type == "cpu" and "-fast" in name
-        self._device = device
+    adapter: ModelAdapter
+    device: torch.device
+    keeps_memory: bool = False
+    exits: ExitPolicy | None = None
+    autocast: torch.dtype | None = None
 
-    @torch.no_grad()
-    def prepare(self, batch: Sequence[Sample], regions: Regions) -> Any:
-        """The input of ``heads``, see ``ModelAdapter.prepare``."""
-        return self.adapter.prepare(batch, regions, self.autocast)
-
-    def heads(self, prepared: Any) -> Any:
-        """Run the RoI heads alone."""
-        with self._setting():
-            return self.adapter.heads(prepared)
-
-    def whole(self, inputs: Any) -> Any:
-        """Run the whole model."""
-        with self._setting():
-            return self.adapter.whole(inputs)
+    def run(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a method of the adapter with this model's exits and autocast."""
+        self.adapter.set_exits(self.exits)
+        enabled = self.autocast is not None
+        with torch.no_grad(), torch.autocast(self.device.type, self.autocast, enabled=enabled):
+            return call(*arguments)
 
     def parts(self, inputs: Any) -> dict[str, float]:
         """Run the whole model once; milliseconds by part."""
-        with self._setting():
-            return self.adapter.parts(inputs)
-
-    @contextmanager
-    def _setting(self) -> Iterator[None]:
-        self.adapter.set_exits(self.exits)
-        enabled = self.autocast is not None
-        autocast = torch.autocast(self._device.type, self.autocast, enabled=enabled)
-        with torch.no_grad(), autocast:
-            yield
+        timer = PartTimer(self.device)
+        self.run(self.adapter.parts, inputs, timer)
+        return timer.milliseconds
 
 
 class Standalone(ModelAdapter):
@@ -165,11 +133,9 @@ class Standalone(ModelAdapter):
         detections, stats = returned
         return ModelOutput(detections, stats.proposed, stats.entered)
 
-    def parts(self, inputs: Sequence[Sample]) -> dict[str, float]:
-        """Run the whole model once; milliseconds by part."""
-        timer = PartTimer(self.detector.device)
+    def parts(self, inputs: Sequence[Sample], timer: PartTimer) -> None:
+        """Run the whole model; the timer gets the milliseconds of its parts."""
         self.detector.detect(inputs, timer=timer)
-        return timer.milliseconds
 
 
 class SharedMaps:
@@ -224,9 +190,9 @@ def open_models(
             left_out[name] = f"cannot be built for this configuration: {error or repr(error)}"
             continue
         opened[name] = BenchmarkModel(
-            name,
             adapters[kind],
             setup.device,
+            keeps_memory=setup.device.type == "cpu" and "-fast" in name,
             exits=setup.exits[0] if name.endswith("-exits") else None,
             autocast=getattr(torch, setup.options.autocast) if name.endswith("-autocast") else None,
         )

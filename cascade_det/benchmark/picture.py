@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -64,30 +65,26 @@ def _plot(
     baselines = list(dict.fromkeys(entry["against"] for entry in ratios))
     owns = list(dict.fromkeys(entry["what"] for entry in ratios))
     step = 0.8 / len(owns)
-    for entry in ratios:
-        own, baseline, spread = entry["what"], entry["against"], entry["ratio"]
-        index = owns.index(own)
-        y = baselines.index(baseline) - 0.4 + step * (index + 0.5)
-        median, low, high = spread["median"], spread["low"], spread["high"]
-        axes.barh(
-            y,
+    for index, own in enumerate(owns):
+        entries = {entry["against"]: entry["ratio"] for entry in ratios if entry["what"] == own}
+        places = [baselines.index(baseline) - 0.4 + step * (index + 0.5) for baseline in entries]
+        median, low, high = (
+            np.array([spread[key] for spread in entries.values()])
+            for key in ("median", "low", "high")
+        )
+        bars = axes.barh(
+            places,
             median,
             step * 0.9,
-            xerr=[[median - low], [high - median]],
-            label=own if baseline == baselines[0] else None,
+            xerr=[median - low, high - median],
+            label=own,
             color=_COLORS[index % len(_COLORS)],
             error_kw={"lw": 0.8, "capsize": 1.5},
         )
-        axes.annotate(
-            f"{median:.1f}",
-            (high, y),
-            xytext=(3, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=7,
-        )
-        if (own, baseline) in targets:
-            axes.vlines(targets[own, baseline], y - step / 2, y + step / 2, color="red")
+        axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=7)
+        for y, baseline in zip(places, entries, strict=True):
+            if (own, baseline) in targets:
+                axes.vlines(targets[own, baseline], y - step / 2, y + step / 2, color="red")
     axes.axvline(1, color="grey", lw=0.8, ls=":")
     axes.set_yticks(range(len(baselines)), baselines, fontsize=8)
     axes.invert_yaxis()

@@ -7,7 +7,7 @@ from typing import Any
 
 from cascade_det.benchmark.accuracy import accuracy_section
 from cascade_det.benchmark.limits import limits_section
-from cascade_det.benchmark.memory_comparison import memory_sections
+from cascade_det.benchmark.memory import memory_sections
 from cascade_det.report.tables import Metrics, table
 
 TITLES = {

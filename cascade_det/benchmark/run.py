@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cascade_det.benchmark.accuracy import SETTINGS, SETTINGS_WITHOUT_EXITS, measure_accuracy
+from cascade_det.benchmark.accuracy import measure_accuracy
 from cascade_det.benchmark.comparison import (
     compare_heads,
     compare_parts,
@@ -18,7 +18,7 @@ from cascade_det.benchmark.comparison import (
 )
 from cascade_det.benchmark.limits import measure_limits
 from cascade_det.benchmark.machine import describe
-from cascade_det.benchmark.memory_comparison import compare_memory
+from cascade_det.benchmark.memory import compare_memory
 from cascade_det.benchmark.models import BenchmarkModel, open_models
 from cascade_det.benchmark.options import MODELS, Options
 from cascade_det.benchmark.picture import plot_benchmark
@@ -50,11 +50,10 @@ def run_benchmark(options: Options) -> Results:
         model), one entry per measurement, and ``bar``, see ``hold_targets``.
 
     Raises:
-        ConfigError: options or configuration are wrong; before anything is measured.
+        ConfigError: the configuration, device or survivors are wrong; before anything is measured.
         CheckpointError: weights cannot be read or do not fit; before anything is measured.
         DatasetError: the test set cannot be read; before anything is measured.
     """
-    options.check()
     if options.threads:
         torch.set_num_threads(options.threads)
     setup = Setup(options)
@@ -114,9 +113,7 @@ def _accuracy(setup: Setup, left_out: dict[str, str]) -> Results:
     if not setup.trained:
         left_out["accuracy"] = "MODEL.WEIGHTS is empty, and random weights detect nothing"
         return {}
-    # Without exits in the configuration, default thresholds would mean nothing.
-    settings = SETTINGS if setup.exits[0] is not None else SETTINGS_WITHOUT_EXITS
-    return measure_accuracy(setup.cfg, setup.options.output / "accuracy", settings=settings)
+    return measure_accuracy(setup.cfg, setup.options.output / "accuracy")
 
 
 def _settings(setup: Setup) -> Results:

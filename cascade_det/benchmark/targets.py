@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cascade_det.benchmark.memory_comparison import BASELINE
+from cascade_det.benchmark.memory import BASELINE
 
 
 @dataclass(frozen=True)

@@ -69,9 +69,9 @@ class Torchvision(ModelAdapter):
         ]
         return ModelOutput(detections, self._arrived, [self._arrived])
 
-    def parts(self, inputs: list[Tensor]) -> dict[str, float]:
-        """Run the whole model once; milliseconds by part."""
-        timer, model = PartTimer(self._device), self.model
+    def parts(self, inputs: list[Tensor], timer: PartTimer) -> None:
+        """Run the whole model; the timer gets the milliseconds of its parts."""
+        model = self.model
         starts = [
             (model.transform, "forward", "preprocess"),
             (model.backbone, "forward", "backbone"),
@@ -81,7 +81,6 @@ class Torchvision(ModelAdapter):
         ]
         with time_parts(timer, starts):
             model(inputs)
-        return timer.milliseconds
 
     def _count(self, heads: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._arrived = sum(len(proposals) for proposals in inputs[1])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -79,10 +80,13 @@ class PartCounter(PartTimer):
 
     def work(self) -> dict[str, Work]:
         """The work by part, in the order in which parts began."""
-        return {
-            part: replace(self._traffic.moved(part), multiply_adds=count)
-            for part, count in self._multiply_adds.items()
-        }
+        work = {}
+        for part, count in self._multiply_adds.items():
+            moved = self._traffic.moved[part].values()
+            work[part] = Work(
+                count, sum(x.floats for x in moved), sum(x.other_bytes for x in moved)
+            )
+        return work
 
 
 class _Traffic(TorchDispatchMode):
@@ -97,15 +101,7 @@ class _Traffic(TorchDispatchMode):
         self.part = ""
         self._known: dict[int, StorageWeakRef] = {}
         self._maker: dict[int, str] = {}
-        self._moved: dict[str, dict[int, Work]] = {}  # by part and storage
-
-    def moved(self, part: str) -> Work:
-        """The numbers and bytes that a part moves."""
-        amounts = self._moved.get(part, {}).values()
-        return Work(
-            floats=sum(amount.floats for amount in amounts),
-            other_bytes=sum(amount.other_bytes for amount in amounts),
-        )
+        self.moved: dict[str, dict[int, Work]] = defaultdict(dict)  # by part and storage
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -127,7 +123,7 @@ class _Traffic(TorchDispatchMode):
             self._keep_larger(maker, key, _all_of(tensor))
 
     def _keep_larger(self, part: str, key: int, amount: Work) -> None:
-        amounts = self._moved.setdefault(part, {})
+        amounts = self.moved[part]
         before = amounts.get(key, Work())
         if (amount.floats, amount.other_bytes) > (before.floats, before.other_bytes):
             amounts[key] = amount

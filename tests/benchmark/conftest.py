@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from cascade_det.benchmark.options import Options, Survivors
 from cascade_det.benchmark.setup import Setup
@@ -41,7 +42,10 @@ def heads_output(setup):
 
     def run(model, setup=setup, count=40):
         batch = setup.batches(2)[0]
-        return model.adapter.output(model.heads(model.prepare(batch, setup.regions(batch, count))))
+        adapter, regions = model.adapter, setup.regions(batch, count)
+        with torch.no_grad():
+            prepared = adapter.prepare(batch, regions, model.autocast)
+        return adapter.output(model.run(adapter.heads, prepared))
 
     return run
 
@@ -51,7 +55,8 @@ def whole_output(setup):
     """Runs a whole model on two images."""
 
     def run(model, count=40):
-        model.adapter.limit_proposals(count)
-        return model.adapter.output(model.whole(model.adapter.inputs(setup.batches(2)[0])))
+        adapter = model.adapter
+        adapter.limit_proposals(count)
+        return adapter.output(model.run(adapter.whole, adapter.inputs(setup.batches(2)[0])))
 
     return run

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 from calibration_case import INSTANT, make_calibration_case
 
 import train_net
+from cascade_det.benchmark import accuracy
 from cascade_det.benchmark.accuracy import SETTINGS, accuracy_section, measure_accuracy
 from cascade_det.config import load_config
 from cascade_det.errors import ConfigError
@@ -55,10 +57,27 @@ def test_metrics_are_those_of_an_evaluation_of_the_setting(case, cfg, tmp_path):
     assert rows["fast"]["milliseconds"] > 0
 
 
-def test_wrong_settings_are_errors_before_any_runs(cfg, tmp_path):
+def test_settings_with_exits_need_exits_in_the_configuration(case, tmp_path, monkeypatch):
+    dataset = SimpleNamespace(records=[], source=SimpleNamespace(name="cells"))
+    detector = SimpleNamespace(device="cpu", dtype="float32")
+    results = {
+        "bbox": dict.fromkeys(KEYS, 50.0),
+        "latency": {"total": {"median_ms": 1.0}},
+        "exits": {},
+    }
+    monkeypatch.setattr(accuracy, "load_detector", lambda cfg: (detector, [dataset]))
+    monkeypatch.setattr(accuracy, "test_loader", lambda *_: [])
+    monkeypatch.setattr(accuracy, "evaluate_dataset", lambda *_, **__: results)
+    cfg = load_config(INSTANT, [*case.options, "MODEL.CASCADE.EXIT.ENABLED", "False"])
+    rows = measure_accuracy(cfg, tmp_path)["settings"]
+    assert [row["setting"] for row in rows] == [OFF, "fast"]
+
+
+def test_wrong_settings_are_errors_before_any_runs(cfg, tmp_path, monkeypatch):
     settings = {OFF: SETTINGS[OFF], "other": ("MODEL.ROI_HEADS.NMS_THRESH_TEST", -1.0)}
+    monkeypatch.setattr(accuracy, "SETTINGS", settings)
     with pytest.raises(ConfigError, match="NMS_THRESH_TEST"):
-        measure_accuracy(cfg, tmp_path, settings=settings)
+        measure_accuracy(cfg, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

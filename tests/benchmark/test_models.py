@@ -108,8 +108,11 @@ def test_before_a_timed_call_the_allocator_is_set_and_the_model_runs_once(
     monkeypatch.setattr(comparison, "keep_freed_memory", events.append)
     watched = {name: models[name] for name in ("ours", "ours-fast")}
     for name, model in watched.items():
-        heads = model.heads
-        monkeypatch.setattr(model, "heads", lambda x, n=name, f=heads: (events.append(n), f(x))[1])
+        adapter = model.adapter
+        heads = adapter.heads
+        monkeypatch.setattr(
+            adapter, "heads", lambda x, n=name, f=heads: (events.append(n), f(x))[1]
+        )
     comparison.compare_heads(setup, watched, 1, 40)
     a_round = [False, "ours", "ours", True, "ours-fast", "ours-fast"]
     assert events == ["ours", "ours-fast", *a_round, *a_round]

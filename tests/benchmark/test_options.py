@@ -8,27 +8,6 @@ from cascade_det.benchmark.options import read_survivors
 from cascade_det.errors import ConfigError
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"contenders": ("ours", "theirs")}, "--contenders: 'theirs'"),
-        ({"contenders": ()}, "--contenders is empty"),
-        ({"measure": ("speed",)}, "--measure: 'speed'"),
-        ({"autocast": "float8"}, "--autocast: 'float8'"),
-        ({"proposals": (1000, 0)}, "--proposals is '1000 0'"),
-        ({"batches": (0,)}, "--batch is '0'"),
-        ({"rounds": 0}, "--rounds"),
-        ({"warmup": -1}, "--warmup"),
-        ({"seconds": -1.0}, "--seconds"),
-        ({"size": (800, 16)}, "--size"),
-        ({"device": "tpu"}, "--device is 'tpu'"),
-    ],
-)
-def test_wrong_options_are_errors(make_options, changes, words):
-    with pytest.raises(ConfigError, match=words):
-        make_options(**changes).check()
-
-
 def test_survivors_are_rounded_up_to_budgets():
     survivors = read_survivors(["300", "146.7", "0.2"])
     assert survivors.per_stage == (300.0, 146.7, 0.2)
@@ -39,12 +18,13 @@ def test_survivors_are_rounded_up_to_budgets():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        (["300", "301"], "grow"),
+        (["300", "301"], "do not grow"),
         (["0", "0"], "not numbers of regions"),
         (["300", "-1"], "not numbers of regions"),
         (["inf", "3"], "not numbers of regions"),
+        (["300", "nan"], "not numbers of regions"),
         (["300", "many"], "one number for each stage"),
-        (["nowhere.json"], "neither numbers nor a readable results.json"),
+        (["nowhere.json"], "neither numbers nor a results.json"),
     ],
 )
 def test_wrong_survivors_are_errors(values, words):

@@ -68,8 +68,8 @@ def test_the_printed_tables_are_the_written_ones(done):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--proposals", "0"], "--proposals is '0'"),
         (["--survivors", "10", "5"], "2 numbers"),
+        (["--device", "tpu"], "--device is 'tpu'"),
         (["--device", "cuda:99"], "--device cuda:99"),
         (["--config-file", "nowhere.yaml"], "nowhere.yaml"),
     ],
@@ -79,6 +79,29 @@ def test_wrong_input_is_an_error_before_any_work(arguments, words, tmp_path, cap
     assert benchmark.main(["--output", str(tmp_path / "out"), *arguments]) == 1
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out" / "benchmark.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("--contenders", ["ours", "theirs"]),
+        ("--contenders", []),
+        ("--measure", ["speed"]),
+        ("--autocast", ["float8"]),
+        ("--proposals", ["1000", "0"]),
+        ("--batch", ["0"]),
+        ("--rounds", ["0"]),
+        ("--warmup", ["-1"]),
+        ("--seconds", ["-1"]),
+        ("--size", ["800", "16"]),
+        ("--images", ["0"]),
+    ],
+)
+def test_wrong_values_are_named_with_their_option(option, values, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main([option, *values])
+    assert stopped.value.code == 2
+    assert f"argument {option}: " in capsys.readouterr().err
 
 
 def test_given_options_override_those_of_quick():

@@ -1,6 +1,7 @@
 """The peak memory of models, each measured in a process of its own, beside Detectron2's cascade.
 
-On CPUs this is the resident set, libraries included; on GPUs the memory of torch's allocator.
+On CPUs this is the resident set, libraries included; on GPUs the memory of torch's allocator. The
+new process imports this module, so models are imported where they are built.
 """
 
 from __future__ import annotations
@@ -20,11 +21,7 @@ from typing import Any
 
 import torch
 
-from cascade_det.benchmark.comparison import is_ours
-from cascade_det.benchmark.models import open_models
 from cascade_det.benchmark.options import Options
-from cascade_det.benchmark.setup import Setup
-from cascade_det.benchmark.training import open_training_steps
 from cascade_det.engine.allocator import keep_freed_memory
 from cascade_det.errors import CascadeDetError
 from cascade_det.report.tables import Metrics, table
@@ -131,6 +128,9 @@ def _peaks(options: Options, builds: dict[str, Callable[[], Call]]) -> dict[str,
 
 
 def _build_whole(options: Options, name: str) -> Call:
+    from cascade_det.benchmark.models import open_models
+    from cascade_det.benchmark.setup import Setup
+
     setup = Setup(options)
     model = open_models(setup, [name])[0][name]
     model.adapter.limit_proposals(options.proposals[0])
@@ -139,6 +139,10 @@ def _build_whole(options: Options, name: str) -> Call:
 
 
 def _build_step(options: Options, name: str, images: int) -> Call:
+    from cascade_det.benchmark.comparison import is_ours
+    from cascade_det.benchmark.setup import Setup
+    from cascade_det.benchmark.training import open_training_steps
+
     setup = Setup(options)
     if is_ours(name) and setup.device.type == "cpu":
         keep_freed_memory()  # as in training

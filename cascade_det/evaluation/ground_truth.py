@@ -91,16 +91,16 @@ def admit_images(
         raise ValueError(f"{len(batch)} images but {len(detections_per_image)} detector outputs")
     for sample in batch:
         image_id = sample["image_id"]
+        name = f"image {image_id} ({sample.get('file_name', 'no file name')})"
         if image_id not in coco_gt.imgs:
             raise DatasetError(
-                f"image {image_id} ({sample.get('file_name', 'no file name')}) is not in the "
-                "annotation file of the evaluation: give the evaluator the json that the images "
-                "were loaded from"
+                f"{name} is not in the annotation file of the evaluation: give the evaluator the "
+                "json that the images were loaded from"
             )
         if image_id in seen:
             raise DatasetError(
-                f"image {image_id} ({sample.get('file_name', 'no file name')}) was processed "
-                "twice: use a loader that visits every image once, and reset() between runs"
+                f"{name} was processed twice: use a loader that visits every image once, and "
+                "reset() between runs"
             )
         seen.add(image_id)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from pycocotools.coco import COCO
 from torch import Tensor
@@ -83,15 +83,8 @@ class StageEvaluator(Evaluator):
             )
 
     def state(self) -> dict[str, Any]:
-        """``seen`` image ids, ``ious`` by image, and ``detections`` as arrays, stage by stage."""
-        return {
-            "seen": sorted(self._seen),
-            "ious": self._ious,
-            "detections": [
-                [(image_id, _as_arrays(found)) for image_id, found in of_stage]
-                for of_stage in self._detections
-            ],
-        }
+        """``seen`` image ids, ``ious`` by image, and ``detections``, stage by stage."""
+        return {"seen": sorted(self._seen), "ious": self._ious, "detections": self._detections}
 
     def merge(self, states: Sequence[dict[str, Any]]) -> None:
         """Continue from the states of all processes.
@@ -104,12 +97,7 @@ class StageEvaluator(Evaluator):
         self._ious = {key: value for state in states for key, value in state["ious"].items()}
         shares = [state["detections"] for state in states if state["seen"]]
         self._detections = [
-            [
-                (image_id, _as_detections(arrays))
-                for of_share in of_stage
-                for image_id, arrays in of_share
-            ]
-            for of_stage in zip(*shares, strict=True)
+            list(itertools.chain(*of_stage)) for of_stage in zip(*shares, strict=True)
         ]
 
     def evaluate(self) -> dict[str, Any]:
@@ -176,14 +164,6 @@ def _match(boxes: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     overlap, target = box_iou(boxes, targets).max(dim=1)
     regions = torch.nonzero(overlap >= MATCH_IOU).flatten()
     return regions, target[regions]
-
-
-def _as_arrays(detections: Detections) -> dict[str, np.ndarray]:
-    return {name: value.detach().numpy() for name, value in vars(detections).items()}
-
-
-def _as_detections(arrays: Mapping[str, np.ndarray]) -> Detections:
-    return Detections(**{name: torch.from_numpy(value) for name, value in arrays.items()})
 
 
 def _cpu(boxes: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import RLock
-from types import TracebackType
 from typing import Any
 
 from cascade_det.core.structures import DetectorOutput, PartTimer
@@ -151,12 +150,7 @@ class ExitMonitor:
     def __enter__(self) -> ExitMonitor:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _count(

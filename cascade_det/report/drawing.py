@@ -61,28 +61,20 @@ def draw_detections(
     Returns:
         A new picture of the same size.
     """
-    picture = np.ascontiguousarray(image_bgr).copy()
     scores = _array(detections.scores)
     order = np.argsort(scores, kind="stable")
     order = order[scores[order] >= score_threshold]
-    if not len(order):
-        return picture
-    boxes = _pixels(_array(detections.boxes)[order], picture.shape)
     classes = _array(detections.classes)[order].tolist()
     labels = [
         f"{_shortened(class_names[index])} {score:.2f}"
         for index, score in zip(classes, scores[order].tolist(), strict=True)
     ]
-    colors = [class_color(index) for index in classes]
-    _draw_outlines(picture, boxes, colors)
-    taken = np.zeros(picture.shape[:2], bool)
+    stages: list[int] = []
     if with_stages:
         stages = _array(detections.exit_stages)[order].tolist()
         labels = [f"{label} s{stage}" for label, stage in zip(labels, stages, strict=True)]
-        legend = _draw_legend(picture, sorted(set(stages)), boxes, _font_scale(picture))
-        _part(taken, legend)[:] = True
-    _draw_labels(picture, boxes, labels, colors, taken)
-    return picture
+    boxes, colors = _array(detections.boxes)[order], [class_color(index) for index in classes]
+    return _draw(image_bgr, boxes, labels, colors, sorted(set(stages)))
 
 
 def draw_boxes(
@@ -102,12 +94,7 @@ def draw_boxes(
     Returns:
         A new picture of the same size.
     """
-    picture = np.ascontiguousarray(image_bgr).copy()
-    corners = _pixels(_array(boxes), picture.shape)
-    _draw_outlines(picture, corners, colors)
-    texts = [_shortened(label) for label in labels]
-    _draw_labels(picture, corners, texts, colors, np.zeros(picture.shape[:2], bool))
-    return picture
+    return _draw(image_bgr, _array(boxes), [_shortened(label) for label in labels], colors, [])
 
 
 def caption(picture: npt.NDArray[np.uint8], text: str, color: Color) -> npt.NDArray[np.uint8]:
@@ -160,37 +147,29 @@ def _shortened(text: str) -> str:
     return printable(text, longest=_LONGEST_TEXT)
 
 
-def _draw_outlines(
-    picture: npt.NDArray[np.uint8],
-    boxes: Sequence[tuple[int, int, int, int]],
-    colors: Sequence[Color],
-) -> None:
-    line = max(1, round(min(picture.shape[:2]) / 400))
-    for (left, top, right, bottom), color in zip(boxes, colors, strict=True):
-        cv2.rectangle(picture, (left, top), (right, bottom), color, line)
-
-
-def _draw_labels(
-    picture: npt.NDArray[np.uint8],
-    boxes: Sequence[tuple[int, int, int, int]],
+def _draw(
+    image_bgr: npt.NDArray[np.uint8],
+    boxes: npt.NDArray[Any],
     labels: Sequence[str],
     colors: Sequence[Color],
-    taken: npt.NDArray[np.bool_],
-) -> None:
-    """Write all labels; the last box, which has the best score, chooses its place first.
-
-    Args:
-        picture: is written on.
-        boxes: in pixels of the picture.
-        labels: one per box; an empty one is not written.
-        colors: one per box.
-        taken: bool ``[H, W]``, pixels of earlier labels, updated. Comparing labels in pairs would
-            be slow with thousands of them.
-    """
+    stages: Sequence[int],
+) -> npt.NDArray[np.uint8]:
+    """Draw boxes, their labels that are not empty, and a legend of stages if there are any."""
+    picture = np.ascontiguousarray(image_bgr).copy()
+    corners = _pixels(boxes, picture.shape)
+    line = max(1, round(min(picture.shape[:2]) / 400))
+    for (left, top, right, bottom), color in zip(corners, colors, strict=True):
+        cv2.rectangle(picture, (left, top), (right, bottom), color, line)
+    # Pixels of labels. Comparing labels in pairs would be slow with thousands of them.
+    taken = np.zeros(picture.shape[:2], bool)
     scale = _font_scale(picture)
-    for box, label, color in reversed(list(zip(boxes, labels, colors, strict=True))):
+    if stages:
+        _part(taken, _draw_legend(picture, stages, corners, scale))[:] = True
+    # The last box, which has the best score, chooses its place first.
+    for box, label, color in reversed(list(zip(corners, labels, colors, strict=True))):
         if label:
             _part(taken, _draw_label(picture, label, box, color, scale, taken))[:] = True
+    return picture
 
 
 def _draw_label(

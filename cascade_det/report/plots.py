@@ -23,6 +23,7 @@ _REASON_COLORS = {
     "completed": "#1b5e8c",
 }
 _KEPT = "#e8eef3"
+_STYLE: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8}
 
 
 def plot_report(results: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -79,14 +80,7 @@ def _plot_iou(axes: Axes, stages: Mapping[str, Any]) -> None:
     values = [stages[names[0]]["iou_before"], *(stages[name]["iou_after"] for name in names)]
     axes.plot(range(len(labels)), values, "o-", color=_METRIC_COLORS["AP"])
     for index, value in enumerate(values):
-        axes.annotate(
-            f"{value:.3f}",
-            (index, value),
-            (-6, 6),
-            textcoords="offset points",
-            ha="right",
-            fontsize=8,
-        )
+        axes.annotate(f"{value:.3f}", (index, value), (-6, 6), ha="right", **_STYLE)
     axes.set_xticks(range(len(labels)), labels)
     axes.set(title="Mean IoU of regions with their object", ylabel="IoU")
     axes.margins(x=0.1, y=0.25)
@@ -103,14 +97,8 @@ def _plot_exits(axes: Axes, exits: Mapping[str, Any]) -> None:
         axes.bar(names, heights, 0.6, bottom=bottom, label=label, color=color)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     for index, name in enumerate(names):
-        axes.annotate(
-            f"{bottom[index]:.1f}\n{100 * exits[name]['exit_rate']:.0f} % leave early",
-            (index, bottom[index]),
-            (0, 3),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8,
-        )
+        text = f"{bottom[index]:.1f}\n{100 * exits[name]['exit_rate']:.0f} % leave early"
+        axes.annotate(text, (index, bottom[index]), (0, 3), ha="center", **_STYLE)
     axes.set_ylim(0, 1.3 * max(bottom) or 1)
     axes.set(title="Regions entering each stage, by what follows", ylabel="regions per image")
     axes.legend(fontsize=8, loc="upper right", frameon=False)
@@ -141,14 +129,8 @@ def _plot_latency(axes: Axes, latency: Mapping[str, Any]) -> None:
         axes.barh(positions, medians, height, label=f"median, {label}", color=color)
         axes.plot(p95, positions, "k|", markersize=7, label=None if number else "p95")
         for position, middle, high in zip(positions, medians, p95, strict=True):
-            axes.annotate(
-                f"{middle:.1f}",
-                (max(middle, high), position),
-                (5, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-            )
+            end = max(middle, high)
+            axes.annotate(f"{middle:.1f}", (end, position), (5, 0), va="center", **_STYLE)
         longest = max(longest, *p95)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()

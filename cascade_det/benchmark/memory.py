@@ -12,7 +12,7 @@ import logging
 import multiprocessing
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -54,12 +54,8 @@ def compare_memory(
         and ``above_model`` as ``peak_memory`` and, if Detectron2's cascade runs, ``ratio``, the
         share of its ``above_model``.
     """
-    whole: dict[str, Callable[[], Call]] = {
-        name: partial(_build_whole, options, name) for name in names
-    }
-    steps: dict[str, Callable[[], Call]] = {
-        name: partial(_build_step, options, name, images) for name in training
-    }
+    whole = {name: partial(_build_whole, options, name) for name in names}
+    steps = {name: partial(_build_step, options, name, images) for name in training}
     return {
         "inference": {
             "batch": options.batches[0],
@@ -116,7 +112,7 @@ def peak_memory(
             ) from error
 
 
-def _peaks(options: Options, builds: dict[str, Callable[[], Call]]) -> dict[str, dict[str, Any]]:
+def _peaks(options: Options, builds: Mapping[str, Callable[[], Call]]) -> dict[str, dict[str, Any]]:
     peaks: dict[str, dict[str, Any]] = {}
     for name, build in builds.items():
         peaks[name] = {**peak_memory(build, device=options.device, threads=options.threads)}

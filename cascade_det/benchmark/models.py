@@ -208,10 +208,10 @@ def _why_not(name: str, setup: Setup) -> str:
         return "this CPU has no instructions for bfloat16 and would only emulate it"
     if name.startswith(("plugin", "detectron2")):
         return why_no_detectron2()
-    if name == "torchvision":
-        from cascade_det.benchmark.torchvision_peer import reason_against
-
-        return reason_against(setup.cfg)
+    model = setup.cfg.MODEL
+    trunk = model.BACKBONE.NAME, model.RESNETS.DEPTH
+    if name == "torchvision" and trunk != ("build_resnet_fpn_backbone", 50):
+        return "its backbone is ResNet-50 with a feature pyramid, the configuration has another one"
     return ""
 
 

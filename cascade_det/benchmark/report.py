@@ -8,6 +8,7 @@ from typing import Any
 from cascade_det.benchmark.accuracy import accuracy_section
 from cascade_det.benchmark.limits import limits_section
 from cascade_det.benchmark.memory import memory_sections
+from cascade_det.evaluation.latency import part_order
 from cascade_det.report.tables import Metrics, table
 
 TITLES = {
@@ -15,7 +16,6 @@ TITLES = {
     "whole": "Whole model",
     "training": "Training step",
 }
-_FIRST_PARTS = ("preprocess", "backbone", "rpn")
 
 
 def format_benchmark(results: Metrics) -> str:
@@ -92,18 +92,12 @@ def _agreement_section(agreement: Metrics) -> str:
 
 def _parts_section(comparison: Metrics) -> str:
     models: Mapping[str, Metrics] = comparison["contenders"]
-    parts = sorted({part for times in models.values() for part in times}, key=_part_order)
+    parts = sorted({part for times in models.values() for part in times}, key=part_order)
     rows = [
         [name] + [f"{times[part]['median']:.1f}" if part in times else "" for part in parts]
         for name, times in models.items()
     ]
     return table(f"Parts, ms per image: {where(comparison)}", ["model", *parts], rows, "")
-
-
-def _part_order(part: str) -> tuple[int, str]:
-    if part in _FIRST_PARTS:
-        return _FIRST_PARTS.index(part), part
-    return len(_FIRST_PARTS) + (0 if part.startswith("stage") else 1), part
 
 
 def _target_section(targets: Sequence[Metrics]) -> str:

@@ -31,9 +31,6 @@ from cascade_det.files import atomic_path, write_json
 
 logger = logging.getLogger(__name__)
 
-RESULTS_FILE = "benchmark.json"
-TABLES_FILE = "benchmark.md"
-PICTURE_FILE = "benchmark.png"
 _TRAINING_IMAGES = 2
 # Memory is measured for these only: each takes its own process.
 _MEMORY_MODELS = ("ours", "ours-fast", "ours-fast-exits", "detectron2-cascade")
@@ -73,10 +70,10 @@ def run_benchmark(options: Options) -> Results:
         results[name] = measurements[name]()
         results["bar"] = hold_targets(results)
         # After every measurement, so that an interruption loses none.
-        write_json(results, options.output / RESULTS_FILE, indent=2)
-        with atomic_path(options.output / TABLES_FILE) as temporary:
+        write_json(results, options.output / "benchmark.json", indent=2)
+        with atomic_path(options.output / "benchmark.md") as temporary:
             temporary.write_text(format_benchmark(results) + "\n", encoding="utf-8")
-        plot_benchmark(results, options.output / PICTURE_FILE)
+        plot_benchmark(results, options.output / "benchmark.png")
     return results
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +20,7 @@ from cascade_det.benchmark.weights import seeded_weights
 from cascade_det.core import ExitPolicy
 from cascade_det.data.samples import Sample
 from cascade_det.engine.datasets import load_datasets_to_evaluate
+from cascade_det.engine.devices import resolve_device
 from cascade_det.errors import ConfigError
 from cascade_det.standalone import Detector, build_detector
 from cascade_det.standalone.evaluate import test_loader
@@ -65,11 +65,13 @@ class Setup:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.device = find_device(options.device)
+        # Without an index, a missing GPU would only be a warning.
+        device = "cuda:0" if options.device == "cuda" else options.device
         self.cfg = config.load_config(
-            list(options.config_file), [*options.opts, "MODEL.DEVICE", str(self.device)]
+            list(options.config_file), [*options.opts, "MODEL.DEVICE", device]
         )
         config.check_config(self.cfg)
+        self.device = resolve_device(self.cfg)
         self.trained = bool(self.cfg.MODEL.WEIGHTS)
         self._batches: dict[int, list[list[Sample]]] = {}
         stages = len(self.cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)
@@ -204,28 +206,6 @@ def changed(cfg: CfgNode, *options: Any) -> CfgNode:
     cfg.defrost()
     cfg.merge_from_list(list(options))
     return cfg
-
-
-def find_device(name: str) -> torch.device:
-    """The device with this name.
-
-    Raises:
-        ConfigError: the name is none of a CPU or GPU, or there is no such GPU.
-    """
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ConfigError(f"--device is {name!r}: give cpu, cuda or cuda:<index>.")
-    device = torch.device(name)
-    if device.type == "cpu":
-        return device
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = device.index or 0
-    if index >= count:
-        choices = f" or cuda:0 to cuda:{count - 1}" if count else ""
-        raise ConfigError(
-            f"--device {name}: there is no such GPU, PyTorch sees {count}. Give --device cpu"
-            f"{choices}."
-        )
-    return torch.device("cuda", index)
 
 
 def replayed_exits(survivors: Survivors) -> ExitPolicy:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -84,14 +83,6 @@ class Torchvision(ModelAdapter):
 
     def _count(self, heads: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._arrived = sum(len(proposals) for proposals in inputs[1])
-
-
-def reason_against(cfg: CfgNode) -> str:
-    """Why torchvision's model cannot be compared with a configuration; empty if it can."""
-    trunk = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.RESNETS.DEPTH
-    if trunk == ("build_resnet_fpn_backbone", 50):
-        return ""
-    return "its backbone is ResNet-50 with a feature pyramid, the configuration has another one"
 
 
 def build_torchvision(setup: Setup) -> Torchvision:

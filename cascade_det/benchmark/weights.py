@@ -9,12 +9,12 @@ vary enough for some regions to be detected.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from cascade_det.core import BoxPredictor
 from cascade_det.standalone import build_detector
 
 # Standard deviations of logits and of normalised box deltas. As after training, a few hundred of
@@ -37,8 +37,8 @@ def seeded_weights(cfg: CfgNode, image: Tensor, seed: int) -> dict[str, Tensor]:
         batch, _ = detector.preprocess([image])
         settle_norms(detector.backbone, lambda: detector.backbone(batch))
         keep_anchors(detector.proposal_generator.rpn_head.anchor_deltas)
+        predictor: Any
         for predictor in detector.roi_heads.box_predictor:
-            assert isinstance(predictor, BoxPredictor)
             draw_predictor(predictor.cls_score, predictor.bbox_pred)
     return detector.state_dict()
 
@@ -63,17 +63,13 @@ def keep_anchors(deltas: nn.Module) -> None:
 
 
 @torch.no_grad()
-def draw_predictor(logits: nn.Module, deltas: nn.Module) -> None:
+def draw_predictor(logits: nn.Linear, deltas: nn.Linear) -> None:
     """Draw the weights of two linear layers so that their predictions vary; biases become zero."""
     for layer, deviation in ((logits, _LOGIT_SPREAD), (deltas, _DELTA_SPREAD)):
-        assert isinstance(layer, nn.Linear)
         layer.weight.normal_(std=deviation / layer.in_features**0.5)
         layer.bias.zero_()
 
 
-def _set_statistics(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    mean, variance = norm.running_mean, norm.running_var
-    assert isinstance(mean, Tensor)
-    assert isinstance(variance, Tensor)
-    mean.copy_(inputs[0].mean(dim=(0, 2, 3)))
-    variance.copy_(inputs[0].var(dim=(0, 2, 3)))
+def _set_statistics(norm: Any, inputs: tuple[Tensor, ...]) -> None:
+    norm.running_mean.copy_(inputs[0].mean(dim=(0, 2, 3)))
+    norm.running_var.copy_(inputs[0].var(dim=(0, 2, 3)))

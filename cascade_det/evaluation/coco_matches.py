@@ -23,20 +23,18 @@ class Matches:
 
     Attributes:
         images: ``[I]`` ids, ascending.
-        classes: ``[K]`` category ids, ascending.
         detection_ids: int64 ``[D]``, ids in ``cocoDt``.
         scores: float64 ``[D]``.
         hits: bool ``[D]``, whether the detection matches an object.
         detection_images: int64 ``[D]``, indices into ``images``.
-        detection_classes: int64 ``[D]``, indices into ``classes``.
+        detection_classes: int64 ``[D]``, indices of the category ids, ascending.
         object_ids: int64 ``[G]``, ids in ``cocoGt``.
         found_at: float64 ``[G]``, score of the object's detection; -inf for none.
         object_images: int64 ``[G]``, indices into ``images``.
-        object_classes: int64 ``[G]``, indices into ``classes``.
+        object_classes: int64 ``[G]``, the same for objects.
     """
 
     images: npt.NDArray[np.int64]
-    classes: npt.NDArray[np.int64]
     detection_ids: npt.NDArray[np.int64]
     scores: npt.NDArray[np.float64]
     hits: npt.NDArray[np.bool_]
@@ -66,7 +64,6 @@ def read_matches(evaluation: COCOeval) -> Matches:
     score_of_id = [-np.inf, *(item["score"] for item in evaluation.cocoDt.dataset["annotations"])]
     return Matches(
         images=np.asarray(evaluation.params.imgIds, np.int64),
-        classes=np.asarray(evaluation.params.catIds, np.int64),
         detection_ids=_joined([entry["dtIds"] for entry in entries], np.int64)[counted],
         scores=_joined([entry["dtScores"] for entry in entries], np.float64)[counted],
         hits=_joined([entry["dtMatches"][row] for entry in entries], np.bool_)[counted],

@@ -159,14 +159,14 @@ def _largest_saving(times: Sequence[Times]) -> float:
 
 
 def _times_of(parts_key: str, total_key: str, times: Sequence[Times]) -> dict[str, Any]:
-    parts = sorted({part for batch in times for part in batch}, key=_rank)
+    parts = sorted({part for batch in times for part in batch}, key=part_order)
     return {
         parts_key: {part: _percentiles(batch.get(part, 0.0) for batch in times) for part in parts},
         total_key: _percentiles(sum(batch.values()) for batch in times),
     }
 
 
-def _rank(part: str) -> tuple[int, int, str]:
+def part_order(part: str) -> tuple[int, int, str]:
     """Sort key of a part by the order in which a detector runs them; unknown ones come last."""
     if _STAGE.fullmatch(part):
         return len(_BEFORE_STAGES), int(part.removeprefix("stage")), part

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from cascade_det.core.structures import EXIT_REASONS
-from cascade_det.report.tables import Metrics, percent, stage_names, table
+from cascade_det.report.tables import Metrics, stage_names, table
 
 
 def exit_sections(exits: Metrics | None) -> Iterator[str]:
@@ -23,8 +23,9 @@ def exit_sections(exits: Metrics | None) -> Iterator[str]:
         (
             name,
             place["entered_per_image"],
-            *percent((place["entered_share"], place["exit_rate"])),
-            *percent(place["left"].get(reason, 0.0) for reason in reasons),
+            100 * place["entered_share"],
+            100 * place["exit_rate"],
+            *(100 * place["left"].get(reason, 0.0) for reason in reasons),
         )
         for name, place in places.items()
     ]

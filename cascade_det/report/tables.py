@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tabulate import tabulate
@@ -46,8 +46,3 @@ def shown_name(text: str) -> str:
 
 def _cell(text: str) -> str:
     return shown_name(text).replace("|", "\\|")
-
-
-def percent(shares: Iterable[float]) -> list[float]:
-    """Shares from 0 to 1 in percent."""
-    return [100 * share for share in shares]

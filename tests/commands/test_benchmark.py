@@ -69,8 +69,8 @@ def test_the_printed_tables_are_the_written_ones(done):
     ("arguments", "words"),
     [
         (["--survivors", "10", "5"], "2 numbers"),
-        (["--device", "tpu"], "--device is 'tpu'"),
-        (["--device", "cuda:99"], "--device cuda:99"),
+        (["--device", "tpu"], "MODEL.DEVICE"),
+        (["--device", "cuda:99"], "cuda:99, but"),
         (["--config-file", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )

@@ -32,7 +32,7 @@ def explain(
     results: Mapping[str, float],
     coco_gt: COCO,
     predictions: Sequence[Mapping[str, Any]],
-    image_ids: Collection[int] | None = None,
+    image_ids: Collection[int],
 ) -> list[str]:
     """Explain every metric that is nan, an AP of 0, and APs that mean nothing.
 
@@ -40,12 +40,12 @@ def explain(
         results: see ``coco_ap``.
         coco_gt: the ground truth of the evaluation.
         predictions: its detections, in COCO's result format.
-        image_ids: its images; ``None`` for all.
+        image_ids: its images.
 
     Returns:
         A sentence or two per finding.
     """
-    images = set(coco_gt.imgs if image_ids is None else image_ids)
+    images = set(image_ids)
     objects = [
         annotation
         for annotation in coco_gt.dataset.get("annotations", [])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,12 +47,13 @@ class Matches:
 
 def read_matches(evaluation: COCOeval) -> Matches:
     """Read the matching of a COCOeval, on the images and categories of its params."""
-    row = int(np.argmin(np.abs(evaluation.params.iouThrs - IOU)))
-    indices, entries = [], []
-    for class_and_image, entry in _entries_of_all_sizes(evaluation):
-        indices.append(class_and_image)
-        entries.append(entry)
-    index_of = np.array(indices, np.int64).reshape(-1, 2)
+    params = evaluation.params
+    row = int(np.argmin(np.abs(params.iouThrs - IOU)))
+    shape = len(params.catIds), len(params.areaRng), len(params.imgIds)
+    # COCOeval's matches of objects of all sizes [K, I]; None without objects and detections.
+    grid = np.array(evaluation.evalImgs, dtype=object).reshape(shape)[:, 0]
+    has_any = np.not_equal(grid, None)
+    index_of, entries = np.argwhere(has_any), grid[has_any]
 
     detections = index_of.repeat([len(entry["dtIds"]) for entry in entries], axis=0)
     counted = ~_joined([entry["dtIgnore"][row] for entry in entries], np.bool_)
@@ -63,7 +63,7 @@ def read_matches(evaluation: COCOeval) -> Matches:
     # Ids start at 1; 0 is no match.
     score_of_id = [-np.inf, *(item["score"] for item in evaluation.cocoDt.dataset["annotations"])]
     return Matches(
-        images=np.asarray(evaluation.params.imgIds, np.int64),
+        images=np.asarray(params.imgIds, np.int64),
         detection_ids=_joined([entry["dtIds"] for entry in entries], np.int64)[counted],
         scores=_joined([entry["dtScores"] for entry in entries], np.float64)[counted],
         hits=_joined([entry["dtMatches"][row] for entry in entries], np.bool_)[counted],
@@ -123,16 +123,6 @@ def best_point(
     if not f1.any():
         return point_at(scores, hits, num_objects, float("nan"))
     return point_at(scores, hits, num_objects, float(scores[order][last[f1.argmax()]]))
-
-
-def _entries_of_all_sizes(evaluation: COCOeval) -> Iterator[tuple[tuple[int, int], dict]]:
-    """(class index, image index) and COCOeval's matches there, where it has any."""
-    num_areas, num_images = len(evaluation.params.areaRng), len(evaluation.params.imgIds)
-    for class_index in range(len(evaluation.params.catIds)):
-        start = class_index * num_areas * num_images  # Area range 0 is "all".
-        for image_index, entry in enumerate(evaluation.evalImgs[start : start + num_images]):
-            if entry is not None:
-                yield (class_index, image_index), entry
 
 
 def _joined(parts: list, dtype: npt.DTypeLike) -> np.ndarray:

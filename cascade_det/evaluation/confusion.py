@@ -57,17 +57,17 @@ def confusion_matrix(
     confident = [item for item in known if item["score"] >= score_threshold]
     best = _best(sorted(confident, key=lambda item: -item["score"]), max_detections)
     truth = coco_gt.dataset.get("annotations", [])
-    objects = [item for item in truth if item["category_id"] in index_of]
+    known = [item for item in truth if item["category_id"] in index_of]
     detections = by_image(best)
-    wanted = by_image(item for item in objects if not item["iscrowd"])
-    crowds = by_image(item for item in objects if item["iscrowd"])
+    objects = by_image(item for item in known if not item["iscrowd"])
+    crowds = by_image(item for item in known if item["iscrowd"])
     size = len(index_of) + 1
     pairs = [np.zeros((2, 0), np.int64)]
     for image_id in image_ids:
-        boxes = [
-            _boxes(groups.get(image_id, []), index_of) for groups in (detections, wanted, crowds)
-        ]
-        pairs += _pairs(*boxes, iou_threshold, size - 1)
+        found, wanted, crowd = (
+            _boxes(items.get(image_id, []), index_of) for items in (detections, objects, crowds)
+        )
+        pairs += _pairs(found, wanted, crowd, iou_threshold, size - 1)
     true, detected = np.concatenate(pairs, axis=1)
     return np.bincount(true * size + detected, minlength=size * size).reshape(size, size)
 

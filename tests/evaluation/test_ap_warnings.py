@@ -194,12 +194,12 @@ def test_scores_that_rank_nothing(coco_content):
     first, second = coco_ap(truth, rows, [1, 2]), coco_ap(truth, rows[1:] + rows[:1], [1, 2])
     assert first["AP"] != second["AP"]
     words = "All detections of a class have the same score (such as 1)"
-    assert words in "\n".join(explain(first, truth, rows))
+    assert words in "\n".join(explain(first, truth, rows, [1, 2]))
     # One score for each class is no better.
     other = {**rows[0], "category_id": 7, "score": 0.5}
-    assert words in "\n".join(explain(first, truth, [*rows, other]))
+    assert words in "\n".join(explain(first, truth, [*rows, other], [1, 2]))
     for changed in ([rows[0]], [*rows, {**rows[0], "score": 0.9}], []):
-        assert words not in "\n".join(explain(first, truth, changed))
+        assert words not in "\n".join(explain(first, truth, changed, [1, 2]))
 
 
 def test_categories_of_one_name(coco_content, all_sizes):

@@ -14,7 +14,7 @@ from cascade_det.evaluation.ground_truth import class_labels, stdout_to_log
 MAX_DETECTIONS = 100  # Per class and image, by COCO's rules.
 
 # Indices of IoU 0.50, 0.55, ..., 0.95.
-_ALL, _AT_50, _AT_75, _AT_90 = slice(None), slice(0, 1), slice(5, 6), slice(8, 9)
+_IOUS = {"AP": slice(None), "AP50": slice(0, 1), "AP75": slice(5, 6), "AP90": slice(8, 9)}
 
 
 def detections_limit(detections_per_image: int) -> int:
@@ -64,9 +64,8 @@ def ap_metrics(evaluation: COCOeval) -> dict[str, float]:
 
     A metric without ground truth is nan. Labels are those of ``ground_truth.class_labels``.
     """
-    rows = {"AP": _ALL, "AP50": _AT_50, "AP75": _AT_75, "AP90": _AT_90}
     precision = _precision(evaluation)
-    metrics = {name: _mean_valid(precision[row]) for name, row in rows.items()}
+    metrics = {name: _mean_valid(precision[ious]) for name, ious in _IOUS.items()}
     for area, label in enumerate(evaluation.params.areaRngLbl):
         if label != "all":
             metrics[f"AP{label[0]}"] = _mean_valid(_precision(evaluation, area))
@@ -79,9 +78,10 @@ def ap_metrics(evaluation: COCOeval) -> dict[str, float]:
 def ap_per_class(evaluation: COCOeval) -> dict[int, dict[str, float]]:
     """``AP``, ``AP50`` and ``AP75`` in percent, by category id; nan without ground truth."""
     precision = _precision(evaluation)
-    rows = {"AP": _ALL, "AP50": _AT_50, "AP75": _AT_75}
     return {
-        category_id: {name: _mean_valid(precision[row, :, index]) for name, row in rows.items()}
+        category_id: {
+            name: _mean_valid(precision[_IOUS[name], :, index]) for name in ("AP", "AP50", "AP75")
+        }
         for index, category_id in enumerate(evaluation.params.catIds)
     }
 

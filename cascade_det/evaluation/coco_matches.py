@@ -52,7 +52,7 @@ def read_matches(evaluation: COCOeval) -> Matches:
     shape = len(params.catIds), len(params.areaRng), len(params.imgIds)
     # COCOeval's matches of objects of all sizes [K, I]; None without objects and detections.
     grid = np.array(evaluation.evalImgs, dtype=object).reshape(shape)[:, 0]
-    has_any = np.not_equal(grid, None)
+    has_any = grid.astype(np.bool_)
     index_of, entries = np.argwhere(has_any), grid[has_any]
 
     detections = index_of.repeat([len(entry["dtIds"]) for entry in entries], axis=0)

@@ -17,7 +17,7 @@ from cascade_det.data.samples import Sample
 from cascade_det.evaluation.evaluator import Evaluator
 
 # Times of a second pass without exits, if the detector made one.
-FULL_PREFIX = "full/"
+_FULL_PREFIX = "full/"
 _LATER_STAGE = re.compile(r"stage[1-9]\d*")
 _STAGE = re.compile(r"stage\d+")
 _BEFORE_STAGES = ("preprocess", "backbone", "rpn")
@@ -35,9 +35,20 @@ Times = dict[str, float]
 
 @dataclass(frozen=True)
 class _Batch:
-    """One measurement: milliseconds per image by part, and the batch."""
+    """One measurement.
+
+    Attributes:
+        times: milliseconds per image of the detector as configured, by part.
+        full: the same without exits. A second pass replaces the stages and what it timed.
+        has_full: whether there was a second pass.
+        size: number of images.
+        input_sizes: height and width of each image in pixels.
+        left_early: whether a region exited before the last stage.
+    """
 
     times: Times
+    full: Times
+    has_full: bool
     size: int
     input_sizes: list[tuple[int, int]]
     left_early: bool
@@ -67,8 +78,15 @@ class LatencyEvaluator(Evaluator):
         milliseconds = output.stats.milliseconds
         if not milliseconds or not batch:
             return
+        times, second = {}, {}
+        for part, time in milliseconds.items():
+            passed = second if part.startswith(_FULL_PREFIX) else times
+            passed[part.removeprefix(_FULL_PREFIX)] = time / len(batch)
+        kept = {p: ms for p, ms in times.items() if not (second and _STAGE.fullmatch(p))}
         measured = _Batch(
-            times={part: time / len(batch) for part, time in milliseconds.items()},
+            times=times,
+            full=kept | second,
+            has_full=bool(second),
             size=len(batch),
             input_sizes=[_size(sample) for sample in batch if "image" in sample],
             left_early=any(
@@ -105,21 +123,21 @@ class LatencyEvaluator(Evaluator):
             return {"latency": {"images": 0, "batches": 0, "notes": [warning]}}
         warm = list(chain(*(batches[self._warmup :] for batches in self._batches)))
         batches = warm or recorded
-        times, sizes = [batch.times for batch in batches], [batch.size for batch in batches]
+        sizes = [batch.size for batch in batches]
         metrics: dict[str, Any] = {
             # The most common size, since the last batch may be smaller.
             "batch_size": Counter(sizes).most_common(1)[0][0],
             "images": sum(sizes),
-            "batches": len(times),
+            "batches": len(batches),
             "warmup_batches": len(recorded) - len(batches),
             **_input_size(batch.input_sizes for batch in batches),
-            **_times_of("parts", "total", [_configured(batch) for batch in times]),
+            **_times_of("parts", "total", [batch.times for batch in batches]),
         }
-        warnings = [] if warm else [_too_few(len(times), self._warmup)]
+        warnings = [] if warm else [_too_few(len(batches), self._warmup)]
         if len(self._batches) > 1:
             warnings.append(_SEVERAL_PROCESSES.format(len(self._batches)))
-        full = [_full(batch) for batch in times]
-        was_timed = any(part.startswith(FULL_PREFIX) for batch in times for part in batch)
+        full = [batch.full for batch in batches]
+        was_timed = any(batch.has_full for batch in batches)
         if was_timed:
             metrics |= _times_of("full_parts", "full_total", full)
         if was_timed or not any(batch.left_early for batch in recorded):
@@ -128,23 +146,6 @@ class LatencyEvaluator(Evaluator):
             metrics["most_exits_could_save"] = float("nan")
             warnings.append(_NOT_TIMED_IN_FULL)
         return {"latency": {**metrics, "notes": warnings}}
-
-
-def _configured(times: Times) -> Times:
-    return {part: time for part, time in times.items() if not part.startswith(FULL_PREFIX)}
-
-
-def _full(times: Times) -> Times:
-    """The times of one batch without exits: its second pass replaces the first, if there is one."""
-    full = {
-        part.removeprefix(FULL_PREFIX): time
-        for part, time in times.items()
-        if part.startswith(FULL_PREFIX)
-    }
-    configured = _configured(times)
-    if full:
-        configured = {part: ms for part, ms in configured.items() if not _STAGE.fullmatch(part)}
-    return configured | full
 
 
 def _largest_saving(times: Sequence[Times]) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -12,10 +14,9 @@ from typing import Any
 from cascade_det.core.structures import DetectorOutput, PartTimer
 from cascade_det.data.samples import Sample
 from cascade_det.engine.detector import Detector
-from cascade_det.engine.history import History
 from cascade_det.engine.hooks import scalars_of
-from cascade_det.engine.writers import JsonWriter
 from cascade_det.evaluation import ExitEvaluator, RegionFlops, agreement_loss
+from cascade_det.files import naming
 from cascade_det.monitoring.shadow import ShadowRules, image_key, shadow_metrics, watch_drift
 
 METRICS_FILE = "metrics.json"
@@ -68,9 +69,7 @@ class ExitMonitor:
         self._losses: deque[float] = deque(maxlen=window)
         self._on_drift = on_drift
         self._begun: list[Mapping[str, Any]] = []
-        self._history = History()
         self._path = None if output_dir is None else Path(output_dir, METRICS_FILE)
-        self._writer: JsonWriter | None = None
         self._period = period
         self._numbered = self._seen = self._written = 0
         self._lock = RLock()
@@ -132,13 +131,10 @@ class ExitMonitor:
             self.drifted = False
 
     def close(self) -> None:
-        """Write the last line, and close the file."""
+        """Write the last line."""
         with self._lock:
             if self._seen > self._written:
                 self._write(self.report())
-            if self._writer is not None:
-                self._writer.close()
-                self._writer = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For a copy or another process: everything except the lock, which cannot be copied."""
@@ -184,7 +180,9 @@ class ExitMonitor:
         self._written = self._seen
         if self._path is None:
             return
-        self._writer = self._writer or JsonWriter(self._path)
-        self._history.iteration = self._seen
-        self._history.put_all(dict(scalars_of(report)), smooth=False)
-        self._writer.write(self._history)
+        # Json has no NaN.
+        row = {name: x if math.isfinite(x) else None for name, x in scalars_of(report)}
+        line = json.dumps({**row, "iteration": self._seen}, sort_keys=True)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with naming(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write(f"{line}\n")

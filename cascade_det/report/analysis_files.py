@@ -49,7 +49,12 @@ def write_analysis(
     """
     folder = Path(output_dir) / FOLDER
     with as_extra(folder / "per_class.csv") as path:
-        write_csv(path, *_class_table(analysis["per_class"]))
+        columns = ("class", "category_id", "objects", "AP", "AP50", "AP75", *_AT_SCORE)
+        rows = [
+            [*(row[name] for name in columns), *(row["best"][name] for name in _AT_SCORE)]
+            for row in analysis["per_class"]
+        ]
+        write_csv(path, [*columns, *(f"best_{name}" for name in _AT_SCORE)], rows)
     classes, counts = (analysis["confusion_matrix"][key] for key in ("classes", "counts"))
     with as_extra(folder / "confusion_matrix.csv") as path:
         rows = [[name, *row] for name, row in zip(classes, counts, strict=True)]
@@ -75,16 +80,6 @@ def as_extra(path: Path) -> Iterator[Path]:
         yield path
     except Exception as error:
         logger.warning("%s was not written: %s: %s", path, type(error).__name__, error)
-
-
-def _class_table(per_class: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list]]:
-    columns = ("class", "category_id", "objects", "AP", "AP50", "AP75", *_AT_SCORE)
-    headers = [*columns, *(f"best_{name}" for name in _AT_SCORE)]
-    rows = [
-        [*(row[name] for name in columns), *(row["best"][name] for name in _AT_SCORE)]
-        for row in per_class
-    ]
-    return headers, rows
 
 
 def _write_pictures(

@@ -78,7 +78,8 @@ class LatencyEvaluator(Evaluator):
         milliseconds = output.stats.milliseconds
         if not milliseconds or not batch:
             return
-        times, second = {}, {}
+        times: Times = {}
+        second: Times = {}
         for part, time in milliseconds.items():
             passed = second if part.startswith(_FULL_PREFIX) else times
             passed[part.removeprefix(_FULL_PREFIX)] = time / len(batch)

@@ -49,12 +49,12 @@ def write_analysis(
     """
     folder = Path(output_dir) / FOLDER
     with as_extra(folder / "per_class.csv") as path:
-        columns = ("class", "category_id", "objects", "AP", "AP50", "AP75", *_AT_SCORE)
+        of_class = ("class", "category_id", "objects", "AP", "AP50", "AP75", *_AT_SCORE)
         rows = [
-            [*(row[name] for name in columns), *(row["best"][name] for name in _AT_SCORE)]
+            [*(row[name] for name in of_class), *(row["best"][name] for name in _AT_SCORE)]
             for row in analysis["per_class"]
         ]
-        write_csv(path, [*columns, *(f"best_{name}" for name in _AT_SCORE)], rows)
+        write_csv(path, [*of_class, *(f"best_{name}" for name in _AT_SCORE)], rows)
     classes, counts = (analysis["confusion_matrix"][key] for key in ("classes", "counts"))
     with as_extra(folder / "confusion_matrix.csv") as path:
         rows = [[name, *row] for name, row in zip(classes, counts, strict=True)]

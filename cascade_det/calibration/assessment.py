@@ -10,12 +10,17 @@ from typing import Any
 import numpy as np
 
 from cascade_det.calibration.calibrator import Calibration, Calibrator, build_policy
-from cascade_det.calibration.comparison import FULL, PROPOSALS, ComparedExits, budget, compare
+from cascade_det.calibration.comparison import (
+    FULL,
+    ComparedExits,
+    baselines,
+    compare,
+    simple_baselines,
+)
 from cascade_det.calibration.front import FrontPoint, front_point
 from cascade_det.calibration.image_matching import MatchedDetections
 from cascade_det.calibration.latency_model import LatencyModel
-from cascade_det.calibration.progress import Progress
-from cascade_det.calibration.recording import time_policies, truncated_cascades
+from cascade_det.calibration.recording import time_policies
 from cascade_det.calibration.risk_control import pareto_front
 from cascade_det.calibration.score_calibration import expected_calibration_error
 from cascade_det.calibration.search import Setting
@@ -103,7 +108,7 @@ class Assessment:
         first = calibration.rejected or calibration
         return {
             CHOSEN: calibration.setting,
-            **({REJECTED: first.setting} if calibration.rejected is not None else {}),
+            **({} if first is calibration else {REJECTED: first.setting}),
             **_parts(first.plain),
             **usual_settings(self.calibrator.num_stages, () if learned is None else learned.names),
         }
@@ -115,23 +120,18 @@ class Assessment:
 
         All are measured in one run, in turn, so that they can be compared.
         """
-        stages = self.calibrator.num_stages
         settings = {
             **self.settings(calibration),
             **{setting_name(point.setting): point.setting for point in points},
         }
+        most_proposals = self.calibrator.trials.recording.most_proposals
         timings = time_policies(
             self.detector,
             self.batches,
             {
                 FULL: None,
                 **{name: self._policy_on_device(one) for name, one in settings.items()},
-                **truncated_cascades(stages),
-                **{
-                    f"{most} proposals": budget(most, stages)
-                    for most in PROPOSALS
-                    if most < self.calibrator.trials.recording.most_proposals
-                },
+                **simple_baselines(self.calibrator.num_stages, most_proposals),
             },
             rounds=self.options.rounds,
         )
@@ -144,19 +144,11 @@ class Assessment:
     def comparison(
         self, calibration: Calibration, milliseconds: Mapping[str, float]
     ) -> list[ComparedExits]:
-        """The settings and the baselines, see ``compare``."""
-        settings = self.settings(calibration)
+        """The settings and the baselines, see ``baselines``."""
+        settings, others = self.settings(calibration), self.calibrator.others
         policies = {name: self.calibrator.policy(one) for name, one in settings.items()}
-        # With two random baselines and four oracles, see ``compare``.
-        most = 1 + len(policies) + self.calibrator.num_stages - 1 + len(PROPOSALS) + 2 + 4
-        with Progress("Comparing", most) as progress:
-            return compare(
-                self.calibrator.others,
-                policies,
-                chosen=CHOSEN if calibration.rejected is None else REJECTED,
-                milliseconds=milliseconds,
-                on_row=progress.step,
-            )
+        first = calibration.rejected or calibration
+        return compare(others, {**policies, **baselines(others, first.reported)}, milliseconds)
 
     def front(
         self, calibration: Calibration, latency: LatencyModel

@@ -18,6 +18,8 @@ RECALLS = np.linspace(0, 1, 101)
 # Indices of IoU 0.50, 0.75 and 0.90 in 0.50, 0.55, ...
 ROWS = {"AP50": 0, "AP75": 5, "AP90": 8}
 CHUNK_ELEMENTS = 2**22
+BOOTSTRAP_ROUNDS = 300
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,12 @@ class Difference:
 
     Attributes:
         value: on the images themselves.
-        mean: over the resamples.
         deviation: standard deviation over the resamples.
-        low: lower end of the percentile interval.
-        high: upper end of the percentile interval.
+        low: lower end of the percentile interval of ``CONFIDENCE``.
+        high: upper end.
     """
 
     value: float
-    mean: float
     deviation: float
     low: float
     high: float
@@ -46,25 +46,17 @@ def average_precision(matched: MatchedDetections) -> dict[str, float]:
 
 
 def average_precisions(
-    matched: MatchedDetections, image_weights: npt.ArrayLike
+    matched: MatchedDetections, weights: npt.NDArray[np.float64]
 ) -> dict[str, npt.NDArray[np.float64]]:
     """``average_precision`` for several sets of image weights.
 
     Args:
         matched: see ``ImageMatcher``.
-        image_weights: ``[B, I]`` whole numbers of copies of each image, 0 or more.
+        weights: ``[B, I]`` whole numbers of copies of each image, 0 or more.
 
     Returns:
         float64 ``[B]`` by name.
-
-    Raises:
-        ValueError: the numbers of weights and images differ.
     """
-    weights = np.asarray(image_weights, np.float64)
-    if weights.ndim != 2 or weights.shape[1] != len(matched.image_ids):
-        raise ValueError(
-            f"{len(matched.image_ids)} images need as many weights, not {list(weights.shape)}"
-        )
     objects = weights @ matched.objects  # [B, K]
     per_class = np.zeros((len(weights), len(IOUS), objects.shape[1]))
     by_score = np.argsort(-matched.scores, kind="stable")
@@ -81,12 +73,7 @@ def average_precisions(
 
 
 def paired_bootstrap(
-    a: MatchedDetections,
-    b: MatchedDetections,
-    *,
-    rounds: int = 1000,
-    seed: int = 0,
-    confidence: float = 0.95,
+    a: MatchedDetections, b: MatchedDetections, *, rounds: int = BOOTSTRAP_ROUNDS
 ) -> dict[str, Difference]:
     """The difference ``b - a``, on the same resamples of the images for both.
 
@@ -94,34 +81,24 @@ def paired_bootstrap(
         a: matched detections of one detector.
         b: matched detections of another one on the same images.
         rounds: number of resamples.
-        seed: of the resamples.
-        confidence: share of the resamples within the interval.
 
     Returns:
         The differences of AP, AP50, AP75 and AP90.
-
-    Raises:
-        ValueError: the images differ.
     """
-    if not np.array_equal(a.image_ids, b.image_ids):
-        raise ValueError("only detections on the same images can be compared in pairs")
     count = len(a.image_ids)
-    samples = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), rounds)
+    samples = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), rounds)
     weights = np.concatenate([np.ones((1, count)), samples])
     before, after = average_precisions(a, weights), average_precisions(b, weights)
-    return {name: _difference(after[name] - before[name], confidence) for name in before}
+    return {name: _difference(after[name] - before[name]) for name in before}
 
 
-def _difference(values: npt.NDArray[np.float64], confidence: float) -> Difference:
+def _difference(values: npt.NDArray[np.float64]) -> Difference:
     # nan: a resample without objects.
     resampled = values[1:][~np.isnan(values[1:])]
-    if len(resampled) == 0:
-        return Difference(float(values[0]), *[float("nan")] * 4)
-    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Difference(
         value=float(values[0]),
-        mean=float(resampled.mean()),
-        deviation=float(resampled.std(ddof=min(1, len(resampled) - 1))),
+        deviation=float(resampled.std(ddof=1)),
         low=float(low),
         high=float(high),
     )

@@ -14,7 +14,7 @@ from fvcore.common.config import CfgNode
 from cascade_det.calibration.assessment import Assessment
 from cascade_det.calibration.calibrator import Calibrator, split_images
 from cascade_det.calibration.image_matching import ImageMatcher
-from cascade_det.calibration.provenance import Provenance
+from cascade_det.calibration.provenance import provenance
 from cascade_det.calibration.recording import first_batches, fit_latency, record_dataset
 from cascade_det.calibration.report import FILES, write_report
 from cascade_det.calibration.sample_size import SampleSize
@@ -100,9 +100,8 @@ def _calibrate(
         )
     limit = detections_limit(cfg.TEST.DETECTIONS_PER_IMAGE)
     matcher = _checked_matcher(dataset, num_images, target, options.seed, limit)
-    source = Provenance.of(
-        cfg, dataset, num_images, device_name(next(detector.parameters()).device)
-    )
+    device = device_name(next(detector.parameters()).device)
+    source = provenance(cfg, dataset, num_images, device)
     logger.info("Recording the full cascade on %d images of %s", num_images, dataset.source.name)
     own = detector.cascade.exits
     # Without a name for the recording: the calibrator keeps two halves, which are as large.

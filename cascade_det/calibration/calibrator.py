@@ -15,9 +15,9 @@ from cascade_det import config
 from cascade_det.calibration.bootstrap import Difference, paired_bootstrap
 from cascade_det.calibration.image_matching import ImageMatcher
 from cascade_det.calibration.latency_model import LatencyModel
-from cascade_det.calibration.progress import Progress
+from cascade_det.calibration.progress import progress_bar
 from cascade_det.calibration.risk_control import fixed_sequence, pareto_front
-from cascade_det.calibration.score_calibration import ScoreCalibration, fit_score_calibration
+from cascade_det.calibration.score_calibration import UNCHANGED, ScoreMap, fit_score_maps
 from cascade_det.calibration.search import Levels, Search, Setting
 from cascade_det.calibration.search_space import exit_parameters
 from cascade_det.calibration.target import Target
@@ -28,8 +28,6 @@ from cascade_det.errors import ConfigError, DatasetError
 
 # A drop of AP has to be below the target by this many standard deviations of its bootstrap.
 MARGIN = 1.0
-BOOTSTRAP_ROUNDS = 300
-_UNCHANGED = (1.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -97,13 +95,14 @@ class Calibrator:
         self.trials = ExitTrials(recording.of_images(choosing), matcher, score=score)
         self.others = ExitTrials(recording.of_images(reporting), matcher, score=score)
         records = self.trials.recording.records
+        parameters = exit_parameters(
+            num_stages=self.num_stages,
+            objectness=torch.cat([torch.sigmoid(r.objectness) for r in records]).numpy(),
+            proposals_per_image=self.trials.recording.most_proposals,
+            learned=() if learned is None else learned.names,
+        )
         self.search = Search(
-            exit_parameters(
-                num_stages=self.num_stages,
-                objectness=torch.cat([torch.sigmoid(r.objectness) for r in records]).numpy(),
-                proposals_per_image=self.trials.recording.most_proposals,
-                learned=() if learned is None else learned.names,
-            ),
+            parameters,
             lambda setting: self.trials.replay(self.policy(setting)).summary(),
         )
 
@@ -113,8 +112,7 @@ class Calibrator:
 
     def try_settings(self, most_trials: int) -> None:
         """Search, and show the progress."""
-        with Progress("Trying settings", most_trials) as progress:
-            self.search.on_trial = progress.step
+        with progress_bar("Trying settings", most_trials) as self.search.on_trial:
             self.search.search(most_trials)
 
     def calibrate(self, target: Target, latency: LatencyModel | None = None) -> Calibration:
@@ -140,9 +138,7 @@ class Calibrator:
         """Evaluate a setting on the images that it was not chosen on."""
         setting = self.with_scores(plain)
         reported = self.others.replay(self.policy(setting))
-        differences = paired_bootstrap(
-            self.others.full.matched, reported.matched, rounds=BOOTSTRAP_ROUNDS
-        )
+        differences = paired_bootstrap(self.others.full.matched, reported.matched)
         return Calibration(setting, plain, reported, self.others.full, differences)
 
     def with_scores(self, setting: Setting) -> Setting:
@@ -158,13 +154,13 @@ class Calibrator:
         stages = matched.exit_stages[counts]
         if len(np.unique(stages)) < 2:
             return setting
-        fitted = fit_score_calibration(
+        fitted = fit_score_maps(
             matched.scores[counts], matched.hits[0][counts], stages, self.num_stages
         )
-        maps = to_last_stage(fitted)
-        if maps is None:
+        if fitted[-1] == UNCHANGED:  # the meaning of the last stage's scores is unknown
             return setting
-        mapped = {**setting, "SCORE_SCALES": maps.scales, "SCORE_SHIFTS": maps.shifts}
+        scales, shifts = zip(*to_last_stage(fitted), strict=True)
+        mapped = {**setting, "SCORE_SCALES": scales, "SCORE_SHIFTS": shifts}
         better = self.trials.replay(self.policy(mapped)).metrics["AP"] >= trial.metrics["AP"]
         return mapped if better else setting
 
@@ -194,13 +190,13 @@ class Calibrator:
         """The least work whose drop of AP is below the target with a margin."""
         tried, full = self.search.tried, self.trials.full
         good = [p for p in tried if full.metrics["AP"] - tried[p].metrics["AP"] <= most]
-        with Progress("Judging settings", len(good)) as progress:
+        with progress_bar("Judging settings", len(good)) as step:
             for levels in sorted(good, key=lambda p: tried[p].work):
                 trial = self.trials.replay(self.policy(self.search.setting(levels)))
-                change = paired_bootstrap(full.matched, trial.matched, rounds=BOOTSTRAP_ROUNDS)
+                change = paired_bootstrap(full.matched, trial.matched)
                 if -change["AP"].value + MARGIN * change["AP"].deviation <= most:
                     return levels
-                progress.step()
+                step()
         return self.search.full
 
     def _with_guarantee(self, risk: float, delta: float) -> Levels:
@@ -241,20 +237,18 @@ def split_images(
     return halves
 
 
-def to_last_stage(fitted: ScoreCalibration) -> ScoreCalibration | None:
-    """The map to scores of the last stage that follows from a map to probabilities.
+def to_last_stage(fitted: Sequence[ScoreMap]) -> list[ScoreMap]:
+    """The maps to scores of the last stage that follow from maps to probabilities.
 
-    Stages with too few detections to be fitted keep their scores. ``None`` if the last one is
-    among them: the meaning of its scores is unknown then.
+    Stages with too few detections to be fitted keep their scores.
     """
-    *_, (last_scale, last_shift) = pairs = list(zip(fitted.scales, fitted.shifts, strict=True))
-    if pairs[-1] == _UNCHANGED:
-        return None
-    maps = [
-        pair if pair == _UNCHANGED else (pair[0] / last_scale, (pair[1] - last_shift) / last_scale)
-        for pair in pairs
+    last = fitted[-1]
+    return [
+        one
+        if one == UNCHANGED
+        else ScoreMap(one.scale / last.scale, (one.shift - last.shift) / last.scale)
+        for one in fitted
     ]
-    return ScoreCalibration(tuple(a for a, _ in maps), tuple(b for _, b in maps))
 
 
 def build_policy(cfg: CfgNode, setting: Setting, learned: LearnedParts | None) -> ExitPolicy:

@@ -6,14 +6,16 @@ N images, S stages.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from tabulate import tabulate
 
-from cascade_det.calibration.bootstrap import Difference, paired_bootstrap
+from cascade_det.calibration.bootstrap import BOOTSTRAP_ROUNDS, Difference, paired_bootstrap
 from cascade_det.calibration.oracles import drop_oracle, outcome_oracle, random_exits
+from cascade_det.calibration.progress import progress_bar
+from cascade_det.calibration.search_space import truncated_cascades
 from cascade_det.calibration.trials import ExitTrials, Policies, Trial
 from cascade_det.core.exits import ExitPolicy
 from cascade_det.files import write_csv
@@ -55,146 +57,89 @@ class ComparedExits:
 def compare(
     trials: ExitTrials,
     policies: Mapping[str, Policies],
+    milliseconds: Mapping[str, float],
     *,
-    chosen: str | None = None,
-    milliseconds: Mapping[str, float] | None = None,
-    rounds: int = 300,
-    seed: int = 0,
-    on_row: Callable[[], object] = lambda: None,
+    rounds: int = BOOTSTRAP_ROUNDS,
 ) -> list[ComparedExits]:
-    """Try policies and baselines on the same images.
-
-    The baselines are the full cascade, its first stages alone ("1 stage", "2 stages"), fewer
-    proposals ("300 proposals" and so on, the best by objectness), random regions, as many at each
-    gate as exit with the chosen policy ("random exits" are reported, "random drops" are not), and
-    oracles: see ``drop_oracle`` and ``outcome_oracle``.
+    """Try the full cascade and other policies on the same images.
 
     Args:
         trials: of the images.
-        policies: by name.
-        chosen: the policy whose numbers of exits the random baselines have; by default the first.
-        milliseconds: per image, by name, of policies and baselines that were measured.
+        policies: by name, see ``baselines``.
+        milliseconds: per image, by name, of policies that were measured.
         rounds: of the bootstrap.
-        seed: of the bootstrap and of the random baselines.
-        on_row: called after each row, since a bootstrap takes seconds.
 
     Returns:
-        The full cascade first, then the policies, then the other baselines.
+        The full cascade first, then the policies.
     """
-    times = milliseconds or {}
+    full, flops = trials.full, np.asarray(trials.recording.stage_flops)
+    images = full.entered.shape[1]
     rows = []
-    for name, trial in _trials(trials, policies, chosen, seed):
-        differences = paired_bootstrap(trials.full.matched, trial.matched, rounds=rounds, seed=seed)
-        rows.append(_row(name, trial, trials, differences, times.get(name)))
-        on_row()
+    with progress_bar("Comparing", 1 + len(policies)) as step:
+        for name, policy in {FULL: None, **policies}.items():
+            trial = trials.replay(policy)
+            by_stage = trial.entered.sum(axis=1)
+            row = ComparedExits(
+                name=name,
+                metrics=trial.metrics,
+                differences=paired_bootstrap(full.matched, trial.matched, rounds=rounds),
+                entered=tuple((by_stage / images).tolist()),
+                later_skipped=trial.exit_rate(full),
+                regions_left=trial.regions_left(full),
+                work=trial.work,
+                gigaflops=float(by_stage @ flops) / images / 1e9,
+                lost=float(trial.lost.mean()),
+                milliseconds=milliseconds.get(name),
+            )
+            rows.append(row)
+            step()
     return rows
 
 
-def budget(most: int, num_stages: int) -> ExitPolicy:
-    """The best proposals by objectness alone, at most ``most`` of each image."""
-    return ExitPolicy(num_stages=num_stages, region_budget=(most, *[0] * (num_stages - 1)))
+def simple_baselines(num_stages: int, most_proposals: int) -> dict[str, ExitPolicy]:
+    """Policies by name: the first stages alone, and the best proposals by objectness.
+
+    Args:
+        num_stages: S.
+        most_proposals: the largest number in an image; only smaller budgets are given.
+    """
+    budgets = {
+        f"{most} proposals": ExitPolicy(
+            num_stages=num_stages, region_budget=(most, *[0] * (num_stages - 1))
+        )
+        for most in PROPOSALS
+        if most < most_proposals
+    }
+    return {**truncated_cascades(num_stages), **budgets}
 
 
-def format_comparison(rows: Sequence[ComparedExits]) -> str:
-    """The comparison as plain text; in percent except regions, GFLOPs and milliseconds."""
-    headers = [
-        "exits",
-        *_METRICS,
-        "AP change\n[95 %]",
-        "regions/image\nin each stage",
-        "later work\nskipped",
-        "region-stages\nleft",
-        "head\nGFLOPs",
-        "ms/image",
-        "lost",
-    ]
-    cells = [
-        [
-            row.name,
-            *(f"{row.metrics[name]:.2f}" for name in _METRICS),
-            _interval(row.differences["AP"]),
-            " / ".join(f"{number:.0f}" for number in row.entered),
-            f"{100 * row.later_skipped:.1f}",
-            f"{100 * row.regions_left:.1f}",
-            f"{row.gigaflops:.3f}",
-            "" if row.milliseconds is None else f"{row.milliseconds:.1f}",
-            f"{100 * row.lost:.2f}",
-        ]
-        for row in rows
-    ]
-    aligned = ("left", *["right"] * (len(headers) - 1))
-    return tabulate(cells, headers=headers, colalign=aligned, disable_numparse=True)
+def baselines(trials: ExitTrials, like: Trial) -> dict[str, Policies]:
+    """Policies by name that exits are compared with.
 
+    Those of ``simple_baselines``; random regions, as many at each gate as exit in another trial
+    ("random exits" are reported, "random drops" are not); and oracles, see ``drop_oracle`` and
+    ``outcome_oracle``.
 
-def write_comparison(rows: Sequence[ComparedExits], path: str | os.PathLike[str]) -> None:
-    """Write the comparison as CSV; an old file is replaced in one step."""
-    stages = range(len(rows[0].entered)) if rows else ()
-    headers = [
-        "exits",
-        *(f"{name} (%)" for name in _METRICS),
-        "AP change",
-        "AP change low",
-        "AP change high",
-        "AP change deviation",
-        *(f"{name} change" for name in _METRICS[1:]),
-        *(f"regions/image in stage {stage}" for stage in stages),
-        "later work skipped",
-        "region-stages left",
-        "head FLOPs left",
-        "head GFLOPs/image",
-        "ms/image",
-        "lost",
-    ]
-    write_csv(path, headers, (_cells(row) for row in rows))
-
-
-def _cells(row: ComparedExits) -> list[str | float | None]:
-    change = row.differences["AP"]
-    return [
-        row.name,
-        *(row.metrics[name] for name in _METRICS),
-        change.value,
-        change.low,
-        change.high,
-        change.deviation,
-        *(row.differences[name].value for name in _METRICS[1:]),
-        *row.entered,
-        row.later_skipped,
-        row.regions_left,
-        row.work,
-        row.gigaflops,
-        row.milliseconds,
-        row.lost,
-    ]
-
-
-def _trials(
-    trials: ExitTrials, policies: Mapping[str, Policies], chosen: str | None, seed: int
-) -> Iterator[tuple[str, Trial]]:
+    Args:
+        trials: of the images.
+        like: the other trial, of the same images.
+    """
     records = trials.recording.records
-    num_stages = len(trials.full.entered)
-    yield FULL, trials.full
-    tried = {name: trials.replay(policy) for name, policy in policies.items()}
-    yield from tried.items()
-    for count in range(1, num_stages):
-        yield f"{count} stage{'s' * (count > 1)}", trials.replay(None, count)
-    for most in PROPOSALS:
-        if most < trials.full.entered[0].max(initial=0):
-            yield f"{most} proposals", trials.replay(budget(most, num_stages))
-    if tried:
-        like = tried[chosen or next(iter(tried))].entered.sum(axis=1)
-        shares = (like / max(trials.full.entered[0].sum(), 1)).tolist()
-        for name, accept in (("random exits", True), ("random drops", False)):
-            at_random = [random_exits(r, shares, accept=accept, seed=seed) for r in records]
-            yield name, trials.replay(at_random)
-    for suffix, before in (("", False), (" before stage 0", True)):
-        oracle = [drop_oracle(record, before_stages=before) for record in records]
-        yield f"oracle of drops{suffix}", trials.replay(oracle)
-    for suffix, before in (("", False), (", drops before stage 0", True)):
-        yield f"oracle{suffix}", trials.replay(_outcome_oracles(trials, before_stages=before))
+    entered = trials.full.entered
+    shares = (like.entered.sum(axis=1) / max(entered[0].sum(), 1)).tolist()
+    before = {"before_stages": True}
+    return {
+        **simple_baselines(len(entered), trials.recording.most_proposals),
+        "random exits": [random_exits(record, shares, accept=True) for record in records],
+        "random drops": [random_exits(record, shares, accept=False) for record in records],
+        "oracle of drops": [drop_oracle(record) for record in records],
+        "oracle of drops before stage 0": [drop_oracle(record, **before) for record in records],
+        "oracle": _outcome_oracles(trials),
+        "oracle, drops before stage 0": _outcome_oracles(trials, **before),
+    }
 
 
-def _outcome_oracles(trials: ExitTrials, *, before_stages: bool) -> list[ExitPolicy]:
+def _outcome_oracles(trials: ExitTrials, *, before_stages: bool = False) -> list[ExitPolicy]:
     recording = trials.recording
     images = zip(recording.image_ids, recording.frames, strict=True)
     oracles = []
@@ -206,29 +151,49 @@ def _outcome_oracles(trials: ExitTrials, *, before_stages: bool) -> list[ExitPol
     return oracles
 
 
-def _row(
-    name: str,
-    trial: Trial,
-    trials: ExitTrials,
-    differences: dict[str, Difference],
-    milliseconds: float | None,
-) -> ComparedExits:
-    images = max(trial.entered.shape[1], 1)
-    by_stage = trial.entered.sum(axis=1)
-    flops = float(by_stage @ np.asarray(trials.recording.stage_flops))
-    return ComparedExits(
-        name=name,
-        metrics=trial.metrics,
-        differences=differences,
-        entered=tuple((by_stage / images).tolist()),
-        later_skipped=trial.exit_rate(trials.full),
-        regions_left=trial.regions_left(trials.full),
-        work=trial.work,
-        gigaflops=flops / images / 1e9,
-        lost=float(trial.lost.mean()),
-        milliseconds=milliseconds,
-    )
+def format_comparison(rows: Sequence[ComparedExits]) -> str:
+    """The comparison as plain text; in percent except regions, GFLOPs and milliseconds."""
+    cells = [_cells(row) for row in rows]
+    aligned = ("left", *["right"] * (len(cells[0]) - 1))
+    return tabulate(cells, headers="keys", colalign=aligned, disable_numparse=True)
 
 
-def _interval(difference: Difference) -> str:
-    return f"{difference.value:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
+def _cells(row: ComparedExits) -> dict[str, str]:
+    change = row.differences["AP"]
+    return {
+        "exits": row.name,
+        **{name: f"{row.metrics[name]:.2f}" for name in _METRICS},
+        "AP change\n[95 %]": f"{change.value:+.2f} [{change.low:+.2f}, {change.high:+.2f}]",
+        "regions/image\nin each stage": " / ".join(f"{number:.0f}" for number in row.entered),
+        "later work\nskipped": f"{100 * row.later_skipped:.1f}",
+        "region-stages\nleft": f"{100 * row.regions_left:.1f}",
+        "head\nGFLOPs": f"{row.gigaflops:.3f}",
+        "ms/image": "" if row.milliseconds is None else f"{row.milliseconds:.1f}",
+        "lost": f"{100 * row.lost:.2f}",
+    }
+
+
+def write_comparison(rows: Sequence[ComparedExits], path: str | os.PathLike[str]) -> None:
+    """Write the comparison as CSV; an old file is replaced in one step."""
+    columns = [_columns(row) for row in rows]
+    write_csv(path, list(columns[0]), (list(row.values()) for row in columns))
+
+
+def _columns(row: ComparedExits) -> dict[str, str | float | None]:
+    change = row.differences["AP"]
+    return {
+        "exits": row.name,
+        **{f"{name} (%)": row.metrics[name] for name in _METRICS},
+        "AP change": change.value,
+        "AP change low": change.low,
+        "AP change high": change.high,
+        "AP change deviation": change.deviation,
+        **{f"{name} change": row.differences[name].value for name in _METRICS[1:]},
+        **{f"regions/image in stage {stage}": number for stage, number in enumerate(row.entered)},
+        "later work skipped": row.later_skipped,
+        "region-stages left": row.regions_left,
+        "head FLOPs left": row.work,
+        "head GFLOPs/image": row.gigaflops,
+        "ms/image": row.milliseconds,
+        "lost": row.lost,
+    }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 from fvcore.common.config import CfgNode
 
 from cascade_det import config
-from cascade_det.calibration.provenance import Provenance
+from cascade_det.calibration.provenance import provenance_comment
 from cascade_det.calibration.search import Setting
 from cascade_det.config.tree import as_lists
 from cascade_det.files import atomic_path
@@ -23,7 +24,7 @@ def write_exits(
     *,
     loss: tuple[float, float],
     score: float,
-    source: Provenance,
+    source: dict[str, Any],
     device: str = "",
 ) -> None:
     """Write exits; keys that the setting does not name are off.
@@ -34,7 +35,7 @@ def write_exits(
         path: of the YAML.
         loss: the promised mean agreement loss, and its deviation.
         score: lowest score of a detection that can be lost.
-        source: the origin, written as a comment.
+        source: see ``provenance``; written as a comment.
         device: name of the device that the setting depends on; empty for any.
     """
     exits = {
@@ -44,23 +45,17 @@ def write_exits(
         "EXPECTED_LOSS": round(loss[0], 6),
         "EXPECTED_LOSS_DEVIATION": round(loss[1], 6),
         "DEVICE_NAME": device,
-        "WEIGHTS_SHA256": source.weights_sha256,
+        "WEIGHTS_SHA256": source["weights"]["sha256"],
     }
     heads = cfg.MODEL.ROI_HEADS.NAME
     content = {
         "MODEL": {
             "ROI_HEADS": {"NAME": _HEADS if heads == "CascadeROIHeads" else heads},
-            "CASCADE": {"EXIT": as_lists(exits)},
+            # Fresh lists: YAML would write an alias for a value that is there twice.
+            "CASCADE": {"EXIT": {key: as_lists(value) for key, value in exits.items()}},
         },
         "CASCADE": {"SHADOW_SCORE": score},
     }
-    text = yaml.dump(content, Dumper=_WithoutAliases, default_flow_style=None, sort_keys=False)
+    text = yaml.safe_dump(content, default_flow_style=None, sort_keys=False)
     with atomic_path(path) as temporary:
-        temporary.write_text(source.comment() + text, encoding="utf-8")
-
-
-class _WithoutAliases(yaml.SafeDumper):
-    """Writes equal values in full, without YAML anchors and aliases."""
-
-    def ignore_aliases(self, data: object) -> bool:
-        return True
+        temporary.write_text(provenance_comment(source) + text, encoding="utf-8")

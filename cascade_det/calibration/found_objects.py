@@ -1,4 +1,7 @@
-"""Which objects of an image are found, and the share of them that early exits lose."""
+"""Which objects of an image are found, and the share of them that early exits lose.
+
+G objects.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from pycocotools import mask
 from cascade_det.core.matching import match_greedily
 from cascade_det.core.structures import Detections
 
+IOUS = (0.5, 0.75)
+
 
 def found_objects(
     detections: Detections,
@@ -17,7 +22,6 @@ def found_objects(
     gt_classes: npt.ArrayLike,
     *,
     score: float,
-    iou: float = 0.5,
 ) -> npt.NDArray[np.bool_]:
     """Which objects the detections of an image find.
 
@@ -28,13 +32,12 @@ def found_objects(
         gt_boxes: ``[G, 4]``, XYXY in the frame of the detections; no crowds.
         gt_classes: ``[G]`` in ``[0, K)``.
         score: the lowest score that counts.
-        iou: the lowest IoU of a match.
 
     Returns:
-        bool ``[G]``.
+        bool ``[2, G]``, at each of ``IOUS``.
     """
     classes = np.asarray(gt_classes, np.int64)
-    found = np.zeros(len(classes), bool)
+    found = np.zeros((len(IOUS), len(classes)), bool)
     scores = detections.scores.cpu().numpy()
     order = np.argsort(-scores, kind="stable")
     order = order[scores[order] >= score]
@@ -43,19 +46,24 @@ def found_objects(
     boxes = detections.boxes.detach().cpu().numpy()[order]
     ious = mask.iou(_xywh(boxes), _xywh(gt_boxes), np.zeros(len(classes), np.uint8))
     ious[detections.classes.cpu().numpy()[order, None] != classes] = -1
-    (taken,) = match_greedily(torch.from_numpy(ious), [iou])
-    found[taken[taken >= 0]] = True
+    for row, taken in zip(found, match_greedily(torch.from_numpy(ious), IOUS), strict=True):
+        row[taken[taken >= 0]] = True
     return found
 
 
-def lost_share(found: npt.NDArray[np.bool_], found_early: npt.NDArray[np.bool_]) -> float:
+def lost_shares(
+    found: npt.NDArray[np.bool_], found_early: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.float64]:
     """The share of the full cascade's found objects that early exits miss; 0 where it finds none.
 
     Args:
-        found: bool ``[G]``, see ``found_objects``, of the full cascade.
-        found_early: bool ``[G]``, with exits.
+        found: bool ``[2, G]``, see ``found_objects``, of the full cascade.
+        found_early: bool ``[2, G]``, with exits.
+
+    Returns:
+        float64 ``[2]``, at each of ``IOUS``.
     """
-    return float((found & ~found_early).sum() / max(found.sum(), 1))
+    return (found & ~found_early).sum(axis=1) / np.maximum(found.sum(axis=1), 1)
 
 
 def _xywh(boxes: npt.ArrayLike) -> npt.NDArray[np.float64]:

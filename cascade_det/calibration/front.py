@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -92,18 +92,13 @@ def spread_out(front: Sequence[FrontPoint], most: int) -> list[FrontPoint]:
 
 
 def choose_points(front: Sequence[FrontPoint]) -> Points:
-    """Three settings of a front.
+    """Three settings of a front, which has at least one point.
 
     Quality is the least work at a drop of AP of at most 0.1 percent points, or the smallest drop
     if none is that small. Fast is the least work at a drop of at most 1.0, or quality if there is
     none. Balanced is the knee between them: the point farthest above the straight line from
     quality to fast, over the logarithm of work, or quality if none is above it.
-
-    Raises:
-        ValueError: the front has no point.
     """
-    if not front:
-        raise ValueError("a front without points has none to choose")
     most_accurate = min(front, key=lambda point: (point.drop, point.work))
     quality = _cheapest(front, QUALITY_DROP) or most_accurate
     fast = _cheapest(front, FAST_DROP) or quality
@@ -112,32 +107,23 @@ def choose_points(front: Sequence[FrontPoint]) -> Points:
 
 
 def write_front(front: Sequence[FrontPoint], path: str | os.PathLike[str]) -> None:
-    """Write points as CSV, settings as JSON; an old file is replaced in one step."""
-    stages = range(len(front[0].region_shares)) if front else ()
-    headers = [
-        "AP (%)",
-        "AP drop",
-        "head FLOPs left",
-        *(f"regions in stage {stage}" for stage in stages),
-        "ms/image (predicted)",
-        "ms/image (measured)",
-        "chosen",
-        "setting",
-    ]
-    rows = (
-        [
-            point.ap,
-            point.drop,
-            point.work,
-            *point.region_shares,
-            point.predicted,
-            point.milliseconds,
-            int(point.chosen),
-            json.dumps(point.setting),
-        ]
-        for point in front
-    )
-    write_csv(path, headers, rows)
+    """Write points, at least one, as CSV; settings as JSON. An old file is replaced in one step."""
+    rows = [_columns(point) for point in front]
+    write_csv(path, list(rows[0]), (list(row.values()) for row in rows))
+
+
+def _columns(point: FrontPoint) -> dict[str, Any]:
+    shares = enumerate(point.region_shares)
+    return {
+        "AP (%)": point.ap,
+        "AP drop": point.drop,
+        "head FLOPs left": point.work,
+        **{f"regions in stage {stage}": share for stage, share in shares},
+        "ms/image (predicted)": point.predicted,
+        "ms/image (measured)": point.milliseconds,
+        "chosen": int(point.chosen),
+        "setting": json.dumps(point.setting),
+    }
 
 
 def _cheapest(front: Sequence[FrontPoint], most_drop: float) -> FrontPoint | None:

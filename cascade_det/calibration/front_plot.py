@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -26,22 +25,12 @@ _TRIED = "all trials, on the search half"
 _BLUE, _RED = "#1b5e8c", "#c0392b"
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """Compared exits of one kind: an entry of the legend."""
-
-    label: str
-    includes: Callable[[str], bool]
-    color: str
-    shape: str
-
-
-# A name has the first kind that includes it.
+# Entries of the legend: how names begin, label, color and shape. The first one that fits counts.
 _KINDS = (
-    _Kind("oracles", lambda name: name.startswith("oracle"), "#2e8b57", "P"),
-    _Kind("random", lambda name: name.startswith("random"), "#8a8a8a", "X"),
-    _Kind("fewer stages or proposals", lambda name: name[0].isdigit(), "#e08214", "v"),
-    _Kind("one rule", lambda name: True, "#444444", "h"),
+    ("oracle", "oracles", "#2e8b57", "P"),
+    ("random", "random", "#8a8a8a", "X"),
+    (tuple("123456789"), "fewer stages or proposals", "#e08214", "v"),
+    ("", "one rule", "#444444", "h"),
 )
 
 
@@ -57,10 +46,10 @@ def plot_front(
     front: Sequence[FrontPoint],
     path: str | os.PathLike[str],
     *,
-    profiles: Mapping[str, FrontPoint] | None = None,
-    tried: Sequence[FrontPoint] = (),
-    compared: Sequence[ComparedExits] = (),
-    chosen: Sequence[str] = (),
+    profiles: Mapping[str, FrontPoint],
+    tried: Sequence[FrontPoint],
+    compared: Sequence[ComparedExits],
+    chosen: Sequence[str],
 ) -> None:
     """Draw a front as a PNG: over the work and, if any were measured, over the milliseconds.
 
@@ -71,12 +60,7 @@ def plot_front(
         tried: all points of the search, on the images that settings were chosen on.
         compared: see ``compare``; one kind of mark for each kind of exits.
         chosen: names of ``compared`` that get an error bar.
-
-    Raises:
-        ValueError: the front has no point.
     """
-    if not front:
-        raise ValueError("a front without points cannot be drawn")
     panels: list[tuple[str, _Cost]] = [("work of the box heads (% of the full cascade)", _percent)]
     if any(point.milliseconds is not None for point in front):
         panels.append(("time per image (ms, measured)", _milliseconds))
@@ -84,7 +68,7 @@ def plot_front(
     for number, (label, cost) in enumerate(panels, start=1):
         first = figure.axes[0] if figure.axes else None
         axes = figure.add_subplot(1, len(panels), number, sharey=first)
-        _draw_front(axes, cost, front, profiles or {}, tried)
+        _draw_front(axes, cost, front, profiles, tried)
         _draw_compared(axes, cost, compared, chosen)
         _format_axes(axes, label, wide=cost is _percent)
     handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -132,7 +116,8 @@ def _draw_compared(
 ) -> None:
     labelled = set()
     for row in compared:
-        at = cost(row), row.differences["AP"].value
+        change = row.differences["AP"]
+        at = cost(row), change.value
         if not np.isfinite(at[0]):
             continue
         if row.name == FULL:
@@ -141,7 +126,7 @@ def _draw_compared(
         elif row.name in chosen:
             axes.errorbar(
                 *at,
-                _error_bar(row),
+                [[max(change.value - change.low, 0.0)], [max(change.high - change.value, 0.0)]],
                 fmt="o",
                 color=_RED,
                 mfc=_RED if row.name == chosen[0] else "w",
@@ -151,15 +136,11 @@ def _draw_compared(
                 label=f"{row.name} (95 %)",
             )
         else:
-            kind = next(kind for kind in _KINDS if kind.includes(row.name))
-            label = None if kind in labelled else kind.label
+            kind = next(kind for kind in _KINDS if row.name.startswith(kind[0]))
+            _, label, color, shape = kind
+            known = kind in labelled
             labelled.add(kind)
-            axes.plot(*at, kind.shape, color=kind.color, ms=8, mec="w", label=label)
-
-
-def _error_bar(row: ComparedExits) -> list[list[float]]:
-    change = row.differences["AP"]
-    return [[max(change.value - change.low, 0.0)], [max(change.high - change.value, 0.0)]]
+            axes.plot(*at, shape, color=color, ms=8, mec="w", label=None if known else label)
 
 
 def _format_axes(axes: Axes, label: str, *, wide: bool) -> None:

@@ -6,7 +6,6 @@ I images, K classes, T IoU thresholds (COCO's 0.50, 0.55, ..., 0.95), D detectio
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +18,14 @@ from pycocotools.cocoeval import COCOeval
 
 from cascade_det.core.matching import match_greedily
 from cascade_det.core.structures import Detections
-from cascade_det.errors import DatasetError
 from cascade_det.evaluation.average_precision import MAX_DETECTIONS
 from cascade_det.evaluation.ground_truth import load_ground_truth
 
 IOUS = COCOeval(iouType="bbox").params.iouThrs
+# Matched images to keep, of about 50 bytes per detection.
+CACHE_SIZE = 100_000
+# The annotations of an image: boxes [G, 4] XYWH, classes [G], crowds bool [G].
+_Objects = tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,6 @@ class ImageMatcher:
         ground_truth: content of a COCO-format json with annotations, see ``load_ground_truth``.
         category_ids: its category id for each class ``0..K-1``.
         max_detections: how many count per class and image, best score first.
-        cache_size: number of matched images to keep, of about 50 bytes per detection.
-
-    Raises:
-        DatasetError: the ground truth cannot be used.
     """
 
     def __init__(
@@ -70,25 +68,21 @@ class ImageMatcher:
         category_ids: Sequence[int],
         *,
         max_detections: int = MAX_DETECTIONS,
-        cache_size: int = 100_000,
     ) -> None:
         coco = load_ground_truth(ground_truth)
-        if not coco.anns:
-            raise DatasetError("the ground truth has no annotations to match detections to")
         self.num_classes = len(category_ids)
         self._max_detections = max_detections
         self._objects = {
-            image_id: _Objects.of(coco.imgToAnns[image_id], category_ids) for image_id in coco.imgs
+            image_id: _objects(coco.imgToAnns[image_id], category_ids) for image_id in coco.imgs
         }
-        self._cache: OrderedDict[tuple[int, bytes], MatchedDetections] = OrderedDict()
-        self._cache_size = cache_size
+        self._cache: dict[tuple[int, bytes], MatchedDetections] = {}
 
     def objects_of(self, image_id: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
         """Boxes ``[G, 4]`` (XYXY, original pixels) and classes ``[G]`` of objects; no crowds."""
-        objects = self._objects[image_id]
-        boxes = objects.boxes[~objects.crowds]
+        xywh, classes, crowds = self._objects[image_id]
+        boxes = xywh[~crowds]
         boxes[:, 2:] += boxes[:, :2]
-        return boxes, objects.classes[~objects.crowds]
+        return boxes, classes[~crowds]
 
     def match(self, image_id: int, detections: Detections) -> MatchedDetections:
         """Match the detections of an image.
@@ -96,9 +90,6 @@ class ImageMatcher:
         Args:
             image_id: of the json.
             detections: boxes in pixels of the original image, classes in ``[0, K)``.
-
-        Raises:
-            DatasetError: the image is not in the json, or a class has no category.
         """
         columns = [
             np.ascontiguousarray(column.detach().cpu().numpy())
@@ -112,33 +103,9 @@ class ImageMatcher:
         key = image_id, hashlib.blake2b(b"".join(map(np.ndarray.tobytes, columns))).digest()
         matched = self._cache.pop(key, None) or self._match(image_id, *columns)
         self._cache[key] = matched  # Most recently used.
-        if len(self._cache) > self._cache_size:
-            self._cache.popitem(last=False)
+        if len(self._cache) > CACHE_SIZE:
+            self._cache.pop(next(iter(self._cache)))
         return matched
-
-    def collect(self, matched: Iterable[MatchedDetections]) -> MatchedDetections:
-        """Join single images; those without detections count as well.
-
-        Raises:
-            ValueError: an image is there twice.
-        """
-        images = sorted(matched, key=lambda of_image: of_image.image_ids[0])
-        image_ids = _joined([image.image_ids for image in images], np.int64)
-        if (np.diff(image_ids) == 0).any():
-            raise ValueError("an image is there twice: give it a weight instead")
-        none = np.zeros((len(IOUS), 0), bool)
-        return MatchedDetections(
-            image_ids=image_ids,
-            images=np.arange(len(images)).repeat([len(image.scores) for image in images]),
-            classes=_joined([image.classes for image in images], np.int64),
-            scores=_joined([image.scores for image in images], np.float64),
-            exit_stages=_joined([image.exit_stages for image in images], np.int64),
-            hits=np.concatenate([none, *(image.hits for image in images)], axis=1),
-            ignored=np.concatenate([none, *(image.ignored for image in images)], axis=1),
-            objects=_joined([image.objects for image in images], np.int64).reshape(
-                -1, self.num_classes
-            ),
-        )
 
     def _match(
         self,
@@ -148,14 +115,7 @@ class ImageMatcher:
         classes: npt.NDArray[np.int64],
         exit_stages: npt.NDArray[np.int64],
     ) -> MatchedDetections:
-        if image_id not in self._objects:
-            raise DatasetError(f"image {image_id} is not in the ground truth")
-        if len(classes) and not 0 <= classes.min() <= classes.max() < self.num_classes:
-            raise DatasetError(
-                f"image {image_id} has detections of class {classes.max()}, but there are "
-                f"categories for {self.num_classes} classes"
-            )
-        objects = self._objects[image_id]
+        gt_boxes, gt_classes, crowds = self._objects[image_id]
         by_score = np.lexsort((-scores, classes))  # Stable, as in COCOeval.
         firsts = np.searchsorted(classes[by_score], classes[by_score])
         kept = by_score[np.arange(len(classes)) - firsts < self._max_detections]
@@ -165,10 +125,10 @@ class ImageMatcher:
         xywh = xywh.astype(np.float64)
         for index in np.unique(classes[kept]).tolist():
             rows = np.flatnonzero(classes[kept] == index)
-            here = objects.classes == index
-            found = _match_class(xywh[rows], objects.boxes[here], objects.crowds[here])
+            here = gt_classes == index
+            found = _match_class(xywh[rows], gt_boxes[here], crowds[here])
             hits[:, rows], ignored[:, rows] = found
-        counts = np.bincount(objects.classes[~objects.crowds], minlength=self.num_classes)
+        counts = np.bincount(gt_classes[~crowds], minlength=self.num_classes)
         return MatchedDetections(
             image_ids=np.array([image_id]),
             images=np.zeros(len(kept), np.int64),
@@ -181,23 +141,32 @@ class ImageMatcher:
         )
 
 
-@dataclass(frozen=True)
-class _Objects:
-    """The annotations of one image: boxes ``[G, 4]`` XYWH, classes ``[G]``, crowds bool ``[G]``."""
+def join_images(matched: Iterable[MatchedDetections]) -> MatchedDetections:
+    """Join single images, each there once; those without detections count as well."""
+    images = sorted(matched, key=lambda of_image: of_image.image_ids[0])
 
-    boxes: npt.NDArray[np.float64]
-    classes: npt.NDArray[np.int64]
-    crowds: npt.NDArray[np.bool_]
+    def joined(name: str, axis: int = 0) -> Any:
+        return np.concatenate([getattr(image, name) for image in images], axis)
 
-    @classmethod
-    def of(cls, annotations: Iterable[Mapping[str, Any]], category_ids: Sequence[int]) -> _Objects:
-        known = [item for item in annotations if item["category_id"] in category_ids]
-        classes = [category_ids.index(item["category_id"]) for item in known]
-        return cls(
-            np.array([item["bbox"] for item in known], np.float64).reshape(-1, 4),
-            np.array(classes, np.int64),
-            np.array([item["iscrowd"] for item in known], bool),
-        )
+    return MatchedDetections(
+        image_ids=joined("image_ids"),
+        images=np.arange(len(images)).repeat([len(image.scores) for image in images]),
+        classes=joined("classes"),
+        scores=joined("scores"),
+        exit_stages=joined("exit_stages"),
+        hits=joined("hits", axis=1),
+        ignored=joined("ignored", axis=1),
+        objects=joined("objects"),
+    )
+
+
+def _objects(annotations: Iterable[Mapping[str, Any]], category_ids: Sequence[int]) -> _Objects:
+    items = list(annotations)
+    return (
+        np.array([item["bbox"] for item in items], np.float64).reshape(-1, 4),
+        np.array([category_ids.index(item["category_id"]) for item in items], np.int64),
+        np.array([item["iscrowd"] for item in items], bool),
+    )
 
 
 def _match_class(
@@ -213,7 +182,3 @@ def _match_class(
     hits = match_greedily(reversed_ious, IOUS.tolist()).numpy() >= 0
     in_crowd = ious[:, crowds].max(axis=1, initial=0) >= IOUS[:, None]
     return hits, in_crowd & ~hits
-
-
-def _joined(parts: list, dtype: npt.DTypeLike) -> np.ndarray:
-    return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)

@@ -5,7 +5,7 @@ S stages, M measured calls with the same number of images each.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,10 +30,10 @@ class LatencyModel:
     constant: float
     per_call: tuple[float, ...]
     per_region: tuple[float, ...]
-    device_name: str = ""
-    batch_size: int = 1
-    samples: int = 0
-    spread: float = 0.0
+    device_name: str
+    batch_size: int
+    samples: int
+    spread: float
 
     @classmethod
     def fit(
@@ -41,8 +41,8 @@ class LatencyModel:
         entered: npt.ArrayLike,
         milliseconds: npt.ArrayLike,
         *,
-        device_name: str = "",
-        batch_size: int = 1,
+        device_name: str,
+        batch_size: int,
     ) -> LatencyModel:
         """Fit by non-negative least squares of relative errors.
 
@@ -56,7 +56,7 @@ class LatencyModel:
             batch_size: images per call.
 
         Raises:
-            ValueError: fewer than 2 S + 1 calls, or one without a finite, positive duration.
+            ValueError: fewer than 2 S + 1 calls.
         """
         regions, times = np.asarray(entered, np.float64), np.asarray(milliseconds, np.float64)
         count, num_stages = regions.shape
@@ -65,8 +65,6 @@ class LatencyModel:
                 f"{count} measured calls for {num_stages} stages: measure at least "
                 f"{2 * num_stages + 1}, with different numbers of regions"
             )
-        if not (np.isfinite(times) & (times > 0)).all():
-            raise ValueError("a measured call has no positive, finite duration")
         parts = np.hstack([np.ones((count, 1)), regions > 0, regions])
         # Relative to the duration: absolute errors would be those of a few long calls.
         weighted = parts / times[:, None]
@@ -95,20 +93,17 @@ class LatencyModel:
         """
         regions = np.asarray(entered, np.float64)
         by_call = np.array(self.per_call) @ (regions > 0)
-        times = self.constant + by_call + np.array(self.per_region) @ regions
-        return float(times) if regions.ndim == 1 else times
+        return self.constant + by_call + np.array(self.per_region) @ regions
 
     def per_image(self, entered: npt.ArrayLike) -> float:
-        """Mean milliseconds per image in batches of the measured size; nan without images.
+        """Mean milliseconds per image in batches of the measured size.
 
         Args:
-            entered: ``[S, N]``, regions of N images that enter each stage. A last batch that is
+            entered: ``[S, N]``, regions of N > 0 images that enter each stage. A last batch that is
                 not full counts as part of a full one with as many regions per image.
         """
         regions = np.asarray(entered, np.float64)
         firsts = np.arange(0, regions.shape[1], self.batch_size)
-        if len(firsts) == 0:
-            return float("nan")
         sizes = np.diff(firsts, append=regions.shape[1])
         in_batches = np.add.reduceat(regions, firsts, axis=1) * (self.batch_size / sizes)
         return float(self.predict(in_batches) @ sizes / (sizes.sum() * self.batch_size))
@@ -120,11 +115,7 @@ class LatencyModel:
         )
         return (
             f"{self.constant:.1f} ms for a call with {self.batch_size} image(s) on "
-            f"{self.device_name or 'an unknown device'}, and for each stage that is entered, "
+            f"{self.device_name}, and for each stage that is entered, "
             f"{stages}. Fitted to {self.samples} calls; half of them are predicted to within "
             f"{100 * self.spread:.0f} %."
         )
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for ``calibration.json``."""
-        return {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(self).items()}

@@ -46,21 +46,18 @@ class ExitAfter:
         return self.stages[view.proposal_index] <= view.stage
 
 
-def random_exits(
-    record: CascadeRecord, shares: Sequence[float], *, accept: bool, seed: int = 0
-) -> ExitPolicy:
-    """Random regions exit, as many at each gate as wanted.
+def random_exits(record: CascadeRecord, shares: Sequence[float], *, accept: bool) -> ExitPolicy:
+    """Random regions exit, as many at each gate as wanted; the same ones of the same record.
 
     Args:
         record: of some images.
         shares: S falling numbers in [0, 1]: the share of all proposals that enters each stage,
             exact to one region. Regions that do not enter stage 0 are lost.
         accept: whether regions that saw a stage are reported rather than dropped.
-        seed: of the random order, which is the same for the same record.
     """
     count = len(record.proposals)
-    own = zlib.crc32(record.proposals.numpy().tobytes())  # A different order in each record.
-    ranks = torch.randperm(count, generator=torch.Generator().manual_seed(seed + own))
+    seed = zlib.crc32(record.proposals.numpy().tobytes())  # A different order in each record.
+    ranks = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     entered = (ranks[:, None] + 0.5) / max(count, 1) < torch.tensor([*shares])  # [R, S]
     return _policy(
         record, ExitAfter("confident" if accept else "background", entered.sum(dim=1) - 1)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -14,36 +15,27 @@ logger = logging.getLogger(__name__)
 SECONDS = 15.0
 
 
-class Progress:
-    """A context manager that shows progress.
+@contextmanager
+def progress_bar(
+    task: str, total: int, *, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Callable[..., None]]:
+    """Show progress; gives a function that counts one finished step, or several.
 
     Args:
-        what: the task, as a verb with its object: "Recording images".
+        task: a verb with its object: "Recording images".
         total: the largest number of steps.
         clock: returns seconds.
     """
+    done, logged = 0, clock()
+    with tqdm(total=total, desc=task, disable=None, leave=False) as bar:
 
-    def __init__(
-        self, what: str, total: int, *, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._what = what
-        self._total = total
-        self._clock = clock
-        self._done = 0
-        self._logged = clock()
-        self._bar = tqdm(total=total, desc=what, disable=None, leave=False)
+        def step(count: int = 1) -> None:
+            nonlocal done, logged
+            done += count
+            bar.update(count)
+            # A bar that is not shown is disabled.
+            if bar.disable and clock() - logged >= SECONDS:
+                logged = clock()
+                logger.info("%s: %d of %d", task, done, total)
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def step(self, count: int = 1) -> None:
-        """Count finished steps."""
-        self._done += count
-        self._bar.update(count)
-        # A bar that is not shown is disabled.
-        if self._bar.disable and self._clock() - self._logged >= SECONDS:
-            self._logged = self._clock()
-            logger.info("%s: %d of %d", self._what, self._done, self._total)
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        yield step

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
 from cascade_det.calibration.latency_model import LatencyModel
-from cascade_det.calibration.progress import Progress
+from cascade_det.calibration.progress import progress_bar
+from cascade_det.calibration.search_space import truncated_cascades
 from cascade_det.calibration.trials import Frame, Recording
 from cascade_det.core import ExitPolicy, PartTimer
 from cascade_det.core.modes import evaluation_mode
@@ -23,6 +24,8 @@ from cascade_det.engine.devices import device_name
 from cascade_det.engine.head_flops import region_flops
 from cascade_det.engine.inference import BatchLoader
 
+# Records are joined until they have as many images.
+JOINED_IMAGES = 32
 # Regions that enter the first and the later stages when latency is measured, as shares.
 _SHARES = ((1.0, 1.0), *((first, later) for first in (1.0, 0.4, 0.1) for later in (0.3, 0.1, 0.02)))
 
@@ -34,9 +37,6 @@ def record_dataset(detector: CascadeDetector, loader: BatchLoader, most_images: 
         detector: in either host.
         loader: of the images, by id.
         most_images: limit of images; the rest of the loader is not used.
-
-    Raises:
-        ValueError: there is no image.
     """
     assert isinstance(detector, nn.Module)
     image_ids: list[int] = []
@@ -56,16 +56,14 @@ def record_dataset(detector: CascadeDetector, loader: BatchLoader, most_images: 
                 for sample, size in zip(batch, sizes, strict=True)
             )
             yield detector.cascade.record(**vars(inputs)).cpu()
-            progress.step(len(batch))
+            step(len(batch))
 
     with (
-        Progress("Recording images", most_images) as progress,
+        progress_bar("Recording images", most_images) as step,
         evaluation_mode(detector),
         torch.no_grad(),
     ):
         records = list(_joined(each()))
-    if not records:
-        raise ValueError("no image to record")
     return Recording(records, image_ids, frames, flops)
 
 
@@ -77,20 +75,19 @@ def _first_images(loader: BatchLoader, count: int) -> Iterator[Batch]:
             return
 
 
-def _joined(records: Iterable[CascadeRecord], images: int = 32) -> Iterator[CascadeRecord]:
+def _joined(records: Iterable[CascadeRecord]) -> Iterator[CascadeRecord]:
     """Join records: fewer and larger ones are replayed faster."""
     waiting: list[CascadeRecord] = []
     for record in records:
         waiting.append(record)
-        if sum(one.num_images for one in waiting) >= images:
+        if sum(one.num_images for one in waiting) >= JOINED_IMAGES:
             yield join_records(waiting)
             waiting = []
     if waiting:
         yield join_records(waiting)
 
 
-@dataclass(frozen=True)
-class Timing:
+class Timing(NamedTuple):
     """One call of a detector.
 
     Attributes:
@@ -127,19 +124,22 @@ def time_policies(
     calls = len(policies) * (1 + len(batches) * rounds)
     try:
         with (
-            Progress("Measuring calls", calls) as progress,
+            progress_bar("Measuring calls", calls) as step,
             evaluation_mode(detector),
             torch.no_grad(),
         ):
             for exits in policies.values():
                 detector.set_exits(exits)
                 detector.detect(batches[0])
-                progress.step()
+                step()
             for batch in [*batches] * rounds:
                 for name, exits in policies.items():
                     detector.set_exits(exits)
-                    timings[name].append(_time(detector, batch, device))
-                    progress.step()
+                    timer = PartTimer(device)
+                    stats = detector.detect(batch, timer=timer).stats
+                    milliseconds = sum(timer.milliseconds.values())
+                    timings[name].append(Timing(tuple(stats.entered), milliseconds))
+                    step()
     finally:
         detector.set_exits(own)
     return timings
@@ -175,24 +175,6 @@ def fit_latency(
         device_name=device_name(next(detector.parameters()).device),
         batch_size=len(batches[0]),
     )
-
-
-def truncated_cascades(num_stages: int) -> dict[str, ExitPolicy]:
-    """The cascade that stops after its first stages, by name: "1 stage", "2 stages" and so on."""
-    gates = range(num_stages - 1)
-    return {
-        f"{count} stage{'s' * (count > 1)}": ExitPolicy(
-            num_stages=num_stages,
-            thresholds=tuple(0.0 if gate == count - 1 else 2.0 for gate in gates),
-        )
-        for count in range(1, num_stages)
-    }
-
-
-def _time(detector: CascadeDetector, batch: Batch, device: torch.device) -> Timing:
-    timer = PartTimer(device)
-    stats = detector.detect(batch, timer=timer).stats
-    return Timing(tuple(stats.entered), sum(timer.milliseconds.values()))
 
 
 def first_batches(loader: Iterable[Batch], count: int) -> list[Batch]:

@@ -15,8 +15,7 @@ from cascade_det.calibration.exits_yaml import write_exits
 from cascade_det.calibration.front import choose_points, spread_out, write_front
 from cascade_det.calibration.front_plot import plot_front
 from cascade_det.calibration.latency_model import LatencyModel
-from cascade_det.calibration.profiles import PROMISES, Profiles
-from cascade_det.calibration.provenance import Provenance
+from cascade_det.calibration.profiles import PROMISES, kept_profiles
 from cascade_det.calibration.target import Target
 from cascade_det.files import write_json
 from cascade_det.report.text import describe_machine
@@ -41,7 +40,7 @@ def write_report(
     calibration: Calibration,
     target: Target,
     latency: LatencyModel,
-    source: Provenance,
+    source: dict[str, Any],
     output_dir: Path,
 ) -> dict[str, Any]:
     """Assess a calibration, log the comparison and write ``FILES``.
@@ -66,9 +65,9 @@ def write_report(
         name: assessment.on_others(point, latency, milliseconds) for name, point in named.items()
     }
     again = [assessment.on_others(point, latency, milliseconds) for point in front]
-    profiles = Profiles.of(on_others, calibration.setting)
+    profiles, left_out = kept_profiles(on_others, calibration.setting)
     device = "" if target.latency_ms is None else latency.device_name
-    settings = {name: point.setting for name, point in profiles.written.items()}
+    settings = {name: point.setting for name, point in profiles.items()}
     for name, setting in {"exits": calibration.setting, **settings}.items():
         write_exits(
             calibrator.cfg,
@@ -84,14 +83,14 @@ def write_report(
     plot_front(
         again,
         output_dir / "front.png",
-        profiles=profiles.written,
+        profiles=profiles,
         tried=tried,
         # Where a setting was rejected, the chosen one is the full cascade.
         compared=[r for r in rows if calibration.rejected is None or r.name != CHOSEN],
         chosen=(CHOSEN, REJECTED),
     )
     _warn(calibration, target, rows)
-    for name, reason in profiles.left_out.items():
+    for name, reason in left_out.items():
         logger.info("No %s.yaml: %s", name, reason)
     detector = assessment.detector
     content = {
@@ -102,11 +101,11 @@ def write_report(
             "chosen_on": len(calibrator.trials.recording.image_ids),
             "reported_on": len(calibrator.others.recording.image_ids),
         },
-        "profiles": {"written": [*profiles.written], "left_out": profiles.left_out},
+        "profiles": {"written": [*profiles], "left_out": left_out},
         "trials": len(calibrator.search.tried),
-        "latency_model": latency.as_dict(),
+        "latency_model": asdict(latency),
         "machine": describe_machine(next(detector.parameters()).device, detector.dtype),
-        **source.as_dict(),
+        **source,
     }
     write_json(content, output_dir / "calibration.json")
     return content

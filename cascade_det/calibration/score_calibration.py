@@ -7,7 +7,7 @@ that its region saw: Platt scaling (1999) on the logit, and with ``b_s = 0`` the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,26 +22,28 @@ SHIFT_RANGE = (-50.0, 50.0)
 SMALLEST_SCORE = 1e-6
 
 
-@dataclass(frozen=True)
-class ScoreCalibration:
-    """A monotonic map of scores for each exit stage.
+class ScoreMap(NamedTuple):
+    """The monotonic map of the scores of one exit stage.
 
     Attributes:
-        scales: ``a`` per stage, above 0.
-        shifts: ``b`` per stage.
+        scale: ``a``, above 0.
+        shift: ``b``.
     """
 
-    scales: tuple[float, ...]
-    shifts: tuple[float, ...]
+    scale: float
+    shift: float
 
 
-def fit_score_calibration(
+UNCHANGED = ScoreMap(1.0, 0.0)
+
+
+def fit_score_maps(
     scores: npt.ArrayLike,
     correct: npt.ArrayLike,
     exit_stages: npt.ArrayLike,
     num_stages: int,
-) -> ScoreCalibration:
-    """Fit a calibration by maximum likelihood, stage by stage.
+) -> list[ScoreMap]:
+    """Fit the map of each stage by maximum likelihood.
 
     Stages with fewer than ``MIN_SAMPLES`` detections, or with one outcome only, keep their scores.
 
@@ -59,8 +61,8 @@ def fit_score_calibration(
         rows = stages == stage
         hits = int(outcomes[rows].sum())
         enough = rows.sum() >= MIN_SAMPLES and 0 < hits < rows.sum()
-        fitted.append(_fit(logits[rows], outcomes[rows]) if enough else (1.0, 0.0))
-    return ScoreCalibration(tuple(a for a, _ in fitted), tuple(b for _, b in fitted))
+        fitted.append(_fit(logits[rows], outcomes[rows]) if enough else UNCHANGED)
+    return fitted
 
 
 def expected_calibration_error(
@@ -83,8 +85,8 @@ def expected_calibration_error(
     return float(np.abs(np.bincount(index, outcomes - values)).sum() / len(values))
 
 
-def _fit(logits: npt.NDArray[np.float64], outcomes: npt.NDArray[np.bool_]) -> tuple[float, float]:
-    """The scale and shift of the least mean cross entropy, a convex problem."""
+def _fit(logits: npt.NDArray[np.float64], outcomes: npt.NDArray[np.bool_]) -> ScoreMap:
+    """The map of the least mean cross entropy, a convex problem."""
     signs = np.where(outcomes, 1.0, -1.0)
 
     def loss(parameters: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
@@ -94,12 +96,11 @@ def _fit(logits: npt.NDArray[np.float64], outcomes: npt.NDArray[np.bool_]) -> tu
         gradient = np.array([(slopes * logits).mean(), slopes.mean()])
         return float(np.logaddexp(0, -margins).mean()), gradient
 
-    start = np.array([1.0, 0.0])
     found = minimize(
         loss,
-        start,
+        np.array(UNCHANGED),
         jac=True,
         bounds=[SCALE_RANGE, SHIFT_RANGE],
         options={"ftol": 1e-14, "gtol": 1e-9},
     )
-    return float(found.x[0]), float(found.x[1])
+    return ScoreMap(*found.x.tolist())

@@ -6,7 +6,7 @@ parameter is one key, or one element of a tuple; its levels are values from safe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,25 +21,13 @@ TRADE_OFFS = (0.05, 0.2, 0.8, 3.0, 12.0)
 PASSES = 2
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """What the search varies.
-
-    Attributes:
-        name: for people.
-        settings: one per level, from safe to risky; the first one turns the parameter off.
-    """
-
-    name: str
-    settings: tuple[Setting, ...]
-
-
 @dataclass
 class Search:
     """Varies one parameter after another, and remembers every trial.
 
     Args:
-        parameters: to vary.
+        parameters: to vary, by name: a setting per level, from safe to risky. The first one is
+            empty: it turns the parameter off.
         evaluate: tries a setting.
         on_trial: called after each new trial.
 
@@ -47,7 +35,7 @@ class Search:
         tried: trials by levels.
     """
 
-    parameters: Sequence[Parameter]
+    parameters: Mapping[str, Sequence[Setting]]
     evaluate: Callable[[Setting], TrialSummary]
     on_trial: Callable[[], object] = lambda: None
     tried: dict[Levels, TrialSummary] = field(default_factory=dict)
@@ -60,9 +48,9 @@ class Search:
     def setting(self, levels: Sequence[int]) -> Setting:
         """All keys that the parameters set at these levels; tuples of several are overlaid."""
         merged: Setting = {}
-        for parameter, level in zip(self.parameters, levels, strict=True):
-            for key, value in parameter.settings[level].items():
-                merged[key] = _overlay(merged[key], value) if key in merged else value
+        for settings, level in zip(self.parameters.values(), levels, strict=True):
+            for key, value in settings[level].items():
+                merged[key] = tuple(map(max, merged[key], value)) if key in merged else value
         return merged
 
     def trial(self, levels: Sequence[int]) -> TrialSummary:
@@ -86,15 +74,17 @@ class Search:
         for trade_off in TRADE_OFFS:
             for _ in range(PASSES):
                 before = list(levels)
-                for index in range(len(self.parameters)):
-                    candidates = self._candidates(levels, index, most_trials)
+                for index, settings in enumerate(self.parameters.values()):
+                    candidates = self._candidates(levels, index, len(settings), most_trials)
                     levels = min(candidates, key=lambda c: self._regret(c, trade_off))
                 if levels == before:
                     break
 
-    def _candidates(self, levels: list[int], index: int, most_trials: int) -> Iterator[list[int]]:
+    def _candidates(
+        self, levels: list[int], index: int, num_levels: int, most_trials: int
+    ) -> Iterator[list[int]]:
         """One parameter at each of its levels, as far as further trials are allowed."""
-        for level in range(len(self.parameters[index].settings)):
+        for level in range(num_levels):
             candidate = [*levels[:index], level, *levels[index + 1 :]]
             if tuple(candidate) in self.tried or len(self.tried) < most_trials:
                 yield candidate
@@ -112,7 +102,3 @@ def loss_of(trial: TrialSummary, full: TrialSummary) -> float:
     drop = full.metrics["AP"] - trial.metrics["AP"]
     lost = 100 * float((trial.lost_well_placed + trial.lost).mean()) / 2
     return max(drop, 0.0) + lost
-
-
-def _overlay(a: Any, b: Any) -> Any:
-    return tuple(max(pair) for pair in zip(a, b, strict=True))

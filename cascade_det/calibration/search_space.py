@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from cascade_det.calibration.search import Parameter, Setting
+from cascade_det.calibration.search import Setting
+from cascade_det.core import ExitPolicy
 
 _REDUNDANCY = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 _PRUNE = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12)
@@ -39,9 +40,9 @@ def exit_parameters(
     num_stages: int,
     objectness: npt.NDArray[np.float32],
     proposals_per_image: int,
-    learned: Sequence[str] = (),
-) -> list[Parameter]:
-    """The parameters that a search varies.
+    learned: Sequence[str],
+) -> dict[str, list[Setting]]:
+    """The parameters that a search varies: settings from off to risky, by name.
 
     Args:
         num_stages: S.
@@ -50,30 +51,20 @@ def exit_parameters(
         learned: learned parts that the model has.
     """
     gates = num_stages - 1
-    thresholds = [{"PROPOSAL_THRESHOLD": value} for value in _thresholds(objectness)]
     first, later = ([n for n in m if n < proposals_per_image] for m in (_PROPOSALS, _REGIONS))
-    parameters = [
-        Parameter("redundancy", ({}, *({"REDUNDANCY_IOU": v} for v in _REDUNDANCY))),
-        *(
-            Parameter(
-                f"pruning after stage {s}", _levels("PRUNE_THRESHOLDS", _PRUNE, s, gates, 0.0)
-            )
-            for s in range(gates)
-        ),
-        Parameter("objectness", ({}, *thresholds)),
-        Parameter("proposals", _levels("REGION_BUDGET", first, 0, num_stages, 0)),
-        *(
-            Parameter(f"regions in stage {s}", _levels("REGION_BUDGET", later, s, num_stages, 0))
-            for s in range(1, num_stages)
-        ),
-    ]
+    parameters = {"redundancy": [{}, *({"REDUNDANCY_IOU": value} for value in _REDUNDANCY)]}
+    for s in range(gates):
+        levels = _levels("PRUNE_THRESHOLDS", _PRUNE, s, gates, 0.0)
+        parameters[f"pruning after stage {s}"] = levels
+    thresholds = _thresholds(objectness)
+    parameters["objectness"] = [{}, *({"PROPOSAL_THRESHOLD": value} for value in thresholds)]
+    parameters["proposals"] = _levels("REGION_BUDGET", first, 0, num_stages, 0)
+    for s in range(1, num_stages):
+        parameters[f"regions in stage {s}"] = _levels("REGION_BUDGET", later, s, num_stages, 0)
     if "pruner" in learned:
-        parameters += [
-            Parameter(
-                f"pruner at gate {g}", _levels("PRUNER_THRESHOLDS", _PRUNER, g, num_stages, 0.0)
-            )
-            for g in range(num_stages)
-        ]
+        for g in range(num_stages):
+            levels = _levels("PRUNER_THRESHOLDS", _PRUNER, g, num_stages, 0.0)
+            parameters[f"pruner at gate {g}"] = levels
     accepted = [
         {
             "CONFIDENCE": "learned" if "gate" in learned else "max_prob",
@@ -83,10 +74,11 @@ def exit_parameters(
         }
         for confidence, iou in _ACCEPT
     ]
-    return [*parameters, Parameter("acceptance", ({}, *accepted))]
+    parameters["acceptance"] = [{}, *accepted]
+    return parameters
 
 
-def usual_settings(num_stages: int, learned: Sequence[str] = ()) -> dict[str, Setting]:
+def usual_settings(num_stages: int, learned: Sequence[str]) -> dict[str, Setting]:
     """Each exit rule alone, at a usual value.
 
     Args:
@@ -99,31 +91,17 @@ def usual_settings(num_stages: int, learned: Sequence[str] = ()) -> dict[str, Se
     patience = tuple(float(max(gate, 1)) for gate in range(gates))
     settings: dict[str, Setting] = {
         "prune < 0.02": {"PRUNE_THRESHOLDS": (0.02,) * gates},
-        "prune 0.5 below 50th": {
-            "PRUNE_MARGINS": (1.0, *(0.5,) * gates),
-            "PRUNE_BEST": 50,
-        },
+        "prune 0.5 below 50th": {"PRUNE_MARGINS": (1.0, *(0.5,) * gates), "PRUNE_BEST": 50},
         "redundant at 0.9": {"REDUNDANCY_IOU": 0.9},
         "redundant at 0.8": {"REDUNDANCY_IOU": 0.8},
         "prune and redundant": {"PRUNE_THRESHOLDS": (0.02,) * gates, "REDUNDANCY_IOU": 0.9},
         "accept max_prob 0.9": {"THRESHOLDS": (0.9,) * gates},
         "accept max_prob, box done": {"THRESHOLDS": (0.9,) * gates, **accepted},
-        "accept entropy, box done": {
-            "THRESHOLDS": (0.7,) * gates,
-            "CONFIDENCE": "entropy",
-            **accepted,
-        },
-        "accept margin, box done": {
-            "THRESHOLDS": (0.8,) * gates,
-            "CONFIDENCE": "margin",
-            **accepted,
-        },
-        "accept agreement, box done": {
-            "THRESHOLDS": patience,
-            "CONFIDENCE": "agreement",
-            **accepted,
-        },
     }
+    confidences = {"entropy": (0.7,) * gates, "margin": (0.8,) * gates, "agreement": patience}
+    for name, thresholds in confidences.items():
+        setting = {"THRESHOLDS": thresholds, "CONFIDENCE": name, **accepted}
+        settings[f"accept {name}, box done"] = setting
     if "pruner" in learned:
         settings["learned pruner 0.1"] = {"PRUNER_THRESHOLDS": (0.1,) * num_stages}
     if "gate" in learned:
@@ -137,6 +115,18 @@ def usual_settings(num_stages: int, learned: Sequence[str] = ()) -> dict[str, Se
     return settings
 
 
+def truncated_cascades(num_stages: int) -> dict[str, ExitPolicy]:
+    """The cascade that stops after its first stages, by name: "1 stage", "2 stages" and so on."""
+    gates = range(num_stages - 1)
+    return {
+        f"{count} stage{'s' * (count > 1)}": ExitPolicy(
+            num_stages=num_stages,
+            thresholds=tuple(0.0 if gate == count - 1 else 2.0 for gate in gates),
+        )
+        for count in range(1, num_stages)
+    }
+
+
 def _thresholds(objectness: npt.NDArray[np.float32]) -> list[float]:
     """Thresholds that drop ``_DROPPED_SHARES`` of the proposals, but not none or all of them."""
     if len(objectness) == 0:
@@ -147,7 +137,7 @@ def _thresholds(objectness: npt.NDArray[np.float32]) -> list[float]:
 
 def _levels(
     key: str, values: Sequence[float], index: int, length: int, off: float
-) -> tuple[Setting, ...]:
+) -> list[Setting]:
     """One element of a tuple, whose other elements are off."""
     tuples = (tuple(v if i == index else off for i in range(length)) for v in values)
-    return ({}, *({key: value} for value in tuples))
+    return [{}, *({key: value} for value in tuples)]

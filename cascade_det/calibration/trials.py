@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 
 from cascade_det.calibration.bootstrap import average_precision
-from cascade_det.calibration.found_objects import found_objects, lost_share
-from cascade_det.calibration.image_matching import ImageMatcher, MatchedDetections
+from cascade_det.calibration.found_objects import found_objects, lost_shares
+from cascade_det.calibration.image_matching import ImageMatcher, MatchedDetections, join_images
 from cascade_det.core.exits import ExitPolicy
 from cascade_det.core.postprocess import rescale_detections
 from cascade_det.core.record import CascadeRecord
@@ -127,58 +127,56 @@ class ExitTrials:
         self.matcher = matcher
         self.score = score
         self._objects = [matcher.objects_of(image_id) for image_id in recording.image_ids]
-        full = self.detections(None)
-        self._found = {iou: self._find(full, iou) for iou in (0.5, 0.75)}
+        self._found = self._find(self.detections(None))
         self.full = self.replay(None)
 
-    def replay(self, policy: Policies, num_stages: int | None = None) -> Trial:
+    def replay(self, policy: Policies) -> Trial:
         """Replay the recording with other exits.
 
         Args:
             policy: for all records, or one for each; ``None`` for the full cascade.
-            num_stages: if the cascade stops before the last one.
         """
-        entered, detections = self._replay(policy, num_stages)
+        entered, detections = self._replay(policy)
         ids = self.recording.image_ids
         matches = [self.matcher.match(i, found) for i, found in zip(ids, detections, strict=True)]
         flops = np.asarray(self.recording.stage_flops)
         proposed = sum(len(record.proposals) for record in self.recording.records)
-        matched = self.matcher.collect(matches)
+        matched = join_images(matches)
+        lost = np.array(
+            [
+                lost_shares(full, early)
+                for full, early in zip(self._found, self._find(detections), strict=True)
+            ]
+        )
         return Trial(
             metrics=average_precision(matched),
             matched=matched,
             entered=entered,
-            lost=self._lost(detections, 0.5),
-            lost_well_placed=self._lost(detections, 0.75),
+            lost=lost[:, 0],
+            lost_well_placed=lost[:, 1],
             work=float(entered.sum(axis=1) @ flops / max(proposed * flops.sum(), 1)),
         )
 
     def detections(self, policy: Policies) -> list[Detections]:
         """The detections of each image, in pixels of the original images."""
-        return self._replay(policy, None)[1]
+        return self._replay(policy)[1]
 
-    def _replay(
-        self, policy: Policies, num_stages: int | None
-    ) -> tuple[npt.NDArray[np.int64], list[Detections]]:
+    def _replay(self, policy: Policies) -> tuple[npt.NDArray[np.int64], list[Detections]]:
         records = self.recording.records
         if policy is None or isinstance(policy, ExitPolicy):
             policy = [policy] * len(records)
         entered, detections = [], []
         with torch.no_grad():
             for record, own in zip(records, policy, strict=True):
-                replay = record.replay(own, num_stages)
+                replay = record.replay(own)
                 entered.append(replay.entered.numpy())
                 detections += record.select(replay.reported)
         frames = self.recording.frames
         rescaled = [rescale_detections(d, *f) for d, f in zip(detections, frames, strict=True)]
         return np.concatenate(entered, axis=1), rescaled
 
-    def _find(self, detections: Sequence[Detections], iou: float) -> list[npt.NDArray[np.bool_]]:
+    def _find(self, detections: Sequence[Detections]) -> list[npt.NDArray[np.bool_]]:
         return [
-            found_objects(found, *objects, score=self.score, iou=iou)
+            found_objects(found, *objects, score=self.score)
             for found, objects in zip(detections, self._objects, strict=True)
         ]
-
-    def _lost(self, detections: Sequence[Detections], iou: float) -> npt.NDArray[np.float64]:
-        early = self._find(detections, iou)
-        return np.array([lost_share(*pair) for pair in zip(self._found[iou], early, strict=True)])

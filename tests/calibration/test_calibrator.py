@@ -20,13 +20,13 @@ from cascade_det.calibration.latency_model import LatencyModel
 from cascade_det.calibration.risk_control import (
     hoeffding_bentkus_p_value,
 )
-from cascade_det.calibration.search import Parameter, Search
+from cascade_det.calibration.search import Search
 from cascade_det.calibration.target import Target
 from cascade_det.calibration.trials import Recording, TrialSummary
 from cascade_det.config import get_cfg
 from cascade_det.errors import ConfigError, DatasetError
 
-LATENCY = LatencyModel(constant=5.0, per_call=(1.0, 1.0, 1.0), per_region=(0.1, 0.1, 0.1))
+LATENCY = LatencyModel(5.0, (1.0, 1.0, 1.0), (0.1, 0.1, 0.1), "some CPU", 1, 99, 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +246,7 @@ class _Simulated(Calibrator):
                 {"AP": 0.0}, empty, losses[row][images], losses[row][images], work[row]
             )
 
-        parameters = [Parameter("row", tuple({"row": row} for row in range(len(work))))]
+        parameters = {"row": [{"row": row} for row in range(len(work))]}
         self.search = Search(parameters, lambda setting: outcome(setting["row"], choosing))
         for row in range(len(work)):
             self.search.trial([row])
@@ -276,9 +276,7 @@ def test_learned_parts_are_copied_to_the_cpu_and_used(recorded):
         for parameter in parts.parameters():
             parameter.zero_()
     assert calibrator.trials.replay(calibrator.policy(setting)).work == trial.work
-    assert {"pruner at gate 0", "acceptance"} <= {
-        parameter.name for parameter in calibrator.search.parameters
-    }
+    assert {"pruner at gate 0", "acceptance"} <= calibrator.search.parameters.keys()
 
 
 def test_a_policy_is_what_its_setting_says():

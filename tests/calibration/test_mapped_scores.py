@@ -5,7 +5,7 @@ import pytest
 from recorded_trials import make_calibrator, make_trials
 
 from cascade_det.calibration.calibrator import to_last_stage
-from cascade_det.calibration.score_calibration import ScoreCalibration
+from cascade_det.calibration.score_calibration import UNCHANGED, ScoreMap
 from cascade_det.calibration.target import Target
 
 ACCEPT = {"THRESHOLDS": (0.6, 2.0)}
@@ -20,12 +20,12 @@ def many():
 
 class TestScores:
     def test_mapped_scores_mean_what_those_of_the_last_stage_do(self):
-        fitted = ScoreCalibration((0.5, 2.0, 0.8), (0.3, -1.0, 0.6))
+        fitted = [ScoreMap(0.5, 0.3), ScoreMap(2.0, -1.0), ScoreMap(0.8, 0.6)]
         maps = to_last_stage(fitted)
         logits = np.linspace(-4, 4, 50)
 
-        def by(calibration, logits, stage):
-            return calibration.scales[stage] * logits + calibration.shifts[stage]
+        def by(maps, logits, stage):
+            return maps[stage].scale * logits + maps[stage].shift
 
         for stage in range(3):
             as_last = by(fitted, by(maps, logits, stage), 2)
@@ -33,9 +33,13 @@ class TestScores:
         np.testing.assert_allclose(by(maps, logits, 2), logits, atol=1e-12)
 
     def test_what_could_not_be_fitted_stays(self):
-        maps = to_last_stage(ScoreCalibration((1.0, 2.0, 0.8), (0.0, -1.0, 0.6)))
-        assert (maps.scales[0], maps.shifts[0]) == (1.0, 0.0)
-        assert to_last_stage(ScoreCalibration((0.5, 2.0, 1.0), (0.3, -1.0, 0.0))) is None
+        maps = to_last_stage([UNCHANGED, ScoreMap(2.0, -1.0), ScoreMap(0.8, 0.6)])
+        assert maps[0] == UNCHANGED
+
+    def test_no_score_is_mapped_to_a_last_stage_without_a_fit(self, many, monkeypatch):
+        fitted = [ScoreMap(0.5, 0.3), ScoreMap(2.0, -1.0), UNCHANGED]
+        monkeypatch.setattr("cascade_det.calibration.calibrator.fit_score_maps", lambda *_: fitted)
+        assert many.with_scores(ACCEPT) is ACCEPT
 
     def test_they_are_mapped_where_that_helps(self, many):
         plain = many.trials.replay(many.policy(ACCEPT))
@@ -60,13 +64,11 @@ class TestScores:
     def test_they_stay_where_it_does_not(self, many, monkeypatch):
         # What left after stage 0 comes out in a row with what did not, but below or above it.
         plain = many.trials.replay(many.policy(ACCEPT)).metrics["AP"]
-        wrong = ScoreCalibration((0.5, 0.5, 1.1), (9.0, 9.0, 0.1))
-        maps = to_last_stage(wrong)
-        worse = {**ACCEPT, "SCORE_SCALES": maps.scales, "SCORE_SHIFTS": maps.shifts}
+        wrong = [ScoreMap(0.5, 9.0), ScoreMap(0.5, 9.0), ScoreMap(1.1, 0.1)]
+        scales, shifts = zip(*to_last_stage(wrong), strict=True)
+        worse = {**ACCEPT, "SCORE_SCALES": scales, "SCORE_SHIFTS": shifts}
         assert many.trials.replay(many.policy(worse)).metrics["AP"] < plain
-        monkeypatch.setattr(
-            "cascade_det.calibration.calibrator.fit_score_calibration", lambda *_: wrong
-        )
+        monkeypatch.setattr("cascade_det.calibration.calibrator.fit_score_maps", lambda *_: wrong)
         assert many.with_scores(ACCEPT) == ACCEPT
 
     def test_they_stay_where_all_leave_after_one_stage(self, many):

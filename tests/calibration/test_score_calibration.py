@@ -10,7 +10,7 @@ from scipy.special import expit, logit
 
 from cascade_det.calibration.score_calibration import (
     expected_calibration_error,
-    fit_score_calibration,
+    fit_score_maps,
 )
 
 SCALES, SHIFTS = (0.6, 1.5, 1.0), (-1.2, 0.3, 0.0)
@@ -27,7 +27,7 @@ def log_odds(p):
 def mapped(calibration, scores, stages):
     """Calibrated scores, by the definition in the docstring of the module."""
     logits = logit(np.asarray(scores))
-    scales, shifts = np.array(calibration.scales), np.array(calibration.shifts)
+    scales, shifts = np.array(calibration).T
     return expit(scales[stages] * logits + shifts[stages])
 
 
@@ -49,14 +49,14 @@ def standard_errors(scores, probabilities):
 
 def test_known_scales_and_shifts_are_found():
     scores, correct, stages = samples()
-    found = fit_score_calibration(scores, correct, stages, 3)
+    found = fit_score_maps(scores, correct, stages, 3)
     for stage in range(3):
         here = scores[stages == stage]
         truth = sigmoid(SCALES[stage] * log_odds(here) + SHIFTS[stage])
         scale_error, shift_error = standard_errors(here, truth)
         assert scale_error < 0.05
-        assert found.scales[stage] == pytest.approx(SCALES[stage], abs=3 * scale_error)
-        assert found.shifts[stage] == pytest.approx(SHIFTS[stage], abs=3 * shift_error)
+        assert found[stage].scale == pytest.approx(SCALES[stage], abs=3 * scale_error)
+        assert found[stage].shift == pytest.approx(SHIFTS[stage], abs=3 * shift_error)
 
 
 def test_fit_is_the_maximum():
@@ -66,15 +66,15 @@ def test_fit_is_the_maximum():
         p = sigmoid(scale * log_odds(scores) + shift)
         return np.where(correct, np.log(p), np.log(1 - p))[stages == stage].sum()
 
-    found = fit_score_calibration(scores, correct, stages, 3)
-    for stage, (scale, shift) in enumerate(zip(found.scales, found.shifts, strict=True)):
+    found = fit_score_maps(scores, correct, stages, 3)
+    for stage, (scale, shift) in enumerate(found):
         best = likelihood(scale, shift, stage)
         for scale_step, shift_step in ((1e-3, 0), (-1e-3, 0), (0, 1e-3), (0, -1e-3)):
             assert likelihood(scale + scale_step, shift + shift_step, stage) < best
 
 
 def test_error_falls_on_other_samples():
-    calibration = fit_score_calibration(*samples(), 3)
+    calibration = fit_score_maps(*samples(), 3)
     scores, correct, stages = samples(seed=1)
     before = expected_calibration_error(scores, correct)
     after = expected_calibration_error(mapped(calibration, scores, stages), correct)
@@ -84,12 +84,12 @@ def test_error_falls_on_other_samples():
 def test_order_within_a_stage_stays():
     # Scores that say the opposite of the outcome: they must not be turned around.
     scores = np.linspace(0.05, 0.95, 200)
-    calibration = fit_score_calibration(scores, scores < 0.5, np.zeros(200, int), 1)
-    assert 0 < calibration.scales[0] < 0.1
+    calibration = fit_score_maps(scores, scores < 0.5, np.zeros(200, int), 1)
+    assert 0 < calibration[0].scale < 0.1
     assert (np.diff(mapped(calibration, scores, np.zeros(200, int))) > 0).all()
     # Scores that tell all: no maximum exists, and what comes out is finite and rises.
-    calibration = fit_score_calibration(scores, scores > 0.5, np.zeros(200, int), 1)
-    assert calibration.scales[0] <= 100
+    calibration = fit_score_maps(scores, scores > 0.5, np.zeros(200, int), 1)
+    assert calibration[0].scale <= 100
     assert (np.diff(mapped(calibration, scores, np.zeros(200, int))) >= 0).all()
 
 
@@ -99,11 +99,11 @@ def test_stages_without_enough_to_learn_from_keep_their_scores():
     correct = rng.random(len(stages)) < 0.3
     correct[stages == 1], correct[stages == 2] = True, False
     scores = rng.uniform(0, 1, len(stages))
-    found = fit_score_calibration(scores, correct, stages, 5)
+    found = fit_score_maps(scores, correct, stages, 5)
     kept = [0, 1, 2, 4]
-    assert [found.scales[stage] for stage in kept] == [1] * 4
-    assert [found.shifts[stage] for stage in kept] == [0] * 4
-    assert found.scales[3] != 1
+    assert [found[stage].scale for stage in kept] == [1] * 4
+    assert [found[stage].shift for stage in kept] == [0] * 4
+    assert found[3].scale != 1
     rows = stages < 3
     np.testing.assert_allclose(mapped(found, scores, stages)[rows], scores[rows], rtol=1e-12)
 
@@ -111,8 +111,8 @@ def test_stages_without_enough_to_learn_from_keep_their_scores():
 def test_scores_of_0_and_1():
     scores = np.concatenate([np.zeros(100), np.ones(100)])
     correct = np.arange(200) % 4 > 0
-    found = fit_score_calibration(scores, correct, np.zeros(200, int), 1)
-    assert np.isfinite([*found.scales, *found.shifts]).all()
+    found = fit_score_maps(scores, correct, np.zeros(200, int), 1)
+    assert np.isfinite(found).all()
 
 
 def plain_error(scores, correct, bins):

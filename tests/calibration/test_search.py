@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_records import make_recorded_scene
 
-from cascade_det.calibration.search import TRADE_OFFS, Parameter, Search, loss_of
+from cascade_det.calibration.search import TRADE_OFFS, Search, loss_of
 from cascade_det.calibration.search_space import exit_parameters
 from cascade_det.calibration.trials import TrialSummary
 from cascade_det.config import exit_arguments, get_cfg, with_exits
@@ -44,10 +44,10 @@ class Separable:
         return outcome(50 - sum(lost for lost, _ in rows), 1 - sum(saved for _, saved in rows))
 
     def search(self):
-        parameters = [
-            Parameter(f"K{k}", ({}, *({f"K{k}": level} for level in range(1, len(row)))))
+        parameters = {
+            f"K{k}": [{}, *({f"K{k}": level} for level in range(1, len(row)))]
             for k, row in enumerate(self.table)
-        ]
+        }
         return Search(parameters, self)
 
     def everything(self):
@@ -103,12 +103,12 @@ class TestSearch:
         assert objective.runs == [(1, 0, 2)]
 
     def test_settings_of_several_parameters(self):
-        parameters = [
-            Parameter("a", ({}, {"REDUNDANCY_IOU": 0.8})),
-            Parameter("b", ({}, {"PRUNE_THRESHOLDS": (0.1, 0.0)})),
-            Parameter("c", ({}, {"PRUNE_THRESHOLDS": (0.0, 0.3)})),
-            Parameter("d", ({}, {"REGION_BUDGET": (0, 40, 0)})),
-        ]
+        parameters = {
+            "a": [{}, {"REDUNDANCY_IOU": 0.8}],
+            "b": [{}, {"PRUNE_THRESHOLDS": (0.1, 0.0)}],
+            "c": [{}, {"PRUNE_THRESHOLDS": (0.0, 0.3)}],
+            "d": [{}, {"REGION_BUDGET": (0, 40, 0)}],
+        }
         search = Search(parameters, lambda _: outcome(1, 1))
         assert search.setting([0, 0, 0, 0]) == {}
         assert search.setting([0, 1, 0, 0]) == {"PRUNE_THRESHOLDS": (0.1, 0.0)}
@@ -134,13 +134,12 @@ OBJECTNESS = np.random.default_rng(0).beta(0.3, 2.0, 4000).astype(np.float32)
 
 
 def make_parameters(*, objectness=OBJECTNESS, num_stages=3, proposals=1000, learned=()):
-    parameters = exit_parameters(
+    return exit_parameters(
         num_stages=num_stages,
         objectness=objectness,
         proposals_per_image=proposals,
         learned=learned,
     )
-    return {parameter.name: parameter.settings for parameter in parameters}
 
 
 class TestParameters:
@@ -199,7 +198,7 @@ class TestParameters:
     @pytest.mark.parametrize("same", [0.0, 0.5, 1.0])
     def test_alike_proposals_have_no_threshold(self, same):
         alike = np.full(50, same, np.float32)
-        assert make_parameters(objectness=alike)["objectness"] == ({},)
+        assert make_parameters(objectness=alike)["objectness"] == [{}]
 
     def test_without_proposals(self):
         parameters = make_parameters(objectness=np.zeros(0, np.float32), proposals=0)
@@ -207,7 +206,7 @@ class TestParameters:
             parameters["objectness"]
             == parameters["proposals"]
             == parameters["regions in stage 1"]
-            == ({},)
+            == [{}]
         )
 
     def test_numbers_of_regions_are_below_those_of_the_proposals(self):

@@ -294,7 +294,7 @@ def choose(monkeypatch):
     def make(name):
         def levels(calibrator, *_):
             parameters = calibrator.search.parameters
-            return tuple((len(p.settings) - 1) * (p.name == name) for p in parameters)
+            return tuple((len(s) - 1) * (key == name) for key, s in parameters.items())
 
         monkeypatch.setattr("cascade_det.calibration.calibrator.Calibrator._choose", levels)
 

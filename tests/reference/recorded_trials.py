@@ -5,7 +5,7 @@ import dataclasses
 from random_records import IMAGE_SIZE, make_recorded_scene
 
 from cascade_det.calibration.calibrator import Calibrator
-from cascade_det.calibration.image_matching import ImageMatcher
+from cascade_det.calibration.image_matching import ImageMatcher, join_images
 from cascade_det.calibration.trials import ExitTrials, Recording
 from cascade_det.config import get_cfg
 from cascade_det.core.structures import Detections
@@ -37,7 +37,7 @@ def make_calibrator(recording, matcher, *, tries=20, **others):
     if tries:
         calibrator.try_settings(tries)
         search = calibrator.search
-        last = [len(parameter.settings) - 1 for parameter in search.parameters]
+        last = [len(settings) - 1 for settings in search.parameters.values()]
         for index, level in enumerate(last):
             search.trial([level if i == index else 0 for i in range(len(last))])
         search.trial(last)
@@ -47,7 +47,7 @@ def make_calibrator(recording, matcher, *, tries=20, **others):
 def match_images(content, category_ids, detections_by_image, **options):
     """The matched detections of all images at once."""
     matcher = ImageMatcher(content, category_ids, **options)
-    return matcher.collect(matcher.match(*item) for item in detections_by_image.items())
+    return join_images(matcher.match(*item) for item in detections_by_image.items())
 
 
 def without_stages(detections):

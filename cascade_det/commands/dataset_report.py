@@ -9,8 +9,8 @@ from tabulate import tabulate
 
 from cascade_det.data.catalog import DatasetSource
 from cascade_det.data.coco_json import CheckedJson
-from cascade_det.data.dataset_check import check_dataset
 from cascade_det.data.dataset_summary import DatasetSummary, summarize
+from cascade_det.data.image_check import check_dataset
 from cascade_det.data.image_names import LinkRule
 from cascade_det.data.issues import Issues
 from cascade_det.errors import DatasetError

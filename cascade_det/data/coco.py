@@ -13,8 +13,7 @@ import numpy.typing as npt
 
 from cascade_det.data.catalog import DatasetSource
 from cascade_det.data.coco_json import CheckedJson, JsonObject, check_coco_json
-from cascade_det.data.dataset_check import check_dataset
-from cascade_det.data.image_check import MISSING
+from cascade_det.data.image_check import MISSING, check_dataset
 from cascade_det.data.image_names import ALL_LINKS, NEAR_LINKS, LinkRule
 from cascade_det.data.warnings import find_mistakes
 from cascade_det.errors import DatasetError
@@ -109,10 +108,7 @@ def load_dataset(
 
     Raises:
         DatasetError: the file is not COCO-format json, or has bad data that may not be skipped.
-        ValueError: another ``on_bad_data``.
     """
-    if on_bad_data not in ("error", "skip"):
-        raise ValueError(f"on_bad_data must be 'error' or 'skip', not {on_bad_data!r}")
     if check_images:
         checked = check_dataset(source, decode=decode, share=share, gather=gather, links=links)
     else:

@@ -37,7 +37,7 @@ def check_images(images: Any, names: Sequence[str] | None = None) -> list[Image]
 
 
 def given_pixels(image: Image, image_format: str) -> Pixels:
-    """The pixels of an image, uint8 ``[H, W, 3]``.
+    """The pixels of an image from ``check_images``, uint8 ``[H, W, 3]``.
 
     Args:
         image: uint8 ``[H, W, 3]`` in BGR order, as OpenCV reads it, or the path of a file.
@@ -45,9 +45,7 @@ def given_pixels(image: Image, image_format: str) -> Pixels:
 
     Raises:
         DatasetError: the file is missing or not an image.
-        ValueError: another type, or an array of another shape or dtype.
     """
-    _check_image(image)
     if not isinstance(image, np.ndarray):
         return read_image(os.fspath(image), image_format)
     return image if image_format == "BGR" else image[:, :, ::-1]

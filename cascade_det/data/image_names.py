@@ -32,10 +32,6 @@ class LinkRule:
     follow: str = LINK_RULES[0]
     option: str = "CASCADE.FOLLOW_LINKS"
 
-    def __post_init__(self) -> None:
-        if self.follow not in LINK_RULES:
-            raise ValueError(f"{self.option} is one of {LINK_RULES}, not {self.follow!r}")
-
 
 NEAR_LINKS = LinkRule()
 ALL_LINKS = LinkRule("all")
@@ -59,7 +55,9 @@ def name_guard(source: DatasetSource, links: LinkRule) -> Callable[[str], tuple[
     root = os.path.realpath(source.image_root)
     allowed = [root]
     if links.follow == "near":
-        allowed += _near(os.path.realpath(source.json_file.parent), os.path.realpath("."))
+        near = (os.path.realpath(source.json_file.parent), os.path.realpath("."))
+        # Everything is below the root of the file system.
+        allowed += [folder for folder in near if folder != os.path.sep]
     prefixes = tuple(os.path.join(folder, "") for folder in allowed)
     inside = os.path.join(root, "")
     # Many images share few folders, so only the file itself is resolved per image.
@@ -84,11 +82,6 @@ def name_guard(source: DatasetSource, links: LinkRule) -> Callable[[str], tuple[
         return kind, f"'{printable(link)}' leads to '{printable(path)}'"
 
     return find_escape
-
-
-def _near(*folders: str) -> list[str]:
-    # Everything is below the root of the file system.
-    return [folder for folder in folders if folder != os.path.sep]
 
 
 def _remedy(follow: str) -> str:

@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 from cascade_det.data.coco import CocoDataset, ImageRecord, check_same_classes
 from cascade_det.data.sampler import TrainingBatchSampler, aspect_ratio_groups
 from cascade_det.data.samples import (
-    AnnotatedSamples,
     Batch,
     Fetched,
     Sample,
@@ -75,7 +74,6 @@ def build_train_loader(
         ConfigError: ``images_per_batch`` is not divisible by the number of processes.
         DatasetError: no image to train on, or different classes; while iterating, an image that
             cannot be read or does not have the size given in the json.
-        ValueError: a value out of range.
     """
     check_same_classes(datasets)
     records = training_records(datasets, filter_empty)
@@ -130,16 +128,15 @@ def build_test_loader(
     Raises:
         DatasetError: while iterating, an image that cannot be read or does not have the size given
             in the json.
-        ValueError: not exactly one size.
     """
-    if len(min_sizes) != 1:
-        raise ValueError(f"testing takes one size, not min_sizes {tuple(min_sizes)}")
     rank, processes = share
     total = len(dataset.records)
     records = dataset.records[total * rank // processes : total * (rank + 1) // processes]
-    samples = AnnotatedSamples if annotated else TestSamples
+    transform = TrainTransform(
+        min_sizes=min_sizes, max_size=max_size, sampling="choice", flip="none"
+    )
     return _Loader(
-        samples(records, min_sizes[0], max_size, image_format),
+        TestSamples(records, transform, image_format, annotated=annotated),
         batch_size=images_per_batch,
         **_loader_arguments(num_workers),
     )

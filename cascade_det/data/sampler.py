@@ -52,14 +52,7 @@ class TrainingBatchSampler(Sampler[list[SampleReference]]):
 
         Raises:
             ConfigError: the batch size is not divisible by the number of processes.
-            ValueError: a number out of range, or not one group per image.
         """
-        if num_images < 1 or images_per_batch < 1:
-            raise ValueError("num_images and images_per_batch must be 1 or more")
-        if seed < 0 or start_batch < 0:
-            raise ValueError("seed and start_batch must be 0 or more")
-        if groups is not None and len(groups) != num_images:
-            raise ValueError(f"{len(groups)} groups for {num_images} images")
         rank, processes = share
         if images_per_batch % processes:
             raise ConfigError(

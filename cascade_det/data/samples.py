@@ -16,7 +16,7 @@ from cascade_det.data.sampler import (
     augmentation_generator,
     replacement_generator,
 )
-from cascade_det.data.transforms import Pixels, TrainTransform, read_image, resize_shortest_edge
+from cascade_det.data.transforms import Pixels, TrainTransform, read_image
 from cascade_det.errors import DatasetError
 
 Sample = dict[str, Any]
@@ -39,6 +39,16 @@ class Fetched(NamedTuple):
 class _Samples(Dataset[Sample], Generic[_Reference], ABC):
     """Makes samples, a batch at a time; a ``DatasetError`` is returned to the loader."""
 
+    def __init__(
+        self, records: list[ImageRecord], transform: TrainTransform, image_format: str
+    ) -> None:
+        self.records = records
+        self.transform = transform
+        self.image_format = image_format
+
+    def __len__(self) -> int:
+        return len(self.records)
+
     @abstractmethod
     def __getitem__(self, reference: _Reference) -> Sample: ...
 
@@ -52,6 +62,26 @@ class _Samples(Dataset[Sample], Generic[_Reference], ABC):
 
     def _make(self, reference: _Reference, replaced: list[str]) -> Sample:
         return self[reference]
+
+    def _sample(self, record: ImageRecord, generator: np.random.Generator) -> Sample:
+        usable = ~record.iscrowd
+        image, boxes, classes = self.transform(
+            _read(record, self.image_format),
+            record.boxes[usable],
+            record.classes[usable],
+            generator,
+        )
+        # np.array, unlike ascontiguousarray, always makes a writable copy, as torch requires.
+        channels_first = np.array(image.transpose(2, 0, 1), order="C")
+        return {
+            "image": torch.from_numpy(channels_first),
+            "height": record.height,
+            "width": record.width,
+            "image_id": record.image_id,
+            "file_name": record.file_name,
+            "gt_boxes": torch.from_numpy(boxes),
+            "gt_classes": torch.from_numpy(classes),
+        }
 
 
 class TrainingSamples(_Samples[SampleReference]):
@@ -67,21 +97,14 @@ class TrainingSamples(_Samples[SampleReference]):
         groups: Sequence[int],
         replace_broken: bool,
     ) -> None:
-        self.records = records
-        self.transform = transform
-        self.image_format = image_format
+        super().__init__(records, transform, image_format)
         self.seed = seed
         self.groups = np.asarray(groups)
         self.replace_broken = replace_broken
 
     def __getitem__(self, reference: SampleReference) -> Sample:
         position, index = reference
-        return _annotated_sample(
-            self.records[index],
-            self.transform,
-            self.image_format,
-            augmentation_generator(self.seed, position),
-        )
+        return self._sample(self.records[index], augmentation_generator(self.seed, position))
 
     def _make(self, reference: SampleReference, replaced: list[str]) -> Sample:
         try:
@@ -108,56 +131,25 @@ class TrainingSamples(_Samples[SampleReference]):
 
 
 class TestSamples(_Samples[int]):
-    """Resized samples by index of the image."""
+    """Resized samples by index of the image, with boxes and classes where ``annotated``."""
 
     def __init__(
-        self, records: list[ImageRecord], short_edge: int, max_size: int, image_format: str
+        self,
+        records: list[ImageRecord],
+        transform: TrainTransform,
+        image_format: str,
+        *,
+        annotated: bool,
     ) -> None:
-        self.records = records
-        self.short_edge = short_edge
-        self.max_size = max_size
-        self.image_format = image_format
-
-    def __len__(self) -> int:
-        return len(self.records)
+        super().__init__(records, transform, image_format)
+        self.annotated = annotated
 
     def __getitem__(self, reference: int) -> Sample:
-        record = self.records[reference]
-        image = _read(record, self.image_format)
-        return _sample(record, resize_shortest_edge(image, self.short_edge, self.max_size))
-
-
-class AnnotatedSamples(TestSamples):
-    """Test samples with boxes and classes, for losses on a test set."""
-
-    def __init__(
-        self, records: list[ImageRecord], short_edge: int, max_size: int, image_format: str
-    ) -> None:
-        super().__init__(records, short_edge, max_size, image_format)
-        self.transform = TrainTransform(
-            min_sizes=(short_edge,), max_size=max_size, sampling="choice", flip="none"
-        )
-
-    def __getitem__(self, reference: int) -> Sample:
-        unused = np.random.default_rng(0)
-        return _annotated_sample(self.records[reference], self.transform, self.image_format, unused)
-
-
-def _annotated_sample(
-    record: ImageRecord,
-    transform: TrainTransform,
-    image_format: str,
-    generator: np.random.Generator,
-) -> Sample:
-    usable = ~record.iscrowd
-    image, boxes, classes = transform(
-        _read(record, image_format), record.boxes[usable], record.classes[usable], generator
-    )
-    return {
-        **_sample(record, image),
-        "gt_boxes": torch.from_numpy(boxes),
-        "gt_classes": torch.from_numpy(classes),
-    }
+        unused = np.random.default_rng(0)  # one size, no flip
+        sample = self._sample(self.records[reference], unused)
+        if not self.annotated:
+            del sample["gt_boxes"], sample["gt_classes"]
+        return sample
 
 
 def _read(record: ImageRecord, image_format: str) -> Pixels:
@@ -170,15 +162,3 @@ def _read(record: ImageRecord, image_format: str) -> Pixels:
             "Correct the json: its boxes would be in the wrong place."
         )
     return image
-
-
-def _sample(record: ImageRecord, image: Pixels) -> Sample:
-    # np.array, unlike ascontiguousarray, always makes a writable copy, as torch requires.
-    channels_first = np.array(image.transpose(2, 0, 1), order="C")
-    return {
-        "image": torch.from_numpy(channels_first),
-        "height": record.height,
-        "width": record.width,
-        "image_id": record.image_id,
-        "file_name": record.file_name,
-    }

@@ -13,8 +13,8 @@ from PIL import Image
 
 from cascade_det.data.catalog import DatasetSource
 from cascade_det.data.coco import load_dataset
-from cascade_det.data.dataset_check import check_dataset
 from cascade_det.data.dataset_summary import summarize
+from cascade_det.data.image_check import check_dataset
 from cascade_det.data.loader import build_test_loader, build_train_loader
 from cascade_det.errors import DatasetError
 

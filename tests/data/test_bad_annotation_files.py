@@ -182,8 +182,3 @@ def test_available_memory_is_limited_by_the_container(tmp_path, monkeypatch):
     assert annotation_file.available_memory() == 7000
     meminfo.unlink()
     assert annotation_file.available_memory() is None
-
-
-def test_on_bad_data_has_two_values(coco):
-    with pytest.raises(ValueError, match="on_bad_data must be"):
-        load_dataset(coco.write([]), "ignore")

@@ -44,8 +44,6 @@ def test_arrays_and_files_are_taken(tmp_path):
 def test_all_else_is_a_value_error_that_says_what_is_wanted(image, words):
     with pytest.raises(ValueError, match=words):
         check_images([ARRAY, image])
-    with pytest.raises(ValueError, match=words):
-        given_pixels(image, "BGR")
 
 
 def test_several_are_a_list_or_tuple():

@@ -13,7 +13,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from cascade_det.data.coco import load_dataset
-from cascade_det.data.image_check import ImageEntry, check_image, find_bad_images
+from cascade_det.data.image_check import _find_bad_images, check_image
 from cascade_det.data.transforms import read_image
 from cascade_det.errors import DatasetError
 
@@ -30,7 +30,12 @@ def picture():
 
 
 def entry(path, height=HEIGHT, width=WIDTH):
-    return ImageEntry(7, str(path.parent), path.name, height, width)
+    """The folder of an image, and its entry in a json."""
+    return str(path.parent), {"id": 7, "file_name": path.name, "height": height, "width": width}
+
+
+def bad_images(folder, entries, *, decode=False):
+    return _find_bad_images(str(folder), entries, decode, lambda _: None)
 
 
 def save(pixels, path, mode=None, **options):
@@ -80,8 +85,8 @@ def test_good_images_pass_and_are_read_as_opencv_reads_them(tmp_path, picture, c
         Image.fromarray(grey).save(path)
     else:
         path = save(picture, tmp_path / name, mode, **options)
-    assert check_image(entry(path)) is None
-    assert check_image(entry(path), decode=True) is None
+    assert check_image(*entry(path)) is None
+    assert check_image(*entry(path), decode=True) is None
     ours = read_image(str(path), "BGR")
     assert ours.shape == (HEIGHT, WIDTH, 3)
     if mode != "I;16":
@@ -118,8 +123,8 @@ def test_rotated_images_are_read_upright(tmp_path, picture, suffix, orientation)
     if suffix != "tif" and importlib.util.find_spec("detectron2"):
         theirs = importlib.import_module("detectron2.data.detection_utils")
         np.testing.assert_array_equal(upright, theirs.read_image(str(path), "RGB"))
-    assert check_image(entry(path)) is None
-    issue = check_image(entry(path, WIDTH, HEIGHT))
+    assert check_image(*entry(path)) is None
+    issue = check_image(*entry(path, WIDTH, HEIGHT))
     if orientation <= 4:
         assert issue.kind == "image whose width and height are exchanged in the json"
     elif suffix != "tif":  # Pillow does not say how a TIFF was stored
@@ -135,7 +140,7 @@ def test_a_png_with_its_exif_data_behind_the_pixels(tmp_path, picture):
     end = data.index(b"IEND") - 4
     late = png_chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
     path.write_bytes(data[:end] + late + data[end:])
-    assert check_image(entry(path, WIDTH, HEIGHT)) is None
+    assert check_image(*entry(path, WIDTH, HEIGHT)) is None
     assert read_image(str(path), "RGB").shape == (WIDTH, HEIGHT, 3)
 
 
@@ -143,7 +148,7 @@ def test_a_png_with_its_exif_data_behind_the_pixels(tmp_path, picture):
 def test_bytes_behind_the_end_do_no_harm(tmp_path, picture, suffix):
     path = save(picture, tmp_path / f"a.{suffix}")
     path.write_bytes(path.read_bytes() + b"\0made by a camera\xff\xd8\0")
-    assert check_image(entry(path)) is None
+    assert check_image(*entry(path)) is None
     assert read_image(str(path), "RGB").shape == picture.shape
 
 
@@ -153,7 +158,7 @@ def test_a_camera_s_jpeg_with_further_pictures_is_no_animation(tmp_path, picture
     Image.fromarray(picture).save(path, "MPO", save_all=True, append_images=others)
     with Image.open(path) as image:
         assert image.format == "MPO"
-    assert check_image(entry(path)) is None
+    assert check_image(*entry(path)) is None
 
 
 def test_a_tiff_with_previews_has_one_picture(tmp_path, picture):
@@ -165,7 +170,7 @@ def test_a_tiff_with_previews_has_one_picture(tmp_path, picture):
         image.seek(1)
         if image.tag_v2.get(254) != 1:
             pytest.skip("this Pillow cannot mark a page as a preview")
-    assert check_image(entry(path)) is None
+    assert check_image(*entry(path)) is None
 
 
 def test_real_photographs_pass(bccd):
@@ -173,24 +178,24 @@ def test_real_photographs_pass(bccd):
     entries = []
     for number, path in enumerate(files):
         height, width = cv2.imread(str(path)).shape[:2]
-        entries.append(ImageEntry(number, str(path.parent), path.name, height, width))
-    assert find_bad_images(entries) == {}
-    assert find_bad_images(entries, decode=True) == {}
+        entries.append(entry(path, height, width)[1] | {"id": number})
+    assert bad_images(bccd / "images", entries) == {}
+    assert bad_images(bccd / "images", entries, decode=True) == {}
 
 
 # -- what is refused ------------------------------------------------------------------------------
 
 
 def test_missing_and_empty_files_and_what_is_none(tmp_path):
-    assert check_image(entry(tmp_path / "no.png")).kind == "missing image file"
+    assert check_image(*entry(tmp_path / "no.png")).kind == "missing image file"
     (tmp_path / "file").write_text("")
-    assert check_image(entry(tmp_path / "file")).kind == "empty image file"
-    assert check_image(entry(tmp_path / "file/a.png")).kind == "image file that cannot be read"
-    assert check_image(entry(tmp_path)).kind == "image that is no file"
+    assert check_image(*entry(tmp_path / "file")).kind == "empty image file"
+    assert check_image(*entry(tmp_path / "file/a.png")).kind == "image file that cannot be read"
+    assert check_image(*entry(tmp_path)).kind == "image that is no file"
     os.mkfifo(tmp_path / "pipe")
-    assert check_image(entry(tmp_path / "pipe")).kind == "image that is no file"
+    assert check_image(*entry(tmp_path / "pipe")).kind == "image that is no file"
     (tmp_path / "a.jpg").write_text("<html>404 not found</html>")
-    issue = check_image(entry(tmp_path / "a.jpg"))
+    issue = check_image(*entry(tmp_path / "a.jpg"))
     assert issue.kind == "image file that is truncated or no image"
     assert issue.detail.startswith("image 7 ('a.jpg'): cannot be read as an image")
 
@@ -206,10 +211,10 @@ def test_truncated_files_are_found_without_decoding_all(tmp_path, picture, case,
     try:
         read_image(str(path), "RGB")
     except DatasetError:
-        assert check_image(entry(path)).kind == "image file that is truncated or no image"
+        assert check_image(*entry(path)).kind == "image file that is truncated or no image"
     else:  # only an end without pixels is gone
         assert kept == 0.95
-        assert check_image(entry(path)) is None
+        assert check_image(*entry(path)) is None
 
 
 def test_damage_in_the_middle_is_found_by_decoding(tmp_path):
@@ -219,8 +224,8 @@ def test_damage_in_the_middle_is_found_by_decoding(tmp_path):
     middle = len(data) // 2
     data[middle : middle + 60] = bytes(60)
     path.write_bytes(data)
-    assert check_image(entry(path)) is None
-    issue = check_image(entry(path), decode=True)
+    assert check_image(*entry(path)) is None
+    issue = check_image(*entry(path), decode=True)
     assert issue.kind == "image file that is truncated or no image"
 
 
@@ -229,12 +234,12 @@ def test_animations_are_refused(tmp_path, picture, suffix):
     path = tmp_path / f"a.{suffix}"
     others = [Image.fromarray(picture[::-1])]
     Image.fromarray(picture).save(path, save_all=True, append_images=others)
-    assert check_image(entry(path)).kind.startswith("image of several frames or pages")
+    assert check_image(*entry(path)).kind.startswith("image of several frames or pages")
 
 
 def test_floating_point_pixels_are_refused(tmp_path, picture):
     path = save(picture[..., 0].astype(np.float32) / 255, tmp_path / "a.tif")
-    assert check_image(entry(path)).kind.startswith("image of floating-point pixels")
+    assert check_image(*entry(path)).kind.startswith("image of floating-point pixels")
 
 
 def test_a_decompression_bomb_is_not_decoded(tmp_path):
@@ -244,7 +249,7 @@ def test_a_decompression_bomb_is_not_decoded(tmp_path):
     chunks = [(b"IHDR", head), (b"IDAT", pixels), (b"IEND", b"")]
     path = tmp_path / "bomb.png"
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks))
-    issue = check_image(entry(path, 60_000, 60_000))
+    issue = check_image(*entry(path, 60_000, 60_000))
     assert issue.kind == "enormous image (a decompression bomb?)"
     assert "3600000000 pixels" in issue.detail
 
@@ -262,8 +267,8 @@ def test_any_bytes_give_an_issue_or_a_size(tmp_path, picture):
             path.write_bytes(data.tobytes()[: generator.integers(1, len(data) + 1)])
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                check_image(entry(path))
-                if check_image(entry(path), decode=True) is None:
+                check_image(*entry(path))
+                if check_image(*entry(path), decode=True) is None:
                     assert read_image(str(path), "RGB").shape == picture.shape
 
 
@@ -314,22 +319,20 @@ def test_decoding_leaves_damaged_images_out_of_images_and_boxes(coco):
 def test_many_images_are_each_looked_at(tmp_path, picture):
     path = save(picture, tmp_path / "a.png")
     wrong = {0, 63, 64, 127, 200, 299}
-    entries = [
-        ImageEntry(n, str(tmp_path), path.name, HEIGHT + (n in wrong), WIDTH) for n in range(300)
-    ]
-    assert set(find_bad_images(entries)) == wrong
+    entries = [entry(path, HEIGHT + (n in wrong))[1] | {"id": n} for n in range(300)]
+    assert set(bad_images(tmp_path, entries)) == wrong
 
 
 def test_an_interrupt_does_not_wait_for_the_rest(tmp_path, picture, monkeypatch):
     path = save(picture, tmp_path / "a.png")
     seen = []
 
-    def interrupted(entry, *, decode):
+    def interrupted(_, entry, *, decode):
         seen.append(entry)
         time.sleep(0.001)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("cascade_det.data.image_check.check_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        find_bad_images([entry(path)] * 100_000)
+        bad_images(tmp_path, [entry(path)[1]] * 100_000)
     assert len(seen) < 1000

@@ -131,11 +131,6 @@ def test_without_a_look_at_images_links_do_not_matter(far, linked):
     assert len(load_dataset(linked(far), check_images=False).records) == 1
 
 
-def test_another_rule():
-    with pytest.raises(ValueError, match=r"CASCADE\.FOLLOW_LINKS is one of .*, not 'yes'"):
-        LinkRule("yes")
-
-
 # -- names that no terminal should see, and no encoder takes ---------------------------------------
 
 NAMES = {

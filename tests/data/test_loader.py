@@ -221,11 +221,6 @@ def test_a_set_without_annotations_can_be_run_on(coco):
     assert len(list(build_test_loader(dataset, **TEST))) == 1
 
 
-def test_testing_takes_one_size(dataset):
-    with pytest.raises(ValueError, match="testing takes one size"):
-        build_test_loader(dataset, **{**TEST, "min_sizes": (10, 20)})
-
-
 # -- errors on the way ----------------------------------------------------------------------------
 
 

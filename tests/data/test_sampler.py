@@ -4,7 +4,6 @@ import itertools
 from collections import Counter, defaultdict
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -85,22 +84,6 @@ def test_the_first_place_is_shared_evenly():
     firsts = Counter(first_batches(1, 4, 1, seed=seed)[0][0][1] for seed in range(800))
     assert sorted(firsts) == [0, 1, 2, 3]
     assert all(150 < count < 250 for count in firsts.values())  # 200 +- 4 standard deviations
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"num_images": 0},
-        {"images_per_batch": 0},
-        {"seed": -1},
-        {"start_batch": -1},
-        {"groups": [0, 1]},
-    ],
-)
-def test_wrong_arguments(wrong):
-    arguments = {"num_images": 3, "images_per_batch": 2, "seed": 0} | wrong
-    with pytest.raises(ValueError, match=r"must be|groups for"):
-        TrainingBatchSampler(**arguments)
 
 
 def test_augmentation_generators_repeat_and_differ():

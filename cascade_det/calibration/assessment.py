@@ -160,7 +160,7 @@ class Assessment:
                 search.setting(levels),
                 trial,
                 self.calibrator.trials.full,
-                predicted=latency.per_image(trial.entered),
+                latency,
                 chosen=search.setting(levels) == calibration.plain,
             )
             for levels, trial in search.tried.items()
@@ -177,9 +177,9 @@ class Assessment:
             point.setting,
             trial,
             self.calibrator.others.full,
-            milliseconds=milliseconds.get(setting_name(point.setting)),
-            predicted=latency.per_image(trial.entered),
+            latency,
             chosen=point.chosen,
+            milliseconds=milliseconds.get(setting_name(point.setting)),
         )
 
     def _policy_on_device(self, setting: Setting) -> ExitPolicy:

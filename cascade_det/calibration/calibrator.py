@@ -102,8 +102,7 @@ class Calibrator:
             learned=() if learned is None else learned.names,
         )
         self.search = Search(
-            parameters,
-            lambda setting: self.trials.replay(self.policy(setting)).summary(),
+            parameters, lambda setting: self.trials.replay(self.policy(setting)).summary()
         )
 
     def policy(self, setting: Setting) -> ExitPolicy:

@@ -17,11 +17,7 @@ IOUS = (0.5, 0.75)
 
 
 def found_objects(
-    detections: Detections,
-    gt_boxes: npt.ArrayLike,
-    gt_classes: npt.ArrayLike,
-    *,
-    score: float,
+    detections: Detections, gt_boxes: npt.ArrayLike, gt_classes: npt.ArrayLike, *, score: float
 ) -> npt.NDArray[np.bool_]:
     """Which objects the detections of an image find.
 

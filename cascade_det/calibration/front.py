@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cascade_det.calibration.latency_model import LatencyModel
 from cascade_det.calibration.search import Setting
 from cascade_det.calibration.trials import TrialSummary
 from cascade_det.files import write_csv
@@ -55,10 +56,10 @@ def front_point(
     setting: Setting,
     trial: TrialSummary,
     full: TrialSummary,
+    latency: LatencyModel,
     *,
+    chosen: bool,
     milliseconds: float | None = None,
-    predicted: float | None = None,
-    chosen: bool = False,
 ) -> FrontPoint:
     """A trial as a point.
 
@@ -66,9 +67,9 @@ def front_point(
         setting: that was tried.
         trial: of the setting.
         full: of the full cascade on the same images.
-        milliseconds: per image, measured.
-        predicted: milliseconds per image by the latency model.
+        latency: predicts milliseconds.
         chosen: whether it is the setting chosen for the target.
+        milliseconds: per image, measured.
     """
     ap = trial.metrics["AP"]
     shares = trial.entered.sum(axis=1) / max(full.entered[0].sum(), 1)
@@ -79,7 +80,7 @@ def front_point(
         work=trial.work,
         region_shares=tuple(shares.tolist()),
         milliseconds=milliseconds,
-        predicted=predicted,
+        predicted=latency.per_image(trial.entered),
         chosen=chosen,
     )
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from scipy.special import bdtr, rel_entr
 
 from cascade_det.errors import CascadeDetError
-from cascade_det.evaluation.mean_bounds import check_probability, checked_losses
+from cascade_det.evaluation.mean_bounds import checked_losses
 
 # A sum of n floats may come out slightly above the whole number that it is, and rounding it up
 # would then count one loss more.
@@ -35,11 +35,7 @@ def smallest_sample(risk: float, delta: float) -> int:
         risk: level to stay below, in (0, 1).
         delta: probability of a failure, in (0, 1).
 
-    Raises:
-        ValueError: ``risk`` or ``delta`` is outside (0, 1).
     """
-    check_probability("risk", risk)
-    check_probability("delta", delta)
     return max(1, math.ceil(math.log(delta) / math.log1p(-risk) - _ROUNDING))
 
 
@@ -78,10 +74,9 @@ def hoeffding_bentkus_p_value(losses: npt.ArrayLike, risk: float) -> float:
         risk: in (0, 1).
 
     Raises:
-        ValueError: a loss is outside [0, 1], there is none, or ``risk`` is outside (0, 1).
+        ValueError: a loss is outside [0, 1], or there is none.
     """
     values = checked_losses(losses)
-    check_probability("risk", risk)
     total, count = values.sum(), len(values)
     mean = np.minimum(total / count, risk)
     divergence = rel_entr(mean, risk) + rel_entr(1 - mean, 1 - risk)

@@ -38,10 +38,7 @@ UNCHANGED = ScoreMap(1.0, 0.0)
 
 
 def fit_score_maps(
-    scores: npt.ArrayLike,
-    correct: npt.ArrayLike,
-    exit_stages: npt.ArrayLike,
-    num_stages: int,
+    scores: npt.ArrayLike, correct: npt.ArrayLike, exit_stages: npt.ArrayLike, num_stages: int
 ) -> list[ScoreMap]:
     """Fit the map of each stage by maximum likelihood.
 

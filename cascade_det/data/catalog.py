@@ -52,6 +52,12 @@ def find_dataset(name: str, own_datasets: Iterable[tuple[str, str, str]] = ()) -
     source = own.get(name) or _builtin_source(name)
     if source is None:
         raise DatasetError(_unknown_name(name, [*own, *_BUILTIN_COCO]))
+    if not source.json_file.is_file():
+        missing = f"annotation file {source.json_file}"
+    elif not source.image_root.is_dir():
+        missing = f"image folder {source.image_root}"
+    else:
+        return source
     if name in own:
         remedy = f"Correct the entry {name!r} of {OWN_DATASETS_KEY}."
     else:
@@ -59,15 +65,7 @@ def find_dataset(name: str, own_datasets: Iterable[tuple[str, str, str]] = ()) -
             f"Set the environment variable {ROOT_VARIABLE} to the folder that holds 'coco/' "
             f"(it is {str(_builtin_root())!r} now)."
         )
-    if not source.json_file.is_file():
-        raise DatasetError(
-            f"data set {name!r}: there is no annotation file {source.json_file}. {remedy}"
-        )
-    if not source.image_root.is_dir():
-        raise DatasetError(
-            f"data set {name!r}: there is no image folder {source.image_root}. {remedy}"
-        )
-    return source
+    raise DatasetError(f"data set {name!r}: there is no {missing}. {remedy}")
 
 
 def dataset_of_files(json_file: str, image_folder: str | None = None) -> DatasetSource:
@@ -92,7 +90,7 @@ def _own_sources(own_datasets: Iterable[tuple[str, str, str]]) -> dict[str, Data
     for name, json_file, image_root in own_datasets:
         source = DatasetSource(name, Path(json_file).expanduser(), Path(image_root).expanduser())
         other = sources.get(name) or _builtin_source(name)
-        if other is not None and not _same_paths(source, other):
+        if other is not None and _resolved(source) != _resolved(other):
             raise DatasetError(
                 f"{OWN_DATASETS_KEY}: the name {name!r} means {source.json_file} with images in "
                 f"{source.image_root}, and also {other.json_file} with images in "
@@ -102,11 +100,8 @@ def _own_sources(own_datasets: Iterable[tuple[str, str, str]]) -> dict[str, Data
     return sources
 
 
-def _same_paths(one: DatasetSource, other: DatasetSource) -> bool:
-    return (one.json_file.resolve(), one.image_root.resolve()) == (
-        other.json_file.resolve(),
-        other.image_root.resolve(),
-    )
+def _resolved(source: DatasetSource) -> tuple[Path, Path]:
+    return source.json_file.resolve(), source.image_root.resolve()
 
 
 def _builtin_source(name: str) -> DatasetSource | None:

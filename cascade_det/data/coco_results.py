@@ -37,12 +37,7 @@ def coco_results(
     # A tensor may be on another device.
     boxes = np.asarray(boxes.detach().cpu() if hasattr(boxes, "detach") else boxes).copy()
     boxes[:, 2:] -= boxes[:, :2]  # XYXY to XYWH
-    columns = (
-        boxes.tolist(),
-        detections.scores.tolist(),
-        classes,
-        detections.exit_stages.tolist(),
-    )
+    columns = (boxes.tolist(), detections.scores.tolist(), classes, detections.exit_stages.tolist())
     return [
         {
             "image_id": image_id,

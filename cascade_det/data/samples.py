@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from cascade_det.data.coco import ImageRecord
-from cascade_det.data.sampler import (
-    SampleReference,
-    augmentation_generator,
-    replacement_generator,
-)
+from cascade_det.data.sampler import SampleReference, augmentation_generator, replacement_generator
 from cascade_det.data.transforms import Pixels, TrainTransform, read_image
 from cascade_det.errors import DatasetError
 
 Sample = dict[str, Any]
 Batch = list[Sample]
-_Reference = TypeVar("_Reference")
 
 # This many broken images in a row suggest another cause, such as an unmounted disk.
 REPLACEMENTS_TRIED = 20
@@ -36,7 +30,7 @@ class Fetched(NamedTuple):
     error: DatasetError | None = None
 
 
-class _Samples(Dataset[Sample], Generic[_Reference], ABC):
+class _Samples(Dataset[Sample]):
     """Makes samples, a batch at a time; a ``DatasetError`` is returned to the loader."""
 
     def __init__(
@@ -49,10 +43,7 @@ class _Samples(Dataset[Sample], Generic[_Reference], ABC):
     def __len__(self) -> int:
         return len(self.records)
 
-    @abstractmethod
-    def __getitem__(self, reference: _Reference) -> Sample: ...
-
-    def __getitems__(self, references: list[_Reference]) -> Fetched:
+    def __getitems__(self, references: list[Any]) -> Fetched:
         replaced: list[str] = []
         try:
             batch = [self._make(reference, replaced) for reference in references]
@@ -60,7 +51,7 @@ class _Samples(Dataset[Sample], Generic[_Reference], ABC):
             return Fetched([], replaced, error)
         return Fetched(batch, replaced)
 
-    def _make(self, reference: _Reference, replaced: list[str]) -> Sample:
+    def _make(self, reference: Any, replaced: list[str]) -> Sample:
         return self[reference]
 
     def _sample(self, record: ImageRecord, generator: np.random.Generator) -> Sample:
@@ -84,7 +75,7 @@ class _Samples(Dataset[Sample], Generic[_Reference], ABC):
         }
 
 
-class TrainingSamples(_Samples[SampleReference]):
+class TrainingSamples(_Samples):
     """Augmented samples by (position in the stream, index of the image)."""
 
     def __init__(
@@ -130,7 +121,7 @@ class TrainingSamples(_Samples[SampleReference]):
         )
 
 
-class TestSamples(_Samples[int]):
+class TestSamples(_Samples):
     """Resized samples by index of the image, with boxes and classes where ``annotated``."""
 
     def __init__(

@@ -20,8 +20,10 @@ from cascade_det.calibration.front import (
     write_front,
 )
 from cascade_det.calibration.front_plot import plot_front
+from cascade_det.calibration.latency_model import LatencyModel
 from cascade_det.core.exits import ExitPolicy
 
+LATENCY = LatencyModel(5.0, (1.0, 1.0, 1.0), (0.1, 0.1, 0.1), "some CPU", 1, 99, 0.0)
 NOTHING_ELSE = {"profiles": {}, "tried": (), "compared": (), "chosen": ()}
 
 
@@ -38,7 +40,7 @@ def test_a_trial_as_a_point():
     trials = make_trials(num_proposals=(70, 55))
     trial = trials.replay(ExitPolicy(num_stages=3, prune_thresholds=(0.5, 0.6)))
     setting = {"PRUNE_THRESHOLDS": (0.5, 0.6)}
-    got = front_point(setting, trial, trials.full, milliseconds=12.5, chosen=True)
+    got = front_point(setting, trial, trials.full, LATENCY, chosen=True, milliseconds=12.5)
     entered = trial.entered.sum(axis=1)
     assert got.region_shares == pytest.approx(entered / 250)
     wanted_work = entered @ np.array(STAGE_FLOPS) / (250 * sum(STAGE_FLOPS))
@@ -46,7 +48,9 @@ def test_a_trial_as_a_point():
     assert got.ap == trial.metrics["AP"]
     assert got.drop == pytest.approx(trials.full.metrics["AP"] - got.ap)
     assert (got.setting, got.milliseconds, got.chosen) == (setting, 12.5, True)
-    assert front_point({}, trials.full, trials.full).region_shares == (1, 1, 1)
+    assert got.predicted == LATENCY.per_image(trial.entered)
+    full = front_point({}, trials.full, trials.full, LATENCY, chosen=False)
+    assert full.region_shares == (1, 1, 1)
 
 
 class TestChosenPoints:

@@ -54,8 +54,6 @@ def test_a_sum_of_floats_is_not_rounded_up_to_one_more():
 def test_losses_outside_0_to_1_are_refused(losses, message):
     with pytest.raises(ValueError, match=message):
         hoeffding_bentkus_p_value(losses, 0.1)
-    with pytest.raises(ValueError, match="risk must be between 0 and 1, not 1"):
-        hoeffding_bentkus_p_value([0.5], 1)
 
 
 @pytest.mark.parametrize(("risk", "count"), [(0.05, 45), (0.02, 114), (0.01, 230), (0.005, 460)])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import numpy as np
 
@@ -27,6 +27,8 @@ from cascade_det.calibration.search import Setting
 from cascade_det.calibration.search_space import usual_settings
 from cascade_det.calibration.target import Options
 from cascade_det.core import ExitPolicy
+from cascade_det.data.samples import Batch
+from cascade_det.engine.detector import CascadeDetector
 from cascade_det.evaluation.agreement import agreement_loss
 from cascade_det.evaluation.mean_bounds import mean_upper_bound
 
@@ -44,26 +46,29 @@ _PARTS = {
 }
 
 
+@dataclass(frozen=True)
 class Assessment:
     """Measures a detector and its exits.
 
-    Args:
+    Attributes:
         calibrator: after its search.
+        calibration: its result.
+        latency: of the device.
         detector: that was recorded.
         batches: to measure milliseconds on, of equal size.
         options: how thorough.
     """
 
-    def __init__(
-        self, calibrator: Calibrator, detector: Any, batches: Sequence[Any], options: Options
-    ) -> None:
-        self.calibrator = calibrator
-        self.detector = detector
-        self.batches = batches
-        self.options = options
+    calibrator: Calibrator
+    calibration: Calibration
+    latency: LatencyModel
+    detector: CascadeDetector
+    batches: Sequence[Batch]
+    options: Options
 
-    def expected(self, calibration: Calibration) -> dict[str, float]:
+    def expected(self) -> dict[str, float]:
         """Metrics of the setting on the images that it was not chosen on."""
+        calibration = self.calibration
         reported, full = calibration.reported, calibration.full
         plain = self.calibrator.others.replay(self.calibrator.policy(calibration.plain))
         loss, deviation = self.loss(calibration.setting)
@@ -102,9 +107,9 @@ class Assessment:
         # two deviations, so a bound that holds for any distribution counts as two.
         return mean, max(deviation, (mean_upper_bound(losses, PROMISE_DELTA) - mean) / 2)
 
-    def settings(self, calibration: Calibration) -> dict[str, Setting]:
+    def settings(self) -> dict[str, Setting]:
         """The setting, each of its parts alone, and each rule alone, by name."""
-        learned = self.calibrator.learned
+        learned, calibration = self.calibrator.learned, self.calibration
         first = calibration.rejected or calibration
         return {
             CHOSEN: calibration.setting,
@@ -113,15 +118,13 @@ class Assessment:
             **usual_settings(self.calibrator.num_stages, () if learned is None else learned.names),
         }
 
-    def milliseconds(
-        self, calibration: Calibration, points: Sequence[FrontPoint]
-    ) -> dict[str, float]:
+    def milliseconds(self, points: Sequence[FrontPoint]) -> dict[str, float]:
         """Milliseconds per image: of points by their setting, of the comparison by name.
 
         All are measured in one run, in turn, so that they can be compared.
         """
         settings = {
-            **self.settings(calibration),
+            **self.settings(),
             **{setting_name(point.setting): point.setting for point in points},
         }
         most_proposals = self.calibrator.trials.recording.most_proposals
@@ -141,18 +144,13 @@ class Assessment:
             for name, calls in timings.items()
         }
 
-    def comparison(
-        self, calibration: Calibration, milliseconds: Mapping[str, float]
-    ) -> list[ComparedExits]:
+    def comparison(self, milliseconds: Mapping[str, float]) -> list[ComparedExits]:
         """The settings and the baselines, see ``baselines``."""
-        settings, others = self.settings(calibration), self.calibrator.others
-        policies = {name: self.calibrator.policy(one) for name, one in settings.items()}
-        first = calibration.rejected or calibration
+        others, first = self.calibrator.others, self.calibration.rejected or self.calibration
+        policies = {name: self.calibrator.policy(one) for name, one in self.settings().items()}
         return compare(others, {**policies, **baselines(others, first.reported)}, milliseconds)
 
-    def front(
-        self, calibration: Calibration, latency: LatencyModel
-    ) -> tuple[list[FrontPoint], list[FrontPoint]]:
+    def front(self) -> tuple[list[FrontPoint], list[FrontPoint]]:
         """All trials, and their front, on the images that settings were chosen on."""
         search = self.calibrator.search
         points = [
@@ -160,24 +158,22 @@ class Assessment:
                 search.setting(levels),
                 trial,
                 self.calibrator.trials.full,
-                latency,
-                chosen=search.setting(levels) == calibration.plain,
+                self.latency,
+                chosen=search.setting(levels) == self.calibration.plain,
             )
             for levels, trial in search.tried.items()
         ]
         front = pareto_front([-point.ap for point in points], [point.work for point in points])
         return points, [points[index] for index in front]
 
-    def on_others(
-        self, point: FrontPoint, latency: LatencyModel, milliseconds: Mapping[str, float]
-    ) -> FrontPoint:
+    def on_others(self, point: FrontPoint, milliseconds: Mapping[str, float]) -> FrontPoint:
         """The point on the images that settings were not chosen on."""
         trial = self.calibrator.others.replay(self.calibrator.policy(point.setting))
         return front_point(
             point.setting,
             trial,
             self.calibrator.others.full,
-            latency,
+            self.latency,
             chosen=point.chosen,
             milliseconds=milliseconds.get(setting_name(point.setting)),
         )

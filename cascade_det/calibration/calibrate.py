@@ -126,8 +126,8 @@ def _calibrate(
     logger.info("Latency model: %s", latency)
     calibration = calibrator.calibrate(target, latency)
     logger.info("Measuring the exits, and comparing them with baselines")
-    assessment = Assessment(calibrator, detector, batches, options)
-    return write_report(assessment, calibration, target, latency, source, folder)
+    assessment = Assessment(calibrator, calibration, latency, detector, batches, options)
+    return write_report(assessment, target, source, folder)
 
 
 def _checked_matcher(

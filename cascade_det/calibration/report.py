@@ -14,7 +14,6 @@ from cascade_det.calibration.comparison import ComparedExits, format_comparison,
 from cascade_det.calibration.exits_yaml import write_exits
 from cascade_det.calibration.front import choose_points, spread_out, write_front
 from cascade_det.calibration.front_plot import plot_front
-from cascade_det.calibration.latency_model import LatencyModel
 from cascade_det.calibration.profiles import PROMISES, kept_profiles
 from cascade_det.calibration.target import Target
 from cascade_det.files import write_json
@@ -36,12 +35,7 @@ FILES = (
 
 
 def write_report(
-    assessment: Assessment,
-    calibration: Calibration,
-    target: Target,
-    latency: LatencyModel,
-    source: dict[str, Any],
-    output_dir: Path,
+    assessment: Assessment, target: Target, source: dict[str, Any], output_dir: Path
 ) -> dict[str, Any]:
     """Assess a calibration, log the comparison and write ``FILES``.
 
@@ -50,23 +44,21 @@ def write_report(
     Returns:
         The content of ``calibration.json``.
     """
-    calibrator = assessment.calibrator
-    expected = assessment.expected(calibration)
-    tried, front = assessment.front(calibration, latency)
+    calibrator, calibration = assessment.calibrator, assessment.calibration
+    expected = assessment.expected()
+    tried, front = assessment.front()
     named = {
         name: replace(point, setting=calibrator.with_scores(point.setting))
         for name, point in choose_points(front)._asdict().items()
     }
     drawn = [*named.values(), *spread_out(front, MOST_MEASURED)]
-    milliseconds = assessment.milliseconds(calibration, drawn)
-    rows = assessment.comparison(calibration, milliseconds)
+    milliseconds = assessment.milliseconds(drawn)
+    rows = assessment.comparison(milliseconds)
     logger.info("On the other half of the images:\n\n%s\n", format_comparison(rows))
-    on_others = {
-        name: assessment.on_others(point, latency, milliseconds) for name, point in named.items()
-    }
-    again = [assessment.on_others(point, latency, milliseconds) for point in front]
+    on_others = {name: assessment.on_others(point, milliseconds) for name, point in named.items()}
+    again = [assessment.on_others(point, milliseconds) for point in front]
     profiles, left_out = kept_profiles(on_others, calibration.setting)
-    device = "" if target.latency_ms is None else latency.device_name
+    device = "" if target.latency_ms is None else assessment.latency.device_name
     settings = {name: point.setting for name, point in profiles.items()}
     for name, setting in {"exits": calibration.setting, **settings}.items():
         write_exits(
@@ -103,7 +95,7 @@ def write_report(
         },
         "profiles": {"written": [*profiles], "left_out": left_out},
         "trials": len(calibrator.search.tried),
-        "latency_model": asdict(latency),
+        "latency_model": asdict(assessment.latency),
         "machine": describe_machine(next(detector.parameters()).device, detector.dtype),
         **source,
     }

@@ -70,20 +70,27 @@ def check_coco_json(source: DatasetSource, links: LinkRule = NEAR_LINKS) -> Chec
     categories = _entries(content, "categories", checked, checked.unusable)
     _check_categories(categories, checked)
     # If categories are wrong or missing, every category_id would be unknown.
-    category_ids = None if checked.unusable else checked.categories
+    category_ids = _Everything() if checked.unusable else checked.categories
     images = _entries(content, "images", checked, checked.bad)
     _check_images(images, name_guard(source, links), checked)
     if checked.has_annotations:
         _check_annotations(
             _entries(content, "annotations", checked, checked.bad),
             # Bad images included, so that their annotations are not reported as well.
-            checked.image_ids if isinstance(content.get("images"), list) else None,
+            checked.image_ids if isinstance(content.get("images"), list) else _Everything(),
             category_ids,
             # COCO's 2014 minival files repeat ids; Detectron2 accepts them, and so do we.
             ids_may_repeat="minival" in source.json_file.name,
             checked=checked,
         )
     return checked
+
+
+class _Everything(Container[object]):
+    """Contains everything; stands for ids that cannot be looked up."""
+
+    def __contains__(self, _: object) -> bool:
+        return True
 
 
 def _entries(
@@ -141,8 +148,8 @@ def _check_images(
 
 def _check_annotations(
     entries: list[JsonObject],
-    image_ids: Container[object] | None,
-    category_ids: Container[object] | None,
+    image_ids: Container[object],
+    category_ids: Container[object],
     *,
     ids_may_repeat: bool,
     checked: CheckedJson,
@@ -234,9 +241,7 @@ def _is_path(value: object) -> bool:
 
 
 def _annotation_issue(
-    annotation: JsonObject,
-    image_ids: Container[object] | None,
-    category_ids: Container[object] | None,
+    annotation: JsonObject, image_ids: Container[object], category_ids: Container[object]
 ) -> str | None:
     issue = (
         _integer_issue("annotation", annotation, "id")
@@ -254,17 +259,14 @@ def _annotation_issue(
     return None
 
 
-def _reference_issue(
-    annotation: JsonObject, what: str, ids: Container[object] | None
-) -> str | None:
+def _reference_issue(annotation: JsonObject, what: str, ids: Container[object]) -> str | None:
     """The issue with an annotation's image or category id.
 
-    A bad image or category is reported itself; ``ids`` has its id, of whatever type. ``None``:
-    ids cannot be looked up.
+    A bad image or category is reported itself; ``ids`` has its id, of whatever type.
     """
     value = annotation.get(f"{what}_id")
     looked_up = _plain_id(value)
-    if looked_up is not None and (ids is None or looked_up in ids):
+    if looked_up is not None and looked_up in ids:
         return None
     is_meant = (isinstance(value, float) and value.is_integer() and int(value) in ids) or (
         isinstance(value, str) and value.isdecimal() and len(value) < 20 and int(value) in ids

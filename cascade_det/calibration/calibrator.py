@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from fvcore.common.config import CfgNode
 
@@ -208,12 +207,9 @@ class Calibrator:
         risks = np.array([tried[key].lost.mean() for key in keys])
         front = [keys[i] for i in pareto_front(risks, [tried[key].work for key in keys])]
         sequence = [full, *(key for key in front if key != full)]
-        return sequence[fixed_sequence(self._test_losses(sequence), risk, delta)]
-
-    def _test_losses(self, sequence: Sequence[Levels]) -> Iterator[npt.NDArray[np.float64]]:
-        for levels in sequence:
-            setting = self.with_scores(self.search.setting(levels))
-            yield self.others.replay(self.policy(setting)).lost
+        settings = (self.with_scores(self.search.setting(levels)) for levels in sequence)
+        losses = (self.others.replay(self.policy(setting)).lost for setting in settings)
+        return sequence[fixed_sequence(losses, risk, delta)]
 
 
 def split_images(

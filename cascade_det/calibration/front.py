@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -42,14 +42,6 @@ class FrontPoint:
     milliseconds: float | None = None
     predicted: float | None = None
     chosen: bool = False
-
-
-class Points(NamedTuple):
-    """Three settings of a front, from accurate to fast."""
-
-    quality: FrontPoint
-    balanced: FrontPoint
-    fast: FrontPoint
 
 
 def front_point(
@@ -92,8 +84,8 @@ def spread_out(front: Sequence[FrontPoint], most: int) -> list[FrontPoint]:
     return [by_work[rank] for rank in ranks]
 
 
-def choose_points(front: Sequence[FrontPoint]) -> Points:
-    """Three settings of a front, which has at least one point.
+def choose_points(front: Sequence[FrontPoint]) -> dict[str, FrontPoint]:
+    """Three settings of a front, which has at least one point: quality, balanced and fast, by name.
 
     Quality is the least work at a drop of AP of at most 0.1 percent points, or the smallest drop
     if none is that small. Fast is the least work at a drop of at most 1.0, or quality if there is
@@ -104,7 +96,8 @@ def choose_points(front: Sequence[FrontPoint]) -> Points:
     quality = _cheapest(front, QUALITY_DROP) or most_accurate
     fast = _cheapest(front, FAST_DROP) or quality
     between = [quality, *(p for p in front if fast.work < p.work < quality.work)]
-    return Points(quality, max(between, key=lambda p: _above_chord(p, quality, fast)), fast)
+    balanced = max(between, key=lambda point: _above_chord(point, quality, fast))
+    return {"quality": quality, "balanced": balanced, "fast": fast}
 
 
 def write_front(front: Sequence[FrontPoint], path: str | os.PathLike[str]) -> None:

@@ -49,7 +49,7 @@ def write_report(
     tried, front = assessment.front()
     named = {
         name: replace(point, setting=calibrator.with_scores(point.setting))
-        for name, point in choose_points(front)._asdict().items()
+        for name, point in choose_points(front).items()
     }
     drawn = [*named.values(), *spread_out(front, MOST_MEASURED)]
     milliseconds = assessment.milliseconds(drawn)

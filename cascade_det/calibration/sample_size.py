@@ -78,10 +78,6 @@ class SampleSize:
         """
         return float(1 - (1 - CONFIDENCE) ** (1 / self.reporting))
 
-    def images_for(self, points: float) -> int:
-        """About how many such images it takes until one object changes ``points`` of AP."""
-        return math.ceil((self.choosing + self.reporting) * self.step / points)
-
     def log(self, target: Target) -> None:
         """Log what the sample can show; a warning if that is little or less than the target."""
         total = self.choosing + self.reporting
@@ -96,7 +92,8 @@ class SampleSize:
         drop = target.max_ap_drop
         is_too_small = drop is not None and drop < self.step
         if is_too_small:
-            wanted = f", {self.images_for(drop)} or more" if drop else ""
+            # Until one object of the rarest class changes as much.
+            wanted = f", {math.ceil(total * self.step / drop)} or more" if drop else ""
             text += (
                 f" --max-ap-drop {drop:g} is less than one object: chance decides whether it is "
                 f"kept. Use more images{wanted}, or a larger drop."

@@ -52,7 +52,9 @@ def exit_parameters(
     """
     gates = num_stages - 1
     first, later = ([n for n in m if n < proposals_per_image] for m in (_PROPOSALS, _REGIONS))
-    parameters = {"redundancy": [{}, *({"REDUNDANCY_IOU": value} for value in _REDUNDANCY)]}
+    parameters: dict[str, list[Setting]] = {
+        "redundancy": [{}, *({"REDUNDANCY_IOU": value} for value in _REDUNDANCY)]
+    }
     for s in range(gates):
         levels = _levels("PRUNE_THRESHOLDS", _PRUNE, s, gates, 0.0)
         parameters[f"pruning after stage {s}"] = levels

@@ -74,19 +74,19 @@ def name_guard(source: DatasetSource, links: LinkRule) -> Callable[[str], tuple[
             return "image whose 'file_name' leaves the image folder", ""
         if links.follow == "all" or path.startswith(prefixes):
             return None
+        remedy = "'all' anywhere"
+        if links.follow == "none":
+            remedy = (
+                f"'near' follows it to the folder of the json and the working directory, {remedy}"
+            )
         kind = (
             f"image behind a link out of its folder, which {links.option} {links.follow!r} does "
-            f"not follow ({_remedy(links.follow)})"
+            f"not follow ({remedy})"
         )
         link = _first_link(source, file_name)
         return kind, f"'{printable(link)}' leads to '{printable(path)}'"
 
     return find_escape
-
-
-def _remedy(follow: str) -> str:
-    near = "'near' follows it to the folder of the json and the working directory, "
-    return f"{near if follow == 'none' else ''}'all' anywhere"
 
 
 def _first_link(source: DatasetSource, file_name: str) -> str:

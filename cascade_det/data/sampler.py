@@ -35,7 +35,7 @@ class TrainingBatchSampler(Sampler[list[SampleReference]]):
         images_per_batch: int,
         *,
         seed: int,
-        groups: Sequence[int] | None = None,
+        groups: Sequence[int],
         start_batch: int = 0,
         share: tuple[int, int] = (0, 1),
     ) -> None:
@@ -45,7 +45,7 @@ class TrainingBatchSampler(Sampler[list[SampleReference]]):
             num_images: images are ``0 .. num_images - 1``.
             images_per_batch: length of every batch, over all processes.
             seed: 0 or more.
-            groups: the group of each image, or None for one group.
+            groups: the group of each image.
             start_batch: number of the first batch; earlier ones are skipped without reading an
                 image.
             share: (rank, number of processes); yields only the rank-th part of every batch.
@@ -75,7 +75,7 @@ class TrainingBatchSampler(Sampler[list[SampleReference]]):
     def _batches(self) -> Iterator[list[SampleReference]]:
         waiting: defaultdict[int, list[SampleReference]] = defaultdict(list)
         for position, index in enumerate(self._stream()):
-            group = 0 if self.groups is None else self.groups[index]
+            group = self.groups[index]
             waiting[group].append((position, index))
             if len(waiting[group]) == self.images_per_batch:
                 yield waiting.pop(group)

@@ -60,34 +60,34 @@ class TestChosenPoints:
         knee, below = point(1 / 16, 0.15), point(1 / 32, 0.7)
         fast, too_fast = point(1 / 64, 0.9), point(1 / 128, 1.2)
         front = [full, point(1 / 2, 0.02), quality, knee, below, fast, too_fast]
-        assert choose_points(front) == (quality, knee, fast)
-        assert choose_points(front[::-1]) == (quality, knee, fast)
+        assert tuple(choose_points(front).values()) == (quality, knee, fast)
+        assert tuple(choose_points(front[::-1]).values()) == (quality, knee, fast)
         # Without the knee nothing is above the line.
         front.remove(knee)
-        assert choose_points(front[::-1]).balanced == quality
+        assert choose_points(front[::-1])["balanced"] == quality
 
     def test_limits_count(self):
         front = [point(0.5, 0.1), point(0.4, 0.1001), point(0.3, 1.0), point(0.2, 1.0001)]
         points = choose_points(front)
-        assert (points.quality.drop, points.fast.drop) == (0.1, 1.0)
+        assert (points["quality"].drop, points["fast"].drop) == (0.1, 1.0)
 
     def test_better_than_the_full_cascade(self):
         front = [point(0.5, -0.3), point(0.2, -0.1)]
-        assert choose_points(front) == (front[1],) * 3
+        assert tuple(choose_points(front).values()) == (front[1],) * 3
 
     def test_where_none_is_good_enough(self):
         front = [point(0.9, 0.4), point(0.5, 3.0)]
-        assert choose_points(front) == (front[0],) * 3
+        assert tuple(choose_points(front).values()) == (front[0],) * 3
         front = [point(0.9, 2.0), point(0.5, 3.0)]
-        assert choose_points(front) == (front[0],) * 3
+        assert tuple(choose_points(front).values()) == (front[0],) * 3
 
     def test_no_work_at_all(self):
         front = [point(1.0, 0.0), point(0.0, 0.9)]
-        assert choose_points(front)[::2] == (front[0], front[1])
+        assert tuple(choose_points(front).values())[::2] == (front[0], front[1])
 
     def test_of_one(self):
         only = point(1.0, 0.0)
-        assert choose_points([only]) == (only,) * 3
+        assert tuple(choose_points([only]).values()) == (only,) * 3
 
 
 @pytest.mark.parametrize(("most", "works"), [(2, [0.1, 1.0]), (3, [0.1, 0.6, 1.0]), (9, None)])

@@ -18,8 +18,10 @@ batch_sizes = st.integers(1, 7)
 groupings = st.lists(st.integers(0, 1), min_size=1, max_size=23)
 
 
-def first_batches(number, *arguments, **keywords):
-    return list(itertools.islice(TrainingBatchSampler(*arguments, **keywords), number))
+def first_batches(number, num_images, *arguments, groups=None, **keywords):
+    groups = groups or [0] * num_images
+    sampler = TrainingBatchSampler(num_images, *arguments, groups=groups, **keywords)
+    return list(itertools.islice(sampler, number))
 
 
 @settings(deadline=None)

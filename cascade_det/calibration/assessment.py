@@ -1,4 +1,4 @@
-"""What exits do, on the images that they were not chosen on and on the device."""
+"""Measures exits on the images that they were not chosen on, and on the device."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def calibrate(
         cfg: of the detector.
         open_detector: gives the detector, the calibration set with its ground truth, and a
             loader of it.
-        target: what to reach.
+        target: the goal.
         output_dir: for ``exits.yaml``, ``quality.yaml``, ``balanced.yaml``, ``fast.yaml``,
             ``front.csv``, ``front.png``, ``comparison.csv`` and ``calibration.json``. Apart from
             the log it may hold nothing else, and is replaced as a whole when all files are

@@ -121,7 +121,7 @@ class Calibrator:
         half decides nothing.
 
         Args:
-            target: what to reach.
+            target: the goal.
             latency: of the device; for a target in milliseconds.
 
         Raises:

@@ -116,7 +116,7 @@ def simple_baselines(num_stages: int, most_proposals: int) -> dict[str, ExitPoli
 def baselines(trials: ExitTrials, like: Trial) -> dict[str, Policies]:
     """Policies by name that exits are compared with.
 
-    Those of ``simple_baselines``; random regions, as many at each gate as exit in another trial
+    They are the ``simple_baselines``; random regions, as many at each gate as exit in another trial
     ("random exits" are reported, "random drops" are not); and oracles, see ``drop_oracle`` and
     ``outcome_oracle``.
 

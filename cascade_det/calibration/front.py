@@ -16,12 +16,12 @@ from cascade_det.calibration.trials import TrialSummary
 from cascade_det.files import write_csv
 
 QUALITY_DROP, FAST_DROP = 0.1, 1.0  # Percent points of AP.
-_TINY = 1e-6  # Of work, whose logarithm is needed.
+_TINY = 1e-6  # Least work, before its logarithm.
 
 
 @dataclass(frozen=True)
 class FrontPoint:
-    """A setting and what it does.
+    """A setting with its AP, work and time.
 
     Attributes:
         setting: keys of ``MODEL.CASCADE.EXIT``.

@@ -66,7 +66,7 @@ class LatencyModel:
                 f"{2 * num_stages + 1}, with different numbers of regions"
             )
         parts = np.hstack([np.ones((count, 1)), regions > 0, regions])
-        # Relative to the duration: absolute errors would be those of a few long calls.
+        # Relative errors: a few long calls would dominate absolute ones.
         weighted = parts / times[:, None]
         scales = np.linalg.norm(weighted, axis=0)
         scales[scales == 0] = 1.0  # a stage that nothing ever entered

@@ -31,7 +31,7 @@ _SHARES = ((1.0, 1.0), *((first, later) for first in (1.0, 0.4, 0.1) for later i
 
 
 def record_dataset(detector: CascadeDetector, loader: BatchLoader, most_images: int) -> Recording:
-    """Run the full cascade and keep what every region saw.
+    """Run the full cascade and record the outputs of every region.
 
     Args:
         detector: in either host.

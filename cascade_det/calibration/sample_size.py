@@ -1,4 +1,4 @@
-"""What a calibration can show with the images it has, logged before any work begins."""
+"""Logs how precise a calibration on the given images can be, before any work begins."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class SampleSize:
         return float(1 - (1 - CONFIDENCE) ** (1 / self.reporting))
 
     def log(self, target: Target) -> None:
-        """Log what the sample can show; a warning if that is little or less than the target."""
+        """Log the precision; a warning if it is low, or too low for the target."""
         total = self.choosing + self.reporting
         text = (
             f"{total} images: {self.choosing} to choose exits on, {self.reporting} to judge them "

@@ -1,4 +1,4 @@
-"""The search for exits that save the most work for what they lose.
+"""Searches exits that save the most work for their loss.
 
 A setting gives values to keys of ``MODEL.CASCADE.EXIT``; keys that it does not name are off. A
 parameter is one key, or one element of a tuple; its levels are values from safe (off) to risky.
@@ -95,7 +95,7 @@ class Search:
 
 
 def loss_of(trial: TrialSummary, full: TrialSummary) -> float:
-    """What a trial loses, in percent points: AP, and well-placed objects that are not found.
+    """The loss of a trial in percent points: AP, and well-placed objects that are not found.
 
     AP that rises by chance does not make up for lost objects.
     """

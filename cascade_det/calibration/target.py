@@ -13,7 +13,7 @@ MIN_IMAGES = 4  # Half of these is the smallest sample with a deviation.
 
 @dataclass(frozen=True)
 class Target:
-    """What to reach: one of the first four.
+    """The goal: one of the first four.
 
     Attributes:
         max_ap_drop: the most percent points of AP below the full cascade, at the least work.

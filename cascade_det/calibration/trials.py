@@ -1,4 +1,4 @@
-"""Exits tried on a recording of the full cascade: what they would find and compute.
+"""Tries exits on a recording of the full cascade: their detections, losses and work.
 
 N images, S stages.
 """
@@ -68,7 +68,7 @@ class Recording:
 
 @dataclass(frozen=True)
 class TrialSummary:
-    """What exits would find, lose and compute, as numbers.
+    """Metrics, losses and work of exits, without their detections.
 
     Attributes:
         metrics: ``AP``, ``AP50``, ``AP75`` and ``AP90`` in percent.

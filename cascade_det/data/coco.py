@@ -134,7 +134,7 @@ def load_dataset(
 
 
 def left_out_warnings(dataset: CocoDataset, option: str = ON_BAD_DATA) -> list[str]:
-    """Warnings to report with the metrics of a data set: what was left out of it, if anything.
+    """A warning to report with the metrics of a data set if entries were left out of it.
 
     Args:
         dataset: the data set that was evaluated.

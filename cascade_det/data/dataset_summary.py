@@ -1,4 +1,4 @@
-"""Summarises a checked data set: statistics, and warnings about what is unusual."""
+"""Summarises a checked data set: statistics, and warnings about unusual entries."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class DatasetSummary:
         areas: number of small, medium and large boxes, by COCO's limits.
         category_boxes: number of boxes by category id, in the order of the ids; may be 0.
         category_images: number of images by category id.
-        warnings: what is unusual.
+        warnings: unusual entries.
     """
 
     images: int = 0

@@ -18,7 +18,7 @@ _BOX_AREAS_PER_AREA = (0.5, 4)
 
 
 def find_mistakes(checked: CheckedJson) -> Issues:
-    """Find what spoils training or metrics although every entry is valid.
+    """Find entries that spoil training or metrics although they are valid.
 
     Boxes written as corners, areas without information, and categories with equal names.
     """

@@ -19,7 +19,7 @@ from torch.utils.data import get_worker_info
 from cascade_det import config
 from cascade_det.data.samples import REPLACEMENTS_TRIED
 from cascade_det.errors import DatasetError
-from cascade_det.parallel.worker_signals import obey_main_process, signals_held
+from cascade_det.parallel.signals import obey_main_process, signals_held
 
 logger = logging.getLogger(__name__)
 

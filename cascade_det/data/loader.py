@@ -19,7 +19,7 @@ from cascade_det.data.sampler import TrainingBatchSampler, aspect_ratio_groups
 from cascade_det.data.samples import Batch, Fetched, Sample, TestSamples, TrainingSamples
 from cascade_det.data.transforms import TrainTransform
 from cascade_det.errors import DatasetError
-from cascade_det.parallel.worker_signals import obey_main_process, signals_held
+from cascade_det.parallel.signals import obey_main_process, signals_held
 
 logger = logging.getLogger(__name__)
 

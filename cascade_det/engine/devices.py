@@ -9,6 +9,7 @@ import torch
 from fvcore.common.config import CfgNode
 
 from cascade_det.engine.allocator import keep_freed_memory
+from cascade_det.engine.precision import AMP_DTYPES
 from cascade_det.errors import ConfigError
 from cascade_det.report.text import describe_machine
 
@@ -59,14 +60,17 @@ def device_name(device: torch.device | str) -> str:
     return name
 
 
-def resolve_amp_dtype(name: str | None, device: torch.device) -> str | None:
-    """Resolve ``auto``: float16 on GPUs, bfloat16 on CPUs that have it, else float32."""
+def resolve_amp_dtype(name: str | None, device: torch.device) -> torch.dtype | None:
+    """The type of mixed precision; ``None`` is float32.
+
+    ``auto`` is float16 on GPUs, bfloat16 on CPUs that have it, else float32.
+    """
     if name != "auto":
-        return name
+        return AMP_DTYPES[name]
     if device.type == "cuda":
-        return "float16"
+        return torch.float16
     if has_bfloat16(device):
-        return "bfloat16"
+        return torch.bfloat16
     logger.warning("SOLVER.AMP: this CPU is not known to compute in bfloat16, training in float32")
     return None
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from cascade_det.data.samples import Batch
 from cascade_det.engine.batches import split_batch
 from cascade_det.engine.divergence import LOSS_SCALE, divergence
-from cascade_det.engine.precision import amp_dtype_of, autocast
+from cascade_det.engine.precision import autocast
 from cascade_det.engine.solver import GradientClipper
 from cascade_det.engine.step_file import save_step
 from cascade_det.engine.training_modes import set_progress
@@ -56,7 +56,7 @@ class TrainingStep:
         optimizer: Optimizer,
         *,
         metrics: Callable[[], Mapping[str, Tensor]] | None = None,
-        amp_dtype: torch.dtype | str | None = None,
+        amp_dtype: torch.dtype | None = None,
         clip_gradients: GradientClipper | None = None,
         accumulation_steps: int = 1,
         max_iter: int | None = None,
@@ -73,8 +73,8 @@ class TrainingStep:
         self._clip_gradients = clip_gradients
         self._accumulation_steps = accumulation_steps
         self._max_iter = max_iter
-        self._amp_dtype = amp_dtype_of(amp_dtype)
-        scaled = self._amp_dtype == torch.float16 and self.device.type == "cuda"
+        self._amp_dtype = amp_dtype
+        scaled = amp_dtype == torch.float16 and self.device.type == "cuda"
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
 
     @property

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cascade_det.config.key import shown
 from cascade_det.data.samples import Batch
 from cascade_det.engine.batches import split_batch
-from cascade_det.engine.precision import amp_dtype_of
+from cascade_det.engine.precision import AMP_DTYPES
 from cascade_det.engine.training_modes import progress_of
 from cascade_det.errors import CheckpointError
 from cascade_det.files import atomic_path
@@ -110,8 +110,11 @@ def _checked(content: dict[str, Any]) -> SavedStep:
             raise ValueError(f"its {name} is {shown(value)}, not a whole number")
     if type(progress) not in (int, float) or not 0 <= progress <= 1:
         raise ValueError(f"its progress is {shown(progress)}, not a number from 0 to 1")
-    dtype = amp_dtype_of(content["amp_dtype"])
-    return SavedStep(model, split_batch(batch, parts), random, iteration, float(progress), dtype)
+    dtype = content["amp_dtype"]
+    if dtype not in AMP_DTYPES:
+        raise ValueError(f"its amp_dtype is {shown(dtype)}, not bfloat16, float16 or None")
+    batches = split_batch(batch, parts)
+    return SavedStep(model, batches, random, iteration, float(progress), AMP_DTYPES[dtype])
 
 
 def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:

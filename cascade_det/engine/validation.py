@@ -11,7 +11,7 @@ from torch import nn
 from cascade_det.core.modes import evaluation_mode
 from cascade_det.data.samples import Batch
 from cascade_det.engine.detector import Detector
-from cascade_det.engine.precision import amp_dtype_of, autocast
+from cascade_det.engine.precision import autocast
 from cascade_det.parallel import distributed
 
 # The sampling of regions must not change from one evaluation to the next.
@@ -22,7 +22,7 @@ def validation_losses(
     detector: Detector,
     loader: Iterable[Batch],
     *,
-    amp_dtype: torch.dtype | str | None = None,
+    amp_dtype: torch.dtype | None = None,
 ) -> dict[str, float]:
     """Mean losses over the images of a loader, without gradients and with norms as in inference.
 
@@ -47,7 +47,7 @@ def validation_losses(
     ):
         torch.manual_seed(_SEED)
         for batch in loader:
-            with autocast(device, amp_dtype_of(amp_dtype)):
+            with autocast(device, amp_dtype):
                 losses = detector.losses(batch)
             values = torch.stack(list(losses.values())).tolist()
             for name, value in zip(losses, values, strict=True):

@@ -23,10 +23,15 @@ progress_logger = logging.getLogger("cascade_det.engine.progress")
 
 
 class Writer:
-    """Base of the writers; does nothing."""
+    """Base of the writers; writes nothing."""
+
+    def __init__(self) -> None:
+        self._written = -1
+        self._seen: dict[str, int] = {}
 
     def resume(self, written: int) -> None:
         """Called at the start: continue after iteration ``written``, and drop later values."""
+        self._written = written
 
     def step(self, history: History) -> None:
         """Called after every iteration."""
@@ -37,21 +42,13 @@ class Writer:
     def close(self) -> None:
         """Called once, after errors too."""
 
-
-class _NewScalars:
-    """Finds the scalars that have new values since the last call."""
-
-    def __init__(self) -> None:
-        self._seen: dict[str, int] = {}
-        self.since = -1
-
-    def take(self, history: History) -> dict[int, dict[str, float]]:
-        """Iteration to name to smoothed value, iterations ascending."""
+    def _new_scalars(self, history: History) -> dict[int, dict[str, float]]:
+        """New values since the last call: iteration, ascending, to name to smoothed value."""
         rows: dict[int, dict[str, float]] = defaultdict(dict)
         for name in history:
             iteration = history.latest(name)[1]
             # The previous run has written what a resume restored.
-            if iteration > self._seen.get(name, self.since):
+            if iteration > self._seen.get(name, self._written):
                 self._seen[name] = iteration
                 rows[iteration][name] = history.smoothed(name)
         return dict(sorted(rows.items()))
@@ -64,62 +61,44 @@ class JsonWriter(Writer):
     """
 
     def __init__(self, path: str | Path) -> None:
+        super().__init__()
         self._path = Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._open()
-        self._new = _NewScalars()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For a copy, or another process: it appends to the same file."""
-        return {name: value for name, value in vars(self).items() if name != "_file"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._open()
-
-    def _open(self) -> None:
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        self._path.touch()
 
     def resume(self, written: int) -> None:
         """Drop the lines of later iterations, and an incomplete one."""
-        self._new.since = written
-        self._file.close()
+        super().resume(written)
         lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
         kept = [line for line in lines if _iteration_of(line) <= written]
         with atomic_path(self._path) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        self._open()
 
     def write(self, history: History) -> None:
         """Append one line for each iteration with new values."""
         lines = []
-        for iteration, scalars in self._new.take(history).items():
+        for iteration, scalars in self._new_scalars(history).items():
             row: dict[str, Any] = {
                 name: value if math.isfinite(value) else None for name, value in scalars.items()
             }
             lines.append(json.dumps({**row, "iteration": iteration}, sort_keys=True))
-        with naming(self._path):
-            self._file.writelines(f"{line}\n" for line in lines)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file."""
-        with naming(self._path):
-            self._file.close()
+        with naming(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 class TensorBoardWriter(Writer):
     """Event files in ``log_dir``; without the package, only a log line that says so."""
 
     def __init__(self, log_dir: str | Path) -> None:
-        self._new = _NewScalars()
+        super().__init__()
         self._log_dir = str(log_dir)
         self._writer: Any = None
 
     def resume(self, written: int) -> None:
         """Start an event file that replaces later values of earlier ones."""
-        self._new.since = written
+        super().resume(written)
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -131,7 +110,7 @@ class TensorBoardWriter(Writer):
         """Add new values."""
         if self._writer is None:
             return
-        for iteration, scalars in self._new.take(history).items():
+        for iteration, scalars in self._new_scalars(history).items():
             for name, value in scalars.items():
                 self._writer.add_scalar(name, value, iteration)
         self._writer.flush()
@@ -146,13 +125,9 @@ class ConsoleWriter(Writer):
     """A progress bar on a terminal, and log lines with losses, times and the time left."""
 
     def __init__(self, max_iter: int) -> None:
+        super().__init__()
         self._max_iter = max_iter
         self._bar: tqdm[Any] | None = None
-        self._written = -1
-
-    def resume(self, written: int) -> None:
-        """Skip what the previous run has logged."""
-        self._written = written
 
     def step(self, history: History) -> None:
         """Advance the bar."""

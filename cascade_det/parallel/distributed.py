@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -129,11 +130,9 @@ def on_main(compute: Callable[[], T]) -> T:
             value = compute()
         except Exception as caught:
             error = caught
-    value, message = broadcast((value, _for_peers(error)))
-    if error is not None:
-        raise error
-    if message is not None:
-        raise message
+    value, for_peers = broadcast((value, None if error is None else _for_peers(error)))
+    if failure := error or for_peers:
+        raise failure
     return value
 
 
@@ -220,46 +219,43 @@ def launch(
     if under_torchrun():
         return _run_under_torchrun(main, args, device_type)
     total = planned_world_size(num_processes, num_machines)
-    _check_address(num_machines, machine_rank, dist_url)
+    host, port = _address(num_machines, machine_rank, dist_url)
     if total == 1:
         return main(*args)
     _check_devices(num_processes, device_type)
-    store, host, port = _serve(dist_url, machine_rank)
+    store = None
+    if machine_rank == 0:
+        store = _serve(host, port)
+        port = store.port
     first_rank = machine_rank * num_processes
-    rendezvous = _Rendezvous(host, port, first_rank, total, device_type)
     threads = None
     if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         threads = max(torch.get_num_threads() // num_processes, 1)
     try:
         return run_processes(
-            _run_spawned, (rendezvous, threads, main, args), num_processes, first_rank=first_rank
+            _run_spawned,
+            (host, port, first_rank, total, device_type, threads, main, args),
+            num_processes,
+            first_rank=first_rank,
         )
     finally:
         # The server of the rendezvous lives as long as this object.
         del store
 
 
-@dataclass(frozen=True)
-class _Rendezvous:
-    """Address of the rendezvous, and the numbers of processes."""
-
-    host: str
-    port: int
-    first_rank: int
-    world_size: int
-    device_type: str
-
-
 def _run_spawned(
     index: int,
-    rendezvous: _Rendezvous,
+    host: str,
+    port: int,
+    first_rank: int,
+    world_size: int,
+    device_type: str,
     threads: int | None,
     main: Callable[..., int],
     args: tuple[Any, ...],
 ) -> int:
     if threads is not None:
         torch.set_num_threads(threads)
-    host, port = rendezvous.host, rendezvous.port
     try:
         store = dist.TCPStore(host, port, timeout=_CONNECTION_TIMEOUT)
     except RuntimeError as error:
@@ -267,13 +263,7 @@ def _run_spawned(
             f"--dist-url tcp://{host}:{port}: cannot be reached ({error}). Give the address of "
             "machine 0, and a port of it that is open to the others."
         ) from error
-    _join(
-        index,
-        rendezvous.device_type,
-        store=store,
-        rank=rendezvous.first_rank + index,
-        world_size=rendezvous.world_size,
-    )
+    _join(index, device_type, store=store, rank=first_rank + index, world_size=world_size)
     return _call_and_leave(main, args)
 
 
@@ -306,23 +296,19 @@ def _call_and_leave(main: Callable[..., int], args: tuple[Any, ...]) -> int:
     return status
 
 
-def _serve(dist_url: str, machine_rank: int) -> tuple[dist.TCPStore | None, str, int]:
-    """On machine 0, start the server of the rendezvous; returns it with its host and port."""
-    url = urlsplit("tcp://127.0.0.1:0" if dist_url == "auto" else dist_url)
-    host, port = str(url.hostname), int(url.port or 0)
-    if machine_rank != 0:
-        return None, host, port
+def _serve(host: str, port: int) -> dist.TCPStore:
+    """Start the server of the rendezvous on this machine, number 0."""
     try:
-        store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False)
+        return dist.TCPStore(host, port, is_master=True, wait_for_workers=False)
     except RuntimeError as error:
         raise ConfigError(
-            f"--dist-url {dist_url}: cannot listen there ({error}). Give an address of this "
-            "machine and a port that is free."
+            f"--dist-url tcp://{host}:{port}: cannot listen there ({error}). Give an address of "
+            "this machine and a port that is free."
         ) from error
-    return store, host, store.port
 
 
-def _check_address(num_machines: int, machine_rank: int, dist_url: str) -> None:
+def _address(num_machines: int, machine_rank: int, dist_url: str) -> tuple[str, int]:
+    """Host and port of the rendezvous; port 0 is any free one of this machine."""
     if not 0 <= machine_rank < num_machines:
         raise ConfigError(
             f"--machine-rank is {machine_rank}, but --num-machines is {num_machines}: number the "
@@ -334,16 +320,14 @@ def _check_address(num_machines: int, machine_rank: int, dist_url: str) -> None:
                 f"--dist-url is auto, but --num-machines is {num_machines}: give every machine "
                 "the address of machine 0 and a free port of it, such as tcp://10.0.0.1:29500"
             )
-        return
-    try:
+        return "127.0.0.1", 0
+    with suppress(ValueError):
         url = urlsplit(dist_url)
-        good = url.scheme == "tcp" and bool(url.hostname) and bool(url.port)
-    except ValueError:
-        good = False
-    if not good:
-        raise ConfigError(
-            f"--dist-url is {dist_url!r}: give tcp://host:port, or auto for a single machine"
-        )
+        if url.scheme == "tcp" and url.hostname and url.port:
+            return url.hostname, url.port
+    raise ConfigError(
+        f"--dist-url is {dist_url!r}: give tcp://host:port, or auto for a single machine"
+    )
 
 
 def _check_devices(num_processes: int, device_type: str) -> None:
@@ -363,7 +347,7 @@ def _in_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _for_peers(error: Exception | None) -> Exception | None:
-    if error is None or isinstance(error, USER_ERRORS):
-        return None if error is None else portable(error)
+def _for_peers(error: Exception) -> Exception:
+    if isinstance(error, USER_ERRORS):
+        return portable(error)
     return PeerError(f"the main process failed: {type(error).__name__}: {error}")

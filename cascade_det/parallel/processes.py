@@ -13,9 +13,8 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -23,8 +22,7 @@ from typing import Any
 
 from cascade_det.errors import CascadeDetError
 from cascade_det.files import atomic_path
-from cascade_det.parallel.signals import INTERRUPTED, handled, stop_signals
-from cascade_det.parallel.worker_signals import signals_held
+from cascade_det.parallel.signals import INTERRUPTED, handled, signals_held, stop_signals
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +80,9 @@ def run_processes(
     Raises:
         CascadeDetError, FloatingPointError: what the first failed process raised.
     """
-    with tempfile.TemporaryDirectory(prefix="cascade-det-") as folder, _signals() as caught:
+    caught = _Caught()
+    handlers = dict.fromkeys(stop_signals(), caught.terminate) | {signal.SIGINT: caught.interrupt}
+    with tempfile.TemporaryDirectory(prefix="cascade-det-") as folder, handled(handlers):
         start = multiprocessing.get_context("spawn").Process
         with signals_held():  # started later, Python's helper would die of a SIGHUP
             resource_tracker.ensure_running()
@@ -97,28 +97,30 @@ def run_processes(
             _wait_for(processes, caught)
         finally:
             stopped = _stop(processes)
-        failures = {index: _read_failure(Path(folder) / str(index)) for index in range(count)}
+        # Written by our own children, into a folder that only this user can read.
+        files = Path(folder).glob("[0-9]*")
+        failures = {int(file.name): pickle.loads(file.read_bytes()) for file in files}
     statuses = [process.exitcode or 0 for process in processes]
     ended = _end_by_signals(statuses, failures, stopped, caught)
     if ended is not None:
         return ended
-    if len(set(statuses)) == 1 and statuses[0] >= 0 and not any(failures.values()):
+    if len(set(statuses)) == 1 and statuses[0] >= 0 and not failures:
         return statuses[0]
     cause = _first_cause(statuses, failures, stopped)
-    failure = failures[cause]
+    failure = failures.get(cause)
     if failure is not None and isinstance(failure.error, USER_ERRORS):
         raise failure.error
     logger.error("%s", _describe(first_rank + cause, processes[cause], failure))
     return 1
 
 
+@dataclass
 class _Caught:
-    """The signals that arrived while waiting."""
+    """The signals that arrived while waiting, which are passed on to the processes."""
 
-    def __init__(self) -> None:
-        self.interruptions = 0
-        self.terminated = False
-        self.processes: list[BaseProcess] = []
+    interruptions: int = 0
+    terminated: bool = False
+    processes: list[BaseProcess] = field(default_factory=list)
 
     def interrupt(self, *_: Any) -> None:
         self.interruptions += 1
@@ -133,14 +135,6 @@ class _Caught:
         # extra SIGTERM does no harm, while a second SIGINT means haste.
         for process in self.processes:
             process.terminate()
-
-
-@contextmanager
-def _signals() -> Iterator[_Caught]:
-    caught = _Caught()
-    handlers = dict.fromkeys(stop_signals(), caught.terminate) | {signal.SIGINT: caught.interrupt}
-    with handled(handlers):
-        yield caught
 
 
 def _wait_for(processes: Sequence[BaseProcess], caught: _Caught) -> None:
@@ -176,7 +170,7 @@ def _stop(processes: Sequence[BaseProcess]) -> set[int]:
 
 def _end_by_signals(
     statuses: Sequence[int],
-    failures: dict[int, _Failure | None],
+    failures: dict[int, _Failure],
     stopped: set[int],
     caught: _Caught,
 ) -> int | None:
@@ -193,20 +187,17 @@ def _end_by_signals(
     if not (caught.terminated or killed or INTERRUPTED in statuses):
         return None
     # Other failures come from losing the processes that ended first.
-    users = [f for f in failures.values() if f is not None and isinstance(f.error, USER_ERRORS)]
+    users = [f for f in failures.values() if isinstance(f.error, USER_ERRORS)]
     if users:
         raise min(users, key=lambda failure: failure.time).error
     return 128 + signal.SIGTERM if caught.terminated else INTERRUPTED
 
 
-def _first_cause(
-    statuses: Sequence[int], failures: dict[int, _Failure | None], stopped: set[int]
-) -> int:
+def _first_cause(statuses: Sequence[int], failures: dict[int, _Failure], stopped: set[int]) -> int:
     """Index of the process that failed by itself, not because another one had."""
 
     def order(index: int) -> tuple[int, float]:
-        failure = failures[index]
-        if failure is not None:
+        if failure := failures.get(index):
             return (2 if isinstance(failure.error, PeerError) else 1), failure.time
         # NCCL aborts a process whose peers are gone; any other signal comes from outside.
         killed = statuses[index] < 0 and statuses[index] != -signal.SIGABRT
@@ -268,8 +259,3 @@ def portable(error: Exception) -> Exception:
             kind = next(kind for kind in (*USER_ERRORS, PeerError) if isinstance(error, kind))
             return kind(str(error))
     return RuntimeError(f"{type(error).__name__}: {error}")
-
-
-def _read_failure(path: Path) -> _Failure | None:
-    # Written by our own child, into a folder that only this user can read.
-    return pickle.loads(path.read_bytes()) if path.exists() else None

@@ -1,19 +1,26 @@
-"""Signals that ask a process to stop, and output after its terminal is lost."""
+"""Signals that ask a process or the workers of a loader to stop, and a lost terminal."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import stat
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
-from cascade_det.parallel.worker_signals import PARTING_SIGNALS
-
 Handler = Callable[[int, FrameType | None], None] | signal.Handlers
 # The exit status after Ctrl-C, as shells have it.
 INTERRUPTED = 128 + signal.SIGINT
+
+# A lost terminal, and the warnings of schedulers before they take a machine away.
+_PARTING_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+
+_IGNORED = {signal.SIGINT, *_PARTING_SIGNALS}
+# A worker recognises its parent's SIGTERM by sigwaitinfo, which macOS does not have.
+_NOT_FOR_WORKERS = _IGNORED | ({signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else set())
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
@@ -22,7 +29,7 @@ def stop_signals() -> tuple[signal.Signals, ...]:
     SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU are left out if they are ignored, as under ``nohup``, or
     handled by the surrounding program.
     """
-    fatal = (n for n in PARTING_SIGNALS if signal.getsignal(n) is signal.SIG_DFL)
+    fatal = (n for n in _PARTING_SIGNALS if signal.getsignal(n) is signal.SIG_DFL)
     return (signal.SIGINT, signal.SIGTERM, *fatal)
 
 
@@ -56,3 +63,40 @@ def _fails(descriptor: int) -> bool:
     except OSError:
         return True
     return False
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Start workers within the block: they inherit blocked signals, which cannot end them.
+
+    Signals that arrive within the block are handled after it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def obey_main_process() -> None:
+    """Called in a worker, once: from now on only the main process may end it.
+
+    Ctrl-C, SIGTERM and the signals of a hangup or a scheduler may reach all processes of a group.
+    The main one ends its workers itself after the last batch that it needs: by a message, and at
+    its own exit by a SIGTERM. If it is gone already, the worker ends now: PyTorch only looks for
+    changes of the parent from here on.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:
+        os._exit(0)
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    if signal.SIGTERM in _NOT_FOR_WORKERS:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_at_parents_sigterm, daemon=True).start()
+
+
+def _end_at_parents_sigterm() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

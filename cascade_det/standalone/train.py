@@ -188,7 +188,7 @@ def _evaluation(
     detector: Detector,
     datasets: Sequence[CocoDataset],
     with_losses: bool,
-    amp_dtype: str | None,
+    amp_dtype: torch.dtype | None,
 ) -> Callable[[], Mapping[str, Any]]:
     """The function for the evaluation hook: metrics of the test sets, and losses if asked for."""
 

@@ -12,7 +12,7 @@ from torch.utils.data._utils import worker as torch_worker
 
 from cascade_det.data.coco import load_dataset
 from cascade_det.data.loader import build_test_loader, build_train_loader
-from cascade_det.parallel.worker_signals import obey_main_process
+from cascade_det.parallel.signals import obey_main_process
 
 FORK = multiprocessing.get_context("fork")
 

@@ -63,9 +63,7 @@ def measure_accuracy(cfg: CfgNode, output_dir: Path) -> dict[str, Any]:
             test_loader(setting, dataset),
             dataset,
             output_dir / name.replace(", ", "_").replace(" ", "_"),
-            device=detector.device,
             detections_per_image=setting.TEST.DETECTIONS_PER_IMAGE,
-            dtype=detector.dtype,
             stages=False,
         )
         exits = results["exits"]

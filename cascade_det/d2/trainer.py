@@ -180,7 +180,7 @@ class Trainer(StoppableLoop, TrainerBase):
                     cfg.TEST.PRECISE_BN.NUM_ITER,
                 )
             )
-        period, max_to_keep = arguments["checkpoint_period"], arguments["max_to_keep"] or 0
+        period, max_to_keep = arguments["checkpoint_period"], arguments["max_to_keep"]
         checkpoints = PeriodicCheckpoint(self.checkpointer, period, max_to_keep)
         found.append(as_detectron2_hook(checkpoints))
         if self._evaluate is not None:
@@ -268,7 +268,7 @@ class Trainer(StoppableLoop, TrainerBase):
             batch,
             self.iter,
             interrupted=bool(self._interrupt),
-            last_checkpoint=lambda: self.last_checkpoint or "",
+            last_checkpoint=self.last_checkpoint,
         )
         # The heads put their own metrics into the storage.
         logged = self.step.metrics()

@@ -209,7 +209,7 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
         return self._resumed
 
     def _write(self, name: str, data: dict[str, Any]) -> bool:
-        if not self.save_dir or not self.save_to_disk:
+        if not self.save_to_disk:
             return False
         path = Path(self.save_dir) / f"{name}.pth"
         self.logger.info("Saving checkpoint to %s", path)

@@ -14,6 +14,10 @@ from cascade_det.data.samples import Sample
 class Detector(Protocol):
     """A detector of either host. Both are ``nn.Module``, for which Python has no protocol."""
 
+    @property
+    def dtype(self) -> str:
+        """The type or types it computes in, for a report."""
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """All parameters."""
 
@@ -42,10 +46,6 @@ class CascadeDetector(Detector, Protocol):
     @property
     def cascade(self) -> CascadeHead:
         """The cascade."""
-
-    @property
-    def dtype(self) -> str:
-        """The type or types it computes in, for a report."""
 
     def cascade_inputs(
         self, batch: Sequence[Sample], *, timer: PartTimer | None = None

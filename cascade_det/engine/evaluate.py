@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from cascade_det.data.coco import CocoDataset, left_out_warnings
@@ -30,9 +29,7 @@ def evaluate_dataset(
     dataset: CocoDataset,
     output_dir: Path,
     *,
-    device: torch.device,
     detections_per_image: int,
-    dtype: str,
     stages: bool = True,
     flops: RegionFlops | None = None,
     further: Sequence[Evaluator] = (),
@@ -45,9 +42,7 @@ def evaluate_dataset(
         loader: batches of this process.
         dataset: with its ground truth.
         output_dir: for ``results.json``, ``report.png``, ``analysis/`` and ``inference/``.
-        device: of the detector.
         detections_per_image: the detector's limit.
-        dtype: the type it computes in, for the report.
         stages: whether the detector can report what each stage alone would give.
         flops: of one region, see :func:`cascade_det.engine.head_flops.region_flops`.
         further: evaluators besides the default ones.
@@ -68,7 +63,7 @@ def evaluate_dataset(
     found = run_inference(detector, loader, [*evaluators, *further], stages=stages)
     warnings = [*found["notes"], *left_out_warnings(dataset)]
     results = dict(finish({**found, "notes": warnings}))
-    machine = describe_machine(device, dtype)
+    machine = describe_machine(next(detector.parameters()).device, detector.dtype)
     report = format_report({**results, "machine": machine})
     logger.info("Results on %s:\n\n%s\n", dataset.source.name, report)
 

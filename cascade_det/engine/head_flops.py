@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, repeat
 
 import torch
 from torch import nn
@@ -31,7 +30,10 @@ def region_flops(cascade: CascadeHead, channels: int) -> RegionFlops:
     side = cascade.pooler.output_size
     pooled = torch.zeros(1, channels, side, side, dtype=parameter.dtype, device=parameter.device)
     of_stages = [_operations(nn.Sequential(*stage), pooled) for stage in stages]
-    return RegionFlops(tuple(of_stages), _of_scores(cascade, of_stages))
+    # Some ensembles run the heads so far again on the last crop.
+    runs_again = cascade.ensemble.name == "last_boxes"
+    of_scores = accumulate(of_stages) if runs_again else repeat(0.0, len(of_stages))
+    return RegionFlops(tuple(of_stages), tuple(of_scores))
 
 
 def _operations(head: nn.Module, pooled: torch.Tensor) -> float:
@@ -39,10 +41,3 @@ def _operations(head: nn.Module, pooled: torch.Tensor) -> float:
         counts = FlopCountAnalysis(head, pooled)
         counts.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         return float(counts.total())
-
-
-def _of_scores(cascade: CascadeHead, of_stages: Sequence[float]) -> tuple[float, ...]:
-    """Of the final scores: some ensembles run the heads so far again on the last crop."""
-    if cascade.ensemble.name == "last_boxes":
-        return tuple(accumulate(of_stages))
-    return (0.0,) * len(of_stages)

@@ -101,10 +101,12 @@ class PeriodicCheckpoint(Hook):
     Args:
         checkpointer: tracks the trainer from the start of training on.
         period: iterations between two checkpoints; 0 for the final one only.
-        max_to_keep: how many of the periodic ones to keep; 0 keeps all.
+        max_to_keep: how many of the periodic ones to keep; ``None`` keeps all.
     """
 
-    def __init__(self, checkpointer: Checkpointer, period: int, max_to_keep: int = 0) -> None:
+    def __init__(
+        self, checkpointer: Checkpointer, period: int, max_to_keep: int | None = None
+    ) -> None:
         self._checkpointer = checkpointer
         self._period = period
         self._max_to_keep = max_to_keep
@@ -119,7 +121,7 @@ class PeriodicCheckpoint(Hook):
             self._period if self._period > 0 else trainer.max_iter + 1,
             trainer.max_iter,
             # Only the main process deletes files.
-            (self._max_to_keep or None) if distributed.is_main() else None,
+            self._max_to_keep if distributed.is_main() else None,
         )
         # The files of the resumed run count too.
         self._periodic.recent_checkpoints = self._files_before(trainer.start_iter)
@@ -220,7 +222,7 @@ class WriterHook(Hook):
         period: iterations between two writes.
     """
 
-    def __init__(self, writers: Sequence[Writer], period: int = 20) -> None:
+    def __init__(self, writers: Sequence[Writer], period: int) -> None:
         self._writers = writers
         self._period = period
         self._written = -1

@@ -14,6 +14,7 @@ from cascade_det.parallel import distributed
 from cascade_det.text import printable
 
 _LOGGERS = ("cascade_det", "fvcore", "detectron2")
+_handlers: list[logging.Handler] = []  # of the last setup_logging()
 
 
 def setup_logging(output_dir: str | Path | None = None) -> None:
@@ -42,18 +43,20 @@ def setup_logging(output_dir: str | Path | None = None) -> None:
     for name in _LOGGERS:
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
-        for old in [h for h in logger.handlers if isinstance(h, (_ConsoleHandler, _LogFile))]:
+        for old in _handlers:
             logger.removeHandler(old)
-            old.close()
         for handler in handlers:
             logger.addHandler(handler)
+    for old in _handlers:
+        old.close()
+    _handlers[:] = handlers
 
 
-def _open(folder: Path, rank: int) -> _LogFile:
+def _open(folder: Path, rank: int) -> logging.FileHandler:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         name = "log.txt" if rank == 0 else f"log.txt.rank{rank}"
-        return _LogFile(folder / name, encoding="utf-8")
+        return logging.FileHandler(folder / name, encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             f"OUTPUT_DIR is {str(folder)!r}, but {error.filename}: {error.strerror}. Give a folder "
@@ -66,10 +69,6 @@ class _Printable(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), lines=True)
-
-
-class _LogFile(logging.FileHandler):
-    """``log.txt``; a class of its own, so that a later call finds it."""
 
 
 class _ConsoleHandler(logging.Handler):

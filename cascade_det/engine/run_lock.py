@@ -11,8 +11,7 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -52,8 +51,20 @@ def alone_in_output_dir(
 
     @functools.wraps(run)
     def locked(cfg: CfgNode, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        with _held(Path(cfg.OUTPUT_DIR)):
+        folder = Path(cfg.OUTPUT_DIR)
+        locks: list[FileLock] = []
+
+        def take() -> None:
+            locks.append(_acquire(folder))
+            write_json(_this_process(), folder / _OWNER)
+
+        distributed.on_main(take)
+        try:
             return run(cfg, *args, **kwargs)
+        finally:
+            for lock in locks:
+                (folder / _OWNER).unlink(missing_ok=True)
+                lock.release()
 
     return locked
 
@@ -66,23 +77,6 @@ def check_free(output_dir: str | Path) -> None:
     """
     if (Path(output_dir) / _LOCK).exists():
         _acquire(Path(output_dir)).release()
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    locks: list[FileLock] = []
-
-    def take() -> None:
-        locks.append(_acquire(folder))
-        write_json(_this_process(), folder / _OWNER)
-
-    distributed.on_main(take)
-    try:
-        yield
-    finally:
-        for lock in locks:
-            (folder / _OWNER).unlink(missing_ok=True)
-            lock.release()
 
 
 def _acquire(folder: Path) -> FileLock:

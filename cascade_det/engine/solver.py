@@ -25,16 +25,10 @@ logger = logging.getLogger(__name__)
 GradientClipper = Callable[[Iterable[nn.Parameter]], None]
 
 _NORMS = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
     nn.GroupNorm,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
     nn.LayerNorm,
-    nn.LocalResponseNorm,
 )
 
 

@@ -88,7 +88,7 @@ class TrainingStep:
         iteration: int,
         *,
         interrupted: bool = False,
-        last_checkpoint: Callable[[], str] = lambda: "",
+        last_checkpoint: str | None = None,
     ) -> tuple[dict[str, float], bool]:
         """Train on a batch.
 
@@ -96,7 +96,7 @@ class TrainingStep:
             batch: of this process.
             iteration: number of the step, for messages.
             interrupted: whether this process was asked to stop.
-            last_checkpoint: returns the newest one, for messages.
+            last_checkpoint: path of the newest one, for messages.
 
         Returns:
             ``total_loss``, losses, ``gradient_norm`` and metrics, means over the processes,
@@ -180,13 +180,13 @@ class TrainingStep:
         batch: Batch,
         iteration: int,
         random: Mapping[str, Any],
-        last_checkpoint: Callable[[], str],
+        last_checkpoint: str | None,
     ) -> NoReturn:
         """Save the batch and raise; ``image_ids`` are those of the ranks that diverged."""
         message = (
             f"Training diverged at iteration {iteration}, {problem}; learning rate "
             f"{self.learning_rate():.4g}, image ids {' | '.join(map(str, image_ids.values()))}. "
-            f"The last good checkpoint is {last_checkpoint() or 'none'}."
+            f"The last good checkpoint is {last_checkpoint or 'none'}."
         )
         if self.output_dir is not None:
             name = f"diverged_{iteration:07d}_rank{{}}.pth"

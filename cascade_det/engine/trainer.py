@@ -138,7 +138,7 @@ class Trainer(StoppableLoop):
                 batch,
                 iteration,
                 interrupted=bool(self._interrupt),
-                last_checkpoint=lambda: self.last_checkpoint or "",
+                last_checkpoint=self.last_checkpoint,
             )
             self.history.put_all(metrics)
             self.history.put("lr", self.step.learning_rate(), smooth=False)

@@ -89,9 +89,7 @@ def evaluate_all(
             test_loader(cfg, dataset),
             dataset,
             folder,
-            device=detector.device,
             detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
-            dtype=detector.dtype,
             flops=region_flops(detector.roi_heads, detector.backbone.out_channels),
             further=shadow_evaluators(**config.shadow_arguments(cfg)),
         )

@@ -143,9 +143,7 @@ def _build_trainer(
     else:
         checkpointer.load_resumed("training_weights", detector)
     hooks.append(
-        PeriodicCheckpoint(
-            checkpointer, arguments["checkpoint_period"], arguments["max_to_keep"] or 0
-        )
+        PeriodicCheckpoint(checkpointer, arguments["checkpoint_period"], arguments["max_to_keep"])
     )
     if test_datasets:
         evaluate = _evaluation(cfg, tested, test_datasets, arguments["validation_loss"], amp_dtype)

@@ -2,22 +2,17 @@
 
 from cascade_det.weights.addresses import local_path
 from cascade_det.weights.completeness import check_finite
-from cascade_det.weights.downloads import download
 from cascade_det.weights.files import (
-    WeightsFile,
     load_torch_file,
     plain_tensor,
     read_weights_file,
     weights_sha256,
 )
-from cascade_det.weights.loading import LoadReport, load_weights
+from cascade_det.weights.loading import load_weights
 from cascade_det.weights.transfer import sha256_of
 
 __all__ = [
-    "LoadReport",
-    "WeightsFile",
     "check_finite",
-    "download",
     "load_torch_file",
     "load_weights",
     "local_path",

@@ -7,15 +7,15 @@ first; torch.hub's also download once per process and accept an incomplete file.
 from __future__ import annotations
 
 import logging
+import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from cascade_det.errors import DownloadError
-from cascade_det.weights.transfer import Transfer, TransferFault, is_web, sha256_of
+from cascade_det.weights.transfer import Transfer, TransferFault, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -52,16 +52,14 @@ def download(
     try:
         if path.is_file():
             return _check_present(address, path, sha256)
-        if not is_web(address):
+        if not re.match("https?://[^/]", address, re.IGNORECASE):
             raise DownloadError(f"{address}: only http:// and https:// are fetched")
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path):
             if path.is_file():
                 return _check_present(address, path, sha256)
             logger.info("Downloading %s to %s", address, path)
-            transfer = Transfer(address, path, sha256, timeout)
-            _retry(transfer, attempts, pause)
-            transfer.finish()
+            _retry(Transfer(address, path, sha256, timeout), attempts, pause)
     except DownloadError:
         raise
     except (OSError, NotImplementedError) as error:
@@ -96,16 +94,11 @@ def _retry(transfer: Transfer, attempts: int, pause: float) -> None:
             time.sleep(wait)
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> AbstractContextManager[BaseFileLock]:
     """Lock ``path`` between the processes of a machine; the lock ends with its process."""
     lock = FileLock(f"{path}.lock")
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
         logger.info("Another process is downloading %s: waiting for it", path)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()

@@ -23,6 +23,7 @@ from cascade_det.weights.names import (
     has_torchvision_resnet_names,
     torchvision_resnet_to_detectron2,
 )
+from cascade_det.weights.reading import reading
 from cascade_det.weights.restricted_pickle import read_array_pickle
 
 # Factor of the file size.
@@ -74,7 +75,7 @@ def read_weights_file(path: str | Path) -> WeightsFile:
             f"not from {file.suffix or 'a file without extension'}."
         )
     try:
-        content = reader(file)
+        content = _as_dict(reader(file), file)
         weights = _find_weights(content, file)
     except CheckpointError as error:
         if "://" not in str(path):
@@ -103,26 +104,19 @@ def load_torch_file(path: Path) -> Any:
     Raises:
         CheckpointError: the file is truncated, of another kind, or holds other objects.
     """
-    try:
+    # torch's own message advises switching the protection off.
+    with reading(path, "a PyTorch file", details=False):
         _refuse_bomb(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
-    except PermissionError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
-    # A damaged archive can raise anything.
-    except Exception as error:
-        # torch's own message advises switching the protection off.
-        if refused := _REFUSED.search(str(error)):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            if not (refused := _REFUSED.search(str(error))):
+                raise
             raise CheckpointError(
                 f"{path}: refused, because reading it would call {refused[1]}. A checkpoint holds "
                 "tensors and plain values and nothing else. Take it from a source that you trust, "
                 "or save its state dict alone there."
             ) from error
-        raise CheckpointError(
-            f"{path}: cannot be read as a PyTorch file ({type(error).__name__}). It is probably "
-            "truncated or of another kind: fetch or save it again."
-        ) from error
 
 
 def _refuse_bomb(path: Path) -> None:
@@ -139,13 +133,9 @@ def _refuse_bomb(path: Path) -> None:
         )
 
 
-def _read_torch(path: Path) -> dict[str, Any]:
-    return _as_dict(load_torch_file(path), path)
-
-
-def _read_pickle(path: Path) -> dict[str, Any]:
+def _read_pickle(path: Path) -> Any:
     content = _as_dict(read_array_pickle(path), path)
-    return _as_dict(content.get("blobs", content), path)
+    return content.get("blobs", content)
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -155,22 +145,16 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: reading .safetensors files needs a package: pip install safetensors"
         ) from error
-    try:
+    with reading(path, "a safetensors file"):
         return load_file(path)
-    except PermissionError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
-    # A damaged file can raise anything.
-    except Exception as error:
-        raise CheckpointError(
-            f"{path}: cannot be read as a safetensors file ({str(error)[:200]}). It is probably "
-            "truncated or of another kind: fetch it again."
-        ) from error
 
 
-_Reader = Callable[[Path], dict[str, Any]]
-_READERS: dict[str, _Reader] = dict(
-    zip(SUFFIXES, (_read_torch, _read_torch, _read_pickle, _read_safetensors), strict=True)
-)
+_READERS: dict[str, Callable[[Path], Any]] = {
+    ".pth": load_torch_file,
+    ".pt": load_torch_file,
+    ".pkl": _read_pickle,
+    ".safetensors": _read_safetensors,
+}
 
 
 def _as_dict(content: object, path: Path) -> dict[str, Any]:

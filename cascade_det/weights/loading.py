@@ -121,8 +121,7 @@ def load_weights(model: nn.Module, path: str | Path, *, complete: bool = False) 
 def _match(file: WeightsFile, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], LoadReport]:
     weights = {k: v for k, v in file.weights.items() if not _is_pixel_statistic(k)}
     by_suffix = file.matches_by_suffix or not (weights.keys() & state.keys())
-    total = sum(not _UNIMPORTANT.search(name) for name in state)
-    report = LoadReport(file, total)
+    report = LoadReport(file, total=len(_important(state)))
     sources = dict(_sources(state, weights, by_suffix))
 
     fitting, used = defaultdict(list), set(sources.values())
@@ -139,7 +138,7 @@ def _match(file: WeightsFile, state: Mapping[str, Tensor]) -> tuple[dict[str, Te
             values[names[0]] = weights[source]
         else:
             report.ambiguous.append(source)
-    report.loaded = [name for name in values if not _UNIMPORTANT.search(name)]
+    report.loaded = _important(values)
     filled = values.keys() | _unit_statistics(values, state).keys()
     filled |= report.reinitialised.keys()
     report.missing = _important(name for name in state if name not in filled)

@@ -8,60 +8,54 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-_Rule = tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]
+_Rules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 
 # Applied in order, each to the result of those before. "_" in blob names is "." already.
-_CAFFE2_RULES: tuple[_Rule, ...] = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        # kinds of parameters
-        (r"^pred\.([bw])$", r"linear.\1"),
-        (r"\.b$", ".bias"),
-        (r"\.w$", ".weight"),
-        (r"(?:bn\.(?:s|gamma)|gn\.s)$", "norm.weight"),
-        (r"(?:[bg]n\.bias|bn\.beta)$", "norm.bias"),
-        (r"bn\.(?:rm|running\.mean)$", "norm.running_mean"),
-        (r"bn\.(?:riv|running\.var)$", "norm.running_var"),
-        # ResNet
-        (r"^res\.conv1\.norm\.", "conv1.norm."),
-        (r"^conv1\.", "stem.conv1."),
-        (r"\.branch1\.", ".shortcut."),
-        (r"\.branch2a\.", ".conv1."),
-        (r"\.branch2b\.", ".conv2."),
-        (r"\.branch2c\.", ".conv3."),
-        # RPN; with an FPN its blobs are named after the finest level and shared by the others
-        (r"conv\.rpn(?:\.fpn2)?", "proposal_generator.rpn_head.conv"),
-        (r"rpn\.bbox\.pred(?:\.fpn2)?", "proposal_generator.rpn_head.anchor_deltas"),
-        (r"rpn\.cls\.logits(?:\.fpn2)?", "proposal_generator.rpn_head.objectness_logits"),
-        # box head
-        (r"^bbox\.pred", "bbox_pred"),
-        (r"^cls\.score", "cls_score"),
-        (r"^fc6\.", "box_head.fc1."),
-        (r"^fc7\.", "box_head.fc2."),
-        (r"^head\.conv", "box_head.conv"),
-        # FPN: fpn.inner.res4.5.sum.lateral.weight, fpn.res4.5.sum.weight
-        (r"^fpn\.inner\.res(\d)\..*?(norm\.)?([^.]+)$", r"fpn_lateral\1.\2\3"),
-        (r"^fpn\.res(\d)\..*?(norm\.)?([^.]+)$", r"fpn_output\1.\2\3"),
-        # mask and keypoint heads
-        (r"\.\[mask\]\.fcn|^\.mask\.fcn", "mask_head.mask_fcn"),
-        (r"mask\.fcn\.logits", "mask_head.predictor"),
-        (r"conv5\.mask", "mask_head.deconv"),
-        (r"conv\.fcn", "roi_heads.keypoint_head.conv_fcn"),
-        (r"kps\.score\.lowres", "roi_heads.keypoint_head.score_lowres"),
-        (r"kps\.score\.", "roi_heads.keypoint_head.score."),
-    )
+_CAFFE2_RULES: _Rules = (
+    # kinds of parameters
+    (r"^pred\.([bw])$", r"linear.\1"),
+    (r"\.b$", ".bias"),
+    (r"\.w$", ".weight"),
+    (r"(?:bn\.(?:s|gamma)|gn\.s)$", "norm.weight"),
+    (r"(?:[bg]n\.bias|bn\.beta)$", "norm.bias"),
+    (r"bn\.(?:rm|running\.mean)$", "norm.running_mean"),
+    (r"bn\.(?:riv|running\.var)$", "norm.running_var"),
+    # ResNet
+    (r"^res\.conv1\.norm\.", "conv1.norm."),
+    (r"^conv1\.", "stem.conv1."),
+    (r"\.branch1\.", ".shortcut."),
+    (r"\.branch2a\.", ".conv1."),
+    (r"\.branch2b\.", ".conv2."),
+    (r"\.branch2c\.", ".conv3."),
+    # RPN; with an FPN its blobs are named after the finest level and shared by the others
+    (r"conv\.rpn(?:\.fpn2)?", "proposal_generator.rpn_head.conv"),
+    (r"rpn\.bbox\.pred(?:\.fpn2)?", "proposal_generator.rpn_head.anchor_deltas"),
+    (r"rpn\.cls\.logits(?:\.fpn2)?", "proposal_generator.rpn_head.objectness_logits"),
+    # box head
+    (r"^bbox\.pred", "bbox_pred"),
+    (r"^cls\.score", "cls_score"),
+    (r"^fc6\.", "box_head.fc1."),
+    (r"^fc7\.", "box_head.fc2."),
+    (r"^head\.conv", "box_head.conv"),
+    # FPN: fpn.inner.res4.5.sum.lateral.weight, fpn.res4.5.sum.weight
+    (r"^fpn\.inner\.res(\d)\..*?(norm\.)?([^.]+)$", r"fpn_lateral\1.\2\3"),
+    (r"^fpn\.res(\d)\..*?(norm\.)?([^.]+)$", r"fpn_output\1.\2\3"),
+    # mask and keypoint heads
+    (r"\.\[mask\]\.fcn|^\.mask\.fcn", "mask_head.mask_fcn"),
+    (r"mask\.fcn\.logits", "mask_head.predictor"),
+    (r"conv5\.mask", "mask_head.deconv"),
+    (r"conv\.fcn", "roi_heads.keypoint_head.conv_fcn"),
+    (r"kps\.score\.lowres", "roi_heads.keypoint_head.score_lowres"),
+    (r"kps\.score\.", "roi_heads.keypoint_head.score."),
 )
 
-_TORCHVISION_RESNET_RULES: tuple[_Rule, ...] = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"^conv1\.", "stem.conv1."),
-        (r"^bn1\.", "stem.conv1.norm."),
-        (r"^layer([1-4])\.", lambda match: f"res{int(match[1]) + 1}."),
-        (r"\.bn(\d)\.", r".conv\1.norm."),
-        (r"\.downsample\.0\.", ".shortcut."),
-        (r"\.downsample\.1\.", ".shortcut.norm."),
-    )
+_TORCHVISION_RESNET_RULES: _Rules = (
+    (r"^conv1\.", "stem.conv1."),
+    (r"^bn1\.", "stem.conv1.norm."),
+    (r"^layer([1-4])\.", lambda match: f"res{int(match[1]) + 1}."),
+    (r"\.bn(\d)\.", r".conv\1.norm."),
+    (r"\.downsample\.0\.", ".shortcut."),
+    (r"\.downsample\.1\.", ".shortcut.norm."),
 )
 
 
@@ -108,7 +102,7 @@ def torchvision_resnet_to_detectron2(weights: dict[str, Tensor]) -> dict[str, Te
     return {_apply(_TORCHVISION_RESNET_RULES, name): tensor for name, tensor in weights.items()}
 
 
-def _apply(rules: Iterable[_Rule], name: str) -> str:
+def _apply(rules: _Rules, name: str) -> str:
     for pattern, replacement in rules:
-        name = pattern.sub(replacement, name)
+        name = re.sub(pattern, replacement, name)
     return name

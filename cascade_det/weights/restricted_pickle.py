@@ -18,6 +18,7 @@ from typing import IO, Any, Literal
 import numpy as np
 
 from cascade_det.errors import CheckpointError
+from cascade_det.weights.reading import reading
 
 _NUMBER = re.compile(r"[biufc]\d{1,2}")
 
@@ -36,22 +37,10 @@ def read_array_pickle(path: Path) -> Any:
     Raises:
         CheckpointError: the file names any other global, or is truncated or no pickle.
     """
-    try:
+    with reading(path, "a pickle of arrays"):
         content = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
-    try:
         _check_sizes(content)
         return _unwrap(_ArrayUnpickler(io.BytesIO(content), path).load(), {})
-    except CheckpointError:
-        raise
-    # Arbitrary bytes can raise any exception.
-    except Exception as error:
-        raise CheckpointError(
-            f"{path}: cannot be read as a pickle of arrays ({type(error).__name__}: "
-            f"{str(error)[:200]}). The file is probably truncated or of another kind: fetch it "
-            "again."
-        ) from error
 
 
 def _check_sizes(content: bytes) -> None:
@@ -107,7 +96,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         self._admitted: dict[tuple[str, str], Callable[..., object]] = {
             ("numpy", "ndarray"): _Array,
             ("numpy", "dtype"): _DType,
-            ("numpy.core.multiarray", "_reconstruct"): self._empty_array,
+            ("numpy.core.multiarray", "_reconstruct"): _Array,
             ("numpy.core.multiarray", "scalar"): self._scalar,
             ("numpy.core.numeric", "_frombuffer"): self._array_from_buffer,
             ("_codecs", "encode"): self._encode,
@@ -123,9 +112,6 @@ class _ArrayUnpickler(pickle.Unpickler):
                 "you trust, or convert it there to .safetensors."
             )
         return known
-
-    def _empty_array(self, *_: object) -> _Array:
-        return _Array()
 
     def _array_from_buffer(
         self, raw: bytes | str, dtype: _DType, shape: tuple[int, ...], order: str, *_: object

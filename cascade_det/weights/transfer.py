@@ -59,16 +59,13 @@ class Transfer:
         return self.size if self._sha256 or self._read_tag()[0] else 0
 
     def attempt(self) -> None:
-        """Complete the file with one request; raises TransferFault."""
+        """Complete the file with one request and move it into place; raises TransferFault."""
         version, total = self._read_tag()
         kept = self.kept
         if kept == 0 or kept != total:
             with self._open(kept, version) as response:
                 kept = self._receive(response, kept, version)
         self._verify(continued=kept > 0)
-
-    def finish(self) -> None:
-        """Move the whole file into place."""
         move_into_place(self._part, self.path)
         self._tag.unlink(missing_ok=True)
 
@@ -194,11 +191,6 @@ class _WebRedirects(request.HTTPRedirectHandler):
 
 
 _OPENER = request.build_opener(_WebRedirects)
-
-
-def is_web(address: str) -> bool:
-    """Whether an address is http:// or https:// and has a host."""
-    return re.match("https?://[^/]", address, re.IGNORECASE) is not None
 
 
 def _copy(response: HTTPResponse, file: IO[bytes], total: int | None, name: str) -> None:

@@ -156,7 +156,7 @@ def averaged(folder, make_detector, make_loader, *, resume=False, decay=0.9, hoo
     checkpointer.model = average.module
     checkpointer.add_checkpointable("training_weights", detector)
     start = checkpointer.start_iter
-    hooks = [average, PeriodicCheckpoint(checkpointer, 100), *hooks]
+    hooks = [average, PeriodicCheckpoint(checkpointer, 100, None), *hooks]
     trainer = make_trainer(detector, make_loader(start), start_iter=start, hooks=hooks)
     return trainer, average
 

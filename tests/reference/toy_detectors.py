@@ -95,7 +95,7 @@ def make_resumable(
     *,
     resume=False,
     period=100,
-    max_to_keep=0,
+    max_to_keep=None,
     hooks=lambda _: (),
     **others,
 ) -> Trainer:

@@ -33,11 +33,11 @@ from cascade_det.engine.averaging import WeightAverage
 from cascade_det.engine.best_model import BestModel
 from cascade_det.engine.devices import resolve_amp_dtype
 from cascade_det.engine.hooks import EvalHook, PeriodicCheckpoint
+from cascade_det.engine.loop import TrainingLoop
 from cascade_det.engine.run_info import RunInfo
 from cascade_det.engine.run_weights import resume_or_load
 from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, build_scheduler
 from cascade_det.engine.step import TrainingStep
-from cascade_det.engine.stopping import StoppableLoop
 from cascade_det.engine.training_modes import freeze_detector, training_mode
 from cascade_det.engine.training_state import load_optimizer_state, optimizer_state
 from cascade_det.parallel import distributed
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 Results = dict[str, Any]
 
 
-class Trainer(StoppableLoop, TrainerBase):
+class Trainer(TrainingLoop, TrainerBase):
     """Trains a model of Detectron2, with our heads or its own, on its own and our ``CASCADE`` keys.
 
     A ``TrainerBase``, because the loop, step, checkpoints and hooks of ``DefaultTrainer`` are
@@ -79,11 +79,9 @@ class Trainer(StoppableLoop, TrainerBase):
         self.run = run
         self.device = torch.device(cfg.MODEL.DEVICE)
         self.results: Results = {}
-        self.finished = False
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.iteration = -1
-        self.last_checkpoint: str | None = None
         self.data_loader: Batches | None = None
         self._batches: Iterator[list[Inputs]]
         self._evaluate = evaluate

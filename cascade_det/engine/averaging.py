@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from cascade_det.engine.hooks import Hook, TrainingLoop
+from cascade_det.engine.hooks import Hook
+from cascade_det.engine.loop import TrainingLoop
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 

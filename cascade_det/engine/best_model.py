@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cascade_det.engine.checkpoint import Checkpointer
-from cascade_det.engine.hooks import Hook, TrainingLoop, scalars_of
+from cascade_det.engine.hooks import Hook, scalars_of
+from cascade_det.engine.loop import TrainingLoop
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from torch import nn
 from cascade_det.errors import CheckpointError
 from cascade_det.files import atomic_path
 from cascade_det.text import listed
-from cascade_det.weights import check_finite, load_torch_file, load_weights
+from cascade_det.weights import check_finite, differing_shapes, load_torch_file, load_weights
 
 LAST = "last_checkpoint"
 # Raised when a state is loaded into the wrong object; CheckpointErrors are ValueErrors.
@@ -235,11 +235,8 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         """Raise where fvcore only warns: a resumed model needs all its weights."""
-        differing = {name for name, _, _ in incompatible.incorrect_shapes}
-        issues = [
-            f"{name} is {in_file} in the file, {in_model} in the model"
-            for name, in_file, in_model in incompatible.incorrect_shapes
-        ]
+        differing = {name: shapes for name, *shapes in incompatible.incorrect_shapes}
+        issues = differing_shapes(differing)
         # fvcore skips tensors of another shape, so they count as missing too.
         missing = [name for name in incompatible.missing_keys if name not in differing]
         issues += [f"{name} is only in the model" for name in missing]

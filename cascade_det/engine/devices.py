@@ -46,11 +46,10 @@ def on_its_device(cfg: CfgNode) -> CfgNode:
     Raises:
         ConfigError: see ``resolve_device``.
     """
-    cfg, frozen = cfg.clone(), cfg.is_frozen()
+    cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = str(resolve_device(cfg))
-    if frozen:
-        cfg.freeze()
+    cfg.freeze()
     return cfg
 
 

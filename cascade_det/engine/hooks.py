@@ -4,67 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from fvcore.common.checkpoint import PeriodicCheckpointer
 
 from cascade_det.engine.checkpoint import Checkpointer
 from cascade_det.engine.history import History
+from cascade_det.engine.loop import TrainingLoop
 from cascade_det.engine.writers import Writer
 from cascade_det.parallel import distributed
 
 START, FINAL = "model_start", "model_final"
-
-
-class Metrics(Protocol):
-    """The part of a history that hooks use in both hosts."""
-
-    def __contains__(self, name: str, /) -> bool:
-        """Whether the metric has been measured."""
-
-    def latest(self, name: str) -> tuple[float, int]:
-        """Its last value and the iteration of that."""
-
-    def put_all(self, values: Mapping[str, float], *, smooth: bool = True) -> None:
-        """Add values by name; ``smooth``: readers get a median."""
-
-
-class TrainingLoop(Protocol):
-    """What hooks use of the trainer, in either host.
-
-    Attributes:
-        iteration: the current iteration, or the last completed one; from 0.
-        start_iter: the first iteration of this run.
-        max_iter: one more than the last iteration.
-        device: of the detector.
-        results: of the last evaluation; empty before it.
-        finished: whether training reached its end, by ``max_iter`` or by :meth:`stop`.
-        resumable: whether a checkpoint written now can be resumed, see
-            :class:`cascade_det.engine.stopping.StoppableLoop`.
-        last_checkpoint: the newest file that was saved or resumed, for messages.
-    """
-
-    iteration: int
-    start_iter: int
-    max_iter: int
-    device: torch.device
-    results: dict[str, Any]
-    finished: bool
-    resumable: bool
-    last_checkpoint: str | None
-
-    @property
-    def history(self) -> Metrics:
-        """What was measured."""
-
-    def stop(self) -> None:
-        """End training as finished, after the hooks of this iteration."""
-
-    def interruptible(self) -> AbstractContextManager[None]:
-        """Within the block a signal ends the training at once."""
 
 
 class Hook:

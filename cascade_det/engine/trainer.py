@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from cascade_det.data.samples import Batch
 from cascade_det.engine.history import History
 from cascade_det.engine.hooks import Hook
+from cascade_det.engine.loop import TrainingLoop
 from cascade_det.engine.step import TrainingStep
-from cascade_det.engine.stopping import StoppableLoop
 from cascade_det.engine.training_modes import training_mode
 from cascade_det.engine.training_state import (
     load_optimizer_state,
@@ -27,8 +27,8 @@ from cascade_det.parallel import distributed
 from cascade_det.parallel.interrupts import InterruptRequest, interrupt_request
 
 
-class Trainer(StoppableLoop):
-    """Trains a detector for a number of iterations; a :class:`TrainingLoop` for hooks.
+class Trainer(TrainingLoop):
+    """Trains a detector for a number of iterations.
 
     Args:
         step: trains on one batch.
@@ -66,12 +66,15 @@ class Trainer(StoppableLoop):
         self.start_iter = start_iter
         self.iteration = start_iter - 1
         self.hooks = list(hooks)
-        self.history = History()
+        self._history = History()
         self.results: dict[str, Any] = {}
-        self.finished = False
-        self.last_checkpoint: str | None = None
         self._interrupt = InterruptRequest()
         self._resumed_random: Mapping[str, Any] | None = None
+
+    @property
+    def history(self) -> History:
+        """What was measured."""
+        return self._history
 
     def train(self) -> None:
         """Run from ``start_iter`` to ``max_iter``, or until :meth:`stop`.

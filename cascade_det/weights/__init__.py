@@ -1,7 +1,7 @@
 """Weights: downloaded, read without executing anything, renamed, checked and loaded."""
 
 from cascade_det.weights.addresses import local_path
-from cascade_det.weights.completeness import check_finite
+from cascade_det.weights.completeness import check_finite, differing_shapes
 from cascade_det.weights.files import (
     load_torch_file,
     plain_tensor,
@@ -13,6 +13,7 @@ from cascade_det.weights.transfer import sha256_of
 
 __all__ = [
     "check_finite",
+    "differing_shapes",
     "load_torch_file",
     "load_weights",
     "local_path",

@@ -127,17 +127,22 @@ def _too_few_stages(path: str | Path, there: int, lacking: list[int]) -> str:
     )
 
 
-def _differing(path: str | Path, shapes: Mapping[str, Shapes]) -> str:
-    differences = [
+def differing_shapes(shapes: Mapping[str, Shapes]) -> list[str]:
+    """For messages: names, with the shapes of the file and of the model."""
+    return [
         f"{name} is {in_file} in the file, {in_model} in the model"
         for name, (in_file, in_model) in shapes.items()
     ]
+
+
+def _differing(path: str | Path, shapes: Mapping[str, Shapes]) -> str:
+    differences = listed(differing_shapes(shapes), _SHOWN, "; ")
     only_classes = all("box_predictor." in name or "mask_head.predictor" in name for name in shapes)
     key = "MODEL.ROI_HEADS.NUM_CLASSES" if only_classes else "MODEL"
     return (
-        f"{path}: {listed(differences, _SHOWN, '; ')}. These weights were trained with another "
-        f"{key}: give that of their training, or the MODEL.WEIGHTS of a training of this "
-        "configuration (tools/train_net.py)."
+        f"{path}: {differences}. These weights were trained with another {key}: give that of "
+        "their training, or the MODEL.WEIGHTS of a training of this configuration "
+        "(tools/train_net.py)."
     )
 
 

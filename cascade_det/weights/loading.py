@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cascade_det.errors import CheckpointError
 from cascade_det.text import listed
-from cascade_det.weights.completeness import Shapes, check_complete, check_finite
+from cascade_det.weights.completeness import Shapes, check_complete, check_finite, differing_shapes
 from cascade_det.weights.files import WeightsFile, read_weights_file
 
 logger = logging.getLogger(__name__)
@@ -53,10 +53,7 @@ class LoadReport:
         sections = (
             (
                 "initialised anew, the shape differs (another number of classes?)",
-                [
-                    f"{name}: {in_file} in the file, {in_model} here"
-                    for name, (in_file, in_model) in self.reinitialised.items()
-                ],
+                differing_shapes(self.reinitialised),
             ),
             ("not in the file, left as initialised", _by_module(self.missing, self.loaded)),
             ("no place in this model, left out", _by_module(self.unexpected, known_here)),

@@ -122,7 +122,10 @@ def test_report_says_what_became_of_everything(tmp_path, caplog):
     text = str(report)
     loaded = len(report.loaded)
     assert f"{loaded} of the model's {loaded + 6 + 2} tensors loaded" in text
-    assert "roi_heads.box_predictor.0.cls_score.weight: (81, 3) in the file, (5, 3) here" in text
+    assert (
+        "roi_heads.box_predictor.0.cls_score.weight is (81, 3) in the file, (5, 3) in the model"
+        in text
+    )
     lines = [line.strip() for line in text.splitlines()]
     assert "roi_heads.mask_head (4 tensors)" in lines
     assert "proposal_generator (2 tensors)" in lines

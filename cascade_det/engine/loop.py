@@ -1,31 +1,64 @@
-"""How a training ends early: a hook or a signal stops it, or nothing is left to train."""
+"""What both training loops share, and what hooks use of them."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
 
 from cascade_det.parallel.interrupts import Interrupted, InterruptRequest, ending_at_once
 
 logger = logging.getLogger(__name__)
 
 
-class StoppableLoop:
-    """The part of a training loop that both hosts share.
+class Metrics(Protocol):
+    """The part of a history that hooks use in both hosts."""
+
+    def __contains__(self, name: str, /) -> bool:
+        """Whether the metric has been measured."""
+
+    def latest(self, name: str) -> tuple[float, int]:
+        """Its last value and the iteration of that."""
+
+    def put_all(self, values: Mapping[str, float], *, smooth: bool = True) -> None:
+        """Add values by name; ``smooth``: readers get a median."""
+
+
+class TrainingLoop:
+    """A training in either host, which a hook or a signal can end early.
 
     Attributes:
+        iteration: the current iteration, or the last completed one; from 0.
+        start_iter: the first iteration of this run.
+        max_iter: one more than the last iteration.
+        device: of the detector.
+        results: of the last evaluation; empty before it.
+        finished: whether training reached its end, by ``max_iter`` or by :meth:`stop`.
         resumable: whether a checkpoint written now, after an error or a signal, would go on with
             the next iteration as if nothing had happened. The checkpoint hook sets it after each
             step in a single process; several processes are resumable only if they are interrupted
             together.
+        last_checkpoint: the newest file that was saved or resumed, for messages.
     """
 
     iteration: int
     start_iter: int
     max_iter: int
+    device: torch.device
+    results: dict[str, Any]
+    finished = False
     resumable = False
+    last_checkpoint: str | None = None
     _stopping = False
     _interrupt: InterruptRequest
+
+    @property
+    def history(self) -> Metrics:
+        """What was measured."""
+        raise NotImplementedError
 
     def stop(self) -> None:
         """End training as finished, after the hooks of this iteration."""

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and resuming from the last one."""
+"""Checkpoints, written atomically, and resuming from the last one."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def checkpoint_to_resume(folder: str | Path) -> str:
 
 
 class Checkpointer(fvcore_checkpoint.Checkpointer):
-    """fvcore's checkpointer, which writes atomically and executes nothing when it loads.
+    """fvcore's checkpointer with atomic writes, and loading that executes nothing.
 
     A checkpoint is a dict of plain types and tensors: ``"model"``, one entry for each
     checkpointable, and ``"iteration"``, the last one that was completed.

@@ -118,7 +118,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def set_backends(cfg: CfgNode) -> None:
-    """Set what holds for the whole process: cuDNN, precision of float32, memory that is freed."""
+    """Set process-wide options: cuDNN, the precision of float32, reuse of freed memory."""
     if cfg.MODEL.DEVICE == "cpu":
         keep_freed_memory()
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK

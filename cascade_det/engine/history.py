@@ -1,4 +1,4 @@
-"""What was measured during a training, at which iteration, smoothed for reading."""
+"""Metrics of a training by iteration, smoothed for reading."""
 
 from __future__ import annotations
 

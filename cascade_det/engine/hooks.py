@@ -1,4 +1,4 @@
-"""What happens around the steps of training: checkpoints, evaluation and writing."""
+"""Hooks around the steps of training: checkpoints, evaluation and writing."""
 
 from __future__ import annotations
 
@@ -105,8 +105,7 @@ class PeriodicCheckpoint(Hook):
     def _record_save(self, iteration: int, trainer: TrainingLoop) -> None:
         self._saved = iteration
         # Other processes might look for the file before the main one has written it.
-        newest = self._checkpointer.get_checkpoint_file() if distributed.is_main() else ""
-        trainer.last_checkpoint = distributed.broadcast(newest)
+        trainer.last_checkpoint = distributed.on_main(self._checkpointer.get_checkpoint_file)
         if iteration >= 0 and distributed.is_main():
             Path(self._checkpointer.save_dir, f"{START}.pth").unlink(missing_ok=True)
 

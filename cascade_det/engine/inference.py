@@ -98,23 +98,18 @@ def _with_progress(loader: BatchLoader) -> Iterator[Batch]:
 
 
 def _results_of_all(evaluators: Sequence[Evaluator]) -> dict[str, Any]:
-    if distributed.world_size() == 1:
-        return _merged_results(evaluators)
-    states = [distributed.gather(evaluator.state()) for evaluator in evaluators]
+    alone = distributed.world_size() == 1
+    states = [None if alone else distributed.gather(e.state()) for e in evaluators]
 
     def evaluate() -> dict[str, Any]:
+        merged: dict[str, Any] = {}
         for evaluator, states_of_all in zip(evaluators, states, strict=True):
-            evaluator.merge(states_of_all or [])
-        return _merged_results(evaluators)
+            if states_of_all is not None:
+                evaluator.merge(states_of_all)
+            results = evaluator.evaluate()
+            if twice := merged.keys() & results.keys():
+                raise ValueError(f"Two evaluators give results named {', '.join(sorted(twice))}.")
+            merged.update(results)
+        return merged
 
     return distributed.on_main(evaluate)
-
-
-def _merged_results(evaluators: Sequence[Evaluator]) -> dict[str, Any]:
-    merged: dict[str, Any] = {}
-    for evaluator in evaluators:
-        results = evaluator.evaluate()
-        if twice := merged.keys() & results.keys():
-            raise ValueError(f"Two evaluators give results named {', '.join(sorted(twice))}.")
-        merged.update(results)
-    return merged

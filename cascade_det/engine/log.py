@@ -65,7 +65,7 @@ def _open(folder: Path, rank: int) -> logging.FileHandler:
 
 
 class _Printable(logging.Formatter):
-    """Escapes characters of file and class names that a terminal or an encoder cannot take."""
+    """Escapes characters in file and class names that a terminal or an encoder rejects."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), lines=True)

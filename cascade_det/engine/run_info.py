@@ -1,4 +1,4 @@
-"""What a checkpoint says of its run besides the weights."""
+"""What a checkpoint stores about its run besides the weights."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def usable_run_info(run: Any, file: str | Path) -> dict[str, Any]:
     log warns of classes that are left out: the weights are as good without them.
 
     Args:
-        run: the entry, from a file that may come from anybody; ``None`` where it is missing.
+        run: the entry, from a file that may come from a stranger; ``None`` where it is missing.
         file: for the warnings.
     """
     if not isinstance(run, dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 logger = logging.getLogger(__name__)
 
-GradientClipper = Callable[[Iterable[nn.Parameter]], None]
+GradientClipper = Callable[[Iterable[nn.Parameter]], object]
 
 _NORMS = (
     nn.modules.batchnorm._BatchNorm,
@@ -104,17 +105,17 @@ def build_gradient_clipper(clip: Mapping[str, Any] | None) -> GradientClipper | 
         return None
     kind, value, norm_type = clip["type"], float(clip["value"]), float(clip.get("norm_type", 2.0))
 
-    def clip_value(parameters: Iterable[nn.Parameter]) -> None:
-        nn.utils.clip_grad_value_(parameters, value)
+    if kind == "value":
+        return partial(nn.utils.clip_grad_value_, clip_value=value)
+    clip_norm = partial(nn.utils.clip_grad_norm_, max_norm=value, norm_type=norm_type)
+    if kind == "full_model":
+        return clip_norm
 
-    def clip_norm(parameters: Iterable[nn.Parameter]) -> None:
+    def clip_each(parameters: Iterable[nn.Parameter]) -> None:
         for parameter in parameters:
-            nn.utils.clip_grad_norm_(parameter, value, norm_type)
+            clip_norm(parameter)
 
-    def clip_full_model(parameters: Iterable[nn.Parameter]) -> None:
-        nn.utils.clip_grad_norm_(parameters, value, norm_type)
-
-    return {"value": clip_value, "norm": clip_norm, "full_model": clip_full_model}[kind]
+    return clip_each
 
 
 def build_scheduler(

@@ -1,4 +1,4 @@
-"""The file of a diverged training step. It may come from anybody, so reading checks everything."""
+"""The file of a diverged training step. It may come from a stranger: reading checks all of it."""
 
 from __future__ import annotations
 

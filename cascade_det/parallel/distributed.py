@@ -263,8 +263,8 @@ def _run_spawned(
             f"--dist-url tcp://{host}:{port}: cannot be reached ({error}). Give the address of "
             "machine 0, and a port of it that is open to the others."
         ) from error
-    _join(index, device_type, store=store, rank=first_rank + index, world_size=world_size)
-    return _call_and_leave(main, args)
+    rendezvous = {"store": store, "rank": first_rank + index, "world_size": world_size}
+    return _run_in_group(main, args, index, device_type, **rendezvous)
 
 
 def _run_under_torchrun(main: Callable[..., int], args: tuple[Any, ...], device_type: str) -> int:
@@ -272,22 +272,20 @@ def _run_under_torchrun(main: Callable[..., int], args: tuple[Any, ...], device_
         return main(*args)
     index = int(os.environ["LOCAL_RANK"])
     _check_devices(int(os.environ.get("LOCAL_WORLD_SIZE", index + 1)), device_type)
-    _join(index, device_type)
-    return _call_and_leave(main, args)
+    return _run_in_group(main, args, index, device_type)
 
 
-def _join(index: int, device_type: str, **rendezvous: Any) -> None:
-    on_gpu = device_type == "cuda"
-    if on_gpu:
+def _run_in_group(
+    main: Callable[..., int], args: tuple[Any, ...], index: int, device_type: str, **rendezvous: Any
+) -> int:
+    """Join the group, call ``main`` and leave; after an error, without waiting for the others."""
+    backend = "gloo"
+    if device_type == "cuda":
+        backend = "nccl"
         torch.cuda.set_device(index)
-    backend = "nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, timeout=_TENSOR_TIMEOUT, **rendezvous)
     _joined.local_rank = index
     _joined.objects = dist.new_group(backend="gloo", timeout=_OBJECT_TIMEOUT)
-
-
-def _call_and_leave(main: Callable[..., int], args: tuple[Any, ...]) -> int:
-    """Call ``main`` and leave the group; after an error, without waiting for the others."""
     status = main(*args)
     # The first to leave would break the connections of the others.
     dist.barrier(group=_joined.objects)

@@ -26,7 +26,7 @@ from cascade_det.parallel.signals import INTERRUPTED, handled, signals_held, sto
 
 logger = logging.getLogger(__name__)
 
-# Errors that the user can fix: raised as they are, reported without a traceback.
+# Errors that the user can fix: raised unchanged, reported without a traceback.
 USER_ERRORS = (CascadeDetError, FloatingPointError)
 
 # Seconds for processes to end by themselves once one has failed, and then to obey SIGTERM, which
@@ -226,7 +226,7 @@ def _describe(rank: int, process: BaseProcess, failure: _Failure | None) -> str:
 
 
 def _call(index: int, function: Callable[..., int], args: tuple[Any, ...], folder: Path) -> None:
-    """In the new process: call the function, and save its failure for the parent."""
+    """Call the function in the new process, and save its failure for the parent."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         status = function(index, *args)

@@ -48,21 +48,16 @@ def let_go_of_lost_terminal() -> None:
     """After a SIGHUP, discard output to a terminal that is gone: each write would fail."""
     for descriptor in (1, 2):
         try:
-            is_lost = stat.S_ISCHR(os.fstat(descriptor).st_mode) and _fails(descriptor)
-        except OSError:
+            if not stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                continue
+        except OSError:  # closed
             continue
-        if is_lost:
+        try:
+            os.write(descriptor, b"")
+        except OSError:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, descriptor)
             os.close(nowhere)
-
-
-def _fails(descriptor: int) -> bool:
-    try:
-        os.write(descriptor, b"")
-    except OSError:
-        return True
-    return False
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Checks that a file of weights has all that a detector needs, and only finite numbers."""
+"""Checks that a file of weights holds everything a detector needs, and only finite numbers."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def check_complete(
 ) -> None:
     """Check that a file has weights for every part of a detector.
 
-    The file may have whole parts more, such as a mask head or further stages. But more layers in
-    the same part mean another architecture, whose first layers alone are useless.
+    The file may hold further parts, such as a mask head or more stages. But further layers in the
+    same part mean another architecture, whose first layers alone are useless.
 
     Args:
         path: of the file, for the message.

@@ -37,17 +37,17 @@ def download(
     checked.
 
     Args:
-        address: http:// or https://; redirects may lead to such addresses alone, and from
-            https:// to https:// alone.
+        address: http:// or https://; redirects are followed only to such addresses, and from
+            https:// only to https://.
         path: a local file; its folder is made.
-        sha256: of the file, or the first digits of it, lower case; empty where it is not known.
+        sha256: of the file, or its first digits, in lower case; empty if unknown.
         attempts: tries in a row without new data before giving up.
         pause: seconds before the second try; doubles with each further one.
         timeout: seconds without data from the server that end a try.
 
     Raises:
-        DownloadError: names the address; the server does not answer, refuses, or serves another
-            file than expected, the disk has no room, or the existing file is another one.
+        DownloadError: names the address; the server does not answer, refuses, or serves an
+            unexpected file, the disk has no room, or the existing file has another checksum.
     """
     try:
         if path.is_file():

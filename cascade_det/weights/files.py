@@ -42,7 +42,7 @@ class WeightsFile:
         run: the entry ``run`` of our own checkpoints, unchecked; ``None`` in other files.
         matches_by_suffix: the file says, or its origin implies, that prefixes are missing.
         origin: whose names the file used: "Detectron2", "Caffe2" or "torchvision".
-        hint: what users of such a file have to know; may be empty.
+        hint: what users of such a file need to know; may be empty.
     """
 
     path: Path

@@ -41,7 +41,7 @@ from cascade_det.engine.step import TrainingStep
 from cascade_det.engine.training_modes import freeze_detector, training_mode
 from cascade_det.engine.training_state import load_optimizer_state, optimizer_state
 from cascade_det.parallel import distributed
-from cascade_det.parallel.interrupts import InterruptRequest, interrupt_request
+from cascade_det.parallel.interrupts import interrupt_request
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,6 @@ class Trainer(TrainingLoop, TrainerBase):
         self._batches: Iterator[list[Inputs]]
         self._evaluate = evaluate
         self._interrupted = False
-        self._interrupt = InterruptRequest()
         self._arguments = config.trainer_arguments(cfg)
         model = self.build_model(cfg)
         decay = self._arguments["ema_decay"]
@@ -260,14 +259,7 @@ class Trainer(TrainingLoop, TrainerBase):
         start = time.perf_counter()
         batch = next(self._batches)
         data_time = time.perf_counter() - start
-        self.resumable = False
-        self.iteration = self.iter
-        metrics, self._interrupted = self.step.run(
-            batch,
-            self.iter,
-            interrupted=bool(self._interrupt),
-            last_checkpoint=self.last_checkpoint,
-        )
+        metrics, self._interrupted = self._train_on(batch, self.iter)
         # The heads put their own metrics into the storage.
         logged = self.step.metrics()
         rest = {name: value for name, value in metrics.items() if name not in logged}

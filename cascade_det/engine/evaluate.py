@@ -89,8 +89,5 @@ def by_dataset(
     """Evaluate one data set, or several in folders of their own, with results by name."""
     if len(datasets) == 1:
         return evaluate(datasets[0], output_dir)
-    names = [dataset.source.name for dataset in datasets]
-    return {
-        name: evaluate(dataset, output_dir / name)
-        for name, dataset in zip(names, datasets, strict=True)
-    }
+    by_name = {dataset.source.name: dataset for dataset in datasets}
+    return {name: evaluate(dataset, output_dir / name) for name, dataset in by_name.items()}

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from cascade_det.engine.step import TrainingStep
 from cascade_det.parallel.interrupts import Interrupted, InterruptRequest, ending_at_once
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class TrainingLoop:
     """A training in either host, which a hook or a signal can end early.
 
     Attributes:
+        step: trains on one batch.
         iteration: the current iteration, or the last completed one; from 0.
         start_iter: the first iteration of this run.
         max_iter: one more than the last iteration.
@@ -44,6 +46,7 @@ class TrainingLoop:
         last_checkpoint: the newest file that was saved or resumed, for messages.
     """
 
+    step: TrainingStep
     iteration: int
     start_iter: int
     max_iter: int
@@ -68,6 +71,18 @@ class TrainingLoop:
         """For long work in a hook: within the block a signal ends the training at once."""
         where = f"Interrupted in the hooks after iteration {self.iteration}"
         return ending_at_once(self._interrupt, where)
+
+    def _train_on(self, batch: list[Any], iteration: int) -> tuple[dict[str, float], bool]:
+        """Run the step of an iteration, see :meth:`TrainingStep.run`."""
+        # In this order: a signal may raise between the two.
+        self.resumable = False
+        self.iteration = iteration
+        return self.step.run(
+            batch,
+            iteration,
+            interrupted=bool(self._interrupt),
+            last_checkpoint=self.last_checkpoint,
+        )
 
     def _is_complete(self) -> bool:
         """Whether nothing is left to train; logs which iterations are."""

@@ -24,7 +24,7 @@ from cascade_det.engine.training_state import (
     set_random_state,
 )
 from cascade_det.parallel import distributed
-from cascade_det.parallel.interrupts import InterruptRequest, interrupt_request
+from cascade_det.parallel.interrupts import interrupt_request
 
 
 class Trainer(TrainingLoop):
@@ -68,7 +68,6 @@ class Trainer(TrainingLoop):
         self.hooks = list(hooks)
         self._history = History()
         self.results: dict[str, Any] = {}
-        self._interrupt = InterruptRequest()
         self._resumed_random: Mapping[str, Any] | None = None
 
     @property
@@ -134,15 +133,9 @@ class Trainer(TrainingLoop):
         for iteration in range(self.start_iter, self.max_iter):
             start = time.perf_counter()
             batch = self._next(batches, iteration)
-            self.resumable = False
-            self.iteration = self.history.iteration = iteration
             loaded = time.perf_counter()
-            metrics, stop = self.step.run(
-                batch,
-                iteration,
-                interrupted=bool(self._interrupt),
-                last_checkpoint=self.last_checkpoint,
-            )
+            self.history.iteration = iteration
+            metrics, stop = self._train_on(batch, iteration)
             self.history.put_all(metrics)
             self.history.put("lr", self.step.learning_rate(), smooth=False)
             self.scheduler.step()

@@ -118,10 +118,8 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
         Raises:
             CheckpointError: the file cannot be written, for example because the disk is full.
         """
-        data = {"model": self.model.state_dict()}
-        data.update({key: object_.state_dict() for key, object_ in self.checkpointables.items()})
-        data.update(kwargs)
-        if self._write(name, data):
+        states = {key: object_.state_dict() for key, object_ in self.checkpointables.items()}
+        if self._write(name, {"model": self.model.state_dict(), **states, **kwargs}):
             self.tag_last_checkpoint(f"{name}.pth")
 
     def save_weights(self, name: str, **kwargs: Any) -> None:

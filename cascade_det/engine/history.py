@@ -22,21 +22,20 @@ class History:
 
     def __init__(self) -> None:
         self.iteration = 0
-        self._buffers: dict[str, HistoryBuffer] = {}
-        self._smoothed: dict[str, bool] = {}
+        # The values of each scalar, and whether readers get a median.
+        self._series: dict[str, tuple[HistoryBuffer, bool]] = {}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._buffers
+        return name in self._series
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._buffers)
+        return iter(self._series)
 
     def put(self, name: str, value: float, *, smooth: bool = True) -> None:
         """Add a value; ``smooth``: readers get a median."""
-        if name not in self._buffers:
-            self._buffers[name] = HistoryBuffer(_KEPT)
-            self._smoothed[name] = smooth
-        self._buffers[name].update(float(value), self.iteration)
+        if name not in self._series:
+            self._series[name] = HistoryBuffer(_KEPT), smooth
+        self._series[name][0].update(float(value), self.iteration)
 
     def put_all(self, values: Mapping[str, float], *, smooth: bool = True) -> None:
         """Add values by name."""
@@ -45,35 +44,34 @@ class History:
 
     def latest(self, name: str) -> tuple[float, int]:
         """The last value, unsmoothed, and its iteration."""
-        value, iteration = self._buffers[name].values()[-1]
+        value, iteration = self._series[name][0].values()[-1]
         return value, int(iteration)
 
     def smoothed(self, name: str) -> float:
         """The median of the last ``WINDOW`` values of a noisy scalar, else the last value."""
-        return self.median(name) if self._smoothed[name] else self.latest(name)[0]
+        return self.median(name) if self._series[name][1] else self.latest(name)[0]
 
     def median(self, name: str, window: int = WINDOW) -> float:
         """The median of the last ``window`` values."""
-        return float(self._buffers[name].median(window))
+        return float(self._series[name][0].median(window))
 
     def mean(self, name: str) -> float:
         """The mean of the last ``WINDOW`` values."""
-        return float(self._buffers[name].avg(WINDOW))
+        return float(self._series[name][0].avg(WINDOW))
 
     def state_dict(self) -> dict[str, Any]:
         """What smoothing needs to continue, as plain types."""
         return {
             name: {
-                "smooth": self._smoothed[name],
+                "smooth": smooth,
                 "values": [[float(v), int(i)] for v, i in buffer.values()[-WINDOW:]],
             }
-            for name, buffer in self._buffers.items()
+            for name, (buffer, smooth) in self._series.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`; other values are dropped."""
-        self._buffers.clear()
-        self._smoothed.clear()
+        self._series.clear()
         now = self.iteration
         for name, entry in state.items():
             for value, self.iteration in entry["values"]:

@@ -25,7 +25,7 @@ from cascade_det.core.record import CascadeRecord
 from cascade_det.core.regions import Regions, ReportedRegions
 from cascade_det.core.roi_pooling import Pyramid, RoIPooler
 from cascade_det.core.stage_network import LastBoxesNetwork, StageNetwork
-from cascade_det.core.stage_runner import StageRunner, part
+from cascade_det.core.stage_runner import StageRunner
 from cascade_det.core.structures import (
     CascadeInputs,
     CascadeStats,
@@ -33,8 +33,9 @@ from cascade_det.core.structures import (
     ImageSizes,
     PartTimer,
     StageOutput,
+    part,
 )
-from cascade_det.core.structures.boxes import Weights
+from cascade_det.core.structures.boxes import Weights, image_bounds
 from cascade_det.core.training_schedule import TrainingSchedule
 
 
@@ -270,7 +271,7 @@ class CascadeHead(nn.Module):
         if deadline is not None:
             deadline.mark_stages_done(device)
         with part(timer, "postprocess"):
-            detections = self._select(reported, regions, num_images)
+            detections = self._select(reported, num_images)
         if deadline is not None:
             runner.stats.overrun_ms = deadline.finish(device)
         if timer is not None:
@@ -309,7 +310,7 @@ class CascadeHead(nn.Module):
             if self.exits is not None:
                 # To be comparable with the scores of ``detect``.
                 probs = self.exits.calibrated(probs, stage)
-            detections = self._select([result.reported(probs, stage)], regions, len(image_sizes))
+            detections = self._select([result.reported(probs, stage)], len(image_sizes))
             after = regions.boxes.split(counts)
             outputs.append(StageOutput(detections, list(before.split(counts)), list(after)))
         return outputs
@@ -357,18 +358,19 @@ class CascadeHead(nn.Module):
         agreements: bool = False,
     ) -> tuple[StageNetwork, Regions]:
         """The network on the batch, and the proposals as regions."""
-        regions = Regions.from_proposals(proposals, objectness, image_sizes)
+        regions = Regions.from_proposals(proposals, objectness)
         pyramid = self.pooler.prepare(features, dtype=common_dtype(self.box_head))
-        return self.network(pyramid, len(image_sizes), agreements=agreements), regions
+        bounds = image_bounds(image_sizes, regions.boxes)  # [N, 4]
+        return self.network(pyramid, bounds, agreements=agreements), regions
 
     def network(
-        self, pyramid: Pyramid, num_images: int, *, agreements: bool = False
+        self, pyramid: Pyramid, image_bounds: Tensor, *, agreements: bool = False
     ) -> StageNetwork:
         """The stages on features that the pooler prepared; see ``StageNetwork``."""
         network = LastBoxesNetwork if self.ensemble.name == "last_boxes" else StageNetwork
         return network(
             pyramid,
-            num_images,
+            image_bounds,
             pooler=self.pooler,
             crop_pooler=self.crop_pooler,
             box_heads=self.box_head,
@@ -379,13 +381,7 @@ class CascadeHead(nn.Module):
             counts_agreements=agreements,
         )
 
-    def _select(
-        self, reported: list[ReportedRegions], regions: Regions, num_images: int
-    ) -> list[Detections]:
-        if not reported:  # no proposal entered stage 0
-            none = regions.image_index[:0]
-            probs = regions.boxes.new_zeros(0, self.num_classes + 1)
-            reported = [ReportedRegions(regions.boxes[:0], probs, none, none, none)]
+    def _select(self, reported: list[ReportedRegions], num_images: int) -> list[Detections]:
         return select_detections(
             reported,
             num_images,

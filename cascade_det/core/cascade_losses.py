@@ -44,9 +44,8 @@ def cascade_losses(
         schedule, ``loss_stage_weights`` and ``loss_prefix``; all scalars. Then metrics to log.
     """
     current = [schedule.current_targets(targets, stage) for stage in range(len(targets.ious))]
-    device = regions.boxes.device
-    proposal_index = torch.arange(len(regions), device=device)
-    bounds = image_bounds(image_sizes, torch.arange(len(image_sizes), device=device))  # [N, 4]
+    proposal_index = torch.arange(len(regions), device=regions.boxes.device)
+    bounds = image_bounds(image_sizes, regions.boxes)  # [N, 4]
     stages: list[TrainingStage] = []
     metrics: Metrics = {}
     for stage, own in enumerate(current):

@@ -109,7 +109,7 @@ class CascadeTargets:
             deltas: ``[R, 4]`` or ``[R, 4 K]``.
             regions: labelled for this stage.
             ground_truth: objects of the batch.
-            bounds: float32 ``[R, 4]``, see ``image_bounds``.
+            bounds: float32 ``[R, 4]``, the row of ``image_bounds`` for each region.
         """
         top_class = logits[:, :-1].argmax(dim=1)  # [R]
         classes = torch.where(self._is_foreground(regions), regions.gt_classes, top_class)

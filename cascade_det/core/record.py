@@ -8,7 +8,7 @@ K foreground classes. Boxes are float32 XYXY in pixels of the resized images.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from cascade_det.core.postprocess import select_detections
 from cascade_det.core.regions import Regions, ReportedRegions, StageResult
 from cascade_det.core.stage_runner import StageRunner
 from cascade_det.core.structures import CascadeStats, Detections
-from cascade_det.core.structures.boxes import image_bounds
 
 
 @dataclass
@@ -125,26 +124,26 @@ class CascadeRecord:
 
     def view(self, stage: int) -> RegionView:
         """The input of exit rules after ``stage`` (-1: before stage 0), had no region exited."""
+        regions = self._proposal_regions()
         if stage < 0:
-            return RegionView(
-                stage=stage,
-                num_images=self.num_images,
-                image_index=self.image_index,
-                boxes=self.proposals,
-                objectness=self.objectness,
-                crops=self.crops,
-            )
-        recorded = self.stages[stage]
-        return RegionView(
-            stage=stage,
-            num_images=self.num_images,
-            image_index=self.image_index,
-            boxes=recorded.boxes,
-            objectness=self.objectness,
-            boxes_before=self.stages[stage - 1].boxes if stage else self.proposals,
-            probs=self.ensemble.probs(recorded.score_state, stage + 1),
-            agreements=recorded.agreements,
-            predicted_ious=recorded.predicted_ious,
+            return regions.view(stage, self.num_images, crops=self.crops)
+        if stage > 0:
+            regions.boxes = self.stages[stage - 1].boxes
+        regions = self.refine(regions, stage)
+        probs = self.ensemble.probs(regions.score_state, stage + 1)
+        return regions.view(stage, self.num_images, probs=probs)
+
+    def refine(self, regions: Regions, stage: int) -> Regions:
+        """The regions after ``stage``, from those that enter it."""
+        recorded, rows = self.stages[stage], regions.proposal_index
+        ious = recorded.predicted_ious
+        return replace(
+            regions,
+            boxes=recorded.boxes[rows],
+            boxes_before=regions.boxes,
+            score_state=recorded.score_state[rows],
+            agreements=recorded.agreements[rows],
+            predicted_ious=None if ious is None else ious[rows],
         )
 
     def final_probs(self, stage: int, rows: Tensor | slice = slice(None)) -> Tensor:
@@ -171,21 +170,11 @@ class CascadeRecord:
             ensemble=self.ensemble,
             policy=policy,
         )
-        proposals = Regions(
-            boxes=self.proposals,
-            image_index=self.image_index,
-            image_bounds=image_bounds(self.image_sizes, self.image_index),
-            objectness=self.objectness,
-            proposal_index=torch.arange(len(self.proposals), device=self.proposals.device),
-        )
-        reported = runner.run(proposals)
+        reported = runner.run(self._proposal_regions())
         return Replay(reported, runner.stats, source.entered)
 
     def select(self, reported: Sequence[ReportedRegions]) -> list[Detections]:
         """Detections of every image, in pixels of the resized images."""
-        if not reported:  # no proposal entered stage 0
-            last, none = self.stages[-1], self.image_index[:0]
-            reported = [ReportedRegions(last.decoded[:0], last.score_state[:0], none, none, none)]
         return select_detections(
             reported,
             self.num_images,
@@ -193,6 +182,10 @@ class CascadeRecord:
             nms_thresh=self.nms_thresh,
             detections_per_image=self.detections_per_image,
         )
+
+    def _proposal_regions(self) -> Regions:
+        index = torch.arange(len(self.proposals), device=self.proposals.device)
+        return Regions(self.proposals, self.image_index, self.objectness, index)
 
 
 class _RecordSource:
@@ -205,20 +198,8 @@ class _RecordSource:
 
     def run_stage(self, regions: Regions, stage: int) -> StageResult:
         self.entered[stage] = torch.bincount(regions.image_index, minlength=self.num_images)
-        recorded, rows = self._record.stages[stage], regions.proposal_index
-        ious = recorded.predicted_ious
-        refined = Regions(
-            recorded.boxes[rows],
-            regions.image_index,
-            regions.image_bounds,
-            regions.objectness,
-            rows,
-            boxes_before=regions.boxes,
-            score_state=recorded.score_state[rows],
-            agreements=recorded.agreements[rows],
-            predicted_ious=None if ious is None else ious[rows],
-        )
-        return StageResult(refined, recorded.decoded[rows])
+        decoded = self._record.stages[stage].decoded[regions.proposal_index]
+        return StageResult(self._record.refine(regions, stage), decoded)
 
     def final_probs(self, result: StageResult, stage: int) -> Tensor:
         return self._record.final_probs(stage, result.regions.proposal_index)

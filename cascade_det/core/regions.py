@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade_det.core.structures.boxes import ImageSizes, flatten_images, image_bounds
+from cascade_det.core.exits.view import RegionView
+from cascade_det.core.structures.boxes import flatten_images
 
 
 @dataclass
@@ -22,7 +23,6 @@ class Regions:
     Attributes:
         boxes: float32 ``[R, 4]``.
         image_index: int64 ``[R]``, ascending.
-        image_bounds: float32 ``[R, 4]``, (width, height, width, height) of the image.
         objectness: float32 ``[R]``, logits of the proposals.
         proposal_index: int64 ``[R]``, index of each region among the proposals of the batch.
         boxes_before: float32 ``[R, 4]``, the boxes that the last stage pooled.
@@ -36,7 +36,6 @@ class Regions:
 
     boxes: Tensor
     image_index: Tensor
-    image_bounds: Tensor
     objectness: Tensor
     proposal_index: Tensor
     boxes_before: Tensor | None = None
@@ -50,24 +49,17 @@ class Regions:
         cls,
         proposals: Sequence[Tensor],
         objectness: Sequence[Tensor] | None,
-        image_sizes: ImageSizes,
     ) -> Regions:
         """The proposals of N images, before stage 0.
 
         Args:
             proposals: per image float32 ``[R_i, 4]``, clipped to the image.
             objectness: per image float32 ``[R_i]``, logits; ``None`` counts as 0.
-            image_sizes: N ``(height, width)``.
         """
         boxes, image_index = flatten_images(proposals)  # [R, 4], [R]
         logits = boxes.new_zeros(boxes.shape[0]) if objectness is None else torch.cat([*objectness])
-        return cls(
-            boxes,
-            image_index,
-            image_bounds(image_sizes, image_index),
-            logits,
-            torch.arange(boxes.shape[0], device=boxes.device),
-        )
+        proposal_index = torch.arange(boxes.shape[0], device=boxes.device)
+        return cls(boxes, image_index, logits, proposal_index)
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -76,6 +68,31 @@ class Regions:
         fields = vars(self).items()
         chosen: dict[str, Any] = {name: None if x is None else x[index] for name, x in fields}
         return Regions(**chosen)
+
+    def view(
+        self,
+        stage: int,
+        num_images: int,
+        *,
+        probs: Tensor | None = None,
+        crops: Tensor | None = None,
+        accepted: Sequence[RegionView] = (),
+    ) -> RegionView:
+        """The input of exit rules after ``stage``; for the arguments see ``RegionView``."""
+        return RegionView(
+            stage=stage,
+            num_images=num_images,
+            image_index=self.image_index,
+            boxes=self.boxes,
+            objectness=self.objectness,
+            proposal_index=self.proposal_index,
+            boxes_before=self.boxes_before,
+            probs=probs,
+            agreements=self.agreements,
+            predicted_ious=self.predicted_ious,
+            crops=crops,
+            accepted=accepted,
+        )
 
 
 @dataclass

@@ -7,7 +7,7 @@ F outputs of a box head.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,13 @@ from cascade_det.core.roi_pooling import Pyramid, RoIPooler
 from cascade_det.core.structures.boxes import Weights, clip_boxes, decode_boxes, select_class
 
 
+@dataclass
 class StageNetwork:
     """The stages on one batch: the ``StageSource`` of a real run.
 
     Args:
         pyramid: features from ``pooler.prepare``.
-        num_images: N.
+        image_bounds: float32 ``[N, 4]``, (width, height, width, height) of each image.
         pooler: crops regions to ``[R, C, P, P]``.
         crop_pooler: crops proposals to ``[R, C, 1, 1]``.
         box_heads: at least S modules, ``[R, C, P, P]`` to ``[R, F]``.
@@ -37,37 +38,29 @@ class StageNetwork:
         counts_agreements: whether to count how many stages agree on the class of a region.
     """
 
-    def __init__(
-        self,
-        pyramid: Pyramid,
-        num_images: int,
-        *,
-        pooler: RoIPooler,
-        crop_pooler: RoIPooler,
-        box_heads: nn.ModuleList,
-        box_predictors: nn.ModuleList,
-        bbox_reg_weights: Sequence[Weights],
-        ensemble: ScoreEnsemble,
-        learned: LearnedParts | None,
-        counts_agreements: bool,
-    ) -> None:
-        self.pyramid = pyramid
-        self.num_images = num_images
-        self.pooler = pooler
-        self.crop_pooler = crop_pooler
-        self.box_heads = box_heads
-        self.box_predictors = box_predictors
-        self.bbox_reg_weights = bbox_reg_weights
-        self.ensemble = ensemble
-        self.learned = learned
-        self.counts_agreements = counts_agreements
+    pyramid: Pyramid
+    image_bounds: Tensor
+    pooler: RoIPooler
+    crop_pooler: RoIPooler
+    box_heads: nn.ModuleList
+    box_predictors: nn.ModuleList
+    bbox_reg_weights: Sequence[Weights]
+    ensemble: ScoreEnsemble
+    learned: LearnedParts | None
+    counts_agreements: bool
+
+    @property
+    def num_images(self) -> int:
+        """N."""
+        return self.image_bounds.shape[0]
 
     def run_stage(self, regions: Regions, stage: int) -> StageResult:
         """Pool, classify and refine the regions that enter a stage."""
         pooled, hidden = self._run_head(regions, stage)  # hidden: [R, F]
         logits, deltas = self.box_predictors[stage](hidden)  # [R, K + 1], [R, 4] or [R, 4 K]
         decoded = decode_boxes(deltas, regions.boxes, self.bbox_reg_weights[stage])
-        decoded = clip_boxes(decoded.unflatten(1, (-1, 4)), regions.image_bounds).flatten(1)
+        bounds = self.image_bounds[regions.image_index]  # [R, 4]
+        decoded = clip_boxes(decoded.unflatten(1, (-1, 4)), bounds).flatten(1)
         score_state = self.ensemble.update(regions.score_state, logits)  # [R, K + 1]
         top_class, agreements = self._agreements(regions, score_state, stage)
         refined = replace(

@@ -6,23 +6,17 @@ replay decides what a real run decides.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from cascade_det.core.ensemble import ScoreEnsemble
-from cascade_det.core.exits import (
-    BEFORE_STAGES,
-    REPORTED_REASONS,
-    Accepted,
-    ExitPolicy,
-    RegionView,
-)
+from cascade_det.core.exits import BEFORE_STAGES, REPORTED_REASONS, ExitPolicy, RegionView
 from cascade_det.core.exits.budget import Deadline
 from cascade_det.core.regions import Regions, ReportedRegions, StageResult
-from cascade_det.core.structures import CascadeStats, PartTimer
+from cascade_det.core.structures import CascadeStats, PartTimer, part
 
 
 class StageSource(Protocol):
@@ -40,6 +34,7 @@ class StageSource(Protocol):
         """One feature vector per proposal: ``[R, C]``."""
 
 
+@dataclass
 class StageRunner:
     """One pass of a batch through the stages.
 
@@ -55,31 +50,23 @@ class StageRunner:
         stats: counts of this call, complete after ``run``.
     """
 
-    def __init__(
-        self,
-        source: StageSource,
-        *,
-        num_stages: int,
-        ensemble: ScoreEnsemble,
-        policy: ExitPolicy | None,
-        deadline: Deadline | None = None,
-        timer: PartTimer | None = None,
-    ) -> None:
-        self.source = source
-        self.num_stages = num_stages
-        self.ensemble = ensemble
-        self.policy = policy
+    source: StageSource
+    num_stages: int
+    ensemble: ScoreEnsemble
+    policy: ExitPolicy | None
+    deadline: Deadline | None = None
+    timer: PartTimer | None = None
+
+    def __post_init__(self) -> None:
+        self.stats = CascadeStats.empty(self.num_stages)
         # Exits depend on the input, which a tracer cannot record.
-        self.exits = None if torch.jit.is_tracing() else policy
-        self.deadline = deadline
-        self.timer = timer
-        self.stats = CascadeStats.empty(num_stages)
+        self.exits = None if torch.jit.is_tracing() else self.policy
         self._reported: list[ReportedRegions] = []
         self._accepted: list[RegionView] = []
         self._score_sums: list[tuple[int, str, Tensor]] = []
 
     def run(self, proposals: Regions) -> list[ReportedRegions]:
-        """Run the stages until no region is live; returns the regions to report."""
+        """Run the stages until no region is live; returns at least one batch of regions."""
         self.stats.proposed = len(proposals)
         with part(self.timer, "stage0"):
             live = self._apply_proposal_exits(proposals)
@@ -92,21 +79,18 @@ class StageRunner:
                 result = self.source.run_stage(live, stage)
                 live = self._apply_exits(result, stage)
         self._store_score_sums()
+        if not self._reported:  # no proposal entered stage 0
+            none = proposals.image_index[:0]
+            probs = proposals.boxes.new_zeros(0, 1)
+            self._reported = [ReportedRegions(proposals.boxes[:0], probs, none, none, none)]
         return self._reported
 
     def _apply_proposal_exits(self, proposals: Regions) -> Regions:
         """The proposals that enter stage 0."""
         if self.exits is None:
             return proposals
-        view = RegionView(
-            stage=BEFORE_STAGES,
-            num_images=self.source.num_images,
-            image_index=proposals.image_index,
-            boxes=proposals.boxes,
-            objectness=proposals.objectness,
-            proposal_index=proposals.proposal_index,
-            crops=self.source.crops(proposals) if self.exits.needs_crops else None,
-        )
+        crops = self.source.crops(proposals) if self.exits.needs_crops else None
+        view = proposals.view(BEFORE_STAGES, self.source.num_images, crops=crops)
         decision = self.exits.decide(view, self.deadline)
         self.stats.left_before = {reason: len(rows) for reason, rows in decision.exited.items()}
         return proposals if decision.kept is None else proposals[decision.kept]
@@ -137,19 +121,9 @@ class StageRunner:
         return live if decision.kept is None else live[decision.kept]
 
     def _view(self, live: Regions, stage: int) -> RegionView:
-        return RegionView(
-            stage=stage,
-            num_images=self.source.num_images,
-            image_index=live.image_index,
-            boxes=live.boxes,
-            objectness=live.objectness,
-            proposal_index=live.proposal_index,
-            boxes_before=live.boxes_before,
-            probs=self.ensemble.probs(live.score_state, stage + 1),
-            agreements=live.agreements,
-            predicted_ious=live.predicted_ious,
-            accepted=Accepted.from_views(self._accepted),
-        )
+        probs = self.ensemble.probs(live.score_state, stage + 1)
+        accepted = tuple(self._accepted)
+        return live.view(stage, self.source.num_images, probs=probs, accepted=accepted)
 
     def _report(self, result: StageResult, stage: int) -> None:
         probs = self.source.final_probs(result, stage)  # [R, K + 1]
@@ -164,8 +138,3 @@ class StageRunner:
             self.stats.confidence = [{} for _ in range(self.num_stages)]
             for (stage, reason, _), score_sum in zip(self._score_sums, sums, strict=True):
                 self.stats.confidence[stage][reason] = score_sum
-
-
-def part(timer: PartTimer | None, name: str) -> AbstractContextManager[None]:
-    """``timer.part(name)``, or an empty context without a timer."""
-    return nullcontext() if timer is None else timer.part(name)

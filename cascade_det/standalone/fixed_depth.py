@@ -106,11 +106,9 @@ class FixedDepthDetector(nn.Module):
         heads = self.detector.roi_heads
         # Without a table, pooling uses torchvision's kernel, the one that can be exported.
         pyramid = Pyramid([maps[name] for name in self.detector.roi_in_features])
-        network = heads.network(pyramid, 1)
+        network = heads.network(pyramid, image_bounds)
         image_index = torch.zeros_like(proposals[:, 0], dtype=torch.int64)
-        regions = Regions(
-            proposals, image_index, image_bounds.expand_as(proposals), proposals[:, 0], image_index
-        )
+        regions = Regions(proposals, image_index, proposals[:, 0], image_index)
         result = network.run_stage(regions, 0)
         for stage in range(1, self.num_stages):
             result = network.run_stage(result.regions, stage)

@@ -15,6 +15,7 @@ from torchvision.ops import batched_nms, box_iou
 from cascade_det.core.losses import box_loss
 from cascade_det.core.matching import sample_labels
 from cascade_det.core.structures.boxes import (
+    ImageSizes,
     Weights,
     clip_boxes,
     decode_boxes,
@@ -24,8 +25,6 @@ from cascade_det.core.structures.boxes import (
 from cascade_det.standalone.anchors import AnchorGenerator
 from cascade_det.standalone.rpn_head import BestAnchors, RPNHead
 from cascade_det.standalone.rpn_samples import predictions_at
-
-ImageSizes = Sequence[tuple[int, int]]
 
 
 class RPN(nn.Module):
@@ -232,8 +231,7 @@ class RPN(nn.Module):
         if mode == 0:
             self.metrics = {"rpn/nonfinite_boxes": (~finite).sum()}
         boxes = boxes.view_as(anchors)
-        images = torch.arange(len(image_sizes), device=boxes.device)
-        clipped = clip_boxes(boxes, image_bounds(image_sizes, images))
+        clipped = clip_boxes(boxes, image_bounds(image_sizes, boxes))
         keep = finite & is_nonempty(clipped.flatten(0, 1), self.min_box_size)
         levels = torch.cat(
             [torch.full_like(b.anchor_index[0], level) for level, b in enumerate(best)]

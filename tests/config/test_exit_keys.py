@@ -9,7 +9,6 @@ from cascade_det.core import build_exits
 from cascade_det.core.exits.background import KeepNearBest, PruneBelow
 from cascade_det.core.exits.budget import RegionBudget
 from cascade_det.core.exits.confidence import AcceptConfident, margin, predicted_iou, refinement
-from cascade_det.core.exits.learned import LearnedPruner
 from cascade_det.core.exits.redundancy import DropCovered
 from cascade_det.errors import ConfigError
 
@@ -75,7 +74,7 @@ class TestEveryKeyReachesThePolicy:
         assert rule_of(cfg, KeepNearBest, PRUNE_MARGINS=(0.2,)).margins == (0.2, 0.2, 0.2)
 
     def test_pruner(self, cfg):
-        rule = rule_of(cfg, LearnedPruner, PRUNER_THRESHOLDS=(0.1, 0, 0.2), LEARNED=("pruner",))
+        rule = rule_of(cfg, PruneBelow, PRUNER_THRESHOLDS=(0.1, 0, 0.2), LEARNED=("pruner",))
         assert rule.thresholds == (0.1, 0, 0.2)
         assert rule.parts.names == ("pruner",)
         assert rule.parts.crop_channels == 4

@@ -16,7 +16,7 @@ from region_views import (
     view_of_image,
 )
 
-from cascade_det.core.exits import Accepted, redundancy
+from cascade_det.core.exits import redundancy
 from cascade_det.core.exits.background import KeepNearBest, PruneBelow
 from cascade_det.core.exits.confidence import MEASURES, AcceptConfident
 from cascade_det.core.exits.redundancy import DropCovered
@@ -163,12 +163,7 @@ class TestDropCovered:
         box, other = [0.0, 0.0, 10.0, 10.0], [50.0, 0.0, 60.0, 10.0]
         probs = [[0.6, 0.3, 0.1], [0.8, 0.1, 0.1], [0.2, 0.6, 0.2], [0.6, 0.2, 0.2]]
         view = view_of(probs, boxes=[box, other, box, box], image_index=[0, 0, 0, 1])
-        view.accepted = Accepted(
-            boxes=torch.tensor([box, other]),
-            scores=torch.tensor([0.7, 0.7]),
-            classes=torch.tensor([0, 0]),
-            image_index=torch.tensor([0, 0]),
-        )
+        view.accepted = [view_of([[0.7, 0.0, 0.3]] * 2, boxes=[box, other])]
         # Worse than the accepted one; better; of another class; of another image.
         assert mask_of(DropCovered(0.5), view) == [True, False, False, False]
 

@@ -18,7 +18,8 @@ from region_views import (
     view_of,
 )
 
-from cascade_det.core.exits import CONFIDENCES, RegionView, build_exits
+from cascade_det.core.exits import RegionView, build_exits
+from cascade_det.core.exits.policy import CONFIDENCES
 
 NEVER = 1.1
 

@@ -198,7 +198,7 @@ def test_refined_boxes_are_labelled_by_the_iou_of_the_next_stage():
     )
     # IoU with the only object: 0.55, 0.65 and 0.75.
     regions = regions_by_hand([[0.0, 0, 10, 5.5], [0, 0, 10, 6.5], [0, 0, 10, 7.5]], [1, 1, 1])
-    bounds = image_bounds([(50, 50)], regions.image_index)
+    bounds = image_bounds([(50, 50)], regions.boxes)[regions.image_index]
     still = torch.zeros(3, NUM_CLASSES + 1), torch.zeros(3, 4)
     wanted = {0: [3, 1, 1], 1: [3, 3, 1], 2: [3, 3, 1]}
     for stage, classes in wanted.items():
@@ -219,7 +219,7 @@ def test_class_specific_refinement_follows_ground_truth_or_the_top_class():
     none = GroundTruth(
         torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
     )
-    bounds = image_bounds([(50, 50)], regions.image_index)
+    bounds = image_bounds([(50, 50)], regions.boxes)[regions.image_index]
     refined = targets.refine(0, logits, deltas.flatten(1), regions, none, bounds)
     # Foreground of class 0 and 2 move as those classes; background as class 1, its best guess.
     torch.testing.assert_close(refined.boxes[:, 0], torch.tensor([11.0, 13.0, 12.0]))

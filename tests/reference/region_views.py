@@ -6,7 +6,7 @@ from naive_exits import NaivePolicy, Seen
 from small_cascades import random_boxes
 
 from cascade_det.core import ExitPolicy
-from cascade_det.core.exits import Accepted, RegionView
+from cascade_det.core.exits import RegionView
 
 NUM_STAGES = 3
 IMAGE_SIZE = (120, 160)
@@ -39,13 +39,23 @@ def make_view(
         view.predicted_ious = torch.rand(len(image_index), generator=generator)
     if num_accepted:
         chosen = torch.randint(len(image_index), (num_accepted,), generator=generator)
-        view.accepted = Accepted(
+        accepted = accepted_view(
             view.boxes[chosen] + torch.randn(num_accepted, 4, generator=generator),
             torch.rand(num_accepted, generator=generator),
             view.classes[chosen],
             image_index[chosen],
+            num_images=len(counts),
+            num_classes=num_classes,
         )
+        view.accepted = [accepted[: num_accepted // 2], accepted[num_accepted // 2 :]]
     return view
+
+
+def accepted_view(boxes, scores, classes, image_index, *, num_images, num_classes):
+    """Accepted regions: all of their probability is that of their class."""
+    probs = torch.zeros(len(boxes), num_classes + 1)
+    probs[torch.arange(len(boxes)), classes] = scores
+    return RegionView(0, num_images, image_index, boxes, torch.zeros(len(boxes)), probs=probs)
 
 
 def view_of(probs, *, boxes=None, image_index=None, stage=0, **others):
@@ -72,15 +82,7 @@ def view_of_image(view, image):
     """The regions of one image, as if it were alone."""
     one = view[torch.nonzero(view.image_index == image).squeeze(1)]
     one.num_images, one.image_index = 1, torch.zeros_like(one.image_index)
-    accepted = view.accepted
-    if accepted is not None:
-        own = accepted.image_index == image
-        one.accepted = Accepted(
-            accepted.boxes[own],
-            accepted.scores[own],
-            accepted.classes[own],
-            torch.zeros_like(accepted.image_index[own]),
-        )
+    one.accepted = [view_of_image(accepted, image) for accepted in view.accepted]
     return one
 
 
@@ -107,15 +109,17 @@ def as_seen(view):
 
 
 def as_accepted(view):
-    """The accepted regions of a view: all of their probability is that of their class."""
-    accepted = view.accepted
-    if accepted is None:
-        return []
-    columns = (accepted.image_index, accepted.boxes, accepted.scores, accepted.classes)
-    regions = []
-    for image, box, score, label in zip(*(column.tolist() for column in columns), strict=True):
-        regions.append(Seen(image, tuple(box), probs=[0.0] * label + [score, 0.0]))
-    return regions
+    """The accepted regions of a view, for the naive rules."""
+    return [
+        Seen(image, tuple(box), probs=probs)
+        for accepted in view.accepted
+        for image, box, probs in zip(
+            accepted.image_index.tolist(),
+            accepted.boxes.tolist(),
+            accepted.probs.tolist(),
+            strict=True,
+        )
+    ]
 
 
 def some_policies(num_stages=NUM_STAGES):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from cascade_det.core.exits.confidence import Measure, max_prob
 from cascade_det.core.exits.view import RegionView
 
 
@@ -16,12 +17,14 @@ class PruneBelow:
 
     Args:
         thresholds: in [0, 1], one per gate: before stage 0, after stage 0, ...; 0 is off.
+        measure: what the thresholds apply to, ``[R]`` in [0, 1].
     """
 
     reason = "background"
 
-    def __init__(self, thresholds: Sequence[float]) -> None:
+    def __init__(self, thresholds: Sequence[float], measure: Measure = max_prob) -> None:
         self.thresholds = tuple(thresholds)
+        self.measure = measure
 
     def is_active(self, stage: int) -> bool:
         """Whether regions can exit after ``stage`` (-1: before stage 0)."""
@@ -29,7 +32,7 @@ class PruneBelow:
 
     def exit_mask(self, view: RegionView) -> Tensor:
         """Bool ``[R]``."""
-        return view.scores < self.thresholds[view.stage + 1]
+        return self.measure(view) < self.thresholds[view.stage + 1]
 
 
 class KeepNearBest:

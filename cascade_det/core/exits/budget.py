@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class RegionBudget:
         return view.ranks >= self.most[view.stage + 1]
 
 
+@dataclass
 class TimeBudget:
     """Time limit of a call of the cascade.
 
@@ -48,17 +50,10 @@ class TimeBudget:
             that ended; initially 0.
     """
 
-    def __init__(
-        self,
-        milliseconds: float,
-        *,
-        per_image: bool = True,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self.milliseconds = milliseconds
-        self.per_image = per_image
-        self.clock = clock
-        self.report_seconds = 0.0
+    milliseconds: float
+    per_image: bool = True
+    clock: Callable[[], float] = time.perf_counter
+    report_seconds: float = field(default=0.0, init=False)
 
     def start(self, num_images: int, started: float | None) -> Deadline:
         """Start a call.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -63,6 +64,7 @@ def predicted_iou(view: RegionView) -> Tensor:
 LOCALISATIONS: dict[str, Measure] = {"refinement": refinement, "predicted_iou": predicted_iou}
 
 
+@dataclass
 class AcceptConfident:
     """Accepts regions that reach the thresholds of confidence and localisation.
 
@@ -73,19 +75,11 @@ class AcceptConfident:
         localisation_thresholds: S - 1 values of ``localisation``.
     """
 
+    confidence: Measure
+    thresholds: Sequence[float]
+    localisation: Measure | None = None
+    localisation_thresholds: Sequence[float] = ()
     reason = "confident"
-
-    def __init__(
-        self,
-        confidence: Measure,
-        thresholds: Sequence[float],
-        localisation: Measure | None = None,
-        localisation_thresholds: Sequence[float] = (),
-    ) -> None:
-        self.confidence = confidence
-        self.thresholds = tuple(thresholds)
-        self.localisation = localisation
-        self.localisation_thresholds = tuple(localisation_thresholds)
 
     def is_active(self, stage: int) -> bool:
         """After every stage; before stage 0 there are no classes."""

@@ -136,31 +136,6 @@ class LearnedParts(nn.Module):
         return torch.cat((features, view.predicted_ious.float()[:, None]), dim=1)
 
 
-class LearnedPruner:
-    """Drops regions that are unlikely to end as true positives.
-
-    Args:
-        parts: with a pruner.
-        thresholds: of ``LearnedParts.continue_probability``, in [0, 1], one per gate: before
-            stage 0, after stage 0, ...; 0 is off.
-    """
-
-    reason = "background"
-
-    def __init__(self, parts: LearnedParts, thresholds: Sequence[float]) -> None:
-        self.parts = parts
-        self.thresholds = tuple(thresholds)
-
-    def is_active(self, stage: int) -> bool:
-        """Whether regions can exit after ``stage`` (-1: before stage 0)."""
-        return self.thresholds[stage + 1] > 0
-
-    @torch.no_grad()
-    def exit_mask(self, view: RegionView) -> Tensor:
-        """Bool ``[R]``."""
-        return self.parts.continue_probability(view) < self.thresholds[view.stage + 1]
-
-
 class _Scorer(nn.Module):
     """An MLP from the features of a region, and its crop if C > 0, to one logit.
 

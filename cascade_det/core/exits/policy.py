@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cascade_det.core.exits.background import KeepNearBest, PruneBelow
 from cascade_det.core.exits.budget import Deadline, RegionBudget, TimeBudget
 from cascade_det.core.exits.confidence import LOCALISATIONS, MEASURES, AcceptConfident
-from cascade_det.core.exits.learned import LearnedParts, LearnedPruner
+from cascade_det.core.exits.learned import LearnedParts
 from cascade_det.core.exits.redundancy import DropCovered
 from cascade_det.core.exits.view import BEFORE_STAGES, RegionView
 
@@ -64,7 +64,8 @@ class ExitPolicy(nn.Module):
         proposal_threshold: the same for the objectness before stage 0.
         prune_margins: S values, before stage 0 and after each stage, see ``KeepNearBest``.
         prune_best: k of ``KeepNearBest``.
-        pruner_thresholds: S values, see ``LearnedPruner``; 0 is off.
+        pruner_thresholds: S values of ``LearnedParts.continue_probability``, before stage 0 and
+            after each stage, below which a region is dropped; 0 is off.
         redundancy_iou: see ``DropCovered``; ``None`` is off.
         region_budget: S limits, see ``RegionBudget``.
         time_budget_ms: milliseconds of ``TimeBudget``; 0 is no limit.
@@ -124,7 +125,8 @@ class ExitPolicy(nn.Module):
         if any(margin < 1 for margin in prune_margins):
             rules.append(KeepNearBest(prune_margins, best=prune_best))
         if any(pruner_thresholds):
-            rules.append(LearnedPruner(self._part("pruner"), pruner_thresholds))
+            pruner = self._part("pruner")
+            rules.append(PruneBelow(pruner_thresholds, pruner.continue_probability))
         if redundancy_iou is not None:
             rules.append(DropCovered(redundancy_iou))
         # A probability above 1 is never reached; agreement counts stages.
@@ -229,6 +231,6 @@ def build_exits(
             names=names,
             num_stages=arguments["num_stages"],
             hidden_features=hidden_features,
-            crop_channels=crop_channels if "pruner" in names else 0,
+            crop_channels=crop_channels,
         )
     return ExitPolicy(**{**arguments, "learned": learned})

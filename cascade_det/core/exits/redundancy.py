@@ -35,14 +35,10 @@ class DropCovered:
         """Bool ``[R]``."""
         assert view.probs is not None
         classes = view.probs.shape[1] - 1
-        boxes, scores = view.boxes, view.scores
-        groups = view.image_index * classes + view.classes
-        if view.accepted is not None:
-            accepted = view.accepted
-            # [R + A, 4], [R + A], [R + A]
-            boxes = torch.cat((boxes, accepted.boxes))
-            scores = torch.cat((scores, accepted.scores))
-            groups = torch.cat((groups, accepted.image_index * classes + accepted.classes))
+        views = [view, *view.accepted]
+        boxes = torch.cat([v.boxes for v in views])  # [R + A, 4], A accepted regions
+        scores = torch.cat([v.scores for v in views])  # [R + A]
+        groups = torch.cat([v.image_index * classes + v.classes for v in views])  # [R + A]
         # Groups are shifted apart. In float64, because float32 would lose fractions of a pixel and
         # a batch would decide unlike its images alone. The shift is the largest coordinate, so
         # NaN and Inf become 0; an empty box covers nothing.

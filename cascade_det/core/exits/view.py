@@ -20,35 +20,6 @@ BEFORE_STAGES = -1
 
 
 @dataclass
-class Accepted:
-    """Regions that were accepted early, after stages before.
-
-    Attributes:
-        boxes: float32 ``[A, 4]``.
-        scores: float32 ``[A]``, largest foreground probability.
-        classes: int64 ``[A]`` in ``[0, K)``.
-        image_index: int64 ``[A]``.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    classes: Tensor
-    image_index: Tensor
-
-    @classmethod
-    def from_views(cls, views: Sequence[RegionView]) -> Accepted | None:
-        """The regions of all views; ``None`` without views."""
-        if not views:
-            return None
-        return cls(
-            torch.cat([view.boxes for view in views]),
-            torch.cat([view.scores for view in views]),
-            torch.cat([view.classes for view in views]),
-            torch.cat([view.image_index for view in views]),
-        )
-
-
-@dataclass
 class RegionView:
     """Live regions after a stage, or the proposals before stage 0 (``stage`` -1).
 
@@ -68,7 +39,7 @@ class RegionView:
             class (background included) in ``probs``.
         predicted_ious: float32 ``[R]`` in [0, 1], of ``boxes`` with their object.
         crops: float32 ``[R, C]``, one feature vector per proposal; only before stage 0.
-        accepted: regions that exited as confident before.
+        accepted: views of the regions that exited as confident after stages before.
     """
 
     stage: int
@@ -82,7 +53,7 @@ class RegionView:
     agreements: Tensor | None = None
     predicted_ious: Tensor | None = None
     crops: Tensor | None = None
-    accepted: Accepted | None = None
+    accepted: Sequence[RegionView] = ()
 
     def __len__(self) -> int:
         return len(self.boxes)

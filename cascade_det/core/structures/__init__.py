@@ -9,6 +9,7 @@ from cascade_det.core.structures.outputs import (
     DetectorOutput,
     PartTimer,
     StageOutput,
+    part,
 )
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "ImageSizes",
     "PartTimer",
     "StageOutput",
+    "part",
 ]

@@ -79,7 +79,7 @@ def clip_boxes(boxes: Tensor, bounds: Tensor) -> Tensor:
 
     Args:
         boxes: ``[R, ..., 4]``.
-        bounds: ``[R, 4]`` from ``image_bounds``.
+        bounds: ``[R, 4]``, the row of ``image_bounds`` for each box.
 
     Returns:
         The shape of ``boxes``; NaN stays NaN.
@@ -94,20 +94,20 @@ def keep_images(boxes: Sequence[Tensor], chosen: Sequence[bool]) -> list[Tensor]
     return [b if keep else b[:0] for b, keep in zip(boxes, chosen, strict=True)]
 
 
-def image_bounds(image_sizes: ImageSizes, image_index: Tensor) -> Tensor:
-    """(width, height, width, height) of the image of each region.
+def image_bounds(image_sizes: ImageSizes, like: Tensor) -> Tensor:
+    """(width, height, width, height) of each image, on the device of ``like``.
 
     Args:
-        image_sizes: ``(height, width)`` of each image in pixels.
-        image_index: int64 ``[R]``.
+        image_sizes: ``(height, width)`` of N images in pixels.
+        like: any tensor.
 
     Returns:
-        float32 ``[R, 4]``.
+        float32 ``[N, 4]``.
     """
     # Under a tracer sizes are tensors, and have to stay in its graph.
     tensors = [size if torch.is_tensor(size) else torch.tensor(size) for size in image_sizes]
     sizes = torch.stack(tensors).to(torch.float32)  # [N, 2]
-    return _on_device_of(sizes.flip(1).repeat(1, 2), image_index)[image_index]
+    return _on_device_of(sizes.flip(1).repeat(1, 2), like)
 
 
 @torch.jit.script_if_tracing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -140,3 +140,8 @@ class PartTimer:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def part(timer: PartTimer | None, name: str) -> AbstractContextManager[None]:
+    """``timer.part(name)``, or an empty context without a timer."""
+    return nullcontext() if timer is None else timer.part(name)

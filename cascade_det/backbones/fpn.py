@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cascade_det.layers import ConvNorm, may_write_in_place
+from cascade_det.layers.conv_norm import ConvNorm, may_write_in_place
 from cascade_det.layers.winograd import WinogradConv2d
 
 # A level is the base-2 logarithm of its stride.

@@ -2,92 +2,95 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor, nn
 from torchvision.models import mobilenet_v2, mobilenet_v3_large
 
-from cascade_det.layers import NORMS, freeze
+from cascade_det.backbones.resnet import STAGE_NAMES
+from cascade_det.layers.conv_norm import NORMS, freeze
 
 
-class _MobileNet(nn.Module):
+class MobileNet(nn.Module):
     """A MobileNet whose features are the last layers of strides 4 to 32.
 
     State-dict names are torchvision's (``features.0.0.weight``).
-    """
-
-    def __init__(
-        self,
-        layers: nn.Sequential,
-        last_layers: tuple[int, int, int, int],
-        out_features: tuple[str, ...],
-        freeze_at: int,
-    ) -> None:
-        super().__init__()
-        self.last_layers = dict(zip(("res2", "res3", "res4", "res5"), last_layers, strict=True))
-        unknown = set(out_features) - set(self.last_layers)
-        if unknown or not out_features:
-            raise ValueError(
-                f"unknown features {sorted(unknown)}; known: {', '.join(self.last_layers)}"
-            )
-        self.out_features = tuple(out_features)
-        self.features = layers[: 1 + max(self.last_layers[name] for name in out_features)]
-        self.channels = {
-            name: _out_channels(layers[self.last_layers[name]]) for name in out_features
-        }
-        # 1 freezes the layers up to stride 2, like the stem of a ResNet.
-        frozen = {0: 0, 1: 2}.get(freeze_at)
-        if frozen is None:
-            frozen = 1 + last_layers[min(freeze_at, 5) - 2]
-        freeze(self.features[:frozen])
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Images ``[N, 3, H, W]`` to the maps of ``out_features`` by name, strides 4 to 32."""
-        names = {self.last_layers[name]: name for name in self.out_features}
-        maps, x = {}, images
-        for i, layer in enumerate(self.features):
-            x = layer(x)
-            if i in names:
-                maps[names[i]] = x
-        return maps
-
-
-class MobileNetV2(_MobileNet):
-    """MobileNetV2 (arXiv 1801.04381) without its last convolution.
 
     Args:
         out_features: names from ``res2`` to ``res5``, strides 4 to 32.
         norm: ``BN``, ``SyncBN`` or ``FrozenBN``.
         freeze_at: 0 trains all; 1 freezes up to stride 2, 2 also stride 4, and so on.
 
+    Attributes:
+        last_layers: indices of the last layers of strides 4 to 32.
+        channels: output channels by feature name.
+
     Raises:
         ValueError: for an unknown feature name.
     """
 
-    def __init__(
-        self,
-        *,
-        out_features: tuple[str, ...] = ("res2", "res3", "res4", "res5"),
-        norm: str = "BN",
-        freeze_at: int = 0,
-    ) -> None:
-        layers = mobilenet_v2(norm_layer=NORMS[norm]).features
-        super().__init__(layers, (3, 6, 13, 17), out_features, freeze_at)
-
-
-class MobileNetV3Large(_MobileNet):
-    """MobileNetV3-Large (arXiv 1905.02244) without its last convolution; see ``MobileNetV2``."""
+    last_layers: tuple[int, int, int, int]
 
     def __init__(
         self,
         *,
-        out_features: tuple[str, ...] = ("res2", "res3", "res4", "res5"),
+        out_features: tuple[str, ...] = STAGE_NAMES,
         norm: str = "BN",
         freeze_at: int = 0,
     ) -> None:
+        super().__init__()
+        unknown = set(out_features) - set(STAGE_NAMES)
+        if unknown or not out_features:
+            raise ValueError(f"unknown features {sorted(unknown)}; known: {', '.join(STAGE_NAMES)}")
+        self.out_features = tuple(out_features)
+        layers = self.layers(NORMS[norm])
+        last = dict(zip(STAGE_NAMES, self.last_layers, strict=True))
+        self.features = layers[: 1 + max(last[name] for name in out_features)]
+        self.channels = {name: _out_channels(layers[last[name]]) for name in out_features}
+        # 1 freezes the layers up to stride 2, like the stem of a ResNet.
+        frozen = {0: 0, 1: 2}.get(freeze_at)
+        if frozen is None:
+            frozen = 1 + self.last_layers[min(freeze_at, 5) - 2]
+        freeze(self.features[:frozen])
+
+    @staticmethod
+    def layers(norm: Callable[..., nn.Module]) -> nn.Sequential:
+        """Torchvision's layers, with this norm."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Images ``[N, 3, H, W]`` to the maps of ``out_features`` by name, strides 4 to 32."""
+        names = dict(zip(self.last_layers, STAGE_NAMES, strict=True))
+        maps, x = {}, images
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            if names.get(i) in self.out_features:
+                maps[names[i]] = x
+        return maps
+
+
+class MobileNetV2(MobileNet):
+    """MobileNetV2 (arXiv 1801.04381) without its last convolution; see ``MobileNet``."""
+
+    last_layers = (3, 6, 13, 17)
+
+    @staticmethod
+    def layers(norm: Callable[..., nn.Module]) -> nn.Sequential:
+        """Torchvision's layers, with this norm."""
+        return mobilenet_v2(norm_layer=norm).features
+
+
+class MobileNetV3Large(MobileNet):
+    """MobileNetV3-Large (arXiv 1905.02244) without its last convolution; see ``MobileNet``."""
+
+    last_layers = (3, 6, 12, 15)
+
+    @staticmethod
+    def layers(norm: Callable[..., nn.Module]) -> nn.Sequential:
+        """Torchvision's layers, with this norm."""
         # TensorFlow's epsilon, with which the published weights were trained.
-        layers = mobilenet_v3_large(norm_layer=partial(NORMS[norm], eps=0.001)).features
-        super().__init__(layers, (3, 6, 12, 15), out_features, freeze_at)
+        return mobilenet_v3_large(norm_layer=partial(norm, eps=0.001)).features
 
 
 def _out_channels(layer: nn.Module) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cascade_det.layers import ConvNorm, add_convolved, freeze
+from cascade_det.layers.conv_norm import ConvNorm, add_convolved, freeze
 
 BLOCKS_PER_STAGE = {
     18: (2, 2, 2, 2),

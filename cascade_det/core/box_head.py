@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cascade_det.layers import ConvNorm
+from cascade_det.layers.conv_norm import ConvNorm
 
 
 class ConvFCBoxHead(nn.Sequential):

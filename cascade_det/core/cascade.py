@@ -113,11 +113,10 @@ class CascadeHead(nn.Module):
         self.box_head = nn.ModuleList(box_heads)
         self.box_predictor = nn.ModuleList(box_predictors)
         self.num_classes = num_classes
-        self.bbox_reg_weights = tuple(bbox_reg_weights)
         self.targets = CascadeTargets(
             num_classes=num_classes,
             ious=tuple(ious),
-            bbox_reg_weights=self.bbox_reg_weights,
+            bbox_reg_weights=tuple(bbox_reg_weights),
             box_reg_loss_type=box_reg_loss_type,
             smooth_l1_beta=smooth_l1_beta,
             box_reg_loss_weight=box_reg_loss_weight,
@@ -375,7 +374,7 @@ class CascadeHead(nn.Module):
             crop_pooler=self.crop_pooler,
             box_heads=self.box_head,
             box_predictors=self.box_predictor,
-            bbox_reg_weights=self.bbox_reg_weights,
+            bbox_reg_weights=self.targets.bbox_reg_weights,
             ensemble=self.ensemble,
             learned=None if self.exits is None else self.exits.learned,
             counts_agreements=agreements,

@@ -16,7 +16,7 @@ from cascade_det.core.matching import (
     GroundTruth,
     LabelledRegions,
     label_regions,
-    sample_regions,
+    sample_labels,
 )
 from cascade_det.core.structures.boxes import (
     Weights,
@@ -53,14 +53,18 @@ class CascadeTargets:
         return self._label(boxes, image_index, ground_truth, 0)
 
     def sample(self, candidates: LabelledRegions, num_images: int) -> LabelledRegions:
-        """Sample a minibatch of each image."""
-        return sample_regions(
-            candidates,
-            num_images=num_images,
-            batch_size_per_image=self.batch_size_per_image,
-            positive_fraction=self.positive_fraction,
-            num_classes=self.num_classes,
-        )
+        """Sample a minibatch of each image; image by image, positives first."""
+        kept = []
+        for image in range(num_images):
+            rows = torch.nonzero(candidates.image_index == image).squeeze(1)  # [R_i]
+            positive, negative = sample_labels(
+                candidates.gt_classes[rows],
+                num_samples=self.batch_size_per_image,
+                positive_fraction=self.positive_fraction,
+                negative_label=self.num_classes,
+            )
+            kept += [rows[positive], rows[negative]]
+        return candidates[torch.cat(kept)]
 
     def class_loss(self, stage: int, output: TrainingStage) -> Tensor:
         """Weighted class loss of one stage (arXiv 1712.00726, equation 8)."""

@@ -128,29 +128,6 @@ def sample_labels(
     return positive[drawn_positive], negative[drawn_negative]
 
 
-@torch.no_grad()
-def sample_regions(
-    regions: LabelledRegions,
-    *,
-    num_images: int,
-    batch_size_per_image: int,
-    positive_fraction: float,
-    num_classes: int,
-) -> LabelledRegions:
-    """Sample a minibatch of every image; image by image, positives first."""
-    kept = []
-    for image in range(num_images):
-        rows = torch.nonzero(regions.image_index == image).squeeze(1)  # [R_i]
-        positive, negative = sample_labels(
-            regions.gt_classes[rows],
-            num_samples=batch_size_per_image,
-            positive_fraction=positive_fraction,
-            negative_label=num_classes,
-        )
-        kept += [rows[positive], rows[negative]]
-    return regions[torch.cat(kept)]
-
-
 def match_greedily(
     ious: Tensor, thresholds: Sequence[float], *, preferred: Tensor | None = None
 ) -> Tensor:

@@ -10,23 +10,27 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from cascade_det import config
 from cascade_det.backbones import MobileNetV2, MobileNetV3Large
 from cascade_det.backbones.fpn import LEVELS
+from cascade_det.backbones.mobilenet import MobileNet
 from cascade_det.d2.parts import refuse_torchvision_names
 
 
-class MobileNetV2Backbone(MobileNetV2, Backbone):
+class MobileNetBackbone(MobileNet, Backbone):
+    """A MobileNet as a ``Backbone`` of Detectron2."""
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of every feature."""
+        return {
+            name: ShapeSpec(channels=width, stride=2 ** LEVELS[name])
+            for name, width in self.channels.items()
+        }
+
+
+class MobileNetV2Backbone(MobileNetV2, MobileNetBackbone):
     """:class:`~cascade_det.backbones.MobileNetV2` as a ``Backbone`` of Detectron2."""
 
-    def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of every feature."""
-        return _shapes(self.channels)
 
-
-class MobileNetV3LargeBackbone(MobileNetV3Large, Backbone):
+class MobileNetV3LargeBackbone(MobileNetV3Large, MobileNetBackbone):
     """:class:`~cascade_det.backbones.MobileNetV3Large` as a ``Backbone`` of Detectron2."""
-
-    def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of every feature."""
-        return _shapes(self.channels)
 
 
 @BACKBONE_REGISTRY.register()
@@ -41,9 +45,7 @@ def build_mobilenet_v3_large_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) 
     return _build_fpn(cfg, MobileNetV3LargeBackbone)
 
 
-def _build_fpn(
-    cfg: CfgNode, trunk: type[MobileNetV2Backbone] | type[MobileNetV3LargeBackbone]
-) -> FPN:
+def _build_fpn(cfg: CfgNode, trunk: type[MobileNetBackbone]) -> FPN:
     arguments = config.backbone_arguments(cfg)
     fpn = arguments["fpn"]
     in_features = fpn.pop("in_features")
@@ -56,10 +58,3 @@ def _build_fpn(
         top_block=LastLevelMaxPool(),
         **fpn,
     )
-
-
-def _shapes(channels: dict[str, int]) -> dict[str, ShapeSpec]:
-    return {
-        name: ShapeSpec(channels=width, stride=2 ** LEVELS[name])
-        for name, width in channels.items()
-    }

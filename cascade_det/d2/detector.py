@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from cascade_det.core import (
 from cascade_det.core.fast_heads import fast_dtype
 from cascade_det.core.modes import evaluation_mode, in_evaluation_mode
 from cascade_det.core.postprocess import rescale_stage
+from cascade_det.core.structures import part
 from cascade_det.core.structures.boxes import keep_images
 from cascade_det.d2.heads_call import HeadsCall
 from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
@@ -110,7 +111,7 @@ class Detector(nn.Module):
         if self.has_stages:
             chosen = [stages] * len(batch) if isinstance(stages, bool) else stages
             return self._detect_in_parts(batch, chosen, timer)
-        with timer.part("model") if timer is not None else nullcontext():
+        with part(timer, "model"):
             outputs = self.model(batch)
         self.outputs = outputs
         detections = [to_detections(output["instances"]) for output in outputs]
@@ -143,12 +144,10 @@ class Detector(nn.Module):
 
     @in_evaluation_mode
     @torch.no_grad()
-    def cascade_inputs(
-        self, batch: Sequence[Sample], *, timer: PartTimer | None = None
-    ) -> CascadeInputs:
-        """Inputs of the cascade for a batch; arguments as in ``detect``. Needs ``has_stages``."""
+    def cascade_inputs(self, batch: Sequence[Sample]) -> CascadeInputs:
+        """Inputs of the cascade for a batch, as in ``detect``. Needs ``has_stages``."""
         check_images(batch, image_channels(self.model))
-        images, maps, proposals = self._propose(batch, timer)
+        images, maps, proposals = self._propose(batch, None)
         return CascadeInputs(
             [maps[name] for name in self._heads.box_in_features],
             [x.proposal_boxes.tensor for x in proposals],
@@ -167,12 +166,11 @@ class Detector(nn.Module):
     ) -> tuple[ImageList, dict[str, Tensor], list[Instances]]:
         """Images, feature maps and proposals: all parts before the heads."""
         model: Any = self.model
-        part = timer.part if timer is not None else lambda name: nullcontext()
-        with part("preprocess"):
+        with part(timer, "preprocess"):
             images = model.preprocess_image(batch)
-        with part("backbone"):
+        with part(timer, "backbone"):
             maps = model.backbone(images.tensor)
-        with part("rpn"):
+        with part(timer, "rpn"):
             if model.proposal_generator is None:
                 proposals = [sample["proposals"].to(model.device) for sample in batch]
             else:
@@ -183,19 +181,18 @@ class Detector(nn.Module):
         self, batch: Sequence[Sample], chosen: Sequence[bool], timer: PartTimer | None
     ) -> DetectorOutput:
         heads = self._heads
-        part = timer.part if timer is not None else lambda name: nullcontext()
         started = self.cascade.now()
         images, maps, proposals = self._propose(batch, timer)
         with HeadsCall(timer, started).within() as call:
             instances, _ = heads(images, maps, proposals, None)
-        original_sizes = [
-            (sample.get("height", size[0]), sample.get("width", size[1]))
+        frames = [
+            (size, (sample.get("height", size[0]), sample.get("width", size[1])))
             for sample, size in zip(batch, images.image_sizes, strict=True)
         ]
-        with part("postprocess"):
+        with part(timer, "postprocess"):
             outputs = [
                 {"instances": detector_postprocess(found, *size)}
-                for found, size in zip(instances, original_sizes, strict=True)
+                for found, (_, size) in zip(instances, frames, strict=True)
             ]
         self.outputs = outputs
         assert call.stats is not None
@@ -208,7 +205,6 @@ class Detector(nn.Module):
                 images.image_sizes,
                 timer=timer,
             )
-            frames = list(zip(images.image_sizes, original_sizes, strict=True))
             output.stages = [rescale_stage(stage, frames) for stage in full]
         return output
 
@@ -228,16 +224,16 @@ def _training_heads(model: Any) -> Iterator[None]:
     if not isinstance(regime, TrainingSchedule) or not regime.exits_alone:
         parts.append(getattr(model, "proposal_generator", None))
     parts += [getattr(heads, name, None) for name in ("mask_head", "keypoint_head")]
-    modes = [(part, part.training) for part in parts if part is not None]
-    periods = [(part, part.vis_period) for part, _ in modes if hasattr(part, "vis_period")]
-    for part, _ in modes:
-        part.training = True
-    for part, _ in periods:
-        part.vis_period = 0  # no event storage would show the pictures
+    modes = [(module, module.training) for module in parts if module is not None]
+    periods = [(module, module.vis_period) for module, _ in modes if hasattr(module, "vis_period")]
+    for module, _ in modes:
+        module.training = True
+    for module, _ in periods:
+        module.vis_period = 0  # no event storage would show the pictures
     try:
         yield
     finally:
-        for part, period in periods:
-            part.vis_period = period
-        for part, training in modes:
-            part.training = training
+        for module, period in periods:
+            module.vis_period = period
+        for module, training in modes:
+            module.training = training

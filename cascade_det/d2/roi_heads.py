@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +30,7 @@ from cascade_det.core import (
     build_exits,
     build_training_schedule,
 )
+from cascade_det.core.structures import part
 from cascade_det.d2.config_checks import check_box_heads
 from cascade_det.d2.heads_call import current_call
 from cascade_det.d2.parts import (
@@ -257,8 +257,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
     ) -> list[Instances]:
         """Add masks and keypoints to detections by Detectron2's own heads."""
         has_any = self.mask_on or self.keypoint_on
-        timer = current_call().timer
-        with timer.part("masks") if timer is not None and has_any else nullcontext():
+        with part(current_call().timer if has_any else None, "masks"):
             return super().forward_with_given_boxes(features, instances)
 
     def follow_predictors(self) -> None:
@@ -275,7 +274,6 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             self.__dict__["_pooler"] = self.box_pooler
         cascade.targets = replace(cascade.targets, **rules)
         cascade.num_classes = rules["num_classes"]
-        cascade.bbox_reg_weights = rules["bbox_reg_weights"]
         cascade.score_thresh = last.test_score_thresh
         cascade.nms_thresh = last.test_nms_thresh
         cascade.detections_per_image = last.test_topk_per_image

@@ -47,9 +47,7 @@ class CascadeDetector(Detector, Protocol):
     def cascade(self) -> CascadeHead:
         """The cascade."""
 
-    def cascade_inputs(
-        self, batch: Sequence[Sample], *, timer: PartTimer | None = None
-    ) -> CascadeInputs:
+    def cascade_inputs(self, batch: Sequence[Sample]) -> CascadeInputs:
         """Features and proposals of a batch."""
 
     def set_exits(self, exits: ExitPolicy | None) -> None:

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from cascade_det.layers import ConvNorm
+from cascade_det.layers.conv_norm import ConvNorm
 
 _Norm: TypeAlias = FrozenBatchNorm2d | _BatchNorm
 

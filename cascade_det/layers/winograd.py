@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cascade_det.layers import ConvNorm
+from cascade_det.layers.conv_norm import ConvNorm
 from cascade_det.layers.winograd_kernel import transform_weight, winograd_conv2d
 
 # Measured on AVX2: with fewer channels the transforms cost what the products save.
@@ -67,11 +67,6 @@ class WinogradConv2d(nn.Module):
         return x.shape[0] * ceil(x.shape[2] / 4) * ceil(x.shape[3] / 4) >= (
             MIN_TILES * torch.get_num_threads()
         )
-
-    def extra_repr(self) -> str:
-        """Channels in and out."""
-        out_channels, in_channels = self.weight.shape[:2]
-        return f"{in_channels}, {out_channels}"
 
 
 def _transform_again(module: WinogradConv2d, incompatible_keys: object) -> None:

@@ -19,12 +19,11 @@ from cascade_det.core import (
 )
 from cascade_det.core.modes import in_evaluation_mode
 from cascade_det.core.postprocess import rescale_detections, rescale_stage
+from cascade_det.core.structures import part
 from cascade_det.core.structures.boxes import keep_images
 from cascade_det.data.samples import Sample
 from cascade_det.engine.batches import check_images
 from cascade_det.standalone.rpn import RPN
-
-ImageSizes = list[tuple[int, int]]
 
 
 class Detector(nn.Module):
@@ -161,17 +160,15 @@ class Detector(nn.Module):
         """
         if len(batch) == 0:
             return DetectorOutput([], CascadeStats.empty(self.roi_heads.num_stages))
-        part = timer.part if timer is not None else lambda name: nullcontext()
         started = self.roi_heads.now()
         inputs = self._cascade_inputs(batch, timer)
         detections, stats = self.roi_heads.detect(**vars(inputs), timer=timer, started=started)
         image_sizes = inputs.image_sizes
-        original_sizes = [
-            (s.get("height", size[0]), s.get("width", size[1]))
+        frames = [
+            (size, (s.get("height", size[0]), s.get("width", size[1])))
             for s, size in zip(batch, image_sizes, strict=True)
         ]
-        frames = list(zip(image_sizes, original_sizes, strict=True))
-        with part("postprocess"):
+        with part(timer, "postprocess"):
             detections = [
                 rescale_detections(d, *frame) for d, frame in zip(detections, frames, strict=True)
             ]
@@ -186,27 +183,24 @@ class Detector(nn.Module):
 
     @in_evaluation_mode
     @torch.no_grad()
-    def cascade_inputs(
-        self, batch: Sequence[Sample], *, timer: PartTimer | None = None
-    ) -> CascadeInputs:
-        """Inputs of the cascade for a batch; arguments as in ``detect``."""
-        return self._cascade_inputs(batch, timer)
+    def cascade_inputs(self, batch: Sequence[Sample]) -> CascadeInputs:
+        """Inputs of the cascade for a batch, as in ``detect``."""
+        return self._cascade_inputs(batch, None)
 
     def _cascade_inputs(self, batch: Sequence[Sample], timer: PartTimer | None) -> CascadeInputs:
-        part = timer.part if timer is not None else lambda name: nullcontext()
         # A compiled backbone is compiled for inference mode only.
         mode = torch.inference_mode if self.optimizations else nullcontext
-        with part("preprocess"), mode():
+        with part(timer, "preprocess"), mode():
             check_images(batch)
             images, image_sizes = self.preprocess([s["image"] for s in batch])
-        with part("backbone"), mode():
+        with part(timer, "backbone"), mode():
             maps = self.backbone(images)
-        with part("rpn"):
+        with part(timer, "rpn"):
             proposals, objectness = self.proposal_generator.propose(maps, image_sizes)
         features = [maps[name] for name in self.roi_in_features]
         return CascadeInputs(features, proposals, image_sizes, objectness)
 
-    def preprocess(self, images: Sequence[Tensor]) -> tuple[Tensor, ImageSizes]:
+    def preprocess(self, images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
         """Normalise, pad with 0 on the right and at the bottom, and stack.
 
         Args:

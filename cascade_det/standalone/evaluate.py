@@ -68,13 +68,14 @@ def load_detector(cfg: CfgNode, *, resume: bool = False) -> tuple[Detector, list
     return detector, datasets
 
 
-def test_loader(cfg: CfgNode, dataset: CocoDataset) -> DataLoader[Sample]:
-    """Batches of this process's share of a test set."""
+def test_loader(cfg: CfgNode, dataset: CocoDataset, *, annotated: bool) -> DataLoader[Sample]:
+    """Batches of this process's share of a test set, with ground truth if ``annotated``."""
     return build_test_loader(
         dataset,
         **config.input_arguments(cfg, train=False),
         **config.test_loader_arguments(cfg),
         share=(distributed.rank(), distributed.world_size()),
+        annotated=annotated,
     )
 
 
@@ -86,7 +87,7 @@ def evaluate_all(
     def evaluate_one(dataset: CocoDataset, folder: Path) -> dict[str, Any]:
         return evaluate_dataset(
             detector,
-            test_loader(cfg, dataset),
+            test_loader(cfg, dataset, annotated=False),
             dataset,
             folder,
             detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,

@@ -22,14 +22,12 @@ from cascade_det.standalone.detector import Detector
 
 logger = logging.getLogger(__name__)
 
-FLOAT32_PARTS: tuple[str, ...] = ()
-
 
 def optimize(
     detector: Detector,
     *,
     dtype: str = "auto",
-    float32_parts: Collection[str] = FLOAT32_PARTS,
+    float32_parts: Collection[str] = (),
     compile: bool = False,
 ) -> Detector:
     """Optimise a detector for inference in place; it cannot be trained afterwards.
@@ -64,10 +62,11 @@ def optimize(
     wanted = resolve_fast_dtype(dtype, detector.device)
     dtypes = {part: torch.float32 if part in float32_parts else wanted for part in PARTS}
     detector.eval().requires_grad_(False)
+    detector.proposal_generator.rpn_head.topk_deltas_only = True
     done = [
         f"{fold_norms(detector)} norms are folded into convolutions.",
         _use_channels_last(detector),
-        _compute_topk_deltas_only(detector),
+        "The RPN computes the deltas of its best anchors only.",
         _set_types(detector, dtypes),
         _optimize_heads(detector, dtypes["roi_heads"]),
     ]
@@ -126,11 +125,6 @@ def _use_channels_last(detector: Detector) -> str:
         part.to(memory_format=torch.channels_last)
     detector.memory_format = torch.channels_last
     return "Images and maps are channels-last."
-
-
-def _compute_topk_deltas_only(detector: Detector) -> str:
-    detector.proposal_generator.rpn_head.topk_deltas_only = True
-    return "The RPN computes the deltas of its best anchors only."
 
 
 def _set_types(detector: Detector, dtypes: Mapping[str, torch.dtype]) -> str:

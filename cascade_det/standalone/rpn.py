@@ -23,7 +23,7 @@ from cascade_det.core.structures.boxes import (
     is_nonempty,
 )
 from cascade_det.standalone.anchors import AnchorGenerator
-from cascade_det.standalone.rpn_head import BestAnchors, RPNHead
+from cascade_det.standalone.rpn_head import RPNHead
 from cascade_det.standalone.rpn_samples import predictions_at
 
 
@@ -120,9 +120,7 @@ class RPN(nn.Module):
         # Before the proposals: autocast caches converted weights at their first use, and those
         # converted under no_grad have no gradients.
         losses = self._losses(levels, anchors, labels, targets)
-        with torch.no_grad():
-            best = self.rpn_head.best(levels, self.pre_nms_topk[0])
-        proposals, objectness = self._propose(best, self._widths(features), image_sizes, mode=0)
+        proposals, objectness = self._propose(levels, image_sizes, mode=0)
         return proposals, objectness, losses
 
     def propose(
@@ -139,8 +137,7 @@ class RPN(nn.Module):
             objectness logits float32 ``[R_i]``.
         """
         levels = [features[name] for name in self.in_features]
-        best = self.rpn_head.best(levels, self.pre_nms_topk[1])
-        return self._propose(best, self._widths(features), image_sizes, mode=1)
+        return self._propose(levels, image_sizes, mode=1)
 
     @torch.no_grad()
     def _label_anchors(self, anchors: Tensor, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,32 +194,24 @@ class RPN(nn.Module):
         normalizer = self.batch_size_per_image * len(labels)
         return {name: x / normalizer * self.loss_weights[name] for name, x in losses.items()}
 
-    def _widths(self, features: dict[str, Tensor]) -> list[int]:
-        return [features[name].shape[-1] for name in self.in_features]
-
     @torch.no_grad()
     def _propose(
-        self,
-        best: Sequence[BestAnchors],
-        widths: Sequence[int],
-        image_sizes: ImageSizes,
-        *,
-        mode: int,
+        self, levels: Sequence[Tensor], image_sizes: ImageSizes, *, mode: int
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Decode and clip the best anchors, drop empty boxes, and apply NMS within each level.
 
         Args:
-            best: of each level.
-            widths: of the levels in positions.
+            levels: L maps ``[N, C, H_l, W_l]``.
             image_sizes: N ``(height, width)``.
             mode: 0 in training, 1 in inference.
         """
+        best = self.rpn_head.best(levels, self.pre_nms_topk[mode])
         scores = torch.cat([level.logits for level in best], 1)  # [N, K]
         deltas = torch.cat([level.deltas for level in best], 1)  # [N, K, 4]
         anchors = torch.cat(
             [
-                self.anchor_generator.at(level, chosen.anchor_index, width)
-                for level, (chosen, width) in enumerate(zip(best, widths, strict=True))
+                self.anchor_generator.at(level, chosen.anchor_index, levels[level].shape[-1])
+                for level, chosen in enumerate(best)
             ],
             dim=1,
         )
@@ -233,7 +222,7 @@ class RPN(nn.Module):
         boxes = boxes.view_as(anchors)
         clipped = clip_boxes(boxes, image_bounds(image_sizes, boxes))
         keep = finite & is_nonempty(clipped.flatten(0, 1), self.min_box_size)
-        levels = torch.cat(
+        level_index = torch.cat(
             [torch.full_like(b.anchor_index[0], level) for level, b in enumerate(best)]
         )
         proposals, objectness = [], []
@@ -244,7 +233,7 @@ class RPN(nn.Module):
         ):
             index = torch.nonzero(kept).squeeze(1)
             candidates, logits = image_boxes[index], image_scores[index]
-            best_first = batched_nms(candidates, logits, levels[index], self.nms_thresh)
+            best_first = batched_nms(candidates, logits, level_index[index], self.nms_thresh)
             best_first = best_first[: self.post_nms_topk[mode]]
             proposals.append(candidates[best_first])
             objectness.append(logits[best_first])

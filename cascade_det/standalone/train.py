@@ -12,7 +12,7 @@ from fvcore.common.config import CfgNode
 
 from cascade_det import config
 from cascade_det.data.coco import CocoDataset
-from cascade_det.data.loader import build_test_loader, build_train_loader
+from cascade_det.data.loader import build_train_loader
 from cascade_det.data.samples import Batch
 from cascade_det.engine.averaging import WeightAverage
 from cascade_det.engine.batches import check_images, check_truth
@@ -35,7 +35,7 @@ from cascade_det.engine.writers import ConsoleWriter, JsonWriter, TensorBoardWri
 from cascade_det.parallel import distributed
 from cascade_det.standalone.build import build_detector
 from cascade_det.standalone.detector import Detector
-from cascade_det.standalone.evaluate import evaluate_all
+from cascade_det.standalone.evaluate import evaluate_all, test_loader
 
 logger = logging.getLogger(__name__)
 
@@ -191,16 +191,7 @@ def _evaluation(
     """The function for the evaluation hook: metrics of the test sets, and losses if asked for."""
 
     def losses() -> dict[str, float]:
-        loaders = [
-            build_test_loader(
-                dataset,
-                **config.input_arguments(cfg, train=False),
-                **config.test_loader_arguments(cfg),
-                share=(distributed.rank(), distributed.world_size()),
-                annotated=True,
-            )
-            for dataset in datasets
-        ]
+        loaders = [test_loader(cfg, dataset, annotated=True) for dataset in datasets]
         batches = (batch for loader in loaders for batch in loader)
         return validation_losses(detector, batches, amp_dtype=amp_dtype)
 

@@ -76,8 +76,9 @@ class TestEveryKeyReachesThePolicy:
     def test_pruner(self, cfg):
         rule = rule_of(cfg, PruneBelow, PRUNER_THRESHOLDS=(0.1, 0, 0.2), LEARNED=("pruner",))
         assert rule.thresholds == (0.1, 0, 0.2)
-        assert rule.parts.names == ("pruner",)
-        assert rule.parts.crop_channels == 4
+        parts = rule.measure.__self__
+        assert parts.names == ("pruner",)
+        assert parts.crop_channels == 4
 
     @pytest.mark.parametrize("value", [0.8, 1, 0.3])
     def test_redundancy(self, cfg, value):

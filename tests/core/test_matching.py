@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_cascade import iou
-from small_cascades import NUM_CLASSES, label_scene, make_scene, random_boxes
+from small_cascades import NUM_CLASSES, label_scene, make_cascade, make_scene, random_boxes
 
-from cascade_det.core.matching import GroundTruth, label_regions, sample_labels, sample_regions
+from cascade_det.core.matching import GroundTruth, label_regions, sample_labels
 
 
 def brute_force_labels(scene, iou_threshold):
@@ -113,13 +113,8 @@ def test_every_row_can_be_drawn():
 
 def test_each_image_has_a_minibatch_of_its_own():
     scene = make_scene(num_proposals=(60, 3, 40), num_objects=(5, 1, 0), image_sizes=[(96, 96)] * 3)
-    sampled = sample_regions(
-        label_scene(scene, 0.4),
-        num_images=3,
-        batch_size_per_image=12,
-        positive_fraction=0.25,
-        num_classes=NUM_CLASSES,
-    )
+    targets = make_cascade(batch_size_per_image=12, positive_fraction=0.25).targets
+    sampled = targets.sample(label_scene(scene, 0.4), 3)
     assert sampled.image_index.bincount(minlength=3).tolist() == [12, 3, 12]
     for image in range(3):
         rows = sampled.image_index == image
@@ -139,13 +134,11 @@ def test_rows_of_a_sample_stay_together():
         boxes[:5], torch.tensor([0, 1, 2, 0, 1]), torch.zeros(5, dtype=torch.int64)
     )
     images = torch.zeros(50, dtype=torch.int64)
-    sampled = sample_regions(
-        label_regions(boxes, images, ground_truth, iou_threshold=0.5, num_classes=NUM_CLASSES),
-        num_images=1,
-        batch_size_per_image=20,
-        positive_fraction=0.5,
-        num_classes=NUM_CLASSES,
+    labelled = label_regions(
+        boxes, images, ground_truth, iou_threshold=0.5, num_classes=NUM_CLASSES
     )
+    targets = make_cascade(batch_size_per_image=20, positive_fraction=0.5).targets
+    sampled = targets.sample(labelled, 1)
     again = label_regions(
         sampled.boxes, sampled.image_index, ground_truth, iou_threshold=0.5, num_classes=NUM_CLASSES
     )

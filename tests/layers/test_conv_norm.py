@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torchvision.ops.misc import FrozenBatchNorm2d as TorchvisionFrozenBatchNorm2d
 
 from cascade_det.backbones import ResNet
-from cascade_det.layers import (
+from cascade_det.layers.conv_norm import (
     NORMS,
     ConvNorm,
     FrozenBatchNorm2d,

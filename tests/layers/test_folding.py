@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cascade_det.backbones import FPN, MobileNetV3Large, ResNet
-from cascade_det.layers import ConvNorm, FrozenBatchNorm2d
+from cascade_det.layers.conv_norm import ConvNorm, FrozenBatchNorm2d
 from cascade_det.layers.folding import fold_norms
 
 NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)

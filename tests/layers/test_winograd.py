@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from cascade_det.layers import ConvNorm
 from cascade_det.layers import winograd as layers_winograd
+from cascade_det.layers.conv_norm import ConvNorm
 from cascade_det.layers.winograd import WinogradConv2d, use_winograd
 from cascade_det.layers.winograd_kernel import _workers, transform_weight, winograd_conv2d
 

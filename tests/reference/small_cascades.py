@@ -147,7 +147,7 @@ def naive_twin(cascade, policy=None):
     return NaiveCascade(
         state=cascade.state_dict(),
         num_classes=cascade.num_classes,
-        bbox_reg_weights=cascade.bbox_reg_weights,
+        bbox_reg_weights=cascade.targets.bbox_reg_weights,
         strides=pooler.strides,
         output_size=pooler.output_size,
         sampling_ratio=pooler.sampling_ratio,
@@ -169,7 +169,7 @@ def truncate(cascade, num_stages):
         box_predictors=list(cascade.box_predictor)[:num_stages],
         num_classes=cascade.num_classes,
         ious=targets.ious[:num_stages],
-        bbox_reg_weights=cascade.bbox_reg_weights[:num_stages],
+        bbox_reg_weights=cascade.targets.bbox_reg_weights[:num_stages],
         ensemble=cascade.ensemble.name,
         score_thresh=cascade.score_thresh,
         nms_thresh=cascade.nms_thresh,

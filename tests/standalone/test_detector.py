@@ -7,7 +7,7 @@ import torch
 from small_detectors import make_detector, random_image
 from torch import nn
 
-from cascade_det.layers import ConvNorm
+from cascade_det.layers.conv_norm import ConvNorm
 from cascade_det.monitoring.monitor import ExitMonitor
 from cascade_det.onnx_predictor import ExportedModel
 from cascade_det.standalone.export import export_onnx

@@ -15,6 +15,7 @@ from small_cascades import make_scene, naive_twin
 from small_plugin import (
     EXITS,
     MASKS,
+    SAME_KERNEL,
     assert_same_as_naive,
     assert_same_instances,
     assert_same_training,
@@ -182,6 +183,16 @@ class TestInference:
             assert instances.exit_stages.dtype == torch.int64
         with_one = detect(heads, make_scene(num_proposals=(0, 17)))
         assert [len(x) > 0 for x in with_one] == [False, True]
+
+    @pytest.mark.parametrize("exits", [[], EXITS])
+    def test_an_image_of_nan_spoils_no_other(self, exits):
+        heads, scene = build_heads(options=[*exits, *SAME_KERNEL]), make_scene()
+        wanted = detect(heads, scene)[1]
+        for level in scene.features:
+            level[0] = torch.nan
+        broken, other = detect(heads, scene)
+        assert len(broken) == 0
+        assert_same_instances([other], [wanted])
 
     def test_a_box_of_nan_spoils_no_other(self):
         heads, scene = build_heads(options=EXITS), make_scene()

@@ -10,6 +10,7 @@ pytest.importorskip("detectron2.engine", exc_type=ImportError)
 from detectron2.utils.events import EventStorage
 from small_cascades import make_scene
 from small_plugin import (
+    SAME_KERNEL,
     assert_same_instances,
     assert_same_training,
     box_predictor,
@@ -95,6 +96,13 @@ class TestTraining:
         assert_same_instances(detect(ours, scene), detect(theirs, scene))
         if sum(n for pair in counts for n in pair):
             assert_same_training(ours, theirs, scene)
+
+    def test_features_of_nan_give_losses_of_nan_and_a_count(self):
+        heads, scene = build_heads(options=SAME_KERNEL), make_scene()
+        scene.features[0][0] = torch.nan
+        losses, logged = losses_of(heads, scene)
+        assert bool(losses["loss_cls_stage0"].isnan())
+        assert logged["stage0/nonfinite_boxes"] > 0
 
 
 def test_an_image_without_objects_may_have_classes_of_any_type():

@@ -21,7 +21,7 @@ from cascade_det.data.catalog import DatasetSource
 from cascade_det.data.coco import load_dataset
 from cascade_det.data.loader import build_test_loader
 from cascade_det.engine.validation import validation_losses
-from cascade_det.standalone.build import build_detector
+from cascade_det.standalone import build_detector, evaluate
 
 pytestmark = pytest.mark.needs_detectron2
 
@@ -148,6 +148,12 @@ def test_metrics_have_losses_rates_stages_and_results(output):
     # The first value of a smoothed figure is that of its iteration.
     losses = [value for name, value in trained[0].items() if name.startswith("loss_")]
     assert trained[0]["total_loss"] == pytest.approx(sum(losses), rel=1e-5)
+
+
+def test_the_standalone_host_gives_its_weights_the_same_ap(output, tmp_path):
+    weights = ["MODEL.WEIGHTS", str(output / "model_final.pth"), "OUTPUT_DIR", str(tmp_path)]
+    alone = evaluate(config.load_config(output / "config.yaml", weights))
+    assert alone["bbox"]["AP"] == pytest.approx(results_of(output)["bbox"]["AP"], abs=0.1)
 
 
 def test_a_checkpoint_is_plain_and_names_what_it_detects(output, shapes):

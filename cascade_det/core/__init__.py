@@ -6,18 +6,15 @@ from cascade_det.core.exits import ExitPolicy, build_exits
 from cascade_det.core.fast_heads import FastCopies
 from cascade_det.core.roi_pooling import RoIPooler
 from cascade_det.core.structures import (
-    EXIT_REASONS,
     CascadeInputs,
     CascadeStats,
     Detections,
     DetectorOutput,
     PartTimer,
-    StageOutput,
 )
 from cascade_det.core.training_schedule import TrainingSchedule, build_training_schedule
 
 __all__ = [
-    "EXIT_REASONS",
     "BoxPredictor",
     "CascadeHead",
     "CascadeInputs",
@@ -29,7 +26,6 @@ __all__ = [
     "FastCopies",
     "PartTimer",
     "RoIPooler",
-    "StageOutput",
     "TrainingSchedule",
     "build_exits",
     "build_training_schedule",

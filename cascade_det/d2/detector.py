@@ -28,7 +28,7 @@ from cascade_det.core.structures import part
 from cascade_det.core.structures.boxes import keep_images
 from cascade_det.d2.heads_call import HeadsCall
 from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
-from cascade_det.d2.structures import objectness_logits, to_detections
+from cascade_det.d2.structures import to_detections
 from cascade_det.data.samples import Sample
 from cascade_det.engine.batches import check_images
 from cascade_det.engine.devices import describe_dtypes
@@ -147,13 +147,8 @@ class Detector(nn.Module):
     def cascade_inputs(self, batch: Sequence[Sample]) -> CascadeInputs:
         """Inputs of the cascade for a batch, as in ``detect``. Needs ``has_stages``."""
         check_images(batch, image_channels(self.model))
-        images, maps, proposals = self._propose(batch, None)
-        return CascadeInputs(
-            [maps[name] for name in self._heads.box_in_features],
-            [x.proposal_boxes.tensor for x in proposals],
-            images.image_sizes,
-            objectness_logits(proposals),
-        )
+        _, maps, proposals = self._propose(batch, None)
+        return self._heads.cascade_inputs(maps, proposals)
 
     @property
     def _heads(self) -> EarlyExitCascadeROIHeads:
@@ -199,10 +194,11 @@ class Detector(nn.Module):
         detections = [to_detections(output["instances"]) for output in outputs]
         output = DetectorOutput(detections, call.stats)
         if any(chosen):
+            inputs = heads.cascade_inputs(maps, proposals)
             full = heads.cascade.detect_stages(
-                [maps[name] for name in heads.box_in_features],
-                keep_images([x.proposal_boxes.tensor for x in proposals], chosen),
-                images.image_sizes,
+                inputs.features,
+                keep_images(inputs.proposals, chosen),
+                inputs.image_sizes,
                 timer=timer,
             )
             output.stages = [rescale_stage(stage, frames) for stage in full]

@@ -215,14 +215,20 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         if not self.regime.exits_alone:
             sampled, losses = super().forward(images, features, proposals, targets)
         self.follow_predictors()
-        inputs = CascadeInputs(
+        inputs = self.cascade_inputs(features, proposals)
+        objects = [x.gt_boxes.tensor for x in targets], [x.gt_classes.long() for x in targets]
+        return sampled, {**losses, **self.cascade.exit_losses(inputs, *objects)}
+
+    def cascade_inputs(
+        self, features: dict[str, Tensor], proposals: list[Instances]
+    ) -> CascadeInputs:
+        """Inputs of the cascade from the backbone's maps and the proposals of each image."""
+        return CascadeInputs(
             [features[name] for name in self.box_in_features],
             [x.proposal_boxes.tensor for x in proposals],
             [x.image_size for x in proposals],
             objectness_logits(proposals),
         )
-        objects = [x.gt_boxes.tensor for x in targets], [x.gt_classes.long() for x in targets]
-        return sampled, {**losses, **self.cascade.exit_losses(inputs, *objects)}
 
     def _forward_box(
         self,
@@ -231,26 +237,20 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         targets: list[Instances] | None = None,
     ) -> Losses | list[Instances]:
         """Losses of sampled proposals in training, detections otherwise."""
-        maps = [features[name] for name in self.box_in_features]
-        image_sizes = [x.image_size for x in proposals]
         self.follow_predictors()
+        inputs = self.cascade_inputs(features, proposals)
         if self.training:
             assert targets is not None
-            return self._losses(maps, proposals, targets, image_sizes)
+            return self._losses(inputs, proposals, targets)
         if torch.jit.is_tracing() and self.exits is not None:
             warnings.warn("A traced cascade has no exits: it runs every stage.", stacklevel=2)
         call = current_call()
         detections, stats = self.cascade.detect(
-            maps,
-            [x.proposal_boxes.tensor for x in proposals],
-            image_sizes,
-            objectness=objectness_logits(proposals),
-            timer=call.timer,
-            started=call.started,
+            **vars(inputs), timer=call.timer, started=call.started
         )
         self.stats = call.stats = stats
         _log_exit_rates(stats)
-        return [to_instances(d, size) for d, size in zip(detections, image_sizes, strict=True)]
+        return [to_instances(*pair) for pair in zip(detections, inputs.image_sizes, strict=True)]
 
     def forward_with_given_boxes(
         self, features: dict[str, Tensor], instances: list[Instances]
@@ -309,14 +309,13 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         }
 
     def _losses(
-        self,
-        maps: list[Tensor],
-        proposals: list[Instances],
-        targets: list[Instances],
-        image_sizes: list[tuple[int, int]],
+        self, inputs: CascadeInputs, proposals: list[Instances], targets: list[Instances]
     ) -> Losses:
         losses = self.cascade.losses_of_regions(
-            maps, to_labelled_regions(proposals), to_ground_truth(targets), image_sizes
+            inputs.features,
+            to_labelled_regions(proposals),
+            to_ground_truth(targets),
+            inputs.image_sizes,
         )
         _log_metrics(self.cascade.metrics)
         for stage, predictor in enumerate(self.box_predictor):

@@ -69,18 +69,10 @@ class AnchorGenerator(nn.Module):
             per level float32 ``[H_l * W_l * A, 4]``, XYXY pixels, in the order (y, x, anchor).
         """
         anchors = []
-        for level, ((height, width), stride) in enumerate(
-            zip(grid_sizes, self.strides, strict=True)
-        ):
+        for level, (height, width) in enumerate(grid_sizes):
             cells = self.get_buffer(f"cells{level}")
-            start = self.offset * stride
-            y, x = (
-                torch.arange(start, side * stride, stride, dtype=torch.float32, device=cells.device)
-                for side in (height, width)
-            )
-            grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
-            shifts = torch.stack((grid_x, grid_y, grid_x, grid_y), dim=-1)
-            anchors.append((shifts.reshape(-1, 1, 4) + cells).reshape(-1, 4))
+            index = torch.arange(height * width * len(cells), device=cells.device)
+            anchors.append(self.at(level, index, width))
         return anchors
 
     def at(self, level: int, index: Tensor, width: int) -> Tensor:
@@ -92,11 +84,11 @@ class AnchorGenerator(nn.Module):
             width: of the level in positions.
 
         Returns:
-            float32 ``[..., 4]``, equal to ``forward(...)[level][index]`` to the last bit.
+            float32 ``[..., 4]``, XYXY pixels.
         """
         cells, stride = self.get_buffer(f"cells{level}"), self.strides[level]
         position = index // len(cells)
         xy = torch.stack((position % width, position // width), dim=-1)
-        # In float64 first, as torch.arange does.
+        # In float64 first, as in Detectron2's torch.arange.
         shifts = (xy.double() * stride + self.offset * stride).float()
         return torch.cat((shifts, shifts), dim=-1) + cells[index % len(cells)]

@@ -25,10 +25,11 @@ from small_cascades import (
     truncate,
 )
 
-from cascade_det.core import EXIT_REASONS, RoIPooler
+from cascade_det.core import RoIPooler
 from cascade_det.core.ensemble import ENSEMBLES
 from cascade_det.core.exits import RegionView
 from cascade_det.core.exits.learned import LEARNED_PARTS
+from cascade_det.core.structures import EXIT_REASONS
 
 FEW = settings(deadline=None, max_examples=4, derandomize=True)
 SOME = settings(deadline=None, max_examples=12, derandomize=True)

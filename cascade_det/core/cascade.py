@@ -20,9 +20,9 @@ from cascade_det.core.exits import ExitPolicy
 from cascade_det.core.fast_heads import common_dtype, fast_box_heads
 from cascade_det.core.matching import GroundTruth, LabelledRegions
 from cascade_det.core.modes import in_evaluation_mode
-from cascade_det.core.postprocess import select_detections
+from cascade_det.core.postprocess import Selection, select_detections
 from cascade_det.core.record import CascadeRecord
-from cascade_det.core.regions import Regions, ReportedRegions
+from cascade_det.core.regions import Regions
 from cascade_det.core.roi_pooling import Pyramid, RoIPooler
 from cascade_det.core.stage_network import LastBoxesNetwork, StageNetwork
 from cascade_det.core.stage_runner import StageRunner
@@ -127,9 +127,7 @@ class CascadeHead(nn.Module):
         )
         self.regime = regime or TrainingSchedule(num_stages=self.num_stages)
         self.ensemble = ScoreEnsemble(ensemble)
-        self.score_thresh = score_thresh
-        self.nms_thresh = nms_thresh
-        self.detections_per_image = detections_per_image
+        self.selection = Selection(score_thresh, nms_thresh, detections_per_image)
         self.exits = exits
         self.metrics: dict[str, Tensor] = {}
 
@@ -270,7 +268,7 @@ class CascadeHead(nn.Module):
         if deadline is not None:
             deadline.mark_stages_done(device)
         with part(timer, "postprocess"):
-            detections = self._select(reported, num_images)
+            detections = select_detections(reported, num_images, self.selection)
         if deadline is not None:
             runner.stats.overrun_ms = deadline.finish(device)
         if timer is not None:
@@ -309,7 +307,8 @@ class CascadeHead(nn.Module):
             if self.exits is not None:
                 # To be comparable with the scores of ``detect``.
                 probs = self.exits.calibrated(probs, stage)
-            detections = self._select([result.reported(probs, stage)], len(image_sizes))
+            reported = [result.reported(probs, stage)]
+            detections = select_detections(reported, len(image_sizes), self.selection)
             after = regions.boxes.split(counts)
             outputs.append(StageOutput(detections, list(before.split(counts)), list(after)))
         return outputs
@@ -342,9 +341,7 @@ class CascadeHead(nn.Module):
             crops=crops,
             stages=network.record(regions, self.num_stages, hidden=hidden),
             ensemble=self.ensemble,
-            score_thresh=self.score_thresh,
-            nms_thresh=self.nms_thresh,
-            detections_per_image=self.detections_per_image,
+            selection=self.selection,
         )
 
     def _prepare(
@@ -378,13 +375,4 @@ class CascadeHead(nn.Module):
             ensemble=self.ensemble,
             learned=None if self.exits is None else self.exits.learned,
             counts_agreements=agreements,
-        )
-
-    def _select(self, reported: list[ReportedRegions], num_images: int) -> list[Detections]:
-        return select_detections(
-            reported,
-            num_images,
-            score_thresh=self.score_thresh,
-            nms_thresh=self.nms_thresh,
-            detections_per_image=self.detections_per_image,
         )

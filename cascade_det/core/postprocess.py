@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,22 +16,30 @@ from cascade_det.core.structures.boxes import is_nonempty
 Frame = tuple[tuple[int, int], tuple[int, int]]  # (height, width) of boxes, and wanted
 
 
+@dataclass
+class Selection:
+    """Which detections are reported.
+
+    Attributes:
+        score_thresh: detections score above it.
+        nms_thresh: NMS drops the lower score of two boxes of a class with a larger IoU.
+        detections_per_image: limit per image; negative for none.
+    """
+
+    score_thresh: float
+    nms_thresh: float
+    detections_per_image: int
+
+
 def select_detections(
-    reported: Sequence[ReportedRegions],
-    num_images: int,
-    *,
-    score_thresh: float,
-    nms_thresh: float,
-    detections_per_image: int,
+    reported: Sequence[ReportedRegions], num_images: int, selection: Selection
 ) -> list[Detections]:
     """Select the best detections of each image, as Detectron2's Fast R-CNN inference does.
 
     Args:
         reported: at least one batch of regions; boxes lie inside their image.
         num_images: N.
-        score_thresh: detections score above it.
-        nms_thresh: NMS drops the lower score of two boxes of a class with a larger IoU.
-        detections_per_image: limit per image; negative for none.
+        selection: which ones.
 
     Returns:
         N ``Detections``, best score first. Rows with NaN or Inf are left out.
@@ -39,7 +48,8 @@ def select_detections(
     probs = torch.cat([r.probs for r in reported])  # [R, K + 1]
     finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(probs).all(dim=1)
     # C candidates: pairs of a region and a class.
-    rows, classes = torch.nonzero((probs[:, :-1] > score_thresh) & finite[:, None], as_tuple=True)
+    chosen = (probs[:, :-1] > selection.score_thresh) & finite[:, None]  # [R, K]
+    rows, classes = torch.nonzero(chosen, as_tuple=True)
     per_class = boxes.unflatten(1, (-1, 4))  # [R, 1 or K, 4]
     candidates = Detections(
         per_class[rows, classes if per_class.shape[1] > 1 else 0],  # [C, 4]
@@ -53,9 +63,9 @@ def select_detections(
     detections = []
     for image in range(num_images):
         own = candidates[torch.nonzero(images == image).squeeze(1)]
-        kept = batched_nms(own.boxes, own.scores, own.classes, nms_thresh)
-        if detections_per_image >= 0:
-            kept = kept[:detections_per_image]
+        kept = batched_nms(own.boxes, own.scores, own.classes, selection.nms_thresh)
+        if selection.detections_per_image >= 0:
+            kept = kept[: selection.detections_per_image]
         detections.append(own[kept])
     return detections
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cascade_det.core.ensemble import ScoreEnsemble
 from cascade_det.core.exits import ExitPolicy, RegionView
-from cascade_det.core.postprocess import select_detections
+from cascade_det.core.postprocess import Selection, select_detections
 from cascade_det.core.regions import Regions, ReportedRegions, StageResult
 from cascade_det.core.stage_runner import StageRunner
 from cascade_det.core.structures import CascadeStats, Detections
@@ -73,9 +73,7 @@ class CascadeRecord:
         crops: float32 ``[R, C]``, one feature vector per proposal, or ``None``.
         stages: S stages.
         ensemble: combines the class scores of the stages.
-        score_thresh: see ``select_detections``, as the next two.
-        nms_thresh: IoU of the NMS.
-        detections_per_image: limit per image.
+        selection: which detections are reported.
     """
 
     image_sizes: list[tuple[int, int]]
@@ -85,9 +83,7 @@ class CascadeRecord:
     crops: Tensor | None
     stages: list[RecordedStage]
     ensemble: ScoreEnsemble
-    score_thresh: float
-    nms_thresh: float
-    detections_per_image: int
+    selection: Selection
 
     @property
     def num_images(self) -> int:
@@ -175,13 +171,7 @@ class CascadeRecord:
 
     def select(self, reported: Sequence[ReportedRegions]) -> list[Detections]:
         """Detections of every image, in pixels of the resized images."""
-        return select_detections(
-            reported,
-            self.num_images,
-            score_thresh=self.score_thresh,
-            nms_thresh=self.nms_thresh,
-            detections_per_image=self.detections_per_image,
-        )
+        return select_detections(reported, self.num_images, self.selection)
 
     def _proposal_regions(self) -> Regions:
         index = torch.arange(len(self.proposals), device=self.proposals.device)
@@ -233,9 +223,7 @@ def join_records(records: Sequence[CascadeRecord]) -> CascadeRecord:
         image_index=torch.cat([record.image_index + shift for record, shift in pairs]),
         stages=stages,
         ensemble=first.ensemble,
-        score_thresh=first.score_thresh,
-        nms_thresh=first.nms_thresh,
-        detections_per_image=first.detections_per_image,
+        selection=first.selection,
         **_join([{name: getattr(record, name) for name in names} for record in records]),
     )
 

@@ -22,7 +22,9 @@ from cascade_det.core.structures import CascadeStats, PartTimer, part
 class StageSource(Protocol):
     """Computes or replays the stages."""
 
-    num_images: int
+    @property
+    def num_images(self) -> int:
+        """N."""
 
     def run_stage(self, regions: Regions, stage: int) -> StageResult:
         """Run one stage on the regions that enter it."""

@@ -30,6 +30,7 @@ from cascade_det.core import (
     build_exits,
     build_training_schedule,
 )
+from cascade_det.core.postprocess import Selection
 from cascade_det.core.structures import part
 from cascade_det.d2.config_checks import check_box_heads
 from cascade_det.d2.heads_call import current_call
@@ -274,9 +275,9 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             self.__dict__["_pooler"] = self.box_pooler
         cascade.targets = replace(cascade.targets, **rules)
         cascade.num_classes = rules["num_classes"]
-        cascade.score_thresh = last.test_score_thresh
-        cascade.nms_thresh = last.test_nms_thresh
-        cascade.detections_per_image = last.test_topk_per_image
+        cascade.selection = Selection(
+            last.test_score_thresh, last.test_nms_thresh, last.test_topk_per_image
+        )
 
     def _box_heads(self) -> nn.ModuleList:
         """The box heads of the cascade; in inference fast copies if ``fast_dtype`` is set."""

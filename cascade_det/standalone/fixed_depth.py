@@ -121,18 +121,18 @@ class FixedDepthDetector(nn.Module):
         """``select_detections`` for all regions but the last, without empty boxes."""
         heads = self.detector.roi_heads
         finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(probs).all(dim=1)
-        chosen = (probs[:, :-1] > heads.score_thresh) & finite[:, None]
+        chosen = (probs[:, :-1] > heads.selection.score_thresh) & finite[:, None]
         regions, classes = torch.nonzero(chosen[:-1], as_tuple=True)
         per_class = boxes.unflatten(1, (-1, 4))
         column = classes if per_class.shape[1] > 1 else torch.zeros_like(classes)
         candidates, scores = per_class[regions, column], probs[regions, classes]
-        most = heads.detections_per_image
+        most = heads.selection.detections_per_image
         kept = best_of_classes(
             candidates,
             scores,
             classes,
             num_classes=heads.num_classes,
-            iou=heads.nms_thresh,
+            iou=heads.selection.nms_thresh,
             most=most if most >= 0 else _ALL,
         )
         kept = kept[torch.nonzero(is_nonempty(candidates[kept])).squeeze(1)]

@@ -15,7 +15,7 @@ from cascade_det.core import (
     RoIPooler,
 )
 from cascade_det.core.matching import GroundTruth, label_regions, sample_labels
-from cascade_det.core.postprocess import rescale_detections, select_detections
+from cascade_det.core.postprocess import Selection, rescale_detections, select_detections
 from cascade_det.core.structures.boxes import decode_boxes, encode_boxes, flatten_images
 
 pytest.importorskip("detectron2.engine", exc_type=ImportError)
@@ -128,9 +128,7 @@ class TestPieces:
         ours = select_detections(
             [reported(boxes, probs, images, torch.zeros_like(images))],
             2,
-            score_thresh=0.05,
-            nms_thresh=0.5,
-            detections_per_image=topk,
+            Selection(0.05, 0.5, topk),
         )
         theirs, _ = fast_rcnn_inference(
             list(boxes.split([30, 50])), list(probs.split([30, 50])), IMAGE_SIZES, 0.05, 0.5, topk

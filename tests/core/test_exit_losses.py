@@ -38,16 +38,16 @@ def brute_force_true_positives(scene):
             (probs[row][label], row, label, decoded[row][label if len(decoded[row]) > 1 else 0])
             for row in torch.nonzero(record.image_index == image).squeeze(1).tolist()
             for label in range(len(probs[row]) - 1)
-            if probs[row][label] > record.score_thresh
+            if probs[row][label] > record.selection.score_thresh
         ]
         kept = []
         for one in sorted(found, key=lambda f: -f[0]):
             rivals = [other for other in kept if other[2] == one[2]]
-            if all(iou(one[3], other[3]) <= record.nms_thresh for other in rivals):
+            if all(iou(one[3], other[3]) <= record.selection.nms_thresh for other in rivals):
                 kept.append(one)
         classes = scene.gt_classes[image].tolist()
         free = dict(enumerate(scene.gt_boxes[image].tolist()))
-        for _, row, label, box in kept[: record.detections_per_image]:
+        for _, row, label, box in kept[: record.selection.detections_per_image]:
             overlaps = {i: iou(box, free[i]) for i in free if classes[i] == label}
             best = max(overlaps, key=overlaps.get, default=None)
             if best is not None and overlaps[best] >= 0.5:

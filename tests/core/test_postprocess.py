@@ -8,7 +8,12 @@ from naive_cascade import iou
 from small_cascades import random_boxes, reported
 
 from cascade_det.core import Detections
-from cascade_det.core.postprocess import rescale_boxes, rescale_detections, select_detections
+from cascade_det.core.postprocess import (
+    Selection,
+    rescale_boxes,
+    rescale_detections,
+    select_detections,
+)
 
 NUM_CLASSES = 3
 SIZE = (60, 80)
@@ -25,13 +30,8 @@ def make_candidates(*, rows=40, images=2, per_class=False, seed=0):
 
 
 def select(candidates, *, images=2, score_thresh=0.05, nms_thresh=0.4, detections_per_image=100):
-    return select_detections(
-        [reported(*candidates)],
-        images,
-        score_thresh=score_thresh,
-        nms_thresh=nms_thresh,
-        detections_per_image=detections_per_image,
-    )
+    selection = Selection(score_thresh, nms_thresh, detections_per_image)
+    return select_detections([reported(*candidates)], images, selection)
 
 
 def brute_force(candidates, image, *, score_thresh=0.05, nms_thresh=0.4, detections_per_image=100):

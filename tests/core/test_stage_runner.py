@@ -411,7 +411,7 @@ class TestLaws:
 def test_scores_are_calibrated_by_exit_stage():
     thresholds = {"thresholds": (0.7, 0.6)}
     cascade, scene = make_cascade(exits=policy(**thresholds), score_thresh=0.0), make_scene()
-    cascade.nms_thresh, cascade.detections_per_image = 1.0, -1
+    cascade.selection.nms_thresh, cascade.selection.detections_per_image = 1.0, -1
     wanted, stats = detect(cascade, scene)
     shifts = (-1.0, 0.5, 2.0)
     cascade.exits = policy(**thresholds, score_scales=(1.0,) * 3, score_shifts=shifts)

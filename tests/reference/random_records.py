@@ -9,6 +9,7 @@ from torch import Tensor
 from cascade_det.core.ensemble import ScoreEnsemble
 from cascade_det.core.exits.learned import LEARNED_PARTS, LearnedParts
 from cascade_det.core.matching import GroundTruth
+from cascade_det.core.postprocess import Selection
 from cascade_det.core.record import CascadeRecord, RecordedStage
 
 IMAGE_SIZE = (200, 300)
@@ -86,9 +87,7 @@ def make_recorded_scene(
         crops=5 * torch.randn(len(goals), CROP_CHANNELS, generator=generator),
         stages=stages,
         ensemble=ScoreEnsemble("mean_probs"),
-        score_thresh=0.05,
-        nms_thresh=0.5,
-        detections_per_image=12,
+        selection=Selection(0.05, 0.5, 12),
     )
     return RecordedScene(record, gt_boxes, gt_classes)
 

@@ -153,9 +153,7 @@ def naive_twin(cascade, policy=None):
         sampling_ratio=pooler.sampling_ratio,
         aligned=pooler.aligned,
         ensemble=cascade.ensemble.name,
-        score_thresh=cascade.score_thresh,
-        nms_thresh=cascade.nms_thresh,
-        detections_per_image=cascade.detections_per_image,
+        **vars(cascade.selection),
         policy=policy,
     )
 
@@ -171,9 +169,7 @@ def truncate(cascade, num_stages):
         ious=targets.ious[:num_stages],
         bbox_reg_weights=cascade.targets.bbox_reg_weights[:num_stages],
         ensemble=cascade.ensemble.name,
-        score_thresh=cascade.score_thresh,
-        nms_thresh=cascade.nms_thresh,
-        detections_per_image=cascade.detections_per_image,
+        **vars(cascade.selection),
     )
 
 

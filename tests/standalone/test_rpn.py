@@ -79,7 +79,13 @@ def test_some_anchors_are_those_of_all():
         sizes=[[8.0, 16.0], [32.0]], aspect_ratios=[[0.5, 2.0], [1.0]], strides=[4, 8], offset=0.3
     )
     sizes = [(9, 7), (3, 5)]
-    for level, anchors in enumerate(generator(sizes)):
+    for level, (found, stride) in enumerate(zip(generator(sizes), (4, 8), strict=True)):
+        # As Detectron2 places them, to the last bit.
+        y, x = (torch.arange(0.3 * stride, side * stride, stride) for side in sizes[level])
+        y, x = torch.meshgrid(y, x, indexing="ij")
+        cells = generator.get_buffer(f"cells{level}")
+        anchors = (torch.stack((x, y, x, y), dim=-1).view(-1, 1, 4) + cells).view(-1, 4)
+        torch.testing.assert_close(found, anchors, rtol=0, atol=0)
         index = torch.randint(len(anchors), (2, 50))
         some = generator.at(level, index, sizes[level][1])
         torch.testing.assert_close(some, anchors[index], rtol=0, atol=0)

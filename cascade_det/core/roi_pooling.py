@@ -112,7 +112,7 @@ class RoIPooler(nn.Module):
         """Pool regions.
 
         Args:
-            pyramid: what ``prepare`` returned.
+            pyramid: from ``prepare``.
             boxes: float32 ``[R, 4]``, XYXY in absolute pixels of the padded batch.
             image_index: int64 ``[R]``, the image of each box.
 

@@ -68,7 +68,12 @@ def load_detector(cfg: CfgNode, *, resume: bool = False) -> tuple[Detector, list
     return detector, datasets
 
 
-def test_loader(cfg: CfgNode, dataset: CocoDataset, *, annotated: bool) -> DataLoader[Sample]:
+def test_loader(
+    cfg: CfgNode,
+    dataset: CocoDataset,
+    *,
+    annotated: bool = False,  # noqa: PT028 - not a test
+) -> DataLoader[Sample]:
     """Batches of this process's share of a test set, with ground truth if ``annotated``."""
     return build_test_loader(
         dataset,
@@ -87,7 +92,7 @@ def evaluate_all(
     def evaluate_one(dataset: CocoDataset, folder: Path) -> dict[str, Any]:
         return evaluate_dataset(
             detector,
-            test_loader(cfg, dataset, annotated=False),
+            test_loader(cfg, dataset),
             dataset,
             folder,
             detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,

@@ -27,7 +27,7 @@ def open_detector(cfg: CfgNode) -> tuple[Detector, CocoDataset, DataLoader[Sampl
     Errors as in ``evaluate``.
     """
     detector, datasets = load_detector(cfg)
-    return detector, datasets[0], test_loader(cfg, datasets[0], annotated=False)
+    return detector, datasets[0], test_loader(cfg, datasets[0])
 
 
 def join() -> None:

@@ -224,11 +224,10 @@ def build_exits(
     """
     if arguments is None:
         return None
-    names = arguments["learned"]
     learned = None
-    if names:
+    if arguments["learned"]:
         learned = LearnedParts(
-            names=names,
+            names=arguments["learned"],
             num_stages=arguments["num_stages"],
             hidden_features=hidden_features,
             crop_channels=crop_channels,

@@ -38,107 +38,89 @@ _SHARES_1_NEVER = Values(_SHARES, "Give a list of numbers from 0 to 1; 1 means n
 EXIT = group(
     "MODEL.CASCADE.EXIT",
     "Exits: regions that leave before the last stage, in inference only",
-    Key("ENABLED", False, "Lets regions leave early."),
-    Key(
-        "PRUNE_THRESHOLDS",
+    ENABLED=Key(False, "Lets regions leave early."),
+    PRUNE_THRESHOLDS=Key(
         (0.02,),
         "Drops a region whose ensemble probability is below this for every class, per stage.",
         _SHARES_0_NEVER,
     ),
-    Key(
-        "PROPOSAL_THRESHOLD",
+    PROPOSAL_THRESHOLD=Key(
         0.0,
         "Drops a proposal of a lower objectness before stage 0.",
         Values(within(0, 1), "Give a number from 0 to 1; 0 means never."),
     ),
-    Key(
-        "PRUNE_MARGINS",
+    PRUNE_MARGINS=Key(
         (1.0,),
         "Drops a region whose score is more than this below that of the image's region of rank "
         "PRUNE_BEST, per gate.",
         _SHARES_1_NEVER,
     ),
-    Key("PRUNE_BEST", 100, "Rank that PRUNE_MARGINS count from.", COUNT),
-    Key(
-        "PRUNER_THRESHOLDS",
-        (0.0,),
-        "Drops a region below this chance by the learned pruner, per gate.",
-        _SHARES_0_NEVER,
+    PRUNE_BEST=Key(100, "Rank that PRUNE_MARGINS count from.", COUNT),
+    PRUNER_THRESHOLDS=Key(
+        (0.0,), "Drops a region below this chance by the learned pruner, per gate.", _SHARES_0_NEVER
     ),
-    Key(
-        "REDUNDANCY_IOU",
+    REDUNDANCY_IOU=Key(
         0.9,
         "Drops a region whose IoU with a better one of its class reaches this.",
         Values(above(0), "Give a number above 0; above 1 means never."),
     ),
-    Key(
-        "THRESHOLDS",
+    THRESHOLDS=Key(
         (1.01,),
         "Accepts a region, with the box that it has, whose CONFIDENCE reaches this, per stage.",
         Values(each(above(0)), "Give a list of numbers above 0; above 1 means never."),
     ),
-    Key(
-        "CONFIDENCE",
+    CONFIDENCE=Key(
         "max_prob",
         "Probability of the best class, 1 less the normalised entropy, lead of the best class, "
         "number of stages before that had the same class (THRESHOLDS count stages), or the learned "
         "gate.",
         one_of("max_prob", "entropy", "margin", "agreement", "learned"),
     ),
-    Key(
-        "LOCALISATION",
+    LOCALISATION=Key(
         "none",
         "What an accepted box must reach too: nothing, its IoU with the box before the stage, or "
         "the IoU with the object that the IoU head predicts.",
         one_of("none", "refinement", "predicted_iou"),
     ),
-    Key(
-        "LOCALISATION_THRESHOLDS",
+    LOCALISATION_THRESHOLDS=Key(
         (0.9,),
         "The value of LOCALISATION to reach, per stage.",
         Values(_SHARES, "Give a list of numbers from 0 to 1."),
     ),
-    Key(
-        "REGION_BUDGET",
+    REGION_BUDGET=Key(
         (0,),
         "The most regions of an image that enter a stage, the best first, per gate.",
         Values(each(whole(at_least(0))), "Give a list of whole numbers; 0: no limit."),
     ),
-    Key(
-        "TIME_BUDGET_MS",
+    TIME_BUDGET_MS=Key(
         0.0,
         "Time from the image to its detections, after which regions are final as they are.",
         Values(at_least(0), "Give milliseconds, 0 or more; 0 means no limit."),
     ),
-    Key("TIME_BUDGET_PER", "image", "What TIME_BUDGET_MS is for.", one_of("image", "batch")),
-    Key("LEARNED", (), "Trained parts that the rules above use.", subset_of(*LEARNED_PARTS)),
-    Key(
-        "SCORE_SCALES",
+    TIME_BUDGET_PER=Key("image", "What TIME_BUDGET_MS is for.", one_of("image", "batch")),
+    LEARNED=Key((), "Trained parts that the rules above use.", subset_of(*LEARNED_PARTS)),
+    SCORE_SCALES=Key(
         (1.0,),
         "Scores after a stage become sigmoid(scale * logit(p) + shift); one scale for each stage.",
         Values(each(above(0)), "Give a list of numbers above 0."),
     ),
-    Key(
-        "SCORE_SHIFTS",
+    SCORE_SHIFTS=Key(
         (0.0,),
         "The shifts; one for each stage.",
         Values(each(is_number), "Give a list of numbers."),
     ),
-    Key(
-        "EXPECTED_LOSS",
+    EXPECTED_LOSS=Key(
         -1.0,
         "Mean share of the full cascade's detections of an image that calibration saw lost.",
         Values(is_number, "Give a number; -1 means not calibrated."),
     ),
-    Key("EXPECTED_LOSS_DEVIATION", 0.0, "Standard deviation of EXPECTED_LOSS.", NOT_NEGATIVE),
-    Key(
-        "DEVICE_NAME",
+    EXPECTED_LOSS_DEVIATION=Key(0.0, "Standard deviation of EXPECTED_LOSS.", NOT_NEGATIVE),
+    DEVICE_NAME=Key(
         "",
         "Device that calibration timed, where thresholds depend on it.",
         Values(lambda value: isinstance(value, str), "Give the name of a device, or ''."),
     ),
-    Key(
-        "WEIGHTS_SHA256",
+    WEIGHTS_SHA256=Key(
         "",
         "Digest of the calibrated weights: others cause a warning.",
         Values(
@@ -151,27 +133,23 @@ EXIT = group(
 FAST = group(
     "MODEL.CASCADE.FAST",
     "Lower precision and compilation for evaluation, prediction and calibration",
-    Key(
-        "ENABLED",
+    ENABLED=Key(
         False,
         "Makes inference faster, with rounding errors; training runs the model as it is, and in "
         "Detectron2 only our heads become faster.",
     ),
-    Key(
-        "DTYPE",
+    DTYPE=Key(
         "auto",
         "Type to compute in; auto is bfloat16 on devices with instructions for it, float16 on "
         "other GPUs, and float32 on other CPUs; float16 needs a GPU.",
         one_of("auto", "float32", "bfloat16", "float16"),
     ),
-    Key(
-        "FLOAT32_PARTS",
+    FLOAT32_PARTS=Key(
         (),
         "Parts that stay float32; boxes, scores, and the last layers of RPN and heads always do.",
         subset_of(*FAST_PARTS),
     ),
-    Key(
-        "COMPILE",
+    COMPILE=Key(
         False,
         "Compiles backbone and FPN with torch.compile, which takes about a minute at the first "
         "image; not for float32 on CPUs, which does not gain from it.",
@@ -181,70 +159,66 @@ FAST = group(
 TRAINING = group(
     "MODEL.CASCADE.TRAINING",
     "Training beyond the sum of the stages' losses",
-    Key(
-        "GATING",
+    GATING=Key(
         "none",
         "Stages that a region's class loss reaches: all; those up to the first that is confident "
         "and right (hard); or all, each with less weight the more probable the right class was at "
         "the stages before (soft).",
         one_of("none", "hard", "soft"),
     ),
-    Key(
-        "GATE_THRESHOLD",
+    GATE_THRESHOLD=Key(
         0.9,
         "Probability from which a stage is confident; a soft gate is half closed there.",
         ABOVE_0_TO_1,
     ),
-    Key("GATE_SCALE", 15.0, "Steepness of a soft gate; at 1 it hardly moves.", POSITIVE),
-    Key(
-        "STAGE_WEIGHTING",
+    GATE_SCALE=Key(15.0, "Steepness of a soft gate; at 1 it hardly moves.", POSITIVE),
+    STAGE_WEIGHTING=Key(
         "fixed",
         "Loss weights of the stages: STAGE_LOSS_WEIGHTS, a linear course from those to "
         "STAGE_LOSS_WEIGHTS_END, or those times a trained factor per stage (uncertainty).",
         one_of("fixed", "scheduled", "learned"),
     ),
-    Key(
-        "STAGE_LOSS_WEIGHTS_END",
+    STAGE_LOSS_WEIGHTS_END=Key(
         (),
         "Where the scheduled weights end, per stage; () unless scheduled.",
         Values(each(at_least(0)), "Give a list of numbers, 0 or more."),
     ),
-    Key(
-        "PREFIX_LOSS_WEIGHT",
+    PREFIX_LOSS_WEIGHT=Key(
         0.0,
         "Weight of the class loss of the ensembles of all subsets of the stages.",
         Values(at_least(0), "Give 0 or more; 0 leaves the loss out."),
     ),
-    Key("DYNAMIC.ENABLED", False, "Adapts IoU thresholds and beta to the training: Dynamic R-CNN."),
-    Key(
-        "DYNAMIC.K_I",
-        75,
-        "A stage's IoU threshold is the mean over PERIOD of the images' K_I-th largest IoU, from "
-        "IOU_FLOOR to its value in IOUS.",
-        Values(whole(at_least(0)), "Give 0 or more; 0 keeps the IOUS."),
-    ),
-    Key(
-        "DYNAMIC.K_BETA",
-        10,
-        "A stage's SMOOTH_L1_BETA is the median over PERIOD of the images' K_BETA-th smallest "
-        "offset of the foreground, up to BETA_START.",
-        Values(whole(at_least(0)), "Give 0 or more; 0 keeps SMOOTH_L1_BETA."),
-    ),
-    Key(
-        "DYNAMIC.PERIOD",
-        100,
-        "Time between changes; each of ACCUMULATION_STEPS counts as an iteration.",
-        Values(whole(at_least(1)), "Give 1 or more iterations."),
-    ),
-    Key("DYNAMIC.IOU_FLOOR", 0.4, "Lowest IoU threshold.", BETWEEN_0_AND_1),
-    Key("DYNAMIC.BETA_START", 1.0, "Largest beta.", POSITIVE),
-    Key(
-        "FREEZE_DETECTOR",
+    FREEZE_DETECTOR=Key(
         False,
         "Trains the parts in EXIT.LEARNED alone; everything else, norms too, stays as it is. In "
         "Detectron2 this needs our trainer.",
     ),
 )
 
-CASCADE_GROUPS = (EXIT, FAST, TRAINING)
-EXIT_DEFAULTS = {key.name: key.default for key in EXIT.keys}
+DYNAMIC = group(
+    "MODEL.CASCADE.TRAINING.DYNAMIC",
+    "Thresholds and beta that follow the training",
+    ENABLED=Key(False, "Adapts IoU thresholds and beta to the training: Dynamic R-CNN."),
+    K_I=Key(
+        75,
+        "A stage's IoU threshold is the mean over PERIOD of the images' K_I-th largest IoU, from "
+        "IOU_FLOOR to its value in IOUS.",
+        Values(whole(at_least(0)), "Give 0 or more; 0 keeps the IOUS."),
+    ),
+    K_BETA=Key(
+        10,
+        "A stage's SMOOTH_L1_BETA is the median over PERIOD of the images' K_BETA-th smallest "
+        "offset of the foreground, up to BETA_START.",
+        Values(whole(at_least(0)), "Give 0 or more; 0 keeps SMOOTH_L1_BETA."),
+    ),
+    PERIOD=Key(
+        100,
+        "Time between changes; each of ACCUMULATION_STEPS counts as an iteration.",
+        Values(whole(at_least(1)), "Give 1 or more iterations."),
+    ),
+    IOU_FLOOR=Key(0.4, "Lowest IoU threshold.", BETWEEN_0_AND_1),
+    BETA_START=Key(1.0, "Largest beta.", POSITIVE),
+)
+
+CASCADE_GROUPS = (EXIT, FAST, TRAINING, DYNAMIC)
+EXIT_DEFAULTS = {name: key.default for name, key in EXIT.keys.items()}

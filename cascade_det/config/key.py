@@ -6,12 +6,10 @@ import itertools
 import math
 import reprlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 Condition = Callable[[object], bool]
-
-OTHERS_IN_DETECTRON2 = "Other values need the Detectron2 host."
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,6 @@ class Key:
     """One row of the table of keys.
 
     Attributes:
-        name: below the node of its group, such as ``NMS_THRESH``.
         default: its type is the type of all values.
         help: what it does, as one sentence; "" for a key that the standalone host does not read.
         values: what it takes.
@@ -45,7 +42,6 @@ class Key:
         type_if_set: the type of values other than ``None``, where that is the default.
     """
 
-    name: str
     default: Any
     help: str = ""
     values: Values = ANY
@@ -60,16 +56,16 @@ class Group:
     Attributes:
         node: full name of the node, such as ``MODEL.RPN``; "" for the root.
         about: a few words for a heading.
-        keys: in the order in which they are shown.
+        keys: by name below the node, such as ``NMS_THRESH``; in the order in which they are shown.
     """
 
     node: str
     about: str
-    keys: tuple[Key, ...]
+    keys: dict[str, Key]
 
 
-def group(node: str, about: str, *keys: Key) -> Group:
-    """A :class:`Group` with its keys as arguments."""
+def group(node: str, about: str, **keys: Key) -> Group:
+    """A :class:`Group` with its keys as keyword arguments."""
     return Group(node, about, keys)
 
 
@@ -130,26 +126,16 @@ def rising(values: Condition, *, strictly: bool) -> Condition:
     return accepts
 
 
-def one_of(*allowed: object, why: str = "") -> Values:
+def one_of(*allowed: object, why: str = "", standalone_only: bool = False) -> Values:
     """One of the given values."""
-    listed = ", ".join(map(repr, allowed))
-    return Values(lambda value: value in allowed, f"Supported: {listed}.{why and ' ' + why}")
+    remedy = f"Supported: {', '.join(map(repr, allowed))}.{why and ' ' + why}"
+    return Values(lambda value: value in allowed, remedy, standalone_only)
 
 
 def subset_of(*allowed: str) -> Values:
     """A list of some of the given names."""
     listed = f"{', '.join(map(repr, allowed[:-1]))} and {allowed[-1]!r}"
     return Values(each(lambda item: item in allowed), f"Give a list out of {listed}.")
-
-
-def standalone(values: Values) -> Values:
-    """Values of the standalone host; Detectron2 takes others too."""
-    return replace(values, standalone_only=True)
-
-
-def built(*allowed: object) -> Values:
-    """The parts that the standalone host has, by name; Detectron2 has others too."""
-    return standalone(one_of(*allowed, why=OTHERS_IN_DETECTRON2))
 
 
 COUNT = Values(whole(at_least(1)), "Give 1 or more.")

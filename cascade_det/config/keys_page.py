@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cascade_det.config.key import Group, Key
+from cascade_det.config.key import Group
 from cascade_det.config.tree import GROUPS, as_lists
 
 _INTRODUCTION = """\
@@ -26,28 +26,21 @@ _TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: 
 
 
 def page() -> str:
-    """The page as Markdown: a table for each group with keys that are read."""
-    return (
-        "\n".join([_INTRODUCTION, *(line for group in GROUPS for line in _section(group))]) + "\n"
-    )
+    """The page as Markdown: a table for each group."""
+    lines = [line for group in GROUPS for line in _section(group)]
+    return "\n".join([_INTRODUCTION, *lines]) + "\n"
 
 
 def _section(group: Group) -> Iterator[str]:
-    rows = [_row(key) for key in group.keys if key.help]
-    if not rows:
-        return
     title = f"`{group.node}`: {group.about}" if group.node else group.about
     yield from ("", f"## {title}", "", "| Key | Default | Values | Meaning |", "|---|---|---|---|")
-    yield from rows
-
-
-def _row(key: Key) -> str:
-    remedy = key.values.remedy.removeprefix("Give ").removeprefix("Supported: ").rstrip(".")
-    values = remedy or _TYPES[type(key.default)]
-    if key.unit:
-        values += f" ({key.unit})"
-    cells = (f"`{key.name}`", f"`{as_lists(key.default)!r}`", values, key.help)
-    return f"| {' | '.join(cells)} |".replace("<", "&lt;")
+    for name, key in group.keys.items():
+        values = key.values.remedy.removeprefix("Give ").removeprefix("Supported: ").rstrip(".")
+        values = values or _TYPES[type(key.default)]
+        if key.unit:
+            values += f" ({key.unit})"
+        cells = (f"`{name}`", f"`{as_lists(key.default)!r}`", values, key.help)
+        yield f"| {' | '.join(cells)} |".replace("<", "&lt;")
 
 
 if __name__ == "__main__":

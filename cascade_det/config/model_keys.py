@@ -16,19 +16,16 @@ from cascade_det.config.key import (
     FROM_0_BELOW_1,
     NAMES,
     NOT_NEGATIVE,
-    OTHERS_IN_DETECTRON2,
     Key,
     Values,
     above,
     at_least,
     between_0_and_1,
-    built,
     each,
     group,
     is_number,
     one_of,
     rising,
-    standalone,
     whole,
     within,
 )
@@ -37,7 +34,6 @@ _NORM = one_of("", "GN", "BN", "SyncBN")
 _BOX_LOSS = one_of("smooth_l1", "giou", "diou", "ciou")
 _NORM_HELP = 'Normalisation of the convolutions; "" is none.'
 _BETA_HELP = "Where the smooth L1 loss turns from L2 to L1; 0 makes it plain L1."
-_SOFTMAX = "The class loss is softmax cross-entropy."
 _WEIGHTS = Values(each(above(0), length=4), "Give 4 numbers above 0.")
 _OR_SHARED = "or [] for the value of ROI_BOX_HEAD."
 _LAYERS = Values(
@@ -59,31 +55,23 @@ def _is_device(value: object) -> bool:
 MODEL = group(
     "MODEL",
     "Model",
-    Key("LOAD_PROPOSALS", False, values=one_of(False, why="Proposals come from the RPN.")),
-    Key("MASK_ON", False, values=one_of(False, why="There is no mask head.")),
-    Key("KEYPOINT_ON", False, values=one_of(False, why="There is no keypoint head.")),
-    Key(
-        "DEVICE",
+    DEVICE=Key(
         "cuda",
         "Device of the model.",
         Values(_is_device, 'Supported: "cpu", "cuda" or "cuda:<index>".'),
     ),
-    Key("META_ARCHITECTURE", "GeneralizedRCNN", values=one_of("GeneralizedRCNN")),
-    Key(
-        "WEIGHTS",
+    WEIGHTS=Key(
         "",
         "Weights to start from: a .pth, .pkl or .safetensors file, or an https://, detectron2:// "
         'or torchvision:// address; "" is random weights.',
     ),
-    Key(
-        "PIXEL_MEAN",
+    PIXEL_MEAN=Key(
         [103.530, 116.280, 123.675],
         "Subtracted from the pixels, in the channel order of `INPUT.FORMAT`.",
         Values(each(is_number, length=3), "Give 3 numbers, one per channel."),
         "pixel values, 0 to 255",
     ),
-    Key(
-        "PIXEL_STD",
+    PIXEL_STD=Key(
         [1.0, 1.0, 1.0],
         "Divides the pixels: 1 for MSRA weights, about 58 for torchvision's.",
         Values(each(above(0), length=3), "Give 3 numbers above 0, one per channel."),
@@ -94,8 +82,7 @@ MODEL = group(
 BACKBONE = group(
     "MODEL.BACKBONE",
     "Backbone",
-    Key(
-        "NAME",
+    NAME=Key(
         "build_resnet_backbone",
         "The backbone with its feature pyramid.",
         one_of(
@@ -104,63 +91,44 @@ BACKBONE = group(
             "build_mobilenet_v3_large_fpn_backbone",
         ),
     ),
-    Key(
-        "FREEZE_AT",
-        2,
-        "Frozen parts: 0 none, 1 the stem, 2 also res2, and so on.",
-        one_of(0, 1, 2, 3, 4, 5),
+    FREEZE_AT=Key(
+        2, "Frozen parts: 0 none, 1 the stem, 2 also res2, and so on.", one_of(0, 1, 2, 3, 4, 5)
     ),
 )
 
 FPN = group(
     "MODEL.FPN",
     "Feature pyramid",
-    Key(
-        "IN_FEATURES", [], "Neighbouring levels up to res5; res3 makes p3. p6 comes on top.", NAMES
-    ),
-    Key("OUT_CHANNELS", 256, "Width of every level.", COUNT, "channels"),
-    Key("NORM", "", _NORM_HELP, _NORM),
-    Key("FUSE_TYPE", "sum", "How a level is merged with the coarser one.", one_of("sum", "avg")),
+    IN_FEATURES=Key([], "Neighbouring levels up to res5; res3 makes p3. p6 comes on top.", NAMES),
+    OUT_CHANNELS=Key(256, "Width of every level.", COUNT, "channels"),
+    NORM=Key("", _NORM_HELP, _NORM),
+    FUSE_TYPE=Key("sum", "How a level is merged with the coarser one.", one_of("sum", "avg")),
 )
 
 PROPOSAL_GENERATOR = group(
     "MODEL.PROPOSAL_GENERATOR",
     "Proposals",
-    Key("NAME", "RPN", values=built("RPN")),
-    Key("MIN_SIZE", 0, "Sides of a proposal exceed this.", NOT_NEGATIVE, "resized pixels"),
+    MIN_SIZE=Key(0, "Sides of a proposal exceed this.", NOT_NEGATIVE, "resized pixels"),
 )
 
 ANCHOR_GENERATOR = group(
     "MODEL.ANCHOR_GENERATOR",
     "Anchors",
-    Key("NAME", "DefaultAnchorGenerator", values=built("DefaultAnchorGenerator")),
-    Key(
-        "SIZES",
+    SIZES=Key(
         [[32, 64, 128, 256, 512]],
         "Square root of the area: one list per level of `RPN.IN_FEATURES`, or one for all.",
         _LISTS,
         "resized pixels",
     ),
-    Key("ASPECT_RATIOS", [[0.5, 1.0, 2.0]], "Height / width, in lists as in SIZES.", _LISTS),
-    Key("ANGLES", [[-90, 0, 90]]),
-    Key("OFFSET", 0.0, "Centre of the first anchor.", FROM_0_BELOW_1, "strides"),
+    ASPECT_RATIOS=Key([[0.5, 1.0, 2.0]], "Height / width, in lists as in SIZES.", _LISTS),
+    OFFSET=Key(0.0, "Centre of the first anchor.", FROM_0_BELOW_1, "strides"),
 )
 
 RPN = group(
     "MODEL.RPN",
     "Region proposal network",
-    Key("HEAD_NAME", "StandardRPNHead", values=built("StandardRPNHead")),
-    Key("IN_FEATURES", ["res4"], "Levels with anchors, finest first.", NAMES),
-    Key(
-        "BOUNDARY_THRESH",
-        -1,
-        values=Values(
-            lambda value: not at_least(0)(value),
-            f"Supported: -1, which keeps all anchors. {OTHERS_IN_DETECTRON2}",
-        ),
-    ),
-    Key(
-        "IOU_THRESHOLDS",
+    IN_FEATURES=Key(["res4"], "Levels with anchors, finest first.", NAMES),
+    IOU_THRESHOLDS=Key(
         [0.3, 0.7],
         "IoU with an object below which an anchor is background, and from which it is foreground.",
         Values(
@@ -168,23 +136,19 @@ RPN = group(
             "Give two numbers from 0 to 1: background below the first, object from the second on.",
         ),
     ),
-    Key("IOU_LABELS", [0, -1, 1], values=built([0, -1, 1])),
-    Key("BATCH_SIZE_PER_IMAGE", 256, "Anchors per image in the loss.", COUNT),
-    Key("POSITIVE_FRACTION", 0.5, "Their largest share of foreground.", FRACTION),
-    Key("BBOX_REG_LOSS_TYPE", "smooth_l1", "Box loss.", _BOX_LOSS),
-    Key("BBOX_REG_LOSS_WEIGHT", 1.0, "Weight of the box loss.", NOT_NEGATIVE),
-    Key(
-        "BBOX_REG_WEIGHTS", (1.0, 1.0, 1.0, 1.0), "Scale of the targets (dx, dy, dw, dh).", _WEIGHTS
-    ),
-    Key("SMOOTH_L1_BETA", 0.0, _BETA_HELP, NOT_NEGATIVE),
-    Key("LOSS_WEIGHT", 1.0, "Weight of both losses.", NOT_NEGATIVE),
-    Key("PRE_NMS_TOPK_TRAIN", 12000, "Proposals per level before NMS, in training.", COUNT),
-    Key("PRE_NMS_TOPK_TEST", 6000, "The same in inference.", COUNT),
-    Key("POST_NMS_TOPK_TRAIN", 2000, "Proposals per image after NMS, in training.", COUNT),
-    Key("POST_NMS_TOPK_TEST", 1000, "The same in inference.", COUNT),
-    Key("NMS_THRESH", 0.7, "IoU above which NMS drops a proposal.", ABOVE_0_TO_1),
-    Key(
-        "CONV_DIMS",
+    BATCH_SIZE_PER_IMAGE=Key(256, "Anchors per image in the loss.", COUNT),
+    POSITIVE_FRACTION=Key(0.5, "Their largest share of foreground.", FRACTION),
+    BBOX_REG_LOSS_TYPE=Key("smooth_l1", "Box loss.", _BOX_LOSS),
+    BBOX_REG_LOSS_WEIGHT=Key(1.0, "Weight of the box loss.", NOT_NEGATIVE),
+    BBOX_REG_WEIGHTS=Key((1.0, 1.0, 1.0, 1.0), "Scale of the targets (dx, dy, dw, dh).", _WEIGHTS),
+    SMOOTH_L1_BETA=Key(0.0, _BETA_HELP, NOT_NEGATIVE),
+    LOSS_WEIGHT=Key(1.0, "Weight of both losses.", NOT_NEGATIVE),
+    PRE_NMS_TOPK_TRAIN=Key(12000, "Proposals per level before NMS, in training.", COUNT),
+    PRE_NMS_TOPK_TEST=Key(6000, "The same in inference.", COUNT),
+    POST_NMS_TOPK_TRAIN=Key(2000, "Proposals per image after NMS, in training.", COUNT),
+    POST_NMS_TOPK_TEST=Key(1000, "The same in inference.", COUNT),
+    NMS_THRESH=Key(0.7, "IoU above which NMS drops a proposal.", ABOVE_0_TO_1),
+    CONV_DIMS=Key(
         [-1],
         "Widths of the 3x3 convolutions.",
         Values(
@@ -197,16 +161,14 @@ RPN = group(
 ROI_HEADS = group(
     "MODEL.ROI_HEADS",
     "RoI heads",
-    Key(
-        "NAME",
+    NAME=Key(
         "Res5ROIHeads",
         "The cascade with exits, or the same without.",
-        standalone(one_of("EarlyExitCascadeROIHeads", "CascadeROIHeads")),
+        one_of("EarlyExitCascadeROIHeads", "CascadeROIHeads", standalone_only=True),
     ),
-    Key("NUM_CLASSES", 80, "Classes, without background.", COUNT),
-    Key("IN_FEATURES", ["res4"], "Levels that regions are pooled from, finest first.", NAMES),
-    Key(
-        "IOU_THRESHOLDS",
+    NUM_CLASSES=Key(80, "Classes, without background.", COUNT),
+    IN_FEATURES=Key(["res4"], "Levels that regions are pooled from, finest first.", NAMES),
+    IOU_THRESHOLDS=Key(
         [0.5],
         "IoU from which a proposal is foreground at stage 0.",
         Values(
@@ -214,65 +176,49 @@ ROI_HEADS = group(
             "Give one number between 0 and 1, the first of MODEL.ROI_BOX_CASCADE_HEAD.IOUS.",
         ),
     ),
-    Key("IOU_LABELS", [0, 1], values=one_of([0, 1], why="A cascade ignores no region.")),
-    Key("BATCH_SIZE_PER_IMAGE", 512, "Regions per image in training.", COUNT),
-    Key("POSITIVE_FRACTION", 0.25, "Their largest share of foreground at stage 0.", FRACTION),
-    Key("SCORE_THRESH_TEST", 0.05, "Detections score above this.", FRACTION),
-    Key("NMS_THRESH_TEST", 0.5, "IoU above which NMS drops a detection, per class.", ABOVE_0_TO_1),
-    Key("PROPOSAL_APPEND_GT", True, "Adds the ground truth to the proposals in training."),
+    BATCH_SIZE_PER_IMAGE=Key(512, "Regions per image in training.", COUNT),
+    POSITIVE_FRACTION=Key(0.25, "Their largest share of foreground at stage 0.", FRACTION),
+    SCORE_THRESH_TEST=Key(0.05, "Detections score above this.", FRACTION),
+    NMS_THRESH_TEST=Key(0.5, "IoU above which NMS drops a detection, per class.", ABOVE_0_TO_1),
+    PROPOSAL_APPEND_GT=Key(True, "Adds the ground truth to the proposals in training."),
 )
 
 ROI_BOX_HEAD = group(
     "MODEL.ROI_BOX_HEAD",
     "Box heads",
-    Key(
-        "NAME", "", "Kind of the box heads of all stages.", standalone(one_of("FastRCNNConvFCHead"))
+    NAME=Key(
+        "",
+        "Kind of the box heads of all stages.",
+        one_of("FastRCNNConvFCHead", standalone_only=True),
     ),
-    Key("BBOX_REG_LOSS_TYPE", "smooth_l1", "Box loss.", _BOX_LOSS),
-    Key("BBOX_REG_LOSS_WEIGHT", 1.0, "Weight of the box loss.", NOT_NEGATIVE),
-    Key("BBOX_REG_WEIGHTS", (10.0, 10.0, 5.0, 5.0)),
-    Key("SMOOTH_L1_BETA", 0.0, _BETA_HELP, NOT_NEGATIVE),
-    Key("POOLER_RESOLUTION", 14, "Side of a pooled region.", COUNT, "cells"),
-    Key("POOLER_SAMPLING_RATIO", 0, "Samples per cell and side; 0: adaptive.", NOT_NEGATIVE),
-    Key(
-        "POOLER_TYPE",
-        "ROIAlignV2",
-        "ROIAlign is half a pixel off.",
-        one_of("ROIAlignV2", "ROIAlign"),
+    BBOX_REG_LOSS_TYPE=Key("smooth_l1", "Box loss.", _BOX_LOSS),
+    BBOX_REG_LOSS_WEIGHT=Key(1.0, "Weight of the box loss.", NOT_NEGATIVE),
+    SMOOTH_L1_BETA=Key(0.0, _BETA_HELP, NOT_NEGATIVE),
+    POOLER_RESOLUTION=Key(14, "Side of a pooled region.", COUNT, "cells"),
+    POOLER_SAMPLING_RATIO=Key(0, "Samples per cell and side; 0: adaptive.", NOT_NEGATIVE),
+    POOLER_TYPE=Key(
+        "ROIAlignV2", "ROIAlign is half a pixel off.", one_of("ROIAlignV2", "ROIAlign")
     ),
-    Key("NUM_FC", 0, "Fully connected layers, after the convolutions.", NOT_NEGATIVE),
-    Key("FC_DIM", 1024, "Width of the fully connected layers.", COUNT, "features"),
-    Key("NUM_CONV", 0, "3x3 convolutions.", NOT_NEGATIVE),
-    Key("CONV_DIM", 256, "Width of the convolutions.", COUNT, "channels"),
-    Key("NORM", "", _NORM_HELP, standalone(_NORM)),
-    Key("CLS_AGNOSTIC_BBOX_REG", False, "One box per region, instead of one per class."),
-    Key(
-        "TRAIN_ON_PRED_BOXES", False, values=standalone(one_of(False, why="A cascade always does."))
-    ),
-    Key("USE_FED_LOSS", False, values=one_of(False, why=_SOFTMAX)),
-    Key("USE_SIGMOID_CE", False, values=one_of(False, why=_SOFTMAX)),
-    Key("FED_LOSS_FREQ_WEIGHT_POWER", 0.5),
-    Key("FED_LOSS_NUM_CLASSES", 50),
+    NUM_FC=Key(0, "Fully connected layers, after the convolutions.", NOT_NEGATIVE),
+    FC_DIM=Key(1024, "Width of the fully connected layers.", COUNT, "features"),
+    NUM_CONV=Key(0, "3x3 convolutions.", NOT_NEGATIVE),
+    CONV_DIM=Key(256, "Width of the convolutions.", COUNT, "channels"),
+    NORM=Key("", _NORM_HELP, Values(_NORM.accepts, _NORM.remedy, standalone_only=True)),
+    CLS_AGNOSTIC_BBOX_REG=Key(False, "One box per region, instead of one per class."),
 )
 
 ROI_BOX_CASCADE_HEAD = group(
     "MODEL.ROI_BOX_CASCADE_HEAD",
     "Stages",
-    Key(
-        "BBOX_REG_WEIGHTS",
-        (
-            (10.0, 10.0, 5.0, 5.0),
-            (20.0, 20.0, 10.0, 10.0),
-            (30.0, 30.0, 15.0, 15.0),
-        ),
+    BBOX_REG_WEIGHTS=Key(
+        ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0)),
         "Scale of the regression targets (dx, dy, dw, dh) at each stage; later ones correct less.",
         Values(
             each(each(above(0), length=4), least=1),
             "Give 4 numbers above 0 per stage, such as [[10, 10, 5, 5], [20, 20, 10, 10]].",
         ),
     ),
-    Key(
-        "IOUS",
+    IOUS=Key(
         (0.5, 0.6, 0.7),
         "IoU from which a region is foreground at each stage; as many values as stages.",
         Values(
@@ -285,50 +231,31 @@ ROI_BOX_CASCADE_HEAD = group(
 RESNETS = group(
     "MODEL.RESNETS",
     "ResNets; `NORM` holds for the MobileNets too",
-    Key("DEPTH", 50, "Layers.", one_of(18, 34, 50, 101, 152)),
-    Key("OUT_FEATURES", ["res4"], "Levels that come out: all that `FPN.IN_FEATURES` names.", NAMES),
-    Key("NUM_GROUPS", 1, "Groups of the 3x3 convolutions; above 1 makes a ResNeXt.", COUNT),
-    Key("NORM", "FrozenBN", "Normalisation.", one_of("FrozenBN", "BN", "SyncBN", "GN")),
-    Key("WIDTH_PER_GROUP", 64, "Width of a group in res2.", COUNT, "channels"),
-    Key("STRIDE_IN_1X1", True, "True for MSRA and Caffe weights, False for torchvision's."),
-    Key("RES5_DILATION", 1, values=built(1)),
-    Key(
-        "RES2_OUT_CHANNELS", 256, "Width of res2: 64 for depths 18, 34, else 256.", unit="channels"
-    ),
-    Key("STEM_OUT_CHANNELS", 64, values=built(64)),
-    Key(
-        "DEFORM_ON_PER_STAGE",
-        [False, False, False, False],
-        values=standalone(
-            Values(
-                lambda value: isinstance(value, list) and not any(value),
-                f"Supported: [False, False, False, False]. {OTHERS_IN_DETECTRON2}",
-            )
-        ),
-    ),
-    Key("DEFORM_MODULATED", False),
-    Key("DEFORM_NUM_GROUPS", 1),
+    DEPTH=Key(50, "Layers.", one_of(18, 34, 50, 101, 152)),
+    OUT_FEATURES=Key(["res4"], "Levels that come out: all that `FPN.IN_FEATURES` names.", NAMES),
+    NUM_GROUPS=Key(1, "Groups of the 3x3 convolutions; above 1 makes a ResNeXt.", COUNT),
+    NORM=Key("FrozenBN", "Normalisation.", one_of("FrozenBN", "BN", "SyncBN", "GN")),
+    WIDTH_PER_GROUP=Key(64, "Width of a group in res2.", COUNT, "channels"),
+    STRIDE_IN_1X1=Key(True, "True for MSRA and Caffe weights, False for torchvision's."),
+    RES2_OUT_CHANNELS=Key(256, "Width of res2: 64 for depths 18, 34, else 256.", unit="channels"),
 )
 
 CASCADE = group(
     "MODEL.CASCADE",
     "Cascade",
-    Key(
-        "STAGE_LOSS_WEIGHTS",
+    STAGE_LOSS_WEIGHTS=Key(
         (1.0,),
         "Weight of the class and box loss, per stage.",
         Values(each(at_least(0)), "Give a list of numbers, 0 or more each."),
     ),
-    Key(
-        "ENSEMBLE",
+    ENSEMBLE=Key(
         "mean_probs",
         "How the stages make one score: mean of their probabilities, the last stage alone, softmax "
         "of the mean of their logits, or mean of the probabilities that all heads give to the last "
         "boxes.",
         one_of("mean_probs", "last", "mean_logits", "last_boxes"),
     ),
-    Key(
-        "POOLER_KERNEL",
+    POOLER_KERNEL=Key(
         "auto",
         "RoI pooling by torchvision, or as weighted sums over a channels-last map (bags, fast on "
         "CPUs); auto takes the faster one on the device.",
@@ -339,12 +266,11 @@ CASCADE = group(
 BOX_HEAD = group(
     "MODEL.CASCADE.BOX_HEAD",
     "Layers of the box heads, per stage; () takes the value of `MODEL.ROI_BOX_HEAD`",
-    Key("NUM_CONV", (), "3x3 convolutions.", _LAYERS),
-    Key("CONV_DIM", (), "Width of the convolutions.", _WIDTHS, "channels"),
-    Key("NUM_FC", (), "Fully connected layers.", _LAYERS),
-    Key("FC_DIM", (), "Width of the fully connected layers.", _WIDTHS, "features"),
-    Key(
-        "NORM",
+    NUM_CONV=Key((), "3x3 convolutions.", _LAYERS),
+    CONV_DIM=Key((), "Width of the convolutions.", _WIDTHS, "channels"),
+    NUM_FC=Key((), "Fully connected layers.", _LAYERS),
+    FC_DIM=Key((), "Width of the fully connected layers.", _WIDTHS, "features"),
+    NORM=Key(
         (),
         _NORM_HELP,
         Values(each(_NORM.accepts), f'Give a list of "", "GN", "BN" or "SyncBN", {_OR_SHARED}'),

@@ -11,22 +11,14 @@ from fvcore.common.config import CfgNode
 from cascade_det.config.cascade_keys import CASCADE_GROUPS
 from cascade_det.config.key import Key
 from cascade_det.config.model_keys import BOX_HEAD, CASCADE, MODEL_GROUPS
-from cascade_det.config.other_model_keys import OTHER_GROUPS
 from cascade_det.config.run_keys import RUN_GROUPS, VERSION
+from cascade_det.config.unread_keys import UNREAD_KEYS
 
-GROUPS = (
-    VERSION,
-    *MODEL_GROUPS,
-    *OTHER_GROUPS,
-    CASCADE,
-    BOX_HEAD,
-    *CASCADE_GROUPS,
-    *RUN_GROUPS,
-)
-# By full name, such as SOLVER.BASE_LR, in the order of the tree.
+GROUPS = (VERSION, *MODEL_GROUPS, CASCADE, BOX_HEAD, *CASCADE_GROUPS, *RUN_GROUPS)
+# By full name, such as SOLVER.BASE_LR.
 KEYS: dict[str, Key] = {
-    f"{group.node}.{key.name}".lstrip("."): key for group in GROUPS for key in group.keys
-}
+    f"{group.node}.{name}".lstrip("."): key for group in GROUPS for name, key in group.keys.items()
+} | UNREAD_KEYS
 
 
 def get_cfg() -> CfgNode:

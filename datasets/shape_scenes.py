@@ -100,13 +100,7 @@ LOOKS = {
 
 
 def make_image(
-    seed: int,
-    split: str,
-    index: int,
-    *,
-    width: int = 320,
-    height: int = 256,
-    hard: float = 0.2,
+    seed: int, split: str, index: int, *, width: int = 320, height: int = 256, hard: float = 0.2
 ) -> tuple[Array, list[dict[str, Any]], str]:
     """Draw one scene.
 

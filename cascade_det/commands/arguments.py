@@ -28,6 +28,16 @@ def command_parser(prog: str | None, doc: str | None) -> argparse.ArgumentParser
     )
 
 
+def config_parser(
+    prog: str | None, doc: str | None, *, required: bool = True, text: str = ""
+) -> argparse.ArgumentParser:
+    """A :func:`command_parser` that takes ``--config-file`` and trailing keys."""
+    parser = command_parser(prog, doc)
+    add_config_file(parser, required=required, text=text)
+    add_config_options(parser)
+    return parser
+
+
 def add_config_file(parser: argparse._ActionsContainer, *, required: bool, text: str = "") -> None:
     """Add ``--config-file``, which can be given several times; its value is a list of names."""
     parser.add_argument(

@@ -27,13 +27,7 @@ from cascade_det.benchmark.options import (
     Options,
     read_survivors,
 )
-from cascade_det.commands.arguments import (
-    add_config_file,
-    add_config_options,
-    command_parser,
-    real,
-    whole,
-)
+from cascade_det.commands.arguments import config_parser, real, whole
 from cascade_det.commands.errors import without_traceback
 
 LARGEST_SEED = 2**63 - 1  # of PyTorch
@@ -60,13 +54,12 @@ def _options(args: argparse.Namespace) -> Options:
 
 
 def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Namespace:
-    parser = command_parser(prog, __doc__)
+    parser = config_parser(prog, __doc__, required=False)
     default = Options(())
 
     def add(name: str, what: str, **arguments: Any) -> None:
         parser.add_argument(name, help=what, **arguments)
 
-    add_config_file(parser, required=False)
     add("--output", f"folder of the results ({default.output})", type=Path, metavar="FOLDER")
     add("--quick", "a few runs on a smaller image", action="store_true")
     add(
@@ -105,7 +98,6 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
     )
     add("--images", f"batches of the test set to use ({default.images})", type=whole(1))
     add("--seed", "of weights, images and proposals (0)", type=whole(0, LARGEST_SEED))
-    add_config_options(parser)
     return parser.parse_args(argv)
 
 

@@ -24,12 +24,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from cascade_det.commands.arguments import (
-    add_config_file,
-    add_config_options,
-    check_output_file,
-    command_parser,
-)
+from cascade_det.commands.arguments import check_output_file, config_parser
 from cascade_det.commands.errors import without_traceback
 from cascade_det.hosts import HOSTS, choose_host, load_host
 
@@ -37,8 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Namespace:
-    parser = command_parser(prog, __doc__)
-    add_config_file(parser, required=True)
+    parser = config_parser(prog, __doc__)
     parser.add_argument("--output", required=True, metavar="FOLDER", help="replaced as a whole")
     parser.add_argument(
         "--host",
@@ -83,7 +77,6 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
         "--trials", type=int, default=1000, help="most settings to try (%(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the split in halves (%(default)s)")
-    add_config_options(parser)
     return parser.parse_args(argv)
 
 

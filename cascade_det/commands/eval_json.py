@@ -100,10 +100,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         links=LinkRule(args.follow_links, LINKS_OPTION),
     )
     results = evaluate(
-        dataset,
-        Path(args.predictions),
-        args.score_threshold,
-        max_detections=args.max_detections,
+        dataset, Path(args.predictions), args.score_threshold, max_detections=args.max_detections
     )
     print(format_report(results))
     if args.output:

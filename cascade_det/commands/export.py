@@ -12,12 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cascade_det.commands.arguments import (
-    add_config_file,
-    add_config_options,
-    check_output_file,
-    command_parser,
-)
+from cascade_det.commands.arguments import check_output_file, config_parser
 from cascade_det.commands.errors import without_traceback
 from cascade_det.errors import CascadeDetError
 
@@ -33,8 +28,7 @@ ASPECT_RATIO = 1.3  # width by height of the image of random pixels
 
 
 def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Namespace:
-    parser = command_parser(prog, __doc__)
-    add_config_file(parser, required=True)
+    parser = config_parser(prog, __doc__)
     parser.add_argument(
         "--format",
         choices=("onnx", "torch-export"),
@@ -48,7 +42,6 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
     parser.add_argument(
         "--image", metavar="FILE", help="to check the file on; random pixels by default"
     )
-    add_config_options(parser)
     return parser.parse_args(argv)
 
 

@@ -11,12 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from cascade_det.commands.arguments import (
-    add_config_file,
-    add_config_options,
-    command_parser,
-    real,
-)
+from cascade_det.commands.arguments import add_config_file, add_config_options, command_parser, real
 from cascade_det.commands.errors import without_traceback
 
 

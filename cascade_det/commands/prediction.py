@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +23,7 @@ from cascade_det.data.read_ahead import read_ahead
 from cascade_det.data.transforms import read_image
 from cascade_det.errors import DatasetError
 from cascade_det.onnx_predictor import ArrayDetections, OnnxPredictor
-from cascade_det.parallel.signals import (
-    INTERRUPTED,
-    handled,
-    let_go_of_lost_terminal,
-    stop_signals,
-)
+from cascade_det.parallel.signals import INTERRUPTED, handled, let_go_of_lost_terminal, stop_signals
 from cascade_det.report.drawing import draw_detections, encode
 from cascade_det.text import printable
 
@@ -104,14 +99,17 @@ def predict(
     ]
     failures: list[str] = []  # the first MOST_TOLD
     status, ending = None, _Ending()
+    draw = functools.partial(
+        draw_detections,
+        class_names=predictor.class_names,
+        score_threshold=score_threshold,
+        with_stages=with_stages,
+    )
     with (
         handled(dict.fromkeys(stop_signals(), ending.receive)),
         PredictionFolder(output, files, categories, others) as folder,
     ):
         results = tqdm(_detect(predictor, files), total=len(files), disable=None, unit="img")
-        draw = functools.partial(
-            _draw, predictor.class_names, score_threshold=score_threshold, with_stages=with_stages
-        )
         try:
             ending.at_once()
             for number, found in enumerate(results):
@@ -134,7 +132,7 @@ def _keep(
     number: int,
     found: tuple[np.ndarray, ArrayDetections] | DatasetError,
     category_ids: Sequence[int],
-    draw: Callable[[np.ndarray, ArrayDetections], bytes],
+    draw: Callable[..., np.ndarray],
 ) -> str | None:
     """Write an image's results; returns the reason of a failure."""
     if isinstance(found, DatasetError):
@@ -144,13 +142,9 @@ def _keep(
     image, detections = found
     results = coco_results(detections, number + 1, category_ids)
     height, width = image.shape[:2]
-    return folder.add(number, (height, width), results, lambda: draw(image, detections))
-
-
-def _draw(
-    class_names: Sequence[str], image: np.ndarray, detections: ArrayDetections, **options: Any
-) -> bytes:
-    return encode(draw_detections(image, detections, class_names, **options), ".jpg")
+    return folder.add(
+        number, (height, width), results, lambda: encode(draw(image, detections), ".jpg")
+    )
 
 
 class _Ending:
@@ -194,9 +188,7 @@ def _detect(
     for part, batch in zip(parts, batches, strict=True):
         images: list[Image] = [i for i in batch if not isinstance(i, DatasetError)]
         names = [
-            str(file)
-            for file, image in zip(part, batch, strict=True)
-            if not isinstance(image, DatasetError)
+            str(f) for f, i in zip(part, batch, strict=True) if not isinstance(i, DatasetError)
         ]
         detections = iter(predictor(images, names=names))
         for image in batch:

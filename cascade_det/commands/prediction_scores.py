@@ -42,11 +42,7 @@ def evaluate(
     kept = [entry for entry in predictions if entry["image_id"] in coco_gt.imgs]
     image_ids = sorted(coco_gt.imgs)
     results = score_results(
-        coco_gt,
-        kept,
-        image_ids,
-        score_threshold=score_threshold,
-        max_detections=max_detections,
+        coco_gt, kept, image_ids, score_threshold=score_threshold, max_detections=max_detections
     )
     notes += [
         *too_many_objects_warning(coco_gt, image_ids, max_detections, LIMIT_OPTION, of_class=True),

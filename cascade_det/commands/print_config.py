@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from cascade_det.commands.arguments import add_config_file, add_config_options, command_parser
+from cascade_det.commands.arguments import config_parser
 from cascade_det.commands.errors import without_traceback
 from cascade_det.parallel.signals import handled
 
@@ -29,12 +29,10 @@ _COMMENT_COLUMN = 64
 
 
 def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Namespace:
-    parser = command_parser(prog, __doc__)
-    add_config_file(parser, required=False, text="without one: the defaults; ")
+    parser = config_parser(prog, __doc__, required=False, text="without one: the defaults; ")
     parser.add_argument(
         "--changed", action="store_true", help="only values that differ from the defaults"
     )
-    add_config_options(parser)
     return parser.parse_args(argv)
 
 

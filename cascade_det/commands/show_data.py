@@ -11,13 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cascade_det.commands.arguments import (
-    add_config_file,
-    add_config_options,
-    command_parser,
-    file_identity,
-    whole,
-)
+from cascade_det.commands.arguments import config_parser, file_identity, whole
 from cascade_det.commands.errors import without_traceback
 from cascade_det.errors import CascadeDetError
 
@@ -26,12 +20,10 @@ if TYPE_CHECKING:
 
 
 def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Namespace:
-    parser = command_parser(prog, __doc__)
-    add_config_file(parser, required=True)
+    parser = config_parser(prog, __doc__)
     parser.add_argument("--output", required=True, help="folder for the pictures")
     parser.add_argument("--num", type=whole(1), default=16, help="images to draw (16)")
     parser.add_argument("--grid", action="store_true", help="all in one picture, grid.png")
-    add_config_options(parser)
     return parser.parse_args(argv)
 
 

@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from cascade_det.commands.arguments import add_config_file, add_config_options, command_parser
+from cascade_det.commands.arguments import config_parser
 from cascade_det.errors import CascadeDetError
 from cascade_det.hosts import HOSTS, choose_host, load_host
 from cascade_det.parallel.signals import INTERRUPTED
@@ -49,8 +49,7 @@ _FILE_ERRORS = {
 
 
 def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Namespace:
-    parser = command_parser(prog, __doc__)
-    add_config_file(parser, required=True)
+    parser = config_parser(prog, __doc__)
     parser.add_argument(
         "--host",
         default="auto",
@@ -77,7 +76,6 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
         metavar="URL",
         help="with several machines: tcp://host:port, an address of machine 0 and a free port",
     )
-    add_config_options(parser)
     return parser.parse_args(argv)
 
 

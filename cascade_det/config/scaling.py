@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from fvcore.common.config import CfgNode
 
@@ -36,7 +37,15 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
     if reference not in (0, world_size):
         _check_share(cfg, reference, "SOLVER.REFERENCE_WORLD_SIZE")
-        cfg = _scaled(cfg, world_size)
+        scale = world_size / reference
+        cfg = _rescaled(
+            cfg,
+            scale,
+            round,
+            IMS_PER_BATCH=round(cfg.SOLVER.IMS_PER_BATCH * scale),
+            BASE_LR=cfg.SOLVER.BASE_LR * scale,
+            REFERENCE_WORLD_SIZE=world_size,
+        )
     _check_share(cfg, world_size, "the number of processes (--num-gpus x --num-machines)")
     return cfg
 
@@ -60,16 +69,11 @@ def scale_to_epochs(cfg: CfgNode, images: int) -> CfgNode:
     iterations = max(_up(cfg.CASCADE.EPOCHS * images / cfg.SOLVER.IMS_PER_BATCH), 1)
     if iterations == cfg.SOLVER.MAX_ITER:
         return cfg
-    cfg, frozen = cfg.clone(), cfg.is_frozen()
-    cfg.defrost()
-    # Rounded up, ten periods never make an eleventh evaluation just before the end.
-    _shorten(cfg, cfg.SOLVER.MAX_ITER / iterations, _up)
-    cfg.SOLVER.MAX_ITER = iterations  # without the rounding of floats
+    scale = cfg.SOLVER.MAX_ITER / iterations
     # Steps that coincide become one: a list of steps has to increase.
-    cfg.SOLVER.STEPS = tuple(sorted(set(cfg.SOLVER.STEPS)))
-    if frozen:
-        cfg.freeze()
-    return cfg
+    steps = tuple(sorted({_shorter(step, scale, _up) for step in cfg.SOLVER.STEPS}))
+    # Rounded up, ten periods never make an eleventh evaluation just before the end.
+    return _rescaled(cfg, scale, _up, MAX_ITER=iterations, STEPS=steps)
 
 
 def check_processes(cfg: CfgNode, world_size: int, *, train: bool) -> None:
@@ -95,37 +99,28 @@ def check_processes(cfg: CfgNode, world_size: int, *, train: bool) -> None:
         )
 
 
-def _scaled(cfg: CfgNode, world_size: int) -> CfgNode:
-    cfg, frozen = cfg.clone(), cfg.is_frozen()
-    cfg.defrost()
-    solver = cfg.SOLVER
-    scale = world_size / solver.REFERENCE_WORLD_SIZE
-    solver.IMS_PER_BATCH = round(solver.IMS_PER_BATCH * scale)
-    solver.BASE_LR *= scale
-    _shorten(cfg, scale, round)
-    solver.REFERENCE_WORLD_SIZE = world_size
-    if frozen:
-        cfg.freeze()
-    return cfg
-
-
 def _up(value: float) -> int:
     """Round up, but not 3.0000001, which floats make of 0.1 * 30."""
     return math.ceil(round(value, 6))
 
 
-def _shorten(cfg: CfgNode, scale: float, whole: Callable[[float], int]) -> None:
-    """Divide all lengths and periods in iterations, and round them by ``whole``."""
-
-    def shorter(iterations: int) -> int:
-        # 0 means "never" or "none": it stays, and nothing else becomes 0.
-        return max(whole(iterations / scale), 1) if iterations else 0
-
-    solver = cfg.SOLVER
+def _rescaled(cfg: CfgNode, scale: float, whole: Callable[[float], int], **solver: Any) -> CfgNode:
+    """A copy with lengths and periods in iterations divided by ``scale``, and values of SOLVER."""
+    copy = cfg.clone()
+    copy.defrost()
     for key in ("MAX_ITER", "WARMUP_ITERS", "CHECKPOINT_PERIOD"):
-        solver[key] = shorter(solver[key])
-    solver.STEPS = tuple(shorter(step) for step in solver.STEPS)
-    cfg.TEST.EVAL_PERIOD = shorter(cfg.TEST.EVAL_PERIOD)
+        copy.SOLVER[key] = _shorter(copy.SOLVER[key], scale, whole)
+    copy.SOLVER.STEPS = tuple(_shorter(step, scale, whole) for step in copy.SOLVER.STEPS)
+    copy.SOLVER.update(solver)
+    copy.TEST.EVAL_PERIOD = _shorter(copy.TEST.EVAL_PERIOD, scale, whole)
+    if cfg.is_frozen():
+        copy.freeze()
+    return copy
+
+
+def _shorter(iterations: int, scale: float, whole: Callable[[float], int]) -> int:
+    # 0 means "never" or "none": it stays, and nothing else becomes 0.
+    return max(whole(iterations / scale), 1) if iterations else 0
 
 
 def _check_share(cfg: CfgNode, processes: int, name: str) -> None:

@@ -8,14 +8,12 @@ In a Detectron2 script, after ``add_cascade_config(cfg)``::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from fvcore.common.config import CfgNode
 
-import cascade_det
 from cascade_det.config import load_config
-from cascade_det.config.shipped import config_path
+from cascade_det.config.shipped import config_path, shipped_names
 
 __all__ = ["get_config", "get_config_file", "list_configs"]
 
@@ -24,7 +22,9 @@ def get_config_file(name: str) -> str:
     """The path of a shipped configuration.
 
     Args:
-        name: such as "COCO-Detection/cascade_rcnn_R_50_FPN_1x.yaml"; see ``list_configs``.
+        name: such as "COCO-Detection/cascade_rcnn_R_50_FPN_1x.yaml"; see ``list_configs``. A
+            ``.py`` file, such as "lazy/cascade_rcnn_R_50_FPN_1x_early_exit.py", is for the
+            ``LazyConfig.load`` of Detectron2.
 
     Raises:
         ConfigError: there is no such configuration.
@@ -36,19 +36,19 @@ def get_config(name: str, opts: Sequence[Any] = ()) -> CfgNode:
     """A shipped configuration for the standalone host, with options on top.
 
     Args:
-        name: see ``get_config_file``.
+        name: of a YAML file, see ``list_configs``.
         opts: ``KEY, VALUE`` pairs in one flat sequence.
 
     Returns:
         The configuration, not frozen; see ``cascade_det.config.check_config``.
 
     Raises:
-        ConfigError: there is no such configuration, or an option has a wrong key or value.
+        ConfigError: there is no such configuration, it is a LazyConfig, or an option has a wrong
+            key or value.
     """
     return load_config(get_config_file(name), opts)
 
 
 def list_configs() -> list[str]:
-    """The names of all shipped configurations."""
-    root = Path(cascade_det.__file__).parent / "configs"
-    return sorted(file.relative_to(root).as_posix() for file in root.rglob("*.yaml"))
+    """The names of all shipped YAML files."""
+    return [name for name in shipped_names() if name.endswith(".yaml")]

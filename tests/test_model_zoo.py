@@ -11,6 +11,7 @@ from cascade_det.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 NAME = "COCO-Detection/cascade_rcnn_R_50_FPN_1x_early_exit.yaml"
+LAZY = "lazy/cascade_rcnn_R_50_FPN_1x_early_exit.py"
 
 
 def test_every_shipped_file_is_listed_and_loads():
@@ -22,6 +23,17 @@ def test_every_shipped_file_is_listed_and_loads():
         assert file == Path(cascade_det.__file__).parent / "configs" / name
         assert file.samefile(folder / name)
         assert model_zoo.get_config(name) == load_config(f"cascade_det://{name}")
+
+
+def test_lazy_configs_are_found_and_not_read():
+    """As in ``detectron2.model_zoo``; executing them is up to ``LazyConfig.load``."""
+    file = model_zoo.get_config_file(LAZY)
+    assert Path(file).samefile(ROOT / "configs" / LAZY)
+    for read in (model_zoo.get_config, lambda name: load_config(f"cascade_det://{name}")):
+        with pytest.raises(ConfigError, match=r"exit\.py: is a Python file.* Give a YAML file"):
+            read(LAZY)
+    with pytest.raises(ConfigError, match="is a Python file"):
+        load_config(file)
 
 
 def test_options_are_on_top():

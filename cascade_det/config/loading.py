@@ -69,8 +69,8 @@ def load_config(config_files: ConfigFiles, opts: Sequence[Any] = ()) -> CfgNode:
         ``check_config``.
 
     Raises:
-        ConfigError: a file cannot be read or is not a mapping, a key is unknown or set twice in
-            one file, a value has the wrong type, or SOLVER.MAX_ITER is set on top of a
+        ConfigError: a file cannot be read, is Python or is not a mapping, a key is unknown or set
+            twice in one file, a value has the wrong type, or SOLVER.MAX_ITER is set on top of a
             CASCADE.EPOCHS that would overrule it. The message names file, line, key, value and
             remedy.
     """
@@ -210,7 +210,13 @@ class _Merge:
 
 
 def _path(name: str) -> Path:
-    return config_path(name) if name.startswith(SCHEME) else Path(os.path.expanduser(name))
+    path = config_path(name) if name.startswith(SCHEME) else Path(os.path.expanduser(name))
+    if path.suffix == ".py":
+        raise ConfigError(
+            f"{path}: is a Python file, such as a LazyConfig, which only Detectron2's "
+            "LazyConfig.load reads. Give a YAML file."
+        )
+    return path
 
 
 def _layer(setting: Setting) -> str:

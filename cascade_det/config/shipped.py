@@ -10,6 +10,13 @@ from cascade_det.errors import ConfigError
 
 SCHEME = "cascade_det://"
 _MAX_SUGGESTIONS = 3
+_FOLDER = Path(cascade_det.__file__).parent / "configs"
+
+
+def shipped_names() -> list[str]:
+    """All shipped configurations, sorted: YAML files and Detectron2's LazyConfigs (``.py``)."""
+    names = (path.relative_to(_FOLDER).as_posix() for path in _FOLDER.rglob("*.*"))
+    return sorted(name for name in names if name.endswith((".yaml", ".py")))
 
 
 def config_path(name: str) -> Path:
@@ -23,10 +30,9 @@ def config_path(name: str) -> Path:
         ConfigError: there is no such file; the message lists similar names.
     """
     name = name.removeprefix(SCHEME)
-    folder = Path(cascade_det.__file__).parent / "configs"
-    known = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.yaml"))
+    known = shipped_names()
     if name in known:  # so that no name leaves the folder
-        return folder / name
+        return _FOLDER / name
     near = difflib.get_close_matches(name, known, _MAX_SUGGESTIONS, cutoff=0.4)
     listed = f"Similar names: {', '.join(near)}" if near else f"There are {', '.join(known)}"
     raise ConfigError(f"{SCHEME}{name[:200]}: there is no such configuration. {listed}.")

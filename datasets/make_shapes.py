@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     values = vars(parser.parse_args(arguments))
     output = values.pop("output")
     try:
-        made = make_dataset(output, **values, progress=True)
+        made = make_dataset(output, **values)
     except ValueError as error:
         parser.error(str(error))
     print(f"{output}: {'made' if made else 'already there'}")
@@ -60,7 +60,6 @@ def make_dataset(
     height: int = 256,
     seed: int = 0,
     hard: float = 0.2,
-    progress: bool = False,
 ) -> bool:
     """Write ``train.json``, ``val.json`` and their images into the folder ``output``.
 
@@ -75,7 +74,6 @@ def make_dataset(
         height: of every image, >= 32 pixels.
         seed: >= 0.
         hard: share of hard scenes, 0..1.
-        progress: show a progress bar.
 
     Returns:
         False if the folder was there already with the same parameters.
@@ -90,12 +88,9 @@ def make_dataset(
     from cascade_det.files import atomic_folder, remove_leftovers
     from shape_scenes import DRAWING_VERSION
 
-    parameters = {
-        "generator": "make_shapes",
-        "version": DRAWING_VERSION,
-        **{"train": train, "val": val, "width": width, "height": height},
-        **{"seed": seed, "hard": hard},
-    }
+    parameters: dict[str, Any] = {"generator": "make_shapes", "version": DRAWING_VERSION}
+    parameters |= {"train": train, "val": val, "width": width, "height": height}
+    parameters |= {"seed": seed, "hard": hard}
     _check_parameters(parameters)
     output = Path(output)
     marker = _read_marker(output)
@@ -105,12 +100,7 @@ def make_dataset(
     remove_leftovers(output.parent)
     with atomic_folder(output, made=_MADE) as fresh:
         for split, count in zip(SPLITS, (train, val), strict=True):
-            indices = tqdm(
-                range(count),
-                desc=f"drawing {split}",
-                disable=None if progress else True,
-                leave=False,
-            )
+            indices = tqdm(range(count), desc=f"drawing {split}", disable=None, leave=False)
             _write_split(fresh, split, indices, seed=seed, width=width, height=height, hard=hard)
         (fresh / MARKER).write_text(json.dumps(parameters, indent=2) + "\n")
     return True

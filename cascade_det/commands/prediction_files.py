@@ -167,34 +167,36 @@ class PredictionFolder:
                 rest = rest[self._lines.write(rest) :]
 
     def _compose(self, file: TextIO) -> None:
-        written: set[str] = set()
         file.write('{"images": [')
-        for count, line in enumerate(self._read("image")):
-            written.add(line["image"].get("picture", ""))
-            file.write(f"{',' * (count > 0)}\n{json.dumps(line['image'])}")
+        _write_items(file, (line["image"] for line in self._read("image")))
         file.write('\n],\n"annotations": [')
-        annotations = (entry for line in self._read("image") for entry in line["annotations"])
-        for count, entry in enumerate(annotations):
-            _, _, width, height = entry["bbox"]
-            entry |= {"id": count + 1, "area": width * height, "iscrowd": 0}
-            file.write(f"{',' * (count > 0)}\n{json.dumps(entry)}")
+        _write_items(file, self._annotations())
         file.write('\n],\n"failed": [')
-        for count, line in enumerate(self._read("failed")):
-            file.write(f"{',' * (count > 0)}\n{json.dumps(line['failed'])}")
-        rest = set(self._pictures) - written
-        older = [name for name in sorted(rest) if (self._folder / name).is_file()]
-        others = [name for name in self._others if (self._folder / name).is_file()]
-        rest_of_it = {
+        _write_items(file, (line["failed"] for line in self._read("failed")))
+        written = {line["image"].get("picture") for line in self._read("image")}
+        rest = {
             "categories": list(self._categories),
-            "older_pictures": older,
-            "others": others,
+            "older_pictures": self._existing(sorted(set(self._pictures) - written)),
+            "others": self._existing(self._others),
         }
-        file.write(f"\n],\n{json.dumps(rest_of_it)[1:]}\n")
+        file.write(f"\n],\n{json.dumps(rest)[1:]}\n")
+
+    def _annotations(self) -> Iterator[dict[str, Any]]:
+        found = (entry for line in self._read("image") for entry in line["annotations"])
+        for number, entry in enumerate(found, start=1):
+            _, _, width, height = entry["bbox"]
+            yield entry | {"id": number, "area": width * height, "iscrowd": 0}
+
+    def _existing(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if (self._folder / name).is_file()]
 
     def _read(self, key: str) -> Iterator[dict[str, Any]]:
-        for line in _read_lines(self._folder / LINES_FILE):
-            if key in line:
-                yield line
+        return (line for line in _read_lines(self._folder / LINES_FILE) if key in line)
+
+
+def _write_items(file: TextIO, items: Iterable[dict[str, Any]]) -> None:
+    for count, item in enumerate(items):
+        file.write(f"{',' * (count > 0)}\n{json.dumps(item)}")
 
 
 def picture_names(files: Iterable[Path]) -> list[str]:

@@ -24,10 +24,7 @@ def detector_arguments(cfg: CfgNode) -> dict[str, Any]:
 
     Their channel order is ``INPUT.FORMAT``, as that of the image tensor.
     """
-    return {
-        "pixel_mean": _floats(cfg.MODEL.PIXEL_MEAN),
-        "pixel_std": _floats(cfg.MODEL.PIXEL_STD),
-    }
+    return {"pixel_mean": _floats(cfg.MODEL.PIXEL_MEAN), "pixel_std": _floats(cfg.MODEL.PIXEL_STD)}
 
 
 def backbone_arguments(cfg: CfgNode) -> dict[str, Any]:

@@ -25,18 +25,15 @@ def without_traceback(main: Callable[_Arguments, int]) -> Callable[_Arguments, i
         try:
             return main(*args, **kwargs)
         except CascadeDetError as error:
-            _tell(str(error))
+            message = str(error)
         except OSError as error:
-            _tell(_path_and_reason(error))
+            message = _path_and_reason(error)
         except KeyboardInterrupt:
             return INTERRUPTED
+        print(printable(message, lines=True), file=sys.stderr)
         return 1
 
     return run
-
-
-def _tell(message: str) -> None:
-    print(printable(message, lines=True), file=sys.stderr)
 
 
 def _path_and_reason(error: OSError) -> str:

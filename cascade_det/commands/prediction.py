@@ -30,7 +30,7 @@ from cascade_det.text import printable
 if TYPE_CHECKING:
     from cascade_det.standalone import Predictor
 
-MOST_TOLD = 20  # failed files on the terminal
+MOST_SHOWN = 20  # failed files on the terminal
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
@@ -97,7 +97,7 @@ def predict(
         {"id": category_id, "name": name}
         for category_id, name in zip(predictor.category_ids, predictor.class_names, strict=True)
     ]
-    failures: list[str] = []  # the first MOST_TOLD
+    failures: list[str] = []  # the first MOST_SHOWN
     status, ending = None, _Ending()
     draw = functools.partial(
         draw_detections,
@@ -114,7 +114,7 @@ def predict(
             ending.at_once()
             for number, found in enumerate(results):
                 reason = _keep(folder, number, found, predictor.category_ids, draw)
-                if reason is not None and len(failures) < MOST_TOLD:
+                if reason is not None and len(failures) < MOST_SHOWN:
                     failures.append(f"{files[number]}: {reason}")
         except KeyboardInterrupt:
             status = ending.status or INTERRUPTED
@@ -123,7 +123,7 @@ def predict(
     print(f"{folder.done} images, {folder.detections} detections: {printable(str(output))}")
     if status is not None:
         print(f"Interrupted: {len(files) - folder.seen} images are not done.", file=sys.stderr)
-    _tell(failures, folder.failed)
+    _print_failures(failures, folder.failed)
     return int(folder.failed > 0) if status is None else status
 
 
@@ -206,7 +206,7 @@ def _read(file: Path) -> npt.NDArray[np.uint8] | DatasetError:
         return error
 
 
-def _tell(failures: list[str], count: int) -> None:
+def _print_failures(failures: list[str], count: int) -> None:
     if count:
         print(f"{count} files could not be read, or their pictures written:", file=sys.stderr)
     for failure in failures:

@@ -243,7 +243,7 @@ def _base(path: Path, including: tuple[str, ...]) -> list[Entry]:
         where = found[0] if found else path
         raise ConfigError(
             f"{where}: this cannot be read as a configuration. {named} Give it as --config-file "
-            "itself to be told why."
+            "itself to see why."
         ) from None
 
 
@@ -314,7 +314,7 @@ def _unknown_key(
     if included_by and not nearest:  # not quoted, see _base
         return ConfigError(
             f"{source}: no key of a configuration stands here. It is a {BASE_KEY} of "
-            f"{included_by[0]}. Give it as --config-file itself to be told more."
+            f"{included_by[0]}. Give it as --config-file itself to see more."
         )
     hint = f"Did you mean {known[nearest[0]]}?" if nearest else "No known key resembles it."
     if full_key.startswith("-"):

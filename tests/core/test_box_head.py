@@ -39,14 +39,6 @@ def test_shapes(conv_dims, fc_dims, width, rows):
     assert bool((features >= 0).all())
 
 
-def test_a_head_of_convolutions_feeds_a_predictor():
-    head = ConvFCBoxHead(in_channels=6, pooled_size=3, conv_dims=(4,), fc_dims=())
-    predictor = BoxPredictor(in_features=head.out_features, num_classes=5)
-    logits, deltas = predictor(head(torch.randn(2, 6, 3, 3)))
-    assert logits.shape == (2, 6)
-    assert deltas.shape == (2, 4)
-
-
 def test_a_head_without_layers_is_refused():
     with pytest.raises(ValueError, match="at least one"):
         ConvFCBoxHead(in_channels=6, pooled_size=3, conv_dims=(), fc_dims=())

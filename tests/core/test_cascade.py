@@ -138,17 +138,6 @@ def test_each_stage_starts_from_the_boxes_of_the_one_before():
     assert all(len(boxes) == n for boxes, n in zip(stages[2].boxes_after, (24, 17), strict=True))
 
 
-def test_all_boxes_stay_inside_their_image():
-    scene = make_scene(num_proposals=(200, 200))
-    for cls_agnostic in (True, False):
-        cascade = make_cascade(cls_agnostic=cls_agnostic, score_thresh=0.0)
-        for stage in detect_stages(cascade, scene):
-            for d, (height, width) in zip(stage.detections, scene.image_sizes, strict=True):
-                assert d.boxes.min() >= 0
-                assert d.boxes[:, 0::2].max() <= width
-                assert d.boxes[:, 1::2].max() <= height
-
-
 def test_timer_has_a_part_for_each_stage():
     cascade, scene = make_cascade(), make_scene()
     timer = PartTimer()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_cascades import POOLED, STRIDES, make_cascade, make_scene
 
-from cascade_det.core import ExitPolicy, RoIPooler
+from cascade_det.core import RoIPooler
 from cascade_det.core.ensemble import ENSEMBLES
 from cascade_det.core.losses import BOX_LOSSES
 from cascade_det.core.region_gates import RegionGates
@@ -87,14 +87,10 @@ def test_gates_and_the_prefix_loss_are_zero_without_regions():
 
 
 @pytest.mark.parametrize("ensemble", ENSEMBLES)
-@pytest.mark.parametrize("with_exits", [True, False])
 @pytest.mark.parametrize("counts", ["no proposals", "no proposals in one image"])
-def test_detecting(ensemble, with_exits, counts):
+def test_detecting(ensemble, counts):
+    """Without exits; for those with every rule see test_stage_runner.py."""
     cascade, scene = cascade_and_scene(counts, ensemble=ensemble, score_thresh=0.0)
-    if with_exits:
-        cascade.exits = ExitPolicy(
-            num_stages=3, thresholds=(0.9, 0.9), prune_thresholds=(0.01, 0.01)
-        )
     detections, stats = cascade.detect(scene.features, scene.proposals, scene.image_sizes)
     num_proposals = COUNTS[counts][0]
     assert [len(d) > 0 for d in detections] == [n > 0 for n in num_proposals]

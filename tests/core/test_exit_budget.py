@@ -265,26 +265,3 @@ class TestInACascade:
         assert stats.overrun_ms == 0.0
         self.cascade.exits = policy()
         assert self.cascade.now() is None
-
-    def test_a_region_budget_within_a_cascade(self):
-        self.cascade.exits = policy(region_budget=(0, 10, 4))
-        _, stats = self.run(self.scene, None)
-        assert self.rows == stats.entered == [NUM_REGIONS, 20, 8]
-        assert stats.left == [{"budget": NUM_REGIONS - 20}, {"budget": 12}, {"completed": 8}]
-        # Proposals that do not enter stage 0 have no class and are not reported.
-        self.cascade.exits = policy(region_budget=(5, 0, 0))
-        objectness = [torch.randn(len(p)) for p in self.scene.proposals]
-        detections, stats = self.cascade.detect(
-            self.scene.features,
-            self.scene.proposals,
-            self.scene.image_sizes,
-            objectness=objectness,
-        )
-        assert stats.left_before == {"budget": NUM_REGIONS - 10}
-        best = [
-            p[o.argsort(descending=True)[:5].sort().values]
-            for p, o in zip(self.scene.proposals, objectness, strict=True)
-        ]
-        self.cascade.exits = None
-        wanted, _ = self.cascade.detect(self.scene.features, best, self.scene.image_sizes)
-        assert_same_detections(detections, wanted, exact=True)

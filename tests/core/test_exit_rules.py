@@ -4,13 +4,12 @@ import math
 
 import pytest
 import torch
-from random_records import make_parts, make_recorded_scene
+from random_records import make_parts
 from region_views import (
     as_accepted,
     as_seen,
     both_policies,
     make_view,
-    policy,
     reasons_of,
     view_of,
     view_of_image,
@@ -261,33 +260,3 @@ class TestConfidence:
         assert not rule.is_active(-1)
         assert mask_of(rule, view_of(probs, predicted_ious=ious)) == [True, False]
         assert mask_of(rule, view_of(probs, predicted_ious=ious, stage=1)) == [False, True]
-
-
-class TestLearned:
-    """At each gate the part of this gate decides."""
-
-    def test_the_gate_accepts(self):
-        parts, record = make_parts(), make_recorded_scene().record
-        for stage in (0, 1):
-            view = record.view(stage)
-            answers = parts.readiness(view)
-            thresholds = [2.0, 2.0]
-            thresholds[stage] = answers.median().item()
-            exits = policy(thresholds=thresholds, confidence="learned", learned=parts)
-            wanted = ["confident" if x else None for x in answers >= thresholds[stage]]
-            assert len(set(wanted)) == 2
-            assert reasons_of(exits.decide(view), len(view)) == wanted
-            assert exits.decide(record.view(1 - stage)).kept is None
-
-    def test_the_pruner_drops(self):
-        parts, record = make_parts(), make_recorded_scene().record
-        for gate, stage in enumerate((-1, 0, 1)):
-            view = record.view(stage)
-            answers = parts.continue_probability(view)
-            thresholds = [0.0, 0.0, 0.0]
-            thresholds[gate] = answers.median().item()
-            exits = policy(pruner_thresholds=thresholds, learned=parts)
-            wanted = ["background" if x else None for x in answers < thresholds[gate]]
-            assert len(set(wanted)) == 2
-            assert reasons_of(exits.decide(view), len(view)) == wanted
-            assert all(exits.decide(record.view(s)).kept is None for s in (-1, 0, 1) if s != stage)

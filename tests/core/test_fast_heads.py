@@ -39,10 +39,6 @@ def test_fast_head_equals_head(fc_dims):
     assert_close(made.forward_rows(rows), plain(pooled))
 
 
-def test_empty_input_gives_empty_output():
-    assert fast(head()).forward_rows(torch.zeros(0, 36)).shape == (0, 8)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_lower_precision_inside_and_float32_outside(dtype):
     plain, pooled = head(), torch.randn(5, 4, POOLED, POOLED)
@@ -61,24 +57,19 @@ def test_heads_that_are_kept_stay_as_they_are():
     assert all(p.requires_grad for p in plain.parameters())
 
 
-def test_convolutions_stay_as_they_are(caplog):
-    plain = head(conv_dims=(4,))
+class Scaled(ConvFCBoxHead):
+    def forward(self, pooled):
+        return super().forward(pooled) * 2
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [head(conv_dims=(4,)), Scaled(**HEAD, fc_dims=(16,)), nn.Linear(3, 3)],
+    ids=["convolutions", "another forward", "no sequence"],
+)
+def test_other_heads_stay_as_they_are(plain, caplog):
     assert fast(plain) is plain
     assert "stays as it is" in caplog.text
-
-
-def test_class_with_a_forward_of_its_own_stays_as_it_is():
-    class Scaled(ConvFCBoxHead):
-        def forward(self, pooled):
-            return super().forward(pooled) * 2
-
-    plain = Scaled(**HEAD, fc_dims=(16,))
-    assert fast(plain) is plain
-
-
-def test_module_that_is_no_sequence_stays_as_it_is():
-    plain = nn.Linear(3, 3)
-    assert fast(plain) is plain
 
 
 @pytest.mark.parametrize("kernel", ["bags", "torchvision"])

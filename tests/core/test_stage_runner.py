@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from naive_exits import NaivePolicy
 from random_records import make_parts
 from region_views import both_policies, policy, some_policies
 from small_cascades import (
@@ -452,8 +451,3 @@ def test_exit_decisions_have_no_gradients():
     assert 0 < stats.left[0]["confident"] < 41
     sum(found.scores.sum() for found in detections).backward()
     assert all(p.grad is None for p in exits.parameters())
-
-
-def test_both_policies_are_neutral_by_default():
-    _, stats = detect(make_cascade(exits=policy()), make_scene())
-    assert assert_as_naive(make_cascade(exits=policy()), make_scene(), NaivePolicy()) == stats

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from cascade_det.core import RoIPooler
 from cascade_det.core.losses import BOX_LOSSES
 from cascade_det.core.matching import GroundTruth, LabelledRegions
-from cascade_det.core.structures.boxes import image_bounds
 from cascade_det.core.training_stage import TrainingStage
 
 
@@ -189,40 +188,6 @@ def regions_by_hand(boxes, gt_classes):
         torch.zeros(count, 4),
         torch.zeros(count),
     )
-
-
-def test_refined_boxes_are_labelled_by_the_iou_of_the_next_stage():
-    targets = make_cascade(ious=(0.5, 0.6, 0.7)).targets
-    ground_truth = GroundTruth(
-        torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([1]), torch.tensor([0])
-    )
-    # IoU with the only object: 0.55, 0.65 and 0.75.
-    regions = regions_by_hand([[0.0, 0, 10, 5.5], [0, 0, 10, 6.5], [0, 0, 10, 7.5]], [1, 1, 1])
-    bounds = image_bounds([(50, 50)], regions.boxes)[regions.image_index]
-    still = torch.zeros(3, NUM_CLASSES + 1), torch.zeros(3, 4)
-    wanted = {0: [3, 1, 1], 1: [3, 3, 1], 2: [3, 3, 1]}
-    for stage, classes in wanted.items():
-        refined = targets.refine(stage, *still, regions, ground_truth, bounds)
-        assert torch.equal(refined.boxes, regions.boxes)
-        assert refined.gt_classes.tolist() == classes
-        torch.testing.assert_close(refined.ious, torch.tensor([0.55, 0.65, 0.75]))
-
-
-def test_class_specific_refinement_follows_ground_truth_or_the_top_class():
-    targets = make_cascade(cls_agnostic=False).targets
-    boxes = [[10.0, 10, 20, 20]] * 3
-    regions = regions_by_hand(boxes, [0, 2, NUM_CLASSES])
-    logits = torch.tensor([[0.0, 5, 0, 9], [7, 5, 0, 0], [0, 4, 3, 9]])
-    shifts = torch.tensor([1.0, 2.0, 3.0])  # pixels by which each class moves a box right
-    deltas = torch.zeros(3, NUM_CLASSES, 4)
-    deltas[:, :, 0] = shifts * REG_WEIGHTS[0][0] / 10
-    none = GroundTruth(
-        torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-    )
-    bounds = image_bounds([(50, 50)], regions.boxes)[regions.image_index]
-    refined = targets.refine(0, logits, deltas.flatten(1), regions, none, bounds)
-    # Foreground of class 0 and 2 move as those classes; background as class 1, its best guess.
-    torch.testing.assert_close(refined.boxes[:, 0], torch.tensor([11.0, 13.0, 12.0]))
 
 
 def test_metrics_by_hand():

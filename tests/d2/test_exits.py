@@ -205,11 +205,6 @@ class TestTimeBudget:
             if stages < 3:
                 assert set(stats.left[stages - 1]) == {"budget"}
 
-    def test_for_each_image(self, timed):
-        for host in timed(275.0, per="image"):
-            assert host.detect(make_batch(2)).stats.entered[1] > 0
-            assert host.detect(make_batch(1)).stats.entered[1] == 0
-
     def test_without_a_beginning_it_is_where_the_heads_begin(self, timed, hosts):
         timed(350.0)
         heads = hosts[0].model.roi_heads

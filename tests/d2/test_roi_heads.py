@@ -142,10 +142,6 @@ class TestInference:
             assert bool((corners >= 0).all())
             assert bool((corners <= torch.tensor([*size[::-1], *size[::-1]])).all())
 
-    def test_without_exits_every_region_saw_the_last_stage(self):
-        for instances in detect(build_heads(), make_scene()):
-            assert set(instances.exit_stages.tolist()) == {2}
-
     def test_regions_that_left_are_not_computed(self):
         heads, scene = build_heads(options=EXITS), make_scene()
         seen = rows_seen(heads)

@@ -327,9 +327,7 @@ def test_steps_beyond_the_end_are_reported(caplog):
 
 
 def momentum_sgd(model):
-    settings = {"name": "SGD", "base_lr": 0.1, "momentum": 0.9, "nesterov": False}
-    decay = {"weight_decay": 0.0, "weight_decay_norm": None, "weight_decay_bias": None}
-    return build_optimizer(model, **settings, **decay, bias_lr_factor=1.0)
+    return build_optimizer(model, base_lr=0.1, momentum=0.9, weight_decay=0.0)
 
 
 def test_momentum_begins_at_zero_where_the_first_step_is_left_out():

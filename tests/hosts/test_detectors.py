@@ -1,7 +1,6 @@
 """What the detectors of both hosts have in common: their interface, modes and refusals."""
 
 import copy
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -138,14 +137,6 @@ def test_a_monitor_shadows_a_detector(build, batch):
     losses = [agreement_loss(*pair, min_score=0.2) for pair in pairs]
     shadow = monitor.report()["shadow"]
     assert (shadow["images"], shadow["loss"]) == (2, pytest.approx(sum(losses) / 2))
-
-
-def test_threads_share_a_detector_in_evaluation_mode(build, batch):
-    detector = build()
-    wanted = answers(detector, batch)
-    with ThreadPoolExecutor(3) as pool:
-        for found in pool.map(lambda _: answers(detector, batch), range(9)):
-            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def test_of_no_image_nothing_is_detected(build):

@@ -155,50 +155,8 @@ def test_no_ground_truth_gives_zero_box_loss_and_finite_gradients(maps):
     assert all(torch.isfinite(p.grad).all() for p in rpn.parameters())
 
 
-def test_proposals_are_ordered_inside_the_image_and_do_not_overlap(maps):
-    rpn = make_rpn()
-    for parameter in rpn.rpn_head.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    proposals, objectness = rpn.propose(maps, SIZES)
-    for boxes, logits, (height, width) in zip(proposals, objectness, SIZES, strict=True):
-        assert 0 < len(boxes) <= 20
-        assert logits.shape == (len(boxes),)
-        assert (logits[1:] <= logits[:-1]).all()
-        assert (boxes >= 0).all()
-        assert (boxes[:, 0::2] <= width).all()
-        assert (boxes[:, 1::2] <= height).all()
-        assert (boxes[:, 2:] > boxes[:, :2]).all()
-
-
-def test_one_level_equals_decoding_everything_first(maps):
-    rpn = make_rpn(
-        in_features=("p2",),
-        strides=(4,),
-        anchor_sizes=[[16.0]],
-        aspect_ratios=[[0.5, 1.0, 2.0]],
-        post_nms_topk=(1000, 1000),
-    )
-    for parameter in rpn.rpn_head.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    (proposals, _), (objectness, _) = rpn.propose(maps, SIZES)
-    (anchors,), (logits,), (deltas,) = run_head(rpn, maps)
-    w, h = anchors[:, 2] - anchors[:, 0], anchors[:, 3] - anchors[:, 1]
-    d = deltas[0]
-    cx = (anchors[:, 0] + anchors[:, 2]) / 2 + d[:, 0] * w
-    cy = (anchors[:, 1] + anchors[:, 3]) / 2 + d[:, 1] * h
-    nw, nh = w * torch.exp(d[:, 2]), h * torch.exp(d[:, 3])
-    boxes = torch.stack([cx - nw / 2, cy - nh / 2, cx + nw / 2, cy + nh / 2], 1)
-    boxes[:, 0::2] = boxes[:, 0::2].clamp(0, SIZES[0][1])
-    boxes[:, 1::2] = boxes[:, 1::2].clamp(0, SIZES[0][0])
-    top = logits[0].argsort(descending=True)[:40]
-    top = top[(boxes[top][:, 2:] > boxes[top][:, :2]).all(1)]
-    kept = top[nms(boxes[top], logits[0][top], 0.7)]
-    torch.testing.assert_close(proposals, boxes[kept], atol=1e-4, rtol=0)
-    assert torch.equal(objectness, logits[0][kept])
-
-
 def test_all_levels_and_images_equal_each_of_them_alone(maps):
-    rpn = make_rpn(post_nms_topk=(50, 50))
+    rpn = make_rpn(post_nms_topk=(50, 20))
     for parameter in rpn.rpn_head.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     anchors, logits, deltas = run_head(rpn, maps)
@@ -215,7 +173,8 @@ def test_all_levels_and_images_equal_each_of_them_alone(maps):
             kept = nms(decoded, score, 0.7)
             kept_boxes.append(decoded[kept])
             kept_scores.append(score[kept])
-        order = torch.cat(kept_scores).argsort(descending=True)[:50]
+        order = torch.cat(kept_scores).argsort(descending=True)[:20]
+        assert len(order) == 20
         torch.testing.assert_close(boxes, torch.cat(kept_boxes)[order], rtol=0, atol=0)
         torch.testing.assert_close(scores, torch.cat(kept_scores)[order], rtol=0, atol=0)
 

@@ -80,15 +80,6 @@ def test_weights_are_copies_of_images(seed):
     assert_same(metrics, ap_by_pycocotools(*duplicated(content, found, copies)))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_weights_of_0_and_1_are_a_part_of_the_images(seed):
-    content, found = random_case(seed)
-    matched = match_images(content, CATEGORY_IDS, found)
-    chosen = [2, 3, 5, 8, 11]
-    expected = ap_by_pycocotools(content, found, image_ids=chosen)
-    assert_same(weighted_precision(matched, np.isin(matched.image_ids, chosen)), expected)
-
-
 def test_many_sets_of_weights_at_once(monkeypatch):
     # Small chunks, so that there are several, the last of them not full.
     monkeypatch.setattr("cascade_det.calibration.bootstrap.CHUNK_ELEMENTS", 150)
@@ -99,24 +90,6 @@ def test_many_sets_of_weights_at_once(monkeypatch):
     for index, row in enumerate(weights):
         single = weighted_precision(matched, row)
         assert_same({name: values[index] for name, values in together.items()}, single)
-
-
-def test_a_hundred_detections_per_class_and_image_count():
-    content, _ = random_case(0, num_images=1)
-    content["annotations"] = [
-        {"id": 1, "image_id": 1, "category_id": 3, "bbox": list(BOX), "area": 1600, "iscrowd": 0}
-    ]
-    boxes = torch.tensor([[200.0, 200.0, 220.0, 220.0]] * 101)
-    boxes[rank := 100] = torch.tensor([10.0, 10.0, 50.0, 50.0])
-    scores = torch.linspace(0.9, 0.1, 101)
-    zeros = torch.zeros(101, dtype=torch.int64)
-    for place, expected in ((rank, 0.0), (rank - 1, 1.0)):
-        order = torch.arange(101)
-        order[[rank, place]] = order[[place, rank]]
-        found = {1: Detections(boxes[order], scores, zeros, zeros)}
-        metrics = average_precision(match_images(content, CATEGORY_IDS, found))
-        assert metrics["AP"] == pytest.approx(expected)
-        assert_same(metrics, ap_by_pycocotools(content, found))
 
 
 def nothing():

@@ -26,6 +26,7 @@ SCRIPTS = {
     "tools/evaluate_json.py": "eval-json",
     "datasets/prepare_coco.py": "prepare-coco",
 }
+CALIBRATE = ["-m", "cascade_det", "calibrate", "--config-file", "a", "--output", "b"]
 HEAVY = {"torch", "torchvision", "fvcore", "numpy", "scipy", "cv2", "matplotlib", "pycocotools"}
 
 
@@ -80,7 +81,8 @@ def test_the_package_lists_its_commands():
     [
         (["tools/train_net.py", "--resume"], "--config-file"),
         (["-m", "cascade_det", "train", "--config-file", "a", "--host", "neither"], "'neither'"),
-        (["-m", "cascade_det", "calibrate", "--config-file", "a", "--output", "b"], "--risk"),
+        (CALIBRATE, "--risk"),
+        ([*CALIBRATE, "--exit-rate", "1", "--risk", "1"], "--risk: not allowed with argument"),
         (["-m", "cascade_det", "show-data", "--num", "0"], "'0': give a whole number of 1 or"),
         (["datasets/prepare_coco.py", "--splits", "test"], "'test'"),
         (["-m", "cascade_det", "tran"], "'tran'"),

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from cascade_det.commands import train
 from cascade_det.config import load_config
@@ -20,7 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "train_net.py"
 CONFIG = ROOT / "configs" / "quick_schedules" / "instant_test.yaml"
 RUN = ["--host", "standalone", "--config-file", str(CONFIG)]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+PATHS = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(PATHS), "OMP_NUM_THREADS": "1"}
+HOSTS = ("standalone", pytest.param("detectron2", marks=pytest.mark.needs_detectron2))
 
 
 def command(*arguments):
@@ -45,24 +48,36 @@ def keys(shape_options, tmp_path_factory):
     options = [*shape_options, "OUTPUT_DIR", str(tmp_path_factory.mktemp("several"))]
     options += ["SOLVER.IMS_PER_BATCH", "1", "SOLVER.REFERENCE_WORLD_SIZE", "1"]
     options += ["SOLVER.CHECKPOINT_PERIOD", "100", "CASCADE.OPTIMIZER", "SGD"]
-    return [*options, "CASCADE.LOG_PERIOD", "1"]
+    return [*options, "CASCADE.LOG_PERIOD", "1", "CASCADE.EMA_DECAY", "0.5"]
+
+
+@pytest.fixture(scope="module", params=HOSTS)
+def host(request):
+    if request.param == "detectron2":
+        pytest.importorskip("detectron2.engine", exc_type=ImportError)
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def trained(keys):
+def trained(host, keys, tmp_path_factory):
     """Begun under torchrun, gone on with by processes of the command's own."""
+    folder = tmp_path_factory.mktemp(host)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = ["-m", "cascade_det", "train", *RUN]
+    command = ["-m", "cascade_det", "train", *RUN, "--host", host]
+    keys = [*keys, "OUTPUT_DIR", folder]
     begun = run(*torchrun, *command, *keys, "SOLVER.MAX_ITER", 4, "DATASETS.TEST", "()")
     options = ["SOLVER.MAX_ITER", 6, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
     resumed = run(*command, "--num-gpus", 2, "--resume", *keys, *options)
-    return Path(keys[keys.index("OUTPUT_DIR") + 1]), begun, resumed
+    return folder, begun, resumed
 
 
 def test_two_processes_write_one_run(trained):
     folder, begun, resumed = trained
     files = sorted(file.name for file in folder.glob("*.pth"))
     assert files == ["model_best.pth", "model_final.pth"]
+    final = torch.load(folder / "model_final.pth", weights_only=True)
+    assert final.keys() == {"model", "training_weights", "run", "trainer", "iteration"}
+    assert final["iteration"] == 2
     lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
     assert [line["iteration"] for line in lines if "total_loss" in line] == [0, 1, 2]
     assert "Training from iteration 0 to 2" in begun.stdout
@@ -76,25 +91,28 @@ def test_the_configuration_is_scaled(trained):
     assert load_config(CONFIG).SOLVER.BASE_LR * 2 == cfg.SOLVER.BASE_LR
 
 
-def test_each_process_has_a_log_and_one_the_console(trained):
+def test_each_process_has_a_log_and_one_the_console(trained, host):
     folder, begun, resumed = trained
+    assert f"Host: {host}, as --host says" in (folder / "log.txt").read_text().splitlines()[0]
     for done in (begun, resumed):
+        assert done.stdout.count("Host: ") == 1
         assert done.stdout.count("Training from iteration") == 1
         assert done.stdout.count("Saving checkpoint to") == 2  # one at the start
     for name in ("log.txt", "log.txt.rank1"):
         assert (folder / name).read_text().count("Training from iteration") == 2
 
 
-def test_figures_are_those_of_one_process(trained, keys, tmp_path):
+@pytest.mark.usefixtures("own_catalog")
+def test_figures_are_those_of_one_process(trained, host, keys, tmp_path):
     folder, _, _ = trained
     options = [*keys, "OUTPUT_DIR", str(tmp_path), "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
     options += ["MODEL.WEIGHTS", str(folder / "model_final.pth")]
-    assert train.main([*RUN, "--eval-only", *options]) == 0
+    assert train.main([*RUN, "--host", host, "--eval-only", *options]) == 0
     together, alone = (
         json.loads((path / "results.json").read_text()) for path in (folder, tmp_path)
     )
     assert alone["stages"]["regions"] > 0
-    for name in ("bbox", "stages", "exits"):
+    for name in ("bbox", "stages", "exits", "analysis"):
         assert json.dumps(together[name]) == json.dumps(alone[name])
 
 
@@ -114,6 +132,16 @@ def test_mistakes_are_told_before_anything_starts(keys, tmp_path, capfd, argumen
     output = "".join(capfd.readouterr())
     assert all(word in output for word in words)
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("host", [HOSTS[1]], indirect=True)
+def test_a_mistake_that_only_the_processes_find_is_told_once(host, keys, tmp_path, capfd):
+    options = [*keys, "MODEL.ROI_HEADS.NUM_CLASSES", "4", "SOLVER.IMS_PER_BATCH", "2"]
+    command = [*RUN, "--host", host, "--num-gpus", "2"]
+    assert train.main([*command, *options, "OUTPUT_DIR", str(tmp_path)]) == 1
+    told = "".join(capfd.readouterr())
+    assert told.count("MODEL.ROI_HEADS.NUM_CLASSES is 4") == 1
+    assert "Traceback" not in told
 
 
 def test_sigterm_to_all_processes_costs_nothing(keys, tmp_path):

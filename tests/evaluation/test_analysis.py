@@ -198,12 +198,6 @@ def test_a_wrong_class_takes_the_object():
     assert scalars_of(result["overall"][0]) == (1, 1, 0)
 
 
-def test_objects_of_two_classes_in_one_place_each_find_their_own():
-    results = found((1, 7, BOX, 0.9), (1, 3, BOX, 0.8))
-    matrix = confusion_matrix(truth((1, 3, BOX), (1, 7, BOX)), results, IMAGE_IDS)
-    assert matrix.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
-
-
 def test_unknown_categories_and_other_images_do_not_count():
     results = found((1, 99, BOX, 0.9), (2, 3, BOX, 0.9))
     coco_gt = truth((1, 3, BOX), (2, 3, BOX))

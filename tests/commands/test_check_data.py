@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from coco_sets import damage
 from PIL import Image
 
 from cascade_det.commands import check_data
@@ -148,15 +149,8 @@ def test_problems_are_counted_and_the_status_tells(folder, capsys):
     assert "bbox [303, 1, 5, 5]" not in printed
 
 
-def damage_the_middle(path):
-    data = bytearray(path.read_bytes())
-    middle = len(data) // 2
-    data[middle : middle + 60] = bytes(60)
-    path.write_bytes(data)
-
-
 def test_decoding_finds_damage_inside_a_file(folder):
-    damage_the_middle(folder / "1.png")
+    damage(folder / "1.png")
     assert check(folder)[0] == 0
     status, found = check(folder, "--decode")
     assert status == 1
@@ -234,7 +228,7 @@ def test_sets_of_a_configuration(folder, capsys):
 
 @pytest.mark.parametrize("uses", [("TRAIN",), ("TEST",), ("TRAIN", "TEST")])
 def test_sets_for_testing_are_decoded_as_before_a_run(folder, uses):
-    damage_the_middle(folder / "1.png")
+    damage(folder / "1.png")
     names = {f"DATASETS.{use}": "('mine',)" if use in uses else "()" for use in ("TRAIN", "TEST")}
     options = [part for pair in names.items() for part in pair]
     assert check_config(folder, *options, "MODEL.ROI_HEADS.NUM_CLASSES", "3") == ("TEST" in uses)

@@ -11,6 +11,7 @@ import math
 import cv2
 import numpy as np
 import pytest
+from coco_sets import damage, draw_noise
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
@@ -203,10 +204,8 @@ def test_predictions_on_skipped_images_are_dropped_and_counted(files, capsys):
     folder = files / "images"
     folder.mkdir()
     for image_id in IMAGE_IDS:
-        noise = np.random.default_rng(1).integers(0, 256, (200, 220, 3), np.uint8)
-        cv2.imwrite(str(folder / f"{image_id}.png"), noise)
-    data = (folder / "5.png").read_bytes()
-    (folder / "5.png").write_bytes(data[:50_000] + bytes(60) + data[50_060:])
+        draw_noise(folder / f"{image_id}.png", 200, 220)
+    damage(folder / "5.png")
     del content["images"][3]["height"]
     (files / "val.json").write_text(json.dumps(content))
     output = ["--images", str(folder), "--output", str(files / "skipped")]

@@ -1,6 +1,5 @@
 """Interrupted and resumed runs in Detectron2: what they keep, log and refuse."""
 
-import json
 import os
 import shutil
 import signal
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from shape_runs import INSTANT, assert_same
+from shape_runs import INSTANT, assert_same, metrics_of, rates, saved
 
 pytest.importorskip("detectron2.engine", exc_type=ImportError)
 
@@ -55,18 +54,6 @@ def copy(finished, make_cfg, tmp_path):
         return make_cfg(*AVERAGED, *more, output="copy")
 
     return make
-
-
-def saved(cfg, name="model_final.pth"):
-    return torch.load(Path(cfg.OUTPUT_DIR, name), weights_only=True)
-
-
-def lines_of(folder):
-    return [json.loads(line) for line in Path(folder, "metrics.json").read_text().splitlines()]
-
-
-def rates(folder):
-    return {line["iteration"]: line["lr"] for line in lines_of(folder) if "lr" in line}
 
 
 def checkpoints(cfg):
@@ -207,7 +194,7 @@ class TestEvaluations:
         host.train(cfg, resume=True)
         assert steps == [0, 1, 2, 3, 4]
         assert saved(cfg, "model_best.pth")["metric"] == {"bbox/AP": 9.0}
-        aps = {r["iteration"]: r["bbox/AP"] for r in lines_of(cfg.OUTPUT_DIR) if "bbox/AP" in r}
+        aps = {r["iteration"]: r["bbox/AP"] for r in metrics_of(cfg.OUTPUT_DIR) if "bbox/AP" in r}
         # Detectron2 logs values after the last iteration under the next one.
         assert aps == dict(zip([0, 1, 2, 3, 5], values, strict=True))
 

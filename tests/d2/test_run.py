@@ -7,7 +7,7 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from shape_runs import INSTANT
+from shape_runs import INSTANT, metrics_of
 
 pytest.importorskip("detectron2.engine", exc_type=ImportError)
 
@@ -48,10 +48,6 @@ def output(runs):
 
 def results_of(folder):
     return json.loads((folder / "results.json").read_text())
-
-
-def lines_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
 
 
 def shape_of(value):
@@ -135,7 +131,7 @@ def test_the_log_has_the_tables(output):
 
 
 def test_metrics_have_losses_rates_stages_and_results(output):
-    lines = lines_of(output)
+    lines = metrics_of(output)
     names = set().union(*lines)
     assert names >= {
         *("total_loss", "loss_rpn_cls", "loss_cls_stage2", "lr", "time", "data_time"),
@@ -178,7 +174,7 @@ def test_the_validation_loss_is_that_of_the_standalone_host(output, shapes):
     dataset = load_dataset(DatasetSource("val", shapes / "val.json", shapes / "val"))
     arguments = config.input_arguments(cfg, train=False) | config.test_loader_arguments(cfg)
     losses = validation_losses(detector, build_test_loader(dataset, **arguments, annotated=True))
-    (line,) = (line for line in lines_of(output) if "validation/total_loss" in line)
+    (line,) = (line for line in metrics_of(output) if "validation/total_loss" in line)
     assert losses.keys() == {n.removeprefix("validation/") for n in line if "validation/" in n}
     # Some 20 layers, each of which sums up to 2,304 products, in an order that is the kernel's own.
     rounding = 20 * math.sqrt(2304) * torch.finfo(torch.float32).eps

@@ -9,10 +9,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 import torch
+from coco_sets import damage, draw_noise, edit_json, turn_names
 from shape_runs import INSTANT
 
 pytest.importorskip("detectron2.engine", exc_type=ImportError)
@@ -40,12 +39,6 @@ def data(shapes, tmp_path):
     names = [(f"own_{s}", str(folder / f"{s}.json"), str(folder / s)) for s in ("train", "val")]
     keys = ["CASCADE.DATASETS", str(names)]
     return folder, [*keys, "DATASETS.TRAIN", "('own_train',)", "DATASETS.TEST", "('own_val',)"]
-
-
-def change(path, edit):
-    content = json.loads(path.read_text())
-    edit(content)
-    path.write_text(json.dumps(content))
 
 
 class TestDivergence:
@@ -95,13 +88,9 @@ class TestDivergence:
 class TestData:
     def break_image(self, folder):
         """A picture that only decoding finds broken; its name."""
-        noise = np.random.default_rng(1).integers(0, 256, (96, 128, 3), np.uint8)
-        cv2.imwrite(str(folder / "train" / "broken.png"), noise)
-        content = (folder / "train" / "broken.png").read_bytes()
-        middle = len(content) // 2
-        content = content[:middle] + bytes(60) + content[middle + 60 :]
-        (folder / "train" / "broken.png").write_bytes(content)
-        change(folder / "train.json", lambda c: c["images"][1].update(file_name="broken.png"))
+        draw_noise(folder / "train" / "broken.png")
+        damage(folder / "train" / "broken.png")
+        edit_json(folder / "train.json", lambda c: c["images"][1].update(file_name="broken.png"))
 
     @pytest.mark.parametrize("workers", ["0", "2"])
     def test_an_image_that_breaks_in_training_ends_it_with_a_checkpoint(
@@ -136,7 +125,7 @@ class TestData:
     def test_what_is_wrong_in_a_json_cannot_be_left_out(self, data, make_cfg):
         folder, own = data
         cfg = make_cfg(*own, "MODEL.WEIGHTS", "weights.pth")
-        change(folder / "val.json", lambda c: c["annotations"][0].update(category_id=77))
+        edit_json(folder / "val.json", lambda c: c["annotations"][0].update(category_id=77))
         for run in (host.train, host.evaluate):
             with pytest.raises(DatasetError, match=r"val\.json: bad data\n.*77"):
                 run(cfg)
@@ -148,19 +137,13 @@ class TestData:
 
     def test_data_sets_to_train_on_have_the_same_classes(self, data, make_cfg):
         folder, own = data
-
-        def turn(content):
-            names = [category["name"] for category in content["categories"]]
-            for category, name in zip(content["categories"], reversed(names), strict=True):
-                category["name"] = name
-
-        change(folder / "val.json", turn)
+        edit_json(folder / "val.json", turn_names)
         with pytest.raises(DatasetError, match="have different"):
             host.train(make_cfg(*own, *SHORT, "DATASETS.TRAIN", "('own_train', 'own_val')"))
 
     def test_nothing_to_train_on(self, data, make_cfg):
         folder, own = data
-        change(folder / "train.json", lambda content: content["annotations"].clear())
+        edit_json(folder / "train.json", lambda content: content["annotations"].clear())
         with pytest.raises(DatasetError, match=r"nothing to train on in 'own_train'"):
             host.train(make_cfg(*own, *SHORT))
 
@@ -174,7 +157,7 @@ class TestData:
                 annotation |= {"area": None} if annotation["id"] % 2 else {}
 
         for split in ("train", "val"):
-            change(folder / f"{split}.json", strip)
+            edit_json(folder / f"{split}.json", strip)
         cfg = make_cfg(*own, "SOLVER.MAX_ITER", "1", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0")
         assert host.train(cfg)["bbox"]["AP"] >= 0
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shape_runs import metrics_of, saved
 
 pytest.importorskip("detectron2.engine", exc_type=ImportError)
 
@@ -27,15 +28,6 @@ NO_EXITS = ("MODEL.CASCADE.EXIT.ENABLED", "False")
 OWN_CASCADE = (*NO_EXITS, "MODEL.ROI_HEADS.NAME", "CascadeROIHeads")
 STANDARD = (*NO_EXITS, "MODEL.ROI_HEADS.NAME", "StandardROIHeads")
 NAME = "roi_heads.box_head.0.fc1.weight"
-
-
-def saved(cfg, name="model_final.pth"):
-    return torch.load(Path(cfg.OUTPUT_DIR, name), weights_only=True)
-
-
-def lines_of(cfg):
-    text = Path(cfg.OUTPUT_DIR, "metrics.json").read_text()
-    return [json.loads(line) for line in text.splitlines()]
 
 
 class TestSolver:
@@ -112,7 +104,7 @@ class TestModels:
         assert "stages" not in results
         assert list(results["latency"]["parts"]) == ["model"]
         expected = "loss_cls_stage2" if heads == OWN_CASCADE else "loss_cls"
-        assert expected in lines_of(cfg)[0]
+        assert expected in metrics_of(cfg.OUTPUT_DIR)[0]
 
     def test_our_heads_without_exits(self, make_cfg):
         exits = host.train(make_cfg(*ONE, *NO_EXITS))["exits"]

@@ -10,6 +10,7 @@ import zlib
 import cv2
 import numpy as np
 import pytest
+from coco_sets import damage, draw_noise
 from PIL import ExifTags, Image
 
 from cascade_det.data.coco import load_dataset
@@ -218,12 +219,9 @@ def test_truncated_files_are_found_without_decoding_all(tmp_path, picture, case,
 
 
 def test_damage_in_the_middle_is_found_by_decoding(tmp_path):
-    noise = np.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
-    path = save(noise, tmp_path / "a.png")
-    data = bytearray(path.read_bytes())
-    middle = len(data) // 2
-    data[middle : middle + 60] = bytes(60)
-    path.write_bytes(data)
+    path = tmp_path / "a.png"
+    draw_noise(path, HEIGHT, WIDTH)
+    damage(path)
     assert check_image(*entry(path)) is None
     issue = check_image(*entry(path), decode=True)
     assert issue.kind == "image file that is truncated or no image"
@@ -300,9 +298,8 @@ def test_all_issues_of_files_are_listed_together_and_can_be_skipped(coco):
 
 def test_decoding_leaves_damaged_images_out_of_images_and_boxes(coco):
     source = coco.write([coco.image(n) for n in (1, 2)], [coco.box(n, n) for n in (1, 2)])
-    noise = np.random.default_rng(1).integers(0, 256, (30, 40, 3), np.uint8)
-    path = save(noise, source.image_root / "2.png")
-    path.write_bytes(path.read_bytes()[:500] + bytes(60) + path.read_bytes()[560:])
+    draw_noise(source.image_root / "2.png", 30, 40)
+    damage(source.image_root / "2.png")
     assert len(load_dataset(source).records) == 2
     with pytest.raises(
         DatasetError, match=r"truncated or no image: image 2.*\n.*set --x to 'skip'"

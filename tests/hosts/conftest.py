@@ -1,10 +1,6 @@
 """Both hosts: tests that take the fixture ``host`` run once in each."""
 
-import json
-from pathlib import Path
-
 import pytest
-import torch
 
 from cascade_det.hosts import load_host
 
@@ -36,24 +32,3 @@ def build_model(host):
 @pytest.fixture(autouse=True)
 def _own_catalog(own_catalog):
     pass
-
-
-@pytest.fixture
-def saved():
-    """``saved(cfg, name)``: a checkpoint in the output folder."""
-
-    def load(cfg, name="model_final.pth"):
-        return torch.load(Path(cfg.OUTPUT_DIR, name), weights_only=True)
-
-    return load
-
-
-@pytest.fixture
-def metrics_of():
-    """``metrics_of(cfg)``: the lines of ``metrics.json``."""
-
-    def read(cfg):
-        lines = Path(cfg.OUTPUT_DIR, "metrics.json").read_text().splitlines()
-        return [json.loads(line) for line in lines]
-
-    return read

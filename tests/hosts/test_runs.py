@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from coco_sets import edit_json, turn_names
+from shape_runs import metrics_of, rates, saved
 
 from cascade_det.errors import CheckpointError, ConfigError, DatasetError
 from cascade_det.standalone import Predictor
@@ -21,23 +23,16 @@ def with_other_json(cfg, split, path, edit):
     """Let a configuration read an edited copy of the annotations of a data set."""
     datasets = {entry[0]: tuple(entry) for entry in cfg.CASCADE.DATASETS}
     _, json_file, images = datasets[f"shapes_{split}"]
-    content = json.loads(Path(json_file).read_text())
-    edit(content)
-    path.write_text(json.dumps(content))
+    path.write_text(Path(json_file).read_text())
+    edit_json(path, edit)
     # Under another name, since Detectron2 refuses other files under a registered one.
     datasets[f"own_{split}"] = (f"own_{split}", str(path), images)
     cfg.CASCADE.DATASETS = list(datasets.values())
     cfg.DATASETS["TRAIN" if split == "train" else "TEST"] = (f"own_{split}",)
 
 
-def turn_names(content):
-    names = [category["name"] for category in content["categories"]]
-    for category, name in zip(content["categories"], reversed(names), strict=True):
-        category["name"] = name
-
-
 class TestKeys:
-    def test_evaluating_on_the_way_changes_no_weight(self, host, make_cfg, saved):
+    def test_evaluating_on_the_way_changes_no_weight(self, host, make_cfg):
         keys = ("SOLVER.MAX_ITER", "2", "INPUT.MIN_SIZE_TRAIN", "(40, 48, 56, 64, 72, 80)")
         often = ("TEST.EVAL_PERIOD", "1", "CASCADE.VALIDATION_LOSS", "True", "SOLVER.STEPS", "()")
         evaluated, quiet = make_cfg(*keys, *often), make_cfg(*keys, *NO_TESTS, output="quiet")
@@ -47,14 +42,14 @@ class TestKeys:
         assert ours.keys() == theirs.keys()
         assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
-    def test_another_seed_gives_other_weights(self, host, make_cfg, saved):
+    def test_another_seed_gives_other_weights(self, host, make_cfg):
         cfgs = [make_cfg(*ONE, *NO_TESTS, "SEED", seed, output=seed) for seed in ("1", "2")]
         for cfg in cfgs:
             host.train(cfg)
         one, other = (saved(cfg)["model"][NAME] for cfg in cfgs)
         assert not torch.equal(one, other)
 
-    def test_epochs_are_the_length_of_a_run_and_of_its_resume(self, host, make_cfg, saved, caplog):
+    def test_epochs_are_the_length_of_a_run_and_of_its_resume(self, host, make_cfg, caplog):
         given = make_cfg(*NO_TESTS, "CASCADE.EPOCHS", "0.5")  # of six images, two at once
         host.train(given)
         assert saved(given)["iteration"] == 1
@@ -74,12 +69,12 @@ class TestKeys:
         assert results["shapes_train"]["exits"]["images"] == 6
         assert Path(cfg.OUTPUT_DIR, "shapes_val", "results.json").is_file()
 
-    def test_half_precision(self, host, make_cfg, saved, metrics_of):
+    def test_half_precision(self, host, make_cfg):
         losses, weights = [], []
         for more in (("CASCADE.AMP_DTYPE", "bfloat16"), ("SOLVER.AMP.ENABLED", "False")):
             cfg = make_cfg(*ONE, *NO_TESTS, *more, output=more[1])
             host.train(cfg)
-            losses.append(metrics_of(cfg)[0]["total_loss"])
+            losses.append(metrics_of(cfg.OUTPUT_DIR)[0]["total_loss"])
             weights.append(saved(cfg)["model"])
         half, single = losses
         assert half != single
@@ -89,7 +84,7 @@ class TestKeys:
         assert not torch.equal(weights[0][NAME], weights[1][NAME])
         torch.testing.assert_close(weights[0][NAME], weights[1][NAME], atol=0.02, rtol=0)
 
-    def test_accumulation_and_validation_loss(self, host, make_cfg, saved, metrics_of):
+    def test_accumulation_and_validation_loss(self, host, make_cfg):
         cfg = make_cfg(
             *("CASCADE.ACCUMULATION_STEPS", "2", "CASCADE.VALIDATION_LOSS", "True"),
             *("CASCADE.BEST_METRIC", "validation/total_loss", "TEST.EVAL_PERIOD", "2"),
@@ -100,7 +95,7 @@ class TestKeys:
             sum(value for name, value in losses.items() if name != "total_loss")
         )
         assert "loss_box_reg_stage2" in losses
-        lines = metrics_of(cfg)
+        lines = metrics_of(cfg.OUTPUT_DIR)
         assert [line["iteration"] for line in lines if "total_loss" in line] == [1, 3]
         found = [x["validation/total_loss"] for x in lines if "validation/total_loss" in x]
         assert len(found) == 2
@@ -108,18 +103,17 @@ class TestKeys:
 
 
 class TestResuming:
-    def test_settings_are_those_of_the_configuration(self, host, make_cfg, metrics_of, caplog):
+    def test_settings_are_those_of_the_configuration(self, host, make_cfg, caplog):
         keys = (*NO_TESTS, "SOLVER.MAX_ITER", "4", "SOLVER.CHECKPOINT_PERIOD", "1")
         host.train(make_cfg(*keys))
         cfg = make_cfg(*keys, "SOLVER.BASE_LR", "0.5", "SOLVER.BIAS_LR_FACTOR", "2.0")
         Path(cfg.OUTPUT_DIR, "last_checkpoint").write_text("model_0000002.pth")
-        before = {line["iteration"]: line["lr"] for line in metrics_of(cfg) if "lr" in line}
+        before = rates(cfg.OUTPUT_DIR)
         with caplog.at_level(logging.INFO):
             host.train(cfg, resume=True)
         assert "Resumed with another SOLVER.BASE_LR 0.0005 -> 0.5" in caplog.text
         assert caplog.text.count("Resumed with another") == 2
-        rates = {line["iteration"]: line["lr"] for line in metrics_of(cfg) if "lr" in line}
-        assert rates == {**before, 3: pytest.approx(1000 * before[3])}
+        assert rates(cfg.OUTPUT_DIR) == {**before, 3: pytest.approx(1000 * before[3])}
         assert host.load_config(f"{cfg.OUTPUT_DIR}/config.yaml").SOLVER.BASE_LR == 0.5
 
     def test_a_finished_run_says_so_and_is_not_overwritten(self, host, make_cfg, caplog):
@@ -138,7 +132,7 @@ class TestResuming:
         assert "all 6 iterations of SOLVER.MAX_ITER are done" in caplog.text
         assert final.read_bytes() == before
 
-    def test_without_the_average_the_trained_weights_go_on(self, host, make_cfg, saved):
+    def test_without_the_average_the_trained_weights_go_on(self, host, make_cfg):
         cfg = make_cfg(*NO_TESTS, "CASCADE.EMA_DECAY", "0.9")
         host.train(cfg)
         before = saved(cfg)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shape_runs import saved
 
 from cascade_det.engine.step import TrainingStep
 from cascade_det.engine.training_modes import progress_of
@@ -25,7 +26,7 @@ LEARNED = [
 ]
 
 
-def test_a_resumed_schedule_continues(host, make_cfg, saved, monkeypatch):
+def test_a_resumed_schedule_continues(host, make_cfg, monkeypatch):
     shares = []
     step = TrainingStep.run
 
@@ -57,7 +58,7 @@ def test_a_resumed_schedule_continues(host, make_cfg, saved, monkeypatch):
         host.train(make_cfg(*SHORT, "5", *EVERYTHING, f"{NODE}.DYNAMIC.PERIOD", "3"), resume=True)
 
 
-def test_exits_are_added_to_a_trained_detector(host, make_cfg, saved):
+def test_exits_are_added_to_a_trained_detector(host, make_cfg):
     norms = ["MODEL.RESNETS.NORM", "BN"]
     detector = make_cfg(*SHORT, "1", *norms, output="detector")
     host.train(detector)

@@ -62,6 +62,34 @@ class CocoMaker:
             Image.fromarray(pixels).save(source.image_root / image["file_name"])
 
 
+def edit_json(path, edit):
+    """Let ``edit(content)`` change a json."""
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def turn_names(content):
+    """Give the categories of a json their names in the opposite order."""
+    names = [category["name"] for category in content["categories"]]
+    for category, name in zip(content["categories"], reversed(names), strict=True):
+        category["name"] = name
+
+
+def damage(path):
+    """Overwrite the middle of an image, which only decoding finds."""
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 60] = bytes(60)
+    path.write_bytes(content)
+
+
+def draw_noise(path, height=96, width=128):
+    """An image that compresses so badly that its pixels are all over the file."""
+    pixels = np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
 @pytest.fixture
 def coco(tmp_path):
     return CocoMaker(tmp_path)

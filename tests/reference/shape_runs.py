@@ -3,6 +3,7 @@
 In ``tests/hosts`` the fixture ``host`` is each host in turn, in ``tests/d2`` Detectron2.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -96,6 +97,21 @@ def own_catalog():
     for name in set(DatasetCatalog.list()) - before:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
+
+
+def saved(cfg, name="model_final.pth"):
+    """A checkpoint in the output folder."""
+    return torch.load(Path(cfg.OUTPUT_DIR, name), weights_only=True)
+
+
+def metrics_of(folder):
+    """The lines of ``metrics.json``."""
+    return [json.loads(line) for line in Path(folder, "metrics.json").read_text().splitlines()]
+
+
+def rates(folder):
+    """The learning rate of each iteration that ``metrics.json`` has."""
+    return {line["iteration"]: line["lr"] for line in metrics_of(folder) if "lr" in line}
 
 
 def assert_same(found, expected, at=""):

@@ -7,10 +7,9 @@ import os
 import shutil
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 import torch
+from coco_sets import damage, draw_noise, edit_json
 
 from cascade_det.engine.hooks import scalars_of
 from cascade_det.errors import DatasetError
@@ -41,19 +40,13 @@ def cfg(instant_cfg, shapes, test_json, tmp_path):
     return instant_cfg
 
 
-def change(path, edit):
-    content = json.loads(path.read_text())
-    edit(content)
-    path.write_text(json.dumps(content))
-
-
 def test_other_classes_than_the_trained_ones_are_refused(cfg, test_json):
     def swap(content):
         first, second, *_ = content["categories"]
         first["name"], second["name"] = second["name"], first["name"]
 
     names = [category["name"] for category in json.loads(test_json.read_text())["categories"]]
-    change(test_json, swap)
+    edit_json(test_json, swap)
     swapped = [names[1], names[0], *names[2:]]
     with pytest.raises(DatasetError) as error:
         evaluate(cfg)
@@ -68,7 +61,7 @@ def test_weights_without_class_names_are_taken(cfg, tmp_path):
 
 
 def test_what_was_left_out_is_counted_in_the_notes(cfg, test_json):
-    change(test_json, lambda content: content["annotations"][0].update(category_id=77))
+    edit_json(test_json, lambda content: content["annotations"][0].update(category_id=77))
     cfg.CASCADE.ON_BAD_DATA = "skip"
     notes = evaluate(cfg)["notes"]
     assert "Left out as CASCADE.ON_BAD_DATA is 'skip': 1 x" in notes[-1]
@@ -81,13 +74,10 @@ def test_a_test_image_that_breaks_in_the_middle_is_found_before_the_run(
 ):
     folder = tmp_path / "images"
     shutil.copytree(shapes / "val", folder)
-    noise = np.random.default_rng(1).integers(0, 256, (96, 128, 3), np.uint8)
-    cv2.imwrite(str(folder / "broken.png"), noise)
-    data = (folder / "broken.png").read_bytes()
-    middle = len(data) // 2
-    (folder / "broken.png").write_bytes(data[:middle] + bytes(60) + data[middle + 60 :])
+    draw_noise(folder / "broken.png")
+    damage(folder / "broken.png")
     images = json.loads(test_json.read_text())["images"]
-    change(test_json, lambda content: content["images"][1].update(file_name="broken.png"))
+    edit_json(test_json, lambda content: content["images"][1].update(file_name="broken.png"))
     cfg.CASCADE.DATASETS = [
         ("own", str(test_json), str(folder)),
         ("shapes_train", str(shapes / "train.json"), str(shapes / "train")),
@@ -130,8 +120,8 @@ def test_figures_are_no_extras(cfg, monkeypatch):
 def test_two_categories_of_one_name_have_figures_of_their_own(cfg, test_json, tmp_path):
     content = torch.load(tmp_path / "weights.pth", weights_only=True)
     torch.save({"model": content["model"]}, tmp_path / "weights.pth")
-    change(test_json, lambda content: content["categories"][1].update(name="circle"))
-    change(test_json, lambda content: content["categories"][0].update(name="circle"))
+    edit_json(test_json, lambda content: content["categories"][1].update(name="circle"))
+    edit_json(test_json, lambda content: content["categories"][0].update(name="circle"))
     results = evaluate(cfg)
     saved = json.loads((Path(cfg.OUTPUT_DIR) / "results.json").read_text())
     # What CASCADE.BEST_METRIC may name.
@@ -148,7 +138,7 @@ def test_more_detections_count_where_the_detector_gives_more(cfg, test_json):
         first = next(a for a in content["annotations"] if a["image_id"] == image)
         content["annotations"] += [{**first, "id": 1000 + number} for number in range(150)]
 
-    change(test_json, crowd)
+    edit_json(test_json, crowd)
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
     limit = "TEST.DETECTIONS_PER_IMAGE"
     assert any("more than 100 objects" in note and limit in note for note in evaluate(cfg)["notes"])

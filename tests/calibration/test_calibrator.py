@@ -96,7 +96,7 @@ class TestChoice:
 
     def test_a_drop_that_the_other_half_does_not_have_is_no_promise(self, calibrator):
         vetoed = []
-        for most in np.linspace(0, 40, 21):
+        for most in np.linspace(0, 40, 9):
             found = calibrator.calibrate(Target(max_ap_drop=float(most)))
             first = found.rejected or found
             drop = found.full.metrics["AP"] - first.reported.metrics["AP"]
@@ -107,7 +107,7 @@ class TestChoice:
                 assert found.reported.work == 1
                 vetoed.append(first.setting)
         # Both happen on these images.
-        assert 0 < len(vetoed) < 21
+        assert 0 < len(vetoed) < 9
         assert all(vetoed)
 
     def test_it_is_reported_on_the_other_half(self, calibrator):

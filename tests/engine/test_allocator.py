@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-COUNT, TENSOR_BYTES = 8, 40 * 2**20
+COUNT, TENSOR_BYTES = 3, 40 * 2**20
 
 # In a process of its own, because the settings hold for the whole of one. `struct mallinfo2` has
 # ten fields of type size_t, see mallinfo(3). At last there are more tensors than were kept,

@@ -1,6 +1,7 @@
 """From a target to a setting: on which images, by which rule, with which promise."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from recorded_trials import make_calibrator, make_trials
 
 from cascade_det.calibration.bootstrap import paired_bootstrap
 from cascade_det.calibration.calibrator import (
+    Calibrator,
     build_policy,
     split_images,
 )

@@ -14,6 +14,7 @@ from small_plugin import (
     assert_same_instances,
     assert_same_training,
     box_predictor,
+    build_heads,
     detect,
     features_of,
     losses_of,

@@ -6,7 +6,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from detection_rows import plain_iou
+from naive_exits import iou
 from random_records import make_recorded_scene
 from recorded_trials import FRAME, SCALE, make_trials, settled_record, without_stages
 from small_cascades import assert_same_detections
@@ -135,7 +135,7 @@ def naive_outcome(scene, stage, row, index):
     box = boxes[index if len(boxes) > 1 else 0].tolist()
     image = record.image_index[row].item()
     objects, classes = scene.gt_boxes[image].tolist(), scene.gt_classes[image].tolist()
-    overlaps = [plain_iou(box, o) for o, c in zip(objects, classes, strict=True) if c == index]
+    overlaps = [iou(box, o) for o, c in zip(objects, classes, strict=True) if c == index]
     best = max(overlaps, default=0.0)
     return probs.index(max(probs)), sum(best >= (50 + 5 * i) / 100 for i in range(10))
 

@@ -219,7 +219,7 @@ class TestInference:
 class TestAutocast:
     def test_inference_is_close(self):
         heads, scene = build_heads(options=EXITS), make_scene()
-        # Nobody leaves at a threshold that rounding decides about.
+        # No region leaves at a threshold that rounding decides.
         heads.exits = None
         wanted = detect(heads, scene)
         with torch.autocast("cpu", torch.bfloat16):

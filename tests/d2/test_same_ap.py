@@ -20,6 +20,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from noisy_detections import random_case
 from shape_runs import ROOT
 from two_hosts import (
     BACKBONES,
@@ -42,64 +43,6 @@ from cascade_det.standalone import evaluate
 pytestmark = pytest.mark.needs_detectron2
 
 # Ids neither consecutive nor from 1, and one class without objects.
-CATEGORIES = {4: "cell", 7: "plate", 12: "rod", 30: "nothing"}
-
-
-def random_objects(generator, count, size=(480, 640)):
-    """XYXY, of all of COCO's three ranges of area."""
-    height, width = size
-    sides = np.exp(generator.uniform(np.log(6), np.log(300), (count, 2)))
-    corners = generator.uniform(0, 1, (count, 2)) * np.maximum([width, height] - sides, 0)
-    return np.concatenate([corners, np.minimum(corners + sides, [width, height])], axis=1)
-
-
-def random_truth(generator, images=12):
-    annotations = []
-    for image_id in range(1, images + 1):
-        for box in random_objects(generator, generator.integers(0, 12)):
-            x0, y0, x1, y1 = (float(v) for v in box.round(2))
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": int(generator.choice([4, 7, 12])),
-                    "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "area": (x1 - x0) * (y1 - y0) * generator.uniform(0.5, 1),
-                    "iscrowd": int(generator.random() < 0.1),
-                }
-            )
-    return {
-        "images": [
-            {"id": i, "file_name": f"{i}.jpg", "height": 480, "width": 640}
-            for i in range(1, images + 1)
-        ],
-        "categories": [{"id": i, "name": name} for i, name in CATEGORIES.items()],
-        "annotations": annotations,
-    }
-
-
-def random_detections(generator, truth, image_id):
-    """Some near the objects, twice at times, some anywhere; some scores are equal or tiny."""
-    boxes, classes = [], []
-    for annotation in truth["annotations"]:
-        if annotation["image_id"] == image_id:
-            x, y, w, h = annotation["bbox"]
-            for _ in range(generator.integers(0, 3)):
-                noise = generator.normal(0, generator.choice([0.01, 0.1]), 4) * [w, h, w, h]
-                boxes.append(np.array([x, y, x + w, y + h]) + noise)
-                classes.append(list(CATEGORIES).index(annotation["category_id"]))
-    anywhere = int(generator.choice([0, 20, 150]))
-    boxes = np.concatenate([np.reshape(boxes, (-1, 4)), random_objects(generator, anywhere)])
-    classes += generator.integers(0, len(CATEGORIES), anywhere).tolist()
-    scores = np.exp(generator.uniform(np.log(1e-9), 0, len(boxes)))
-    scores = np.where(generator.random(len(boxes)) < 0.3, scores.round(1), scores)
-    order = np.argsort(-scores, kind="stable")
-    return Detections(
-        torch.tensor(boxes[order], dtype=torch.float32),
-        torch.tensor(scores[order], dtype=torch.float32),
-        torch.tensor(np.array(classes, dtype=np.int64)[order]),
-        torch.zeros(len(order), dtype=torch.int64),
-    )
 
 
 def assert_same_metrics(got, wanted, tolerance):
@@ -121,11 +64,13 @@ def register(name, json_file, folder):
 
 @pytest.mark.parametrize(("limit", "seed"), [(100, 0), (100, 1), (250, 0), (250, 1)])
 def test_of_the_same_detections(limit, seed, tmp_path, record_property):
-    """Many detections, and two classes of one name, which Detectron2's evaluator cannot tell."""
-    generator = np.random.default_rng(seed)
-    truth = random_truth(generator)
+    """Many detections, some of one score; two classes of one name, and one without objects."""
+    truth, found_in = random_case(seed)
+    truth["categories"].append({"id": 30, "name": "nothing"})
     for category in truth["categories"][:2]:
         category["name"] = "cell"
+    for image in truth["images"]:
+        image["file_name"] = f"{image['id']}.jpg"
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     name = f"one_name_{limit}_{seed}"
     register(name, tmp_path / "truth.json", tmp_path)
@@ -135,33 +80,31 @@ def test_of_the_same_detections(limit, seed, tmp_path, record_property):
     in_our_host = coco_evaluator(cfg, name)
     ours = CocoEvaluator(
         ground_truth=truth,
-        category_ids=list(CATEGORIES),
+        category_ids=[category["id"] for category in truth["categories"]],
         detections_per_image=limit,
     )
     own.reset()
     in_our_host.reset()
-    for image in truth["images"]:
-        found = random_detections(generator, truth, image["id"])
+    for image_id, found in found_in.items():
         # Guesses with high scores before them: a limit of 100 takes those that hit away.
-        guesses = torch.as_tensor(random_objects(generator, 110), dtype=torch.float32)
-        boxes = torch.cat([guesses, found.boxes])
-        scores = torch.cat([torch.linspace(1, 0.5, 110), 0.4 * found.scores])
+        boxes = torch.cat([torch.tensor([[0.0, 0, 9, 9]]).repeat(110, 1), found.boxes])
+        scores = torch.cat([torch.linspace(1, 0.5, 110), 0.4 * found.scores.round(decimals=2)])
         classes = torch.cat([torch.zeros(110, dtype=torch.int64), found.classes])
         found = Detections(boxes, scores, classes, torch.zeros_like(classes))
-        sample = [{"image_id": image["id"]}]
+        sample = [{"image_id": image_id}]
         ours.process(sample, DetectorOutput([found], CascadeStats([], [])))
         fields = {"pred_boxes": Boxes(boxes), "scores": scores, "pred_classes": classes}
         for evaluator in (own, in_our_host):
-            evaluator.process(sample, [{"instances": Instances((480, 640), **fields)}])
+            evaluator.process(sample, [{"instances": Instances((300, 300), **fields)}])
     got, wanted = ours.evaluate()["bbox"], in_our_host.evaluate()["bbox"]
     record_property("largest", assert_same_metrics(got, wanted, 1e-9))
-    assert {"AP-cell (id 4)", "AP-cell (id 7)", "AP-rod", "AP-nothing"} <= wanted.keys()
+    assert {"AP-cell (id 3)", "AP-cell (id 7)", "AP-9", "AP-nothing"} <= wanted.keys()
     assert all(wanted[name] > 0 for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"))
     plain = own.evaluate()["bbox"]
     assert plain["AP"] == pytest.approx(wanted["AP"], abs=1e-9)
     assert plain["AP-cell"] == pytest.approx(wanted["AP-cell (id 7)"], abs=1e-9)
     # The guesses fill a limit of 100.
-    assert (wanted["AP-cell (id 4)"] > 0) == (limit > 100)
+    assert (wanted["AP-cell (id 3)"] > 0) == (limit > 100)
 
 
 R18 = BACKBONES["R-18"]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from detection_rows import plain_iou
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from naive_exits import iou
 
 from cascade_det.core.structures import Detections
 from cascade_det.evaluation import agreement_loss
@@ -59,7 +59,7 @@ def plain_loss(early, full, cut):
     wanted = sorted((d for d in full if d[0] >= cut), key=lambda d: -d[0])
     lost = 0
     for _, label, box in wanted:
-        rivals = [(plain_iou(box, d[2]), d) for d in free if d[1] == label]
+        rivals = [(iou(box, d[2]), d) for d in free if d[1] == label]
         rivals = [rival for rival in rivals if rival[0] >= 0.5]
         if rivals:
             free.remove(max(rivals, key=lambda rival: rival[0])[1])

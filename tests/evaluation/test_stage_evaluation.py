@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from detection_rows import plain_iou
+from naive_exits import iou
 
 from cascade_det.core.structures import StageOutput
 from cascade_det.errors import DatasetError
@@ -83,12 +83,12 @@ def test_mean_iou_equals_a_loop_over_the_regions(coco_content, detections, detec
     for index, image_id in enumerate(image_ids):
         targets = truth[image_id].tolist()[: 3 if image_id == 2 else None]
         for row, entering in enumerate(chain[0][index].tolist()):
-            best = max(targets, key=lambda target: plain_iou(entering, target), default=None)
-            if best is None or plain_iou(entering, best) < 0.5:
+            best = max(targets, key=lambda target: iou(entering, target), default=None)
+            if best is None or iou(entering, best) < 0.5:
                 continue
             count += 1
             for step in range(3):
-                sums[step] += plain_iou(chain[step][index][row].tolist(), best)
+                sums[step] += iou(chain[step][index][row].tolist(), best)
     assert 5 < count < len(torch.cat(chain[0]))
     assert metrics["regions"] == count
     expected = [total / count for total in sums]

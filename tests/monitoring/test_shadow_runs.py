@@ -45,13 +45,6 @@ def cfg(instant_cfg, weights):
     return instant_cfg
 
 
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """They would take longer than everything else."""
-    monkeypatch.setattr("cascade_det.engine.evaluate.plot_report", lambda *_: None)
-    monkeypatch.setattr("cascade_det.engine.evaluate.write_analysis", lambda *_, **__: None)
-
-
 def load(cfg, *options):
     cfg = cfg.clone()
     cfg.merge_from_list(list(options))
@@ -69,20 +62,6 @@ def batch(shapes):
 
 def assert_same(ours, theirs):
     torch.testing.assert_close(vars(ours), vars(theirs), rtol=1e-4, atol=1e-4)
-
-
-def test_stages_of_some_images_are_those_of_all(cfg, batch):
-    detector = load(cfg)
-    whole = detector.detect(batch, stages=True)
-    part = detector.detect(batch, stages=[True, False, True])
-    for of_all, of_some in zip(whole.stages, part.stages, strict=True):
-        assert len(of_all.detections[1]) > 0
-        assert len(of_some.detections[1]) == len(of_some.boxes_after[1]) == 0
-        for image in (0, 2):
-            assert_same(of_some.detections[image], of_all.detections[image])
-    for ours, theirs in zip(part.detections, whole.detections, strict=True):
-        assert_same(ours, theirs)
-    assert detector.detect(batch, stages=[False] * 3).stages is None
 
 
 def test_the_last_stage_is_the_full_cascade_with_the_scores_that_are_reported(cfg, batch):

@@ -35,8 +35,8 @@ def choose_host(asked: str) -> tuple[str, str]:
         if asked == "auto":
             return "standalone", f"since {cause}"
         raise ConfigError(
-            f"--host detectron2: {cause}. Install it as the README says under Inside Detectron2, "
-            "or use --host standalone."
+            f"--host detectron2: {cause}. Install it as in docs/detectron2.md, or use "
+            "--host standalone."
         ) from error
     return "detectron2", "as --host says" if asked != "auto" else "since it can be imported"
 

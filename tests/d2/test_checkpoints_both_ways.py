@@ -149,16 +149,17 @@ def blob_name(name):
     return name
 
 
-class TestStandaloneToDetectron2:
-    @pytest.fixture(scope="class")
-    def run(self, options, tmp_path_factory):
-        """A configuration and the folder of a short run with averaged weights."""
-        folder = tmp_path_factory.mktemp("run")
-        more = ["SOLVER.MAX_ITER", 2, "DATASETS.TEST", (), "CASCADE.EMA_DECAY", 0.9]
-        cfg = load_config(INSTANT, [*options, *more, "OUTPUT_DIR", str(folder)])
-        train(cfg)
-        return cfg, folder
+@pytest.fixture(scope="module")
+def run(options, tmp_path_factory):
+    """A configuration and the folder of a short standalone run with averaged weights."""
+    folder = tmp_path_factory.mktemp("run")
+    more = ["SOLVER.MAX_ITER", 2, "DATASETS.TEST", (), "CASCADE.EMA_DECAY", 0.9]
+    cfg = load_config(INSTANT, [*options, *more, "OUTPUT_DIR", str(folder)])
+    train(cfg)
+    return cfg, folder
 
+
+class TestStandaloneToDetectron2:
     def test_checkpoint_of_a_run(self, run, detectron2_log):
         cfg, folder = run
         model = build_model(merged_from(cfg, folder))

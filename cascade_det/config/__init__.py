@@ -5,8 +5,6 @@ YAML and command-line options, ``check_config`` checks keys by themselves and ag
 and only the ``*_arguments`` functions read keys: everything behind them takes plain values.
 """
 
-# ruff: noqa: F401 - these are the names for other rooms
-
 from cascade_det.config.checks import check_config, check_heads, check_run, check_unread_cascade
 from cascade_det.config.exit_summary import exit_summary
 from cascade_det.config.loading import (
@@ -44,3 +42,45 @@ from cascade_det.config.run_arguments import (
 )
 from cascade_det.config.scaling import check_processes, scale_to_epochs, scale_to_world_size
 from cascade_det.config.tree import add_cascade_config, changed_keys, flat, get_cfg
+
+__all__ = [
+    "ConfigFiles",
+    "History",
+    "Setting",
+    "add_cascade_config",
+    "backbone_arguments",
+    "box_head_arguments",
+    "box_head_configs",
+    "cascade_arguments",
+    "changed_keys",
+    "check_config",
+    "check_heads",
+    "check_processes",
+    "check_run",
+    "check_unread_cascade",
+    "datasets_arguments",
+    "detector_arguments",
+    "exit_arguments",
+    "exit_summary",
+    "exit_values",
+    "fast_arguments",
+    "fast_heads_dtype",
+    "flat",
+    "get_cfg",
+    "input_arguments",
+    "load_config",
+    "merge_config",
+    "optimizer_arguments",
+    "pooler_arguments",
+    "rpn_arguments",
+    "scale_to_epochs",
+    "scale_to_world_size",
+    "scheduler_arguments",
+    "shadow_arguments",
+    "test_loader_arguments",
+    "train_loader_arguments",
+    "trainer_arguments",
+    "training_arguments",
+    "with_cascade_keys",
+    "with_exits",
+]

@@ -3,6 +3,7 @@
 import os
 import pty
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ def test_the_terminal_goes_away(tmp_path, shape_options, before, max_iter, statu
     child, terminal = pty.fork()
     if child == 0:
         os.chdir(tmp_path)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
         os.execvpe(run[0], run, ENVIRONMENT)
     figures = tmp_path / "run" / "metrics.json"
     deadline = time.monotonic() + 100

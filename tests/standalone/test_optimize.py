@@ -130,6 +130,7 @@ def test_heads_with_convolutions_take_maps_of_another_type(instant_cfg, float32_
     assert len(fast.detect(make_batch()).detections) == 2
 
 
+@pytest.mark.slow
 def test_what_was_done_is_said(instant_cfg, caplog):
     with caplog.at_level(logging.INFO, "cascade_det.standalone.optimize"):
         fast = optimize(make_detector(instant_cfg), compile=True)

@@ -27,6 +27,7 @@ from cascade_det.benchmark.setup import Setup
 from cascade_det.benchmark.targets import EMULATED, hold_targets
 from cascade_det.benchmark.training import open_training_steps, trainable
 from cascade_det.engine.devices import has_bfloat16
+from cascade_det.engine.log import setup_logging
 from cascade_det.files import atomic_path, write_json
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ def run_benchmark(options: Options) -> Results:
         torch.set_num_threads(options.threads)
     setup = Setup(options)
     setup.batches(options.batches[0])  # reads the test set now, so that errors come first
+    setup_logging(options.output)
     models, left_out = open_models(setup, options.contenders)
     for name, reason in left_out.items():
         logger.info("Left out: %s, %s", name, reason)

@@ -109,6 +109,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     from cascade_det.benchmark.run import run_benchmark
     from cascade_det.engine.log import setup_logging
 
-    setup_logging(str(options.output))
+    setup_logging()  # the folder is made once the options prove right
     print(format_benchmark(run_benchmark(options)))
     return 0

@@ -186,3 +186,5 @@ class ExitMonitor:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with naming(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(f"{line}\n")
+            file.flush()
+            os.fsync(file.fileno())

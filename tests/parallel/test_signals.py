@@ -28,6 +28,9 @@ def test_a_command_can_still_print_when_its_terminal_is_gone():
     if child == 0:
         os.chdir(ROOT)
         os.execv(sys.executable, [sys.executable, "-c", PROGRAM])
-    assert b"here" in os.read(terminal, 100)
+    shown = b""
+    while not shown.endswith(b"\n"):  # before it, the write of the child has not returned
+        shown += os.read(terminal, 100)
+    assert shown == b"here\r\n"
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7

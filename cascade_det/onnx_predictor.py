@@ -22,7 +22,7 @@ METADATA_KEY = "cascade_det"
 INPUTS = ("image",)
 OUTPUTS = ("boxes", "scores", "classes")
 _OUTPUT_TYPES = ("tensor(float)", "tensor(float)", "tensor(int64)")
-_REMEDY = "Make one with tools/export.py --format onnx."
+_REMEDY = "Make one with cascade-det export --format onnx."
 
 # Bounds on the memory that a file can make us allocate.
 LONGEST_SIDE = 2**16  # pixels of an image
@@ -128,7 +128,7 @@ class ArrayDetections:
 
 
 class OnnxPredictor:
-    """Detects objects in images with a file of ``tools/export.py``; called like ``Predictor``.
+    """Detects objects in images with a file of ``cascade-det export``; called like ``Predictor``.
 
     Threads may share it. Unpickling opens the file again.
 
@@ -143,7 +143,7 @@ class OnnxPredictor:
         batch_size: images that run at once: 1.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or not from ``tools/export.py``.
+        CheckpointError: the file is missing, damaged, or not from ``cascade-det export``.
         ConfigError: onnxruntime is not installed.
     """
 

@@ -88,7 +88,7 @@ def test_what_is_right_is_given(path):
     ],
 )
 def test_outputs_are_not_believed(path, outputs, words):
-    with pytest.raises(CheckpointError, match=rf"hostile\.onnx: .*{words}.*tools/export\.py"):
+    with pytest.raises(CheckpointError, match=rf"hostile\.onnx: .*{words}.*cascade-det export"):
         OnnxPredictor(write(path, {**GOOD, **outputs}))(IMAGE)
 
 

@@ -147,7 +147,7 @@ def _entered_per_image(path: Path) -> tuple[float, ...]:
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(
             f"--survivors {path}: neither numbers nor a results.json with "
-            f"exits/stage{len(found)}/entered_per_image, as tools/train_net.py --eval-only writes "
+            f"exits/stage{len(found)}/entered_per_image, as cascade-det eval writes "
             f"for one data set, with exits on ({type(error).__name__}: {error})."
         ) from error
     return tuple(found)

@@ -24,7 +24,7 @@ Step = Callable[[], object]
 def trainable(setup: Setup) -> tuple[list[str], dict[str, str]]:
     """The models whose training steps run here, and why the others cannot, both by name.
 
-    "ours" is the step of ``tools/train_net.py`` in float32, "ours-amp" the same in mixed precision
+    "ours" is the step of ``cascade-det train`` in float32, "ours-amp" the same in mixed precision
     with the dtype that suits the device, "detectron2-cascade" the step of Detectron2's trainer.
     """
     names: list[str] = []

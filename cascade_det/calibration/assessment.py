@@ -1,4 +1,4 @@
-"""Measures exits on the images that they were not chosen on, and on the device."""
+"""Measures exits on held-out images, and times them on the device."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Assessment:
     options: Options
 
     def expected(self) -> dict[str, float]:
-        """Metrics of the setting on the images that it was not chosen on."""
+        """Metrics of the setting on the held-out images."""
         calibration = self.calibration
         reported, full = calibration.reported, calibration.full
         plain = self.calibrator.others.replay(self.calibrator.policy(calibration.plain))
@@ -89,7 +89,7 @@ class Assessment:
         }
 
     def loss(self, setting: Setting) -> tuple[float, float]:
-        """Mean agreement loss on the images that settings are not chosen on, and its deviation."""
+        """Mean agreement loss on the held-out images, and its deviation."""
         # The full cascade reports its scores by the same calibration, as in shadow runs.
         scores: Setting = {key: x for key, x in setting.items() if key.startswith("SCORE_")}
         early, full = (
@@ -167,7 +167,7 @@ class Assessment:
         return points, [points[index] for index in front]
 
     def on_others(self, point: FrontPoint, milliseconds: Mapping[str, float]) -> FrontPoint:
-        """The point on the images that settings were not chosen on."""
+        """The point on the held-out images."""
         trial = self.calibrator.others.replay(self.calibrator.policy(point.setting))
         return front_point(
             point.setting,

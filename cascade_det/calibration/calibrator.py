@@ -36,7 +36,7 @@ class Calibration:
     Attributes:
         setting: keys of ``MODEL.CASCADE.EXIT``; empty for the full cascade.
         plain: the same without the score calibration.
-        reported: the trial of the setting on the images that it was not chosen on.
+        reported: the trial of the setting on the held-out images.
         full: the full cascade on the same images.
         differences: of AP from the full cascade on these images, with their uncertainty.
         rejected: the setting that was chosen first and loses more on these images than the target
@@ -52,7 +52,7 @@ class Calibration:
 
     @property
     def drop(self) -> float:
-        """Percent points of AP lost on the images that the setting was not chosen on."""
+        """Percent points of AP lost on the held-out images."""
         return -self.differences["AP"].value
 
 
@@ -133,7 +133,7 @@ class Calibrator:
         return replace(self._evaluate({}), rejected=found)
 
     def _evaluate(self, plain: Setting) -> Calibration:
-        """Evaluate a setting on the images that it was not chosen on."""
+        """Evaluate a setting on the held-out images."""
         setting = self.with_scores(plain)
         reported = self.others.replay(self.policy(setting))
         differences = paired_bootstrap(self.others.full.matched, reported.matched)

@@ -108,7 +108,7 @@ def _warn(calibration: Calibration, target: Target, rows: Sequence[ComparedExits
     if calibration.rejected is not None:
         change = calibration.rejected.differences["AP"]
         logger.warning(
-            "On the images that it was not chosen on, the setting loses %.2f points of AP "
+            "On the held-out images, the setting loses %.2f points of AP "
             "(95 %%: %.2f to %.2f), not at most %g: exits.yaml has no exits. Calibrate on more "
             "images, or allow a larger drop.",
             -change.value,
@@ -121,7 +121,7 @@ def _warn(calibration: Calibration, target: Target, rows: Sequence[ComparedExits
     rate = calibration.reported.exit_rate(calibration.full)
     if target.exit_rate is not None and rate < target.exit_rate:
         logger.warning(
-            "On the images that it was not chosen on, the setting skips %.4f of the later "
+            "On the held-out images, the setting skips %.4f of the later "
             "stages' regions, not %g. Ask for more.",
             rate,
             target.exit_rate,

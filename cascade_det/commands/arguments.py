@@ -113,7 +113,7 @@ def check_output_file(output: Path, inputs: Iterable[str | os.PathLike[str] | No
         raise CascadeDetError(f"{output}: is a folder. Give the name of a file.")
     if output.exists() and not output.is_file():
         # As root, /dev/null would become a file.
-        raise CascadeDetError(f"{output}: is no regular file. Give another name.")
+        raise CascadeDetError(f"{output}: is not a regular file. Give another name.")
     for given in inputs:
         if given and output.exists() and os.path.exists(given) and os.path.samefile(output, given):
             raise CascadeDetError(f"{output}: would replace {given}. Give another name.")

@@ -113,7 +113,7 @@ def _table(categories: list[dict[str, Any]]) -> str:
         {**row, "name": printable(row["name"], longest=_LONGEST_NAME).replace("|", "\\|")}
         for row in categories
     ]
-    # Classes "007" and "1e5" are no numbers.
+    # Classes "007" and "1e5" are not numbers.
     return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=[1])
 
 

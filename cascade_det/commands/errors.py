@@ -40,5 +40,5 @@ def _path_and_reason(error: OSError) -> str:
     if error.filename is None:
         return str(error)
     # "File exists" would be misleading: a folder was to be made there.
-    reason = "is no folder" if isinstance(error, FileExistsError) else error.strerror
+    reason = "is not a folder" if isinstance(error, FileExistsError) else error.strerror
     return f"{error.filename}: {reason}"

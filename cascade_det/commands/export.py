@@ -110,9 +110,9 @@ def _plain(cfg: CfgNode) -> CfgNode:
 
 def _print_what_is_left_out(cfg: CfgNode) -> None:
     if cfg.MODEL.CASCADE.EXIT.ENABLED:
-        print("Exits are left out: every proposal takes all stages of the file.")
+        print("Exits are left out: every proposal runs all stages of the file.")
     if cfg.MODEL.CASCADE.FAST.ENABLED:
-        print("MODEL.CASCADE.FAST is left out: the file is float32, as the weights are.")
+        print("MODEL.CASCADE.FAST is ignored: the file is float32, as the weights are.")
 
 
 def _image_to_check(cfg: CfgNode, file: str | None) -> torch.Tensor:

@@ -256,7 +256,7 @@ def _lock(file: FileIO, path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise DatasetError(
-            f"{path.parent}: another run is writing to this folder. Wait for its end, or give "
+            f"{path.parent}: another run is writing to this folder. Wait for it to finish, or give "
             "another --output."
         ) from None
     except OSError:

@@ -82,9 +82,9 @@ def read_predictions(path: Path, dataset: CocoDataset) -> tuple[list[dict[str, A
             raise DatasetError(f"{path}: {error}") from None
     if not isinstance(predictions, list):
         raise DatasetError(
-            f"{path}: is no list of predictions: its top level is {type(predictions).__name__}. "
+            f"{path}: is not a list of predictions: its top level is {type(predictions).__name__}. "
             "Give a file like inference/coco_instances_results.json, or predictions.json of "
-            "tools/predict.py."
+            "cascade-det predict."
         )
     problems = Issues()
     for number, prediction in enumerate(predictions, start=1):
@@ -102,7 +102,7 @@ def _problems_of(
     prediction: Any, image_ids: Collection[int], category_ids: Collection[int]
 ) -> list[tuple[str, Any]]:
     if not isinstance(prediction, dict):
-        return [("prediction that is no object", prediction)]
+        return [("prediction that is not an object", prediction)]
     image_id, category_id = prediction.get("image_id"), prediction.get("category_id")
     box, score = prediction.get("bbox"), prediction.get("score")
     found = []
@@ -115,7 +115,7 @@ def _problems_of(
     elif min(box[2:]) < 0:
         found.append(("prediction whose 'bbox' has a negative width or height", box))
     if not _is_number(score):
-        found.append(("prediction whose 'score' is no finite number", score))
+        found.append(("prediction whose 'score' is not a finite number", score))
     return found
 
 

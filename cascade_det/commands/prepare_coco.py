@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             args.output, args.splits, base_url=args.base_url, keep_archives=args.keep_archives
         )
     except KeyboardInterrupt:
-        print("Interrupted. Run the same again to go on from here.", file=sys.stderr)
+        print("Interrupted. Run the same command again to continue.", file=sys.stderr)
         raise
     print(f"{args.output / 'coco'}: {' and '.join(args.splits)} complete")
     return 0
@@ -181,7 +181,7 @@ def unpack(path: Path, folder: Path, wanted: str, *, limit: int) -> None:
     # Damaged archives raise errors of many kinds.
     except Exception as error:
         raise DatasetError(
-            f"{path}: is no whole zip file ({error}). Delete it and run this again."
+            f"{path}: is not a complete zip file ({error}). Delete it and run this again."
         ) from error
 
 

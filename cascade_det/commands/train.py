@@ -149,7 +149,7 @@ def run_process(cfg: CfgNode, args: argparse.Namespace) -> int:
             command = args.resuming_command
             if distributed.under_torchrun():
                 command = "the same torchrun command with --resume"
-            logger.warning("%s. To go on: %s", end, command)
+            logger.warning("%s. To continue: %s", end, command)
         return INTERRUPTED
     return 0
 

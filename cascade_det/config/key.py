@@ -135,7 +135,7 @@ def one_of(*allowed: object, why: str = "", standalone_only: bool = False) -> Va
 def subset_of(*allowed: str) -> Values:
     """A list of some of the given names."""
     listed = f"{', '.join(map(repr, allowed[:-1]))} and {allowed[-1]!r}"
-    return Values(each(lambda item: item in allowed), f"Give a list out of {listed}.")
+    return Values(each(lambda item: item in allowed), f"Give a list of names from {listed}.")
 
 
 COUNT = Values(whole(at_least(1)), "Give 1 or more.")

@@ -1,7 +1,7 @@
 """Merging YAML files and command-line options into a configuration.
 
 A layer is one file or the options; later layers win. The type of each value is checked as it is
-merged, so that an error names its line, and its source is kept for ``tools/print_config.py``.
+merged, so that an error names its line, and its source is kept for ``cascade-det print-config``.
 """
 
 from __future__ import annotations
@@ -273,7 +273,7 @@ def _literal(text: str) -> object:
     """The Python value that ``text`` spells, such as ``(640, 800)``, or ``text`` itself."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python's remarks about text that is no code
+            warnings.simplefilter("ignore")  # Python's remarks about text that is not code
             return ast.literal_eval(text)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text

@@ -82,8 +82,8 @@ def _check_anchors(cfg: CfgNode) -> Iterator[str]:
     counts = [len(sizes) * len(ratios) for sizes, ratios, _ in per_level]
     if len(set(counts)) > 1:
         yield (
-            f"MODEL.ANCHOR_GENERATOR.SIZES and ASPECT_RATIOS make {counts} anchors per place on "
-            "the levels, but one RPN head serves them all. Give each level as many."
+            f"MODEL.ANCHOR_GENERATOR.SIZES and ASPECT_RATIOS make {counts} anchors per position on "
+            "the levels, but one RPN head serves them all. Give every level the same number."
         )
 
 

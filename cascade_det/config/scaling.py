@@ -132,6 +132,6 @@ def _check_share(cfg: CfgNode, processes: int, name: str) -> None:
     below, above = images // shares * shares, -(-images // shares) * shares
     remedy = f"{below} or {above}" if below else f"{above}"
     raise ConfigError(
-        f"SOLVER.IMS_PER_BATCH is {images}, which is no multiple of {name}, {processes}{times}. "
+        f"SOLVER.IMS_PER_BATCH is {images}, which is not a multiple of {name}, {processes}{times}. "
         f"Give a multiple of {shares}, such as {remedy}."
     )

@@ -225,6 +225,6 @@ def _value(loader: _Loader, full_key: str, node: yaml.Node) -> Any:
         return loader.construct_object(node, deep=True)
     except (ValueError, LookupError) as error:  # of 0x_, !!bool maybe, or a million digits
         raise ConfigError(
-            f"{_at(node.start_mark)}: the value of {full_key} is no number or word that YAML can "
-            "read. Put quotes around it if it is text."
+            f"{_at(node.start_mark)}: the value of {full_key} is not a number or word that YAML "
+            "can read. Put quotes around it if it is text."
         ) from error

@@ -56,11 +56,11 @@ class ScoreEnsemble:
             logits: at least one ``[R, K + 1]``, all of the same regions.
 
         Raises:
-            ValueError: for "last" and "last_boxes", which are no mean over stages.
+            ValueError: for "last" and "last_boxes", which are not means over stages.
         """
         stacked = torch.stack([x.float() for x in logits])  # [S, R, K + 1]
         if self.name == "mean_logits":
             return torch.log_softmax(stacked.mean(dim=0), dim=1)
         if self.name != "mean_probs":
-            raise ValueError(f"the ensemble {self.name!r} is no mean over stages")
+            raise ValueError(f"the ensemble {self.name!r} is not a mean over stages")
         return torch.logsumexp(torch.log_softmax(stacked, dim=2), dim=0) - math.log(len(logits))

@@ -107,7 +107,7 @@ class _Reader:
             message = f"{record['file_name']}: cannot be read ({type(error).__name__}: {error})"
             if self._skip and self._skipped < REPLACEMENTS_TRIED:
                 self._skipped += 1
-                logger.warning("%s. Another image is trained on in its place", message)
+                logger.warning("%s. Training on another image instead", message)
                 return None
             return {**record, _ERROR: message}
         self._skipped = 0

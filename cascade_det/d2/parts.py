@@ -82,7 +82,7 @@ def refuse_torchvision_names(part: nn.Module, incompatible: Any) -> None:
                 f"the weights have torchvision's names ({theirs}), which Detectron2 does not know: "
                 f"the backbone ({ours}) would keep its initial weights. Leave MODEL.WEIGHTS "
                 "empty and load the file with cascade_det.weights.load_weights(model, "
-                "file), which renames them, or train with tools/train_net.py, which does the same."
+                "file), which renames them, or train with cascade-det train, which does the same."
             )
 
 

@@ -99,12 +99,12 @@ def _entries(
     """The objects in the list under a top-level key."""
     entries = content.get(key)
     if not isinstance(entries, list):
-        how = "is no list" if key in content else "is missing"
-        checked.unusable.add("key without which this is not COCO format", str, f"{key!r} {how}")
+        how = "is not a list" if key in content else "is missing"
+        checked.unusable.add("key that COCO format requires", str, f"{key!r} {how}")
         return []
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict):
-            issues.add(f"entry of {key!r} that is no object", str, f"{key}[{index}]")
+            issues.add(f"entry of {key!r} that is not an object", str, f"{key}[{index}]")
     return [entry for entry in entries if isinstance(entry, dict)]
 
 
@@ -121,7 +121,7 @@ def _check_categories(entries: list[JsonObject], checked: CheckedJson) -> None:
             kind = "category without a usable 'name'"
             checked.unusable.add(kind, str, f"category {entry['id']}: {error}")
     if not entries and not checked.unusable:
-        checked.unusable.add("list of classes without any", str, "'categories'")
+        checked.unusable.add("empty list of classes", str, "'categories'")
     checked.categories = dict(sorted(checked.categories.items()))
 
 
@@ -161,7 +161,7 @@ def _check_annotations(
             entry.get("bbox"), checked.images.get(entry["image_id"])
         )
         if not issue and entry["id"] in ids and not ids_may_repeat:
-            issue = "annotation with the id of another one"
+            issue = "annotation that shares its id with another"
         if issue:
             checked.bad.add(issue, _describe, "annotation", entry, _ANNOTATION_KEYS)
             continue
@@ -255,7 +255,7 @@ def _annotation_issue(
     if annotation.get("ignore", 0) != 0:
         return "annotation with 'ignore', which is not supported (use 'iscrowd')"
     if annotation.get("area") is not None and not _is_coordinate(annotation["area"]):
-        return "annotation whose 'area' is no finite number"
+        return "annotation whose 'area' is not a finite number"
     return None
 
 

@@ -49,7 +49,7 @@ def summarize(checked: CheckedJson) -> DatasetSummary:
     summary.category_boxes.update(dict.fromkeys(checked.categories, 0))
     if not checked.has_annotations:
         kind = "data set without annotations"
-        summary.warnings.add(kind, str, "good to run on, not to train on")
+        summary.warnings.add(kind, str, "can be used for inference, not for training")
     for image in checked.images.values():
         _count_image(image, list(boxes_of(checked, image)), checked.has_annotations, summary)
     summary.warnings.update(find_mistakes(checked))
@@ -95,14 +95,14 @@ def _oddities(box: JsonObject, image: JsonObject, repeated: bool) -> Iterator[st
     if is_outside(box, image):
         yield "box that is partly outside its image (and is clipped)"
     if repeated:
-        yield "box that is there twice, with the same class"
+        yield "duplicate box of the same class"
 
 
 def _find_shared_files(checked: CheckedJson, warnings: Issues) -> None:
     users = Counter(image["file_name"] for image in checked.images.values())
     for name, count in users.items():
         if count > 1:
-            warnings.add("file that several images name", shown, name)
+            warnings.add("file used by several images", shown, name)
 
 
 def _find_category_gaps(checked: CheckedJson, summary: DatasetSummary) -> None:

@@ -135,7 +135,7 @@ def check_image(folder: str, entry: JsonObject, *, decode: bool = False) -> Imag
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # reading a pipe would block for ever
-            return _issue("image that is no file", entry)
+            return _issue("image that is not a file", entry)
         if status.st_size == 0:
             return _issue("empty image file", entry)
         with open(path, "rb") as file:
@@ -169,7 +169,7 @@ def _check_open_file(file: IO[bytes], entry: JsonObject, decode: bool) -> ImageI
                 found = (height, width)
         except DatasetError as error:
             reason = str(error).removeprefix(f"{file.name}: ")
-            return _issue("image file that is truncated or no image", entry, reason)
+            return _issue("image file that is truncated or not an image", entry, reason)
     return None if found == expected else _size_issue(entry, found, stored)
 
 
@@ -180,7 +180,7 @@ def _size_issue(entry: JsonObject, found: tuple[int, int], stored: tuple[int, in
         kind = "image whose size in the json is that before its EXIF rotation"
         return _issue(kind, entry, f"upright {sizes}")
     if found == (width, height):
-        return _issue("image whose width and height are exchanged in the json", entry, sizes)
+        return _issue("image whose width and height are swapped in the json", entry, sizes)
     return _issue("image whose size is not that in the json", entry, sizes)
 
 

@@ -191,7 +191,7 @@ class _Loader(DataLoader[Sample]):
                 if message not in known:
                     known.add(message)
                     logger.warning(
-                        "%s. Another image is trained on in its place (broken images so far: %d)",
+                        "%s. Training on another image instead (broken images so far: %d)",
                         message,
                         len(known),
                     )

@@ -109,7 +109,7 @@ def _image_ids(images: Sequence[Any], dataset: CocoDataset, issues: Issues) -> d
         elif image is None:
             issues.add("image that the annotations do not have", shown, name)
         elif image["id"] in taken or number in ids:
-            issues.add("image that is there twice", shown, name)
+            issues.add("image listed twice", shown, name)
         elif (entry.get("height"), entry.get("width")) != (image["height"], image["width"]):
             issues.add("image of another size", shown, name)
         else:

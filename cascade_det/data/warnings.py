@@ -28,7 +28,7 @@ def find_mistakes(checked: CheckedJson) -> Issues:
     names = Counter(checked.categories.values())
     for category_id, name in checked.categories.items():
         if names[name] > 1:
-            kind = "category that has its name with another"
+            kind = "category that shares its name with another"
             warnings.add(kind, str, f"category {category_id} ({shown(name)})")
     return warnings
 
@@ -89,7 +89,7 @@ def _find_useless_areas(checked: CheckedJson, warnings: Issues) -> None:
     areas = {box["area"] for box in boxes}
     same = len(boxes) > 1 and len(areas) == 1 and min(areas) >= 0
     if same and not all(map(_has_fitting_area, boxes)):
-        kind = f"'area' that is {shown(*areas)} for all boxes: AP by size says nothing"
+        kind = f"'area' that is {shown(*areas)} for all boxes: AP by size is meaningless"
         for box in boxes:
             warnings.add(kind, box_name, box)
         return

@@ -36,7 +36,7 @@ def newest_checkpoint(folder: str | Path) -> str:
     if not name or name in (".", "..") or "\0" in name or Path(name).name != name:
         raise CheckpointError(
             f"{last}: holds no name of a checkpoint. Write into it the name of the one in {folder} "
-            "to go on from, such as model_0004999.pth."
+            "to continue from, such as model_0004999.pth."
         )
     return str(Path(folder) / name)
 
@@ -53,7 +53,7 @@ def checkpoint_to_resume(folder: str | Path) -> str:
     found = f"only {', '.join(files[:5])} without {LAST}" if files else "no checkpoint"
     raise CheckpointError(
         f"--resume: there is nothing to resume in OUTPUT_DIR {folder}: it has {found}. Start "
-        "without --resume, or give the OUTPUT_DIR of the run to go on with."
+        "without --resume, or give the OUTPUT_DIR of the run to continue."
     )
 
 
@@ -195,7 +195,7 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
             iteration = self._resumed.get("iteration")
             if not isinstance(iteration, int) or iteration < -1:
                 raise CheckpointError(
-                    f"{file}: holds weights, but no training to go on with (its 'iteration' is "
+                    f"{file}: holds weights, but no training to continue (its 'iteration' is "
                     f"{iteration!r}). Give it as MODEL.WEIGHTS, without --resume."
                 )
             self.start_iter = iteration + 1
@@ -217,15 +217,15 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
         # torch reports a full disk as a RuntimeError.
         except (OSError, RuntimeError) as error:
             raise CheckpointError(
-                f"{path}: cannot be written ({error}). Is the disk full? Make room and go on with "
-                f"--resume, which starts from {self.get_checkpoint_file() or 'no checkpoint yet'}."
+                f"{path}: cannot be written ({error}). Is the disk full? Free some space and continue "
+                f"with --resume, which starts from {self.get_checkpoint_file() or 'no checkpoint yet'}."
             ) from error
         return True
 
     def _load_file(self, f: str) -> dict[str, Any]:
         content = load_torch_file(Path(f))
         if not isinstance(content, dict) or "model" not in content:
-            raise CheckpointError(f"{f}: is no checkpoint, it has no entry 'model'.")
+            raise CheckpointError(f"{f}: is not a checkpoint: it has no entry 'model'.")
         if isinstance(content["model"], dict):  # fvcore refuses others
             tensors = {k: v for k, v in content["model"].items() if isinstance(v, torch.Tensor)}
             check_finite(f, tensors)

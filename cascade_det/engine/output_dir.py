@@ -40,7 +40,7 @@ def check_output(cfg: CfgNode, *, resume: bool) -> None:
     if trained:
         raise ConfigError(
             f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds the run of an earlier training "
-            f"({trained[-1].name}), which this one would overwrite. Add --resume to go on with it, "
+            f"({trained[-1].name}), which this one would overwrite. Add --resume to continue it, "
             "or give another OUTPUT_DIR, or remove it."
         )
     file = Path(cfg.OUTPUT_DIR) / CONFIG_FILE

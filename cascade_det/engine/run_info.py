@@ -63,7 +63,7 @@ class RunInfo:
         if (host := state.get("host", "standalone")) != self.host:
             raise CheckpointError(
                 f"the run was trained by --host {host}, and cannot be resumed by --host "
-                f"{self.host}; its weights can be taken as MODEL.WEIGHTS in either"
+                f"{self.host}; its weights can be used as MODEL.WEIGHTS in either"
             )
         _check_classes(state)
         if list(state["class_names"]) != self.class_names:

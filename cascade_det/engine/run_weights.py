@@ -80,7 +80,7 @@ def log_exits(
         logger.warning(
             "MODEL.CASCADE.EXIT.WEIGHTS_SHA256 is %s..., but %s has other weights (%s...): the "
             "results of the calibration may not hold for these. Calibrate the exits on these "
-            "weights (tools/calibrate_exits.py).",
+            "weights (cascade-det calibrate).",
             wanted[:12],
             path,
             found[:12],
@@ -90,7 +90,7 @@ def log_exits(
         logger.warning(
             "MODEL.CASCADE.EXIT.DEVICE_NAME is %r, but this is %r: the thresholds of the exits "
             "depend on latencies that were measured there. Calibrate them on this device "
-            "(tools/calibrate_exits.py).",
+            "(cascade-det calibrate).",
             measured,
             here,
         )

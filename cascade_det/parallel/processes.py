@@ -209,7 +209,7 @@ def _first_cause(statuses: Sequence[int], failures: dict[int, _Failure], stopped
 
 def _describe(rank: int, process: BaseProcess, failure: _Failure | None) -> str:
     subject = f"The process of rank {rank} (pid {process.pid})"
-    rest = "The other processes were ended. --resume goes on from the last checkpoint."
+    rest = "The other processes were stopped. --resume continues from the last checkpoint."
     if failure is not None:
         return f"{subject} failed: {failure.trace.rstrip()}\n{rest}"
     status = process.exitcode or 0

@@ -58,7 +58,7 @@ def shadow_section(shadow: Metrics | None) -> str:
     if not shadow["images"]:
         return "Shadow runs: no image was chosen."
     text = (
-        f"Shadow runs: {shadow['images']:,} images took the full cascade too. Exits lose "
+        f"Shadow runs: {shadow['images']:,} images also ran the full cascade. Exits lose "
         f"{_with_interval(shadow, 'loss')} of its detections per image, and lose any on "
         f"{_with_interval(shadow, 'changed')} of the images ({100 * shadow['confidence']:g} % "
         "confidence intervals)."

@@ -77,9 +77,11 @@ def _cached_path(address: str) -> Path:
     host = parts.netloc.rpartition("@")[2]
     names = [host, *(name for name in unquote(parts.path).split("/") if name)]
     if any(name in ("", ".", "..") or "\0" in name for name in names):
-        raise ValueError("is no address of a file")
+        raise ValueError("is not the address of a file")
     if Path(names[-1]).suffix.lower() not in SUFFIXES:
-        raise ValueError(f"is no address of a file of weights, which end in {', '.join(SUFFIXES)}")
+        raise ValueError(
+            f"is not the address of a file of weights, which ends in {', '.join(SUFFIXES)}"
+        )
     if parts.query:
         names.insert(-1, hashlib.sha256(parts.query.encode()).hexdigest()[:16])
     if address.startswith(_DETECTRON2):

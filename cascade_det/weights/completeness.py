@@ -88,7 +88,7 @@ def check_complete(
         raise CheckpointError(
             f"{path}: has no weights that fit the learned exits {', '.join(sorted(learned))} "
             f"({', '.join(sorted(learned.values()))}), which MODEL.CASCADE.EXIT.LEARNED asks for: "
-            "train them with MODEL.CASCADE.TRAINING.FREEZE_DETECTOR (tools/train_net.py, starting "
+            "train them with MODEL.CASCADE.TRAINING.FREEZE_DETECTOR (cascade-det train, starting "
             "from these weights), or leave them out of LEARNED."
         )
     used = _stages(loaded)
@@ -111,7 +111,7 @@ def _incomplete(path: str | Path, missing: Collection[str], loaded: Iterable[str
     return (
         f"{path}: lacks {', '.join(parts)}, such as {listed([*missing], _SHOWN)}. These weights "
         "can be trained on, but a model that is only used needs all of them: give MODEL.WEIGHTS "
-        "the checkpoint of a training of this configuration (tools/train_net.py), such as "
+        "the checkpoint of a training of this configuration (cascade-det train), such as "
         "model_final.pth."
     )
 
@@ -122,7 +122,7 @@ def _too_few_stages(path: str | Path, there: int, lacking: list[int]) -> str:
         f"{path}: has {there} stage{'s' if last else ''} (roi_heads.box_head."
         f"{f'0-{last}' if last else last}), but MODEL.ROI_BOX_CASCADE_HEAD.IOUS has "
         f"{lacking[-1] + 1}: train stage{'s' * many} {' and '.join(map(str, lacking))} "
-        "(tools/train_net.py with this configuration, starting from these weights), or leave "
+        "(cascade-det train with this configuration, starting from these weights), or leave "
         f"{'them' if many else 'it'} out of IOUS and BBOX_REG_WEIGHTS."
     )
 
@@ -142,7 +142,7 @@ def _differing(path: str | Path, shapes: Mapping[str, Shapes]) -> str:
     return (
         f"{path}: {differences}. These weights were trained with another {key}: give that of "
         "their training, or the MODEL.WEIGHTS of a training of this configuration "
-        "(tools/train_net.py)."
+        "(cascade-det train)."
     )
 
 

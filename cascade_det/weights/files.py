@@ -196,7 +196,9 @@ def plain_tensor(value: Tensor | np.ndarray, name: str, path: Path) -> Tensor:
     try:
         tensor = torch.as_tensor(value)
     except TypeError as error:
-        raise CheckpointError(f"{path}: {name[:80]} is no tensor of numbers ({error}).") from error
+        raise CheckpointError(
+            f"{path}: {name[:80]} is not a tensor of numbers ({error})."
+        ) from error
     kind = f"{tensor.dtype} {tensor.layout} {tensor.device}".replace("torch.", "")
     if not re.fullmatch(r"(bool|b?float\w+|u?int\w+) strided cpu", kind):
         raise CheckpointError(

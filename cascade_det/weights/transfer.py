@@ -88,7 +88,7 @@ class Transfer:
                 raise TransferFault(reason) from error
             raise DownloadError(f"{self.address}: {reason}") from error
         except (InvalidURL, ValueError) as error:
-            raise DownloadError(f"{self.address}: is no valid address ({error})") from error
+            raise DownloadError(f"{self.address}: is not a valid address ({error})") from error
         except (OSError, HTTPException) as error:
             raise TransferFault(f"no answer ({error})") from error
 

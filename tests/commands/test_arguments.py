@@ -195,5 +195,5 @@ def test_a_command_writes_onto_nothing_that_it_reads(tmp_path):
             check_output_file(tmp_path / output, [None, tmp_path / "a"])
     with pytest.raises(CascadeDetError, match="is a folder"):
         check_output_file(tmp_path, [])
-    with pytest.raises(CascadeDetError, match="/dev/null: is no regular file"):
+    with pytest.raises(CascadeDetError, match="/dev/null: is not a regular file"):
         check_output_file(Path("/dev/null"), [])

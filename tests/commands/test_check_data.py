@@ -115,13 +115,13 @@ def test_notes(folder):
             1,
             ["annotation 12 (image 9, bbox [60, 3, 9, 5])"],
         ),
-        "box that is there twice, with the same class": (
+        "duplicate box of the same class": (
             1,
             ["annotation 14 (image 9, bbox [60, 3, 4.9, 5])"],
         ),
-        "file that several images name": (1, ["'3.png'"]),
+        "file used by several images": (1, ["'3.png'"]),
         "category without a box": (1, ["'dog'"]),
-        "category that has its name with another": (
+        "category that shares its name with another": (
             2,
             ["category 2 ('dog')", "category 5 ('dog')"],
         ),
@@ -139,7 +139,7 @@ def test_problems_are_counted_and_the_status_tells(folder, capsys):
     assert status == 1
     assert {kind: problem["count"] for kind, problem in found["problems"].items()} == {
         "box outside its image": 30,
-        "annotation with the id of another one": 1,
+        "annotation that shares its id with another": 1,
         "missing image file": 1,
     }
     assert len(found["problems"]["box outside its image"]["examples"]) == 20
@@ -154,7 +154,7 @@ def test_decoding_finds_damage_inside_a_file(folder):
     assert check(folder)[0] == 0
     status, found = check(folder, "--decode")
     assert status == 1
-    assert list(found["problems"]) == ["image file that is truncated or no image"]
+    assert list(found["problems"]) == ["image file that is truncated or not an image"]
 
 
 def test_what_leaves_no_data_set(folder, capsys):

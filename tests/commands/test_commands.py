@@ -102,7 +102,7 @@ def test_predict_says_what_exits_lose(predicted, shapes, tmp_path, capsys):
     assert figures["shadow/images"] == figures["exits/images"] == figures["iteration"] == 3
     assert figures["shadow/loss_low"] <= figures["shadow/loss"] <= figures["shadow/loss_high"]
     printed = capsys.readouterr().out
-    assert "Shadow runs: 3 images took the full cascade too" in printed
+    assert "Shadow runs: 3 images also ran the full cascade" in printed
     assert "Regions entering and leaving each stage" in printed
 
 

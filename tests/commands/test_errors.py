@@ -65,7 +65,7 @@ def test_paths_and_what_is_wrong_with_them(tmp_path, capfd):
     file.write_text("mine")
     (tmp_path / "folder").mkdir()
     for path, message in {
-        file / "a.json": f"{file}: is no folder",
+        file / "a.json": f"{file}: is not a folder",
         file / "b" / "a.json": f"{file / 'b'}: Not a directory",
         tmp_path / "folder": "Is a directory",
         tmp_path / ("x" * 300): "File name too long",

@@ -163,8 +163,8 @@ def test_all_problems_are_listed_together(files, capsys):
         "1 x prediction with an unknown 'category_id': number 3 ('cat')",
         "2 x prediction whose 'bbox' is not four finite numbers: number 4 ([1, 2, 3])",
         "1 x prediction whose 'bbox' has a negative width or height: number 5",
-        "2 x prediction whose 'score' is no finite number: number 6 (nan), number 7 (None)",
-        "1 x prediction that is no object: number 9 (5)",
+        "2 x prediction whose 'score' is not a finite number: number 6 (nan), number 7 (None)",
+        "1 x prediction that is not an object: number 9 (5)",
     ):
         assert line in message
 
@@ -172,7 +172,7 @@ def test_all_problems_are_listed_together(files, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{}", "is no list of predictions: its top level is dict"),
+        ("{}", "is not a list of predictions: its top level is dict"),
         ("[1, ", "is not valid json"),
         ("[" * 100_000, "is not valid json"),
         ("", "is not valid json"),
@@ -340,7 +340,7 @@ def test_predictions_of_other_images_or_classes_are_told(files, capsys):
         "1 x image that the annotations do not have: 'photos/77.png'",
         "1 x image of another size: 'photos/5.png'",
         "1 x image without a file name: ",
-        "1 x image that is there twice: 'photos/1.png'",
+        "1 x image listed twice: 'photos/1.png'",
         "1 x image without a usable id: 'photos/1.png'",
         "3 x prediction on an image that is not listed: ",
     ):
@@ -350,7 +350,7 @@ def test_predictions_of_other_images_or_classes_are_told(files, capsys):
     wrong["annotations"][0]["score"] = None
     (files / "predictions.json").write_text(json.dumps(wrong))
     assert run(files) == 1
-    assert "1 x prediction whose 'score' is no finite number" in capsys.readouterr().err
+    assert "1 x prediction whose 'score' is not a finite number" in capsys.readouterr().err
 
 
 def test_scores_replace_no_input(files, capsys):

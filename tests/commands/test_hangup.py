@@ -44,5 +44,5 @@ def test_the_terminal_goes_away(tmp_path, shape_options, before, max_iter, statu
     assert re.fullmatch(f"{last}.pth", checkpoint)
     assert (tmp_path / "run" / checkpoint).exists()
     assert "Traceback" not in log
-    resuming = "To go on: python -m cascade_det train --resume --host standalone --config-file"
+    resuming = "To continue: python -m cascade_det train --resume --host standalone --config-file"
     assert (resuming in log) == (status != 0)

@@ -270,7 +270,7 @@ def test_ctrl_c_says_how_to_go_on(web, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(prepare_coco, "unpack", interrupted)
     assert run(web, tmp_path, "--splits", "val") == 130
-    assert "Run the same again to go on" in capsys.readouterr().err
+    assert "Run the same command again to continue" in capsys.readouterr().err
 
 
 def test_room_is_needed_for_archives_and_files(web, tmp_path, monkeypatch, refusal):
@@ -335,7 +335,7 @@ def test_bombs_that_lie_about_their_size_are_cut(tmp_path):
     assert content.count(true) == 2
     path = tmp_path / "bomb.zip"
     path.write_bytes(content.replace(true, claimed))
-    with pytest.raises(DatasetError, match=r"bomb\.zip: is no whole zip file.*CRC"):
+    with pytest.raises(DatasetError, match=r"bomb\.zip: is not a complete zip file.*CRC"):
         unpack(path, tmp_path / "folder", ".*", limit=100)
     assert files_in(tmp_path / "folder") == {}
 

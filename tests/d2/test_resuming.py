@@ -142,7 +142,7 @@ class TestInterrupts:
         command += ["SOLVER.MAX_ITER", "3", "OUTPUT_DIR", str(tmp_path)]
         assert train_net.main(command) == 130
         told = "".join(capfd.readouterr())
-        assert "Interrupted after iteration 1 of 3. To go on: python" in told
+        assert "Interrupted after iteration 1 of 3. To continue: python" in told
         assert "Traceback" not in told
         assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
         on_step(lambda *_: None)

@@ -19,11 +19,14 @@ CATEGORY = '"categories": [{"id": 1, "name": "a"}]'
         ('{"images": [', "not valid json"),
         ("[" * 100_000, "not valid json"),
         ("\0" * 9, "not valid json"),
-        ('{"images": ' + "1" * 5000 + "}", r"not valid json|'images' is no list"),
+        ('{"images": ' + "1" * 5000 + "}", r"not valid json|'images' is not a list"),
         ("[]", "no object at the top"),
-        ("{}", "2 x key without which .* not COCO format: 'categories' is missing, 'images' is"),
-        ('{"categories": [], "images": []}', "list of classes without any: 'categories'"),
-        ('{"categories": [3], "images": []}', r"entry of 'categories' that is no object: .*\[0\]"),
+        ("{}", "2 x key that COCO format requires: 'categories' is missing, 'images' is"),
+        ('{"categories": [], "images": []}', "empty list of classes: 'categories'"),
+        (
+            '{"categories": [3], "images": []}',
+            r"entry of 'categories' that is not an object: .*\[0\]",
+        ),
         (
             '{"categories": [{"id": 1}], "images": []}',
             "category without a usable 'name': category 1",
@@ -57,8 +60,8 @@ CATEGORY = '"categories": [{"id": 1, "name": "a"}]'
             r"2 x category that shares its id with another: category 1 \(name 'a'\), category 1",
         ),
         (f"{{{CATEGORY}}}", "'images' is missing"),
-        (f'{{{CATEGORY}, "images": {{}}}}', "'images' is no list"),
-        (f'{{{CATEGORY}, "images": [], "annotations": 3}}', "'annotations' is no list"),
+        (f'{{{CATEGORY}, "images": {{}}}}', "'images' is not a list"),
+        (f'{{{CATEGORY}, "images": [], "annotations": 3}}', "'annotations' is not a list"),
     ],
 )
 def test_files_that_are_not_coco(coco, text, said):

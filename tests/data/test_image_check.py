@@ -127,7 +127,7 @@ def test_rotated_images_are_read_upright(tmp_path, picture, suffix, orientation)
     assert check_image(*entry(path)) is None
     issue = check_image(*entry(path, WIDTH, HEIGHT))
     if orientation <= 4:
-        assert issue.kind == "image whose width and height are exchanged in the json"
+        assert issue.kind == "image whose width and height are swapped in the json"
     elif suffix != "tif":  # Pillow does not say how a TIFF was stored
         assert issue.kind == "image whose size in the json is that before its EXIF rotation"
     assert f"{WIDTH}x{HEIGHT} in the file, {HEIGHT}x{WIDTH} in the json" in issue.detail
@@ -192,12 +192,12 @@ def test_missing_and_empty_files_and_what_is_none(tmp_path):
     (tmp_path / "file").write_text("")
     assert check_image(*entry(tmp_path / "file")).kind == "empty image file"
     assert check_image(*entry(tmp_path / "file/a.png")).kind == "image file that cannot be read"
-    assert check_image(*entry(tmp_path)).kind == "image that is no file"
+    assert check_image(*entry(tmp_path)).kind == "image that is not a file"
     os.mkfifo(tmp_path / "pipe")
-    assert check_image(*entry(tmp_path / "pipe")).kind == "image that is no file"
+    assert check_image(*entry(tmp_path / "pipe")).kind == "image that is not a file"
     (tmp_path / "a.jpg").write_text("<html>404 not found</html>")
     issue = check_image(*entry(tmp_path / "a.jpg"))
-    assert issue.kind == "image file that is truncated or no image"
+    assert issue.kind == "image file that is truncated or not an image"
     assert issue.detail.startswith("image 7 ('a.jpg'): cannot be read as an image")
 
 
@@ -212,7 +212,7 @@ def test_truncated_files_are_found_without_decoding_all(tmp_path, picture, case,
     try:
         read_image(str(path), "RGB")
     except DatasetError:
-        assert check_image(*entry(path)).kind == "image file that is truncated or no image"
+        assert check_image(*entry(path)).kind == "image file that is truncated or not an image"
     else:  # only an end without pixels is gone
         assert kept == 0.95
         assert check_image(*entry(path)) is None
@@ -224,7 +224,7 @@ def test_damage_in_the_middle_is_found_by_decoding(tmp_path):
     damage(path)
     assert check_image(*entry(path)) is None
     issue = check_image(*entry(path), decode=True)
-    assert issue.kind == "image file that is truncated or no image"
+    assert issue.kind == "image file that is truncated or not an image"
 
 
 @pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tif"])
@@ -288,7 +288,7 @@ def test_all_issues_of_files_are_listed_together_and_can_be_skipped(coco):
     missing = ", ".join(f"image {n} ('{n}.png')" for n in (2, 3, 4))
     assert f"4 x missing image file: {missing}, ...\n" in message
     assert "1 x empty image file: image 6 ('6.png')\n" in message
-    assert "1 x image file that is truncated or no image: image 7 ('7.png'): " in message
+    assert "1 x image file that is truncated or not an image: image 7 ('7.png'): " in message
     assert "1 x image whose size is not that in the json: image 8 ('8.png'): 31x40 in" in message
     dataset = load_dataset(source, "skip", keep_ground_truth=True)
     assert [record.image_id for record in dataset.records] == [1, 9]
@@ -302,7 +302,7 @@ def test_decoding_leaves_damaged_images_out_of_images_and_boxes(coco):
     damage(source.image_root / "2.png")
     assert len(load_dataset(source).records) == 2
     with pytest.raises(
-        DatasetError, match=r"truncated or no image: image 2.*\n.*set --x to 'skip'"
+        DatasetError, match=r"truncated or not an image: image 2.*\n.*set --x to 'skip'"
     ):
         load_dataset(source, decode=True, option="--x")
     dataset = load_dataset(source, "skip", decode=True, keep_ground_truth=True)
@@ -310,7 +310,7 @@ def test_decoding_leaves_damaged_images_out_of_images_and_boxes(coco):
     assert [image["id"] for image in dataset.ground_truth["images"]] == [1]
     assert [box["image_id"] for box in dataset.ground_truth["annotations"]] == [1]
     assert dataset.left_out_images == {2}
-    assert dataset.left_out == {"image file that is truncated or no image": 1}
+    assert dataset.left_out == {"image file that is truncated or not an image": 1}
 
 
 def test_many_images_are_each_looked_at(tmp_path, picture):

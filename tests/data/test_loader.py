@@ -298,7 +298,7 @@ def test_replacements_do_not_depend_on_workers_resuming_or_processes(dataset, ca
     with caplog.at_level(logging.WARNING):
         caplog.clear()
         helped = take(build_train_loader([dataset], **arguments | {"num_workers": 2}), 9)
-    assert "Another image is trained on in its place" in caplog.text
+    assert "Training on another image instead" in caplog.text
     assert_same_batches(helped, alone)
     assert_same_batches(
         take(build_train_loader([dataset], **arguments, start_batch=5), 4), alone[5:]

@@ -60,9 +60,9 @@ SIDES = ([1, 1, 4, 4], [1, 1, 20, 25], [5, 5, 10, 10])
 @pytest.mark.parametrize(
     ("areas", "expected"),
     [
-        ((0, 0, 0), {"'area' that is 0 for all boxes: AP by size says nothing": 3}),
-        ((1.0, 1.0, 1.0), {"'area' that is 1.0 for all boxes: AP by size says nothing": 3}),
-        ((900, 900, 900), {"'area' that is 900 for all boxes: AP by size says nothing": 3}),
+        ((0, 0, 0), {"'area' that is 0 for all boxes: AP by size is meaningless": 3}),
+        ((1.0, 1.0, 1.0), {"'area' that is 1.0 for all boxes: AP by size is meaningless": 3}),
+        ((900, 900, 900), {"'area' that is 900 for all boxes: AP by size is meaningless": 3}),
         ((16, 0, 100), {"'area' of 0: the object counts as small in AP by size": 1}),
         ((-1, -1, -1), {"'area' below 0: an evaluation ignores the object": 3}),
         ((16, -1, 100), {"'area' below 0: an evaluation ignores the object": 1}),
@@ -92,8 +92,8 @@ def test_the_start_of_a_run_tells_them_all(coco, caplog):
         load_dataset(source)
     assert f"{source.json_file}: probably a mistake\n" in caplog.text
     assert f" x {CORNERS}: annotation 1 " in caplog.text
-    assert "20 x 'area' that is 0 for all boxes: AP by size says nothing: ann" in caplog.text
-    assert "2 x category that has its name with another: category 3 ('cat'), category 9" in (
+    assert "20 x 'area' that is 0 for all boxes: AP by size is meaningless: ann" in caplog.text
+    assert "2 x category that shares its name with another: category 3 ('cat'), category 9" in (
         caplog.text
     )
     caplog.clear()

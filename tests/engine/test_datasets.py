@@ -75,7 +75,7 @@ def test_mistakes_are_told_at_the_start_of_training_and_evaluation(make_cfg, cap
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
     with caplog.at_level(logging.WARNING):
         load_datasets(cfg, train=train)
-    assert "2 x category that has its name with another: category 1 ('a')" in caplog.text
+    assert "2 x category that shares its name with another: category 1 ('a')" in caplog.text
 
 
 @pytest.mark.parametrize("train", [True, False])

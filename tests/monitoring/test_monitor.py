@@ -30,7 +30,7 @@ class FakeDetector:
     """Its full cascade finds four things in every image; with exits some, as the sample says.
 
     Attributes:
-        shadowed: names of the images that took the full cascade.
+        shadowed: names of the images that ran the full cascade.
         asked: ``stages`` of each call.
     """
 

@@ -95,7 +95,7 @@ def test_an_evaluation_reports_the_loss_of_the_exits(cfg, batch, caplog):
     assert saved["shadow"] == results["shadow"]
     assert saved["exits"]["head_flops_share"] < 1
     assert set(saved["exits"]["stage0"]["mean_score"]) == set(saved["exits"]["stage0"]["left"])
-    assert "Shadow runs: 3 images took the full cascade too" in caplog.text
+    assert "Shadow runs: 3 images also ran the full cascade" in caplog.text
 
 
 @pytest.mark.usefixtures("no_pictures")

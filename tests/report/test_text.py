@@ -136,7 +136,7 @@ def test_report_holds_the_figures(results):
     assert "a region sees 0.62 of 2 stages" in report
     assert "1.23 GFLOPs per image (multiply-adds, by fvcore), 12.5 % of the 9.87" in report
     assert "10.0 % of the batches took longer than their time budget, by 12.3 ms" in report
-    assert "1,200 images took the full cascade too" in report
+    assert "1,200 images also ran the full cascade" in report
     assert "lose 2.34 % (1.11 to 4.00) of its detections per image" in report
     assert "any on 10.00 % (5.26 to 17.00) of the images (95 % confidence intervals)" in report
     assert "promised 1.00 % with a deviation of 0.05 %: this is drift." in report

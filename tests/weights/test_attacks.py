@@ -231,7 +231,7 @@ def test_tensors_that_are_no_weights(tmp_path, tensor, kind):
 
 def test_arrays_that_are_no_weights(tmp_path):
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"weight": np.ones(2, np.longdouble)}))
-    with pytest.raises(CheckpointError, match=r"a\.pkl: weight is no tensor of numbers"):
+    with pytest.raises(CheckpointError, match=r"a\.pkl: weight is not a tensor of numbers"):
         load_weights(nn.Linear(1, 1), tmp_path / "a.pkl")
 
 

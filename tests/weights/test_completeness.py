@@ -41,7 +41,7 @@ def file_of(tmp_path):
     [
         (3, 4, "has 3 stages (roi_heads.box_head.0-2), but MODEL.ROI_BOX_CASCADE_HEAD.IOUS has 4"),
         (1, 2, "has 1 stage (roi_heads.box_head.0), but MODEL.ROI_BOX_CASCADE_HEAD.IOUS has 2"),
-        (2, 4, "train stages 2 and 3 (tools/train_net.py"),
+        (2, 4, "train stages 2 and 3 (cascade-det train"),
     ],
 )
 def test_stages_that_are_missing_are_an_error(in_file, wanted, words, file_of):

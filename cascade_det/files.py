@@ -1,4 +1,4 @@
-"""Files that are either complete or not there."""
+"""Files and folders that are either complete or absent."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _RENAME_EXCHANGE = 2
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Let an OSError within the block name ``path`` instead of nothing or a temporary file."""
+    """Make an OSError in the block name ``path`` instead of nothing or a temporary file."""
     try:
         yield
     except OSError as error:

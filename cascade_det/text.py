@@ -17,7 +17,7 @@ LONGEST_NAME = 255  # characters
 def printable(text: str, *, longest: int = 0, lines: bool = False) -> str:
     r"""Escape characters that control a terminal, break an encoder or deceive a reader.
 
-    Control characters, bidirectional marks and lone surrogates (bytes of a file name that are no
+    Control characters, bidirectional marks and lone surrogates (bytes of a file name that are not
     UTF-8) become ``\x1b``, ``\u202e``, ``\udcf6``; everything else stays.
 
     Args:

@@ -33,7 +33,7 @@ def measure_limits(setup: Setup, models: Mapping[str, BenchmarkModel]) -> dict[s
 
     Args:
         setup: what all models share.
-        models: those that run, by name.
+        models: the ones that run, by name.
 
     Returns:
         ``contender`` (its name), ``batch``, ``proposals``, ``dtype``, ``peaks`` (see

@@ -47,7 +47,7 @@ _LARGEST_DROPS = {"AP": 0.1, "AP75": 0.2}
 def hold_targets(
     results: Mapping[str, Any], targets: Sequence[SpeedTarget] = SPEED_TARGETS
 ) -> list[dict[str, Any]]:
-    """The targets whose figures were measured; those of speed and memory on a CPU only.
+    """The targets that were measured; those for speed and memory only on a CPU.
 
     Args:
         results: of ``run_benchmark``.

@@ -151,7 +151,7 @@ class Assessment:
         return compare(others, {**policies, **baselines(others, first.reported)}, milliseconds)
 
     def front(self) -> tuple[list[FrontPoint], list[FrontPoint]]:
-        """All trials, and their front, on the images that settings were chosen on."""
+        """All trials, and their front, on the search half of the images."""
         search = self.calibrator.search
         points = [
             front_point(

@@ -68,8 +68,8 @@ class Calibrator:
         seed: of the split into halves.
 
     Attributes:
-        trials: on the images that settings are chosen on.
-        others: on the other images.
+        trials: on the search half of the images.
+        others: on the held-out images.
         search: everything that was tried.
 
     Raises:
@@ -114,7 +114,7 @@ class Calibrator:
             self.search.search(most_trials)
 
     def calibrate(self, target: Target, latency: LatencyModel | None = None) -> Calibration:
-        """The best setting for a target among those that were tried.
+        """The best of the tried settings for a target.
 
         If the setting loses more AP on the other half of the images than the target allows, the
         result is the full cascade. Apart from that, and from the tests for a ``risk``, the other
@@ -143,8 +143,8 @@ class Calibrator:
         """Add a score calibration, so that scores mean the same after every exit stage.
 
         Scores are mapped to those of the last stage, so that the score threshold keeps its
-        meaning. The map is fitted to the images that settings are chosen on, and used only if it
-        does not lower the AP on them.
+        meaning. The map is fitted to the search half of the images, and used only if it does not
+        lower the AP there.
         """
         trial = self.trials.replay(self.policy(setting))
         matched = trial.matched

@@ -51,7 +51,7 @@ def write_exits(
     content = {
         "MODEL": {
             "ROI_HEADS": {"NAME": _HEADS if heads == "CascadeROIHeads" else heads},
-            # Fresh lists: YAML would write an alias for a value that is there twice.
+            # Fresh lists: YAML would write an alias for a repeated value.
             "CASCADE": {"EXIT": {key: as_lists(value) for key, value in exits.items()}},
         },
         "CASCADE": {"SHADOW_SCORE": score},

@@ -57,7 +57,7 @@ def plot_front(
         front: at least one point.
         path: the PNG; its folder is made where it is missing, an old file is replaced.
         profiles: points to mark and label, by name.
-        tried: all points of the search, on the images that settings were chosen on.
+        tried: all points of the search, on the search half of the images.
         compared: see ``compare``; one kind of mark for each kind of exits.
         chosen: names of ``compared`` that get an error bar.
     """

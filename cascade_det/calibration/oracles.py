@@ -25,7 +25,7 @@ Objects = tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]
 
 
 class ExitAfter:
-    """Lets every region exit after a given stage.
+    """Makes every region exit after a given stage.
 
     Args:
         reason: "background" drops the region, "confident" reports it.

@@ -25,7 +25,7 @@ _ROUNDING = 1e-9
 
 
 class SampleTooSmallError(CascadeDetError, ValueError):
-    """Too few images to show anything, whatever their losses."""
+    """Too few images to show anything, even if none loses anything."""
 
 
 def smallest_sample(risk: float, delta: float) -> int:

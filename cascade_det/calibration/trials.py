@@ -105,7 +105,7 @@ class Trial(TrialSummary):
     matched: MatchedDetections
 
     def summary(self) -> TrialSummary:
-        """The numbers alone."""
+        """The summary without the detections."""
         names = (field.name for field in fields(TrialSummary))
         return TrialSummary(**{name: getattr(self, name) for name in names})
 

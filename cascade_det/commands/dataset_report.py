@@ -57,7 +57,7 @@ def report_dataset(use: DatasetUse, *, decode: bool) -> dict[str, Any]:
 
 
 def _problems(use: DatasetUse, checked: CheckedJson, summary: DatasetSummary) -> Issues:
-    """Errors in the data set, and whatever prevents its use."""
+    """Errors in the data set, and anything else that prevents its use."""
     problems = checked.unusable.copy()
     problems.update(checked.bad)
     found = len(checked.categories)

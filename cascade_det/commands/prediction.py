@@ -83,7 +83,7 @@ def predict(
         files: image files; image ids count them from 1.
         output: folder, made if missing.
         score_threshold: detections below it are in the json, but not drawn.
-        with_stages: draw exit stages too.
+        with_stages: also draw exit stages.
         others: names of files that the detector itself writes to the folder.
 
     Returns:

@@ -294,7 +294,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def _other_files(names: Iterable[str]) -> list[str]:
-    """The names of neither pictures nor results, each once."""
+    """Names of files that are neither pictures nor results, each once."""
     known = (RESULT_FILE, LINES_FILE)
     return [n for n in dict.fromkeys(names) if n not in known and not n.endswith(_SUFFIX)]
 

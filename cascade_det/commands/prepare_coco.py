@@ -107,8 +107,8 @@ def prepare_coco(
 ) -> None:
     """Make ``coco/annotations``, ``coco/train2017`` and ``coco/val2017`` in ``output``.
 
-    Only ``instances_*.json`` of the annotations are unpacked. An archive that is in ``coco``
-    already, from wherever, is not downloaded again.
+    Only ``instances_*.json`` of the annotations are unpacked. An archive that is already in
+    ``coco`` is not downloaded again.
 
     Args:
         output: the folder of data sets.

@@ -116,8 +116,8 @@ def _check_prefix_loss(cfg: CfgNode) -> Iterator[str]:
     if training.PREFIX_LOSS_WEIGHT > 0 and ensemble not in ("mean_probs", "mean_logits"):
         yield (
             f"{_TRAINING}.PREFIX_LOSS_WEIGHT is {training.PREFIX_LOSS_WEIGHT}, but "
-            f"MODEL.CASCADE.ENSEMBLE is {ensemble!r}, which is not a mean over stages "
-            "and cannot be trained this way. Set it to mean_probs or mean_logits, or the weight to 0."
+            f"MODEL.CASCADE.ENSEMBLE is {ensemble!r}, which is not a mean over stages, "
+            "so it has no prefix loss. Set it to mean_probs or mean_logits, or the weight to 0."
         )
 
 

@@ -38,7 +38,7 @@ _SHARES_1_NEVER = Values(_SHARES, "Give a list of numbers from 0 to 1; 1 means n
 EXIT = group(
     "MODEL.CASCADE.EXIT",
     "Exits: regions that leave before the last stage, in inference only",
-    ENABLED=Key(False, "Lets regions leave early."),
+    ENABLED=Key(False, "Turns early exits on."),
     PRUNE_THRESHOLDS=Key(
         (0.02,),
         "Drops a region whose ensemble probability is below this for every class, per stage.",
@@ -46,18 +46,20 @@ EXIT = group(
     ),
     PROPOSAL_THRESHOLD=Key(
         0.0,
-        "Drops a proposal of a lower objectness before stage 0.",
+        "Drops proposals with a lower objectness before stage 0.",
         Values(within(0, 1), "Give a number from 0 to 1; 0 means never."),
     ),
     PRUNE_MARGINS=Key(
         (1.0,),
-        "Drops a region whose score is more than this below that of the image's region of rank "
-        "PRUNE_BEST, per gate.",
+        "Drops a region that scores more than this below the region of rank PRUNE_BEST in its "
+        "image, per gate.",
         _SHARES_1_NEVER,
     ),
     PRUNE_BEST=Key(100, "Rank that PRUNE_MARGINS count from.", COUNT),
     PRUNER_THRESHOLDS=Key(
-        (0.0,), "Drops a region below this chance by the learned pruner, per gate.", _SHARES_0_NEVER
+        (0.0,),
+        "Drops a region that the learned pruner scores below this, per gate.",
+        _SHARES_0_NEVER,
     ),
     REDUNDANCY_IOU=Key(
         0.9,
@@ -66,7 +68,7 @@ EXIT = group(
     ),
     THRESHOLDS=Key(
         (1.01,),
-        "Accepts a region, with the box that it has, whose CONFIDENCE reaches this, per stage.",
+        "Accepts a region, with its current box, if its CONFIDENCE reaches this, per stage.",
         Values(each(above(0)), "Give a list of numbers above 0; above 1 means never."),
     ),
     CONFIDENCE=Key(
@@ -78,26 +80,28 @@ EXIT = group(
     ),
     LOCALISATION=Key(
         "none",
-        "What an accepted box must reach too: nothing, its IoU with the box before the stage, or "
-        "the IoU with the object that the IoU head predicts.",
+        "Further condition on accepted boxes: none, the IoU with the box before the stage, or the "
+        "IoU with the object, as predicted by the IoU head.",
         one_of("none", "refinement", "predicted_iou"),
     ),
     LOCALISATION_THRESHOLDS=Key(
         (0.9,),
-        "The value of LOCALISATION to reach, per stage.",
+        "Smallest value of LOCALISATION to accept, per stage.",
         Values(_SHARES, "Give a list of numbers from 0 to 1."),
     ),
     REGION_BUDGET=Key(
         (0,),
-        "The most regions of an image that enter a stage, the best first, per gate.",
+        "Most regions of an image that enter a stage, best first, per gate.",
         Values(each(whole(at_least(0))), "Give a list of whole numbers; 0: no limit."),
     ),
     TIME_BUDGET_MS=Key(
         0.0,
-        "Time from the image to its detections, after which regions are final as they are.",
+        "Time limit from image to detections; regions still live then are reported as they are.",
         Values(at_least(0), "Give milliseconds, 0 or more; 0 means no limit."),
     ),
-    TIME_BUDGET_PER=Key("image", "What TIME_BUDGET_MS is for.", one_of("image", "batch")),
+    TIME_BUDGET_PER=Key(
+        "image", "Whether TIME_BUDGET_MS is for an image or a batch.", one_of("image", "batch")
+    ),
     LEARNED=Key((), "Trained parts that the rules above use.", subset_of(*LEARNED_PARTS)),
     SCORE_SCALES=Key(
         (1.0,),
@@ -111,18 +115,18 @@ EXIT = group(
     ),
     EXPECTED_LOSS=Key(
         -1.0,
-        "Mean share of the full cascade's detections of an image that calibration saw lost.",
+        "Mean share of the full cascade's detections lost per image, measured by calibration.",
         Values(is_number, "Give a number; -1 means not calibrated."),
     ),
     EXPECTED_LOSS_DEVIATION=Key(0.0, "Standard deviation of EXPECTED_LOSS.", NOT_NEGATIVE),
     DEVICE_NAME=Key(
         "",
-        "Device that calibration timed, where thresholds depend on it.",
+        "Device that calibration timed, if thresholds depend on it.",
         Values(lambda value: isinstance(value, str), "Give the name of a device, or ''."),
     ),
     WEIGHTS_SHA256=Key(
         "",
-        "Digest of the calibrated weights: others cause a warning.",
+        "Digest of the calibrated weights; other weights cause a warning.",
         Values(
             lambda value: isinstance(value, str) and bool(re.fullmatch("([0-9a-f]{64})?", value)),
             "Give 64 hexadecimal digits, or ''.",
@@ -135,8 +139,8 @@ FAST = group(
     "Lower precision and compilation for evaluation, prediction and calibration",
     ENABLED=Key(
         False,
-        "Makes inference faster, with rounding errors; training runs the model as it is, and in "
-        "Detectron2 only our heads become faster.",
+        "Speeds up inference, at the cost of rounding errors; ignored in training, and in "
+        "Detectron2 limited to our heads.",
     ),
     DTYPE=Key(
         "auto",
@@ -174,8 +178,8 @@ TRAINING = group(
     GATE_SCALE=Key(15.0, "Steepness of a soft gate; at 1 it hardly moves.", POSITIVE),
     STAGE_WEIGHTING=Key(
         "fixed",
-        "Loss weights of the stages: STAGE_LOSS_WEIGHTS, a linear course from those to "
-        "STAGE_LOSS_WEIGHTS_END, or those times a trained factor per stage (uncertainty).",
+        "Loss weights of the stages: STAGE_LOSS_WEIGHTS, a linear ramp from these to "
+        "STAGE_LOSS_WEIGHTS_END, or these times a trained factor per stage (uncertainty).",
         one_of("fixed", "scheduled", "learned"),
     ),
     STAGE_LOSS_WEIGHTS_END=Key(
@@ -213,7 +217,7 @@ DYNAMIC = group(
     ),
     PERIOD=Key(
         100,
-        "Time between changes; each of ACCUMULATION_STEPS counts as an iteration.",
+        "Iterations between updates; each of ACCUMULATION_STEPS counts as one.",
         Values(whole(at_least(1)), "Give 1 or more iterations."),
     ),
     IOU_FLOOR=Key(0.4, "Lowest IoU threshold.", BETWEEN_0_AND_1),

@@ -1,7 +1,7 @@
 """Checks of a whole configuration.
 
-First each key on its own, then keys against each other. A check across keys ends at a key that is
-wrong by itself, and so never meets odd values.
+First each key on its own, then keys against each other. A check across keys stops at a key that is
+wrong by itself, so it never sees invalid values.
 """
 
 from __future__ import annotations

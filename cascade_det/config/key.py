@@ -36,8 +36,8 @@ class Key:
 
     Attributes:
         default: its type is the type of all values.
-        help: what it does, as one sentence; "" for a key that the standalone host does not read.
-        values: what it takes.
+        help: its effect, in one sentence; "" for a key that the standalone host does not read.
+        values: the accepted values.
         unit: of the value, or of each number in a list.
         type_if_set: the type of values other than ``None``, where that is the default.
     """

@@ -132,7 +132,7 @@ class _Merge:
         self._last_set = ""  # of _LENGTHS
 
     def file(self, path: Path, including: tuple[str, ...]) -> None:
-        """Merge the bases of a file, then the file; ``including`` are those on the way to it."""
+        """Merge the bases of a file, then the file; ``including`` are the files that led to it."""
         self._files += 1
         if self._files > _MAX_FILES:
             raise ConfigError(f"{path}: is one of more than {_MAX_FILES} files. Use fewer bases.")
@@ -280,7 +280,7 @@ def _literal(text: str) -> object:
 
 
 def _oddity(value: object) -> str:
-    """What no configuration can hold, in ``value`` or the items of a list; "" if all is plain."""
+    """Describe a value, or list item, that no configuration can hold; "" if all are plain."""
     if isinstance(value, (list, tuple)):
         return next(filter(None, map(_oddity, value)), "")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:

@@ -99,7 +99,7 @@ BACKBONE = group(
 FPN = group(
     "MODEL.FPN",
     "Feature pyramid",
-    IN_FEATURES=Key([], "Neighbouring levels up to res5; res3 makes p3. p6 comes on top.", NAMES),
+    IN_FEATURES=Key([], "Neighbouring levels up to res5; res3 gives p3. p6 is added.", NAMES),
     OUT_CHANNELS=Key(256, "Width of every level.", COUNT, "channels"),
     NORM=Key("", _NORM_HELP, _NORM),
     FUSE_TYPE=Key("sum", "How a level is merged with the coarser one.", one_of("sum", "avg")),
@@ -108,7 +108,7 @@ FPN = group(
 PROPOSAL_GENERATOR = group(
     "MODEL.PROPOSAL_GENERATOR",
     "Proposals",
-    MIN_SIZE=Key(0, "Sides of a proposal exceed this.", NOT_NEGATIVE, "resized pixels"),
+    MIN_SIZE=Key(0, "Drops proposals with a side of at most this.", NOT_NEGATIVE, "resized pixels"),
 )
 
 ANCHOR_GENERATOR = group(
@@ -137,7 +137,7 @@ RPN = group(
         ),
     ),
     BATCH_SIZE_PER_IMAGE=Key(256, "Anchors per image in the loss.", COUNT),
-    POSITIVE_FRACTION=Key(0.5, "Their largest share of foreground.", FRACTION),
+    POSITIVE_FRACTION=Key(0.5, "Largest share of foreground among them.", FRACTION),
     BBOX_REG_LOSS_TYPE=Key("smooth_l1", "Box loss.", _BOX_LOSS),
     BBOX_REG_LOSS_WEIGHT=Key(1.0, "Weight of the box loss.", NOT_NEGATIVE),
     BBOX_REG_WEIGHTS=Key((1.0, 1.0, 1.0, 1.0), "Scale of the targets (dx, dy, dw, dh).", _WEIGHTS),
@@ -153,7 +153,7 @@ RPN = group(
         "Widths of the 3x3 convolutions.",
         Values(
             each(lambda dim: dim == -1 or whole(at_least(1))(dim), least=1),
-            "Give a list of channel counts; -1 stands for as many as come in.",
+            "Give a list of channel counts; -1 keeps the number of input channels.",
         ),
     ),
 )
@@ -163,11 +163,11 @@ ROI_HEADS = group(
     "RoI heads",
     NAME=Key(
         "Res5ROIHeads",
-        "The cascade with exits, or the same without.",
+        "The cascade with exits, or without.",
         one_of("EarlyExitCascadeROIHeads", "CascadeROIHeads", standalone_only=True),
     ),
     NUM_CLASSES=Key(80, "Classes, without background.", COUNT),
-    IN_FEATURES=Key(["res4"], "Levels that regions are pooled from, finest first.", NAMES),
+    IN_FEATURES=Key(["res4"], "Levels to pool regions from, finest first.", NAMES),
     IOU_THRESHOLDS=Key(
         [0.5],
         "IoU from which a proposal is foreground at stage 0.",
@@ -177,7 +177,7 @@ ROI_HEADS = group(
         ),
     ),
     BATCH_SIZE_PER_IMAGE=Key(512, "Regions per image in training.", COUNT),
-    POSITIVE_FRACTION=Key(0.25, "Their largest share of foreground at stage 0.", FRACTION),
+    POSITIVE_FRACTION=Key(0.25, "Largest share of foreground among them at stage 0.", FRACTION),
     SCORE_THRESH_TEST=Key(0.05, "Detections score above this.", FRACTION),
     NMS_THRESH_TEST=Key(0.5, "IoU above which NMS drops a detection, per class.", ABOVE_0_TO_1),
     PROPOSAL_APPEND_GT=Key(True, "Adds the ground truth to the proposals in training."),
@@ -230,9 +230,9 @@ ROI_BOX_CASCADE_HEAD = group(
 
 RESNETS = group(
     "MODEL.RESNETS",
-    "ResNets; `NORM` holds for the MobileNets too",
+    "ResNets; `NORM` applies to MobileNets too",
     DEPTH=Key(50, "Layers.", one_of(18, 34, 50, 101, 152)),
-    OUT_FEATURES=Key(["res4"], "Levels that come out: all that `FPN.IN_FEATURES` names.", NAMES),
+    OUT_FEATURES=Key(["res4"], "Output levels, including all of `FPN.IN_FEATURES`.", NAMES),
     NUM_GROUPS=Key(1, "Groups of the 3x3 convolutions; above 1 makes a ResNeXt.", COUNT),
     NORM=Key("FrozenBN", "Normalisation.", one_of("FrozenBN", "BN", "SyncBN", "GN")),
     WIDTH_PER_GROUP=Key(64, "Width of a group in res2.", COUNT, "channels"),

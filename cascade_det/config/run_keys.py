@@ -25,7 +25,7 @@ from cascade_det.config.key import (
     within,
 )
 
-VERSION = group("", "Version", VERSION=Key(2, "Version of the tree; no other is read."))
+VERSION = group("", "Version", VERSION=Key(2, "Version of the configuration; no other is read."))
 
 INPUT = group(
     "INPUT",
@@ -61,7 +61,7 @@ DATALOADER = group(
     "Data loader",
     NUM_WORKERS=Key(4, "Processes that read images; 0: the main one.", NOT_NEGATIVE),
     ASPECT_RATIO_GROUPING=Key(True, "Batches wide images with wide ones, for less padding."),
-    FILTER_EMPTY_ANNOTATIONS=Key(True, "Trains without the images that hold no object."),
+    FILTER_EMPTY_ANNOTATIONS=Key(True, "Leaves out training images without objects."),
 )
 
 SOLVER = group(
@@ -91,12 +91,12 @@ SOLVER = group(
     NUM_DECAYS=Key(3, "Decays of the fixed-gamma schedule, evenly spaced.", COUNT),
     WARMUP_FACTOR=Key(1.0 / 1000, "Warm-up starts at BASE_LR times this.", FRACTION),
     WARMUP_ITERS=Key(1000, "Length of the warm-up.", NOT_NEGATIVE, "iterations"),
-    WARMUP_METHOD=Key("linear", "Course of the warm-up.", one_of("linear", "constant")),
-    RESCALE_INTERVAL=Key(False, "Squeezes the schedule into what remains after warm-up."),
+    WARMUP_METHOD=Key("linear", "Shape of the warm-up.", one_of("linear", "constant")),
+    RESCALE_INTERVAL=Key(False, "Fits the whole schedule into the iterations after warm-up."),
     CHECKPOINT_PERIOD=Key(5000, "Time between checkpoints.", COUNT, "iterations"),
     IMS_PER_BATCH=Key(16, "Images per iteration, over all processes.", COUNT),
     REFERENCE_WORLD_SIZE=Key(
-        0, "Processes that batch, rate and schedule are for; 0: any.", NOT_NEGATIVE
+        0, "Processes that batch size, rate and schedule are set for; 0: any.", NOT_NEGATIVE
     ),
     BIAS_LR_FACTOR=Key(1.0, "Learning rate of biases, as a multiple of BASE_LR.", POSITIVE),
     WEIGHT_DECAY_BIAS=Key(
@@ -142,8 +142,8 @@ TEST = group(
     EVAL_PERIOD=Key(0, "Time between evaluations; 0: only at the end.", NOT_NEGATIVE, "iterations"),
     DETECTIONS_PER_IMAGE=Key(
         100,
-        "The best detections that are returned; above COCO's limit of 100, an evaluation counts as "
-        "many of each class in an image.",
+        "Number of best detections to return; if above COCO's limit of 100, an evaluation counts "
+        "that many per class and image.",
         COUNT,
     ),
 )
@@ -176,15 +176,15 @@ CASCADE = group(
     ON_BAD_DATA=Key(
         "error",
         "Stops with a list of all unusable records and images, or leaves them out and counts them. "
-        "Test images are decoded before a run; of training images only heads and ends are read, "
-        "and one that proves broken later stops the training or is replaced.",
+        "Test images are decoded before a run; of training images only headers and ends are "
+        "read, and one that proves broken later stops the training or is replaced.",
         one_of("error", "skip"),
     ),
     FOLLOW_LINKS=Key(
         "near",
-        "Symbolic links of images or folders that are followed out of the image folder: those that "
-        "lead below the json's folder or the working directory, all, or none; an image behind "
-        "another link is bad data.",
+        "Symbolic links out of the image folder to follow, for images and folders: links to below "
+        "the json's folder or the working directory, all, or none; an image behind any other link "
+        "is bad data.",
         one_of("near", "all", "none"),
     ),
     EPOCHS=Key(
@@ -195,7 +195,7 @@ CASCADE = group(
         Values(within(0, 1e6), "Give a number from 0 to 1,000,000."),
         "epochs",
     ),
-    MAX_TO_KEEP=Key(5, "Latest checkpoints that are kept; 0 keeps all.", NOT_NEGATIVE),
+    MAX_TO_KEEP=Key(5, "Number of latest checkpoints to keep; 0 keeps all.", NOT_NEGATIVE),
     BEST_METRIC=Key(
         "bbox/AP",
         "Metric of the best checkpoint and of PATIENCE: higher is better, except for losses "
@@ -203,7 +203,9 @@ CASCADE = group(
         "name of one (`my_val/bbox/AP`).",
         Values(is_text, "Give the name of a metric, such as bbox/AP."),
     ),
-    PATIENCE=Key(0, "Ends after so many evaluations without a new best; 0: never.", NOT_NEGATIVE),
+    PATIENCE=Key(
+        0, "Stops after this many evaluations without a new best; 0: never.", NOT_NEGATIVE
+    ),
     VALIDATION_LOSS=Key(False, "Computes losses on `DATASETS.TEST` at each evaluation."),
     ACCUMULATION_STEPS=Key(
         1,
@@ -227,11 +229,11 @@ CASCADE = group(
     TEST_IMS_PER_BATCH=Key(1, "Images per batch and process in inference.", COUNT),
     SHADOW_SHARE=Key(
         0.0,
-        "Share of the images that also take the full cascade, to see what exits lose; image and "
-        "SEED alone decide which.",
+        "Share of images that also run the full cascade, to measure what exits lose; chosen by "
+        "image and SEED alone.",
         FRACTION,
     ),
-    SHADOW_SCORE=Key(0.5, "Lowest score of a detection that counts there.", FRACTION),
+    SHADOW_SCORE=Key(0.5, "Lowest score of a detection that counts in shadow runs.", FRACTION),
     LOG_PERIOD=Key(20, "Time between lines of log and metrics.", COUNT, "iterations"),
 )
 

@@ -149,7 +149,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _refuse_duplicates(keys: list[yaml.Node]) -> None:
-    """YAML would let the last one win."""
+    """Refuse duplicate keys; YAML would take the last one."""
     first: dict[str, int] = {}
     for key in keys:
         if not isinstance(key, yaml.ScalarNode):
@@ -164,7 +164,7 @@ def _refuse_duplicates(keys: list[yaml.Node]) -> None:
 
 
 def _refuse_tuples(values: list[yaml.Node]) -> None:
-    """In flow style a comma ends a value, so that Python's tuples fall apart."""
+    """Refuse Python tuples in flow style, where a comma ends a value."""
     for value in values:
         is_bare = isinstance(value, yaml.ScalarNode) and value.style is None
         if is_bare and _OPEN_TUPLE.match(value.value):

@@ -39,7 +39,7 @@ def select_detections(
     Args:
         reported: at least one batch of regions; boxes lie inside their image.
         num_images: N.
-        selection: which ones.
+        selection: thresholds and limit.
 
     Returns:
         N ``Detections``, best score first. Rows with NaN or Inf are left out.

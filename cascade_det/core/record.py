@@ -130,7 +130,7 @@ class CascadeRecord:
         return regions.view(stage, self.num_images, probs=probs)
 
     def refine(self, regions: Regions, stage: int) -> Regions:
-        """The regions after ``stage``, from those that enter it."""
+        """The regions after ``stage``, from the regions that enter it."""
         recorded, rows = self.stages[stage], regions.proposal_index
         ious = recorded.predicted_ious
         return replace(

@@ -20,7 +20,7 @@ _MIN_WEIGHT = 1e-3
 class RegionGates:
     """Class-loss weights by region and stage (arXiv 2509.17885, with regions for samples).
 
-    A stage trains on a region as far as the stages before have not settled it. With p_k, the
+    A stage trains on a region to the extent that earlier stages have not settled it. With p_k, the
     softmax of stage k, and y_k, the label at its IoU threshold (background included), the stage
     settles a region by
 

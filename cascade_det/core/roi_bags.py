@@ -114,7 +114,7 @@ def _axis(
     bin_size = bin_size[:, None, None]
     # [R, P, samples], in the order of torchvision, so that both round alike.
     at = low[:, None, None] + bins * bin_size + (sample + 0.5) * bin_size / samples[:, None, None]
-    # As in torchvision: samples over a pixel outside count nothing, the others are clamped.
+    # As in torchvision: samples more than a pixel outside count as 0, the others are clamped.
     inside = (at >= -1.0) & (at <= length[:, None, None]) & (sample < grid[:, None, None])
     share = inside / samples[:, None, None]
     last = (length - 1)[:, None, None]

@@ -146,7 +146,7 @@ class LastBoxesNetwork(StageNetwork):
     """
 
     def final_probs(self, result: StageResult, stage: int) -> Tensor:
-        """Mean probabilities ``[R, K + 1]`` of the heads 0 to ``stage`` on the crops of it."""
+        """Mean ``[R, K + 1]`` of the probabilities by heads 0 to ``stage``, on its crops."""
         seen = slice(0, stage + 1)
         heads = zip(self.box_heads[seen], self.box_predictors[seen], strict=True)
         probs = [

@@ -77,7 +77,7 @@ class TrainingSchedule(nn.Module):
             self.log_variances = nn.Parameter(torch.zeros(num_stages))
 
     def current_targets(self, targets: CascadeTargets, stage: int = 0) -> CascadeTargets:
-        """The configured targets as they are for a stage at this point of the training."""
+        """The targets of a stage at this point of the training."""
         if not self.training:
             return targets
         if self.stage_loss_weights_end:

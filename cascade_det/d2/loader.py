@@ -115,7 +115,7 @@ class _Reader:
 
 
 def _check_png(path: str) -> None:
-    """Verify the checksums of a PNG, because Detectron2 would use a damaged one.
+    """Verify the checksums of a PNG, because Detectron2 accepts damaged ones.
 
     It reads EXIF data first, which decodes a PNG, ignores any error, and uses the pixels decoded
     until then.

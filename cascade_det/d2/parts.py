@@ -162,7 +162,7 @@ class DynamicMatcher(Matcher):
 
 
 def common_value(values: Iterable[Any]) -> Any:
-    """The one value that all of them have.
+    """The value that all of them share.
 
     Raises:
         ValueError: they differ.

@@ -10,7 +10,7 @@ from typing import Any
 from cascade_det.errors import DatasetError
 
 # Bytes of memory per byte of json, measured on COCO's files, which are mostly polygons. Other
-# content takes more, so a file that is refused would not fit.
+# content takes more, so a refused file would not fit.
 _MEMORY_PER_BYTE = 3
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")

@@ -1,4 +1,4 @@
-"""Finds data sets by name: Detectron2's built-in COCO names, and those that the user declares."""
+"""Finds data sets by name: Detectron2's built-in COCO names, and names that the user declares."""
 
 from __future__ import annotations
 

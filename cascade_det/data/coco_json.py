@@ -87,7 +87,7 @@ def check_coco_json(source: DatasetSource, links: LinkRule = NEAR_LINKS) -> Chec
 
 
 class _Everything(Container[object]):
-    """Contains everything; stands for ids that cannot be looked up."""
+    """A collection that contains every id, for ids that cannot be looked up."""
 
     def __contains__(self, _: object) -> bool:
         return True
@@ -130,7 +130,7 @@ def _check_images(
     find_escape: Callable[[str], tuple[str, str] | None],
     checked: CheckedJson,
 ) -> None:
-    """Fill in the images, but none of those that share an id: their boxes would be ambiguous."""
+    """Fill in the images, except those with a shared id, whose boxes would be ambiguous."""
     counts = Counter(_plain_id(entry.get("id")) for entry in entries)
     for entry in entries:
         detail = ""

@@ -39,7 +39,7 @@ class TrainingBatchSampler(Sampler[list[SampleReference]]):
         start_batch: int = 0,
         share: tuple[int, int] = (0, 1),
     ) -> None:
-        """Set up the stream.
+        """Create the stream.
 
         Args:
             num_images: images are ``0 .. num_images - 1``.

@@ -107,7 +107,7 @@ class TrainingSamples(_Samples):
             return self._replacement(reference, replaced)
 
     def _replacement(self, reference: SampleReference, replaced: list[str]) -> Sample:
-        """The first readable image of random others in the same group."""
+        """The first readable image among random ones of the same group."""
         position, broken = reference
         others = np.flatnonzero(self.groups == self.groups[broken])
         generator = replacement_generator(self.seed, position)

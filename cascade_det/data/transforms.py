@@ -120,7 +120,7 @@ class TrainTransform:
     def __init__(
         self, *, min_sizes: Sequence[int], max_size: int, sampling: str, flip: str
     ) -> None:
-        """Set the distributions.
+        """Set the distributions to draw from.
 
         Args:
             min_sizes: shorter edges in pixels; 0 for no resizing.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import platform
 
-# Parameters of glibc's mallopt(3), and the values that its own adjustment ends at.
+# Parameters of glibc's mallopt(3), and the values at which its own tuning ends.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 _ADJUSTED_MMAP_THRESHOLD = 32 * 2**20
 _DEFAULT_MMAP_MAX = 65536
@@ -15,7 +15,7 @@ def keep_freed_memory(keep: bool = True) -> bool:
     """Let this process keep the memory of freed tensors for the next ones, or return it.
 
     By default glibc maps the memory of every large tensor and unmaps it again, so each page of
-    each feature map is zeroed anew, which can take longer than computing it. Kept memory stays at
+    each feature map is zeroed again, which can take longer than computing it. Kept memory stays at
     its peak until the process ends.
 
     Args:

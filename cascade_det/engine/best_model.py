@@ -20,8 +20,8 @@ BEST = "model_best"
 class BestModel(Hook):
     """Saves the best weights as ``model_best.pth``; stops after ``patience`` worse evaluations.
 
-    Put it after evaluation. The file holds no training state: it is for use, not for resuming, and
-    ``last_checkpoint`` does not name it.
+    Put it after evaluation. The file holds no training state: it is for inference, not for
+    resuming, and ``last_checkpoint`` does not name it.
 
     Args:
         checkpointer: writes the file.
@@ -42,7 +42,7 @@ class BestModel(Hook):
         self._warned = False
 
     def before_train(self, trainer: TrainingLoop) -> None:
-        """Take in an evaluation that a resumed run starts with; stop if patience has run out."""
+        """Process an evaluation that a resumed run starts with; stop if patience has run out."""
         self.after_step(trainer)
         self._stop_if_out_of_patience(trainer)
 
@@ -66,7 +66,7 @@ class BestModel(Hook):
         self._stop_if_out_of_patience(trainer)
 
     def after_train(self, trainer: TrainingLoop) -> None:
-        """Take in the last evaluation, and log which one was the best."""
+        """Process the last evaluation, and log which one was the best."""
         self.after_step(trainer)
         if trainer.finished and self._best is not None:
             logger.info(

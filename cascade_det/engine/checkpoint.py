@@ -217,8 +217,8 @@ class Checkpointer(fvcore_checkpoint.Checkpointer):
         # torch reports a full disk as a RuntimeError.
         except (OSError, RuntimeError) as error:
             raise CheckpointError(
-                f"{path}: cannot be written ({error}). Is the disk full? Free some space and continue "
-                f"with --resume, which starts from {self.get_checkpoint_file() or 'no checkpoint yet'}."
+                f"{path}: cannot be written ({error}). Is the disk full? Free some space and "
+                f"continue with --resume, from {self.get_checkpoint_file() or 'no checkpoint yet'}."
             ) from error
         return True
 

@@ -82,7 +82,7 @@ class PeriodicCheckpoint(Hook):
         self._record_save(trainer.start_iter - 1, trainer)
 
     def after_step(self, trainer: TrainingLoop) -> None:
-        """Save when it is time."""
+        """Save at the end of a period."""
         # Hooks whose state cannot be recomputed come before this one.
         trainer.resumable = distributed.world_size() == 1
         done = trainer.iteration + 1
@@ -133,12 +133,12 @@ class EvalHook(Hook):
         self._evaluated: int | None = None
 
     def before_train(self, trainer: TrainingLoop) -> None:
-        """Catch up on an evaluation that the previous run did not get to."""
+        """Run an evaluation that the previous run missed."""
         if trainer.start_iter > 0:
             self.after_step(trainer)
 
     def after_step(self, trainer: TrainingLoop) -> None:
-        """Evaluate when it is time."""
+        """Evaluate at the end of a period."""
         done = trainer.iteration + 1
         is_time = self._period > 0 and done % self._period == 0 and done < trainer.max_iter
         if is_time and self._evaluated != trainer.iteration:
@@ -179,14 +179,14 @@ class WriterHook(Hook):
         self._written = -1
 
     def before_train(self, trainer: TrainingLoop) -> None:
-        """Drop what the previous run wrote after its last checkpoint: it will come again."""
+        """Drop what the previous run wrote after its last checkpoint: it will be written again."""
         for writer in self._writers:
             writer.resume(self._written)
         if trainer.start_iter > 0 and self._is_time(trainer):
             self._write(trainer)
 
     def after_step(self, trainer: TrainingLoop) -> None:
-        """Pass the step to the writers, and write when it is time."""
+        """Pass the step to the writers, and write at the end of a period."""
         for writer in self._writers:
             writer.step(_full_history(trainer))
         if self._is_time(trainer):

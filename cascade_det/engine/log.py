@@ -72,7 +72,7 @@ class _Printable(logging.Formatter):
 
 
 class _ConsoleHandler(logging.Handler):
-    """Prints above a progress bar; where one is drawn, it replaces the lines of progress."""
+    """Prints above a progress bar, and drops progress lines while a bar is drawn."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.name == progress_logger.name and sys.stderr.isatty():

@@ -39,10 +39,9 @@ class TrainingLoop:
         device: of the detector.
         results: of the last evaluation; empty before it.
         finished: whether training reached its end, by ``max_iter`` or by :meth:`stop`.
-        resumable: whether a checkpoint written now, after an error or a signal, would go on with
-            the next iteration as if nothing had happened. The checkpoint hook sets it after each
-            step in a single process; several processes are resumable only if they are interrupted
-            together.
+        resumable: whether a checkpoint written now, after an error or a signal, would continue with
+            the next iteration as if never stopped. The checkpoint hook sets it after each step in a
+            single process; several processes are resumable only if they are interrupted together.
         last_checkpoint: the newest file that was saved or resumed, for messages.
     """
 

@@ -124,7 +124,7 @@ def _log_learning_rate(cfg: CfgNode) -> None:
 
 
 def _warn_of_frozen_noise(cfg: CfgNode) -> None:
-    """Frozen parts of an untrained model stay random, which only the AP would show."""
+    """Warn of frozen parts with random weights: only the AP would show them."""
     freeze_at, norm = cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.RESNETS.NORM
     if freeze_at > 0 or norm == "FrozenBN":
         logger.warning(

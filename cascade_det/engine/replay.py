@@ -1,4 +1,4 @@
-"""Runs the step at which a training diverged again."""
+"""Reruns the step at which a training diverged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def replay(
     device: torch.device | str,
     check: Callable[[Batch], None] = lambda batch: None,
 ) -> list[str]:
-    """Run a step of :func:`~cascade_det.engine.step_file.save_step` again, forward and backward.
+    """Rerun a step of :func:`~cascade_det.engine.step_file.save_step`, forward and backward.
 
     Args:
         path: the file.

@@ -1,4 +1,4 @@
-"""Weights for a training or an evaluation: loaded, resumed, and checked against the data."""
+"""Loads or resumes the weights of a training or evaluation; checks them against the data."""
 
 from __future__ import annotations
 

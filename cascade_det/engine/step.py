@@ -46,7 +46,7 @@ class TrainingStep:
         max_iter: iterations of the whole training, for training schedules that change with its
             progress.
         device: of the detector.
-        output_dir: where the batch of a diverged step is saved; ``None``: it is not.
+        output_dir: where the batch of a diverged step is saved; ``None`` to not save it.
         as_sample: converts an entry of a batch to tensors and plain values for that file.
     """
 
@@ -100,7 +100,7 @@ class TrainingStep:
 
         Returns:
             ``total_loss``, losses, ``gradient_norm`` and metrics, means over the processes,
-            without those that have no value; and whether any process was asked to stop.
+            without entries that have no value; and whether any process was asked to stop.
 
         Raises:
             FloatingPointError: losses, gradients or boxes are not finite; the weights are as
@@ -146,7 +146,7 @@ class TrainingStep:
         return {name: value for name, value in metrics.items() if value == value}, stop
 
     def learning_rate(self) -> float:
-        """That of the group with the most parameters."""
+        """The learning rate of the group with the most parameters."""
         return max(self.optimizer.param_groups, key=lambda group: len(group["params"]))["lr"]
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The losses on images that are not trained on."""
+"""Losses on validation images."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def agreement_loss(early: Detections, full: Detections, *, min_score: float = MI
     The full cascade's detections with ``min_score`` or more, best first, each take the free early
     detection of their class that overlaps them most, if the IoU is at least ``MATCH_IOU``. Early
     detections count from ``min_score`` less 1e-4, for rounding. The loss is the share of the full
-    cascade's detections that find none. Additional early detections cost nothing. No ground truth
+    cascade's detections that find none. Extra early detections cost nothing. No ground truth
     is needed.
 
     Args:

@@ -1,4 +1,4 @@
-"""The mistakes of a detector: precision and recall, confused classes, the worst images."""
+"""Error analysis of a detector: precision and recall, confused classes, the worst images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every evaluator can do."""
+"""The interface of evaluators."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Evaluator(Protocol):
 
     @abstractmethod
     def merge(self, states: Sequence[Any]) -> None:
-        """Replace the own state by those of all processes, in rank order."""
+        """Replace this state by the states of all processes, in rank order."""
 
     @abstractmethod
     def evaluate(self) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ from cascade_det.evaluation.mean_bounds import mean_interval
 
 logger = logging.getLogger(__name__)
 
-# The promise is a measurement too: losses up to this many of its deviations above are no drift.
+# The promise is a measurement too: losses up to this many deviations above it are not drift.
 _DEVIATIONS = 2.0
 
 

@@ -35,7 +35,7 @@ _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclass
 class _Joined:
-    """What torch's default group does not know."""
+    """State that torch's default group does not hold."""
 
     local_rank: int = 0
     objects: Any = None  # a process group

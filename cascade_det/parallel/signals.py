@@ -74,7 +74,7 @@ def signals_held() -> Iterator[None]:
 
 
 def obey_main_process() -> None:
-    """Called in a worker, once: from now on only the main process may end it.
+    """Make a worker end only with its main process, whatever signals it gets; call it once.
 
     Ctrl-C, SIGTERM and the signals of a hangup or a scheduler may reach all processes of a group.
     The main one ends its workers itself after the last batch that it needs: by a message, and at

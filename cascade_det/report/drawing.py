@@ -24,7 +24,7 @@ Area = tuple[int, int, int, int]
 
 
 class DrawableDetections(Protocol):
-    """What ``core.structures.Detections`` and ``onnx_predictor.ArrayDetections`` have in common.
+    """What ``core.structures.Detections`` and ``onnx_predictor.ArrayDetections`` share.
 
     Attributes:
         boxes: ``[D, 4]``, XYXY in pixels.

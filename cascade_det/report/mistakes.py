@@ -1,4 +1,4 @@
-"""An image with its found objects, missed objects and false positives."""
+"""Draws an image with its found objects, missed objects and false positives."""
 
 from __future__ import annotations
 

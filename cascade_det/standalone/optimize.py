@@ -33,7 +33,7 @@ def optimize(
     """Optimise a detector for inference in place; it cannot be trained afterwards.
 
     Folds norms into convolutions, uses channels-last maps, computes only the RPN deltas of the best
-    anchors, lets box heads read regions in the layout of the pooling, and computes in the fastest
+    anchors, makes box heads read regions in the layout of the pooling, and computes in the fastest
     type of the device. Detections in float32 stay equal up to rounding, in other types nearly. On
     CPUs, large float32 convolutions use Winograd's algorithm, and the process keeps the memory of
     freed tensors. The changes are logged and listed in ``detector.optimizations``.

@@ -20,7 +20,7 @@ _HASH_IN_NAME = re.compile(r"-(?!(?:19|20)\d\d[01]\d[0-3]\d\.)([0-9a-f]{8,64})\.
 
 
 def local_path(name: str | Path) -> Path:
-    """The local file of a name of weights, downloaded once if need be.
+    """The local file of a name of weights, downloaded once if necessary.
 
     A name is a path; an ``http://`` or ``https://`` address, whose SHA-256 may follow as
     ``#sha256=<digits>``; ``detectron2://`` and a path below dl.fbaipublicfiles.com/detectron2; or

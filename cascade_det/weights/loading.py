@@ -95,7 +95,7 @@ def load_weights(model: nn.Module, path: str | Path, *, complete: bool = False) 
     state = model.state_dict()
     values, report = _match(file, state)
     if not values:
-        # Only where shapes differ does the message need them.
+        # The message needs them only where shapes differ.
         differing = report.reinitialised
         in_file = [f"{name} {shapes[0]}" for name, shapes in differing.items()] or file.weights
         in_model = [f"{name} {shapes[1]}" for name, shapes in differing.items()] or state

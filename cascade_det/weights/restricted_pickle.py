@@ -35,7 +35,7 @@ def read_array_pickle(path: Path) -> Any:
         The content; arrays and numpy scalars as native-endian ``np.ndarray``.
 
     Raises:
-        CheckpointError: the file names any other global, or is truncated or no pickle.
+        CheckpointError: the file names any other global, is truncated, or is not a pickle.
     """
     with reading(path, "a pickle of arrays"):
         content = path.read_bytes()

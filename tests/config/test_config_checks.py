@@ -316,7 +316,7 @@ CONTRADICTIONS = {
         "SIZES is [[32], [64]], with 2 lists | Give 1 list, or 5"
     ),
     "MODEL.ANCHOR_GENERATOR.SIZES [[8,16],[64],[128],[256],[512]]": (
-        "make [6, 3, 3, 3, 3] anchors | Give each level as many"
+        "make [6, 3, 3, 3, 3] anchors | Give every level the same number"
     ),
     "MODEL.FPN.NORM GN MODEL.FPN.OUT_CHANNELS 48": "FPN.OUT_CHANNELS is 48 | multiple of 32",
     "MODEL.ROI_BOX_HEAD.NORM GN MODEL.ROI_BOX_HEAD.CONV_DIM 40": (

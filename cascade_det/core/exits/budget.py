@@ -87,11 +87,11 @@ class Deadline:
         self._entered = 0
 
     def is_active(self, stage: int) -> bool:
-        """At every gate, to read the clock."""
+        """Always true: the clock is read at every gate."""
         return True
 
     def exit_mask(self, view: RegionView) -> Tensor:
-        """Bool ``[R]``: all or none."""
+        """Bool ``[R]``: all regions or none."""
         now = self._now(view.boxes.device)
         over = False
         if view.stage >= 0:

@@ -39,7 +39,7 @@ class RegionView:
             class (background included) in ``probs``.
         predicted_ious: float32 ``[R]`` in [0, 1], of ``boxes`` with their object.
         crops: float32 ``[R, C]``, one feature vector per proposal; only before stage 0.
-        accepted: views of the regions that exited as confident after stages before.
+        accepted: views of the regions that exited as confident after earlier stages.
     """
 
     stage: int

@@ -90,7 +90,7 @@ def clip_boxes(boxes: Tensor, bounds: Tensor) -> Tensor:
 
 
 def keep_images(boxes: Sequence[Tensor], chosen: Sequence[bool]) -> list[Tensor]:
-    """The boxes ``[R_i, 4]`` of the chosen images, ``[0, 4]`` for the other ones."""
+    """The boxes ``[R_i, 4]`` of the chosen images, ``[0, 4]`` for the others."""
     return [b if keep else b[:0] for b, keep in zip(boxes, chosen, strict=True)]
 
 

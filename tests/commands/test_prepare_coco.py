@@ -221,8 +221,8 @@ def test_a_full_disk_leaves_no_part_of_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("content", "wanted"),
     [
-        (b"no zip file", "no whole zip file"),
-        (zipped(ARCHIVES["zips/val2017.zip"])[:-30], "no whole zip file"),
+        (b"no zip file", "not a complete zip file"),
+        (zipped(ARCHIVES["zips/val2017.zip"])[:-30], "not a complete zip file"),
         (zipped({"val2017/000000000000.jpg": b"x"}), "lacks 2 images, 000000000001.jpg"),
     ],
 )

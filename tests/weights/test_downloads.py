@@ -330,7 +330,7 @@ def test_other_schemes_are_refused(path, address):
     "address", ["http://h:port/a", "http://a b/c", "http://[::1/a", "http://ä/ä"]
 )
 def test_broken_addresses(path, address):
-    with pytest.raises(DownloadError, match="no valid address"):
+    with pytest.raises(DownloadError, match="not a valid address"):
         download(address, path)
 
 

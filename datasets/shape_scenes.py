@@ -1,7 +1,7 @@
 """Draw scenes of simple shapes with their boxes, easy and hard ones.
 
 A scene holds rotated and squeezed shapes of six classes and 8 to 200 px, overlapping, flat or
-textured, over lines, blobs and fragments of contours that are no objects. An *easy* scene is clear
+textured, over lines, blobs and fragments of contours that are not objects. An *easy* scene is clear
 and sparse. A *hard* one is crowded, blurred, noisy, unevenly lit and low in contrast.
 
 H, W = height and width of the image. An *outline* is float64 ``[P, 2]``, the (x, y) corners of a

@@ -112,7 +112,7 @@ model = L(GeneralizedRCNN)(
             for weights, _ in _STAGES
         ],
         proposal_matchers=[L(Matcher)(thresholds=[iou], labels=[0, 1]) for _, iou in _STAGES],
-        # Starting points, not results: calibrate them on data of your own.
+        # Starting points, not results: calibrate them on your own data.
         exits=L(ExitPolicy)(num_stages=3, prune_thresholds=[0.02, 0.02], redundancy_iou=0.9),
     ),
     pixel_mean=[103.530, 116.280, 123.675],
@@ -153,7 +153,7 @@ dataloader = {
 }
 
 optimizer = L(torch.optim.SGD)(
-    # Who trains sets params.model to the model.
+    # The training script sets params.model to the model.
     params=L(get_default_optimizer_params)(weight_decay_norm=0.0),
     lr=0.02,
     momentum=0.9,
@@ -176,7 +176,7 @@ train = {
     "amp": {"enabled": False},
     "ddp": {"broadcast_buffers": False},
     "checkpointer": {"period": 5000},
-    "eval_period": 0,  # after the last iteration alone
+    "eval_period": 0,  # only after the last iteration
     "log_period": 20,
     "device": "cuda",
 }

@@ -2,6 +2,7 @@
 
 import logging
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,8 @@ sys.path.append(str(Path(__file__).parent / "reference"))
 pytest_plugins = ["coco_sets", "evaluated", "shape_runs", "toy_detectors"]
 
 torch.set_num_threads(1)
+# Under nohup it is ignored, and a run that ignores it does not end by it.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

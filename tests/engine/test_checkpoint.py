@@ -101,7 +101,7 @@ def test_failed_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch, brea
     nn.init.ones_(model.weight)
     with monkeypatch.context() as patched:
         break_it(patched)
-        with pytest.raises(CheckpointError, match=r"disk full.*--resume, which.*same\.pth"):
+        with pytest.raises(CheckpointError, match=r"disk full.*--resume, from.*same\.pth"):
             checkpointer.save(name, iteration=2)
     assert files(tmp_path) == before
     checkpointer.resume_or_load("")

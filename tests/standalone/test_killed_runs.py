@@ -185,6 +185,6 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
     assert finish(start(fills_the_disk, tmp_path, 100_000, messages)) == 0
     message = messages.get()
     assert "model_0000009.pth: cannot be written" in message
-    assert "--resume, which starts from" in message
+    assert "--resume, from" in message
     assert "model_0000004.pth" in message
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -25,7 +25,6 @@ from cascade_det.onnx_predictor import (
 from cascade_det.standalone.detector import Detector
 from cascade_det.standalone.fixed_depth import FixedDepthDetector
 
-FORMATS = ("onnx", "torch-export")
 # Aligned RoIAlign needs 16; PyTorch's exporter was written for 18.
 OPSET = 18
 METADATA_FILE = f"{METADATA_KEY}.json"
@@ -43,7 +42,7 @@ def stages_to_export(cfg: CfgNode, file_format: str, num_stages: int | None) -> 
 
     Args:
         cfg: of the detector.
-        file_format: one of ``FORMATS``.
+        file_format: "onnx" or "torch-export".
         num_stages: as asked for; ``None`` for all, which is refused if exits are enabled.
 
     Raises:

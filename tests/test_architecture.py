@@ -27,6 +27,7 @@ RANKS = {
     "config": 0,
     "layers": 0,
     "parallel": 0,
+    "masks": 0,
     "core": 1,
     "model_zoo": 1,
     "backbones": 1,
@@ -56,6 +57,9 @@ HOMES = {
 DIETS = {
     "config": {"fvcore", "iopath", "yacs", "yaml"},
     "layers": {"torch", "torchvision.ops"},
+    "masks": {"numpy", "pycocotools", "torch", "torchvision.ops"},
+    "masks/pasting": {"numpy"},
+    "masks/rle": {"numpy", "pycocotools"},
     "core": {"torch", "torchvision.ops"},
     "backbones": {"torch", "torchvision"},
     "data/coco_results": {"numpy"},

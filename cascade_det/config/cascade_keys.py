@@ -134,6 +134,28 @@ EXIT = group(
     ),
 )
 
+MASK = group(
+    "MODEL.CASCADE.MASK",
+    "Masks, where `MODEL.MASK_ON`: made for final detections only, at whatever stage they left",
+    STAGES=Key(
+        "last",
+        "One mask head, trained on the foreground of stage 0, or one for every stage, trained on "
+        "its own foreground and averaged in inference.",
+        one_of("last", "every"),
+    ),
+    SCORE_THRESHOLD=Key(
+        0.0,
+        "Detections that score below this get no mask; AP counts the low scores too.",
+        Values(within(0, 1), "Give a number from 0 to 1; 0 gives every detection a mask."),
+    ),
+    REDUNDANCY=Key(
+        1.01,
+        "IoU with a better detection of any class from which a detection gets no mask; above 1 "
+        "never.",
+        POSITIVE,
+    ),
+)
+
 FAST = group(
     "MODEL.CASCADE.FAST",
     "Lower precision and compilation for evaluation, prediction and calibration",
@@ -224,5 +246,5 @@ DYNAMIC = group(
     BETA_START=Key(1.0, "Largest beta.", POSITIVE),
 )
 
-CASCADE_GROUPS = (EXIT, FAST, TRAINING, DYNAMIC)
+CASCADE_GROUPS = (EXIT, MASK, FAST, TRAINING, DYNAMIC)
 EXIT_DEFAULTS = {name: key.default for name, key in EXIT.keys.items()}

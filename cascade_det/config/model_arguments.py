@@ -91,6 +91,36 @@ def pooler_arguments(cfg: CfgNode) -> dict[str, Any]:
     }
 
 
+def mask_head_arguments(cfg: CfgNode) -> dict[str, Any] | None:
+    """The mask heads; ``None`` where masks are off.
+
+    ``per_stage``: one head for every stage, or one for all. ``pooler``, ``layers`` and ``rules``
+    are arguments of ``core.RoIPooler``, ``core.ConvUpsampleMaskHead`` and ``core.MaskRules``.
+    """
+    if not cfg.MODEL.MASK_ON:
+        return None
+    head, masks = cfg.MODEL.ROI_MASK_HEAD, cfg.MODEL.CASCADE.MASK
+    return {
+        "per_stage": masks.STAGES == "every",
+        "pooler": {
+            "output_size": head.POOLER_RESOLUTION,
+            "sampling_ratio": head.POOLER_SAMPLING_RATIO,
+            "aligned": head.POOLER_TYPE == "ROIAlignV2",
+            "kernel": cfg.MODEL.CASCADE.POOLER_KERNEL,
+        },
+        "layers": {
+            "conv_dims": (head.CONV_DIM,) * head.NUM_CONV,
+            "upsampled_dim": head.CONV_DIM,
+            "norm": head.NORM,
+            "num_masks": 1 if head.CLS_AGNOSTIC_MASK else cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+        },
+        "rules": {
+            "score_threshold": float(masks.SCORE_THRESHOLD),
+            "redundancy_iou": float(masks.REDUNDANCY) if masks.REDUNDANCY <= 1 else None,
+        },
+    }
+
+
 def box_head_configs(cfg: CfgNode) -> list[CfgNode]:
     """A configuration for each stage, whose ``MODEL.ROI_BOX_HEAD`` describes its box head."""
     own = cfg.MODEL.CASCADE.BOX_HEAD

@@ -77,6 +77,7 @@ MODEL = group(
         Values(each(above(0), length=3), "Give 3 numbers above 0, one per channel."),
         "pixel values, 0 to 255",
     ),
+    MASK_ON=Key(False, "Adds a mask head: instance segmentation."),
 )
 
 BACKBONE = group(
@@ -207,6 +208,25 @@ ROI_BOX_HEAD = group(
     CLS_AGNOSTIC_BBOX_REG=Key(False, "One box per region, instead of one per class."),
 )
 
+ROI_MASK_HEAD = group(
+    "MODEL.ROI_MASK_HEAD",
+    "Mask head, where `MODEL.MASK_ON`",
+    NAME=Key(
+        "MaskRCNNConvUpsampleHead",
+        "Kind of the mask head.",
+        one_of("MaskRCNNConvUpsampleHead", standalone_only=True),
+    ),
+    POOLER_RESOLUTION=Key(14, "Side of a pooled region; masks have twice as many.", COUNT, "cells"),
+    POOLER_SAMPLING_RATIO=Key(0, "Samples per cell and side; 0: adaptive.", NOT_NEGATIVE),
+    POOLER_TYPE=Key(
+        "ROIAlignV2", "ROIAlign is half a pixel off.", one_of("ROIAlignV2", "ROIAlign")
+    ),
+    NUM_CONV=Key(0, "3x3 convolutions before the upsampling.", NOT_NEGATIVE),
+    CONV_DIM=Key(256, "Width of all layers.", COUNT, "channels"),
+    NORM=Key("", _NORM_HELP, Values(_NORM.accepts, _NORM.remedy, standalone_only=True)),
+    CLS_AGNOSTIC_MASK=Key(False, "One mask per region, instead of one per class."),
+)
+
 ROI_BOX_CASCADE_HEAD = group(
     "MODEL.ROI_BOX_CASCADE_HEAD",
     "Stages",
@@ -286,6 +306,7 @@ MODEL_GROUPS = (
     RPN,
     ROI_HEADS,
     ROI_BOX_HEAD,
+    ROI_MASK_HEAD,
     ROI_BOX_CASCADE_HEAD,
     RESNETS,
 )

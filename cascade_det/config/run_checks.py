@@ -100,8 +100,13 @@ def _check_evaluation(cfg: CfgNode) -> Iterator[str]:
 def _loss_names(cfg: CfgNode) -> list[str]:
     stages = range(len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS))
     per_stage = [f"{name}_stage{i}" for i in stages for name in ("loss_cls", "loss_box_reg")]
-    others = [("loss_mask", cfg.MODEL.MASK_ON), ("loss_keypoint", cfg.MODEL.KEYPOINT_ON)]
-    asked = [name for name, is_on in others if is_on]
+    masks = (
+        [f"loss_mask_stage{i}" for i in stages]
+        if cfg.MODEL.CASCADE.MASK.STAGES == "every"
+        else ["loss_mask"]
+    )
+    others = [(masks, cfg.MODEL.MASK_ON), (["loss_keypoint"], cfg.MODEL.KEYPOINT_ON)]
+    asked = [name for names, is_on in others if is_on for name in names]
     of_detector = ["loss_rpn_cls", "loss_rpn_loc", *per_stage, *asked]
     cascade = cfg.MODEL.CASCADE
     parts = cascade.EXIT.LEARNED if cascade.EXIT.ENABLED else ()

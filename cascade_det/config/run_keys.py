@@ -46,6 +46,12 @@ INPUT = group(
     RANDOM_FLIP=Key(
         "horizontal", "Flips half of the training images.", one_of("horizontal", "vertical", "none")
     ),
+    MASK_FORMAT=Key(
+        "polygon",
+        "How polygons become targets of the mask head: drawn inside each region, or drawn on the "
+        "whole image and cropped. RLE masks are always cropped.",
+        one_of("polygon", "bitmask"),
+    ),
     FORMAT=Key("BGR", "Channel order, also of PIXEL_MEAN and _STD.", one_of("BGR", "RGB")),
 )
 
@@ -179,6 +185,12 @@ CASCADE = group(
         "Test images are decoded before a run; of training images only headers and ends are "
         "read, and one that proves broken later stops the training or is replaced.",
         one_of("error", "skip"),
+    ),
+    MASKLESS=Key(
+        "keep",
+        "Objects with a box but no mask, where `MODEL.MASK_ON`: kept for the boxes and left out of "
+        "the mask loss, or dropped, as Detectron2 does.",
+        one_of("keep", "drop"),
     ),
     FOLLOW_LINKS=Key(
         "near",

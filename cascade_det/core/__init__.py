@@ -4,6 +4,8 @@ from cascade_det.core.box_head import BoxPredictor, ConvFCBoxHead
 from cascade_det.core.cascade import CascadeHead
 from cascade_det.core.exits import ExitPolicy, build_exits
 from cascade_det.core.fast_heads import FastCopies
+from cascade_det.core.mask_branch import MaskBranch, MaskRules
+from cascade_det.core.mask_head import ConvUpsampleMaskHead
 from cascade_det.core.roi_pooling import RoIPooler
 from cascade_det.core.structures import (
     CascadeInputs,
@@ -20,10 +22,13 @@ __all__ = [
     "CascadeInputs",
     "CascadeStats",
     "ConvFCBoxHead",
+    "ConvUpsampleMaskHead",
     "Detections",
     "DetectorOutput",
     "ExitPolicy",
     "FastCopies",
+    "MaskBranch",
+    "MaskRules",
     "PartTimer",
     "RoIPooler",
     "TrainingSchedule",

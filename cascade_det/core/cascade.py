@@ -18,7 +18,8 @@ from cascade_det.core.ensemble import ScoreEnsemble
 from cascade_det.core.exit_losses import exit_losses
 from cascade_det.core.exits import ExitPolicy
 from cascade_det.core.fast_heads import common_dtype, fast_box_heads
-from cascade_det.core.matching import GroundTruth, LabelledRegions
+from cascade_det.core.mask_branch import MaskBranch
+from cascade_det.core.matching import GroundTruth, LabelledRegions, TrueMasks
 from cascade_det.core.modes import in_evaluation_mode
 from cascade_det.core.postprocess import Selection, select_detections
 from cascade_det.core.record import CascadeRecord
@@ -62,6 +63,7 @@ class CascadeHead(nn.Module):
         detections_per_image: limit per image; negative for none.
         exits: the exit policy; ``None`` runs every stage on every region.
         regime: the training schedule; ``None`` for the plain sum of the stage losses.
+        masks: the mask heads, with their pooler and rules; ``None`` for no masks.
 
     Attributes:
         metrics: scalars of the last call of ``losses``, see ``CascadeTargets.metrics``.
@@ -92,6 +94,7 @@ class CascadeHead(nn.Module):
         detections_per_image: int = 100,
         exits: ExitPolicy | None = None,
         regime: TrainingSchedule | None = None,
+        masks: MaskBranch | None = None,
     ) -> None:
         super().__init__()
         self.num_stages = len(ious)
@@ -129,6 +132,8 @@ class CascadeHead(nn.Module):
         self.ensemble = ScoreEnsemble(ensemble)
         self.selection = Selection(score_thresh, nms_thresh, detections_per_image)
         self.exits = exits
+        self.masks = masks
+        self.mask_head = None if masks is None else masks.head
         self.metrics: dict[str, Tensor] = {}
 
     def optimize(self, dtype: torch.dtype = torch.float32) -> None:
@@ -143,6 +148,7 @@ class CascadeHead(nn.Module):
         gt_boxes: Sequence[Tensor],
         gt_classes: Sequence[Tensor],
         image_sizes: ImageSizes,
+        gt_masks: TrueMasks | None = None,
     ) -> dict[str, Tensor]:
         """Losses of all stages; also fills ``metrics``.
 
@@ -152,11 +158,12 @@ class CascadeHead(nn.Module):
             gt_boxes: per image float32 ``[G_i, 4]``, none empty; G_i may be 0.
             gt_classes: per image int64 ``[G_i]`` in ``[0, K)``.
             image_sizes: N ``(height, width)``.
+            gt_masks: of the objects of all images; needed by a cascade with masks.
 
         Returns:
-            The scalars of ``cascade_losses``.
+            The scalars of ``cascade_losses``, and ``loss_mask`` or ``loss_mask_stage<s>``.
         """
-        ground_truth = GroundTruth.from_images(gt_boxes, gt_classes)
+        ground_truth = GroundTruth.from_images(gt_boxes, gt_classes, gt_masks)
         targets = self.regime.current_targets(self.targets)
         candidates = targets.candidates(proposals, gt_boxes, ground_truth)
         has_objects = ground_truth.images_with_objects(len(image_sizes))
@@ -173,8 +180,10 @@ class CascadeHead(nn.Module):
     ) -> dict[str, Tensor]:
         """``losses`` from regions that are already sampled and labelled for stage 0."""
         pyramid = self.pooler.prepare(features)
+        entered: list[LabelledRegions] = []
 
         def run_stage(stage: int, regions: LabelledRegions) -> tuple[Tensor, Tensor]:
+            entered.append(regions)
             pooled = self.pooler(pyramid, regions.boxes, regions.image_index)  # [R, C, P, P]
             if pooled.requires_grad:
                 # Else the backbone would get the summed gradients of S heads.
@@ -191,6 +200,9 @@ class CascadeHead(nn.Module):
             schedule=self.regime,
             ensemble=self.ensemble,
         )
+        if self.masks is not None and ground_truth.masks is not None:
+            own, metrics = self.masks.losses(pyramid, entered, ground_truth, self.targets)
+            losses, self.metrics = losses | own, self.metrics | metrics
         return losses
 
     def exit_losses(
@@ -269,6 +281,10 @@ class CascadeHead(nn.Module):
             deadline.mark_stages_done(device)
         with part(timer, "postprocess"):
             detections = select_detections(reported, num_images, self.selection)
+        if self.masks is not None:
+            runner.stats.detected = sum(map(len, detections))
+            with part(timer, "masks"):
+                detections, runner.stats.masks = self.masks.add(detections, network.pyramid)
         if deadline is not None:
             runner.stats.overrun_ms = deadline.finish(device)
         if timer is not None:
@@ -309,6 +325,9 @@ class CascadeHead(nn.Module):
                 probs = self.exits.calibrated(probs, stage)
             reported = [result.reported(probs, stage)]
             detections = select_detections(reported, len(image_sizes), self.selection)
+            if self.masks is not None:
+                with part(timer, f"full/masks{stage}"):
+                    detections, _ = self.masks.add(detections, network.pyramid, stages=stage + 1)
             after = regions.boxes.split(counts)
             outputs.append(StageOutput(detections, list(before.split(counts)), list(after)))
         return outputs

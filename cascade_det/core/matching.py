@@ -7,12 +7,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
 from cascade_det.core.structures.boxes import flatten_images
+
+
+class TrueMasks(Protocol):
+    """The masks of G objects of a batch, however they are stored."""
+
+    @property
+    def known(self) -> Tensor:
+        """Bool ``[G]``: which objects have a mask."""
+
+    def crop(self, objects: Tensor, boxes: Tensor, size: int) -> Tensor:
+        """Targets of a mask head.
+
+        Args:
+            objects: int64 ``[F]`` in ``[0, G)``, with a known mask each.
+            boxes: float32 ``[F, 4]``, XYXY in absolute pixels.
+            size: M.
+
+        Returns:
+            Bool ``[F, M, M]`` on the device of the boxes: the part of each mask inside its box.
+        """
 
 
 @dataclass
@@ -23,17 +44,24 @@ class GroundTruth:
         boxes: float32 ``[G, 4]``, XYXY in absolute pixels, none empty.
         classes: int64 ``[G]`` in ``[0, K)``.
         image_index: int64 ``[G]``.
+        masks: of the G objects; ``None`` for a detector without masks.
     """
 
     boxes: Tensor
     classes: Tensor
     image_index: Tensor
+    masks: TrueMasks | None = None
 
     @classmethod
-    def from_images(cls, boxes: Sequence[Tensor], classes: Sequence[Tensor]) -> GroundTruth:
-        """From the boxes ``[G_i, 4]`` and classes ``[G_i]`` of each image."""
+    def from_images(
+        cls,
+        boxes: Sequence[Tensor],
+        classes: Sequence[Tensor],
+        masks: TrueMasks | None = None,
+    ) -> GroundTruth:
+        """From the boxes ``[G_i, 4]`` and classes ``[G_i]`` of each image, and all masks."""
         flat_boxes, image_index = flatten_images(boxes)
-        return cls(flat_boxes, torch.cat(list(classes)), image_index)
+        return cls(flat_boxes, torch.cat(list(classes)), image_index, masks)
 
     def images_with_objects(self, num_images: int) -> Tensor:
         """Bool ``[N]``: which images have objects."""
@@ -50,6 +78,7 @@ class LabelledRegions:
         gt_classes: int64 ``[R]`` in ``[0, K]``, K for background.
         gt_boxes: float32 ``[R, 4]``; undefined for background.
         ious: float32 ``[R]``, largest IoU with an object of the image; 0 without objects.
+        gt_index: int64 ``[R]``, that object in the ground truth; undefined for background.
     """
 
     boxes: Tensor
@@ -57,6 +86,7 @@ class LabelledRegions:
     gt_classes: Tensor
     gt_boxes: Tensor
     ious: Tensor
+    gt_index: Tensor
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -92,13 +122,15 @@ def label_regions(
             torch.full_like(image_index, num_classes),
             torch.zeros_like(boxes),
             boxes.new_zeros(len(boxes)),
+            torch.zeros_like(image_index),
         )
     overlaps = box_iou(ground_truth.boxes, boxes)  # [G, R]
     overlaps = overlaps.where(ground_truth.image_index[:, None] == image_index, 0.0)
     ious, matched = overlaps.max(dim=0)  # [R]
     background = ious < iou_threshold
     gt_classes = ground_truth.classes[matched].masked_fill(background, num_classes)
-    return LabelledRegions(boxes, image_index, gt_classes, ground_truth.boxes[matched], ious)
+    gt_boxes = ground_truth.boxes[matched]
+    return LabelledRegions(boxes, image_index, gt_classes, gt_boxes, ious, matched)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -81,8 +81,7 @@ def rescale_detections(
         to_size: ``(height, width)`` of the result.
     """
     boxes = rescale_boxes(detections.boxes, from_size, to_size)
-    rescaled = Detections(boxes, detections.scores, detections.classes, detections.exit_stages)
-    return rescaled[is_nonempty(boxes)]
+    return replace(detections, boxes=boxes)[is_nonempty(boxes)]
 
 
 def rescale_boxes(boxes: Tensor, from_size: Sequence[int], to_size: Sequence[int]) -> Tensor:

@@ -37,7 +37,8 @@ def to_labelled_regions(proposals: Sequence[Instances]) -> LabelledRegions:
         ]
     )
     ious = matched_pairwise_iou(Boxes(boxes), Boxes(gt_boxes))
-    return LabelledRegions(boxes, image_index, _classes(proposals), gt_boxes, ious)
+    unused = torch.zeros_like(image_index)
+    return LabelledRegions(boxes, image_index, _classes(proposals), gt_boxes, ious, unused)
 
 
 def objectness_logits(proposals: list[Instances]) -> list[Tensor] | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from fvcore.common.config import CfgNode
+from torch import nn
 
 from cascade_det import config
 from cascade_det.backbones import FPN, MobileNetV2, MobileNetV3Large, ResNet
@@ -14,6 +15,9 @@ from cascade_det.core import (
     BoxPredictor,
     CascadeHead,
     ConvFCBoxHead,
+    ConvUpsampleMaskHead,
+    MaskBranch,
+    MaskRules,
     RoIPooler,
     build_exits,
     build_training_schedule,
@@ -103,5 +107,23 @@ def _build_cascade(cfg: CfgNode, pooler: RoIPooler, in_channels: int) -> Cascade
         box_predictors=predictors,
         exits=exits,
         regime=build_training_schedule(**config.training_arguments(cfg)),
+        masks=_build_masks(cfg, pooler.strides, in_channels),
         **arguments,
+    )
+
+
+def _build_masks(cfg: CfgNode, strides: tuple[int, ...], in_channels: int) -> MaskBranch | None:
+    arguments = config.mask_head_arguments(cfg)
+    if arguments is None:
+        return None
+
+    def build_head() -> nn.Module:
+        return ConvUpsampleMaskHead(in_channels=in_channels, **arguments["layers"])
+
+    return MaskBranch(
+        nn.ModuleList(build_head() for _ in cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)
+        if arguments["per_stage"]
+        else build_head(),
+        RoIPooler(strides=strides, **arguments["pooler"]),
+        MaskRules(**arguments["rules"]),
     )

@@ -23,6 +23,7 @@ from cascade_det.core.structures import part
 from cascade_det.core.structures.boxes import keep_images
 from cascade_det.data.samples import Sample
 from cascade_det.engine.batches import check_images
+from cascade_det.masks.truth import ObjectMasks
 from cascade_det.standalone.rpn import RPN
 
 
@@ -100,7 +101,8 @@ class Detector(nn.Module):
 
         Args:
             batch: samples with ``image`` (uint8 ``[3, H, W]``), ``gt_boxes`` (float32 ``[G, 4]``,
-                XYXY in pixels of the image) and ``gt_classes`` (int64 ``[G]``).
+                XYXY in pixels of the image), ``gt_classes`` (int64 ``[G]``) and, for a detector
+                with masks, ``gt_masks`` (see ``cascade_det.masks.truth``).
 
         Returns:
             Scalars by Detectron2's names; training minimises their sum.
@@ -128,7 +130,12 @@ class Detector(nn.Module):
         maps = self.backbone(images)
         proposals, objectness, losses = self.proposal_generator.losses(maps, gt_boxes, image_sizes)
         features = [maps[name] for name in self.roi_in_features]
-        losses.update(self.roi_heads.losses(features, proposals, gt_boxes, gt_classes, image_sizes))
+        gt_masks = None
+        if self.roi_heads.masks is not None:
+            gt_masks = ObjectMasks([mask for s in batch for mask in s["gt_masks"]], self.device)
+        losses.update(
+            self.roi_heads.losses(features, proposals, gt_boxes, gt_classes, image_sizes, gt_masks)
+        )
         inputs = CascadeInputs(features, proposals, image_sizes, objectness)
         return {**losses, **self.roi_heads.exit_losses(inputs, gt_boxes, gt_classes)}
 

@@ -29,9 +29,9 @@ def regions_of(ious, image_index=None, shifts=()):
         gt_boxes[row] += torch.tensor([dx, dy, dx, dy])
     classes = [0] * len(shifts) + [NUM_CLASSES] * (count - len(shifts))
     index = torch.tensor(image_index or [0] * count, dtype=torch.int64)
-    return LabelledRegions(
-        boxes, index, torch.tensor(classes, dtype=torch.int64), gt_boxes, torch.tensor(ious)
-    )
+    classes = torch.tensor(classes, dtype=torch.int64)
+    gt_index = torch.zeros(count, dtype=torch.int64)
+    return LabelledRegions(boxes, index, classes, gt_boxes, torch.tensor(ious), gt_index)
 
 
 def as_pass(regions):

@@ -187,6 +187,7 @@ def regions_by_hand(boxes, gt_classes):
         torch.tensor(gt_classes),
         torch.zeros(count, 4),
         torch.zeros(count),
+        torch.zeros(count, dtype=torch.int64),
     )
 
 

@@ -15,6 +15,7 @@ def make_pass(rows, logits, labels):
         torch.tensor(labels),
         torch.zeros(count, 4),
         torch.zeros(count),
+        torch.zeros(count, dtype=torch.int64),
     )
     return TrainingStage(
         regions, torch.tensor(rows), torch.as_tensor(logits), torch.zeros(count, 4)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from cascade_det.masks.pasting import paste_masks
 
 EXIT_REASONS = ("background", "redundant", "confident", "budget", "completed")
 
@@ -22,22 +25,49 @@ class Detections:
         scores: float32 ``[D]`` in [0, 1].
         classes: int64 ``[D]`` in ``[0, K)``.
         exit_stages: int64 ``[D]``, the last stage (from 0) that ran on each region.
+        masks: float32 ``[D, M, M]`` in [0, 1], the probability of the object in the cells of each
+            box; all 0 for a detection without a mask. ``None`` for a detector without masks.
     """
 
     boxes: Tensor
     scores: Tensor
     classes: Tensor
     exit_stages: Tensor
+    masks: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.boxes)
 
     def __getitem__(self, index: Tensor | slice) -> Detections:
-        return Detections(**{name: field[index] for name, field in vars(self).items()})
+        return self._map(lambda field: field[index])
 
     def to(self, device: torch.device | str) -> Detections:
         """The same detections on another device."""
-        return Detections(**{name: field.to(device) for name, field in vars(self).items()})
+        return self._map(lambda field: field.to(device))
+
+    def paste(self, height: int, width: int) -> Tensor:
+        """The masks in an image: bool ``[D, height, width]`` on the CPU.
+
+        Takes ``D * height * width`` bytes. ``cascade_det.masks.rle.encode_pasted`` writes the same
+        masks as RLE, without this memory.
+
+        Args:
+            height: of the image that the boxes are in.
+            width: of that image.
+
+        Raises:
+            ValueError: the detector has no masks.
+        """
+        if self.masks is None:
+            raise ValueError("these detections have no masks: set MODEL.MASK_ON")
+        masks, boxes = (x.detach().float().cpu().numpy() for x in (self.masks, self.boxes))
+        return torch.from_numpy(paste_masks(masks, boxes, height, width))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Detections:
+        changed: dict[str, Any] = {
+            name: None if field is None else change(field) for name, field in vars(self).items()
+        }
+        return Detections(**changed)
 
 
 @dataclass
@@ -55,6 +85,8 @@ class CascadeStats:
         confidence: S dicts, the summed scores (largest foreground probabilities) of the regions
             that exited after each stage, by reason; empty without exits.
         overrun_ms: milliseconds by which the call exceeded its time budget; 0 without one.
+        detected: detections of the whole batch; 0 for a cascade without masks.
+        masks: how many of them got a mask.
     """
 
     entered: list[int]
@@ -64,6 +96,8 @@ class CascadeStats:
     left_before: dict[str, int] = field(default_factory=dict)
     confidence: list[dict[str, float]] = field(default_factory=list, compare=False)
     overrun_ms: float = field(default=0.0, compare=False)
+    detected: int = field(default=0, compare=False)
+    masks: int = field(default=0, compare=False)
 
     @classmethod
     def empty(cls, num_stages: int) -> CascadeStats:

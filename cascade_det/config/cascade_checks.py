@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from fvcore.common.config import CfgNode
 
-from cascade_det.config.cascade_keys import EXIT_DEFAULTS
+from cascade_det.config.cascade_keys import EXIT_DEFAULTS, MASK
 from cascade_det.config.tree import as_lists, value_of
 
 # Takes a configuration and yields the problems that it finds.
@@ -99,6 +99,18 @@ def check_exits_unused(cfg: CfgNode) -> Iterator[str]:
                 f"{_EXIT}.{key} is {value!r}, but MODEL.ROI_HEADS.NAME is "
                 "'CascadeROIHeads', a cascade without exits. Set the name to "
                 f"EarlyExitCascadeROIHeads, or leave the key at {default!r}."
+            )
+
+
+def _check_masks_unused(cfg: CfgNode) -> Iterator[str]:
+    if cfg.MODEL.MASK_ON:
+        return
+    for name, key in MASK.keys.items():
+        value = cfg.MODEL.CASCADE.MASK[name]
+        if value != key.default:
+            yield (
+                f"MODEL.CASCADE.MASK.{name} is {value!r}, but MODEL.MASK_ON is False. Set it to "
+                f"True, or leave the key at {key.default!r}."
             )
 
 
@@ -196,6 +208,7 @@ HEAD_CHECKS: tuple[Check, ...] = (
     _check_dynamic,
     _check_frozen,
     _check_parts,
+    _check_masks_unused,
     _check_fast,
     _check_agreement,
     _check_first_iou,

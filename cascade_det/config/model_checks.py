@@ -105,6 +105,8 @@ def _check_group_norm(cfg: CfgNode) -> Iterator[str]:
         widths.append(("MODEL.ROI_BOX_HEAD.CONV_DIM", model.ROI_BOX_HEAD.CONV_DIM))
         own = model.CASCADE.BOX_HEAD.CONV_DIM
         widths += [("MODEL.CASCADE.BOX_HEAD.CONV_DIM", width) for width in own]
+    if model.MASK_ON and model.ROI_MASK_HEAD.NUM_CONV and model.ROI_MASK_HEAD.NORM == "GN":
+        widths.append(("MODEL.ROI_MASK_HEAD.CONV_DIM", model.ROI_MASK_HEAD.CONV_DIM))
     for key, width in widths:
         if width % _GROUP_NORM_GROUPS:
             yield (

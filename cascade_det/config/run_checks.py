@@ -81,6 +81,11 @@ def _check_evaluation(cfg: CfgNode) -> Iterator[str]:
             "DATASETS.TEST names a set 'validation', which is the name of the losses of "
             "CASCADE.VALIDATION_LOSS in the results. Give the set another name."
         )
+    if "segm" in metric.split("/") and not cfg.MODEL.MASK_ON:
+        yield (
+            f"CASCADE.BEST_METRIC is {metric!r}, but MODEL.MASK_ON is False. Set it to True, or "
+            "watch bbox/AP."
+        )
     losses = [f"validation/{name}" for name in _loss_names(cfg)]
     if metric.startswith("validation/"):
         if not cascade.VALIDATION_LOSS:

@@ -79,7 +79,7 @@ def test_a_folder_that_another_run_writes_to_is_left_alone(trained, monkeypatch,
     [
         (["SOLVER.MAX_ITR", "5"], ["SOLVER.MAX_ITR", "SOLVER.MAX_ITER"]),
         (["SOLVER.MAX_ITER", "many"], ["SOLVER.MAX_ITER", "many"]),
-        (["MODEL.MASK_ON", "True"], ["MODEL.MASK_ON"]),
+        (["MODEL.KEYPOINT_ON", "True"], ["MODEL.KEYPOINT_ON"]),
         (["--config-file", "no.yaml"], ["no.yaml"]),
         (["MODEL.WEIGHTS", "gone.pth"], ["gone.pth"]),
         (["MODEL.ROI_HEADS.NUM_CLASSES", "3"], ["NUM_CLASSES", "6 categories"]),

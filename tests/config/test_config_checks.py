@@ -48,7 +48,14 @@ def test_there_are_configurations_to_check():
         "cascade_rcnn_R_50_FPN_1x_early_exit",
         "cascade_rcnn_R_50_FPN_3x_early_exit",
         "cascade_rcnn_R_101_FPN_3x_early_exit",
+        "cascade_mask_rcnn_R_50_FPN_1x",
+        "cascade_mask_rcnn_R_50_FPN_3x",
+        "cascade_mask_rcnn_R_101_FPN_3x",
+        "cascade_mask_rcnn_R_50_FPN_1x_early_exit",
+        "cascade_mask_rcnn_R_50_FPN_3x_early_exit",
+        "cascade_mask_rcnn_R_101_FPN_3x_early_exit",
         "demo",
+        "demo_masks",
         "finetune_small",
         "instant_test",
     }
@@ -129,7 +136,6 @@ def test_any_number_of_stages(cfg, stages):
 
 NOT_BUILT = {
     "MODEL.META_ARCHITECTURE": ["RetinaNet"],
-    "MODEL.MASK_ON": ["True"],
     "MODEL.KEYPOINT_ON": ["True"],
     "MODEL.LOAD_PROPOSALS": ["True"],
     "MODEL.DEVICE": ["gpu", "cuda:"],
@@ -341,6 +347,12 @@ CONTRADICTIONS = {
     "INPUT.MIN_SIZE_TRAIN_SAMPLING range INPUT.MIN_SIZE_TRAIN (800,640)": (
         "MIN_SIZE_TRAIN is (800, 640)"
     ),
+    "MODEL.CASCADE.MASK.STAGES every": "MASK.STAGES is 'every', but MODEL.MASK_ON is False",
+    "MODEL.CASCADE.MASK.SCORE_THRESHOLD 0.3": "SCORE_THRESHOLD is 0.3, but MODEL.MASK_ON | at 0.0",
+    "CASCADE.BEST_METRIC segm/AP": "BEST_METRIC is 'segm/AP', but MODEL.MASK_ON is False",
+    "MODEL.MASK_ON True MODEL.ROI_MASK_HEAD.NORM GN MODEL.ROI_MASK_HEAD.CONV_DIM 48": (
+        "MODEL.ROI_MASK_HEAD.CONV_DIM is 48 | 32 groups"
+    ),
     "DATASETS.TEST ('a','b','a')": "DATASETS.TEST names a more than once",
     "CASCADE.DATASETS (('a','x','y'),('a','z','w'))": "CASCADE.DATASETS names a more than once",
     "SOLVER.LR_SCHEDULER_NAME WarmupCosineLR SOLVER.BASE_LR_END 1.0": (
@@ -397,13 +409,18 @@ def test_a_best_metric_that_there_will_be(cfg):
     assert "a/bbox/AP" in message
 
 
-def test_validation_losses_have_the_names_of_the_detectors_losses(cfg):
+@pytest.mark.parametrize("masks", ["", "last", "every"])
+def test_validation_losses_have_the_names_of_the_detectors_losses(cfg, masks):
+    if masks:
+        on = ("MODEL.MASK_ON", "True", "MODEL.ROI_MASK_HEAD.CONV_DIM", "8")
+        config.merge_config(cfg, None, [*on, "MODEL.CASCADE.MASK.STAGES", masks])
     small = ("MODEL.FPN.OUT_CHANNELS", "8", "MODEL.ROI_BOX_HEAD.FC_DIM", "8", *R18)
     config.merge_config(cfg, None, [*small, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
     sample = {
         "image": torch.zeros(3, 64, 64, dtype=torch.uint8),
         "gt_boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]),
         "gt_classes": torch.tensor([0]),
+        "gt_masks": [torch.ones(64, 64, dtype=torch.bool)],
     }
     names = build_detector(cfg).losses([sample])
     for name in [*names, "total_loss"]:
@@ -431,13 +448,13 @@ def test_values_that_python_code_put_there(value):
 def test_all_problems_are_listed_at_once(cfg):
     found = problems(
         cfg,
-        *("MODEL.MASK_ON", "True", "SOLVER.BASE_LR", "-1", "INPUT.MAX_SIZE_TEST", "10"),
+        *("MODEL.KEYPOINT_ON", "True", "SOLVER.BASE_LR", "-1", "INPUT.MAX_SIZE_TEST", "10"),
         *("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", "(0.7, 0.6, 0.5)"),
     )
     keys = [message.split(" is ")[0] for message in found]
     assert sorted(keys) == [
         "INPUT.MIN_SIZE_TEST",
-        "MODEL.MASK_ON",
+        "MODEL.KEYPOINT_ON",
         "MODEL.ROI_BOX_CASCADE_HEAD.IOUS",
         "SOLVER.BASE_LR",
     ]

@@ -6,12 +6,32 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cascade_det.errors import DatasetError
+from cascade_det.masks.rle import Rle, encode_pasted
+
+EncodedMasks = Sequence[Rle | None] | None
+
+
+def encode_masks(detections: Any, height: int, width: int) -> EncodedMasks:
+    """The masks of an image's detections as RLE; ``None`` for a detector without masks.
+
+    Args:
+        detections: ``Detections`` or ``ArrayDetections``.
+        height: of the image in pixels.
+        width: of the image in pixels.
+    """
+    if detections.masks is None:
+        return None
+    return encode_pasted(_array(detections.masks), _array(detections.boxes), height, width)
 
 
 def coco_results(
-    detections: Any, image_id: int, category_ids: Sequence[int]
+    detections: Any,
+    image_id: int,
+    category_ids: Sequence[int],
+    masks: EncodedMasks = None,
 ) -> list[dict[str, Any]]:
     """Detections of one image in COCO's result format, plus ``exit_stage`` for each.
 
@@ -22,6 +42,7 @@ def coco_results(
         detections: ``Detections`` or ``ArrayDetections``.
         image_id: the id in the json.
         category_ids: of the classes ``0..K-1``.
+        masks: see ``encode_masks``; a detection without a mask gets no ``segmentation``.
 
     Raises:
         DatasetError: a class index has no category.
@@ -33,12 +54,10 @@ def coco_results(
             f"but the data set has {len(category_ids)} classes: set MODEL.ROI_HEADS.NUM_CLASSES "
             f"to {len(category_ids)} or evaluate on the data set that the model was trained for"
         )
-    boxes = detections.boxes
-    # A tensor may be on another device.
-    boxes = np.asarray(boxes.detach().cpu() if hasattr(boxes, "detach") else boxes).copy()
+    boxes = _array(detections.boxes).copy()
     boxes[:, 2:] -= boxes[:, :2]  # XYXY to XYWH
     columns = (boxes.tolist(), detections.scores.tolist(), classes, detections.exit_stages.tolist())
-    return [
+    results: list[dict[str, Any]] = [
         {
             "image_id": image_id,
             "category_id": category_ids[class_index],
@@ -48,3 +67,12 @@ def coco_results(
         }
         for box, score, class_index, exit_stage in zip(*columns, strict=True)
     ]
+    for result, mask in zip(results, masks or (), strict=masks is not None):
+        if mask is not None:
+            result["segmentation"] = mask
+    return results
+
+
+def _array(values: Any) -> NDArray[Any]:
+    # A tensor may be on another device.
+    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from cascade_det.evaluation.average_precision import ap_per_class
@@ -23,6 +24,7 @@ def analyze(
     evaluation: COCOeval,
     results: Sequence[Mapping[str, Any]],
     *,
+    mask_truth: COCO | None = None,
     score_threshold: float = SCORE_THRESHOLD,
 ) -> dict[str, Any]:
     """Analyze an evaluation at ``coco_matches.IOU``.
@@ -30,9 +32,11 @@ def analyze(
     Args:
         evaluation: see ``run_cocoeval``.
         results: the detections of the evaluation.
+        mask_truth: see ``load_mask_truth``; gives the boxes of the worst images their masks.
         score_threshold: the lowest score that counts.
 
     Returns:
+        - ``task`` of the evaluation;
         - ``precision``, ``recall`` and ``F1`` of all classes together, in percent;
         - ``overall``: the same with counts (see ``coco_matches.point_at``), at the threshold and
           at the score of the best F1;
@@ -46,7 +50,8 @@ def analyze(
         A mistake is a false positive or a miss. An image has ``image_id``, ``file_name``,
         ``true_positives``, ``false_positives``, ``misses``, ``F1`` and ``boxes``; each box has
         ``kind`` (``found`` and ``missed`` are objects, ``false positive`` is a detection),
-        ``class``, ``bbox`` (XYWH in pixels) and, for detections, ``score``. Images are ranked by
+        ``class``, ``bbox`` (XYWH in pixels), for detections ``score``, and ``segmentation``
+        (compressed RLE) if it has a mask. Images are ranked by
         mistakes, which lower the overall F1, rather than by F1: by F1, an image with a single
         missed object would be among the worst.
     """
@@ -63,13 +68,15 @@ def analyze(
         score_threshold=score_threshold,
         iou_threshold=IOU,
         max_detections=evaluation.params.maxDets[-1],
+        by_masks=evaluation.params.iouType == "segm",
     )
     return {
+        "task": evaluation.params.iouType,
         **{name: overall[0][name] for name in ("precision", "recall", "F1")},
         "overall": overall,
         "per_class": _per_class(evaluation, matches, score_threshold),
         "confusion_matrix": {"classes": [*labels.values(), BACKGROUND], "counts": counts.tolist()},
-        "worst_images": _worst_images(evaluation, matches, score_threshold),
+        "worst_images": _worst_images(evaluation, matches, score_threshold, mask_truth),
     }
 
 
@@ -98,7 +105,7 @@ def _per_class(
 
 
 def _worst_images(
-    evaluation: COCOeval, matches: Matches, score_threshold: float
+    evaluation: COCOeval, matches: Matches, score_threshold: float, mask_truth: COCO | None
 ) -> list[dict[str, Any]]:
     confident, found = matches.scores >= score_threshold, matches.found_at >= score_threshold
     hits = _count(matches, matches.object_images[found])
@@ -116,7 +123,7 @@ def _worst_images(
             "false_positives": int(wrong[index]),
             "misses": int(misses[index]),
             "F1": float(f1[index]),
-            "boxes": _boxes(evaluation, matches, index, score_threshold),
+            "boxes": _boxes(evaluation, matches, index, score_threshold, mask_truth),
         }
         for index in worst
         if mistakes[index]
@@ -128,7 +135,11 @@ def _count(matches: Matches, image_indices: npt.NDArray[np.int64]) -> npt.NDArra
 
 
 def _boxes(
-    evaluation: COCOeval, matches: Matches, image_index: int, score_threshold: float
+    evaluation: COCOeval,
+    matches: Matches,
+    image_index: int,
+    score_threshold: float,
+    mask_truth: COCO | None,
 ) -> list[dict[str, Any]]:
     """The boxes of an image: found objects, false positives, missed objects."""
     here = matches.object_images == image_index
@@ -138,7 +149,7 @@ def _boxes(
         & (matches.scores >= score_threshold)
         & ~matches.hits
     )
-    truth, detected = evaluation.cocoGt.anns, evaluation.cocoDt.anns
+    truth, detected = (mask_truth or evaluation.cocoGt).anns, evaluation.cocoDt.anns
     of_kind = {
         "found": [truth[number] for number in matches.object_ids[here & found]],
         "false positive": [detected[number] for number in matches.detection_ids[wrong]],
@@ -150,7 +161,7 @@ def _boxes(
             "kind": kind,
             "class": labels[item["category_id"]],
             "bbox": item["bbox"],
-            **({"score": item["score"]} if "score" in item else {}),
+            **{key: item[key] for key in ("score", "segmentation") if key in item},
         }
         for kind, items in of_kind.items()
         for item in items

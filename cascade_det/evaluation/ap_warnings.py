@@ -69,6 +69,33 @@ def explain(
     ]
 
 
+def missing_masks(
+    coco_gt: COCO, predictions: Sequence[Mapping[str, Any]], image_ids: Collection[int]
+) -> Iterator[str]:
+    """Warnings about objects and detections without masks.
+
+    Args:
+        coco_gt: the ground truth as it was read, see ``load_ground_truth``.
+        predictions: its detections, in COCO's result format.
+        image_ids: the evaluated images.
+    """
+    images = set(image_ids)
+    objects, detections = (
+        [item for item in items if item["image_id"] in images]
+        for items in (coco_gt.dataset.get("annotations", []), predictions)
+    )
+    if maskless := sum(not item.get("segmentation") for item in objects):
+        yield (
+            f"{maskless:,} of {len(objects):,} annotations have no mask: mask AP leaves them out, "
+            "and the detections inside their boxes."
+        )
+    if maskless := sum("segmentation" not in item for item in detections):
+        yield (
+            f"{maskless:,} of {len(detections):,} detections have no mask, and do not count for "
+            "mask AP."
+        )
+
+
 def unprocessed_warning(image_ids: Iterable[int], seen: Collection[int]) -> list[str]:
     """A warning if some of the evaluated images were not processed."""
     missing = [image_id for image_id in image_ids if image_id not in seen]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from cascade_det.evaluation.ground_truth import class_labels, stdout_to_log
+
+logger = logging.getLogger(__name__)
 
 MAX_DETECTIONS = 100  # Per class and image, by COCO's rules.
 
@@ -27,10 +32,13 @@ def coco_ap(
     results: Sequence[Mapping[str, Any]],
     image_ids: Collection[int],
     *,
+    task: str = "bbox",
     max_detections: int = MAX_DETECTIONS,
 ) -> dict[str, float]:
     """Average precision in percent; see ``run_cocoeval`` and ``ap_metrics``."""
-    return ap_metrics(run_cocoeval(coco_gt, results, image_ids, max_detections=max_detections))
+    return ap_metrics(
+        run_cocoeval(coco_gt, results, image_ids, task=task, max_detections=max_detections)
+    )
 
 
 def run_cocoeval(
@@ -38,25 +46,38 @@ def run_cocoeval(
     results: Sequence[Mapping[str, Any]],
     image_ids: Collection[int],
     *,
+    task: str = "bbox",
     max_detections: int = MAX_DETECTIONS,
 ) -> COCOeval:
     """Evaluate and accumulate with pycocotools.
 
     Args:
-        coco_gt: ground truth, see ``load_ground_truth``.
+        coco_gt: ground truth, see ``load_ground_truth``, or ``load_mask_truth`` for masks.
         results: detections in COCO's result format (``image_id``, ``category_id``, ``bbox``
             as XYWH, ``score``); not changed. May be empty: AP is then 0, not nan. Their ids in
-            ``cocoDt`` are 1, 2, ...
+            ``cocoDt`` are 1, 2, ... For masks, only those with a ``segmentation`` (compressed
+            RLE) count.
         image_ids: images to evaluate on.
+        task: what to match: ``bbox``, ``segm`` (masks), or ``boundary`` (masks and their
+            boundaries, by Boundary IoU, arXiv 2103.16562, section 4; needs ``faster-coco-eval``).
         max_detections: how many count per class and image, best score first.
     """
     with stdout_to_log():
-        evaluation = COCOeval(coco_gt, _as_coco(coco_gt, results), "bbox")
+        detected = _as_coco(coco_gt, results, with_masks=task != "bbox")
+        if task == "boundary":
+            evaluation = _boundary_evaluation(coco_gt, detected)
+        else:
+            evaluation = COCOeval(coco_gt, detected, task)
         evaluation.params.imgIds = list(image_ids)
         evaluation.params.maxDets = [max_detections]
         evaluation.evaluate()
         evaluation.accumulate()
     return evaluation
+
+
+def can_score_boundaries() -> bool:
+    """Whether ``faster-coco-eval`` is installed."""
+    return find_spec("faster_coco_eval") is not None
 
 
 def ap_metrics(evaluation: COCOeval) -> dict[str, float]:
@@ -98,19 +119,40 @@ def _precision(evaluation: COCOeval, area: int = 0) -> np.ndarray:
     return precision
 
 
-def _as_coco(coco_gt: COCO, results: Sequence[Mapping[str, Any]]) -> COCO:
+def _as_coco(coco_gt: COCO, results: Sequence[Mapping[str, Any]], *, with_masks: bool) -> COCO:
     # COCO.loadRes() would do, but it fails on an empty list and writes into the results.
+    if with_masks:
+        results = [result for result in results if "segmentation" in result]
     coco = COCO()
     coco.dataset = {
         "images": coco_gt.dataset["images"],
         "categories": coco_gt.dataset["categories"],
         "annotations": [
-            {**result, "id": number, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
+            {**result, "id": number, "area": _area(result, with_masks), "iscrowd": 0}
             for number, result in enumerate(results, start=1)
         ],
     }
     coco.createIndex()
     return coco
+
+
+def _area(result: Mapping[str, Any], with_masks: bool) -> float:
+    if with_masks:
+        return float(coco_mask.area(result["segmentation"]))
+    _, _, width, height = result["bbox"]
+    return float(width * height)
+
+
+def _boundary_evaluation(coco_gt: COCO, detected: COCO) -> Any:
+    from faster_coco_eval import COCO as FasterCOCO
+    from faster_coco_eval import COCOeval_faster
+
+    # It writes into the annotations.
+    both = (
+        FasterCOCO({**coco.dataset, "annotations": [*map(dict, coco.dataset["annotations"])]})
+        for coco in (coco_gt, detected)
+    )
+    return COCOeval_faster(*both, "boundary", print_function=logger.debug)
 
 
 def _mean_valid(precision: np.ndarray) -> float:

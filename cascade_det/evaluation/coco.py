@@ -11,22 +11,30 @@ from typing import Any
 from pycocotools.coco import COCO
 
 from cascade_det.core.structures import DetectorOutput
-from cascade_det.data.coco_results import coco_results
+from cascade_det.data.coco_results import coco_results, encode_masks
 from cascade_det.data.samples import Sample
 from cascade_det.evaluation.analysis import SCORE_THRESHOLD, analyze
 from cascade_det.evaluation.ap_warnings import (
     explain,
+    missing_masks,
     too_many_objects_warning,
     unprocessed_warning,
 )
 from cascade_det.evaluation.average_precision import (
     MAX_DETECTIONS,
     ap_metrics,
+    can_score_boundaries,
+    coco_ap,
     detections_limit,
     run_cocoeval,
 )
 from cascade_det.evaluation.evaluator import Evaluator
-from cascade_det.evaluation.ground_truth import admit_images, load_ground_truth, merge_seen
+from cascade_det.evaluation.ground_truth import (
+    admit_images,
+    load_ground_truth,
+    load_mask_truth,
+    merge_seen,
+)
 from cascade_det.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -36,7 +44,7 @@ RESULTS_FILE = Path("inference", "coco_instances_results.json")
 
 
 class CocoEvaluator(Evaluator):
-    """Average precision over a COCO-format data set.
+    """Average precision over a COCO-format data set, of boxes and, if there are any, of masks.
 
     Args:
         ground_truth: the content of a COCO-format json, see ``load_ground_truth``.
@@ -58,6 +66,7 @@ class CocoEvaluator(Evaluator):
         output_dir: str | os.PathLike[str] | None = None,
         detections_per_image: int = MAX_DETECTIONS,
     ) -> None:
+        self._ground_truth = ground_truth
         self._coco_gt = load_ground_truth(ground_truth)
         self._category_ids = tuple(category_ids)
         self._output_dir = output_dir
@@ -68,6 +77,7 @@ class CocoEvaluator(Evaluator):
         """Discard everything that was processed."""
         self._seen: set[int] = set()
         self._results: list[dict[str, Any]] = []
+        self._has_masks = False
 
     def process(self, batch: Sequence[Sample], output: DetectorOutput) -> None:
         """Add the detections of a batch, in pixels of the original images.
@@ -78,11 +88,20 @@ class CocoEvaluator(Evaluator):
         """
         admit_images(batch, output.detections, self._coco_gt, self._seen)
         for sample, detections in zip(batch, output.detections, strict=True):
-            self._results += coco_results(detections, sample["image_id"], self._category_ids)
+            image = self._coco_gt.imgs[sample["image_id"]]
+            masks = None
+            if detections.masks is not None:
+                masks = encode_masks(detections, image["height"], image["width"])
+                self._has_masks = True
+            self._results += coco_results(detections, image["id"], self._category_ids, masks)
 
     def state(self) -> dict[str, Any]:
-        """``seen`` image ids and ``results`` in COCO's result format."""
-        return {"seen": sorted(self._seen), "results": self._results}
+        """``seen`` image ids, ``results`` in COCO's result format, ``has_masks``."""
+        return {
+            "seen": sorted(self._seen),
+            "results": self._results,
+            "has_masks": self._has_masks,
+        }
 
     def merge(self, states: Sequence[dict[str, Any]]) -> None:
         """Continue from the states of all processes.
@@ -92,12 +111,14 @@ class CocoEvaluator(Evaluator):
         """
         self._seen = merge_seen(state["seen"] for state in states)
         self._results = [result for state in states for result in state["results"]]
+        self._has_masks = any(state["has_masks"] for state in states)
 
     def evaluate(self) -> dict[str, Any]:
         """``{"bbox": {"AP": ..., "AP-<class>": ...}, "analysis": {...}, "notes": [...]}``.
 
-        AP is in percent. See ``score_results``. As in Detectron2, all images of the json count,
-        even if they were not processed.
+        AP is in percent; ``segm`` is that of masks, for a detector that has them. See
+        ``score_results``. As in Detectron2, all images of the json count, even if they were not
+        processed.
         """
         if self._output_dir is not None:
             write_json(self._results, Path(self._output_dir) / RESULTS_FILE)
@@ -106,6 +127,7 @@ class CocoEvaluator(Evaluator):
             self._coco_gt,
             self._results,
             image_ids,
+            mask_truth=load_mask_truth(self._ground_truth) if self._has_masks else None,
             max_detections=detections_limit(self._detections_per_image),
         )
         if scored["bbox"]:
@@ -126,6 +148,8 @@ def score_results(
     results: Sequence[Mapping[str, Any]],
     image_ids: Collection[int],
     *,
+    mask_truth: COCO | None = None,
+    by_masks: bool = False,
     score_threshold: float = SCORE_THRESHOLD,
     max_detections: int = MAX_DETECTIONS,
 ) -> dict[str, Any]:
@@ -135,20 +159,37 @@ def score_results(
         coco_gt: ground truth, see ``load_ground_truth``.
         results: detections in COCO's result format.
         image_ids: images to evaluate on.
+        mask_truth: the same ground truth for masks, see ``load_mask_truth``; ``None`` if the
+            detector has no masks.
+        by_masks: whether the analysis matches objects by their masks rather than their boxes.
         score_threshold: the lowest score that counts in the analysis.
         max_detections: how many count per class and image, best score first.
 
     Returns:
         ``bbox`` (see ``ap_metrics``), ``analysis`` (see ``analyze``) and ``notes``, warnings (see
-        ``explain``). Without annotations ``bbox`` and ``analysis`` are empty.
+        ``explain``). For masks also ``segm`` and, where ``faster-coco-eval`` is installed,
+        ``boundary``. Without annotations they are empty.
     """
     if "annotations" not in coco_gt.dataset:
         warning = "The json has no annotations: AP cannot be computed."
         return {"bbox": {}, "analysis": {}, "notes": [warning]}
-    evaluation = run_cocoeval(coco_gt, results, image_ids, max_detections=max_detections)
-    metrics = ap_metrics(evaluation)
-    return {
-        "bbox": metrics,
-        "analysis": analyze(evaluation, results, score_threshold=score_threshold),
-        "notes": explain(metrics, coco_gt, results, image_ids),
+    truths = {"bbox": coco_gt} | ({} if mask_truth is None else {"segm": mask_truth})
+    evaluations = {
+        task: run_cocoeval(truth, results, image_ids, task=task, max_detections=max_detections)
+        for task, truth in truths.items()
     }
+    metrics = {task: ap_metrics(evaluation) for task, evaluation in evaluations.items()}
+    notes = explain(metrics["bbox"], coco_gt, results, image_ids)
+    if mask_truth is not None:
+        notes += missing_masks(coco_gt, results, image_ids)
+        if can_score_boundaries():
+            metrics["boundary"] = coco_ap(
+                mask_truth, results, image_ids, task="boundary", max_detections=max_detections
+            )
+    analysis = analyze(
+        evaluations["segm" if by_masks else "bbox"],
+        results,
+        mask_truth=mask_truth,
+        score_threshold=score_threshold,
+    )
+    return {**metrics, "analysis": analysis, "notes": notes}

@@ -26,6 +26,7 @@ def confusion_matrix(
     score_threshold: float = 0.5,
     iou_threshold: float = 0.5,
     max_detections: int = MAX_DETECTIONS,
+    by_masks: bool = False,
 ) -> npt.NDArray[np.int64]:
     """Count the objects of each class by the class they were detected as.
 
@@ -47,13 +48,16 @@ def confusion_matrix(
         score_threshold: the lowest score that counts.
         iou_threshold: the lowest IoU of a match, above 0.
         max_detections: how many count per class and image, best score first, as for AP.
+        by_masks: whether IoU and area are those of masks, with a ``load_mask_truth``; detections
+            without one do not count.
 
     Returns:
         int64 ``[K + 1, K + 1]``: true class by detected class, both in the order of the category
         ids, with background last.
     """
     index_of = {category_id: index for index, category_id in enumerate(sorted(coco_gt.cats))}
-    known = [item for item in results if item["category_id"] in index_of]
+    region = "segmentation" if by_masks else "bbox"
+    known = [item for item in results if item["category_id"] in index_of and region in item]
     confident = [item for item in known if item["score"] >= score_threshold]
     best = _best(sorted(confident, key=lambda item: -item["score"]), max_detections)
     truth = coco_gt.dataset.get("annotations", [])
@@ -65,7 +69,8 @@ def confusion_matrix(
     pairs = [np.zeros((2, 0), np.int64)]
     for image_id in image_ids:
         found, wanted, crowd = (
-            _boxes(items.get(image_id, []), index_of) for items in (detections, objects, crowds)
+            _regions(items.get(image_id, []), region, index_of)
+            for items in (detections, objects, crowds)
         )
         pairs += _pairs(found, wanted, crowd, iou_threshold, size - 1)
     true, detected = np.concatenate(pairs, axis=1)
@@ -83,20 +88,22 @@ def _best(results: Iterable[Mapping[str, Any]], max_detections: int) -> Iterator
 
 
 @dataclass(frozen=True)
-class _Boxes:
-    """Boxes of one image: float64 ``[N, 4]``, XYWH in pixels, and class indices int64 ``[N]``."""
+class _Regions:
+    """N boxes (XYWH in pixels) or masks (RLE) of one image, and class indices int64 ``[N]``."""
 
-    boxes: npt.NDArray[np.float64]
+    regions: list[Any]
     classes: npt.NDArray[np.int64]
 
 
-def _boxes(items: Sequence[Mapping[str, Any]], index_of: Mapping[int, int]) -> _Boxes:
-    boxes = np.array([item["bbox"] for item in items], np.float64).reshape(-1, 4)
-    return _Boxes(boxes, np.array([index_of[item["category_id"]] for item in items], np.int64))
+def _regions(
+    items: Sequence[Mapping[str, Any]], region: str, index_of: Mapping[int, int]
+) -> _Regions:
+    classes = np.array([index_of[item["category_id"]] for item in items], np.int64)
+    return _Regions([item[region] for item in items], classes)
 
 
 def _pairs(
-    found: _Boxes, wanted: _Boxes, crowds: _Boxes, iou_threshold: float, background: int
+    found: _Regions, wanted: _Regions, crowds: _Regions, iou_threshold: float, background: int
 ) -> list[npt.NDArray[np.int64]]:
     """True and detected classes ``[2, N]`` of the matches, misses and false positives."""
     taken = _match(found, wanted, iou_threshold)
@@ -112,21 +119,21 @@ def _pairs(
     ]
 
 
-def _match(found: _Boxes, wanted: _Boxes, iou_threshold: float) -> npt.NDArray[np.int64]:
+def _match(found: _Regions, wanted: _Regions, iou_threshold: float) -> npt.NDArray[np.int64]:
     """The index of the object that each detection takes, -1 for none; best score first."""
     if not len(found.classes) or not len(wanted.classes):
         return np.full(len(found.classes), -1)
-    ious = coco_mask.iou(found.boxes, wanted.boxes, [0] * len(wanted.classes))
+    ious = coco_mask.iou(found.regions, wanted.regions, [0] * len(wanted.classes))
     same_class = np.equal.outer(found.classes, wanted.classes)
     preferred = torch.from_numpy(same_class)
     (taken,) = match_greedily(torch.from_numpy(ious), [iou_threshold], preferred=preferred)
     return taken.numpy()
 
 
-def _in_crowd(found: _Boxes, crowds: _Boxes, threshold: float) -> npt.NDArray[np.bool_]:
+def _in_crowd(found: _Regions, crowds: _Regions, threshold: float) -> npt.NDArray[np.bool_]:
     if not len(found.classes) or not len(crowds.classes):
         return np.zeros(len(found.classes), np.bool_)
     # With crowd flags, an IoU is the share of the detection.
-    covered = coco_mask.iou(found.boxes, crowds.boxes, [1] * len(crowds.classes))
+    covered = coco_mask.iou(found.regions, crowds.regions, [1] * len(crowds.classes))
     same = np.equal.outer(found.classes, crowds.classes)
     return ((covered >= threshold) & same).any(axis=1)

@@ -46,6 +46,8 @@ class _Sums:
     scores: list[dict[str, Fraction]] = field(default_factory=list)
     overruns: int = 0
     longest_overrun: float = 0.0
+    detected: int = 0
+    masks: int = 0
 
     def add(self, other: _Sums) -> None:
         if not self.images:
@@ -65,6 +67,8 @@ class _Sums:
                 sums[reason] = sums.get(reason, Fraction(0)) + score
         self.overruns += other.overruns
         self.longest_overrun = max(self.longest_overrun, other.longest_overrun)
+        self.detected += other.detected
+        self.masks += other.masks
 
 
 class ExitEvaluator(Evaluator):
@@ -114,9 +118,10 @@ class ExitEvaluator(Evaluator):
         ``mean_score`` (mean largest foreground probability of the regions that left, by reason).
         ``stages_per_region`` is the mean number of stages computed for a proposal.
         ``overrun_share`` of the batches took longer than their time budget, by ``overrun_ms`` at
-        most. With FLOPs, ``head_gflops_per_image`` is the work of the box heads,
-        ``full_head_gflops_per_image`` that of all proposals at all stages, and
-        ``head_flops_share`` their ratio.
+        most. For a cascade with masks, ``masks`` has the ``detections_per_image``, the
+        ``masks_per_image`` made of them and their ``share``. With FLOPs,
+        ``head_gflops_per_image`` is the work of the box heads, ``full_head_gflops_per_image`` that
+        of all proposals at all stages, and ``head_flops_share`` their ratio.
         """
         sums = self._sums
         metrics = {
@@ -125,6 +130,7 @@ class ExitEvaluator(Evaluator):
             "overrun_share": _share(sums.overruns, sums.batches),
             "overrun_ms": sums.longest_overrun,
             **self._head_work(),
+            **self._mask_work(),
             "proposals": self._gate(sums.proposed, sums.left_before, {}),
         }
         for index, gate in enumerate(zip(sums.entered, sums.left, sums.scores, strict=True)):
@@ -161,6 +167,18 @@ class ExitEvaluator(Evaluator):
             "head_flops_share": _share(done, full),
         }
 
+    def _mask_work(self) -> dict[str, Any]:
+        sums = self._sums
+        if not sums.detected:
+            return {}
+        return {
+            "masks": {
+                "detections_per_image": _share(sums.detected, sums.images),
+                "masks_per_image": _share(sums.masks, sums.images),
+                "share": _share(sums.masks, sums.detected),
+            }
+        }
+
 
 def _sums_of(images: int, stats: CascadeStats) -> _Sums:
     # Without exits, no scores are recorded.
@@ -175,6 +193,8 @@ def _sums_of(images: int, stats: CascadeStats) -> _Sums:
         scores=[{reason: Fraction(x) for reason, x in sums.items()} for sums in confidence],
         overruns=int(stats.overrun_ms > 0),
         longest_overrun=stats.overrun_ms,
+        detected=stats.detected,
+        masks=stats.masks,
     )
 
 

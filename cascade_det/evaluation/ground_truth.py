@@ -9,6 +9,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from cascade_det.data.samples import Sample
@@ -45,6 +47,38 @@ def load_ground_truth(content: Mapping[str, Any]) -> COCO:
         ]
     with stdout_to_log():
         coco.createIndex()
+    return coco
+
+
+def load_mask_truth(content: Mapping[str, Any]) -> COCO:
+    """``load_ground_truth`` for an evaluation of masks: every annotation has compressed RLE.
+
+    An object without a ``segmentation`` cannot be scored by its mask. It becomes a crowd region,
+    all pixels of its box: detections there are neither found objects nor false positives.
+    A missing ``area`` becomes that of the mask.
+
+    Args:
+        content: as for ``load_ground_truth``, with ``segmentation`` as pycocotools takes it:
+            polygons or RLE.
+
+    Raises:
+        DatasetError: it is not COCO format.
+    """
+    coco = load_ground_truth(content)
+    originals = content.get("annotations", [])
+    for annotation, original in zip(coco.dataset.get("annotations", []), originals, strict=True):
+        if annotation.get("segmentation"):
+            rle = coco.annToRLE(annotation)
+        else:
+            image = coco.imgs[annotation["image_id"]]
+            box = np.array([annotation["bbox"]], np.float64)
+            (rle,) = coco_mask.frPyObjects(box, image["height"], image["width"])
+            annotation["iscrowd"] = 1
+        if isinstance(rle["counts"], bytes):
+            rle = {**rle, "counts": rle["counts"].decode("ascii")}
+        annotation["segmentation"] = rle
+        if original.get("area") is None:
+            annotation["area"] = float(coco_mask.area(rle))
     return coco
 
 

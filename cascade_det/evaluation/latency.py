@@ -20,6 +20,7 @@ from cascade_det.evaluation.evaluator import Evaluator
 _FULL_PREFIX = "full/"
 _LATER_STAGE = re.compile(r"stage[1-9]\d*")
 _STAGE = re.compile(r"stage\d+")
+_MASKS_OF_STAGE = re.compile(r"masks\d+")
 _BEFORE_STAGES = ("preprocess", "backbone", "rpn")
 _NOT_TIMED_IN_FULL = (
     "The most that exits could save is unknown: the cascade was only timed with exits. Run the "
@@ -82,7 +83,9 @@ class LatencyEvaluator(Evaluator):
         second: Times = {}
         for part, time in milliseconds.items():
             passed = second if part.startswith(_FULL_PREFIX) else times
-            passed[part.removeprefix(_FULL_PREFIX)] = time / len(batch)
+            # The masks of earlier stages are made for AP per stage alone; the last ones stay.
+            name = _MASKS_OF_STAGE.sub("masks", part.removeprefix(_FULL_PREFIX))
+            passed[name] = time / len(batch)
         kept = {p: ms for p, ms in times.items() if not (second and _STAGE.fullmatch(p))}
         measured = _Batch(
             times=times,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,14 +14,21 @@ from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
 from cascade_det.core.structures import Detections, DetectorOutput, StageOutput
-from cascade_det.data.coco_results import coco_results
+from cascade_det.data.coco_results import EncodedMasks, coco_results, encode_masks
 from cascade_det.data.samples import Sample
 from cascade_det.evaluation.average_precision import MAX_DETECTIONS, coco_ap, detections_limit
 from cascade_det.evaluation.evaluator import Evaluator
-from cascade_det.evaluation.ground_truth import admit_images, load_ground_truth, merge_seen
+from cascade_det.evaluation.ground_truth import (
+    admit_images,
+    load_ground_truth,
+    load_mask_truth,
+    merge_seen,
+)
 
 MATCH_IOU = 0.5
 _STAGE_METRICS = ("AP", "AP50", "AP75", "AP90")
+# Image id, detections without their masks, and these masks.
+_OfImage = tuple[int, Detections, EncodedMasks]
 
 
 class StageEvaluator(Evaluator):
@@ -46,6 +54,7 @@ class StageEvaluator(Evaluator):
         category_ids: Sequence[int],
         detections_per_image: int = MAX_DETECTIONS,
     ) -> None:
+        self._ground_truth = ground_truth
         self._coco_gt = load_ground_truth(ground_truth)
         self._category_ids = tuple(category_ids)
         self._max_detections = detections_limit(detections_per_image)
@@ -54,8 +63,8 @@ class StageEvaluator(Evaluator):
     def reset(self) -> None:
         """Discard everything that was processed."""
         self._seen: set[int] = set()
-        # Per stage: (image id, detections) of every image.
-        self._detections: list[list[tuple[int, Detections]]] = []
+        # Per stage and image.
+        self._detections: list[list[_OfImage]] = []
         # By image: the number of matched regions, and their sums of IoU [stage][before, after].
         self._ious: dict[int, tuple[int, list[list[float]]]] = {}
 
@@ -74,7 +83,7 @@ class StageEvaluator(Evaluator):
         image_ids = [sample["image_id"] for sample in batch]
         for kept, stage in zip(self._detections, output.stages, strict=True):
             kept += [
-                (image_id, detections.to("cpu"))
+                self._of_image(image_id, detections.to("cpu"))
                 for image_id, detections in zip(image_ids, stage.detections, strict=True)
             ]
         for index, image_id in enumerate(image_ids):
@@ -103,35 +112,58 @@ class StageEvaluator(Evaluator):
     def evaluate(self) -> dict[str, Any]:
         """``{"stages": {"regions": n, "stage0": {...}, ...}}``.
 
-        Each stage has ``AP``, ``AP50``, ``AP75`` and ``AP90`` in percent, ``iou_before`` and
-        ``iou_after`` (nan if no region matches an object), averaged over ``regions``.
+        Each stage has ``AP``, ``AP50``, ``AP75`` and ``AP90`` in percent, for masks the same in
+        ``segm``, ``iou_before`` and ``iou_after`` (nan if no region matches an object), averaged
+        over ``regions``.
         """
         regions = sum(count for count, _ in self._ious.values())
         metrics: dict[str, Any] = {"regions": regions}
+        has_masks = any(masks is not None for found in self._detections for *_, masks in found)
+        truths = {"bbox": self._coco_gt}
+        if has_masks:
+            truths["segm"] = load_mask_truth(self._ground_truth)
         for index, detections in enumerate(self._detections):
             before, after = (
                 # Exact: the same for any number of processes and any order of images.
                 math.fsum(sums[index][column] for _, sums in self._ious.values())
                 for column in (0, 1)
             )
+            of_task = self._stage_ap(detections, truths)
             metrics[f"stage{index}"] = {
-                **self._stage_ap(detections),
+                **of_task.pop("bbox"),
+                **of_task,
                 "iou_before": before / (regions or math.nan),
                 "iou_after": after / (regions or math.nan),
             }
         return {"stages": metrics}
 
-    def _stage_ap(self, detections_of_images: list[tuple[int, Detections]]) -> dict[str, float]:
+    def _of_image(self, image_id: int, detections: Detections) -> _OfImage:
+        if detections.masks is None:
+            return image_id, detections, None
+        image = self._coco_gt.imgs[image_id]
+        masks = encode_masks(detections, image["height"], image["width"])
+        return image_id, replace(detections, masks=None), masks
+
+    def _stage_ap(
+        self, of_images: list[_OfImage], truths: Mapping[str, COCO]
+    ) -> dict[str, dict[str, float]]:
+        """The metrics of each task."""
         if "annotations" not in self._coco_gt.dataset:
-            return dict.fromkeys(_STAGE_METRICS, float("nan"))
+            return {task: dict.fromkeys(_STAGE_METRICS, float("nan")) for task in truths}
         results = [
             result
-            for image_id, detections in detections_of_images
-            for result in coco_results(detections, image_id, self._category_ids)
+            for image_id, detections, masks in of_images
+            for result in coco_results(detections, image_id, self._category_ids, masks)
         ]
-        images = sorted(self._coco_gt.imgs)
-        metrics = coco_ap(self._coco_gt, results, images, max_detections=self._max_detections)
-        return {name: metrics[name] for name in _STAGE_METRICS}
+        images, most = sorted(self._coco_gt.imgs), self._max_detections
+        metrics = {
+            task: coco_ap(truth, results, images, task=task, max_detections=most)
+            for task, truth in truths.items()
+        }
+        return {
+            task: {name: of_task[name] for name in _STAGE_METRICS}
+            for task, of_task in metrics.items()
+        }
 
 
 def _iou_sums(

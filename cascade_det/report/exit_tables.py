@@ -83,6 +83,11 @@ def _sentences(exits: Metrics) -> Iterator[str]:
             f"(multiply-adds, by fvcore), {100 * exits['head_flops_share']:.1f} % of the "
             f"{exits['full_head_gflops_per_image']:.2f} without exits."
         )
+    if masks := exits.get("masks"):
+        yield (
+            f"{masks['masks_per_image']:.1f} of {masks['detections_per_image']:.1f} detections per "
+            f"image got a mask ({100 * masks['share']:.1f} %)."
+        )
     if exits.get("overrun_share"):
         yield (
             f"{100 * exits['overrun_share']:.1f} % of the batches took longer than their time "

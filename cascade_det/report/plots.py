@@ -52,7 +52,12 @@ def _panels(results: Mapping[str, Any]) -> list[Callable[[Axes], None]]:
     stages, exits = results.get("stages", {}), results.get("exits", {})
     latency = results.get("latency", {})
     if stage_names(stages):
-        panels += [lambda axes: _plot_ap(axes, stages), lambda axes: _plot_iou(axes, stages)]
+        boxes = {name: stages[name] for name in stage_names(stages)}
+        panels.append(lambda axes: _plot_ap(axes, boxes, "Box"))
+        if all("segm" in stage for stage in boxes.values()):
+            masks = {name: stage["segm"] for name, stage in boxes.items()}
+            panels.append(lambda axes: _plot_ap(axes, masks, "Mask"))
+        panels.append(lambda axes: _plot_iou(axes, stages))
     if stage_names(exits):
         panels.append(lambda axes: _plot_exits(axes, exits))
     if latency.get("parts"):
@@ -60,8 +65,8 @@ def _panels(results: Mapping[str, Any]) -> list[Callable[[Axes], None]]:
     return panels
 
 
-def _plot_ap(axes: Axes, stages: Mapping[str, Any]) -> None:
-    names = stage_names(stages)
+def _plot_ap(axes: Axes, stages: Mapping[str, Any], kind: str) -> None:
+    names = list(stages)
     width = 0.27
     for offset, (metric, color) in enumerate(_METRIC_COLORS.items(), start=-1):
         positions = [index + offset * width for index in range(len(names))]
@@ -69,7 +74,8 @@ def _plot_ap(axes: Axes, stages: Mapping[str, Any]) -> None:
         bars = axes.bar(positions, values, width, label=metric, color=color)
         axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=1)
     axes.set_xticks(range(len(names)), names)
-    axes.set(title="Box AP if the cascade stopped after a stage", ylabel="AP (%)", ylim=(0, 112))
+    title = f"{kind} AP if the cascade stopped after a stage"
+    axes.set(title=title, ylabel="AP (%)", ylim=(0, 112))
     axes.set_yticks(range(0, 101, 20))
     axes.legend(ncols=3, fontsize=8, loc="upper center", frameon=False)
 

@@ -16,7 +16,12 @@ from cascade_det.report.exit_tables import exit_sections, shadow_section
 from cascade_det.report.tables import Metrics, shown_name, stage_names, table
 
 RESULTS_FILE = "results.json"
-_TASKS = {"bbox": "Box AP", "segm": "Mask AP", "keypoints": "Keypoint AP"}
+_TASKS = {
+    "bbox": "Box AP",
+    "segm": "Mask AP",
+    "boundary": "Boundary AP",
+    "keypoints": "Keypoint AP",
+}
 _STAGE_AP = ("AP", "AP50", "AP75", "AP90")
 _TIMES = ("median_ms", "p95_ms")
 _MOST_CONFUSED = _WORST_NAMED = 5
@@ -69,7 +74,7 @@ def format_report(results: Metrics) -> str:
     """
     sections = (
         *(_ap_section(title, results.get(task)) for task, title in _TASKS.items()),
-        *_analysis_sections(results.get("analysis")),
+        *_analysis_sections(results.get("analysis"), results.get("segm")),
         _stage_section(results.get("stages")),
         *exit_sections(results.get("exits")),
         shadow_section(results.get("shadow")),
@@ -88,7 +93,7 @@ def _ap_section(title: str, metrics: Metrics | None) -> str:
     return table(f"{title} (%)", names, [[metrics[name] for name in names]], ".1f")
 
 
-def _analysis_sections(analysis: Metrics | None) -> list[str]:
+def _analysis_sections(analysis: Metrics | None, segm: Metrics | None) -> list[str]:
     if not analysis:
         return []
     chosen, best = analysis["overall"]
@@ -98,25 +103,31 @@ def _analysis_sections(analysis: Metrics | None) -> list[str]:
         (f"{point['score']:.3f} or more{suffix}", *(point[name] for name in (*shares, *counts)))
         for point, suffix in ((chosen, ""), (best, " (best F1)"))
     ]
+    by_masks = analysis["task"] == "segm"
+    if by_masks:
+        segm = None  # It has the same AP.
     overall = table(
-        f"Precision and recall at IoU {chosen['IoU']}",
+        f"Precision and recall at {'mask ' * by_masks}IoU {chosen['IoU']}",
         ("score", *(f"{name} (%)" for name in shares), "hits", "false positives", "misses"),
         points,
         ("", ".1f", ".1f", ".1f"),
     )
-    headers = ("class", "objects", "AP (%)", "AP50 (%)", *(f"{name} (%)" for name in shares))
+    ap_names = ("AP", "AP50", *(["mask AP"] if segm else []), *shares)
     classes = [
         (
-            *(row[name] for name in ("class", "objects", "AP", "AP50", *shares)),
+            *(row[name] for name in ("class", "objects", "AP", "AP50")),
+            *([segm[f"AP-{row['class']}"]] if segm else []),
+            *(row[name] for name in shares),
             *(row["best"][name] for name in ("F1", "score")),
         )
         for row in analysis["per_class"]
     ]
     per_class = table(
-        f"Box AP per class; precision, recall and F1 at score {chosen['score']}",
-        (*headers, "best F1 (%)", "at score"),
+        f"{'Mask' if by_masks else 'Box'} AP per class; precision, recall and F1 at score "
+        f"{chosen['score']}",
+        ("class", "objects", *(f"{name} (%)" for name in (*ap_names, "best F1")), "at score"),
         classes,
-        ("", "", *[".1f"] * 6, ".2f"),
+        ("", "", *[".1f"] * (len(ap_names) + 1), ".2f"),
     )
     return [overall, per_class, *_mistake_lines(analysis)]
 
@@ -153,14 +164,21 @@ def _stage_section(stages: Metrics | None) -> str:
     if not stages or not stage_names(stages):
         return ""
     rows = [
-        (name, *(stages[name][key] for key in (*_STAGE_AP, "iou_before", "iou_after")))
+        (
+            name,
+            *(stages[name][key] for key in _STAGE_AP),
+            *(stages[name]["segm"][key] for key in _STAGE_AP if "segm" in stages[name]),
+            *(stages[name][key] for key in ("iou_before", "iou_after")),
+        )
         for name in stage_names(stages)
     ]
+    has_masks = any("segm" in stages[name] for name in stage_names(stages))
+    columns = [*_STAGE_AP, *(f"mask {name}" for name in _STAGE_AP if has_masks)]
     of_stages = table(
         "If the cascade stopped after a stage",
-        ("after", *(f"{name} (%)" for name in _STAGE_AP), "mean IoU before", "mean IoU after"),
+        ("after", *(f"{name} (%)" for name in columns), "mean IoU before", "mean IoU after"),
         rows,
-        ("", *[".1f"] * len(_STAGE_AP), ".3f", ".3f"),
+        ("", *[".1f"] * len(columns), ".3f", ".3f"),
     )
     return f"{of_stages}\n\nMean IoU over {stages['regions']:,} regions that match an object."
 

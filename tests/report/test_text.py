@@ -35,6 +35,7 @@ def results():
             "AP-cat": 44.04, "AP-dog": 46.16,
         },
         "analysis": {
+            "task": "bbox",
             "precision": 80.0, "recall": 57.14, "F1": 66.67,
             "overall": [POINT, BEST],
             "per_class": [

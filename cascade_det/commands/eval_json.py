@@ -6,6 +6,8 @@ cascade-det eval-json --json val.json --predictions pictures/predictions.json
 
 The last one comes from cascade-det predict; file names tell which images are meant.
 
+Predictions with a segmentation (RLE) are scored by their masks as well.
+
 AP is over all images of the json, except those that --on-bad-data skips. --output gets scores.json
 and the tables and pictures of analysis/; with --images, the images with the most errors are drawn.
 """
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 BAD_DATA_OPTION = "--on-bad-data"
 LIMIT_OPTION = "--max-detections"
 LINKS_OPTION = "--follow-links"
+MASKS_OPTION = "--by-masks"
 SCORES_FILE = "scores.json"
 
 logger = logging.getLogger(__name__)
@@ -51,6 +54,11 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
         type=real(0, 1),
         default=0.5,
         help="of the detections that count for all metrics but AP (0.5)",
+    )
+    parser.add_argument(
+        MASKS_OPTION,
+        action="store_true",
+        help="match objects by their masks for all metrics but AP (by their boxes)",
     )
     parser.add_argument(
         LIMIT_OPTION,
@@ -100,7 +108,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         links=LinkRule(args.follow_links, LINKS_OPTION),
     )
     results = evaluate(
-        dataset, Path(args.predictions), args.score_threshold, max_detections=args.max_detections
+        dataset,
+        Path(args.predictions),
+        args.score_threshold,
+        by_masks=args.by_masks,
+        max_detections=args.max_detections,
     )
     print(format_report(results))
     if args.output:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from cascade_det.commands.eval_json import BAD_DATA_OPTION, LIMIT_OPTION
+from cascade_det.commands.eval_json import BAD_DATA_OPTION, LIMIT_OPTION, MASKS_OPTION
 from cascade_det.data.annotation_file import read_json
 from cascade_det.data.coco import CocoDataset, left_out_warnings
 from cascade_det.data.issues import Issues, shown
@@ -15,7 +15,8 @@ from cascade_det.errors import DatasetError
 from cascade_det.evaluation import score_results
 from cascade_det.evaluation.ap_warnings import too_many_objects_warning
 from cascade_det.evaluation.average_precision import MAX_DETECTIONS
-from cascade_det.evaluation.ground_truth import load_ground_truth
+from cascade_det.evaluation.ground_truth import load_ground_truth, load_mask_truth
+from cascade_det.masks.rle import compressed
 
 # Beyond any image or score, and far below the largest float.
 _LIMIT = 1e9
@@ -26,9 +27,10 @@ def evaluate(
     predictions_file: Path,
     score_threshold: float = 0.5,
     *,
+    by_masks: bool = False,
     max_detections: int = MAX_DETECTIONS,
 ) -> dict[str, Any]:
-    """Score a file of predictions, as ``score_results`` does.
+    """Score a file of predictions, as ``score_results`` does; of masks, if any has one.
 
     Predictions on images that the data set skips are skipped and counted in ``notes``.
 
@@ -41,8 +43,17 @@ def evaluate(
     predictions, notes = read_predictions(predictions_file, dataset)
     kept = [entry for entry in predictions if entry["image_id"] in coco_gt.imgs]
     image_ids = sorted(coco_gt.imgs)
+    has_masks = any("segmentation" in entry for entry in predictions)
+    if by_masks and not has_masks:
+        raise DatasetError(f"{predictions_file}: has no masks for {MASKS_OPTION}")
     results = score_results(
-        coco_gt, kept, image_ids, score_threshold=score_threshold, max_detections=max_detections
+        coco_gt,
+        kept,
+        image_ids,
+        mask_truth=load_mask_truth(dataset.ground_truth) if has_masks else None,
+        by_masks=by_masks,
+        score_threshold=score_threshold,
+        max_detections=max_detections,
     )
     notes += [
         *too_many_objects_warning(coco_gt, image_ids, max_detections, LIMIT_OPTION, of_class=True),
@@ -59,8 +70,8 @@ def read_predictions(path: Path, dataset: CocoDataset) -> tuple[list[dict[str, A
 
     Args:
         path: a json list of objects with ``image_id``, ``category_id``, ``bbox`` (XYWH in pixels)
-            and ``score``; other keys are ignored. Or the ``predictions.json`` of ``predict``, see
-            ``predicted_annotations``.
+            and ``score``, and ``segmentation`` (RLE) for a mask; other keys are ignored. Or the
+            ``predictions.json`` of ``predict``, see ``predicted_annotations``.
         dataset: its images, skipped ones included, and categories are the valid ones.
 
     Returns:
@@ -71,7 +82,8 @@ def read_predictions(path: Path, dataset: CocoDataset) -> tuple[list[dict[str, A
             and examples.
     """
     truth = dataset.ground_truth
-    image_ids = {image["id"] for image in truth["images"]} | dataset.left_out_images
+    sizes: dict[int, tuple[int, int] | None] = dict.fromkeys(dataset.left_out_images)
+    sizes |= {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
     category_ids = {category["id"] for category in truth["categories"]}
     predictions: Any = read_json(path)
     notes: list[str] = []
@@ -88,7 +100,7 @@ def read_predictions(path: Path, dataset: CocoDataset) -> tuple[list[dict[str, A
         )
     problems = Issues()
     for number, prediction in enumerate(predictions, start=1):
-        for problem, value in _problems_of(prediction, image_ids, category_ids):
+        for problem, value in _problems_of(prediction, sizes, category_ids):
             problems.add(problem, _describe, number, value)
     if problems:
         raise DatasetError(
@@ -99,15 +111,23 @@ def read_predictions(path: Path, dataset: CocoDataset) -> tuple[list[dict[str, A
 
 
 def _problems_of(
-    prediction: Any, image_ids: Collection[int], category_ids: Collection[int]
+    prediction: Any,
+    sizes: Mapping[int, tuple[int, int] | None],
+    category_ids: Collection[int],
 ) -> list[tuple[str, Any]]:
     if not isinstance(prediction, dict):
         return [("prediction that is not an object", prediction)]
     image_id, category_id = prediction.get("image_id"), prediction.get("category_id")
     box, score = prediction.get("bbox"), prediction.get("score")
     found = []
-    if type(image_id) is not int or image_id not in image_ids:
+    if type(image_id) is not int or image_id not in sizes:
         found.append(("prediction with an unknown 'image_id'", image_id))
+    elif "segmentation" in prediction and (size := sizes[image_id]) is not None:
+        try:
+            prediction["segmentation"] = compressed(prediction["segmentation"], *size)
+        except ValueError as error:
+            kind = f"prediction whose 'segmentation' {error}"
+            found.append((kind, prediction["segmentation"]))
     if type(category_id) is not int or category_id not in category_ids:
         found.append(("prediction with an unknown 'category_id'", category_id))
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):

@@ -11,7 +11,7 @@ from cascade_det.data.issues import Issues, shown
 from cascade_det.errors import DatasetError
 
 _LISTS = ("images", "annotations", "categories")
-_RESULT_KEYS = ("category_id", "bbox", "score", "exit_stage")
+_RESULT_KEYS = ("category_id", "bbox", "score", "segmentation", "exit_stage")
 # In place of the id of an image that is left out of the data set.
 _LEFT_OUT = object()
 

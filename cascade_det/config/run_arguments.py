@@ -8,8 +8,13 @@ from fvcore.common.config import CfgNode
 
 
 def input_arguments(cfg: CfgNode, train: bool) -> dict[str, Any]:
-    """How images are read and resized; sizes in pixels, 0 in ``min_sizes`` resizes nothing."""
+    """How images are read and resized; sizes in pixels, 0 in ``min_sizes`` resizes nothing.
+
+    ``masks`` are the format of masks and what to do without one, or None where masks are off.
+    """
     source = cfg.INPUT
+    masks = {"mask_format": source.MASK_FORMAT, "maskless": cfg.CASCADE.MASKLESS}
+    masks_if_on = masks if cfg.MODEL.MASK_ON else None
     if train:
         return {
             "min_sizes": tuple(source.MIN_SIZE_TRAIN),
@@ -17,11 +22,13 @@ def input_arguments(cfg: CfgNode, train: bool) -> dict[str, Any]:
             "sampling": source.MIN_SIZE_TRAIN_SAMPLING,
             "flip": source.RANDOM_FLIP,
             "image_format": source.FORMAT,
+            "masks": masks_if_on,
         }
     return {
         "min_sizes": (source.MIN_SIZE_TEST,),
         "max_size": source.MAX_SIZE_TEST,
         "image_format": source.FORMAT,
+        "masks": masks_if_on,
     }
 
 
@@ -57,12 +64,16 @@ def shadow_arguments(cfg: CfgNode) -> dict[str, Any]:
 
 
 def datasets_arguments(cfg: CfgNode, train: bool) -> dict[str, Any]:
-    """The ``names`` to load; ``own_datasets`` are (name, annotation file, image folder) each."""
+    """The ``names`` to load; ``own_datasets`` are (name, annotation file, image folder) each.
+
+    ``masks`` is what to do with objects without one, or None where masks are off.
+    """
     return {
         "names": tuple(cfg.DATASETS.TRAIN if train else cfg.DATASETS.TEST),
         "own_datasets": tuple(tuple(dataset) for dataset in cfg.CASCADE.DATASETS),
         "on_bad_data": cfg.CASCADE.ON_BAD_DATA,
         "follow_links": cfg.CASCADE.FOLLOW_LINKS,
+        "masks": cfg.CASCADE.MASKLESS if cfg.MODEL.MASK_ON else None,
     }
 
 

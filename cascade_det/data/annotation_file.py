@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade_det.errors import DatasetError
+from cascade_det.masks.segmentation import compact_polygons
 
 # Bytes of memory per byte of json, measured on COCO's files, which are mostly polygons. Other
 # content takes more, so a refused file would not fit.
@@ -17,16 +18,20 @@ _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _MEMINFO = Path("/proc/meminfo")
 
 
-def read_annotation_file(json_file: Path) -> dict[str, Any]:
-    """Read a json with an object at the top level, without any key ``segmentation`` in it.
+def read_annotation_file(json_file: Path, *, masks: bool = False) -> dict[str, Any]:
+    """Read a json with an object at the top level.
 
     Polygons take up most of COCO's files, and a box detector does not need them.
+
+    Args:
+        json_file: the file.
+        masks: whether to keep the keys ``segmentation``, with polygons as arrays.
 
     Raises:
         DatasetError: the file cannot be read, does not fit in memory, is not json, or has no
             object at the top level.
     """
-    content = read_json(json_file, _without_segmentation)
+    content = read_json(json_file, compact_polygons if masks else _without_segmentation)
     if not isinstance(content, dict):
         raise DatasetError(f"{json_file}: is not COCO-format json: no object at the top")
     return content

@@ -15,13 +15,20 @@ from cascade_det.data.catalog import DatasetSource
 from cascade_det.data.coco_json import CheckedJson, JsonObject, check_coco_json
 from cascade_det.data.image_check import MISSING, check_dataset
 from cascade_det.data.image_names import ALL_LINKS, NEAR_LINKS, LinkRule
-from cascade_det.data.warnings import find_mistakes
+from cascade_det.data.warnings import boxes_of, find_mistakes
 from cascade_det.errors import DatasetError
+from cascade_det.masks.segmentation import (
+    Segmentation,
+    covers_nothing,
+    mask_area,
+    plain_segmentation,
+)
 from cascade_det.text import listed
 
 logger = logging.getLogger(__name__)
 
 ON_BAD_DATA = "CASCADE.ON_BAD_DATA"
+MASKLESS = "CASCADE.MASKLESS"
 _DIFFERENCES_SHOWN = 3
 
 
@@ -37,6 +44,8 @@ class ImageRecord:
         boxes: float32 ``[G, 4]``, XYXY in absolute pixels; may reach outside the image.
         classes: int64 ``[G]`` in ``[0, K)``.
         iscrowd: bool ``[G]``, true for a box around a crowd.
+        masks: length G, see :mod:`cascade_det.masks.segmentation`; ``None`` for an object whose
+            mask is unknown, and crowds. ``None`` if masks were not read.
     """
 
     file_name: str
@@ -46,6 +55,7 @@ class ImageRecord:
     boxes: npt.NDArray[np.float32]
     classes: npt.NDArray[np.int64]
     iscrowd: npt.NDArray[np.bool_]
+    masks: tuple[Segmentation | None, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +70,8 @@ class CocoDataset:
         ground_truth: the reference of an evaluation, in COCO format: ``images``, ``categories``
             and ``annotations`` (``id``, ``image_id``, ``category_id``, ``bbox``, ``area``,
             ``iscrowd``), the latter only if the json has that key. Boxes of zero width or height
-            are included: pycocotools counts them. Empty unless requested.
+            are included: pycocotools counts them. If masks were read, ``segmentation`` is added, in
+            a form that pycocotools can draw, to the objects that have one. Empty unless requested.
         left_out: number of entries left out of ``records`` and ``ground_truth``, by kind of issue.
         left_out_images: the ids of the images among them.
     """
@@ -78,6 +89,7 @@ def load_dataset(
     source: DatasetSource,
     on_bad_data: str = "error",
     *,
+    masks: str | None = None,
     keep_ground_truth: bool = False,
     check_images: bool = True,
     decode: bool = False,
@@ -95,6 +107,9 @@ def load_dataset(
         source: the json and the folder of its images.
         on_bad_data: ``"error"`` raises if images or annotations are bad, and lists all of them;
             ``"skip"`` leaves them out and logs how many.
+        masks: ``None`` does not read masks. ``"keep"`` reads them, and keeps objects without one,
+            or with one of no area, for their boxes; ``"drop"`` leaves objects without one out of
+            ``records``, as Detectron2 does.
         keep_ground_truth: whether to keep the annotations for an evaluation.
         check_images: whether to check the image files; otherwise they need not exist, and links
             are not checked either.
@@ -110,18 +125,27 @@ def load_dataset(
         DatasetError: the file is not COCO-format json, or has bad data that may not be skipped.
     """
     if check_images:
-        checked = check_dataset(source, decode=decode, share=share, gather=gather, links=links)
+        checked = check_dataset(
+            source,
+            decode=decode,
+            share=share,
+            gather=gather,
+            links=links,
+            masks=masks is not None,
+        )
     else:
-        checked = check_coco_json(source, ALL_LINKS)
+        checked = check_coco_json(source, ALL_LINKS, masks=masks is not None)
     if checked.unusable or (checked.bad and on_bad_data == "error"):
         raise DatasetError(_refusal(source, checked, option))
     if share[0] == 0:  # all processes know the same
         _log_findings(source, checked)
     class_of = {category_id: index for index, category_id in enumerate(checked.categories)}
     records = [
-        _record(image, checked.annotations.get(image_id, []), source, class_of)
+        _record(image, checked.annotations.get(image_id, []), source, class_of, masks)
         for image_id, image in checked.images.items()
     ]
+    if masks is not None and share[0] == 0:
+        _log_maskless(source, checked, records, masks)
     return CocoDataset(
         records,
         tuple(checked.categories.values()),
@@ -197,13 +221,38 @@ def _log_findings(source: DatasetSource, checked: CheckedJson) -> None:
         )
 
 
+def _log_maskless(
+    source: DatasetSource, checked: CheckedJson, records: Sequence[ImageRecord], masks: str
+) -> None:
+    boxes = (b for image in checked.images.values() for b in boxes_of(checked, image))
+    objects = sum(not box.get("iscrowd", 0) for box in boxes)
+    with_mask = sum(mask is not None for record in records for mask in record.masks or ())
+    if objects > with_mask:
+        text = {
+            "keep": "have no mask, or one of no area: only their boxes are trained on",
+            "drop": "have no mask: they are left out of training",
+        }
+        logger.warning(
+            "%s: %d of %d objects %s (%s is %r)",
+            source.json_file,
+            objects - with_mask,
+            objects,
+            text[masks],
+            MASKLESS,
+            masks,
+        )
+
+
 def _record(
     image: JsonObject,
     annotations: list[JsonObject],
     source: DatasetSource,
     class_of: dict[int, int],
+    masks: str | None,
 ) -> ImageRecord:
     annotations = [entry for entry in annotations if min(entry["bbox"][2:]) > 0]
+    if masks == "drop":
+        annotations = [e for e in annotations if "segmentation" in e or e.get("iscrowd", 0)]
     boxes = np.array([entry["bbox"] for entry in annotations], np.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]  # XYWH to XYXY
     return ImageRecord(
@@ -214,7 +263,15 @@ def _record(
         boxes=boxes,
         classes=np.array([class_of[entry["category_id"]] for entry in annotations], np.int64),
         iscrowd=np.array([entry.get("iscrowd", 0) for entry in annotations], np.bool_),
+        masks=None if masks is None else tuple(_mask(entry, masks) for entry in annotations),
     )
+
+
+def _mask(annotation: JsonObject, masks: str) -> Segmentation | None:
+    mask: Segmentation | None = annotation.get("segmentation")
+    if mask is None or annotation.get("iscrowd", 0):
+        return None
+    return None if masks == "keep" and covers_nothing(mask) else mask
 
 
 def _ground_truth(checked: CheckedJson) -> dict[str, Any]:
@@ -230,19 +287,24 @@ def _ground_truth(checked: CheckedJson) -> dict[str, Any]:
     }
     if checked.has_annotations:
         content["annotations"] = [
-            _true_object(annotation)
-            for image_id in checked.images
+            _true_object(annotation, image)
+            for image_id, image in checked.images.items()
             for annotation in checked.annotations.get(image_id, [])
         ]
     return content
 
 
-def _true_object(annotation: JsonObject) -> JsonObject:
+def _true_object(annotation: JsonObject, image: JsonObject) -> JsonObject:
     _, _, width, height = annotation["bbox"]
     area = annotation.get("area")
+    mask = annotation.get("segmentation")
+    size = image["height"], image["width"]
+    if area is None:
+        area = width * height if mask is None else mask_area(mask, *size)
     return {
         **{key: annotation[key] for key in ("id", "image_id", "category_id", "bbox")},
-        "area": width * height if area is None else area,
+        **({} if mask is None else {"segmentation": plain_segmentation(mask, *size)}),
+        "area": area,
         "iscrowd": int(annotation.get("iscrowd", 0)),
     }
 

@@ -16,6 +16,7 @@ from cascade_det.data.annotation_file import read_annotation_file
 from cascade_det.data.catalog import DatasetSource
 from cascade_det.data.image_names import NEAR_LINKS, LinkRule, name_guard
 from cascade_det.data.issues import Issues, shown
+from cascade_det.masks.segmentation import parse_segmentation
 from cascade_det.text import check_name
 
 JsonObject = dict[str, Any]
@@ -36,12 +37,14 @@ class CheckedJson:
     Attributes:
         images: by image id, ascending.
         image_ids: of all images, bad ones included.
-        annotations: by image id, in the order of the json; those of ``of_no_area`` included.
+        annotations: by image id, in the order of the json; those of ``of_no_area`` included. Their
+            ``segmentation``, if it was read, is a checked mask, and absent if there is none.
         has_annotations: whether the json has the key ``annotations``.
         categories: names by category id, ascending.
         unusable: issues of the whole file: its structure, or its categories.
         bad: images and annotations that are wrong, and left out.
         of_no_area: annotations with an empty box: an evaluation counts them, training does not.
+        odd_masks: what is odd about masks that may be used.
     """
 
     images: dict[int, JsonObject] = field(default_factory=dict)
@@ -52,20 +55,24 @@ class CheckedJson:
     unusable: Issues = field(default_factory=Issues)
     bad: Issues = field(default_factory=Issues)
     of_no_area: Issues = field(default_factory=Issues)
+    odd_masks: Issues = field(default_factory=Issues)
 
 
-def check_coco_json(source: DatasetSource, links: LinkRule = NEAR_LINKS) -> CheckedJson:
+def check_coco_json(
+    source: DatasetSource, links: LinkRule = NEAR_LINKS, *, masks: bool = False
+) -> CheckedJson:
     """Read a json and check every image, category and annotation in it, but no image file.
 
     Args:
         source: a json in COCO format, where ``annotations`` may be absent, and the folder that no
             file name may leave.
         links: which links may leave it.
+        masks: whether to read and check masks.
 
     Raises:
         DatasetError: the file cannot be read, is not json, or has no object at the top level.
     """
-    content = read_annotation_file(source.json_file)
+    content = read_annotation_file(source.json_file, masks=masks)
     checked = CheckedJson(has_annotations="annotations" in content)
     categories = _entries(content, "categories", checked, checked.unusable)
     _check_categories(categories, checked)
@@ -81,6 +88,7 @@ def check_coco_json(source: DatasetSource, links: LinkRule = NEAR_LINKS) -> Chec
             category_ids,
             # COCO's 2014 minival files repeat ids; Detectron2 accepts them, and so do we.
             ids_may_repeat="minival" in source.json_file.name,
+            masks=masks,
             checked=checked,
         )
     return checked
@@ -152,16 +160,19 @@ def _check_annotations(
     category_ids: Container[object],
     *,
     ids_may_repeat: bool,
+    masks: bool,
     checked: CheckedJson,
 ) -> None:
     by_image: dict[int, list[JsonObject]] = defaultdict(list)
     ids: set[int] = set()
     for entry in entries:
-        issue = _annotation_issue(entry, image_ids, category_ids) or _box_issue(
-            entry.get("bbox"), checked.images.get(entry["image_id"])
-        )
+        issue = _annotation_issue(entry, image_ids, category_ids)
+        image = None if issue else checked.images.get(entry["image_id"])
+        issue = issue or _box_issue(entry.get("bbox"), image)
         if not issue and entry["id"] in ids and not ids_may_repeat:
             issue = "annotation that shares its id with another"
+        if masks and image and not issue:
+            issue = _check_mask(entry, image, checked.odd_masks)
         if issue:
             checked.bad.add(issue, _describe, "annotation", entry, _ANNOTATION_KEYS)
             continue
@@ -171,6 +182,22 @@ def _check_annotations(
             checked.of_no_area.add(kind, _describe, "annotation", entry, _ANNOTATION_KEYS)
         by_image[entry["image_id"]].append(entry)
     checked.annotations = by_image
+
+
+def _check_mask(entry: JsonObject, image: JsonObject, odd: Issues) -> str | None:
+    """Replace ``segmentation`` of an annotation by its mask, or return what is wrong with it."""
+
+    def note(kind: str) -> None:
+        odd.add(kind, _describe, "annotation", entry, _ANNOTATION_KEYS)
+
+    value = entry.pop("segmentation", None)
+    try:
+        mask = parse_segmentation(value, image["height"], image["width"], note)
+    except ValueError as error:
+        return str(error)
+    if mask is not None:
+        entry["segmentation"] = mask
+    return None
 
 
 # -- ids ------------------------------------------------------------------------------------------

@@ -62,6 +62,7 @@ def check_dataset(
     share: tuple[int, int] = (0, 1),
     gather: Callable[[Any], list[Any]] = lambda findings: [findings],
     links: LinkRule = NEAR_LINKS,
+    masks: bool = False,
 ) -> CheckedJson:
     """Check a json and the files of its images; images with a bad file are added to ``bad``.
 
@@ -72,11 +73,12 @@ def check_dataset(
         share: (rank, number of processes) if several processes check a part each.
         gather: maps the findings of this process to those of all processes.
         links: which links out of the image folder are followed.
+        masks: whether to read and check masks.
 
     Raises:
         DatasetError: the json cannot be read.
     """
-    checked = check_coco_json(source, links)
+    checked = check_coco_json(source, links, masks=masks)
     rank, processes = share
     mine = list(checked.images.values())[rank::processes]
     bar = tqdm(

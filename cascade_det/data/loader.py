@@ -2,19 +2,21 @@
 
 A sample holds ``image`` (uint8 ``[3, H, W]``, resized), ``height`` and ``width`` (of the original),
 ``image_id`` and ``file_name``; for training also ``gt_boxes`` (float32 ``[G, 4]``, XYXY in pixels
-of the resized image) and ``gt_classes`` (int64 ``[G]``), without crowds.
+of the resized image) and ``gt_classes`` (int64 ``[G]``), without crowds, and with masks also
+``gt_masks`` (length G, see ``cascade_det.masks.truth``).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from cascade_det.data.coco import CocoDataset, ImageRecord, check_same_classes
+from cascade_det.data.sample_masks import MaskOptions, unpack
 from cascade_det.data.sampler import TrainingBatchSampler, aspect_ratio_groups
 from cascade_det.data.samples import Batch, Fetched, Sample, TestSamples, TrainingSamples
 from cascade_det.data.transforms import TrainTransform
@@ -40,6 +42,7 @@ def build_train_loader(
     start_batch: int = 0,
     share: tuple[int, int] = (0, 1),
     on_bad_data: str = "error",
+    masks: Mapping[str, str] | None = None,
 ) -> DataLoader[Sample]:
     """Build an endless loader of training batches.
 
@@ -63,6 +66,8 @@ def build_train_loader(
         on_bad_data: for an image that proves broken when it is read: ``"error"`` raises;
             ``"skip"`` logs it, and takes another image that depends only on the seed and the
             position in the stream.
+        masks: values of :class:`MaskOptions`, for data sets read with masks; ``None`` for samples
+            without.
 
     Raises:
         ConfigError: ``images_per_batch`` is not divisible by the number of processes.
@@ -82,6 +87,7 @@ def build_train_loader(
             seed,
             groups=groups,
             replace_broken=on_bad_data == "skip",
+            masks=None if masks is None else MaskOptions(**masks),
         ),
         batch_sampler=TrainingBatchSampler(
             len(records),
@@ -105,6 +111,7 @@ def build_test_loader(
     num_workers: int,
     share: tuple[int, int] = (0, 1),
     annotated: bool = False,
+    masks: Mapping[str, str] | None = None,
 ) -> DataLoader[Sample]:
     """Build a loader that yields every image once, by image id; the last batch may be shorter.
 
@@ -117,7 +124,8 @@ def build_test_loader(
         num_workers: reader processes; 0 reads in this one.
         share: (rank, number of processes): this process gets the rank-th part of the images, as
             one contiguous piece, which may be empty.
-        annotated: whether samples have ``gt_boxes`` and ``gt_classes`` as in training.
+        annotated: whether samples have ``gt_boxes``, ``gt_classes`` and masks as in training.
+        masks: see :func:`build_train_loader`.
 
     Raises:
         DatasetError: while iterating, an image that cannot be read or does not have the size given
@@ -130,7 +138,13 @@ def build_test_loader(
         min_sizes=min_sizes, max_size=max_size, sampling="choice", flip="none"
     )
     return _Loader(
-        TestSamples(records, transform, image_format, annotated=annotated),
+        TestSamples(
+            records,
+            transform,
+            image_format,
+            annotated=annotated,
+            masks=None if masks is None else MaskOptions(**masks),
+        ),
         batch_size=images_per_batch,
         **_loader_arguments(num_workers),
     )
@@ -195,6 +209,9 @@ class _Loader(DataLoader[Sample]):
                         message,
                         len(known),
                     )
+            for sample in fetched.batch:
+                if "gt_masks" in sample:
+                    sample["gt_masks"] = unpack(sample["gt_masks"])
             yield fetched.batch
 
     def _start(self) -> Iterator[Fetched]:

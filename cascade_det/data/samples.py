@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from cascade_det.data.coco import ImageRecord
+from cascade_det.data.sample_masks import MaskOptions, pack, place_masks
 from cascade_det.data.sampler import SampleReference, augmentation_generator, replacement_generator
 from cascade_det.data.transforms import Pixels, TrainTransform, read_image
 from cascade_det.errors import DatasetError
@@ -31,14 +32,22 @@ class Fetched(NamedTuple):
 
 
 class _Samples(Dataset[Sample]):
-    """Makes samples, a batch at a time; a ``DatasetError`` is returned to the loader."""
+    """Makes samples, a batch at a time; a ``DatasetError`` is returned to the loader.
+
+    Samples have masks if there are options for them. Those of a batch are packed.
+    """
 
     def __init__(
-        self, records: list[ImageRecord], transform: TrainTransform, image_format: str
+        self,
+        records: list[ImageRecord],
+        transform: TrainTransform,
+        image_format: str,
+        masks: MaskOptions | None,
     ) -> None:
         self.records = records
         self.transform = transform
         self.image_format = image_format
+        self.masks = masks
 
     def __len__(self) -> int:
         return len(self.records)
@@ -49,19 +58,25 @@ class _Samples(Dataset[Sample]):
             batch = [self._make(reference, replaced) for reference in references]
         except DatasetError as error:
             return Fetched([], replaced, error)
+        for sample in batch:
+            if "gt_masks" in sample:
+                sample["gt_masks"] = pack(sample["gt_masks"])
         return Fetched(batch, replaced)
 
     def _make(self, reference: Any, replaced: list[str]) -> Sample:
         return self[reference]
 
     def _sample(self, record: ImageRecord, generator: np.random.Generator) -> Sample:
-        usable = ~record.iscrowd
-        image, boxes, classes = self.transform(
-            _read(record, self.image_format),
-            record.boxes[usable],
-            record.classes[usable],
-            generator,
-        )
+        image, placement = self.transform.place(_read(record, self.image_format), generator)
+        boxes, is_box = placement.boxes(record.boxes)
+        kept = np.flatnonzero(is_box & ~record.iscrowd)
+        truth: dict[str, Any] = {}
+        if self.masks is not None:
+            assert record.masks is not None
+            masks = [record.masks[index] for index in kept]
+            placed, is_known = place_masks(masks, placement, self.masks)
+            kept = kept[is_known]
+            truth["gt_masks"] = [m for m, known in zip(placed, is_known, strict=True) if known]
         # np.array, unlike ascontiguousarray, always makes a writable copy, as torch requires.
         channels_first = np.array(image.transpose(2, 0, 1), order="C")
         return {
@@ -70,8 +85,9 @@ class _Samples(Dataset[Sample]):
             "width": record.width,
             "image_id": record.image_id,
             "file_name": record.file_name,
-            "gt_boxes": torch.from_numpy(boxes),
-            "gt_classes": torch.from_numpy(classes),
+            "gt_boxes": torch.from_numpy(boxes[kept]),
+            "gt_classes": torch.from_numpy(record.classes[kept]),
+            **truth,
         }
 
 
@@ -87,8 +103,9 @@ class TrainingSamples(_Samples):
         *,
         groups: Sequence[int],
         replace_broken: bool,
+        masks: MaskOptions | None = None,
     ) -> None:
-        super().__init__(records, transform, image_format)
+        super().__init__(records, transform, image_format, masks)
         self.seed = seed
         self.groups = np.asarray(groups)
         self.replace_broken = replace_broken
@@ -122,7 +139,7 @@ class TrainingSamples(_Samples):
 
 
 class TestSamples(_Samples):
-    """Resized samples by index of the image, with boxes and classes where ``annotated``."""
+    """Resized samples by index of the image, with their objects where ``annotated``."""
 
     def __init__(
         self,
@@ -131,8 +148,9 @@ class TestSamples(_Samples):
         image_format: str,
         *,
         annotated: bool,
+        masks: MaskOptions | None = None,
     ) -> None:
-        super().__init__(records, transform, image_format)
+        super().__init__(records, transform, image_format, masks if annotated else None)
         self.annotated = annotated
 
     def __getitem__(self, reference: int) -> Sample:

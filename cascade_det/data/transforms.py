@@ -9,6 +9,7 @@ import os
 import stat
 import warnings
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -114,8 +115,50 @@ def resize_image(image: Pixels, size: tuple[int, int]) -> Pixels:
     return np.array(resized)
 
 
+class Placement(NamedTuple):
+    """Where the pixels of an image went: resized from one size to another, and then flipped.
+
+    Attributes:
+        old: size before.
+        new: size after.
+        flipped: 1 if left and right were exchanged, 0 if top and bottom were, ``None`` for neither.
+    """
+
+    old: tuple[int, int]
+    new: tuple[int, int]
+    flipped: int | None
+
+    def boxes(self, boxes: Boxes) -> tuple[Boxes, npt.NDArray[np.bool_]]:
+        """Move boxes ``[G, 4]`` and clip them; also return bool ``[G]``, false for empty ones."""
+        height, width = self.new
+        # float64 until the end, as in Detectron2, for bit-equal boxes.
+        moved = self.points(boxes.astype(np.float64).reshape(-1, 2)).reshape(-1, 4)
+        if self.flipped is not None:
+            first, last = 1 - self.flipped, 3 - self.flipped  # x or y
+            moved[:, [first, last]] = moved[:, [last, first]]
+        clipped = np.clip(moved, 0, [width, height] * 2).astype(np.float32)
+        wide, high = (clipped[:, 2:] - clipped[:, :2] > _EMPTY_SIDE).T
+        return clipped, wide & high
+
+    def points(self, points: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Move points ``[P, 2]``, x and y."""
+        scale = (self.new[1] / self.old[1], self.new[0] / self.old[0])
+        moved = points * np.array(scale)
+        if self.flipped is not None:
+            axis = 1 - self.flipped
+            moved[:, axis] = self.new[self.flipped] - moved[:, axis]
+        return moved
+
+    def bitmap(self, bitmap: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Move a bitmap of the old size: the nearest pixel for each."""
+        if self.new != self.old:
+            picture = Image.fromarray(np.asarray(bitmap, np.uint8))
+            bitmap = np.asarray(picture.resize(self.new[::-1], Image.Resampling.NEAREST)) > 0
+        return bitmap if self.flipped is None else np.flip(bitmap, self.flipped)
+
+
 class TrainTransform:
-    """Random resize and flip of an image and its boxes; clips boxes and drops empty ones."""
+    """Random resize and flip of an image and its objects; clips boxes and drops empty ones."""
 
     def __init__(
         self, *, min_sizes: Sequence[int], max_size: int, sampling: str, flip: str
@@ -146,20 +189,20 @@ class TrainTransform:
         Returns:
             The image ``[H', W', 3]``, and boxes ``[G', 4]`` and classes ``[G']`` that remain.
         """
+        image, placement = self.place(image, generator)
+        moved, keep = placement.boxes(boxes)
+        return image, moved[keep], classes[keep]
+
+    def place(self, image: Pixels, generator: np.random.Generator) -> tuple[Pixels, Placement]:
+        """Transform one image, with randomness from ``generator``; the input is not changed."""
         old_height, old_width = image.shape[:2]
         image = resize_shortest_edge(image, self._draw_short_edge(generator), self.max_size)
         height, width = image.shape[:2]
-        scale = (width / old_width, height / old_height)
-        # float64 until the end, as in Detectron2, for bit-equal boxes.
-        moved = boxes.astype(np.float64) * np.array(scale * 2)
+        flipped = None
         if self.flip != "none" and generator.random() < _FLIP_PROBABILITY:
-            axis, side = (1, width) if self.flip == "horizontal" else (0, height)
-            image = np.flip(image, axis)
-            first, last = 1 - axis, 3 - axis  # x or y
-            moved[:, [first, last]] = side - moved[:, [last, first]]
-        clipped = np.clip(moved, 0, [width, height] * 2).astype(np.float32)
-        keep = (clipped[:, 2:] - clipped[:, :2] > _EMPTY_SIDE).all(axis=1)
-        return image, clipped[keep], classes[keep]
+            flipped = 1 if self.flip == "horizontal" else 0
+            image = np.flip(image, flipped)
+        return image, Placement((old_height, old_width), (height, width), flipped)
 
     def _draw_short_edge(self, generator: np.random.Generator) -> int:
         if self.sampling == "range":

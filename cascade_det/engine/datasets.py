@@ -42,6 +42,7 @@ def load_datasets(cfg: CfgNode, *, train: bool, find: Find = find_dataset) -> li
         load_dataset(
             find(name, arguments["own_datasets"]),
             arguments["on_bad_data"],
+            masks=arguments["masks"],
             keep_ground_truth=not train,
             links=LinkRule(arguments["follow_links"]),
             decode=not train,

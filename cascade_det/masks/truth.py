@@ -14,9 +14,10 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision.ops import roi_align
+
+from cascade_det.masks.polygons import draw_polygons
 
 ObjectMask: TypeAlias = list[Tensor] | Tensor | None
 
@@ -81,6 +82,5 @@ def _draw_polygons(polygons: Sequence[np.ndarray], box: np.ndarray, size: int) -
     moved = []
     for polygon in polygons:
         points = polygon.astype(np.float64).reshape(-1, 2) - box[:2]
-        moved.append((points * (scale_x, scale_y)).ravel().tolist())
-    drawn = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(moved, size, size)))
-    return torch.from_numpy(drawn.astype(np.bool_))
+        moved.append((points * (scale_x, scale_y)).ravel())
+    return torch.from_numpy(draw_polygons(moved, size, size))

@@ -16,12 +16,14 @@ from cascade_det.data.given_images import Image, Images, check_images, given_pix
 from cascade_det.data.issues import shown
 from cascade_det.data.transforms import IMAGE_FORMATS, resize_shortest_edge
 from cascade_det.errors import CheckpointError, ConfigError
+from cascade_det.masks.pasting import paste_masks
 from cascade_det.text import check_name, printable
 
 METADATA_KEY = "cascade_det"
 INPUTS = ("image",)
 OUTPUTS = ("boxes", "scores", "classes")
-_OUTPUT_TYPES = ("tensor(float)", "tensor(float)", "tensor(int64)")
+OUTPUTS_WITH_MASKS = (*OUTPUTS, "masks")
+_OUTPUT_TYPES = ("tensor(float)", "tensor(float)", "tensor(int64)", "tensor(float)")
 _REMEDY = "Make one with cascade-det export --format onnx."
 
 # Bounds on the memory that a file can make us allocate.
@@ -29,6 +31,7 @@ LONGEST_SIDE = 2**16  # pixels of an image
 MOST_PIXELS = 2**26  # of a resized image: 8,192 x 8,192
 _LONGEST_METADATA = 2**22  # characters, enough for the names of 10,000 classes
 _LARGEST_ID = 2**63 - 1
+_LARGEST_MASK = 2**10  # cells per side
 
 
 @dataclass(frozen=True)
@@ -116,15 +119,28 @@ class ArrayDetections:
         scores: float32 ``[D]`` in [0, 1].
         classes: int64 ``[D]`` in ``[0, K)``.
         exit_stages: int64 ``[D]``, all the last stage of the file.
+        masks: float32 ``[D, M, M]`` in [0, 1], all 0 for a detection without a mask; ``None`` for
+            a file without masks.
     """
 
     boxes: NDArray[np.float32]
     scores: NDArray[np.float32]
     classes: NDArray[np.int64]
     exit_stages: NDArray[np.int64]
+    masks: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.boxes)
+
+    def paste(self, height: int, width: int) -> NDArray[np.bool_]:
+        """The masks in an image, as ``Detections.paste``: bool ``[D, height, width]``.
+
+        Raises:
+            ValueError: the file gives no masks.
+        """
+        if self.masks is None:
+            raise ValueError("these detections have no masks: the file was exported without")
+        return paste_masks(self.masks, self.boxes, height, width)
 
 
 class OnnxPredictor:
@@ -192,8 +208,8 @@ class OnnxPredictor:
         Raises:
             DatasetError: a file is missing or not an image.
             CheckpointError: the ONNX file fails, or its outputs are not detections: boxes or
-                scores are not finite, scores are outside [0, 1] or not in descending order, or
-                classes are not in ``[0, K)``.
+                scores are not finite, scores or masks are outside [0, 1], scores are not in
+                descending order, or classes are not in ``[0, K)``.
             ValueError: an image is something else, or an array not uint8 ``[H, W, 3]``.
         """
         if isinstance(images, (np.ndarray, str, os.PathLike)):
@@ -204,13 +220,13 @@ class OnnxPredictor:
         """Run the file on a resized image uint8 ``[3, H, W]``.
 
         Returns:
-            Its boxes, scores and classes, unchecked.
+            Its boxes, scores, classes and, if it has them, masks, unchecked.
 
         Raises:
             CheckpointError: the file fails.
         """
         try:
-            outputs = self._session.run(list(OUTPUTS), {"image": np.ascontiguousarray(image)})
+            outputs = self._session.run(None, {"image": np.ascontiguousarray(image)})
         except Exception as error:  # onnxruntime's errors have no other base class
             height, width = image.shape[1:]
             raise CheckpointError(
@@ -222,8 +238,9 @@ class OnnxPredictor:
     def _detect(self, image: Image) -> ArrayDetections:
         pixels = given_pixels(image, self.model.image_format)
         resized = resize_shortest_edge(pixels, self.model.min_size, self.model.max_size)
-        boxes, scores, classes = self.run(resized.transpose(2, 0, 1))
-        error = _find_error(boxes, scores, classes, len(self.class_names))
+        boxes, scores, classes, *rest = self.run(resized.transpose(2, 0, 1))
+        masks = rest[0] if rest else None
+        error = _find_error(boxes, scores, classes, masks, len(self.class_names))
         if error is not None:
             raise CheckpointError(f"{self._path}: gives {error}. {_REMEDY}")
         # In float32 and in this order, as the detector rescales.
@@ -234,11 +251,16 @@ class OnnxPredictor:
         boxes = np.clip(scaled, 0, np.array([width, height, width, height], np.float32))
         kept = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
         stages = np.full(int(kept.sum()), self.model.num_stages - 1, np.int64)
-        return ArrayDetections(boxes[kept], scores[kept], classes[kept], stages)
+        masks = None if masks is None else masks[kept]
+        return ArrayDetections(boxes[kept], scores[kept], classes[kept], stages, masks)
 
 
 def _find_error(
-    boxes: NDArray[Any], scores: NDArray[Any], classes: NDArray[Any], num_classes: int
+    boxes: NDArray[Any],
+    scores: NDArray[Any],
+    classes: NDArray[Any],
+    masks: NDArray[Any] | None,
+    num_classes: int,
 ) -> str | None:
     if scores.ndim != 1 or boxes.shape != (len(scores), 4) or classes.shape != scores.shape:
         return (
@@ -254,6 +276,15 @@ def _find_error(
         return "scores that are not in descending order"
     if not ((classes >= 0) & (classes < num_classes)).all():
         return "classes that it does not name"
+    return None if masks is None else _find_mask_error(masks, len(boxes))
+
+
+def _find_mask_error(masks: NDArray[Any], count: int) -> str | None:
+    size = masks.shape[-1] if masks.ndim else 0
+    if masks.shape != (count, size, size) or not 1 <= size <= _LARGEST_MASK:
+        return f"masks of shape {list(masks.shape)} for {count} boxes"
+    if not ((masks >= 0) & (masks <= 1)).all():
+        return "masks outside [0, 1]"
     return None
 
 
@@ -294,10 +325,10 @@ def _read_description(path: Path, session: Any) -> ExportedModel:
         ) from error
     inputs = [(i.name, i.type, len(i.shape)) for i in session.get_inputs()]
     outputs = [(o.name, o.type) for o in session.get_outputs()]
-    wanted = list(zip(OUTPUTS, _OUTPUT_TYPES, strict=True))
-    if inputs != [("image", "tensor(uint8)", 3)] or outputs != wanted:
+    wanted = list(zip(OUTPUTS_WITH_MASKS, _OUTPUT_TYPES, strict=True))
+    if inputs != [("image", "tensor(uint8)", 3)] or outputs not in (wanted[:-1], wanted):
         raise CheckpointError(
             f"{path}: takes {inputs} and gives {outputs}, not a uint8 image [3, H, W] and "
-            f"{', '.join(OUTPUTS)}. {_REMEDY}"
+            f"{', '.join(OUTPUTS)} and, with masks, masks. {_REMEDY}"
         )
     return model

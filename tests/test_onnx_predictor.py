@@ -14,7 +14,14 @@ import numpy as np
 import pytest
 
 from cascade_det.errors import CheckpointError
-from cascade_det.onnx_predictor import METADATA_KEY, MOST_PIXELS, ExportedModel, OnnxPredictor
+from cascade_det.onnx_predictor import (
+    METADATA_KEY,
+    MOST_PIXELS,
+    OUTPUTS,
+    OUTPUTS_WITH_MASKS,
+    ExportedModel,
+    OnnxPredictor,
+)
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -27,7 +34,8 @@ GOOD = {
     "scores": [1.0, 0.5, 0.0],
     "classes": [0, 1, 1],
 }
-TYPES = {"boxes": np.float32, "scores": np.float32, "classes": np.int64}
+MASKS = {**GOOD, "masks": np.linspace(0, 1, 3 * 4 * 4).reshape(3, 4, 4)}
+TYPES = {"boxes": np.float32, "scores": np.float32, "classes": np.int64, "masks": np.float32}
 
 
 def write(path, outputs=GOOD, metadata=None, nodes=(), initializers=()):
@@ -37,13 +45,13 @@ def write(path, outputs=GOOD, metadata=None, nodes=(), initializers=()):
     for name, content in outputs.items():
         tensor = onnx.numpy_helper.from_array(np.array(content, TYPES[name]), name)
         nodes.append(helper.make_node("Constant", [], [name], value=tensor))
-    sides = {"boxes": ["d", 4], "scores": ["d"], "classes": ["d"]}
-    kinds = {"boxes": 1, "scores": 1, "classes": 7}
+    kinds = {"boxes": 1, "scores": 1, "classes": 7, "masks": 1}
+    names = OUTPUTS_WITH_MASKS if "masks" in outputs else OUTPUTS
     graph = helper.make_graph(
         nodes,
         "constant",
         [value("image", onnx.TensorProto.UINT8, [3, "h", "w"])],
-        [value(name, kinds[name], sides[name]) for name in GOOD],
+        [value(name, kinds[name], None) for name in names],
         list(initializers),
     )
     opsets = [helper.make_opsetid("", 18)]
@@ -90,6 +98,42 @@ def test_what_is_right_is_given(path):
 def test_outputs_are_not_believed(path, outputs, words):
     with pytest.raises(CheckpointError, match=rf"hostile\.onnx: .*{words}.*cascade-det export"):
         OnnxPredictor(write(path, {**GOOD, **outputs}))(IMAGE)
+
+
+def test_masks_are_given_with_their_boxes(path):
+    # The second box lies outside the image.
+    boxes = [[1.0, 1, 5, 5], [20, 2, 29, 9], [0, 0, 4, 4]]
+    found = OnnxPredictor(write(path, {**MASKS, "boxes": boxes}))(IMAGE)
+    np.testing.assert_array_equal(found.masks, MASKS["masks"][[0, 2]].astype(np.float32))
+    pasted = found.paste(40, 60)
+    # All of the last mask is above the threshold, and none of the first.
+    assert not pasted[0].any()
+    assert pasted[1, 4:12, 4:12].all()
+    assert not pasted[1, 17:].any()
+    empty = {"boxes": np.zeros((0, 4)), "scores": [], "classes": [], "masks": np.zeros((0, 4, 4))}
+    assert OnnxPredictor(write(path, empty))(IMAGE).paste(40, 60).shape == (0, 40, 60)
+    with pytest.raises(ValueError, match="no masks"):
+        OnnxPredictor(write(path))(IMAGE).paste(40, 60)
+
+
+@pytest.mark.parametrize(
+    ("masks", "words"),
+    [
+        (np.full((3, 4, 4), np.nan), r"masks outside \[0, 1\]"),
+        (np.full((3, 4, 4), np.inf), r"masks outside \[0, 1\]"),
+        (np.full((3, 4, 4), -1e-3), r"masks outside \[0, 1\]"),
+        (np.full((3, 4, 4), 3e38), r"masks outside \[0, 1\]"),
+        (np.zeros((2, 4, 4)), r"masks of shape \[2, 4, 4\] for 3 boxes"),
+        (np.zeros((3, 4, 5)), r"masks of shape \[3, 4, 5\] for 3 boxes"),
+        (np.zeros((3, 0, 0)), r"masks of shape \[3, 0, 0\] for 3 boxes"),
+        (np.zeros((3, 1025, 1025)), r"masks of shape \[3, 1025, 1025\] for 3 boxes"),
+        (np.zeros((3, 16)), r"masks of shape \[3, 16\] for 3 boxes"),
+        (0.5, r"masks of shape \[\] for 3 boxes"),
+    ],
+)
+def test_masks_are_not_believed(path, masks, words):
+    with pytest.raises(CheckpointError, match=rf"hostile\.onnx: .*{words}.*cascade-det export"):
+        OnnxPredictor(write(path, {**GOOD, "masks": masks}))(IMAGE)
 
 
 def test_boxes_beyond_all_numbers_end_at_the_image(path):

@@ -134,10 +134,11 @@ def _image_to_check(cfg: CfgNode, file: str | None) -> torch.Tensor:
 
 def _report(comparison: Comparison, image: torch.Tensor) -> None:
     height, width = image.shape[1:]
+    masks = "" if comparison.masks is None else f", {comparison.masks:.2g} in a mask"
     print(
         f"Checked on an image of {width} x {height}: {comparison.num_exported} detections, "
         f"{comparison.num_detections} of the detector itself; largest difference "
-        f"{comparison.boxes:.2g} px, {comparison.scores:.2g} in score"
+        f"{comparison.boxes:.2g} px, {comparison.scores:.2g} in score{masks}"
     )
     if comparison.num_detections == 0:
         print("That says little: give an --image with objects in it.")

@@ -38,7 +38,7 @@ class MaskRules:
         chosen = detections.scores >= self.score_threshold
         if self.redundancy_iou is not None:
             overlaps = box_iou(detections.boxes, detections.boxes).tril(diagonal=-1)  # [D, D]
-            chosen &= (overlaps < self.redundancy_iou).all(dim=1)
+            chosen = chosen & (overlaps < self.redundancy_iou).all(dim=1)
         return chosen
 
 
@@ -133,15 +133,27 @@ class MaskBranch:
         pairs = list(zip(detections, chosen, strict=True))
         boxes, image_index = flatten_images([d.boxes[rows] for d, rows in pairs])
         classes = torch.cat([d.classes[rows] for d, rows in pairs])
-        pooled = self.pooler(pyramid, boxes, image_index)  # [D, C, P, P]
-        probs = [head(pooled, classes).sigmoid() for head in self.heads[:stages]]
-        made = torch.stack(probs).mean(dim=0) if len(probs) > 1 else probs[0]  # [D, M, M]
+        made = self.probabilities(pyramid, boxes, image_index, classes, stages=stages)
         masked = []
         for (own, rows), masks in zip(pairs, made.split([len(r) for r in chosen]), strict=True):
             if len(rows) < len(own):
                 masks = masks.new_zeros(len(own), *masks.shape[1:]).index_copy_(0, rows, masks)
             masked.append(replace(own, masks=masks))
         return masked, len(boxes)
+
+    def probabilities(
+        self,
+        pyramid: Pyramid,
+        boxes: Tensor,
+        image_index: Tensor,
+        classes: Tensor,
+        *,
+        stages: int | None = None,
+    ) -> Tensor:
+        """Masks of regions: float32 ``[R, M, M]`` in [0, 1]; arguments as of ``add``, ``[R]``."""
+        pooled = self.pooler(pyramid, boxes, image_index)  # [R, C, P, P]
+        probs = [head(pooled, classes).sigmoid() for head in self.heads[:stages]]
+        return torch.stack(probs).mean(dim=0) if len(probs) > 1 else probs[0]
 
 
 def _metrics(predicted: Tensor, targets: Tensor) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from cascade_det.onnx_predictor import (
     LONGEST_SIDE,
     METADATA_KEY,
     OUTPUTS,
+    OUTPUTS_WITH_MASKS,
     ExportedModel,
     OnnxPredictor,
 )
@@ -33,7 +34,7 @@ _PACKAGES = {"onnx": ("onnx", "onnxruntime"), "torch-export": ()}
 # constant.
 _EXAMPLE_SHAPE = (3, 150, 211)
 
-# Image uint8 [3, H, W] to boxes [D, 4], scores [D] and classes [D].
+# Image uint8 [3, H, W] to boxes [D, 4], scores [D], classes [D] and, with masks, masks [D, M, M].
 ExportedDetector = Callable[[Tensor], tuple[Tensor, ...]]
 
 
@@ -91,6 +92,7 @@ def export_onnx(
 
     model = FixedDepthDetector(detector, description.num_stages)
     sides = {1: "height", 2: "width"}
+    outputs = OUTPUTS if detector.roi_heads.masks is None else OUTPUTS_WITH_MASKS
     with evaluation_mode(model), torch.no_grad(), warnings.catch_warnings():
         # Warnings about intended constants and about this exporter being the old one. The new one
         # takes many times as long to write the same file.
@@ -100,8 +102,8 @@ def export_onnx(
             (_example(),),
             os.fspath(path),
             input_names=list(INPUTS),
-            output_names=list(OUTPUTS),
-            dynamic_axes={"image": sides, **{name: {0: "detections"} for name in OUTPUTS}},
+            output_names=list(outputs),
+            dynamic_axes={"image": sides, **{name: {0: "detections"} for name in outputs}},
             opset_version=OPSET,
             dynamo=False,
         )
@@ -149,20 +151,23 @@ class Comparison:
         boxes: pixels; largest difference of a coordinate to the nearest detection of the same
             class; ``inf`` without one.
         scores: largest difference of scores to that detection.
+        masks: largest difference of a cell of the mask to that detection's; ``None`` without masks.
     """
 
     num_detections: int
     num_exported: int
     boxes: float
     scores: float
+    masks: float | None = None
 
     @property
     def same(self) -> bool:
         """Whether they agree up to rounding."""
         counts_agree = self.num_detections == self.num_exported
-        return counts_agree and self.boxes < 0.05 and self.scores < 1e-3
+        return counts_agree and self.boxes < 0.05 and max(self.scores, self.masks or 0.0) < 1e-3
 
 
+@torch.no_grad()
 def compare(
     detector: Detector, exported: ExportedDetector, image: Tensor, num_stages: int
 ) -> Comparison:
@@ -170,7 +175,7 @@ def compare(
     stages = detector.detect([{"image": image}], stages=True).stages
     assert stages is not None
     wanted = stages[num_stages - 1].detections[0]
-    boxes, scores, classes = exported(image)
+    boxes, scores, classes, *rest = exported(image)
     if len(boxes) == 0 or len(wanted) == 0:
         distance = 0.0 if len(boxes) == len(wanted) else float("inf")
         return Comparison(len(wanted), len(boxes), distance, distance)
@@ -180,10 +185,15 @@ def compare(
     # The nearest detection of the detector for each of the file, and the reverse.
     nearest = [distances.min(dim=axis, keepdim=True) for axis in (0, 1)]
     box_distance = torch.stack([found.values.max() for found in nearest]).max()
-    score_gap = torch.stack(
-        [score_gaps.gather(axis, found.indices).max() for axis, found in enumerate(nearest)]
-    ).max()
-    return Comparison(len(wanted), len(boxes), float(box_distance), float(score_gap))
+
+    def largest(gaps: Tensor) -> float:
+        return max(float(gaps.gather(i, near.indices).max()) for i, near in enumerate(nearest))
+
+    comparison = Comparison(len(wanted), len(boxes), float(box_distance), largest(score_gaps))
+    if wanted.masks is not None:
+        gaps = torch.stack([(mask - rest[0]).abs().amax(dim=(1, 2)) for mask in wanted.masks])
+        comparison.masks = largest(gaps)
+    return comparison
 
 
 def _example() -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import nms
 
+from cascade_det.core import Detections, MaskBranch
 from cascade_det.core.regions import Regions
 from cascade_det.core.roi_pooling import Pyramid
 from cascade_det.core.structures.boxes import clip_boxes, decode_boxes, is_nonempty
@@ -47,7 +48,7 @@ class FixedDepthDetector(nn.Module):
         self.detector = detector
         self.num_stages = num_stages
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Detections of one image, best score first.
 
         Args:
@@ -55,7 +56,8 @@ class FixedDepthDetector(nn.Module):
 
         Returns:
             Boxes float32 ``[D, 4]``, XYXY in pixels of this image; scores float32 ``[D]``; classes
-            int64 ``[D]`` in ``[0, K)``.
+            int64 ``[D]`` in ``[0, K)``; of a detector with masks also masks float32 ``[D, M, M]``,
+            all 0 where the rules of the detector (``MaskRules``) leave one out.
         """
         detector = self.detector
         height, width = image.shape[-2:]
@@ -68,8 +70,15 @@ class FixedDepthDetector(nn.Module):
         image_bounds = torch.stack(sides * 2)[None]
         # One extra region, dropped in the end: some runtimes cannot reshape empty tensors.
         proposals = torch.cat([self._propose(maps, image_bounds), image_bounds])
-        boxes, probs = self._run_stages(maps, proposals, image_bounds)
-        return self._select(boxes, probs)
+        # Without a table, pooling uses torchvision's kernel, the one that can be exported.
+        pyramid = Pyramid([maps[name] for name in detector.roi_in_features])
+        found = self._select(*self._run_stages(pyramid, proposals, image_bounds))
+        branch = detector.roi_heads.masks
+        if branch is None:
+            return found
+        boxes, scores, classes = found
+        detections = Detections(boxes, scores, classes, exit_stages=classes)
+        return (*found, self._masks(branch, pyramid, image_bounds, detections))
 
     def _propose(self, maps: dict[str, Tensor], image_bounds: Tensor) -> Tensor:
         """``RPN.propose`` for one image: float32 ``[R, 4]``, best objectness first."""
@@ -100,12 +109,10 @@ class FixedDepthDetector(nn.Module):
         return clipped[valid][kept]
 
     def _run_stages(
-        self, maps: dict[str, Tensor], proposals: Tensor, image_bounds: Tensor
+        self, pyramid: Pyramid, proposals: Tensor, image_bounds: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Boxes ``[R, 4]`` or ``[R, 4 K]`` and probabilities ``[R, K + 1]`` of the last stage."""
         heads = self.detector.roi_heads
-        # Without a table, pooling uses torchvision's kernel, the one that can be exported.
-        pyramid = Pyramid([maps[name] for name in self.detector.roi_in_features])
         network = heads.network(pyramid, image_bounds)
         image_index = torch.zeros_like(proposals[:, 0], dtype=torch.int64)
         regions = Regions(proposals, image_index, proposals[:, 0], image_index)
@@ -137,6 +144,23 @@ class FixedDepthDetector(nn.Module):
         )
         kept = kept[torch.nonzero(is_nonempty(candidates[kept])).squeeze(1)]
         return candidates[kept], scores[kept], classes[kept]
+
+    def _masks(
+        self,
+        branch: MaskBranch,
+        pyramid: Pyramid,
+        image_bounds: Tensor,
+        detections: Detections,
+    ) -> Tensor:
+        """``MaskBranch.add`` for one image: float32 ``[D, M, M]``."""
+        rows = torch.nonzero(branch.rules.chosen(detections)).squeeze(1)
+        # One extra region here too.
+        boxes = torch.cat([detections.boxes[rows], image_bounds])
+        classes = F.pad(detections.classes[rows], (0, 1))
+        image_index = torch.zeros_like(classes)
+        made = branch.probabilities(pyramid, boxes, image_index, classes, stages=self.num_stages)
+        masks = made.new_zeros(detections.scores.shape[0], made.shape[1], made.shape[2])
+        return masks.index_put((rows,), made[:-1])
 
 
 def best_of_classes(

@@ -1,10 +1,11 @@
 """Whole detectors of the standalone host, small enough to be exported within a second or two."""
 
 import torch
-from small_cascades import CHANNELS, make_cascade
+from small_cascades import CHANNELS, NUM_CLASSES, STRIDES, make_cascade
 from torch import nn
 
 from cascade_det.backbones import FPN
+from cascade_det.core import ConvUpsampleMaskHead, MaskBranch, MaskRules, RoIPooler
 from cascade_det.standalone import Detector
 from cascade_det.standalone.rpn import RPN
 
@@ -62,6 +63,23 @@ def make_detector(*, seed=0, proposals=40, min_box_size=0.0, **cascade):
         pixel_std=(57.4, 57.1, 58.4),
     )
     return detector.eval()
+
+
+def make_masks(*, per_stage=False, seed=0, **rules):
+    """Masks for ``make_cascade`` that differ clearly between regions, with rules of ``MaskRules``.
+
+    There are three heads with ``per_stage``.
+    """
+    torch.manual_seed(seed)
+    heads = []
+    for _ in range(3 if per_stage else 1):
+        head = ConvUpsampleMaskHead(
+            in_channels=CHANNELS, conv_dims=(8,), upsampled_dim=8, num_masks=NUM_CLASSES
+        )
+        nn.init.normal_(head.predictor.weight, std=3.0)
+        heads.append(head)
+    pooler = RoIPooler(output_size=5, strides=STRIDES)
+    return MaskBranch(nn.ModuleList(heads) if per_stage else heads[0], pooler, MaskRules(**rules))
 
 
 def random_image(height, width, *, seed=0):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_cascades import random_boxes
-from small_detectors import make_detector, random_image
+from small_detectors import make_detector, make_masks, random_image
 from torchvision.ops import nms
 
 from cascade_det.config import get_cfg
@@ -40,18 +40,22 @@ def describe(num_stages=3):
 
 
 def eager(detector, image, num_stages):
-    """Of the same depth: boxes, scores, classes."""
+    """The detections of the same depth."""
     stages = detector.detect([{"image": image}], stages=True).stages
-    detections = stages[num_stages - 1].detections[0]
-    return detections.boxes, detections.scores, detections.classes
+    return stages[num_stages - 1].detections[0]
 
 
 def assert_same(run, detector, image, num_stages=3):
     """Returns the number of detections."""
-    wanted, found = eager(detector, image, num_stages), run(image)
-    assert [x.dtype for x in found] == [torch.float32, torch.float32, torch.int64]
-    torch.testing.assert_close(tuple(found), wanted, rtol=1e-4, atol=2e-3)
-    return len(wanted[0])
+    wanted, found = eager(detector, image, num_stages), tuple(run(image))
+    assert [x.dtype for x in found[:3]] == [torch.float32, torch.float32, torch.int64]
+    columns = (wanted.boxes, wanted.scores, wanted.classes)
+    torch.testing.assert_close(found[:3], columns, rtol=1e-4, atol=2e-3)
+    if wanted.masks is None:
+        assert len(found) == 3
+    else:
+        torch.testing.assert_close(found[3], wanted.masks, rtol=0, atol=1e-5)
+    return len(wanted)
 
 
 @pytest.fixture(scope="module")
@@ -97,14 +101,71 @@ def test_onnx_of_two_stages_with_boxes_of_classes(tmp_path):
 
 def test_onnx_of_a_detector_that_proposes_nothing(tmp_path):
     pytest.importorskip("onnxruntime")
-    detector = make_detector(conv_dims=(5,), min_box_size=1000.0, detections_per_image=-1)
+    changes = {"conv_dims": (5,), "detections_per_image": -1, "masks": make_masks()}
+    detector = make_detector(**changes, min_box_size=1000.0)
     run = export_onnx(detector, tmp_path / "detector.onnx", describe(1))
     assert [assert_same(run, detector, random_image(*size), 1) for size in SIZES] == [0, 0, 0]
 
 
+@pytest.mark.parametrize(
+    ("per_stage", "num_stages", "rules"),
+    [
+        (False, 3, {}),
+        (True, 2, {}),
+        (True, 3, {"score_threshold": 0.3, "redundancy_iou": 0.5}),
+        (False, 1, {"score_threshold": 1.0}),
+    ],
+)
+def test_onnx_gives_the_masks_of_the_detector_by_its_rules(tmp_path, per_stage, num_stages, rules):
+    pytest.importorskip("onnxruntime")
+    detector = make_detector(masks=make_masks(per_stage=per_stage, **rules))
+    run = export_onnx(detector, tmp_path / "detector.onnx", describe(num_stages))
+    for size in [*SIZES, (20, 9), (1, 1)]:
+        assert_same(run, detector, random_image(*size), num_stages)
+    masks = run(random_image(*SIZES[0]))[3]
+    made = masks[masks.amax(dim=(1, 2)) > 0]
+    if rules.get("score_threshold") == 1.0:
+        assert len(made) == 0
+    else:
+        assert made.std() > 0.02
+        assert (len(made) < len(masks)) == bool(rules)
+
+
+@pytest.mark.parametrize("shape", [(97, 130), (300, 120)])
+def test_predictor_pastes_the_masks_into_its_image(tmp_path, shape):
+    pytest.importorskip("onnxruntime")
+    detector = make_detector(masks=make_masks())
+    path = tmp_path / "detector.onnx"
+    export_onnx(detector, path, replace(describe(), image_format="BGR"))
+    array = random_image(*shape).permute(1, 2, 0).numpy()
+    found = OnnxPredictor(path)(array)
+    image = torch.from_numpy(resize_shortest_edge(array, 100, 160)).permute(2, 0, 1)
+    sample = {"image": image, "height": shape[0], "width": shape[1]}
+    (wanted,) = detector.detect([sample]).detections
+    np.testing.assert_allclose(found.masks, wanted.masks, rtol=0, atol=1e-5)
+    values = sampled(wanted.masks, wanted.boxes, shape)
+    certain = (values - 0.5).abs() > 1e-4
+    pasted = torch.from_numpy(found.paste(*shape))
+    assert pasted.shape == (len(wanted), *shape)
+    assert torch.equal(pasted[certain], (values >= 0.5)[certain])
+    assert 0.02 < pasted[certain].double().mean() < 0.5
+
+
+def sampled(masks, boxes, shape):
+    """The masks at the centres of the pixels of an image, by ``grid_sample``: ``[D, H, W]``."""
+    low, high = boxes.double().split(2, dim=1)
+    centres = torch.stack(
+        torch.meshgrid(*(torch.arange(side).double() + 0.5 for side in shape), indexing="ij")[::-1],
+        dim=-1,
+    )
+    grid = (centres - low[:, None, None]) / (high - low)[:, None, None] * 2 - 1
+    pixels = torch.nn.functional.grid_sample(masks[:, None].double(), grid, align_corners=False)
+    return pixels[:, 0]
+
+
 @pytest.mark.slow
 def test_program_gives_the_detections_of_images_of_any_size(tmp_path):
-    detector = make_detector(score_thresh=0.6)
+    detector = make_detector(score_thresh=0.6, masks=make_masks(score_threshold=0.7))
     path = tmp_path / "detector.pt2"
     export_program(detector, path, describe(1))
     files = {METADATA_FILE: ""}
@@ -120,7 +181,7 @@ def test_comparison_tells_other_detections(onnx_file, detector):
     assert compare(detector, run, image, 3).same
     boxes, scores, classes = run(image)
 
-    def compare_with(*outputs):
+    def compare_with(*outputs, detector=detector):
         return compare(detector, lambda image: outputs, image, 3)
 
     moved = compare_with(boxes + torch.tensor([0.0, 0.0, 0.0, 1.0]), scores, classes)
@@ -134,6 +195,13 @@ def test_comparison_tells_other_detections(onnx_file, detector):
     assert not fewer.same
     assert not compare_with(boxes, scores, (classes + 1) % 3).same
     assert not compare_with(boxes[:0], scores[:0], classes[:0]).same
+    with_masks = make_detector(masks=make_masks())
+    masks = eager(with_masks, image, 3).masks
+    assert compare_with(boxes, scores, classes, masks, detector=with_masks).same
+    masks[-1, 3, 2] += 0.01
+    other = compare_with(boxes, scores, classes, masks, detector=with_masks)
+    assert other.masks == pytest.approx(0.01, abs=1e-5)
+    assert not other.same
 
 
 @pytest.mark.parametrize("shape", [(97, 130), (300, 120), (40, 44)])

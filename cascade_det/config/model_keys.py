@@ -219,7 +219,9 @@ ROI_MASK_HEAD = group(
     POOLER_RESOLUTION=Key(14, "Side of a pooled region; masks have twice as many.", COUNT, "cells"),
     POOLER_SAMPLING_RATIO=Key(0, "Samples per cell and side; 0: adaptive.", NOT_NEGATIVE),
     POOLER_TYPE=Key(
-        "ROIAlignV2", "ROIAlign is half a pixel off.", one_of("ROIAlignV2", "ROIAlign")
+        "ROIAlignV2",
+        "ROIAlign is half a pixel off.",
+        one_of("ROIAlignV2", "ROIAlign", standalone_only=True),
     ),
     NUM_CONV=Key(0, "3x3 convolutions before the upsampling.", NOT_NEGATIVE),
     CONV_DIM=Key(256, "Width of all layers.", COUNT, "channels"),

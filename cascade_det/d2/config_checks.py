@@ -12,6 +12,7 @@ from detectron2.modeling import (
     PROPOSAL_GENERATOR_REGISTRY,
     ROI_BOX_HEAD_REGISTRY,
     ROI_HEADS_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
     RPN_HEAD_REGISTRY,
 )
 from fvcore.common.registry import Registry
@@ -28,6 +29,11 @@ _FPN_BACKBONES = (
 _WITH_ROI_HEADS = ("GeneralizedRCNN", "PanopticFPN")
 _WITH_RPN = (*_WITH_ROI_HEADS, "ProposalNetwork")
 _LEVELS = ("res2", "res3", "res4", "res5")
+_STAGE_MASKS = {
+    "NAME": ("MaskRCNNConvUpsampleHead", "StageMaskHeads"),
+    "POOLER_TYPE": ("ROIAlignV2", "ROIAlign"),
+    "NORM": ("", "GN", "BN", "SyncBN"),
+}
 
 
 def check_model(cfg: CfgNode) -> None:
@@ -65,12 +71,33 @@ def check_box_heads(cfg: CfgNode, maps: Collection[str]) -> None:
         )
 
 
+def check_mask_heads(cfg: CfgNode) -> None:
+    """Check the kind of the mask heads, which are ours where every stage has one.
+
+    Raises:
+        ConfigError: names key, value and remedy.
+    """
+    errors = list(_not_in("MODEL.ROI_MASK_HEAD.NAME", ROI_MASK_HEAD_REGISTRY, cfg))
+    if cfg.MODEL.CASCADE.MASK.STAGES == "every":
+        errors += [
+            f"MODEL.ROI_MASK_HEAD.{name} is {shown(value)}, but MODEL.CASCADE.MASK.STAGES is "
+            f"'every'. Supported: {', '.join(map(shown, allowed))}; other mask heads need 'last'."
+            for name, allowed in _STAGE_MASKS.items()
+            if (value := cfg.MODEL.ROI_MASK_HEAD[name]) not in allowed
+        ]
+    if errors:
+        listed = "\n  - ".join(errors)
+        raise ConfigError(f"The mask heads cannot be built:\n  - {listed}")
+
+
 def _unknown_parts(cfg: CfgNode) -> Iterator[str]:
     model = cfg.MODEL
     yield from _not_in("MODEL.META_ARCHITECTURE", META_ARCH_REGISTRY, cfg)
     yield from _not_in("MODEL.BACKBONE.NAME", BACKBONE_REGISTRY, cfg)
     if model.META_ARCHITECTURE in _WITH_ROI_HEADS:
         yield from _not_in("MODEL.ROI_HEADS.NAME", ROI_HEADS_REGISTRY, cfg)
+        if model.MASK_ON:
+            yield from _not_in("MODEL.ROI_MASK_HEAD.NAME", ROI_MASK_HEAD_REGISTRY, cfg)
     if (
         model.META_ARCHITECTURE in _WITH_RPN
         and model.PROPOSAL_GENERATOR.NAME != "PrecomputedProposals"

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from detectron2.modeling import GeneralizedRCNN, detector_postprocess
+from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from cascade_det.core.structures import part
 from cascade_det.core.structures.boxes import keep_images
 from cascade_det.d2.heads_call import HeadsCall
 from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
-from cascade_det.d2.structures import to_detections
+from cascade_det.d2.structures import postprocess, to_detections
 from cascade_det.data.samples import Sample
 from cascade_det.engine.batches import check_images
 from cascade_det.engine.devices import describe_dtypes
@@ -185,14 +185,13 @@ class Detector(nn.Module):
             for sample, size in zip(batch, images.image_sizes, strict=True)
         ]
         with part(timer, "postprocess"):
-            outputs = [
-                {"instances": detector_postprocess(found, *size)}
+            processed = [
+                postprocess(found, *size)
                 for found, (_, size) in zip(instances, frames, strict=True)
             ]
-        self.outputs = outputs
+        self.outputs = [{"instances": found} for found, _ in processed]
         assert call.stats is not None
-        detections = [to_detections(output["instances"]) for output in outputs]
-        output = DetectorOutput(detections, call.stats)
+        output = DetectorOutput([detections for _, detections in processed], call.stats)
         if any(chosen):
             inputs = heads.cascade_inputs(maps, proposals)
             full = heads.cascade.detect_stages(

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+from detectron2.structures import Instances
+
 from cascade_det.core import CascadeStats, PartTimer
 
 
@@ -19,11 +21,13 @@ class HeadsCall:
         started: reading of the time budget's clock when work on the images began; ``None`` to
             start it when the proposals arrive.
         stats: how many regions entered and left each stage; set by the heads.
+        masked: the detections that the cascade gave masks; set by the heads.
     """
 
     timer: PartTimer | None = None
     started: float | None = None
     stats: CascadeStats | None = None
+    masked: list[Instances] | None = None
 
     @contextmanager
     def within(self) -> Iterator[HeadsCall]:

@@ -12,7 +12,7 @@ from detectron2.utils import comm
 
 from cascade_det import config
 from cascade_det.config import ConfigFiles
-from cascade_det.d2.config_checks import check_model
+from cascade_det.d2.config_checks import check_mask_heads, check_model
 from cascade_det.d2.detector import Detector
 from cascade_det.d2.evaluate import evaluate, load_model
 from cascade_det.d2.loader import build_test_loader
@@ -74,6 +74,8 @@ def check_config(cfg: CfgNode) -> None:
     heads = ROI_HEADS_REGISTRY.get(name) if name in ROI_HEADS_REGISTRY else None
     if isinstance(heads, type) and issubclass(heads, EarlyExitCascadeROIHeads):
         config.check_heads(cfg)
+        if cfg.MODEL.MASK_ON:
+            check_mask_heads(cfg)
     else:
         config.check_unread_cascade(cfg)
 

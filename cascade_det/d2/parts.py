@@ -86,12 +86,13 @@ def refuse_torchvision_names(part: nn.Module, incompatible: Any) -> None:
             )
 
 
-def to_roi_pooler(pooler: ROIPooler, kernel: str) -> RoIPooler:
+def to_roi_pooler(pooler: ROIPooler, kernel: str, name: str = "box_pooler") -> RoIPooler:
     """A ``RoIPooler`` that computes the same as a pooler of Detectron2.
 
     Args:
         pooler: crops squares by ``ROIAlign`` or ``ROIAlignV2``.
         kernel: see ``MODEL.CASCADE.POOLER_KERNEL``.
+        name: of the argument, for the message.
 
     Raises:
         ValueError: the pooler is of another kind.
@@ -107,7 +108,7 @@ def to_roi_pooler(pooler: ROIPooler, kernel: str) -> RoIPooler:
         or height != width
     ):
         raise ValueError(
-            "box_pooler must be Detectron2's ROIPooler, which crops squares by ROIAlign or "
+            f"{name} must be Detectron2's ROIPooler, which crops squares by ROIAlign or "
             f"ROIAlignV2, with the canonical box size {CANONICAL_BOX_SIZE} on level "
             f"{CANONICAL_LEVEL}, not {pooler}"
         )

@@ -11,12 +11,10 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY
-from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers, build_box_head
+from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers
 from detectron2.structures import ImageList, Instances
-from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
 from cascade_det import config
@@ -26,14 +24,19 @@ from cascade_det.core import (
     CascadeStats,
     ExitPolicy,
     FastCopies,
+    MaskBranch,
+    MaskRules,
     TrainingSchedule,
     build_exits,
     build_training_schedule,
 )
 from cascade_det.core.postprocess import Selection
 from cascade_det.core.structures import part
-from cascade_det.d2.config_checks import check_box_heads
+from cascade_det.d2.box_heads import build_box_heads
+from cascade_det.d2.config_checks import check_mask_heads
 from cascade_det.d2.heads_call import current_call
+from cascade_det.d2.heads_log import log_exit_rates, log_metrics
+from cascade_det.d2.mask_heads import add_masks, mask_branch, with_stage_heads
 from cascade_det.d2.parts import (
     DynamicMatcher,
     check_not_overridden,
@@ -44,6 +47,7 @@ from cascade_det.d2.parts import (
     to_roi_pooler,
 )
 from cascade_det.d2.structures import (
+    number_objects,
     objectness_logits,
     to_ground_truth,
     to_instances,
@@ -63,7 +67,8 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
 
     Replaces :class:`CascadeROIHeads` with the same arguments and the same weights. Without
     ``exits`` and with ``pooler_kernel="torchvision"``, losses and detections are equal to the last
-    bit. Mask and keypoint heads are Detectron2's own and run on the boxes of the cascade.
+    bit. Mask and keypoint heads are Detectron2's own and run on the boxes of the cascade, unless
+    ``mask_head`` is :class:`~cascade_det.d2.mask_heads.StageMaskHeads`, one for every stage.
     Detections have one more field, ``exit_stages``: int64 ``[D]``, the last stage (from 0) of
     each region. ``GeneralizedRCNNWithTTA`` builds new ``Instances`` without it. Under
     ``torch.jit.trace`` every region runs through every stage.
@@ -85,6 +90,8 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         ensemble: how the stages' scores become one, see ``MODEL.CASCADE.ENSEMBLE``.
         pooler_kernel: see ``MODEL.CASCADE.POOLER_KERNEL``.
         exits: the exit policy of inference; ``None`` for no exits.
+        mask_rules: which detections get a mask; the ``pred_masks`` of others are 0. ``None`` for
+            all. Masks for given boxes have no rules, nor do traced ones.
         regime: the training schedule; ``None`` for the plain sum of the stages' losses.
         fast_dtype: run inference on optimised copies of the box heads in this type, see
             ``MODEL.CASCADE.FAST.DTYPE``; ``None`` for no copies.
@@ -116,6 +123,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         ensemble: str = "mean_probs",
         pooler_kernel: str = "auto",
         exits: ExitPolicy | None = None,
+        mask_rules: MaskRules | None = None,
         regime: TrainingSchedule | None = None,
         fast_dtype: str | None = None,
         **kwargs: Any,
@@ -140,6 +148,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             **self._rules(),
         )
         self.exits = exits
+        self.mask_rules = mask_rules or MaskRules()
         self.regime = cascade.regime
         if self.regime.dynamic is not None:
             self.proposal_matcher = DynamicMatcher(self.proposal_matcher, self.regime)
@@ -160,6 +169,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         cfg = config.with_cascade_keys(cfg)
         config.check_heads(cfg)
         arguments, parts = config.cascade_arguments(cfg), super().from_config(cfg, input_shape)
+        masks = config.mask_head_arguments(cfg)
         hidden_features = [_num_features(head.output_shape) for head in parts["box_heads"]]
         channels = common_value(input_shape[name].channels for name in parts["box_in_features"])
         return {
@@ -168,38 +178,22 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             "ensemble": arguments["ensemble"],
             "pooler_kernel": cfg.MODEL.CASCADE.POOLER_KERNEL,
             "exits": build_exits(config.exit_arguments(cfg), hidden_features, channels),
+            "mask_rules": None if masks is None else MaskRules(**masks["rules"]),
             "regime": build_training_schedule(**config.training_arguments(cfg)),
             "fast_dtype": config.fast_heads_dtype(cfg),
         }
 
     @classmethod
     def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        check_box_heads(cfg, input_shape)
-        pooling = config.pooler_arguments(cfg)
-        in_features, size = list(pooling["in_features"]), pooling["output_size"]
-        channels = common_value(input_shape[name].channels for name in in_features)
-        cascade = cfg.MODEL.ROI_BOX_CASCADE_HEAD
-        heads, predictors = [], []
-        stages = zip(config.box_head_configs(cfg), cascade.BBOX_REG_WEIGHTS, strict=True)
-        for stage_cfg, weights in stages:
-            head = build_box_head(stage_cfg, ShapeSpec(channels=channels, height=size, width=size))
-            transform = Box2BoxTransform(weights=weights)
-            heads.append(head)
-            predictors.append(
-                FastRCNNOutputLayers(stage_cfg, head.output_shape, box2box_transform=transform)
-            )
-        return {
-            "box_in_features": in_features,
-            "box_pooler": ROIPooler(
-                output_size=size,
-                scales=[1.0 / input_shape[name].stride for name in in_features],
-                sampling_ratio=pooling["sampling_ratio"],
-                pooler_type=cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE,
-            ),
-            "box_heads": heads,
-            "box_predictors": predictors,
-            "proposal_matchers": [Matcher([iou], [0, 1]) for iou in cascade.IOUS],
-        }
+        return build_box_heads(cfg, input_shape)
+
+    @classmethod
+    def _init_mask_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        if cfg.MODEL.MASK_ON:
+            check_mask_heads(cfg)
+            cfg = with_stage_heads(cfg)
+        parts: dict[str, Any] = super()._init_mask_head(cfg, input_shape)
+        return parts
 
     def forward(
         self,
@@ -209,9 +203,14 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         targets: list[Instances] | None = None,
     ) -> tuple[list[Instances], Losses]:
         """As in Detectron2; training adds the losses of learned exits, or has only these."""
-        if not self.training or self.exits is None or self.exits.learned is None:
-            return super().forward(images, features, proposals, targets)
+        if not self.training:
+            with current_call().within():
+                return super().forward(images, features, proposals, targets)
         assert targets is not None
+        if self._has_stage_masks:
+            targets = number_objects(targets)
+        if self.exits is None or self.exits.learned is None:
+            return super().forward(images, features, proposals, targets)
         sampled, losses = proposals, {}
         if not self.regime.exits_alone:
             sampled, losses = super().forward(images, features, proposals, targets)
@@ -250,16 +249,44 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             **vars(inputs), timer=call.timer, started=call.started
         )
         self.stats = call.stats = stats
-        _log_exit_rates(stats)
-        return [to_instances(*pair) for pair in zip(detections, inputs.image_sizes, strict=True)]
+        log_exit_rates(stats)
+        found = [to_instances(*pair) for pair in zip(detections, inputs.image_sizes, strict=True)]
+        if self.cascade.masks is not None:
+            call.masked = found
+        return found
 
     def forward_with_given_boxes(
         self, features: dict[str, Tensor], instances: list[Instances]
     ) -> list[Instances]:
-        """Add masks and keypoints to detections by Detectron2's own heads."""
+        """Add masks and keypoints to detections; masks that the cascade made stay."""
         has_any = self.mask_on or self.keypoint_on
         with part(current_call().timer if has_any else None, "masks"):
             return super().forward_with_given_boxes(features, instances)
+
+    def _forward_mask(
+        self, features: dict[str, Tensor], instances: list[Instances]
+    ) -> Losses | list[Instances]:
+        """In training only the loss of Detectron2's head: heads of stages are in the cascade."""
+        call = current_call()
+        if self._has_stage_masks:
+            if self.training:
+                return {}
+            if instances is not call.masked:
+                # Given boxes, or detections of a trace.
+                branch, maps = self._masks(), [features[name] for name in self.box_in_features]
+                assert branch is not None
+                add_masks(instances, branch, self.cascade.pooler.prepare(maps))
+            return instances
+        if not self.training and instances is call.masked:
+            return instances
+        result: Losses | list[Instances] = super()._forward_mask(features, instances)
+        if self.mask_on and call.stats is not None:
+            call.stats.detected = call.stats.masks = sum(map(len, instances))
+        return result
+
+    @property
+    def _has_stage_masks(self) -> bool:
+        return self.mask_on and isinstance(self.mask_head, nn.ModuleList)
 
     def follow_predictors(self) -> None:
         """Pass on to the cascade the parts and settings that a user replaced on this module.
@@ -270,6 +297,8 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         cascade, rules, last = self.cascade, self._rules(), self.box_predictor[-1]
         cascade.box_head, cascade.box_predictor = self._box_heads(), self.box_predictor
         cascade.exits, cascade.regime = self.exits, self.regime
+        cascade.masks = None if torch.jit.is_tracing() else self._masks()
+        cascade.mask_head = None if cascade.masks is None else cascade.masks.head
         if self.box_pooler is not self.__dict__["_pooler"]:
             cascade.pooler = to_roi_pooler(self.box_pooler, cascade.pooler.kernel)
             self.__dict__["_pooler"] = self.box_pooler
@@ -277,6 +306,20 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         cascade.num_classes = rules["num_classes"]
         cascade.selection = Selection(
             last.test_score_thresh, last.test_nms_thresh, last.test_topk_per_image
+        )
+
+    def _masks(self) -> MaskBranch | None:
+        """The mask heads as the cascade runs them; ``None`` without, or for Detectron2 to run."""
+        overridden = type(self)._forward_mask is not EarlyExitCascadeROIHeads._forward_mask
+        if not self.mask_on or (overridden and not self._has_stage_masks):
+            return None
+        return mask_branch(
+            self.mask_head,
+            self.mask_pooler,
+            same_maps=list(self.mask_in_features) == list(self.box_in_features),
+            num_stages=self.num_cascade_stages,
+            kernel=self.cascade.pooler.kernel,
+            rules=self.mask_rules,
         )
 
     def _box_heads(self) -> nn.ModuleList:
@@ -315,10 +358,10 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         losses = self.cascade.losses_of_regions(
             inputs.features,
             to_labelled_regions(proposals),
-            to_ground_truth(targets),
+            to_ground_truth(targets, masks=self._has_stage_masks),
             inputs.image_sizes,
         )
-        _log_metrics(self.cascade.metrics)
+        log_metrics(self.cascade.metrics)
         for stage, predictor in enumerate(self.box_predictor):
             for name in ("loss_cls", "loss_box_reg"):
                 weight = predictor.loss_weight.get(name, 1.0)
@@ -328,20 +371,3 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
 
 def _num_features(shape: ShapeSpec) -> int:
     return (shape.channels or 1) * (shape.height or 1) * (shape.width or 1)
-
-
-def _log_metrics(metrics: dict[str, Tensor]) -> None:
-    values = torch.stack([value.float() for value in metrics.values()]).tolist()
-    # NaN: a stage without foreground has no mean over it.
-    known = {name: value for name, value in zip(metrics, values, strict=True) if value == value}
-    get_event_storage().put_scalars(**known)
-
-
-def _log_exit_rates(stats: CascadeStats) -> None:
-    """Log the share of regions that leave after each stage, for evaluations during training."""
-    if not has_event_storage():
-        return
-    for stage, (entered, left) in enumerate(zip(stats.entered, stats.left, strict=True)):
-        if entered and stage < len(stats.entered) - 1:
-            rate = sum(left.values()) / entered
-            get_event_storage().put_scalar(f"stage{stage}/exit_rate", rate)

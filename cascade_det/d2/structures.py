@@ -6,9 +6,12 @@ Boxes are float32 XYXY in absolute pixels of the resized image.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
+from detectron2.modeling import detector_postprocess
 from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks
 from detectron2.structures.boxes import matched_pairwise_iou
 from torch import Tensor
@@ -21,14 +24,62 @@ _MAX_COORDINATE = 1e5  # pixels, of a polygon
 _SAVED_TYPES = (Tensor, Boxes, BitMasks, PolygonMasks, Keypoints)
 
 
-def to_ground_truth(instances: Sequence[Instances]) -> GroundTruth:
-    """The ground truth of a batch from the fields ``gt_boxes`` and ``gt_classes``."""
+class InstanceMasks:
+    """The field ``gt_masks`` of a batch's objects, cropped by Detectron2.
+
+    Args:
+        instances: of each image; the masks of an image without the field are unknown.
+    """
+
+    def __init__(self, instances: Sequence[Instances]) -> None:
+        self._masks = [x.gt_masks if x.has("gt_masks") else None for x in instances]
+        boxes, self._image_index = flatten_images([x.gt_boxes.tensor for x in instances])
+        self._first = [0, *accumulate(map(len, instances))]
+        has_masks = torch.tensor([m is not None for m in self._masks], device=boxes.device)
+        self.known = has_masks[self._image_index]
+
+    def crop(self, objects: Tensor, boxes: Tensor, size: int) -> Tensor:
+        """As ``cascade_det.core.matching.TrueMasks``."""
+        targets = torch.zeros(len(boxes), size, size, dtype=torch.bool, device=boxes.device)
+        of_image = self._image_index[objects]
+        for image, masks in enumerate(self._masks):
+            rows = torch.nonzero(of_image == image).squeeze(1)
+            if masks is not None and len(rows):
+                own = masks[objects[rows] - self._first[image]]
+                targets[rows] = own.crop_and_resize(boxes[rows], size).to(boxes.device)
+        return targets
+
+
+def to_ground_truth(instances: Sequence[Instances], *, masks: bool = False) -> GroundTruth:
+    """The ground truth of a batch from the fields ``gt_boxes``, ``gt_classes`` and ``gt_masks``.
+
+    Args:
+        instances: of each image.
+        masks: whether to take the masks.
+    """
     boxes, image_index = flatten_images([x.gt_boxes.tensor for x in instances])
-    return GroundTruth(boxes, _classes(instances), image_index)
+    own_masks = InstanceMasks(instances) if masks else None
+    return GroundTruth(boxes, _classes(instances), image_index, own_masks)
+
+
+def number_objects(targets: Sequence[Instances]) -> list[Instances]:
+    """Ground truth with one more field, ``gt_index``: the number of each object in the batch.
+
+    Sampled proposals get every field of their object whose name begins with ``gt_``.
+    """
+    numbered, first = [], 0
+    for own in targets:
+        index = torch.arange(first, first + len(own), device=own.gt_boxes.device)
+        numbered.append(Instances(own.image_size, **own.get_fields(), gt_index=index))
+        first += len(own)
+    return numbered
 
 
 def to_labelled_regions(proposals: Sequence[Instances]) -> LabelledRegions:
-    """Sampled proposals with their matched boxes; images without objects lack ``gt_boxes``."""
+    """Sampled proposals with their matched objects, numbered if these are.
+
+    Images without objects lack ``gt_boxes`` and ``gt_index``.
+    """
     boxes, image_index = flatten_images([x.proposal_boxes.tensor for x in proposals])
     gt_boxes = torch.cat(
         [
@@ -37,8 +88,14 @@ def to_labelled_regions(proposals: Sequence[Instances]) -> LabelledRegions:
         ]
     )
     ious = matched_pairwise_iou(Boxes(boxes), Boxes(gt_boxes))
-    unused = torch.zeros_like(image_index)
-    return LabelledRegions(boxes, image_index, _classes(proposals), gt_boxes, ious, unused)
+    gt_index = torch.cat(
+        [
+            x.gt_index if x.has("gt_index") else torch.zeros_like(x.gt_classes, dtype=torch.int64)
+            for x in proposals
+        ]
+    )
+    classes = _classes(proposals)
+    return LabelledRegions(boxes, image_index, classes, gt_boxes, ious, gt_index)
 
 
 def objectness_logits(proposals: list[Instances]) -> list[Tensor] | None:
@@ -51,28 +108,58 @@ def objectness_logits(proposals: list[Instances]) -> list[Tensor] | None:
 def to_instances(detections: Detections, image_size: tuple[int, int]) -> Instances:
     """Detections of one image as Detectron2's heads return them, plus ``exit_stages``.
 
+    Masks become ``pred_masks`` ``[D, 1, M, M]``.
+
     Args:
         detections: of one image.
         image_size: ``(height, width)`` in pixels.
     """
-    return Instances(
+    instances = Instances(
         image_size,
         pred_boxes=Boxes(detections.boxes),
         scores=detections.scores,
         pred_classes=detections.classes,
         exit_stages=detections.exit_stages,
     )
+    if detections.masks is not None:
+        instances.pred_masks = detections.masks[:, None]
+    return instances
 
 
 def to_detections(instances: Instances) -> Detections:
-    """The reverse of ``to_instances``; missing ``exit_stages`` become 0."""
+    """The reverse of ``to_instances``; missing ``exit_stages`` become 0.
+
+    Takes masks that are probabilities in each box, not those pasted into the image.
+    """
     has_stages = instances.has("exit_stages")
     return Detections(
         instances.pred_boxes.tensor,
         instances.scores,
         instances.pred_classes,
         instances.exit_stages if has_stages else torch.zeros_like(instances.pred_classes),
+        _box_masks(instances),
     )
+
+
+def postprocess(instances: Instances, height: int, width: int) -> tuple[Instances, Detections]:
+    """Detectron2's ``detector_postprocess``, and its result as detections.
+
+    Args:
+        instances: of one image, as the heads return them; changed in place.
+        height: of the original image in pixels.
+        width: of that image.
+
+    Returns:
+        Instances with masks of the whole image, and detections with the probabilities in each box.
+    """
+    masks = _box_masks(instances)
+    if masks is not None:
+        instances.box_masks = masks
+    output = detector_postprocess(instances, height, width)
+    if masks is not None:
+        masks = output.box_masks
+        output.remove("box_masks")
+    return output, replace(to_detections(output), masks=masks)
 
 
 def to_sample(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,6 +212,14 @@ def _is_polygon(points: Any) -> bool:
         and len(points) % 2 == 0
         and bool((points.abs() <= _MAX_COORDINATE).all())  # False for NaN
     )
+
+
+def _box_masks(instances: Instances) -> Tensor | None:
+    """Float32 ``[D, M, M]`` of masks that are not pasted yet; else ``None``."""
+    masks = instances.pred_masks if instances.has("pred_masks") else None
+    if not isinstance(masks, Tensor) or masks.dim() != 4:
+        return None
+    return masks[:, 0].float()
 
 
 def _classes(instances: Sequence[Instances]) -> Tensor:

@@ -90,11 +90,12 @@ def evaluate_all(cfg: CfgNode, model: nn.Module, datasets: Sequence[CocoDataset]
 
         def finish(results: dict[str, Any]) -> Mapping[str, Any]:
             found = dict(distributed.broadcast(coco.evaluate()))
-            # Without any detection it reports nan, although the AP is 0.
-            if all(math.isnan(value) for value in found.get("bbox", {}).values()):
-                found.pop("bbox", None)
-            if "bbox" in found:
-                found["bbox"] = with_ap90(found["bbox"], results["bbox"]["AP90"])
+            for task in found.keys() & results.keys():
+                # Without any detection it reports nan, although the AP is 0.
+                if all(math.isnan(value) for value in found[task].values()):
+                    del found[task]
+                else:
+                    found[task] = with_ap90(found[task], results[task]["AP90"])
             return {**results, **found}
 
         shadow = shadow_evaluators(**config.shadow_arguments(cfg)) if detector.has_stages else []

@@ -14,7 +14,9 @@ from cascade_det.text import listed
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 
-_STAGE = re.compile(r"roi_heads\.box_(?:head|predictor)\.(\d+)\.")
+_STAGE = re.compile(r"roi_heads\.(?:box_(?:head|predictor)|mask_head)\.(\d+)\.")
+_MASKS = re.compile(r"roi_heads\.mask_head\.")
+_PREDICTOR = re.compile(r"roi_heads\.(?:box_predictor|mask_head(?:\.\d+)?\.predictor)\.")
 _LEARNED = re.compile(r"roi_heads\.exits\.learned\.(\w+)\.")
 # State of a training, such as thresholds that follow its statistics.
 _TRAINING_ALONE = re.compile(r"roi_heads\.regime\.")
@@ -58,8 +60,9 @@ def check_complete(
 ) -> None:
     """Check that a file has weights for every part of a detector.
 
-    The file may hold further parts, such as a mask head or more stages. But further layers in the
-    same part mean another architecture, whose first layers alone are useless.
+    The file may hold further parts, such as more stages, or a mask head for a model without one.
+    But further layers in the same part mean another architecture, whose first layers alone are
+    useless.
 
     Args:
         path: of the file, for the message.
@@ -78,7 +81,7 @@ def check_complete(
     learned = {found[1]: name for name in [*missing, *differing] if (found := _LEARNED.match(name))}
     rest = [n for n in missing if not _LEARNED.match(n) and _stages([n]).isdisjoint(lacking)]
     if rest or (lacking and not there):
-        raise CheckpointError(_incomplete(path, missing, loaded))
+        raise CheckpointError(_incomplete(path, missing, loaded, unexpected))
     if lacking:
         raise CheckpointError(_too_few_stages(path, max(there) + 1, lacking))
     others = {name: shapes for name, shapes in differing.items() if not _LEARNED.match(name)}
@@ -91,8 +94,7 @@ def check_complete(
             "train them with MODEL.CASCADE.TRAINING.FREEZE_DETECTOR (cascade-det train, starting "
             "from these weights), or leave them out of LEARNED."
         )
-    used = _stages(loaded)
-    surplus = [n for n in unexpected if _IN_ANY_MODEL.match(n) or not used.isdisjoint(_stages([n]))]
+    surplus = _further_layers(loaded, unexpected)
     if surplus:
         raise CheckpointError(
             f"{path}: has {listed(surplus, _SHOWN)}, which this model has no place for. These "
@@ -102,7 +104,25 @@ def check_complete(
         )
 
 
-def _incomplete(path: str | Path, missing: Collection[str], loaded: Iterable[str]) -> str:
+def _further_layers(loaded: Collection[str], unexpected: Iterable[str]) -> list[str]:
+    """The names without a place that belong to a part that the model has."""
+    used, has_masks = _stages(loaded), any(map(_MASKS.match, loaded))
+
+    def is_further(name: str) -> bool:
+        stages = _stages([name])
+        if _MASKS.match(name):
+            return has_masks and (not stages or not used.isdisjoint(stages))
+        return bool(_IN_ANY_MODEL.match(name)) or not used.isdisjoint(stages)
+
+    return list(filter(is_further, unexpected))
+
+
+def _incomplete(
+    path: str | Path,
+    missing: Collection[str],
+    loaded: Iterable[str],
+    unexpected: Collection[str],
+) -> str:
     has = Counter(map(_part_of, loaded))
     parts = [
         f"{part} ({count} of {count + has[part]} tensors)"
@@ -112,8 +132,19 @@ def _incomplete(path: str | Path, missing: Collection[str], loaded: Iterable[str
         f"{path}: lacks {', '.join(parts)}, such as {listed([*missing], _SHOWN)}. These weights "
         "can be trained on, but a model that is only used needs all of them: give MODEL.WEIGHTS "
         "the checkpoint of a training of this configuration (cascade-det train), such as "
-        "model_final.pth."
+        f"model_final.pth{_instead_of_masks(missing, unexpected)}."
     )
+
+
+def _instead_of_masks(missing: Collection[str], unexpected: Collection[str]) -> str:
+    """For a message: another remedy where only mask heads are missing."""
+    if not all(map(_MASKS.match, missing)):
+        return ""
+    in_file = list(filter(_MASKS.match, unexpected))
+    if in_file and bool(_stages(in_file)) != bool(_stages(missing)):
+        stages = "every" if _stages(in_file) else "last"
+        return f", or set MODEL.CASCADE.MASK.STAGES to {stages!r}, as these weights have it"
+    return ", or leave masks out (MODEL.MASK_ON False)"
 
 
 def _too_few_stages(path: str | Path, there: int, lacking: list[int]) -> str:
@@ -137,7 +168,7 @@ def differing_shapes(shapes: Mapping[str, Shapes]) -> list[str]:
 
 def _differing(path: str | Path, shapes: Mapping[str, Shapes]) -> str:
     differences = listed(differing_shapes(shapes), _SHOWN, "; ")
-    only_classes = all("box_predictor." in name or "mask_head.predictor" in name for name in shapes)
+    only_classes = all(map(_PREDICTOR.match, shapes))
     key = "MODEL.ROI_HEADS.NUM_CLASSES" if only_classes else "MODEL"
     return (
         f"{path}: {differences}. These weights were trained with another {key}: give that of "

@@ -308,7 +308,8 @@ class CascadeHead(nn.Module):
     ) -> list[StageOutput]:
         """Run every stage without exits, and select the detections of each.
 
-        Arguments as in ``detect``; the parts of the timer are ``full/stage<s>``.
+        Arguments as in ``detect``; the parts of the timer are ``full/stage<s>``, and
+        ``full/masks<s>`` where every stage has a mask head: detections have masks only there.
         """
         with part(timer, "full/stage0"):
             network, regions = self._prepare(features, proposals, None, image_sizes)
@@ -325,7 +326,7 @@ class CascadeHead(nn.Module):
                 probs = self.exits.calibrated(probs, stage)
             reported = [result.reported(probs, stage)]
             detections = select_detections(reported, len(image_sizes), self.selection)
-            if self.masks is not None:
+            if self.masks is not None and self.masks.per_stage:
                 with part(timer, f"full/masks{stage}"):
                     detections, _ = self.masks.add(detections, network.pyramid, stages=stage + 1)
             after = regions.boxes.split(counts)

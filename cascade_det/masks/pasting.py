@@ -9,6 +9,8 @@ found from the few places where a column crosses 0.5, whatever the number of its
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -80,7 +82,8 @@ def mask_edges(mask: Masks, box: Boxes, height: int, width: int) -> tuple[Positi
     across, down = (box[2:].astype(np.float64) - (x, y)) / mask.shape  # pixels of a cell
     if left == right or top == bottom or across <= 0 or down <= 0:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    padded = np.pad(mask.T, 1)  # [M + 2, M + 2], column by column
+    padded = np.zeros((len(mask) + 2, len(mask) + 2), mask.dtype)
+    padded[1:-1, 1:-1] = mask.T  # column by column
     at = (np.arange(left, right) + 0.5 - x) / across + 0.5  # in padded cells
     at = np.clip(at, 0, len(mask) + 1)
     cells = np.minimum(at.astype(np.int64), len(mask))
@@ -97,5 +100,5 @@ def mask_edges(mask: Masks, box: Boxes, height: int, width: int) -> tuple[Positi
 
 def _pixels(low: np.float32, high: np.float32, length: int) -> tuple[int, int]:
     """First pixel and end of the pixels that a box touches along one axis."""
-    first = int(np.clip(np.floor(low), 0, length))
-    return first, int(np.clip(np.ceil(high), first, length))
+    first = min(max(math.floor(low), 0), length)
+    return first, min(max(math.ceil(high), first), length)

@@ -83,7 +83,9 @@ def _encode(mask: Masks, box: Boxes, height: int, width: int) -> Rle:
     # A column that ends at the lower border goes on at the top of the next one.
     positions, times = np.unique(columns * height + rows, return_counts=True)
     changes = positions[(times % 2 == 1) & (positions < height * width)]
-    return _compress(np.diff(changes, prepend=0, append=height * width), height, width)
+    ends = np.append(changes, height * width)
+    ends[1:] -= changes
+    return _compress(ends, height, width)
 
 
 def _compress(runs: Sequence[int] | npt.NDArray[np.int64], height: int, width: int) -> Rle:

@@ -88,7 +88,8 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command; returns its exit status."""
     args = _parse(argv, prog)
-    from cascade_det.commands.prediction_scores import evaluate
+    from cascade_det.commands.prediction_scores import evaluate, have_masks
+    from cascade_det.data.annotation_file import read_json
     from cascade_det.data.catalog import dataset_of_files
     from cascade_det.data.coco import load_dataset
     from cascade_det.engine.log import setup_logging
@@ -98,9 +99,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     if args.output:
         check_output_file(Path(args.output, SCORES_FILE), [args.json, args.predictions])
         _check_analysis(Path(args.output), [args.json, args.predictions, args.images])
+    content = read_json(Path(args.predictions))
     dataset = load_dataset(
         dataset_of_files(args.json, args.images),
         args.on_bad_data,
+        masks="keep" if have_masks(content) else None,
         keep_ground_truth=True,
         check_images=args.images is not None,
         decode=True,  # as before a run, so that the same images are skipped
@@ -110,6 +113,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     results = evaluate(
         dataset,
         Path(args.predictions),
+        content,
         args.score_threshold,
         by_masks=args.by_masks,
         max_detections=args.max_detections,

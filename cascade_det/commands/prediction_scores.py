@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from cascade_det.commands.eval_json import BAD_DATA_OPTION, LIMIT_OPTION, MASKS_OPTION
-from cascade_det.data.annotation_file import read_json
 from cascade_det.data.coco import CocoDataset, left_out_warnings
 from cascade_det.data.issues import Issues, shown
 from cascade_det.data.predicted import is_of_predict, predicted_annotations
@@ -22,9 +21,18 @@ from cascade_det.masks.rle import compressed
 _LIMIT = 1e9
 
 
+def have_masks(content: Any) -> bool:
+    """Whether the content of a file of predictions has masks."""
+    entries = content["annotations"] if is_of_predict(content) else content
+    return isinstance(entries, list) and any(
+        isinstance(entry, dict) and "segmentation" in entry for entry in entries
+    )
+
+
 def evaluate(
     dataset: CocoDataset,
     predictions_file: Path,
+    content: Any,
     score_threshold: float = 0.5,
     *,
     by_masks: bool = False,
@@ -34,16 +42,24 @@ def evaluate(
 
     Predictions on images that the data set skips are skipped and counted in ``notes``.
 
+    Args:
+        dataset: with its ground truth; with its masks, if predictions have some.
+        predictions_file: for messages.
+        content: of that file.
+        score_threshold: see ``score_results``.
+        by_masks: see ``score_results``.
+        max_detections: see ``score_results``.
+
     Raises:
         DatasetError: the predictions cannot be used, or the data set has no annotations.
     """
     coco_gt = load_ground_truth(dataset.ground_truth)
     if "annotations" not in dataset.ground_truth:
         raise DatasetError(f"{dataset.source.json_file}: has no annotations to score against")
-    predictions, notes = read_predictions(predictions_file, dataset)
+    predictions, notes = check_predictions(predictions_file, content, dataset)
     kept = [entry for entry in predictions if entry["image_id"] in coco_gt.imgs]
     image_ids = sorted(coco_gt.imgs)
-    has_masks = any("segmentation" in entry for entry in predictions)
+    has_masks = have_masks(content)
     if by_masks and not has_masks:
         raise DatasetError(f"{predictions_file}: has no masks for {MASKS_OPTION}")
     results = score_results(
@@ -65,27 +81,29 @@ def evaluate(
     return {**results, "notes": notes}
 
 
-def read_predictions(path: Path, dataset: CocoDataset) -> tuple[list[dict[str, Any]], list[str]]:
-    """Read predictions and check each one.
+def check_predictions(
+    path: Path, content: Any, dataset: CocoDataset
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Check each prediction.
 
     Args:
-        path: a json list of objects with ``image_id``, ``category_id``, ``bbox`` (XYWH in pixels)
-            and ``score``, and ``segmentation`` (RLE) for a mask; other keys are ignored. Or the
-            ``predictions.json`` of ``predict``, see ``predicted_annotations``.
+        path: of the file, for messages.
+        content: a json list of objects with ``image_id``, ``category_id``, ``bbox`` (XYWH in
+            pixels) and ``score``, and ``segmentation`` (RLE) for a mask; other keys are ignored.
+            Or the ``predictions.json`` of ``predict``, see ``predicted_annotations``.
         dataset: its images, skipped ones included, and categories are the valid ones.
 
     Returns:
         The predictions, with the data set's image ids, and notes for the report.
 
     Raises:
-        DatasetError: the file cannot be read or has errors; each kind is listed with its count
-            and examples.
+        DatasetError: there are errors; each kind is listed with its count and examples.
     """
     truth = dataset.ground_truth
     sizes: dict[int, tuple[int, int] | None] = dict.fromkeys(dataset.left_out_images)
     sizes |= {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
     category_ids = {category["id"] for category in truth["categories"]}
-    predictions: Any = read_json(path)
+    predictions = content
     notes: list[str] = []
     if is_of_predict(predictions):
         try:

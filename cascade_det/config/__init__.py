@@ -32,6 +32,7 @@ from cascade_det.config.model_arguments import (
     with_exits,
 )
 from cascade_det.config.run_arguments import (
+    augmentation_arguments,
     datasets_arguments,
     input_arguments,
     optimizer_arguments,
@@ -49,6 +50,7 @@ __all__ = [
     "History",
     "Setting",
     "add_cascade_config",
+    "augmentation_arguments",
     "backbone_arguments",
     "box_head_arguments",
     "box_head_configs",

@@ -51,6 +51,18 @@ def test_loader_arguments(cfg: CfgNode) -> dict[str, Any]:
     }
 
 
+def augmentation_arguments(cfg: CfgNode) -> dict[str, Any] | None:
+    """The views of test-time augmentation, in pixels; ``None`` without it."""
+    augmentation = cfg.TEST.AUG
+    if not augmentation.ENABLED:
+        return None
+    return {
+        "min_sizes": tuple(augmentation.MIN_SIZES),
+        "max_size": augmentation.MAX_SIZE,
+        "flip": augmentation.FLIP,
+    }
+
+
 def shadow_arguments(cfg: CfgNode) -> dict[str, Any]:
     """Shadow runs of the full cascade; ``expected_loss`` is None without calibration."""
     promised = cfg.MODEL.CASCADE.EXIT

@@ -154,6 +154,25 @@ TEST = group(
     ),
 )
 
+AUG = group(
+    "TEST.AUG",
+    "Test-time augmentation",
+    ENABLED=Key(
+        False,
+        "Evaluates also with augmentation: each test image in several sizes, boxes merged by NMS, "
+        "masks averaged. Results are named `bbox_TTA` and `segm_TTA`; prediction ignores it.",
+    ),
+    MIN_SIZES=Key(
+        (400, 500, 600, 700, 800, 900, 1000, 1100, 1200),
+        "Shorter edges after resizing the test image; 0: its own size.",
+        Values(
+            each(whole(at_least(0)), least=1), "Give a list of sizes in pixels, 0 or more each."
+        ),
+    ),
+    MAX_SIZE=Key(4000, "Limit of the longer edge.", COUNT, "pixels"),
+    FLIP=Key(True, "Each size also mirrored."),
+)
+
 RUN = group(
     "",
     "Run",
@@ -249,4 +268,4 @@ CASCADE = group(
     LOG_PERIOD=Key(20, "Time between lines of log and metrics.", COUNT, "iterations"),
 )
 
-RUN_GROUPS = (INPUT, DATASETS, DATALOADER, SOLVER, CLIP_GRADIENTS, AMP, TEST, RUN, CASCADE)
+RUN_GROUPS = (*(INPUT, DATASETS, DATALOADER, SOLVER, CLIP_GRADIENTS, AMP, TEST, AUG, RUN, CASCADE),)

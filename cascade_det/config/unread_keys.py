@@ -35,7 +35,6 @@ INPUT.CROP: {TYPE: relative_range, SIZE: [0.9, 0.9]}
 DATASETS: {PRECOMPUTED_PROPOSAL_TOPK_TRAIN: 2000, PRECOMPUTED_PROPOSAL_TOPK_TEST: 1000}
 DATALOADER: {REPEAT_THRESHOLD: 0.0, REPEAT_SQRT: true}
 TEST: {KEYPOINT_OKS_SIGMAS: []}
-TEST.AUG: {MAX_SIZE: 4000, FLIP: true}
 TEST.PRECISE_BN: {NUM_ITER: 200}
 """
 
@@ -54,7 +53,6 @@ UNREAD_KEYS = {
     "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": Key((10.0, 10.0, 5.0, 5.0)),
     "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": Key((512,) * 8),
     "MODEL.RETINANET.BBOX_REG_WEIGHTS": Key((1.0, 1.0, 1.0, 1.0)),
-    "TEST.AUG.MIN_SIZES": Key((400, 500, 600, 700, 800, 900, 1000, 1100, 1200)),
     "MODEL.LOAD_PROPOSALS": Key(False, values=one_of(False, why=_NO_PROPOSALS)),
     "MODEL.KEYPOINT_ON": Key(False, values=one_of(False, why="There is no keypoint head.")),
     "MODEL.META_ARCHITECTURE": Key("GeneralizedRCNN", values=one_of("GeneralizedRCNN")),
@@ -96,7 +94,6 @@ UNREAD_KEYS = {
     ),
     "DATALOADER.SAMPLER_TRAIN": _only("TrainingSampler"),
     "TEST.EXPECTED_RESULTS": _only([]),
-    "TEST.AUG.ENABLED": _only(False),
     "TEST.PRECISE_BN.ENABLED": _only(False),
     "VIS_PERIOD": _only(0),
     "GLOBAL.HACK": Key(1.0, values=one_of(1.0, why="Nothing reads it.")),

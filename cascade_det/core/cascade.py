@@ -236,6 +236,7 @@ class CascadeHead(nn.Module):
         objectness: Sequence[Tensor] | None = None,
         timer: PartTimer | None = None,
         started: float | None = None,
+        masks: bool = True,
     ) -> tuple[list[Detections], CascadeStats]:
         """Run the cascade; regions that exited are not pooled or computed again.
 
@@ -250,6 +251,7 @@ class CascadeHead(nn.Module):
             objectness: per image float32 ``[R_i]``, logits of the proposals.
             timer: takes the milliseconds of ``stage<s>`` and ``postprocess`` if given.
             started: when work on the images began, in the seconds of ``now()``; ``None`` for now.
+            masks: whether detections get masks, where there are mask heads.
 
         Returns:
             N ``Detections`` in pixels of the resized images, and the statistics of the call.
@@ -281,7 +283,7 @@ class CascadeHead(nn.Module):
             deadline.mark_stages_done(device)
         with part(timer, "postprocess"):
             detections = select_detections(reported, num_images, self.selection)
-        if self.masks is not None:
+        if masks and self.masks is not None:
             runner.stats.detected = sum(map(len, detections))
             with part(timer, "masks"):
                 detections, runner.stats.masks = self.masks.add(detections, network.pyramid)

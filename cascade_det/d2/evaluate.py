@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -30,7 +29,7 @@ from cascade_det.data.coco import CocoDataset
 from cascade_det.data.samples import Sample
 from cascade_det.engine.datasets import load_datasets_to_evaluate
 from cascade_det.engine.devices import on_its_device, set_backends
-from cascade_det.engine.evaluate import by_dataset, evaluate_dataset
+from cascade_det.engine.evaluate import add_augmented, by_dataset, evaluate_dataset
 from cascade_det.engine.head_flops import region_flops
 from cascade_det.engine.run_lock import alone_in_output_dir
 from cascade_det.engine.run_weights import load_to_evaluate
@@ -40,7 +39,6 @@ from cascade_det.evaluation.average_precision import detections_limit, with_ap90
 from cascade_det.evaluation.ground_truth import class_labels
 from cascade_det.monitoring.shadow import shadow_evaluators
 from cascade_det.parallel import distributed
-from cascade_det.report.text import RESULTS_FILE, write_results
 
 logger = logging.getLogger(__name__)
 
@@ -117,32 +115,19 @@ def evaluate_all(cfg: CfgNode, model: nn.Module, datasets: Sequence[CocoDataset]
 def with_augmentation(
     cfg: CfgNode, model: nn.Module, datasets: Sequence[CocoDataset], results: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Evaluate with Detectron2's test-time augmentation (``TEST.AUG``).
+    """Evaluate also with Detectron2's test-time augmentation (``TEST.AUG``).
 
-    Args:
-        cfg: a configuration.
-        model: with its weights.
-        datasets: the test sets.
-        results: of ``evaluate_all`` on them.
-
-    Returns:
-        ``results`` with ``bbox_TTA`` and so on beside ``bbox``; also in ``results.json``.
+    See :func:`cascade_det.engine.evaluate.add_augmented`.
     """
     augmented = GeneralizedRCNNWithTTA(cfg, model)
 
-    def evaluate_one(dataset: CocoDataset, folder: Path) -> dict[str, Any]:
+    def evaluate_one(dataset: CocoDataset) -> Mapping[str, Any]:
         name = dataset.source.name
         loader, evaluator = build_test_loader(cfg, name), coco_evaluator(cfg, name)
         with evaluation_mode(model):
-            found = inference_on_dataset(augmented, loader, evaluator)
-        metrics = {f"{task}_TTA": value for task, value in distributed.broadcast(found).items()}
-        logger.info("Results on %s with test-time augmentation: %s", name, metrics)
-        if distributed.is_main():
-            saved = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
-            write_results({**saved, **metrics}, folder)
-        return {**(results if len(datasets) == 1 else results.get(name, {})), **metrics}
+            return distributed.broadcast(inference_on_dataset(augmented, loader, evaluator))
 
-    return {**results, **by_dataset(datasets, Path(cfg.OUTPUT_DIR), evaluate_one)}
+    return add_augmented(results, datasets, Path(cfg.OUTPUT_DIR), evaluate_one)
 
 
 def coco_evaluator(cfg: CfgNode, name: str, output_dir: Path | None = None) -> COCOEvaluator:

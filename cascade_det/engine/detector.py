@@ -11,18 +11,11 @@ from cascade_det.core import CascadeHead, CascadeInputs, DetectorOutput, ExitPol
 from cascade_det.data.samples import Sample
 
 
-class Detector(Protocol):
-    """A detector of either host. Both are ``nn.Module``, for which Python has no protocol."""
-
-    @property
-    def dtype(self) -> str:
-        """The type or types it computes in, for a report."""
+class InferenceDetector(Protocol):
+    """A detector that is not trained or timed."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All parameters."""
-
-    def losses(self, batch: Sequence[Sample]) -> dict[str, Tensor]:
-        """Scalar losses of a batch with ground truth, by Detectron2's names."""
 
     def detect(
         self,
@@ -38,6 +31,17 @@ class Detector(Protocol):
             stages: also report what each stage alone would give: for all images or for some.
             timer: measures the milliseconds of each part.
         """
+
+
+class Detector(InferenceDetector, Protocol):
+    """A detector of either host. Both are ``nn.Module``, for which Python has no protocol."""
+
+    @property
+    def dtype(self) -> str:
+        """The type or types it computes in, for a report."""
+
+    def losses(self, batch: Sequence[Sample]) -> dict[str, Tensor]:
+        """Scalar losses of a batch with ground truth, by Detectron2's names."""
 
 
 class CascadeDetector(Detector, Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,12 @@ from cascade_det.evaluation import Evaluator, RegionFlops, default_evaluators
 from cascade_det.parallel import distributed
 from cascade_det.report.analysis_files import as_extra, write_analysis
 from cascade_det.report.plots import plot_report
-from cascade_det.report.text import describe_machine, format_report, write_results
+from cascade_det.report.text import (
+    RESULTS_FILE,
+    describe_machine,
+    format_report,
+    write_results,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +85,38 @@ def evaluate_dataset(
 
     distributed.on_main(write)
     return results
+
+
+def add_augmented(
+    results: Mapping[str, Any],
+    datasets: Sequence[CocoDataset],
+    output_dir: Path,
+    evaluate: Callable[[CocoDataset], Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Add the metrics of test-time augmentation to those of an evaluation.
+
+    Args:
+        results: of ``by_dataset`` with ``evaluate_dataset``.
+        datasets: the test sets.
+        output_dir: as for ``by_dataset``.
+        evaluate: returns the metrics of a data set by task, ``bbox`` and so on, on every process.
+
+    Returns:
+        ``results`` with ``bbox_TTA`` and so on beside ``bbox``; also in ``results.json``.
+    """
+
+    def evaluate_one(dataset: CocoDataset, folder: Path) -> dict[str, Any]:
+        name = dataset.source.name
+        metrics = {f"{task}_TTA": value for task, value in evaluate(dataset).items()}
+        logger.info(
+            "Results on %s with test-time augmentation:\n\n%s\n", name, format_report(metrics)
+        )
+        if distributed.is_main():
+            saved = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+            write_results({**saved, **metrics}, folder)
+        return {**(results if len(datasets) == 1 else results.get(name, {})), **metrics}
+
+    return {**results, **by_dataset(datasets, output_dir, evaluate_one)}
 
 
 def by_dataset(

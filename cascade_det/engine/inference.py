@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from cascade_det.core.structures import PartTimer
 from cascade_det.data.samples import Batch
-from cascade_det.engine.detector import Detector
+from cascade_det.engine.detector import InferenceDetector
 from cascade_det.evaluation import Evaluator
 from cascade_det.parallel import distributed
 
@@ -31,7 +31,7 @@ class BatchLoader(Sized, Protocol):
 
 
 def run_inference(
-    detector: Detector,
+    detector: InferenceDetector,
     loader: BatchLoader,
     evaluators: Sequence[Evaluator],
     *,

@@ -22,6 +22,7 @@ _TASKS = {
     "boundary": "Boundary AP",
     "keypoints": "Keypoint AP",
 }
+_AUGMENTED = {f"{task}_TTA": f"{title} with augmentation" for task, title in _TASKS.items()}
 _STAGE_AP = ("AP", "AP50", "AP75", "AP90")
 _TIMES = ("median_ms", "p95_ms")
 _MOST_CONFUSED = _WORST_NAMED = 5
@@ -73,7 +74,7 @@ def format_report(results: Metrics) -> str:
         results: the merged dicts of the evaluators, and ``machine``; any of them may be missing.
     """
     sections = (
-        *(_ap_section(title, results.get(task)) for task, title in _TASKS.items()),
+        *(_ap_section(title, results.get(task)) for task, title in (_TASKS | _AUGMENTED).items()),
         *_analysis_sections(results.get("analysis"), results.get("segm")),
         _stage_section(results.get("stages")),
         *exit_sections(results.get("exits")),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,15 @@ from cascade_det.data.samples import Sample
 from cascade_det.engine.checkpoint import Checkpointer
 from cascade_det.engine.datasets import load_datasets_to_evaluate
 from cascade_det.engine.devices import set_backends
-from cascade_det.engine.evaluate import by_dataset, evaluate_dataset
+from cascade_det.engine.evaluate import add_augmented, by_dataset, evaluate_dataset
 from cascade_det.engine.head_flops import region_flops
+from cascade_det.engine.inference import run_inference
 from cascade_det.engine.run_lock import alone_in_output_dir
 from cascade_det.engine.run_weights import load_to_evaluate
+from cascade_det.evaluation import CocoEvaluator
 from cascade_det.monitoring.shadow import shadow_evaluators
 from cascade_det.parallel import distributed
+from cascade_det.standalone.augmented import AugmentedDetector
 from cascade_det.standalone.build import build_detector
 from cascade_det.standalone.detector import Detector
 from cascade_det.standalone.optimize import optimize
@@ -40,8 +43,9 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
 
     Returns:
         The metrics ``bbox``, ``analysis``, ``stages``, ``exits`` and ``latency``, and ``shadow``
-        if ``CASCADE.SHADOW_SHARE`` is above 0; by data set if there are several. They are also in
-        ``results.json``, ``report.png`` and ``analysis/``, and as tables in the log.
+        if ``CASCADE.SHADOW_SHARE`` is above 0, and ``bbox_TTA`` if ``TEST.AUG.ENABLED``; by data
+        set if there are several. They are also in ``results.json``, ``report.png`` and
+        ``analysis/``, and as tables in the log.
 
     Raises:
         ConfigError: there is no test set or no weights, or another process uses ``OUTPUT_DIR``.
@@ -50,7 +54,8 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
         CheckpointError: weights cannot be read or do not fit, or there is nothing to resume.
     """
     detector, datasets = load_detector(cfg, resume=resume)
-    return evaluate_all(cfg, detector, datasets, Path(cfg.OUTPUT_DIR))
+    results = evaluate_all(cfg, detector, datasets, Path(cfg.OUTPUT_DIR))
+    return with_augmentation(cfg, detector, datasets, results)
 
 
 def load_detector(cfg: CfgNode, *, resume: bool = False) -> tuple[Detector, list[CocoDataset]]:
@@ -101,3 +106,26 @@ def evaluate_all(
         )
 
     return by_dataset(datasets, output_dir, evaluate_one)
+
+
+def with_augmentation(
+    cfg: CfgNode, detector: Detector, datasets: Sequence[CocoDataset], results: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Evaluate also with test-time augmentation, if ``TEST.AUG.ENABLED``.
+
+    See :func:`cascade_det.engine.evaluate.add_augmented`.
+    """
+    if (views := config.augmentation_arguments(cfg)) is None:
+        return dict(results)
+    augmented = AugmentedDetector(detector, **views)
+
+    def evaluate_one(dataset: CocoDataset) -> dict[str, Any]:
+        coco = CocoEvaluator(
+            ground_truth=dataset.ground_truth,
+            category_ids=dataset.category_ids,
+            detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+        )
+        found = run_inference(augmented, test_loader(cfg, dataset), [coco])
+        return {task: found[task] for task in ("bbox", "segm", "boundary") if task in found}
+
+    return add_augmented(results, datasets, Path(cfg.OUTPUT_DIR), evaluate_one)

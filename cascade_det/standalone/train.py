@@ -35,7 +35,7 @@ from cascade_det.engine.writers import ConsoleWriter, JsonWriter, TensorBoardWri
 from cascade_det.parallel import distributed
 from cascade_det.standalone.build import build_detector
 from cascade_det.standalone.detector import Detector
-from cascade_det.standalone.evaluate import evaluate_all, test_loader
+from cascade_det.standalone.evaluate import evaluate_all, test_loader, with_augmentation
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,8 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
         cfg, detector, _train_loader(cfg, datasets, info, checkpointer), checkpointer, test_datasets
     )
     trainer.train()
-    return trainer.results
+    # The checkpoints hold the weights that are tested.
+    return with_augmentation(cfg, checkpointer.model, test_datasets, trainer.results)
 
 
 def replay_batch(cfg: CfgNode, path: str | Path) -> list[str]:

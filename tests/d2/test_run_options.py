@@ -131,21 +131,6 @@ class TestModels:
 
 
 class TestDetectron2sOwn:
-    def test_augmentation_when_testing(self, make_cfg):
-        cfg = make_cfg(
-            *(*ONE, "TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(64,)"),
-            *("TEST.AUG.MAX_SIZE", "128", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"),
-        )
-        results = host.train(cfg)
-        assert results["bbox_TTA"]["AP"] >= 0
-        written = json.loads(Path(cfg.OUTPUT_DIR, "results.json").read_text())
-        assert written["bbox_TTA"]["AP"] == pytest.approx(results["bbox_TTA"]["AP"])
-        assert {"bbox", "stages", "latency", "machine"} <= written.keys()
-        cfg.MODEL.WEIGHTS = f"{cfg.OUTPUT_DIR}/model_final.pth"
-        cfg.OUTPUT_DIR = f"{cfg.OUTPUT_DIR}/again"
-        again = host.evaluate(cfg)
-        assert again["bbox_TTA"] == pytest.approx(results["bbox_TTA"], nan_ok=True)
-
     def test_precise_statistics_of_norms(self, make_cfg):
         """Of the averaged weights, which are those that detect."""
         keys = (*ONE, *NO_TESTS, "CASCADE.EMA_DECAY", "0.5")

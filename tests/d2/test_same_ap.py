@@ -18,7 +18,7 @@ from detectron2.data import DatasetCatalog, build_detection_test_loader
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import DefaultPredictor
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from detectron2.structures import Boxes, Instances
 from noisy_detections import random_case
 from shape_runs import ROOT
@@ -109,6 +109,7 @@ def test_of_the_same_detections(limit, seed, tmp_path, record_property):
 
 R18 = BACKBONES["R-18"]
 INPUT = ("INPUT.MIN_SIZE_TEST", 112, "INPUT.MAX_SIZE_TEST", 150)
+AUGMENTED = ("TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (96,), "TEST.AUG.MAX_SIZE", 150)
 
 
 @pytest.fixture
@@ -178,18 +179,26 @@ def test_of_a_checkpoint_from_end_to_end(
     folder, json_file = request.getfixturevalue(images), tmp_path / "truth.json"
     options = [
         *(*SMALL, *R18, *INPUT, *heads, "MODEL.WEIGHTS", checkpoint),
-        *("DATASETS.TEST", ("found",), "OUTPUT_DIR", str(tmp_path / "output")),
+        *("DATASETS.TEST", ("found",), "OUTPUT_DIR", str(tmp_path / "output"), *AUGMENTED),
     ]
     make_truth(json_file, folder, options)
     register("found", json_file, folder)
     cfg = detectron2_cfg(options)
     model = build_model(cfg)
     DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    evaluator = COCOEvaluator("found", distributed=False)
-    wanted = inference_on_dataset(model, build_detection_test_loader(cfg, "found"), evaluator)
+    wanted, augmented = (
+        inference_on_dataset(
+            detector,
+            build_detection_test_loader(cfg, "found"),
+            COCOEvaluator("found", distributed=False),
+        )
+        for detector in (model, GeneralizedRCNNWithTTA(cfg, model))
+    )
 
     options += ["CASCADE.DATASETS", [("found", str(json_file), str(folder))]]
     got = evaluate(load_config(CONFIG, options))
     assert wanted["bbox"]["AP"] > 10
     record_property("AP", wanted["bbox"]["AP"])
     record_property("largest", assert_same_metrics(got["bbox"], wanted["bbox"], 0.1))
+    assert augmented["bbox"]["AP"] != pytest.approx(wanted["bbox"]["AP"], abs=1)
+    assert_same_metrics(got["bbox_TTA"], augmented["bbox"], 0.1)

@@ -241,3 +241,26 @@ def test_evaluation_repeats_the_metrics_of_the_training(host, make_cfg):
         for stage in range(3):
             assert all(0 < x < 1 for x in stages[f"stage{stage}"].pop("mean_score").values())
     assert exits[0] == exits[1]
+
+
+def test_augmentation_is_evaluated_after_a_training_and_alone(host, make_cfg, caplog):
+    keys = (
+        *(*ONE, "TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(64,)"),
+        *("TEST.AUG.MAX_SIZE", "128", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"),
+    )
+    two_sets = ("DATASETS.TEST", "('shapes_val', 'shapes_train')")
+    cfg = make_cfg(*keys, *two_sets, "CASCADE.EMA_DECAY", "0.5")
+    trained = host.train(cfg)
+    assert list(trained) == ["shapes_val", "shapes_train"]
+    weights = ("MODEL.WEIGHTS", f"{cfg.OUTPUT_DIR}/model_final.pth")
+    alone = make_cfg(*keys, *weights, output="alone")
+    with caplog.at_level(logging.INFO):
+        results = host.evaluate(alone)
+    for folder, found in ((f"{cfg.OUTPUT_DIR}/shapes_val", trained["shapes_val"]), ("", results)):
+        assert found["bbox_TTA"]["AP"] >= 0
+        assert found["bbox_TTA"] == pytest.approx(results["bbox_TTA"], nan_ok=True, abs=1e-6)
+        written = json.loads(Path(folder or alone.OUTPUT_DIR, "results.json").read_text())
+        assert written["bbox_TTA"]["AP"] == pytest.approx(found["bbox_TTA"]["AP"])
+        assert {"bbox", "stages", "latency", "machine"} <= written.keys()
+    assert "Results on shapes_val with test-time augmentation:" in caplog.text
+    assert "Box AP with augmentation" in caplog.text

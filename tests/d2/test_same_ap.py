@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools.mask import encode
 
 pytest.importorskip("detectron2.engine", exc_type=ImportError)
 
@@ -109,7 +110,11 @@ def test_of_the_same_detections(limit, seed, tmp_path, record_property):
 
 R18 = BACKBONES["R-18"]
 INPUT = ("INPUT.MIN_SIZE_TEST", 112, "INPUT.MAX_SIZE_TEST", 150)
-AUGMENTED = ("TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (96,), "TEST.AUG.MAX_SIZE", 150)
+MASKS = (
+    *("MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"),
+    *("MODEL.ROI_MASK_HEAD.CONV_DIM", 16, "MODEL.ROI_MASK_HEAD.NUM_CONV", 2),
+)
+AUGMENTED = ("TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (0,))
 
 
 @pytest.fixture
@@ -127,14 +132,16 @@ def drawings(shapes):
     return shapes / "train"
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
+def make_checkpoint(folder, options):
     """Random weights that find something everywhere."""
     torch.manual_seed(0)
-    own = in_detectron2(*R18, *OWN_HEADS)
+    own = in_detectron2(*R18, *options)
     stir(own.model)
-    DetectionCheckpointer(own.model, tmp_path).save("model")
-    return str(tmp_path / "model.pth")
+    for name, value in own.model.named_parameters():
+        if "mask_head.predictor" in name:
+            torch.nn.init.normal_(value.detach(), mean=0.1, std=0.1)
+    DetectionCheckpointer(own.model, folder).save("model")
+    return str(folder / "model.pth")
 
 
 def make_truth(path, folder, options):
@@ -143,7 +150,7 @@ def make_truth(path, folder, options):
     generator = np.random.default_rng(0)
     truth = {"images": [], "annotations": [], "categories": []}
     truth["categories"] = [{"id": 2 * i + 1, "name": f"class {i}"} for i in range(7)]
-    files = sorted(folder.glob("*.jpg"))[:6]
+    files = sorted(folder.glob("*.jpg"))[:4]
     for image_id, file in enumerate(files, start=1):
         pixels = np.array(Image.open(file).convert("RGB"))[:, :, ::-1]
         height, width = pixels.shape[:2]
@@ -151,8 +158,11 @@ def make_truth(path, folder, options):
             {"id": image_id, "file_name": file.name, "height": height, "width": width}
         )
         found = predictor(pixels)["instances"][:40:2]
-        for (x0, y0, x1, y1), index in zip(
-            found.pred_boxes.tensor.tolist(), found.pred_classes.tolist(), strict=True
+        masks = [None] * len(found)
+        if found.has("pred_masks"):
+            masks = [encode(np.asfortranarray(mask)) for mask in found.pred_masks.byte().numpy()]
+        for (x0, y0, x1, y1), index, mask in zip(
+            found.pred_boxes.tensor.tolist(), found.pred_classes.tolist(), masks, strict=True
         ):
             w, h = x1 - x0, y1 - y0
             x0, y0 = generator.normal([x0, y0], [0.04 * w, 0.04 * h]).clip(0).tolist()
@@ -166,16 +176,25 @@ def make_truth(path, folder, options):
                     "iscrowd": 0,
                 }
             )
+            if mask is not None:
+                mask["counts"] = mask["counts"].decode()
+                truth["annotations"][-1]["segmentation"] = mask
     path.write_text(json.dumps(truth))
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
-    ("images", "heads"), [("photographs", OWN_HEADS), ("drawings", (*OUR_HEADS, *EXITS))]
+    ("images", "heads"),
+    [
+        ("photographs", OWN_HEADS),
+        ("drawings", (*OUR_HEADS, *EXITS)),
+        ("drawings", (*OWN_HEADS, *MASKS)),
+    ],
+    ids=["plain", "exits", "masks"],
 )
-def test_of_a_checkpoint_from_end_to_end(
-    images, heads, checkpoint, tmp_path, request, record_property
-):
+def test_of_a_checkpoint_from_end_to_end(images, heads, tmp_path, request, record_property):
     """Each host reads the weights and the images itself."""
+    checkpoint = make_checkpoint(tmp_path, heads)
     folder, json_file = request.getfixturevalue(images), tmp_path / "truth.json"
     options = [
         *(*SMALL, *R18, *INPUT, *heads, "MODEL.WEIGHTS", checkpoint),
@@ -197,8 +216,13 @@ def test_of_a_checkpoint_from_end_to_end(
 
     options += ["CASCADE.DATASETS", [("found", str(json_file), str(folder))]]
     got = evaluate(load_config(CONFIG, options))
-    assert wanted["bbox"]["AP"] > 10
-    record_property("AP", wanted["bbox"]["AP"])
-    record_property("largest", assert_same_metrics(got["bbox"], wanted["bbox"], 0.1))
-    assert augmented["bbox"]["AP"] != pytest.approx(wanted["bbox"]["AP"], abs=1)
-    assert_same_metrics(got["bbox_TTA"], augmented["bbox"], 0.1)
+    for task, metrics in wanted.items():
+        assert metrics["AP"] > 10
+        record_property(f"{task}/AP", metrics["AP"])
+        largest = assert_same_metrics(got[task], metrics, 0.1)
+        record_property(f"{task}/largest", largest)
+        assert augmented[task]["AP"] != pytest.approx(metrics["AP"], abs=1)
+        assert augmented[task]["AP"] > 1
+        largest = assert_same_metrics(got[f"{task}_TTA"], augmented[task], 0.1)
+        record_property(f"{task}_TTA/largest", largest)
+    assert {"bbox", "segm"} & got.keys() == wanted.keys()

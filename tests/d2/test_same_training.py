@@ -10,7 +10,9 @@ pytest.importorskip("detectron2.engine", exc_type=ImportError)
 
 from two_hosts import (
     BACKBONES,
+    EVERY,
     FAST_KERNEL,
+    MASKS,
     SAME_KERNEL,
     build_three,
     build_two,
@@ -26,6 +28,8 @@ FROM_SCRATCH = (
     *("MODEL.RESNETS.NORM", "BN", "MODEL.FPN.NORM", "GN", "MODEL.BACKBONE.FREEZE_AT", 0),
     *("MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA", 0.5, "MODEL.RPN.SMOOTH_L1_BETA", 0.1),
 )
+NORMS = ("MODEL.ROI_MASK_HEAD.NORM", "BN", *FROM_SCRATCH)
+ONE_MASK = ("MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", True)
 OUR_METRICS = ("iou_before", "iou_after", "nonfinite_boxes")
 COUNTS = ("roi_head/num_fg_samples", "roi_head/num_bg_samples")
 
@@ -99,6 +103,65 @@ def test_one_step_with_options(options):
     assert largest_of_gradients(alone[1], ours[1]) <= 1e-4
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("polygon", ()),
+        ("bitmask", ()),
+        ("polygon", ONE_MASK),
+        ("bitmask", NORMS),
+        ("polygon", FAST_KERNEL),
+    ],
+    ids=["polygon", "bitmask", "agnostic", "norms", "fast"],
+)
+def test_one_step_with_masks(kind, options, record_property):
+    own, ours, alone = build_three(*R18, *MASKS, *SAME_KERNEL, *options, stirred=False)
+    batch = [*make_batch(2, masks=kind), *make_batch(1, seed=1, objects=0, masks=kind)]
+    wanted = step(own, batch)
+    assert wanted[0]["loss_mask"] > 0
+    for name, host in (("plugin", ours), ("standalone", alone)):
+        losses, gradients = step(host, batch)
+        largest = {
+            "losses": largest_relative(losses, wanted[0]),
+            "gradients": largest_of_gradients(gradients, wanted[1]),
+        }
+        record_property(name, largest)
+        assert largest["losses"] <= 1e-5
+        assert largest["gradients"] <= 1e-4
+        for scalar in ("accuracy", "false_positive", "false_negative"):
+            name = f"mask_rcnn/{scalar}"
+            assert host.scalars[name] == pytest.approx(own.scalars[name], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("polygon", ()), ("bitmask", ONE_MASK), ("polygon", NORMS)],
+    ids=["plain", "agnostic", "norms"],
+)
+def test_one_step_with_masks_of_every_stage(kind, options):
+    hosts = build_two(*R18, *EVERY, *options, stirred=False)
+    batch = [*make_batch(2, masks=kind), *make_batch(1, seed=1, objects=0, masks=kind)]
+    (ours, our_gradients), (alone, gradients) = (step(host, batch) for host in hosts)
+    assert {name for name in ours if "mask" in name} == {f"loss_mask_stage{s}" for s in range(3)}
+    assert largest_relative(alone, ours) <= 1e-5
+    assert largest_of_gradients(gradients, our_gradients) <= 1e-4
+    scalars = {name for name in hosts[0].scalars if "mask_rcnn" in name}
+    assert len(scalars) == 9
+    for name in scalars:
+        assert hosts[1].scalars[name] == pytest.approx(hosts[0].scalars[name], abs=1e-6)
+
+
+def test_without_objects_the_mask_loss_is_0_with_a_graph():
+    batch = make_batch(2, objects=0)
+    for host in (*build_three(*R18, *MASKS, stirred=False), *build_two(*R18, *EVERY)):
+        losses, gradients = step(host, batch)
+        masks = {name: loss for name, loss in losses.items() if "mask" in name}
+        assert masks
+        assert not any(masks.values())
+        own = {name: grad for name, grad in gradients.items() if "mask_head" in name}
+        assert all(grad is not None and not grad.any() for grad in own.values())
+
+
 def test_scalars_are_those_of_detectron2_and_ours_beside_them():
     own, ours, alone = build_three(*R18, *SAME_KERNEL, stirred=False)
     for host in (own, ours, alone):
@@ -131,9 +194,9 @@ RUN = (
 )
 
 
-def train(host, steps):
+def train(host, steps, masks="polygon"):
     """Losses of each iteration, from one seed, on batches that come again and again."""
-    batches = [make_batch(1, seed=seed, sizes=[(64, 96)]) for seed in range(4)]
+    batches = [make_batch(1, seed=seed, sizes=[(64, 96)], masks=masks) for seed in range(4)]
     optimizer, scheduler = host.solver()
     torch.manual_seed(5)
     history = []
@@ -171,3 +234,26 @@ def test_a_run(record_property):
     means = abs(losses.mean() / total(wanted).mean() - 1).item()
     record_property("standalone, fast, mean of 50", means)
     assert means <= 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "stages"), [("polygon", MASKS), ("bitmask", EVERY)], ids=["last", "every"]
+)
+def test_a_run_with_masks(kind, stages, record_property):
+    if stages is MASKS:
+        own, *others = build_three(*RUN, *stages, *SAME_KERNEL, stirred=False)
+    else:
+        own, *others = build_two(*RUN, *stages, *SAME_KERNEL, stirred=False)
+    wanted = train(own, 10, masks=kind)
+    alone = train(others[-1], 10, masks=kind)
+    if stages is MASKS:
+        ours = train(others[0], 10, masks=kind)
+        each = [largest_relative(g, w) for g, w in zip(ours, wanted, strict=True)]
+        record_property("plugin", max(each))
+        assert max(each) <= 1e-6
+    apart = (total(alone) / total(wanted) - 1).abs().max().item()
+    names = [name for name in wanted[0] if "mask" in name]
+    masks = max(abs(a[n] / w[n] - 1) for a, w in zip(alone, wanted, strict=True) for n in names)
+    record_property("standalone", {"total": apart, "masks": masks})
+    assert max(apart, masks) <= 1e-3

@@ -1,15 +1,17 @@
 """One model three times: Detectron2 with its own heads, Detectron2 with ours, and standalone.
 
 All take the batches of the standalone host: dicts with ``image``, ``height``, ``width`` and, in
-training, ``gt_boxes`` and ``gt_classes``.
+training, ``gt_boxes``, ``gt_classes`` and, for masks, ``gt_masks``.
 """
 
+import numpy as np
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 from detectron2.solver import build_optimizer as build_detectron2_optimizer
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from detectron2.structures.masks import polygons_to_bitmask
 from detectron2.utils.events import EventStorage
 from shape_runs import ROOT
 from torch.nn import functional as F
@@ -48,6 +50,11 @@ BACKBONES = {
     "mobilenet_v2": ("MODEL.BACKBONE.NAME", "build_mobilenet_v2_fpn_backbone"),
     "mobilenet_v3": ("MODEL.BACKBONE.NAME", "build_mobilenet_v3_large_fpn_backbone"),
 }
+MASKS = (
+    *("MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NUM_CONV", 2),
+    *("MODEL.ROI_MASK_HEAD.CONV_DIM", 32),
+)
+EVERY = (*MASKS, "MODEL.CASCADE.MASK.STAGES", "every")
 
 
 class InDetectron2:
@@ -68,15 +75,14 @@ class InDetectron2:
 
     @torch.no_grad()
     def detect(self, batch):
-        outputs = [output["instances"] for output in self.model.eval()(batch)]
+        return [_as_detections(output["instances"]) for output in self.model.eval()(batch)]
+
+    @torch.no_grad()
+    def detect_resized(self, batch):
+        """In pixels of the resized images, with masks that are not pasted."""
         return [
-            Detections(
-                found.pred_boxes.tensor,
-                found.scores,
-                found.pred_classes,
-                found.exit_stages if found.has("exit_stages") else None,
-            )
-            for found in outputs
+            _as_detections(found, found.pred_masks[:, 0])
+            for found in self.model.eval().inference(batch, do_postprocess=False)
         ]
 
     def losses(self, batch):
@@ -108,6 +114,11 @@ class Standalone:
     def detect(self, batch):
         return self.model.eval().detect(batch).detections
 
+    @torch.no_grad()
+    def detect_resized(self, batch):
+        """In pixels of the resized images."""
+        return self.cascade.detect(**vars(self.model.eval().cascade_inputs(batch)))[0]
+
     def losses(self, batch):
         losses = self.model.train().losses(batch)
         self.scalars = {name: float(value) for name, value in self.model.metrics.items()}
@@ -118,6 +129,11 @@ class Standalone:
         del arguments["clip"]
         optimizer = build_optimizer(self.model, **arguments)
         return optimizer, build_scheduler(optimizer, **config.scheduler_arguments(self.cfg))
+
+
+def _as_detections(found, masks=None):
+    exit_stages = found.exit_stages if found.has("exit_stages") else None
+    return Detections(found.pred_boxes.tensor, found.scores, found.pred_classes, exit_stages, masks)
 
 
 def detectron2_cfg(options, file=CONFIG):
@@ -188,6 +204,8 @@ def stir(model):
             value.normal_(std=0.8 / width**0.5)
         elif "anchor_deltas.weight" in name:
             value.normal_(std=0.24 / width**0.5)
+        elif "mask_head" in name and "predictor.weight" in name:
+            value.normal_(std=6.0 / width**0.5)
 
 
 def _take_statistics(module, inputs):
@@ -195,10 +213,38 @@ def _take_statistics(module, inputs):
     module.running_var.copy_(inputs[0].var(dim=(0, 2, 3)))
 
 
-def make_batch(count, *, seed=0, objects=3, sizes=((96, 128), (90, 120), (64, 126))):
-    """Images of coloured blocks, of these sizes in turn, with boxes of objects in them."""
+def make_batch(
+    count, *, seed=0, objects=3, sizes=((96, 128), (90, 120), (64, 126)), masks="polygon"
+):
+    """Images of coloured blocks, of these sizes in turn, with boxes and masks of objects in them.
+
+    Masks are of one or two polygons, which may have dents, or the bitmaps of these.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return [_make_sample(sizes[i % len(sizes)], generator, objects) for i in range(count)]
+    batch = [_make_sample(sizes[i % len(sizes)], generator, objects) for i in range(count)]
+    generator = torch.Generator().manual_seed(seed)
+    for sample in batch:
+        polygons = [_make_polygons(box, generator) for box in sample["gt_boxes"]]
+        sample["gt_masks"] = polygons
+        if masks == "bitmask":
+            arrays = [[points.numpy() for points in own] for own in polygons]
+            sample["gt_masks"] = [
+                torch.from_numpy(polygons_to_bitmask(own, *sample["image"].shape[1:]))
+                for own in arrays
+            ]
+    return batch
+
+
+def _make_polygons(box, generator):
+    center, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2
+    polygons = []
+    for part in range(int(torch.randint(1, 3, (1,), generator=generator))):
+        corners = int(torch.randint(3, 9, (1,), generator=generator))
+        angles = torch.arange(corners) * 2 * np.pi / corners
+        radii = 0.3 + 0.7 * torch.rand(corners, 1, generator=generator)
+        points = center + half * radii * torch.stack([angles.cos(), angles.sin()], dim=1)
+        polygons.append((points + 3 * part).flatten().double())
+    return polygons
 
 
 def _make_sample(size, generator, objects):
@@ -218,10 +264,16 @@ def _make_sample(size, generator, objects):
 
 def with_instances(sample):
     """The sample with its objects as Detectron2 has them."""
+    size, masks = tuple(sample["image"].shape[1:]), sample["gt_masks"]
+    if masks and isinstance(masks[0], torch.Tensor):
+        own_masks = BitMasks(torch.stack(masks))
+    else:
+        own_masks = PolygonMasks([[points.numpy() for points in own] for own in masks])
     instances = Instances(
-        tuple(sample["image"].shape[1:]),
+        size,
         gt_boxes=Boxes(sample["gt_boxes"].clone()),
         gt_classes=sample["gt_classes"].clone(),
+        gt_masks=own_masks,
     )
     return {**sample, "instances": instances}
 

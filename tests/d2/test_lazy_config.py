@@ -20,7 +20,12 @@ from detectron2.modeling import build_model
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNConvFCHead, FastRCNNOutputLayers
+from detectron2.modeling.roi_heads import (
+    CascadeROIHeads,
+    FastRCNNConvFCHead,
+    FastRCNNOutputLayers,
+    build_roi_heads,
+)
 from detectron2.solver import LRMultiplier, build_lr_scheduler, build_optimizer
 from small_cascades import CHANNELS, NUM_CLASSES, POOLED, STRIDES, make_scene
 from small_plugin import (
@@ -31,6 +36,7 @@ from small_plugin import (
     detect,
     keep_in_range,
     make_image,
+    proposals_of,
 )
 
 from cascade_det.config import get_cfg
@@ -44,6 +50,9 @@ pytestmark = pytest.mark.needs_detectron2
 
 NAME = "cascade_rcnn_R_50_FPN_1x_early_exit"
 LAZY_FILE = CONFIGS / "lazy" / f"{NAME}.py"
+MASKS = "cascade_mask_rcnn_R_50_FPN_1x_early_exit"
+MASKS_FILE = CONFIGS / "lazy" / f"{MASKS}.py"
+MAPS = {f"p{i}": ShapeSpec(channels=256, stride=2**i) for i in range(2, 7)}
 DETECTRON2_TOOL = Path(detectron2.__file__).parents[1] / "tools" / "lazyconfig_train_net.py"
 
 
@@ -186,6 +195,49 @@ def test_data_and_run(lazy, yaml_cfg):
     assert run.checkpointer.period == solver.CHECKPOINT_PERIOD
     assert run.eval_period == yaml_cfg.TEST.EVAL_PERIOD
     assert run.amp.enabled == solver.AMP.ENABLED
+
+
+@pytest.fixture
+def masks_cfg():
+    cfg = get_cfg()
+    cfg.merge_from_file(str(CONFIGS / "COCO-InstanceSegmentation" / f"{MASKS}.yaml"))
+    cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def test_masks(masks_cfg):
+    """Of the heads alone: the rest is the model above."""
+    content = LazyConfig.load(str(MASKS_FILE))
+    assert content.dataloader.train.mapper.use_instance_mask
+    ours = instantiate(content.model.roi_heads).eval()
+    theirs = build_roi_heads(masks_cfg, MAPS).eval()
+    torch.nn.init.normal_(theirs.mask_head.predictor.weight, std=0.3)
+    for predictor in theirs.box_predictor:
+        torch.nn.init.normal_(predictor.cls_score.weight, std=1.0)
+    ours.load_state_dict(theirs.state_dict())
+    scene = make_scene(num_proposals=(6, 5))
+    maps = {
+        name: torch.randn(2, 256, 240 // shape.stride, 320 // shape.stride)
+        for name, shape in MAPS.items()
+    }
+    with torch.no_grad():
+        found, wanted = (heads(None, maps, proposals_of(scene))[0] for heads in (ours, theirs))
+    assert min(map(len, wanted)) > 3
+    assert wanted[0].pred_masks.std() > 0.1
+    assert_same_instances(found, wanted)
+    assert ours.mask_rules == theirs.mask_rules
+
+
+def test_a_mask_head_for_every_stage_as_the_docstring_says(masks_cfg):
+    text = MASKS_FILE.read_text().split('"""')[1]
+    lines = [line[4:] for line in text.splitlines() if line.startswith("    ")]
+    model = LazyConfig.load(str(MASKS_FILE)).model
+    exec("\n".join(lines), {"model": model})
+    masks_cfg.merge_from_list(["MODEL.CASCADE.MASK.STAGES", "every"])
+    ours, theirs = instantiate(model.roi_heads), build_roi_heads(masks_cfg, MAPS)
+    shapes = [{k: v.shape for k, v in heads.state_dict().items()} for heads in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+    assert "mask_head.2.predictor.weight" in shapes[0]
 
 
 @pytest.fixture

@@ -122,3 +122,15 @@ def test_reset_forgets_and_inputs_stay(detector_output):
         evaluator.process([{}], detector_output([], stats=stats))
         assert evaluator.evaluate()["exits"]["stage0"]["entered"] == 10
     assert stats == CascadeStats([5], [{"completed": 5}])
+
+
+def test_detections_that_got_a_mask(detector_output):
+    evaluator = ExitEvaluator()
+    for detected, masks in ((100, 40), (60, 8)):
+        stats = CascadeStats([5], [{"completed": 5}], detected=detected, masks=masks)
+        evaluator.process([{}, {}], detector_output([], stats=stats))
+    merged = ExitEvaluator()
+    merged.merge([evaluator.state(), ExitEvaluator().state(), evaluator.state()])
+    for one in (evaluator, merged):
+        masks = one.evaluate()["exits"]["masks"]
+        assert masks == {"detections_per_image": 40, "masks_per_image": 12, "share": 0.3}

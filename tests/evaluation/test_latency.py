@@ -168,3 +168,18 @@ def test_exits_of_any_process_are_exits_of_all(detector_output):
     feed(second, detector_output, {"stage0": 20, "stage1": 3})
     second.merge([second.state(), first.state()])
     assert math.isnan(second.evaluate()["latency"]["most_exits_could_save"])
+
+
+def test_masks_are_made_once_without_exits(detector_output):
+    """Those of earlier stages are for the AP per stage alone."""
+    evaluator = LatencyEvaluator(warmup=0)
+    times = {"stage0": 10, "postprocess": 2, "masks": 30}
+    second = {"stage0": 10, "masks0": 50, "stage1": 5, "masks1": 60}
+    full = {f"full/{name}": time for name, time in second.items()}
+    feed(evaluator, detector_output, times | full, left=EXITS)
+    latency = evaluator.evaluate()["latency"]
+    assert (latency["total"]["median_ms"], latency["full_total"]["median_ms"]) == (42, 77)
+    assert list(latency["parts"]) == ["stage0", "postprocess", "masks"]
+    assert list(latency["full_parts"]) == ["stage0", "stage1", "postprocess", "masks"]
+    assert latency["full_parts"]["masks"]["median_ms"] == 60
+    assert latency["most_exits_could_save"] == pytest.approx(5 / 77)

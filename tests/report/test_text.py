@@ -254,3 +254,57 @@ def test_texts_in_tables_are_texts():
     assert cells[:3] == ["007", "1e5", "a\\|b\\x1b[31m\\u202e\\udcf6"]
     assert 40 < len(cells[3]) < 60
     assert [line.split()[-2] for line in shown.splitlines()[4:]] == ["1.2", "2.5", "3.0", "4.0"]
+
+
+@pytest.fixture
+def with_masks(results):
+    """The results of a detector with masks."""
+    results["segm"] = {"AP": 38.52, "AP50": 60.1, "AP-cat": 37.3, "AP-dog": 39.7}
+    results["boundary"] = {"AP": 21.43, "AP50": 44.4, "AP-cat": 20.0, "AP-dog": 22.86}
+    for number, name in enumerate(("stage0", "stage1")):
+        of_masks = {"AP": 34.6, "AP50": 55.5, "AP75": 33.3, "AP90": 2.21}
+        results["stages"][name]["segm"] = {key: value + number for key, value in of_masks.items()}
+    masks = {"detections_per_image": 52.5, "masks_per_image": 21.25, "share": 0.40476}
+    results["exits"]["masks"] = masks
+    return results
+
+
+def test_masks_stand_beside_boxes(with_masks):
+    report = format_report(with_masks)
+    titles = report.split("**")[1::2]
+    assert titles[:3] == ["Box AP (%)", "Mask AP (%)", "Boundary AP (%)"]
+    assert cells(report, "38.5") == ["38.5", "60.1"]
+    assert cells(report, "21.4") == ["21.4", "44.4"]
+    # Precision and recall are those of boxes.
+    assert titles[4].startswith("Box AP per class")
+    assert cells(report, "cat")[:5] == ["cat", "5", "44.0", "69.0", "37.3"]
+    assert cells(report, "dog")[4:6] == ["39.7", "80.0"]
+    stages = report.split("**")[titles.index("If the cascade stopped after a stage") * 2 + 2]
+    header = stages.strip().splitlines()[0]
+    assert [cell.strip() for cell in header.strip("|").split("|")] == [
+        *("after", "AP (%)", "AP50 (%)", "AP75 (%)", "AP90 (%)"),
+        *("mask AP (%)", "mask AP50 (%)", "mask AP75 (%)", "mask AP90 (%)"),
+        *("mean IoU before", "mean IoU after"),
+    ]
+    assert cells(stages, "stage1") == [
+        *("stage1", "44.9", "70.0", "48.0", "10.0", "35.6", "56.5", "34.3", "3.2", "0.722", "nan")
+    ]
+    assert "21.2 of 52.5 detections per image got a mask (40.5 %)." in report
+
+
+def test_an_analysis_by_masks_says_so(with_masks):
+    with_masks["analysis"]["task"] = "segm"
+    report = format_report(with_masks)
+    assert "**Precision and recall at mask IoU 0.5**" in report
+    assert "**Mask AP per class; precision, recall and F1 at score 0.5**" in report
+    assert len(cells(report, "cat")) == 9
+
+
+def test_picture_of_masks(with_masks, tmp_path):
+    plot_report({"stages": with_masks["stages"]}, tmp_path / "report.png")
+    wide = cv2.imread(str(tmp_path / "report.png"))
+    for name in ("stage0", "stage1"):
+        del with_masks["stages"][name]["segm"]
+    plot_report({"stages": with_masks["stages"]}, tmp_path / "boxes.png")
+    # A panel more begins a second row.
+    assert wide.shape[0] > 1.5 * cv2.imread(str(tmp_path / "boxes.png")).shape[0]

@@ -251,15 +251,16 @@ def test_threads_share_one(path):
     assert all(one.scores.tolist() == GOOD["scores"] for one in found)
 
 
-def test_the_command_needs_no_torch(path, tmp_path):
-    write(path)
+@pytest.mark.parametrize("outputs", [GOOD, MASKS], ids=["boxes", "masks"])
+def test_the_command_needs_no_torch(path, tmp_path, outputs):
+    write(path, outputs)
     cv2.imwrite(str(tmp_path / "a.png"), IMAGE)
     program = (
         "import sys\n"
         "sys.modules['torch'] = None  # importing it fails\n"
         "import predict\n"
         "status = predict.main(sys.argv[1:])\n"
-        "heavy = {'torchvision', 'pycocotools', 'matplotlib', 'fvcore'} & sys.modules.keys()\n"
+        "heavy = {'torchvision', 'pycocotools.coco', 'matplotlib', 'fvcore'} & sys.modules.keys()\n"
         "sys.exit(status or str(heavy))\n"
     )
     paths = [ROOT, ROOT / "tools"]
@@ -275,5 +276,13 @@ def test_the_command_needs_no_torch(path, tmp_path):
     assert done.stderr.endswith("set()\n"), done.stderr
     found = json.loads((output / "predictions.json").read_text())
     assert [entry["category_id"] for entry in found["annotations"]] == [3, 5, 5]
+    areas = [entry["area"] for entry in found["annotations"]]
+    if outputs is GOOD:
+        assert areas == [256, 784, 256]
+    else:
+        # Of the first mask no cell reaches the threshold, and of the last all do.
+        assert areas[0] == 0
+        assert 200 < areas[2] < 256
+    assert all(("segmentation" in entry) == (outputs is MASKS) for entry in found["annotations"])
     # A box was drawn.
     assert np.ptp(cv2.imread(str(output / "a.jpg"))) > 50

@@ -10,14 +10,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
 from cascade_det.commands.prediction_files import PredictionFolder
-from cascade_det.data.coco_results import coco_results
+from cascade_det.data.coco_results import coco_results, encode_masks
 from cascade_det.data.given_images import Image
 from cascade_det.data.read_ahead import read_ahead
 from cascade_det.data.transforms import read_image
@@ -140,8 +140,9 @@ def _keep(
         folder.fail(number, reason)
         return reason
     image, detections = found
-    results = coco_results(detections, number + 1, category_ids)
     height, width = image.shape[:2]
+    masks = encode_masks(detections, height, width)
+    results = coco_results(detections, number + 1, category_ids, masks)
     return folder.add(
         number, (height, width), results, lambda: encode(draw(image, detections), ".jpg")
     )
@@ -196,7 +197,11 @@ def _detect(
 
 
 def _arrays(detections: object) -> ArrayDetections:
-    return ArrayDetections(*(np.asarray(column) for column in vars(detections).values()))
+    columns: dict[str, Any] = {
+        name: None if column is None else np.asarray(column)
+        for name, column in vars(detections).items()
+    }
+    return ArrayDetections(**columns)
 
 
 def _read(file: Path) -> npt.NDArray[np.uint8] | DatasetError:

@@ -12,6 +12,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, TextIO
 
+from pycocotools import mask as coco_mask
+
 from cascade_det.commands.arguments import file_identity
 from cascade_det.data.annotation_file import read_json
 from cascade_det.errors import CascadeDetError, DatasetError
@@ -184,14 +186,22 @@ class PredictionFolder:
     def _annotations(self) -> Iterator[dict[str, Any]]:
         found = (entry for line in self._read("image") for entry in line["annotations"])
         for number, entry in enumerate(found, start=1):
-            _, _, width, height = entry["bbox"]
-            yield entry | {"id": number, "area": width * height, "iscrowd": 0}
+            yield entry | {"id": number, "area": _area(entry), "iscrowd": 0}
 
     def _existing(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if (self._folder / name).is_file()]
 
     def _read(self, key: str) -> Iterator[dict[str, Any]]:
         return (line for line in _read_lines(self._folder / LINES_FILE) if key in line)
+
+
+def _area(entry: dict[str, Any]) -> float:
+    """Of the mask or, without one, of the box."""
+    if "segmentation" in entry:
+        return float(coco_mask.area(entry["segmentation"]))
+    _, _, width, height = entry["bbox"]
+    area: float = width * height
+    return area
 
 
 def _write_items(file: TextIO, items: Iterable[dict[str, Any]]) -> None:

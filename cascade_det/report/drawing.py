@@ -10,7 +10,9 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from cascade_det.masks.pasting import paste_in_box
 from cascade_det.report.colors import Color, class_color
+from cascade_det.report.mask_drawing import line_width, paint_masks
 from cascade_det.text import printable
 
 _WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
@@ -31,12 +33,14 @@ class DrawableDetections(Protocol):
         scores: ``[D]``.
         classes: ``[D]``.
         exit_stages: ``[D]``.
+        masks: ``[D, M, M]`` or ``None``.
     """
 
     boxes: Any
     scores: Any
     classes: Any
     exit_stages: Any
+    masks: Any
 
 
 def draw_detections(
@@ -48,6 +52,8 @@ def draw_detections(
     with_stages: bool = False,
 ) -> npt.NDArray[np.uint8]:
     r"""Draw boxes in the colour of their class, labelled like ``cat 0.87``.
+
+    With masks, every detection has a colour of its own, for its mask, box and label.
 
     Args:
         image_bgr: uint8 ``[H, W, 3]``; not changed.
@@ -73,8 +79,14 @@ def draw_detections(
     if with_stages:
         stages = _array(detections.exit_stages)[order].tolist()
         labels = [f"{label} s{stage}" for label, stage in zip(labels, stages, strict=True)]
+    picture = np.ascontiguousarray(image_bgr).copy()
     boxes, colors = _array(detections.boxes)[order], [class_color(index) for index in classes]
-    return _draw(image_bgr, boxes, labels, colors, sorted(set(stages)))
+    if detections.masks is not None:
+        # The best detections have the most distinct colours.
+        colors = [class_color(rank) for rank in reversed(range(len(order)))]
+        _paint_masks(picture, boxes, _array(detections.masks)[order], colors)
+    _draw(picture, boxes, labels, colors, sorted(set(stages)))
+    return picture
 
 
 def draw_boxes(
@@ -94,7 +106,9 @@ def draw_boxes(
     Returns:
         A new picture of the same size.
     """
-    return _draw(image_bgr, _array(boxes), [_shortened(label) for label in labels], colors, [])
+    picture = np.ascontiguousarray(image_bgr).copy()
+    _draw(picture, _array(boxes), [_shortened(label) for label in labels], colors, [])
+    return picture
 
 
 def caption(picture: npt.NDArray[np.uint8], text: str, color: Color) -> npt.NDArray[np.uint8]:
@@ -147,17 +161,29 @@ def _shortened(text: str) -> str:
     return printable(text, longest=_LONGEST_TEXT)
 
 
+def _paint_masks(
+    picture: npt.NDArray[np.uint8],
+    boxes: npt.NDArray[Any],
+    masks: npt.NDArray[Any],
+    colors: Sequence[Color],
+) -> None:
+    """Paint the masks ``[D, M, M]`` of boxes, those of small boxes on top."""
+    height, width = picture.shape[:2]
+    order = np.argsort(-np.prod(boxes[:, 2:] - boxes[:, :2], axis=1), kind="stable").tolist()
+    placed = (paste_in_box(masks[i], boxes[i], height, width) for i in order)
+    paint_masks(picture, placed, [colors[i] for i in order])
+
+
 def _draw(
-    image_bgr: npt.NDArray[np.uint8],
+    picture: npt.NDArray[np.uint8],
     boxes: npt.NDArray[Any],
     labels: Sequence[str],
     colors: Sequence[Color],
     stages: Sequence[int],
-) -> npt.NDArray[np.uint8]:
+) -> None:
     """Draw boxes, their labels that are not empty, and a legend of stages if there are any."""
-    picture = np.ascontiguousarray(image_bgr).copy()
     corners = _pixels(boxes, picture.shape)
-    line = max(1, round(min(picture.shape[:2]) / 400))
+    line = line_width(picture)
     for (left, top, right, bottom), color in zip(corners, colors, strict=True):
         cv2.rectangle(picture, (left, top), (right, bottom), color, line)
     # Pixels of labels. Comparing labels in pairs would be slow with thousands of them.
@@ -169,7 +195,6 @@ def _draw(
     for box, label, color in reversed(list(zip(corners, labels, colors, strict=True))):
         if label:
             _part(taken, _draw_label(picture, label, box, color, scale, taken))[:] = True
-    return picture
 
 
 def _draw_label(

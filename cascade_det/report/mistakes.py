@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pycocotools import mask as coco_mask
 
 from cascade_det.report.colors import GREEN, RED, YELLOW
 from cascade_det.report.drawing import caption, draw_boxes
+from cascade_det.report.mask_drawing import PlacedMask, paint_masks
 from cascade_det.text import printable
 
 # Drawn in this order: mistakes on top.
@@ -30,7 +32,7 @@ _LONGEST_NAME = 60
 def draw_mistakes(
     image_bgr: npt.NDArray[np.uint8], image: Mapping[str, Any]
 ) -> npt.NDArray[np.uint8]:
-    """Draw the boxes of one of the ``worst_images`` of an analysis.
+    """Draw the boxes and masks of one of the ``worst_images`` of an analysis.
 
     Args:
         image_bgr: uint8 ``[H, W, 3]``; not changed.
@@ -43,7 +45,9 @@ def draw_mistakes(
     short, long = sorted(image_bgr.shape[:2])
     factor = max(1, min(_LEAST_SIDE // short, _MOST_ENLARGED // long))
     picture = image_bgr.repeat(factor, axis=0).repeat(factor, axis=1)
-    boxes = sorted(image["boxes"], key=lambda box: list(_COLORS).index(box["kind"]))
+    boxes = sorted(image["boxes"], key=_order)
+    masked = [box for box in boxes if isinstance(box.get("segmentation"), Mapping)]
+    paint_masks(picture, _masks(masked, factor), [_COLORS[box["kind"]] for box in masked])
     corners = factor * np.array([box["bbox"] for box in boxes], np.float64).reshape(-1, 4)
     corners[:, 2:] += corners[:, :2]
     picture = draw_boxes(
@@ -57,6 +61,17 @@ def draw_mistakes(
     lines = [(f"{name}: F1 {image['F1']:.0f} %", _WHITE)]
     lines += [(f"{counts[kind]} x {_LEGEND[kind]}", color) for kind, color in _COLORS.items()]
     return np.concatenate([*(caption(picture, *line) for line in lines), picture])
+
+
+def _order(box: Mapping[str, Any]) -> tuple[int, float]:
+    """Of each kind, small boxes on top."""
+    return list(_COLORS).index(box["kind"]), -box["bbox"][2] * box["bbox"][3]
+
+
+def _masks(boxes: Sequence[Mapping[str, Any]], factor: int) -> Iterator[PlacedMask]:
+    for box in boxes:
+        bits = coco_mask.decode(box["segmentation"]).view(np.bool_)
+        yield 0, 0, bits.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def _label(box: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from pycocotools import mask as coco_mask
 from small_detectors import random_image
 from torch import nn
 
@@ -23,6 +24,8 @@ def case(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("case")
     config = str(request.config.rootpath / CONFIG)
     options = ["MODEL.ROI_HEADS.NUM_CLASSES", "3", "MODEL.WEIGHTS", str(folder / "weights.pth")]
+    options += ["MODEL.MASK_ON", "True", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16"]
+    options += ["MODEL.ROI_MASK_HEAD.NUM_CONV", "1", "MODEL.CASCADE.MASK.SCORE_THRESHOLD", "0.2"]
     torch.manual_seed(0)
     detector = build_detector(load_config([config], [*options, "MODEL.DEVICE", "cpu"]))
     head = detector.proposal_generator.rpn_head
@@ -30,6 +33,7 @@ def case(tmp_path_factory, request):
     for predictor in detector.roi_heads.box_predictor:
         nn.init.normal_(predictor.cls_score.weight, std=1.0)
         nn.init.normal_(predictor.bbox_pred.weight, std=0.3)
+    nn.init.normal_(detector.roi_heads.mask_head.predictor.weight, std=1.0)
     run = {"class_names": CLASSES, "category_ids": [4, 5, 8]}
     torch.save({"model": detector.state_dict(), "run": run}, folder / "weights.pth")
     (folder / "images").mkdir()
@@ -54,6 +58,7 @@ def test_the_file_predicts_what_the_weights_predict(case, tmp_path, capsys):
     assert "model.onnx: 3 stages" in printed
     assert "Checked on an image of 101 x 64: " in printed
     assert "largest difference" in printed
+    assert " in a mask" in printed
     assert "says little" not in printed
 
     shared = ["--input", str(images), "--score-threshold", "0.1", "--output"]
@@ -68,10 +73,19 @@ def test_the_file_predicts_what_the_weights_predict(case, tmp_path, capsys):
     assert found == wanted
     assert [category["name"] for category in found["categories"]] == CLASSES
     assert len(found_boxes) == len(wanted_boxes) > 10
+    with_mask = 0
     for box, other in zip(found_boxes, wanted_boxes, strict=True):
-        for key in ("bbox", "area", "score"):
+        masks = [entry.pop("segmentation", None) for entry in (box, other)]
+        assert (masks[0] is None) == (masks[1] is None) == (other["score"] < 0.2)
+        for key in ("bbox", "score"):
             assert box.pop(key) == pytest.approx(other.pop(key), rel=1e-4, abs=1e-3)
+        # A pixel on the edge may differ.
+        assert box.pop("area") == pytest.approx(other.pop("area"), rel=1e-4, abs=2)
+        if masks[0] is not None and coco_mask.area(masks[1]) > 30:
+            assert coco_mask.iou(masks[:1], masks[1:], [0])[0, 0] > 0.9
+            with_mask += 1
         assert box == other
+    assert 0 < with_mask < len(wanted_boxes)
     for number in range(3):
         pictures = [
             cv2.imread(str(tmp_path / name / f"{number}.jpg")) for name in ("file", "weights")

@@ -10,36 +10,38 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from pycocotools.coco import COCO
 
 from cascade_det.commands import prediction, prediction_files
 from cascade_det.errors import CascadeDetError, DatasetError
 from cascade_det.onnx_predictor import ArrayDetections
+from cascade_det.report.colors import class_color
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+ONE_BOX = ArrayDetections(
+    boxes=np.array([[1.0, 2.0, 11.0, 22.0]], np.float32),
+    scores=np.array([0.75], np.float32),
+    classes=np.array([0]),
+    exit_stages=np.array([1]),
+)
+
+
 class Finder:
-    """Finds one box in every image; ``before(name)`` is called first."""
+    """Finds one box in every image, or what it is given; ``before(name)`` is called first."""
 
     batch_size = 2
     class_names = ("thing",)
     category_ids = (7,)
 
-    def __init__(self, before=lambda name: None):
-        self.before = before
+    def __init__(self, before=lambda name: None, found=ONE_BOX):
+        self.before, self.found = before, found
 
     def __call__(self, images, *, names):
         for name in names:
             self.before(Path(name).name)
-        return [
-            ArrayDetections(
-                boxes=np.array([[1.0, 2.0, 11.0, 22.0]], np.float32),
-                scores=np.array([0.75], np.float32),
-                classes=np.array([0]),
-                exit_stages=np.array([1]),
-            )
-            for _ in images
-        ]
+        return [self.found for _ in images]
 
 
 def draw(folder, *names, size=(40, 30)):
@@ -323,6 +325,37 @@ def test_a_signal_ends_the_run_with_what_is_there(folder, number, capsys):
     }
     names = {path.name for path in (folder / "out").iterdir()}
     assert names == {"0.jpg", "1.jpg", "predictions.json"}
+
+
+def test_masks_are_drawn_and_written_as_coco_reads_them(folder):
+    draw(folder, "a.png", "b.png", size=(400, 300))
+    rows, columns = np.mgrid[:28, :28] - 13.5
+    disc = (np.hypot(rows, columns) < 10).astype(np.float32)
+    found = ArrayDetections(
+        boxes=10 * np.array([[2, 4, 20, 34], [10, 0, 30, 10], [25, 15, 29, 39]], np.float32),
+        scores=np.array([0.9, 0.8, 0.7], np.float32),
+        classes=np.array([0, 0, 0]),
+        exit_stages=np.array([1, 2, 2]),
+        masks=np.stack([disc, 0 * disc, 0.2 * disc]),
+    )
+    assert run(["a.png", "b.png"], folder / "out", Finder(found=found)) == 0
+    truth = COCO(str(folder / "out" / "predictions.json"))
+    pasted = found.paste(400, 300)
+    for image_id in (1, 2):
+        masked, without, empty = truth.loadAnns(truth.getAnnIds(image_id))
+        np.testing.assert_array_equal(truth.annToMask(masked), pasted[0])
+        assert masked["segmentation"]["size"] == [400, 300]
+        assert masked["area"] == pasted[0].sum() > 10_000
+        assert "segmentation" not in without
+        assert without["area"] == 20_000
+        # It has a mask, of which no pixel is certain enough.
+        assert truth.annToMask(empty).sum() == empty["area"] == 0
+    picture = cv2.imread(str(folder / "out" / "b.jpg")).astype(int)
+    inside = cv2.erode(pasted[0].astype(np.uint8), np.ones((25, 25))) > 0
+    inside[:120] = False  # labels
+    mixed = (128 + np.array(class_color(0))) / 2
+    assert abs(picture[inside] - mixed).max() < 12
+    assert abs(picture[360:, 40:200] - 128).max() < 12
 
 
 def test_an_ignored_hangup_stays_ignored_and_a_late_signal_waits(folder, monkeypatch):

@@ -7,10 +7,11 @@ import csv
 import cv2
 import numpy as np
 import pytest
+from pycocotools import mask as coco_mask
 
 from cascade_det.errors import DatasetError
 from cascade_det.evaluation import score_results
-from cascade_det.evaluation.ground_truth import load_ground_truth
+from cascade_det.evaluation.ground_truth import load_ground_truth, load_mask_truth
 from cascade_det.report.analysis_files import write_analysis
 from cascade_det.report.colors import GREEN, RED, YELLOW
 from cascade_det.report.confusion_plot import plot_confusion
@@ -112,14 +113,45 @@ def test_mistakes_are_drawn_in_their_colours(analysis):
         assert (picture[:legend] == color).all(axis=2).sum() > 400, kind
 
 
+def test_masks_are_filled_with_the_colours_of_their_kind(coco_content):
+    content = coco_content([(1, 3, FOUND), (1, 7, MISSED)])
+    for annotation, (x, y, w, h) in zip(content["annotations"], (FOUND, MISSED), strict=True):
+        # The left half of the box.
+        corners = [x, y, x + w / 2, y, x + w / 2, y + h, x, y + h]
+        annotation["segmentation"] = [corners]
+    wrong = np.zeros((300, 400), np.uint8, order="F")
+    wrong[160:220, 220:255] = 1
+    rle = coco_mask.encode(wrong)
+    rle["counts"] = rle["counts"].decode()
+    results = [
+        {"image_id": 1, "category_id": 3, "bbox": list(FOUND), "score": 0.9},
+        {"image_id": 1, "category_id": 3, "bbox": list(WRONG), "score": 0.75, "segmentation": rle},
+    ]
+    truth = load_mask_truth(content)
+    scored = score_results(load_ground_truth(content), results, [1, 2], mask_truth=truth)
+    (entry,) = scored["analysis"]["worst_images"]
+    drawn = draw_mistakes(grey_image(""), entry)[-300:].astype(int)
+    for color, (x, y, w, h) in ((GREEN, FOUND), (RED, WRONG), (YELLOW, MISSED)):
+        left = drawn[y + h // 2 : y + h - 12, x + 3 : x + w // 2 - 3]
+        right = drawn[y + h // 2 : y + h - 12, x + w // 2 + 3 : x + w - 3]
+        assert (abs(left - (GREY + np.array(color)) // 2) <= 1).all()
+        assert (right == GREY).all()
+
+
 def test_small_images_are_enlarged_with_their_boxes():
+    mask = np.zeros((96, 128), np.uint8, order="F")
+    mask[30:40, 20:25] = 1
     box = {"kind": "missed", "class": "cat", "bbox": [10, 20, 30, 40]}
+    box["segmentation"] = coco_mask.encode(mask)
     entry = {"file_name": "small.png", "F1": 0.0, "boxes": [box]}
     picture = draw_mistakes(np.full((96, 128, 3), GREY, np.uint8), entry)
     assert picture.shape[1] == 5 * 128
     drawn = picture[-5 * 96 :]
     assert (drawn[250, 50] == YELLOW).all()
     assert (drawn[300, 100:150] == YELLOW).all()
+    assert (drawn[152:198, 102:123] == drawn[160, 110]).all()
+    assert (drawn[160, 110] != GREY).any()
+    assert (drawn[152:198, [95, 130]] == GREY).all()
 
 
 @pytest.mark.parametrize("size", [1, 12, 40, 160])

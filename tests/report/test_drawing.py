@@ -88,6 +88,7 @@ def test_stages_are_told_only_where_they_are_asked_for(image, monkeypatch):
 
 def test_arrays_are_drawn_as_tensors_are(image):
     tensors = detections_of(((40, 60, 80, 50), 0.9, 0, 2), ((200, 90, 70, 60), 0.8, 1, 0))
+    tensors.masks = torch.rand(2, 14, 14)
     arrays = ArrayDetections(*(column.numpy() for column in vars(tensors).values()))
     tensors.scores.requires_grad_()
     for with_stages in (False, True):

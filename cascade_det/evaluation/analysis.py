@@ -156,12 +156,14 @@ def _boxes(
         "missed": [truth[number] for number in matches.object_ids[here & ~found]],
     }
     labels = class_labels(evaluation.cocoGt.cats)
+    shown = ("score",) if mask_truth is None else ("score", "segmentation")
     return [
         {
             "kind": kind,
             "class": labels[item["category_id"]],
             "bbox": item["bbox"],
-            **{key: item[key] for key in ("score", "segmentation") if key in item},
+            # In ``mask_truth`` an object without a mask is a crowd, with all of its box.
+            **{key: item[key] for key in shown if key in item and not item["iscrowd"]},
         }
         for kind, items in of_kind.items()
         for item in items

@@ -46,7 +46,7 @@ def draw_mistakes(
     factor = max(1, min(_LEAST_SIDE // short, _MOST_ENLARGED // long))
     picture = image_bgr.repeat(factor, axis=0).repeat(factor, axis=1)
     boxes = sorted(image["boxes"], key=_order)
-    masked = [box for box in boxes if isinstance(box.get("segmentation"), Mapping)]
+    masked = [box for box in boxes if "segmentation" in box]
     paint_masks(picture, _masks(masked, factor), [_COLORS[box["kind"]] for box in masked])
     corners = factor * np.array([box["bbox"] for box in boxes], np.float64).reshape(-1, 4)
     corners[:, 2:] += corners[:, :2]

@@ -114,8 +114,9 @@ def test_mistakes_are_drawn_in_their_colours(analysis):
 
 
 def test_masks_are_filled_with_the_colours_of_their_kind(coco_content):
-    content = coco_content([(1, 3, FOUND), (1, 7, MISSED)])
-    for annotation, (x, y, w, h) in zip(content["annotations"], (FOUND, MISSED), strict=True):
+    maskless = (20, 180, 60, 60)
+    content = coco_content([(1, 3, FOUND), (1, 7, MISSED), (1, 7, maskless)])
+    for annotation, (x, y, w, h) in zip(content["annotations"], (FOUND, MISSED), strict=False):
         # The left half of the box.
         corners = [x, y, x + w / 2, y, x + w / 2, y + h, x, y + h]
         annotation["segmentation"] = [corners]
@@ -136,6 +137,8 @@ def test_masks_are_filled_with_the_colours_of_their_kind(coco_content):
         right = drawn[y + h // 2 : y + h - 12, x + w // 2 + 3 : x + w - 3]
         assert (abs(left - (GREY + np.array(color)) // 2) <= 1).all()
         assert (right == GREY).all()
+    assert (drawn[185:235, 25:75] == GREY).all()
+    assert (drawn[210:239, 20] == YELLOW).all()
 
 
 def test_small_images_are_enlarged_with_their_boxes():

@@ -1,5 +1,6 @@
 """The host without Detectron2: detector, training, evaluation and prediction on torchvision."""
 
+from cascade_det.standalone.augmented import AugmentedDetector
 from cascade_det.standalone.build import build_detector
 from cascade_det.standalone.detector import Detector
 from cascade_det.standalone.evaluate import evaluate
@@ -8,6 +9,7 @@ from cascade_det.standalone.predictor import Predictor
 from cascade_det.standalone.train import replay_batch, train
 
 __all__ = [
+    "AugmentedDetector",
     "Detector",
     "Predictor",
     "build_detector",

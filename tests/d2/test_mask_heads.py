@@ -302,12 +302,16 @@ class TestDetector:
         assert chosen.tolist() == (found.scores >= 0.5).tolist()
         assert pasted.pred_masks.any(dim=2).any(dim=1)[~chosen].sum() == 0
         assert (output.stats.detected, output.stats.masks) == (len(found), int(chosen.sum()))
-        assert timer.milliseconds.keys() >= {"masks", "full/masks0", "full/masks2"}
-        assert [stage.detections[0].masks.shape[1:] for stage in output.stages] == [(28, 28)] * 3
+        assert timer.milliseconds["masks"] > 0
+        each = [stage.detections[0].masks for stage in output.stages]
+        if options is EVERY:
+            assert [masks.shape[1:] for masks in each] == [(28, 28)] * 3
+            assert timer.milliseconds.keys() >= {"full/masks0", "full/masks2"}
+        else:
+            assert each == [None] * 3
 
-    @pytest.mark.parametrize("options", [MASKS, EVERY], ids=["last", "every"])
-    def test_without_exits_the_last_stage_is_the_result(self, options):
-        detector = Detector(stir_masks(build_detector(model_cfg(options=options))))
+    def test_without_exits_the_last_stage_is_the_result(self):
+        detector = Detector(stir_masks(build_detector(model_cfg(options=EVERY))))
         output = detector.detect(INPUTS, stages=True)
         assert len(output.detections[0]) > 5
         torch.testing.assert_close(

@@ -44,13 +44,11 @@ def draw_polygons(polygons: Sequence[Polygon], height: int, width: int) -> npt.N
 
 def can_be_walked(polygons: Sequence[Polygon]) -> bool:
     """Whether outlines are short and close enough for pycocotools."""
-    spent = 0.0
-    for polygon in polygons:
-        reach = float(np.abs(polygon).max())
-        spent += len(polygon) * reach  # no shorter than the outline
-        if reach > _FARTHEST:
-            return False
-    if spent <= _LONGEST:
+    numbers = polygons[0] if len(polygons) == 1 else np.concatenate(polygons)
+    reach = float(np.abs(numbers).max())
+    if reach > _FARTHEST:
+        return False
+    if len(numbers) * reach <= _LONGEST:  # no shorter than the outline
         return True
     steps = (np.diff(p.reshape(-1, 2), axis=0, append=p[None, :2]) for p in polygons)
     return sum(float(np.abs(step).max(axis=1).sum()) for step in steps) <= _LONGEST

@@ -74,17 +74,13 @@ def parse_segmentation(
     if value is not None and not isinstance(value, list | dict):
         raise ValueError("mask that is neither polygons nor RLE")
     if any(not isinstance(part, array) for part in value or ()):
-        raise ValueError(
-            "mask that is neither RLE nor a list of polygons, [[x, y, x, y, ...], ...]"
-        )
+        raise ValueError("mask whose polygons are not lists of numbers, [[x, y, x, y, ...], ...]")
     parts: list[array[float]] = [p for p in value or () if len(p) >= _SHORTEST and not len(p) % 2]
     if len(parts) < len(value or ()):
         note(BAD_POLYGON)
     polygons = [np.frombuffer(part, np.float64) for part in parts]
     for polygon in polygons:
-        # NaN and infinities fail the comparisons; the first is fast.
-        near = polygon @ polygon <= _COORDINATE_LIMIT**2
-        if not near and not (np.abs(polygon) <= _COORDINATE_LIMIT).all():
+        if not np.abs(polygon).max() <= _COORDINATE_LIMIT:  # NaN fails the comparison
             raise ValueError("polygon with a coordinate that is not a finite number within 1e6")
     if not polygons:
         note(NO_MASK)

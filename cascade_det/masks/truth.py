@@ -22,6 +22,7 @@ from cascade_det.masks.polygons import draw_polygons
 ObjectMask: TypeAlias = list[Tensor] | Tensor | None
 
 _SMALLEST_SIDE = 0.1  # pixels, as in Detectron2
+_UNSURE = 1e-4  # of a mean of pixels; that of float32 is below 1e-5
 
 
 class ObjectMasks:
@@ -68,10 +69,47 @@ class ObjectMasks:
 
 
 def _crop_bitmap(bitmap: Tensor, boxes: Tensor, size: int) -> Tensor:
-    regions = torch.cat([boxes.new_zeros(len(boxes), 1), boxes], dim=1)  # [F, 5]
-    pixels = bitmap.to(torch.float32)[None, None]
-    cropped = roi_align(pixels, regions, size, 1.0, 0, True)  # [F, 1, M, M]
-    return cropped[:, 0] >= 0.5
+    """RoIAlign with threshold 0.5: bool ``[F, M, M]``.
+
+    RoIAlign is separable, and as two matrix products faster than its kernel, which is made for
+    many channels. Where rounding could tell, the kernel decides.
+    """
+    pixels = bitmap.numpy()
+    pooled = np.stack([_pool(pixels, box, size) for box in boxes.numpy()])
+    unsure = np.flatnonzero((np.abs(pooled - 0.5) < _UNSURE).any(axis=(1, 2)))
+    if len(unsure):
+        regions = torch.cat([torch.zeros(len(unsure), 1), boxes[unsure]], dim=1)  # [U, 5]
+        whole = bitmap.to(torch.float32)[None, None]
+        pooled[unsure] = roi_align(whole, regions, size, 1.0, 0, True)[:, 0].numpy()
+    return torch.from_numpy(pooled >= 0.5)
+
+
+def _pool(pixels: np.ndarray, box: np.ndarray, size: int) -> np.ndarray:
+    left, across = _samples(box[0], box[2], pixels.shape[1], size)
+    top, down = _samples(box[1], box[3], pixels.shape[0], size)
+    window = pixels[top : top + down.shape[1], left : left + across.shape[1]]
+    return down @ window.astype(np.float32) @ across.T
+
+
+def _samples(low: np.float32, high: np.float32, length: int, size: int) -> tuple[int, np.ndarray]:
+    """The first pixel that RoIAlign reads along one axis, and float32 ``[M, n]``, the weights."""
+    per_cell = int(np.ceil((high - low) / size))
+    if per_cell <= 0:
+        return 0, np.zeros((size, 0), np.float32)
+    step = float(high - low) / (size * per_cell)
+    at = float(low) - 0.5 + (np.arange(size * per_cell) + 0.5) * step
+    inside = (at >= -1) & (at <= length)
+    at = at.clip(0, length - 1)
+    lower = at.astype(np.int64)
+    upper = np.minimum(lower + 1, length - 1)
+    first = int(lower[0])
+    count = int(upper[-1]) - first + 1
+    rows = np.arange(size * per_cell) // per_cell * count - first
+    above = (at - lower) * inside / per_cell
+    entries = np.concatenate([rows + lower, rows + upper])
+    weights = np.concatenate([inside / per_cell - above, above])
+    summed = np.bincount(entries, weights, size * count).reshape(size, count)
+    return first, summed.astype(np.float32)
 
 
 def _draw_polygons(polygons: Sequence[np.ndarray], box: np.ndarray, size: int) -> Tensor:

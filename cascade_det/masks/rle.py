@@ -21,7 +21,8 @@ Rle = dict[str, Any]
 # Digits of 5 bits, the lowest first; from 32 on, more digits follow. Seven hold any run.
 _FIRST_CHARACTER = ord("0")
 _NUMBERS = re.compile(r"(?:[P-o]{0,6}[0-O])+")
-_MOST_PIXELS = 2**32  # pycocotools holds runs in uint32.
+# pycocotools has memory for six when it writes a run; Pillow opens no image as large.
+_MOST_PIXELS = 2**28
 
 
 def encode_pasted(masks: Masks, boxes: Boxes, height: int, width: int) -> list[Rle | None]:
@@ -62,8 +63,8 @@ def compressed(value: Any, height: int, width: int) -> Rle:
     if not isinstance(size, list) or [*map(type, size)] != [int, int]:
         raise ValueError("has a 'size' that is not [height, width]")
     if size != [height, width]:
-        raise ValueError(f"has another 'size' than its image, [{height}, {width}]")
-    if height * width >= _MOST_PIXELS:
+        raise ValueError("has another 'size' than its image, [height, width]")
+    if height * width > _MOST_PIXELS:
         raise ValueError("is of an image with too many pixels")
     if isinstance(counts, str):
         runs = _runs(counts)

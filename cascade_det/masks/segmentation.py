@@ -1,7 +1,7 @@
 """The masks of a COCO-format json, checked before pycocotools' C code sees them; no PyTorch.
 
 A mask is a list of polygons (see :mod:`cascade_det.masks.polygons`) in pixels of its image, or
-pycocotools' compressed RLE: a dict with ``size`` ``[height, width]`` and ``counts``, bytes.
+compressed RLE (see :mod:`cascade_det.masks.rle`).
 """
 
 from __future__ import annotations
@@ -9,21 +9,14 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from pycocotools import mask as coco_mask
 
 from cascade_det.masks.polygons import Polygon, can_be_walked, draw_polygons, is_flat
-
-
-class Rle(TypedDict):
-    """Run-length encoding, column by column, as pycocotools writes it."""
-
-    size: list[int]
-    counts: bytes
-
+from cascade_det.masks.rle import Rle, compressed
 
 Segmentation: TypeAlias = list[Polygon] | Rle
 
@@ -32,8 +25,6 @@ BAD_POLYGON = "polygon of fewer than 3 points, or of half a point (left out)"
 NO_AREA = "mask of no area"
 
 _COORDINATE_LIMIT = 1e6  # beyond any image, in pixels
-_MOST_PIXELS = 2**28  # of an RLE; Pillow opens no image as large
-_CHARACTERS = 6  # of a run of at most so many pixels, 5 bits each
 _SHORTEST = 6  # coordinates
 
 
@@ -69,25 +60,22 @@ def parse_segmentation(
     Raises:
         ValueError: it is no mask of this image; the message is the kind of issue.
     """
-    if isinstance(value, dict) and value:
-        return _parse_rle(value, height, width, note)
-    if value is not None and not isinstance(value, list | dict):
-        raise ValueError("mask that is neither polygons nor RLE")
-    if any(not isinstance(part, array) for part in value or ()):
-        raise ValueError("mask whose polygons are not lists of numbers, [[x, y, x, y, ...], ...]")
-    parts: list[array[float]] = [p for p in value or () if len(p) >= _SHORTEST and not len(p) % 2]
-    if len(parts) < len(value or ()):
-        note(BAD_POLYGON)
-    polygons = [np.frombuffer(part, np.float64) for part in parts]
-    for polygon in polygons:
-        if not np.abs(polygon).max() <= _COORDINATE_LIMIT:  # NaN fails the comparison
-            raise ValueError("polygon with a coordinate that is not a finite number within 1e6")
-    if not polygons:
+    if value is None or value in ([], {}):
         note(NO_MASK)
         return None
-    if all(map(is_flat, parts)):
+    if isinstance(value, dict):
+        try:
+            mask: Segmentation = compressed(value, height, width)
+        except ValueError as error:
+            raise ValueError(f"mask whose RLE {error}") from error
+    else:
+        mask = _parse_polygons(value, note)
+    if not mask:
+        note(NO_MASK)
+        return None
+    if covers_nothing(mask):
         note(NO_AREA)
-    return polygons
+    return mask
 
 
 def covers_nothing(mask: Segmentation) -> bool:
@@ -108,8 +96,7 @@ def plain_segmentation(mask: Segmentation, height: int, width: int) -> list[Any]
     """A mask as a json has it, which pycocotools can draw."""
     if isinstance(mask, list) and can_be_walked(mask):
         return [polygon.tolist() for polygon in mask]
-    rle = mask if isinstance(mask, dict) else _encode(draw(mask, height, width))
-    return {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
+    return mask if isinstance(mask, dict) else _encode(draw(mask, height, width))
 
 
 def mask_area(mask: Segmentation, height: int, width: int) -> int:
@@ -119,61 +106,23 @@ def mask_area(mask: Segmentation, height: int, width: int) -> int:
 
 
 def _encode(bitmap: npt.NDArray[np.bool_]) -> Rle:
-    rle: Rle = coco_mask.encode(np.asfortranarray(bitmap, np.uint8))
-    return rle
+    rle = coco_mask.encode(np.asfortranarray(bitmap, np.uint8))
+    return {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
 
 
-def _parse_rle(
-    value: dict[str, Any], height: int, width: int, note: Callable[[str], object]
-) -> Rle:
-    size, counts, pixels = value.get("size"), value.get("counts"), height * width
-    if not isinstance(size, list) or [type(side) for side in size] != [int, int]:
-        raise ValueError("RLE mask without a 'size', [height, width]")
-    if size != [height, width]:
-        raise ValueError("RLE mask whose 'size' is not [height, width] of its image")
-    if pixels > _MOST_PIXELS:
-        raise ValueError("RLE mask of an enormous image")
-    runs = _runs_of_text(counts) if isinstance(counts, str) else _runs_of_list(counts, pixels)
-    if runs is None:
-        raise ValueError("RLE mask whose 'counts' cannot be read")
-    if (runs < 0).any() or (runs > pixels).any() or runs.sum() != pixels:
-        raise ValueError("RLE mask whose 'counts' do not add up to the pixels of its image")
-    if not runs[1::2].any():
-        note(NO_AREA)
-    if isinstance(counts, str):
-        return {"size": size, "counts": counts.encode("ascii")}
-    rle: Rle = coco_mask.frPyObjects({"size": size, "counts": runs.tolist()}, *size)
-    return rle
-
-
-def _runs_of_list(counts: Any, pixels: int) -> npt.NDArray[np.int64] | None:
-    if not isinstance(counts, list) or any(
-        type(run) is not int or not 0 <= run <= pixels for run in counts
-    ):
-        return None
-    return np.array(counts, np.int64)
-
-
-def _runs_of_text(counts: str) -> npt.NDArray[np.int64] | None:
-    """The runs of a compressed RLE; ``None`` if it is malformed.
-
-    Each number is written in groups of 5 bits, lowest first, as characters from "0" on. Bit 5 says
-    that another follows, and bit 4 of the last is the sign. From the fourth number on, it is the
-    difference to the one before the last.
-    """
-    if not counts or not counts.isascii():
-        return None
-    codes = np.frombuffer(counts.encode("ascii"), np.uint8).astype(np.int64) - ord("0")
-    ends = np.flatnonzero((codes & 32) == 0)
-    if codes.min() < 0 or codes.max() > 63 or not len(ends) or ends[-1] != len(codes) - 1:
-        return None
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    lengths = ends - starts + 1
-    if lengths.max() > _CHARACTERS:
-        return None
-    places = np.arange(len(codes)) - starts.repeat(lengths)
-    runs = np.add.reduceat((codes & 31) << (5 * places), starts)
-    runs -= np.where(codes[ends] & 16, 1 << (5 * lengths), 0)
-    for first in (1, 2):
-        runs[first::2] = np.cumsum(runs[first::2])
-    return runs
+def _parse_polygons(value: Any, note: Callable[[str], object]) -> list[Polygon]:
+    if not isinstance(value, list):
+        raise ValueError("mask that is neither polygons nor RLE")
+    if not all(isinstance(polygon, array) for polygon in value):
+        raise ValueError("mask whose polygons are not lists of numbers, [[x, y, x, y, ...], ...]")
+    polygons = [
+        np.frombuffer(points, np.float64)
+        for points in value
+        if len(points) >= _SHORTEST and len(points) % 2 == 0
+    ]
+    if len(polygons) < len(value):
+        note(BAD_POLYGON)
+    for polygon in polygons:
+        if not np.abs(polygon).max() <= _COORDINATE_LIMIT:  # NaN fails the comparison
+            raise ValueError("polygon with a coordinate that is not a finite number within 1e6")
+    return polygons

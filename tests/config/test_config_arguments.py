@@ -156,13 +156,19 @@ def test_input(cfg):
         "sampling": "choice",
         "flip": "horizontal",
         "image_format": "BGR",
+        "masks": None,
     }
     set_keys(cfg, "INPUT.MAX_SIZE_TEST", "999", "INPUT.MIN_SIZE_TRAIN_SAMPLING", "range")
     assert config.input_arguments(cfg, train=False) == {
         "min_sizes": (800,),
         "max_size": 999,
         "image_format": "BGR",
+        "masks": None,
     }
+    set_keys(cfg, "MODEL.MASK_ON", "True", "INPUT.MASK_FORMAT", "bitmask")
+    for train in (True, False):
+        masks = config.input_arguments(cfg, train)["masks"]
+        assert masks == {"mask_format": "bitmask", "maskless": "keep"}
 
 
 def test_loaders(cfg):
@@ -207,7 +213,10 @@ def test_datasets(cfg):
             "own_datasets": own,
             "on_bad_data": "error",
             "follow_links": "near",
+            "masks": None,
         }
+    set_keys(cfg, "MODEL.MASK_ON", "True", "CASCADE.MASKLESS", "drop")
+    assert config.datasets_arguments(cfg, train=False)["masks"] == "drop"
 
 
 def test_optimizer(cfg):

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pycocotools.coco import COCO
 
 from cascade_det.data.catalog import DatasetSource
 from cascade_det.data.coco import load_dataset
@@ -17,6 +18,7 @@ from cascade_det.data.dataset_summary import summarize
 from cascade_det.data.image_check import check_dataset
 from cascade_det.data.loader import build_test_loader, build_train_loader
 from cascade_det.errors import DatasetError
+from cascade_det.masks.truth import ObjectMasks
 
 SIZE = {"min_sizes": (6,), "max_size": 20, "image_format": "BGR", "num_workers": 0}
 TRAIN = SIZE | {
@@ -35,9 +37,12 @@ GOOD = {
     ],
     "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}],
     "annotations": [
-        {"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 1, 2, 2], "iscrowd": 0, "area": 4},
-        {"id": 2, "image_id": 2, "category_id": 7, "bbox": [0.5, 2, 3, 2.5], "ignore": 0},
-        {"id": 3, "image_id": 3, "category_id": 3, "bbox": [0, 0, 8, 5], "iscrowd": 1},
+        {"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 1, 2, 2], "iscrowd": 0, "area": 4}
+        | {"segmentation": [[1, 1, 3, 1, 2, 3], [0, 0, 1, 1]]},
+        {"id": 2, "image_id": 2, "category_id": 7, "bbox": [0.5, 2, 3, 2.5], "ignore": 0}
+        | {"segmentation": {"size": [9, 4], "counts": [11, 3, 6, 3, 13]}},
+        {"id": 3, "image_id": 3, "category_id": 3, "bbox": [0, 0, 8, 5], "iscrowd": 1}
+        | {"segmentation": {"size": [5, 8], "counts": "1410000000000000"}},
     ],
 }
 
@@ -48,7 +53,10 @@ numbers = (
     | st.sampled_from([2**31, 2**63, 10**40, -(10**400), 1e-300, 1e308, -0.0])
 )
 texts = st.text(max_size=5) | st.sampled_from(
-    ["a.png", "../a.png", "/", ".", "b.png/", "\0", "\ud800", "1", "x" * 5000, "id", "bbox"]
+    [
+        *("a.png", "../a.png", "/", ".", "b.png/", "\0", "\ud800", "1", "x" * 5000, "id", "bbox"),
+        *("segmentation", "counts", "0X", "PPPPPPPPPP"),
+    ]
 )
 values = st.recursive(
     st.none() | st.booleans() | numbers | texts,
@@ -57,6 +65,9 @@ values = st.recursive(
     ),
     max_leaves=8,
 )
+
+bad_data = st.sampled_from(["error", "skip", "skip"])
+masks = st.sampled_from([None, "keep", "drop"])
 
 
 @st.composite
@@ -114,23 +125,27 @@ def folder_with_images(folder):
     return DatasetSource("set", Path(folder) / "set.json", root)
 
 
-def check_outcome(source, data, on_bad_data):
+def check_outcome(source, data, on_bad_data, maskless):
     """Every step succeeds or raises DatasetError; returns the data set if there is one."""
     source.json_file.write_bytes(data)
     try:
-        checked = check_dataset(source)
+        checked = check_dataset(source, masks=maskless is not None)
         str(checked.bad), str(checked.unusable), str(summarize(checked).warnings)
-        dataset = load_dataset(source, on_bad_data, keep_ground_truth=True)
+        dataset = load_dataset(source, on_bad_data, masks=maskless, keep_ground_truth=True)
     except DatasetError as error:
         str(error).encode()
         return None
-    json.dumps(dataset.ground_truth, allow_nan=False)
-    samples = list(
-        itertools.chain(*build_test_loader(dataset, **SIZE, images_per_batch=2, annotated=True))
-    )
+    content = json.loads(json.dumps(dataset.ground_truth, allow_nan=False))
+    for annotation in content.get("annotations", []):
+        if "segmentation" in annotation:
+            draw_as_pycocotools(annotation, content["images"])
+    arguments = SIZE | {"images_per_batch": 2}
+    if maskless:
+        arguments["masks"] = {"maskless": maskless}
+    samples = list(itertools.chain(*build_test_loader(dataset, **arguments, annotated=True)))
     assert [sample["image_id"] for sample in samples] == [r.image_id for r in dataset.records]
     try:
-        loader = build_train_loader([dataset], **TRAIN)
+        loader = build_train_loader([dataset], **(TRAIN | arguments))
     except DatasetError:
         assert not any((~record.iscrowd).any() for record in dataset.records)
     else:
@@ -148,24 +163,39 @@ def check_sample(sample, num_classes):
     assert (boxes <= torch.tensor([width, height] * 2)).all()
     assert (boxes[:, 2:] > boxes[:, :2]).all()
     assert ((classes >= 0) & (classes < num_classes)).all()
+    if "gt_masks" in sample:
+        targets = ObjectMasks(sample["gt_masks"])
+        known = torch.nonzero(targets.known)[:, 0]
+        assert targets.crop(known, boxes[known], 7).shape == (len(known), 7, 7)
+        assert len(sample["gt_masks"]) == len(boxes)
+
+
+def draw_as_pycocotools(annotation, images):
+    """Which crashes where a mask is not what it should be."""
+    reference = COCO()
+    reference.imgs = {image["id"]: image for image in images}
+    assert reference.annToMask(annotation).ndim == 2
 
 
 def test_the_good_content_is_good():
     with tempfile.TemporaryDirectory() as folder:
-        dataset = check_outcome(folder_with_images(folder), json.dumps(GOOD).encode(), "error")
+        source = folder_with_images(folder)
+        dataset = check_outcome(source, json.dumps(GOOD).encode(), "error", "drop")
+    kinds = [[type(mask) for mask in record.masks] for record in dataset.records]
+    assert kinds == [[list], [dict], [type(None)]]
     assert [len(record.boxes) for record in dataset.records] == [1, 1, 1]
     np.testing.assert_array_equal(dataset.records[1].boxes, [[0.5, 2, 3.5, 4.5]])
 
 
 @settings(max_examples=100, deadline=None)
-@given(data=spoilt_contents(), on_bad_data=st.sampled_from(["error", "skip", "skip"]))
-def test_any_content(data, on_bad_data):
+@given(spoilt_contents(), bad_data, masks)
+def test_any_content(data, on_bad_data, maskless):
     with tempfile.TemporaryDirectory() as folder:
-        check_outcome(folder_with_images(folder), data, on_bad_data)
+        check_outcome(folder_with_images(folder), data, on_bad_data, maskless)
 
 
 @settings(max_examples=60, deadline=None)
-@given(data=spoilt_bytes() | st.binary(), on_bad_data=st.sampled_from(["error", "skip", "skip"]))
-def test_any_bytes(data, on_bad_data):
+@given(spoilt_bytes() | st.binary(), bad_data, masks)
+def test_any_bytes(data, on_bad_data, maskless):
     with tempfile.TemporaryDirectory() as folder:
-        check_outcome(folder_with_images(folder), data, on_bad_data)
+        check_outcome(folder_with_images(folder), data, on_bad_data, maskless)

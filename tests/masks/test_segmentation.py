@@ -141,29 +141,31 @@ BAD = {
         [[*TRIANGLE, 1e300, -1e300]],
         [TRIANGLE, [*TRIANGLE, 1, -2e6]],
     ],
-    "RLE mask without a 'size'": [
+    "mask whose RLE is not an object": [
         {"counts": [40]},
+        {"size": SIZE},
+    ],
+    "mask whose RLE has a 'size' that is not": [
         {"size": 7, "counts": [40]},
         {"size": [5, 8.0], "counts": [40]},
         {"size": [True, 8], "counts": [40]},
         {"size": [5, 8, 1], "counts": [40]},
     ],
-    "RLE mask whose 'size'": [
+    "mask whose RLE has another 'size'": [
         {"size": [8, 5], "counts": [40]},
         {"size": [-5, -8], "counts": [40]},
         {"size": [10**6, 10**6], "counts": [10**12]},
         {"size": [2**40, 2**40], "counts": "0"},
     ],
-    "RLE mask whose 'counts' cannot be read": [
-        {"size": SIZE},
+    "mask whose RLE has 'counts' that are neither": [
         {"size": SIZE, "counts": None},
         {"size": SIZE, "counts": {"a": 1}},
-        {"size": SIZE, "counts": [-1, 41]},
-        {"size": SIZE, "counts": [2**32, 40]},
-        {"size": SIZE, "counts": [10**400]},
+        {"size": SIZE, "counts": []},
         {"size": SIZE, "counts": [40.0]},
         {"size": SIZE, "counts": ["40"]},
         {"size": SIZE, "counts": [True, 39]},
+    ],
+    "mask whose RLE has 'counts' that are not compressed": [
         {"size": SIZE, "counts": ""},
         {"size": SIZE, "counts": "X"},  # says that more follows
         {"size": SIZE, "counts": "\0" * 40},
@@ -172,8 +174,10 @@ BAD = {
         {"size": SIZE, "counts": "\ud800"},
         {"size": SIZE, "counts": "o" * 20 + "0"},
     ],
-    "RLE mask whose 'counts' do not add up": [
-        {"size": SIZE, "counts": []},
+    "mask whose RLE has 'counts' that do not add up": [
+        {"size": SIZE, "counts": [-1, 41]},
+        {"size": SIZE, "counts": [2**32, 40]},
+        {"size": SIZE, "counts": [10**400]},
         {"size": SIZE, "counts": [39]},
         {"size": SIZE, "counts": [20, 21]},
         {"size": SIZE, "counts": "4"},
@@ -191,7 +195,7 @@ def test_bad_masks_are_named(kind):
 
 
 def test_an_enormous_image():
-    with pytest.raises(ValueError, match="enormous"):
+    with pytest.raises(ValueError, match="too many pixels"):
         parse({"size": [2**20, 2**20], "counts": [2**40]}, 2**20, 2**20)
 
 
@@ -218,8 +222,7 @@ masks = (
 def test_any_value_is_a_mask_or_an_error(value):
     try:
         mask, _ = parse(value)
-    except ValueError as error:
-        assert len(str(error)) < 100
+    except ValueError:
         return
     if mask is not None:
         bitmap = draw(mask, HEIGHT, WIDTH)

@@ -19,8 +19,8 @@ from torch import Tensor
 from cascade_det.core import Detections
 from cascade_det.core.matching import GroundTruth, LabelledRegions
 from cascade_det.core.structures.boxes import flatten_images
+from cascade_det.engine.batches import is_polygon
 
-_MAX_COORDINATE = 1e5  # pixels, of a polygon
 _SAVED_TYPES = (Tensor, Boxes, BitMasks, PolygonMasks, Keypoints)
 
 
@@ -193,7 +193,7 @@ def check_masks_and_keypoints(sample: Mapping[str, Any]) -> None:
         good = masks is None or (
             isinstance(masks, list)
             and len(masks) == count
-            and all(isinstance(m, list) and m and all(map(_is_polygon, m)) for m in masks)
+            and all(isinstance(m, list) and m and all(map(is_polygon, m)) for m in masks)
         )
     if not good:
         raise ValueError("its masks are not one for each box, of polygons or of bits")
@@ -201,17 +201,6 @@ def check_masks_and_keypoints(sample: Mapping[str, Any]) -> None:
         not isinstance(keypoints, Tensor) or keypoints.shape != (count, *keypoints.shape[1:2], 3)
     ):
         raise ValueError("its keypoints are not [G, K, 3]")
-
-
-def _is_polygon(points: Any) -> bool:
-    """Whether these are x, y, x, y, ... of at least three points; the rasteriser does not check."""
-    return (
-        isinstance(points, Tensor)
-        and points.dim() == 1
-        and len(points) >= 6
-        and len(points) % 2 == 0
-        and bool((points.abs() <= _MAX_COORDINATE).all())  # False for NaN
-    )
 
 
 def _box_masks(instances: Instances) -> Tensor | None:

@@ -12,6 +12,7 @@ from cascade_det.data.samples import Batch
 
 # Per image; memory grows with these times the anchors.
 _MOST_OBJECTS = 10_000
+_FARTHEST = 1e5  # pixels, of a box or polygon where there are masks: nothing draws farther
 
 
 def split_batch(batch: Batch, parts: int) -> list[Batch]:
@@ -59,8 +60,8 @@ def check_truth(batch: Sequence[Mapping[str, Any]], num_classes: int) -> None:
     """Check the ground truth of a batch, where it has some.
 
     Raises:
-        ValueError: boxes are not ``[G, 4]``, classes not int64 ``[G]`` in ``[0, num_classes)``, or
-            G is beyond any image.
+        ValueError: boxes are not ``[G, 4]``, classes not int64 ``[G]`` in ``[0, num_classes)``, G
+            is beyond any image, or masks are not G of :mod:`cascade_det.masks.truth`.
     """
     for index, sample in enumerate(batch):
         if "gt_boxes" not in sample and "gt_classes" not in sample:
@@ -84,3 +85,35 @@ def check_truth(batch: Sequence[Mapping[str, Any]], num_classes: int) -> None:
             )
         if ((classes < 0) | (classes >= num_classes)).any():
             raise ValueError(f"image {index} of the batch has classes beyond the {num_classes}")
+        if "gt_masks" in sample and not _are_masks(sample["gt_masks"], boxes, sample["image"]):
+            raise ValueError(
+                f"the masks of image {index} of the batch are not one for each box: polygons, a "
+                "bitmap of the image's size or None"
+            )
+
+
+def is_polygon(points: Any) -> bool:
+    """Whether these are x, y, x, y, ... of at least three points; the rasteriser does not check."""
+    return (
+        isinstance(points, Tensor)
+        and points.is_floating_point()
+        and points.dim() == 1
+        and len(points) >= 6
+        and len(points) % 2 == 0
+        and bool((points.abs() <= _FARTHEST).all())  # False for NaN
+    )
+
+
+def _are_masks(masks: Any, boxes: Tensor, image: Tensor) -> bool:
+    def is_mask(mask: Any) -> bool:
+        if isinstance(mask, Tensor):
+            return mask.dtype == torch.bool and mask.shape == image.shape[-2:]
+        is_list = isinstance(mask, list) and len(mask) > 0
+        return mask is None or (is_list and all(map(is_polygon, mask)))
+
+    return (
+        isinstance(masks, (list, Tensor))
+        and len(masks) == len(boxes)
+        and all(map(is_mask, masks))
+        and bool((boxes.abs() <= _FARTHEST).all())
+    )

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from cascade_det.data.catalog import DatasetSource, find_dataset
 from cascade_det.data.coco import CocoDataset
-from cascade_det.errors import DatasetError
+from cascade_det.errors import ConfigError, DatasetError
 
 
 def register_dataset(name: str, own_datasets: Iterable[tuple[str, str, str]] = ()) -> DatasetSource:
@@ -55,6 +56,32 @@ def refuse_left_out(datasets: Sequence[CocoDataset]) -> None:
                 f"{dataset.source.json_file}: {kinds}. Detectron2 reads the file itself and "
                 "cannot leave these out (CASCADE.ON_BAD_DATA 'skip'). Fix the file, or use "
                 "--host standalone."
+            )
+
+
+def without_maskless(cfg: CfgNode) -> CfgNode:
+    """A configuration that reads data sets as Detectron2 does: without objects without a mask."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.CASCADE.MASKLESS = "drop"
+    return cfg
+
+
+def check_mask_format(cfg: CfgNode, datasets: Sequence[CocoDataset]) -> None:
+    """Check that Detectron2 can train on the masks of data sets.
+
+    Raises:
+        ConfigError: ``INPUT.MASK_FORMAT`` is ``polygon``, but masks are RLE.
+    """
+    if not cfg.MODEL.MASK_ON or cfg.INPUT.MASK_FORMAT != "polygon":
+        return
+    for dataset in datasets:
+        masks = (mask for record in dataset.records for mask in record.masks or ())
+        if count := sum(isinstance(mask, dict) for mask in masks):
+            raise ConfigError(
+                f"INPUT.MASK_FORMAT is 'polygon', but {dataset.source.json_file} has {count:,} "
+                "objects whose mask is RLE, which Detectron2 cannot turn into polygons. Set it to "
+                "bitmask, or use --host standalone."
             )
 
 

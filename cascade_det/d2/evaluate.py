@@ -22,7 +22,7 @@ from cascade_det import config
 from cascade_det.core import DetectorOutput
 from cascade_det.core.modes import evaluation_mode
 from cascade_det.d2.checkpoint import Checkpointer
-from cascade_det.d2.datasets import refuse_left_out, register_dataset
+from cascade_det.d2.datasets import refuse_left_out, register_dataset, without_maskless
 from cascade_det.d2.detector import Detector
 from cascade_det.d2.loader import build_test_loader
 from cascade_det.data.coco import CocoDataset
@@ -60,7 +60,7 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
 
 def load_model(cfg: CfgNode, *, resume: bool = False) -> tuple[nn.Module, list[CocoDataset]]:
     """The model with its weights, and ``DATASETS.TEST``; arguments and errors as ``evaluate``."""
-    datasets = load_datasets_to_evaluate(cfg, register_dataset, resume=resume)
+    datasets = load_datasets_to_evaluate(without_maskless(cfg), register_dataset, resume=resume)
     refuse_left_out(datasets)
     set_backends(cfg)
     model = build_model(on_its_device(cfg))
@@ -133,7 +133,8 @@ def with_augmentation(
 def coco_evaluator(cfg: CfgNode, name: str, output_dir: Path | None = None) -> COCOEvaluator:
     """Detectron2's evaluator of a data set; fills in missing entries of its json.
 
-    These are ``iscrowd`` (0), ``area`` (of the box) and ``num_keypoints`` (the visible ones).
+    These are ``iscrowd`` (0), ``area`` (of the box), ``num_keypoints`` (the visible ones) and, for
+    models with masks, ``segmentation`` (no pixel, so that the object counts as missed).
 
     Args:
         cfg: a configuration.
@@ -152,7 +153,18 @@ def coco_evaluator(cfg: CfgNode, name: str, output_dir: Path | None = None) -> C
             annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
         visible = [flag for flag in annotation.get("keypoints", ())[2::3] if flag > 0]
         annotation.setdefault("num_keypoints", len(visible))
+        if cfg.MODEL.MASK_ON:
+            image = evaluator._coco_api.imgs[annotation["image_id"]]
+            annotation["segmentation"] = _drawable(annotation.get("segmentation"), image)
     return evaluator
+
+
+def _drawable(mask: Any, image: Mapping[str, Any]) -> Any:
+    """A mask that pycocotools can draw: it fails at polygons that the reader of data leaves out."""
+    if isinstance(mask, list):
+        mask = [polygon for polygon in mask if len(polygon) >= 6 and len(polygon) % 2 == 0]
+    height, width = image["height"], image["width"]
+    return mask or {"size": [height, width], "counts": [height * width]}
 
 
 def check_expected(cfg: CfgNode, results: Mapping[str, Any]) -> None:

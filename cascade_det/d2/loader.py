@@ -88,11 +88,16 @@ class Batches:
 
 
 class _Reader:
-    """A mapper that returns errors as inputs: PyTorch would add the worker's traceback to them."""
+    """A mapper that returns errors as inputs: PyTorch would add the worker's traceback to them.
+
+    Objects without a mask are dropped if the mapper reads masks: Detectron2 drops those whose
+    polygons are all invalid, and ends in a KeyError at those that have none.
+    """
 
     def __init__(self, mapper: Mapper, *, skip: bool) -> None:
         self._mapper = mapper
         self._skip = skip
+        self._masks = getattr(mapper, "use_instance_mask", False)
         self._skipped = 0  # in a row
         self._obeys = False
 
@@ -102,7 +107,7 @@ class _Reader:
             obey_main_process()
         try:
             _check_png(record["file_name"])
-            inputs = self._mapper(record)
+            inputs = self._mapper(_with_masks(record) if self._masks else record)
         except Exception as error:  # decoders fail in many ways: SyntaxError, struct.error, ...
             message = f"{record['file_name']}: cannot be read ({type(error).__name__}: {error})"
             if self._skip and self._skipped < REPLACEMENTS_TRIED:
@@ -112,6 +117,13 @@ class _Reader:
             return {**record, _ERROR: message}
         self._skipped = 0
         return inputs
+
+
+def _with_masks(record: Inputs) -> Inputs:
+    """Objects without a mask have no polygons, which the mapper drops."""
+    objects = record.get("annotations", ())
+    filled = [{**entry, "segmentation": entry.get("segmentation") or []} for entry in objects]
+    return {**record, **({"annotations": filled} if "annotations" in record else {})}
 
 
 def _check_png(path: str) -> None:

@@ -17,7 +17,12 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from cascade_det import config
-from cascade_det.d2.datasets import refuse_left_out, register_dataset
+from cascade_det.d2.datasets import (
+    check_mask_format,
+    refuse_left_out,
+    register_dataset,
+    without_maskless,
+)
 from cascade_det.d2.detector import Detector, image_channels
 from cascade_det.d2.evaluate import check_expected, evaluate_all, with_augmentation
 from cascade_det.d2.loader import build_test_loader
@@ -40,14 +45,16 @@ from cascade_det.parallel import distributed
 def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     """Train a model of Detectron2, with checkpoints, metrics and evaluation in ``OUTPUT_DIR``.
 
-    Args, results and errors as in :func:`cascade_det.standalone.train`.
+    Args, results and errors as in :func:`cascade_det.standalone.train`. Objects without a mask are
+    left out where ``MODEL.MASK_ON``, whatever ``CASCADE.MASKLESS`` says.
     """
     check_output(cfg, resume=resume)
     set_backends(cfg)
     cfg = on_its_device(cfg)
-    datasets, test_datasets = load_training_data(cfg, register_dataset)
+    datasets, test_datasets = load_training_data(without_maskless(cfg), register_dataset)
     refuse_left_out([*datasets, *test_datasets])
     check_same_classes(datasets)
+    check_mask_format(cfg, [*datasets, *(test_datasets if cfg.CASCADE.VALIDATION_LOSS else [])])
     cfg = scheduled(cfg, datasets)
     run = RunInfo.of(cfg, datasets[0], "detectron2")
     seed_all_rng(run.seed + distributed.rank())

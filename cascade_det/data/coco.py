@@ -28,7 +28,6 @@ from cascade_det.text import listed
 logger = logging.getLogger(__name__)
 
 ON_BAD_DATA = "CASCADE.ON_BAD_DATA"
-MASKLESS = "CASCADE.MASKLESS"
 _DIFFERENCES_SHOWN = 3
 
 
@@ -232,15 +231,8 @@ def _log_maskless(
             "keep": "have no mask, or one of no area: only their boxes are trained on",
             "drop": "have no mask: they are left out of training",
         }
-        logger.warning(
-            "%s: %d of %d objects %s (%s is %r)",
-            source.json_file,
-            objects - with_mask,
-            objects,
-            text[masks],
-            MASKLESS,
-            masks,
-        )
+        counts = (source.json_file, objects - with_mask, objects)
+        logger.warning("%s: %d of %d objects %s (see CASCADE.MASKLESS)", *counts, text[masks])
 
 
 def _record(

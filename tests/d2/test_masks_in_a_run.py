@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import shutil
 
 import numpy as np
@@ -14,17 +15,20 @@ from pycocotools.cocoeval import COCOeval
 
 pytest.importorskip("detectron2.engine", exc_type=ImportError)
 
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks
 
 from cascade_det.d2 import host
 from cascade_det.d2.datasets import register_dataset
+from cascade_det.d2.loader import build_test_loader
 from cascade_det.d2.structures import to_inputs, to_sample
+from cascade_det.errors import ConfigError
 
 pytestmark = [pytest.mark.needs_detectron2, pytest.mark.usefixtures("no_pictures")]
 
 POINTS = 3
+SQUARE = [8.0, 8.0, 50.0, 8.0, 50.0, 40.0, 8.0, 40.0]
 MODEL = [
     *("MODEL.MASK_ON", "True", "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"),
     *("MODEL.ROI_MASK_HEAD.NUM_CONV", "1", "MODEL.ROI_MASK_HEAD.CONV_DIM", "8"),
@@ -167,3 +171,43 @@ def test_inputs_survive_a_file_of_plain_types(given_inputs):
     for name in ("height", "width", "image_id"):
         assert back[name] == given_inputs[name]
     assert_same_inputs(back, given_inputs)
+
+
+def change_masks(folder, changes):
+    """Give objects of the training and test set other masks, by their place; ``None`` for none."""
+    for split in ("train", "val"):
+        path = folder / f"{split}.json"
+        content = json.loads(path.read_text())
+        for place, mask in changes.items():
+            content["annotations"][place]["segmentation"] = mask
+            if mask is None:
+                del content["annotations"][place]["segmentation"]
+        path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("kind", ["polygon", "bitmask"])
+def test_objects_without_a_mask_are_left_out_and_evaluated(own, make_cfg, tmp_path, kind, caplog):
+    """Detectron2 alone ends in a KeyError at the first two, and drops the third."""
+    change_masks(tmp_path, {0: None, 1: [], 2: [[1.0, 2.0]], 3: [[1.0, 2.0], SQUARE]})
+    cfg = make_cfg(*own, *MODEL, *EVALUATED, "INPUT.MASK_FORMAT", kind)
+    for name in ("own_train", "own_val"):
+        mapped = list(build_test_loader(cfg, name, DatasetMapper(cfg, is_train=True)))
+        found = sum(len(inputs["instances"]) for batch in mapped for inputs in batch)
+        path = tmp_path / f"{name[4:]}.json"
+        assert found == len(json.loads(path.read_text())["annotations"]) - 3
+    with caplog.at_level(logging.WARNING):
+        results = host.train(cfg)
+    assert results["segm"]["AP"] >= 0
+    assert caplog.text.count("objects have no mask: they are left out of training") == 2
+
+
+def test_rle_needs_bitmasks(own, make_cfg, tmp_path):
+    content = json.loads((tmp_path / "train.json").read_text())
+    image_id = content["annotations"][0]["image_id"]
+    (image,) = (image for image in content["images"] if image["id"] == image_id)
+    size = [image["height"], image["width"]]
+    change_masks(tmp_path, {0: {"size": size, "counts": [9, size[0] * size[1] - 9]}})
+    message = r"train\.json has 1 objects whose mask is RLE.* Set it to bitmask"
+    with pytest.raises(ConfigError, match=message):
+        host.train(make_cfg(*own, *MODEL))
+    host.train(make_cfg(*own, *MODEL, "INPUT.MASK_FORMAT", "bitmask", "DATASETS.TEST", "()"))

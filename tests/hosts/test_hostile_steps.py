@@ -170,7 +170,9 @@ def test_what_is_strange_is_replayed(host, step, replayed):
         told = outcome(replayed, changed(step, change))
         # Masks of such an image, or of such boxes, may not be computable.
         may_fail = host.name == "detectron2" or name.startswith("boxes")
-        assert (may_fail and "step.pth" in told) or told.startswith("iteration 7, image ids ["), name
+        assert (may_fail and "step.pth" in told) or told.startswith("iteration 7, image ids ["), (
+            name
+        )
         assert len(told) < 3000, name
 
 

@@ -45,6 +45,11 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
         help="with --json: which links out of the image folder to follow, as CASCADE.FOLLOW_LINKS "
         "does in a configuration",
     )
+    parser.add_argument(
+        "--masks",
+        action="store_true",
+        help="with --json: check the masks too, as MODEL.MASK_ON does in a configuration",
+    )
     parser.add_argument("--json-out", metavar="FILE", help="write the findings as json")
     add_config_options(parser)
     args = parser.parse_args(argv)
@@ -102,7 +107,7 @@ def _uses(args: argparse.Namespace) -> list[DatasetUse]:
 
     if args.json:
         links = LinkRule(args.follow_links, FOLLOW_LINKS)
-        return [DatasetUse(dataset_of_files(args.json, args.images), links)]
+        return [DatasetUse(dataset_of_files(args.json, args.images), links, masks=args.masks)]
     cfg = load_config(args.config_file, args.opts)
     check_config(cfg)
     uses: dict[str, DatasetUse] = {}
@@ -112,7 +117,8 @@ def _uses(args: argparse.Namespace) -> list[DatasetUse]:
             source = find_dataset(name, arguments["own_datasets"])
             links = LinkRule(arguments["follow_links"])
             classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-            use = uses.setdefault(name, DatasetUse(source, links, num_classes=classes))
+            masks = arguments["masks"] is not None
+            use = uses.setdefault(name, DatasetUse(source, links, num_classes=classes, masks=masks))
             use.for_training |= train
             use.for_testing |= not train
     if not uses:

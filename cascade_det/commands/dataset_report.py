@@ -28,6 +28,7 @@ class DatasetUse:
     for_training: bool = False
     for_testing: bool = False
     num_classes: int | None = None
+    masks: bool = False
 
 
 def report_dataset(use: DatasetUse, *, decode: bool) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def report_dataset(use: DatasetUse, *, decode: bool) -> dict[str, Any]:
     place = printable(f"{source.name}: {source.json_file}, images in {source.image_root}")
     print(f"\n{place}\n", flush=True)
     try:
-        checked = check_dataset(source, decode=decode, links=use.links)
+        checked = check_dataset(source, decode=decode, links=use.links, masks=use.masks)
     except DatasetError as error:
         print(printable(str(error), lines=True))
         return {"problems": {"file that cannot be read": {"count": 1, "examples": [str(error)]}}}
@@ -80,6 +81,7 @@ def _statistics(checked: CheckedJson, summary: DatasetSummary) -> list[tuple[str
         ("boxes", summary.boxes),
         ("of them crowds", summary.crowds),
         *((f"{name} boxes", summary.areas[name]) for name in ("small", "medium", "large")),
+        *((f"masks: {kind}", count) for kind, count in summary.masks.items()),
         ("categories", len(checked.categories)),
     ]
     if summary.sizes:

@@ -40,6 +40,7 @@ class CheckedJson:
         annotations: by image id, in the order of the json; those of ``of_no_area`` included. Their
             ``segmentation``, if it was read, is a checked mask, and absent if there is none.
         has_annotations: whether the json has the key ``annotations``.
+        with_masks: whether masks were read.
         categories: names by category id, ascending.
         unusable: issues of the whole file: its structure, or its categories.
         bad: images and annotations that are wrong, and left out.
@@ -51,6 +52,7 @@ class CheckedJson:
     image_ids: set[Any] = field(default_factory=set)
     annotations: dict[int, list[JsonObject]] = field(default_factory=dict)
     has_annotations: bool = False
+    with_masks: bool = False
     categories: dict[int, str] = field(default_factory=dict)
     unusable: Issues = field(default_factory=Issues)
     bad: Issues = field(default_factory=Issues)
@@ -73,7 +75,7 @@ def check_coco_json(
         DatasetError: the file cannot be read, is not json, or has no object at the top level.
     """
     content = read_annotation_file(source.json_file, masks=masks)
-    checked = CheckedJson(has_annotations="annotations" in content)
+    checked = CheckedJson(has_annotations="annotations" in content, with_masks=masks)
     categories = _entries(content, "categories", checked, checked.unusable)
     _check_categories(categories, checked)
     # If categories are wrong or missing, every category_id would be unknown.
@@ -88,7 +90,6 @@ def check_coco_json(
             category_ids,
             # COCO's 2014 minival files repeat ids; Detectron2 accepts them, and so do we.
             ids_may_repeat="minival" in source.json_file.name,
-            masks=masks,
             checked=checked,
         )
     return checked
@@ -160,7 +161,6 @@ def _check_annotations(
     category_ids: Container[object],
     *,
     ids_may_repeat: bool,
-    masks: bool,
     checked: CheckedJson,
 ) -> None:
     by_image: dict[int, list[JsonObject]] = defaultdict(list)
@@ -171,7 +171,7 @@ def _check_annotations(
         issue = issue or _box_issue(entry.get("bbox"), image)
         if not issue and entry["id"] in ids and not ids_may_repeat:
             issue = "annotation that shares its id with another"
-        if masks and image and not issue:
+        if checked.with_masks and image and not issue:
             issue = _check_mask(entry, image, checked.odd_masks)
         if issue:
             checked.bad.add(issue, _describe, "annotation", entry, _ANNOTATION_KEYS)

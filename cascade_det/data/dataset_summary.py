@@ -10,6 +10,7 @@ from itertools import pairwise
 from cascade_det.data.coco_json import CheckedJson, JsonObject
 from cascade_det.data.issues import Issues, shown
 from cascade_det.data.warnings import box_name, boxes_of, find_mistakes, is_outside
+from cascade_det.masks.polygons import crosses_itself, is_outside_image
 
 # COCO's limits between small, medium and large, in square pixels.
 _AREA_LIMITS = (32**2, 96**2)
@@ -29,6 +30,7 @@ class DatasetSummary:
         areas: number of small, medium and large boxes, by COCO's limits.
         category_boxes: number of boxes by category id, in the order of the ids; may be 0.
         category_images: number of images by category id.
+        masks: number of boxes by the kind of their mask; empty if masks were not read.
         warnings: unusual entries.
     """
 
@@ -40,18 +42,25 @@ class DatasetSummary:
     areas: Counter[str] = field(default_factory=Counter)
     category_boxes: Counter[int] = field(default_factory=Counter)
     category_images: Counter[int] = field(default_factory=Counter)
+    masks: Counter[str] = field(default_factory=Counter)
     warnings: Issues = field(default_factory=Issues)
 
 
 def summarize(checked: CheckedJson) -> DatasetSummary:
     """Count the usable entries of a data set, and collect warnings."""
     summary = DatasetSummary(warnings=checked.of_no_area.copy())
+    summary.warnings.update(checked.odd_masks)
+    if checked.with_masks:
+        summary.masks.update(dict.fromkeys(("polygons", "RLE", "none"), 0))
     summary.category_boxes.update(dict.fromkeys(checked.categories, 0))
     if not checked.has_annotations:
         kind = "data set without annotations"
         summary.warnings.add(kind, str, "can be used for inference, not for training")
     for image in checked.images.values():
-        _count_image(image, list(boxes_of(checked, image)), checked.has_annotations, summary)
+        boxes = list(boxes_of(checked, image))
+        _count_image(image, boxes, checked.has_annotations, summary)
+        if checked.with_masks:
+            _count_masks(image, boxes, summary)
     summary.warnings.update(find_mistakes(checked))
     _find_shared_files(checked, summary.warnings)
     _find_category_gaps(checked, summary)
@@ -80,6 +89,20 @@ def _count_image(
         for kind in _oddities(box, image, key in seen):
             summary.warnings.add(kind, box_name, box)
         seen.add(key)
+
+
+def _count_masks(image: JsonObject, boxes: list[JsonObject], summary: DatasetSummary) -> None:
+    kinds: dict[type, str] = {list: "polygons", dict: "RLE", type(None): "none"}
+    for box in boxes:
+        mask = box.get("segmentation")
+        summary.masks[kinds[type(mask)]] += 1
+        if not isinstance(mask, list):
+            continue
+        if any(map(crosses_itself, mask)):
+            kind = "polygon that crosses itself (and is filled by the even-odd rule)"
+            summary.warnings.add(kind, box_name, box)
+        if is_outside_image(mask, image["height"], image["width"]):
+            summary.warnings.add("mask outside its image", box_name, box)
 
 
 def _size_class(box: JsonObject) -> str:

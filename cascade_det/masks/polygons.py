@@ -67,6 +67,34 @@ def is_flat(polygon: Sequence[float] | Polygon) -> bool:
     return True
 
 
+def is_outside_image(polygons: Sequence[Polygon], height: int, width: int) -> bool:
+    """Whether all polygons are on one side of an image, whose pixels they cannot cover."""
+    points = np.concatenate(polygons).reshape(-1, 2)
+    (left, top), (right, bottom) = points.min(axis=0), points.max(axis=0)
+    return bool(right <= 0 or bottom <= 0 or left >= width or top >= height)
+
+
+def crosses_itself(polygon: Polygon) -> bool:
+    """Whether two edges of a polygon cross, other than by touching."""
+    starts = polygon.reshape(-1, 2)
+    ends = np.roll(starts, -1, axis=0)
+    at_once = max(_CROSSINGS_AT_ONCE // len(starts), 1)
+    for first in range(0, len(starts), at_once):
+        start, end = starts[first : first + at_once, None], ends[first : first + at_once, None]
+        apart = _side(start, end, starts) * _side(start, end, ends) < 0  # [edges here, n]
+        if (apart & (_side(starts, ends, start) * _side(starts, ends, end) < 0)).any():
+            return True
+    return False
+
+
+def _side(
+    start: npt.NDArray[np.float64], end: npt.NDArray[np.float64], points: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """On which side of the lines from ``start`` to ``end`` points are: -1, 0 or 1."""
+    along, to = end - start, points - start
+    return np.sign(along[..., 0] * to[..., 1] - along[..., 1] * to[..., 0])
+
+
 def _fill(points: npt.NDArray[np.float64], height: int, width: int) -> npt.NDArray[np.bool_]:
     """Fill one polygon ``[n, 2]``: the pixels whose centre is inside."""
     flips = np.zeros((width, height + 1), np.int64)

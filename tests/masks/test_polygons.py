@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from cascade_det.masks.polygons import can_be_walked, draw_polygons, is_flat
+from cascade_det.masks.polygons import can_be_walked, crosses_itself, draw_polygons, is_flat
 
 
 def random_polygons(seed, low, high, most_points=9):
@@ -76,3 +76,30 @@ def test_many_long_edges_take_little_memory_and_time():
 )
 def test_what_is_flat(points, flat):
     assert is_flat(np.array(points, float)) is flat
+
+
+def segments_cross(a, b, c, d):
+    """By solving for the point where both lines meet."""
+    matrix = np.array([b - a, c - d]).T
+    if np.linalg.det(matrix) == 0:
+        return False
+    along = np.linalg.solve(matrix, c - a)
+    return bool(((along > 1e-12) & (along < 1 - 1e-12)).all())
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32))
+def test_which_polygons_cross_themselves(seed):
+    (polygon, *_) = random_polygons(seed, 0, 9, most_points=6)
+    points = polygon.reshape(-1, 2)
+    edges = list(zip(points, np.roll(points, -1, axis=0), strict=True))
+    crossing = [segments_cross(*one, *other) for one in edges for other in edges]
+    assert crosses_itself(polygon) is any(crossing)
+
+
+def test_a_long_outline_is_searched_piece_by_piece():
+    turns = np.linspace(0, 2 * np.pi, 3000, endpoint=False)
+    circle = np.stack([np.cos(turns), np.sin(turns)], axis=1) * 100
+    assert not crosses_itself(circle.ravel())
+    circle[[1500, 1501]] = circle[[1501, 1500]]
+    assert crosses_itself(circle.ravel())

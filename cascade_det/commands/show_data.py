@@ -1,4 +1,4 @@
-"""Draw training images as the loader gives them: after augmentation, with boxes and classes.
+"""Draw training images as the loader gives them: after augmentation, with boxes, classes, masks.
 
 cascade-det show-data --config-file ... --output pictures --num 16 [--grid] [KEY VALUE ...]
 """

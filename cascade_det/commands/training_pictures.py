@@ -1,4 +1,4 @@
-"""Pictures of training samples: images after augmentation, with their boxes and classes."""
+"""Pictures of training samples: images after augmentation, with their objects."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
 from fvcore.common.config import CfgNode
 
 from cascade_det import config
 from cascade_det.data.coco import CocoDataset
 from cascade_det.data.loader import build_train_loader
 from cascade_det.data.samples import Sample
+from cascade_det.masks.polygons import draw_polygons
+from cascade_det.masks.truth import ObjectMask
 from cascade_det.report.colors import class_color
 from cascade_det.report.drawing import draw_boxes
+from cascade_det.report.mask_drawing import draw_masks
 
 
 def draw_training_samples(
@@ -57,10 +61,17 @@ def tile(pictures: Sequence[np.ndarray]) -> np.ndarray:
 
 def _draw(sample: Sample, image_format: str, class_names: Sequence[str]) -> np.ndarray:
     pixels = sample["image"].permute(1, 2, 0).numpy()
+    picture = pixels if image_format == "BGR" else pixels[..., ::-1]
     classes = sample["gt_classes"].tolist()
-    return draw_boxes(
-        pixels if image_format == "BGR" else pixels[..., ::-1],
-        sample["gt_boxes"],
-        [class_names[index] for index in classes],
-        [class_color(index) for index in classes],
-    )
+    colors = [class_color(index) for index in classes]
+    if "gt_masks" in sample:
+        bitmaps = [_bitmap(mask, *pixels.shape[:2]) for mask in sample["gt_masks"]]
+        picture = draw_masks(picture, bitmaps, colors)
+    return draw_boxes(picture, sample["gt_boxes"], [class_names[i] for i in classes], colors)
+
+
+def _bitmap(mask: ObjectMask, height: int, width: int) -> np.ndarray:
+    """The pixels of a mask; none of an object whose mask is unknown."""
+    if isinstance(mask, torch.Tensor):
+        return mask.numpy()
+    return draw_polygons([polygon.numpy() for polygon in mask or ()], height, width)

@@ -55,6 +55,38 @@ def read(folder):
     return content["images"], content["annotations"]
 
 
+def test_kinds_of_masks_are_counted(folder):
+    images, boxes = read(folder)
+    triangle, bow = [1, 1, 9, 1, 1, 9], [0, 0, 8, 8, 8, 0, 0, 8]
+    masks = [
+        [triangle, [1, 2]],
+        {"size": [150, 200], "counts": [20, 5, 29975]},
+        None,
+        [[30, 500, 40, 500, 30, 510]],
+        [bow],
+    ]
+    boxes = [entry | {"segmentation": mask} for entry, mask in zip(boxes, masks, strict=True)]
+    boxes.append(box(6, 3, [1, 1, 20, 20], segmentation=[[1, 1, 2, 2, 3, 3]]))
+    boxes.append(box(7, 3, [5, 1, 20, 20], segmentation={"size": [64, 48], "counts": [64 * 48]}))
+    write(folder, images, boxes)
+    assert "masks: RLE" not in check(folder)[1]["figures"]
+    status, found = check(folder, "--masks")
+    assert status == 1
+    kinds = ("polygons", "RLE", "none")
+    assert [found["figures"][f"masks: {kind}"] for kind in kinds] == [4, 1, 1]
+    (problem,) = found["problems"]
+    assert problem == "mask whose RLE has another 'size' than its image, [height, width]"
+    counts = {kind: entry["count"] for kind, entry in found["notes"].items()}
+    expected = {
+        "polygon of fewer than 3 points, or of half a point (left out)": 1,
+        "object without a mask": 1,
+        "mask of no area": 1,
+        "mask outside its image": 1,
+        "polygon that crosses itself (and is filled by the even-odd rule)": 1,
+    }
+    assert counts.items() >= expected.items()
+
+
 def check(folder, *options):
     out = folder / "findings.json"
     status = check_data.main(["--json", str(folder / "set.json"), "--json-out", str(out), *options])

@@ -65,6 +65,31 @@ def test_pictures_have_the_colours_of_the_scene_and_boxes_where_they_are(
     assert sides == {"left", "right"}
 
 
+@pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])
+def test_masks_are_where_the_loader_has_them(tmp_path, options, mask_format):
+    """A triangle and an RLE bar; the third object has no mask."""
+    path = tmp_path / "set.json"
+    content = json.loads(path.read_text())
+    (box,) = content["annotations"]
+    bar = [60 * 10 + 50, *[5, 55] * 29, 5, 60 * 40 + 5]  # rows 50 to 55 of columns 10 to 40
+    content["annotations"] = [
+        box | {"segmentation": [[10, 5, 40, 5, 10, 30]]},
+        box | {"id": 2, "bbox": [10, 50, 30, 5], "segmentation": {"size": [60, 80], "counts": bar}},
+        box | {"id": 3, "bbox": [45, 35, 20, 10]},
+    ]
+    path.write_text(json.dumps(content))
+    options = [*options, "MODEL.MASK_ON", "True", "INPUT.MASK_FORMAT", mask_format]
+    status, output = draw(tmp_path, "--num", "2", *options, "INPUT.RANDOM_FLIP", "none")
+    assert status == 0
+    picture = cv2.imread(str(output / "0000_image4.png"))
+    red = (picture[..., ::-1] == RED).all(axis=2)
+    assert not red[30, 24]  # inside the triangle
+    assert red[50:58, 64:78].all()  # in its box, on the other side of the long edge
+    assert not red[105, 50]
+    assert red[113:, 20:80].all()  # below the bar
+    assert red[76:88, 110:128].all()  # inside the third box
+
+
 def test_a_grid_holds_all_pictures(tmp_path, options):
     status, output = draw(tmp_path, "--num", "5", "--grid", *options)
     assert status == 0

@@ -1,4 +1,4 @@
-"""Draw scenes of simple shapes with their boxes, easy and hard ones.
+"""Draw scenes of simple shapes with their boxes and masks, easy and hard ones.
 
 A scene holds rotated and squeezed shapes of six classes and 8 to 200 px, overlapping, flat or
 textured, over lines, blobs and fragments of contours that are not objects. An *easy* scene is clear
@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
 
 CLASSES = ("circle", "square", "triangle", "star", "cross", "ring")
 # BGR. Colour helps to learn the classes quickly, but only shape separates them.
@@ -35,8 +36,9 @@ MIN_SIZE, MAX_SIZE = 8.0, 200.0
 MIN_VISIBLE = 0.3
 FINENESS = 4  # masks are supersampled by this factor
 
-# Raise it with every change to the pixels of a seed, so that old folders are replaced.
-DRAWING_VERSION = 1
+# Raise it with every change to the pixels or annotations of a seed, so that old folders are
+# replaced.
+DRAWING_VERSION = 2
 
 Array = NDArray[Any]
 Range = tuple[float, float]
@@ -116,8 +118,9 @@ def make_image(
         image: uint8 ``[H, W, 3]``, BGR.
         annotations: one dict per object with ``category_id`` (1 = first of ``CLASSES``), ``bbox``
             (XYWH in pixels, tight around what lies inside the image, hidden parts too), ``area``
-            (of the box), ``iscrowd`` 0, ``visibility`` (0.3..1). Shapes that are less visible are
-            drawn and not annotated. Can be empty.
+            (of the box), ``iscrowd`` 0, ``visibility`` (0.3..1), ``segmentation`` (compressed RLE
+            of the pixels that no other shape covers). Shapes that are less visible are drawn and
+            not annotated. Can be empty.
         difficulty: "easy" or "hard".
     """
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
@@ -270,7 +273,13 @@ def _annotation(shape: Shape, visible: Array) -> dict[str, Any]:
         "area": round(box[2] * box[3], 2),
         "iscrowd": 0,
         "visibility": round(min(1.0, float(visible.sum()) / max(shape.area, 1.0)), 3),
+        "segmentation": _rle(visible),
     }
+
+
+def _rle(mask: Array) -> dict[str, Any]:
+    rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
 
 
 def _cut(outline: Array, width: int, height: int) -> Array:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 import shape_scenes
@@ -59,7 +60,14 @@ def test_annotations_lie_in_the_image(index, size):
         assert y + h <= height + 0.01
         assert max(w, h) <= 200
         assert annotation["area"] == pytest.approx(w * h, abs=0.01)
+        mask = coco_mask.decode(annotation["segmentation"])
+        assert mask.shape == (height, width)
+        rows, columns = np.nonzero(mask)
+        assert x - 1 <= columns.min() <= columns.max() <= x + w
+        assert y - 1 <= rows.min() <= rows.max() <= y + h
         assert 0.3 <= annotation["visibility"] <= 1
+    masks = [coco_mask.decode(annotation["segmentation"]) for annotation in annotations]
+    assert np.sum(masks, axis=0).max(initial=0) <= 1  # no pixel belongs to two shapes
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -86,6 +94,9 @@ def test_boxes_are_tight_around_the_drawn_pixels(name, monkeypatch):
         bx, by, bw, bh = annotation["bbox"]
         # A sharp tip covers less than half of its last pixels.
         np.testing.assert_allclose(found, [bx, by, bx + bw, by + bh], atol=2)
+        # A pixel on the edge, half covered, may be rounded to either side.
+        mask = coco_mask.decode(annotation["segmentation"]).astype(bool)
+        assert (mask ^ changed).sum() <= 0.02 * changed.sum() + 1
 
 
 def test_boxes_of_shapes_cut_by_the_border_are_tight_around_what_is_left():
@@ -105,6 +116,7 @@ def test_visibility_is_what_later_shapes_leave():
     owner[:, 20:] = False  # something came over the right half
     annotation = shape_scenes._annotation(shape, owner)
     assert annotation["visibility"] == 0.5
+    np.testing.assert_array_equal(coco_mask.decode(annotation["segmentation"]), owner)
     assert annotation["bbox"] == [10, 10, 20, 20]
 
 

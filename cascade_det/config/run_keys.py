@@ -208,7 +208,7 @@ CASCADE = group(
     MASKLESS=Key(
         "keep",
         "Objects with a box but no mask, where `MODEL.MASK_ON`: kept for the boxes and left out of "
-        "the mask loss, or dropped, as Detectron2 does.",
+        "the mask loss, or dropped, as Detectron2 does. The Detectron2 host always drops them.",
         one_of("keep", "drop"),
     ),
     FOLLOW_LINKS=Key(

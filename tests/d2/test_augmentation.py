@@ -11,7 +11,16 @@ import torch
 pytest.importorskip("detectron2.engine", exc_type=ImportError)
 
 from detectron2.modeling import GeneralizedRCNNWithTTA
-from two_hosts import BACKBONES, EXITS, SAME_KERNEL, build_three, build_two, make_batch
+from two_hosts import (
+    BACKBONES,
+    EVERY,
+    EXITS,
+    MASKS,
+    SAME_KERNEL,
+    build_three,
+    build_two,
+    make_batch,
+)
 
 from cascade_det.config import augmentation_arguments
 from cascade_det.standalone import optimize
@@ -27,11 +36,6 @@ AUGMENTED = (
     (64, 80, 112),
     "TEST.AUG.MAX_SIZE",
     128,
-)
-MASKS = (
-    *("MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"),
-    *("MODEL.ROI_MASK_HEAD.CONV_DIM", 16, "MODEL.ROI_MASK_HEAD.NUM_CONV", 2),
-    *("TEST.DETECTIONS_PER_IMAGE", 40),
 )
 
 
@@ -50,11 +54,6 @@ class Theirs(GeneralizedRCNNWithTTA):
 def build(*options, own_heads=False):
     """Detectron2's, with its own heads or with ours, and the standalone detector."""
     theirs, *_, alone = (build_three if own_heads else build_two)(*options)
-    with torch.no_grad():
-        for name, value in theirs.model.named_parameters():
-            if "mask_head.predictor.weight" in name:
-                value.normal_(std=0.3)
-    alone.model.load_state_dict(theirs.model.state_dict())
     return Theirs(theirs.cfg, theirs.model), alone
 
 
@@ -67,15 +66,18 @@ def outputs(theirs, batch):
     return [out["instances"] for out in theirs([dict(sample) for sample in batch])]
 
 
-@pytest.mark.parametrize("masks", [(), MASKS], ids=["boxes", "masks"])
-@pytest.mark.parametrize("exits", [(), EXITS], ids=["full", "exits"])
+@pytest.mark.parametrize(
+    ("masks", "exits"),
+    [((), ()), ((), EXITS), (MASKS, ()), (MASKS, EXITS), (EVERY, EXITS)],
+    ids=["boxes", "boxes-exits", "masks", "masks-exits", "masks-of-every-stage"],
+)
 def test_same_numbers(masks, exits, record_property):
     options = (*BACKBONES["R-18"], *SAME_KERNEL, *AUGMENTED, *masks, *exits)
     theirs, alone = build(*options, own_heads=not exits)
     batch = make_batch(2)
     wanted, got = outputs(theirs, batch), augmented(alone).detect(batch).detections
-    stages = torch.cat([found.exit_stages for found in got]).unique().tolist()
-    assert stages == ([0, 1, 2] if exits else [2])
+    stages = torch.cat([found.exit_stages for found in got])
+    assert (len(stages.unique()) > 1) == bool(exits)
     largest = 0.0
     for index, (ours, own) in enumerate(zip(got, wanted, strict=True)):
         assert len(ours) > 20

@@ -27,6 +27,7 @@ from two_hosts import (
     BACKBONES,
     CONFIG,
     EXITS,
+    MASKS,
     OUR_HEADS,
     OWN_HEADS,
     SMALL,
@@ -110,11 +111,6 @@ def test_of_the_same_detections(limit, seed, tmp_path, record_property):
 
 R18 = BACKBONES["R-18"]
 INPUT = ("INPUT.MIN_SIZE_TEST", 112, "INPUT.MAX_SIZE_TEST", 150)
-MASKS = (
-    *("MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"),
-    *("MODEL.ROI_MASK_HEAD.CONV_DIM", 16, "MODEL.ROI_MASK_HEAD.NUM_CONV", 2),
-    *("TEST.DETECTIONS_PER_IMAGE", 40),
-)
 AUGMENTED = ("TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (0,))
 
 
@@ -138,9 +134,6 @@ def make_checkpoint(folder, options):
     torch.manual_seed(0)
     own = in_detectron2(*R18, *options)
     stir(own.model)
-    for name, value in own.model.named_parameters():
-        if "mask_head.predictor" in name:
-            torch.nn.init.normal_(value.detach(), mean=0.1, std=0.1)
     DetectionCheckpointer(own.model, folder).save("model")
     return str(folder / "model.pth")
 
@@ -189,7 +182,7 @@ def make_truth(path, folder, options):
     [
         ("photographs", OWN_HEADS),
         ("drawings", (*OUR_HEADS, *EXITS)),
-        ("drawings", (*OWN_HEADS, *MASKS)),
+        ("drawings", (*OWN_HEADS, *MASKS, "TEST.DETECTIONS_PER_IMAGE", 40)),
     ],
     ids=["plain", "exits", "masks"],
 )

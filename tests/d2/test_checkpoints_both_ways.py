@@ -4,6 +4,7 @@ import logging
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,11 +14,14 @@ pytest.importorskip("detectron2.engine", exc_type=ImportError)
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
-from shape_runs import INSTANT
+from shape_runs import INSTANT, ROOT
+from small_plugin import detectron2_yaml
 from two_hosts import (
     BACKBONES,
     CONFIG,
+    EVERY,
     EXITS,
+    MASKS,
     OUR_HEADS,
     OWN_HEADS,
     SMALL,
@@ -157,6 +161,60 @@ def run(options, tmp_path_factory):
     cfg = load_config(INSTANT, [*options, *more, "OUTPUT_DIR", str(folder)])
     train(cfg)
     return cfg, folder
+
+
+class TestMasks:
+    def test_shipped_configuration_has_the_names_of_the_model_zoo(self):
+        name = "cascade_mask_rcnn_R_50_FPN_3x.yaml"
+        theirs = get_cfg()
+        theirs.merge_from_file(detectron2_yaml(f"Misc/{name}"))
+        theirs.MODEL.DEVICE = "cpu"
+        ours = ROOT / "configs" / "COCO-InstanceSegmentation" / name
+        wanted = shapes_of(build_model(theirs))
+        found = shapes_of(build_detector(load_config(ours, ["MODEL.DEVICE", "cpu"])))
+        computed = {key for key in wanted if "anchor_generator" in key}
+        assert found == {key: shape for key, shape in wanted.items() if key not in computed}
+        assert "roi_heads.mask_head.mask_fcn4.weight" in found
+
+    @pytest.mark.parametrize("options", [MASKS, EVERY], ids=["last", "every"])
+    def test_there_and_back(self, options, tmp_path, detectron2_log):
+        kind = OWN_HEADS if options is MASKS else OUR_HEADS
+        theirs = in_detectron2(*R18, *options, *kind)
+        stir(theirs.model)
+        arrays = {name: value.numpy() for name, value in theirs.model.state_dict().items()}
+        path = tmp_path / "model_final_480dd8.pkl"
+        path.write_bytes(pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}))
+        alone = standalone(*R18, *options).model
+        assert_complete(load_weights(alone, path, complete=True))
+        assert_same_state(alone, theirs.model.state_dict())
+
+        torch.save({"model": alone.state_dict()}, tmp_path / "back.pth")
+        again = in_detectron2(*R18, *options, *kind).model
+        detectron2_log.clear()
+        DetectionCheckpointer(again).load(str(tmp_path / "back.pth"))
+        assert [r for r in detectron2_log.records if r.levelno >= logging.WARNING] == []
+        assert_same_state(again, theirs.model.state_dict())
+
+    def test_caffe2_model(self, tmp_path):
+        """Each host on its own makes the same of its mask head."""
+        ours, alone = (host(*R18, *MASKS, *OUR_HEADS).model for host in (in_detectron2, standalone))
+        alone.load_state_dict(ours.state_dict())
+        content = {"conv1_w": np.ones((64, 3, 7, 7), np.float32)}
+        blobs = {"mask_fcn1": "_[mask]_fcn1", "mask_fcn2": "_[mask]_fcn2", "deconv": "conv5_mask"}
+        for name, blob in {**blobs, "predictor": "mask_fcn_logits"}.items():
+            for kind in ("weight", "bias"):
+                shape = list(getattr(ours.roi_heads.mask_head.get_submodule(name), kind).shape)
+                shape[0] += name == "predictor"  # background, the first
+                content[f"{blob}_{kind[0]}"] = np.random.rand(*shape).astype(np.float32)  # noqa: NPY002
+        path = tmp_path / "mask_rcnn.pkl"
+        path.write_bytes(pickle.dumps({"blobs": content}, protocol=2))
+        before = ours.roi_heads.mask_head.predictor.weight.clone()
+        DetectionCheckpointer(ours).load(str(path))
+        load_weights(alone, path)
+        assert_same_state(alone.roi_heads.mask_head, ours.roi_heads.mask_head.state_dict())
+        found = alone.roi_heads.mask_head.predictor.weight.detach()
+        assert not torch.equal(found, before)
+        assert torch.equal(found, torch.from_numpy(content["mask_fcn_logits_w"][1:]))
 
 
 class TestStandaloneToDetectron2:

@@ -10,7 +10,6 @@ import torch
 
 pytest.importorskip("detectron2.engine", exc_type=ImportError)
 
-import detectron2
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog, build_detection_test_loader
@@ -33,6 +32,7 @@ from small_plugin import (
     assert_same_instances,
     build_detector,
     detect,
+    detectron2_yaml,
     features_of,
     keep_in_range,
     make_image,
@@ -363,15 +363,6 @@ class TestOthers:
             image, model, slice_height=96, slice_width=96, perform_standard_pred=False, verbose=0
         )
         assert len(sliced.object_prediction_list) > 0
-
-
-def detectron2_yaml(name):
-    """A file of Detectron2's own, beside a clone or in the package, if there is one."""
-    package = Path(detectron2.__file__).parent
-    for folder in (package.parent / "configs", package / "model_zoo" / "configs"):
-        if (folder / name).is_file():
-            return str(folder / name)
-    pytest.skip(f"Detectron2's {name} is not there")
 
 
 @pytest.fixture(scope="module")

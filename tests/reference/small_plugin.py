@@ -1,5 +1,8 @@
 """The plugin in Detectron2, small: the heads on scenes of ``small_cascades``, and whole models."""
 
+from pathlib import Path
+
+import detectron2
 import pytest
 import torch
 from detectron2.config import get_cfg
@@ -123,6 +126,15 @@ def keep_in_range(model):
     for predictor in model.roi_heads.box_predictor:
         torch.nn.init.normal_(predictor.cls_score.weight, std=1.2)
         torch.nn.init.normal_(predictor.bbox_pred.weight, std=0.1)
+
+
+def detectron2_yaml(name):
+    """A file of Detectron2's own, beside a clone or in the package, if there is one."""
+    package = Path(detectron2.__file__).parent
+    for folder in (package.parent / "configs", package / "model_zoo" / "configs"):
+        if (folder / name).is_file():
+            return str(folder / name)
+    pytest.skip(f"Detectron2's {name} is not there")
 
 
 def make_image(size, *, seed=0):

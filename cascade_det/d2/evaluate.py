@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from detectron2.evaluation import (
     verify_results,
 )
 from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
+from pycocotools.coco import COCO
 from torch import nn
 
 from cascade_det import config
@@ -36,7 +38,7 @@ from cascade_det.engine.run_weights import load_to_evaluate
 from cascade_det.errors import ConfigError
 from cascade_det.evaluation import RegionFlops
 from cascade_det.evaluation.average_precision import detections_limit, with_ap90
-from cascade_det.evaluation.ground_truth import class_labels
+from cascade_det.evaluation.ground_truth import class_labels, load_mask_truth
 from cascade_det.monitoring.shadow import shadow_evaluators
 from cascade_det.parallel import distributed
 
@@ -133,8 +135,7 @@ def with_augmentation(
 def coco_evaluator(cfg: CfgNode, name: str, output_dir: Path | None = None) -> COCOEvaluator:
     """Detectron2's evaluator of a data set; fills in missing entries of its json.
 
-    These are ``iscrowd`` (0), ``area`` (of the box), ``num_keypoints`` (the visible ones) and, for
-    models with masks, ``segmentation`` (no pixel, so that the object counts as missed).
+    These are ``iscrowd`` (0), ``area`` (of the box) and ``num_keypoints`` (the visible ones).
 
     Args:
         cfg: a configuration.
@@ -153,18 +154,11 @@ def coco_evaluator(cfg: CfgNode, name: str, output_dir: Path | None = None) -> C
             annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
         visible = [flag for flag in annotation.get("keypoints", ())[2::3] if flag > 0]
         annotation.setdefault("num_keypoints", len(visible))
-        if cfg.MODEL.MASK_ON:
-            image = evaluator._coco_api.imgs[annotation["image_id"]]
-            annotation["segmentation"] = _drawable(annotation.get("segmentation"), image)
+        if isinstance(polygons := annotation.get("segmentation"), list):
+            # pycocotools fails at those that the readers of data leave out.
+            good = [polygon for polygon in polygons if len(polygon) >= 6 and len(polygon) % 2 == 0]
+            annotation["segmentation"] = good
     return evaluator
-
-
-def _drawable(mask: Any, image: Mapping[str, Any]) -> Any:
-    """A mask that pycocotools can draw: it fails at polygons that the reader of data leaves out."""
-    if isinstance(mask, list):
-        mask = [polygon for polygon in mask if len(polygon) >= 6 and len(polygon) % 2 == 0]
-    height, width = image["height"], image["width"]
-    return mask or {"size": [height, width], "counts": [height * width]}
 
 
 def check_expected(cfg: CfgNode, results: Mapping[str, Any]) -> None:
@@ -200,7 +194,30 @@ def _flops(detector: Detector) -> RegionFlops | None:
 
 
 class _Evaluator(COCOEvaluator):
-    """Labels classes as our evaluators do, so that classes of the same name keep their AP."""
+    """Labels classes as our evaluators do, so that classes of the same name keep their AP.
+
+    Where objects have no mask, AP of masks leaves them out, as ours does (see
+    ``load_mask_truth``): Detectron2 would fail.
+    """
+
+    _coco_api: COCO
+    _tasks: set[str] | None
+
+    def _eval_predictions(
+        self, predictions: list[dict[str, Any]], img_ids: list[int] | None = None
+    ) -> None:
+        truth = self._coco_api
+        found = set(self._tasks_from_predictions([x for p in predictions for x in p["instances"]]))
+        objects = truth.dataset.get("annotations", ())
+        if "segm" not in found or all(x.get("segmentation") for x in objects):
+            super()._eval_predictions(predictions, img_ids)
+            return
+        self._tasks = found - {"segm"}
+        # It changes the predictions.
+        super()._eval_predictions(copy.deepcopy(predictions), img_ids)
+        self._tasks, self._coco_api = {"segm"}, load_mask_truth(truth.dataset)
+        super()._eval_predictions(predictions, img_ids)
+        self._tasks, self._coco_api = None, truth
 
     def _derive_coco_results(
         self, coco_eval: Any, iou_type: str, class_names: Sequence[str] | None = None

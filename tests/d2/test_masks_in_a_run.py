@@ -69,6 +69,7 @@ def test_masks_and_keypoints_are_trained_timed_and_evaluated(own, make_cfg, tmp_
     output = tmp_path / "output"
     saved = json.loads((output / "results.json").read_text())
     assert saved.keys() >= {"bbox", "segm", "keypoints", "stages", "exits", "latency"}
+    assert list(saved["segm"])[:4] == ["AP", "AP50", "AP75", "AP90"]
     assert saved["latency"]["parts"]["masks"]["median_ms"] > 0
     truth = COCO(str(tmp_path / "val.json"))
     found = truth.loadRes(str(output / "inference" / "coco_instances_results.json"))
@@ -80,6 +81,37 @@ def test_masks_and_keypoints_are_trained_timed_and_evaluated(own, make_cfg, tmp_
     assert {"loss_mask", "loss_keypoint", "loss_cls_stage2"} <= results["validation"].keys()
     best = torch.load(output / "model_best.pth", weights_only=True)
     assert best["metric"] == {"validation/loss_mask": results["validation"]["loss_mask"]}
+
+
+@pytest.fixture
+def some_without_masks(own, tmp_path):
+    """Takes the masks of every third object of those data away."""
+    for split in ("train", "val"):
+        content = json.loads((tmp_path / f"{split}.json").read_text())
+        for annotation in content["annotations"][::3]:
+            annotation["segmentation"] = []
+        (tmp_path / f"{split}.json").write_text(json.dumps(content))
+    return [*own, "DATASETS.TRAIN", "('own_train',)", "MODEL.KEYPOINT_ON", "False"]
+
+
+class TestObjectsWithoutMasks:
+    MASKS = (*MODEL[:8], "SOLVER.MAX_ITER", "2", "MODEL.CASCADE.MASK.STAGES", "every")
+
+    def test_dropped_they_do_not_train(self, some_without_masks, make_cfg, on_step, tmp_path):
+        seen = []
+        on_step(lambda _, batch: seen.extend(batch))
+        options = [*self.MASKS, *EVALUATED[:4], "CASCADE.MASKLESS", "drop"]
+        results = host.train(make_cfg(*some_without_masks, *options))
+        content = json.loads((tmp_path / "train.json").read_text())
+        for inputs in seen:
+            of_image = [a for a in content["annotations"] if a["image_id"] == inputs["image_id"]]
+            assert len(inputs["instances"]) == sum(bool(a["segmentation"]) for a in of_image)
+        assert len(seen) == 4
+        assert results["validation"]["loss_mask_stage2"] > 0
+        # Their boxes count for the AP of boxes; that of masks is ours, which leaves them out.
+        last = results["stages"]["stage2"]
+        assert results["segm"]["AP"] == pytest.approx(last["segm"]["AP"], abs=1e-6)
+        assert results["bbox"]["AP"] == pytest.approx(last["AP"], abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["polygon", "bitmask"])

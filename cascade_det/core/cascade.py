@@ -99,12 +99,9 @@ class CascadeHead(nn.Module):
         super().__init__()
         self.num_stages = len(ious)
         stage_loss_weights = stage_loss_weights or [1.0] * self.num_stages
-        for name, values in (
-            ("box_heads", box_heads),
-            ("box_predictors", box_predictors),
-            ("bbox_reg_weights", bbox_reg_weights),
-            ("stage_loss_weights", stage_loss_weights),
-        ):
+        modules = ("box_heads", box_heads), ("box_predictors", box_predictors)
+        weights = ("bbox_reg_weights", bbox_reg_weights), ("stage_loss_weights", stage_loss_weights)
+        for name, values in (*modules, *weights):
             if len(values) != self.num_stages:
                 raise ValueError(f"{len(values)} {name} for {self.num_stages} ious")
         if exits is not None and exits.num_stages != self.num_stages:
@@ -137,9 +134,12 @@ class CascadeHead(nn.Module):
         self.metrics: dict[str, Tensor] = {}
 
     def optimize(self, dtype: torch.dtype = torch.float32) -> None:
-        """Replace the box heads by fast ones for inference, see ``fast_box_heads``."""
+        """Replace box and mask heads by fast ones for inference, see ``fast_box_heads``."""
         size = self.pooler.output_size
         self.box_head = fast_box_heads(self.box_head, pooled_size=size, dtype=dtype)
+        if self.masks is not None:
+            self.masks = self.masks.optimized(dtype)
+            self.mask_head = self.masks.head
 
     def losses(
         self,

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+from cascade_det.core.fast_masks import fast_mask_heads
 
 logger = logging.getLogger(__name__)
 
@@ -114,13 +117,13 @@ def _is_their_sequence(head: nn.Module, layers: list[nn.Module], pooled_size: in
 
 
 class FastCopies:
-    """Cached fast copies of box heads, renewed when weights were loaded or replaced.
+    """Cached fast copies of heads, renewed when weights were loaded or replaced.
 
     A training step is not noticed: fused optimisers change weights without a new version. Threads
     may each make copies at first; one set stays.
 
     Args:
-        pooled_size: P.
+        pooled_size: P of the box heads.
         dtype: of the computation.
         device: of the heads.
     """
@@ -129,20 +132,28 @@ class FastCopies:
         self.pooled_size = pooled_size
         self.dtype = dtype
         self.device = device
-        self._kept: tuple[list[tuple[int, int, int]], nn.ModuleList] | None = None
+        self._kept: dict[str, tuple[list[tuple[int, int, int]], nn.ModuleList]] = {}
 
     def get(self, heads: Collection[nn.Module]) -> nn.ModuleList:
-        """Fast copies of the heads with their current weights."""
-        parameters = [p for head in heads for p in head.parameters()]
-        versions = [
-            (id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters
-        ]
-        kept = self._kept
+        """Fast copies of box heads with their current weights."""
+        size, dtype = self.pooled_size, self.dtype
+        make = partial(fast_box_heads, pooled_size=size, dtype=dtype, keep=True)
+        return self._current("box", heads, make)
+
+    def get_masks(self, heads: Collection[nn.Module]) -> nn.ModuleList:
+        """Fast copies of mask heads with their current weights."""
+        return self._current("mask", heads, partial(fast_mask_heads, dtype=self.dtype))
+
+    def _current(
+        self,
+        kind: str,
+        heads: Collection[nn.Module],
+        make: Callable[[Collection[nn.Module]], nn.ModuleList],
+    ) -> nn.ModuleList:
+        tensors = [x for head in heads for x in (*head.parameters(), *head.buffers())]
+        versions = [(id(x), x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors]
+        kept = self._kept.get(kind)
         if kept is None or kept[0] != versions:
-            kept = self._kept = None  # free the old copies first
-            kept = (
-                versions,
-                fast_box_heads(heads, pooled_size=self.pooled_size, dtype=self.dtype, keep=True),
-            )
-            self._kept = kept
+            self._kept.pop(kind, None)  # free the old copies first
+            kept = self._kept[kind] = versions, make(heads)
         return kept[1]

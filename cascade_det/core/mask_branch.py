@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torchvision.ops import box_iou
 
 from cascade_det.core.cascade_targets import CascadeTargets
+from cascade_det.core.fast_masks import FastMaskHead, fast_mask_heads
 from cascade_det.core.matching import GroundTruth, LabelledRegions
 from cascade_det.core.roi_pooling import Pyramid, RoIPooler
 from cascade_det.core.structures import Detections
@@ -66,6 +67,14 @@ class MaskBranch:
     def heads(self) -> list[nn.Module]:
         """The head, or those of the stages."""
         return list(self.head) if isinstance(self.head, nn.ModuleList) else [self.head]
+
+    def optimized(self, dtype: torch.dtype) -> MaskBranch:
+        """The same with fast heads for inference, see ``fast_mask_heads``."""
+        return self.with_heads(fast_mask_heads(self.heads, dtype=dtype))
+
+    def with_heads(self, heads: nn.ModuleList) -> MaskBranch:
+        """The same with as many other heads."""
+        return replace(self, head=heads if self.per_stage else heads[0])
 
     def losses(
         self,
@@ -151,9 +160,25 @@ class MaskBranch:
         stages: int | None = None,
     ) -> Tensor:
         """Masks of regions: float32 ``[R, M, M]`` in [0, 1]; arguments as of ``add``, ``[R]``."""
+        heads = self.heads[:stages]
+        fast = [head for head in heads if isinstance(head, FastMaskHead)]
+        if pyramid.table is not None and len(fast) == len(heads):
+            rows, order = self.pooler.pool_rows(pyramid, boxes, image_index)  # [R, P * P * C]
+            masks = _mean_probs([head.forward_rows(rows, classes[order]) for head in fast])
+            return torch.empty_like(masks).index_copy_(0, order, masks)
         pooled = self.pooler(pyramid, boxes, image_index)  # [R, C, P, P]
-        probs = [head(pooled, classes).sigmoid() for head in self.heads[:stages]]
-        return torch.stack(probs).mean(dim=0) if len(probs) > 1 else probs[0]
+        return _mean_probs([head(pooled.to(_dtype(head, pooled.dtype)), classes) for head in heads])
+
+
+def _dtype(head: nn.Module, default: torch.dtype) -> torch.dtype:
+    """That of its weights: fast box heads may have the maps pooled in another one."""
+    return next((weight.dtype for weight in head.parameters()), default)
+
+
+def _mean_probs(logits: list[Tensor]) -> Tensor:
+    """Mean probabilities ``[R, M, M]`` of the logits of each head."""
+    probs = [x.sigmoid() for x in logits]
+    return torch.stack(probs).mean(dim=0) if len(probs) > 1 else probs[0]
 
 
 def _metrics(predicted: Tensor, targets: Tensor) -> dict[str, Tensor]:

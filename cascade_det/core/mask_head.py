@@ -83,10 +83,15 @@ def class_logits(predictor: nn.Conv2d, x: Tensor, classes: Tensor) -> Tensor:
     Returns:
         float32 ``[R, M, M]``.
     """
+    size = x.shape[-1]
+    pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # [R, M * M, C]
+    return pixel_logits(predictor, pixels, classes).view(-1, size, size)
+
+
+def pixel_logits(predictor: nn.Conv2d, pixels: Tensor, classes: Tensor) -> Tensor:
+    """``class_logits`` of Q pixels ``[R, Q, C]`` per region: float32 ``[R, Q]``."""
     weight, bias = predictor.weight.flatten(1), predictor.bias  # [K, C]
     assert bias is not None
     rows = torch.zeros_like(classes) if len(weight) == 1 else classes
-    size = x.shape[-1]
-    pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # [R, M * M, C]
     logits = torch.baddbmm(bias[rows][:, None, None], pixels, weight[rows][:, :, None])
-    return logits.float().view(-1, size, size)
+    return logits.squeeze(2).float()

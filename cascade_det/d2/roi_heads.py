@@ -93,7 +93,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         mask_rules: which detections get a mask; the ``pred_masks`` of others are 0. ``None`` for
             all. Masks for given boxes have no rules, nor do traced ones.
         regime: the training schedule; ``None`` for the plain sum of the stages' losses.
-        fast_dtype: run inference on optimised copies of the box heads in this type, see
+        fast_dtype: run inference on optimised copies of box and mask heads in this type, see
             ``MODEL.CASCADE.FAST.DTYPE``; ``None`` for no copies.
         kwargs: further arguments of :class:`CascadeROIHeads`.
 
@@ -295,7 +295,9 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             ValueError: the cascade cannot replace one of the parts.
         """
         cascade, rules, last = self.cascade, self._rules(), self.box_predictor[-1]
-        cascade.box_head, cascade.box_predictor = self._box_heads(), self.box_predictor
+        copies = self._copies()
+        cascade.box_head = self.box_head if copies is None else copies.get(self.box_head)
+        cascade.box_predictor = self.box_predictor
         cascade.exits, cascade.regime = self.exits, self.regime
         cascade.masks = None if torch.jit.is_tracing() else self._masks()
         cascade.mask_head = None if cascade.masks is None else cascade.masks.head
@@ -313,7 +315,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         overridden = type(self)._forward_mask is not EarlyExitCascadeROIHeads._forward_mask
         if not self.mask_on or (overridden and not self._has_stage_masks):
             return None
-        return mask_branch(
+        branch = mask_branch(
             self.mask_head,
             self.mask_pooler,
             same_maps=list(self.mask_in_features) == list(self.box_in_features),
@@ -321,13 +323,17 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             kernel=self.cascade.pooler.kernel,
             rules=self.mask_rules,
         )
+        copies = self._copies()
+        if branch is None or copies is None:
+            return branch
+        return branch.with_heads(copies.get_masks(branch.heads))
 
-    def _box_heads(self) -> nn.ModuleList:
-        """The box heads of the cascade; in inference fast copies if ``fast_dtype`` is set."""
+    def _copies(self) -> FastCopies | None:
+        """Fast copies of the heads for inference if ``fast_dtype`` is set."""
         if self.training:
             self._fast_copies = None  # of weights that are about to change
         if self._fast_dtype is None or self.training or torch.jit.is_tracing():
-            return self.box_head
+            return None
         device = next(self.box_head.parameters()).device
         copies = self._fast_copies
         if copies is None or copies.device != device:
@@ -337,7 +343,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             )
             if device.type == "cpu":
                 keep_freed_memory()
-        return copies.get(self.box_head)
+        return copies
 
     def _rules(self) -> dict[str, Any]:
         """Settings of the predictors and matchers as arguments of the cascade."""

@@ -43,7 +43,8 @@ def fold_norms(module: nn.Module) -> int:
 def _is_fixed(norm: nn.Module | None) -> TypeGuard[_Norm]:
     if isinstance(norm, _BatchNorm):
         return not norm.training and norm.track_running_stats
-    return isinstance(norm, FrozenBatchNorm2d)
+    # Detectron2's has the same buffers and, as torchvision's, no parameters.
+    return norm is not None and not list(norm.parameters()) and hasattr(norm, "running_var")
 
 
 def _fold(conv: nn.Conv2d, norm: _Norm) -> None:

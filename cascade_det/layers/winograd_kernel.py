@@ -5,29 +5,24 @@ quarter of the multiplications. The map is cut into tiles of 4x4 outputs, each f
 Inputs and weights are transformed, 36 matrix products over the channels replace 144 per tile, and
 the result is transformed back. The transforms are 1-D, along rows and then columns, made of
 additions of whole slices. Work goes in bands of tile rows that fit the cache, each done by one
-thread from start to end: with dozens of short operations, waiting for all threads after each
-would dominate, above all where other processes share the cores.
+thread from start to end.
 
 Shapes: N images, C channels in, K out, an H x W map of P x Q tiles.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from collections.abc import Sequence
 from math import ceil, prod
-from threading import Barrier, local
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_OF_THREAD = local()
+from cascade_det.layers.workers import carve, run_in_threads, workspace
 
 # The weight transform at the points 0, 1, -1, 2, -2 and infinity.
-_WEIGHT_TRANSFORM = (
+WEIGHT_TRANSFORM = (
     (1 / 4, 0, 0),
     (-1 / 6, -1 / 6, -1 / 6),
     (-1 / 6, 1 / 6, -1 / 6),
@@ -39,7 +34,7 @@ _WEIGHT_TRANSFORM = (
 
 def transform_weight(weight: Tensor) -> Tensor:
     """``[K, C, 3, 3]`` to the ``[36, C, K]`` of ``winograd_conv2d``, computed in float64."""
-    g = torch.tensor(_WEIGHT_TRANSFORM, dtype=torch.float64, device=weight.device)  # [6, 3]
+    g = torch.tensor(WEIGHT_TRANSFORM, dtype=torch.float64, device=weight.device)  # [6, 3]
     transformed = torch.einsum("ai,kcij,bj->abck", g, weight.detach().double(), g)
     return transformed.flatten(0, 1).to(weight.dtype).contiguous()
 
@@ -82,58 +77,19 @@ def winograd_conv2d(
     remaining = iter(starts)
 
     def work() -> None:
-        with torch.inference_mode():  # which is per thread
-            sizes = most_images, most_rows, tile_columns, channels, out_channels
-            workspace = _workspace(sum(map(prod, _shapes(*sizes))), x.dtype)
-            for image, row in remaining:
-                some = x[image : image + most_images]
-                tiles = out_tiles[:, :, image : image + most_images, row : row + most_rows]
-                _convolve_band(some, row, transformed_weight, bias, tiles, workspace)
+        sizes = most_images, most_rows, tile_columns, channels, out_channels
+        memory = workspace(sum(map(prod, _shapes(*sizes))), x.dtype)
+        for image, row in remaining:
+            some = x[image : image + most_images]
+            tiles = out_tiles[:, :, image : image + most_images, row : row + most_rows]
+            _convolve_band(some, row, transformed_weight, bias, tiles, memory)
 
-    if threads == 1 or len(starts) == 1:
-        work()
-    else:
-        workers = _workers(threads, os.getpid())
-        for done in [workers.submit(work) for _ in range(threads)]:
-            done.result()
+    run_in_threads(work, len(starts))
     whole = tiled.view(images, 4 * tile_rows, 4 * tile_columns, out_channels)  # [N, 4 P, 4 Q, K]
     result = whole[:, :height, :width].permute(0, 3, 1, 2)  # [N, K, H, W]
     if out is None:
         return result.contiguous(memory_format=torch.channels_last)
     return out.copy_(result) if height % 4 or width % 4 else out
-
-
-@cache
-def _workers(count: int, process: int) -> ThreadPoolExecutor:
-    """Threads in which PyTorch runs operations on one thread.
-
-    ``process`` renews the cache after a fork, which does not copy threads.
-    """
-    ready = Barrier(count + 1)
-
-    def start() -> None:
-        torch.get_num_threads()  # else the first operation resets the number
-        torch.set_num_threads(1)
-        ready.wait()
-
-    workers = ThreadPoolExecutor(count, "winograd", initializer=start)
-    try:
-        for _ in range(count):
-            workers.submit(int)
-    except RuntimeError:  # no more threads: release those that wait
-        ready.abort()
-        raise
-    ready.wait()
-    torch.set_num_threads(count)  # new threads take the number that was set last
-    return workers
-
-
-def _workspace(size: int, dtype: torch.dtype) -> Tensor:
-    """Scratch memory of this thread, kept: memory that threads free is seldom reused."""
-    kept: Tensor | None = getattr(_OF_THREAD, "workspace", None)
-    if kept is None or len(kept) < size or kept.dtype != dtype:
-        kept = _OF_THREAD.workspace = torch.empty(size, dtype=dtype)
-    return kept
 
 
 def _band_size(shape: Sequence[int], threads: int) -> tuple[int, int]:
@@ -154,13 +110,13 @@ def _convolve_band(
     transformed_weight: Tensor,
     bias: Tensor | None,
     out: Tensor,
-    workspace: Tensor,
+    memory: Tensor,
 ) -> None:
     """Convolve the P tile rows of ``x [N, H, W, C]`` from ``row`` to ``out [4, 4, N, P, Q, K]``."""
     *_, images, rows, columns, out_channels = out.shape
     channels = x.shape[3]
     shapes = _shapes(images, rows, columns, channels, out_channels)
-    z, v, m, o, scratch = _carve(workspace, shapes)
+    z, v, m, o, scratch = carve(memory, shapes)
     _transform_input(_rows(x, 4 * row - 1, 4 * (row + rows) + 1), z, v, scratch)
     torch.bmm(v.view(36, -1, channels), transformed_weight, out=m.view(36, -1, out_channels))
     if bias is not None:
@@ -178,12 +134,6 @@ def _shapes(n: int, p: int, q: int, c: int, k: int) -> list[tuple[int, ...]]:
         (6, n, p, q, 4, k),
         (scratch,),
     ]
-
-
-def _carve(workspace: Tensor, shapes: list[tuple[int, ...]]) -> Iterator[Tensor]:
-    sizes = [prod(shape) for shape in shapes]
-    parts = workspace[: sum(sizes)].split(sizes)
-    return (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
 
 
 def _rows(x: Tensor, start: int, stop: int) -> Tensor:

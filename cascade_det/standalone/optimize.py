@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cascade_det.backbones import ResNet
 from cascade_det.config.cascade_keys import FAST_PARTS as PARTS
 from cascade_det.core.fast_heads import FastBoxHead, fast_dtype
+from cascade_det.core.fast_masks import FastMaskHead
 from cascade_det.engine.allocator import keep_freed_memory
 from cascade_det.engine.devices import describe_dtypes, resolve_fast_dtype
 from cascade_det.layers.folding import fold_norms
@@ -33,10 +34,10 @@ def optimize(
     """Optimise a detector for inference in place; it cannot be trained afterwards.
 
     Folds norms into convolutions, uses channels-last maps, computes only the RPN deltas of the best
-    anchors, makes box heads read regions in the layout of the pooling, and computes in the fastest
-    type of the device. Detections in float32 stay equal up to rounding, in other types nearly. On
-    CPUs, large float32 convolutions use Winograd's algorithm, and the process keeps the memory of
-    freed tensors. The changes are logged and listed in ``detector.optimizations``.
+    anchors, makes box and mask heads read regions in the layout of the pooling, and computes in the
+    fastest type of the device. Detections in float32 stay equal up to rounding, in other types
+    nearly. On CPUs, large float32 convolutions use Winograd's algorithm, and the process keeps the
+    memory of freed tensors. The changes are logged and listed in ``detector.optimizations``.
 
     Load weights first: the state dict has other names afterwards.
 
@@ -80,7 +81,7 @@ def optimize(
         done.append("The process keeps the memory of freed tensors for the next ones.")
     if compile:
         done.append(_compile(detector, dtypes))
-    # Box heads of unknown kinds stay as they are.
+    # Heads of unknown kinds stay as they are.
     detector.dtype = describe_dtypes(
         {**dtypes, "roi_heads": fast_dtype(detector.roi_heads.box_head)}
     )
@@ -153,9 +154,15 @@ def _cast(dtype: torch.dtype, module: nn.Module, inputs: tuple[Tensor, ...]) -> 
 
 def _optimize_heads(detector: Detector, dtype: torch.dtype) -> str:
     detector.roi_heads.optimize(dtype)
-    heads = list(detector.roi_heads.box_head)
-    count = sum(isinstance(head, FastBoxHead) for head in heads)
-    return f"{count} of {len(heads)} box heads read regions in the layout of the pooling."
+    counts = [_count("box", detector.roi_heads.box_head, FastBoxHead)]
+    if detector.roi_heads.masks is not None:
+        counts.append(_count("mask", detector.roi_heads.masks.heads, FastMaskHead))
+    return f"{' and '.join(counts)} read regions in the layout of the pooling."
+
+
+def _count(kind: str, heads: Iterable[nn.Module], fast: type[nn.Module]) -> str:
+    are_fast = [isinstance(head, fast) for head in heads]
+    return f"{sum(are_fast)} of {len(are_fast)} {kind} heads"
 
 
 def _compile(detector: Detector, dtypes: Mapping[str, torch.dtype]) -> str:

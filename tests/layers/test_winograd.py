@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from cascade_det.layers import winograd as layers_winograd
 from cascade_det.layers.conv_norm import ConvNorm
 from cascade_det.layers.winograd import WinogradConv2d, use_winograd
-from cascade_det.layers.winograd_kernel import _workers, transform_weight, winograd_conv2d
+from cascade_det.layers.winograd_kernel import transform_weight, winograd_conv2d
+from cascade_det.layers.workers import _workers
 
 CHANNELS = layers_winograd.MIN_CHANNELS
 

@@ -82,6 +82,33 @@ def test_wide_convolutions_are_winograds(instant_cfg):
     assert not any(isinstance(m, WinogradConv2d) for m in half.modules())
 
 
+MASKS = ("MODEL.MASK_ON", "True", "MODEL.ROI_MASK_HEAD.CONV_DIM", "32")
+
+
+@pytest.mark.parametrize("stages", ["last", "every"])
+@pytest.mark.parametrize("parts", [(), ("roi_heads",)])
+def test_masks_are_as_before(instant_cfg, stages, parts):
+    options = (*MASKS, "MODEL.CASCADE.MASK.STAGES", stages)
+    plain = make_detector(instant_cfg, *options)
+    for head in plain.roi_heads.masks.heads:
+        nn.init.normal_(head.predictor.weight, std=1.0)
+    dtype = "bfloat16" if parts else "float32"
+    fast = optimize(copy.deepcopy(plain), dtype=dtype, float32_parts=parts)
+    heads = fast.roi_heads.masks.heads
+    assert len(heads) == (3 if stages == "every" else 1)
+    assert {head.dtype for head in heads} == {torch.float32}
+    assert any(f"{len(heads)} of {len(heads)} mask heads" in s for s in fast.optimizations)
+    batch = make_batch()
+    expected, got = plain.detect(batch), fast.detect(batch)
+    if parts:  # the maps before are rounded
+        assert all(ours.masks.dtype == torch.float32 for ours in got.detections)
+        return
+    assert_same_detections(got.detections, expected.detections)
+    for ours, theirs in zip(got.detections, expected.detections, strict=True):
+        torch.testing.assert_close(ours.masks, theirs.masks, rtol=0, atol=1e-4)
+        assert theirs.masks.std() > 0.05
+
+
 def types_of(detector):
     """The types that the parts compute in, seen at their outputs."""
     body, seen = detector.backbone.bottom_up, {}

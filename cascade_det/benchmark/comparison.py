@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from cascade_det import config
 from cascade_det.benchmark.agreement import compare_detections
 from cascade_det.benchmark.models import BenchmarkModel, ModelOutput
 from cascade_det.benchmark.setup import Setup
 from cascade_det.benchmark.timing import alternate, ratio, spread
+from cascade_det.core import Detections, MaskRules
 from cascade_det.engine.allocator import keep_freed_memory
 
 Models = Mapping[str, BenchmarkModel]
@@ -19,6 +21,10 @@ Calls = Mapping[str, Callable[[int], Any]]  # by model; they take the number of 
 
 # Detections are compared with those of the first of these that runs.
 _REFERENCES = ("detectron2-cascade", "ours")
+# Detections per image whose masks are measured: Detectron2's TEST.DETECTIONS_PER_IMAGE.
+MASKS = 100
+# Their mask heads are those of other models.
+_OTHER_MASKS = ("-exits", "one-stage", "one-stage-autocast")
 _OTHER_WEIGHTS = ("detectron2-one-stage", "torchvision")
 
 
@@ -59,6 +65,48 @@ def compare_whole(setup: Setup, models: Models, images: int, proposals: int) -> 
         inputs = _inputs(setup, model, images, proposals)
         calls[name] = _call_in_turn(partial(model.run, model.adapter.whole), inputs)
     return _compare(setup, models, calls, images, proposals)
+
+
+@torch.no_grad()
+def compare_masks(setup: Setup, models: Models, images: int) -> dict[str, Any]:
+    """Compare the mask heads with their pooling, on the same boxes and classes of each image.
+
+    Returns:
+        ``batch``; ``masks`` per image; ``rules``: how many of them per image the configuration's
+        rules keep, ``None`` on random detections; ``dtype`` of "ours-fast"; ``contenders`` and
+        ``ratios`` as ``_compare``; ``differences``: the largest of probabilities from those of
+        the first model, ``with``, by model.
+    """
+    models = {name: models[name] for name in models if not name.endswith(_OTHER_MASKS)}
+    batches = setup.batches(images)
+    given = [setup.detections(batch, MASKS) for batch in batches]
+    calls = {}
+    for name, model in models.items():
+        inputs = [
+            model.adapter.prepare_masks(*pair, model.autocast)
+            for pair in zip(batches, given, strict=True)
+        ]
+        calls[name] = _call_in_turn(partial(model.run, model.adapter.masks), inputs)
+    made = {name: torch.cat(call(0)).float() for name, call in calls.items()}
+    before = _run_untimed(models, calls)
+    times = alternate(calls, warmup=setup.options.warmup, before=before, **_rounds(setup))
+    every = [detections for batch in given for detections in batch]
+    reference = next((name for name in _REFERENCES if name in made), "")
+    return {
+        "batch": images,
+        "masks": sum(map(len, every)) / len(every),
+        "rules": _kept_by_rules(setup, every) if setup.trained else None,
+        "dtype": str(setup.fast_dtype).removeprefix("torch."),
+        **_times_and_ratios(times, images),
+        "differences": {
+            "with": reference,
+            "contenders": {
+                name: float((masks - made[reference]).abs().max())
+                for name, masks in made.items()
+                if reference and name not in (reference, *_OTHER_WEIGHTS)
+            },
+        },
+    }
 
 
 def compare_parts(setup: Setup, models: Models, images: int, proposals: int) -> dict[str, Any]:
@@ -132,6 +180,14 @@ def _compare(
         }
     agreement = _agreement(models, outputs)
     return {"batch": images, "proposals": proposals, **results, "agreement": agreement}
+
+
+def _kept_by_rules(setup: Setup, detections: Sequence[Detections]) -> float:
+    """Masks per image that the rules of the configuration keep."""
+    arguments = config.mask_head_arguments(setup.cfg)
+    assert arguments is not None
+    rules = MaskRules(**arguments["rules"])
+    return sum(int(rules.chosen(found).sum()) for found in detections) / len(detections)
 
 
 def _inputs(setup: Setup, model: BenchmarkModel, images: int, proposals: int) -> list[Any]:

@@ -15,15 +15,21 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from cascade_det.benchmark.models import ModelAdapter, ModelOutput, SharedMaps
+from cascade_det.benchmark.models import (
+    ModelAdapter,
+    ModelOutput,
+    SharedMaps,
+    make_masks,
+    prepare_pyramid,
+)
 from cascade_det.benchmark.part_timers import PartStart, time_parts
 from cascade_det.benchmark.setup import Regions, Setup
 from cascade_det.benchmark.weights import draw_predictor
-from cascade_det.core import ExitPolicy, PartTimer
+from cascade_det.core import Detections, ExitPolicy, PartTimer
 from cascade_det.d2 import host
 from cascade_det.d2.detector import Detector
 from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
-from cascade_det.d2.structures import to_detections
+from cascade_det.d2.structures import to_detections, to_instances
 from cascade_det.data.samples import Sample
 from cascade_det.errors import ConfigError
 
@@ -80,6 +86,26 @@ class InDetectron2(ModelAdapter):
     def heads(self, prepared: Any) -> list[Instances]:
         """Run the RoI heads alone."""
         return self.model.roi_heads(*prepared, None)[0]
+
+    def prepare_masks(
+        self, batch: Sequence[Sample], given: Sequence[Detections], dtype: torch.dtype | None
+    ) -> Any:
+        """The model's own features, with given detections."""
+        images, maps = self._maps.of(self.model, batch)
+        if self._has_our_heads:
+            cascade = Detector(self.model).cascade
+            pooled = [maps[name] for name in self.model.roi_heads.box_in_features]
+            return cascade, given, prepare_pyramid(cascade, pooled)
+        if dtype is not None:
+            maps = {name: x.to(dtype) for name, x in maps.items()}
+        return maps, [to_instances(*pair) for pair in zip(given, images.image_sizes, strict=True)]
+
+    def masks(self, prepared: Any) -> list[Tensor]:
+        """Pool the detections and run the mask head alone."""
+        if self._has_our_heads:
+            return make_masks(*prepared)
+        found = self.model.roi_heads.forward_with_given_boxes(*prepared)
+        return [instances.pred_masks[:, 0] for instances in found]
 
     def whole(self, inputs: Sequence[Sample]) -> list[Instances]:
         """Run the whole model."""

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from cascade_det.benchmark.setup import Regions, Setup
-from cascade_det.core import CascadeInputs, Detections, ExitPolicy, PartTimer
+from cascade_det.core import (
+    CascadeHead,
+    CascadeInputs,
+    Detections,
+    ExitPolicy,
+    MaskRules,
+    PartTimer,
+)
+from cascade_det.core.fast_heads import common_dtype
+from cascade_det.core.roi_pooling import Pyramid
 from cascade_det.data.samples import Sample
 from cascade_det.engine.devices import has_bfloat16
 from cascade_det.standalone import Detector
@@ -53,6 +62,17 @@ class ModelAdapter(Protocol):
 
     def heads(self, prepared: Any) -> Any:
         """Run the RoI heads alone."""
+
+    def prepare_masks(
+        self, batch: Sequence[Sample], given: Sequence[Detections], dtype: torch.dtype | None
+    ) -> Any:
+        """The input of ``masks``: features as box heads leave them, with given detections.
+
+        ``dtype`` as in ``prepare``.
+        """
+
+    def masks(self, prepared: Any) -> list[Tensor]:
+        """Pool the detections and run the mask head alone: per image ``[D, M, M]``."""
 
     def whole(self, inputs: Any) -> Any:
         """Run the whole model."""
@@ -123,6 +143,21 @@ class Standalone(ModelAdapter):
         """Run the RoI heads alone."""
         return self.detector.cascade.detect(**vars(prepared))
 
+    def prepare_masks(
+        self, batch: Sequence[Sample], given: Sequence[Detections], dtype: torch.dtype | None
+    ) -> tuple[CascadeHead, Sequence[Detections], Pyramid]:
+        """The model's own features in the layout of the pooling, with given detections."""
+        cascade = self.detector.cascade
+        return (
+            cascade,
+            given,
+            prepare_pyramid(cascade, self.detector.cascade_inputs(batch).features),
+        )
+
+    def masks(self, prepared: tuple[CascadeHead, Sequence[Detections], Pyramid]) -> list[Tensor]:
+        """Pool the detections and run the mask head alone."""
+        return make_masks(*prepared)
+
     def whole(self, inputs: Sequence[Sample]) -> Any:
         """Run the whole model."""
         output = self.detector.detect(inputs)
@@ -136,6 +171,18 @@ class Standalone(ModelAdapter):
     def parts(self, inputs: Sequence[Sample], timer: PartTimer) -> None:
         """Run the whole model; the timer gets the milliseconds of its parts."""
         self.detector.detect(inputs, timer=timer)
+
+
+def prepare_pyramid(cascade: CascadeHead, features: list[Tensor]) -> Pyramid:
+    """Features as the stages of a cascade pool them."""
+    return cascade.pooler.prepare(features, dtype=common_dtype(cascade.box_head))
+
+
+def make_masks(cascade: CascadeHead, given: Sequence[Detections], pyramid: Pyramid) -> list[Tensor]:
+    """Masks of all given detections, whatever the rules: per image ``[D, M, M]``."""
+    assert cascade.masks is not None
+    made, _ = replace(cascade.masks, rules=MaskRules()).add(given, pyramid)
+    return [found.masks for found in made if found.masks is not None]
 
 
 class SharedMaps:

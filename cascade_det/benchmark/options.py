@@ -23,9 +23,9 @@ MODELS: dict[str, str] = {
     "detectron2-cascade-autocast": "the same under autocast",
     "detectron2-one-stage": "Detectron2 with its StandardROIHeads (Faster R-CNN), as shipped",
     "detectron2-one-stage-autocast": "the same under autocast",
-    "torchvision": "torchvision's Faster R-CNN, R-50-FPN (one stage), as shipped",
+    "torchvision": "torchvision's Faster R-CNN or Mask R-CNN, R-50-FPN (one stage), as shipped",
 }
-MEASUREMENTS = ("heads", "whole", "parts", "training", "memory", "limits", "accuracy")
+MEASUREMENTS = ("heads", "masks", "whole", "parts", "training", "memory", "limits", "accuracy")
 AUTOCAST_TYPES = ("bfloat16", "float16")
 
 # Measured with exits "below 0.02, redundant from 0.95, REGION_BUDGET [300, 100, 50]".

@@ -13,6 +13,7 @@ from cascade_det.report.tables import Metrics, table
 
 TITLES = {
     "heads": "RoI heads alone",
+    "masks": "Masks of given boxes",
     "whole": "Whole model",
     "training": "Training step",
 }
@@ -32,6 +33,8 @@ def format_benchmark(results: Metrics) -> str:
             sections.append(_comparison_section(title, comparison))
             if comparison.get("agreement"):
                 sections.append(_agreement_section(comparison["agreement"]))
+            if comparison.get("differences"):
+                sections.append(_mask_section(comparison))
     sections += [_parts_section(comparison) for comparison in results.get("parts", ())]
     if results.get("memory"):
         sections += memory_sections(results["memory"])
@@ -45,9 +48,9 @@ def format_benchmark(results: Metrics) -> str:
 
 
 def where(comparison: Metrics) -> str:
-    """The batch size of a comparison, and its number of proposals if it has one."""
-    batch = f"batch of {comparison['batch']}"
-    return f"{batch}, {comparison['proposals']} proposals" if "proposals" in comparison else batch
+    """The batch size of a comparison, and its number of proposals or masks if it has one."""
+    counts = [f"{comparison[of]:g} {of}" for of in ("proposals", "masks") if of in comparison]
+    return ", ".join([f"batch of {comparison['batch']}", *counts])
 
 
 def _comparison_section(title: str, comparison: Metrics) -> str:
@@ -88,6 +91,17 @@ def _agreement_section(agreement: Metrics) -> str:
     headers = ["model", "detections", f"of {reference}", "in common"]
     headers += ["largest difference of boxes (pixels)", "of scores"]
     return table(f"Detections compared with {reference}", headers, rows, "")
+
+
+def _mask_section(comparison: Metrics) -> str:
+    differences = comparison["differences"]
+    rows = [[name, f"{value:.2g}"] for name, value in differences["contenders"].items()]
+    title = f"Masks compared with {differences['with']}"
+    section = table(title, ["model", "largest difference of probabilities"], rows, "")
+    if comparison["rules"] is None:
+        return section
+    kept = f"{comparison['rules']:.1f} masks per image"
+    return f"{section}\n\nThe rules of MODEL.CASCADE.MASK keep {kept}; all are timed."
 
 
 def _parts_section(comparison: Metrics) -> str:

@@ -12,6 +12,7 @@ import torch
 from cascade_det.benchmark.accuracy import measure_accuracy
 from cascade_det.benchmark.comparison import (
     compare_heads,
+    compare_masks,
     compare_parts,
     compare_training,
     compare_whole,
@@ -92,6 +93,7 @@ def _measurements(
     in_memory = [name for name in _MEMORY_MODELS if name in models]
     return {
         "heads": lambda: [compare_heads(setup, models, *size) for size in sizes],
+        "masks": lambda: _masks(setup, models, left_out),
         "whole": lambda: [compare_whole(setup, models, *size) for size in sizes],
         "parts": lambda: [compare_parts(setup, models, *sizes[0])],
         "training": lambda: _training(setup, left_out),
@@ -99,6 +101,13 @@ def _measurements(
         "limits": lambda: measure_limits(setup, models),
         "accuracy": lambda: _accuracy(setup, left_out),
     }
+
+
+def _masks(setup: Setup, models: Models, left_out: dict[str, str]) -> list[Results]:
+    if not setup.cfg.MODEL.MASK_ON:
+        left_out["masks"] = "MODEL.MASK_ON is False"
+        return []
+    return [compare_masks(setup, models, images) for images in setup.options.batches]
 
 
 def _training(setup: Setup, left_out: dict[str, str]) -> list[Results]:

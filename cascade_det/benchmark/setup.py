@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from cascade_det import config
 from cascade_det.benchmark.options import Options, Survivors
 from cascade_det.benchmark.weights import seeded_weights
-from cascade_det.core import ExitPolicy
+from cascade_det.core import Detections, ExitPolicy
 from cascade_det.data.samples import Sample
 from cascade_det.engine.datasets import load_datasets_to_evaluate
-from cascade_det.engine.devices import resolve_device
+from cascade_det.engine.devices import resolve_device, resolve_fast_dtype
 from cascade_det.errors import ConfigError
 from cascade_det.standalone import Detector, build_detector
 from cascade_det.standalone.evaluate import test_loader
@@ -109,6 +109,14 @@ class Setup:
         assert arguments is not None
         return arguments
 
+    @property
+    def fast_dtype(self) -> torch.dtype:
+        """The type in which optimised heads compute."""
+        arguments = self.fast_arguments()
+        if "roi_heads" in arguments["float32_parts"]:
+            return torch.float32
+        return resolve_fast_dtype(arguments["dtype"], self.device)
+
     @cached_property
     def exits(self) -> tuple[ExitPolicy | None, str]:
         """The exit policy of models with exits, ``None`` for no exits; and its description.
@@ -172,6 +180,24 @@ class Setup:
             logits = torch.randn(count, generator=generator)
             objectness.append(logits.sort(descending=True).values)
         return Regions([x.to(self.device) for x in boxes], [x.to(self.device) for x in objectness])
+
+    def detections(self, batch: Sequence[Sample], count: int) -> list[Detections]:
+        """Exactly ``count`` random detections per image.
+
+        With trained weights those of our cascade instead, without exits, at most ``count``.
+        """
+        if self.trained:
+            found, _ = self._reference.cascade.detect(**vars(self._reference.cascade_inputs(batch)))
+            return [detections[:count] for detections in found]
+        regions, classes = self.regions(batch, count), self.cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        drawn = []
+        for seed, (boxes, logits) in enumerate(
+            zip(regions.boxes, regions.objectness, strict=True), self.options.seed
+        ):
+            generator = torch.Generator().manual_seed(seed)
+            own = torch.randint(classes, (count,), generator=generator).to(self.device)
+            drawn.append(Detections(boxes, logits.sigmoid(), own, torch.zeros_like(own)))
+        return drawn
 
     @cached_property
     def _reference(self) -> Detector:

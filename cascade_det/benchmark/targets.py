@@ -19,6 +19,7 @@ class SpeedTarget:
         own: name of our model.
         baseline: name of the other model.
         least: the ratio.
+        dtype: that of our model, if the target depends on it.
     """
 
     what: str
@@ -26,6 +27,7 @@ class SpeedTarget:
     own: str
     baseline: str
     least: float
+    dtype: str = ""
 
 
 # Ends the description of a model whose dtype the CPU has no instructions for.
@@ -38,6 +40,8 @@ SPEED_TARGETS = (
     ),
     SpeedTarget("RoI heads, exits off, float32", "heads", "ours", "detectron2-cascade", 2.2),
     SpeedTarget("RoI heads, exits off, optimised", "heads", "ours-fast", "detectron2-cascade", 2.2),
+    SpeedTarget("masks, float32", "masks", "ours-fast", "detectron2-cascade", 1.8, "float32"),
+    SpeedTarget("masks, bfloat16", "masks", "ours-fast", "detectron2-cascade", 2.4, "bfloat16"),
 )
 # Peak memory relative to the baseline's, and points of AP below the plain cascade's.
 _MOST_MEMORY = 1.0
@@ -71,6 +75,8 @@ def _speeds(results: Mapping[str, Any], target: SpeedTarget) -> Iterator[dict[st
     if not measured:
         return
     comparison = max(measured, key=lambda comparison: comparison.get("proposals") or 0)
+    if target.dtype not in ("", comparison.get("dtype")):
+        return
     baseline = results["contenders"].get(target.baseline, "")
     for entry in comparison["ratios"]:
         if (entry["what"], entry["against"]) == (target.own, target.baseline):

@@ -1,4 +1,4 @@
-"""torchvision's Faster R-CNN with a ResNet-50 and a feature pyramid."""
+"""torchvision's Faster R-CNN, or Mask R-CNN, with a ResNet-50 and a feature pyramid."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.roi_heads import maskrcnn_inference
 
 from cascade_det.benchmark.models import ModelAdapter, ModelOutput
 from cascade_det.benchmark.part_timers import time_parts
@@ -54,6 +55,20 @@ class Torchvision(ModelAdapter):
     def heads(self, prepared: Any) -> list[dict[str, Tensor]]:
         """Run the RoI heads alone."""
         return self.model.roi_heads(*prepared)[0]
+
+    def prepare_masks(
+        self, batch: Sequence[Sample], given: Sequence[Detections], dtype: torch.dtype | None
+    ) -> tuple[Any, ...]:
+        """The model's own features, with given detections."""
+        images, _ = self.model.transform(self.inputs(batch))
+        boxes, labels = [x.boxes for x in given], [x.classes + 1 for x in given]
+        return self.model.backbone(images.tensors), boxes, images.image_sizes, labels
+
+    def masks(self, prepared: tuple[Any, ...]) -> list[Tensor]:
+        """Pool the detections and run the mask head alone."""
+        heads, (*regions, labels) = self.model.roi_heads, prepared
+        logits = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(*regions)))
+        return [masks[:, 0] for masks in maskrcnn_inference(logits, labels)]
 
     def whole(self, inputs: list[Tensor]) -> list[dict[str, Tensor]]:
         """Run the whole model."""
@@ -100,7 +115,7 @@ def build_torchvision(setup: Setup) -> Torchvision:
         smallest, largest = cfg.INPUT.MIN_SIZE_TEST or smallest, cfg.INPUT.MAX_SIZE_TEST
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(options.seed)
-        model = FasterRCNN(
+        model = (MaskRCNN if cfg.MODEL.MASK_ON else FasterRCNN)(
             resnet_fpn_backbone(backbone_name="resnet50", weights=None),
             num_classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1,
             min_size=smallest,

@@ -29,6 +29,8 @@ def trainable(setup: Setup) -> tuple[list[str], dict[str, str]]:
     """
     names: list[str] = []
     left_out: dict[str, str] = {}
+    if setup.cfg.MODEL.MASK_ON:
+        return [], {"training": "the drawn objects have no masks: set MODEL.MASK_ON to False"}
     if "ours" in setup.options.contenders:
         names.append("ours")
         if setup.device.type == "cpu" and not has_bfloat16(setup.device):

@@ -40,6 +40,10 @@ def seeded_weights(cfg: CfgNode, image: Tensor, seed: int) -> dict[str, Tensor]:
         predictor: Any
         for predictor in detector.roi_heads.box_predictor:
             draw_predictor(predictor.cls_score, predictor.bbox_pred)
+        masks = detector.roi_heads.masks
+        for head in [] if masks is None else masks.heads:
+            weight = head.get_parameter("predictor.weight")
+            weight.normal_(std=_LOGIT_SPREAD / weight.shape[1] ** 0.5)
     return detector.state_dict()
 
 

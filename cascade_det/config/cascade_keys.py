@@ -172,7 +172,8 @@ FAST = group(
     ),
     FLOAT32_PARTS=Key(
         (),
-        "Parts that stay float32; boxes, scores, and the last layers of RPN and heads always do.",
+        "Parts that stay float32; boxes, scores, and the last layers of RPN and box heads always "
+        "do.",
         subset_of(*FAST_PARTS),
     ),
     COMPILE=Key(

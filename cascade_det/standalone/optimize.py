@@ -132,7 +132,7 @@ def _set_types(detector: Detector, dtypes: Mapping[str, torch.dtype]) -> str:
     for name, part in _parts(detector).items():
         for module in part.modules:
             module.to(dtypes[name])
-    return f"Computes in {describe_dtypes(dtypes)}; boxes, scores and last layers in float32."
+    return f"Computes in {describe_dtypes(dtypes)}; boxes, scores and their layers in float32."
 
 
 def _cast_between(detector: Detector, dtypes: Mapping[str, torch.dtype]) -> None:

@@ -12,6 +12,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
+from cascade_det.core import Detections
 from cascade_det.core.modes import evaluation_mode
 from cascade_det.errors import ConfigError
 from cascade_det.onnx_predictor import (
@@ -172,9 +173,7 @@ def compare(
     detector: Detector, exported: ExportedDetector, image: Tensor, num_stages: int
 ) -> Comparison:
     """Compare an exported file with its detector on an image, uint8 ``[3, H, W]``."""
-    stages = detector.detect([{"image": image}], stages=True).stages
-    assert stages is not None
-    wanted = stages[num_stages - 1].detections[0]
+    wanted = _detect(detector, image, num_stages)
     boxes, scores, classes, *rest = exported(image)
     if len(boxes) == 0 or len(wanted) == 0:
         distance = 0.0 if len(boxes) == len(wanted) else float("inf")
@@ -194,6 +193,18 @@ def compare(
         gaps = torch.stack([(mask - rest[0]).abs().amax(dim=(1, 2)) for mask in wanted.masks])
         comparison.masks = largest(gaps)
     return comparison
+
+
+def _detect(detector: Detector, image: Tensor, num_stages: int) -> Detections:
+    """The detections after a stage, with masks if there are any."""
+    stages = detector.detect([{"image": image}], stages=True).stages
+    assert stages is not None
+    detections, heads = stages[num_stages - 1].detections, detector.roi_heads
+    if heads.masks is not None:
+        features = detector.cascade_inputs([{"image": image}]).features
+        with evaluation_mode(heads):
+            detections, _ = heads.masks.add(detections, heads.pooler.prepare(features), num_stages)
+    return detections[0]
 
 
 def _example() -> Tensor:

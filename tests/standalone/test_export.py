@@ -41,6 +41,8 @@ def describe(num_stages=3):
 
 def eager(detector, image, num_stages):
     """The detections of the same depth."""
+    if num_stages == detector.roi_heads.num_stages:
+        return detector.detect([{"image": image}]).detections[0]
     stages = detector.detect([{"image": image}], stages=True).stages
     return stages[num_stages - 1].detections[0]
 
@@ -51,9 +53,8 @@ def assert_same(run, detector, image, num_stages=3):
     assert [x.dtype for x in found[:3]] == [torch.float32, torch.float32, torch.int64]
     columns = (wanted.boxes, wanted.scores, wanted.classes)
     torch.testing.assert_close(found[:3], columns, rtol=1e-4, atol=2e-3)
-    if wanted.masks is None:
-        assert len(found) == 3
-    else:
+    assert (len(found) == 4) == (detector.roi_heads.masks is not None)
+    if len(found) == 4:
         torch.testing.assert_close(found[3], wanted.masks, rtol=0, atol=1e-5)
     return len(wanted)
 
@@ -101,7 +102,7 @@ def test_onnx_of_two_stages_with_boxes_of_classes(tmp_path):
 
 def test_onnx_of_a_detector_that_proposes_nothing(tmp_path):
     pytest.importorskip("onnxruntime")
-    changes = {"conv_dims": (5,), "detections_per_image": -1, "masks": make_masks()}
+    changes = {"conv_dims": (5,), "detections_per_image": -1, "masks": make_masks(per_stage=True)}
     detector = make_detector(**changes, min_box_size=1000.0)
     run = export_onnx(detector, tmp_path / "detector.onnx", describe(1))
     assert [assert_same(run, detector, random_image(*size), 1) for size in SIZES] == [0, 0, 0]
@@ -113,7 +114,7 @@ def test_onnx_of_a_detector_that_proposes_nothing(tmp_path):
         (False, 3, {}),
         (True, 2, {}),
         (True, 3, {"score_threshold": 0.3, "redundancy_iou": 0.5}),
-        (False, 1, {"score_threshold": 1.0}),
+        (False, 3, {"score_threshold": 1.0}),
     ],
 )
 def test_onnx_gives_the_masks_of_the_detector_by_its_rules(tmp_path, per_stage, num_stages, rules):
@@ -165,7 +166,8 @@ def sampled(masks, boxes, shape):
 
 @pytest.mark.slow
 def test_program_gives_the_detections_of_images_of_any_size(tmp_path):
-    detector = make_detector(score_thresh=0.6, masks=make_masks(score_threshold=0.7))
+    masks = make_masks(per_stage=True, score_threshold=0.7)
+    detector = make_detector(score_thresh=0.6, masks=masks)
     path = tmp_path / "detector.pt2"
     export_program(detector, path, describe(1))
     files = {METADATA_FILE: ""}
@@ -197,6 +199,7 @@ def test_comparison_tells_other_detections(onnx_file, detector):
     assert not compare_with(boxes[:0], scores[:0], classes[:0]).same
     with_masks = make_detector(masks=make_masks())
     masks = eager(with_masks, image, 3).masks
+    assert masks is not None
     assert compare_with(boxes, scores, classes, masks, detector=with_masks).same
     masks[-1, 3, 2] += 0.01
     other = compare_with(boxes, scores, classes, masks, detector=with_masks)

@@ -14,6 +14,7 @@ import torch
 from detectron2.modeling import detector_postprocess
 from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks
 from detectron2.structures.boxes import matched_pairwise_iou
+from detectron2.structures.masks import polygons_to_bitmask
 from torch import Tensor
 
 from cascade_det.core import Detections
@@ -170,12 +171,18 @@ def to_sample(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_inputs(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """The reverse of ``to_sample``: entries named ``gt_...`` become fields of ``instances``."""
+    """The reverse of ``to_sample``: entries named ``gt_...`` become fields of ``instances``.
+
+    Also takes samples of the standalone host, where each object has polygons or a bitmap.
+    """
+    size = tuple(sample["image"].shape[-2:])
     fields = {
-        name: _to_field(name, value) for name, value in sample.items() if name.startswith("gt_")
+        name: _to_masks(value, size) if name == "gt_masks" else _to_field(name, value)
+        for name, value in sample.items()
+        if name.startswith("gt_")
     }
     rest = {name: value for name, value in sample.items() if name not in fields}
-    return {**rest, "instances": Instances(tuple(sample["image"].shape[-2:]), **fields)}
+    return {**rest, "instances": Instances(size, **fields)}
 
 
 def check_masks_and_keypoints(sample: Mapping[str, Any]) -> None:
@@ -183,17 +190,22 @@ def check_masks_and_keypoints(sample: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: there is not one for each box, or they are not polygons, bit masks or keypoints,
-            or far outside any image.
+            or far outside any image. A mask may not be unknown, as in the standalone host.
     """
     count = len(sample["gt_boxes"]) if "gt_boxes" in sample else 0
+    size = sample["image"].shape[-2:]
+
+    def is_mask(mask: Any) -> bool:
+        if isinstance(mask, Tensor):
+            return mask.dtype == torch.bool and mask.shape == size
+        return isinstance(mask, list) and bool(mask) and all(map(is_polygon, mask))
+
     masks, keypoints = sample.get("gt_masks"), sample.get("gt_keypoints")
     if isinstance(masks, Tensor):
-        good = masks.shape == (count, *sample["image"].shape[-2:])
+        good = masks.shape == (count, *size)
     else:
         good = masks is None or (
-            isinstance(masks, list)
-            and len(masks) == count
-            and all(isinstance(m, list) and m and all(map(is_polygon, m)) for m in masks)
+            isinstance(masks, list) and len(masks) == count and all(map(is_mask, masks))
         )
     if not good:
         raise ValueError("its masks are not one for each box, of polygons or of bits")
@@ -223,9 +235,21 @@ def _to_plain(value: Any) -> Any:
 
 
 def _to_field(name: str, value: Any) -> Any:
-    if name == "gt_masks":
-        if isinstance(value, Tensor):
-            return BitMasks(value)
-        return PolygonMasks([[polygon.numpy() for polygon in polygons] for polygons in value])
     kind = {"gt_boxes": Boxes, "gt_keypoints": Keypoints}.get(name)
     return value if kind is None else kind(value)
+
+
+def _to_masks(masks: Any, size: tuple[int, int]) -> PolygonMasks | BitMasks:
+    if isinstance(masks, Tensor):
+        return BitMasks(masks)
+    of_arrays = [
+        mask if isinstance(mask, Tensor) else [polygon.numpy() for polygon in mask]
+        for mask in masks
+    ]
+    if not any(isinstance(mask, Tensor) for mask in masks):
+        return PolygonMasks(of_arrays)
+    drawn = [
+        mask if isinstance(mask, Tensor) else torch.from_numpy(polygons_to_bitmask(mask, *size))
+        for mask in of_arrays
+    ]
+    return BitMasks(torch.stack(drawn))

@@ -22,7 +22,7 @@ from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, Polygon
 from cascade_det.d2 import host
 from cascade_det.d2.datasets import register_dataset
 from cascade_det.d2.loader import build_test_loader
-from cascade_det.d2.structures import to_inputs, to_sample
+from cascade_det.d2.structures import check_masks_and_keypoints, to_inputs, to_sample
 from cascade_det.errors import ConfigError
 
 pytestmark = [pytest.mark.needs_detectron2, pytest.mark.usefixtures("no_pictures")]
@@ -243,3 +243,18 @@ def test_rle_needs_bitmasks(own, make_cfg, tmp_path):
     with pytest.raises(ConfigError, match=message):
         host.train(make_cfg(*own, *MODEL))
     host.train(make_cfg(*own, *MODEL, "INPUT.MASK_FORMAT", "bitmask", "DATASETS.TEST", "()"))
+
+
+def test_a_sample_of_the_standalone_host_may_mix_polygons_and_bitmaps():
+    square = torch.tensor([2.0, 2.0, 8.0, 2.0, 8.0, 6.0, 2.0, 6.0], dtype=torch.float64)
+    bitmap = torch.zeros(10, 12, dtype=torch.bool)
+    bitmap[2:6, 2:8] = True
+    image = torch.zeros(3, 10, 12, dtype=torch.uint8)
+    sample = {"image": image, "gt_boxes": torch.rand(2, 4), "gt_masks": [[square], bitmap]}
+    check_masks_and_keypoints(sample)
+    masks = to_inputs(sample)["instances"].gt_masks
+    assert isinstance(masks, BitMasks)
+    assert torch.equal(masks.tensor, torch.stack([bitmap, bitmap]))
+    for wrong in (None, bitmap[:9], bitmap.float()):
+        with pytest.raises(ValueError, match="not one for each box"):
+            check_masks_and_keypoints({**sample, "gt_masks": [[square], wrong]})

@@ -20,6 +20,7 @@ from cascade_det.calibration.comparison import (
 from cascade_det.calibration.front import FrontPoint, front_point
 from cascade_det.calibration.image_matching import MatchedDetections
 from cascade_det.calibration.latency_model import LatencyModel
+from cascade_det.calibration.mask_rules import MaskRulesRow, try_mask_rules
 from cascade_det.calibration.recording import time_policies
 from cascade_det.calibration.risk_control import pareto_front
 from cascade_det.calibration.score_calibration import expected_calibration_error
@@ -72,12 +73,19 @@ class Assessment:
         reported, full = calibration.reported, calibration.full
         plain = self.calibrator.others.replay(self.calibrator.policy(calibration.plain))
         loss, deviation = self.loss(calibration.setting)
-        change = calibration.differences["AP"]
+        aps: dict[str, float] = {}
+        for name in ("AP", "segm/AP"):
+            if change := calibration.differences.get(name):
+                aps |= {
+                    name: reported.metrics[name],
+                    f"{name}_change": change.value,
+                    f"{name}_change_low": change.low,
+                    f"{name}_change_high": change.high,
+                }
+        if self.calibrator.has_masks:
+            aps["masks_per_image"] = float(reported.masks.mean())
         return {
-            "AP": reported.metrics["AP"],
-            "AP_change": change.value,
-            "AP_change_low": change.low,
-            "AP_change_high": change.high,
+            **aps,
             "exit_rate": reported.exit_rate(full),
             "regions_left": reported.regions_left(full),
             "work": reported.work,
@@ -160,6 +168,8 @@ class Assessment:
                 self.calibrator.trials.full,
                 self.latency,
                 chosen=search.setting(levels) == self.calibration.plain,
+                metric=self.calibrator.metric,
+                has_masks=self.calibrator.has_masks,
             )
             for levels, trial in search.tried.items()
         ]
@@ -176,7 +186,14 @@ class Assessment:
             self.latency,
             chosen=point.chosen,
             milliseconds=milliseconds.get(setting_name(point.setting)),
+            metric=self.calibrator.metric,
+            has_masks=self.calibrator.has_masks,
         )
+
+    def mask_rules(self) -> list[MaskRulesRow]:
+        """What rules of masks leave out with the chosen exits, see ``try_mask_rules``."""
+        policy = self.calibrator.policy(self.calibration.setting)
+        return try_mask_rules(self.calibrator.others, policy, self.latency)
 
     def _policy_on_device(self, setting: Setting) -> ExitPolicy:
         """The exits of a setting for the detector itself."""

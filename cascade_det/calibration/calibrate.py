@@ -89,7 +89,9 @@ def _calibrate(
     folder: Path,
     options: Options,
 ) -> dict[str, Any]:
+    target.check_masks(cfg.MODEL.MASK_ON)
     detector, dataset, loader = open_detector()
+    target.check_masks(detector.cascade.masks is not None)
     num_images = min(options.images, len(dataset.records))
     if num_images < len(dataset.records):
         logger.warning(
@@ -100,6 +102,11 @@ def _calibrate(
         )
     limit = detections_limit(cfg.TEST.DETECTIONS_PER_IMAGE)
     matcher = _checked_matcher(dataset, num_images, target, options.seed, limit)
+    true_masks = None
+    if detector.cascade.masks is not None:
+        true_masks = _with_masks(matcher, dataset, num_images, target, options.seed)
+    elif cfg.MODEL.MASK_ON:
+        logger.warning("Masks do not count: they are made outside the cascade")
     device = device_name(next(detector.parameters()).device)
     source = provenance(cfg, dataset, num_images, device)
     logger.info("Recording the full cascade on %d images of %s", num_images, dataset.source.name)
@@ -107,11 +114,13 @@ def _calibrate(
     # Without a name for the recording: the calibrator keeps two halves, which are as large.
     calibrator = Calibrator(
         cfg,
-        record_dataset(detector, loader, num_images),
+        record_dataset(detector, loader, num_images, true_masks),
         matcher,
         learned=None if own is None else own.learned,
         score=options.score,
         seed=options.seed,
+        metric=target.metric.removeprefix("bbox/"),
+        loss=target.loss,
     )
     logger.info("Trying up to %d settings on half of them", options.trials)
     calibrator.try_settings(options.trials)
@@ -147,3 +156,24 @@ def _checked_matcher(
     halves = split_images(ids, matcher, seed)
     SampleSize.of(ids, halves, matcher, dataset.class_names).log(target)
     return matcher
+
+
+def _with_masks(
+    matcher: ImageMatcher, dataset: CocoDataset, num_images: int, target: Target, seed: int
+) -> ImageMatcher | None:
+    """The matcher, if both halves of the images have objects with masks.
+
+    Raises:
+        DatasetError: they have none, and the target needs them.
+    """
+    ids = [record.image_id for record in dataset.records[:num_images]]
+    masks = [(~matcher.masks_of(image_id).crowds).any() for image_id in ids]
+    if all(any(masks[i] for i in half) for half in split_images(ids, matcher, seed)):
+        return matcher
+    text = f"{dataset.source.json_file} has no masks (segmentation) in one half of the images"
+    if target.needs_masks:
+        raise DatasetError(
+            f"{text}, which --metric segm/AP and --loss masks need. Use images with masks."
+        )
+    logger.warning("%s: AP counts boxes only", text)
+    return None

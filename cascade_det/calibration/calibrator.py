@@ -11,7 +11,7 @@ import torch
 from fvcore.common.config import CfgNode
 
 from cascade_det import config
-from cascade_det.calibration.bootstrap import Difference, paired_bootstrap
+from cascade_det.calibration.bootstrap import Difference
 from cascade_det.calibration.image_matching import ImageMatcher
 from cascade_det.calibration.latency_model import LatencyModel
 from cascade_det.calibration.progress import progress_bar
@@ -39,6 +39,7 @@ class Calibration:
         reported: the trial of the setting on the held-out images.
         full: the full cascade on the same images.
         differences: of AP from the full cascade on these images, with their uncertainty.
+        metric: the AP that counts, a key of ``differences``.
         rejected: the setting that was chosen first and loses more on these images than the target
             allows; the result is the full cascade then. ``None`` if none was rejected.
     """
@@ -48,12 +49,13 @@ class Calibration:
     reported: Trial
     full: Trial
     differences: dict[str, Difference]
+    metric: str = "AP"
     rejected: Calibration | None = None
 
     @property
     def drop(self) -> float:
         """Percent points of AP lost on the held-out images."""
-        return -self.differences["AP"].value
+        return -self.differences[self.metric].value
 
 
 class Calibrator:
@@ -66,11 +68,14 @@ class Calibrator:
         learned: the model's learned parts.
         score: lowest score of a detection that can be lost.
         seed: of the split into halves.
+        metric: the AP that counts: ``AP`` or ``segm/AP``.
+        loss: what can be lost: ``boxes`` or ``masks``.
 
     Attributes:
         trials: on the search half of the images.
         others: on the held-out images.
         search: everything that was tried.
+        has_masks: whether the cascade has masks.
 
     Raises:
         DatasetError: one half of the images has no object.
@@ -85,14 +90,20 @@ class Calibrator:
         learned: LearnedParts | None,
         score: float,
         seed: int = 0,
+        metric: str = "AP",
+        loss: str = "boxes",
     ) -> None:
         self.cfg = cfg
+        self.metric = metric
+        self.has_masks = recording.masks is not None
         self.num_stages = recording.records[0].num_stages
         # A copy: records are on the CPU, the detector's own parts stay on its device.
         self.learned = None if learned is None else copy.deepcopy(learned).cpu().eval()
         choosing, reporting = split_images(recording.image_ids, matcher, seed)
-        self.trials = ExitTrials(recording.of_images(choosing), matcher, score=score)
-        self.others = ExitTrials(recording.of_images(reporting), matcher, score=score)
+        self.trials, self.others = (
+            ExitTrials(recording.of_images(half), matcher, score=score, loss=loss)
+            for half in (choosing, reporting)
+        )
         records = self.trials.recording.records
         parameters = exit_parameters(
             num_stages=self.num_stages,
@@ -101,7 +112,9 @@ class Calibrator:
             learned=() if learned is None else learned.names,
         )
         self.search = Search(
-            parameters, lambda setting: self.trials.replay(self.policy(setting)).summary()
+            parameters,
+            lambda setting: self.trials.replay(self.policy(setting)).summary(),
+            metric=metric,
         )
 
     def policy(self, setting: Setting) -> ExitPolicy:
@@ -136,8 +149,9 @@ class Calibrator:
         """Evaluate a setting on the held-out images."""
         setting = self.with_scores(plain)
         reported = self.others.replay(self.policy(setting))
-        differences = paired_bootstrap(self.others.full.matched, reported.matched)
-        return Calibration(setting, plain, reported, self.others.full, differences)
+        full = self.others.full
+        differences = reported.differences(full)
+        return Calibration(setting, plain, reported, full, differences, self.metric)
 
     def with_scores(self, setting: Setting) -> Setting:
         """Add a score calibration, so that scores mean the same after every exit stage.
@@ -159,8 +173,8 @@ class Calibrator:
             return setting
         scales, shifts = zip(*to_last_stage(fitted), strict=True)
         mapped = {**setting, "SCORE_SCALES": scales, "SCORE_SHIFTS": shifts}
-        better = self.trials.replay(self.policy(mapped)).metrics["AP"] >= trial.metrics["AP"]
-        return mapped if better else setting
+        after = self.trials.replay(self.policy(mapped)).metrics[self.metric]
+        return mapped if after >= trial.metrics[self.metric] else setting
 
     def _choose(self, target: Target, latency: LatencyModel | None) -> Levels:
         tried = self.search.tried
@@ -170,7 +184,9 @@ class Calibrator:
             return self._with_drop(target.max_ap_drop)
         if target.latency_ms is not None:
             assert latency is not None
-            costs = {key: latency.per_image(trial.entered) for key, trial in tried.items()}
+            costs = {
+                key: latency.per_image(trial.entered, trial.masks) for key, trial in tried.items()
+            }
             reached = [key for key in tried if costs[key] <= target.latency_ms]
             limit = f"--latency-ms {target.latency_ms}: the fastest setting takes"
             fastest = f"{min(costs.values()):.1f} ms per image on this device"
@@ -182,17 +198,17 @@ class Calibrator:
             fastest = f"{max(rates.values()):.3f} of the later stages' regions"
         if not reached:
             raise ConfigError(f"{limit} {fastest}. Give another target.")
-        return max(reached, key=lambda key: (tried[key].metrics["AP"], -tried[key].work))
+        return max(reached, key=lambda key: (tried[key].metrics[self.metric], -tried[key].work))
 
     def _with_drop(self, most: float) -> Levels:
         """The least work whose drop of AP is below the target with a margin."""
-        tried, full = self.search.tried, self.trials.full
-        good = [p for p in tried if full.metrics["AP"] - tried[p].metrics["AP"] <= most]
+        tried, full, metric = self.search.tried, self.trials.full, self.metric
+        good = [p for p in tried if full.metrics[metric] - tried[p].metrics[metric] <= most]
         with progress_bar("Judging settings", len(good)) as step:
             for levels in sorted(good, key=lambda p: tried[p].work):
                 trial = self.trials.replay(self.policy(self.search.setting(levels)))
-                change = paired_bootstrap(full.matched, trial.matched)
-                if -change["AP"].value + MARGIN * change["AP"].deviation <= most:
+                change = trial.difference(full, metric)
+                if -change.value + MARGIN * change.deviation <= most:
                     return levels
                 step()
         return self.search.full

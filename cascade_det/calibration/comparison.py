@@ -9,14 +9,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from tabulate import tabulate
 
-from cascade_det.calibration.bootstrap import BOOTSTRAP_ROUNDS, Difference, paired_bootstrap
+from cascade_det.calibration.bootstrap import BOOTSTRAP_ROUNDS, Difference
 from cascade_det.calibration.oracles import drop_oracle, outcome_oracle, random_exits
 from cascade_det.calibration.progress import progress_bar
 from cascade_det.calibration.search_space import truncated_cascades
-from cascade_det.calibration.trials import ExitTrials, Policies, Trial
+from cascade_det.calibration.trials import SEGM, ExitTrials, Policies, Trial
 from cascade_det.core.exits import ExitPolicy
 from cascade_det.files import write_csv
 
@@ -31,15 +30,16 @@ class ComparedExits:
 
     Attributes:
         name: of the policy or baseline.
-        metrics: ``AP``, ``AP50``, ``AP75`` and ``AP90`` in percent.
+        metrics: in percent, see ``TrialSummary``.
         differences: of each metric from the full cascade, in percent points.
         entered: S numbers of regions per image that enter each stage.
         later_skipped: share of the regions of stage 1 and later that are not computed, 0 to 1.
         regions_left: share of all region-stages that are computed, 0 to 1.
-        work: share of the FLOPs of all box heads that is computed, 0 to 1.
-        gigaflops: of the box heads, per image, in 10^9 multiply-adds.
+        work: share of the FLOPs of the full cascade's box and mask heads that is computed.
+        gigaflops: of the box and mask heads, per image, in 10^9 multiply-adds.
         lost: mean share of the full cascade's true positives of an image that are not found.
         milliseconds: per image; ``None`` if it was not measured.
+        masks: per image; ``None`` for a cascade without masks.
     """
 
     name: str
@@ -52,6 +52,7 @@ class ComparedExits:
     gigaflops: float
     lost: float
     milliseconds: float | None = None
+    masks: float | None = None
 
 
 def compare(
@@ -72,24 +73,23 @@ def compare(
     Returns:
         The full cascade first, then the policies.
     """
-    full, flops = trials.full, np.asarray(trials.recording.stage_flops)
-    images = full.entered.shape[1]
+    full, images = trials.full, trials.full.entered.shape[1]
     rows = []
     with progress_bar("Comparing", 1 + len(policies)) as step:
         for name, policy in {FULL: None, **policies}.items():
             trial = trials.replay(policy)
-            by_stage = trial.entered.sum(axis=1)
             row = ComparedExits(
                 name=name,
                 metrics=trial.metrics,
-                differences=paired_bootstrap(full.matched, trial.matched, rounds=rounds),
-                entered=tuple((by_stage / images).tolist()),
+                differences=trial.differences(full, rounds=rounds),
+                entered=tuple((trial.entered.sum(axis=1) / images).tolist()),
                 later_skipped=trial.exit_rate(full),
                 regions_left=trial.regions_left(full),
                 work=trial.work,
-                gigaflops=float(by_stage @ flops) / images / 1e9,
+                gigaflops=trials.gigaflops(trial),
                 lost=float(trial.lost.mean()),
                 milliseconds=milliseconds.get(name),
+                masks=None if trials.recording.masks is None else float(trial.masks.mean()),
             )
             rows.append(row)
             step()
@@ -163,7 +163,8 @@ def _cells(row: ComparedExits) -> dict[str, str]:
     return {
         "exits": row.name,
         **{name: f"{row.metrics[name]:.2f}" for name in _METRICS},
-        "AP change\n[95 %]": f"{change.value:+.2f} [{change.low:+.2f}, {change.high:+.2f}]",
+        "AP change\n[95 %]": _interval(change),
+        **_mask_cells(row),
         "regions/image\nin each stage": " / ".join(f"{number:.0f}" for number in row.entered),
         "later work\nskipped": f"{100 * row.later_skipped:.1f}",
         "region-stages\nleft": f"{100 * row.regions_left:.1f}",
@@ -171,6 +172,18 @@ def _cells(row: ComparedExits) -> dict[str, str]:
         "ms/image": "" if row.milliseconds is None else f"{row.milliseconds:.1f}",
         "lost": f"{100 * row.lost:.2f}",
     }
+
+
+def _mask_cells(row: ComparedExits) -> dict[str, str]:
+    cells = {} if row.masks is None else {"masks/\nimage": f"{row.masks:.1f}"}
+    if change := row.differences.get("segm/AP"):
+        cells["segm\nAP"] = f"{row.metrics['segm/AP']:.2f}"
+        cells["segm AP change\n[95 %]"] = _interval(change)
+    return cells
+
+
+def _interval(change: Difference) -> str:
+    return f"{change.value:+.2f} [{change.low:+.2f}, {change.high:+.2f}]"
 
 
 def write_comparison(rows: Sequence[ComparedExits], path: str | os.PathLike[str]) -> None:
@@ -196,4 +209,21 @@ def _columns(row: ComparedExits) -> dict[str, str | float | None]:
         "head GFLOPs/image": row.gigaflops,
         "ms/image": row.milliseconds,
         "lost": row.lost,
+        **_mask_columns(row),
+    }
+
+
+def _mask_columns(row: ComparedExits) -> dict[str, float]:
+    columns = {} if row.masks is None else {"masks/image": row.masks}
+    change = row.differences.get("segm/AP")
+    if change is None:
+        return columns
+    return {
+        **columns,
+        **{f"{SEGM}{name} (%)": row.metrics[SEGM + name] for name in _METRICS},
+        "segm/AP change": change.value,
+        "segm/AP change low": change.low,
+        "segm/AP change high": change.high,
+        "segm/AP change deviation": change.deviation,
+        **{f"{SEGM}{name} change": row.differences[SEGM + name].value for name in _METRICS[1:]},
     }

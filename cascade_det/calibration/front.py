@@ -27,11 +27,13 @@ class FrontPoint:
         setting: keys of ``MODEL.CASCADE.EXIT``.
         ap: in percent.
         drop: percent points of AP below the full cascade; negative above it.
-        work: share of the full cascade's FLOPs in box heads, 0 to 1.
+        work: share of the full cascade's FLOPs in box and mask heads.
         region_shares: share of all proposals that enters each of the S stages, 0 to 1.
         milliseconds: per image, measured; ``None`` if it was not.
         predicted: milliseconds per image by the latency model; ``None`` without one.
         chosen: whether it is the setting chosen for the target.
+        masks: per image; ``None`` for a cascade without masks.
+        metric: the AP.
     """
 
     setting: Setting
@@ -42,6 +44,8 @@ class FrontPoint:
     milliseconds: float | None = None
     predicted: float | None = None
     chosen: bool = False
+    masks: float | None = None
+    metric: str = "AP"
 
 
 def front_point(
@@ -52,6 +56,8 @@ def front_point(
     *,
     chosen: bool,
     milliseconds: float | None = None,
+    metric: str = "AP",
+    has_masks: bool = False,
 ) -> FrontPoint:
     """A trial as a point.
 
@@ -62,18 +68,22 @@ def front_point(
         latency: predicts milliseconds.
         chosen: whether it is the setting chosen for the target.
         milliseconds: per image, measured.
+        metric: the AP: ``AP`` or ``segm/AP``.
+        has_masks: whether the cascade has masks.
     """
-    ap = trial.metrics["AP"]
+    ap = trial.metrics[metric]
     shares = trial.entered.sum(axis=1) / max(full.entered[0].sum(), 1)
     return FrontPoint(
         setting=setting,
         ap=ap,
-        drop=full.metrics["AP"] - ap,
+        drop=full.metrics[metric] - ap,
         work=trial.work,
         region_shares=tuple(shares.tolist()),
         milliseconds=milliseconds,
-        predicted=latency.per_image(trial.entered),
+        predicted=latency.per_image(trial.entered, trial.masks),
         chosen=chosen,
+        masks=float(trial.masks.mean()) if has_masks else None,
+        metric=metric,
     )
 
 
@@ -109,10 +119,11 @@ def write_front(front: Sequence[FrontPoint], path: str | os.PathLike[str]) -> No
 def _columns(point: FrontPoint) -> dict[str, Any]:
     shares = enumerate(point.region_shares)
     return {
-        "AP (%)": point.ap,
-        "AP drop": point.drop,
+        f"{point.metric} (%)": point.ap,
+        f"{point.metric} drop": point.drop,
         "head FLOPs left": point.work,
         **{f"regions in stage {stage}": share for stage, share in shares},
+        **({} if point.masks is None else {"masks/image": point.masks}),
         "ms/image (predicted)": point.predicted,
         "ms/image (measured)": point.milliseconds,
         "chosen": int(point.chosen),

@@ -50,6 +50,7 @@ def plot_front(
     tried: Sequence[FrontPoint],
     compared: Sequence[ComparedExits],
     chosen: Sequence[str],
+    metric: str = "AP",
 ) -> None:
     """Draw a front as a PNG: over the work and, if any were measured, over the milliseconds.
 
@@ -60,8 +61,9 @@ def plot_front(
         tried: all points of the search, on the search half of the images.
         compared: see ``compare``; one kind of mark for each kind of exits.
         chosen: names of ``compared`` that get an error bar.
+        metric: the AP.
     """
-    panels: list[tuple[str, _Cost]] = [("work of the box heads (% of the full cascade)", _percent)]
+    panels: list[tuple[str, _Cost]] = [("work of the heads (% of the full cascade)", _percent)]
     if any(point.milliseconds is not None for point in front):
         panels.append(("time per image (ms, measured)", _milliseconds))
     figure = Figure(figsize=(7.5 * len(panels), 6.4), dpi=110, layout="constrained")
@@ -69,8 +71,8 @@ def plot_front(
         first = figure.axes[0] if figure.axes else None
         axes = figure.add_subplot(1, len(panels), number, sharey=first)
         _draw_front(axes, cost, front, profiles, tried)
-        _draw_compared(axes, cost, compared, chosen)
-        _format_axes(axes, label, wide=cost is _percent)
+        _draw_compared(axes, cost, compared, chosen, metric)
+        _format_axes(axes, label, metric, wide=cost is _percent)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
     with atomic_path(path) as temporary:
@@ -112,11 +114,15 @@ def _annotate(
 
 
 def _draw_compared(
-    axes: Axes, cost: _Cost, compared: Sequence[ComparedExits], chosen: Sequence[str]
+    axes: Axes,
+    cost: _Cost,
+    compared: Sequence[ComparedExits],
+    chosen: Sequence[str],
+    metric: str,
 ) -> None:
     labelled = set()
     for row in compared:
-        change = row.differences["AP"]
+        change = row.differences[metric]
         at = cost(row), change.value
         if not np.isfinite(at[0]):
             continue
@@ -143,7 +149,7 @@ def _draw_compared(
             axes.plot(*at, shape, color=color, ms=8, mec="w", label=None if known else label)
 
 
-def _format_axes(axes: Axes, label: str, *, wide: bool) -> None:
+def _format_axes(axes: Axes, label: str, metric: str, *, wide: bool) -> None:
     for drop in (0.0, QUALITY_DROP, FAST_DROP):
         axes.axhline(-drop, color="#888888", lw=0.8, ls=":" if drop else "-", zorder=0)
     if wide:
@@ -156,4 +162,4 @@ def _format_axes(axes: Axes, label: str, *, wide: bool) -> None:
     axes.yaxis.set_major_formatter(lambda x, _: f"{x:+g}" if x else "0")
     axes.margins(y=0.08)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set(xlabel=label, ylabel="change of AP against the full cascade (percent points)")
+    axes.set(xlabel=label, ylabel=f"change of {metric} against the full cascade (percent points)")

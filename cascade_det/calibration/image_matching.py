@@ -6,9 +6,9 @@ I images, K classes, T IoU thresholds (COCO's 0.50, 0.55, ..., 0.95), D detectio
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,9 @@ import torch
 from pycocotools import mask
 from pycocotools.cocoeval import COCOeval
 
+from cascade_det.calibration.mask_overlaps import MaskedObjects, MaskOverlaps
 from cascade_det.core.matching import match_greedily
+from cascade_det.core.record import RecordedDetections
 from cascade_det.core.structures import Detections
 from cascade_det.evaluation.average_precision import MAX_DETECTIONS
 from cascade_det.evaluation.ground_truth import load_ground_truth
@@ -24,8 +26,25 @@ from cascade_det.evaluation.ground_truth import load_ground_truth
 IOUS = COCOeval(iouType="bbox").params.iouThrs
 # Matched images to keep, of about 50 bytes per detection.
 CACHE_SIZE = 100_000
-# The annotations of an image: boxes [G, 4] XYWH, classes [G], crowds bool [G].
-_Objects = tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]
+_Rows = npt.NDArray[np.int64]
+_Ious = npt.NDArray[np.float64]
+_Key = tuple[str, int, bytes]
+
+
+class _Objects(NamedTuple):
+    """The annotations of an image: boxes ``[G, 4]`` (XYWH), classes and bool crowds ``[G]``."""
+
+    boxes: npt.NDArray[np.float64]
+    classes: npt.NDArray[np.int64]
+    crowds: npt.NDArray[np.bool_]
+
+
+class _Columns(NamedTuple):
+    """Of D detections."""
+
+    scores: npt.NDArray[np.float32]
+    classes: npt.NDArray[np.int64]
+    exit_stages: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -69,13 +88,15 @@ class ImageMatcher:
         *,
         max_detections: int = MAX_DETECTIONS,
     ) -> None:
-        coco = load_ground_truth(ground_truth)
-        self.num_classes = len(category_ids)
+        self._coco = load_ground_truth(ground_truth)
+        self._category_ids = category_ids
         self._max_detections = max_detections
         self._objects = {
-            image_id: _objects(coco.imgToAnns[image_id], category_ids) for image_id in coco.imgs
+            image_id: _objects(self._coco.imgToAnns[image_id], category_ids)
+            for image_id in self._coco.imgs
         }
-        self._cache: dict[tuple[int, bytes], MatchedDetections] = {}
+        self._masks: dict[int, MaskedObjects] = {}
+        self._cache: dict[_Key, MatchedDetections] = {}
 
     def objects_of(self, image_id: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
         """Boxes ``[G, 4]`` (XYXY, original pixels) and classes ``[G]`` of objects; no crowds."""
@@ -84,6 +105,15 @@ class ImageMatcher:
         boxes[:, 2:] += boxes[:, :2]
         return boxes, classes[~crowds]
 
+    def masks_of(self, image_id: int) -> MaskedObjects:
+        """The objects of an image that have a mask, crowds included."""
+        if image_id not in self._masks:
+            items = [a for a in self._coco.imgToAnns[image_id] if a.get("segmentation")]
+            _, classes, crowds = _objects(items, self._category_ids)
+            rles = [self._coco.annToRLE(item) for item in items]
+            self._masks[image_id] = MaskedObjects(rles, classes, crowds)
+        return self._masks[image_id]
+
     def match(self, image_id: int, detections: Detections) -> MatchedDetections:
         """Match the detections of an image.
 
@@ -91,7 +121,8 @@ class ImageMatcher:
             image_id: of the json.
             detections: boxes in pixels of the original image, classes in ``[0, K)``.
         """
-        columns = [
+        gt_boxes, gt_classes, crowds = self._objects[image_id]
+        boxes, scores, classes, exit_stages = (
             np.ascontiguousarray(column.detach().cpu().numpy())
             for column in (
                 detections.boxes,
@@ -99,9 +130,48 @@ class ImageMatcher:
                 detections.classes,
                 detections.exit_stages,
             )
-        ]
-        key = image_id, hashlib.blake2b(b"".join(map(np.ndarray.tobytes, columns))).digest()
-        matched = self._cache.pop(key, None) or self._match(image_id, *columns)
+        )
+
+        def ious(rows: _Rows, here: _Rows) -> _Ious:
+            # Sizes are differences in float32, as in files of results.
+            xywh = np.concatenate([boxes[rows, :2], boxes[rows, 2:] - boxes[rows, :2]], axis=1)
+            overlaps: _Ious = mask.iou(
+                xywh.astype(np.float64), gt_boxes[here], crowds[here].astype(np.uint8)
+            )
+            return overlaps
+
+        columns = _Columns(scores, classes, exit_stages)
+        return self._cached(
+            _key("boxes", image_id, boxes, *columns),
+            lambda: self._match(image_id, columns, gt_classes, crowds, ious),
+        )
+
+    def match_masks(
+        self, image_id: int, detections: RecordedDetections, overlaps: MaskOverlaps
+    ) -> MatchedDetections:
+        """Match the masks of an image; a detection without a mask does not count.
+
+        Args:
+            image_id: of the json.
+            detections: of a record; ``rows`` are those of the image alone, -1 without a mask.
+            overlaps: of the image.
+        """
+        masked = detections[detections.rows >= 0]
+        masks, gt_classes, crowds = self.masks_of(image_id)
+        columns = _Columns(
+            masked.scores.numpy(), masked.classes.numpy(), masked.exit_stages.numpy()
+        )
+
+        def match() -> MatchedDetections:
+            of_all = overlaps.of(masked, len(masks))
+            return self._match(
+                image_id, columns, gt_classes, crowds, lambda rows, here: of_all[rows][:, here]
+            )
+
+        return self._cached(_key("masks", image_id, *columns, masked.rows.numpy()), match)
+
+    def _cached(self, key: _Key, match: Callable[[], MatchedDetections]) -> MatchedDetections:
+        matched = self._cache.pop(key, None) or match()
         self._cache[key] = matched  # Most recently used.
         if len(self._cache) > CACHE_SIZE:
             self._cache.pop(next(iter(self._cache)))
@@ -110,25 +180,23 @@ class ImageMatcher:
     def _match(
         self,
         image_id: int,
-        boxes: npt.NDArray[np.float32],
-        scores: npt.NDArray[np.float32],
-        classes: npt.NDArray[np.int64],
-        exit_stages: npt.NDArray[np.int64],
+        columns: _Columns,
+        gt_classes: npt.NDArray[np.int64],
+        crowds: npt.NDArray[np.bool_],
+        ious: Callable[[_Rows, _Rows], _Ious],
     ) -> MatchedDetections:
-        gt_boxes, gt_classes, crowds = self._objects[image_id]
+        scores, classes, exit_stages = columns
         by_score = np.lexsort((-scores, classes))  # Stable, as in COCOeval.
         firsts = np.searchsorted(classes[by_score], classes[by_score])
         kept = by_score[np.arange(len(classes)) - firsts < self._max_detections]
         hits, ignored = np.zeros((2, len(IOUS), len(kept)), bool)
-        # Sizes are differences in float32, as in files of results.
-        xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)[kept]
-        xywh = xywh.astype(np.float64)
         for index in np.unique(classes[kept]).tolist():
             rows = np.flatnonzero(classes[kept] == index)
-            here = gt_classes == index
-            found = _match_class(xywh[rows], gt_boxes[here], crowds[here])
-            hits[:, rows], ignored[:, rows] = found
-        counts = np.bincount(gt_classes[~crowds], minlength=self.num_classes)
+            here = np.flatnonzero(gt_classes == index)
+            if len(here):
+                found = _match_class(ious(kept[rows], here), crowds[here])
+                hits[:, rows], ignored[:, rows] = found
+        counts = np.bincount(gt_classes[~crowds], minlength=len(self._category_ids))
         return MatchedDetections(
             image_ids=np.array([image_id]),
             images=np.zeros(len(kept), np.int64),
@@ -162,21 +230,26 @@ def join_images(matched: Iterable[MatchedDetections]) -> MatchedDetections:
 
 def _objects(annotations: Iterable[Mapping[str, Any]], category_ids: Sequence[int]) -> _Objects:
     items = list(annotations)
-    return (
+    return _Objects(
         np.array([item["bbox"] for item in items], np.float64).reshape(-1, 4),
         np.array([category_ids.index(item["category_id"]) for item in items], np.int64),
         np.array([item["iscrowd"] for item in items], bool),
     )
 
 
+def _key(kind: str, image_id: int, *columns: npt.NDArray[Any]) -> _Key:
+    return kind, image_id, hashlib.blake2b(b"".join(map(np.ndarray.tobytes, columns))).digest()
+
+
 def _match_class(
-    boxes: npt.NDArray[np.float64], truth: npt.NDArray[np.float64], crowds: npt.NDArray[np.bool_]
+    ious: npt.NDArray[np.float64], crowds: npt.NDArray[np.bool_]
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Hits and ignored, ``[T, D]``, of the boxes of one class (XYWH, best score first)."""
-    hits = np.zeros((len(IOUS), len(boxes)), bool)
-    if len(truth) == 0:
-        return hits, hits
-    ious = mask.iou(boxes, truth, crowds.astype(np.uint8))
+    """Hits and ignored, ``[T, D]``, of detections of one class, best score first.
+
+    Args:
+        ious: ``[D, G]``.
+        crowds: ``[G]``.
+    """
     # Reversed: of objects with equal IoU, COCOeval takes the last one.
     reversed_ious = torch.from_numpy(ious[:, ~crowds][:, ::-1].copy())
     hits = match_greedily(reversed_ious, IOUS.tolist()).numpy() >= 0

@@ -1,4 +1,4 @@
-"""A model of the milliseconds of a detector by the regions that enter each stage.
+"""A model of the milliseconds of a detector by the regions of each stage and by its masks.
 
 S stages, M measured calls with the same number of images each.
 """
@@ -17,6 +17,8 @@ from scipy.optimize import nnls
 class LatencyModel:
     """Milliseconds of a call: a constant, and for each stage a fixed part and a part per region.
 
+    The mask heads have a fixed part and a part per mask.
+
     Attributes:
         constant: milliseconds that do not depend on exits, such as those of the backbone.
         per_call: S milliseconds that a stage takes if any region enters it.
@@ -25,6 +27,8 @@ class LatencyModel:
         batch_size: images per call.
         samples: M.
         spread: the median of the absolute relative errors on the fitted calls.
+        per_mask_call: milliseconds of the mask heads if any detection gets a mask.
+        per_mask: milliseconds for each mask.
     """
 
     constant: float
@@ -34,6 +38,8 @@ class LatencyModel:
     batch_size: int
     samples: int
     spread: float
+    per_mask_call: float = 0.0
+    per_mask: float = 0.0
 
     @classmethod
     def fit(
@@ -43,10 +49,13 @@ class LatencyModel:
         *,
         device_name: str,
         batch_size: int,
+        masks: npt.ArrayLike = 0,
+        mask_milliseconds: npt.ArrayLike = 0,
     ) -> LatencyModel:
         """Fit by non-negative least squares of relative errors.
 
-        The fixed part of a stage is only determined if some calls leave the stage empty.
+        The fixed part of a stage is only determined if some calls leave the stage empty. The mask
+        heads have a time of their own and are fitted to it.
 
         Args:
             entered: ``[M, S]``, regions of all images of a call that entered each stage; they
@@ -54,6 +63,8 @@ class LatencyModel:
             milliseconds: ``[M]``, of the whole call, better the median of several runs.
             device_name: of the measurement.
             batch_size: images per call.
+            masks: ``[M]``, of all images of a call.
+            mask_milliseconds: ``[M]``, the part of ``milliseconds`` in the mask heads.
 
         Raises:
             ValueError: fewer than 2 S + 1 calls.
@@ -65,13 +76,13 @@ class LatencyModel:
                 f"{count} measured calls for {num_stages} stages: measure at least "
                 f"{2 * num_stages + 1}, with different numbers of regions"
             )
+        made = np.broadcast_to(np.asarray(masks, np.float64), count)
+        in_masks = np.broadcast_to(np.asarray(mask_milliseconds, np.float64), count)
         parts = np.hstack([np.ones((count, 1)), regions > 0, regions])
-        # Relative errors: a few long calls would dominate absolute ones.
-        weighted = parts / times[:, None]
-        scales = np.linalg.norm(weighted, axis=0)
-        scales[scales == 0] = 1.0  # a stage that nothing ever entered
-        solution = nnls(weighted / scales, np.ones(count))[0] / scales
-        errors = np.abs(weighted @ solution - 1)
+        solution = _fit(parts, times - in_masks)
+        of_masks = np.stack([made > 0, made], axis=1)
+        mask_solution = _fit(of_masks[made > 0], in_masks[made > 0]) if made.any() else np.zeros(2)
+        errors = np.abs((parts @ solution + of_masks @ mask_solution) / times - 1)
         return cls(
             constant=float(solution[0]),
             per_call=tuple(solution[1 : 1 + num_stages].tolist()),
@@ -80,42 +91,70 @@ class LatencyModel:
             batch_size=batch_size,
             samples=count,
             spread=float(np.median(errors)),
+            per_mask_call=float(mask_solution[0]),
+            per_mask=float(mask_solution[1]),
         )
 
-    def predict(self, entered: npt.ArrayLike) -> Any:
+    def predict(self, entered: npt.ArrayLike, masks: npt.ArrayLike = 0) -> Any:
         """Milliseconds of calls.
 
         Args:
             entered: regions that enter each stage, ``[S]`` of one call or ``[S, N]`` of N calls.
+            masks: a number, or ``[N]``.
 
         Returns:
             A float, or float64 ``[N]``.
         """
-        regions = np.asarray(entered, np.float64)
-        by_call = np.array(self.per_call) @ (regions > 0)
-        return self.constant + by_call + np.array(self.per_region) @ regions
+        regions, made = np.asarray(entered, np.float64), np.asarray(masks, np.float64)
+        by_call = np.array(self.per_call) @ (regions > 0) + self.per_mask_call * (made > 0)
+        by_region = np.array(self.per_region) @ regions + self.per_mask * made
+        return self.constant + by_call + by_region
 
-    def per_image(self, entered: npt.ArrayLike) -> float:
+    def per_image(self, entered: npt.ArrayLike, masks: npt.ArrayLike = 0) -> float:
         """Mean milliseconds per image in batches of the measured size.
 
         Args:
             entered: ``[S, N]``, regions of N > 0 images that enter each stage. A last batch that is
                 not full counts as part of a full one with as many regions per image.
+            masks: a number for every image, or ``[N]``.
         """
         regions = np.asarray(entered, np.float64)
+        made = np.broadcast_to(np.asarray(masks, np.float64), regions.shape[1:])
         firsts = np.arange(0, regions.shape[1], self.batch_size)
         sizes = np.diff(firsts, append=regions.shape[1])
-        in_batches = np.add.reduceat(regions, firsts, axis=1) * (self.batch_size / sizes)
-        return float(self.predict(in_batches) @ sizes / (sizes.sum() * self.batch_size))
+        counts = np.vstack([regions, made])
+        in_batches = np.add.reduceat(counts, firsts, axis=1) * (self.batch_size / sizes)
+        predicted = self.predict(in_batches[:-1], in_batches[-1])
+        return float(predicted @ sizes / (sizes.sum() * self.batch_size))
 
     def __str__(self) -> str:
         stages = "; ".join(
             f"stage {stage}: {fixed:.1f} ms and {1000 * each:.0f} us per region"
             for stage, (fixed, each) in enumerate(zip(self.per_call, self.per_region, strict=True))
         )
+        if self.per_mask_call or self.per_mask:
+            stages += (
+                f"; for masks {self.per_mask_call:.1f} ms and {1000 * self.per_mask:.0f} us each"
+            )
         return (
             f"{self.constant:.1f} ms for a call with {self.batch_size} image(s) on "
             f"{self.device_name}, and for each stage that is entered, "
             f"{stages}. Fitted to {self.samples} calls; half of them are predicted to within "
             f"{100 * self.spread:.0f} %."
         )
+
+
+def _fit(parts: npt.NDArray[np.float64], times: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Milliseconds of each part: non-negative, of least squared relative errors.
+
+    Absolute errors would be dominated by a few long calls.
+
+    Args:
+        parts: ``[M, P]``.
+        times: ``[M]``.
+    """
+    weighted = parts / times[:, None]
+    scales = np.linalg.norm(weighted, axis=0)
+    scales[scales == 0] = 1.0  # a stage that nothing ever entered
+    solution: npt.NDArray[np.float64] = nnls(weighted / scales, np.ones(len(times)))[0] / scales
+    return solution

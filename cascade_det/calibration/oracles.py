@@ -5,7 +5,6 @@ Each policy is made for one record, of R regions in N images and S stages.
 
 from __future__ import annotations
 
-import dataclasses
 import zlib
 from collections.abc import Sequence
 
@@ -16,9 +15,8 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from cascade_det.calibration.image_matching import IOUS
-from cascade_det.calibration.trials import Frame
 from cascade_det.core.exits import BEFORE_STAGES, ExitPolicy, RegionView
-from cascade_det.core.postprocess import rescale_boxes
+from cascade_det.core.postprocess import Frame, rescale_boxes
 from cascade_det.core.record import CascadeRecord
 
 Objects = tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]
@@ -124,10 +122,8 @@ def _dropping(record: CascadeRecord, kept_rows: Tensor, before_stages: bool) -> 
 
 def _carried(record: CascadeRecord) -> tuple[Tensor, Tensor, Tensor]:
     """Row, class and image of all D final detections of the full cascade, ``[D]`` each."""
-    reported = record.replay(None).reported
-    by_row = [dataclasses.replace(r, exit_stages=r.proposal_index) for r in reported]
-    found = record.select(by_row)
-    rows = torch.cat([detections.exit_stages for detections in found])
+    found = record.select(record.replay(None).reported)
+    rows = torch.cat([detections.rows for detections in found])
     classes = torch.cat([detections.classes for detections in found])
     return rows, classes, record.image_index[rows]
 

@@ -11,17 +11,26 @@ import numpy as np
 import torch
 from torch import nn
 
+from cascade_det.calibration.image_matching import ImageMatcher
 from cascade_det.calibration.latency_model import LatencyModel
+from cascade_det.calibration.mask_overlaps import (
+    MaskedObjects,
+    MaskOverlaps,
+    RecordedMasks,
+    record_overlaps,
+)
 from cascade_det.calibration.progress import progress_bar
 from cascade_det.calibration.search_space import truncated_cascades
-from cascade_det.calibration.trials import Frame, Recording
-from cascade_det.core import ExitPolicy, PartTimer
+from cascade_det.calibration.trials import Recording
+from cascade_det.core import CascadeHead, CascadeInputs, ExitPolicy, PartTimer
+from cascade_det.core.fast_heads import common_dtype
 from cascade_det.core.modes import evaluation_mode
+from cascade_det.core.postprocess import Frame
 from cascade_det.core.record import CascadeRecord, join_records
 from cascade_det.data.samples import Batch
 from cascade_det.engine.detector import CascadeDetector
 from cascade_det.engine.devices import device_name
-from cascade_det.engine.head_flops import region_flops
+from cascade_det.engine.head_flops import mask_flops, region_flops
 from cascade_det.engine.inference import BatchLoader
 
 # Records are joined until they have as many images.
@@ -30,32 +39,49 @@ JOINED_IMAGES = 32
 _SHARES = ((1.0, 1.0), *((first, later) for first in (1.0, 0.4, 0.1) for later in (0.3, 0.1, 0.02)))
 
 
-def record_dataset(detector: CascadeDetector, loader: BatchLoader, most_images: int) -> Recording:
+def record_dataset(
+    detector: CascadeDetector,
+    loader: BatchLoader,
+    most_images: int,
+    matcher: ImageMatcher | None = None,
+) -> Recording:
     """Run the full cascade and record the outputs of every region.
 
     Args:
         detector: in either host.
         loader: of the images, by id.
         most_images: limit of images; the rest of the loader is not used.
+        matcher: of their masks; ``None`` where there are none to compare with.
     """
     assert isinstance(detector, nn.Module)
     image_ids: list[int] = []
     frames: list[Frame] = []
     flops: tuple[float, ...] = ()
+    masks: RecordedMasks | None = None
 
     def each() -> Iterator[CascadeRecord]:
-        nonlocal flops
+        nonlocal flops, masks
         for batch in _first_images(loader, most_images):
-            inputs = detector.cascade_inputs(batch)
+            inputs, cascade = detector.cascade_inputs(batch), detector.cascade
+            channels = inputs.features[0].shape[1]
             # First: a head whose FLOPs cannot be counted fails at once.
-            flops = flops or region_flops(detector.cascade, inputs.features[0].shape[1]).stages
+            flops = flops or region_flops(cascade, channels).stages
+            if masks is None and cascade.masks is not None:
+                of_mask = mask_flops(cascade.masks, channels)
+                masks = RecordedMasks(cascade.masks.rules, of_mask, None if matcher is None else [])
             image_ids.extend(sample["image_id"] for sample in batch)
             sizes = [(int(height), int(width)) for height, width in inputs.image_sizes]
-            frames.extend(
+            own_frames = [
                 (size, (sample["height"], sample["width"]))
                 for sample, size in zip(batch, sizes, strict=True)
-            )
-            yield detector.cascade.record(**vars(inputs)).cpu()
+            ]
+            frames.extend(own_frames)
+            record = cascade.record(**vars(inputs)).cpu()
+            if masks is not None and masks.overlaps is not None:
+                assert matcher is not None
+                objects = [matcher.masks_of(sample["image_id"]) for sample in batch]
+                masks.overlaps.extend(_overlaps(cascade, inputs, record, own_frames, objects))
+            yield record
             step(len(batch))
 
     with (
@@ -64,7 +90,19 @@ def record_dataset(detector: CascadeDetector, loader: BatchLoader, most_images: 
         torch.no_grad(),
     ):
         records = list(_joined(each()))
-    return Recording(records, image_ids, frames, flops)
+    return Recording(records, image_ids, frames, flops, masks)
+
+
+def _overlaps(
+    cascade: CascadeHead,
+    inputs: CascadeInputs,
+    record: CascadeRecord,
+    frames: Sequence[Frame],
+    objects: Sequence[MaskedObjects],
+) -> list[MaskOverlaps]:
+    assert cascade.masks is not None
+    pyramid = cascade.pooler.prepare(inputs.features, dtype=common_dtype(cascade.box_head))
+    return record_overlaps(cascade.masks, pyramid, record, frames, objects)
 
 
 def _first_images(loader: BatchLoader, count: int) -> Iterator[Batch]:
@@ -93,10 +131,14 @@ class Timing(NamedTuple):
     Attributes:
         entered: regions of the batch that entered each stage.
         milliseconds: of the whole batch.
+        masks: of the batch.
+        mask_milliseconds: the part of them in the mask heads.
     """
 
     entered: tuple[int, ...]
     milliseconds: float
+    masks: int = 0
+    mask_milliseconds: float = 0.0
 
 
 def time_policies(
@@ -137,8 +179,10 @@ def time_policies(
                     detector.set_exits(exits)
                     timer = PartTimer(device)
                     stats = detector.detect(batch, timer=timer).stats
-                    milliseconds = sum(timer.milliseconds.values())
-                    timings[name].append(Timing(tuple(stats.entered), milliseconds))
+                    milliseconds, of_masks = timer.milliseconds, timer.milliseconds.get("masks", 0)
+                    total = sum(milliseconds.values())
+                    timing = Timing(tuple(stats.entered), total, stats.masks, of_masks)
+                    timings[name].append(timing)
                     step()
     finally:
         detector.set_exits(own)
@@ -163,15 +207,14 @@ def fit_latency(
         budget = tuple(max(1, round(share * most_proposals)) for share in shares)
         policies[str(budget)] = ExitPolicy(num_stages=stages, region_budget=budget)
     timings = time_policies(detector, batches, policies, rounds=rounds)
-    entered, milliseconds = [], []
-    for calls in timings.values():
-        for index in range(len(batches)):
-            same = calls[index :: len(batches)]
-            entered.append(same[0].entered)
-            milliseconds.append(median(call.milliseconds for call in same))
+    same = [
+        calls[index :: len(batches)] for calls in timings.values() for index in range(len(batches))
+    ]
     return LatencyModel.fit(
-        np.array(entered),
-        np.array(milliseconds),
+        np.array([calls[0].entered for calls in same]),
+        np.array([median(call.milliseconds for call in calls) for calls in same]),
+        masks=np.array([calls[0].masks for calls in same]),
+        mask_milliseconds=np.array([median(c.mask_milliseconds for c in calls) for calls in same]),
         device_name=device_name(next(detector.parameters()).device),
         batch_size=len(batches[0]),
     )

@@ -14,6 +14,7 @@ from cascade_det.calibration.comparison import ComparedExits, format_comparison,
 from cascade_det.calibration.exits_yaml import write_exits
 from cascade_det.calibration.front import choose_points, spread_out, write_front
 from cascade_det.calibration.front_plot import plot_front
+from cascade_det.calibration.mask_rules import format_mask_rules, write_mask_rules
 from cascade_det.calibration.profiles import PROMISES, kept_profiles
 from cascade_det.calibration.target import Target
 from cascade_det.files import write_json
@@ -30,6 +31,7 @@ FILES = (
     "front.csv",
     "front.png",
     "comparison.csv",
+    "masks.csv",
     "calibration.json",
 )
 
@@ -72,6 +74,10 @@ def write_report(
         )
     write_front(again, output_dir / "front.csv")
     write_comparison(rows, output_dir / "comparison.csv")
+    if calibrator.has_masks:
+        of_rules = assessment.mask_rules()
+        logger.info("Fewer masks with these exits:\n\n%s\n", format_mask_rules(of_rules))
+        write_mask_rules(of_rules, output_dir / "masks.csv")
     plot_front(
         again,
         output_dir / "front.png",
@@ -80,6 +86,7 @@ def write_report(
         # Where a setting was rejected, the chosen one is the full cascade.
         compared=[r for r in rows if calibration.rejected is None or r.name != CHOSEN],
         chosen=(CHOSEN, REJECTED),
+        metric=calibrator.metric,
     )
     _warn(calibration, target, rows)
     for name, reason in left_out.items():
@@ -106,12 +113,13 @@ def write_report(
 def _warn(calibration: Calibration, target: Target, rows: Sequence[ComparedExits]) -> None:
     """Warn where the result misses the target."""
     if calibration.rejected is not None:
-        change = calibration.rejected.differences["AP"]
+        change = calibration.rejected.differences[calibration.metric]
         logger.warning(
-            "On the held-out images, the setting loses %.2f points of AP "
+            "On the held-out images, the setting loses %.2f points of %s "
             "(95 %%: %.2f to %.2f), not at most %g: exits.yaml has no exits. Calibrate on more "
             "images, or allow a larger drop.",
             -change.value,
+            calibration.metric,
             -change.high,
             -change.low,
             target.max_ap_drop,

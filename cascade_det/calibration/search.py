@@ -29,6 +29,7 @@ class Search:
         parameters: to vary, by name: a setting per level, from safe to risky. The first one is
             empty: it turns the parameter off.
         evaluate: tries a setting.
+        metric: the AP to lose least of.
         on_trial: called after each new trial.
 
     Attributes:
@@ -37,6 +38,7 @@ class Search:
 
     parameters: Mapping[str, Sequence[Setting]]
     evaluate: Callable[[Setting], TrialSummary]
+    metric: str = "AP"
     on_trial: Callable[[], object] = lambda: None
     tried: dict[Levels, TrialSummary] = field(default_factory=dict)
 
@@ -91,14 +93,14 @@ class Search:
 
     def _regret(self, levels: list[int], trade_off: float) -> float:
         full, trial = self.trial(self.full), self.trial(levels)
-        return loss_of(trial, full) + trade_off * trial.work
+        return loss_of(trial, full, self.metric) + trade_off * trial.work
 
 
-def loss_of(trial: TrialSummary, full: TrialSummary) -> float:
+def loss_of(trial: TrialSummary, full: TrialSummary, metric: str = "AP") -> float:
     """The loss of a trial in percent points: AP, and well-placed objects that are not found.
 
     AP that rises by chance does not make up for lost objects.
     """
-    drop = full.metrics["AP"] - trial.metrics["AP"]
+    drop = full.metrics[metric] - trial.metrics[metric]
     lost = 100 * float((trial.lost_well_placed + trial.lost).mean()) / 2
     return max(drop, 0.0) + lost

@@ -23,6 +23,8 @@ class Target:
         risk: bound on the mean share of the full cascade's true positives of an image that get
             lost, between 0 and 1, at the least work; holds with probability ``1 - delta``.
         delta: see ``risk``.
+        metric: the AP that counts: ``bbox/AP`` or ``segm/AP``.
+        loss: whether the IoU of ``boxes`` or of ``masks`` says what is lost.
 
     Raises:
         ConfigError: not exactly one target, or a value out of range.
@@ -33,6 +35,8 @@ class Target:
     exit_rate: float | None = None
     risk: float | None = None
     delta: float = 0.1
+    metric: str = "bbox/AP"
+    loss: str = "boxes"
 
     def __post_init__(self) -> None:
         given = [name for name in _IN_RANGE if getattr(self, name) is not None]
@@ -47,6 +51,23 @@ class Target:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}: give {wanted}")
         if not 0 < self.delta < 1:
             raise ConfigError(f"--delta is {self.delta}: give a number between 0 and 1")
+
+    @property
+    def needs_masks(self) -> bool:
+        """Whether it is about masks."""
+        return self.metric == "segm/AP" or self.loss == "masks"
+
+    def check_masks(self, has_masks: bool) -> None:
+        """Check that a detector has the masks that the target needs.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        if self.needs_masks and not has_masks:
+            raise ConfigError(
+                "--metric segm/AP and --loss masks need masks, and the cascade makes none: set "
+                "MODEL.MASK_ON to True for a model that was trained with masks, or leave them out"
+            )
 
     def check_images(self, num_images: int) -> None:
         """Check that there are enough images, half of which judge the setting.

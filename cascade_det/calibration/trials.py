@@ -6,24 +6,31 @@ N images, S stages.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from cascade_det.calibration.bootstrap import average_precision
-from cascade_det.calibration.found_objects import found_objects, lost_shares
+from cascade_det.calibration.bootstrap import (
+    BOOTSTRAP_ROUNDS,
+    Difference,
+    average_precision,
+    paired_bootstrap,
+)
+from cascade_det.calibration.found_objects import found_masks, found_objects, lost_shares
 from cascade_det.calibration.image_matching import ImageMatcher, MatchedDetections, join_images
+from cascade_det.calibration.mask_overlaps import RecordedMasks
+from cascade_det.core import MaskRules
 from cascade_det.core.exits import ExitPolicy
-from cascade_det.core.postprocess import rescale_detections
-from cascade_det.core.record import CascadeRecord
-from cascade_det.core.structures import Detections
+from cascade_det.core.postprocess import Frame, rescale_detections
+from cascade_det.core.record import CascadeRecord, RecordedDetections
 
-# ``(height, width)`` of a resized image and of the original one.
-Frame = tuple[tuple[int, int], tuple[int, int]]
+# In front of the names of metrics of masks.
+SEGM = "segm/"
 # For all records, or one for each; ``None`` is the full cascade.
 Policies = ExitPolicy | Sequence[ExitPolicy | None] | None
+_Counts = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -35,12 +42,14 @@ class Recording:
         image_ids: N ids of the json.
         frames: N pairs of ``(height, width)``: of the resized image and of the original one.
         stage_flops: of one region in each of the S stages (multiply-adds).
+        masks: ``None`` for a cascade without masks.
     """
 
     records: list[CascadeRecord]
     image_ids: list[int]
     frames: list[Frame]
     stage_flops: tuple[float, ...]
+    masks: RecordedMasks | None = None
 
     @property
     def most_proposals(self) -> int:
@@ -58,11 +67,15 @@ class Recording:
                 records.append(record.select_images(here))
             kept += [first + i for i in here]
             first += record.num_images
+        masks = self.masks
+        if masks is not None and masks.overlaps is not None:
+            masks = replace(masks, overlaps=[masks.overlaps[index] for index in kept])
         return Recording(
             records,
             [self.image_ids[index] for index in kept],
             [self.frames[index] for index in kept],
             self.stage_flops,
+            masks,
         )
 
 
@@ -71,12 +84,14 @@ class TrialSummary:
     """Metrics, losses and work of exits, without their detections.
 
     Attributes:
-        metrics: ``AP``, ``AP50``, ``AP75`` and ``AP90`` in percent.
+        metrics: ``AP``, ``AP50``, ``AP75`` and ``AP90`` in percent; where masks can be compared
+            with those of objects also ``segm/AP`` and so on.
         entered: int64 ``[S, N]``, regions that enter each stage.
         lost: float64 ``[N]``, share of the full cascade's true positives in each image that are
-            not found, at IoU 0.5; see ``found_objects``.
+            not found, at IoU 0.5; see ``found_objects`` and ``found_masks``.
         lost_well_placed: the same at IoU 0.75.
-        work: share of the full cascade's FLOPs in box heads, 0 to 1.
+        work: share of the full cascade's FLOPs in box and mask heads.
+        masks: int64 ``[N]``, detections that get a mask; 0 for a cascade without masks.
     """
 
     metrics: dict[str, float]
@@ -84,6 +99,7 @@ class TrialSummary:
     lost: npt.NDArray[np.float64]
     lost_well_placed: npt.NDArray[np.float64]
     work: float
+    masks: npt.NDArray[np.int64]
 
     def regions_left(self, full: TrialSummary) -> float:
         """Share of the full cascade's region-stages that are computed, 0 to 1."""
@@ -100,14 +116,36 @@ class Trial(TrialSummary):
 
     Attributes:
         matched: detections of all images, matched to their objects.
+        matched_masks: the same by their masks; ``None`` without ``segm/AP``.
     """
 
     matched: MatchedDetections
+    matched_masks: MatchedDetections | None = None
 
     def summary(self) -> TrialSummary:
         """The summary without the detections."""
         names = (field.name for field in fields(TrialSummary))
         return TrialSummary(**{name: getattr(self, name) for name in names})
+
+    def differences(self, full: Trial, *, rounds: int = BOOTSTRAP_ROUNDS) -> dict[str, Difference]:
+        """The differences of all ``metrics`` from another trial of the same images."""
+        changes = paired_bootstrap(full.matched, self.matched, rounds=rounds)
+        if self.matched_masks is not None:
+            of_masks = paired_bootstrap(full.matched_by(SEGM), self.matched_masks, rounds=rounds)
+            changes |= {SEGM + name: change for name, change in of_masks.items()}
+        return changes
+
+    def difference(self, full: Trial, metric: str) -> Difference:
+        """One of the ``differences``."""
+        changes = paired_bootstrap(full.matched_by(metric), self.matched_by(metric))
+        return changes[metric.removeprefix(SEGM)]
+
+    def matched_by(self, metric: str) -> MatchedDetections:
+        """The matches that a metric is of."""
+        if not metric.startswith(SEGM):
+            return self.matched
+        assert self.matched_masks is not None
+        return self.matched_masks
 
 
 class ExitTrials:
@@ -117,31 +155,42 @@ class ExitTrials:
         recording: of the full cascade.
         matcher: of the ground truth of these images.
         score: lowest score of a detection that can be lost; COCO's AP counts lower ones too.
+        loss: what can be lost: ``boxes`` or ``masks``.
 
     Attributes:
         full: the trial without exits.
     """
 
-    def __init__(self, recording: Recording, matcher: ImageMatcher, *, score: float) -> None:
+    def __init__(
+        self, recording: Recording, matcher: ImageMatcher, *, score: float, loss: str = "boxes"
+    ) -> None:
         self.recording = recording
         self.matcher = matcher
         self.score = score
-        self._objects = [matcher.objects_of(image_id) for image_id in recording.image_ids]
-        self._found = self._find(self.detections(None))
+        self.loss = loss
+        entered, detections, masks = self._replay(None)
+        self._found = self._find(detections)
+        self._full_flops = self._flops(entered, masks)
         self.full = self.replay(None)
 
-    def replay(self, policy: Policies) -> Trial:
+    def replay(self, policy: Policies, rules: MaskRules | None = None) -> Trial:
         """Replay the recording with other exits.
 
         Args:
             policy: for all records, or one for each; ``None`` for the full cascade.
+            rules: which detections get a mask; ``None`` for the recorded rules.
         """
-        entered, detections = self._replay(policy)
-        ids = self.recording.image_ids
-        matches = [self.matcher.match(i, found) for i, found in zip(ids, detections, strict=True)]
-        flops = np.asarray(self.recording.stage_flops)
-        proposed = sum(len(record.proposals) for record in self.recording.records)
-        matched = join_images(matches)
+        entered, detections, masks = self._replay(policy, rules)
+        ids, recorded = self.recording.image_ids, self.recording.masks
+        matched = join_images(
+            self.matcher.match(i, found) for i, found in zip(ids, detections, strict=True)
+        )
+        metrics, matched_masks = average_precision(matched), None
+        if recorded is not None and recorded.overlaps is not None:
+            of_images = zip(ids, detections, recorded.overlaps, strict=True)
+            matched_masks = join_images(self.matcher.match_masks(*image) for image in of_images)
+            of_masks = average_precision(matched_masks)
+            metrics |= {SEGM + name: value for name, value in of_masks.items()}
         lost = np.array(
             [
                 lost_shares(full, early)
@@ -149,34 +198,70 @@ class ExitTrials:
             ]
         )
         return Trial(
-            metrics=average_precision(matched),
+            metrics=metrics,
             matched=matched,
+            matched_masks=matched_masks,
             entered=entered,
+            masks=masks,
             lost=lost[:, 0],
             lost_well_placed=lost[:, 1],
-            work=float(entered.sum(axis=1) @ flops / max(proposed * flops.sum(), 1)),
+            work=self._flops(entered, masks) / max(self._full_flops, 1),
         )
 
-    def detections(self, policy: Policies) -> list[Detections]:
+    def detections(self, policy: Policies) -> list[RecordedDetections]:
         """The detections of each image, in pixels of the original images."""
         return self._replay(policy)[1]
 
-    def _replay(self, policy: Policies) -> tuple[npt.NDArray[np.int64], list[Detections]]:
-        records = self.recording.records
+    def gigaflops(self, trial: TrialSummary) -> float:
+        """Multiply-adds of the heads per image, in 10^9."""
+        return self._flops(trial.entered, trial.masks) / len(self.recording.image_ids) / 1e9
+
+    def _replay(
+        self, policy: Policies, rules: MaskRules | None = None
+    ) -> tuple[_Counts, list[RecordedDetections], _Counts]:
+        """Regions ``[S, N]``, detections in the original images, and masks ``[N]``.
+
+        ``rows`` of the detections are those of their image, and -1 for one without a mask.
+        """
+        records, recorded = self.recording.records, self.recording.masks
         if policy is None or isinstance(policy, ExitPolicy):
             policy = [policy] * len(records)
+        if recorded is not None and rules is None:
+            rules = recorded.rules
         entered, detections = [], []
         with torch.no_grad():
             for record, own in zip(records, policy, strict=True):
                 replay = record.replay(own)
                 entered.append(replay.entered.numpy())
-                detections += record.select(replay.reported)
+                firsts = torch.searchsorted(record.image_index, torch.arange(record.num_images))
+                for first, found in zip(firsts, record.select(replay.reported), strict=True):
+                    rows = found.rows - first
+                    if rules is not None:
+                        rows = rows.where(rules.chosen(found), -1)
+                    detections.append(replace(found, rows=rows))
+        masks = [0 if recorded is None else int((d.rows >= 0).sum()) for d in detections]
         frames = self.recording.frames
         rescaled = [rescale_detections(d, *f) for d, f in zip(detections, frames, strict=True)]
-        return np.concatenate(entered, axis=1), rescaled
+        return np.concatenate(entered, axis=1), rescaled, np.array(masks, np.int64)
 
-    def _find(self, detections: Sequence[Detections]) -> list[npt.NDArray[np.bool_]]:
-        return [
-            found_objects(found, *objects, score=self.score)
-            for found, objects in zip(detections, self._objects, strict=True)
-        ]
+    def _flops(self, entered: _Counts, masks: _Counts) -> float:
+        of_stages = entered.sum(axis=1) @ np.asarray(self.recording.stage_flops)
+        of_mask = 0.0 if self.recording.masks is None else self.recording.masks.flops
+        return float(of_stages + masks.sum() * of_mask)
+
+    def _find(self, detections: Sequence[RecordedDetections]) -> list[npt.NDArray[np.bool_]]:
+        found = []
+        for index, (image_id, own) in enumerate(
+            zip(self.recording.image_ids, detections, strict=True)
+        ):
+            if self.loss == "masks":
+                recorded = self.recording.masks
+                assert recorded is not None
+                assert recorded.overlaps is not None
+                overlaps = recorded.overlaps[index]
+                crowds = self.matcher.masks_of(image_id).crowds
+                found.append(found_masks(own, overlaps, crowds, score=self.score))
+            else:
+                objects = self.matcher.objects_of(image_id)
+                found.append(found_objects(own, *objects, score=self.score))
+        return found

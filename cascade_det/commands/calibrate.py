@@ -5,6 +5,7 @@ cascade-det calibrate --config-file cells.yaml --output output/exits --max-ap-dr
 cascade-det calibrate --config-file ... --output ... --latency-ms 40
 cascade-det calibrate --config-file ... --output ... --exit-rate 0.6
 cascade-det calibrate --config-file ... --output ... --risk 0.02 --delta 0.1
+With masks: --max-ap-drop 0.1 --metric segm/AP, or --risk 0.02 --loss masks
 
 Records one run of the full cascade over DATASETS.TEST and tries settings on the record. One half
 of the images chooses; all reported metrics come from the other half. Use images that neither the
@@ -13,8 +14,9 @@ detector nor its gates were trained on, or the results promise too much.
 --output gets exits.yaml, to use on top of the configuration (--config-file cells.yaml
 --config-file output/exits/exits.yaml); quality.yaml, balanced.yaml and fast.yaml, three more
 points of the Pareto front, where they hold what they promise; front.csv and front.png;
-comparison.csv, with each exit alone and with simpler alternatives; and calibration.json, with
-what to expect. The whole folder is replaced at the end, and may hold no other files.
+comparison.csv, with each exit alone and with simpler alternatives; for a model with masks,
+masks.csv, with fewer masks; and calibration.json, with what to expect. The whole folder is replaced
+at the end, and may hold no other files.
 """
 
 from __future__ import annotations
@@ -61,6 +63,19 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
         help="least work that loses at most this share of the full cascade's true positives, with "
         "probability 1 - delta",
     )
+    parser.add_argument(
+        "--metric",
+        choices=("bbox/AP", "segm/AP"),
+        default="bbox/AP",
+        help="the AP of these targets (%(default)s)",
+    )
+    parser.add_argument(
+        "--loss",
+        choices=("boxes", "masks"),
+        default="boxes",
+        help="a true positive of --risk is lost if no box, or no mask, of its class overlaps its "
+        "object at IoU 0.5 any more (%(default)s)",
+    )
     parser.add_argument("--delta", type=float, default=0.1, help="see --risk (%(default)s)")
     parser.add_argument(
         "--score-threshold",
@@ -88,7 +103,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     from cascade_det.calibration.target import Options, Target
     from cascade_det.engine.log import setup_logging
 
-    target = Target(args.max_ap_drop, args.latency_ms, args.exit_rate, args.risk, args.delta)
+    target = Target(
+        args.max_ap_drop,
+        args.latency_ms,
+        args.exit_rate,
+        args.risk,
+        args.delta,
+        args.metric,
+        args.loss,
+    )
     options = Options(
         images=args.images, trials=args.trials, score=args.score_threshold, seed=args.seed
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 
 from cascade_det.core.regions import ReportedRegions
-from cascade_det.core.structures import Detections, StageOutput
+from cascade_det.core.structures import Detections, Found, StageOutput
 from cascade_det.core.structures.boxes import is_nonempty
 
 Frame = tuple[tuple[int, int], tuple[int, int]]  # (height, width) of boxes, and wanted
@@ -71,8 +71,8 @@ def select_detections(
 
 
 def rescale_detections(
-    detections: Detections, from_size: tuple[int, int], to_size: tuple[int, int]
-) -> Detections:
+    detections: Found, from_size: tuple[int, int], to_size: tuple[int, int]
+) -> Found:
     """Rescale detections to another size of the image; boxes that become empty are dropped.
 
     Args:

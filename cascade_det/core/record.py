@@ -61,6 +61,17 @@ class Replay:
     entered: Tensor
 
 
+@dataclass(kw_only=True)
+class RecordedDetections(Detections):
+    """Detections of one image from a record.
+
+    Attributes:
+        rows: int64 ``[D]``, the region of each in the record.
+    """
+
+    rows: Tensor
+
+
 @dataclass
 class CascadeRecord:
     """The full cascade on some images.
@@ -169,9 +180,23 @@ class CascadeRecord:
         reported = runner.run(self._proposal_regions())
         return Replay(reported, runner.stats, source.entered)
 
-    def select(self, reported: Sequence[ReportedRegions]) -> list[Detections]:
-        """Detections of every image, in pixels of the resized images."""
-        return select_detections(reported, self.num_images, self.selection)
+    def select(self, reported: Sequence[ReportedRegions]) -> list[RecordedDetections]:
+        """Detections of every image, in pixels of the resized images.
+
+        Args:
+            reported: by a replay, which reports no region twice.
+        """
+        exit_stages = torch.zeros_like(self.image_index)
+        for regions in reported:
+            exit_stages[regions.proposal_index] = regions.exit_stages
+        by_row = [replace(r, exit_stages=r.proposal_index) for r in reported]
+        found = select_detections(by_row, self.num_images, self.selection)
+        return [
+            RecordedDetections(
+                d.boxes, d.scores, d.classes, exit_stages[d.exit_stages], rows=d.exit_stages
+            )
+            for d in found
+        ]
 
     def _proposal_regions(self) -> Regions:
         index = torch.arange(len(self.proposals), device=self.proposals.device)

@@ -1,4 +1,4 @@
-"""Multiply-adds of the box heads for one region, counted by fvcore."""
+"""Multiply-adds of the heads for one region and for one mask, counted by fvcore."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from itertools import accumulate, repeat
 import torch
 from torch import nn
 
-from cascade_det.core import CascadeHead
+from cascade_det.core import CascadeHead, MaskBranch
 from cascade_det.core.modes import evaluation_mode
 from cascade_det.evaluation import RegionFlops
 from cascade_det.quiet_imports import without_jit_warning
 
 with without_jit_warning():
     from fvcore.nn import FlopCountAnalysis
+    from fvcore.nn.jit_handles import matmul_flop_jit
 
 
 def region_flops(cascade: CascadeHead, channels: int) -> RegionFlops:
@@ -29,15 +30,31 @@ def region_flops(cascade: CascadeHead, channels: int) -> RegionFlops:
     parameter = next(cascade.box_predictor.parameters())
     side = cascade.pooler.output_size
     pooled = torch.zeros(1, channels, side, side, dtype=parameter.dtype, device=parameter.device)
-    of_stages = [_operations(nn.Sequential(*stage), pooled) for stage in stages]
+    of_stages = [_operations(nn.Sequential(*stage), (pooled,)) for stage in stages]
     # Some ensembles run the heads so far again on the last crop.
     runs_again = cascade.ensemble.name == "last_boxes"
     of_scores = accumulate(of_stages) if runs_again else repeat(0.0, len(of_stages))
     return RegionFlops(tuple(of_stages), tuple(of_scores))
 
 
-def _operations(head: nn.Module, pooled: torch.Tensor) -> float:
+def mask_flops(masks: MaskBranch, channels: int) -> float:
+    """Operations of all mask heads for one mask, without RoI pooling; as in ``region_flops``.
+
+    Args:
+        masks: its modules run once, on one region of zeros.
+        channels: C of the feature maps.
+    """
+    parameter = next(masks.head.parameters())
+    side = masks.pooler.output_size
+    pooled = torch.zeros(1, channels, side, side, dtype=parameter.dtype, device=parameter.device)
+    classes = torch.zeros(1, dtype=torch.int64, device=parameter.device)
+    return sum(_operations(head, (pooled, classes)) for head in masks.heads)
+
+
+def _operations(head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> float:
     with evaluation_mode(head), torch.no_grad():
-        counts = FlopCountAnalysis(head, pooled)
+        counts = FlopCountAnalysis(head, inputs)
+        # The first input is the bias.
+        counts.set_op_handle("aten::baddbmm", lambda i, o: matmul_flop_jit(i[1:3], o))
         counts.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         return float(counts.total())

@@ -241,10 +241,9 @@ class _Simulated(Calibrator):
         choosing, testing = list(choosing), list(testing)
 
         def outcome(row, images):
-            empty = np.zeros((3, len(images)), np.int64)
-            return TrialSummary(
-                {"AP": 0.0}, empty, losses[row][images], losses[row][images], work[row]
-            )
+            empty, none = np.zeros((3, len(images)), np.int64), np.zeros(len(images), np.int64)
+            lost = losses[row][images]
+            return TrialSummary({"AP": 0.0}, empty, lost, lost, work[row], none)
 
         parameters = {"row": [{"row": row} for row in range(len(work))]}
         self.search = Search(parameters, lambda setting: outcome(setting["row"], choosing))

@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 import torch
 from random_records import make_parts
-from small_cascades import CHANNELS, assert_same_detections, make_cascade, make_scene, truncate
-from torch import nn
+from scene_detectors import (
+    COSTS,
+    MASK_COSTS,
+    SIZES,
+    SceneDetector,
+    batches_of,
+    make_masks,
+)
+from small_cascades import CHANNELS, assert_same_detections, truncate
 
 from cascade_det.calibration.image_matching import ImageMatcher
 from cascade_det.calibration.recording import (
@@ -18,76 +25,11 @@ from cascade_det.calibration.recording import (
 )
 from cascade_det.calibration.search_space import truncated_cascades
 from cascade_det.calibration.trials import ExitTrials
-from cascade_det.core import CascadeInputs, DetectorOutput
 from cascade_det.core.exits import ExitPolicy
-from cascade_det.core.postprocess import rescale_detections
 from cascade_det.core.record import join_records
 from cascade_det.engine.head_flops import region_flops
 
-SIZES = ((64, 96), (72, 80))
 RULES = {"prune_thresholds": (0.4, 0.5), "thresholds": (0.9, 0.8), "redundancy_iou": 0.7}
-COSTS = ((3.0, 2.0, 4.0), (0.02, 0.03, 0.05))  # of the stages, milliseconds per call and region
-
-
-class SceneDetector(nn.Module):
-    """A cascade on given feature maps: image ``i`` of a scene has the id ``10 + i``.
-
-    Its time is what ``COSTS`` say, and 20 ms for the rest.
-    """
-
-    def __init__(self, *, images=4, **cascade):
-        super().__init__()
-        self.cascade = make_cascade(score_thresh=0.1, **cascade)
-        self.dropout = nn.Dropout(0.5)
-        self.scene = make_scene(
-            num_proposals=[20 + i for i in range(images)],
-            num_objects=[2] * images,
-            image_sizes=[SIZES[i % 2] for i in range(images)],
-        )
-        generator = torch.Generator().manual_seed(0)
-        self.objectness = [torch.randn(len(p), generator=generator) for p in self.scene.proposals]
-        self.calls = []
-        self.fails = False
-
-    def set_exits(self, exits):
-        self.cascade.exits = exits
-
-    def cascade_inputs(self, batch, *, timer=None):
-        chosen = [sample["image_id"] - 10 for sample in batch]
-        return CascadeInputs(
-            [self.dropout(level[chosen]) for level in self.scene.features],
-            [self.scene.proposals[i] for i in chosen],
-            [torch.Size(self.scene.image_sizes[i]) for i in chosen],
-            [self.objectness[i] for i in chosen],
-        )
-
-    def detect(self, batch, *, stages=False, timer=None):
-        self.calls.append((self.cascade.exits, [s["image_id"] for s in batch], timer is not None))
-        if self.fails:
-            raise RuntimeError("out of memory")
-        detections, stats = self.cascade.detect(**vars(self.cascade_inputs(batch)))
-        if timer is not None:
-            per_call, per_region = COSTS
-            timer.milliseconds["backbone"] = 20.0
-            for stage, entered in enumerate(stats.entered):
-                took = per_call[stage] * (entered > 0) + per_region[stage] * entered
-                timer.milliseconds[f"stage{stage}"] = took
-        frames = [frame_of(sample, self) for sample in batch]
-        return DetectorOutput(
-            [rescale_detections(d, *f) for d, f in zip(detections, frames, strict=True)], stats
-        )
-
-
-def frame_of(sample, detector):
-    return detector.scene.image_sizes[sample["image_id"] - 10], (sample["height"], sample["width"])
-
-
-def batches_of(detector, size):
-    samples = [
-        {"image_id": 10 + i, "height": 2 * height, "width": 3 * width}
-        for i, (height, width) in enumerate(detector.scene.image_sizes)
-    ]
-    return [samples[i : i + size] for i in range(0, len(samples), size)]
 
 
 def trials_of(detector, recording):
@@ -242,6 +184,15 @@ class TestTiming:
             per_call, per_region = np.array(COSTS)
             wanted = 20 + (per_call * (np.array(entered) > 0) + per_region * entered).sum()
             assert model.predict(entered) == pytest.approx(wanted, rel=1e-3)
+
+    def test_a_latency_model_with_masks(self):
+        detector = SceneDetector(images=2, masks=make_masks())
+        model = fit_latency(detector, batches_of(detector, 1), most_proposals=24, rounds=1)
+        assert model.spread < 1e-6
+        assert (model.per_mask_call, model.per_mask) == pytest.approx(MASK_COSTS)
+        per_call, per_region = np.array(COSTS)
+        stages = 20 + (per_call + per_region * (40, 12, 3)).sum()
+        assert model.predict((40, 12, 3), 7) == pytest.approx(stages + 1.5 + 7 * 0.25, rel=1e-3)
 
     @pytest.mark.parametrize("num_stages", [2, 3])
     def test_cascades_that_stop_early(self, num_stages):

@@ -21,7 +21,9 @@ SOME = settings(deadline=None, max_examples=10, derandomize=True)
 
 def outcome(ap, work, *, lost=(0.0,), lost_well_placed=(0.0,)):
     entered = np.zeros((3, len(lost)), np.int64)
-    return TrialSummary({"AP": ap}, entered, np.array(lost), np.array(lost_well_placed), work)
+    none = np.zeros(entered.shape[1], np.int64)
+    lost = np.array(lost), np.array(lost_well_placed)
+    return TrialSummary({"AP": ap}, entered, *lost, work, none)
 
 
 class Separable:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from cascade_det.masks.pasting import paste_masks
 
 EXIT_REASONS = ("background", "redundant", "confident", "budget", "completed")
+Found = TypeVar("Found", bound="Detections")
 
 
 @dataclass
@@ -38,10 +39,10 @@ class Detections:
     def __len__(self) -> int:
         return len(self.boxes)
 
-    def __getitem__(self, index: Tensor | slice) -> Detections:
+    def __getitem__(self: Found, index: Tensor | slice) -> Found:
         return self._map(lambda field: field[index])
 
-    def to(self, device: torch.device | str) -> Detections:
+    def to(self: Found, device: torch.device | str) -> Found:
         """The same detections on another device."""
         return self._map(lambda field: field.to(device))
 
@@ -63,11 +64,11 @@ class Detections:
         masks, boxes = (x.detach().float().cpu().numpy() for x in (self.masks, self.boxes))
         return torch.from_numpy(paste_masks(masks, boxes, height, width))
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Detections:
+    def _map(self: Found, change: Callable[[Tensor], Tensor]) -> Found:
         changed: dict[str, Any] = {
             name: None if field is None else change(field) for name, field in vars(self).items()
         }
-        return Detections(**changed)
+        return replace(self, **changed)
 
 
 @dataclass

@@ -175,5 +175,5 @@ def _with_masks(
         raise DatasetError(
             f"{text}, which --metric segm/AP and --loss masks need. Use images with masks."
         )
-    logger.warning("%s: AP counts boxes only", text)
+    logger.warning("%s: AP is of boxes alone", text)
     return None

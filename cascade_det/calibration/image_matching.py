@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from cascade_det.core.matching import match_greedily
 from cascade_det.core.record import RecordedDetections
 from cascade_det.core.structures import Detections
 from cascade_det.evaluation.average_precision import MAX_DETECTIONS
-from cascade_det.evaluation.ground_truth import load_ground_truth
+from cascade_det.evaluation.ground_truth import load_ground_truth, load_mask_truth
 
 IOUS = COCOeval(iouType="bbox").params.iouThrs
 # Matched images to keep, of about 50 bytes per detection.
@@ -88,14 +89,13 @@ class ImageMatcher:
         *,
         max_detections: int = MAX_DETECTIONS,
     ) -> None:
-        self._coco = load_ground_truth(ground_truth)
+        coco = load_ground_truth(ground_truth)
+        self._ground_truth = ground_truth
         self._category_ids = category_ids
         self._max_detections = max_detections
         self._objects = {
-            image_id: _objects(self._coco.imgToAnns[image_id], category_ids)
-            for image_id in self._coco.imgs
+            image_id: _objects(coco.imgToAnns[image_id], category_ids) for image_id in coco.imgs
         }
-        self._masks: dict[int, MaskedObjects] = {}
         self._cache: dict[_Key, MatchedDetections] = {}
 
     def objects_of(self, image_id: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
@@ -106,13 +106,17 @@ class ImageMatcher:
         return boxes, classes[~crowds]
 
     def masks_of(self, image_id: int) -> MaskedObjects:
-        """The objects of an image that have a mask, crowds included."""
-        if image_id not in self._masks:
-            items = [a for a in self._coco.imgToAnns[image_id] if a.get("segmentation")]
-            _, classes, crowds = _objects(items, self._category_ids)
-            rles = [self._coco.annToRLE(item) for item in items]
-            self._masks[image_id] = MaskedObjects(rles, classes, crowds)
+        """The masks of an image's objects, crowds included."""
         return self._masks[image_id]
+
+    @cached_property
+    def _masks(self) -> dict[int, MaskedObjects]:
+        coco, masks = load_mask_truth(self._ground_truth), {}
+        for image_id in coco.imgs:
+            items = coco.imgToAnns[image_id]
+            _, classes, crowds = _objects(items, self._category_ids)
+            masks[image_id] = MaskedObjects([a["segmentation"] for a in items], classes, crowds)
+        return masks
 
     def match(self, image_id: int, detections: Detections) -> MatchedDetections:
         """Match the detections of an image.

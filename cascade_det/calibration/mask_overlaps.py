@@ -7,7 +7,7 @@ S stages, R regions, K classes, G objects and P pairs of one image; N images of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +29,7 @@ CHUNK = 128
 
 
 class MaskedObjects(NamedTuple):
-    """The objects of an image that have a mask.
+    """The objects of an image, see ``cascade_det.evaluation.ground_truth.load_mask_truth``.
 
     Attributes:
         masks: G, compressed RLE in the original image.
@@ -128,7 +128,7 @@ def record_overlaps(
         kept = torch.from_numpy(np.flatnonzero(reached))
         here, boxes = here[kept], boxes[kept]
         image = candidates[here]
-        made = _made(masks, pyramid, image, index, record.num_images)
+        made = _made(masks, pyramid, image, index)
         rles = encode_pasted(made.numpy(), boxes.numpy(), *frames[index][1])
         ious = _ious(rles, image.classes.numpy(), own)
         rows, matched = np.nonzero(ious >= LEAST_IOU)
@@ -176,24 +176,19 @@ def _reached(
     high = np.minimum(boxes[:, None, 2:], around[:, :2] + around[:, 2:])
     # An interval has at most one pixel more than its length.
     pixels = np.clip(high - low + 1, 0, None).prod(axis=2)  # [P, G]
-    enough = np.where(objects.crowds, 1, LEAST_IOU * coco_mask.area(objects.masks))
+    enough = np.where(objects.crowds, 1, np.maximum(LEAST_IOU * coco_mask.area(objects.masks), 1))
     return ((pixels >= enough) & (classes[:, None] == objects.classes)).any(axis=1)
 
 
-def _made(
-    masks: MaskBranch, pyramid: Pyramid, image: Detections, index: int, num_images: int
-) -> Tensor:
-    """The masks ``[P, M, M]`` of regions of one image, on the CPU."""
-    everything = replace(masks, rules=MaskRules())
-    device = pyramid.features[0].device
-    made = []
+def _made(masks: MaskBranch, pyramid: Pyramid, image: Detections, index: int) -> Tensor:
+    """The masks ``[P, M, M]`` of regions of the image ``index``, on the CPU."""
+    device, made = pyramid.features[0].device, [torch.zeros(0, 1, 1)]
     for rows in torch.arange(len(image)).split(CHUNK):
-        batch = [image[rows if i == index else rows[:0]].to(device) for i in range(num_images)]
-        with_masks, _ = everything.add(batch, pyramid)
-        masks_here = with_masks[index].masks
-        assert masks_here is not None
-        made.append(masks_here.float().cpu())
-    return torch.cat(made) if made else torch.zeros(0, 1, 1)
+        some = image[rows].to(device)
+        images = torch.full_like(some.classes, index)
+        probs = masks.probabilities(pyramid, some.boxes, images, some.classes)
+        made.append(probs.float().cpu())
+    return torch.cat(made[1:] or made)
 
 
 def _ious(

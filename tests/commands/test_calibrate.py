@@ -339,6 +339,79 @@ def test_a_model_with_learned_exits(tmp_path, choose):
     assert 0 < stats.left[0]["background"] < stats.entered[0]
 
 
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory):
+    return make_calibration_case(tmp_path_factory.mktemp("masked"), images=8, masks=True)
+
+
+class TestMasks:
+    @pytest.mark.parametrize(
+        "name", ["standalone", pytest.param("detectron2", marks=pytest.mark.needs_detectron2)]
+    )
+    @pytest.mark.usefixtures("own_catalog")
+    def test_an_evaluation_gives_what_was_promised(self, masked, tmp_path, name):
+        if name == "detectron2":
+            pytest.importorskip("detectron2.engine", exc_type=ImportError)
+        host, folder = load_host(name), tmp_path / "out"
+        target = ["--max-ap-drop", "4", "--metric", "segm/AP", "--loss", "masks"]
+        assert run(masked, folder, *target, host=name) == 0
+        content = json.loads((folder / "calibration.json").read_text())
+        assert {key: content["target"][key] for key in ("metric", "loss")} == {
+            **{"metric": "segm/AP", "loss": "masks"}
+        }
+        expected = content["expected"]
+        assert 0 <= -expected["segm/AP_change"] < 4
+        assert expected["work"] < 1
+        options = masked.with_truth(f"masked_{name}", masked.reporting_half())
+        cfg = host.load_config(
+            [INSTANT, folder / "exits.yaml"], [*options, "OUTPUT_DIR", str(tmp_path / "eval")]
+        )
+        host.check_config(cfg)
+        results = host.evaluate(cfg)
+        assert results["bbox"]["AP"] == pytest.approx(expected["AP"], abs=1e-3)
+        assert results["segm"]["AP"] == pytest.approx(expected["segm/AP"], abs=1e-3)
+        assert 2 < results["segm"]["AP"] < 98
+        masks = results["exits"]["masks"]["masks_per_image"]
+        assert masks == pytest.approx(expected["masks_per_image"])
+
+        with (folder / "comparison.csv").open(newline="") as file:
+            rows = {row["exits"]: row for row in csv.DictReader(file)}
+        assert float(rows["chosen"]["segm/AP (%)"]) == pytest.approx(expected["segm/AP"])
+        assert float(rows["chosen"]["masks/image"]) == pytest.approx(masks)
+        change = float(rows["chosen"]["segm/AP (%)"]) - float(rows["full cascade"]["segm/AP (%)"])
+        assert float(rows["chosen"]["segm/AP change"]) == pytest.approx(change)
+        with (folder / "masks.csv").open(newline="") as file:
+            everything, *fewer = csv.DictReader(file)
+        assert float(everything["segm/AP (%)"]) == pytest.approx(expected["segm/AP"])
+        assert all(float(row["masks/image"]) <= masks for row in fewer)
+        assert min(float(row["masks/image"]) for row in fewer) < masks
+        assert content["latency_model"]["per_mask"] > 0
+        front = (folder / "front.csv").read_text()
+        assert front.startswith("segm/AP (%),segm/AP drop")
+
+    def test_objects_without_masks_leave_the_boxes(self, masked, tmp_path, capfd):
+        truth = masked.truth
+        for annotation in truth["annotations"]:
+            del annotation["segmentation"]
+        options = masked.with_truth("maskless", truth)
+        target = ["--exit-rate", "0", "--trials=2"]
+        assert run(masked, tmp_path / "out", *target, options=options) == 0
+        told = "".join(capfd.readouterr())
+        assert "has no masks (segmentation) in one half of the images: AP is of boxes" in told
+        expected = json.loads((tmp_path / "out" / "calibration.json").read_text())["expected"]
+        assert expected["masks_per_image"] > 1
+        assert "segm/AP" not in expected
+        target += ["--metric", "segm/AP"]
+        assert run(masked, tmp_path / "out", *target, options=options) == 1
+        assert "which --metric segm/AP and --loss masks need" in capfd.readouterr().err
+
+    @pytest.mark.parametrize("arguments", [["--metric", "segm/AP"], ["--loss", "masks"]])
+    def test_a_model_without_masks(self, case, tmp_path, capfd, monkeypatch, arguments):
+        monkeypatch.setattr(host, "open_detector", lambda _: pytest.fail("it loads the detector"))
+        assert run(case, tmp_path, "--exit-rate", "0.1", *arguments) == 1
+        assert re.search("need masks.*MODEL.MASK_ON", capfd.readouterr().err)
+
+
 class TestMistakes:
     @pytest.mark.parametrize(
         ("arguments", "words"),

@@ -6,8 +6,9 @@ import pytest
 import torch
 from small_cascades import CHANNELS, NUM_CLASSES, POOLED, make_cascade, make_scene
 
+from cascade_det.core import ConvUpsampleMaskHead, MaskBranch, RoIPooler
 from cascade_det.core.structures import DetectorOutput
-from cascade_det.engine.head_flops import region_flops
+from cascade_det.engine.head_flops import mask_flops, region_flops
 from cascade_det.evaluation import ExitEvaluator
 
 LOGITS = NUM_CLASSES + 1
@@ -34,6 +35,21 @@ def test_one_multiply_add_for_each_weight_and_position(changes, expected):
     flops = region_flops(make_cascade(**changes), CHANNELS)
     assert flops.stages == (expected,) * 3
     assert flops.scores == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("heads", "num_masks"), [(1, 80), (1, 1), (3, 5)])
+def test_a_mask_has_one_class(heads, num_masks):
+    """Two convolutions of 3 x 3 taps, four taps per crop cell, and one class in four cells each."""
+    made = [
+        ConvUpsampleMaskHead(
+            in_channels=CHANNELS, conv_dims=(5, 7), upsampled_dim=4, num_masks=num_masks
+        )
+        for _ in range(heads)
+    ]
+    pooler = RoIPooler(output_size=6, strides=(4, 8))
+    masks = MaskBranch(made[0] if heads == 1 else torch.nn.ModuleList(made), pooler)
+    of_cell = 9 * CHANNELS * 5 + 9 * 5 * 7 + 4 * 7 * 4 + 4 * 4
+    assert mask_flops(masks, CHANNELS) == heads * 36 * of_cell
 
 
 def test_heads_that_run_again_count_again():

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
+import numpy as np
 import torch
+from pycocotools import mask as coco_mask
 
 from cascade_det.calibration.calibrator import split_images
 from cascade_det.calibration.image_matching import ImageMatcher
@@ -61,8 +63,8 @@ class CalibrationCase:
         return [*self.options, "CASCADE.DATASETS", str(datasets), "DATASETS.TEST", f"('{name}',)"]
 
 
-def make_calibration_case(folder, *, images, learned=()):
-    """A case in an empty folder."""
+def make_calibration_case(folder, *, images, learned=(), masks=False):
+    """A case in an empty folder; with ``masks`` the objects have those of the detections."""
     make_dataset(folder / "shapes", train=0, val=images, width=128, height=96, hard=0.0)
     options = [str(value) for value in SETTINGS]
     if learned:
@@ -72,11 +74,16 @@ def make_calibration_case(folder, *, images, learned=()):
             "MODEL.CASCADE.EXIT.LEARNED",
             str(learned),
         ]
+    if masks:
+        options += ["MODEL.MASK_ON", "True", "MODEL.ROI_MASK_HEAD.NUM_CONV", "0"]
+        options += ["MODEL.ROI_MASK_HEAD.CONV_DIM", "4"]
     torch.manual_seed(0)
     detector = build_detector(load_config(INSTANT, options)).eval()
     for predictor in detector.roi_heads.box_predictor:
         torch.nn.init.normal_(predictor.cls_score.weight, std=30.0)
         torch.nn.init.normal_(predictor.bbox_pred.weight, std=1.0)
+    if masks:
+        torch.nn.init.normal_(detector.roi_heads.mask_head.predictor.weight, std=5.0)
     if learned:
         for parameter in detector.roi_heads.exits.parameters():
             torch.nn.init.normal_(parameter, std=0.5)
@@ -97,7 +104,10 @@ def _found(detector, folder, content):
         pixels = torch.from_numpy(cv2.imread(str(folder / "val" / image["file_name"])))
         (found,) = detector.detect([{"image": pixels.permute(2, 0, 1)}]).detections
         moved = found.boxes + torch.randn(len(found), 4, generator=generator) * 1.5
-        for box, index in list(zip(moved.tolist(), found.classes.tolist(), strict=True))[::2]:
+        found.boxes = moved
+        pasted = [None] * len(found) if found.masks is None else found.paste(96, 128).numpy()
+        rows = zip(moved.tolist(), found.classes.tolist(), pasted, strict=True)
+        for box, index, bitmap in list(rows)[::2]:
             number += 1
             x, y = max(box[0], 0.0), max(box[1], 0.0)
             size = [min(box[2], 128.0) - x, min(box[3], 96.0) - y]
@@ -108,4 +118,10 @@ def _found(detector, folder, content):
                 "bbox": [x, y, *size],
                 "area": size[0] * size[1],
                 "iscrowd": 0,
+                **({} if bitmap is None else {"segmentation": _rle(bitmap)}),
             }
+
+
+def _rle(bitmap):
+    rle = coco_mask.encode(np.asfortranarray(bitmap.astype(np.uint8)))
+    return {**rle, "counts": rle["counts"].decode()}

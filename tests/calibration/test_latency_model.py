@@ -113,36 +113,37 @@ def test_in_words():
     )
 
 
+@pytest.fixture(scope="module")
+def with_masks():
+    calls, rng = random_calls(60), np.random.default_rng(3)
+    masks = rng.integers(0, 100, 60)
+    of_masks = 4.0 * (masks > 0) + 0.5 * masks
+    return LatencyModel.fit(
+        calls,
+        of_masks + [true_time(call) for call in calls],
+        device_name="toaster",
+        batch_size=2,
+        masks=masks,
+        mask_milliseconds=of_masks,
+    )
+
+
 class TestMasks:
-    @pytest.fixture(scope="class")
-    def model(self):
-        calls, rng = random_calls(60), np.random.default_rng(3)
-        masks = rng.integers(0, 100, 60)
-        of_masks = 4.0 * (masks > 0) + 0.5 * masks
-        return LatencyModel.fit(
-            calls,
-            of_masks + [true_time(call) for call in calls],
-            device_name="toaster",
-            batch_size=2,
-            masks=masks,
-            mask_milliseconds=of_masks,
-        )
+    def test_they_have_a_part_of_their_own(self, with_masks):
+        assert (with_masks.per_mask_call, with_masks.per_mask) == pytest.approx((4.0, 0.5))
+        assert with_masks.constant == pytest.approx(CONSTANT)
+        assert with_masks.per_region == pytest.approx(PER_REGION)
+        assert with_masks.predict([100, 0, 0], 10) == pytest.approx(30 + 2 + 2 + 4 + 5)
+        assert with_masks.predict([100, 0, 0]) == pytest.approx(30 + 2 + 2)
+        assert "for masks 4.0 ms and 500 us each" in str(with_masks)
 
-    def test_they_have_a_part_of_their_own(self, model):
-        assert (model.per_mask_call, model.per_mask) == pytest.approx((4.0, 0.5))
-        assert model.constant == pytest.approx(CONSTANT)
-        assert model.per_region == pytest.approx(PER_REGION)
-        assert model.predict([100, 0, 0], 10) == pytest.approx(30 + 2 + 2 + 4 + 5)
-        assert model.predict([100, 0, 0]) == pytest.approx(30 + 2 + 2)
-        assert "for masks 4.0 ms and 500 us each" in str(model)
-
-    def test_per_image(self, model):
+    def test_per_image(self, with_masks):
         """Batches of two: the fixed part once for both, not at all for a batch without masks."""
         entered = np.array([[100, 100, 100, 100], [0] * 4, [0] * 4])
         stages = (30 + 2 + 4) / 2
         masks = (4 + 0.5 * 12) / 4
-        assert model.per_image(entered, [12, 0, 0, 0]) == pytest.approx(stages + masks)
-        assert model.per_image(entered) == pytest.approx(stages)
+        assert with_masks.per_image(entered, [12, 0, 0, 0]) == pytest.approx(stages + masks)
+        assert with_masks.per_image(entered) == pytest.approx(stages)
 
     def test_a_cascade_without_masks(self):
         model = fit(random_calls(60))

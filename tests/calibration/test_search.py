@@ -1,5 +1,6 @@
 """The search on objectives whose best settings are known, and its parameters."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -90,6 +91,26 @@ class TestSearch:
         assert len(objective.runs) == len(set(objective.runs)) == len(search.tried) <= most
         assert told == list(range(1, len(search.tried) + 1))
         assert len(objective.runs) == most or len(objective.runs) > 9  # all levels of one parameter
+
+    def test_the_ap_of_masks_may_be_the_one_that_counts(self):
+        """Of two parameters that save the same, it turns the one that loses less of the metric."""
+        aps = {(0, 0): (50.0, 40.0), (1, 0): (30.0, 40.0), (0, 1): (50.0, 20.0)}
+
+        def evaluate(setting):
+            levels = setting.get("A", 0), setting.get("B", 0)
+            ap, segm = aps.get(levels, (0.0, 0.0))
+            trial = outcome(ap, 1 - 0.5 * sum(levels))
+            return dataclasses.replace(trial, metrics={"AP": ap, "segm/AP": segm})
+
+        for metric, best in (("AP", (0, 1)), ("segm/AP", (1, 0))):
+            parameters = {name: [{}, {name: 1}] for name in "AB"}
+            search = Search(parameters, evaluate, metric=metric)
+            search.search(4)
+            full = search.trial(search.full)
+            losses = {
+                levels: loss_of(trial, full, metric) for levels, trial in search.tried.items()
+            }
+            assert min(losses, key=lambda levels: (losses[levels], -sum(levels))) == best
 
     def test_nothing_is_turned_where_it_only_hurts(self):
         objective = Separable([[(0, 0), (5, 0.001)], [(0, 0), (9, 0.0), (20, 0.01)]])

@@ -230,6 +230,24 @@ class TestRecord:
         assert outcome(record, exits)[1] == outcome(record, None)[1]
         assert calls == []
 
+    @pytest.mark.parametrize("cls_agnostic", [True, False])
+    def test_detections_name_their_regions(self, cls_agnostic):
+        record = make_recorded_scene(cls_agnostic=cls_agnostic).record
+        replay = record.replay(policy(thresholds=(0.5, 0.5)))
+        stages = set()
+        for image, found in enumerate(record.select(replay.reported)):
+            assert (record.image_index[found.rows] == image).all()
+            for d in range(len(found)):
+                stage, row, label = (
+                    x[d].item() for x in (found.exit_stages, found.rows, found.classes)
+                )
+                box = record.stages[stage].decoded[row].view(-1, 4)[0 if cls_agnostic else label]
+                assert found.boxes[d].tolist() == box.tolist()
+                assert found.scores[d] == record.final_probs(stage)[row, label]
+                stages.add(stage)
+            assert found[:2].rows.tolist() == found.rows.tolist()[:2]
+        assert stages == {0, 1, 2}
+
     def test_regions_of_each_image_that_enter(self):
         record = make_recorded_scene(num_proposals=(30, 0, 20), num_objects=(4, 0, 3)).record
         exits = policy(proposal_threshold=0.5, prune_thresholds=(0.4, 0.4), region_budget=(0, 8, 5))

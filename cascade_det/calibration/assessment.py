@@ -126,10 +126,15 @@ class Assessment:
             **usual_settings(self.calibrator.num_stages, () if learned is None else learned.names),
         }
 
-    def milliseconds(self, points: Sequence[FrontPoint]) -> dict[str, float]:
+    def milliseconds(
+        self, points: Sequence[FrontPoint]
+    ) -> tuple[dict[str, float], dict[str, float]]:
         """Milliseconds per image: of points by their setting, of the comparison by name.
 
         All are measured in one run, in turn, so that they can be compared.
+
+        Returns:
+            All of them, and the part of the mask heads.
         """
         settings = {
             **self.settings(),
@@ -147,16 +152,19 @@ class Assessment:
             rounds=self.options.rounds,
         )
         size = len(self.batches[0])
-        return {
-            name: median(call.milliseconds for call in calls) / size
-            for name, calls in timings.items()
-        }
+        return (
+            {n: median(c.milliseconds for c in calls) / size for n, calls in timings.items()},
+            {n: median(c.mask_milliseconds for c in calls) / size for n, calls in timings.items()},
+        )
 
-    def comparison(self, milliseconds: Mapping[str, float]) -> list[ComparedExits]:
+    def comparison(
+        self, milliseconds: Mapping[str, float], of_masks: Mapping[str, float]
+    ) -> list[ComparedExits]:
         """The settings and the baselines, see ``baselines``."""
         others, first = self.calibrator.others, self.calibration.rejected or self.calibration
         policies = {name: self.calibrator.policy(one) for name, one in self.settings().items()}
-        return compare(others, {**policies, **baselines(others, first.reported)}, milliseconds)
+        every = {**policies, **baselines(others, first.reported)}
+        return compare(others, every, milliseconds, of_masks)
 
     def front(self) -> tuple[list[FrontPoint], list[FrontPoint]]:
         """All trials, and their front, on the search half of the images."""

@@ -40,6 +40,8 @@ class ComparedExits:
         lost: mean share of the full cascade's true positives of an image that are not found.
         milliseconds: per image; ``None`` if it was not measured.
         masks: per image; ``None`` for a cascade without masks.
+        mask_gigaflops: the part of ``gigaflops`` in mask heads.
+        mask_milliseconds: the part of ``milliseconds`` in mask heads.
     """
 
     name: str
@@ -53,12 +55,15 @@ class ComparedExits:
     lost: float
     milliseconds: float | None = None
     masks: float | None = None
+    mask_gigaflops: float = 0.0
+    mask_milliseconds: float | None = None
 
 
 def compare(
     trials: ExitTrials,
     policies: Mapping[str, Policies],
     milliseconds: Mapping[str, float],
+    mask_milliseconds: Mapping[str, float] | None = None,
     *,
     rounds: int = BOOTSTRAP_ROUNDS,
 ) -> list[ComparedExits]:
@@ -68,12 +73,13 @@ def compare(
         trials: of the images.
         policies: by name, see ``baselines``.
         milliseconds: per image, by name, of policies that were measured.
+        mask_milliseconds: the part of them in mask heads.
         rounds: of the bootstrap.
 
     Returns:
         The full cascade first, then the policies.
     """
-    full, images = trials.full, trials.full.entered.shape[1]
+    full, images, recorded = trials.full, trials.full.entered.shape[1], trials.recording.masks
     rows = []
     with progress_bar("Comparing", 1 + len(policies)) as step:
         for name, policy in {FULL: None, **policies}.items():
@@ -89,7 +95,11 @@ def compare(
                 gigaflops=trials.gigaflops(trial),
                 lost=float(trial.lost.mean()),
                 milliseconds=milliseconds.get(name),
-                masks=None if trials.recording.masks is None else float(trial.masks.mean()),
+                masks=None if recorded is None else float(trial.masks.mean()),
+                mask_gigaflops=0.0
+                if recorded is None
+                else trial.masks.mean() * recorded.flops / 1e9,
+                mask_milliseconds=(mask_milliseconds or {}).get(name),
             )
             rows.append(row)
             step()
@@ -175,7 +185,13 @@ def _cells(row: ComparedExits) -> dict[str, str]:
 
 
 def _mask_cells(row: ComparedExits) -> dict[str, str]:
-    cells = {} if row.masks is None else {"masks/\nimage": f"{row.masks:.1f}"}
+    if row.masks is None:
+        return {}
+    cells = {
+        "masks/\nimage": f"{row.masks:.1f}",
+        "mask\nGFLOPs": f"{row.mask_gigaflops:.3f}",
+        "mask\nms": "" if row.mask_milliseconds is None else f"{row.mask_milliseconds:.1f}",
+    }
     if change := row.differences.get("segm/AP"):
         cells["segm\nAP"] = f"{row.metrics['segm/AP']:.2f}"
         cells["segm AP change\n[95 %]"] = _interval(change)
@@ -213,8 +229,14 @@ def _columns(row: ComparedExits) -> dict[str, str | float | None]:
     }
 
 
-def _mask_columns(row: ComparedExits) -> dict[str, float]:
-    columns = {} if row.masks is None else {"masks/image": row.masks}
+def _mask_columns(row: ComparedExits) -> dict[str, float | None]:
+    if row.masks is None:
+        return {}
+    columns = {
+        "masks/image": row.masks,
+        "mask GFLOPs/image": row.mask_gigaflops,
+        "mask ms/image": row.mask_milliseconds,
+    }
     change = row.differences.get("segm/AP")
     if change is None:
         return columns

@@ -54,8 +54,8 @@ def write_report(
         for name, point in choose_points(front).items()
     }
     drawn = [*named.values(), *spread_out(front, MOST_MEASURED)]
-    milliseconds = assessment.milliseconds(drawn)
-    rows = assessment.comparison(milliseconds)
+    milliseconds, of_masks = assessment.milliseconds(drawn)
+    rows = assessment.comparison(milliseconds, of_masks)
     logger.info("On the other half of the images:\n\n%s\n", format_comparison(rows))
     on_others = {name: assessment.on_others(point, milliseconds) for name, point in named.items()}
     again = [assessment.on_others(point, milliseconds) for point in front]

@@ -47,12 +47,14 @@ def mask_flops(masks: MaskBranch, channels: int) -> float:
     parameter = next(masks.head.parameters())
     side = masks.pooler.output_size
     pooled = torch.zeros(1, channels, side, side, dtype=parameter.dtype, device=parameter.device)
+    # With gradients, a fast head runs plain layers, which fvcore knows.
+    pooled.requires_grad_()
     classes = torch.zeros(1, dtype=torch.int64, device=parameter.device)
     return sum(_operations(head, (pooled, classes)) for head in masks.heads)
 
 
 def _operations(head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> float:
-    with evaluation_mode(head), torch.no_grad():
+    with evaluation_mode(head), torch.set_grad_enabled(inputs[0].requires_grad):
         counts = FlopCountAnalysis(head, inputs)
         # The first input is the bias.
         counts.set_op_handle("aten::baddbmm", lambda i, o: matmul_flop_jit(i[1:3], o))

@@ -37,8 +37,9 @@ def test_one_multiply_add_for_each_weight_and_position(changes, expected):
     assert flops.scores == (0, 0, 0)
 
 
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize(("heads", "num_masks"), [(1, 80), (1, 1), (3, 5)])
-def test_a_mask_has_one_class(heads, num_masks):
+def test_a_mask_has_one_class(heads, num_masks, fast):
     """Two convolutions of 3 x 3 taps, four taps per crop cell, and one class in four cells each."""
     made = [
         ConvUpsampleMaskHead(
@@ -48,6 +49,7 @@ def test_a_mask_has_one_class(heads, num_masks):
     ]
     pooler = RoIPooler(output_size=6, strides=(4, 8))
     masks = MaskBranch(made[0] if heads == 1 else torch.nn.ModuleList(made), pooler)
+    masks = masks.optimized(torch.float32) if fast else masks
     of_cell = 9 * CHANNELS * 5 + 9 * 5 * 7 + 4 * 7 * 4 + 4 * 4
     assert mask_flops(masks, CHANNELS) == heads * 36 * of_cell
 

@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
@@ -15,6 +14,7 @@ from scene_detectors import SceneDetector, batches_of, make_masks
 from cascade_det.calibration.image_matching import ImageMatcher
 from cascade_det.calibration.mask_overlaps import LEAST_IOU, MaskedObjects, _reached
 from cascade_det.calibration.recording import record_dataset
+from cascade_det.calibration.search_space import truncated_cascades
 from cascade_det.calibration.trials import ExitTrials
 from cascade_det.core import MaskRules
 from cascade_det.core.exits import ExitPolicy
@@ -40,18 +40,14 @@ def make_truth(detector):
     images, annotations = [], []
     for batch in batches_of(detector, 1):
         (sample,) = batch
-        inputs = vars(detector.cascade_inputs(batch))
-        inputs.pop("objectness")
         height, width = sample["height"], sample["width"]
         images.append({"id": sample["image_id"], "height": height, "width": width})
-        for stage in detector.cascade.detect_stages(**inputs):
-            (found,) = stage.detections
-            boxes = found.boxes * torch.tensor([3.0, 2.0, 3.0, 2.0])  # to the original size
-            found.boxes = boxes
+        for exits in (*truncated_cascades(3).values(), None):
+            detector.set_exits(exits)
+            (found,) = detector.detect(batch).detections
             bitmaps = found.paste(height, width).numpy()
-            for bitmap, box, label in list(
-                zip(bitmaps, boxes.tolist(), found.classes, strict=True)
-            )[::3]:
+            rows = zip(bitmaps, found.boxes.tolist(), found.classes.tolist(), strict=True)
+            for bitmap, box, label in list(rows)[::3]:
                 bitmap = np.roll(bitmap, rng.integers(-1, 2, 2), (0, 1))
                 annotations.append(
                     {

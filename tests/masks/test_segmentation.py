@@ -218,7 +218,7 @@ masks = (
 
 
 @given(masks)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_any_value_is_a_mask_or_an_error(value):
     try:
         mask, _ = parse(value)

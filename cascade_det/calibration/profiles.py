@@ -35,7 +35,7 @@ def kept_profiles(
             left_out[name] = f"it is the same as {twin}.yaml"
         elif point.drop > most:
             left_out[name] = (
-                f"on the held-out images it loses {point.drop:.2f} points of AP, "
+                f"on the held-out images it loses {point.drop:.2f} points of {point.metric}, "
                 f"not at most {most:g}"
             )
         else:

@@ -264,17 +264,17 @@ def _make_sample(size, generator, objects):
 
 def with_instances(sample):
     """The sample with its objects as Detectron2 has them."""
-    size, masks = tuple(sample["image"].shape[1:]), sample["gt_masks"]
-    if masks and isinstance(masks[0], torch.Tensor):
-        own_masks = BitMasks(torch.stack(masks))
-    else:
-        own_masks = PolygonMasks([[points.numpy() for points in own] for own in masks])
     instances = Instances(
-        size,
+        tuple(sample["image"].shape[1:]),
         gt_boxes=Boxes(sample["gt_boxes"].clone()),
         gt_classes=sample["gt_classes"].clone(),
-        gt_masks=own_masks,
     )
+    masks = sample.get("gt_masks")
+    if masks and isinstance(masks[0], torch.Tensor):
+        instances.gt_masks = BitMasks(torch.stack(masks))
+    elif masks is not None:
+        polygons = [[points.numpy() for points in own] for own in masks]
+        instances.gt_masks = PolygonMasks(polygons)
     return {**sample, "instances": instances}
 
 

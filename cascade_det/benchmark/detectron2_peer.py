@@ -20,7 +20,6 @@ from cascade_det.benchmark.models import (
     ModelOutput,
     SharedMaps,
     make_masks,
-    prepare_pyramid,
 )
 from cascade_det.benchmark.part_timers import PartStart, time_parts
 from cascade_det.benchmark.setup import Regions, Setup
@@ -95,7 +94,7 @@ class InDetectron2(ModelAdapter):
         if self._has_our_heads:
             cascade = Detector(self.model).cascade
             pooled = [maps[name] for name in self.model.roi_heads.box_in_features]
-            return cascade, given, prepare_pyramid(cascade, pooled)
+            return cascade, given, cascade.pyramid(pooled)
         if dtype is not None:
             maps = {name: x.to(dtype) for name, x in maps.items()}
         return maps, [to_instances(*pair) for pair in zip(given, images.image_sizes, strict=True)]

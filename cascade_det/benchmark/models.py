@@ -18,7 +18,6 @@ from cascade_det.core import (
     MaskRules,
     PartTimer,
 )
-from cascade_det.core.fast_heads import common_dtype
 from cascade_det.core.roi_pooling import Pyramid
 from cascade_det.data.samples import Sample
 from cascade_det.engine.devices import has_bfloat16
@@ -148,11 +147,7 @@ class Standalone(ModelAdapter):
     ) -> tuple[CascadeHead, Sequence[Detections], Pyramid]:
         """The model's own features in the layout of the pooling, with given detections."""
         cascade = self.detector.cascade
-        return (
-            cascade,
-            given,
-            prepare_pyramid(cascade, self.detector.cascade_inputs(batch).features),
-        )
+        return cascade, given, cascade.pyramid(self.detector.cascade_inputs(batch).features)
 
     def masks(self, prepared: tuple[CascadeHead, Sequence[Detections], Pyramid]) -> list[Tensor]:
         """Pool the detections and run the mask head alone."""
@@ -171,11 +166,6 @@ class Standalone(ModelAdapter):
     def parts(self, inputs: Sequence[Sample], timer: PartTimer) -> None:
         """Run the whole model; the timer gets the milliseconds of its parts."""
         self.detector.detect(inputs, timer=timer)
-
-
-def prepare_pyramid(cascade: CascadeHead, features: list[Tensor]) -> Pyramid:
-    """Features as the stages of a cascade pool them."""
-    return cascade.pooler.prepare(features, dtype=common_dtype(cascade.box_head))
 
 
 def make_masks(cascade: CascadeHead, given: Sequence[Detections], pyramid: Pyramid) -> list[Tensor]:

@@ -13,17 +13,11 @@ from torch import nn
 
 from cascade_det.calibration.image_matching import ImageMatcher
 from cascade_det.calibration.latency_model import LatencyModel
-from cascade_det.calibration.mask_overlaps import (
-    MaskedObjects,
-    MaskOverlaps,
-    RecordedMasks,
-    record_overlaps,
-)
+from cascade_det.calibration.mask_overlaps import RecordedMasks, record_overlaps
 from cascade_det.calibration.progress import progress_bar
 from cascade_det.calibration.search_space import truncated_cascades
 from cascade_det.calibration.trials import Recording
-from cascade_det.core import CascadeHead, CascadeInputs, ExitPolicy, PartTimer
-from cascade_det.core.fast_heads import common_dtype
+from cascade_det.core import ExitPolicy, PartTimer
 from cascade_det.core.modes import evaluation_mode
 from cascade_det.core.postprocess import Frame
 from cascade_det.core.record import CascadeRecord, join_records
@@ -78,9 +72,13 @@ def record_dataset(
             frames.extend(own_frames)
             record = cascade.record(**vars(inputs)).cpu()
             if masks is not None and masks.overlaps is not None:
+                assert cascade.masks is not None
                 assert matcher is not None
                 objects = [matcher.masks_of(sample["image_id"]) for sample in batch]
-                masks.overlaps.extend(_overlaps(cascade, inputs, record, own_frames, objects))
+                pyramid = cascade.pyramid(inputs.features)
+                masks.overlaps.extend(
+                    record_overlaps(cascade.masks, pyramid, record, own_frames, objects)
+                )
             yield record
             step(len(batch))
 
@@ -91,18 +89,6 @@ def record_dataset(
     ):
         records = list(_joined(each()))
     return Recording(records, image_ids, frames, flops, masks)
-
-
-def _overlaps(
-    cascade: CascadeHead,
-    inputs: CascadeInputs,
-    record: CascadeRecord,
-    frames: Sequence[Frame],
-    objects: Sequence[MaskedObjects],
-) -> list[MaskOverlaps]:
-    assert cascade.masks is not None
-    pyramid = cascade.pooler.prepare(inputs.features, dtype=common_dtype(cascade.box_head))
-    return record_overlaps(cascade.masks, pyramid, record, frames, objects)
 
 
 def _first_images(loader: BatchLoader, count: int) -> Iterator[Batch]:

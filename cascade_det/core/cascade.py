@@ -26,6 +26,7 @@ from cascade_det.core.record import CascadeRecord
 from cascade_det.core.regions import Regions
 from cascade_det.core.roi_pooling import Pyramid, RoIPooler
 from cascade_det.core.stage_network import LastBoxesNetwork, StageNetwork
+from cascade_det.core.stage_outputs import stage_outputs
 from cascade_det.core.stage_runner import StageRunner
 from cascade_det.core.structures import (
     CascadeInputs,
@@ -99,9 +100,12 @@ class CascadeHead(nn.Module):
         super().__init__()
         self.num_stages = len(ious)
         stage_loss_weights = stage_loss_weights or [1.0] * self.num_stages
-        modules = ("box_heads", box_heads), ("box_predictors", box_predictors)
-        weights = ("bbox_reg_weights", bbox_reg_weights), ("stage_loss_weights", stage_loss_weights)
-        for name, values in (*modules, *weights):
+        for name, values in (
+            ("box_heads", box_heads),
+            ("box_predictors", box_predictors),
+            ("bbox_reg_weights", bbox_reg_weights),
+            ("stage_loss_weights", stage_loss_weights),
+        ):
             if len(values) != self.num_stages:
                 raise ValueError(f"{len(values)} {name} for {self.num_stages} ious")
         if exits is not None and exits.num_stages != self.num_stages:
@@ -129,17 +133,20 @@ class CascadeHead(nn.Module):
         self.ensemble = ScoreEnsemble(ensemble)
         self.selection = Selection(score_thresh, nms_thresh, detections_per_image)
         self.exits = exits
+        self.set_masks(masks)
+        self.metrics: dict[str, Tensor] = {}
+
+    def set_masks(self, masks: MaskBranch | None) -> None:
+        """Replace the mask heads; ``None`` for no masks."""
         self.masks = masks
         self.mask_head = None if masks is None else masks.head
-        self.metrics: dict[str, Tensor] = {}
 
     def optimize(self, dtype: torch.dtype = torch.float32) -> None:
         """Replace box and mask heads by fast ones for inference, see ``fast_box_heads``."""
         size = self.pooler.output_size
         self.box_head = fast_box_heads(self.box_head, pooled_size=size, dtype=dtype)
         if self.masks is not None:
-            self.masks = self.masks.optimized(dtype)
-            self.mask_head = self.masks.head
+            self.set_masks(self.masks.optimized(dtype))
 
     def losses(
         self,
@@ -249,7 +256,7 @@ class CascadeHead(nn.Module):
             proposals: per image float32 ``[R_i, 4]``, clipped to the image.
             image_sizes: N ``(height, width)``.
             objectness: per image float32 ``[R_i]``, logits of the proposals.
-            timer: takes the milliseconds of ``stage<s>`` and ``postprocess`` if given.
+            timer: takes the milliseconds of ``stage<s>``, ``postprocess`` and ``masks`` if given.
             started: when work on the images began, in the seconds of ``now()``; ``None`` for now.
             masks: whether detections get masks, where there are mask heads.
 
@@ -315,25 +322,16 @@ class CascadeHead(nn.Module):
         """
         with part(timer, "full/stage0"):
             network, regions = self._prepare(features, proposals, None, image_sizes)
-        counts = [len(p) for p in proposals]
-        outputs = []
-        for stage in range(self.num_stages):
-            before = regions.boxes
-            with part(timer, f"full/stage{stage}"):
-                result = network.run_stage(regions, stage)
-            regions = result.regions
-            probs = network.final_probs(result, stage)  # [R, K + 1]
-            if self.exits is not None:
-                # To be comparable with the scores of ``detect``.
-                probs = self.exits.calibrated(probs, stage)
-            reported = [result.reported(probs, stage)]
-            detections = select_detections(reported, len(image_sizes), self.selection)
-            if self.masks is not None and self.masks.per_stage:
-                with part(timer, f"full/masks{stage}"):
-                    detections, _ = self.masks.add(detections, network.pyramid, stages=stage + 1)
-            after = regions.boxes.split(counts)
-            outputs.append(StageOutput(detections, list(before.split(counts)), list(after)))
-        return outputs
+        return stage_outputs(
+            network,
+            regions,
+            [len(boxes) for boxes in proposals],
+            num_stages=self.num_stages,
+            selection=self.selection,
+            exits=self.exits,
+            masks=self.masks,
+            timer=timer,
+        )
 
     @in_evaluation_mode
     @torch.no_grad()
@@ -353,17 +351,8 @@ class CascadeHead(nn.Module):
         network, regions = self._prepare(
             features, proposals, objectness, image_sizes, agreements=True
         )
-        learned = None if self.exits is None else self.exits.learned
-        crops = network.crops(regions) if learned is not None and learned.crop_channels else None
-        return CascadeRecord(
-            image_sizes=[(int(height), int(width)) for height, width in image_sizes],
-            image_index=regions.image_index,
-            proposals=regions.boxes,
-            objectness=regions.objectness,
-            crops=crops,
-            stages=network.record(regions, self.num_stages, hidden=hidden),
-            ensemble=self.ensemble,
-            selection=self.selection,
+        return network.record(
+            regions, image_sizes, self.selection, num_stages=self.num_stages, hidden=hidden
         )
 
     def _prepare(
@@ -377,14 +366,17 @@ class CascadeHead(nn.Module):
     ) -> tuple[StageNetwork, Regions]:
         """The network on the batch, and the proposals as regions."""
         regions = Regions.from_proposals(proposals, objectness)
-        pyramid = self.pooler.prepare(features, dtype=common_dtype(self.box_head))
         bounds = image_bounds(image_sizes, regions.boxes)  # [N, 4]
-        return self.network(pyramid, bounds, agreements=agreements), regions
+        return self.network(self.pyramid(features), bounds, agreements=agreements), regions
+
+    def pyramid(self, features: list[Tensor]) -> Pyramid:
+        """Features ``[N, C, H_l, W_l]`` as inference pools them: in the type of the box heads."""
+        return self.pooler.prepare(features, dtype=common_dtype(self.box_head))
 
     def network(
         self, pyramid: Pyramid, image_bounds: Tensor, *, agreements: bool = False
     ) -> StageNetwork:
-        """The stages on features that the pooler prepared; see ``StageNetwork``."""
+        """The stages on a pyramid; see ``StageNetwork``."""
         network = LastBoxesNetwork if self.ensemble.name == "last_boxes" else StageNetwork
         return network(
             pyramid,

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from cascade_det.core.ensemble import ScoreEnsemble
 from cascade_det.core.exits.learned import LearnedParts
 from cascade_det.core.fast_heads import FastBoxHead
-from cascade_det.core.record import RecordedStage
+from cascade_det.core.postprocess import Selection
+from cascade_det.core.record import CascadeRecord, RecordedStage
 from cascade_det.core.regions import Regions, StageResult
 from cascade_det.core.roi_pooling import Pyramid, RoIPooler
+from cascade_det.core.structures import ImageSizes
 from cascade_det.core.structures.boxes import Weights, clip_boxes, decode_boxes, select_class
 
 
@@ -84,20 +86,41 @@ class StageNetwork:
         pooled: Tensor = self.crop_pooler(pyramid, regions.boxes, regions.image_index)
         return pooled.flatten(1).float()  # [R, C, 1, 1] to [R, C]
 
-    def record(self, regions: Regions, num_stages: int, *, hidden: bool) -> list[RecordedStage]:
+    def record(
+        self,
+        proposals: Regions,
+        image_sizes: ImageSizes,
+        selection: Selection,
+        *,
+        num_stages: int,
+        hidden: bool,
+    ) -> CascadeRecord:
         """Run every stage on every region.
 
         Args:
-            regions: the proposals.
+            proposals: of all images.
+            image_sizes: N ``(height, width)``.
+            selection: of the detections of a replay.
             num_stages: S.
             hidden: whether to keep the outputs of the box heads.
         """
-        stages = []
+        needs_crops = self.learned is not None and self.learned.crop_channels
+        crops = self.crops(proposals) if needs_crops else None
+        stages, regions = [], proposals
         for stage in range(num_stages):
             result = self.run_stage(regions, stage)
             stages.append(self._record_stage(result, stage, hidden))
             regions = result.regions
-        return stages
+        return CascadeRecord(
+            image_sizes=[(int(height), int(width)) for height, width in image_sizes],
+            image_index=proposals.image_index,
+            proposals=proposals.boxes,
+            objectness=proposals.objectness,
+            crops=crops,
+            stages=stages,
+            ensemble=self.ensemble,
+            selection=selection,
+        )
 
     def _record_stage(self, result: StageResult, stage: int, hidden: bool) -> RecordedStage:
         regions = result.regions

@@ -299,8 +299,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         cascade.box_head = self.box_head if copies is None else copies.get(self.box_head)
         cascade.box_predictor = self.box_predictor
         cascade.exits, cascade.regime = self.exits, self.regime
-        cascade.masks = None if torch.jit.is_tracing() else self._masks()
-        cascade.mask_head = None if cascade.masks is None else cascade.masks.head
+        cascade.set_masks(None if torch.jit.is_tracing() else self._masks())
         if self.box_pooler is not self.__dict__["_pooler"]:
             cascade.pooler = to_roi_pooler(self.box_pooler, cascade.pooler.kernel)
             self.__dict__["_pooler"] = self.box_pooler

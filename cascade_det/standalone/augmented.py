@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from cascade_det.core import CascadeStats, Detections, DetectorOutput, PartTimer
-from cascade_det.core.fast_heads import common_dtype
 from cascade_det.core.modes import evaluation_mode
 from cascade_det.core.postprocess import select_detections
 from cascade_det.core.regions import ReportedRegions
@@ -198,8 +197,7 @@ class AugmentedDetector:
         for own, maps in zip(batches, features, strict=True):
             boxes, image_index = flatten_images([view.from_original(chosen.boxes) for view in own])
             classes = chosen.classes.repeat(len(own))
-            pyramid = heads.pooler.prepare(maps, dtype=common_dtype(heads.box_head))
-            made = heads.masks.probabilities(pyramid, boxes, image_index, classes)
+            made = heads.masks.probabilities(heads.pyramid(maps), boxes, image_index, classes)
             for view, seen in zip(own, made.unflatten(0, (len(own), len(rows))), strict=True):
                 masks.append(seen.flip(2) if view.mirrored else seen)
         mean = torch.stack(masks).mean(dim=0)  # [D, M, M]

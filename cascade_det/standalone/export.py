@@ -203,7 +203,7 @@ def _detect(detector: Detector, image: Tensor, num_stages: int) -> Detections:
     if heads.masks is not None:
         features = detector.cascade_inputs([{"image": image}]).features
         with evaluation_mode(heads):
-            detections, _ = heads.masks.add(detections, heads.pooler.prepare(features), num_stages)
+            detections, _ = heads.masks.add(detections, heads.pyramid(features), num_stages)
     return detections[0]
 
 

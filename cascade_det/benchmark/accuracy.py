@@ -8,8 +8,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from cascade_det.benchmark.setup import changed
-from cascade_det.config import check_config
+from cascade_det import config
 from cascade_det.engine.evaluate import evaluate_dataset
 from cascade_det.report.tables import Metrics, stage_names, table
 from cascade_det.standalone.evaluate import load_detector, test_loader
@@ -47,12 +46,12 @@ def measure_accuracy(cfg: CfgNode, output_dir: Path) -> dict[str, Any]:
         CheckpointError: weights cannot be read or do not fit.
     """
     configurations = {
-        name: changed(cfg, *options)
+        name: config.changed(cfg, *options)
         for name, options in SETTINGS.items()
         if "exits" not in name.split(", ") or cfg.MODEL.CASCADE.EXIT.ENABLED
     }
     for setting in configurations.values():
-        check_config(setting)
+        config.check_config(setting)
     rows = []
     for name, setting in configurations.items():
         detector, datasets = load_detector(setting)

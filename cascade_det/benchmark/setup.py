@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from fvcore.common.config import CfgNode
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -88,7 +87,7 @@ class Setup:
         Raises:
             CheckpointError: ``MODEL.WEIGHTS`` cannot be read, or is not a complete detector.
         """
-        cfg = changed(self.cfg, "MODEL.DEVICE", "cpu")
+        cfg = config.changed(self.cfg, "MODEL.DEVICE", "cpu")
         if not self.trained:
             seed = self.options.seed
             return seeded_weights(cfg, self._draw_image(seed), seed)
@@ -105,7 +104,9 @@ class Setup:
 
     def fast_arguments(self) -> dict[str, Any]:
         """The arguments of ``optimize`` that the configuration gives."""
-        arguments = config.fast_arguments(changed(self.cfg, "MODEL.CASCADE.FAST.ENABLED", True))
+        arguments = config.fast_arguments(
+            config.changed(self.cfg, "MODEL.CASCADE.FAST.ENABLED", True)
+        )
         assert arguments is not None
         return arguments
 
@@ -209,7 +210,7 @@ class Setup:
     @cached_property
     def _test_images(self) -> list[Sample]:
         dataset = load_datasets_to_evaluate(self.cfg, resume=False)[0]
-        cfg = changed(self.cfg, "CASCADE.TEST_IMS_PER_BATCH", 1, "DATALOADER.NUM_WORKERS", 0)
+        cfg = config.changed(self.cfg, "CASCADE.TEST_IMS_PER_BATCH", 1, "DATALOADER.NUM_WORKERS", 0)
         wanted = self.options.images * max(self.options.batches)
         loader = itertools.islice(test_loader(cfg, dataset), wanted)
         return [sample for batch in loader for sample in batch]
@@ -224,14 +225,6 @@ class Setup:
         blocks = 200 * torch.rand(1, 3, 12, 16, generator=generator)
         image = F.interpolate(blocks, self.options.size, mode="bilinear")[0]
         return (image + 55 * torch.rand(image.shape, generator=generator)).to(torch.uint8)
-
-
-def changed(cfg: CfgNode, *options: Any) -> CfgNode:
-    """A copy of a configuration with other values: key, value, key, value, ..."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.merge_from_list(list(options))
-    return cfg
 
 
 def replayed_exits(survivors: Survivors) -> ExitPolicy:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from cascade_det import config
 from cascade_det.benchmark.models import why_no_detectron2
-from cascade_det.benchmark.setup import Setup, changed
+from cascade_det.benchmark.setup import Setup
 from cascade_det.data.samples import Sample
 from cascade_det.engine.devices import has_bfloat16, resolve_amp_dtype
 from cascade_det.engine.solver import build_gradient_clipper, build_optimizer
@@ -63,7 +63,7 @@ def _open_step(setup: Setup, name: str, batch: Sequence[Sample]) -> Step:
         from cascade_det.benchmark.detectron2_peer import open_training_step
 
         return open_training_step(setup, batch, _LEARNING_RATE)
-    cfg = changed(setup.cfg, *_LEARNING_RATE)
+    cfg = config.changed(setup.cfg, *_LEARNING_RATE)
     detector = build_detector(cfg).train()
     detector.load_state_dict(setup.weights)
     arguments = config.optimizer_arguments(cfg)

@@ -43,7 +43,7 @@ from cascade_det.config.run_arguments import (
     trainer_arguments,
 )
 from cascade_det.config.scaling import check_processes, scale_to_epochs, scale_to_world_size
-from cascade_det.config.tree import add_cascade_config, changed_keys, flat, get_cfg
+from cascade_det.config.tree import add_cascade_config, changed, changed_keys, flat, get_cfg
 
 __all__ = [
     "ConfigFiles",
@@ -55,6 +55,7 @@ __all__ = [
     "box_head_arguments",
     "box_head_configs",
     "cascade_arguments",
+    "changed",
     "changed_keys",
     "check_config",
     "check_heads",

@@ -84,6 +84,14 @@ def _leaves(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
+def changed(cfg: CfgNode, *options: Any) -> CfgNode:
+    """A copy of a configuration with other values: key, value, key, value, ..."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.merge_from_list(list(options))
+    return cfg
+
+
 def changed_keys(old: CfgNode, new: CfgNode) -> dict[str, tuple[Any, Any]]:
     """The keys whose values differ, with the old and the new value, in the order of ``new``.
 

@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
+from cascade_det import config
 from cascade_det.data.catalog import DatasetSource, find_dataset
 from cascade_det.data.coco import CocoDataset
 from cascade_det.errors import ConfigError, DatasetError
@@ -61,10 +62,7 @@ def refuse_left_out(datasets: Sequence[CocoDataset]) -> None:
 
 def without_maskless(cfg: CfgNode) -> CfgNode:
     """A configuration that reads data sets as Detectron2 does: without objects without a mask."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.CASCADE.MASKLESS = "drop"
-    return cfg
+    return config.changed(cfg, "CASCADE.MASKLESS", "drop")
 
 
 def check_mask_format(cfg: CfgNode, datasets: Sequence[CocoDataset]) -> None:

@@ -132,10 +132,7 @@ def with_stage_heads(cfg: CfgNode) -> CfgNode:
     """The configuration that makes Detectron2 build the arrangement of ``MASK.STAGES``."""
     if cfg.MODEL.CASCADE.MASK.STAGES == "last":
         return cfg
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.ROI_MASK_HEAD.NAME = StageMaskHeads.__name__
-    return cfg
+    return config.changed(cfg, "MODEL.ROI_MASK_HEAD.NAME", StageMaskHeads.__name__)
 
 
 def add_masks(instances: list[Instances], branch: MaskBranch, pyramid: Pyramid) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from cascade_det.core import Detections
 from cascade_det.core.matching import GroundTruth, LabelledRegions
 from cascade_det.core.structures.boxes import flatten_images
-from cascade_det.engine.batches import is_polygon
+from cascade_det.engine.batches import is_mask
 
 _SAVED_TYPES = (Tensor, Boxes, BitMasks, PolygonMasks, Keypoints)
 
@@ -194,18 +194,14 @@ def check_masks_and_keypoints(sample: Mapping[str, Any]) -> None:
     """
     count = len(sample["gt_boxes"]) if "gt_boxes" in sample else 0
     size = sample["image"].shape[-2:]
-
-    def is_mask(mask: Any) -> bool:
-        if isinstance(mask, Tensor):
-            return mask.dtype == torch.bool and mask.shape == size
-        return isinstance(mask, list) and bool(mask) and all(map(is_polygon, mask))
-
     masks, keypoints = sample.get("gt_masks"), sample.get("gt_keypoints")
     if isinstance(masks, Tensor):
         good = masks.shape == (count, *size)
     else:
         good = masks is None or (
-            isinstance(masks, list) and len(masks) == count and all(map(is_mask, masks))
+            isinstance(masks, list)
+            and len(masks) == count
+            and all(is_mask(mask, size) for mask in masks)
         )
     if not good:
         raise ValueError("its masks are not one for each box, of polygons or of bits")

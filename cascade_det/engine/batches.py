@@ -92,8 +92,15 @@ def check_truth(batch: Sequence[Mapping[str, Any]], num_classes: int) -> None:
             )
 
 
-def is_polygon(points: Any) -> bool:
-    """Whether these are x, y, x, y, ... of at least three points; the rasteriser does not check."""
+def is_mask(mask: Any, size: tuple[int, ...]) -> bool:
+    """Whether this is a bitmap of ``size`` (height, width) or polygons; drawing does not check."""
+    if isinstance(mask, Tensor):
+        return mask.dtype == torch.bool and mask.shape == size
+    return isinstance(mask, list) and len(mask) > 0 and all(map(_is_polygon, mask))
+
+
+def _is_polygon(points: Any) -> bool:
+    """Whether these are x, y, x, y, ... of at least three points."""
     return (
         isinstance(points, Tensor)
         and points.is_floating_point()
@@ -105,15 +112,9 @@ def is_polygon(points: Any) -> bool:
 
 
 def _are_masks(masks: Any, boxes: Tensor, image: Tensor) -> bool:
-    def is_mask(mask: Any) -> bool:
-        if isinstance(mask, Tensor):
-            return mask.dtype == torch.bool and mask.shape == image.shape[-2:]
-        is_list = isinstance(mask, list) and len(mask) > 0
-        return mask is None or (is_list and all(map(is_polygon, mask)))
-
     return (
         isinstance(masks, (list, Tensor))
         and len(masks) == len(boxes)
-        and all(map(is_mask, masks))
+        and all(mask is None or is_mask(mask, image.shape[-2:]) for mask in masks)
         and bool((boxes.abs() <= _FARTHEST).all())
     )

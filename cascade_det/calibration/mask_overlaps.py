@@ -119,6 +119,7 @@ def record_overlaps(
         The overlaps of each image.
     """
     candidates = _candidates(record, objects)
+    num_classes = record.final_probs(0).shape[1] - 1
     rows_per_image = torch.bincount(record.image_index, minlength=record.num_images).tolist()
     found, first = [], 0
     for index, own in enumerate(objects):
@@ -133,7 +134,6 @@ def record_overlaps(
         ious = _ious(rles, image.classes.numpy(), own)
         rows, matched = np.nonzero(ious >= LEAST_IOU)
         regions = image.exit_stages * rows_per_image[index] + image.rows - first
-        num_classes = record.final_probs(0).shape[1] - 1
         found.append(
             MaskOverlaps(
                 (regions * num_classes + image.classes).numpy()[rows],
@@ -182,13 +182,13 @@ def _reached(
 
 def _made(masks: MaskBranch, pyramid: Pyramid, image: Detections, index: int) -> Tensor:
     """The masks ``[P, M, M]`` of regions of the image ``index``, on the CPU."""
-    device, made = pyramid.features[0].device, [torch.zeros(0, 1, 1)]
+    device, made = pyramid.features[0].device, []
     for rows in torch.arange(len(image)).split(CHUNK):
         some = image[rows].to(device)
         images = torch.full_like(some.classes, index)
         probs = masks.probabilities(pyramid, some.boxes, images, some.classes)
         made.append(probs.float().cpu())
-    return torch.cat(made[1:] or made)
+    return torch.cat(made)
 
 
 def _ious(

@@ -84,18 +84,18 @@ def format_mask_rules(rows: Sequence[MaskRulesRow]) -> str:
 
 def write_mask_rules(rows: Sequence[MaskRulesRow], path: str | os.PathLike[str]) -> None:
     """Write the rows as CSV; an old file is replaced in one step."""
-    names = (
-        *("SCORE_THRESHOLD", "REDUNDANCY", "masks/image", "segm/AP (%)", "head GFLOPs/image"),
-        "ms/image (predicted)",
-    )
-    values = (
-        [
-            *(row.rules.score_threshold, row.rules.redundancy_iou, row.masks, row.ap),
-            *(row.gigaflops, row.milliseconds),
-        ]
+    columns = [
+        {
+            "SCORE_THRESHOLD": row.rules.score_threshold,
+            "REDUNDANCY": row.rules.redundancy_iou,
+            "masks/image": row.masks,
+            "segm/AP (%)": row.ap,
+            "head GFLOPs/image": row.gigaflops,
+            "ms/image (predicted)": row.milliseconds,
+        }
         for row in rows
-    )
-    write_csv(path, names, values)
+    ]
+    write_csv(path, list(columns[0]), [list(row.values()) for row in columns])
 
 
 def _name(rules: MaskRules) -> str:

@@ -13,8 +13,9 @@ def input_arguments(cfg: CfgNode, train: bool) -> dict[str, Any]:
     ``masks`` are the format of masks and what to do without one, or None where masks are off.
     """
     source = cfg.INPUT
-    masks = {"mask_format": source.MASK_FORMAT, "maskless": cfg.CASCADE.MASKLESS}
-    masks_if_on = masks if cfg.MODEL.MASK_ON else None
+    masks = None
+    if cfg.MODEL.MASK_ON:
+        masks = {"mask_format": source.MASK_FORMAT, "maskless": cfg.CASCADE.MASKLESS}
     if train:
         return {
             "min_sizes": tuple(source.MIN_SIZE_TRAIN),
@@ -22,13 +23,13 @@ def input_arguments(cfg: CfgNode, train: bool) -> dict[str, Any]:
             "sampling": source.MIN_SIZE_TRAIN_SAMPLING,
             "flip": source.RANDOM_FLIP,
             "image_format": source.FORMAT,
-            "masks": masks_if_on,
+            "masks": masks,
         }
     return {
         "min_sizes": (source.MIN_SIZE_TEST,),
         "max_size": source.MAX_SIZE_TEST,
         "image_format": source.FORMAT,
-        "masks": masks_if_on,
+        "masks": masks,
     }
 
 

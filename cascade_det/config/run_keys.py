@@ -268,4 +268,15 @@ CASCADE = group(
     LOG_PERIOD=Key(20, "Time between lines of log and metrics.", COUNT, "iterations"),
 )
 
-RUN_GROUPS = (*(INPUT, DATASETS, DATALOADER, SOLVER, CLIP_GRADIENTS, AMP, TEST, AUG, RUN, CASCADE),)
+RUN_GROUPS = (
+    INPUT,
+    DATASETS,
+    DATALOADER,
+    SOLVER,
+    CLIP_GRADIENTS,
+    AMP,
+    TEST,
+    AUG,
+    RUN,
+    CASCADE,
+)

@@ -12,7 +12,7 @@ from cascade_det.data.samples import Sample
 
 
 class InferenceDetector(Protocol):
-    """A detector that is not trained or timed."""
+    """What inference needs of a detector."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All parameters."""

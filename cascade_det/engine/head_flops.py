@@ -7,7 +7,7 @@ from itertools import accumulate, repeat
 import torch
 from torch import nn
 
-from cascade_det.core import CascadeHead, MaskBranch
+from cascade_det.core import CascadeHead, MaskBranch, RoIPooler
 from cascade_det.core.modes import evaluation_mode
 from cascade_det.evaluation import RegionFlops
 from cascade_det.quiet_imports import without_jit_warning
@@ -27,9 +27,7 @@ def region_flops(cascade: CascadeHead, channels: int) -> RegionFlops:
         channels: C of the feature maps.
     """
     stages = list(zip(cascade.box_head, cascade.box_predictor, strict=True))
-    parameter = next(cascade.box_predictor.parameters())
-    side = cascade.pooler.output_size
-    pooled = torch.zeros(1, channels, side, side, dtype=parameter.dtype, device=parameter.device)
+    pooled = _zeros(cascade.box_predictor, channels, cascade.pooler)
     of_stages = [_operations(nn.Sequential(*stage), (pooled,)) for stage in stages]
     # Some ensembles run the heads so far again on the last crop.
     runs_again = cascade.ensemble.name == "last_boxes"
@@ -44,13 +42,16 @@ def mask_flops(masks: MaskBranch, channels: int) -> float:
         masks: its modules run once, on one region of zeros.
         channels: C of the feature maps.
     """
-    parameter = next(masks.head.parameters())
-    side = masks.pooler.output_size
-    pooled = torch.zeros(1, channels, side, side, dtype=parameter.dtype, device=parameter.device)
     # With gradients, a fast head runs plain layers, which fvcore knows.
-    pooled.requires_grad_()
-    classes = torch.zeros(1, dtype=torch.int64, device=parameter.device)
+    pooled = _zeros(masks.head, channels, masks.pooler).requires_grad_()
+    classes = torch.zeros(1, dtype=torch.int64, device=pooled.device)
     return sum(_operations(head, (pooled, classes)) for head in masks.heads)
+
+
+def _zeros(module: nn.Module, channels: int, pooler: RoIPooler) -> torch.Tensor:
+    """One region ``[1, C, P, P]`` in the type and on the device of a module."""
+    parameter, side = next(module.parameters()), pooler.output_size
+    return parameter.new_zeros(1, channels, side, side)
 
 
 def _operations(head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> float:

@@ -89,10 +89,8 @@ class CocoEvaluator(Evaluator):
         admit_images(batch, output.detections, self._coco_gt, self._seen)
         for sample, detections in zip(batch, output.detections, strict=True):
             image = self._coco_gt.imgs[sample["image_id"]]
-            masks = None
-            if detections.masks is not None:
-                masks = encode_masks(detections, image["height"], image["width"])
-                self._has_masks = True
+            masks = encode_masks(detections, image["height"], image["width"])
+            self._has_masks |= masks is not None
             self._results += coco_results(detections, image["id"], self._category_ids, masks)
 
     def state(self) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def covers_nothing(mask: Segmentation) -> bool:
 
 
 def draw(mask: Segmentation, height: int, width: int) -> npt.NDArray[np.bool_]:
-    """The bitmap of a mask, bool ``[height, width]``, which are those of the RLE."""
+    """The bitmap of a mask: bool ``[height, width]``, the size that its RLE has."""
     if isinstance(mask, dict):
         return coco_mask.decode(mask).view(np.bool_)
     return draw_polygons(mask, height, width)
@@ -94,15 +94,18 @@ def draw(mask: Segmentation, height: int, width: int) -> npt.NDArray[np.bool_]:
 
 def plain_segmentation(mask: Segmentation, height: int, width: int) -> list[Any] | dict[str, Any]:
     """A mask as a json has it, which pycocotools can draw."""
-    if isinstance(mask, list) and can_be_walked(mask):
+    if isinstance(mask, dict):
+        return mask
+    if can_be_walked(mask):
         return [polygon.tolist() for polygon in mask]
-    return mask if isinstance(mask, dict) else _encode(draw(mask, height, width))
+    return _encode(draw_polygons(mask, height, width))
 
 
 def mask_area(mask: Segmentation, height: int, width: int) -> int:
     """Pixels of a mask."""
-    rle = mask if isinstance(mask, dict) else _encode(draw(mask, height, width))
-    return int(coco_mask.area(rle))
+    if isinstance(mask, dict):
+        return int(coco_mask.area(mask))
+    return int(np.count_nonzero(draw_polygons(mask, height, width)))
 
 
 def _encode(bitmap: npt.NDArray[np.bool_]) -> Rle:

@@ -164,17 +164,18 @@ def _mistake_lines(analysis: Metrics) -> list[str]:
 def _stage_section(stages: Metrics | None) -> str:
     if not stages or not stage_names(stages):
         return ""
+    names = stage_names(stages)
+    mask_ap = _STAGE_AP if "segm" in stages[names[0]] else ()
     rows = [
         (
             name,
             *(stages[name][key] for key in _STAGE_AP),
-            *(stages[name]["segm"][key] for key in _STAGE_AP if "segm" in stages[name]),
+            *(stages[name]["segm"][key] for key in mask_ap),
             *(stages[name][key] for key in ("iou_before", "iou_after")),
         )
-        for name in stage_names(stages)
+        for name in names
     ]
-    has_masks = any("segm" in stages[name] for name in stage_names(stages))
-    columns = [*_STAGE_AP, *(f"mask {name}" for name in _STAGE_AP if has_masks)]
+    columns = [*_STAGE_AP, *(f"mask {name}" for name in mask_ap)]
     of_stages = table(
         "If the cascade stopped after a stage",
         ("after", *(f"{name} (%)" for name in columns), "mean IoU before", "mean IoU after"),

@@ -216,7 +216,7 @@ ROI_MASK_HEAD = group(
         "Kind of the mask head.",
         one_of("MaskRCNNConvUpsampleHead", standalone_only=True),
     ),
-    POOLER_RESOLUTION=Key(14, "Side of a pooled region; masks have twice as many.", COUNT, "cells"),
+    POOLER_RESOLUTION=Key(14, "Side of a pooled region; a mask has twice as many.", COUNT, "cells"),
     POOLER_SAMPLING_RATIO=Key(0, "Samples per cell and side; 0: adaptive.", NOT_NEGATIVE),
     POOLER_TYPE=Key(
         "ROIAlignV2",

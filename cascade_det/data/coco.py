@@ -44,7 +44,7 @@ class ImageRecord:
         classes: int64 ``[G]`` in ``[0, K)``.
         iscrowd: bool ``[G]``, true for a box around a crowd.
         masks: length G, see :mod:`cascade_det.masks.segmentation`; ``None`` for an object whose
-            mask is unknown, and crowds. ``None`` if masks were not read.
+            mask is unknown and for crowds. ``None`` if masks were not read.
     """
 
     file_name: str

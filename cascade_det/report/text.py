@@ -117,7 +117,8 @@ def _analysis_sections(analysis: Metrics | None, segm: Metrics | None) -> list[s
     classes = [
         (
             *(row[name] for name in ("class", "objects", "AP", "AP50")),
-            *([segm[f"AP-{row['class']}"]] if segm else []),
+            # Detectron2 gives none for a single class, whose AP is that of all.
+            *([segm.get(f"AP-{row['class']}", segm["AP"])] if segm else []),
             *(row[name] for name in shares),
             *(row["best"][name] for name in ("F1", "score")),
         )

@@ -300,6 +300,12 @@ def test_an_analysis_by_masks_says_so(with_masks):
     assert len(cells(report, "cat")) == 9
 
 
+def test_a_single_class_of_detectron2_has_the_mask_ap_of_all(with_masks):
+    with_masks["segm"] = {"AP": 38.52, "AP50": 60.1}
+    with_masks["analysis"]["per_class"] = with_masks["analysis"]["per_class"][:1]
+    assert cells(format_report(with_masks), "cat")[4] == "38.5"
+
+
 def test_picture_of_masks(with_masks, tmp_path):
     plot_report({"stages": with_masks["stages"]}, tmp_path / "report.png")
     wide = cv2.imread(str(tmp_path / "report.png"))

@@ -143,7 +143,7 @@ def load_dataset(
         _record(image, checked.annotations.get(image_id, []), source, class_of, masks)
         for image_id, image in checked.images.items()
     ]
-    if masks is not None and share[0] == 0:
+    if masks is not None and not keep_ground_truth and share[0] == 0:  # an evaluation tells its own
         _log_maskless(source, checked, records, masks)
     return CocoDataset(
         records,

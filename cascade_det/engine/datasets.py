@@ -96,9 +96,11 @@ def scheduled(cfg: CfgNode, datasets: Sequence[CocoDataset]) -> CfgNode:
         datasets: those of ``DATASETS.TRAIN``.
 
     Raises:
-        DatasetError: no image has a box to train on.
+        DatasetError: no image has a box to train on, or no object a mask.
     """
     records = training_records(datasets, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    if cfg.MODEL.MASK_ON and not cfg.MODEL.CASCADE.TRAINING.FREEZE_DETECTOR:
+        _check_masks(datasets)
     found = sum(len(dataset.records) for dataset in datasets)
     if found > len(records):
         logger.info("%s of %s images have boxes to train on", f"{len(records):,}", f"{found:,}")
@@ -117,6 +119,16 @@ def scheduled(cfg: CfgNode, datasets: Sequence[CocoDataset]) -> CfgNode:
         f"{len(records):,}",
     )
     return cfg
+
+
+def _check_masks(datasets: Sequence[CocoDataset]) -> None:
+    records = (record for dataset in datasets for record in dataset.records)
+    if all(mask is None for record in records for mask in record.masks or ()):
+        files = ", ".join(str(dataset.source.json_file) for dataset in datasets)
+        raise DatasetError(
+            f"{files}: no object has a mask to train on (key 'segmentation'), but MODEL.MASK_ON is "
+            "True. Add masks, or set it to False."
+        )
 
 
 def _check_classes(cfg: CfgNode, dataset: CocoDataset) -> None:

@@ -17,6 +17,10 @@ Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 _STAGE = re.compile(r"roi_heads\.(?:box_(?:head|predictor)|mask_head)\.(\d+)\.")
 _MASKS = re.compile(r"roi_heads\.mask_head\.")
 _PREDICTOR = re.compile(r"roi_heads\.(?:box_predictor|mask_head(?:\.\d+)?\.predictor)\.")
+# Another number of classes would also show in the scores.
+_AGNOSTIC = re.compile(
+    r"roi_heads\.(?:box_predictor\.\d+\.bbox_pred|mask_head(?:\.\d+)?\.predictor)\."
+)
 _LEARNED = re.compile(r"roi_heads\.exits\.learned\.(\w+)\.")
 # State of a training, such as thresholds that follow its statistics.
 _TRAINING_ALONE = re.compile(r"roi_heads\.regime\.")
@@ -120,7 +124,7 @@ def _further_layers(loaded: Collection[str], unexpected: Iterable[str]) -> list[
 def _incomplete(
     path: str | Path,
     missing: Collection[str],
-    loaded: Iterable[str],
+    loaded: Collection[str],
     unexpected: Collection[str],
 ) -> str:
     has = Counter(map(_part_of, loaded))
@@ -132,14 +136,18 @@ def _incomplete(
         f"{path}: lacks {', '.join(parts)}, such as {listed([*missing], _SHOWN)}. These weights "
         "can be trained on, but a model that is only used needs all of them: give MODEL.WEIGHTS "
         "the checkpoint of a training of this configuration (cascade-det train), such as "
-        f"model_final.pth{_instead_of_masks(missing, unexpected)}."
+        f"model_final.pth{_instead_of_masks(missing, loaded, unexpected)}."
     )
 
 
-def _instead_of_masks(missing: Collection[str], unexpected: Collection[str]) -> str:
+def _instead_of_masks(
+    missing: Collection[str], loaded: Collection[str], unexpected: Collection[str]
+) -> str:
     """For a message: another remedy where only mask heads are missing."""
     if not all(map(_MASKS.match, missing)):
         return ""
+    if any(map(_MASKS.match, loaded)):
+        return ", or give the MODEL.ROI_MASK_HEAD of their training"
     in_file = list(filter(_MASKS.match, unexpected))
     if in_file and bool(_stages(in_file)) != bool(_stages(missing)):
         stages = "every" if _stages(in_file) else "last"
@@ -168,8 +176,14 @@ def differing_shapes(shapes: Mapping[str, Shapes]) -> list[str]:
 
 def _differing(path: str | Path, shapes: Mapping[str, Shapes]) -> str:
     differences = listed(differing_shapes(shapes), _SHOWN, "; ")
-    only_classes = all(map(_PREDICTOR.match, shapes))
-    key = "MODEL.ROI_HEADS.NUM_CLASSES" if only_classes else "MODEL"
+    if all(map(_AGNOSTIC.match, shapes)):
+        keys = ("ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "ROI_MASK_HEAD.CLS_AGNOSTIC_MASK")
+        masks = [bool(_MASKS.match(name)) for name in shapes]
+        key = " and ".join(f"MODEL.{keys[is_mask]}" for is_mask in sorted(set(masks)))
+    elif all(map(_PREDICTOR.match, shapes)):
+        key = "MODEL.ROI_HEADS.NUM_CLASSES"
+    else:
+        key = "MODEL.ROI_MASK_HEAD" if all(map(_MASKS.match, shapes)) else "MODEL"
     return (
         f"{path}: {differences}. These weights were trained with another {key}: give that of "
         "their training, or the MODEL.WEIGHTS of a training of this configuration "

@@ -52,7 +52,7 @@ class LoadReport:
         known_here = [*self.loaded, *self.missing, *self.reinitialised]
         sections = (
             (
-                "reinitialised, the shape differs (another number of classes?)",
+                "reinitialised, the shape differs (other classes, or class-agnostic?)",
                 differing_shapes(self.reinitialised),
             ),
             ("not in the file, left as initialised", _by_module(self.missing, self.loaded)),

@@ -69,6 +69,25 @@ def test_nothing_to_train_on(make_cfg):
         scheduled(cfg, load_datasets(cfg, train=True))
 
 
+def test_no_mask_to_train_on(make_cfg):
+    cfg = make_cfg("MODEL.MASK_ON", "True")
+    with pytest.raises(DatasetError, match=r"a\.json: no object has a mask .* MODEL\.MASK_ON"):
+        scheduled(cfg, load_datasets(cfg, train=True))
+
+
+def test_exits_alone_need_no_masks(make_cfg):
+    frozen = ["MODEL.CASCADE.TRAINING.FREEZE_DETECTOR", "True", "MODEL.CASCADE.EXIT.LEARNED"]
+    cfg = make_cfg("MODEL.MASK_ON", "True", *frozen, "('gate',)")
+    scheduled(cfg, load_datasets(cfg, train=True))
+
+
+@pytest.mark.parametrize(("train", "times"), [(True, 1), (False, 0)])
+def test_objects_without_a_mask_are_told_of_training_sets(make_cfg, caplog, train, times):
+    with caplog.at_level(logging.WARNING):
+        load_datasets(make_cfg("MODEL.MASK_ON", "True"), train=train)
+    assert caplog.text.count("4 of 4 objects have no mask") == times
+
+
 @pytest.mark.parametrize("train", [True, False])
 def test_mistakes_are_told_at_the_start_of_training_and_evaluation(make_cfg, caplog, train):
     cfg = make_cfg(categories=[{"id": 1, "name": "a"}, {"id": 2, "name": "a"}])

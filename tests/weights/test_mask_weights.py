@@ -127,6 +127,32 @@ def test_a_head_for_all_classes_is_not_reset(models, file_of):
     assert not any("mask_head" in name for name in reset)
 
 
+@pytest.mark.parametrize(
+    ("options", "keys"),
+    [
+        (["MASK_HEAD.CLS_AGNOSTIC_MASK"], "ROI_MASK_HEAD.CLS_AGNOSTIC_MASK"),
+        (["BOX_HEAD.CLS_AGNOSTIC_BBOX_REG"], "ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG"),
+        (
+            ["MASK_HEAD.CLS_AGNOSTIC_MASK", "BOX_HEAD.CLS_AGNOSTIC_BBOX_REG"],
+            "ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG and MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK",
+        ),
+    ],
+)
+def test_the_agnostic_layers_are_named(options, keys, file_of):
+    base = [*MASKS, "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", False]
+    other = [*base, *(x for o in options for x in (f"MODEL.ROI_{o}", True))]
+    message = refused(build(base), file_of(build(other).state_dict()))
+    assert f"trained with another MODEL.{keys}: " in message
+
+
+def test_another_layout_of_the_mask_head_is_named(models, file_of):
+    path = file_of(models["last"].state_dict())
+    wider = build([*MASKS, "MODEL.ROI_MASK_HEAD.CONV_DIM", 32])
+    assert "trained with another MODEL.ROI_MASK_HEAD: " in refused(wider, path)
+    deeper = build([*MASKS, "MODEL.ROI_MASK_HEAD.NUM_CONV", 3])
+    assert refused(deeper, path).endswith("or give the MODEL.ROI_MASK_HEAD of their training.")
+
+
 def test_mask_head_of_a_caffe2_model(models, tmp_path):
     """Background comes first there and has a mask."""
     own = models["last"].roi_heads.mask_head

@@ -89,8 +89,10 @@ class CocoEvaluator(Evaluator):
         admit_images(batch, output.detections, self._coco_gt, self._seen)
         for sample, detections in zip(batch, output.detections, strict=True):
             image = self._coco_gt.imgs[sample["image_id"]]
-            masks = encode_masks(detections, image["height"], image["width"])
-            self._has_masks |= masks is not None
+            masks = None
+            if detections.masks is not None:  # else the sizes of images may be unknown
+                masks = encode_masks(detections, image["height"], image["width"])
+                self._has_masks = True
             self._results += coco_results(detections, image["id"], self._category_ids, masks)
 
     def state(self) -> dict[str, Any]:

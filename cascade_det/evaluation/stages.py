@@ -138,6 +138,8 @@ class StageEvaluator(Evaluator):
         return {"stages": metrics}
 
     def _of_image(self, image_id: int, detections: Detections) -> _OfImage:
+        if detections.masks is None:
+            return image_id, detections, None
         image = self._coco_gt.imgs[image_id]
         masks = encode_masks(detections, image["height"], image["width"])
         return image_id, replace(detections, masks=None), masks

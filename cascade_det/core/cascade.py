@@ -165,7 +165,7 @@ class CascadeHead(nn.Module):
             gt_boxes: per image float32 ``[G_i, 4]``, none empty; G_i may be 0.
             gt_classes: per image int64 ``[G_i]`` in ``[0, K)``.
             image_sizes: N ``(height, width)``.
-            gt_masks: of the objects of all images; needed by a cascade with masks.
+            gt_masks: of the objects of all images; ``None`` for no mask losses.
 
         Returns:
             The scalars of ``cascade_losses``, and ``loss_mask`` or ``loss_mask_stage<s>``.

@@ -70,7 +70,7 @@ def ap_by_pycocotools(content, detector, policy):
     truth, items = COCO(), []
     for number, item in enumerate(content["annotations"], start=1):
         x, y, w, h = item["bbox"]
-        # Nobody knows the pixels of an object without a mask.
+        # An object without a mask has no known pixels.
         box = {"segmentation": [[x, y, x, y + h, x + w, y + h, x + w, y]], "iscrowd": 1}
         items.append({**item, "id": number, **({} if "segmentation" in item else box)})
     truth.dataset = {**content, "annotations": items}

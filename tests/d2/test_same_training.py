@@ -63,6 +63,18 @@ def largest_of_gradients(got, wanted):
     )
 
 
+def check_step(host, batch, wanted):
+    """The largest differences of losses and gradients from those of ``wanted``."""
+    losses, gradients = step(host, batch)
+    largest = {
+        "losses": largest_relative(losses, wanted[0]),
+        "gradients": largest_of_gradients(gradients, wanted[1]),
+    }
+    assert largest["losses"] <= 1e-5
+    assert largest["gradients"] <= 1e-4
+    return largest
+
+
 @pytest.mark.parametrize("kernel", [SAME_KERNEL, FAST_KERNEL], ids=["same", "fast"])
 @pytest.mark.parametrize("options", [(), FROM_SCRATCH], ids=["frozen", "from_scratch"])
 def test_one_step(kernel, options, record_property):
@@ -71,14 +83,7 @@ def test_one_step(kernel, options, record_property):
     batch = [*make_batch(2), *make_batch(1, seed=1, objects=0)]
     wanted = step(own, batch)
     for name, host in (("plugin", ours), ("standalone", alone)):
-        losses, gradients = step(host, batch)
-        largest = {
-            "losses": largest_relative(losses, wanted[0]),
-            "gradients": largest_of_gradients(gradients, wanted[1]),
-        }
-        record_property(name, largest)
-        assert largest["losses"] <= 1e-5
-        assert largest["gradients"] <= 1e-4
+        record_property(name, check_step(host, batch, wanted))
 
 
 @pytest.mark.parametrize(
@@ -120,14 +125,7 @@ def test_one_step_with_masks(kind, options, record_property):
     wanted = step(own, batch)
     assert wanted[0]["loss_mask"] > 0
     for name, host in (("plugin", ours), ("standalone", alone)):
-        losses, gradients = step(host, batch)
-        largest = {
-            "losses": largest_relative(losses, wanted[0]),
-            "gradients": largest_of_gradients(gradients, wanted[1]),
-        }
-        record_property(name, largest)
-        assert largest["losses"] <= 1e-5
-        assert largest["gradients"] <= 1e-4
+        record_property(name, check_step(host, batch, wanted))
         for scalar in ("accuracy", "false_positive", "false_negative"):
             name = f"mask_rcnn/{scalar}"
             assert host.scalars[name] == pytest.approx(own.scalars[name], abs=1e-6)

@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cascade_det.backbones.trunk import LEVELS, Trunk
 from cascade_det.layers.conv_norm import ConvNorm, may_write_in_place
 from cascade_det.layers.winograd import WinogradConv2d
-
-# A level is the base-2 logarithm of its stride.
-LEVELS = {"res2": 2, "res3": 3, "res4": 4, "res5": 5}
-
-
-class Trunk(Protocol):
-    """The feature extractor below the pyramid, an ``nn.Module``.
-
-    Attributes:
-        out_features: names of its maps, finest first.
-        channels: channels of the maps, by name.
-    """
-
-    out_features: tuple[str, ...]
-    channels: dict[str, int]
-
-    def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Images ``[N, 3, H, W]`` to maps by name."""
 
 
 class FPN(nn.Module):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchvision.models import mobilenet_v2, mobilenet_v3_large
 
 from cascade_det.backbones.resnet import STAGE_NAMES
+from cascade_det.backbones.trunk import check_features
 from cascade_det.layers.conv_norm import NORMS, freeze
 
 
@@ -40,10 +41,7 @@ class MobileNet(nn.Module):
         freeze_at: int = 0,
     ) -> None:
         super().__init__()
-        unknown = set(out_features) - set(STAGE_NAMES)
-        if unknown or not out_features:
-            raise ValueError(f"unknown features {sorted(unknown)}; known: {', '.join(STAGE_NAMES)}")
-        self.out_features = tuple(out_features)
+        self.out_features = check_features(out_features, STAGE_NAMES)
         layers = self.layers(NORMS[norm])
         last = dict(zip(STAGE_NAMES, self.last_layers, strict=True))
         self.features = layers[: 1 + max(last[name] for name in out_features)]
@@ -58,6 +56,10 @@ class MobileNet(nn.Module):
     def layers(norm: Callable[..., nn.Module]) -> nn.Sequential:
         """Torchvision's layers, with this norm."""
         raise NotImplementedError
+
+    def stem_and_stages(self) -> tuple[nn.Module, list[nn.Module]]:
+        """The first layer, and the others."""
+        return self.features[0], list(self.features[1:])
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Images ``[N, 3, H, W]`` to the maps of ``out_features`` by name, strides 4 to 32."""

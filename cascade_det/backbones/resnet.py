@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cascade_det.backbones.trunk import check_features
 from cascade_det.layers.conv_norm import ConvNorm, add_convolved, freeze
 
 BLOCKS_PER_STAGE = {
@@ -55,10 +56,7 @@ class ResNet(nn.Module):
         super().__init__()
         if depth not in BLOCKS_PER_STAGE:
             raise ValueError(f"no ResNet of depth {depth}; known: {list(BLOCKS_PER_STAGE)}")
-        unknown = set(out_features) - set(STAGE_NAMES)
-        if unknown or not out_features:
-            raise ValueError(f"unknown ResNet features {sorted(unknown)}; known: {STAGE_NAMES}")
-        self.out_features = tuple(out_features)
+        self.out_features = check_features(out_features, STAGE_NAMES)
         self.channels: dict[str, int] = {}
         self.stem = Stem(norm=norm)
         in_channels, width = 64, num_groups * width_per_group
@@ -101,6 +99,10 @@ class ResNet(nn.Module):
             if name in self.out_features:
                 maps[name] = x
         return maps
+
+    def stem_and_stages(self) -> tuple[nn.Module, list[nn.Module]]:
+        """The stem, and ``res2`` to the last stage."""
+        return self.stem, [self.get_submodule(name) for name in self.stage_names]
 
     def _initialise(self) -> None:
         for module in self.modules():

@@ -9,8 +9,8 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 
 from cascade_det import config
 from cascade_det.backbones import MobileNetV2, MobileNetV3Large
-from cascade_det.backbones.fpn import LEVELS
 from cascade_det.backbones.mobilenet import MobileNet
+from cascade_det.backbones.trunk import LEVELS
 from cascade_det.d2.parts import refuse_torchvision_names
 
 

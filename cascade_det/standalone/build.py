@@ -10,7 +10,7 @@ from torch import nn
 
 from cascade_det import config
 from cascade_det.backbones import FPN, MobileNetV2, MobileNetV3Large, ResNet
-from cascade_det.backbones.fpn import Trunk
+from cascade_det.backbones.trunk import Trunk
 from cascade_det.core import (
     BoxPredictor,
     CascadeHead,

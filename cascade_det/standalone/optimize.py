@@ -11,7 +11,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from cascade_det.backbones import ResNet
 from cascade_det.config.cascade_keys import FAST_PARTS as PARTS
 from cascade_det.core.fast_heads import FastBoxHead, fast_dtype
 from cascade_det.core.fast_masks import FastMaskHead
@@ -100,13 +99,7 @@ class _Part:
 
 def _parts(detector: Detector) -> dict[str, _Part]:
     backbone = detector.backbone
-    trunk: nn.Module = backbone.get_submodule("bottom_up")
-    # A MobileNet is one sequence of layers; the first one is its stem.
-    stem, *stages = (
-        [trunk.stem, *(trunk.get_submodule(name) for name in trunk.stage_names)]
-        if isinstance(trunk, ResNet)
-        else trunk.get_submodule("features").children()
-    )
+    stem, stages = backbone.bottom_up.stem_and_stages()
     laterals, outputs = (
         [backbone.get_submodule(f"fpn_{kind}{level}") for level in backbone.levels]
         for kind in ("lateral", "output")

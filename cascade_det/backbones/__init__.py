@@ -1,7 +1,20 @@
-"""Feature extractors and the feature pyramid, under Detectron2's names."""
+"""Feature extractors and feature pyramids, under Detectron2's or their official names."""
 
+from cascade_det.backbones.efficientvit import EfficientViT
+from cascade_det.backbones.efficientvit_neck import EfficientViTFPN
 from cascade_det.backbones.fpn import FPN
+from cascade_det.backbones.hatnet import HATNet
+from cascade_det.backbones.hierarchical_vit import HierarchicalViT
 from cascade_det.backbones.mobilenet import MobileNetV2, MobileNetV3Large
 from cascade_det.backbones.resnet import ResNet
 
-__all__ = ["FPN", "MobileNetV2", "MobileNetV3Large", "ResNet"]
+__all__ = [
+    "FPN",
+    "EfficientViT",
+    "EfficientViTFPN",
+    "HATNet",
+    "HierarchicalViT",
+    "MobileNetV2",
+    "MobileNetV3Large",
+    "ResNet",
+]

@@ -14,17 +14,21 @@ from cascade_det.layers.winograd import WinogradConv2d
 
 
 class FPN(nn.Module):
-    """Top-down pathway over a trunk, and one coarser level by subsampling.
+    """Top-down pathway over a trunk, and coarser levels, by subsampling or convolutions.
 
-    Outputs are ``p2`` to ``p6``, of strides 4 to 64, as far as the trunk has features.
+    Outputs are called after their strides: a trunk of ``res2`` to ``res5`` has ``p2`` to ``p6``, of
+    strides 4 to 64.
 
     Args:
         bottom_up: the trunk, with ``out_features`` and ``channels``.
         out_channels: C of every level.
         norm: of the convolutions, see ``cascade_det.layers.make_norm``.
         fuse_type: ``sum`` or ``avg`` of the lateral and the top-down map.
+        extra_convs: number of coarser levels made by ``StridedLevels`` of the trunk's coarsest map;
+            0 for one level, every second pixel of the coarsest.
 
     Attributes:
+        levels: base-2 logarithms of the strides of the trunk's maps, finest first.
         strides: stride in pixels by output name, finest first.
         size_divisibility: image sides must be multiples of it.
 
@@ -39,6 +43,7 @@ class FPN(nn.Module):
         out_channels: int = 256,
         norm: str = "",
         fuse_type: str = "sum",
+        extra_convs: int = 0,
     ) -> None:
         super().__init__()
         self.in_features = tuple(bottom_up.out_features)
@@ -55,7 +60,13 @@ class FPN(nn.Module):
             for kind, conv in (("lateral", lateral), ("output", output)):
                 _initialise(conv)
                 self.add_module(f"fpn_{kind}{level}", conv)
-        self.strides = {f"p{level}": 2**level for level in [*levels, levels[-1] + 1]}
+        self.top_block = (
+            StridedLevels(bottom_up, out_channels=out_channels, num_levels=extra_convs)
+            if extra_convs
+            else None
+        )
+        top = levels[-1] + max(extra_convs, 1)
+        self.strides = {f"p{level}": 2**level for level in range(levels[0], top + 1)}
         self.size_divisibility = 2 ** levels[-1]
         self.bottom_up = bottom_up
 
@@ -68,18 +79,33 @@ class FPN(nn.Module):
         Args:
             names: of the maps that are read.
         """
-        # The coarsest map is made of the one before.
-        top = self.levels[-1]
-        read = [i for i in self.levels if f"p{i}" in names or (i == top and f"p{i + 1}" in names)]
+        top, block = self.levels[-1], self.top_block
+        read = [level for level in self.levels if f"p{level}" in names]
+        if block is not None:
+            block.freeze_unread(names)
+        elif f"p{top + 1}" in names and top not in read:
+            read.append(top)  # of which that map is made
         for level in set(self.levels) - set(read):
             self.get_submodule(f"fpn_output{level}").requires_grad_(False)
             # A lateral convolution feeds its own level and all finer ones.
-            if level < min(read):
+            if level < min(read, default=top + 1):
                 self.get_submodule(f"fpn_lateral{level}").requires_grad_(False)
+
+    def laterals_and_outputs(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """The layers that take maps of the trunk, and all others."""
+        laterals, outputs = (
+            [self.get_submodule(f"fpn_{kind}{level}") for level in self.levels]
+            for kind in ("lateral", "output")
+        )
+        if self.top_block is not None:
+            first, *others = self.top_block.children()
+            return [*laterals, first], [*outputs, *others]
+        return laterals, outputs
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Images ``[N, 3, H, W]``, sides multiples of ``size_divisibility``, to maps by name."""
         maps = self.bottom_up(images)
+        extra = [] if self.top_block is None else self.top_block(maps[self.in_features[-1]])
         merged: dict[str, Tensor] = {}
         coarser: Tensor | None = None
         for name, level in zip(reversed(self.in_features), reversed(self.levels), strict=True):
@@ -98,8 +124,51 @@ class FPN(nn.Module):
             output = self.get_submodule(f"fpn_output{level}")
             pyramid[name] = _apply(output, merged.pop(name), buffers.get(name))
         top = f"p{self.levels[-1]}"
-        coarsest = F.max_pool2d(pyramid[top], kernel_size=1, stride=2)  # half the size
-        return {name: pyramid.get(name, coarsest) for name in self.strides}
+        extra = extra or [F.max_pool2d(pyramid[top], kernel_size=1, stride=2)]  # half the size
+        levels = [*reversed(pyramid.values()), *extra]
+        return dict(zip(self.strides, levels, strict=True))
+
+
+class StridedLevels(nn.Module):
+    """Coarser levels by 3x3 convolutions of stride 2, the first on the trunk's coarsest map.
+
+    The rule of RetinaNet (arXiv 1708.02002, section 4), without the ReLU between. It is a top block
+    of Detectron2's FPN too.
+
+    Args:
+        bottom_up: the trunk.
+        out_channels: C of every level.
+        num_levels: how many.
+
+    Attributes:
+        in_feature: name of the trunk's map.
+    """
+
+    def __init__(self, bottom_up: Trunk, *, out_channels: int, num_levels: int) -> None:
+        super().__init__()
+        self.in_feature = bottom_up.out_features[-1]
+        self.num_levels = num_levels
+        channels, level = bottom_up.channels[self.in_feature], LEVELS[self.in_feature]
+        for i in range(level + 1, level + 1 + num_levels):
+            conv = ConvNorm(channels, out_channels, 3, stride=2)
+            _initialise(conv)
+            self.add_module(f"p{i}", conv)
+            channels = out_channels
+
+    def freeze_unread(self, names: Collection[str]) -> None:
+        """Freeze the convolutions after the last map that is read, of ``names``."""
+        for name, conv in reversed(list(self.named_children())):
+            if name in names:
+                return
+            conv.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """``[N, C, H, W]`` to one map per level, each half the size of the one before."""
+        maps = []
+        for conv in self.children():
+            x = conv(x)
+            maps.append(x)
+        return maps
 
 
 def _add_at_twice_the_size(lateral: Tensor, coarser: Tensor) -> Tensor:

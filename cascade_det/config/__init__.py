@@ -5,7 +5,14 @@ YAML and command-line options, ``check_config`` checks keys by themselves and ag
 and only the ``*_arguments`` functions read keys: everything behind them takes plain values.
 """
 
-from cascade_det.config.checks import check_config, check_heads, check_run, check_unread_cascade
+from cascade_det.config.backbone_arguments import backbone_arguments, backbone_maps, trunk_maps
+from cascade_det.config.checks import (
+    check_backbone,
+    check_config,
+    check_heads,
+    check_run,
+    check_unread_cascade,
+)
 from cascade_det.config.exit_summary import exit_summary
 from cascade_det.config.loading import (
     ConfigFiles,
@@ -16,7 +23,6 @@ from cascade_det.config.loading import (
     with_cascade_keys,
 )
 from cascade_det.config.model_arguments import (
-    backbone_arguments,
     box_head_arguments,
     box_head_configs,
     cascade_arguments,
@@ -52,11 +58,13 @@ __all__ = [
     "add_cascade_config",
     "augmentation_arguments",
     "backbone_arguments",
+    "backbone_maps",
     "box_head_arguments",
     "box_head_configs",
     "cascade_arguments",
     "changed",
     "changed_keys",
+    "check_backbone",
     "check_config",
     "check_heads",
     "check_processes",
@@ -86,6 +94,7 @@ __all__ = [
     "train_loader_arguments",
     "trainer_arguments",
     "training_arguments",
+    "trunk_maps",
     "with_cascade_keys",
     "with_exits",
 ]

@@ -14,7 +14,7 @@ from fvcore.common.config import CfgNode
 
 from cascade_det.config.cascade_checks import HEAD_CHECKS, Check
 from cascade_det.config.key import shown
-from cascade_det.config.model_checks import MODEL_CHECKS
+from cascade_det.config.model_checks import BACKBONE_CHECKS, MODEL_CHECKS
 from cascade_det.config.run_checks import RUN_CHECKS
 from cascade_det.config.tree import KEYS, changed_keys, get_cfg, value_of
 from cascade_det.errors import ConfigError
@@ -25,6 +25,7 @@ _HEADS = (
     "MODEL.ROI_BOX_CASCADE_HEAD.",
     "MODEL.CASCADE.",
 )
+_BACKBONES = ("MODEL.EFFICIENTVIT.", "MODEL.HATNET.", "MODEL.HIERVIT.")
 _RUN = (
     "CASCADE.",
     "SOLVER.",
@@ -60,6 +61,18 @@ def check_heads(cfg: CfgNode) -> None:
         ConfigError: as ``check_config``.
     """
     _check(cfg, _in_both_hosts(_HEADS), HEAD_CHECKS)
+
+
+def check_backbone(cfg: CfgNode) -> None:
+    """Check the nodes of our own backbones, in any model of Detectron2.
+
+    Args:
+        cfg: a configuration with these nodes and one of our backbones; it is not changed.
+
+    Raises:
+        ConfigError: as ``check_config``.
+    """
+    _check(cfg, _in_both_hosts(_BACKBONES), BACKBONE_CHECKS)
 
 
 def check_unread_cascade(cfg: CfgNode) -> None:

@@ -12,11 +12,6 @@ from cascade_det.config.cascade_keys import EXIT_DEFAULTS
 
 # Together with the defaults: no rule is on.
 _NO_RULES: dict[str, Any] = {"ENABLED": True, "PRUNE_THRESHOLDS": (0.0,), "REDUNDANCY_IOU": 1.01}
-_BACKBONES = {
-    "build_resnet_fpn_backbone": "resnet",
-    "build_mobilenet_v2_fpn_backbone": "mobilenet_v2",
-    "build_mobilenet_v3_large_fpn_backbone": "mobilenet_v3_large",
-}
 
 
 def detector_arguments(cfg: CfgNode) -> dict[str, Any]:
@@ -25,27 +20,6 @@ def detector_arguments(cfg: CfgNode) -> dict[str, Any]:
     Their channel order is ``INPUT.FORMAT``, as that of the image tensor.
     """
     return {"pixel_mean": _floats(cfg.MODEL.PIXEL_MEAN), "pixel_std": _floats(cfg.MODEL.PIXEL_STD)}
-
-
-def backbone_arguments(cfg: CfgNode) -> dict[str, Any]:
-    """The backbone: its ``name``, and the arguments of its ``bottom_up`` and its ``fpn``."""
-    name = _BACKBONES[cfg.MODEL.BACKBONE.NAME]
-    resnets = cfg.MODEL.RESNETS
-    bottom_up: dict[str, Any] = {"norm": resnets.NORM, "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT}
-    if name == "resnet":
-        bottom_up |= {
-            "depth": resnets.DEPTH,
-            "stride_in_1x1": resnets.STRIDE_IN_1X1,
-            "num_groups": resnets.NUM_GROUPS,
-            "width_per_group": resnets.WIDTH_PER_GROUP,
-        }
-    fpn = {
-        "in_features": tuple(cfg.MODEL.FPN.IN_FEATURES),
-        "out_channels": cfg.MODEL.FPN.OUT_CHANNELS,
-        "norm": cfg.MODEL.FPN.NORM,
-        "fuse_type": cfg.MODEL.FPN.FUSE_TYPE,
-    }
-    return {"name": name, "bottom_up": bottom_up, "fpn": fpn}
 
 
 def rpn_arguments(cfg: CfgNode) -> dict[str, Any]:

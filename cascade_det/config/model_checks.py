@@ -7,11 +7,18 @@ from collections.abc import Iterator
 
 from fvcore.common.config import CfgNode
 
+from cascade_det.config.backbone_arguments import (
+    BACKBONES,
+    backbone_arguments,
+    backbone_maps,
+    trunk_maps,
+)
 from cascade_det.config.cascade_checks import Check, check_exits_unused
 from cascade_det.config.tree import value_of
 
-_LEVELS = ("res2", "res3", "res4", "res5")
 _GROUP_NORM_GROUPS = 32
+_HEAD_WIDTH = 32  # of HierViT
+_PATCH_SIZES = [4, 8, 16, 32]
 
 
 def _check_box_heads(cfg: CfgNode) -> Iterator[str]:
@@ -48,15 +55,51 @@ def _check_resnet(cfg: CfgNode) -> Iterator[str]:
         )
 
 
-def _check_levels(cfg: CfgNode) -> Iterator[str]:
-    inputs = tuple(cfg.MODEL.FPN.IN_FEATURES)
-    if not inputs or inputs != _LEVELS[-len(inputs) :]:
-        yield (
-            f"MODEL.FPN.IN_FEATURES is {list(inputs)}. Give neighbouring levels up to the "
-            f"coarsest, such as {list(_LEVELS)}."
-        )
+def _check_hiervit(cfg: CfgNode) -> Iterator[str]:
+    keys = cfg.MODEL.HIERVIT
+    if BACKBONES[cfg.MODEL.BACKBONE.NAME] != "hiervit":
         return
-    outputs = [name.replace("res", "p") for name in inputs] + ["p6"]
+    sizes = list(keys.PATCH_SIZES)
+    start = _PATCH_SIZES.index(sizes[0]) if sizes[0] in _PATCH_SIZES else 0
+    if sizes != _PATCH_SIZES[start : start + len(sizes)]:
+        yield (
+            f"MODEL.HIERVIT.PATCH_SIZES is {sizes}. Give neighbours out of {_PATCH_SIZES}, "
+            "smallest first."
+        )
+    for key in ("WIDTHS", "DEPTHS"):
+        if len(keys[key]) != len(sizes):
+            yield (
+                f"MODEL.HIERVIT.{key} is {list(keys[key])}, but PATCH_SIZES has {len(sizes)} "
+                "stages. Give one value for each."
+            )
+    if any(width % _HEAD_WIDTH for width in keys.WIDTHS):
+        yield (
+            f"MODEL.HIERVIT.WIDTHS is {list(keys.WIDTHS)}. Give multiples of {_HEAD_WIDTH}, the "
+            "width of a head."
+        )
+
+
+def _check_efficientvit(cfg: CfgNode) -> Iterator[str]:
+    kernels = cfg.MODEL.EFFICIENTVIT.KERNELS
+    if BACKBONES[cfg.MODEL.BACKBONE.NAME] == "efficientvit" and len(kernels) not in (0, 4):
+        yield (
+            f"MODEL.EFFICIENTVIT.KERNELS is {list(kernels)}. Give 4 kernels, one per head, or () "
+            "for the model's own."
+        )
+
+
+def _check_pyramid(cfg: CfgNode) -> Iterator[str]:
+    inputs, known = tuple(cfg.MODEL.FPN.IN_FEATURES), trunk_maps(cfg)
+    has_neck = backbone_arguments(cfg)["neck"] is not None
+    if not inputs or inputs != known[-len(inputs) :] or (has_neck and inputs != known):
+        wanted = "Give" if has_neck else "Give neighbouring levels up to the coarsest, such as"
+        yield f"MODEL.FPN.IN_FEATURES is {list(inputs)}. {wanted} {list(known)}."
+
+
+def _check_levels(cfg: CfgNode) -> Iterator[str]:
+    if any(_check_pyramid(cfg)):
+        return
+    outputs = list(backbone_maps(cfg))
     for key in ("MODEL.RPN.IN_FEATURES", "MODEL.ROI_HEADS.IN_FEATURES"):
         names = list(value_of(cfg, key))
         start = outputs.index(names[0]) if names and names[0] in outputs else 0
@@ -90,13 +133,13 @@ def _check_anchors(cfg: CfgNode) -> Iterator[str]:
 def _check_group_norm(cfg: CfgNode) -> Iterator[str]:
     model = cfg.MODEL
     widths: list[tuple[str, int]] = []
-    is_mobilenet = "mobilenet" in model.BACKBONE.NAME
-    if model.RESNETS.NORM == "GN" and is_mobilenet:
+    trunk = BACKBONES[model.BACKBONE.NAME]
+    if model.RESNETS.NORM == "GN" and trunk.startswith("mobilenet"):
         yield (
             f"MODEL.RESNETS.NORM is GN, but the layers of {model.BACKBONE.NAME} are too narrow for "
             f"{_GROUP_NORM_GROUPS} groups. Take BN, SyncBN or FrozenBN."
         )
-    if model.RESNETS.NORM == "GN" and model.RESNETS.DEPTH >= 50 and not is_mobilenet:
+    if model.RESNETS.NORM == "GN" and model.RESNETS.DEPTH >= 50 and trunk == "resnet":
         width = model.RESNETS.WIDTH_PER_GROUP * model.RESNETS.NUM_GROUPS
         widths.append(("MODEL.RESNETS.WIDTH_PER_GROUP x NUM_GROUPS", width))
     if model.FPN.NORM == "GN":
@@ -115,10 +158,12 @@ def _check_group_norm(cfg: CfgNode) -> Iterator[str]:
             )
 
 
+BACKBONE_CHECKS: tuple[Check, ...] = (_check_efficientvit, _check_hiervit, _check_pyramid)
 MODEL_CHECKS: tuple[Check, ...] = (
     _check_box_heads,
     check_exits_unused,
     _check_resnet,
+    *BACKBONE_CHECKS,
     _check_levels,
     _check_anchors,
     _check_group_norm,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 
+from cascade_det.config.backbone_keys import BACKBONE_GROUPS, NORM, NORM_HELP
 from cascade_det.config.key import (
     ABOVE_0_TO_1,
     COUNT,
@@ -30,9 +31,7 @@ from cascade_det.config.key import (
     within,
 )
 
-_NORM = one_of("", "GN", "BN", "SyncBN")
 _BOX_LOSS = one_of("smooth_l1", "giou", "diou", "ciou")
-_NORM_HELP = 'Normalisation of the convolutions; "" is none.'
 _BETA_HELP = "Where the smooth L1 loss turns from L2 to L1; 0 makes it plain L1."
 _WEIGHTS = Values(each(above(0), length=4), "Give 4 numbers above 0.")
 _OR_SHARED = "or [] for the value of ROI_BOX_HEAD."
@@ -78,32 +77,6 @@ MODEL = group(
         "pixel values, 0 to 255",
     ),
     MASK_ON=Key(False, "Adds a mask head: instance segmentation."),
-)
-
-BACKBONE = group(
-    "MODEL.BACKBONE",
-    "Backbone",
-    NAME=Key(
-        "build_resnet_backbone",
-        "The backbone with its feature pyramid.",
-        one_of(
-            "build_resnet_fpn_backbone",
-            "build_mobilenet_v2_fpn_backbone",
-            "build_mobilenet_v3_large_fpn_backbone",
-        ),
-    ),
-    FREEZE_AT=Key(
-        2, "Frozen parts: 0 none, 1 the stem, 2 also res2, and so on.", one_of(0, 1, 2, 3, 4, 5)
-    ),
-)
-
-FPN = group(
-    "MODEL.FPN",
-    "Feature pyramid",
-    IN_FEATURES=Key([], "Neighbouring levels up to res5; res3 gives p3. p6 is added.", NAMES),
-    OUT_CHANNELS=Key(256, "Width of every level.", COUNT, "channels"),
-    NORM=Key("", _NORM_HELP, _NORM),
-    FUSE_TYPE=Key("sum", "How a level is merged with the coarser one.", one_of("sum", "avg")),
 )
 
 PROPOSAL_GENERATOR = group(
@@ -204,7 +177,7 @@ ROI_BOX_HEAD = group(
     FC_DIM=Key(1024, "Width of the fully connected layers.", COUNT, "features"),
     NUM_CONV=Key(0, "3x3 convolutions.", NOT_NEGATIVE),
     CONV_DIM=Key(256, "Width of the convolutions.", COUNT, "channels"),
-    NORM=Key("", _NORM_HELP, Values(_NORM.accepts, _NORM.remedy, standalone_only=True)),
+    NORM=Key("", NORM_HELP, Values(NORM.accepts, NORM.remedy, standalone_only=True)),
     CLS_AGNOSTIC_BBOX_REG=Key(False, "One box per region, instead of one per class."),
 )
 
@@ -225,7 +198,7 @@ ROI_MASK_HEAD = group(
     ),
     NUM_CONV=Key(0, "3x3 convolutions before the upsampling.", NOT_NEGATIVE),
     CONV_DIM=Key(256, "Width of all layers.", COUNT, "channels"),
-    NORM=Key("", _NORM_HELP, Values(_NORM.accepts, _NORM.remedy, standalone_only=True)),
+    NORM=Key("", NORM_HELP, Values(NORM.accepts, NORM.remedy, standalone_only=True)),
     CLS_AGNOSTIC_MASK=Key(False, "One mask per region, instead of one per class."),
 )
 
@@ -248,18 +221,6 @@ ROI_BOX_CASCADE_HEAD = group(
             "Give one number between 0 and 1 per stage, each larger than the one before.",
         ),
     ),
-)
-
-RESNETS = group(
-    "MODEL.RESNETS",
-    "ResNets; `NORM` applies to MobileNets too",
-    DEPTH=Key(50, "Layers.", one_of(18, 34, 50, 101, 152)),
-    OUT_FEATURES=Key(["res4"], "Output levels, including all of `FPN.IN_FEATURES`.", NAMES),
-    NUM_GROUPS=Key(1, "Groups of the 3x3 convolutions; above 1 makes a ResNeXt.", COUNT),
-    NORM=Key("FrozenBN", "Normalisation.", one_of("FrozenBN", "BN", "SyncBN", "GN")),
-    WIDTH_PER_GROUP=Key(64, "Width of a group in res2.", COUNT, "channels"),
-    STRIDE_IN_1X1=Key(True, "True for MSRA and Caffe weights, False for torchvision's."),
-    RES2_OUT_CHANNELS=Key(256, "Width of res2: 64 for depths 18, 34, else 256.", unit="channels"),
 )
 
 CASCADE = group(
@@ -294,15 +255,14 @@ BOX_HEAD = group(
     FC_DIM=Key((), "Width of the fully connected layers.", _WIDTHS, "features"),
     NORM=Key(
         (),
-        _NORM_HELP,
-        Values(each(_NORM.accepts), f'Give a list of "", "GN", "BN" or "SyncBN", {_OR_SHARED}'),
+        NORM_HELP,
+        Values(each(NORM.accepts), f'Give a list of "", "GN", "BN" or "SyncBN", {_OR_SHARED}'),
     ),
 )
 
 MODEL_GROUPS = (
     MODEL,
-    BACKBONE,
-    FPN,
+    *BACKBONE_GROUPS,
     PROPOSAL_GENERATOR,
     ANCHOR_GENERATOR,
     RPN,
@@ -310,5 +270,4 @@ MODEL_GROUPS = (
     ROI_BOX_HEAD,
     ROI_MASK_HEAD,
     ROI_BOX_CASCADE_HEAD,
-    RESNETS,
 )

@@ -14,6 +14,8 @@ from cascade_det.config.model_keys import BOX_HEAD, CASCADE, MODEL_GROUPS
 from cascade_det.config.run_keys import RUN_GROUPS, VERSION
 from cascade_det.config.unread_keys import UNREAD_KEYS
 
+# Those below MODEL that Detectron2 does not have.
+_MODEL_NODES = ("CASCADE", "EFFICIENTVIT", "HATNET", "HIERVIT")
 GROUPS = (VERSION, *MODEL_GROUPS, CASCADE, BOX_HEAD, *CASCADE_GROUPS, *RUN_GROUPS)
 # By full name, such as SOLVER.BASE_LR.
 KEYS: dict[str, Key] = {
@@ -31,7 +33,7 @@ def get_cfg() -> CfgNode:
 
 
 def add_cascade_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.CASCADE`` and ``CASCADE`` to a configuration, in place.
+    """Add ``MODEL.CASCADE``, ``CASCADE`` and the nodes of our backbones in place.
 
     Works on any yacs configuration, Detectron2's included: new nodes have the type of ``cfg``,
     which its ``merge_from_file`` requires. Existing keys keep their values.
@@ -44,8 +46,9 @@ def add_cascade_config(cfg: CfgNode) -> None:
 
 
 def add_model_node(cfg: CfgNode) -> None:
-    """Add only ``MODEL.CASCADE``, all that a model needs; see :func:`add_cascade_config`."""
-    _with_defaults(cfg, "MODEL.CASCADE.")
+    """Add only what a model needs, below ``MODEL``; see :func:`add_cascade_config`."""
+    for node in _MODEL_NODES:
+        _with_defaults(cfg, f"MODEL.{node}.")
 
 
 def _with_defaults(cfg: CfgNode, prefix: str) -> CfgNode:

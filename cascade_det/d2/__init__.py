@@ -1,7 +1,7 @@
 """The cascade as a plugin of Detectron2. Importing it registers our ROI heads and backbones.
 
-``add_cascade_config(cfg)`` adds the keys of ``MODEL.CASCADE`` and ``CASCADE`` to a configuration of
-Detectron2; ``MODEL.ROI_HEADS.NAME: EarlyExitCascadeROIHeads`` selects the heads.
+``add_cascade_config(cfg)`` adds ``MODEL.CASCADE``, ``CASCADE`` and the nodes of our backbones to a
+configuration of Detectron2; ``MODEL.ROI_HEADS.NAME: EarlyExitCascadeROIHeads`` selects the heads.
 """
 
 from cascade_det.quiet_imports import without_jit_warning
@@ -22,6 +22,9 @@ except ImportError as error:
 
 from cascade_det.config import add_cascade_config
 from cascade_det.d2.backbones import (
+    build_efficientvit_fpn_backbone,
+    build_hatnet_fpn_backbone,
+    build_hiervit_fpn_backbone,
     build_mobilenet_v2_fpn_backbone,
     build_mobilenet_v3_large_fpn_backbone,
 )
@@ -30,6 +33,9 @@ from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
 __all__ = [
     "EarlyExitCascadeROIHeads",
     "add_cascade_config",
+    "build_efficientvit_fpn_backbone",
+    "build_hatnet_fpn_backbone",
+    "build_hiervit_fpn_backbone",
     "build_mobilenet_v2_fpn_backbone",
     "build_mobilenet_v3_large_fpn_backbone",
 ]

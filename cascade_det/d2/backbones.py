@@ -1,4 +1,8 @@
-"""MobileNets with a feature pyramid as backbones of Detectron2, registered by name."""
+"""Our trunks with a feature pyramid as backbones of Detectron2, registered by name.
+
+They read ``MODEL.BACKBONE``, ``MODEL.FPN`` and the node of their trunk: ``MODEL.RESNETS.NORM`` for
+MobileNets, ``MODEL.EFFICIENTVIT``, ``MODEL.HATNET`` or ``MODEL.HIERVIT``.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,22 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 
 from cascade_det import config
-from cascade_det.backbones import MobileNetV2, MobileNetV3Large
-from cascade_det.backbones.mobilenet import MobileNet
+from cascade_det.backbones import (
+    EfficientViT,
+    EfficientViTFPN,
+    HATNet,
+    HierarchicalViT,
+    MobileNetV2,
+    MobileNetV3Large,
+)
+from cascade_det.backbones.fpn import StridedLevels
 from cascade_det.backbones.trunk import LEVELS
+from cascade_det.config.tree import add_model_node
 from cascade_det.d2.parts import refuse_torchvision_names
 
 
-class MobileNetBackbone(MobileNet, Backbone):
-    """A MobileNet as a ``Backbone`` of Detectron2."""
+class _Trunk(Backbone):
+    channels: dict[str, int]
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of every feature."""
@@ -25,36 +37,84 @@ class MobileNetBackbone(MobileNet, Backbone):
         }
 
 
-class MobileNetV2Backbone(MobileNetV2, MobileNetBackbone):
+class MobileNetV2Backbone(MobileNetV2, _Trunk):
     """:class:`~cascade_det.backbones.MobileNetV2` as a ``Backbone`` of Detectron2."""
 
 
-class MobileNetV3LargeBackbone(MobileNetV3Large, MobileNetBackbone):
+class MobileNetV3LargeBackbone(MobileNetV3Large, _Trunk):
     """:class:`~cascade_det.backbones.MobileNetV3Large` as a ``Backbone`` of Detectron2."""
 
 
-@BACKBONE_REGISTRY.register()
-def build_mobilenet_v2_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """MobileNetV2 with a feature pyramid; reads the keys of ``build_resnet_fpn_backbone``."""
-    return _build_fpn(cfg, MobileNetV2Backbone)
+class EfficientViTBackbone(EfficientViT, _Trunk):
+    """:class:`~cascade_det.backbones.EfficientViT` as a ``Backbone`` of Detectron2."""
+
+
+class HATNetBackbone(HATNet, _Trunk):
+    """:class:`~cascade_det.backbones.HATNet` as a ``Backbone`` of Detectron2."""
+
+
+class HierarchicalViTBackbone(HierarchicalViT, _Trunk):
+    """:class:`~cascade_det.backbones.HierarchicalViT` as a ``Backbone`` of Detectron2."""
+
+
+class EfficientViTFPNBackbone(EfficientViTFPN, Backbone):
+    """:class:`~cascade_det.backbones.EfficientViTFPN` as a ``Backbone`` of Detectron2."""
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of every map."""
+        return {
+            name: ShapeSpec(channels=self.out_channels, stride=stride)
+            for name, stride in self.strides.items()
+        }
 
 
 @BACKBONE_REGISTRY.register()
-def build_mobilenet_v3_large_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """MobileNetV3-Large with a feature pyramid; reads the same keys."""
-    return _build_fpn(cfg, MobileNetV3LargeBackbone)
+def build_mobilenet_v2_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """MobileNetV2 with a feature pyramid."""
+    return _build(cfg, MobileNetV2Backbone)
 
 
-def _build_fpn(cfg: CfgNode, trunk: type[MobileNetBackbone]) -> FPN:
+@BACKBONE_REGISTRY.register()
+def build_mobilenet_v3_large_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """MobileNetV3-Large with a feature pyramid."""
+    return _build(cfg, MobileNetV3LargeBackbone)
+
+
+@BACKBONE_REGISTRY.register()
+def build_efficientvit_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """EfficientViT with a feature pyramid, or with a published neck."""
+    return _build(cfg, EfficientViTBackbone)
+
+
+@BACKBONE_REGISTRY.register()
+def build_hatnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """HAT-Net with a feature pyramid."""
+    return _build(cfg, HATNetBackbone)
+
+
+@BACKBONE_REGISTRY.register()
+def build_hiervit_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """The hierarchical ViT with a feature pyramid."""
+    return _build(cfg, HierarchicalViTBackbone)
+
+
+def _build(cfg: CfgNode, trunk: type[_Trunk]) -> Backbone:
+    cfg = cfg.clone()
+    cfg.defrost()
+    add_model_node(cfg)  # where the heads are Detectron2's, its configuration may lack our nodes
+    config.check_backbone(cfg)
     arguments = config.backbone_arguments(cfg)
     fpn = arguments["fpn"]
     in_features = fpn.pop("in_features")
     bottom_up = trunk(out_features=in_features, **arguments["bottom_up"])
     # Here as well, since the ROI heads may be Detectron2's.
     bottom_up.register_load_state_dict_post_hook(refuse_torchvision_names)
-    return FPN(
-        bottom_up=bottom_up,
-        in_features=in_features,
-        top_block=LastLevelMaxPool(),
-        **fpn,
-    )
+    if (kind := arguments["neck"]) is not None:
+        return EfficientViTFPNBackbone(bottom_up, kind=kind, out_channels=fpn["out_channels"])
+    width = fpn["out_channels"]
+    if extra := fpn.pop("extra_convs", 0):
+        top_block = StridedLevels(bottom_up, out_channels=width, num_levels=extra)
+    else:
+        top_block = LastLevelMaxPool()
+        top_block.in_feature = in_features[-1].replace("res", "p")
+    return FPN(bottom_up=bottom_up, in_features=in_features, top_block=top_block, **fpn)

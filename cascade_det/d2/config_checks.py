@@ -17,18 +17,13 @@ from detectron2.modeling import (
 )
 from fvcore.common.registry import Registry
 
+from cascade_det.config.backbone_arguments import BACKBONES, backbone_maps, trunk_maps
 from cascade_det.config.key import shown
 from cascade_det.config.tree import value_of
 from cascade_det.errors import ConfigError
 
-_FPN_BACKBONES = (
-    "build_resnet_fpn_backbone",
-    "build_mobilenet_v2_fpn_backbone",
-    "build_mobilenet_v3_large_fpn_backbone",
-)
 _WITH_ROI_HEADS = ("GeneralizedRCNN", "PanopticFPN")
 _WITH_RPN = (*_WITH_ROI_HEADS, "ProposalNetwork")
-_LEVELS = ("res2", "res3", "res4", "res5")
 _STAGE_MASKS = {
     "NAME": ("MaskRCNNConvUpsampleHead", "StageMaskHeads"),
     "POOLER_TYPE": ("ROIAlignV2", "ROIAlign"),
@@ -110,17 +105,17 @@ def _unknown_parts(cfg: CfgNode) -> Iterator[str]:
 def _unknown_maps(cfg: CfgNode) -> Iterator[str]:
     """Errors in feature-map names, for backbones whose maps follow from the configuration."""
     model = cfg.MODEL
-    if model.BACKBONE.NAME not in _FPN_BACKBONES:
+    if model.BACKBONE.NAME not in BACKBONES:
         return
-    inputs = tuple(model.FPN.IN_FEATURES)
-    if not inputs or inputs != _LEVELS[-len(inputs) :]:
+    inputs, known = tuple(model.FPN.IN_FEATURES), trunk_maps(cfg)
+    if not inputs or inputs != known[-len(inputs) :]:
         yield (
             f"MODEL.FPN.IN_FEATURES is {list(inputs)}, but {model.BACKBONE.NAME} has a feature "
-            f"pyramid: give neighbouring levels up to the coarsest, such as {list(_LEVELS)}, or "
+            f"pyramid: give neighbouring levels up to the coarsest, such as {list(known)}, or "
             "the configuration of a model with one as _BASE_."
         )
         return
-    outputs = [*(name.replace("res", "p") for name in inputs), "p6"]
+    outputs = backbone_maps(cfg)
     if model.META_ARCHITECTURE in _WITH_RPN:
         yield from _not_among("MODEL.RPN.IN_FEATURES", outputs, cfg)
     if model.META_ARCHITECTURE in _WITH_ROI_HEADS:

@@ -125,11 +125,16 @@ def _log_learning_rate(cfg: CfgNode) -> None:
 
 def _warn_of_frozen_noise(cfg: CfgNode) -> None:
     """Warn of frozen parts with random weights: only the AP would show them."""
-    freeze_at, norm = cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.RESNETS.NORM
-    if freeze_at > 0 or norm == "FrozenBN":
+    backbone, resnets = cfg.MODEL.BACKBONE, cfg.MODEL.RESNETS.NORM
+    frozen = [f"MODEL.BACKBONE.FREEZE_AT is {backbone.FREEZE_AT}"] if backbone.FREEZE_AT else []
+    if backbone.NAME == "build_efficientvit_fpn_backbone":
+        if cfg.MODEL.EFFICIENTVIT.NORM_EVAL:
+            frozen.append("MODEL.EFFICIENTVIT.NORM_EVAL is True")
+    elif ("resnet" in backbone.NAME or "mobilenet" in backbone.NAME) and resnets == "FrozenBN":
+        frozen.append("MODEL.RESNETS.NORM is FrozenBN")
+    if frozen:
         logger.warning(
-            "MODEL.WEIGHTS is empty, but MODEL.BACKBONE.FREEZE_AT is %d and MODEL.RESNETS.NORM is "
-            "%s: give a file of weights, or set FREEZE_AT 0 and a NORM that is trained (BN, GN)",
-            freeze_at,
-            norm,
+            "MODEL.WEIGHTS is empty, but %s: give a file of weights, or train these parts "
+            "(FREEZE_AT 0, NORM BN or GN, NORM_EVAL False)",
+            " and ".join(frozen),
         )

@@ -9,7 +9,16 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from cascade_det import config
-from cascade_det.backbones import FPN, MobileNetV2, MobileNetV3Large, ResNet
+from cascade_det.backbones import (
+    FPN,
+    EfficientViT,
+    EfficientViTFPN,
+    HATNet,
+    HierarchicalViT,
+    MobileNetV2,
+    MobileNetV3Large,
+    ResNet,
+)
 from cascade_det.backbones.trunk import Trunk
 from cascade_det.core import (
     BoxPredictor,
@@ -30,6 +39,9 @@ TRUNKS: dict[str, Callable[..., Trunk]] = {
     "resnet": ResNet,
     "mobilenet_v2": MobileNetV2,
     "mobilenet_v3_large": MobileNetV3Large,
+    "efficientvit": EfficientViT,
+    "hatnet": HATNet,
+    "hiervit": HierarchicalViT,
 }
 
 
@@ -74,12 +86,14 @@ def build_detector(cfg: CfgNode) -> Detector:
     return detector.to(device)
 
 
-def _build_backbone(cfg: CfgNode) -> FPN:
+def _build_backbone(cfg: CfgNode) -> FPN | EfficientViTFPN:
     arguments = config.backbone_arguments(cfg)
     fpn = dict(arguments["fpn"])
     trunk = TRUNKS[arguments["name"]](
         out_features=tuple(fpn.pop("in_features")), **arguments["bottom_up"]
     )
+    if (kind := arguments["neck"]) is not None:
+        return EfficientViTFPN(trunk, kind=kind, out_channels=fpn["out_channels"])
     return FPN(trunk, **fpn)
 
 

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from cascade_det.backbones.relative_bias import gather_biases
 from cascade_det.config.cascade_keys import FAST_PARTS as PARTS
 from cascade_det.core.fast_heads import FastBoxHead, fast_dtype
 from cascade_det.core.fast_masks import FastMaskHead
@@ -65,6 +66,7 @@ def optimize(
     detector.proposal_generator.rpn_head.topk_deltas_only = True
     done = [
         f"{fold_norms(detector)} norms are folded into convolutions.",
+        *_gather_biases(detector),
         _use_channels_last(detector),
         "The RPN computes the deltas of its best anchors only.",
         _set_types(detector, dtypes),
@@ -89,6 +91,11 @@ def optimize(
     return detector
 
 
+def _gather_biases(detector: Detector) -> list[str]:
+    count = gather_biases(detector.backbone)
+    return [f"The biases of {count} attentions are gathered."] if count else []
+
+
 @dataclass
 class _Part:
     """Modules of a part, and those of them that take the maps of the part before."""
@@ -100,10 +107,7 @@ class _Part:
 def _parts(detector: Detector) -> dict[str, _Part]:
     backbone = detector.backbone
     stem, stages = backbone.bottom_up.stem_and_stages()
-    laterals, outputs = (
-        [backbone.get_submodule(f"fpn_{kind}{level}") for level in backbone.levels]
-        for kind in ("lateral", "output")
-    )
+    laterals, outputs = backbone.laterals_and_outputs()
     conv = detector.proposal_generator.rpn_head.conv
     convs = list(conv) if isinstance(conv, nn.Sequential) else [conv]
     return {
@@ -130,12 +134,13 @@ def _set_types(detector: Detector, dtypes: Mapping[str, torch.dtype]) -> str:
 
 def _cast_between(detector: Detector, dtypes: Mapping[str, torch.dtype]) -> None:
     """Convert maps where parts of different types meet."""
-    before = torch.float32  # of images
+    before = {torch.float32}  # of images
     for name, part in _parts(detector).items():
-        if dtypes[name] != before:
+        if before != {dtypes[name]}:
             for module in part.entrances:
                 module.register_forward_pre_hook(partial(_cast, dtypes[name]))
-        before = dtypes[name]
+        # A pyramid also takes maps of the stem.
+        before = {dtypes[name], dtypes["stem"]} if name == "backbone" else {dtypes[name]}
     for head in detector.roi_heads.box_head:
         if not isinstance(head, FastBoxHead):
             head.register_forward_pre_hook(partial(_cast, torch.float32))

@@ -1,0 +1,93 @@
+"""Keys of backbones as plain keyword arguments, and the names of their feature maps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fvcore.common.config import CfgNode
+
+# By MODEL.BACKBONE.NAME.
+BACKBONES = {
+    "build_resnet_fpn_backbone": "resnet",
+    "build_mobilenet_v2_fpn_backbone": "mobilenet_v2",
+    "build_mobilenet_v3_large_fpn_backbone": "mobilenet_v3_large",
+    "build_efficientvit_fpn_backbone": "efficientvit",
+    "build_hatnet_fpn_backbone": "hatnet",
+    "build_hiervit_fpn_backbone": "hiervit",
+}
+_EXTRA_CONVS = 2  # of HierViT, whose coarsest map is fine
+
+
+def backbone_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """The backbone: its ``name``, and the arguments of its ``bottom_up`` and its ``fpn``.
+
+    ``neck`` is the kind of a published neck of EfficientViT, or ``None`` for the ``fpn``.
+    """
+    model = cfg.MODEL
+    name = BACKBONES[model.BACKBONE.NAME]
+    bottom_up: dict[str, Any] = {"freeze_at": model.BACKBONE.FREEZE_AT}
+    fpn = {
+        "in_features": tuple(model.FPN.IN_FEATURES),
+        "out_channels": model.FPN.OUT_CHANNELS,
+        "norm": model.FPN.NORM,
+        "fuse_type": model.FPN.FUSE_TYPE,
+    }
+    neck = None
+    if name == "efficientvit":
+        keys = model.EFFICIENTVIT
+        bottom_up |= {
+            "name": keys.NAME,
+            "kernels": tuple(keys.KERNELS),
+            "norm_eval": keys.NORM_EVAL,
+        }
+        neck = keys.NECK if keys.NECK != "fpn" else None
+    elif name == "hatnet":
+        bottom_up |= {"name": model.HATNET.NAME, "drop_path": float(model.HATNET.DROP_PATH)}
+    elif name == "hiervit":
+        keys = model.HIERVIT
+        bottom_up |= {
+            "patch_sizes": tuple(keys.PATCH_SIZES),
+            "widths": tuple(keys.WIDTHS),
+            "depths": tuple(keys.DEPTHS),
+            "mixer": keys.MIXER,
+            "groups": keys.GROUPS,
+            "drop_path": float(keys.DROP_PATH),
+        }
+        fpn["extra_convs"] = _EXTRA_CONVS
+    else:
+        bottom_up["norm"] = model.RESNETS.NORM
+    if name == "resnet":
+        bottom_up |= {
+            "depth": model.RESNETS.DEPTH,
+            "stride_in_1x1": model.RESNETS.STRIDE_IN_1X1,
+            "num_groups": model.RESNETS.NUM_GROUPS,
+            "width_per_group": model.RESNETS.WIDTH_PER_GROUP,
+        }
+    return {"name": name, "bottom_up": bottom_up, "fpn": fpn, "neck": neck}
+
+
+def trunk_maps(cfg: CfgNode) -> tuple[str, ...]:
+    """Names of the maps that a trunk can give to its pyramid, finest first."""
+    name = BACKBONES[cfg.MODEL.BACKBONE.NAME]
+    if name == "hiervit":
+        sizes = cfg.MODEL.HIERVIT.PATCH_SIZES
+        return tuple(f"res{size.bit_length() - 1}" for size in sizes)
+    if name == "efficientvit":
+        first = 2 if cfg.MODEL.EFFICIENTVIT.NECK == "fpn" else 4
+        return tuple(f"res{level}" for level in range(first, 7))
+    return ("res2", "res3", "res4", "res5")
+
+
+def backbone_maps(cfg: CfgNode) -> tuple[str, ...]:
+    """Names of the maps of a backbone with its pyramid, finest first.
+
+    Args:
+        cfg: its ``MODEL.FPN.IN_FEATURES`` are the last of ``trunk_maps``.
+    """
+    name = BACKBONES[cfg.MODEL.BACKBONE.NAME]
+    finest, coarsest = (int(cfg.MODEL.FPN.IN_FEATURES[i].removeprefix("res")) for i in (0, -1))
+    coarsest += _EXTRA_CONVS if name == "hiervit" else 1
+    neck = cfg.MODEL.EFFICIENTVIT.NECK if name == "efficientvit" else "fpn"
+    if neck != "fpn":
+        finest, coarsest = (3, 7) if neck == "retinanet" else (2, 6)
+    return tuple(f"p{level}" for level in range(finest, coarsest + 1))

@@ -42,6 +42,15 @@ def problem(cfg, *opts) -> str:
 def test_there_are_configurations_to_check():
     assert {file.stem for file in SHIPPED} == {
         "Base-Cascade-RCNN-FPN",
+        "Base-Cascade-RCNN-ViT-FPN",
+        "cascade_rcnn_EfficientViT_M0_FPN_1x",
+        "cascade_rcnn_EfficientViT_M0_FPN_1x_early_exit",
+        "cascade_rcnn_EfficientViT_M4_FPN_1x",
+        "cascade_rcnn_EfficientViT_M4_FPN_1x_early_exit",
+        "cascade_rcnn_HATNet_tiny_FPN_1x",
+        "cascade_rcnn_HATNet_tiny_FPN_1x_early_exit",
+        "cascade_rcnn_HierViT_FPN_1x",
+        "cascade_rcnn_HierViT_FPN_1x_early_exit",
         "cascade_rcnn_R_50_FPN_1x",
         "cascade_rcnn_R_50_FPN_3x",
         "cascade_rcnn_R_101_FPN_3x",
@@ -56,6 +65,7 @@ def test_there_are_configurations_to_check():
         "cascade_mask_rcnn_R_101_FPN_3x_early_exit",
         "demo",
         "demo_masks",
+        "finetune_efficientvit",
         "finetune_small",
         "instant_test",
     }
@@ -83,10 +93,30 @@ def test_early_exit_twins_differ_in_nothing_but_the_exits(file):
     assert config.exit_arguments(config.load_config(twin)) is None
 
 
+def levels(finest, coarsest):
+    """Options that read the levels from ``finest`` to ``coarsest``."""
+    names = [f"p{level}" for level in range(finest, coarsest + 1)]
+    options = (f"MODEL.{part}.IN_FEATURES {names}" for part in ("RPN", "ROI_HEADS"))
+    anchors = [[8 * 2**level] for level in range(finest, coarsest + 1)]
+    return f"{' '.join(options)} MODEL.ANCHOR_GENERATOR.SIZES {anchors}".replace(", ", ",")
+
+
+EFFICIENTVIT = "MODEL.BACKBONE.NAME build_efficientvit_fpn_backbone"
+HIERVIT = "MODEL.BACKBONE.NAME build_hiervit_fpn_backbone"
+STAGES = "MODEL.FPN.IN_FEATURES ['res4','res5','res6']"
 GOOD = (
     "MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64",
     "MODEL.RESNETS.NUM_GROUPS 32 MODEL.RESNETS.WIDTH_PER_GROUP 8",
     "MODEL.BACKBONE.NAME build_mobilenet_v2_fpn_backbone MODEL.RESNETS.NORM BN",
+    "MODEL.BACKBONE.NAME build_hatnet_fpn_backbone MODEL.RESNETS.NORM GN",
+    f"{EFFICIENTVIT} MODEL.FPN.IN_FEATURES ['res5','res6'] {levels(5, 7)}",
+    f"{EFFICIENTVIT} MODEL.FPN.IN_FEATURES ['res2','res3','res4','res5','res6']",
+    f"{EFFICIENTVIT} {STAGES} MODEL.EFFICIENTVIT.NECK retinanet {levels(3, 7)}",
+    f"{EFFICIENTVIT} {STAGES} MODEL.EFFICIENTVIT.NECK maskrcnn {levels(2, 6)}",
+    f"{EFFICIENTVIT} {STAGES} {levels(4, 7)} MODEL.EFFICIENTVIT.KERNELS (7,5,3,3)",
+    f"{HIERVIT} MODEL.FPN.IN_FEATURES ['res3','res4'] {levels(3, 6)}",
+    f"{HIERVIT} MODEL.HIERVIT.PATCH_SIZES [16,32] MODEL.HIERVIT.WIDTHS [32,64] "
+    f"MODEL.HIERVIT.DEPTHS [1,1] MODEL.FPN.IN_FEATURES ['res5'] {levels(5, 7)}",
     "MODEL.DEVICE cuda:1",
     "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG False",
     "MODEL.ROI_BOX_CASCADE_HEAD.IOUS (0.5,0.51,0.52)",
@@ -146,6 +176,10 @@ NOT_BUILT = {
     "MODEL.RESNETS.RES5_DILATION": ["2"],
     "MODEL.RESNETS.STEM_OUT_CHANNELS": ["32"],
     "MODEL.RESNETS.DEFORM_ON_PER_STAGE": ["[False, False, False, True]"],
+    "MODEL.EFFICIENTVIT.NAME": ["m6", "M4"],
+    "MODEL.EFFICIENTVIT.NECK": ["bifpn"],
+    "MODEL.HATNET.NAME": ["huge"],
+    "MODEL.HIERVIT.MIXER": ["pool"],
     "MODEL.FPN.NORM": ["LN"],
     "MODEL.FPN.FUSE_TYPE": ["max"],
     "MODEL.PROPOSAL_GENERATOR.NAME": ["RRPN"],
@@ -190,6 +224,11 @@ NOT_BUILT = {
 OUT_OF_RANGE = {
     "MODEL.ROI_HEADS.NUM_CLASSES": ["0"],
     "MODEL.FPN.OUT_CHANNELS": ["-1"],
+    "MODEL.EFFICIENTVIT.KERNELS": ["(4, 4, 4, 4)", "(0, 3, 3, 3)"],
+    "MODEL.HATNET.DROP_PATH": ["1.0", "-0.1"],
+    "MODEL.HIERVIT.PATCH_SIZES": ["()", "(4, 0)"],
+    "MODEL.HIERVIT.DEPTHS": ["(4, 6, 0)"],
+    "MODEL.HIERVIT.GROUPS": ["0"],
     "MODEL.PIXEL_MEAN": ["[1.0]"],
     "MODEL.PIXEL_STD": ["[1.0, 0.0, 1.0]", "[1.0, True, 1.0]"],
     "MODEL.ROI_BOX_CASCADE_HEAD.IOUS": [
@@ -312,6 +351,30 @@ CONTRADICTIONS = {
     "MODEL.FPN.IN_FEATURES ['res2','res3']": (
         "FPN.IN_FEATURES is ['res2', 'res3'] | up to the coarsest"
     ),
+    f"{EFFICIENTVIT} MODEL.FPN.IN_FEATURES ['res2','res3','res4','res5']": (
+        "FPN.IN_FEATURES is ['res2', 'res3', 'res4', 'res5'] | up to the coarsest | 'res6']"
+    ),
+    f"{EFFICIENTVIT} MODEL.FPN.IN_FEATURES ['res3','res4','res5','res6'] {levels(2, 5)}": (
+        "RPN.IN_FEATURES is ['p2', 'p3', 'p4', 'p5'] | ['p3', 'p4', 'p5', 'p6', 'p7']"
+    ),
+    f"{EFFICIENTVIT} MODEL.EFFICIENTVIT.NECK maskrcnn MODEL.FPN.IN_FEATURES ['res5','res6']": (
+        "FPN.IN_FEATURES is ['res5', 'res6'] | Give ['res4', 'res5', 'res6']"
+    ),
+    f"{EFFICIENTVIT} {STAGES} MODEL.EFFICIENTVIT.NECK retinanet {levels(2, 6)}": (
+        "ROI_HEADS.IN_FEATURES is ['p2', | ['p3', 'p4', 'p5', 'p6', 'p7']"
+    ),
+    f"{EFFICIENTVIT} {STAGES} {levels(4, 7)} MODEL.EFFICIENTVIT.KERNELS (7,5,3)": (
+        "EFFICIENTVIT.KERNELS is [7, 5, 3] | 4 kernels"
+    ),
+    f"{HIERVIT} MODEL.FPN.IN_FEATURES ['res2','res3','res4','res5']": (
+        "FPN.IN_FEATURES is ['res2', 'res3', 'res4', 'res5'] | such as ['res2', 'res3', 'res4']"
+    ),
+    f"{HIERVIT} MODEL.HIERVIT.PATCH_SIZES (4,16,8)": (
+        "HIERVIT.PATCH_SIZES is [4, 16, 8] | neighbours out of [4, 8, 16, 32]"
+    ),
+    f"{HIERVIT} MODEL.HIERVIT.PATCH_SIZES (2,4,8)": "HIERVIT.PATCH_SIZES is [2, 4, 8]",
+    f"{HIERVIT} MODEL.HIERVIT.DEPTHS (1,1)": "HIERVIT.DEPTHS is [1, 1] | 3 stages | one value",
+    f"{HIERVIT} MODEL.HIERVIT.WIDTHS (64,100,256)": "HIERVIT.WIDTHS is [64, 100, 256] | of 32",
     "MODEL.ROI_HEADS.IN_FEATURES ['p3','p2']": (
         "ROI_HEADS.IN_FEATURES is ['p3', 'p2'] | finest first"
     ),

@@ -127,7 +127,7 @@ class Trainer(TrainingLoop, TrainerBase):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
-        """``CASCADE.OPTIMIZER`` with Detectron2's parameter groups; clipping is the step's."""
+        """``CASCADE.OPTIMIZER``, see the engine's ``build_optimizer``; clipping is the step's."""
         arguments = config.optimizer_arguments(cfg)
         arguments.pop("clip")
         return build_optimizer(model, **arguments)

@@ -53,7 +53,8 @@ def build_optimizer(
         base_lr: the learning rate that the schedule multiplies.
         momentum: SGD's.
         nesterov: SGD's.
-        weight_decay: of all other parameters.
+        weight_decay: of all other parameters, but never of those named ``attention_biases``:
+            EfficientViT (arXiv 2305.07027) and Swin (arXiv 2103.14030) train these without decay.
         weight_decay_norm: weight decay of normalisation layers; ``None`` for ``weight_decay``.
         bias_lr_factor: multiplies the learning rate of parameters named ``bias``.
         weight_decay_bias: their weight decay; ``None`` for ``weight_decay``. It takes precedence
@@ -193,6 +194,8 @@ def _parameter_groups(
                 settings["lr"] = base_lr * bias_lr_factor
                 if weight_decay_bias is not None:
                     settings["weight_decay"] = weight_decay_bias
+            if name == "attention_biases":
+                settings["weight_decay"] = 0.0
             groups.setdefault(tuple(settings.items()), []).append(parameter)
     return [{**dict(settings), "params": parameters} for settings, parameters in groups.items()]
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from cascade_det.backbones.relative_bias import RelativeBias
 from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, build_scheduler
 from cascade_det.engine.training_state import load_optimizer_state, optimizer_state
 
@@ -50,6 +51,32 @@ def test_groups_by_hand():
         (0.2, 0.5, biases),
         (0.1, 0.0, ["bn.weight", "gn.weight", "norms.0.weight", "norms.1.weight"]),
     ]
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+@pytest.mark.parametrize("weight_decay_norm", [0.05, None])
+def test_attention_biases_alone_are_not_decayed(name, weight_decay_norm):
+    """As EfficientViT's detectors are trained: norms and biases are decayed."""
+    model = nn.ModuleDict({"rest": Model(), "attention": RelativeBias(2, 3, signed=False)})
+    before = {name: parameter.detach().fill_(1.0) for name, parameter in model.named_parameters()}
+    optimizer = build_optimizer(
+        model,
+        name=name,
+        base_lr=0.5,
+        momentum=0.0,
+        weight_decay=0.05,
+        weight_decay_norm=weight_decay_norm,
+        bias_lr_factor=2.0,
+    )
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    factors = {"attention.attention_biases": 1.0}
+    for name in before.keys() - factors:
+        frozen, is_bias = ".frozen." in name, name.endswith("bias")
+        factors[name] = 1.0 if frozen else 1 - 0.5 * 0.05 * (1 + is_bias)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, factors[name]))
 
 
 @pytest.mark.needs_detectron2

@@ -18,10 +18,12 @@ from cascade_det.core.roi_pooling import CANONICAL_BOX_SIZE, CANONICAL_LEVEL
 from cascade_det.core.structures.boxes import MAX_LOG_SCALE
 from cascade_det.errors import CheckpointError
 
-# The first weight of torchvision's classifiers, and its name in our trunks.
-_FIRST_WEIGHTS = {
-    "layer1.0.conv1.weight": "res2.0.conv1.weight",
-    "features.0.0.weight": "features.0.0.weight",
+# A weight of each kind of classifier that trunks start from, and its name in our trunk.
+_CLASSIFIERS = {
+    "layer1.0.conv1.weight": "res2.0.conv1.weight",  # torchvision's ResNets
+    "features.0.0.weight": "features.0.0.weight",  # torchvision's MobileNets
+    "patch_embed.0.c.weight": "patch_embed.0.c.weight",  # EfficientViT
+    "patch_embed.0.weight": "patch_embed.0.weight",  # HAT-Net
 }
 _METHODS_REPLACED = ("losses", "box_reg_loss", "inference", "predict_boxes", "predict_probs")
 
@@ -62,28 +64,34 @@ def check_predictor(predictor: FastRCNNOutputLayers) -> None:
         )
 
 
-def refuse_torchvision_names(part: nn.Module, incompatible: Any) -> None:
-    """Post-hook of ``load_state_dict`` that refuses weights under torchvision's names.
+def refuse_classifier_names(part: nn.Module, incompatible: Any) -> None:
+    """Post-hook of ``load_state_dict`` that refuses the weights of a classifier as it names them.
 
-    Detectron2's checkpointer only logs such names as unexpected, and the trunk would keep its
-    random weights. The hook sees the names but not the weights, so it cannot rename them.
+    These are torchvision's names, or the trunk's own without ``backbone.bottom_up.``. Detectron2's
+    checkpointer only logs them as unexpected, and the trunk would keep its random weights. The
+    hook sees the names but not the weights, so it cannot rename them.
 
     Args:
         part: the module that the hook belongs to.
         incompatible: ``missing_keys`` and ``unexpected_keys`` of the whole model.
 
     Raises:
-        CheckpointError: the file has torchvision's names, and no weights under the trunk's own.
+        CheckpointError: the file has a classifier's names, and no weights under the trunk's own.
     """
-    for theirs, ours in _FIRST_WEIGHTS.items():
-        missing = any(name.endswith(f".{ours}") for name in incompatible.missing_keys)
-        if missing and theirs in incompatible.unexpected_keys:
+    for theirs, ours in _CLASSIFIERS.items():
+        names = (name for name in incompatible.missing_keys if name.endswith(f".{ours}"))
+        missing = next(names, None)
+        if missing is not None and theirs in incompatible.unexpected_keys:
             raise CheckpointError(
-                f"the weights have torchvision's names ({theirs}), which Detectron2 does not know: "
-                f"the backbone ({ours}) would keep its initial weights. Leave MODEL.WEIGHTS "
-                "empty and load the file with cascade_det.weights.load_weights(model, "
-                "file), which renames them, or train with cascade-det train, which does the same."
+                f"the weights have the names of a classifier ({theirs}), which Detectron2 does not "
+                f"match: the backbone ({missing}) would keep its initial weights. Leave "
+                "MODEL.WEIGHTS empty and load the file with cascade_det.weights.load_weights("
+                "model, file), which finds their places, or train with cascade-det train, which "
+                "does the same."
             )
+
+
+refuse_torchvision_names = refuse_classifier_names  # until d2/backbones.py has the new name
 
 
 def to_roi_pooler(pooler: ROIPooler, kernel: str, name: str = "box_pooler") -> RoIPooler:

@@ -43,7 +43,7 @@ from cascade_det.d2.parts import (
     check_predictor,
     common_value,
     foreground_threshold,
-    refuse_torchvision_names,
+    refuse_classifier_names,
     to_roi_pooler,
 )
 from cascade_det.d2.structures import (
@@ -161,7 +161,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         self.stats: CascadeStats | None = None
         self.follow_predictors()
         # Here as well, since the trunk may be of any kind.
-        self.register_load_state_dict_post_hook(refuse_torchvision_names)
+        self.register_load_state_dict_post_hook(refuse_classifier_names)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:

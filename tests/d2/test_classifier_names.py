@@ -1,4 +1,6 @@
-"""Weights under torchvision's names in plain scripts of Detectron2: renamed, or refused."""
+"""Weights of classifiers in plain scripts of Detectron2: fitted, or refused."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from detectron2.modeling import build_model
 from small_plugin import model_cfg
 from torchvision.models import mobilenet_v2, mobilenet_v3_large, resnet18
 
+from cascade_det.backbones import EfficientViT, HATNet
 from cascade_det.errors import CheckpointError
 from cascade_det.weights import load_weights
 
@@ -36,12 +39,26 @@ TRUNKS = {
         [*MOBILENET, "build_mobilenet_v3_large_fpn_backbone"],
         "features.0.0.weight",
     ),
+    "EfficientViT": (
+        partial(EfficientViT, name="m0"),
+        [
+            *("MODEL.BACKBONE.NAME", "build_efficientvit_fpn_backbone"),
+            *("MODEL.EFFICIENTVIT.NAME", "m0"),
+            *("MODEL.FPN.IN_FEATURES", ["res2", "res3", "res4", "res5", "res6"]),
+        ],
+        "patch_embed.0.c.weight",
+    ),
+    "HAT-Net": (
+        partial(HATNet, name="tiny"),
+        ["MODEL.BACKBONE.NAME", "build_hatnet_fpn_backbone"],
+        "patch_embed.0.weight",
+    ),
     "ResNet": (resnet18, ["MODEL.RESNETS.NORM", "FrozenBN"], "stem.conv1.weight"),
 }
 
 
 @pytest.mark.parametrize(("build", "options", "ours"), TRUNKS.values(), ids=TRUNKS)
-class TestTorchvisionsWeights:
+class TestWeightsOfClassifiers:
     """Under names that Detectron2 does not know: not one of them would reach the trunk."""
 
     @pytest.fixture
@@ -55,7 +72,7 @@ class TestTorchvisionsWeights:
 
     def test_detectron2s_checkpointer_is_stopped(self, case, ours):
         cfg, _ = case
-        with pytest.raises(CheckpointError, match=r"torchvision.*load_weights"):
+        with pytest.raises(CheckpointError, match=r"names of a classifier.*load_weights"):
             DetectionCheckpointer(build_model(cfg)).load(cfg.MODEL.WEIGHTS)
 
     def test_the_remedy_works(self, case, ours):
@@ -70,7 +87,7 @@ class TestTorchvisionsWeights:
 
 
 def test_a_checkpoint_that_is_resumed_or_loaded_may_lack_a_trunk(tmp_path):
-    """Its names are not torchvision's, and Detectron2 says what is missing."""
+    """Its names are not a classifier's, and Detectron2 says what is missing."""
     model = build_model(model_cfg())
     heads = {k: v for k, v in model.state_dict().items() if k.startswith("roi_heads")}
     torch.save(heads, tmp_path / "heads.pth")

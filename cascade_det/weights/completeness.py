@@ -11,12 +11,13 @@ from torch import Tensor
 
 from cascade_det.errors import CheckpointError
 from cascade_det.text import listed
+from cascade_det.weights.attention import differs_in_kernel, differs_in_window
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 
 _STAGE = re.compile(r"roi_heads\.(?:box_(?:head|predictor)|mask_head)\.(\d+)\.")
 _MASKS = re.compile(r"roi_heads\.mask_head\.")
-_PREDICTOR = re.compile(r"roi_heads\.(?:box_predictor|mask_head(?:\.\d+)?\.predictor)\.")
+PREDICTOR = re.compile(r"roi_heads\.(?:box_predictor|mask_head(?:\.\d+)?\.predictor)\.")
 # Another number of classes would also show in the scores.
 _AGNOSTIC = re.compile(
     r"roi_heads\.(?:box_predictor\.\d+\.bbox_pred|mask_head(?:\.\d+)?\.predictor)\."
@@ -24,16 +25,18 @@ _AGNOSTIC = re.compile(
 _LEARNED = re.compile(r"roi_heads\.exits\.learned\.(\w+)\.")
 # State of a training, such as thresholds that follow its statistics.
 _TRAINING_ALONE = re.compile(r"roi_heads\.regime\.")
+# Detectron2's FPN and its coarser levels, and the necks of EfficientViT.
+_NECK = r"(?:fpn_|top_block\.|lateral_convs\.|extra_trans_convs\.|extra_fpn_convs\.)"
 _PARTS = (
     (re.compile(r"backbone\.(?:bottom_up|features)\."), "the backbone"),
-    (re.compile(r"backbone\.fpn_"), "the FPN"),
+    (re.compile(rf"backbone\.{_NECK}"), "the FPN"),
     (re.compile(r"proposal_generator\."), "the RPN"),
     (re.compile(r"roi_heads\.box_"), "the box heads"),
     (re.compile(r"roi_heads\.mask_head\."), "the mask head"),
     (re.compile(r"roi_heads\.keypoint_head\."), "the keypoint head"),
     (_LEARNED, "the learned exits"),
 )
-_IN_ANY_MODEL = re.compile(r"backbone\.(?:bottom_up|features|fpn_)|proposal_generator\.")
+_IN_ANY_MODEL = re.compile(rf"backbone\.(?:bottom_up|features|{_NECK})|proposal_generator\.")
 _SHOWN = 3
 
 
@@ -180,8 +183,12 @@ def _differing(path: str | Path, shapes: Mapping[str, Shapes]) -> str:
         keys = ("ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "ROI_MASK_HEAD.CLS_AGNOSTIC_MASK")
         masks = [bool(_MASKS.match(name)) for name in shapes]
         key = " and ".join(f"MODEL.{keys[is_mask]}" for is_mask in sorted(set(masks)))
-    elif all(map(_PREDICTOR.match, shapes)):
+    elif all(map(PREDICTOR.match, shapes)):
         key = "MODEL.ROI_HEADS.NUM_CLASSES"
+    elif all(differs_in_window(name, *pair) for name, pair in shapes.items()):
+        key = "window of attention"
+    elif all(differs_in_kernel(name, *pair) for name, pair in shapes.items()):
+        key = "MODEL.EFFICIENTVIT.KERNELS"
     else:
         key = "MODEL.ROI_MASK_HEAD" if all(map(_MASKS.match, shapes)) else "MODEL"
     return (

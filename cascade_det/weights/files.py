@@ -20,6 +20,8 @@ from cascade_det.weights.addresses import SUFFIXES, local_path
 from cascade_det.weights.names import (
     caffe2_to_detectron2,
     has_caffe2_names,
+    has_efficientvit_names,
+    has_hat_net_names,
     has_torchvision_resnet_names,
     torchvision_resnet_to_detectron2,
 )
@@ -30,6 +32,10 @@ from cascade_det.weights.restricted_pickle import read_array_pickle
 _MOST_UNPACKED = 10
 # The global that torch.load(weights_only=True) names when it refuses a file.
 _REFUSED = re.compile(r"[Uu]nsupported (?:global: GLOBAL|GLOBAL|class) ([\w.]+)")
+_TRAINED_ON_RGB = (
+    "These were trained on RGB images: INPUT.FORMAT RGB, MODEL.PIXEL_MEAN "
+    "[123.675, 116.28, 103.53], MODEL.PIXEL_STD [58.395, 57.12, 57.375]"
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,8 @@ class WeightsFile:
         weights: Detectron2's name to CPU tensor; names may lack the prefix above their part.
         run: the entry ``run`` of our own checkpoints, unchecked; ``None`` in other files.
         matches_by_suffix: the file says, or its origin implies, that prefixes are missing.
-        origin: whose names the file used: "Detectron2", "Caffe2" or "torchvision".
+        origin: whose names the file used: "Detectron2", "Caffe2", "torchvision", "EfficientViT" or
+            "HAT-Net".
         hint: what users of such a file need to know; may be empty.
     """
 
@@ -57,7 +64,7 @@ def read_weights_file(path: str | Path) -> WeightsFile:
     """Read a ``.pth``, ``.pt``, ``.pkl`` or ``.safetensors`` file; nothing in it is executed.
 
     The file holds a state dict, alone or under ``"model"`` or ``"state_dict"``, with the names of
-    Detectron2, of Caffe2's Detectron or of torchvision's ResNets.
+    Detectron2, of Caffe2's Detectron, of torchvision's ResNets, of EfficientViT or of HAT-Net.
 
     Args:
         path: a local file, or an address, see
@@ -218,11 +225,12 @@ def _with_detectron2_names(
     if has_caffe2_names(weights):
         return WeightsFile(path, caffe2_to_detectron2(weights), run, True, "Caffe2")
     if has_torchvision_resnet_names(weights):
-        hint = (
-            "These were trained on RGB images: INPUT.FORMAT RGB, MODEL.PIXEL_MEAN "
-            "[123.675, 116.28, 103.53], MODEL.PIXEL_STD [58.395, 57.12, 57.375], "
-            "MODEL.RESNETS.STRIDE_IN_1X1 False."
-        )
+        hint = f"{_TRAINED_ON_RGB}, MODEL.RESNETS.STRIDE_IN_1X1 False."
         renamed = torchvision_resnet_to_detectron2(weights)
         return WeightsFile(path, renamed, run, True, "torchvision", hint)
+    # Our trunks have the official names.
+    if has_efficientvit_names(weights):
+        return WeightsFile(path, weights, run, True, "EfficientViT", f"{_TRAINED_ON_RGB}.")
+    if has_hat_net_names(weights):
+        return WeightsFile(path, weights, run, True, "HAT-Net", f"{_TRAINED_ON_RGB}.")
     return WeightsFile(path, weights, run, by_suffix)

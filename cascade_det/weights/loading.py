@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,8 +13,11 @@ from torch import Tensor, nn
 
 from cascade_det.errors import CheckpointError
 from cascade_det.text import listed
-from cascade_det.weights.completeness import Shapes, check_complete, check_finite, differing_shapes
+from cascade_det.weights.attention import differs_in_window, resize_biases
+from cascade_det.weights.completeness import check_complete, check_finite
 from cascade_det.weights.files import WeightsFile, read_weights_file
+from cascade_det.weights.load_report import LoadReport
+from cascade_det.weights.names import unused_part
 
 logger = logging.getLogger(__name__)
 
@@ -24,65 +26,24 @@ logger = logging.getLogger(__name__)
 _UNIMPORTANT = re.compile(
     r"(^|\.)num_batches_tracked$|(^|\.)pixel_(mean|std)$|anchor_generator\.cell_anchors"
 )
-
-
-@dataclass
-class LoadReport:
-    """Where the weights of a file went. ``str(report)`` is for reading.
-
-    Attributes:
-        file: what was read.
-        total: how many tensors the model has.
-        loaded: names of the model's tensors that were set.
-        reinitialised: tensors left as initialised, by name: the file's shape and the model's.
-        missing: the model's names that the file does not have.
-        unexpected: the file's names that the model has no place for.
-        ambiguous: the file's names that fit several places of the model, and were left out.
-    """
-
-    file: WeightsFile
-    total: int
-    loaded: list[str] = field(default_factory=list)
-    reinitialised: dict[str, Shapes] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    ambiguous: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        known_here = [*self.loaded, *self.missing, *self.reinitialised]
-        sections = (
-            (
-                "reinitialised, the shape differs (other classes, or class-agnostic?)",
-                differing_shapes(self.reinitialised),
-            ),
-            ("not in the file, left as initialised", _by_module(self.missing, self.loaded)),
-            ("no place in this model, left out", _by_module(self.unexpected, known_here)),
-            ("fits several places of this model, left out", self.ambiguous),
-        )
-        lines = [
-            f"Weights from {self.file.path} ({self.file.origin} names): "
-            f"{len(self.loaded)} of the model's {self.total} tensors loaded."
-        ]
-        for title, entries in sections:
-            if entries:
-                lines += [f"  {title}:", *(f"    {entry}" for entry in entries)]
-        if self.file.hint:
-            lines.append(f"  {self.file.hint}")
-        return "\n".join(lines)
+# Last parts of names that are never read: the configuration sets pixel statistics, and which bias
+# of attention belongs to which two tokens follows from the window.
+_NEVER_READ = ("pixel_mean", "pixel_std", "attention_bias_idxs")
 
 
 def load_weights(model: nn.Module, path: str | Path, *, complete: bool = False) -> LoadReport:
     """Set the parameters and buffers of ``model`` that ``path`` has values for.
 
     Names are matched exactly. A file that lacks prefixes (a backbone alone, Caffe2's or
-    torchvision's names) is matched by the longest suffix, as Detectron2 does. Tensors of another
-    shape are left as they are.
+    the official names of a classifier) is matched by the longest suffix, as Detectron2 does.
+    Tensors of another shape are left as they are, except that tables of attention biases are
+    resized to the model's window.
 
     Args:
         model: its state dict has Detectron2's names.
         path: a file or an address, see :func:`cascade_det.weights.local_path`.
-        complete: raise if the file lacks a part of the model or has it in another shape: for a
-            model that will not be trained.
+        complete: raise if the file lacks a part of the model or has it in another shape, also one
+            that could be resized: for a model that will not be trained.
 
     Returns:
         The report, which has also been logged.
@@ -109,14 +70,15 @@ def load_weights(model: nn.Module, path: str | Path, *, complete: bool = False) 
     check_finite(path, {name: value.to(state[name].dtype) for name, value in values.items()})
     if complete:
         missing = [*report.missing, *statistics]
-        check_complete(path, report.loaded, missing, report.reinitialised, report.unexpected)
+        differing = {**report.reinitialised, **report.resized}
+        check_complete(path, report.loaded, missing, differing, report.unexpected)
     model.load_state_dict({**statistics, **values}, strict=False)
     logger.info("%s", report)
     return report
 
 
 def _match(file: WeightsFile, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], LoadReport]:
-    weights = {k: v for k, v in file.weights.items() if not _is_pixel_statistic(k)}
+    weights = {k: v for k, v in file.weights.items() if k.rpartition(".")[2] not in _NEVER_READ}
     by_suffix = file.matches_by_suffix or not (weights.keys() & state.keys())
     report = LoadReport(file, total=len(_important(state)))
     sources = dict(_sources(state, weights, by_suffix))
@@ -124,22 +86,28 @@ def _match(file: WeightsFile, state: Mapping[str, Tensor]) -> tuple[dict[str, Te
     fitting, used = defaultdict(list), set(sources.values())
     for name, source in sources.items():
         in_file, in_model = tuple(weights[source].shape), tuple(state[name].shape)
-        if in_file == in_model:
+        if in_file == in_model or differs_in_window(name, in_file, in_model):
             fitting[source].append(name)
         else:
             report.reinitialised[name] = in_file, in_model
 
     values = {}
     for source, names in fitting.items():
-        if len(names) == 1:
-            values[names[0]] = weights[source]
-        else:
+        if len(names) > 1:
             report.ambiguous.append(source)
+            continue
+        name, value = names[0], weights[source]
+        if value.shape != (wanted := state[name].shape):
+            report.resized[name] = tuple(value.shape), tuple(wanted)
+            value = resize_biases(value, wanted[1])
+        values[name] = value
     report.loaded = _important(values)
     filled = values.keys() | _unit_statistics(values, state).keys()
     filled |= report.reinitialised.keys()
     report.missing = _important(name for name in state if name not in filled)
-    report.unexpected = _important(name for name in weights if name not in used)
+    for name in _important(name for name in weights if name not in used):
+        part = unused_part(name, file.origin)
+        (report.unused.setdefault(part, []) if part else report.unexpected).append(name)
     return values, report
 
 
@@ -172,27 +140,5 @@ def _unit_statistics(
     return statistics
 
 
-def _is_pixel_statistic(name: str) -> bool:
-    return name.rpartition(".")[2] in ("pixel_mean", "pixel_std")
-
-
 def _important(names: Iterable[str]) -> list[str]:
     return [name for name in names if not _UNIMPORTANT.search(name)]
-
-
-def _by_module(names: list[str], known: Iterable[str]) -> list[str]:
-    """One line for each outermost module that ``known`` has nothing of."""
-    prefixes = {prefix for name in known for prefix in _prefixes(name)}
-    groups = Counter(
-        next((p for p in _prefixes(name) if p not in prefixes), name) for name in names
-    )
-    return [
-        name if count == 1 and name in names else f"{name} ({count} tensors)"
-        for name, count in sorted(groups.items())
-    ]
-
-
-def _prefixes(name: str) -> list[str]:
-    """``a.b.c`` -> ``a``, ``a.b``, ``a.b.c``."""
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]

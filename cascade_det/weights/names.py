@@ -58,6 +58,12 @@ _TORCHVISION_RESNET_RULES: _Rules = (
     (r"\.downsample\.1\.", ".shortcut.norm."),
 )
 
+_CLASSIFIERS = {
+    "EfficientViT": re.compile(r"head(?:_dist)?\.(?:bn|l)\."),
+    "HAT-Net": re.compile(r"classifier\."),
+}
+_NEVER_USED = re.compile(r"(?:^|\.)attn\.proj_norm\.(?:weight|bias)$")
+
 
 def has_caffe2_names(names: Iterable[str]) -> bool:
     """Whether these are Caffe2 blob names (``res2_0_branch2a_w``): no dots, weights end in _w."""
@@ -100,6 +106,29 @@ def has_torchvision_resnet_names(names: Iterable[str]) -> bool:
 def torchvision_resnet_to_detectron2(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename torchvision's ResNet: ``layer1.0.bn1.weight`` -> ``res2.0.conv1.norm.weight``."""
     return {_apply(_TORCHVISION_RESNET_RULES, name): tensor for name, tensor in weights.items()}
+
+
+def has_efficientvit_names(names: Iterable[str]) -> bool:
+    """Whether these are the names of EfficientViT's classifiers (microsoft/Cream)."""
+    return "patch_embed.0.c.weight" in names
+
+
+def has_hat_net_names(names: Iterable[str]) -> bool:
+    """Whether these are the names of HAT-Net's classifiers."""
+    return {"patch_embed.0.weight", "blocks.0.0.attn.qkv.weight"} <= {*names}
+
+
+def unused_part(name: str, origin: str) -> str:
+    """What a weight belongs to that no detector uses; empty for all others.
+
+    Args:
+        name: as in a file.
+        origin: whose names the file uses, see ``WeightsFile``.
+    """
+    classifier = _CLASSIFIERS.get(origin)
+    if classifier is not None and classifier.match(name):
+        return "the classifier"
+    return "proj_norm, which HAT-Net never uses" if _NEVER_USED.search(name) else ""
 
 
 def _apply(rules: _Rules, name: str) -> str:

@@ -80,8 +80,8 @@ EFFICIENTVIT = group(
         "Kernels of the query convolutions of the heads; () takes those of the classifier of this "
         "size. The published detection code has (7, 5, 3, 3) for m0 too.",
         Values(
-            each(lambda kernel: whole(at_least(1))(kernel) and kernel % 2 == 1),
-            "Give a list of odd numbers, such as (5, 5, 5, 5), or ().",
+            each(one_of(*range(1, 16, 2)).accepts),
+            "Give a list of odd numbers up to 15, such as (5, 5, 5, 5), or ().",
         ),
     ),
     NECK=Key(

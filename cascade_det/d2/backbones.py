@@ -23,7 +23,7 @@ from cascade_det.backbones import (
 from cascade_det.backbones.fpn import StridedLevels
 from cascade_det.backbones.trunk import LEVELS
 from cascade_det.config.tree import add_model_node
-from cascade_det.d2.parts import refuse_torchvision_names
+from cascade_det.d2.parts import refuse_classifier_names
 
 
 class _Trunk(Backbone):
@@ -108,7 +108,7 @@ def _build(cfg: CfgNode, trunk: type[_Trunk]) -> Backbone:
     in_features = fpn.pop("in_features")
     bottom_up = trunk(out_features=in_features, **arguments["bottom_up"])
     # Here as well, since the ROI heads may be Detectron2's.
-    bottom_up.register_load_state_dict_post_hook(refuse_torchvision_names)
+    bottom_up.register_load_state_dict_post_hook(refuse_classifier_names)
     if (kind := arguments["neck"]) is not None:
         return EfficientViTFPNBackbone(bottom_up, kind=kind, out_channels=fpn["out_channels"])
     width = fpn["out_channels"]

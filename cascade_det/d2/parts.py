@@ -91,9 +91,6 @@ def refuse_classifier_names(part: nn.Module, incompatible: Any) -> None:
             )
 
 
-refuse_torchvision_names = refuse_classifier_names  # until d2/backbones.py has the new name
-
-
 def to_roi_pooler(pooler: ROIPooler, kernel: str, name: str = "box_pooler") -> RoIPooler:
     """A ``RoIPooler`` that computes the same as a pooler of Detectron2.
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cascade_det.backbones.conv_bn import ConvBN
 from cascade_det.backbones.relative_bias import RelativeBias
@@ -51,20 +50,30 @@ class CascadedGroupAttention(RelativeBias):
         padded = pad_to_multiple(maps, self.window)
         rows, columns = padded.shape[-2:]
         tokens = split_windows(padded.permute(0, 2, 3, 1), self.window)  # [windows, w^2, C]
-        windows = tokens.unflatten(1, (self.window, self.window)).permute(0, 3, 1, 2)
-        mixed = self.proj(self._attend(windows)).permute(0, 2, 3, 1)
-        joined = join_windows(mixed.flatten(1, 2), self.window, rows, columns)
+        mixed = self._tokens(self.proj(self._windows(self._attend(tokens))))
+        joined = join_windows(mixed, self.window, rows, columns)
         return joined.permute(0, 3, 1, 2)[..., :height, :width]
 
-    def _attend(self, windows: Tensor) -> Tensor:
-        """Outputs of all heads, one after another: ``[windows, C, w, w]`` to the same shape."""
+    def _attend(self, tokens: Tensor) -> Tensor:
+        """Outputs of all heads, one after another: ``[windows, w^2, C]`` to the same shape."""
         biases = self.bias()
         outputs: list[Tensor] = []
-        for i, group in enumerate(windows.chunk(len(self.qkvs), dim=1)):
+        for i, group in enumerate(tokens.chunk(len(self.qkvs), dim=2)):
             x = group + outputs[-1] if outputs else group
-            query, key, value = self.qkvs[i](x).split(self.sizes, dim=1)
-            query = self.dws[i](query)
-            query, key, value = (t.flatten(2).transpose(1, 2) for t in (query, key, value))
-            y = F.scaled_dot_product_attention(query, key, value, attn_mask=biases[i])
-            outputs.append(y.transpose(1, 2).unflatten(2, (self.window, self.window)))
-        return torch.cat(outputs, dim=1)
+            qkv = self._tokens(self.qkvs[i](self._windows(x)))
+            query, key, value = qkv.split(self.sizes, dim=2)
+            query = self._tokens(self.dws[i](self._windows(query)))
+            # Not the fused attention of PyTorch: slower for so few tokens.
+            scores = torch.baddbmm(
+                biases[i], query, key.transpose(1, 2), alpha=KEY_CHANNELS**-0.5
+            )  # [windows, w^2, w^2]
+            outputs.append(torch.bmm(scores.softmax(dim=2), value))
+        return torch.cat(outputs, dim=2)
+
+    def _windows(self, tokens: Tensor) -> Tensor:
+        """``[windows, w^2, C]`` as channels-last maps ``[windows, C, w, w]``."""
+        return tokens.unflatten(1, (self.window, self.window)).permute(0, 3, 1, 2)
+
+    def _tokens(self, windows: Tensor) -> Tensor:
+        """The inverse of ``_windows``."""
+        return windows.permute(0, 2, 3, 1).flatten(1, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -114,7 +115,8 @@ class EfficientViT(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Images ``[N, 3, H, W]`` to the maps of ``out_features`` by name, strides 4 to 64."""
-        maps, x = {}, images
+        # Attention reads tokens, so that all maps are channels-last.
+        maps, x = {}, images.contiguous(memory_format=torch.channels_last)
         for i, layer in enumerate(self.patch_embed):
             x = layer(x)
             # After the activations of the second and third convolution.

@@ -25,7 +25,8 @@ MODELS: dict[str, str] = {
     "detectron2-one-stage-autocast": "the same under autocast",
     "torchvision": "torchvision's Faster R-CNN or Mask R-CNN, R-50-FPN (one stage), as shipped",
 }
-MEASUREMENTS = ("heads", "masks", "whole", "parts", "training", "memory", "limits", "accuracy")
+OF_MODELS = ("heads", "masks", "whole", "parts", "training", "memory", "limits", "accuracy")
+MEASUREMENTS = (*OF_MODELS, "attention")
 AUTOCAST_TYPES = ("bfloat16", "float16")
 
 # Measured with exits "below 0.02, redundant from 0.95, REGION_BUDGET [300, 100, 50]".
@@ -80,7 +81,7 @@ class Options:
     opts: tuple[str, ...] = ()
     output: Path = Path("output/benchmark")
     contenders: tuple[str, ...] = tuple(MODELS)
-    measure: tuple[str, ...] = MEASUREMENTS
+    measure: tuple[str, ...] = OF_MODELS
     batches: tuple[int, ...] = (1,)
     proposals: tuple[int, ...] = (1000, 300, 100)
     size: tuple[int, int] = (800, 1088)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cascade_det.benchmark.accuracy import accuracy_section
+from cascade_det.benchmark.attention_memory import attention_section
 from cascade_det.benchmark.limits import limits_section
 from cascade_det.benchmark.memory import memory_sections
 from cascade_det.evaluation.latency import part_order
@@ -42,6 +43,8 @@ def format_benchmark(results: Metrics) -> str:
         sections.append(limits_section(results["limits"]))
     if results.get("accuracy"):
         sections.append(accuracy_section(results["accuracy"]))
+    if results.get("attention"):
+        sections.append(attention_section(results["attention"]))
     if results.get("bar"):
         sections.append(_target_section(results["bar"]))
     return "\n\n".join(sections)

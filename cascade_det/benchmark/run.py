@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from cascade_det.benchmark.accuracy import measure_accuracy
+from cascade_det.benchmark.attention_memory import compare_attention
 from cascade_det.benchmark.comparison import (
     compare_heads,
     compare_masks,
@@ -100,6 +101,7 @@ def _measurements(
         "memory": lambda: compare_memory(options, in_memory, trainable(setup)[0], _TRAINING_IMAGES),
         "limits": lambda: measure_limits(setup, models),
         "accuracy": lambda: _accuracy(setup, left_out),
+        "attention": lambda: compare_attention(options),
     }
 
 

@@ -69,7 +69,7 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
         nargs="+",
         metavar="NAME",
     )
-    add("--measure", "what to measure (all of it)", choices=MEASUREMENTS, nargs="+")
+    add("--measure", "what to measure (all but attention)", choices=MEASUREMENTS, nargs="+")
     add("--batch", "batch sizes (1)", dest="batches", nargs="+", type=whole(1), metavar="B")
     add("--proposals", "proposals per image (1000 300 100)", nargs="+", type=whole(1), metavar="N")
     add(

@@ -100,3 +100,17 @@ def test_scores_are_as_many_as_stated(count, groups):
     sizes = [small + (g < larger) for g in range(groups)]
     scores = groups**2 + sum(n * (n + groups) for n in sizes)
     assert products / 2 == 2 * 32 * scores
+
+
+def test_torch_export_takes_other_numbers_of_tokens():
+    module = make(2)
+    count = torch.export.Dim("count", min=4, max=4096)
+    program = torch.export.export(
+        module,
+        (torch.randn(2, 10, 6).double(),),
+        dynamic_shapes=({1: count},),
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+    for other in (5, 16, 50):
+        tokens = torch.randn(2, other, 6).double()
+        assert_close(program.module()(tokens), module(tokens))

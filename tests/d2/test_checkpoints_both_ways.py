@@ -77,7 +77,7 @@ def assert_complete(report):
 
 
 # The others load each other's weights, strictly, in test_same_numbers.py.
-@pytest.mark.parametrize("name", ["R-18", "R-152", "mobilenet_v2", "mobilenet_v3"])
+@pytest.mark.parametrize("name", ["R-18", "R-152", "mobilenet_v2", "mobilenet_v3", "hatnet"])
 def test_parameters_have_the_same_names_and_shapes(name):
     own = in_detectron2(*BACKBONES[name], *OWN_HEADS).model
     alone = standalone(*BACKBONES[name], *OUR_HEADS, *EXITS).model

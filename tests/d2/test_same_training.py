@@ -5,6 +5,7 @@
 
 import pytest
 import torch
+from small_backbones import ATTENTION
 
 pytest.importorskip("detectron2.engine", exc_type=ImportError)
 
@@ -17,6 +18,7 @@ from two_hosts import (
     build_three,
     build_two,
     make_batch,
+    stir_backbone,
     with_weights_of,
 )
 
@@ -84,6 +86,35 @@ def test_one_step(kernel, options, record_property):
     wanted = step(own, batch)
     for name, host in (("plugin", ours), ("standalone", alone)):
         record_property(name, check_step(host, batch, wanted))
+
+
+FIXED = ("MODEL.EFFICIENTVIT.NORM_EVAL", True)
+
+
+@pytest.mark.parametrize(
+    ("name", "fixed"), [*((name, ()) for name in ATTENTION), ("efficientvit", FIXED)]
+)
+def test_one_step_of_backbones_with_attention(name, fixed):
+    hosts = build_two(*BACKBONES[name], *fixed, *SAME_KERNEL, stirred=False)
+    stir_backbone(hosts[0].model)
+    hosts[1].model.load_state_dict(hosts[0].model.state_dict())
+    before = statistics_of(hosts[0].model)
+    (wanted, gradients), (losses, found) = (step(host, make_batch(2)) for host in hosts)
+    assert largest_relative(losses, wanted) <= 1e-5
+    assert found.keys() == gradients.keys()
+    # Norms make the shift of a residual cancel out: nothing is left of its gradient but rounding.
+    noise = 1e-8 * max(gradient.abs().max() for gradient in gradients.values())
+    for parameter, gradient in gradients.items():
+        apart = (found[parameter] - gradient).abs().max()
+        assert apart <= 1e-4 * gradient.abs().max() + noise, parameter
+    for host in hosts:
+        after = statistics_of(host.model)
+        moved = [name for name in before if not torch.equal(after[name], before[name])]
+        assert moved == ([] if fixed else list(before))
+
+
+def statistics_of(model):
+    return {n: x.clone() for n, x in model.state_dict().items() if "running" in n}
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.structures.masks import polygons_to_bitmask
 from detectron2.utils.events import EventStorage
 from shape_runs import ROOT
+from small_backbones import ATTENTION
 from torch.nn import functional as F
 
 from cascade_det import config
@@ -49,6 +50,7 @@ BACKBONES = {
     "R-152": ("MODEL.RESNETS.DEPTH", 152),
     "mobilenet_v2": ("MODEL.BACKBONE.NAME", "build_mobilenet_v2_fpn_backbone"),
     "mobilenet_v3": ("MODEL.BACKBONE.NAME", "build_mobilenet_v3_large_fpn_backbone"),
+    **ATTENTION,
 }
 MASKS = (
     *("MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NUM_CONV", 2),
@@ -186,8 +188,8 @@ def with_weights_of(model, *options):
 
 
 @torch.no_grad()
-def stir(model):
-    """Random weights with which classes differ in score, boxes move, and no layer is silent."""
+def stir_backbone(model):
+    """Random weights of its norms and attention biases, so that no layer is silent."""
     hooks = []
     for module in model.backbone.modules():
         if hasattr(module, "running_var"):
@@ -195,9 +197,18 @@ def stir(model):
             module.bias.normal_(std=0.2)
             hooks.append(module.register_forward_pre_hook(_take_statistics))
     # As after a training, norms know what they see.
-    model.backbone.eval()(model.preprocess_image(make_batch(2)).tensor)
+    model.backbone.eval()(model.preprocess_image(make_batch(3)).tensor)
     for hook in hooks:
         hook.remove()
+    for name, value in model.named_parameters():
+        if "attention_biases" in name:
+            value.normal_()
+
+
+@torch.no_grad()
+def stir(model):
+    """Random weights with which classes differ in score, boxes move, and no layer is silent."""
+    stir_backbone(model)
     for name, value in model.named_parameters():
         width = value[0].numel()
         if "cls_score.weight" in name or "bbox_pred.weight" in name:

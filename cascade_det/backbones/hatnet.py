@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
@@ -86,7 +85,8 @@ class HATNet(nn.Module):
             nn.SiLU(inplace=True),
             nn.Conv2d(16, layout.channels[0], 3, stride=2, padding=1),
         )
-        rates = iter(torch.linspace(0, drop_path, sum(layout.depths)).tolist())
+        count = sum(layout.depths)
+        rates = iter([drop_path * i / max(count - 1, 1) for i in range(count)])
         self.blocks = nn.ModuleList()
         for i in range(1 + max(indices)):
             if i > 0:

@@ -1,15 +1,22 @@
 """Every configuration that is shipped gives a detector, with Detectron2's names."""
 
+import math
+
 import pytest
 import torch
 from shape_runs import ROOT
+from small_backbones import ATTENTION
 
 from cascade_det.config import load_config
 from cascade_det.errors import ConfigError
 from cascade_det.standalone import build_detector
 
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
-LIGHT = ("build_mobilenet_v2_fpn_backbone", "build_mobilenet_v3_large_fpn_backbone")
+LIGHT = {
+    "mobilenet_v2": ("MODEL.BACKBONE.NAME", "build_mobilenet_v2_fpn_backbone"),
+    "mobilenet_v3": ("MODEL.BACKBONE.NAME", "build_mobilenet_v3_large_fpn_backbone"),
+    **ATTENTION,
+}
 
 
 def build_without_memory(cfg):
@@ -36,7 +43,7 @@ def test_every_shipped_configuration_builds(path, monkeypatch):
             "backbone.bottom_up.res2.0.conv1.norm.running_mean",
         } <= names
     assert {
-        "backbone.fpn_lateral2.weight",
+        f"backbone.fpn_lateral{cfg.MODEL.FPN.IN_FEATURES[0].removeprefix('res')}.weight",
         "proposal_generator.rpn_head.objectness_logits.bias",
         "roi_heads.box_head.0.fc1.weight",
     } <= names
@@ -46,33 +53,70 @@ def test_every_shipped_configuration_builds(path, monkeypatch):
     assert (detector.roi_heads.exits is not None) == exits
 
 
-@pytest.mark.parametrize("name", LIGHT)
-def test_light_backbones_train_and_detect(instant_cfg, name):
-    instant_cfg.MODEL.BACKBONE.NAME = name
-    instant_cfg.MODEL.FPN.OUT_CHANNELS = 16
-    instant_cfg.MODEL.FPN.NORM = ""
-    detector = build_detector(instant_cfg)
-    names = list(detector.state_dict())
-    assert "backbone.bottom_up.features.0.0.weight" in names
-    image = torch.randint(0, 256, (3, 70, 100), dtype=torch.uint8)
-    strides = {
-        level: (128 / x.shape[-1], 96 / x.shape[-2])
-        for level, x in detector.backbone(detector.preprocess([image])[0]).items()
-    }
-    assert strides == {f"p{level}": (2**level, 2**level) for level in (2, 3, 4, 5)} | {
-        "p6": (64, 48)  # 3 x 4 positions, subsampled to 2 x 2
-    }
-    sample = {
-        "image": image,
+def make_sample():
+    return {
+        "image": torch.randint(0, 256, (3, 70, 100), dtype=torch.uint8),
         "gt_boxes": torch.tensor([[10.0, 10, 50, 60]]),
         "gt_classes": torch.tensor([2]),
     }
-    sum(detector.losses([sample]).values()).backward()
-    for parameter_name, parameter in detector.named_parameters():
-        assert parameter.grad is not None, parameter_name
-        assert torch.isfinite(parameter.grad).all(), parameter_name
-    detector.eval()
-    assert len(detector.detect([sample]).detections) == 1
+
+
+def assert_all_is_trained(detector):
+    """What needs a gradient has one; distributed training waits for each."""
+    sum(detector.losses([make_sample()]).values()).backward()
+    for name, parameter in detector.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert torch.isfinite(parameter.grad).all(), name
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_light_backbones_train_and_detect(instant_cfg, name):
+    instant_cfg.merge_from_list([*LIGHT[name], "MODEL.FPN.OUT_CHANNELS", 16, "MODEL.FPN.NORM", ""])
+    detector = build_detector(instant_cfg)
+    if name.startswith("mobilenet"):
+        assert "backbone.bottom_up.features.0.0.weight" in detector.state_dict()
+    images, _ = detector.preprocess([make_sample()["image"]])
+    height, width = images.shape[-2:]
+    sizes = {level: tuple(x.shape[-2:]) for level, x in detector.backbone(images).items()}
+    levels = range(3, 8) if name in ("efficientvit", "efficientvit_retinanet") else range(2, 7)
+    assert sizes == {
+        f"p{level}": (math.ceil(height / 2**level), math.ceil(width / 2**level)) for level in levels
+    }
+    assert all(parameter.requires_grad for parameter in detector.parameters())
+    assert_all_is_trained(detector)
+    assert len(detector.eval().detect([make_sample()]).detections) == 1
+
+
+# Maps that the RPN reads, and the heads; then what no such map depends on.
+READ = [
+    ("efficientvit", ["p4", "p5"], ["p4"], ["fpn_lateral3", "fpn_output3", "fpn_output6"]),
+    ("efficientvit", ["p7"], ["p6"], ["fpn_lateral3", "fpn_lateral4", "fpn_lateral5"]
+     + ["fpn_output3", "fpn_output4", "fpn_output5"]),
+    ("efficientvit_retinanet", ["p5", "p6"], ["p5"], ["lateral_convs.0", "fpn_convs.0"]
+     + ["fpn_convs.3", "extra_trans_convs.0", "extra_fpn_convs.0"]),
+    ("efficientvit_retinanet", ["p7"], ["p7"], ["lateral_convs.0", "lateral_convs.1"]
+     + ["lateral_convs.2", "fpn_convs.0", "fpn_convs.1", "fpn_convs.2"]
+     + ["extra_trans_convs.0", "extra_fpn_convs.0"]),
+    ("efficientvit_maskrcnn", ["p3", "p4"], ["p3"], ["fpn_convs.1", "fpn_convs.2"]
+     + ["extra_trans_convs.1", "extra_fpn_convs.1"]),
+    ("hiervit", ["p3", "p4", "p5"], ["p3"], ["fpn_lateral2", "fpn_output2", "top_block.p6"]),
+    ("hiervit", ["p6"], ["p6"], ["fpn_lateral2", "fpn_lateral3", "fpn_lateral4"]
+     + ["fpn_output2", "fpn_output3", "fpn_output4"]),
+    ("hiervit", ["p2"], ["p2"], ["fpn_output3", "fpn_output4", "top_block.p5", "top_block.p6"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "rpn", "heads", "unread"), READ)
+def test_what_is_read_by_none_is_frozen(instant_cfg, name, rpn, heads, unread):
+    maps = ["MODEL.RPN.IN_FEATURES", rpn, "MODEL.ROI_HEADS.IN_FEATURES", heads]
+    sizes = ["MODEL.ANCHOR_GENERATOR.SIZES", [[16]], "MODEL.FPN.OUT_CHANNELS", 16]
+    instant_cfg.merge_from_list([*ATTENTION[name], "MODEL.FPN.NORM", "", *maps, *sizes])
+    detector = build_detector(instant_cfg)
+    frozen = [n for n, p in detector.named_parameters() if not p.requires_grad]
+    layers = {n.removeprefix("backbone.").rsplit(".", 1)[0].removesuffix(".conv") for n in frozen}
+    assert layers == set(unread)
+    assert_all_is_trained(detector)
 
 
 @pytest.mark.parametrize(

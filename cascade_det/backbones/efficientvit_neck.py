@@ -84,14 +84,14 @@ class EfficientViTFPN(nn.Module):
 
     def _layers_before(self, name: str) -> list[nn.Module]:
         """All layers that an output depends on."""
-        finer = len(self.extra_trans_convs)
-        place = list(self.strides).index(name) - finer  # among the outputs of ``fpn_convs``
-        if place == len(_FEATURES):
-            return [self.fpn_convs[place]]
-        if place >= 0:
-            return [self.fpn_convs[place], *self.lateral_convs[place:]]
-        transposed = self.extra_trans_convs[:-place]
-        return [self.extra_fpn_convs[-place - 1], *transposed, *self.lateral_convs]
+        place, finer = list(self.strides).index(name), len(self.extra_trans_convs)
+        if place < finer:
+            transposed = self.extra_trans_convs[: finer - place]
+            return [self.extra_fpn_convs[place], *transposed, *self.lateral_convs]
+        place -= finer
+        # The trunk's coarsest map has a convolution of its own, without a lateral one.
+        laterals = self.lateral_convs[place:] if place < len(_FEATURES) else []
+        return [self.fpn_convs[place], *laterals]
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Images ``[N, 3, H, W]``, sides multiples of ``size_divisibility``, to maps by name."""
@@ -106,7 +106,10 @@ class EfficientViTFPN(nn.Module):
             conv(x) for conv, x in zip(self.fpn_convs, [*merged, maps["res6"]], strict=False)
         ]
         x = merged[0]
-        for transposed, conv in zip(self.extra_trans_convs, self.extra_fpn_convs, strict=True):
+        # Chained from the coarsest; their outputs' convolutions are finest first.
+        for transposed, conv in zip(
+            self.extra_trans_convs, reversed(self.extra_fpn_convs), strict=True
+        ):
             x = transposed(x)
             outputs.insert(0, conv(x))
         return dict(zip(self.strides, outputs, strict=True))

@@ -1,0 +1,187 @@
+"""EfficientViT against numbers and shapes of the official implementation."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from cascade_det.backbones.cascaded_attention import CascadedGroupAttention
+from cascade_det.backbones.efficientvit import SHAPES, EfficientViT, EfficientViTShape
+from cascade_det.backbones.efficientvit_layers import FFN, Block, PatchMerging
+from cascade_det.backbones.efficientvit_neck import EfficientViTFPN
+from tests.reference.parity import check, description, needs_parity
+
+pytestmark = needs_parity
+
+
+ATTENTION = ["cga_w7", "cga_w4", "cga_w7_h3"]
+WINDOWED = ["equal_7x7", "multiple_14x21", "pad_9x12", "pad_h_10x5", "pad_w_3x8", "cls_10x10"]
+
+
+@pytest.mark.parametrize("name", [*ATTENTION, *(f"lwa_{case}" for case in WINDOWED)])
+def test_attention(name):
+    config = description(name)["config"]
+    attention = CascadedGroupAttention(
+        config["dim"],
+        heads=config["num_heads"],
+        kernels=config["kernels"],
+        window=config["window"],
+    )
+    # The recorded gradients of one window are not the derivatives of the recorded outputs: PyTorch
+    # reads the strides of a gradient wrongly in the norms of the official code.
+    gradients = None if name == "lwa_equal_7x7" else 5e-5
+    prefix = "attn." if name.startswith("lwa") else ""
+    check(name, attention, prefix=prefix, gradients=gradients)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("evit_ffn", FFN(16)),
+        ("evit_patch_merging", PatchMerging(16, 24)),
+        ("evit_patch_merging_se_round", PatchMerging(18, 24)),
+        ("evit_block", Block(32, heads=2, kernels=(5, 5), window=7)),
+    ],
+)
+def test_layers(name, layer):
+    check(name, layer)
+
+
+def shape_of(config, windows):
+    return EfficientViTShape(
+        tuple(config["embed_dim"]),
+        tuple(config["depth"]),
+        tuple(config["num_heads"]),
+        tuple(config["kernels"]),
+        windows,
+    )
+
+
+def test_a_small_detection_trunk():
+    config = description("evit_small_backbone")["config"]
+    trunk = EfficientViT(shape=shape_of(config, (4, 4, 4)), norm_eval=True).train()
+    check("evit_small_backbone", trunk, lambda images: list(trunk(images).values()))
+
+
+def add_head(trunk, name, channels, classes):
+    """A linear classifier on the means of the last map."""
+    head = nn.Sequential()
+    head.add_module("bn", nn.BatchNorm1d(channels))
+    head.add_module("l", nn.Linear(channels, classes))
+    trunk.add_module(name, head)
+
+
+@pytest.mark.parametrize(
+    ("name", "windows", "heads"),
+    [
+        ("evit_small_classifier", (7, 4, 2), ["head"]),
+        ("evit_small_distill", (2, 1, 1), ["head", "head_dist"]),
+    ],
+)
+def test_a_small_classifier(name, windows, heads):
+    config = description(name)["config"]
+    trunk = EfficientViT(shape=shape_of(config, windows), out_features=["res6"]).train()
+    for head in heads:
+        add_head(trunk, head, config["embed_dim"][-1], config["num_classes"])
+    if name == "evit_small_classifier":  # two samples only
+        trunk.head.bn.eval()
+
+    def run(images):
+        means = trunk(images)["res6"].mean((2, 3))
+        logits = [trunk.get_submodule(head)(means) for head in heads]
+        return logits if trunk.training else [sum(logits) / len(logits)]
+
+    check(name, trunk, run, tolerance=1e-3, gradients=1e-3)
+
+
+class Maps(nn.Module):
+    """A trunk that returns the maps it is given."""
+
+    out_features = ("res4", "res5", "res6")
+
+    def __init__(self, *widths):
+        super().__init__()
+        self.channels = dict(zip(self.out_features, widths, strict=True))
+
+    def forward(self, maps):
+        return dict(zip(self.out_features, maps, strict=True))
+
+
+@pytest.mark.parametrize(("kind", "channels"), [("retinanet", 16), ("maskrcnn", 8)])
+def test_necks(kind, channels):
+    neck = EfficientViTFPN(Maps(16, 24, 32), kind=kind, out_channels=channels)
+    check(f"evit_fpn_{kind}", neck, lambda *maps: list(neck(maps).values()))
+
+
+PUBLISHED = {
+    **{f"efficientvit_{name}": (name, (7, 7, 4)) for name in SHAPES},
+    **{f"efficientvit_{name}_detection_backbone": (name, (7, 7, 7)) for name in ("m0", "m4")},
+}
+
+
+@pytest.mark.parametrize("entry", PUBLISHED)
+def test_names_and_shapes(entry):
+    name, windows = PUBLISHED[entry]
+    expected = description("state_dict_shapes")[entry]
+    config = expected["config"]
+    with torch.device("meta"):
+        named = EfficientViT(name=name, kernels=config["kernels"])
+        trunk = EfficientViT(shape=shape_of(config, windows), out_features=["res6"])
+        if windows[-1] == 4:
+            add_head(trunk, "head", config["embed_dim"][-1], 1000)
+    found = {key: list(tensor.shape) for key, tensor in trunk.state_dict().items()}
+    shapes = expected["state_dict"].items()
+    assert found == {k: v for k, v in shapes if not k.endswith("attention_bias_idxs")}
+    # Names give the same network, but for the window.
+    tables = {key for key in found if key.endswith("attention_biases")}
+    sizes = {key: list(tensor.shape) for key, tensor in named.state_dict().items()}
+    assert {k: found[k] for k in sizes if k not in tables} == {
+        k: v for k, v in sizes.items() if k not in tables
+    }
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "maskrcnn"])
+def test_names_shapes_and_costs_of_necks(kind):
+    expected = description("state_dict_shapes")[f"efficientvit_fpn_{kind}_m4"]["state_dict"]
+    counts = description("params_and_macs")[f"efficientvit_fpn_{kind}_m4_800x1344"]
+    with torch.device("meta"):
+        neck = EfficientViTFPN(Maps(128, 256, 384), kind=kind)
+        maps = [torch.empty(size) for size in counts["input"]]
+    assert {key: list(tensor.shape) for key, tensor in neck.state_dict().items()} == expected
+    assert multiply_adds(neck, maps) == pytest.approx(
+        counts["fvcore_conv_linear_matmul"], rel=0.005
+    )
+    assert sum(p.numel() for p in neck.parameters()) == counts["params"]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        *(f"efficientvit_{name}" for name in SHAPES),
+        *(f"efficientvit_{name}_detection_backbone_800x1344" for name in ("m0", "m4")),
+    ],
+)
+def test_parameters_and_multiply_adds(entry):
+    counts = description("params_and_macs")[entry]
+    shape = SHAPES[entry.split("_")[1]]
+    detection = "detection" in entry
+    windows = (7, 7, 7) if detection else (7, 7, 4)
+    kernels = (7, 5, 3, 3) if detection and "m0" in entry else shape.kernels
+    with torch.device("meta"):
+        shape = EfficientViTShape(shape.channels, shape.depths, shape.heads, kernels, windows)
+        trunk = EfficientViT(shape=shape)
+        if not detection:
+            add_head(trunk, "head", shape.channels[-1], 1000)
+        images = torch.empty(counts["input"][0])
+    assert sum(p.numel() for p in trunk.parameters()) == counts["params"]
+    # The linear layer of a head is left out by forward, and counted here.
+    expected = counts["fvcore_conv_linear_matmul"] - counts["linear"]
+    assert multiply_adds(trunk, images) == pytest.approx(expected, rel=0.005)
+
+
+def multiply_adds(module, *inputs):
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        module.eval()(*inputs)
+    return counter.get_total_flops() / 2

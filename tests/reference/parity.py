@@ -1,0 +1,81 @@
+"""Numbers of the official implementations, where they are at hand."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+_DEFAULT = Path(__file__).resolve().parents[3] / "shared" / "parity"
+FOLDER = Path(os.environ.get("CASCADE_DET_TEST_PARITY", _DEFAULT))
+needs_parity = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no vectors at {FOLDER}")
+
+
+def description(name):
+    """What a json file there says."""
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+def vectors(name):
+    """Tensors of a file by name."""
+    return pytest.importorskip("safetensors.torch").load_file(FOLDER / f"{name}.safetensors")
+
+
+def state(tensors, prefix=""):
+    """The state dict whose official names begin with ``prefix``, without index buffers."""
+    prefix = f"param.{prefix}"
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix) and not name.endswith("attention_bias_idxs")
+    }
+
+
+def assert_near(found, expected, tolerance):
+    """The largest difference, relative to the largest expected value, is within ``tolerance``."""
+    assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+
+
+def check(name, model, run=None, *, prefix="", tolerance=2e-5, gradients=5e-5):
+    """Outputs, gradients and norm statistics of ``model`` against those of a file.
+
+    ``run`` takes the inputs and returns a list of outputs; by default the model's one output.
+    ``model`` is in the mode of the training pass, whose outputs have the ``tolerance``; without
+    ``gradients``, their tolerance, they are not compared.
+    """
+    run = run or (lambda *inputs: [model(*inputs)])
+    tensors = vectors(name)
+    model.load_state_dict(state(tensors, prefix))
+    inputs = [tensors[key] for key in sorted(tensors) if key.startswith("input.")]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    with torch.no_grad():
+        found = run(*inputs)
+    for i, output in enumerate(found):
+        assert_near(output, tensors[f"output.{i}"], 2e-5)
+
+    for module, mode in modes:
+        module.training = mode
+    for tensor in inputs:
+        tensor.requires_grad_()
+    found = run(*inputs)
+    for i, output in enumerate(found):
+        assert_near(output, tensors[f"train_output.{i}"], tolerance)
+    if gradients is None:
+        return
+    sum((x * tensors[f"cotangent.{i}"]).sum() for i, x in enumerate(found)).backward()
+    for i, tensor in enumerate(inputs):
+        assert_near(tensor.grad, tensors[f"grad.input.{i}"], gradients)
+    statistics = model.state_dict()
+    for key in (key for key in tensors if key.startswith("after_train.")):
+        buffer = statistics[key.removeprefix(f"after_train.{prefix}")]
+        assert_near(buffer, tensors[key], 2e-5)
+    parameters = dict(model.named_parameters())
+    for key, (total, norm) in description(name)["param_grad_stats"].items():
+        gradient = parameters[key.removeprefix(prefix)].grad.double()
+        # A sum of n values is at most sqrt(n) times their norm.
+        bound = gradients * max(norm, 1e-3) * gradient.numel() ** 0.5
+        assert abs(float(gradient.norm()) - norm) <= bound, key
+        assert abs(float(gradient.sum()) - total) <= bound, key

@@ -90,8 +90,9 @@ class EfficientViTFPN(nn.Module):
             return [self.extra_fpn_convs[place], *transposed, *self.lateral_convs]
         place -= finer
         # The trunk's coarsest map has a convolution of its own, without a lateral one.
-        laterals = self.lateral_convs[place:] if place < len(_FEATURES) else []
-        return [self.fpn_convs[place], *laterals]
+        if place == len(_FEATURES):
+            return [self.fpn_convs[place]]
+        return [self.fpn_convs[place], *self.lateral_convs[place:]]
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Images ``[N, 3, H, W]``, sides multiples of ``size_divisibility``, to maps by name."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cascade_det.backbones.attention import attend
 from cascade_det.backbones.windows import join_windows, pad_to_multiple, split_windows
 
 
@@ -24,7 +25,7 @@ class HierarchicalAttention(nn.Module):
     The official network takes only maps that consist of whole grids. Here the normalised map is
     padded with zeros, right and bottom. Padded tokens are not masked: their queries, keys and
     values are the biases of ``qkv``. A map smaller than the pooling is pooled by its own side,
-    except in an exported network.
+    except in an exported or compiled network.
 
     Args:
         channels: C, a multiple of ``head_width``.
@@ -35,7 +36,7 @@ class HierarchicalAttention(nn.Module):
 
     def __init__(self, channels: int, *, head_width: int, grid: int, pooling: int) -> None:
         super().__init__()
-        self.head_width, self.grid, self.pooling = head_width, grid, pooling
+        self.heads, self.grid, self.pooling = channels // head_width, grid, pooling
         self.norm = whole_map_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
@@ -47,21 +48,21 @@ class HierarchicalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` to the same shape."""
-        height, width = x.shape[2:]
         if self.grid == 1:
-            tokens = _to_tokens(self.qkv(self.norm(x)))
-            return self.proj(_to_map(self._attend(*tokens.chunk(3, dim=2)), height, width))
-        x = self.grid_norm(x + self._attention_in_grids(x))
-        keys, values = _to_tokens(self.kv(self.ds_norm(self._pool(x)))).chunk(2, dim=2)
-        attended = self._attend(_to_tokens(self.q(x)), keys, values)
-        return self.proj(x + _to_map(attended, height, width))
+            attended = self._attend_each_other(_to_tokens(self.norm(x)))
+        else:
+            x = self.grid_norm(x + self._attention_in_grids(x))
+            tokens = _to_tokens(x)
+            pooled = _to_tokens(self.ds_norm(self._pool(x)))
+            keys, values = _project(pooled, self.kv).chunk(2, dim=2)
+            attended = tokens + attend(_project(tokens, self.q), keys, values, self.heads)
+        return _project(attended, self.proj).transpose(1, 2).unflatten(2, x.shape[2:])
 
     def _attention_in_grids(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
-        maps = self.qkv(pad_to_multiple(self.norm(x), self.grid)).permute(0, 2, 3, 1)
-        tokens = split_windows(maps, self.grid)
-        attended = self._attend(*tokens.chunk(3, dim=2))
-        joined = join_windows(attended, self.grid, *maps.shape[1:3])
+        padded = pad_to_multiple(self.norm(x), self.grid).permute(0, 2, 3, 1)
+        attended = self._attend_each_other(split_windows(padded, self.grid))
+        joined = join_windows(attended, self.grid, *padded.shape[1:3])
         return joined[:, :height, :width].permute(0, 3, 1, 2)
 
     def _pool(self, x: Tensor) -> Tensor:
@@ -70,19 +71,17 @@ class HierarchicalAttention(nn.Module):
         height, width = (min(self.pooling, side) for side in x.shape[2:])
         return F.avg_pool2d(x, (height, width))
 
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Queries ``[B, T, C]``, keys and values ``[B, S, C]`` to ``[B, T, C]``."""
-        heads = (
-            x.unflatten(2, (-1, self.head_width)).transpose(1, 2) for x in (queries, keys, values)
-        )
-        return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    def _attend_each_other(self, tokens: Tensor) -> Tensor:
+        """Normalised tokens ``[B, T, C]`` to the same shape."""
+        queries, keys, values = _project(tokens, self.qkv).chunk(3, dim=2)
+        return attend(queries, keys, values, self.heads)
 
 
 def _to_tokens(maps: Tensor) -> Tensor:
-    """``[N, C, H, W]`` to ``[N, H * W, C]``, channels next to each other in memory."""
-    return maps.flatten(2).transpose(1, 2).contiguous()
+    """``[N, C, H, W]`` to ``[N, H * W, C]``."""
+    return maps.flatten(2).transpose(1, 2)
 
 
-def _to_map(tokens: Tensor, height: int, width: int) -> Tensor:
-    """``[N, H * W, C]`` to ``[N, C, H, W]``."""
-    return tokens.transpose(1, 2).unflatten(2, (height, width))
+def _project(tokens: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Tokens ``[B, T, C]`` by a 1x1 convolution to ``[B, T, K]``."""
+    return F.linear(tokens, conv.weight.flatten(1), conv.bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,11 +22,16 @@ def split_windows(maps: Tensor, size: int) -> Tensor:
     """
     images, height, width, channels = maps.shape
     grid = maps.view(images, height // size, size, width // size, size, channels)
-    return grid.permute(0, 1, 3, 2, 4, 5).reshape(-1, size * size, channels)
+    return _swap_axes(grid).view(-1, size * size, channels)
 
 
 def join_windows(windows: Tensor, size: int, height: int, width: int) -> Tensor:
     """The inverse of ``split_windows``: ``[N, height, width, C]``."""
     rows, columns, channels = height // size, width // size, windows.shape[-1]
     grid = windows.view(-1, rows, columns, size, size, channels)
-    return grid.permute(0, 1, 3, 2, 4, 5).reshape(-1, height, width, channels)
+    return _swap_axes(grid).view(-1, height, width, channels)
+
+
+def _swap_axes(grid: Tensor) -> Tensor:
+    # A copy even of a single window: exporters would take a reshape for a view or a copy for good.
+    return grid.permute(0, 1, 3, 2, 4, 5).clone(memory_format=torch.contiguous_format)

@@ -90,32 +90,52 @@ def test_light_backbones_train_and_detect(instant_cfg, name):
 
 # Maps that the RPN reads, and the heads; then what no such map depends on.
 READ = [
-    ("efficientvit", ["p4", "p5"], ["p4"], ["fpn_lateral3", "fpn_output3", "fpn_output6"]),
-    ("efficientvit", ["p7"], ["p6"], ["fpn_lateral3", "fpn_lateral4", "fpn_lateral5"]
-     + ["fpn_output3", "fpn_output4", "fpn_output5"]),
-    ("efficientvit_retinanet", ["p5", "p6"], ["p5"], ["lateral_convs.0", "fpn_convs.0"]
-     + ["fpn_convs.3", "extra_trans_convs.0", "extra_fpn_convs.0"]),
-    ("efficientvit_retinanet", ["p7"], ["p7"], ["lateral_convs.0", "lateral_convs.1"]
-     + ["lateral_convs.2", "fpn_convs.0", "fpn_convs.1", "fpn_convs.2"]
-     + ["extra_trans_convs.0", "extra_fpn_convs.0"]),
-    ("efficientvit_maskrcnn", ["p3", "p4"], ["p3"], ["fpn_convs.1", "fpn_convs.2"]
-     + ["extra_trans_convs.1", "extra_fpn_convs.1"]),
-    ("hiervit", ["p3", "p4", "p5"], ["p3"], ["fpn_lateral2", "fpn_output2", "top_block.p6"]),
-    ("hiervit", ["p6"], ["p6"], ["fpn_lateral2", "fpn_lateral3", "fpn_lateral4"]
-     + ["fpn_output2", "fpn_output3", "fpn_output4"]),
-    ("hiervit", ["p2"], ["p2"], ["fpn_output3", "fpn_output4", "top_block.p5", "top_block.p6"]),
-]  # fmt: skip
+    ("efficientvit", "p4 p5", "p4", "fpn_lateral3 fpn_output3 fpn_output6"),
+    (
+        "efficientvit",
+        "p7",
+        "p6",
+        "fpn_lateral3 fpn_lateral4 fpn_lateral5 fpn_output3 fpn_output4 fpn_output5",
+    ),
+    (
+        "efficientvit_retinanet",
+        "p5 p6",
+        "p5",
+        "lateral_convs.0 fpn_convs.0 fpn_convs.3 extra_trans_convs.0 extra_fpn_convs.0",
+    ),
+    (
+        "efficientvit_retinanet",
+        "p7",
+        "p7",
+        "lateral_convs.0 lateral_convs.1 lateral_convs.2 fpn_convs.0 fpn_convs.1 "
+        "fpn_convs.2 extra_trans_convs.0 extra_fpn_convs.0",
+    ),
+    (
+        "efficientvit_maskrcnn",
+        "p3 p4",
+        "p3",
+        "fpn_convs.1 fpn_convs.2 extra_trans_convs.1 extra_fpn_convs.1",
+    ),
+    ("hiervit", "p3 p4 p5", "p3", "fpn_lateral2 fpn_output2 top_block.p6"),
+    (
+        "hiervit",
+        "p6",
+        "p6",
+        "fpn_lateral2 fpn_lateral3 fpn_lateral4 fpn_output2 fpn_output3 fpn_output4",
+    ),
+    ("hiervit", "p2", "p2", "fpn_output3 fpn_output4 top_block.p5 top_block.p6"),
+]
 
 
 @pytest.mark.parametrize(("name", "rpn", "heads", "unread"), READ)
 def test_what_is_read_by_none_is_frozen(instant_cfg, name, rpn, heads, unread):
-    maps = ["MODEL.RPN.IN_FEATURES", rpn, "MODEL.ROI_HEADS.IN_FEATURES", heads]
+    maps = ["MODEL.RPN.IN_FEATURES", rpn.split(), "MODEL.ROI_HEADS.IN_FEATURES", heads.split()]
     sizes = ["MODEL.ANCHOR_GENERATOR.SIZES", [[16]], "MODEL.FPN.OUT_CHANNELS", 16]
     instant_cfg.merge_from_list([*ATTENTION[name], "MODEL.FPN.NORM", "", *maps, *sizes])
     detector = build_detector(instant_cfg)
     frozen = [n for n, p in detector.named_parameters() if not p.requires_grad]
     layers = {n.removeprefix("backbone.").rsplit(".", 1)[0].removesuffix(".conv") for n in frozen}
-    assert layers == set(unread)
+    assert layers == set(unread.split())
     assert_all_is_trained(detector)
 
 

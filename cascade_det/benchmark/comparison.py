@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -18,6 +18,15 @@ from cascade_det.engine.allocator import keep_freed_memory
 
 Models = Mapping[str, BenchmarkModel]
 Calls = Mapping[str, Callable[[int], Any]]  # by model; they take the number of the round
+
+
+class KeepsMemory(Protocol):
+    """A model with the setting of the allocator that it runs with."""
+
+    @property
+    def keeps_memory(self) -> bool:
+        """Whether the process keeps freed memory while it runs."""
+
 
 # Detections are compared with those of the first of these that runs.
 _REFERENCES = ("detectron2-cascade", "ours")
@@ -88,8 +97,7 @@ def compare_masks(setup: Setup, models: Models, images: int) -> dict[str, Any]:
         ]
         calls[name] = _call_in_turn(partial(model.run, model.adapter.masks), inputs)
     made = {name: torch.cat(call(0)).float() for name, call in calls.items()}
-    before = _run_untimed(models, calls)
-    times = alternate(calls, warmup=setup.options.warmup, before=before, **_rounds(setup))
+    times = take_turns(setup, models, calls, setup.options.warmup)
     every = [detections for batch in given for detections in batch]
     reference = next((name for name in _REFERENCES if name in made), "")
     return {
@@ -168,18 +176,38 @@ def _compare(
     """
     # This is also the first round of the warm-up.
     outputs = {name: models[name].adapter.output(calls[name](0)) for name in models}
-    warmup = max(0, setup.options.warmup - 1)
-    before = _run_untimed(models, calls)
-    times = alternate(calls, warmup=warmup, before=before, **_rounds(setup))
+    times = take_turns(setup, models, calls, max(0, setup.options.warmup - 1))
     results = _times_and_ratios(times, images)
     for name, output in outputs.items():
-        results["contenders"][name] |= {
-            "arrived": output.arrived / images,
-            "entered": [count / images for count in output.entered],
-            "detections": sum(map(len, output.detections)) / images,
-        }
+        results["contenders"][name] |= region_counts(output, images)
     agreement = _agreement(models, outputs)
     return {"batch": images, "proposals": proposals, **results, "agreement": agreement}
+
+
+def region_counts(output: ModelOutput, images: int) -> dict[str, Any]:
+    """Regions per image that ``arrived`` and that ``entered`` each stage, and ``detections``."""
+    return {
+        "arrived": output.arrived / images,
+        "entered": [count / images for count in output.entered],
+        "detections": sum(map(len, output.detections)) / images,
+    }
+
+
+def take_turns(
+    setup: Setup, models: Mapping[str, KeepsMemory], calls: Calls, warmup: int
+) -> dict[str, list[float]]:
+    """Milliseconds of calls in turn; before each, the same call runs once untimed.
+
+    So the allocator's settings and caches are those of the model alone.
+
+    Args:
+        setup: with the number of rounds and the device.
+        models: whose calls these are, by name.
+        calls: by name.
+        warmup: unmeasured rounds.
+    """
+    before = _run_untimed(models, calls)
+    return alternate(calls, warmup=warmup, before=before, **_rounds(setup))
 
 
 def _kept_by_rules(setup: Setup, detections: Sequence[Detections]) -> float:
@@ -200,9 +228,7 @@ def _call_in_turn(call: Callable[[Any], Any], inputs: Sequence[Any]) -> Callable
     return lambda number: call(inputs[number % len(inputs)])
 
 
-def _run_untimed(models: Models, calls: Calls) -> Callable[[str, int], None]:
-    """Prepares a timed call: the allocator's settings and caches are those of the model alone."""
-
+def _run_untimed(models: Mapping[str, KeepsMemory], calls: Calls) -> Callable[[str, int], None]:
     def before(name: str, number: int) -> None:
         keep_freed_memory(models[name].keeps_memory)
         calls[name](number)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
+from detectron2 import modeling
 from detectron2.engine import SimpleTrainer
 from detectron2.modeling import build_model
 from detectron2.modeling.roi_heads import cascade_rcnn
@@ -161,6 +162,16 @@ def build_detectron2(kind: str, setup: Setup, maps: SharedMaps) -> InDetectron2:
     model: Any = build_model(detectron2_cfg(kind, setup)).eval()
     load(model, setup.weights, setup.options.seed)
     return InDetectron2(model, maps)
+
+
+def build_backbone(setup: Setup) -> nn.Module:
+    """Build Detectron2's own trunk and neck with the weights of ours, for inference."""
+    backbone: Any = modeling.build_backbone(detectron2_cfg("detectron2-cascade", setup))
+    own = "backbone."
+    backbone.load_state_dict(
+        {name.removeprefix(own): x for name, x in setup.weights.items() if name.startswith(own)}
+    )
+    return cast(nn.Module, backbone.to(setup.device).eval())
 
 
 def detectron2_cfg(kind: str, setup: Setup, *more: Any) -> Any:

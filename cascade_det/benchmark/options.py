@@ -25,8 +25,9 @@ MODELS: dict[str, str] = {
     "detectron2-one-stage-autocast": "the same under autocast",
     "torchvision": "torchvision's Faster R-CNN or Mask R-CNN, R-50-FPN (one stage), as shipped",
 }
+# The others have models of their own, or none, and are only measured if they are named.
 OF_MODELS = ("heads", "masks", "whole", "parts", "training", "memory", "limits", "accuracy")
-MEASUREMENTS = (*OF_MODELS, "attention")
+MEASUREMENTS = (*OF_MODELS, "attention", "backbones")
 AUTOCAST_TYPES = ("bfloat16", "float16")
 
 # Measured with exits "below 0.02, redundant from 0.95, REGION_BUDGET [300, 100, 50]".

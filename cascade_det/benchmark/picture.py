@@ -10,10 +10,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cascade_det.benchmark.report import TITLES, where
+from cascade_det.benchmark.report import BACKBONE_TITLE, TITLES, where
 from cascade_det.files import atomic_path
 
 _COLORS = ("#9ecae1", "#3182bd", "#08519c", "#a1d99b", "#31a354", "#006d2c")
+_PANELS = {**TITLES, "backbones": BACKBONE_TITLE}
 
 
 def plot_benchmark(results: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -27,7 +28,7 @@ def plot_benchmark(results: Mapping[str, Any], path: str | os.PathLike[str]) -> 
     """
     panels = {
         name: results[name][0]
-        for name in TITLES
+        for name in _PANELS
         if results.get(name) and results[name][0]["ratios"]
     }
     rows = [max(len(comparison["ratios"]), 3) for comparison in panels.values()] or [3]
@@ -37,7 +38,7 @@ def plot_benchmark(results: Mapping[str, Any], path: str | os.PathLike[str]) -> 
         grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=rows)[:, 0]
         for axes, (name, comparison) in zip(grid, panels.items(), strict=True):
             _plot(axes, comparison, _targets(results, name))
-            axes.set_title(f"{TITLES[name]}, {where(comparison)}", fontsize=10, loc="left")
+            axes.set_title(f"{_PANELS[name]}, {where(comparison)}", fontsize=10, loc="left")
         machine = results["machine"]
         figure.suptitle(f"{machine['device_name']}, {machine['threads']} threads", fontsize=10)
     else:

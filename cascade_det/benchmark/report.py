@@ -19,6 +19,11 @@ TITLES = {
     "training": "Training step",
 }
 
+BACKBONE_TITLE = "Trunk and neck"
+WHOLE_TITLE = "Whole model, optimised, with exits"
+
+_BACKBONE_SIZES = {"parameters": 1e6, "multiply_adds": 1e9, "training_memory": 1e6}
+
 
 def format_benchmark(results: Metrics) -> str:
     """Tables of everything that was measured."""
@@ -37,6 +42,9 @@ def format_benchmark(results: Metrics) -> str:
             if comparison.get("differences"):
                 sections.append(_mask_section(comparison))
     sections += [_parts_section(comparison) for comparison in results.get("parts", ())]
+    for comparison in results.get("backbones", ()):
+        sections.append(_backbone_section(comparison))
+        sections.append(_comparison_section(WHOLE_TITLE, comparison["whole"]))
     if results.get("memory"):
         sections += memory_sections(results["memory"])
     if results.get("limits"):
@@ -115,6 +123,28 @@ def _parts_section(comparison: Metrics) -> str:
         for name, times in models.items()
     ]
     return table(f"Parts, ms per image: {where(comparison)}", ["model", *parts], rows, "")
+
+
+def _backbone_section(comparison: Metrics) -> str:
+    ratios = {entry["what"]: entry for entry in comparison["ratios"]}
+    rows = []
+    for name, measured in comparison["contenders"].items():
+        row = [name, _spread(measured["ms_per_image"], 1)]
+        row.append(_spread(ratios[name]["ratio"]) if name in ratios else "")
+        if "parameters" in measured:
+            height, width = measured["input"]
+            row += [f"{measured[key] / unit:.1f}" for key, unit in _BACKBONE_SIZES.items()]
+            row += [f"{height} x {width}", ""]
+        else:
+            row += [*[""] * (len(_BACKBONE_SIZES) + 1), f"{measured['difference']:.1g}"]
+        rows.append(row)
+    headers = ["trunk and neck", "ms per image", "times as fast as the first in this setting"]
+    headers += ["parameters (M)", "multiply-adds (G)", "training (MB)", "input", "difference"]
+    note = (
+        "Median [quartiles]; ratios are taken within each round. Training: peak memory of forward "
+        "and backward pass above the model. Difference: of maps from the plain ones, as a share."
+    )
+    return f"{table(f'{BACKBONE_TITLE}: {where(comparison)}', headers, rows, '')}\n\n{note}"
 
 
 def _target_section(targets: Sequence[Metrics]) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from cascade_det.benchmark.accuracy import measure_accuracy
 from cascade_det.benchmark.attention_memory import compare_attention
+from cascade_det.benchmark.backbones import measure_backbones
 from cascade_det.benchmark.comparison import (
     compare_heads,
     compare_masks,
@@ -22,7 +24,7 @@ from cascade_det.benchmark.limits import measure_limits
 from cascade_det.benchmark.machine import describe
 from cascade_det.benchmark.memory import compare_memory
 from cascade_det.benchmark.models import BenchmarkModel, open_models
-from cascade_det.benchmark.options import MODELS, Options
+from cascade_det.benchmark.options import MODELS, OF_MODELS, Options
 from cascade_det.benchmark.picture import plot_benchmark
 from cascade_det.benchmark.report import format_benchmark
 from cascade_det.benchmark.setup import Setup
@@ -56,10 +58,14 @@ def run_benchmark(options: Options) -> Results:
     """
     if options.threads:
         torch.set_num_threads(options.threads)
+    contenders = options.contenders
+    if set(options.measure).isdisjoint(OF_MODELS):
+        contenders = ()
+        options = replace(options, opts=(*options.opts, "MODEL.WEIGHTS", ""))
     setup = Setup(options)
     setup.batches(options.batches[0])  # reads the test set now, so that errors come first
     setup_logging(options.output)
-    models, left_out = open_models(setup, options.contenders)
+    models, left_out = open_models(setup, contenders)
     for name, reason in left_out.items():
         logger.info("Left out: %s, %s", name, reason)
     results: Results = {
@@ -102,6 +108,7 @@ def _measurements(
         "limits": lambda: measure_limits(setup, models),
         "accuracy": lambda: _accuracy(setup, left_out),
         "attention": lambda: compare_attention(options),
+        "backbones": lambda: measure_backbones(options, left_out),
     }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -72,8 +73,9 @@ class PartCounter(PartTimer):
         """Count the work inside the block as that of part ``name``."""
         self._traffic.part = name
         flops = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(_BAGS, _bag_flops))
-        # The inner mode decomposes operations that the outer one would see whole.
-        with self._traffic, flops:
+        # The inner mode decomposes operations that the outer one would see whole. Fused attention
+        # of a CPU would count 0.
+        with self._traffic, flops, sdpa_kernel(SDPBackend.MATH):
             yield
         counted = flops.get_total_flops() // 2
         self._multiply_adds[name] = self._multiply_adds.get(name, 0) + counted

@@ -5,6 +5,7 @@ cascade-det benchmark --batch 1 4 16 --proposals 1000 300 100
 cascade-det benchmark --device cuda --batch 1 8 --autocast float16
 cascade-det benchmark --survivors output/cells/results.json --rounds 5 MODEL.RESNETS.DEPTH 101
 cascade-det benchmark --config-file cells.yaml MODEL.WEIGHTS output/cells/model_final.pth
+cascade-det benchmark --measure backbones                  # against ResNet-50-FPN
 
 Without trained weights all detectors share random ones. Thresholds on them would mean nothing, so
 exits are replayed: each stage gets as many proposals as --survivors says. With trained weights,
@@ -69,7 +70,12 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
         nargs="+",
         metavar="NAME",
     )
-    add("--measure", "what to measure (all but attention)", choices=MEASUREMENTS, nargs="+")
+    add(
+        "--measure",
+        "what to measure (all but attention and backbones)",
+        choices=MEASUREMENTS,
+        nargs="+",
+    )
     add("--batch", "batch sizes (1)", dest="batches", nargs="+", type=whole(1), metavar="B")
     add("--proposals", "proposals per image (1000 300 100)", nargs="+", type=whole(1), metavar="N")
     add(

@@ -111,7 +111,8 @@ def _parts(detector: Detector) -> dict[str, _Part]:
     conv = detector.proposal_generator.rpn_head.conv
     convs = list(conv) if isinstance(conv, nn.Sequential) else [conv]
     return {
-        "stem": _Part([stem], [stem]),
+        # Trunks may call the layers of a stem one by one.
+        "stem": _Part([stem], [stem[0] if isinstance(stem, nn.Sequential) else stem]),
         "backbone": _Part(stages, stages[:1]),
         "fpn": _Part(laterals + outputs, laterals),
         "rpn": _Part(convs, convs[:1]),

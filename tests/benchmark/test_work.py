@@ -81,6 +81,13 @@ def test_embedding_bags_read_the_rows_of_their_index():
     assert work == Work(4 * 16, floats=3 * 16 + 4, other_bytes=4 * 8 + 2 * 8)
 
 
+def test_attention_multiplies_queries_by_keys_and_weights_by_values():
+    q, k, v = torch.randn(2, 3, 7, 8), torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 4)
+    work = counted({"attention": lambda: F.scaled_dot_product_attention(q, k, v)})["attention"]
+    assert work.multiply_adds == 2 * 3 * 7 * 5 * (8 + 4)
+    assert work.floats == q.numel() + k.numel() + v.numel()
+
+
 def test_storages_at_reused_addresses_are_not_confused():
     """Each pass frees its tensors: the next one may reuse their addresses."""
     source = torch.randn(50_000)

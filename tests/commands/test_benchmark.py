@@ -114,3 +114,9 @@ def test_given_options_override_those_of_quick():
     options = benchmark._options(named)
     assert options.emulated, "a named model is measured"
     assert options.opts == ("MODEL.MASK_ON", "False")
+
+
+def test_backbones_are_measured_if_they_are_named():
+    assert "backbones" not in benchmark._options(benchmark._parse([])).measure
+    named = benchmark._options(benchmark._parse(["--measure", "heads", "backbones"]))
+    assert named.measure == ("heads", "backbones")

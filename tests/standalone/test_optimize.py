@@ -6,9 +6,11 @@ import logging
 import cv2
 import pytest
 import torch
+from small_backbones import ATTENTION
 from small_cascades import assert_same_detections
 from torch import nn
 
+from cascade_det.backbones.relative_bias import RelativeBias
 from cascade_det.benchmark.agreement import compare_detections
 from cascade_det.config.cascade_keys import FAST_PARTS as PARTS
 from cascade_det.core.fast_heads import FastBoxHead
@@ -37,8 +39,11 @@ def make_detector(cfg, *options):
     detector = build_detector(cfg).eval()
     for module in detector.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.weight, 0.8, 1.2)  # where it is 0, its branch is silent
             nn.init.uniform_(module.running_var, 0.5, 2.0)
             nn.init.uniform_(module.running_mean, -0.1, 0.1)
+        if isinstance(module, RelativeBias):
+            nn.init.normal_(module.attention_biases)
     for predictor in detector.roi_heads.box_predictor:
         nn.init.normal_(predictor.cls_score.weight, std=0.3)
     return detector
@@ -50,9 +55,12 @@ def make_batch():
     return [{"image": image} for image in images]
 
 
-@pytest.mark.parametrize("options", [MOBILE, R18, CONV_HEADS], ids=["mobilenet", "R-18", "convs"])
-def test_float32_gives_the_same_detections(instant_cfg, options):
-    plain = make_detector(instant_cfg, *options)
+SAME = {"mobilenet": MOBILE, "R-18": R18, "convs": CONV_HEADS, **ATTENTION}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_float32_gives_the_same_detections(instant_cfg, name):
+    plain = make_detector(instant_cfg, *SAME[name])
     fast = optimize(copy.deepcopy(plain), dtype="float32")
     batch = make_batch()
     expected = plain.detect(batch, stages=True)

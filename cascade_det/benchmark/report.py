@@ -47,14 +47,9 @@ def format_benchmark(results: Metrics) -> str:
         sections.append(_comparison_section(WHOLE_TITLE, comparison["whole"]))
     if results.get("memory"):
         sections += memory_sections(results["memory"])
-    if results.get("limits"):
-        sections.append(limits_section(results["limits"]))
-    if results.get("accuracy"):
-        sections.append(accuracy_section(results["accuracy"]))
-    if results.get("attention"):
-        sections.append(attention_section(results["attention"]))
-    if results.get("bar"):
-        sections.append(_target_section(results["bar"]))
+    for name, section in _SECTIONS.items():
+        if results.get(name):
+            sections.append(section(results[name]))
     return "\n\n".join(sections)
 
 
@@ -174,3 +169,11 @@ def _spread(spread: Metrics, digits: int = 2) -> str:
 
 def _plain(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+_SECTIONS = {
+    "limits": limits_section,
+    "accuracy": accuracy_section,
+    "attention": attention_section,
+    "bar": _target_section,
+}

@@ -42,9 +42,7 @@ def format_benchmark(results: Metrics) -> str:
             if comparison.get("differences"):
                 sections.append(_mask_section(comparison))
     sections += [_parts_section(comparison) for comparison in results.get("parts", ())]
-    for comparison in results.get("backbones", ()):
-        sections.append(_backbone_section(comparison))
-        sections.append(_comparison_section(WHOLE_TITLE, comparison["whole"]))
+    sections += map(_backbone_sections, results.get("backbones", ()))
     if results.get("memory"):
         sections += memory_sections(results["memory"])
     for name, section in _SECTIONS.items():
@@ -120,7 +118,7 @@ def _parts_section(comparison: Metrics) -> str:
     return table(f"Parts, ms per image: {where(comparison)}", ["model", *parts], rows, "")
 
 
-def _backbone_section(comparison: Metrics) -> str:
+def _backbone_sections(comparison: Metrics) -> str:
     ratios = {entry["what"]: entry for entry in comparison["ratios"]}
     rows = []
     for name, measured in comparison["contenders"].items():
@@ -137,9 +135,12 @@ def _backbone_section(comparison: Metrics) -> str:
     headers += ["parameters (M)", "multiply-adds (G)", "training (MB)", "input", "difference"]
     note = (
         "Median [quartiles]; ratios are taken within each round. Training: peak memory of forward "
-        "and backward pass above the model. Difference: of maps from the plain ones, as a share."
+        "and backward pass above the model. Difference: of maps from the plain ones, as a share; "
+        "many layers of drawn weights amplify rounding."
     )
-    return f"{table(f'{BACKBONE_TITLE}: {where(comparison)}', headers, rows, '')}\n\n{note}"
+    section = table(f"{BACKBONE_TITLE}: {where(comparison)}", headers, rows, "")
+    whole = _comparison_section(WHOLE_TITLE, comparison["whole"])
+    return f"{section}\n\n{note}\n\n{whole}"
 
 
 def _target_section(targets: Sequence[Metrics]) -> str:

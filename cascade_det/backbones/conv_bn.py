@@ -52,7 +52,7 @@ class ConvBN(nn.Sequential):
         if is_fixed := _is_fixed(norm):
             # Folded: equal up to rounding, without a pass over the map and a copy of it.
             weight, bias = _fold(weight, norm)
-        if conv.kernel_size == (1, 1):
+        if conv.groups == 1 and conv.kernel_size == (1, 1):
             # A matrix product on channels-last maps: faster on CPUs.
             y = F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
         else:

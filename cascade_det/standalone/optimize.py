@@ -108,11 +108,12 @@ def _parts(detector: Detector) -> dict[str, _Part]:
     backbone = detector.backbone
     stem, stages = backbone.bottom_up.stem_and_stages()
     laterals, outputs = backbone.laterals_and_outputs()
+    # A trunk may run the layers of its stem one by one.
+    entrance = stem[0] if isinstance(stem, nn.Sequential) else stem
     conv = detector.proposal_generator.rpn_head.conv
     convs = list(conv) if isinstance(conv, nn.Sequential) else [conv]
     return {
-        # Trunks may call the layers of a stem one by one.
-        "stem": _Part([stem], [stem[0] if isinstance(stem, nn.Sequential) else stem]),
+        "stem": _Part([stem], [entrance]),
         "backbone": _Part(stages, stages[:1]),
         "fpn": _Part(laterals + outputs, laterals),
         "rpn": _Part(convs, convs[:1]),

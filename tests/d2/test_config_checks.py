@@ -8,7 +8,8 @@ pytest.importorskip("detectron2.engine", exc_type=ImportError)
 
 import detectron2
 from detectron2.config import get_cfg
-from detectron2.modeling import build_model
+from detectron2.modeling import build_backbone, build_model
+from small_backbones import ATTENTION, HIERVIT
 from small_plugin import OURS
 
 from cascade_det import standalone
@@ -84,6 +85,61 @@ class TestModelsWithoutAPyramid:
     def test_the_standalone_host_names_what_it_has(self, c4):
         with pytest.raises(ConfigError, match=r"MODEL\.BACKBONE\.NAME is 'build_resnet_backbone'"):
             standalone.build_detector(standalone_host.load_config(c4))
+
+
+# Options of a backbone, a key, a wrong value, and what is said of it.
+WRONG = [
+    (ATTENTION["efficientvit"], "MODEL.EFFICIENTVIT.NAME", "m6", r"EFFICIENTVIT\.NAME is 'm6'.*m0"),
+    (
+        ATTENTION["efficientvit"],
+        "MODEL.EFFICIENTVIT.KERNELS",
+        (5, 5),
+        r"EFFICIENTVIT\.KERNELS is \[5, 5\].*4 kernels",
+    ),
+    (
+        ATTENTION["efficientvit"],
+        "MODEL.EFFICIENTVIT.NECK",
+        "maskrcnn",
+        r"FPN\.IN_FEATURES is .*'res4', 'res5', 'res6'",
+    ),
+    (ATTENTION["hatnet"], "MODEL.HATNET.DROP_PATH", 1.5, r"HATNET\.DROP_PATH is 1\.5"),
+    (ATTENTION["hatnet"], "MODEL.FPN.IN_FEATURES", ["res2", "res3"], r"FPN\.IN_FEATURES is .*res5"),
+    (HIERVIT, "MODEL.HIERVIT.WIDTHS", (32, 32), r"HIERVIT\.WIDTHS is \[32, 32\].*3 stages"),
+    (HIERVIT, "MODEL.HIERVIT.MIXER", "mlp", r"HIERVIT\.MIXER is 'mlp'.*token_groups"),
+]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "key", "value", "message"),
+    WRONG,
+    ids=[key.split(".", 1)[1] for _, key, *_ in WRONG],
+)
+def test_wrong_keys_of_our_backbones_are_named(backbone, key, value, message):
+    """Without one of our commands, with Detectron2's own heads."""
+    cfg = get_cfg()
+    add_cascade_config(cfg)
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", *backbone, key, value])
+    with pytest.raises(ConfigError, match=message) as error:
+        build_backbone(cfg)
+    assert str(error.value).count("MODEL.") == 1
+
+
+@pytest.mark.parametrize("name", ["efficientvit", "hatnet", "hiervit"])
+def test_our_backbones_need_no_nodes_of_ours(name):
+    cfg = get_cfg()
+    cfg.MODEL.BACKBONE.NAME = f"build_{name}_fpn_backbone"
+    with pytest.raises(ConfigError, match=r"MODEL\.FPN\.IN_FEATURES is \[\]"):
+        build_backbone(cfg)
+    cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4"]
+    cfg.MODEL.FPN.IN_FEATURES += {"efficientvit": ["res5", "res6"], "hatnet": ["res5"]}.get(
+        name, []
+    )
+    shapes = build_backbone(cfg).output_shape()
+    levels = range(2, 8 if name == "efficientvit" else 7)
+    assert {map_: shape.stride for map_, shape in shapes.items()} == {
+        f"p{level}": 2**level for level in levels
+    }
+    assert not hasattr(cfg.MODEL, "EFFICIENTVIT")
 
 
 @pytest.mark.skipif(not (REPOSITORY / "configs").is_dir(), reason="Detectron2's are not there")

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from coco_sets import edit_json, turn_names
-from shape_runs import metrics_of, rates, saved
+from shape_runs import assert_same, metrics_of, rates, saved
+from small_backbones import HIERVIT, M0, P3_TO_P7
 
 from cascade_det.errors import CheckpointError, ConfigError, DatasetError
 from cascade_det.standalone import Predictor
@@ -41,6 +42,19 @@ class TestKeys:
         ours, theirs = saved(evaluated)["model"], saved(quiet)["model"]
         assert ours.keys() == theirs.keys()
         assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+    def test_fixed_statistics_of_norms_stay_as_they_began(self, host, make_cfg):
+        levels = ("MODEL.FPN.IN_FEATURES", "['res3', 'res4', 'res5', 'res6']")
+        keys = (*map(str, (*M0, *P3_TO_P7)), *levels, "MODEL.EFFICIENTVIT.NORM_EVAL", "True")
+        cfg = make_cfg(*keys, *ONE, *NO_TESTS)
+        host.train(cfg)
+        trunk = {n: x for n, x in saved(cfg)["model"].items() if "bottom_up" in n}
+        for kind, start in (("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
+            values = [x for name, x in trunk.items() if name.endswith(kind)]
+            assert values
+            assert all((x == start).all() for x in values)
+        # Zeros at first, and trained.
+        assert trunk["backbone.bottom_up.blocks1.0.mixer.m.attn.proj.1.bn.weight"].any()
 
     def test_another_seed_gives_other_weights(self, host, make_cfg):
         cfgs = [make_cfg(*ONE, *NO_TESTS, "SEED", seed, output=seed) for seed in ("1", "2")]
@@ -115,6 +129,18 @@ class TestResuming:
         assert caplog.text.count("Resumed with another") == 2
         assert rates(cfg.OUTPUT_DIR) == {**before, 3: pytest.approx(1000 * before[3])}
         assert host.load_config(f"{cfg.OUTPUT_DIR}/config.yaml").SOLVER.BASE_LR == 0.5
+
+    def test_drop_path_goes_on_as_if_the_run_had_never_stopped(self, host, make_cfg):
+        keys = (*map(str, HIERVIT), "MODEL.HIERVIT.DROP_PATH", "0.3", "SOLVER.MAX_ITER", "3")
+        keys += ("SOLVER.CHECKPOINT_PERIOD", "1", *NO_TESTS)
+        cfg = make_cfg(*keys)
+        host.train(cfg)
+        wanted = saved(cfg)
+        Path(cfg.OUTPUT_DIR, "model_final.pth").unlink()
+        Path(cfg.OUTPUT_DIR, "last_checkpoint").write_text("model_0000000.pth")
+        torch.manual_seed(7)
+        host.train(cfg, resume=True)
+        assert_same(dict(saved(cfg)["model"]), dict(wanted["model"]))
 
     def test_a_finished_run_says_so_and_is_not_overwritten(self, host, make_cfg, caplog):
         cfg = make_cfg(*NO_TESTS, "SOLVER.MAX_ITER", "3")

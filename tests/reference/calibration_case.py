@@ -63,10 +63,13 @@ class CalibrationCase:
         return [*self.options, "CASCADE.DATASETS", str(datasets), "DATASETS.TEST", f"('{name}',)"]
 
 
-def make_calibration_case(folder, *, images, learned=(), masks=False):
-    """A case in an empty folder; with ``masks`` the objects have those of the detections."""
+def make_calibration_case(folder, *, images, learned=(), masks=False, backbone=()):
+    """A case in an empty folder; with ``masks`` the objects have those of the detections.
+
+    ``backbone`` are options of another one.
+    """
     make_dataset(folder / "shapes", train=0, val=images, width=128, height=96, hard=0.0)
-    options = [str(value) for value in SETTINGS]
+    options = [str(value) for value in (*SETTINGS, *backbone)]
     if learned:
         options += [
             "MODEL.CASCADE.EXIT.ENABLED",
@@ -108,9 +111,11 @@ def _found(detector, folder, content):
         pasted = [None] * len(found) if found.masks is None else found.paste(96, 128).numpy()
         rows = zip(moved.tolist(), found.classes.tolist(), pasted, strict=True)
         for box, index, bitmap in list(rows)[::2]:
-            number += 1
             x, y = max(box[0], 0.0), max(box[1], 0.0)
             size = [min(box[2], 128.0) - x, min(box[3], 96.0) - y]
+            if min(size) <= 0:
+                continue  # moved out of the image
+            number += 1
             yield {
                 "id": number,
                 "image_id": image["id"],

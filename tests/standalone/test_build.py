@@ -58,6 +58,7 @@ def make_sample():
         "image": torch.randint(0, 256, (3, 70, 100), dtype=torch.uint8),
         "gt_boxes": torch.tensor([[10.0, 10, 50, 60]]),
         "gt_classes": torch.tensor([2]),
+        "gt_masks": [[torch.tensor([10.0, 10, 50, 10, 30, 60], dtype=torch.float64)]],
     }
 
 
@@ -73,6 +74,7 @@ def assert_all_is_trained(detector):
 @pytest.mark.parametrize("name", LIGHT)
 def test_light_backbones_train_and_detect(instant_cfg, name):
     instant_cfg.merge_from_list([*LIGHT[name], "MODEL.FPN.OUT_CHANNELS", 16, "MODEL.FPN.NORM", ""])
+    instant_cfg.merge_from_list(["MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.CONV_DIM", 8])
     detector = build_detector(instant_cfg)
     if name.startswith("mobilenet"):
         assert "backbone.bottom_up.features.0.0.weight" in detector.state_dict()
@@ -85,7 +87,8 @@ def test_light_backbones_train_and_detect(instant_cfg, name):
     }
     assert all(parameter.requires_grad for parameter in detector.parameters())
     assert_all_is_trained(detector)
-    assert len(detector.eval().detect([make_sample()]).detections) == 1
+    (found,) = detector.eval().detect([make_sample()]).detections
+    assert found.masks.shape == (len(found), 28, 28)
 
 
 # Maps that the RPN reads, and the heads; then the layers that none of these maps depends on.

@@ -4,12 +4,15 @@ import copy
 
 import pytest
 import torch
+from small_backbones import ATTENTION
+from small_cascades import assert_same_detections
 from small_detectors import make_detector, random_image
 from torch import nn
 
 from cascade_det.layers.conv_norm import ConvNorm
 from cascade_det.monitoring.monitor import ExitMonitor
 from cascade_det.onnx_predictor import ExportedModel
+from cascade_det.standalone import build_detector
 from cascade_det.standalone.export import export_onnx
 
 
@@ -115,3 +118,23 @@ def test_an_export_leaves_the_modes(detector, tmp_path, monkeypatch):
     with pytest.raises(KeyError):
         export_onnx(detector, tmp_path / "model.onnx", description)
     assert modes_of(detector) == modes
+
+
+@pytest.mark.parametrize("name", ["efficientvit", "hatnet", "hiervit"])
+def test_a_replay_of_a_record_is_the_run_with_every_backbone(instant_cfg, batch, name):
+    exits = ["MODEL.CASCADE.EXIT.ENABLED", True, "MODEL.CASCADE.EXIT.THRESHOLDS", (0.5,)]
+    exits += ["MODEL.CASCADE.EXIT.PRUNE_THRESHOLDS", (0.05, 0.1)]
+    instant_cfg.merge_from_list([*ATTENTION[name], *exits])
+    detector = build_detector(instant_cfg).eval()
+    for predictor in detector.roi_heads.box_predictor:
+        nn.init.normal_(predictor.cls_score.weight, std=30.0)
+    heads, inputs = detector.roi_heads, vars(detector.cascade_inputs(batch))
+    policy, record = heads.exits, heads.record(**inputs)
+    for exits in (policy, None):
+        detector.set_exits(exits)
+        wanted, stats = heads.detect(**inputs)
+        replay = record.replay(exits)
+        assert replay.stats == stats
+        assert sum(map(len, wanted)) > 5
+        assert (stats.entered[2] < stats.entered[0]) == (exits is not None)
+        assert_same_detections(record.select(replay.reported), wanted)

@@ -147,6 +147,35 @@ def test_parts_have_the_types_that_are_asked_for(instant_cfg, parts):
         assert f"float32: {', '.join(parts)}" in sentence
 
 
+CROSSING = [(), ("stem",), ("backbone",), ("fpn",), ("stem", "fpn"), ("stem", "backbone")]
+
+
+@pytest.mark.parametrize("name", ["efficientvit", "hiervit"])
+def test_types_may_differ_between_stem_stages_and_pyramid(instant_cfg, name):
+    """The pyramid of EfficientViT also takes a map of the stem."""
+    plain = make_detector(instant_cfg, *ATTENTION[name])
+    batch = [{"image": torch.randint(256, (3, 64, 64), dtype=torch.uint8)}]
+    wanted = plain.cascade_inputs(batch).features
+    for parts in CROSSING:
+        fast = optimize(copy.deepcopy(plain), dtype="bfloat16", float32_parts=parts)
+        stem, stages = fast.backbone.bottom_up.stem_and_stages()
+        layers = {"stem": [stem], "backbone": stages, "fpn": [fast.backbone.fpn_output3]}
+        for part, modules in layers.items():
+            types = {p.dtype for module in modules for p in module.parameters()}
+            assert types == {torch.float32 if part in parts else torch.bfloat16}, (part, parts)
+        for ours, theirs in zip(fast.cascade_inputs(batch).features, wanted, strict=True):
+            assert (ours.float() - theirs).norm() < 0.1 * theirs.norm(), parts
+        assert len(fast.detect(batch).detections) == 1
+
+
+def test_attention_is_optimised_and_said_to_be(instant_cfg):
+    fast = optimize(make_detector(instant_cfg, *ATTENTION["efficientvit"]), dtype="float32")
+    # One attention in each of 1 + 2 + 3 blocks.
+    assert "The biases of 6 attentions are gathered." in fast.optimizations
+    others = optimize(make_detector(instant_cfg), dtype="float32")
+    assert not any("attentions" in sentence for sentence in others.optimizations)
+
+
 def test_bfloat16_detects_nearly_the_same(instant_cfg):
     plain = make_detector(instant_cfg)
     batch = make_batch()
@@ -242,6 +271,18 @@ class TestByConfiguration:
         # NMS among boxes of untrained weights flips for many of them.
         assert agreement["in_common"] > 0.5 * agreement["of_the_other"] > 20
         assert 0 < agreement["score_difference"] < 0.05
+
+    def test_a_backbone_with_attention_is_opened_fast(self, instant_cfg, tmp_path):
+        path = tmp_path / "weights.pth"
+        plain = make_detector(instant_cfg, *ATTENTION["hiervit"])
+        torch.save({"model": plain.state_dict()}, path)
+        instant_cfg.merge_from_list([*ATTENTION["hiervit"], *EXITS_OFF, *FAST, *FLOAT32])
+        instant_cfg.merge_from_list(["MODEL.WEIGHTS", str(path)])
+        instant_cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.01
+        fast, _, _ = open_detector(instant_cfg)
+        assert any("attentions" in sentence for sentence in fast.optimizations)
+        batch = make_batch()
+        assert_same_detections(fast.detect(batch).detections, plain.detect(batch).detections)
 
     def test_evaluation_and_calibration_get_the_fast_detector(self, cfg):
         plain, _, _ = open_detector(cfg)

@@ -131,12 +131,13 @@ def _backbone_sections(comparison: Metrics) -> str:
         else:
             row += [*[""] * (len(_BACKBONE_SIZES) + 1), f"{measured['difference']:.1g}"]
         rows.append(row)
-    headers = ["trunk and neck", "ms per image", "times as fast as the first in this setting"]
+    first = next(iter(comparison["contenders"].values()))["kind"]
+    headers = ["trunk and neck", "ms per image", f"times as fast as {first}"]
     headers += ["parameters (M)", "multiply-adds (G)", "training (MB)", "input", "difference"]
     note = (
-        "Median [quartiles]; ratios are taken within each round. Training: peak memory of forward "
-        "and backward pass above the model. Difference: of maps from the plain ones, as a share; "
-        "many layers of drawn weights amplify rounding."
+        "Median [quartiles]; ratios are taken within each round and setting. Training: peak memory "
+        "of forward and backward pass above the model. Difference: of maps from the plain ones, as "
+        "a share; many layers of drawn weights amplify rounding."
     )
     section = table(f"{BACKBONE_TITLE}: {where(comparison)}", headers, rows, "")
     whole = _comparison_section(WHOLE_TITLE, comparison["whole"])

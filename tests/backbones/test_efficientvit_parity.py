@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from parity import check, description
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -10,10 +11,6 @@ from cascade_det.backbones.cascaded_attention import CascadedGroupAttention
 from cascade_det.backbones.efficientvit import SHAPES, EfficientViT, EfficientViTShape
 from cascade_det.backbones.efficientvit_layers import FFN, Block, PatchMerging
 from cascade_det.backbones.efficientvit_neck import EfficientViTFPN
-from tests.reference.parity import check, description, needs_parity
-
-pytestmark = needs_parity
-
 
 ATTENTION = ["cga_w7", "cga_w4", "cga_w7_h3"]
 WINDOWED = ["equal_7x7", "multiple_14x21", "pad_9x12", "pad_h_10x5", "pad_w_3x8", "cls_10x10"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parity import assert_near, check, description, vectors
 from torch import nn
 from torch.fx.experimental import _config as symbolic_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,7 +18,6 @@ from cascade_det.backbones import HATNet
 from cascade_det.backbones.hatnet import LAYOUTS, Block, HATNetLayout, InvertedResidual
 from cascade_det.backbones.hierarchical_attention import HierarchicalAttention
 from cascade_det.backbones.windows import pad_to_multiple
-from tests.reference.official_vectors import Vectors, assert_near, official_json
 
 SMALL = HATNetLayout((8, 8, 12, 16), 4, (1, 2, 1, 1), kernels=(5, 3, 3, 3), expansions=(2, 2, 2, 2))
 STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
@@ -38,54 +38,44 @@ def small_trunk(**options):
     return randomise(HATNet(name=SMALL, **options)).eval()
 
 
-def without_unused(state):
-    return {name: value for name, value in state.items() if "proj_norm" not in name}
-
-
 class TestOfficialNetwork:
     """The same numbers, names, parameters and multiply-adds."""
 
     @pytest.mark.parametrize("case", ["local_global", "ds_floor", "plain"])
     def test_attention(self, case):
-        vectors = Vectors(f"hat_attention_{case}")
-        config = vectors.config
+        config = description(f"hat_attention_{case}")["config"]
         attention = HierarchicalAttention(
             config["dim"],
             head_width=config["head_dim"],
             grid=config["grid_size"],
             pooling=config["ds_ratio"],
         )
-        attention.load_state_dict(without_unused(vectors.state))
-        vectors.check(attention)
+        check(f"hat_attention_{case}", attention)
 
     def test_inverted_residual(self):
-        vectors = Vectors("hat_inverted_residual")
-        config = vectors.config
+        config = description("hat_inverted_residual")["config"]
         module = InvertedResidual(
             config["in_dim"], config["hidden_dim"], kernel=config["kernel_size"]
         )
-        module.load_state_dict(vectors.state)
-        vectors.check(module)
+        check("hat_inverted_residual", module)
 
     def test_whole_network(self):
-        vectors = Vectors("hat_small")
+        config, tensors = description("hat_small")["config"], vectors("hat_small")
         names = ("dims", "depths", "kernel_sizes", "expansions", "grid_sizes", "ds_ratios")
-        channels, depths, *others = (tuple(vectors.config[name]) for name in names)
-        network = HATNet(
-            name=HATNetLayout(channels, vectors.config["head_dim"], depths, *others), drop_path=0
-        )
+        channels, depths, *others = (tuple(config[name]) for name in names)
+        layout = HATNetLayout(channels, config["head_dim"], depths, *others)
+        network = HATNet(name=layout, drop_path=0)
         network.classifier = nn.Sequential(nn.Dropout(0), nn.Linear(channels[-1], 10))
-        network.load_state_dict(without_unused(vectors.state))
-        vectors.check(network, lambda x: network.classifier(network(x)["res5"].mean((2, 3))))
+        check("hat_small", network, lambda x: [network.classifier(network(x)["res5"].mean((2, 3)))])
         with torch.no_grad():
-            maps = network(vectors.tensors["input.0"])
+            maps = network(tensors["input.0"])
         for i, stage_output in enumerate(maps.values()):
-            assert_near(stage_output, vectors.tensors[f"stage_output.{i}"], 2e-5)
+            assert_near(stage_output, tensors[f"stage_output.{i}"], 2e-5)
 
     @pytest.mark.parametrize("name", LAYOUTS)
     def test_names_and_counts(self, name):
-        official = official_json("state_dict_shapes")[f"hat_net_{name}"]["state_dict"]
-        published = official_json("params_and_macs")[f"hat_net_{name}"]
+        official = description("state_dict_shapes")[f"hat_net_{name}"]["state_dict"]
+        published = description("params_and_macs")[f"hat_net_{name}"]
         with torch.device("meta"):
             trunk, images = HATNet(name=name).eval(), torch.empty(1, 3, 224, 224)
         shapes = {key: list(value.shape) for key, value in trunk.state_dict().items()}

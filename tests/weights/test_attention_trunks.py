@@ -1,16 +1,15 @@
 """Weights of EfficientViT and HAT-Net: official files, tables of biases, kernels."""
 
-import json
 import math
 import os
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from named_modules import named_module, noise
+from parity import description, vectors
 from torch import nn
 
 from cascade_det.backbones import EfficientViT, HATNet
@@ -98,23 +97,6 @@ def with_trunk(trunk):
     model = named_module(HEADS)
     model.backbone = nn.ModuleDict({"bottom_up": trunk})
     return model
-
-
-@pytest.fixture
-def parity():
-    """``parity(name)``: a file of what the official implementations compute."""
-    default = Path(__file__).resolve().parents[3] / "shared" / "data"
-    folder = Path(os.environ.get("CASCADE_DET_TEST_DATA", default)).parent / "parity"
-
-    def read(name):
-        path = folder / name
-        if not path.is_file():
-            pytest.skip(f"no file {path}")
-        if path.suffix == ".json":
-            return json.loads(path.read_text())
-        return pytest.importorskip("safetensors.torch").load_file(path)
-
-    return read
 
 
 class TestOfficialFiles:
@@ -227,10 +209,10 @@ class TestTablesOfBiases:
             found.view(2, new, new), torch.tensor(expected).double(), rtol=1e-6, atol=1e-6
         )
 
-    def test_they_are_resized_as_by_the_official_loader(self, parity):
-        vectors = parity("evit_bias_resize.safetensors")
-        found = resize_biases(vectors["table_4x4"], 49).float()
-        torch.testing.assert_close(found, vectors["table_7x7"], rtol=0, atol=2e-6)
+    def test_they_are_resized_as_by_the_official_loader(self):
+        tables = vectors("evit_bias_resize")
+        found = resize_biases(tables["table_4x4"], 49).float()
+        torch.testing.assert_close(found, tables["table_7x7"], rtol=0, atol=2e-6)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
     def test_an_official_files_last_stage(self, dtype, file_of):
@@ -343,8 +325,8 @@ class TestTheReleases:
     @pytest.mark.parametrize(
         ("size", "kernels"), [("m0", ()), ("m0", (7, 5, 3, 3)), ("m1", (5, 5, 5, 5)), ("m4", ())]
     )
-    def test_efficientvit(self, size, kernels, parity, file_of):
-        state = noise(parity("state_dict_shapes.json")[f"efficientvit_{size}"]["state_dict"])
+    def test_efficientvit(self, size, kernels, file_of):
+        state = noise(description("state_dict_shapes")[f"efficientvit_{size}"]["state_dict"])
         model = with_trunk(EfficientViT(name=size, kernels=kernels))
         report = load_weights(model, file_of(state))
         heads = 3 if size == "m1" else 4
@@ -363,8 +345,8 @@ class TestTheReleases:
         assert report.unexpected == report.ambiguous == []
         assert {part: len(names) for part, names in report.unused.items()} == {"the classifier": 6}
 
-    def test_hat_net(self, parity, file_of):
-        state = noise(parity("state_dict_shapes.json")["hat_net_tiny"]["state_dict"])
+    def test_hat_net(self, file_of):
+        state = noise(description("state_dict_shapes")["hat_net_tiny"]["state_dict"])
         model = with_trunk(HATNet(name="tiny"))
         report = load_weights(model, file_of(state))
         assert_loaded(model, state)

@@ -89,9 +89,7 @@ class EfficientViTFPN(nn.Module):
             transposed = self.extra_trans_convs[: finer - place]
             return [self.extra_fpn_convs[place], *transposed, *self.lateral_convs]
         place -= finer
-        # The trunk's coarsest map has a convolution of its own, without a lateral one.
-        if place == len(_FEATURES):
-            return [self.fpn_convs[place]]
+        # The last convolution of four reads the trunk: no lateral one is left for it.
         return [self.fpn_convs[place], *self.lateral_convs[place:]]
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:

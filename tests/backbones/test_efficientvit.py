@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.fx.experimental._config
 from torch import nn
 from torch.testing import assert_close
 
@@ -156,13 +157,12 @@ def test_frozen_parts(freeze_at):
     trunk = make_trunk(freeze_at=freeze_at).train()
     stem, stages = trunk.stem_and_stages()
     before = copy.deepcopy(trunk.state_dict())
-    gradients = backward(trunk, torch.randn(2, 3, 64, 96).requires_grad_())
+    backward(trunk, torch.randn(2, 3, 64, 96))
     for i, part in enumerate([stem, *stages]):
         assert all((p.grad is None) == (i < freeze_at) for p in part.parameters())
     changed = {k for k, v in trunk.state_dict().items() if not torch.equal(v, before[k])}
     frozen = ("patch_embed", "blocks1", "blocks2", "blocks3")[:freeze_at]
-    assert not [name for name in changed if name.startswith(frozen)] or not frozen
-    assert len(gradients) == len(list(trunk.parameters()))
+    assert not [name for name in changed if name.startswith(frozen)]
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "maskrcnn"])
@@ -220,24 +220,22 @@ class Listed(nn.Module):
         return list(self.model(images).values())
 
 
-SIDES = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+def test_an_exported_program_takes_images_of_other_sizes():
+    model = Listed(make_trunk(out_features=["res4"])).eval()
+    sides = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    # Otherwise a program that cuts padding off takes only images for which it must.
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):
+        program = torch.export.export(
+            model, (torch.randn(1, 3, 97, 160),), dynamic_shapes=(sides,), strict=False
+        )
+    for size in [(224, 65), (96, 144)]:
+        images = torch.randn(1, 3, *size)
+        assert_close(program.module()(images), run(model, images))
 
 
-@pytest.fixture
-def model():
-    return Listed(EfficientViTFPN(make_trunk(), out_channels=4)).eval()
-
-
-def test_an_exported_program_takes_images_of_other_sizes(model):
-    others = torch.randn(1, 3, 224, 64)
-    program = torch.export.export(
-        model, (torch.randn(1, 3, 96, 160),), dynamic_shapes=(SIDES,), strict=False
-    )
-    assert_close(program.module()(others), run(model, others))
-
-
-def test_an_onnx_file_takes_images_of_other_sizes(model, tmp_path):
+def test_an_onnx_file_takes_images_of_other_sizes(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
+    model = Listed(EfficientViTFPN(make_trunk(), out_channels=4)).eval()
     path = tmp_path / "trunk.onnx"
     torch.onnx.export(
         model,

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from shape_runs import assert_same
+from small_backbones import HIERVIT
 
 from cascade_det.data.catalog import find_dataset
 from cascade_det.errors import CheckpointError
@@ -69,6 +71,18 @@ def test_a_drawn_seed_is_kept_over_a_resume(instant_cfg, output, caplog):
     (output / "last_checkpoint").write_text("model_0000002.pth")
     train(instant_cfg, resume=True)
     assert torch.load(output / "model_final.pth", weights_only=True)["run"]["seed"] == seed
+
+
+def test_drop_path_goes_on_as_if_the_run_had_never_stopped(instant_cfg, output):
+    instant_cfg.merge_from_list([*HIERVIT, "MODEL.HIERVIT.DROP_PATH", 0.3, "DATASETS.TEST", ()])
+    instant_cfg.merge_from_list(["SOLVER.MAX_ITER", 3, "SOLVER.CHECKPOINT_PERIOD", 1])
+    train(instant_cfg)
+    wanted = weights_of(output)
+    (output / "last_checkpoint").write_text("model_0000000.pth")
+    (output / "model_final.pth").unlink()
+    torch.manual_seed(7)
+    train(instant_cfg, resume=True)
+    assert_same(weights_of(output), wanted)
 
 
 def test_training_learns(instant_cfg, output):

@@ -157,7 +157,7 @@ def test_frozen_parts(freeze_at):
     trunk = make_trunk(freeze_at=freeze_at).train()
     stem, stages = trunk.stem_and_stages()
     before = copy.deepcopy(trunk.state_dict())
-    backward(trunk, torch.randn(2, 3, 64, 96))
+    backward(trunk, torch.randn(2, 3, 64, 96).requires_grad_())
     for i, part in enumerate([stem, *stages]):
         assert all((p.grad is None) == (i < freeze_at) for p in part.parameters())
     changed = {k for k, v in trunk.state_dict().items() if not torch.equal(v, before[k])}

@@ -1,5 +1,7 @@
 """EfficientViT against numbers and shapes of the official implementation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from parity import check, description
@@ -112,30 +114,42 @@ def test_necks(kind, channels):
 
 
 PUBLISHED = {
-    **{f"efficientvit_{name}": (name, (7, 7, 4)) for name in SHAPES},
-    **{f"efficientvit_{name}_detection_backbone": (name, (7, 7, 7)) for name in ("m0", "m4")},
+    **{f"efficientvit_{name}": (name, (7, 7, 4), "") for name in SHAPES},
+    **{
+        f"efficientvit_{name}_detection_backbone": (name, (7, 7, 7), "_800x1344")
+        for name in ("m0", "m4")
+    },
 }
 
 
 @pytest.mark.parametrize("entry", PUBLISHED)
-def test_names_and_shapes(entry):
-    name, windows = PUBLISHED[entry]
+def test_names_shapes_and_costs(entry):
+    name, windows, size = PUBLISHED[entry]
     expected = description("state_dict_shapes")[entry]
-    config = expected["config"]
+    counts = description("params_and_macs")[entry + size]
+    shape = shape_of(expected["config"], windows)
+    assert replace(SHAPES[name], windows=windows, kernels=shape.kernels) == shape
+    # Named networks have the kernels of the classifiers.
+    assert SHAPES[name].kernels == shape.kernels or entry == "efficientvit_m0_detection_backbone"
+    # One block of each stage is counted: the others are alike.
     with torch.device("meta"):
-        named = EfficientViT(name=name, kernels=config["kernels"])
-        trunk = EfficientViT(shape=shape_of(config, windows), out_features=["res6"])
-        if windows[-1] == 4:
-            add_head(trunk, "head", config["embed_dim"][-1], 1000)
+        trunk = EfficientViT(shape=shape)
+        if not size:
+            add_head(trunk, "head", shape.channels[-1], 1000)
+        single = EfficientViT(shape=replace(shape, depths=(1, 1, 1)))
+        images = torch.empty(counts["input"][0])
     found = {key: list(tensor.shape) for key, tensor in trunk.state_dict().items()}
     shapes = expected["state_dict"].items()
     assert found == {k: v for k, v in shapes if not k.endswith("attention_bias_idxs")}
-    # Names give the same network, but for the window.
-    tables = {key for key in found if key.endswith("attention_biases")}
-    sizes = {key: list(tensor.shape) for key, tensor in named.state_dict().items()}
-    assert {k: found[k] for k in sizes if k not in tables} == {
-        k: v for k, v in sizes.items() if k not in tables
-    }
+    assert sum(p.numel() for p in trunk.parameters()) == counts["params"]
+
+    work = multiply_adds(single, images)
+    blocks = ("blocks1.0", "blocks2.3", "blocks3.3")  # three layers lead to the later stages
+    for block, depth in zip(blocks, shape.depths, strict=True):
+        work["Global"] += (depth - 1) * work[f"EfficientViT.{block}"]
+    # Without the linear layer of a head.
+    published = counts["fvcore_conv_linear_matmul"] - counts["linear"]
+    assert work["Global"] == pytest.approx(published, rel=0.005)
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "maskrcnn"])
@@ -146,39 +160,14 @@ def test_names_shapes_and_costs_of_necks(kind):
         neck = EfficientViTFPN(Maps(128, 256, 384), kind=kind)
         maps = [torch.empty(size) for size in counts["input"]]
     assert {key: list(tensor.shape) for key, tensor in neck.state_dict().items()} == expected
-    assert multiply_adds(neck, maps) == pytest.approx(
-        counts["fvcore_conv_linear_matmul"], rel=0.005
-    )
+    published = counts["fvcore_conv_linear_matmul"]
+    assert multiply_adds(neck, maps)["Global"] == pytest.approx(published, rel=0.005)
     assert sum(p.numel() for p in neck.parameters()) == counts["params"]
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [
-        *(f"efficientvit_{name}" for name in SHAPES),
-        *(f"efficientvit_{name}_detection_backbone_800x1344" for name in ("m0", "m4")),
-    ],
-)
-def test_parameters_and_multiply_adds(entry):
-    counts = description("params_and_macs")[entry]
-    shape = SHAPES[entry.split("_")[1]]
-    detection = "detection" in entry
-    windows = (7, 7, 7) if detection else (7, 7, 4)
-    kernels = (7, 5, 3, 3) if detection and "m0" in entry else shape.kernels
-    with torch.device("meta"):
-        shape = EfficientViTShape(shape.channels, shape.depths, shape.heads, kernels, windows)
-        trunk = EfficientViT(shape=shape)
-        if not detection:
-            add_head(trunk, "head", shape.channels[-1], 1000)
-        images = torch.empty(counts["input"][0])
-    assert sum(p.numel() for p in trunk.parameters()) == counts["params"]
-    # The linear layer of a head is left out by forward, and counted here.
-    expected = counts["fvcore_conv_linear_matmul"] - counts["linear"]
-    assert multiply_adds(trunk, images) == pytest.approx(expected, rel=0.005)
-
-
 def multiply_adds(module, *inputs):
+    """By part; of all, ``Global``."""
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         module.eval()(*inputs)
-    return counter.get_total_flops() / 2
+    return {part: sum(counts.values()) / 2 for part, counts in counter.flop_counts.items()}

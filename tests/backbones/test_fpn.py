@@ -90,3 +90,22 @@ def test_maps_of_the_trunk_stay_as_they_are(memory_format):
         FPN(trunk, out_channels=5).to(memory_format=memory_format)(torch.empty(0))
     for name, map_ in trunk.maps.items():
         assert map_.equal(before[name])
+
+
+def test_further_levels_are_strided_convolutions_of_the_trunks_coarsest_map():
+    """One after another, without activations; the other maps stay as they are."""
+    trunk = Maps(2, 3, 5, memory_format=torch.contiguous_format)
+    fpn = FPN(trunk, out_channels=5, extra_convs=2)
+    fewer = FPN(trunk, out_channels=5)
+    fewer.load_state_dict(fpn.state_dict(), strict=False)
+    x = trunk.maps["res4"]
+    with torch.no_grad():
+        for conv in fpn.top_block.children():
+            conv.bias.normal_()
+        maps, others = fpn(torch.empty(0)), fewer(torch.empty(0))
+        for name in ("p5", "p6"):
+            conv = fpn.top_block.get_submodule(name)
+            x = nn.functional.conv2d(x, conv.weight, conv.bias, stride=2, padding=1)
+            torch.testing.assert_close(maps.pop(name), x)
+    assert maps.keys() == others.keys() - {"p5"}
+    assert all(map_.equal(others[name]) for name, map_ in maps.items())

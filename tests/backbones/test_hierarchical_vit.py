@@ -1,27 +1,16 @@
 """The hierarchical ViT: sizes, costs, what sees what, training, export."""
 
-import functools
-
 import pytest
 import torch
-from torch.fx.experimental import _config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from cascade_det.backbones.hierarchical_vit import HierarchicalViT
-from cascade_det.backbones.relative_bias import gather_biases
 from cascade_det.backbones.window_attention import WindowAttention
 
-MIXERS = ("window", "token_groups")
 SMALL = {"widths": (8, 16, 24), "depths": (1, 2, 1), "head_width": 8, "groups": 3}
-TWO_STAGES = {
-    "patch_sizes": (4, 8),
-    "widths": (8, 16),
-    "depths": (0, 1),
-    "out_features": ("res2", "res3"),
-}
-STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
+STRIDES = {"res2": 4, "res3": 8, "res4": 16}
 
 
 def make(**changes):
@@ -75,23 +64,6 @@ def test_tokens_parameters_and_multiply_adds_of_the_defaults_at_800_x_1344():
     }
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
-@pytest.mark.parametrize("size", [(1, 1), (17, 300), (115, 64)])
-def test_any_image_size_trains(size, mixer):
-    model = make(
-        mixer=mixer, patch_sizes=(8, 16, 32), out_features=("res3", "res4", "res5")
-    ).train()
-    images = torch.randn(2, 3, *size, requires_grad=True)
-    maps = model(images)
-    for name, x in maps.items():
-        rows = tuple(-(-side // STRIDES[name]) for side in size)
-        assert x.shape == (2, model.channels[name], *rows)
-    sum(x.square().sum() for x in maps.values()).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    assert images.grad.isfinite().all()
-    assert (images.grad != 0).any()
-
-
 def test_without_cross_attention_stages_begin_with_the_norm_of_the_patches():
     model = shaken(make(depths=(0, 0, 0)))
     images = torch.randn(1, 3, 112, 112)
@@ -118,8 +90,6 @@ def test_without_layers_a_pixel_changes_only_the_tokens_of_the_windows_that_cove
         before, after = model(images), model(changed)
     row, column = 120, 37
     for name, stride in STRIDES.items():
-        if name not in before:
-            continue
         differs = (before[name] != after[name])[0].any(0)
         side = 1 if name == "res2" else 7  # a stage that looks back does so by windows
         top, left = (x // (stride * side) * side for x in (row, column))
@@ -151,87 +121,16 @@ def test_attention_in_windows_equals_a_loop():
         assert_close(module(tokens), expected)
 
 
-@functools.cache
-def some_maps(mixer, height=50, width=130):
-    """A model, two images and their maps."""
-    model = shaken(make(mixer=mixer))
-    images = torch.randn(2, 3, height, width)
-    with torch.no_grad():
-        return model, images, model(images)
-
-
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_a_batch_equals_its_images_one_by_one_in_either_layout(mixer):
-    model, images, maps = some_maps(mixer)
-    with torch.inference_mode():
-        last = model(images.to(memory_format=torch.channels_last))
-        for name, x in maps.items():
-            assert_close(last[name], x, atol=1e-4, rtol=1e-4)
-            for i in range(2):
-                assert_close(model(images[i : i + 1])[name], x[i : i + 1], atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_bfloat16_and_autocast_stay_near(mixer):
-    model = make(mixer=mixer)
-    images = some_maps(mixer)[1]
-    half = make(mixer=mixer).to(torch.bfloat16)
+def test_a_stem_of_another_type():
+    model = make()
+    images = torch.randn(2, 3, 50, 130)
+    half = make().to(torch.bfloat16)
     half.stem.float()
     with torch.no_grad():
         maps, halves = model(images), half(images)
-        with torch.autocast("cpu", torch.bfloat16):
-            casts = model(images)
     for name, x in maps.items():
         assert halves[name].dtype == torch.bfloat16
         assert_close(halves[name].float(), x, atol=0.1, rtol=0.05)
-        assert_close(casts[name].float(), x, atol=0.1, rtol=0.05)
-
-
-def test_gathered_biases_give_equal_maps():
-    _, images, maps = some_maps("window")
-    gathered = shaken(make())
-    assert gather_biases(gathered) == 4
-    with torch.no_grad():
-        assert_close(gathered(images), maps, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_gradients_of_a_small_model(mixer):
-    model = make(
-        patch_sizes=(4, 8),
-        widths=(4, 8),
-        depths=(1, 1),
-        head_width=4,
-        window=2,
-        mixer=mixer,
-        out_features=("res2", "res3"),
-    ).double()
-    images = torch.randn(1, 3, 16, 16).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: tuple(model(x).values()), [images], fast_mode=True)
-
-
-def test_stages_after_the_last_feature_are_not_built_and_change_nothing():
-    model, images, maps = some_maps("window")
-    part = make(out_features=("res3",), depths=(1, 2, 5))
-    assert len(part.stages) == 2
-    part.load_state_dict(
-        {name: x for name, x in model.state_dict().items() if name in part.state_dict()}
-    )
-    with torch.no_grad():
-        found = part(images)
-    assert list(found) == ["res3"]
-    assert part.channels == {"res3": 16}
-    assert_close(found["res3"], maps["res3"])
-
-
-@pytest.mark.parametrize("freeze_at", range(5))
-def test_frozen_parts_need_no_gradients(freeze_at):
-    model = make(freeze_at=freeze_at)
-    stem, stages = model.stem_and_stages()
-    trained = [any(p.requires_grad for p in part.parameters()) for part in (stem, *stages)]
-    assert trained == [part >= freeze_at for part in range(4)]
-    parts = [id(p) for part in (stem, *stages) for p in part.parameters()]
-    assert parts == [id(p) for p in model.parameters()]
 
 
 def test_branches_are_dropped_by_image_and_the_more_the_later():
@@ -265,56 +164,3 @@ def test_branches_are_dropped_by_image_and_the_more_the_later():
 def test_impossible_arguments_are_errors(changes, words):
     with pytest.raises(ValueError, match=words):
         make(**changes)
-
-
-class AsTuple(torch.nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images):
-        return tuple(self.model(images).values())
-
-
-def test_torch_export_takes_other_sizes():
-    """As low as a window; a width of one window is taken for another layout of memory."""
-    model = shaken(make(**TWO_STAGES))
-    sides = {2: torch.export.Dim("height", min=2, max=4096)}
-    sides[3] = torch.export.Dim("width", min=2, max=4096)
-    # Else sizes of 1 that follow from others count as special.
-    with torch.no_grad(), _config.patch(backed_size_oblivious=True):
-        program = torch.export.export(
-            AsTuple(model),
-            (torch.zeros(2, 3, 130, 230),),
-            dynamic_shapes=(sides,),
-            prefer_deferred_runtime_asserts_over_guards=True,
-        )
-        for size in ((50, 130), (9, 60)):
-            images = torch.randn(2, 3, *size)
-            expected = tuple(model(images).values())
-            assert_close(program.module()(images), expected, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("mixer", MIXERS)
-@pytest.mark.filterwarnings("ignore")
-def test_onnx_takes_other_sizes(mixer, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnx")
-    model = shaken(make(**TWO_STAGES, mixer=mixer))
-    images = torch.randn(2, 3, 9, 130)
-    with torch.no_grad():
-        maps = model(images)
-    path = tmp_path / "trunk.onnx"
-    torch.onnx.export(
-        AsTuple(model),
-        (torch.zeros(2, 3, 130, 230),),
-        path,
-        input_names=["images"],
-        output_names=list(maps),
-        dynamic_axes={name: {2: "h", 3: "w"} for name in ("images", *maps)},
-        opset_version=18,
-        dynamo=False,
-    )
-    found = onnxruntime.InferenceSession(path).run(None, {"images": images.numpy()})
-    for x, expected in zip(found, maps.values(), strict=True):
-        assert_close(torch.from_numpy(x), expected, atol=1e-4, rtol=1e-4)

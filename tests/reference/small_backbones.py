@@ -1,4 +1,14 @@
-"""Options for the smallest network of every backbone, and what it is made of."""
+"""Small backbones with attention: as options of a configuration, and their trunks alone."""
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from cascade_det.backbones import EfficientViT, HATNet, HierarchicalViT
+from cascade_det.backbones.efficientvit import EfficientViTShape
+from cascade_det.backbones.hatnet import HATNetShape
+from cascade_det.backbones.windows import pad_to_multiple
 
 M0 = (
     *("MODEL.BACKBONE.NAME", "build_efficientvit_fpn_backbone", "MODEL.BACKBONE.FREEZE_AT", 0),
@@ -26,3 +36,49 @@ ATTENTION = {
     "hiervit": HIERVIT,
     "hiervit_groups": (*HIERVIT, "MODEL.HIERVIT.MIXER", "token_groups"),
 }
+
+_HIERVIT = partial(
+    HierarchicalViT, widths=(8, 16, 24), depths=(1, 1, 1), head_width=8, window=3, drop_path=0.0
+)
+# All maps of every trunk, several heads, windows and blocks; without drop path.
+TRUNKS = {
+    "efficientvit": partial(
+        EfficientViT,
+        shape=EfficientViTShape((16, 16, 32), (1, 1, 1), (1, 2, 2), (5, 3), (3, 3, 3)),
+        out_features=("res2", "res3", "res4", "res5", "res6"),
+    ),
+    "hatnet": partial(
+        HATNet,
+        shape=HATNetShape((8, 8, 12, 16), 4, (1, 2, 1, 1), (5, 3, 3, 3), (2, 2, 2, 2)),
+        drop_path=0.0,
+    ),
+    "hiervit": _HIERVIT,
+    "hiervit_groups": partial(_HIERVIT, mixer="token_groups", groups=3),
+}
+
+
+def make_trunk(name, **options):
+    """One of ``TRUNKS`` in evaluation mode, with values that let every layer count."""
+    trunk = TRUNKS[name](**options)
+    generator = torch.Generator().manual_seed(0)
+    for key, value in [*trunk.named_parameters(), *trunk.named_buffers()]:
+        if not value.is_floating_point():
+            continue
+        noise = torch.randn(value.shape, generator=generator)
+        if value.dim() > 1 and not key.endswith("attention_biases"):
+            noise *= 0.8 * value[0].numel() ** -0.5
+        elif key.endswith(("weight", "running_var")):  # of norms
+            noise = 0.5 + torch.rand(value.shape, generator=generator)
+        value.data.copy_(noise)
+    return trunk.eval()
+
+
+class Listed(nn.Module):
+    """Maps in order, as exporters have them; images are padded to multiples of 32."""
+
+    def __init__(self, trunk):
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, images):
+        return list(self.trunk(pad_to_multiple(images, 32)).values())

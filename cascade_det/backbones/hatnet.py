@@ -17,7 +17,7 @@ STAGE_NAMES = ("res2", "res3", "res4", "res5")
 
 
 @dataclass(frozen=True)
-class HATNetLayout:
+class HATNetShape:
     """Sizes of a HAT-Net; tuples have an entry per stage.
 
     Attributes:
@@ -39,11 +39,11 @@ class HATNetLayout:
     poolings: tuple[int, int, int, int] = (8, 4, 2, 1)
 
 
-LAYOUTS = {
-    "tiny": HATNetLayout((48, 96, 240, 384), 48, (2, 2, 6, 3)),
-    "small": HATNetLayout((64, 128, 320, 512), 64, (2, 3, 8, 3)),
-    "medium": HATNetLayout((64, 128, 320, 512), 64, (3, 6, 18, 3), kernels=(5, 3, 5, 3)),
-    "large": HATNetLayout((64, 128, 320, 640), 64, (3, 8, 27, 3)),
+SHAPES = {
+    "tiny": HATNetShape((48, 96, 240, 384), 48, (2, 2, 6, 3)),
+    "small": HATNetShape((64, 128, 320, 512), 64, (2, 3, 8, 3)),
+    "medium": HATNetShape((64, 128, 320, 512), 64, (3, 6, 18, 3), kernels=(5, 3, 5, 3)),
+    "large": HATNetShape((64, 128, 320, 640), 64, (3, 8, 27, 3)),
 }
 
 
@@ -59,7 +59,8 @@ class HATNet(nn.Module):
     more on each side, and 22 to 45% for a half.
 
     Args:
-        name: a key of ``LAYOUTS``, or a layout.
+        name: a key of ``SHAPES``.
+        shape: sizes of another network, in place of a named one.
         out_features: names from ``res2`` to ``res5``; stages after the last are not built.
         freeze_at: 0 trains all; 1 freezes the stem, 2 also the first stage, and so on.
         drop_path: in training, the share of images for which the residuals of the last block are
@@ -69,50 +70,54 @@ class HATNet(nn.Module):
         channels: output channels by feature name.
 
     Raises:
-        ValueError: for an unknown name of a layout or feature.
+        ValueError: for an unknown name or feature.
     """
 
     def __init__(
         self,
         *,
-        name: str | HATNetLayout = "tiny",
+        name: str = "tiny",
+        shape: HATNetShape | None = None,
         out_features: tuple[str, ...] = STAGE_NAMES,
         freeze_at: int = 0,
         drop_path: float = 0.1,
     ) -> None:
         super().__init__()
-        layout = _find_layout(name) if isinstance(name, str) else name
+        if shape is None:
+            if name not in SHAPES:
+                raise ValueError(f"unknown HAT-Net {name!r}; known: {', '.join(SHAPES)}")
+            shape = SHAPES[name]
         self.out_features = check_features(out_features, STAGE_NAMES)
         indices = [STAGE_NAMES.index(feature) for feature in self.out_features]
-        self.channels = {STAGE_NAMES[i]: layout.channels[i] for i in indices}
+        self.channels = {STAGE_NAMES[i]: shape.channels[i] for i in indices}
         self.patch_embed = nn.Sequential(
             nn.Conv2d(3, 16, 3, stride=2, padding=1),
             whole_map_norm(16),
             SiLU(),
-            nn.Conv2d(16, layout.channels[0], 3, stride=2, padding=1),
+            nn.Conv2d(16, shape.channels[0], 3, stride=2, padding=1),
         )
-        num_blocks = sum(layout.depths)
+        num_blocks = sum(shape.depths)
         rates = (drop_path * i / max(num_blocks - 1, 1) for i in range(num_blocks))
         self.blocks = nn.ModuleList()
         for i in range(1 + max(indices)):
             if i > 0:
-                self.add_module(f"ds{i + 1}", Downsample(*layout.channels[i - 1 : i + 1]))
+                self.add_module(f"ds{i + 1}", Downsample(*shape.channels[i - 1 : i + 1]))
             blocks = [
                 Block(
                     HierarchicalAttention(
-                        layout.channels[i],
-                        head_width=layout.head_width,
-                        grid=layout.grids[i],
-                        pooling=layout.poolings[i],
+                        shape.channels[i],
+                        head_width=shape.head_width,
+                        grid=shape.grids[i],
+                        pooling=shape.poolings[i],
                     ),
                     InvertedResidual(
-                        layout.channels[i],
-                        layout.expansions[i] * layout.channels[i],
-                        kernel=layout.kernels[i],
+                        shape.channels[i],
+                        shape.expansions[i] * shape.channels[i],
+                        kernel=shape.kernels[i],
                     ),
                     drop_path=next(rates),
                 )
-                for _ in range(layout.depths[i])
+                for _ in range(shape.depths[i])
             ]
             self.blocks.append(nn.Sequential(*blocks))
         self.apply(_initialise)
@@ -195,12 +200,6 @@ class InvertedResidual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` to the same shape."""
         return self.conv3(self.conv2(self.conv1(x)))
-
-
-def _find_layout(name: str) -> HATNetLayout:
-    if name not in LAYOUTS:
-        raise ValueError(f"no HAT-Net called {name!r}; known: {', '.join(LAYOUTS)}")
-    return LAYOUTS[name]
 
 
 def _initialise(module: nn.Module) -> None:

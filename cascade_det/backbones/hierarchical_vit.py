@@ -31,8 +31,8 @@ class HierarchicalViT(nn.Module):
     The network is defined here; CrossFormer (arXiv 2108.00154) is the nearest published one. With
     the defaults it has 8.2 M parameters and takes 82 G multiply-adds at 800 x 1344.
 
-    Linear layers begin as a normal distribution of deviation 0.02, truncated at two, their biases
-    and those of attention scores as zeros, convolutions as PyTorch's.
+    Linear layers begin as a normal distribution of deviation 0.02, truncated at two deviations,
+    their biases and those of attention scores as zeros, convolutions as PyTorch's.
 
     Args:
         patch_sizes: in pixels, from 4 to 32, each twice the one before.

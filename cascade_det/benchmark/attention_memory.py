@@ -7,7 +7,7 @@ matrices stored and with fused attention.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -142,5 +142,5 @@ def _step(module: nn.Module, scores: str, tokens: Tensor) -> None:
         module(tokens).square().mean().backward()
 
 
-def _numbered(call: partial[None]) -> Any:
+def _numbered(call: partial[None]) -> Callable[[int], None]:
     return lambda number: call()

@@ -60,6 +60,7 @@ def run_benchmark(options: Options) -> Results:
         torch.set_num_threads(options.threads)
     contenders = options.contenders
     if set(options.measure).isdisjoint(OF_MODELS):
+        # Nothing that is measured has the weights of the configuration.
         contenders = ()
         options = replace(options, opts=(*options.opts, "MODEL.WEIGHTS", ""))
     setup = Setup(options)

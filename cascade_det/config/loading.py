@@ -20,7 +20,7 @@ from fvcore.common.config import BASE_KEY, CfgNode
 
 from cascade_det.config.key import shown
 from cascade_det.config.shipped import SCHEME, config_path
-from cascade_det.config.tree import KEYS, add_model_node, flat, get_cfg
+from cascade_det.config.tree import KEYS, add_model_nodes, flat, get_cfg
 from cascade_det.config.yaml_files import Entry, read_entries, read_text
 from cascade_det.errors import ConfigError
 
@@ -115,7 +115,7 @@ def with_cascade_keys(cfg: CfgNode) -> CfgNode:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.pop("CASCADE", None)
-    add_model_node(cfg)
+    add_model_nodes(cfg)
     merge = _Merge(cfg)
     for key, value in own.items():
         merge.value(key, value, "configuration")

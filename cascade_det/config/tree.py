@@ -33,7 +33,7 @@ def get_cfg() -> CfgNode:
 
 
 def add_cascade_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.CASCADE``, ``CASCADE`` and the nodes of our backbones in place.
+    """Add ``MODEL.CASCADE``, ``CASCADE`` and the nodes of our backbones, in place.
 
     Works on any yacs configuration, Detectron2's included: new nodes have the type of ``cfg``,
     which its ``merge_from_file`` requires. Existing keys keep their values.
@@ -41,11 +41,11 @@ def add_cascade_config(cfg: CfgNode) -> None:
     Args:
         cfg: a configuration with a ``MODEL`` node, not frozen.
     """
-    add_model_node(cfg)
+    add_model_nodes(cfg)
     _with_defaults(cfg, "CASCADE.")
 
 
-def add_model_node(cfg: CfgNode) -> None:
+def add_model_nodes(cfg: CfgNode) -> None:
     """Add only what a model needs, below ``MODEL``; see :func:`add_cascade_config`."""
     for node in _MODEL_NODES:
         _with_defaults(cfg, f"MODEL.{node}.")

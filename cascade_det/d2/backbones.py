@@ -22,7 +22,7 @@ from cascade_det.backbones import (
 )
 from cascade_det.backbones.fpn import StridedLevels
 from cascade_det.backbones.trunk import LEVELS
-from cascade_det.config.tree import add_model_node
+from cascade_det.config.tree import add_model_nodes
 from cascade_det.d2.parts import refuse_classifier_names
 
 
@@ -101,7 +101,7 @@ def build_hiervit_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone
 def _build(cfg: CfgNode, trunk: type[_Trunk]) -> Backbone:
     cfg = cfg.clone()
     cfg.defrost()
-    add_model_node(cfg)  # where the heads are Detectron2's, its configuration may lack our nodes
+    add_model_nodes(cfg)  # where the heads are Detectron2's, its configuration may lack our nodes
     config.check_backbone(cfg)
     arguments = config.backbone_arguments(cfg)
     fpn = arguments["fpn"]

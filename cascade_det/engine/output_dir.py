@@ -125,12 +125,12 @@ def _log_learning_rate(cfg: CfgNode) -> None:
 
 def _warn_of_frozen_noise(cfg: CfgNode) -> None:
     """Warn of frozen parts with random weights: only the AP would show them."""
-    backbone, resnets = cfg.MODEL.BACKBONE, cfg.MODEL.RESNETS.NORM
+    backbone, norm = cfg.MODEL.BACKBONE, cfg.MODEL.RESNETS.NORM
     frozen = [f"MODEL.BACKBONE.FREEZE_AT is {backbone.FREEZE_AT}"] if backbone.FREEZE_AT else []
     if backbone.NAME == "build_efficientvit_fpn_backbone":
         if cfg.MODEL.EFFICIENTVIT.NORM_EVAL:
             frozen.append("MODEL.EFFICIENTVIT.NORM_EVAL is True")
-    elif ("resnet" in backbone.NAME or "mobilenet" in backbone.NAME) and resnets == "FrozenBN":
+    elif ("resnet" in backbone.NAME or "mobilenet" in backbone.NAME) and norm == "FrozenBN":
         frozen.append("MODEL.RESNETS.NORM is FrozenBN")
     if frozen:
         logger.warning(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cascade_det.backbones.conv_bn import ConvBN
 from cascade_det.backbones.relative_bias import RelativeBias
@@ -50,7 +51,12 @@ class CascadedGroupAttention(RelativeBias):
         padded = pad_to_multiple(maps, self.window)
         rows, columns = padded.shape[-2:]
         tokens = split_windows(padded.permute(0, 2, 3, 1), self.window)  # [windows, w^2, C]
-        mixed = self._tokens(self.proj(self._windows(self._attend(tokens))))
+        if torch.compiler.is_compiling():
+            # One more window: an export assumes that a convolution has a batch of two or more.
+            attended = self._attend(F.pad(tokens, (0, 0, 0, 0, 0, 1)))[:-1]
+        else:
+            attended = self._attend(tokens)
+        mixed = self._tokens(self.proj(self._windows(attended)))
         joined = join_windows(mixed, self.window, rows, columns)
         return joined.permute(0, 3, 1, 2)[..., :height, :width]
 

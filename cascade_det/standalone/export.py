@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
+from torch.fx.experimental import _config
 
+from cascade_det.backbones import EfficientViT, HATNet, HierarchicalViT
 from cascade_det.core import Detections
 from cascade_det.core.modes import evaluation_mode
 from cascade_det.errors import ConfigError
@@ -34,6 +36,10 @@ _PACKAGES = {"onnx": ("onnx", "onnxruntime"), "torch-export": ()}
 # Shape of the traced image. Its sides share no factor with a stride, so that no size becomes a
 # constant.
 _EXAMPLE_SHAPE = (3, 150, 211)
+# The same for a program, whose tracing computes no values; attention has several windows there.
+_PROGRAM_SHAPE = (3, 486, 597)
+_WITH_ATTENTION = (EfficientViT, HATNet, HierarchicalViT)
+_SMALLEST_WITH_ATTENTION = 128
 
 # Image uint8 [3, H, W] to boxes [D, 4], scores [D], classes [D] and, with masks, masks [D, M, M].
 ExportedDetector = Callable[[Tensor], tuple[Tensor, ...]]
@@ -100,7 +106,7 @@ def export_onnx(
         warnings.simplefilter("ignore")
         torch.onnx.export(
             model,
-            (_example(),),
+            (_example(_EXAMPLE_SHAPE),),
             os.fspath(path),
             input_names=list(INPUTS),
             output_names=list(outputs),
@@ -121,20 +127,26 @@ def export_program(
 ) -> ExportedDetector:
     """Write a ``.pt2`` file for ``torch.export.load``; arguments as in ``export_onnx``.
 
-    It takes images with sides of 2 to 65,536 px. The description is in ``cascade_det.json`` in it.
+    It takes images with sides of 2 to 65,536 px; with attention in the backbone, of 128 or more,
+    since a map of a single window or row would need another program. The description is in
+    ``cascade_det.json`` in it.
 
     Returns:
         A function that runs the file in PyTorch.
     """
     model = FixedDepthDetector(detector, description.num_stages)
+    attends = isinstance(detector.backbone.bottom_up, _WITH_ATTENTION)
+    smallest = _SMALLEST_WITH_ATTENTION if attends else 2
     sides = {
-        axis: torch.export.Dim(name, min=2, max=LONGEST_SIDE)
+        axis: torch.export.Dim(name, min=smallest, max=LONGEST_SIDE)
         for axis, name in ((1, "height"), (2, "width"))
     }
-    with evaluation_mode(model), torch.no_grad():
+    # Sizes that the example has or lacks, such as 1, are not told apart.
+    sizes_alike = _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    with evaluation_mode(model), torch.no_grad(), sizes_alike:
         program = torch.export.export(
             model,
-            (_example(),),
+            (_example(_PROGRAM_SHAPE),),
             dynamic_shapes=(sides,),
             prefer_deferred_runtime_asserts_over_guards=True,
         )
@@ -207,6 +219,6 @@ def _detect(detector: Detector, image: Tensor, num_stages: int) -> Detections:
     return detections[0]
 
 
-def _example() -> Tensor:
+def _example(shape: tuple[int, int, int]) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, _EXAMPLE_SHAPE, dtype=torch.uint8, generator=generator)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)

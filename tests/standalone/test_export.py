@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_backbones import ATTENTION
 from small_cascades import random_boxes
 from small_detectors import make_detector, make_masks, random_image
 from torchvision.ops import nms
@@ -16,6 +17,7 @@ from cascade_det.config import get_cfg
 from cascade_det.data.transforms import resize_shortest_edge
 from cascade_det.errors import CheckpointError, ConfigError, DatasetError
 from cascade_det.onnx_predictor import METADATA_KEY, ExportedModel, OnnxPredictor
+from cascade_det.standalone import build_detector
 from cascade_det.standalone.export import (
     METADATA_FILE,
     compare,
@@ -176,6 +178,37 @@ def test_program_gives_the_detections_of_images_of_any_size(tmp_path):
     counts = [assert_same(run, detector, random_image(*size), 1) for size in SIZES]
     assert len(set(counts)) > 1
     assert_same(run, detector, random_image(33, 40), 1)
+
+
+@pytest.fixture
+def attentive(request, instant_cfg):
+    """A detector with attention in the backbone, whose answers are not all alike."""
+    options = ("MODEL.FPN.OUT_CHANNELS", 16, "MODEL.FPN.NORM", "")
+    instant_cfg.merge_from_list([*ATTENTION[request.param], *options])
+    instant_cfg.merge_from_list(["MODEL.CASCADE.EXIT.ENABLED", False])
+    detector = build_detector(instant_cfg).eval()
+    for predictor in detector.roi_heads.box_predictor:
+        torch.nn.init.normal_(predictor.cls_score.weight, std=0.3)
+    return detector
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("attentive", "export"),
+    [
+        ("efficientvit", export_onnx),
+        ("efficientvit", export_program),
+        ("hiervit", export_onnx),
+    ],
+    indirect=["attentive"],
+)
+def test_attention_takes_images_of_any_size(attentive, tmp_path, export):
+    run = export(attentive, tmp_path / "detector", describe(1))
+    if export is export_onnx:
+        run = run_onnx(tmp_path / "detector")
+    sizes = [(128, 131), (300, 170)] if export is export_program else [(30, 47), (300, 170)]
+    for size in sizes:
+        assert assert_same(run, attentive, random_image(*size), 1) > 10
 
 
 def test_comparison_tells_other_detections(onnx_file, detector):

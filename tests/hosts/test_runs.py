@@ -88,11 +88,13 @@ class TestKeys:
         for more in (("CASCADE.AMP_DTYPE", "bfloat16"), ("SOLVER.AMP.ENABLED", "False")):
             cfg = make_cfg(*ONE, *NO_TESTS, *more, output=more[1])
             host.train(cfg)
-            losses.append(metrics_of(cfg.OUTPUT_DIR)[0]["total_loss"])
+            losses.append(metrics_of(cfg.OUTPUT_DIR)[0])
             weights.append(saved(cfg)["model"])
         half, single = losses
-        assert half != single
-        assert half == pytest.approx(single, rel=0.05)
+        # The anchors are the same; of the regions, rounding decides some.
+        assert half["loss_rpn_cls"] != single["loss_rpn_cls"]
+        assert half["loss_rpn_cls"] == pytest.approx(single["loss_rpn_cls"], rel=0.02)
+        assert half["total_loss"] == pytest.approx(single["total_loss"], rel=0.2)
         assert all(value.isfinite().all() for value in weights[0].values())
         assert weights[0][NAME].dtype == torch.float32
         assert not torch.equal(weights[0][NAME], weights[1][NAME])

@@ -105,7 +105,7 @@ READ = [
     ),
     (
         *("efficientvit_maskrcnn", "p3 p4", "p3"),
-        "fpn_convs.1-2 extra_trans_convs.1 extra_fpn_convs.1",
+        "fpn_convs.1-2 extra_trans_convs.1 extra_fpn_convs.0",
     ),
     ("hiervit", "p3 p4 p5", "p3", "fpn_lateral2 fpn_output2 top_block.p6"),
     ("hiervit", "p6", "p6", "fpn_lateral2-4 fpn_output2-4"),

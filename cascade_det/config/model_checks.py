@@ -89,15 +89,24 @@ def _check_efficientvit(cfg: CfgNode) -> Iterator[str]:
 
 
 def _check_pyramid(cfg: CfgNode) -> Iterator[str]:
+    if any(_check_hiervit(cfg)):
+        return
     inputs, known = tuple(cfg.MODEL.FPN.IN_FEATURES), trunk_maps(cfg)
-    has_neck = backbone_arguments(cfg)["neck"] is not None
-    if not inputs or inputs != known[-len(inputs) :] or (has_neck and inputs != known):
-        wanted = "Give" if has_neck else "Give neighbouring levels up to the coarsest, such as"
-        yield f"MODEL.FPN.IN_FEATURES is {list(inputs)}. {wanted} {list(known)}."
+    neck = backbone_arguments(cfg)["neck"]
+    if neck is not None and inputs != known:
+        yield (
+            f"MODEL.FPN.IN_FEATURES is {list(inputs)}. Give {list(known)}, which "
+            f"MODEL.EFFICIENTVIT.NECK {neck!r} takes, or set that to 'fpn'."
+        )
+    elif not inputs or inputs != known[-len(inputs) :]:
+        yield (
+            f"MODEL.FPN.IN_FEATURES is {list(inputs)}. Give neighbouring levels up to the "
+            f"coarsest, such as {list(known)}."
+        )
 
 
 def _check_levels(cfg: CfgNode) -> Iterator[str]:
-    if any(_check_pyramid(cfg)):
+    if any(_check_hiervit(cfg)) or any(_check_pyramid(cfg)):
         return
     outputs = list(backbone_maps(cfg))
     for key in ("MODEL.RPN.IN_FEATURES", "MODEL.ROI_HEADS.IN_FEATURES"):

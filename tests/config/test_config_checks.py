@@ -354,14 +354,16 @@ CONTRADICTIONS = {
     f"{EFFICIENTVIT} MODEL.FPN.IN_FEATURES ['res2','res3','res4','res5']": (
         "FPN.IN_FEATURES is ['res2', 'res3', 'res4', 'res5'] | up to the coarsest | 'res6']"
     ),
-    f"{EFFICIENTVIT} MODEL.FPN.IN_FEATURES ['res3','res4','res5','res6'] {levels(2, 5)}": (
-        "RPN.IN_FEATURES is ['p2', 'p3', 'p4', 'p5'] | ['p3', 'p4', 'p5', 'p6', 'p7']"
+    f"{EFFICIENTVIT} MODEL.FPN.IN_FEATURES ['res3','res4','res5','res6'] {levels(3, 7)} "
+    "MODEL.RPN.IN_FEATURES ['p2','p3','p4','p5','p6']": (
+        "RPN.IN_FEATURES is ['p2', 'p3', | ['p3', 'p4', 'p5', 'p6', 'p7']"
     ),
     f"{EFFICIENTVIT} MODEL.EFFICIENTVIT.NECK maskrcnn MODEL.FPN.IN_FEATURES ['res5','res6']": (
         "FPN.IN_FEATURES is ['res5', 'res6'] | Give ['res4', 'res5', 'res6']"
     ),
-    f"{EFFICIENTVIT} {STAGES} MODEL.EFFICIENTVIT.NECK retinanet {levels(2, 6)}": (
-        "ROI_HEADS.IN_FEATURES is ['p2', | ['p3', 'p4', 'p5', 'p6', 'p7']"
+    f"{EFFICIENTVIT} {STAGES} MODEL.EFFICIENTVIT.NECK retinanet {levels(3, 7)} "
+    "MODEL.ROI_HEADS.IN_FEATURES ['p2','p3','p4']": (
+        "ROI_HEADS.IN_FEATURES is ['p2', 'p3', 'p4'] | ['p3', 'p4', 'p5', 'p6', 'p7']"
     ),
     f"{EFFICIENTVIT} {STAGES} {levels(4, 7)} MODEL.EFFICIENTVIT.KERNELS (7,5,3)": (
         "EFFICIENTVIT.KERNELS is [7, 5, 3] | 4 kernels"
@@ -527,7 +529,7 @@ def test_all_problems_are_listed_at_once(cfg):
 def test_detectron2s_own_default_is_refused_in_words():
     cfg = config.get_cfg()
     found = "\n".join(problems(cfg))
-    for key in ("MODEL.BACKBONE.NAME", "MODEL.ROI_HEADS.NAME", "MODEL.FPN.IN_FEATURES"):
+    for key in ("MODEL.BACKBONE.NAME", "MODEL.ROI_HEADS.NAME", "MODEL.ROI_BOX_HEAD.NAME"):
         assert key in found
 
 

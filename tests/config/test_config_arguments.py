@@ -37,6 +37,31 @@ def test_resnet_backbone(cfg):
             "norm": "",
             "fuse_type": "sum",
         },
+        "neck": None,
+    }
+
+
+def test_backbones_with_attention(cfg):
+    set_keys(cfg, "MODEL.BACKBONE.NAME", "build_efficientvit_fpn_backbone")
+    set_keys(cfg, "MODEL.EFFICIENTVIT.NECK", "maskrcnn", "MODEL.BACKBONE.FREEZE_AT", "0")
+    found = config.backbone_arguments(cfg)
+    assert (found["name"], found["neck"]) == ("efficientvit", "maskrcnn")
+    assert found["bottom_up"] == {"freeze_at": 0, "name": "m4", "kernels": (), "norm_eval": True}
+    set_keys(cfg, "MODEL.BACKBONE.NAME", "build_hatnet_fpn_backbone")
+    found = config.backbone_arguments(cfg)
+    assert (found["name"], found["neck"]) == ("hatnet", None)
+    assert found["bottom_up"] == {"freeze_at": 0, "name": "tiny", "drop_path": 0.1}
+    set_keys(cfg, "MODEL.BACKBONE.NAME", "build_hiervit_fpn_backbone")
+    found = config.backbone_arguments(cfg)
+    assert found["fpn"]["extra_convs"] == 2
+    assert found["bottom_up"] == {
+        "freeze_at": 0,
+        "patch_sizes": (4, 8, 16),
+        "widths": (64, 128, 256),
+        "depths": (4, 6, 8),
+        "mixer": "window",
+        "groups": 8,
+        "drop_path": 0.1,
     }
 
 

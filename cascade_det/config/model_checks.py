@@ -96,7 +96,7 @@ def _check_pyramid(cfg: CfgNode) -> Iterator[str]:
     if neck is not None and inputs != known:
         yield (
             f"MODEL.FPN.IN_FEATURES is {list(inputs)}. Give {list(known)}, which "
-            f"MODEL.EFFICIENTVIT.NECK {neck!r} takes, or set that to 'fpn'."
+            f"EFFICIENTVIT.NECK {neck!r} takes, or set that to 'fpn'."
         )
     elif not inputs or inputs != known[-len(inputs) :]:
         yield (

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from cascade_det.config.backbone_arguments import BACKBONES
 from cascade_det.config.key import (
     COUNT,
     FROM_0_BELOW_1,
@@ -29,14 +30,7 @@ BACKBONE = group(
     NAME=Key(
         "build_resnet_backbone",
         "The backbone with its feature pyramid.",
-        one_of(
-            "build_resnet_fpn_backbone",
-            "build_mobilenet_v2_fpn_backbone",
-            "build_mobilenet_v3_large_fpn_backbone",
-            "build_efficientvit_fpn_backbone",
-            "build_hatnet_fpn_backbone",
-            "build_hiervit_fpn_backbone",
-        ),
+        one_of(*BACKBONES),
     ),
     FREEZE_AT=Key(
         2,

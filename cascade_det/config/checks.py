@@ -16,7 +16,7 @@ from cascade_det.config.cascade_checks import HEAD_CHECKS, Check
 from cascade_det.config.key import shown
 from cascade_det.config.model_checks import BACKBONE_CHECKS, MODEL_CHECKS
 from cascade_det.config.run_checks import RUN_CHECKS
-from cascade_det.config.tree import KEYS, changed_keys, get_cfg, value_of
+from cascade_det.config.tree import BACKBONE_NODES, KEYS, changed_keys, get_cfg, value_of
 from cascade_det.errors import ConfigError
 
 _HEADS = (
@@ -25,7 +25,7 @@ _HEADS = (
     "MODEL.ROI_BOX_CASCADE_HEAD.",
     "MODEL.CASCADE.",
 )
-_BACKBONES = ("MODEL.EFFICIENTVIT.", "MODEL.HATNET.", "MODEL.HIERVIT.")
+_BACKBONES = tuple(f"MODEL.{node}." for node in BACKBONE_NODES)
 _RUN = (
     "CASCADE.",
     "SOLVER.",

@@ -89,16 +89,22 @@ def _check_efficientvit(cfg: CfgNode) -> Iterator[str]:
 
 
 def _check_pyramid(cfg: CfgNode) -> Iterator[str]:
+    inputs = tuple(cfg.MODEL.FPN.IN_FEATURES)
+    if not inputs:  # told for an unknown backbone, too
+        yield (
+            "MODEL.FPN.IN_FEATURES is []. Give neighbouring levels up to the coarsest of the "
+            "backbone, such as ['res2', 'res3', 'res4', 'res5']."
+        )
+        return
     if any(_check_hiervit(cfg)):
         return
-    inputs, known = tuple(cfg.MODEL.FPN.IN_FEATURES), trunk_maps(cfg)
-    neck = backbone_arguments(cfg)["neck"]
+    known, neck = trunk_maps(cfg), backbone_arguments(cfg)["neck"]
     if neck is not None and inputs != known:
         yield (
             f"MODEL.FPN.IN_FEATURES is {list(inputs)}. Give {list(known)}, which "
             f"EFFICIENTVIT.NECK {neck!r} takes, or set that to 'fpn'."
         )
-    elif not inputs or inputs != known[-len(inputs) :]:
+    elif inputs != known[-len(inputs) :]:
         yield (
             f"MODEL.FPN.IN_FEATURES is {list(inputs)}. Give neighbouring levels up to the "
             f"coarsest, such as {list(known)}."

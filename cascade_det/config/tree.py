@@ -14,8 +14,8 @@ from cascade_det.config.model_keys import BOX_HEAD, CASCADE, MODEL_GROUPS
 from cascade_det.config.run_keys import RUN_GROUPS, VERSION
 from cascade_det.config.unread_keys import UNREAD_KEYS
 
-# Those below MODEL that Detectron2 does not have.
-_MODEL_NODES = ("CASCADE", "EFFICIENTVIT", "HATNET", "HIERVIT")
+# Below MODEL; Detectron2 has neither these nor MODEL.CASCADE.
+BACKBONE_NODES = ("EFFICIENTVIT", "HATNET", "HIERVIT")
 GROUPS = (VERSION, *MODEL_GROUPS, CASCADE, BOX_HEAD, *CASCADE_GROUPS, *RUN_GROUPS)
 # By full name, such as SOLVER.BASE_LR.
 KEYS: dict[str, Key] = {
@@ -47,7 +47,7 @@ def add_cascade_config(cfg: CfgNode) -> None:
 
 def add_model_nodes(cfg: CfgNode) -> None:
     """Add only what a model needs, below ``MODEL``; see :func:`add_cascade_config`."""
-    for node in _MODEL_NODES:
+    for node in ("CASCADE", *BACKBONE_NODES):
         _with_defaults(cfg, f"MODEL.{node}.")
 
 

@@ -529,7 +529,7 @@ def test_all_problems_are_listed_at_once(cfg):
 def test_detectron2s_own_default_is_refused_in_words():
     cfg = config.get_cfg()
     found = "\n".join(problems(cfg))
-    for key in ("MODEL.BACKBONE.NAME", "MODEL.ROI_HEADS.NAME", "MODEL.ROI_BOX_HEAD.NAME"):
+    for key in ("MODEL.BACKBONE.NAME", "MODEL.ROI_HEADS.NAME", "MODEL.FPN.IN_FEATURES"):
         assert key in found
 
 

@@ -85,16 +85,16 @@ class TestKeys:
 
     def test_half_precision(self, host, make_cfg):
         losses, weights = [], []
+        # All proposals: a sample of them would hang on their order, which rounding changes.
+        every = ("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "64")
         for more in (("CASCADE.AMP_DTYPE", "bfloat16"), ("SOLVER.AMP.ENABLED", "False")):
-            cfg = make_cfg(*ONE, *NO_TESTS, *more, output=more[1])
+            cfg = make_cfg(*ONE, *NO_TESTS, *every, *more, output=more[1])
             host.train(cfg)
-            losses.append(metrics_of(cfg.OUTPUT_DIR)[0])
+            losses.append(metrics_of(cfg.OUTPUT_DIR)[0]["total_loss"])
             weights.append(saved(cfg)["model"])
         half, single = losses
-        # The anchors are the same; of the regions, rounding decides some.
-        assert half["loss_rpn_cls"] != single["loss_rpn_cls"]
-        assert half["loss_rpn_cls"] == pytest.approx(single["loss_rpn_cls"], rel=0.02)
-        assert half["total_loss"] == pytest.approx(single["total_loss"], rel=0.2)
+        assert half != single
+        assert half == pytest.approx(single, rel=0.05)
         assert all(value.isfinite().all() for value in weights[0].values())
         assert weights[0][NAME].dtype == torch.float32
         assert not torch.equal(weights[0][NAME], weights[1][NAME])

@@ -135,6 +135,7 @@ def _warn_of_frozen_noise(cfg: CfgNode) -> None:
     if frozen:
         logger.warning(
             "MODEL.WEIGHTS is empty, but %s: give a file of weights, or train these parts "
-            "(FREEZE_AT 0, NORM BN or GN, NORM_EVAL False)",
+            "(MODEL.BACKBONE.FREEZE_AT 0, MODEL.RESNETS.NORM BN or GN, "
+            "MODEL.EFFICIENTVIT.NORM_EVAL False)",
             " and ".join(frozen),
         )

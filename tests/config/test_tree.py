@@ -14,7 +14,8 @@ SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
 
 
 def is_ours(key: str) -> bool:
-    return key.startswith(("MODEL.CASCADE.", "CASCADE."))
+    nodes = ("CASCADE", "EFFICIENTVIT", "HATNET", "HIERVIT")
+    return key.startswith(("CASCADE.", *(f"MODEL.{node}." for node in nodes)))
 
 
 @pytest.fixture
@@ -43,11 +44,7 @@ def test_every_key_and_value_of_detectron2_is_there_and_no_other(d2_cfg):
 
 def test_some_values_by_hand():
     values = flat(get_cfg())
-    nodes = (
-        "CASCADE.",
-        *(f"MODEL.{node}." for node in ("CASCADE", "EFFICIENTVIT", "HATNET", "HIERVIT")),
-    )
-    ours = [key for key in values if key.startswith(nodes)]
+    ours = [key for key in values if is_ours(key)]
     assert len(values) == 192 + len(ours)  # Detectron2's and ours
     assert values["VERSION"] == 2
     assert values["MODEL.ROI_BOX_CASCADE_HEAD.IOUS"] == (0.5, 0.6, 0.7)

@@ -32,6 +32,7 @@ ATTENTION = {
     "hatnet": (
         *("MODEL.BACKBONE.NAME", "build_hatnet_fpn_backbone", "MODEL.BACKBONE.FREEZE_AT", 0),
         *("MODEL.HATNET.DROP_PATH", 0.0),
+        *("MODEL.FPN.IN_FEATURES", ["res2", "res3", "res4", "res5"]),
     ),
     "hiervit": HIERVIT,
     "hiervit_groups": (*HIERVIT, "MODEL.HIERVIT.MIXER", "token_groups"),

@@ -3,9 +3,8 @@
 A direct convolution already runs at the peak of the machine, so this one multiplies less: a
 quarter of the multiplications. The map is cut into tiles of 4x4 outputs, each from 6x6 inputs.
 Inputs and weights are transformed, 36 matrix products over the channels replace 144 per tile, and
-the result is transformed back. The transforms are 1-D, along rows and then columns, made of
-additions of whole slices. Work goes in bands of tile rows that fit the cache, each done by one
-thread from start to end.
+the result is transformed back. The transforms of all channels of many tiles are one matrix product
+each. Work goes in bands of tile rows that fit the cache, each done by one thread from start to end.
 
 Shapes: N images, C channels in, K out, an H x W map of P x Q tiles.
 """
@@ -13,13 +12,14 @@ Shapes: N images, C channels in, K out, an H x W map of P x Q tiles.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil, prod
+from functools import cache
+from math import ceil
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cascade_det.layers.workers import carve, run_in_threads, workspace
+from cascade_det.layers.workers import run_in_threads, workspace
 
 # The weight transform at the points 0, 1, -1, 2, -2 and infinity.
 WEIGHT_TRANSFORM = (
@@ -29,6 +29,21 @@ WEIGHT_TRANSFORM = (
     (1 / 24, 1 / 12, 1 / 6),
     (1 / 24, -1 / 12, 1 / 6),
     (0, 0, 1),
+)
+# Of the inputs and the products, in 1-D (section 4.3 of the paper).
+_INPUT_TRANSFORM = (
+    (4, 0, -5, 0, 1, 0),
+    (0, -4, -4, 1, 1, 0),
+    (0, 4, -4, -1, 1, 0),
+    (0, -2, -1, 2, 1, 0),
+    (0, 2, -1, -2, 1, 0),
+    (0, 4, 0, -5, 0, 1),
+)
+_OUTPUT_TRANSFORM = (
+    (1, 1, 1, 1, 1, 0),
+    (0, 1, -1, 2, -2, 0),
+    (0, 1, 1, 4, 4, 0),
+    (0, 1, -1, 8, -8, 1),
 )
 
 
@@ -77,12 +92,12 @@ def winograd_conv2d(
     remaining = iter(starts)
 
     def work() -> None:
-        sizes = most_images, most_rows, tile_columns, channels, out_channels
-        memory = workspace(sum(map(prod, _shapes(*sizes))), x.dtype)
+        tiles = most_images * most_rows * tile_columns
+        memory = workspace(2 * 36 * tiles * max(channels, out_channels), x.dtype)
         for image, row in remaining:
             some = x[image : image + most_images]
-            tiles = out_tiles[:, :, image : image + most_images, row : row + most_rows]
-            _convolve_band(some, row, transformed_weight, bias, tiles, memory)
+            out_band = out_tiles[:, :, image : image + most_images, row : row + most_rows]
+            _convolve_band(some, row, transformed_weight, bias, out_band, memory)
 
     run_in_threads(work, len(starts))
     whole = tiled.view(images, 4 * tile_rows, 4 * tile_columns, out_channels)  # [N, 4 P, 4 Q, K]
@@ -112,86 +127,50 @@ def _convolve_band(
     out: Tensor,
     memory: Tensor,
 ) -> None:
-    """Convolve the P tile rows of ``x [N, H, W, C]`` from ``row`` to ``out [4, 4, N, P, Q, K]``."""
+    """Convolve the P tile rows of ``x [N, H, W, C]`` from ``row`` to ``out [4, 4, N, P, Q, K]``.
+
+    ``memory`` has two halves, each for the larger of 36 inputs and 36 products of all tiles.
+    """
     *_, images, rows, columns, out_channels = out.shape
-    channels = x.shape[3]
-    shapes = _shapes(images, rows, columns, channels, out_channels)
-    z, v, m, o, scratch = carve(memory, shapes)
-    _transform_input(_rows(x, 4 * row - 1, 4 * (row + rows) + 1), z, v, scratch)
-    torch.bmm(v.view(36, -1, channels), transformed_weight, out=m.view(36, -1, out_channels))
-    if bias is not None:
-        m[1, 1] += bias  # the point (1, 1) goes into each of the 16 outputs once
-    _transform_output(m, o, out, scratch)
-
-
-def _shapes(n: int, p: int, q: int, c: int, k: int) -> list[tuple[int, ...]]:
-    """The shapes of the intermediate tensors of a band: z, v, m, o and scratch."""
-    scratch = 2 * max(6 * n * p * q * c, 6 * n * p * q * k, n * p * (4 * q + 2) * c)
-    return [
-        (6, n, p, 4 * q + 2, c),
-        (6, 6, n, p, q, c),
-        (6, 6, n, p, q, k),
-        (6, n, p, q, 4, k),
-        (scratch,),
-    ]
+    channels, tiles = x.shape[3], images * rows * columns
+    first, second = memory.chunk(2)
+    patches = first[: 36 * tiles * channels].view(6, 6, images, rows, columns, channels)
+    points = second[: 36 * tiles * channels].view(36, tiles, channels)
+    products = first[: 36 * tiles * out_channels].view(36, tiles, out_channels)
+    results = second[: 16 * tiles * out_channels].view(out.shape)
+    _cut_patches(_rows(x, 4 * row - 1, 4 * (row + rows) + 1), patches)
+    torch.mm(_both_axes(_INPUT_TRANSFORM), patches.view(36, -1), out=points.view(36, -1))
+    torch.bmm(points, transformed_weight, out=products)
+    torch.mm(_both_axes(_OUTPUT_TRANSFORM), products.view(36, -1), out=results.view(16, -1))
+    if bias is None:
+        out.copy_(results)
+    else:
+        torch.add(results, bias, out=out)
 
 
 def _rows(x: Tensor, start: int, stop: int) -> Tensor:
-    """Rows ``start`` to ``stop`` of ``[N, H, W, C]``, padded with zeros."""
-    height = x.shape[1]
+    """Rows ``start`` to ``stop`` of ``[N, H, W, C]``, ``4 Q`` columns; padded with zeros."""
+    height, width = x.shape[1:3]
     rows = x[:, max(start, 0) : min(stop, height)]
-    if start >= 0 and stop <= height:
-        return rows
-    return F.pad(rows, (0, 0, 0, 0, max(-start, 0), max(stop - height, 0)))
+    padding = -width % 4, max(-start, 0), max(stop - height, 0)
+    return F.pad(rows, (0, 0, 0, *padding)) if any(padding) else rows
 
 
-def _transform_input(rows: Tensor, z: Tensor, v: Tensor, scratch: Tensor) -> None:
-    """``[N, 4 P + 2, W, C]`` to ``v [6, 6, N, P, Q, C]``, by way of ``z [6, N, P, 4 Q + 2, C]``."""
-    p, width, q = z.shape[2], rows.shape[2], v.shape[4]
-    z[..., :1, :] = 0
-    z[..., width + 1 :, :] = 0
-    _to_points(
-        [rows[:, i : i + 4 * p - 3 : 4] for i in range(6)], z[..., 1 : width + 1, :], scratch
-    )
-    _to_points([z[..., j : j + 4 * q - 3 : 4, :] for j in range(6)], v.transpose(0, 1), scratch)
+def _cut_patches(rows: Tensor, patches: Tensor) -> None:
+    """``[N, 4 P + 2, 4 Q, C]`` to the inputs of all tiles, ``[6, 6, N, P, Q, C]``, rows first."""
+    columns = patches.shape[4]
+    pixels = rows.unfold(1, 6, 4).unflatten(2, (columns, 4))  # [N, P, Q, 4, C, 6]
+    pixels = pixels.permute(5, 3, 0, 1, 2, 4)  # [6, 4, N, P, Q, C]
+    patches[:, 1:5] = pixels
+    # The neighbours' outermost columns.
+    patches[:, 0, ..., :1, :] = 0
+    patches[:, 0, ..., 1:, :] = pixels[:, 3, ..., :-1, :]
+    patches[:, 5, ..., :-1, :] = pixels[:, 0, ..., 1:, :]
+    patches[:, 5, ..., -1:, :] = 0
 
 
-def _transform_output(m: Tensor, o: Tensor, out: Tensor, scratch: Tensor) -> None:
-    """``m [6, 6, N, P, Q, K]`` to ``out [4, 4, N, P, Q, K]``; ``o [6, N, P, Q, 4, K]`` between."""
-    _from_points(m.transpose(0, 1), o.movedim(4, 0), scratch)
-    _from_points(o.movedim(4, 1), out, scratch)
-
-
-def _to_points(d: Sequence[Tensor], v: Tensor, scratch: Tensor) -> None:
-    """Six inputs, 1-D, at the six points: ``v[i]`` is row i of the matrix B^T times ``d``."""
-    s, t = _temporaries(d[0], scratch)
-    torch.sub(d[4], d[2], out=s)
-    torch.sub(d[0], d[2], out=t)
-    torch.add(s, t, alpha=4, out=v[0])
-    torch.sub(d[3], d[1], out=t)
-    torch.add(s, t, alpha=2, out=v[3])
-    torch.sub(s, t, alpha=2, out=v[4])
-    torch.sub(d[5], d[3], out=s)
-    torch.sub(s, t, alpha=4, out=v[5])
-    torch.sub(d[4], d[2], alpha=4, out=s)
-    torch.sub(d[3], d[1], alpha=4, out=t)
-    torch.add(s, t, out=v[1])
-    torch.sub(s, t, out=v[2])
-
-
-def _from_points(m: Tensor, out: Tensor, scratch: Tensor) -> None:
-    """Four outputs, 1-D, of the six points: ``out[i]`` is row i of the matrix A^T times ``m``."""
-    s, t = _temporaries(m[0], scratch)
-    torch.add(m[1], m[2], out=s)
-    torch.add(m[3], m[4], out=t)
-    torch.add(s, t, alpha=4, out=out[2])
-    torch.add(s.add_(t), m[0], out=out[0])
-    torch.sub(m[1], m[2], out=s)
-    torch.sub(m[3], m[4], out=t)
-    torch.add(s, t, alpha=2, out=out[1])
-    torch.add(s.add_(t, alpha=8), m[5], out=out[3])
-
-
-def _temporaries(like: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
-    size = like.numel()
-    return scratch[:size].view(like.shape), scratch[size : 2 * size].view(like.shape)
+@cache
+def _both_axes(transform: tuple[tuple[float, ...], ...]) -> Tensor:
+    """The 2-D transform of flattened tiles."""
+    matrix = torch.tensor(transform, dtype=torch.float32)
+    return torch.kron(matrix, matrix)

@@ -40,6 +40,11 @@ def state(tensors, prefix=""):
     }
 
 
+def inputs_of(tensors):
+    """Names of the inputs, in order."""
+    return sorted(name for name in tensors if name.startswith("input."))
+
+
 def assert_near(found, expected, tolerance):
     """The largest difference, relative to the largest expected value, is within ``tolerance``."""
     assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
@@ -55,7 +60,8 @@ def check(name, model, run=None, *, prefix="", tolerance=2e-5, gradients=5e-5):
     run = run or (lambda *inputs: [model(*inputs)])
     tensors = vectors(name)
     model.load_state_dict(state(tensors, prefix))
-    inputs = [tensors[key] for key in sorted(tensors) if key.startswith("input.")]
+    names = inputs_of(tensors)
+    inputs = [tensors[name] for name in names]
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     with torch.no_grad():
@@ -73,8 +79,8 @@ def check(name, model, run=None, *, prefix="", tolerance=2e-5, gradients=5e-5):
     if gradients is None:
         return
     sum((x * tensors[f"cotangent.{i}"]).sum() for i, x in enumerate(found)).backward()
-    for i, tensor in enumerate(inputs):
-        assert_near(tensor.grad, tensors[f"grad.input.{i}"], gradients)
+    for name, tensor in zip(names, inputs, strict=True):
+        assert_near(tensor.grad, tensors[f"grad.{name}"], gradients)
     statistics = model.state_dict()
     for key in (key for key in tensors if key.startswith("after_train.")):
         buffer = statistics[key.removeprefix(f"after_train.{prefix}")]

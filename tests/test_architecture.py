@@ -34,6 +34,7 @@ RANKS = {
     "data": 2,
     "weights": 2,
     "report": 2,
+    "segmentation": 2,
     "evaluation": 3,
     "onnx_predictor": 3,
     "engine": 4,
@@ -64,6 +65,7 @@ DIETS = {
     "masks/segmentation": {"numpy", "pycocotools"},
     "core": {"torch", "torchvision.ops"},
     "backbones": {"torch", "torchvision"},
+    "segmentation": {"torch"},
     "data/coco_results": {"numpy"},
     "report/colors": {"numpy"},
     "report/drawing": {"cv2", "numpy"},
@@ -71,7 +73,7 @@ DIETS = {
     "onnx_predictor": {"numpy", "onnxruntime"},
 }
 # Constructors there take plain values: they know nothing of configuration.
-WITHOUT_CONFIG = {"core", "backbones"}
+WITHOUT_CONFIG = {"core", "backbones", "segmentation"}
 
 
 def violations(package: Path) -> list[str]:

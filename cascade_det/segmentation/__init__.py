@@ -1,0 +1,1 @@
+"""Dense prediction: decoder heads, their losses, exits of maps."""

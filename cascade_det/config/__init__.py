@@ -11,6 +11,7 @@ from cascade_det.config.checks import (
     check_config,
     check_heads,
     check_run,
+    check_segmenter,
     check_unread_cascade,
 )
 from cascade_det.config.exit_summary import exit_summary
@@ -49,6 +50,7 @@ from cascade_det.config.run_arguments import (
     trainer_arguments,
 )
 from cascade_det.config.scaling import check_processes, scale_to_epochs, scale_to_world_size
+from cascade_det.config.segmenter_arguments import segmenter_arguments
 from cascade_det.config.tree import add_cascade_config, changed, changed_keys, flat, get_cfg
 
 __all__ = [
@@ -69,6 +71,7 @@ __all__ = [
     "check_heads",
     "check_processes",
     "check_run",
+    "check_segmenter",
     "check_unread_cascade",
     "datasets_arguments",
     "detector_arguments",
@@ -89,6 +92,7 @@ __all__ = [
     "scale_to_epochs",
     "scale_to_world_size",
     "scheduler_arguments",
+    "segmenter_arguments",
     "shadow_arguments",
     "test_loader_arguments",
     "train_loader_arguments",

@@ -15,6 +15,8 @@ BACKBONES = {
     "build_hatnet_fpn_backbone": "hatnet",
     "build_hiervit_fpn_backbone": "hiervit",
 }
+# Without a pyramid, for segmenters.
+TRUNKS = {f"build_{trunk}_backbone": trunk for trunk in BACKBONES.values()}
 _EXTRA_CONVS = 2  # of HierViT, whose coarsest map is fine
 
 
@@ -24,7 +26,7 @@ def backbone_arguments(cfg: CfgNode) -> dict[str, Any]:
     ``neck`` is the kind of a published neck of EfficientViT, or ``None`` for the ``fpn``.
     """
     model = cfg.MODEL
-    name = BACKBONES[model.BACKBONE.NAME]
+    name = (BACKBONES | TRUNKS)[model.BACKBONE.NAME]
     bottom_up: dict[str, Any] = {"freeze_at": model.BACKBONE.FREEZE_AT}
     fpn = {
         "in_features": tuple(model.FPN.IN_FEATURES),
@@ -67,8 +69,8 @@ def backbone_arguments(cfg: CfgNode) -> dict[str, Any]:
 
 
 def trunk_maps(cfg: CfgNode) -> tuple[str, ...]:
-    """Names of the maps that a trunk can give to its pyramid, finest first."""
-    name = BACKBONES[cfg.MODEL.BACKBONE.NAME]
+    """Names of the maps that a trunk has, finest first."""
+    name = (BACKBONES | TRUNKS)[cfg.MODEL.BACKBONE.NAME]
     if name == "hiervit":
         sizes = cfg.MODEL.HIERVIT.PATCH_SIZES
         return tuple(f"res{size.bit_length() - 1}" for size in sizes)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from cascade_det.config.backbone_arguments import BACKBONES
+from cascade_det.config.backbone_arguments import BACKBONES, TRUNKS
 from cascade_det.config.key import (
     COUNT,
     FROM_0_BELOW_1,
@@ -29,8 +29,8 @@ BACKBONE = group(
     "Backbone",
     NAME=Key(
         "build_resnet_backbone",
-        "The backbone with its feature pyramid.",
-        one_of(*BACKBONES),
+        "The backbone, with its feature pyramid or, of a segmenter, without one.",
+        one_of(*BACKBONES, *TRUNKS),
     ),
     FREEZE_AT=Key(
         2,

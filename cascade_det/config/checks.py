@@ -7,15 +7,17 @@ wrong by itself, so it never sees invalid values.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from fvcore.common.config import CfgNode
 
+from cascade_det.config.backbone_arguments import BACKBONES
 from cascade_det.config.cascade_checks import HEAD_CHECKS, Check
-from cascade_det.config.key import shown
+from cascade_det.config.key import Values, one_of, shown
 from cascade_det.config.model_checks import BACKBONE_CHECKS, MODEL_CHECKS
 from cascade_det.config.run_checks import RUN_CHECKS
+from cascade_det.config.segmenter_checks import SEGMENTER_CHECKS, check_levels
 from cascade_det.config.tree import BACKBONE_NODES, KEYS, changed_keys, get_cfg, value_of
 from cascade_det.errors import ConfigError
 
@@ -25,7 +27,13 @@ _HEADS = (
     "MODEL.ROI_BOX_CASCADE_HEAD.",
     "MODEL.CASCADE.",
 )
+# Segmenters read none of these.
+_OF_DETECTORS = (*_HEADS, "MODEL.RPN.", "MODEL.PROPOSAL_GENERATOR.", "MODEL.ANCHOR_GENERATOR.")
 _BACKBONES = tuple(f"MODEL.{node}." for node in BACKBONE_NODES)
+_SEMANTIC_HEAD = ("MODEL.SEM_SEG_HEAD.", "MODEL.CASCADE_DECODER.")
+# Values that keys have in models of one kind.
+_DETECTOR = {"MODEL.BACKBONE.NAME": one_of(*BACKBONES)}
+_SEGMENTER = {"MODEL.SEM_SEG_HEAD.NAME": one_of("CascadeSemSegHead")}
 _RUN = (
     "CASCADE.",
     "SOLVER.",
@@ -48,7 +56,23 @@ def check_config(cfg: CfgNode) -> None:
     Raises:
         ConfigError: lists every problem with key, value and remedy.
     """
-    _check(cfg, list(KEYS), (*MODEL_CHECKS, *HEAD_CHECKS, *RUN_CHECKS))
+    if cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor":
+        read = [name for name in KEYS if not name.startswith(_OF_DETECTORS)]
+        _check(cfg, read, (*SEGMENTER_CHECKS, *RUN_CHECKS), _SEGMENTER)
+    else:
+        _check(cfg, list(KEYS), (*MODEL_CHECKS, *HEAD_CHECKS, *RUN_CHECKS), _DETECTOR)
+
+
+def check_segmenter(cfg: CfgNode) -> None:
+    """Check what our semantic head reads, in any model of Detectron2.
+
+    Args:
+        cfg: a configuration with ``MODEL.CASCADE_DECODER``; it is not changed.
+
+    Raises:
+        ConfigError: as ``check_config``.
+    """
+    _check(cfg, _in_both_hosts(_SEMANTIC_HEAD), (check_levels,))
 
 
 def check_heads(cfg: CfgNode) -> None:
@@ -120,11 +144,17 @@ def _in_both_hosts(prefixes: tuple[str, ...]) -> list[str]:
     ]
 
 
-def _check(cfg: CfgNode, names: list[str], checks: tuple[Check, ...]) -> None:
+def _check(
+    cfg: CfgNode,
+    names: list[str],
+    checks: tuple[Check, ...],
+    narrower: Mapping[str, Values] | None = None,
+) -> None:
+    allowed = {name: KEYS[name].values for name in names} | dict(narrower or {})
     values = {name: value_of(cfg, name) for name in names}
-    wrong = {name: value for name, value in values.items() if not KEYS[name].values.accepts(value)}
+    wrong = {name: value for name, value in values.items() if not allowed[name].accepts(value)}
     problems = [
-        f"{name} is {shown(value)}. {KEYS[name].values.remedy}" for name, value in wrong.items()
+        f"{name} is {shown(value)}. {allowed[name].remedy}" for name, value in wrong.items()
     ]
     for check in checks:
         with contextlib.suppress(_WrongKey):

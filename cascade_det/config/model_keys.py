@@ -30,6 +30,7 @@ from cascade_det.config.key import (
     whole,
     within,
 )
+from cascade_det.config.segmenter_keys import SEGMENTER_GROUPS
 
 _BOX_LOSS = one_of("smooth_l1", "giou", "diou", "ciou")
 _BETA_HELP = "Where the smooth L1 loss turns from L2 to L1; 0 makes it plain L1."
@@ -77,6 +78,11 @@ MODEL = group(
         "pixel values, 0 to 255",
     ),
     MASK_ON=Key(False, "Adds a mask head: instance segmentation."),
+    META_ARCHITECTURE=Key(
+        "GeneralizedRCNN",
+        "A detector, or a segmenter.",
+        one_of("GeneralizedRCNN", "SemanticSegmentor"),
+    ),
 )
 
 PROPOSAL_GENERATOR = group(
@@ -270,4 +276,5 @@ MODEL_GROUPS = (
     ROI_BOX_HEAD,
     ROI_MASK_HEAD,
     ROI_BOX_CASCADE_HEAD,
+    *SEGMENTER_GROUPS,
 )

@@ -14,8 +14,9 @@ from cascade_det.config.model_keys import BOX_HEAD, CASCADE, MODEL_GROUPS
 from cascade_det.config.run_keys import RUN_GROUPS, VERSION
 from cascade_det.config.unread_keys import UNREAD_KEYS
 
-# Below MODEL; Detectron2 has neither these nor MODEL.CASCADE.
+# Below MODEL; Detectron2 has none of these.
 BACKBONE_NODES = ("EFFICIENTVIT", "HATNET", "HIERVIT")
+_MODEL_NODES = ("CASCADE", *BACKBONE_NODES, "CASCADE_DECODER")
 GROUPS = (VERSION, *MODEL_GROUPS, CASCADE, BOX_HEAD, *CASCADE_GROUPS, *RUN_GROUPS)
 # By full name, such as SOLVER.BASE_LR.
 KEYS: dict[str, Key] = {
@@ -33,7 +34,7 @@ def get_cfg() -> CfgNode:
 
 
 def add_cascade_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.CASCADE``, ``CASCADE`` and the nodes of our backbones, in place.
+    """Add ``CASCADE`` and our nodes below ``MODEL``, in place.
 
     Works on any yacs configuration, Detectron2's included: new nodes have the type of ``cfg``,
     which its ``merge_from_file`` requires. Existing keys keep their values.
@@ -47,7 +48,7 @@ def add_cascade_config(cfg: CfgNode) -> None:
 
 def add_model_nodes(cfg: CfgNode) -> None:
     """Add only what a model needs, below ``MODEL``; see :func:`add_cascade_config`."""
-    for node in ("CASCADE", *BACKBONE_NODES):
+    for node in _MODEL_NODES:
         _with_defaults(cfg, f"MODEL.{node}.")
 
 

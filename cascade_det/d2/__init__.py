@@ -1,7 +1,8 @@
-"""The cascade as a plugin of Detectron2. Importing it registers our ROI heads and backbones.
+"""The cascade as a plugin of Detectron2. Importing it registers our heads and backbones.
 
-``add_cascade_config(cfg)`` adds ``MODEL.CASCADE``, ``CASCADE`` and the nodes of our backbones to a
-configuration of Detectron2; ``MODEL.ROI_HEADS.NAME: EarlyExitCascadeROIHeads`` selects the heads.
+``add_cascade_config(cfg)`` adds ``CASCADE`` and our nodes below ``MODEL`` to a configuration of
+Detectron2; ``MODEL.ROI_HEADS.NAME: EarlyExitCascadeROIHeads`` selects the cascade, and
+``MODEL.SEM_SEG_HEAD.NAME: CascadeSemSegHead`` the decoder.
 """
 
 from cascade_det.quiet_imports import without_jit_warning
@@ -29,8 +30,10 @@ from cascade_det.d2.backbones import (
     build_mobilenet_v3_large_fpn_backbone,
 )
 from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
+from cascade_det.d2.sem_seg_head import CascadeSemSegHead
 
 __all__ = [
+    "CascadeSemSegHead",
     "EarlyExitCascadeROIHeads",
     "add_cascade_config",
     "build_efficientvit_fpn_backbone",

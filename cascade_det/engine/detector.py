@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cascade_det.core import CascadeHead, CascadeInputs, DetectorOutput, ExitPolicy, PartTimer
 from cascade_det.data.samples import Sample
+from cascade_det.segmentation.output import SegmenterOutput
 
 
 class InferenceDetector(Protocol):
@@ -42,6 +43,21 @@ class Detector(InferenceDetector, Protocol):
 
     def losses(self, batch: Sequence[Sample]) -> dict[str, Tensor]:
         """Scalar losses of a batch with ground truth, by Detectron2's names."""
+
+
+class Segmenter(Protocol):
+    """A semantic segmenter, an ``nn.Module``."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters."""
+
+    def segment(
+        self, batch: Sequence[Sample], *, timer: PartTimer | None = None
+    ) -> SegmenterOutput:
+        """Segment in evaluation mode, leaving every module in the mode it was in."""
+
+    def losses(self, batch: Sequence[Sample]) -> dict[str, Tensor]:
+        """Scalar losses of a batch with labels, by Detectron2's names."""
 
 
 class CascadeDetector(Detector, Protocol):

@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
 
-from cascade_det.core.structures import PartTimer
+from cascade_det.core.structures import DetectorOutput, PartTimer
 from cascade_det.data.samples import Batch
-from cascade_det.engine.detector import InferenceDetector
+from cascade_det.engine.detector import InferenceDetector, Segmenter
 from cascade_det.evaluation import Evaluator
 from cascade_det.parallel import distributed
+from cascade_det.segmentation.output import SegmenterOutput
 
 logger = logging.getLogger(__name__)
 
@@ -59,14 +60,40 @@ def run_inference(
         PeerError: on the other processes, if the main one cannot compute the results.
     """
     device = next(detector.parameters(), torch.empty(0)).device
+
+    def detect(batch: Batch) -> DetectorOutput:
+        timer = PartTimer(device)
+        output = detector.detect(batch, stages=stages, timer=timer)
+        output.stats.milliseconds = dict(timer.milliseconds)
+        return output
+
+    return _run(detect, loader, evaluators)
+
+
+def run_segmentation(
+    segmenter: Segmenter, loader: BatchLoader, evaluators: Sequence[Evaluator]
+) -> dict[str, Any]:
+    """Segment every batch and pass the output to the evaluators, as ``run_inference`` does."""
+    device = next(segmenter.parameters(), torch.empty(0)).device
+
+    def segment(batch: Batch) -> SegmenterOutput:
+        timer = PartTimer(device)
+        output = segmenter.segment(batch, timer=timer)
+        output.stats.milliseconds = dict(timer.milliseconds)
+        return output
+
+    return _run(segment, loader, evaluators)
+
+
+def _run(
+    infer: Callable[[Batch], Any], loader: BatchLoader, evaluators: Sequence[Evaluator]
+) -> dict[str, Any]:
     images, start = 0, time.perf_counter()
     with torch.inference_mode():
         for index, batch in enumerate(_with_progress(loader)):
             if index == 0:
-                detector.detect(batch, stages=stages)
-            timer = PartTimer(device)
-            output = detector.detect(batch, stages=stages, timer=timer)
-            output.stats.milliseconds = dict(timer.milliseconds)
+                infer(batch)
+            output = infer(batch)
             for evaluator in evaluators:
                 evaluator.process(batch, output)
             images += len(batch)

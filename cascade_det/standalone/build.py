@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from fvcore.common.config import CfgNode
@@ -56,7 +56,7 @@ def build_detector(cfg: CfgNode) -> Detector:
             does not exist.
     """
     config.check_config(cfg)
-    backbone = _build_backbone(cfg)
+    backbone = build_backbone(cfg)
     rpn_arguments = config.rpn_arguments(cfg)
     rpn = RPN(
         in_channels=backbone.out_channels,
@@ -86,12 +86,17 @@ def build_detector(cfg: CfgNode) -> Detector:
     return detector.to(device)
 
 
-def _build_backbone(cfg: CfgNode) -> FPN | EfficientViTFPN:
+def build_trunk(cfg: CfgNode, out_features: Sequence[str]) -> Trunk:
+    """The backbone of a checked configuration without its pyramid."""
+    arguments = config.backbone_arguments(cfg)
+    return TRUNKS[arguments["name"]](out_features=tuple(out_features), **arguments["bottom_up"])
+
+
+def build_backbone(cfg: CfgNode) -> FPN | EfficientViTFPN:
+    """The backbone of a checked configuration, with its pyramid."""
     arguments = config.backbone_arguments(cfg)
     fpn = dict(arguments["fpn"])
-    trunk = TRUNKS[arguments["name"]](
-        out_features=tuple(fpn.pop("in_features")), **arguments["bottom_up"]
-    )
+    trunk = build_trunk(cfg, fpn.pop("in_features"))
     if (kind := arguments["neck"]) is not None:
         return EfficientViTFPN(trunk, kind=kind, out_channels=fpn["out_channels"])
     return FPN(trunk, **fpn)

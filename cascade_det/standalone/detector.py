@@ -24,6 +24,7 @@ from cascade_det.core.structures.boxes import keep_images
 from cascade_det.data.samples import Sample
 from cascade_det.engine.batches import check_images
 from cascade_det.masks.truth import ObjectMasks
+from cascade_det.standalone.preprocess import normalise_and_stack
 from cascade_det.standalone.rpn import RPN
 
 
@@ -217,13 +218,10 @@ class Detector(nn.Module):
             float32 ``[N, 3, H, W]``, with H and W multiples of the backbone's
             ``size_divisibility``, and ``(H_i, W_i)`` of every image.
         """
-        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
-        step = self.backbone.size_divisibility
-        height, width = (-(-max(side) // step) * step for side in zip(*sizes, strict=True))
-        batch = torch.empty(
-            (len(images), 3, height, width), device=self.device, memory_format=self.memory_format
-        ).zero_()
-        for padded, image in zip(batch, images, strict=True):
-            normalised = (image.to(self.device) - self.pixel_mean).div_(self.pixel_std)
-            padded[:, : image.shape[-2], : image.shape[-1]].copy_(normalised)
-        return batch, sizes
+        return normalise_and_stack(
+            images,
+            self.pixel_mean,
+            self.pixel_std,
+            step=self.backbone.size_divisibility,
+            memory_format=self.memory_format,
+        )

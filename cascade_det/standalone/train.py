@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +15,22 @@ from cascade_det import config
 from cascade_det.data.coco import CocoDataset
 from cascade_det.data.loader import build_train_loader
 from cascade_det.data.samples import Batch
-from cascade_det.engine.averaging import WeightAverage
 from cascade_det.engine.batches import check_images, check_truth
-from cascade_det.engine.best_model import BestModel
 from cascade_det.engine.checkpoint import Checkpointer
 from cascade_det.engine.datasets import load_training_data, scheduled
 from cascade_det.engine.devices import resolve_amp_dtype, set_backends
-from cascade_det.engine.hooks import EvalHook, Hook, PeriodicCheckpoint, WriterHook
 from cascade_det.engine.output_dir import check_output, record_start
 from cascade_det.engine.replay import replay
 from cascade_det.engine.run_info import RunInfo
 from cascade_det.engine.run_lock import alone_in_output_dir
 from cascade_det.engine.run_weights import resume_or_load
-from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, build_scheduler
-from cascade_det.engine.step import TrainingStep
-from cascade_det.engine.trainer import Trainer
 from cascade_det.engine.training_modes import freeze_detector
 from cascade_det.engine.validation import validation_losses
-from cascade_det.engine.writers import ConsoleWriter, JsonWriter, TensorBoardWriter, Writer
 from cascade_det.parallel import distributed
 from cascade_det.standalone.build import build_detector
 from cascade_det.standalone.detector import Detector
 from cascade_det.standalone.evaluate import evaluate_all, test_loader, with_augmentation
+from cascade_det.standalone.training import build_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +70,13 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     if distributed.rank() > 0:
         # Every process samples its own regions; rank 0 those of a run with one process.
         torch.manual_seed(info.seed + distributed.rank())
-    trainer = _build_trainer(
-        cfg, detector, _train_loader(cfg, datasets, info, checkpointer), checkpointer, test_datasets
+    freeze_detector(detector)
+    trainer = build_trainer(
+        cfg,
+        detector,
+        _train_loader(cfg, datasets, info, checkpointer),
+        checkpointer,
+        partial(_evaluation, cfg, test_datasets) if test_datasets else None,
     )
     trainer.train()
     # The checkpoints hold the weights that are tested.
@@ -119,77 +119,12 @@ def _train_loader(
     )
 
 
-def _build_trainer(
-    cfg: CfgNode,
-    detector: Detector,
-    loader: Iterable[Batch],
-    checkpointer: Checkpointer,
-    test_datasets: Sequence[CocoDataset],
-) -> Trainer:
-    arguments = config.trainer_arguments(cfg)
-    amp_dtype = resolve_amp_dtype(arguments["amp_dtype"], detector.device)
-    optimizer_arguments = config.optimizer_arguments(cfg)
-    clip = build_gradient_clipper(optimizer_arguments.pop("clip"))
-    freeze_detector(detector)
-    optimizer = build_optimizer(detector, **optimizer_arguments)
-    hooks: list[Hook] = []
-    tested = detector
-    if arguments["ema_decay"] > 0:
-        average = WeightAverage(detector, arguments["ema_decay"])
-        hooks.append(average)
-        # The checkpoint's model is the average; the weights in training are saved beside it.
-        assert isinstance(average.module, Detector)
-        tested = checkpointer.model = average.module
-        checkpointer.add_checkpointable("training_weights", detector)
-    else:
-        checkpointer.load_resumed("training_weights", detector)
-    hooks.append(
-        PeriodicCheckpoint(checkpointer, arguments["checkpoint_period"], arguments["max_to_keep"])
-    )
-    if test_datasets:
-        evaluate = _evaluation(cfg, tested, test_datasets, arguments["validation_loss"], amp_dtype)
-        hooks.append(EvalHook(arguments["eval_period"], evaluate))
-        hooks.append(BestModel(checkpointer, arguments["best_metric"], arguments["patience"]))
-    hooks.append(WriterHook(_writers(cfg), arguments["log_period"]))
-    step = TrainingStep(
-        distributed.wrap(detector),
-        optimizer,
-        amp_dtype=amp_dtype,
-        clip_gradients=clip,
-        accumulation_steps=arguments["accumulation_steps"],
-        max_iter=arguments["max_iter"],
-        device=detector.device,
-        output_dir=cfg.OUTPUT_DIR,
-    )
-    return Trainer(
-        step,
-        loader,
-        build_scheduler(optimizer, **config.scheduler_arguments(cfg)),
-        max_iter=arguments["max_iter"],
-        start_iter=checkpointer.start_iter,
-        hooks=hooks,
-    )
-
-
-def _writers(cfg: CfgNode) -> list[Writer]:
-    if not distributed.is_main():
-        return []
-    folder = Path(cfg.OUTPUT_DIR)
-    return [
-        JsonWriter(folder / "metrics.json"),
-        TensorBoardWriter(folder),
-        ConsoleWriter(cfg.SOLVER.MAX_ITER),
-    ]
-
-
 def _evaluation(
-    cfg: CfgNode,
-    detector: Detector,
-    datasets: Sequence[CocoDataset],
-    with_losses: bool,
-    amp_dtype: torch.dtype | None,
+    cfg: CfgNode, datasets: Sequence[CocoDataset], detector: Detector
 ) -> Callable[[], Mapping[str, Any]]:
     """The function for the evaluation hook: metrics of the test sets, and losses if asked for."""
+    arguments = config.trainer_arguments(cfg)
+    amp_dtype = resolve_amp_dtype(arguments["amp_dtype"], detector.device)
 
     def losses() -> dict[str, float]:
         loaders = [test_loader(cfg, dataset, annotated=True) for dataset in datasets]
@@ -200,6 +135,6 @@ def _evaluation(
         # Running statistics of norms differ between processes.
         distributed.synchronise_buffers(detector)
         results = evaluate_all(cfg, detector, datasets, Path(cfg.OUTPUT_DIR))
-        return {**results, "validation": losses()} if with_losses else results
+        return {**results, "validation": losses()} if arguments["validation_loss"] else results
 
     return evaluate

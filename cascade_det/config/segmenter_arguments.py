@@ -1,0 +1,28 @@
+"""Keys of a segmenter as plain keyword arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fvcore.common.config import CfgNode
+
+
+def segmenter_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """The semantic head: its ``in_features``, ``head``, ``loss`` and ``loss_weight``."""
+    head, decoder = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.CASCADE_DECODER
+    return {
+        "in_features": tuple(head.IN_FEATURES),
+        "head": {
+            "num_classes": head.NUM_CLASSES,
+            "fuse": decoder.FUSE,
+            "finest_gate": decoder.FINEST_GATE or None,
+        },
+        "loss": {
+            "subsets": decoder.SUBSETS,
+            "mean": decoder.SUBSET_MEAN,
+            "ce_weight": float(decoder.CE_WEIGHT),
+            "dice_weight": float(decoder.DICE_WEIGHT),
+            "ignore_value": head.IGNORE_VALUE,
+        },
+        "loss_weight": float(head.LOSS_WEIGHT),
+    }

@@ -1,0 +1,54 @@
+"""Checks of the keys of a segmenter against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fvcore.common.config import CfgNode
+
+from cascade_det.config.backbone_arguments import TRUNKS, backbone_maps, trunk_maps
+from cascade_det.config.cascade_checks import Check
+from cascade_det.config.model_checks import BACKBONE_CHECKS
+
+
+def check_levels(cfg: CfgNode) -> Iterator[str]:
+    """A decoder has two levels or more, and a loss."""
+    names = list(cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES)
+    if len(names) < 2:
+        yield f"MODEL.SEM_SEG_HEAD.IN_FEATURES is {names}. Give two maps or more, finest first."
+    decoder = cfg.MODEL.CASCADE_DECODER
+    if decoder.CE_WEIGHT == decoder.DICE_WEIGHT == 0:
+        yield (
+            "MODEL.CASCADE_DECODER.CE_WEIGHT and DICE_WEIGHT are both 0. Give one of them a "
+            "weight: there is no other loss."
+        )
+
+
+def _check_maps(cfg: CfgNode) -> Iterator[str]:
+    names = list(cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES)
+    is_trunk = cfg.MODEL.BACKBONE.NAME in TRUNKS
+    if not is_trunk and any(problem for check in BACKBONE_CHECKS for problem in check(cfg)):
+        return
+    known = list((trunk_maps if is_trunk else backbone_maps)(cfg))
+    start = known.index(names[0]) if names and names[0] in known else 0
+    if names != known[start : start + len(names)]:
+        yield (
+            f"MODEL.SEM_SEG_HEAD.IN_FEATURES is {names}. Give neighbouring levels, finest first, "
+            f"out of {known}."
+        )
+    outputs = cfg.MODEL.RESNETS.OUT_FEATURES
+    missing = [name for name in names if name not in outputs]
+    if cfg.MODEL.BACKBONE.NAME == "build_resnet_backbone" and missing:
+        yield (
+            f"MODEL.RESNETS.OUT_FEATURES is {outputs}, but MODEL.SEM_SEG_HEAD.IN_FEATURES needs "
+            f"{', '.join(missing)}. Add it."
+        )
+
+
+def _check_pyramid(cfg: CfgNode) -> Iterator[str]:
+    if cfg.MODEL.BACKBONE.NAME not in TRUNKS:
+        for check in BACKBONE_CHECKS:
+            yield from check(cfg)
+
+
+SEGMENTER_CHECKS: tuple[Check, ...] = (check_levels, _check_pyramid, _check_maps)

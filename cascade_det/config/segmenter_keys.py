@@ -1,0 +1,61 @@
+"""The keys of semantic segmenters. ``SEM_SEG_HEAD`` is Detectron2's, with its defaults."""
+
+from __future__ import annotations
+
+from cascade_det.config.key import (
+    COUNT,
+    NAMES,
+    NOT_NEGATIVE,
+    Key,
+    Values,
+    at_least,
+    group,
+    one_of,
+    whole,
+)
+
+SEM_SEG_HEAD = group(
+    "MODEL.SEM_SEG_HEAD",
+    "Head of a segmenter, with `META_ARCHITECTURE` `SemanticSegmentor`",
+    NAME=Key("SemSegFPNHead", "The head: `CascadeSemSegHead`."),
+    IN_FEATURES=Key(
+        ["p2", "p3", "p4", "p5"],
+        "Maps that are decoded, two or more, finest first; of a backbone without a pyramid, its "
+        "outputs.",
+        NAMES,
+    ),
+    IGNORE_VALUE=Key(255, "Label of pixels that take no part in losses and metrics.", COUNT),
+    NUM_CLASSES=Key(54, "Classes, background included.", COUNT),
+    LOSS_WEIGHT=Key(1.0, "Weight of the loss.", NOT_NEGATIVE),
+)
+
+CASCADE_DECODER = group(
+    "MODEL.CASCADE_DECODER",
+    "The CASCADE decoder of a segmenter",
+    FUSE=Key(
+        "add",
+        "How a level fuses the gated map of the backbone with the upsampled coarser one.",
+        one_of("add", "concat"),
+    ),
+    FINEST_GATE=Key(
+        0,
+        "Width inside the gate of the finest level; 0 is half of that level's, as in MERIT; the "
+        "published CASCADE has 32.",
+        Values(whole(at_least(0)), "Give a whole number, 0 or more."),
+        "channels",
+    ),
+    SUBSETS=Key(
+        "mutation",
+        "Sets of levels whose summed logits each have a loss: all, or each level alone.",
+        one_of("mutation", "singletons"),
+    ),
+    SUBSET_MEAN=Key(
+        False,
+        "Divides the loss of all sets by their number and multiplies it by that of the levels: it "
+        "then has the scale of that of each level alone.",
+    ),
+    CE_WEIGHT=Key(0.3, "Weight of cross-entropy in the loss of a set.", NOT_NEGATIVE),
+    DICE_WEIGHT=Key(0.7, "Weight of the Dice loss in the loss of a set.", NOT_NEGATIVE),
+)
+
+SEGMENTER_GROUPS = (SEM_SEG_HEAD, CASCADE_DECODER)

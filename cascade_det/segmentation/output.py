@@ -1,0 +1,34 @@
+"""What a segmenter returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass
+class SegmenterStats:
+    """How a batch was computed.
+
+    Attributes:
+        milliseconds: of every part, if it was timed.
+        left: for each level, images by the reason why they left after it.
+    """
+
+    milliseconds: dict[str, float] = field(default_factory=dict)
+    left: list[Mapping[str, int]] = field(default_factory=list)
+
+
+@dataclass
+class SegmenterOutput:
+    """The scores of a batch.
+
+    Attributes:
+        sem_seg: float32 logits ``[K, height, width]`` of each image.
+        stats: how they were computed.
+    """
+
+    sem_seg: list[Tensor]
+    stats: SegmenterStats

@@ -1,0 +1,167 @@
+"""A semantic segmenter without Detectron2, with Detectron2's names in its state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cascade_det.core.modes import in_evaluation_mode
+from cascade_det.core.structures import PartTimer, part
+from cascade_det.data.samples import Sample
+from cascade_det.engine.batches import check_images
+from cascade_det.segmentation.head import SegmentationHead, predict, resize
+from cascade_det.segmentation.losses import SubsetLoss
+from cascade_det.segmentation.output import SegmenterOutput, SegmenterStats
+from cascade_det.standalone.preprocess import normalise_and_stack
+
+
+class SemanticSegmentor(nn.Module):
+    """Images in, losses or scores of every pixel out.
+
+    Args:
+        backbone: a batch of images to maps by name.
+        in_features: names of the maps that are decoded, finest first.
+        stride: of the finest of them, in pixels.
+        size_divisibility: sides of a batch of images are multiples of it.
+        sem_seg_head: the decoder, for the maps of the backbone, coarsest first.
+        loss: of the logits of all levels at the size of the labels.
+        loss_weight: its factor.
+        pixel_mean: of each channel, in the channel order of the images.
+        pixel_std: of each channel, in the same order.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: Callable[[Tensor], dict[str, Tensor]],
+        in_features: Sequence[str],
+        stride: int,
+        size_divisibility: int,
+        sem_seg_head: SegmentationHead,
+        loss: SubsetLoss,
+        loss_weight: float,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.in_features = tuple(in_features)
+        self.stride = stride
+        self.size_divisibility = size_divisibility
+        self.sem_seg_head = sem_seg_head
+        self.loss = loss
+        self.loss_weight = loss_weight
+        self.pixel_mean: Tensor
+        self.pixel_std: Tensor
+        mean, std = torch.tensor(pixel_mean), torch.tensor(pixel_std)
+        self.register_buffer("pixel_mean", mean.view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", std.view(-1, 1, 1), persistent=False)
+        self.dtype = "float32"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.pixel_mean.device
+
+    def forward(self, batch: Sequence[Sample]) -> dict[str, Tensor]:
+        """The same as ``losses``, for wrappers that call ``forward``."""
+        return self.losses(batch)
+
+    def losses(self, batch: Sequence[Sample]) -> dict[str, Tensor]:
+        """The loss of a batch.
+
+        Args:
+            batch: samples with ``image`` (``[3, H, W]``, values 0 to 255) and ``sem_seg`` (int64
+                ``[H, W]``: classes, or the value that is ignored).
+
+        Returns:
+            ``loss_sem_seg``, Detectron2's name.
+
+        Raises:
+            ValueError: the batch is empty, or an image or its labels have another shape.
+        """
+        if len(batch) == 0:
+            raise ValueError("the batch is empty: losses need at least one image")
+        images, _ = self.preprocess(batch)
+        labels = images.new_full(
+            (len(images), *images.shape[-2:]), self.loss.ignore_value, dtype=torch.int64
+        )
+        for padded, sample in zip(labels, batch, strict=True):
+            given, wanted = sample["sem_seg"], sample["image"].shape[-2:]
+            if given.shape != wanted:
+                raise ValueError(f"labels of shape {list(given.shape)} for {list(wanted)} pixels")
+            padded[: given.shape[0], : given.shape[1]] = given
+        size = self._full_size(images)
+        height, width = images.shape[-2:]
+        logits = [resize(x, size)[..., :height, :width] for x in self._logits(images)]
+        return {"loss_sem_seg": self.loss_weight * self.loss(logits, labels)}
+
+    @in_evaluation_mode
+    @torch.no_grad()
+    def segment(
+        self, batch: Sequence[Sample], *, timer: PartTimer | None = None
+    ) -> SegmenterOutput:
+        """Segment a batch.
+
+        Runs in evaluation mode and restores the mode of every module afterwards.
+
+        Args:
+            batch: samples with ``image`` (``[3, H, W]``) and, if it was resized, ``height`` and
+                ``width`` of the original.
+            timer: measures the milliseconds of every part.
+
+        Returns:
+            Logits of the original's size, as Detectron2's ``SemanticSegmentor`` returns them.
+
+        Raises:
+            ValueError: an image is not a tensor ``[3, H, W]``, or has no pixels.
+        """
+        if len(batch) == 0:
+            return SegmenterOutput([], SegmenterStats())
+        with part(timer, "preprocess"):
+            images, sizes = self.preprocess(batch)
+        with part(timer, "backbone"):
+            maps = self._maps(images)
+        logits = self.sem_seg_head(maps, timer)
+        with part(timer, "postprocess"):
+            scores = predict(logits, self._full_size(images))
+            resized = [
+                _at_original_size(x, size, sample)
+                for x, size, sample in zip(scores, sizes, batch, strict=True)
+            ]
+        left: list[Mapping[str, int]] = [{} for _ in logits[1:]]
+        left.append({"completed": len(batch)})
+        return SegmenterOutput(resized, SegmenterStats(left=left))
+
+    def preprocess(self, batch: Sequence[Sample]) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Normalised images ``[N, 3, H, W]`` padded to the largest, and the size of each."""
+        check_images(batch)
+        return normalise_and_stack(
+            [sample["image"] for sample in batch],
+            self.pixel_mean,
+            self.pixel_std,
+            step=self.size_divisibility,
+        )
+
+    def _logits(self, images: Tensor) -> list[Tensor]:
+        logits: list[Tensor] = self.sem_seg_head(self._maps(images))
+        return logits
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        maps = self.backbone(images)
+        return [maps[name] for name in reversed(self.in_features)]
+
+    def _full_size(self, images: Tensor) -> tuple[int, int]:
+        """Sides of the finest map times its stride."""
+        height, width = (-(-side // self.stride) * self.stride for side in images.shape[-2:])
+        return height, width
+
+
+def _at_original_size(scores: Tensor, size: tuple[int, int], sample: Sample) -> Tensor:
+    """``[K, H, W]`` cut to the image's own ``size``, and resized to that of the file."""
+    own = scores[None, :, : size[0], : size[1]]
+    original = sample.get("height", size[0]), sample.get("width", size[1])
+    return F.interpolate(own, original, mode="bilinear", align_corners=False)[0]

@@ -1,0 +1,117 @@
+"""A segmenter: its laws, and what is refused."""
+
+import pytest
+import torch
+from small_segmenter import LEVELS, SEGMENTER, labelled
+from torch.nn import functional as F
+
+from cascade_det.config import get_cfg
+from cascade_det.errors import ConfigError
+from cascade_det.standalone.build_segmenter import build_segmenter
+
+TRUNKS = ("resnet", "mobilenet_v2", "mobilenet_v3_large", "efficientvit", "hatnet")
+
+
+def build(*options):
+    cfg = get_cfg()
+    cfg.merge_from_list([*SEGMENTER, *options])
+    torch.manual_seed(0)
+    return build_segmenter(cfg)
+
+
+@pytest.mark.parametrize("trunk", TRUNKS)
+def test_every_trunk_learns_in_all_its_parts(trunk):
+    segmenter = build("MODEL.BACKBONE.NAME", f"build_{trunk}_backbone").train()
+    losses = segmenter.losses([labelled(75, 90), labelled(64, 101)])
+    assert losses.keys() == {"loss_sem_seg"}
+    losses["loss_sem_seg"].backward()
+    unused = [name for name, p in segmenter.named_parameters() if p.grad is None]
+    assert unused == []
+
+
+def test_pyramids_are_decoded_too():
+    segmenter = build(
+        *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.FPN.IN_FEATURES", LEVELS),
+        *("MODEL.SEM_SEG_HEAD.IN_FEATURES", ["p3", "p4", "p5"]),
+    )
+    (found,) = segmenter.segment([labelled(40, 70)]).sem_seg
+    assert found.shape == (3, 40, 70)
+    assert not segmenter.backbone.fpn_output2.weight.requires_grad  # that map is not read
+
+
+def test_scores_have_the_size_of_the_file():
+    """Bilinear, of the part that is not padding."""
+    segmenter = build()
+    small = labelled(50, 61)
+    large = {**small, "height": 100, "width": 305}
+    (own,), (resized,) = (segmenter.segment([one]).sem_seg for one in (small, large))
+    expected = F.interpolate(own[None], (100, 305), mode="bilinear")[0]
+    torch.testing.assert_close(resized, expected)
+
+
+def test_a_batch_of_one_size_is_its_images_one_by_one():
+    segmenter = build()
+    batch = [labelled(64, 75), labelled(64, 75)]
+    together = segmenter.segment(batch).sem_seg
+    alone = [segmenter.segment([one]).sem_seg[0] for one in batch]
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-3)
+
+
+def test_the_sum_of_all_levels_is_the_prediction():
+    segmenter = build().eval()
+    one = labelled(64, 96)
+    with torch.no_grad():
+        images, _ = segmenter.preprocess([one])
+        maps = segmenter.backbone(images)
+        decoded = segmenter.sem_seg_head.decoder([maps[name] for name in LEVELS[::-1]])
+        expected = sum(
+            F.interpolate(head(x), (64, 96), mode="bilinear")
+            for head, x in zip(segmenter.sem_seg_head.heads, decoded, strict=True)
+        )
+    torch.testing.assert_close(segmenter.segment([one]).sem_seg[0], expected[0])
+
+
+def test_ignored_pixels_and_padding_change_no_loss():
+    segmenter = build().eval()  # norms do not see the batch
+    one = labelled(64, 96)
+    one["sem_seg"][:20] = 255
+    other = {**one, "image": one["image"], "sem_seg": torch.full((64, 96), 255)}
+    alone = segmenter.losses([one])["loss_sem_seg"]
+    torch.testing.assert_close(segmenter.losses([one, other])["loss_sem_seg"], alone)
+
+
+def test_segmenting_restores_the_mode():
+    segmenter = build().train()
+    segmenter.segment([labelled(32, 32)])
+    assert all(module.training for module in segmenter.modules())
+    assert segmenter.segment([]).sem_seg == []
+
+
+def test_bad_batches():
+    segmenter = build()
+    with pytest.raises(ValueError, match="batch is empty"):
+        segmenter.losses([])
+    with pytest.raises(ValueError, match=r"labels of shape \[3, 4\] for \[32, 32\] pixels"):
+        segmenter.losses([{**labelled(32, 32), "sem_seg": torch.zeros(3, 4).long()}])
+    with pytest.raises(ValueError, match=r"uint8 tensor \[3, H, W\]"):
+        segmenter.segment([{"image": torch.zeros(1, 8, 8)}])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("MODEL.SEM_SEG_HEAD.IN_FEATURES", ["res2"]), "two maps or more"),
+        (("MODEL.SEM_SEG_HEAD.IN_FEATURES", ["res2", "res4"]), r"out of \['res2', 'res3'"),
+        (("MODEL.RESNETS.OUT_FEATURES", ["res4"]), "OUT_FEATURES is .* needs res2, res3, res5"),
+        (("MODEL.SEM_SEG_HEAD.NAME", "SemSegFPNHead"), "Supported: 'CascadeSemSegHead'"),
+        (("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"), r"FPN\.IN_FEATURES is \[\]"),
+        (("MODEL.CASCADE_DECODER.FUSE", "sum"), "Supported: 'add', 'concat'"),
+        (
+            ("MODEL.CASCADE_DECODER.CE_WEIGHT", 0.0, "MODEL.CASCADE_DECODER.DICE_WEIGHT", 0.0),
+            "both 0",
+        ),
+    ],
+)
+def test_bad_configurations(options, message):
+    with pytest.raises(ConfigError, match=message):
+        build(*options)

@@ -1,5 +1,6 @@
 """Feature extractors and feature pyramids, under Detectron2's or their official names."""
 
+from cascade_det.backbones.cascade_fpn import CascadeFPN
 from cascade_det.backbones.efficientvit import EfficientViT
 from cascade_det.backbones.efficientvit_neck import EfficientViTFPN
 from cascade_det.backbones.fpn import FPN
@@ -10,6 +11,7 @@ from cascade_det.backbones.resnet import ResNet
 
 __all__ = [
     "FPN",
+    "CascadeFPN",
     "EfficientViT",
     "EfficientViTFPN",
     "HATNet",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +47,7 @@ class FPN(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features = tuple(bottom_up.out_features)
-        levels = [LEVELS[name] for name in self.in_features]
-        if levels != list(range(levels[0], levels[0] + len(levels))):
-            raise ValueError(f"FPN needs neighbouring levels, finest first: {self.in_features}")
-        self.levels = levels
+        self.levels = levels = neighbouring_levels(self.in_features)
         self.out_channels = out_channels
         self.scale = {"sum": 1.0, "avg": 0.5}[fuse_type]
         for name, level in zip(self.in_features, levels, strict=True):
@@ -58,7 +55,7 @@ class FPN(nn.Module):
             lateral = ConvNorm(channels, out_channels, 1, norm=norm)
             output = ConvNorm(out_channels, out_channels, 3, norm=norm)
             for kind, conv in (("lateral", lateral), ("output", output)):
-                _initialise(conv)
+                initialise(conv)
                 self.add_module(f"fpn_{kind}{level}", conv)
         self.top_block = (
             StridedLevels(bottom_up, out_channels=out_channels, num_levels=extra_convs)
@@ -151,7 +148,7 @@ class StridedLevels(nn.Module):
         channels, level = bottom_up.channels[self.in_feature], LEVELS[self.in_feature]
         for i in range(level + 1, level + 1 + num_levels):
             conv = ConvNorm(channels, out_channels, 3, stride=2)
-            _initialise(conv)
+            initialise(conv)
             self.add_module(f"p{i}", conv)
             channels = out_channels
 
@@ -169,6 +166,25 @@ class StridedLevels(nn.Module):
             x = conv(x)
             maps.append(x)
         return maps
+
+
+def neighbouring_levels(in_features: Sequence[str]) -> list[int]:
+    """Base-2 logarithms of the strides of a trunk's maps.
+
+    Raises:
+        ValueError: they are not contiguous, finest first.
+    """
+    levels = [LEVELS[name] for name in in_features]
+    if levels != list(range(levels[0], levels[0] + len(levels))):
+        raise ValueError(f"a pyramid needs neighbouring levels, finest first: {in_features}")
+    return levels
+
+
+def initialise(conv: ConvNorm) -> None:
+    """Uniform weights of variance 1 / number of inputs, and zero bias."""
+    nn.init.kaiming_uniform_(conv.weight, a=1)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
 
 
 def _add_at_twice_the_size(lateral: Tensor, coarser: Tensor) -> Tensor:
@@ -209,9 +225,3 @@ def _apply(conv: nn.Module, x: Tensor, out: Tensor | None) -> Tensor:
         return conv(x, out=out)
     output: Tensor = conv(x)
     return output if out is None else out.copy_(output)
-
-
-def _initialise(conv: ConvNorm) -> None:
-    nn.init.kaiming_uniform_(conv.weight, a=1)
-    if conv.bias is not None:
-        nn.init.zeros_(conv.bias)

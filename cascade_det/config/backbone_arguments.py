@@ -6,35 +6,31 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-# By MODEL.BACKBONE.NAME.
+_TRUNKS = ("resnet", "mobilenet_v2", "mobilenet_v3_large", "efficientvit", "hatnet", "hiervit")
+# Trunk and neck, by MODEL.BACKBONE.NAME.
 BACKBONES = {
-    "build_resnet_fpn_backbone": "resnet",
-    "build_mobilenet_v2_fpn_backbone": "mobilenet_v2",
-    "build_mobilenet_v3_large_fpn_backbone": "mobilenet_v3_large",
-    "build_efficientvit_fpn_backbone": "efficientvit",
-    "build_hatnet_fpn_backbone": "hatnet",
-    "build_hiervit_fpn_backbone": "hiervit",
+    f"build_{trunk}_{neck}_backbone": (trunk, neck)
+    for neck in ("fpn", "cascade_fpn")
+    for trunk in _TRUNKS
 }
 # Without a pyramid, for segmenters.
-TRUNKS = {f"build_{trunk}_backbone": trunk for trunk in BACKBONES.values()}
+TRUNKS = {f"build_{trunk}_backbone": (trunk, "") for trunk in _TRUNKS}
+_PARTS = BACKBONES | TRUNKS
 _EXTRA_CONVS = 2  # of HierViT, whose coarsest map is fine
 
 
 def backbone_arguments(cfg: CfgNode) -> dict[str, Any]:
     """The backbone: its ``name``, and the arguments of its ``bottom_up`` and its ``fpn``.
 
-    ``neck`` is the kind of a published neck of EfficientViT, or ``None`` for the ``fpn``.
+    ``neck`` is ``fpn``, ``cascade_fpn``, or the kind of a published neck of EfficientViT.
     """
     model = cfg.MODEL
-    name = (BACKBONES | TRUNKS)[model.BACKBONE.NAME]
+    name, neck = _PARTS[model.BACKBONE.NAME]
     bottom_up: dict[str, Any] = {"freeze_at": model.BACKBONE.FREEZE_AT}
-    fpn = {
+    fpn: dict[str, Any] = {
         "in_features": tuple(model.FPN.IN_FEATURES),
         "out_channels": model.FPN.OUT_CHANNELS,
-        "norm": model.FPN.NORM,
-        "fuse_type": model.FPN.FUSE_TYPE,
     }
-    neck = None
     if name == "efficientvit":
         keys = model.EFFICIENTVIT
         bottom_up |= {
@@ -42,7 +38,7 @@ def backbone_arguments(cfg: CfgNode) -> dict[str, Any]:
             "kernels": tuple(keys.KERNELS),
             "norm_eval": keys.NORM_EVAL,
         }
-        neck = keys.NECK if keys.NECK != "fpn" else None
+        neck = keys.NECK if keys.NECK != "fpn" else neck
     elif name == "hatnet":
         bottom_up |= {"name": model.HATNET.NAME, "drop_path": float(model.HATNET.DROP_PATH)}
     elif name == "hiervit":
@@ -65,12 +61,14 @@ def backbone_arguments(cfg: CfgNode) -> dict[str, Any]:
             "num_groups": model.RESNETS.NUM_GROUPS,
             "width_per_group": model.RESNETS.WIDTH_PER_GROUP,
         }
+    if neck == "fpn":
+        fpn |= {"norm": model.FPN.NORM, "fuse_type": model.FPN.FUSE_TYPE}
     return {"name": name, "bottom_up": bottom_up, "fpn": fpn, "neck": neck}
 
 
 def trunk_maps(cfg: CfgNode) -> tuple[str, ...]:
     """Names of the maps that a trunk has, finest first."""
-    name = (BACKBONES | TRUNKS)[cfg.MODEL.BACKBONE.NAME]
+    name, _ = _PARTS[cfg.MODEL.BACKBONE.NAME]
     if name == "hiervit":
         sizes = cfg.MODEL.HIERVIT.PATCH_SIZES
         return tuple(f"res{size.bit_length() - 1}" for size in sizes)
@@ -86,7 +84,7 @@ def backbone_maps(cfg: CfgNode) -> tuple[str, ...]:
     Args:
         cfg: its ``MODEL.FPN.IN_FEATURES`` are the last of ``trunk_maps``.
     """
-    name = BACKBONES[cfg.MODEL.BACKBONE.NAME]
+    name, _ = BACKBONES[cfg.MODEL.BACKBONE.NAME]
     finest, coarsest = (int(cfg.MODEL.FPN.IN_FEATURES[i].removeprefix("res")) for i in (0, -1))
     coarsest += _EXTRA_CONVS if name == "hiervit" else 1
     neck = cfg.MODEL.EFFICIENTVIT.NECK if name == "efficientvit" else "fpn"

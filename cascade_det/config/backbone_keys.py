@@ -29,7 +29,8 @@ BACKBONE = group(
     "Backbone",
     NAME=Key(
         "build_resnet_backbone",
-        "The backbone, with its feature pyramid or, of a segmenter, without one.",
+        "The backbone with its feature pyramid: Detectron2's (`fpn`), or the CASCADE decoder "
+        "(`cascade_fpn`); of a segmenter also without.",
         one_of(*BACKBONES, *TRUNKS),
     ),
     FREEZE_AT=Key(
@@ -48,9 +49,15 @@ FPN = group(
         "of its last patch size); res3 gives p3. One coarser level is added, two to HierViT.",
         NAMES,
     ),
-    OUT_CHANNELS=Key(256, "Width of every level.", COUNT, "channels"),
-    NORM=Key("", NORM_HELP, NORM),
-    FUSE_TYPE=Key("sum", "How a level is merged with the coarser one.", one_of("sum", "avg")),
+    OUT_CHANNELS=Key(
+        256, "Width of every level; the CASCADE decoder needs 16 or more.", COUNT, "channels"
+    ),
+    NORM=Key("", f"{NORM_HELP} Of `fpn` backbones; the CASCADE decoder has BN.", NORM),
+    FUSE_TYPE=Key(
+        "sum",
+        "How a level is merged with the coarser one, in `fpn` backbones.",
+        one_of("sum", "avg"),
+    ),
 )
 
 RESNETS = group(

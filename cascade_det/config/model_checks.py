@@ -19,6 +19,8 @@ from cascade_det.config.tree import value_of
 _GROUP_NORM_GROUPS = 32
 _HEAD_WIDTH = 32  # of HierViT
 _PATCH_SIZES = [4, 8, 16, 32]
+_NECKS = {neck for _, neck in BACKBONES.values()}
+_DECODER_CHANNELS = 16  # or more
 
 
 def _check_box_heads(cfg: CfgNode) -> Iterator[str]:
@@ -47,17 +49,21 @@ def _check_resnet(cfg: CfgNode) -> Iterator[str]:
             f"MODEL.RESNETS.NUM_GROUPS is {resnets.NUM_GROUPS}, but depth {resnets.DEPTH} has no "
             "groups. Set it to 1, or take depth 50 or more."
         )
-    missing = [name for name in cfg.MODEL.FPN.IN_FEATURES if name not in resnets.OUT_FEATURES]
-    if cfg.MODEL.BACKBONE.NAME == "build_resnet_fpn_backbone" and missing:
+
+
+def _check_resnet_maps(cfg: CfgNode) -> Iterator[str]:
+    outputs = cfg.MODEL.RESNETS.OUT_FEATURES
+    missing = [name for name in cfg.MODEL.FPN.IN_FEATURES if name not in outputs]
+    if BACKBONES[cfg.MODEL.BACKBONE.NAME][0] == "resnet" and missing:
         yield (
-            f"MODEL.RESNETS.OUT_FEATURES is {resnets.OUT_FEATURES}, but MODEL.FPN.IN_FEATURES "
-            f"needs {', '.join(missing)}. Add it."
+            f"MODEL.RESNETS.OUT_FEATURES is {outputs}, but MODEL.FPN.IN_FEATURES needs "
+            f"{', '.join(missing)}. Add it."
         )
 
 
 def _check_hiervit(cfg: CfgNode) -> Iterator[str]:
     keys = cfg.MODEL.HIERVIT
-    if BACKBONES[cfg.MODEL.BACKBONE.NAME] != "hiervit":
+    if BACKBONES[cfg.MODEL.BACKBONE.NAME][0] != "hiervit":
         return
     sizes = list(keys.PATCH_SIZES)
     start = _PATCH_SIZES.index(sizes[0]) if sizes[0] in _PATCH_SIZES else 0
@@ -81,10 +87,40 @@ def _check_hiervit(cfg: CfgNode) -> Iterator[str]:
 
 def _check_efficientvit(cfg: CfgNode) -> Iterator[str]:
     kernels = cfg.MODEL.EFFICIENTVIT.KERNELS
-    if BACKBONES[cfg.MODEL.BACKBONE.NAME] == "efficientvit" and len(kernels) not in (0, 4):
+    if BACKBONES[cfg.MODEL.BACKBONE.NAME][0] == "efficientvit" and len(kernels) not in (0, 4):
         yield (
             f"MODEL.EFFICIENTVIT.KERNELS is {list(kernels)}. Give 4 kernels, one per head, or () "
             "for the model's own."
+        )
+
+
+def _check_cascade_fpn(cfg: CfgNode) -> Iterator[str]:
+    model = cfg.MODEL
+    name, fpn = model.BACKBONE.NAME, model.FPN
+    trunk, neck = BACKBONES[name]
+    if neck != "cascade_fpn":
+        return
+    for key, wanted in (("NORM", ""), ("FUSE_TYPE", "sum")):
+        if fpn[key] != wanted:
+            yield (
+                f"MODEL.FPN.{key} is {fpn[key]!r}, but {name} does not read it: the CASCADE "
+                f"decoder has batch norms and attention gates. Set it to {wanted!r}, or take "
+                f"build_{trunk}_fpn_backbone."
+            )
+    if fpn.OUT_CHANNELS < _DECODER_CHANNELS:
+        yield (
+            f"MODEL.FPN.OUT_CHANNELS is {fpn.OUT_CHANNELS}, too few for the CASCADE decoder of "
+            f"{name}. Give {_DECODER_CHANNELS} or more."
+        )
+    if len(fpn.IN_FEATURES) == 1:
+        yield (
+            f"MODEL.FPN.IN_FEATURES is {list(fpn.IN_FEATURES)}. Give two levels or more, which "
+            f"the CASCADE decoder of {name} takes."
+        )
+    if trunk == "efficientvit" and model.EFFICIENTVIT.NECK != "fpn":
+        yield (
+            f"MODEL.EFFICIENTVIT.NECK is {model.EFFICIENTVIT.NECK!r}, but {name} has the CASCADE "
+            f"decoder. Set it to 'fpn', or take build_{trunk}_fpn_backbone."
         )
 
 
@@ -99,7 +135,7 @@ def _check_pyramid(cfg: CfgNode) -> Iterator[str]:
     if any(_check_hiervit(cfg)):
         return
     known, neck = trunk_maps(cfg), backbone_arguments(cfg)["neck"]
-    if neck is not None and inputs != known:
+    if neck not in _NECKS and inputs != known:
         yield (
             f"MODEL.FPN.IN_FEATURES is {list(inputs)}. Give {list(known)}, which "
             f"EFFICIENTVIT.NECK {neck!r} takes, or set that to 'fpn'."
@@ -148,7 +184,7 @@ def _check_anchors(cfg: CfgNode) -> Iterator[str]:
 def _check_group_norm(cfg: CfgNode) -> Iterator[str]:
     model = cfg.MODEL
     widths: list[tuple[str, int]] = []
-    trunk = BACKBONES[model.BACKBONE.NAME]
+    trunk, neck = BACKBONES[model.BACKBONE.NAME]
     if model.RESNETS.NORM == "GN" and trunk.startswith("mobilenet"):
         yield (
             f"MODEL.RESNETS.NORM is GN, but the layers of {model.BACKBONE.NAME} are too narrow for "
@@ -157,7 +193,7 @@ def _check_group_norm(cfg: CfgNode) -> Iterator[str]:
     if model.RESNETS.NORM == "GN" and model.RESNETS.DEPTH >= 50 and trunk == "resnet":
         width = model.RESNETS.WIDTH_PER_GROUP * model.RESNETS.NUM_GROUPS
         widths.append(("MODEL.RESNETS.WIDTH_PER_GROUP x NUM_GROUPS", width))
-    if model.FPN.NORM == "GN":
+    if model.FPN.NORM == "GN" and neck == "fpn":
         widths.append(("MODEL.FPN.OUT_CHANNELS", model.FPN.OUT_CHANNELS))
     if "GN" in (model.ROI_BOX_HEAD.NORM, *model.CASCADE.BOX_HEAD.NORM):
         widths.append(("MODEL.ROI_BOX_HEAD.CONV_DIM", model.ROI_BOX_HEAD.CONV_DIM))
@@ -173,7 +209,13 @@ def _check_group_norm(cfg: CfgNode) -> Iterator[str]:
             )
 
 
-BACKBONE_CHECKS: tuple[Check, ...] = (_check_efficientvit, _check_hiervit, _check_pyramid)
+BACKBONE_CHECKS: tuple[Check, ...] = (
+    _check_resnet_maps,
+    _check_efficientvit,
+    _check_hiervit,
+    _check_cascade_fpn,
+    _check_pyramid,
+)
 MODEL_CHECKS: tuple[Check, ...] = (
     _check_box_heads,
     check_exits_unused,

@@ -11,6 +11,7 @@ from torch import nn
 from cascade_det import config
 from cascade_det.backbones import (
     FPN,
+    CascadeFPN,
     EfficientViT,
     EfficientViTFPN,
     HATNet,
@@ -92,14 +93,16 @@ def build_trunk(cfg: CfgNode, out_features: Sequence[str]) -> Trunk:
     return TRUNKS[arguments["name"]](out_features=tuple(out_features), **arguments["bottom_up"])
 
 
-def build_backbone(cfg: CfgNode) -> FPN | EfficientViTFPN:
+def build_backbone(cfg: CfgNode) -> FPN | CascadeFPN | EfficientViTFPN:
     """The backbone of a checked configuration, with its pyramid."""
     arguments = config.backbone_arguments(cfg)
-    fpn = dict(arguments["fpn"])
-    trunk = build_trunk(cfg, fpn.pop("in_features"))
-    if (kind := arguments["neck"]) is not None:
-        return EfficientViTFPN(trunk, kind=kind, out_channels=fpn["out_channels"])
-    return FPN(trunk, **fpn)
+    neck = dict(arguments["fpn"])
+    trunk = build_trunk(cfg, neck.pop("in_features"))
+    if arguments["neck"] == "fpn":
+        return FPN(trunk, **neck)
+    if arguments["neck"] == "cascade_fpn":
+        return CascadeFPN(trunk, **neck)
+    return EfficientViTFPN(trunk, kind=arguments["neck"], **neck)
 
 
 def _build_cascade(cfg: CfgNode, pooler: RoIPooler, in_channels: int) -> CascadeHead:

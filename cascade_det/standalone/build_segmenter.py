@@ -7,7 +7,7 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from cascade_det import config
-from cascade_det.backbones import FPN, EfficientViTFPN
+from cascade_det.backbones import FPN, CascadeFPN, EfficientViTFPN
 from cascade_det.backbones.trunk import LEVELS, Trunk
 from cascade_det.config.backbone_arguments import TRUNKS
 from cascade_det.engine.devices import resolve_device
@@ -55,7 +55,9 @@ def _of_trunk(trunk: Trunk, names: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def _of_pyramid(pyramid: FPN | EfficientViTFPN, names: tuple[str, ...]) -> dict[str, Any]:
+def _of_pyramid(
+    pyramid: FPN | CascadeFPN | EfficientViTFPN, names: tuple[str, ...]
+) -> dict[str, Any]:
     pyramid.freeze_unread(names)
     return {
         "backbone": pyramid,

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from cascade_det.backbones import FPN, EfficientViTFPN
+from cascade_det.backbones import FPN, CascadeFPN, EfficientViTFPN
 from cascade_det.core import (
     CascadeHead,
     CascadeInputs,
@@ -51,7 +51,7 @@ class Detector(nn.Module):
     def __init__(
         self,
         *,
-        backbone: FPN | EfficientViTFPN,
+        backbone: FPN | CascadeFPN | EfficientViTFPN,
         proposal_generator: RPN,
         roi_heads: CascadeHead,
         roi_in_features: Sequence[str],

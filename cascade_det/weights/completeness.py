@@ -25,8 +25,8 @@ _AGNOSTIC = re.compile(
 _LEARNED = re.compile(r"roi_heads\.exits\.learned\.(\w+)\.")
 # State of a training, such as thresholds that follow its statistics.
 _TRAINING_ALONE = re.compile(r"roi_heads\.regime\.")
-# Detectron2's FPN and its coarser levels, and the necks of EfficientViT.
-_NECK = r"(?:fpn_|top_block\.|lateral_convs\.|extra_trans_convs\.|extra_fpn_convs\.)"
+# Detectron2's FPN and its coarser levels, the CASCADE decoder, and the necks of EfficientViT.
+_NECK = r"(?:fpn_|top_block\.|decoder\.|lateral_convs\.|extra_trans_convs\.|extra_fpn_convs\.)"
 _PARTS = (
     (re.compile(r"backbone\.(?:bottom_up|features)\."), "the backbone"),
     (re.compile(rf"backbone\.{_NECK}"), "the FPN"),

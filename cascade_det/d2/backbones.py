@@ -146,6 +146,7 @@ def build_resnet_cascade_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> B
     """Detectron2's ResNet with the CASCADE decoder."""
     fpn = _arguments(cfg)["fpn"]
     resnet = build_resnet_backbone(cfg, input_shape)
+    resnet.register_load_state_dict_post_hook(refuse_classifier_names)
     # What a pyramid of ours asks of a trunk.
     resnet.out_features = fpn.pop("in_features")
     resnet.channels = {name: spec.channels for name, spec in resnet.output_shape().items()}

@@ -37,8 +37,23 @@ def test_resnet_backbone(cfg):
             "norm": "",
             "fuse_type": "sum",
         },
-        "neck": None,
+        "neck": "fpn",
     }
+
+
+def test_cascade_decoder_as_a_pyramid(cfg):
+    fpn = config.backbone_arguments(cfg)
+    set_keys(cfg, "MODEL.BACKBONE.NAME", "build_resnet_cascade_fpn_backbone")
+    found = config.backbone_arguments(cfg)
+    for key in ("norm", "fuse_type"):
+        del fpn["fpn"][key]
+    assert found == {**fpn, "neck": "cascade_fpn"}
+    set_keys(cfg, "MODEL.BACKBONE.NAME", "build_hiervit_cascade_fpn_backbone")
+    found = config.backbone_arguments(cfg)
+    assert (found["name"], found["neck"], found["fpn"]["extra_convs"]) == (
+        *("hiervit", "cascade_fpn"),
+        2,
+    )
 
 
 def test_backbones_with_attention(cfg):
@@ -49,7 +64,7 @@ def test_backbones_with_attention(cfg):
     assert found["bottom_up"] == {"freeze_at": 0, "name": "m4", "kernels": (), "norm_eval": True}
     set_keys(cfg, "MODEL.BACKBONE.NAME", "build_hatnet_fpn_backbone")
     found = config.backbone_arguments(cfg)
-    assert (found["name"], found["neck"]) == ("hatnet", None)
+    assert (found["name"], found["neck"]) == ("hatnet", "fpn")
     assert found["bottom_up"] == {"freeze_at": 0, "name": "tiny", "drop_path": 0.1}
     set_keys(cfg, "MODEL.BACKBONE.NAME", "build_hiervit_fpn_backbone")
     found = config.backbone_arguments(cfg)

@@ -103,6 +103,7 @@ def levels(finest, coarsest):
 
 EFFICIENTVIT = "MODEL.BACKBONE.NAME build_efficientvit_fpn_backbone"
 HIERVIT = "MODEL.BACKBONE.NAME build_hiervit_fpn_backbone"
+CASCADE_FPN = "MODEL.BACKBONE.NAME build_resnet_cascade_fpn_backbone"
 STAGES = "MODEL.FPN.IN_FEATURES ['res4','res5','res6']"
 GOOD = (
     "MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64",
@@ -117,6 +118,12 @@ GOOD = (
     f"{HIERVIT} MODEL.FPN.IN_FEATURES ['res3','res4'] {levels(3, 6)}",
     f"{HIERVIT} MODEL.HIERVIT.PATCH_SIZES [16,32] MODEL.HIERVIT.WIDTHS [32,64] "
     f"MODEL.HIERVIT.DEPTHS [1,1] MODEL.FPN.IN_FEATURES ['res5'] {levels(5, 7)}",
+    f"{CASCADE_FPN} MODEL.FPN.OUT_CHANNELS 16 MODEL.RESNETS.NORM BN",
+    f"{CASCADE_FPN} MODEL.FPN.IN_FEATURES ['res4','res5'] {levels(4, 6)}",
+    f"{EFFICIENTVIT} MODEL.BACKBONE.NAME build_efficientvit_cascade_fpn_backbone "
+    "MODEL.FPN.IN_FEATURES ['res2','res3','res4','res5','res6']",
+    f"{HIERVIT} MODEL.BACKBONE.NAME build_hiervit_cascade_fpn_backbone "
+    f"MODEL.FPN.IN_FEATURES ['res3','res4'] {levels(3, 6)}",
     "MODEL.DEVICE cuda:1",
     "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG False",
     "MODEL.ROI_BOX_CASCADE_HEAD.IOUS (0.5,0.51,0.52)",
@@ -377,6 +384,27 @@ CONTRADICTIONS = {
     f"{HIERVIT} MODEL.HIERVIT.PATCH_SIZES (2,4,8)": "HIERVIT.PATCH_SIZES is [2, 4, 8]",
     f"{HIERVIT} MODEL.HIERVIT.DEPTHS (1,1)": "HIERVIT.DEPTHS is [1, 1] | 3 stages | one value",
     f"{HIERVIT} MODEL.HIERVIT.WIDTHS (64,100,256)": "HIERVIT.WIDTHS is [64, 100, 256] | of 32",
+    f"{CASCADE_FPN} MODEL.FPN.NORM GN MODEL.FPN.OUT_CHANNELS 40": (
+        "a problem | FPN.NORM is 'GN', but build_resnet_cascade_fpn_backbone | Set it to ''"
+    ),
+    f"{CASCADE_FPN} MODEL.FPN.FUSE_TYPE avg": (
+        "FPN.FUSE_TYPE is 'avg' | Set it to 'sum', or take build_resnet_fpn_backbone"
+    ),
+    f"{CASCADE_FPN} MODEL.FPN.OUT_CHANNELS 8": "FPN.OUT_CHANNELS is 8 | Give 16 or more",
+    f"{CASCADE_FPN} MODEL.FPN.IN_FEATURES ['res5'] {levels(5, 6)}": (
+        "FPN.IN_FEATURES is ['res5'] | two levels"
+    ),
+    f"{CASCADE_FPN} MODEL.RESNETS.OUT_FEATURES ['res4','res5']": (
+        "OUT_FEATURES is ['res4', 'res5'] | needs res2, res3"
+    ),
+    "MODEL.BACKBONE.NAME build_mobilenet_v2_cascade_fpn_backbone MODEL.RESNETS.NORM GN": (
+        "RESNETS.NORM is GN | mobilenet_v2_cascade | BN"
+    ),
+    "MODEL.BACKBONE.NAME build_efficientvit_cascade_fpn_backbone MODEL.EFFICIENTVIT.NECK "
+    f"retinanet {STAGES} {levels(3, 7)}": (
+        "a problem | EFFICIENTVIT.NECK is 'retinanet' | Set it to 'fpn' | "
+        "build_efficientvit_fpn_backbone"
+    ),
     "MODEL.ROI_HEADS.IN_FEATURES ['p3','p2']": (
         "ROI_HEADS.IN_FEATURES is ['p3', 'p2'] | finest first"
     ),

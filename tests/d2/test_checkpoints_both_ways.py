@@ -114,8 +114,11 @@ class TestDetectron2ToStandalone:
         assert_complete(load_weights(alone, path))
         assert_same_state(alone, theirs.model.state_dict())
 
-    @pytest.mark.parametrize("kind", ["heuristics", "Caffe2"])
-    def test_backbone_of_imagenet(self, theirs, tmp_path, kind):
+    @pytest.mark.parametrize(
+        ("name", "kind"),
+        [("R-18", "heuristics"), ("R-18", "Caffe2"), ("resnet_cascade", "heuristics")],
+    )
+    def test_backbone_of_imagenet(self, theirs, tmp_path, name, kind):
         """Each host on its own makes the same of it."""
         trunk = theirs.model.backbone.bottom_up.state_dict()
         if kind == "Caffe2":
@@ -129,7 +132,8 @@ class TestDetectron2ToStandalone:
         path.write_bytes(pickle.dumps(content, protocol=2))
 
         torch.manual_seed(1)
-        ours, alone = (host(*R18, *OUR_HEADS).model for host in (in_detectron2, standalone))
+        options = (*BACKBONES[name], *OUR_HEADS)
+        ours, alone = (host(*options).model for host in (in_detectron2, standalone))
         alone.load_state_dict(ours.state_dict())
         before = {name: value.clone() for name, value in ours.state_dict().items()}
         DetectionCheckpointer(ours).load(str(path))
@@ -137,6 +141,7 @@ class TestDetectron2ToStandalone:
         assert_same_state(alone, ours.state_dict())
         changed = {n for n, value in ours.state_dict().items() if not torch.equal(value, before[n])}
         assert changed >= {f"backbone.bottom_up.{name}" for name in trunk}
+        assert not any(name.startswith("backbone.decoder.") for name in changed)
 
 
 def blob_name(name):
@@ -261,6 +266,19 @@ def merged_from(cfg, folder):
 def as_yaml(cfg):
     """Values as a file has them: tuples and lists are the same there."""
     return yaml.safe_load(cfg.dump())
+
+
+def test_files_of_the_cascade_decoder(tmp_path):
+    options = (*BACKBONES["resnet_cascade"], *OUR_HEADS)
+    torch.manual_seed(0)
+    ours, alone, back = (host(*options).model for host in (in_detectron2, standalone, standalone))
+    DetectionCheckpointer(alone, str(tmp_path)).save("alone")
+    assert not DetectionCheckpointer(ours).load(str(tmp_path / "alone.pth"))
+    assert_same_state(ours, alone.state_dict())
+    stir(ours)
+    DetectionCheckpointer(ours, str(tmp_path)).save("ours")
+    assert_complete(load_weights(back, tmp_path / "ours.pth", complete=True))
+    assert_same_state(back, ours.state_dict())
 
 
 class TestConfigurations:

@@ -53,6 +53,15 @@ TRUNKS = {
         ["MODEL.BACKBONE.NAME", "build_hatnet_fpn_backbone"],
         "patch_embed.0.weight",
     ),
+    "ResNet with the CASCADE decoder and other heads": (
+        resnet18,
+        [
+            *("MODEL.BACKBONE.NAME", "build_resnet_cascade_fpn_backbone"),
+            *("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", ""),
+            *("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.CASCADE.EXIT.ENABLED", False),
+        ],
+        "stem.conv1.weight",
+    ),
     "ResNet": (resnet18, ["MODEL.RESNETS.NORM", "FrozenBN"], "stem.conv1.weight"),
 }
 

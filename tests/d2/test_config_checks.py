@@ -9,7 +9,7 @@ pytest.importorskip("detectron2.engine", exc_type=ImportError)
 import detectron2
 from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone, build_model
-from small_backbones import ATTENTION, HIERVIT
+from small_backbones import ATTENTION, CASCADE_FPN, HIERVIT, STAGES
 from small_plugin import OURS
 
 from cascade_det import standalone
@@ -104,6 +104,18 @@ WRONG = [
     ),
     (ATTENTION["hatnet"], "MODEL.HATNET.DROP_PATH", 1.5, r"HATNET\.DROP_PATH is 1\.5"),
     (ATTENTION["hatnet"], "MODEL.FPN.IN_FEATURES", ["res2", "res3"], r"FPN\.IN_FEATURES is .*res5"),
+    (
+        (*CASCADE_FPN["efficientvit_cascade"], *STAGES),
+        "MODEL.EFFICIENTVIT.NECK",
+        "maskrcnn",
+        r"EFFICIENTVIT\.NECK is 'maskrcnn', but build_efficientvit_cascade_fpn_backbone",
+    ),
+    (
+        CASCADE_FPN["hatnet_cascade"],
+        "MODEL.FPN.NORM",
+        "GN",
+        r"FPN\.NORM is 'GN'.*does not read it",
+    ),
     (HIERVIT, "MODEL.HIERVIT.WIDTHS", (32, 32), r"HIERVIT\.WIDTHS is \[32, 32\].*3 stages"),
     (HIERVIT, "MODEL.HIERVIT.MIXER", "mlp", r"HIERVIT\.MIXER is 'mlp'.*token_groups"),
 ]
@@ -122,6 +134,13 @@ def test_wrong_keys_of_our_backbones_are_named(backbone, key, value, message):
     with pytest.raises(ConfigError, match=message) as error:
         build_backbone(cfg)
     assert str(error.value).count("MODEL.") == 1
+
+
+def test_a_resnet_without_the_maps_of_the_cascade_decoder():
+    cfg = get_cfg()
+    cfg.merge_from_list([*CASCADE_FPN["resnet_cascade"], "MODEL.FPN.IN_FEATURES", ["res4", "res5"]])
+    with pytest.raises(ConfigError, match=r"RESNETS\.OUT_FEATURES is \['res4'\].* needs res5"):
+        build_backbone(cfg)
 
 
 @pytest.mark.parametrize("name", ["efficientvit", "hatnet", "hiervit"])

@@ -5,7 +5,7 @@
 
 import pytest
 import torch
-from small_backbones import ATTENTION
+from small_backbones import ATTENTION, CASCADE_FPN
 
 pytest.importorskip("detectron2.engine", exc_type=ImportError)
 
@@ -60,8 +60,8 @@ def test_fast_pooling_gives_the_same_detections(three, count, record_property, m
         assert largest["scores"] <= 1e-4
 
 
-@pytest.mark.parametrize("name", ATTENTION)
-def test_backbones_with_attention_give_the_same_bits(name):
+@pytest.mark.parametrize("name", [*ATTENTION, *CASCADE_FPN])
+def test_backbones_of_ours_give_the_same_bits(name):
     ours, alone = (host.detect(make_batch(3)) for host in build_two(*BACKBONES[name], *SAME_KERNEL))
     assert all(len(found) > 20 and len(found.classes.unique()) > 1 for found in ours)
     assert_equal(alone, ours)

@@ -92,9 +92,10 @@ FIXED = ("MODEL.EFFICIENTVIT.NORM_EVAL", True)
 
 
 @pytest.mark.parametrize(
-    ("name", "fixed"), [*((name, ()) for name in ATTENTION), ("efficientvit", FIXED)]
+    ("name", "fixed"),
+    [*((name, ()) for name in (*ATTENTION, "hiervit_cascade")), ("efficientvit", FIXED)],
 )
-def test_one_step_of_backbones_with_attention(name, fixed):
+def test_one_step_of_backbones_of_ours(name, fixed):
     hosts = build_two(*BACKBONES[name], *fixed, *SAME_KERNEL, stirred=False)
     stir_backbone(hosts[0].model)
     hosts[1].model.load_state_dict(hosts[0].model.state_dict())

@@ -37,6 +37,19 @@ ATTENTION = {
     "hiervit": HIERVIT,
     "hiervit_groups": (*HIERVIT, "MODEL.HIERVIT.MIXER", "token_groups"),
 }
+# The CASCADE decoder over every trunk.
+CASCADE_FPN = {
+    f"{name}_cascade": (
+        *options,
+        *("MODEL.BACKBONE.NAME", f"build_{name}_cascade_fpn_backbone", "MODEL.FPN.NORM", ""),
+    )
+    for name, options in {
+        "resnet": ("MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
+        "mobilenet_v2": (),
+        "mobilenet_v3_large": (),
+        **{name: ATTENTION[name] for name in ("efficientvit", "hatnet", "hiervit")},
+    }.items()
+}
 
 _HIERVIT = partial(
     HierarchicalViT, widths=(8, 16, 24), depths=(1, 1, 1), head_width=8, window=3, drop_path=0.0

@@ -14,7 +14,7 @@ from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.structures.masks import polygons_to_bitmask
 from detectron2.utils.events import EventStorage
 from shape_runs import ROOT
-from small_backbones import ATTENTION
+from small_backbones import ATTENTION, CASCADE_FPN
 from torch.nn import functional as F
 
 from cascade_det import config
@@ -51,6 +51,7 @@ BACKBONES = {
     "mobilenet_v2": ("MODEL.BACKBONE.NAME", "build_mobilenet_v2_fpn_backbone"),
     "mobilenet_v3": ("MODEL.BACKBONE.NAME", "build_mobilenet_v3_large_fpn_backbone"),
     **ATTENTION,
+    **CASCADE_FPN,
 }
 MASKS = (
     *("MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NUM_CONV", 2),

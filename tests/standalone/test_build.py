@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from shape_runs import ROOT
-from small_backbones import ATTENTION
+from small_backbones import ATTENTION, CASCADE_FPN
 
 from cascade_det.config import load_config
 from cascade_det.errors import ConfigError
@@ -16,6 +16,7 @@ LIGHT = {
     "mobilenet_v2": ("MODEL.BACKBONE.NAME", "build_mobilenet_v2_fpn_backbone"),
     "mobilenet_v3": ("MODEL.BACKBONE.NAME", "build_mobilenet_v3_large_fpn_backbone"),
     **ATTENTION,
+    **CASCADE_FPN,
 }
 
 
@@ -81,7 +82,8 @@ def test_light_backbones_train_and_detect(instant_cfg, name):
     images, _ = detector.preprocess([make_sample()["image"]])
     height, width = images.shape[-2:]
     sizes = {level: tuple(x.shape[-2:]) for level, x in detector.backbone(images).items()}
-    levels = range(3, 8) if name in ("efficientvit", "efficientvit_retinanet") else range(2, 7)
+    from_p3 = ("efficientvit", "efficientvit_retinanet", "efficientvit_cascade")
+    levels = range(3, 8) if name in from_p3 else range(2, 7)
     assert sizes == {
         f"p{level}": (math.ceil(height / 2**level), math.ceil(width / 2**level)) for level in levels
     }

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_backbones import ATTENTION
+from small_backbones import ATTENTION, CASCADE_FPN
 from small_cascades import random_boxes
 from small_detectors import make_detector, make_masks, random_image
 from torchvision.ops import nms
@@ -184,7 +184,7 @@ def test_program_gives_the_detections_of_images_of_any_size(tmp_path):
 def attentive(request, instant_cfg):
     """A detector with attention in the backbone, whose answers are not all alike."""
     options = ("MODEL.FPN.OUT_CHANNELS", 16, "MODEL.FPN.NORM", "")
-    instant_cfg.merge_from_list([*ATTENTION[request.param], *options])
+    instant_cfg.merge_from_list([*(ATTENTION | CASCADE_FPN)[request.param], *options])
     instant_cfg.merge_from_list(["MODEL.CASCADE.EXIT.ENABLED", False])
     detector = build_detector(instant_cfg).eval()
     for predictor in detector.roi_heads.box_predictor:
@@ -199,6 +199,8 @@ def attentive(request, instant_cfg):
         ("efficientvit", export_onnx),
         ("efficientvit", export_program),
         ("hiervit", export_onnx),
+        ("hiervit_cascade", export_onnx),
+        ("hiervit_cascade", export_program),
     ],
     indirect=["attentive"],
 )

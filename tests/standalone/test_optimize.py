@@ -6,7 +6,7 @@ import logging
 import cv2
 import pytest
 import torch
-from small_backbones import ATTENTION
+from small_backbones import ATTENTION, CASCADE_FPN
 from small_cascades import assert_same_detections
 from torch import nn
 
@@ -55,7 +55,8 @@ def make_batch():
     return [{"image": image} for image in images]
 
 
-SAME = {"mobilenet": MOBILE, "R-18": R18, "convs": CONV_HEADS, **ATTENTION}
+DECODERS = {name: CASCADE_FPN[name] for name in ("resnet_cascade", "hiervit_cascade")}
+SAME = {"mobilenet": MOBILE, "R-18": R18, "convs": CONV_HEADS, **ATTENTION, **DECODERS}
 
 
 @pytest.mark.parametrize("name", SAME)

@@ -357,12 +357,13 @@ class TestTheReleases:
 
 LAYERS = {
     "backbone.bottom_up.blocks1.0.mixer.m.attn.attention_biases": "the backbone (1 of 1 ",
-    "backbone.lateral_convs.0.conv.weight": "the FPN (1 of 6 ",
-    "backbone.fpn_convs.2.conv.bias": "the FPN (1 of 6 ",
-    "backbone.extra_trans_convs.0.conv.weight": "the FPN (1 of 6 ",
-    "backbone.extra_fpn_convs.0.conv.weight": "the FPN (1 of 6 ",
-    "backbone.top_block.p6.weight": "the FPN (1 of 6 ",
-    "backbone.fpn_output3.weight": "the FPN (1 of 6 ",
+    "backbone.lateral_convs.0.conv.weight": "the FPN (1 of 7 ",
+    "backbone.fpn_convs.2.conv.bias": "the FPN (1 of 7 ",
+    "backbone.extra_trans_convs.0.conv.weight": "the FPN (1 of 7 ",
+    "backbone.extra_fpn_convs.0.conv.weight": "the FPN (1 of 7 ",
+    "backbone.top_block.p6.weight": "the FPN (1 of 7 ",
+    "backbone.fpn_output3.weight": "the FPN (1 of 7 ",
+    "backbone.decoder.ConvBlock1.conv.0.weight": "the FPN (1 of 7 ",
 }
 
 

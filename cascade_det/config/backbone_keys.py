@@ -74,7 +74,7 @@ RESNETS = group(
 
 EFFICIENTVIT = group(
     "MODEL.EFFICIENTVIT",
-    "EfficientViT, with `BACKBONE.NAME` `build_efficientvit_fpn_backbone`",
+    "EfficientViT, with `BACKBONE.NAME` `build_efficientvit_fpn_backbone` or `…_cascade_fpn_…`",
     NAME=Key("m4", "Size.", one_of("m0", "m1", "m2", "m3", "m4", "m5")),
     KERNELS=Key(
         (),
@@ -88,7 +88,8 @@ EFFICIENTVIT = group(
     NECK=Key(
         "fpn",
         "The pyramid: `MODEL.FPN` over maps of the stem and of the stages, or a published one that "
-        "makes its finer levels of the stages alone: p3 to p7 (retinanet) or p2 to p6 (maskrcnn).",
+        "makes its finer levels of the stages alone: p3 to p7 (retinanet) or p2 to p6 (maskrcnn). "
+        "fpn with the CASCADE decoder.",
         one_of("fpn", "retinanet", "maskrcnn"),
     ),
     NORM_EVAL=Key(
@@ -100,15 +101,15 @@ EFFICIENTVIT = group(
 
 HATNET = group(
     "MODEL.HATNET",
-    "HAT-Net, with `BACKBONE.NAME` `build_hatnet_fpn_backbone`",
+    "HAT-Net, with `BACKBONE.NAME` `build_hatnet_fpn_backbone` or `…_cascade_fpn_…`",
     NAME=Key("tiny", "Size.", one_of("tiny", "small", "medium", "large")),
     DROP_PATH=Key(0.1, _DROP_PATH_HELP, FROM_0_BELOW_1),
 )
 
 HIERVIT = group(
     "MODEL.HIERVIT",
-    "Hierarchical ViT, with `BACKBONE.NAME` `build_hiervit_fpn_backbone`; lists have one value per "
-    "stage",
+    "Hierarchical ViT, with `BACKBONE.NAME` `build_hiervit_fpn_backbone` or "
+    "`…_cascade_fpn_…`; lists have one value per stage",
     PATCH_SIZES=Key((4, 8, 16), "Sides of the image patches: the strides.", _COUNTS, "pixels"),
     WIDTHS=Key((64, 128, 256), "Multiples of 32, the width of a head.", _COUNTS, "channels"),
     DEPTHS=Key((4, 6, 8), "Layers.", _COUNTS),

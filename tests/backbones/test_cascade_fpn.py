@@ -5,7 +5,9 @@ import itertools
 
 import pytest
 import torch
+from small_backbones import Listed
 from torch import nn
+from torch.fx.experimental import _config as symbolic_config
 from torch.nn import functional as F
 
 from cascade_det.backbones import CascadeFPN
@@ -180,6 +182,21 @@ def test_bfloat16_and_autocast_stay_near():
         assert maps[name].dtype == torch.bfloat16
         for rounded in (maps[name], cast[name]):
             assert (rounded - x).norm() < 0.1 * x.norm()
+
+
+def test_an_exported_program_takes_images_of_any_size():
+    model = Listed(make("res2", "res3", "res4")).eval()
+    sides = {i: torch.export.Dim(f"side{i}", min=2, max=65536) for i in (2, 3)}
+    with torch.no_grad(), symbolic_config.patch(backed_size_oblivious=True):
+        program = torch.export.export(
+            model,
+            (torch.randn(1, 3, 150, 211),),
+            dynamic_shapes=(sides,),
+            prefer_deferred_runtime_asserts_over_guards=True,
+        ).module()
+        for size in ((32, 32), (70, 200)):
+            images = torch.randn(1, 3, *size)
+            torch.testing.assert_close(program(images), model(images), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

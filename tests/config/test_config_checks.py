@@ -385,7 +385,7 @@ CONTRADICTIONS = {
     f"{HIERVIT} MODEL.HIERVIT.DEPTHS (1,1)": "HIERVIT.DEPTHS is [1, 1] | 3 stages | one value",
     f"{HIERVIT} MODEL.HIERVIT.WIDTHS (64,100,256)": "HIERVIT.WIDTHS is [64, 100, 256] | of 32",
     f"{CASCADE_FPN} MODEL.FPN.NORM GN MODEL.FPN.OUT_CHANNELS 40": (
-        "a problem | FPN.NORM is 'GN', but build_resnet_cascade_fpn_backbone | Set it to ''"
+        "FPN.NORM is 'GN', but build_resnet_cascade_fpn_backbone | Set it to ''"
     ),
     f"{CASCADE_FPN} MODEL.FPN.FUSE_TYPE avg": (
         "FPN.FUSE_TYPE is 'avg' | Set it to 'sum', or take build_resnet_fpn_backbone"
@@ -402,8 +402,7 @@ CONTRADICTIONS = {
     ),
     "MODEL.BACKBONE.NAME build_efficientvit_cascade_fpn_backbone MODEL.EFFICIENTVIT.NECK "
     f"retinanet {STAGES} {levels(3, 7)}": (
-        "a problem | EFFICIENTVIT.NECK is 'retinanet' | Set it to 'fpn' | "
-        "build_efficientvit_fpn_backbone"
+        "EFFICIENTVIT.NECK is 'retinanet' | Set it to 'fpn' | build_efficientvit_fpn_backbone"
     ),
     "MODEL.ROI_HEADS.IN_FEATURES ['p3','p2']": (
         "ROI_HEADS.IN_FEATURES is ['p3', 'p2'] | finest first"

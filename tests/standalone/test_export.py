@@ -200,7 +200,6 @@ def attentive(request, instant_cfg):
         ("efficientvit", export_program),
         ("hiervit", export_onnx),
         ("hiervit_cascade", export_onnx),
-        ("hiervit_cascade", export_program),
     ],
     indirect=["attentive"],
 )

@@ -1,4 +1,4 @@
-"""Detections in, metrics out: COCO AP, AP per stage, exit rates, latency."""
+"""Detections and label maps in, metrics out: AP, exit rates, latency; IoU, Dice, distances."""
 
 from cascade_det.evaluation.agreement import agreement_loss
 from cascade_det.evaluation.ap_warnings import explain
@@ -8,7 +8,9 @@ from cascade_det.evaluation.defaults import default_evaluators
 from cascade_det.evaluation.evaluator import Evaluator
 from cascade_det.evaluation.exits import ExitEvaluator, RegionFlops
 from cascade_det.evaluation.latency import LatencyEvaluator
+from cascade_det.evaluation.semantic import SemanticEvaluator
 from cascade_det.evaluation.stages import StageEvaluator
+from cascade_det.evaluation.volume_evaluator import VolumeEvaluator, VolumeSlice
 
 __all__ = [
     "CocoEvaluator",
@@ -16,7 +18,10 @@ __all__ = [
     "ExitEvaluator",
     "LatencyEvaluator",
     "RegionFlops",
+    "SemanticEvaluator",
     "StageEvaluator",
+    "VolumeEvaluator",
+    "VolumeSlice",
     "agreement_loss",
     "coco_ap",
     "default_evaluators",

@@ -1,0 +1,170 @@
+"""Metrics of semantic segmentation over pixels, as Detectron2 reports them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cascade_det.data.samples import Sample
+from cascade_det.errors import DatasetError
+from cascade_det.evaluation.evaluator import Evaluator
+
+Labels = npt.NDArray[np.integer[Any]]
+Counts = npt.NDArray[np.int64]
+
+IGNORE_LABEL = 255
+
+
+class ConfusionMatrix:
+    """Counts pixels by true and predicted class, over any number of images.
+
+    Args:
+        num_classes: K.
+        ignore_label: truth of the pixels that do not count, not in ``0..K-1``.
+
+    Attributes:
+        counts: int64 ``[K, K]``, true class by predicted class.
+    """
+
+    def __init__(self, num_classes: int, *, ignore_label: int = IGNORE_LABEL) -> None:
+        self.ignore_label = ignore_label
+        self.counts: Counts = np.zeros((num_classes, num_classes), np.int64)
+
+    def update(self, prediction: Labels, truth: Labels) -> None:
+        """Add an image.
+
+        Args:
+            prediction: integers ``[H, W]`` in ``0..K-1``.
+            truth: integers ``[H, W]`` in ``0..K-1``, or the ignore label.
+
+        Raises:
+            ValueError: the sizes differ, or a pixel that counts has another label.
+        """
+        if prediction.shape != truth.shape:
+            raise ValueError(
+                f"the prediction has {_size(prediction)} pixels (height x width), "
+                f"the truth has {_size(truth)}"
+            )
+        counted = truth != self.ignore_label
+        true, predicted = truth[counted].astype(np.int64), prediction[counted].astype(np.int64)
+        k = len(self.counts)
+        for name, labels in (("truth", true), ("prediction", predicted)):
+            if labels.size and not 0 <= labels.min() <= labels.max() < k:
+                wrong = labels[(labels < 0) | (labels >= k)][0]
+                raise ValueError(
+                    f"the {name} has label {wrong}; known are 0 to {k - 1} for {k} classes, and "
+                    f"{self.ignore_label} for pixels of the truth to ignore"
+                )
+        pairs = np.bincount(true * k + predicted, minlength=k * k)
+        self.counts += pairs.reshape(k, k)
+
+
+def semantic_metrics(counts: Counts, class_names: Sequence[str]) -> dict[str, float]:
+    """Metrics of a confusion matrix in percent, named and computed as by Detectron2.
+
+    A class without truth has no IoU and no accuracy (nan) and is left out of the means, even if it
+    was predicted; these pixels still count as errors of their true classes. Without any truth all
+    metrics are nan.
+
+    Args:
+        counts: int64 ``[K, K]``, true class by predicted class.
+        class_names: of the K classes.
+
+    Returns:
+        ``mIoU``, ``fwIoU`` (IoU weighted with the share of the class in the truth),
+        ``IoU-<class>``, ``mACC`` (mean accuracy of the classes), ``pACC`` (share of the pixels that
+        are right), ``ACC-<class>``.
+    """
+    right = counts.diagonal().astype(float)
+    true = counts.sum(1).astype(float)
+    union = true + counts.sum(0) - right
+    present = true > 0
+    iou, accuracy = np.full((2, len(counts)), np.nan)
+    iou[present] = right[present] / union[present]
+    accuracy[present] = right[present] / true[present]
+    total = true.sum()
+    if not total:
+        mean_iou = weighted_iou = mean_accuracy = pixel_accuracy = float("nan")
+    else:
+        mean_iou, mean_accuracy = iou[present].mean(), accuracy[present].mean()
+        weighted_iou = (iou[present] * true[present]).sum() / total
+        pixel_accuracy = right.sum() / total
+    metrics = {
+        "mIoU": mean_iou,
+        "fwIoU": weighted_iou,
+        **{f"IoU-{name}": value for name, value in zip(class_names, iou, strict=True)},
+        "mACC": mean_accuracy,
+        "pACC": pixel_accuracy,
+        **{f"ACC-{name}": value for name, value in zip(class_names, accuracy, strict=True)},
+    }
+    return {name: 100 * float(value) for name, value in metrics.items()}
+
+
+class SemanticEvaluator(Evaluator):
+    """Metrics over the pixels of a data set; its confusion matrix is all it keeps.
+
+    Args:
+        class_names: of the classes ``0..K-1``.
+        truth_of: labels of the image of a sample, integers ``[height, width]``.
+        ignore_label: truth of the pixels that do not count.
+    """
+
+    def __init__(
+        self,
+        *,
+        class_names: Sequence[str],
+        truth_of: Callable[[Sample], Labels],
+        ignore_label: int = IGNORE_LABEL,
+    ) -> None:
+        self._class_names = tuple(class_names)
+        self._truth_of = truth_of
+        self._ignore_label = ignore_label
+        self.reset()
+
+    def reset(self) -> None:
+        """Discard everything that was processed."""
+        self._confusion = ConfusionMatrix(len(self._class_names), ignore_label=self._ignore_label)
+
+    def process(self, batch: Sequence[Sample], output: Any) -> None:
+        """Add the predictions of a batch.
+
+        Args:
+            batch: N samples.
+            output: N dicts with ``sem_seg``, scores ``[K, height, width]``; the class with the
+                largest one is the prediction.
+
+        Raises:
+            DatasetError: the truth of an image has another size or unknown labels.
+        """
+        for sample, segmented in zip(batch, output, strict=True):
+            truth = self._truth_of(sample)
+            try:
+                self._confusion.update(predicted_labels(segmented), truth)
+            except ValueError as error:
+                name = sample.get("sem_seg_file_name", sample["file_name"])
+                raise DatasetError(f"{name}: {error}") from error
+
+    def state(self) -> Counts:
+        """The confusion matrix, int64 ``[K, K]``, true class by predicted class."""
+        return self._confusion.counts
+
+    def merge(self, states: Sequence[Counts]) -> None:
+        """Continue from the sum of the matrices of all processes."""
+        self._confusion.counts = np.sum(states, axis=0)
+
+    def evaluate(self) -> dict[str, Any]:
+        """``{"sem_seg": {"mIoU": ..., "IoU-<class>": ...}}``, see ``semantic_metrics``."""
+        return {"sem_seg": semantic_metrics(self._confusion.counts, self._class_names)}
+
+
+def predicted_labels(segmented: dict[str, Any]) -> Labels:
+    """Labels int64 ``[H, W]`` of an output with ``sem_seg``, a tensor of scores ``[K, H, W]``."""
+    labels: Labels = segmented["sem_seg"].argmax(0).cpu().numpy()
+    return labels
+
+
+def _size(labels: Labels) -> str:
+    return " x ".join(str(side) for side in labels.shape)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make a detection data set of drawn shapes in COCO format; the demo is trained on it.
+"""Make a data set of drawn shapes, in COCO format and as label images; the demo is trained on it.
 
 Each image depends only on (seed, split, index, size, share of hard scenes): image 7 is the same in
 a set of 10 and in a set of 10,000. ``shape_scenes.py`` draws them.
@@ -10,6 +10,7 @@ a set of 10 and in a set of 10,000. ``shape_scenes.py`` draws them.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -22,11 +23,14 @@ from cascade_det.commands.errors import without_traceback
 JPEG_QUALITY = 92
 MARKER = "parameters.json"
 SPLITS = ("train", "val")
-_MADE = (MARKER, *SPLITS, *(f"{split}.json" for split in SPLITS))
+LABELS = "labels"
+_MADE = (MARKER, LABELS, *SPLITS, *(f"{split}.json" for split in SPLITS))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Draw a detection data set in COCO format.")
+    parser = argparse.ArgumentParser(
+        description="Draw a data set in COCO format, with label images."
+    )
     parser.add_argument("--output", type=Path, default=Path("datasets/shapes"))
     parser.add_argument("--train", type=int, default=500, help="training images (500)")
     parser.add_argument("--val", type=int, default=100, help="validation images (100)")
@@ -61,7 +65,9 @@ def make_dataset(
     seed: int = 0,
     hard: float = 0.2,
 ) -> bool:
-    """Write ``train.json``, ``val.json`` and their images into the folder ``output``.
+    """Write ``train.json``, ``val.json``, their images and label images into a folder.
+
+    Label images have the class of each pixel: see :class:`shape_scenes.Scene`.
 
     The folder appears whole or not at all: it is made beside its place and then renamed. A folder
     that was made here with other parameters is replaced. Leftovers of killed runs are removed.
@@ -94,7 +100,7 @@ def make_dataset(
     _check_parameters(parameters)
     output = Path(output)
     marker = _read_marker(output)
-    if marker == parameters:
+    if marker == parameters and (output / LABELS).is_dir():  # older versions made none
         return False
     _check_images(output, marker or {})
     remove_leftovers(output.parent)
@@ -131,15 +137,22 @@ def _read_marker(folder: Path) -> dict[str, Any] | None:
 
 
 def _check_images(folder: Path, marker: dict[str, Any]) -> None:
-    """Raise ValueError if ``folder`` has images that were not made here."""
-    for split in SPLITS:
-        for path in sorted((folder / split).glob("*")):
-            number, count = re.fullmatch(r"(\d{6,})\.jpg", path.name), marker.get(split)
+    """Raise ValueError if ``folder`` has images or label images that were not made here."""
+    for path in sorted((folder / LABELS).glob("*")):
+        if path.name not in SPLITS:
+            raise _not_ours(folder, path)
+    for split, (place, suffix) in itertools.product(SPLITS, (("", "jpg"), (LABELS, "png"))):
+        for path in sorted((folder / place / split).glob("*")):
+            number, count = re.fullmatch(rf"(\d{{6,}})\.{suffix}", path.name), marker.get(split)
             if not number or not isinstance(count, int) or not 1 <= int(number[1]) <= count:
-                raise ValueError(
-                    f"{folder} has other parameters, and {split}/{path.name} in it was not made by "
-                    "this generator and would be lost: give another --output, or move it away"
-                )
+                raise _not_ours(folder, path)
+
+
+def _not_ours(folder: Path, path: Path) -> ValueError:
+    return ValueError(
+        f"{folder} has other parameters, and {path.relative_to(folder)} in it was not made by this "
+        "generator and would be lost: give another --output, or move it away"
+    )
 
 
 def _write_split(
@@ -147,19 +160,23 @@ def _write_split(
 ) -> None:
     import cv2
 
-    from shape_scenes import CLASSES, make_image
+    from shape_scenes import CLASSES, make_scene
 
+    quality = {".jpg": [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY], ".png": []}
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    (folder / split).mkdir()
+    places = {".jpg": folder / split, ".png": folder / LABELS / split}
+    for place in places.values():
+        place.mkdir(parents=True)
     for index in indices:
-        pixels, objects, difficulty = make_image(seed, split, index, **scene)
-        name = f"{index + 1:06d}.jpg"
-        # Not cv2.imwrite(), which does not tell why it fails.
-        _, jpeg = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-        (folder / split / name).write_bytes(jpeg.tobytes())
-        height, width = pixels.shape[:2]
-        image = {"id": index + 1, "file_name": name, "height": height, "width": width}
+        pixels, objects, difficulty, labels = make_scene(seed, split, index, **scene)
+        stem = f"{index + 1:06d}"
+        for suffix, array in ((".jpg", pixels), (".png", labels)):
+            # Not cv2.imwrite(), which does not tell why it fails.
+            _, encoded = cv2.imencode(suffix, array, quality[suffix])
+            (places[suffix] / f"{stem}{suffix}").write_bytes(encoded.tobytes())
+        height, width = labels.shape
+        image = {"id": index + 1, "file_name": f"{stem}.jpg", "height": height, "width": width}
         images.append({**image, "difficulty": difficulty})
         for annotation in objects:
             annotations.append({"id": len(annotations) + 1, "image_id": index + 1, **annotation})

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -101,9 +101,37 @@ LOOKS = {
 }
 
 
+class Scene(NamedTuple):
+    """A drawn scene.
+
+    Attributes:
+        image: uint8 ``[H, W, 3]``, BGR.
+        annotations: one dict per object with ``category_id`` (1 = first of ``CLASSES``), ``bbox``
+            (XYWH in pixels, tight around what lies inside the image, hidden parts too), ``area``
+            (of the box), ``iscrowd`` 0, ``visibility`` (0.3..1), ``segmentation`` (compressed RLE
+            of the pixels that no other shape covers). Shapes that are less visible are drawn and
+            not annotated. Can be empty.
+        difficulty: "easy" or "hard".
+        labels: uint8 ``[H, W]``, the ``category_id`` of the shape in front at each pixel, less
+            visible shapes included; 0 = background.
+    """
+
+    image: Array
+    annotations: list[dict[str, Any]]
+    difficulty: str
+    labels: Array
+
+
 def make_image(
-    seed: int, split: str, index: int, *, width: int = 320, height: int = 256, hard: float = 0.2
+    seed: int, split: str, index: int, **scene: Any
 ) -> tuple[Array, list[dict[str, Any]], str]:
+    """The image, annotations and difficulty of :func:`make_scene`."""
+    return make_scene(seed, split, index, **scene)[:3]
+
+
+def make_scene(
+    seed: int, split: str, index: int, *, width: int = 320, height: int = 256, hard: float = 0.2
+) -> Scene:
     """Draw one scene.
 
     Args:
@@ -113,15 +141,6 @@ def make_image(
         width: of the image, pixels.
         height: of the image, pixels.
         hard: probability that the scene is a hard one, 0..1.
-
-    Returns:
-        image: uint8 ``[H, W, 3]``, BGR.
-        annotations: one dict per object with ``category_id`` (1 = first of ``CLASSES``), ``bbox``
-            (XYWH in pixels, tight around what lies inside the image, hidden parts too), ``area``
-            (of the box), ``iscrowd`` 0, ``visibility`` (0.3..1), ``segmentation`` (compressed RLE
-            of the pixels that no other shape covers). Shapes that are less visible are drawn and
-            not annotated. Can be empty.
-        difficulty: "easy" or "hard".
     """
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     difficulty = "hard" if rng.random() < hard else "easy"
@@ -134,7 +153,10 @@ def make_image(
         _draw_line(rng, canvas, _any_colour(rng), thickness=1)
     image = _photograph(rng, canvas, look)
     annotations = [_annotation(shape, owner == number) for number, shape in enumerate(shapes)]
-    return image, [a for a in annotations if a["visibility"] >= MIN_VISIBLE], difficulty
+    annotations = [a for a in annotations if a["visibility"] >= MIN_VISIBLE]
+    # Owner -1, no shape, is the last item.
+    category_of = np.array([*(shape.label + 1 for shape in shapes), 0], np.uint8)
+    return Scene(image, annotations, difficulty, category_of[owner])
 
 
 # ---------------------------------------------------------------- objects

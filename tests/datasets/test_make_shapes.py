@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from pycocotools.coco import COCO
 import shape_scenes
 from cascade_det.errors import CascadeDetError
 from make_shapes import make_dataset
-from shape_scenes import CLASSES, LOOKS, make_image
+from shape_scenes import CLASSES, LOOKS, make_image, make_scene
 
 SCRIPT = Path(__file__).parents[2] / "datasets" / "make_shapes.py"
 SMALL = {"train": 3, "val": 2, "width": 96, "height": 64}
@@ -184,11 +185,68 @@ def test_the_json_is_coco(tmp_path, capsys):
             assert [{k: a[k] for k in a.keys() - added} for a in found] == annotations
 
 
+@given(st.integers(0, 10**6))
+@settings(max_examples=15, deadline=None)
+def test_labels_are_the_pixels_of_the_annotated_masks(index):
+    image, annotations, _, labels = make_scene(5, "val", index, width=160, height=128)
+    assert labels.dtype == np.uint8
+    assert labels.shape == image.shape[:2]
+    painted = np.zeros_like(labels)
+    for annotation in annotations:
+        painted[coco_mask.decode(annotation["segmentation"]) > 0] = annotation["category_id"]
+    rest = painted == 0  # background, and shapes too hidden to be annotated
+    np.testing.assert_array_equal(labels[~rest], painted[~rest])
+    assert labels[rest].max() <= len(CLASSES)
+
+
+def test_the_shape_in_front_labels_a_pixel_even_if_hardly_visible(monkeypatch):
+    corners = np.array([[0.0, 0], [20, 0], [20, 20], [0, 20]])
+    shapes = [shape_scenes.Shape(k, corners, None) for k in (4, 2)]
+    owner = np.full((32, 40), -1)
+    owner[:20, :20] = 0
+    owner[1:21, :20] = 1  # leaves one row of the first
+    monkeypatch.setattr(shape_scenes, "_draw_objects", lambda *_: (shapes, owner))
+    _, annotations, _, labels = make_scene(0, "train", 0, width=40, height=32)
+    assert [a["category_id"] for a in annotations] == [3]
+    expected = np.zeros((32, 40), np.uint8)
+    expected[:1, :20], expected[1:21, :20] = 5, 3
+    np.testing.assert_array_equal(labels, expected)
+
+
+def test_label_images_are_written_beside_the_images(tmp_path):
+    make_dataset(tmp_path / "shapes", **SMALL)
+    for split, count in (("train", 3), ("val", 2)):
+        files = sorted((tmp_path / "shapes" / "labels" / split).iterdir())
+        assert [file.name for file in files] == [f"{n + 1:06d}.png" for n in range(count)]
+        for index, file in enumerate(files):
+            found = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
+            drawn = make_scene(0, split, index, width=96, height=64).labels
+            np.testing.assert_array_equal(found, drawn)
+
+
+def test_a_folder_without_label_images_gets_them(tmp_path):
+    make_dataset(tmp_path / "shapes", **SMALL)
+    complete = contents(tmp_path)
+    shutil.rmtree(tmp_path / "shapes" / "labels")
+    assert make_dataset(tmp_path / "shapes", **SMALL) is True
+    assert contents(tmp_path) == complete
+
+
+@pytest.mark.parametrize("name", ["labels/train/000004.png", "labels/mine"])
+def test_label_images_of_others_are_not_lost(tmp_path, name):
+    make_dataset(tmp_path / "shapes", **SMALL)
+    (tmp_path / "shapes" / name).write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=f"{name} in it was not made"):
+        make_dataset(tmp_path / "shapes", **SMALL, seed=1)
+    assert contents(tmp_path) == before
+
+
 def test_made_twice_is_the_same_and_made_once_is_left_alone(tmp_path):
     assert make_dataset(tmp_path / "a", **SMALL)
     assert make_dataset(tmp_path / "b", **SMALL)
     first = contents(tmp_path / "a")
-    assert len(first) == 8
+    assert len(first) == 13
     assert first == contents(tmp_path / "b")
     (tmp_path / "a" / "train" / "note.txt").write_text("mine")
     assert make_dataset(tmp_path / "a", **SMALL) is False
@@ -234,9 +292,9 @@ def test_an_interrupt_leaves_no_half_made_folder(tmp_path, monkeypatch, old):
         drawn.append(args)
         if len(drawn) == 4:
             raise KeyboardInterrupt
-        return make_image(*args, **kwargs)
+        return make_scene(*args, **kwargs)
 
-    monkeypatch.setattr("shape_scenes.make_image", interrupted)
+    monkeypatch.setattr("shape_scenes.make_scene", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make_dataset(tmp_path / "shapes", **SMALL)
     assert contents(tmp_path) == before
@@ -262,7 +320,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
 def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path, monkeypatch):
     child = os.fork()
     if child == 0:
-        monkeypatch.setattr("shape_scenes.make_image", lambda *_, **__: os.kill(os.getpid(), 9))
+        monkeypatch.setattr("shape_scenes.make_scene", lambda *_, **__: os.kill(os.getpid(), 9))
         make_dataset(tmp_path / "shapes", **SMALL)
     os.waitpid(child, 0)
     [left] = os.listdir(tmp_path)

@@ -18,7 +18,15 @@ from torch.utils.data import DataLoader
 from cascade_det.data.coco import CocoDataset, ImageRecord, check_same_classes
 from cascade_det.data.sample_masks import MaskOptions, unpack
 from cascade_det.data.sampler import TrainingBatchSampler, aspect_ratio_groups
-from cascade_det.data.samples import Batch, Fetched, Sample, TestSamples, TrainingSamples
+from cascade_det.data.samples import (
+    Batch,
+    DetectionSample,
+    Fetched,
+    Record,
+    Sample,
+    TestSamples,
+    TrainingSamples,
+)
 from cascade_det.data.transforms import TrainTransform
 from cascade_det.errors import DatasetError
 from cascade_det.parallel.signals import obey_main_process, signals_held
@@ -79,15 +87,15 @@ def build_train_loader(
     sizes = [(record.height, record.width) for record in records]
     groups = aspect_ratio_groups(sizes) if aspect_ratio_grouping else [0] * len(sizes)
     transform = TrainTransform(min_sizes=min_sizes, max_size=max_size, sampling=sampling, flip=flip)
-    return _Loader(
+    return SampleLoader(
         TrainingSamples(
             records,
-            transform,
-            image_format,
+            DetectionSample(
+                transform, image_format, None if masks is None else MaskOptions(**masks)
+            ),
             seed,
             groups=groups,
             replace_broken=on_bad_data == "skip",
-            masks=None if masks is None else MaskOptions(**masks),
         ),
         batch_sampler=TrainingBatchSampler(
             len(records),
@@ -97,7 +105,7 @@ def build_train_loader(
             start_batch=start_batch,
             share=share,
         ),
-        **_loader_arguments(num_workers),
+        **loader_arguments(num_workers),
     )
 
 
@@ -131,22 +139,17 @@ def build_test_loader(
         DatasetError: while iterating, an image that cannot be read or does not have the size given
             in the json.
     """
-    rank, processes = share
-    total = len(dataset.records)
-    records = dataset.records[total * rank // processes : total * (rank + 1) // processes]
     transform = TrainTransform(
         min_sizes=min_sizes, max_size=max_size, sampling="choice", flip="none"
     )
-    return _Loader(
+    mask_options = None if masks is None else MaskOptions(**masks)
+    return SampleLoader(
         TestSamples(
-            records,
-            transform,
-            image_format,
-            annotated=annotated,
-            masks=None if masks is None else MaskOptions(**masks),
+            part_of(dataset.records, share),
+            DetectionSample(transform, image_format, mask_options, annotated=annotated),
         ),
         batch_size=images_per_batch,
-        **_loader_arguments(num_workers),
+        **loader_arguments(num_workers),
     )
 
 
@@ -171,7 +174,15 @@ def training_records(datasets: Sequence[CocoDataset], filter_empty: bool) -> lis
     return with_boxes if filter_empty else records
 
 
-def _loader_arguments(num_workers: int) -> dict[str, Any]:
+def part_of(records: Sequence[Record], share: tuple[int, int]) -> Sequence[Record]:
+    """The contiguous part of (rank, number of processes); it may be empty."""
+    rank, processes = share
+    total = len(records)
+    return records[total * rank // processes : total * (rank + 1) // processes]
+
+
+def loader_arguments(num_workers: int) -> dict[str, Any]:
+    """Arguments of a :class:`SampleLoader` with that many reader processes; 0 reads in this one."""
     return {
         "num_workers": num_workers,
         "collate_fn": _identity,
@@ -190,7 +201,7 @@ def _init_worker(worker: int) -> None:
     obey_main_process()
 
 
-class _Loader(DataLoader[Sample]):
+class SampleLoader(DataLoader[Sample]):
     """A DataLoader that reraises a worker's error unchanged, and logs in the main process.
 
     PyTorch would put the worker's whole traceback into the message.

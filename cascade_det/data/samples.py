@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from cascade_det.data.coco import ImageRecord
 from cascade_det.data.sample_masks import MaskOptions, pack, place_masks
 from cascade_det.data.sampler import SampleReference, augmentation_generator, replacement_generator
-from cascade_det.data.transforms import Pixels, TrainTransform, read_image
+from cascade_det.data.transforms import Pixels, Placement, TrainTransform, read_image
 from cascade_det.errors import DatasetError
 
 Sample = dict[str, Any]
@@ -31,52 +31,28 @@ class Fetched(NamedTuple):
     error: DatasetError | None = None
 
 
-class _Samples(Dataset[Sample]):
-    """Makes samples, a batch at a time; a ``DatasetError`` is returned to the loader.
+class DetectionSample:
+    """Makes the sample of an image with its objects.
 
-    Samples have masks if there are options for them. Those of a batch are packed.
+    It has masks if there are options for them, and no objects unless ``annotated``.
     """
 
     def __init__(
         self,
-        records: list[ImageRecord],
         transform: TrainTransform,
         image_format: str,
-        masks: MaskOptions | None,
+        masks: MaskOptions | None = None,
+        *,
+        annotated: bool = True,
     ) -> None:
-        self.records = records
         self.transform = transform
         self.image_format = image_format
-        self.masks = masks
+        self.masks = masks if annotated else None
+        self.annotated = annotated
 
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitems__(self, references: list[Any]) -> Fetched:
-        replaced: list[str] = []
-        try:
-            batch = [self._make(reference, replaced) for reference in references]
-        except DatasetError as error:
-            return Fetched([], replaced, error)
-        for sample in batch:
-            if "gt_masks" in sample:
-                sample["gt_masks"] = pack(sample["gt_masks"])
-        return Fetched(batch, replaced)
-
-    def _make(self, reference: Any, replaced: list[str]) -> Sample:
-        return self[reference]
-
-    def _sample(self, record: ImageRecord, generator: np.random.Generator) -> Sample:
+    def __call__(self, record: ImageRecord, generator: np.random.Generator) -> Sample:
+        """Read and transform an image, with randomness from ``generator``."""
         image, placement = self.transform.place(_read(record, self.image_format), generator)
-        boxes, is_box = placement.boxes(record.boxes)
-        kept = np.flatnonzero(is_box & ~record.iscrowd)
-        truth: dict[str, Any] = {}
-        if self.masks is not None:
-            assert record.masks is not None
-            masks = [record.masks[index] for index in kept]
-            placed, is_known = place_masks(masks, placement, self.masks)
-            kept = kept[is_known]
-            truth["gt_masks"] = [m for m, known in zip(placed, is_known, strict=True) if known]
         # np.array, unlike ascontiguousarray, always makes a writable copy, as torch requires.
         channels_first = np.array(image.transpose(2, 0, 1), order="C")
         return {
@@ -85,36 +61,80 @@ class _Samples(Dataset[Sample]):
             "width": record.width,
             "image_id": record.image_id,
             "file_name": record.file_name,
+            **(self._truth(record, placement) if self.annotated else {}),
+        }
+
+    def _truth(self, record: ImageRecord, placement: Placement) -> dict[str, Any]:
+        boxes, is_box = placement.boxes(record.boxes)
+        kept = np.flatnonzero(is_box & ~record.iscrowd)
+        masks: dict[str, Any] = {}
+        if self.masks is not None:
+            assert record.masks is not None
+            placed, is_known = place_masks([record.masks[i] for i in kept], placement, self.masks)
+            kept = kept[is_known]
+            masks["gt_masks"] = [m for m, known in zip(placed, is_known, strict=True) if known]
+        return {
             "gt_boxes": torch.from_numpy(boxes[kept]),
             "gt_classes": torch.from_numpy(record.classes[kept]),
-            **truth,
+            **masks,
         }
 
 
-class TrainingSamples(_Samples):
-    """Augmented samples by (position in the stream, index of the image)."""
+Record = TypeVar("Record")
+# What makes a sample of a record, with randomness from the generator; may raise a DatasetError.
+MakeSample = Callable[[Record, np.random.Generator], Sample]
+
+
+class _Samples(Dataset[Sample], Generic[Record]):
+    """Makes samples, a batch at a time; a ``DatasetError`` is returned to the loader.
+
+    The masks of a batch are packed.
+    """
+
+    def __init__(self, records: Sequence[Record], make: MakeSample[Record]) -> None:
+        self.records = records
+        self.make = make
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitems__(self, references: list[Any]) -> Fetched:
+        replaced: list[str] = []
+        try:
+            batch = [self._get(reference, replaced) for reference in references]
+        except DatasetError as error:
+            return Fetched([], replaced, error)
+        for sample in batch:
+            if "gt_masks" in sample:
+                sample["gt_masks"] = pack(sample["gt_masks"])
+        return Fetched(batch, replaced)
+
+    def _get(self, reference: Any, replaced: list[str]) -> Sample:
+        return self[reference]
+
+
+class TrainingSamples(_Samples[Record]):
+    """Augmented samples by (position in the stream, index of the record)."""
 
     def __init__(
         self,
-        records: list[ImageRecord],
-        transform: TrainTransform,
-        image_format: str,
+        records: Sequence[Record],
+        make: MakeSample[Record],
         seed: int,
         *,
         groups: Sequence[int],
         replace_broken: bool,
-        masks: MaskOptions | None = None,
     ) -> None:
-        super().__init__(records, transform, image_format, masks)
+        super().__init__(records, make)
         self.seed = seed
         self.groups = np.asarray(groups)
         self.replace_broken = replace_broken
 
     def __getitem__(self, reference: SampleReference) -> Sample:
         position, index = reference
-        return self._sample(self.records[index], augmentation_generator(self.seed, position))
+        return self.make(self.records[index], augmentation_generator(self.seed, position))
 
-    def _make(self, reference: SampleReference, replaced: list[str]) -> Sample:
+    def _get(self, reference: SampleReference, replaced: list[str]) -> Sample:
         try:
             return self[reference]
         except DatasetError as error:
@@ -138,27 +158,11 @@ class TrainingSamples(_Samples):
         )
 
 
-class TestSamples(_Samples):
-    """Resized samples by index of the image, with their objects where ``annotated``."""
-
-    def __init__(
-        self,
-        records: list[ImageRecord],
-        transform: TrainTransform,
-        image_format: str,
-        *,
-        annotated: bool,
-        masks: MaskOptions | None = None,
-    ) -> None:
-        super().__init__(records, transform, image_format, masks if annotated else None)
-        self.annotated = annotated
+class TestSamples(_Samples[Record]):
+    """Samples by index of the record, made without randomness: one size, no flip."""
 
     def __getitem__(self, reference: int) -> Sample:
-        unused = np.random.default_rng(0)  # one size, no flip
-        sample = self._sample(self.records[reference], unused)
-        if not self.annotated:
-            del sample["gt_boxes"], sample["gt_classes"]
-        return sample
+        return self.make(self.records[reference], np.random.default_rng(0))
 
 
 def _read(record: ImageRecord, image_format: str) -> Pixels:

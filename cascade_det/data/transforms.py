@@ -151,10 +151,14 @@ class Placement(NamedTuple):
 
     def bitmap(self, bitmap: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         """Move a bitmap of the old size: the nearest pixel for each."""
+        return self.labels(np.asarray(bitmap, np.uint8)) > 0
+
+    def labels(self, labels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Move labels of pixels, uint8 ``[H, W]`` of the old size: the nearest pixel for each."""
         if self.new != self.old:
-            picture = Image.fromarray(np.asarray(bitmap, np.uint8))
-            bitmap = np.asarray(picture.resize(self.new[::-1], Image.Resampling.NEAREST)) > 0
-        return bitmap if self.flipped is None else np.flip(bitmap, self.flipped)
+            picture = Image.fromarray(labels)
+            labels = np.asarray(picture.resize(self.new[::-1], Image.Resampling.NEAREST))
+        return labels if self.flipped is None else np.flip(labels, self.flipped)
 
 
 class TrainTransform:

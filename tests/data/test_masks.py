@@ -292,17 +292,15 @@ def test_samples_are_detectron2s_to_the_bit(coco, mask_format, flip):
     theirs = d2_coco.load_coco_json(str(source.json_file), str(source.image_root))
     ours = load_dataset(source, masks="drop")
     assert [r.image_id for r in ours.records] == [d["image_id"] for d in theirs]
-    ours_of = samples.TestSamples(
-        ours.records,
+    make_ours = samples.DetectionSample(
         TrainTransform(min_sizes=(43,), max_size=60, sampling="choice", flip=flip),
         "BGR",
-        annotated=True,
-        masks=MaskOptions(mask_format, "drop"),
+        MaskOptions(mask_format, "drop"),
     )
     always = SimpleNamespace(random=lambda: 0.0, choice=lambda sizes: sizes[0])
     dropped = 0
     for record, entry in zip(ours.records, theirs, strict=True):
-        sample = ours_of._sample(record, always)
+        sample = make_ours(record, always)
         mapped = mapper(entry)
         assert torch.equal(sample["image"], mapped["image"])
         instances = mapped["instances"]

@@ -23,6 +23,7 @@ from cascade_det.errors import CascadeDetError, ConfigError, DatasetError
 
 if TYPE_CHECKING:
     from cascade_det.commands.dataset_report import DatasetUse
+    from cascade_det.commands.semantic_report import SemanticUse
 
 FOLLOW_LINKS = "--follow-links"
 
@@ -62,19 +63,24 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command; its exit status is 1 if training or testing would fail."""
     args = _parse(argv, prog)
-    from cascade_det.commands.dataset_report import report_dataset
+    from cascade_det.commands.dataset_report import DatasetUse, report_dataset
+    from cascade_det.commands.semantic_report import report_semantic
     from cascade_det.engine.log import setup_logging
     from cascade_det.files import write_json
 
     setup_logging()
     uses = _uses(args)
     if args.json_out:
-        files = [use.source.json_file for use in uses]
+        files = [use.source.json_file for use in uses if isinstance(use, DatasetUse)]
         check_output_file(Path(args.json_out), [*files, *(args.config_file or ())])
         _check_replaceable(Path(args.json_out))
     reports = {
         # A test run decodes all its images first.
-        use.source.name: report_dataset(use, decode=args.decode or use.for_testing)
+        use.source.name: (
+            report_dataset(use, decode=args.decode or use.for_testing)
+            if isinstance(use, DatasetUse)
+            else report_semantic(use, decode=args.decode or use.for_testing)
+        )
         for use in uses
     }
     if args.json_out:
@@ -100,25 +106,44 @@ def _check_replaceable(json_out: Path) -> None:
         )
 
 
-def _uses(args: argparse.Namespace) -> list[DatasetUse]:
+def _uses(args: argparse.Namespace) -> list[DatasetUse | SemanticUse]:
     from cascade_det.commands.dataset_report import DatasetUse
-    from cascade_det.config import check_config, datasets_arguments, load_config
+    from cascade_det.commands.semantic_report import SemanticUse
+    from cascade_det.config import (
+        check_config,
+        datasets_arguments,
+        load_config,
+        semantic_datasets_arguments,
+    )
     from cascade_det.data.catalog import dataset_of_files, find_dataset
+    from cascade_det.data.semantic import find_semantic_dataset
 
     if args.json:
         links = LinkRule(args.follow_links, FOLLOW_LINKS)
         return [DatasetUse(dataset_of_files(args.json, args.images), links, masks=args.masks)]
     cfg = load_config(args.config_file, args.opts)
     check_config(cfg)
-    uses: dict[str, DatasetUse] = {}
+    uses: dict[str, DatasetUse | SemanticUse] = {}
     for train in (True, False):
         arguments = datasets_arguments(cfg, train)
+        semantic = semantic_datasets_arguments(cfg, train)
         for name in arguments["names"]:
-            source = find_dataset(name, arguments["own_datasets"])
             links = LinkRule(arguments["follow_links"])
-            classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-            masks = arguments["masks"] is not None
-            use = uses.setdefault(name, DatasetUse(source, links, num_classes=classes, masks=masks))
+            use: DatasetUse | SemanticUse
+            if name in {own[0] for own in semantic["own_datasets"]}:
+                labelled = find_semantic_dataset(
+                    name,
+                    semantic["own_datasets"],
+                    class_names=semantic["class_names"],
+                    ignore_value=semantic["ignore_value"],
+                )
+                use = SemanticUse(labelled, links, num_classes=cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
+            else:
+                source = find_dataset(name, arguments["own_datasets"])
+                classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+                masks = arguments["masks"] is not None
+                use = DatasetUse(source, links, num_classes=classes, masks=masks)
+            use = uses.setdefault(name, use)
             use.for_training |= train
             use.for_testing |= not train
     if not uses:

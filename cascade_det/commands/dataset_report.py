@@ -44,16 +44,16 @@ def report_dataset(use: DatasetUse, *, decode: bool) -> dict[str, Any]:
     summary = summarize(checked)
     problems = _problems(use, checked, summary)
     print(tabulate(_statistics(checked, summary), tablefmt="github"), end="\n\n")
-    print(_table(_categories(checked, summary)), end="\n\n")
-    _print_problems("problems", problems)
-    _print_problems("notes", summary.warnings)
+    print(classes_table(_categories(checked, summary)), end="\n\n")
+    print_problems("problems", problems)
+    print_problems("notes", summary.warnings)
     return {
         "json_file": str(source.json_file),
         "image_root": str(source.image_root),
         "figures": dict(_statistics(checked, summary)),
         "categories": _categories(checked, summary),
-        "problems": _plain(problems),
-        "notes": _plain(summary.warnings),
+        "problems": plain_issues(problems),
+        "notes": plain_issues(summary.warnings),
     }
 
 
@@ -110,7 +110,8 @@ def _categories(checked: CheckedJson, summary: DatasetSummary) -> list[dict[str,
     ]
 
 
-def _table(categories: list[dict[str, Any]]) -> str:
+def classes_table(categories: list[dict[str, Any]]) -> str:
+    """Rows whose second column is the ``name`` of a class, as a table."""
     rows = [
         {**row, "name": printable(row["name"], longest=_LONGEST_NAME).replace("|", "\\|")}
         for row in categories
@@ -119,7 +120,8 @@ def _table(categories: list[dict[str, Any]]) -> str:
     return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=[1])
 
 
-def _print_problems(title: str, problems: Issues) -> None:
+def print_problems(title: str, problems: Issues) -> None:
+    """Print issues with three examples of each kind."""
     if not problems:
         print(f"No {title}.\n")
         return
@@ -131,7 +133,8 @@ def _print_problems(title: str, problems: Issues) -> None:
     print(tabulate(rows, headers=headers, tablefmt="grid", maxcolwidths=[None, 36, 80]), end="\n\n")
 
 
-def _plain(problems: Issues) -> dict[str, Any]:
+def plain_issues(problems: Issues) -> dict[str, Any]:
+    """Counts and examples by kind."""
     return {
         kind: {"count": count, "examples": problems.examples[kind]}
         for kind, count in problems.counts.items()

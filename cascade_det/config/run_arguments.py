@@ -90,6 +90,37 @@ def datasets_arguments(cfg: CfgNode, train: bool) -> dict[str, Any]:
     }
 
 
+def semantic_input_arguments(cfg: CfgNode, train: bool) -> dict[str, Any]:
+    """As ``input_arguments``, for semantic segmentation."""
+    arguments = input_arguments(cfg, train)
+    del arguments["masks"]
+    if train:
+        arguments["augmentation"] = cfg.CASCADE.SEMANTIC_AUGMENTATION
+    return arguments
+
+
+def semantic_train_loader_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """As ``train_loader_arguments``, for semantic segmentation."""
+    arguments = train_loader_arguments(cfg)
+    del arguments["filter_empty"]
+    return arguments
+
+
+def semantic_datasets_arguments(cfg: CfgNode, train: bool) -> dict[str, Any]:
+    """As ``datasets_arguments``, for semantic segmentation.
+
+    ``own_datasets`` are (name, format, folder) or (name, "folders", images, labels) each.
+    """
+    return {
+        "names": tuple(cfg.DATASETS.TRAIN if train else cfg.DATASETS.TEST),
+        "own_datasets": tuple(tuple(dataset) for dataset in cfg.CASCADE.SEMANTIC_DATASETS),
+        "class_names": tuple(cfg.CASCADE.SEMANTIC_CLASSES),
+        "ignore_value": cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
+        "on_bad_data": cfg.CASCADE.ON_BAD_DATA,
+        "follow_links": cfg.CASCADE.FOLLOW_LINKS,
+    }
+
+
 def optimizer_arguments(cfg: CfgNode) -> dict[str, Any]:
     """The optimizer; ``clip`` is None, or the type of clipping, its value and p of the p-norm."""
     solver = cfg.SOLVER

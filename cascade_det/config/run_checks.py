@@ -31,11 +31,13 @@ def _check_sizes(cfg: CfgNode) -> Iterator[str]:
 
 
 def _check_datasets(cfg: CfgNode) -> Iterator[str]:
-    own = [name for name, _, _ in cfg.CASCADE.DATASETS]
+    own = [name for name, *_ in (*cfg.CASCADE.DATASETS, *cfg.CASCADE.SEMANTIC_DATASETS)]
     lists = {
         "DATASETS.TRAIN": cfg.DATASETS.TRAIN,
         "DATASETS.TEST": cfg.DATASETS.TEST,
-        "CASCADE.DATASETS": own,
+        "CASCADE.DATASETS with SEMANTIC_DATASETS"
+        if cfg.CASCADE.SEMANTIC_DATASETS
+        else "CASCADE.DATASETS": own,
     }
     for key, names in lists.items():
         twice = sorted({name for name in names if list(names).count(name) > 1})

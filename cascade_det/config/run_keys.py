@@ -25,6 +25,16 @@ from cascade_det.config.key import (
     within,
 )
 
+SEMANTIC_FORMATS = ("folders", "synapse", "synapse-14", "acdc", "polyp")
+
+
+def _is_semantic_dataset(value: object) -> bool:
+    """(name, format, folder), or (name, "folders", images, labels)."""
+    if not isinstance(value, (list, tuple)) or not each(is_text, least=3)(value):
+        return False
+    return value[1] in SEMANTIC_FORMATS and len(value) == (4 if value[1] == "folders" else 3)
+
+
 VERSION = group("", "Version", VERSION=Key(2, "Version of the configuration; no other is read."))
 
 INPUT = group(
@@ -197,6 +207,28 @@ CASCADE = group(
             each(each(is_text, length=3)),
             "Give [name, annotation file, image folder] for each data set.",
         ),
+    ),
+    SEMANTIC_DATASETS=Key(
+        (),
+        "Your data sets for semantic segmentation: `[name, folders, images, labels]` with label "
+        "images in the second folder, or `[name, format, folder]` with a published format.",
+        Values(
+            each(_is_semantic_dataset),
+            "Give [name, 'folders', image folder, label folder] or [name, format, folder] for each "
+            f"data set; the formats are {', '.join(SEMANTIC_FORMATS[1:])}.",
+        ),
+    ),
+    SEMANTIC_CLASSES=Key(
+        (),
+        "Names of the classes in the label images of `folders`, in the order of their labels "
+        "from 0; the published formats have their own.",
+        NAMES,
+    ),
+    SEMANTIC_AUGMENTATION=Key(
+        "flip",
+        "Of training images for semantic segmentation: `INPUT.RANDOM_FLIP`, or in its place the "
+        "rotations and flips published for Synapse and ACDC.",
+        one_of("flip", "rotate"),
     ),
     ON_BAD_DATA=Key(
         "error",

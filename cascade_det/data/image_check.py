@@ -175,6 +175,33 @@ def _check_open_file(file: IO[bytes], entry: JsonObject, decode: bool) -> ImageI
     return None if found == expected else _size_issue(entry, found, stored)
 
 
+def image_size(path: str, *, decode: bool = False) -> tuple[int, int]:
+    """(height, width) of an image, upright; its last bytes are checked as in :func:`check_image`.
+
+    Args:
+        path: of a file.
+        decode: whether to decode the image, which finds all damage.
+
+    Raises:
+        DatasetError: the file is missing, truncated, or not one image with an 8- or 16-bit range.
+    """
+    try:
+        with open(path, "rb") as file, Image.open(file) as image:
+            if _has_several_frames(image):
+                raise DatasetError(f"{path}: holds several frames or pages, not one image")
+            if image.mode == "F":
+                raise DatasetError(f"{path}: has floating-point pixels, whose range is unknown")
+            if not decode and _is_complete(image, file):
+                return _upright_size(image)
+    except DatasetError:
+        raise
+    except Exception:  # decoders fail in many ways; read_image below says why
+        pass
+    with _decoding:
+        height, width, _ = read_image(path, "RGB").shape
+    return height, width
+
+
 def _size_issue(entry: JsonObject, found: tuple[int, int], stored: tuple[int, int]) -> ImageIssue:
     height, width = entry["height"], entry["width"]
     sizes = f"{found[1]}x{found[0]} in the file, {width}x{height} in the json"

@@ -104,19 +104,24 @@ def scheduled(cfg: CfgNode, datasets: Sequence[CocoDataset]) -> CfgNode:
     found = sum(len(dataset.records) for dataset in datasets)
     if found > len(records):
         logger.info("%s of %s images have boxes to train on", f"{len(records):,}", f"{found:,}")
-    before, cfg = cfg, config.scale_to_epochs(cfg, len(records))
+    return scheduled_for(cfg, len(records))
+
+
+def scheduled_for(cfg: CfgNode, num_images: int) -> CfgNode:
+    """As ``scheduled``, for that many training images."""
+    before, cfg = cfg, config.scale_to_epochs(cfg, num_images)
     changes = config.changed_keys(before, cfg)
     if changes:
         changed = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changes.items())
         logger.info("CASCADE.EPOCHS is %g: %s", cfg.CASCADE.EPOCHS, changed)
     iterations, images = cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH
-    epochs = iterations * images / len(records)
+    epochs = iterations * images / num_images
     logger.info(
         "%s iterations x %d images = %s epochs of %s images",
         f"{iterations:,}",
         images,
         f"{epochs:,.0f}" if epochs >= 1000 else f"{epochs:.3g}",
-        f"{len(records):,}",
+        f"{num_images:,}",
     )
     return cfg
 

@@ -259,6 +259,33 @@ def test_datasets(cfg):
     assert config.datasets_arguments(cfg, train=False)["masks"] == "drop"
 
 
+def test_datasets_for_semantic_segmentation(cfg):
+    own = (("a", "folders", "i/", "l/"), ("b", "acdc", "b/"))
+    set_keys(cfg, "CASCADE.SEMANTIC_DATASETS", str(own), "DATASETS.TRAIN", "('a',)")
+    set_keys(cfg, "CASCADE.SEMANTIC_CLASSES", "['ground', 'tree']")
+    assert config.semantic_datasets_arguments(cfg, train=True) == {
+        "names": ("a",),
+        "own_datasets": own,
+        "class_names": ("ground", "tree"),
+        "ignore_value": 255,
+        "on_bad_data": "error",
+        "follow_links": "near",
+    }
+
+
+def test_input_and_loader_for_semantic_segmentation(cfg):
+    set_keys(cfg, "MODEL.MASK_ON", "True", "CASCADE.SEMANTIC_AUGMENTATION", "rotate")
+    train = config.input_arguments(cfg, train=True) | {"augmentation": "rotate"}
+    del train["masks"]
+    assert config.semantic_input_arguments(cfg, train=True) == train
+    test = config.input_arguments(cfg, train=False)
+    del test["masks"]
+    assert config.semantic_input_arguments(cfg, train=False) == test
+    loader = config.train_loader_arguments(cfg)
+    del loader["filter_empty"]
+    assert config.semantic_train_loader_arguments(cfg) == loader
+
+
 def test_optimizer(cfg):
     expected = {
         "name": "SGD",
@@ -327,6 +354,9 @@ ALL_ARGUMENTS = [
     config.train_loader_arguments,
     config.test_loader_arguments,
     lambda cfg: config.datasets_arguments(cfg, train=True),
+    lambda cfg: config.semantic_datasets_arguments(cfg, train=True),
+    lambda cfg: config.semantic_input_arguments(cfg, train=True),
+    config.semantic_train_loader_arguments,
     config.optimizer_arguments,
     config.scheduler_arguments,
     config.trainer_arguments,

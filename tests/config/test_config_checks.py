@@ -288,6 +288,16 @@ OUT_OF_RANGE = {
     "TEST.AUG.MIN_SIZES": ["()", "(-1,)", "(1.5,)"],
     "TEST.AUG.MAX_SIZE": ["0"],
     "CASCADE.DATASETS": ["(('a', 'a.json'),)", "('a', 'a.json', 'a/')", "(('', 'a.json', 'a/'),)"],
+    "CASCADE.SEMANTIC_DATASETS": [
+        "(('a', 'folders', 'a/'),)",
+        "(('a', 'acdc', 'a/', 'b/'),)",
+        "(('a', 'voc', 'a/'),)",
+        "('a', 'acdc', 'a/')",
+        "(('', 'acdc', 'a/'),)",
+        "(('a', ['acdc'], 'a/'),)",
+    ],
+    "CASCADE.SEMANTIC_CLASSES": ["('a', '')", "(1,)"],
+    "CASCADE.SEMANTIC_AUGMENTATION": ["crop"],
     "CASCADE.TEST_IMS_PER_BATCH": ["0"],
     "CASCADE.LOG_PERIOD": ["0"],
     "CASCADE.BEST_METRIC": [""],
@@ -448,6 +458,9 @@ CONTRADICTIONS = {
     ),
     "DATASETS.TEST ('a','b','a')": "DATASETS.TEST names a more than once",
     "CASCADE.DATASETS (('a','x','y'),('a','z','w'))": "CASCADE.DATASETS names a more than once",
+    "CASCADE.DATASETS (('a','x','y'),) CASCADE.SEMANTIC_DATASETS (('a','acdc','z'),)": (
+        "CASCADE.DATASETS with SEMANTIC_DATASETS names a more than once"
+    ),
     "SOLVER.LR_SCHEDULER_NAME WarmupCosineLR SOLVER.BASE_LR_END 1.0": (
         "BASE_LR_END is 1.0, above SOLVER.BASE_LR, 0.02"
     ),

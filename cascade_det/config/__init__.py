@@ -53,7 +53,8 @@ from cascade_det.config.run_arguments import (
     trainer_arguments,
 )
 from cascade_det.config.scaling import check_processes, scale_to_epochs, scale_to_world_size
-from cascade_det.config.segmenter_arguments import segmenter_arguments
+from cascade_det.config.segmenter_arguments import is_segmenter, segmenter_arguments
+from cascade_det.config.segmenter_checks import require_detector
 from cascade_det.config.tree import add_cascade_config, changed, changed_keys, flat, get_cfg
 
 __all__ = [
@@ -86,11 +87,13 @@ __all__ = [
     "flat",
     "get_cfg",
     "input_arguments",
+    "is_segmenter",
     "load_config",
     "mask_head_arguments",
     "merge_config",
     "optimizer_arguments",
     "pooler_arguments",
+    "require_detector",
     "rpn_arguments",
     "scale_to_epochs",
     "scale_to_world_size",

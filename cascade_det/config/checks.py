@@ -17,6 +17,7 @@ from cascade_det.config.cascade_checks import HEAD_CHECKS, Check
 from cascade_det.config.key import Values, one_of, shown
 from cascade_det.config.model_checks import BACKBONE_CHECKS, MODEL_CHECKS
 from cascade_det.config.run_checks import RUN_CHECKS
+from cascade_det.config.segmenter_arguments import is_segmenter
 from cascade_det.config.segmenter_checks import SEGMENTER_CHECKS, check_levels
 from cascade_det.config.tree import BACKBONE_NODES, KEYS, changed_keys, get_cfg, value_of
 from cascade_det.errors import ConfigError
@@ -56,7 +57,7 @@ def check_config(cfg: CfgNode) -> None:
     Raises:
         ConfigError: lists every problem with key, value and remedy.
     """
-    if cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor":
+    if is_segmenter(cfg):
         read = [name for name in KEYS if not name.startswith(_OF_DETECTORS)]
         _check(cfg, read, (*SEGMENTER_CHECKS, *RUN_CHECKS), _SEGMENTER)
     else:

@@ -7,6 +7,11 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 
+def is_segmenter(cfg: CfgNode) -> bool:
+    """Whether the model is a semantic segmenter, and no detector."""
+    return bool(cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor")
+
+
 def segmenter_arguments(cfg: CfgNode) -> dict[str, Any]:
     """The semantic head: its ``in_features``, ``head``, ``loss`` and ``loss_weight``."""
     head, decoder = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.CASCADE_DECODER

@@ -9,6 +9,8 @@ from fvcore.common.config import CfgNode
 from cascade_det.config.backbone_arguments import TRUNKS, backbone_maps, trunk_maps
 from cascade_det.config.cascade_checks import Check
 from cascade_det.config.model_checks import BACKBONE_CHECKS
+from cascade_det.config.segmenter_arguments import is_segmenter
+from cascade_det.errors import ConfigError
 
 
 def check_levels(cfg: CfgNode) -> Iterator[str]:
@@ -49,6 +51,23 @@ def _check_pyramid(cfg: CfgNode) -> Iterator[str]:
     if cfg.MODEL.BACKBONE.NAME not in TRUNKS:
         for check in BACKBONE_CHECKS:
             yield from check(cfg)
+
+
+def require_detector(cfg: CfgNode, what: str) -> None:
+    """Check that the model is a detector.
+
+    Args:
+        cfg: a configuration.
+        what: needs one, for the message.
+
+    Raises:
+        ConfigError: it is a segmenter.
+    """
+    if is_segmenter(cfg):
+        raise ConfigError(
+            f"MODEL.META_ARCHITECTURE is 'SemanticSegmentor', but {what} is for detectors, whose "
+            "META_ARCHITECTURE is GeneralizedRCNN."
+        )
 
 
 SEGMENTER_CHECKS: tuple[Check, ...] = (check_levels, _check_pyramid, _check_maps)

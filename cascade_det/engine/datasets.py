@@ -65,11 +65,20 @@ def load_datasets_to_evaluate(
         ConfigError: there is no test set, or neither ``MODEL.WEIGHTS`` nor a run to resume.
         DatasetError: data are missing or wrong.
     """
+    check_evaluable(cfg, resume=resume)
+    return load_datasets(cfg, train=False, find=find)
+
+
+def check_evaluable(cfg: CfgNode, *, resume: bool) -> None:
+    """Check that an evaluation has a test set, and weights or a run to resume.
+
+    Raises:
+        ConfigError: it has not.
+    """
     if not cfg.DATASETS.TEST:
         raise ConfigError("DATASETS.TEST is empty: name a data set to evaluate on")
     if not cfg.MODEL.WEIGHTS and not resume:
         raise ConfigError("MODEL.WEIGHTS is empty: give the file of weights to evaluate")
-    return load_datasets(cfg, train=False, find=find)
 
 
 def load_training_data(

@@ -6,12 +6,13 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cascade_det.data.coco import CocoDataset, left_out_warnings
+from cascade_det.data.semantic import SemanticDataset
 from cascade_det.data.transforms import read_image
 from cascade_det.engine.detector import Detector
 from cascade_det.engine.inference import BatchLoader, run_inference
@@ -27,6 +28,8 @@ from cascade_det.report.text import (
 )
 
 logger = logging.getLogger(__name__)
+
+AnyDataset = TypeVar("AnyDataset", CocoDataset, SemanticDataset)
 
 
 def evaluate_dataset(
@@ -120,9 +123,9 @@ def add_augmented(
 
 
 def by_dataset(
-    datasets: Sequence[CocoDataset],
+    datasets: Sequence[AnyDataset],
     output_dir: Path,
-    evaluate: Callable[[CocoDataset, Path], dict[str, Any]],
+    evaluate: Callable[[AnyDataset, Path], dict[str, Any]],
 ) -> dict[str, Any]:
     """Evaluate one data set, or several in folders of their own, with results by name."""
     if len(datasets) == 1:

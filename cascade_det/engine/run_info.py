@@ -13,6 +13,7 @@ from fvcore.common.config import CfgNode
 
 from cascade_det.config.key import shown
 from cascade_det.data.coco import CocoDataset
+from cascade_det.data.semantic import SemanticDataset
 from cascade_det.errors import CheckpointError
 from cascade_det.parallel import distributed
 from cascade_det.text import check_name
@@ -46,9 +47,11 @@ class RunInfo:
             logger.info("SEED is negative: drew %d", self.seed)
 
     @classmethod
-    def of(cls, cfg: CfgNode, dataset: CocoDataset, host: str) -> RunInfo:
-        """For a configuration and the classes of a data set."""
-        return cls(cfg.SEED, list(dataset.class_names), list(dataset.category_ids), host)
+    def of(cls, cfg: CfgNode, dataset: CocoDataset | SemanticDataset, host: str) -> RunInfo:
+        """For a configuration and the classes of a data set; the ids of labels are their values."""
+        names = list(dataset.class_names)
+        ids = dataset.category_ids if isinstance(dataset, CocoDataset) else range(len(names))
+        return cls(cfg.SEED, names, list(ids), host)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types, for a checkpoint."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cascade_det import config
 from cascade_det.data.coco import CocoDataset
+from cascade_det.data.semantic import SemanticDataset, SemanticSource
 from cascade_det.engine.checkpoint import Checkpointer
 from cascade_det.engine.devices import device_name
 from cascade_det.engine.output_dir import config_changes
@@ -38,7 +39,11 @@ def resume_or_load(checkpointer: Checkpointer, cfg: CfgNode, *, resume: bool) ->
 
 
 def load_to_evaluate(
-    checkpointer: Checkpointer, cfg: CfgNode, datasets: Sequence[CocoDataset], *, resume: bool
+    checkpointer: Checkpointer,
+    cfg: CfgNode,
+    datasets: Sequence[CocoDataset | SemanticDataset],
+    *,
+    resume: bool,
 ) -> None:
     """Load the weights to evaluate, compare their classes with the data, and log the exits.
 
@@ -96,10 +101,18 @@ def log_exits(
         )
 
 
-def _check_trained_classes(class_names: Sequence[str] | None, dataset: CocoDataset) -> None:
+def _check_trained_classes(
+    class_names: Sequence[str] | None, dataset: CocoDataset | SemanticDataset
+) -> None:
     if class_names is not None and tuple(class_names) != tuple(dataset.class_names):
+        source = dataset.source
+        file, order = (
+            (source.folder, "label")
+            if isinstance(source, SemanticSource)
+            else (source.json_file, "category id")
+        )
         raise DatasetError(
-            f"{dataset.source.json_file} has the classes {', '.join(dataset.class_names)} (by "
-            f"category id), but the checkpoint was trained on {', '.join(class_names)}: evaluate "
-            "on the classes that were trained, in the same order"
+            f"{file} has the classes {', '.join(dataset.class_names)} (by {order}), but the "
+            f"checkpoint was trained on {', '.join(class_names)}: evaluate on the classes that "
+            "were trained, in the same order"
         )

@@ -12,6 +12,7 @@ from cascade_det.data.semantic import (
     find_semantic_dataset,
     load_semantic_dataset,
 )
+from cascade_det.engine.datasets import check_evaluable
 from cascade_det.errors import ConfigError
 from cascade_det.parallel import distributed
 
@@ -53,6 +54,17 @@ def load_semantic_datasets(cfg: CfgNode, *, train: bool) -> list[SemanticDataset
         _check_classes(cfg, dataset)
     check_same_semantic_classes(datasets)
     return datasets
+
+
+def load_semantic_datasets_to_evaluate(cfg: CfgNode, *, resume: bool) -> list[SemanticDataset]:
+    """Load ``DATASETS.TEST`` for an evaluation, which needs weights as well.
+
+    Raises:
+        ConfigError: there is no test set, or neither ``MODEL.WEIGHTS`` nor a run to resume.
+        DatasetError: as ``load_semantic_datasets``.
+    """
+    check_evaluable(cfg, resume=resume)
+    return load_semantic_datasets(cfg, train=False)
 
 
 def load_semantic_training_data(

@@ -10,7 +10,7 @@ from torch import nn
 
 from cascade_det.core.modes import evaluation_mode
 from cascade_det.data.samples import Batch
-from cascade_det.engine.detector import Detector
+from cascade_det.engine.detector import Detector, Segmenter
 from cascade_det.engine.precision import autocast
 from cascade_det.parallel import distributed
 
@@ -19,7 +19,7 @@ _SEED = 0
 
 
 def validation_losses(
-    detector: Detector,
+    detector: Detector | Segmenter,
     loader: Iterable[Batch],
     *,
     amp_dtype: torch.dtype | None = None,

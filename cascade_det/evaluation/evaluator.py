@@ -6,20 +6,19 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from cascade_det.core.structures import DetectorOutput
 from cascade_det.data.samples import Sample
 
 
 class Evaluator(Protocol):
-    """Collects a detector's outputs over a data set and computes metrics from them.
+    """Collects outputs of a model over a data set and computes metrics from them.
 
     Several processes that each see a share of the images exchange their ``state()``; after
     merging all states, one of them has the metrics of a single process that saw all images.
     """
 
     @abstractmethod
-    def process(self, batch: Sequence[Sample], output: DetectorOutput) -> None:
-        """Add one batch and the detector's output for it."""
+    def process(self, batch: Sequence[Sample], output: Any) -> None:
+        """Add one batch and the output of the detector or segmenter for it."""
 
     @abstractmethod
     def state(self) -> Any:

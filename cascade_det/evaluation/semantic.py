@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from cascade_det.data.samples import Sample
 from cascade_det.errors import DatasetError
 from cascade_det.evaluation.evaluator import Evaluator
+from cascade_det.segmentation.output import SegmenterOutput
 
 Labels = npt.NDArray[np.integer[Any]]
 Counts = npt.NDArray[np.int64]
@@ -128,21 +130,21 @@ class SemanticEvaluator(Evaluator):
         """Discard everything that was processed."""
         self._confusion = ConfusionMatrix(len(self._class_names), ignore_label=self._ignore_label)
 
-    def process(self, batch: Sequence[Sample], output: Any) -> None:
+    def process(self, batch: Sequence[Sample], output: SegmenterOutput) -> None:
         """Add the predictions of a batch.
 
         Args:
             batch: N samples.
-            output: N dicts with ``sem_seg``, scores ``[K, height, width]``; the class with the
-                largest one is the prediction.
+            output: scores ``[K, height, width]`` of each; the class with the largest one is the
+                prediction.
 
         Raises:
             DatasetError: the truth of an image has another size or unknown labels.
         """
-        for sample, segmented in zip(batch, output, strict=True):
+        for sample, scores in zip(batch, output.sem_seg, strict=True):
             truth = self._truth_of(sample)
             try:
-                self._confusion.update(predicted_labels(segmented), truth)
+                self._confusion.update(predicted_labels(scores), truth)
             except ValueError as error:
                 name = sample.get("sem_seg_file_name", sample["file_name"])
                 raise DatasetError(f"{name}: {error}") from error
@@ -160,9 +162,9 @@ class SemanticEvaluator(Evaluator):
         return {"sem_seg": semantic_metrics(self._confusion.counts, self._class_names)}
 
 
-def predicted_labels(segmented: dict[str, Any]) -> Labels:
-    """Labels int64 ``[H, W]`` of an output with ``sem_seg``, a tensor of scores ``[K, H, W]``."""
-    labels: Labels = segmented["sem_seg"].argmax(0).cpu().numpy()
+def predicted_labels(scores: Tensor) -> Labels:
+    """Labels int64 ``[H, W]`` of scores ``[K, H, W]``."""
+    labels: Labels = scores.argmax(0).cpu().numpy()
     return labels
 
 

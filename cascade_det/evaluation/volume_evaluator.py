@@ -16,6 +16,7 @@ from cascade_det.errors import DatasetError
 from cascade_det.evaluation.evaluator import Evaluator
 from cascade_det.evaluation.semantic import predicted_labels
 from cascade_det.evaluation.volumes import Labels, compare_volumes
+from cascade_det.segmentation.output import SegmenterOutput
 
 METRICS = ("Dice", "HD95", "Jaccard", "ASSD")  # as in Scores
 _CONVENTIONS = ("volumes", "volumes_strict")
@@ -79,19 +80,19 @@ class VolumeEvaluator(Evaluator):
         """Discard everything that was processed."""
         self._state = _State()
 
-    def process(self, batch: Sequence[Sample], output: Any) -> None:
+    def process(self, batch: Sequence[Sample], output: SegmenterOutput) -> None:
         """Add the predictions of a batch of slices.
 
         Args:
             batch: N samples.
-            output: N dicts with ``sem_seg``, scores ``[K, height, width]``.
+            output: scores ``[K, height, width]`` of each.
 
         Raises:
             DatasetError: see ``add_volume``; or a slice was processed before.
         """
         smallest = np.min_scalar_type(len(self._class_names) - 1)
-        for sample, segmented in zip(batch, output, strict=True):
-            prediction = predicted_labels(segmented).astype(smallest)
+        for sample, scores in zip(batch, output.sem_seg, strict=True):
+            prediction = predicted_labels(scores).astype(smallest)
             self._add_slice(self._slice_of(sample), prediction, self._truth_of(sample))
 
     def _add_slice(self, place: VolumeSlice, prediction: Labels, truth: Labels) -> None:

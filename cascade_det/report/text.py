@@ -13,6 +13,7 @@ import torch
 
 from cascade_det.files import write_json
 from cascade_det.report.exit_tables import exit_sections, shadow_section
+from cascade_det.report.semantic_tables import semantic_sections
 from cascade_det.report.tables import Metrics, shown_name, stage_names, table
 
 RESULTS_FILE = "results.json"
@@ -75,6 +76,7 @@ def format_report(results: Metrics) -> str:
     """
     sections = (
         *(_ap_section(title, results.get(task)) for task, title in (_TASKS | _AUGMENTED).items()),
+        *semantic_sections(results),
         *_analysis_sections(results.get("analysis"), results.get("segm")),
         _stage_section(results.get("stages")),
         *exit_sections(results.get("exits")),

@@ -1,14 +1,20 @@
 """The functions that commands call in this host; ``cascade_det.d2.host`` has the same."""
 
+from typing import Any
+
 from fvcore.common.config import CfgNode
 from torch.utils.data import DataLoader
 
-from cascade_det.config import check_config, load_config
+from cascade_det.config import check_config, is_segmenter, load_config, require_detector
 from cascade_det.data.coco import CocoDataset
 from cascade_det.data.samples import Sample
 from cascade_det.standalone.detector import Detector
-from cascade_det.standalone.evaluate import evaluate, load_detector, test_loader
-from cascade_det.standalone.train import replay_batch, train
+from cascade_det.standalone.evaluate import evaluate as evaluate_detector
+from cascade_det.standalone.evaluate import load_detector, test_loader
+from cascade_det.standalone.evaluate_segmenter import evaluate_segmenter
+from cascade_det.standalone.train import replay_batch
+from cascade_det.standalone.train import train as train_detector
+from cascade_det.standalone.train_segmenter import train_segmenter
 
 __all__ = [
     "check_config",
@@ -21,11 +27,26 @@ __all__ = [
 ]
 
 
+def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
+    """Train a detector or a segmenter, see ``train`` and ``train_segmenter`` of this host."""
+    if is_segmenter(cfg):
+        return train_segmenter(cfg, resume=resume)
+    return train_detector(cfg, resume=resume)
+
+
+def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
+    """Evaluate a detector or a segmenter, see ``evaluate`` and ``evaluate_segmenter``."""
+    if is_segmenter(cfg):
+        return evaluate_segmenter(cfg, resume=resume)
+    return evaluate_detector(cfg, resume=resume)
+
+
 def open_detector(cfg: CfgNode) -> tuple[Detector, CocoDataset, DataLoader[Sample]]:
     """The trained detector, the first of ``DATASETS.TEST`` and its loader.
 
-    Errors as in ``evaluate``.
+    Errors as in ``evaluate``, and a ConfigError if the model is a segmenter.
     """
+    require_detector(cfg, "this command")
     detector, datasets = load_detector(cfg)
     return detector, datasets[0], test_loader(cfg, datasets[0])
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cascade_det.errors import DatasetError
 from cascade_det.evaluation.semantic import ConfusionMatrix, SemanticEvaluator, semantic_metrics
+from cascade_det.segmentation.output import SegmenterOutput, SegmenterStats
 
 NAMES = ["sky", "road", "car", "tree"]
 
@@ -33,13 +34,17 @@ def random_images(seed, count=3, *, used=4):
         truth[rng.random(size) < 0.2] = 255
         samples.append({"file_name": f"{index}.png", "truth": truth})
         scores = rng.standard_normal((4, *size)).astype(np.float32)
-        outputs.append({"sem_seg": torch.from_numpy(scores)})
+        outputs.append(torch.from_numpy(scores))
     return samples, outputs
+
+
+def segmented(*scores):
+    return SegmenterOutput(list(scores), SegmenterStats())
 
 
 def processed(samples, outputs):
     whole = evaluator()
-    whole.process(samples, outputs)
+    whole.process(samples, segmented(*outputs))
     return whole
 
 
@@ -64,7 +69,7 @@ def test_same_numbers_as_detectron2(used, monkeypatch):
         data.DatasetCatalog.remove("ours_to_compare")
         data.MetadataCatalog.remove("ours_to_compare")
     reference.reset()
-    reference.process(samples, outputs)
+    reference.process(samples, [{"sem_seg": scores} for scores in outputs])
     expected = reference.evaluate()["sem_seg"]
     # Boundary metrics are Detectron2's alone; the order of the rest is the same.
     expected = {name: value for name, value in expected.items() if "oundary" not in name}
@@ -112,7 +117,7 @@ def test_shares_give_the_metrics_of_the_whole(seed, owners):
     samples, outputs = random_images(seed, 5)
     parts = [evaluator() for _ in range(3)]
     for owner, sample, output in zip(owners, samples, outputs, strict=True):
-        parts[owner].process([sample], [output])
+        parts[owner].process([sample], segmented(output))
     states = [pickle.loads(pickle.dumps(part.state())) for part in parts]
     parts[1].merge(states)
     assert parts[1].evaluate() == processed(samples, outputs).evaluate()
@@ -121,7 +126,7 @@ def test_shares_give_the_metrics_of_the_whole(seed, owners):
 def test_a_perfect_prediction():
     samples, _ = random_images(3)
     one_hot = [np.eye(4)[np.minimum(s["truth"], 3)].transpose(2, 0, 1) for s in samples]
-    outputs = [{"sem_seg": torch.from_numpy(scores)} for scores in one_hot]
+    outputs = [torch.from_numpy(scores) for scores in one_hot]
     metrics = processed(samples, outputs).evaluate()["sem_seg"]
     assert set(metrics.values()) == {100.0}
 
@@ -132,9 +137,9 @@ def test_nothing_to_score_is_nan():
 
 
 def test_a_truth_that_cannot_be_is_named():
-    scores = {"sem_seg": torch.zeros(4, 2, 3)}
+    scores = segmented(torch.zeros(4, 2, 3))
     sample = {"file_name": "a.jpg", "sem_seg_file_name": "a.png", "truth": np.full((2, 3), 7)}
     with pytest.raises(DatasetError, match=r"a\.png: the truth has label 7; known are 0 to 3"):
-        evaluator().process([sample], [scores])
+        evaluator().process([sample], scores)
     with pytest.raises(DatasetError, match=r"b\.jpg: .* 2 x 3 pixels .*, the truth has 3 x 2"):
-        evaluator().process([{"file_name": "b.jpg", "truth": np.zeros((3, 2), int)}], [scores])
+        evaluator().process([{"file_name": "b.jpg", "truth": np.zeros((3, 2), int)}], scores)

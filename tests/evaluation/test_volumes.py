@@ -15,6 +15,7 @@ from scipy.spatial.distance import cdist
 from cascade_det.errors import DatasetError
 from cascade_det.evaluation import VolumeEvaluator, VolumeSlice
 from cascade_det.evaluation.volumes import compare_masks, compare_volumes
+from cascade_det.segmentation.output import SegmenterOutput, SegmenterStats
 
 NAMES = ["background", "liver", "spleen"]
 # Names in the file of official numbers.
@@ -142,7 +143,7 @@ def sample_slices(seed, depths):
             place = VolumeSlice(f"v{number}", index, depth, (2.0, 1.0, 1.0))
             truth = rng.integers(0, 3, (5, 6))
             samples.append({"place": place, "truth": truth, "file_name": "a.npz"})
-            outputs.append({"sem_seg": torch.from_numpy(rng.standard_normal((3, 5, 6)))})
+            outputs.append(torch.from_numpy(rng.standard_normal((3, 5, 6))))
     return samples, outputs
 
 
@@ -152,10 +153,14 @@ def evaluator():
     )
 
 
+def segmented(*scores):
+    return SegmenterOutput(list(scores), SegmenterStats())
+
+
 def processed(samples, outputs, order=None):
     whole = evaluator()
     for index in range(len(samples)) if order is None else order:
-        whole.process([samples[index]], [outputs[index]])
+        whole.process([samples[index]], segmented(outputs[index]))
     return whole
 
 
@@ -164,7 +169,7 @@ def test_slices_are_scored_as_volumes():
     results = processed(samples, outputs).evaluate()
     volumes = evaluator()
     for name, part in (("v0", slice(0, 3)), ("v1", slice(3, 5))):
-        prediction = [output["sem_seg"].argmax(0).numpy() for output in outputs[part]]
+        prediction = [scores.argmax(0).numpy() for scores in outputs[part]]
         truth = [sample["truth"] for sample in samples[part]]
         volumes.add_volume(name, prediction, np.stack(truth), spacing=(2, 1, 1))
         voxels = compare_volumes(np.stack(prediction), np.stack(truth), 3)
@@ -228,10 +233,10 @@ def test_what_comes_twice_is_refused():
     samples, outputs = sample_slices(0, (2, 1))
     part = processed(samples[:1], outputs[:1])
     with pytest.raises(DatasetError, match="volume v0: slice 0 was processed twice"):
-        part.process(samples[:1], outputs[:1])
+        part.process(samples[:1], segmented(*outputs[:1]))
     part = processed(samples[2:], outputs[2:])
     with pytest.raises(DatasetError, match="volume v1: it was processed before"):
-        part.process(samples[2:], outputs[2:])
+        part.process(samples[2:], segmented(*outputs[2:]))
     with pytest.raises(DatasetError, match="volume v1 was processed by two processes"):
         evaluator().merge([part.state(), part.state()])
 

@@ -1,0 +1,71 @@
+"""Evaluates a segmenter on a data set: all metrics, as a report in the log and in a file."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cascade_det.data.samples import Sample
+from cascade_det.data.semantic import SemanticDataset, read_labels
+from cascade_det.engine.detector import Segmenter
+from cascade_det.engine.inference import BatchLoader, run_segmentation
+from cascade_det.evaluation import Evaluator, LatencyEvaluator
+from cascade_det.evaluation.semantic import Labels, SemanticEvaluator
+from cascade_det.evaluation.volume_evaluator import VolumeEvaluator, VolumeSlice
+from cascade_det.parallel import distributed
+from cascade_det.report.text import describe_machine, format_report, write_results
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate_segmentation(
+    segmenter: Segmenter, loader: BatchLoader, dataset: SemanticDataset, output_dir: Path
+) -> dict[str, Any]:
+    """Evaluate a segmenter; several processes share the images, the main one writes the file.
+
+    Args:
+        segmenter: with its weights.
+        loader: batches of this process.
+        dataset: with the true labels.
+        output_dir: for ``results.json``.
+
+    Returns:
+        ``sem_seg`` and ``latency``, and ``volumes`` and ``volumes_strict`` of data sets of volumes;
+        the same on every process.
+    """
+    results = run_segmentation(segmenter, loader, _evaluators(dataset))
+    machine = describe_machine(next(segmenter.parameters(), torch.empty(0)).device)
+    report = format_report({**results, "machine": machine})
+    logger.info("Results on %s:\n\n%s\n", dataset.source.name, report)
+    distributed.on_main(lambda: write_results(results, output_dir, machine=machine))
+    return results
+
+
+def _evaluators(dataset: SemanticDataset) -> Sequence[Evaluator]:
+    records = dataset.records
+    depths = Counter(record.volume for record in records)
+
+    def truth_of(sample: Sample) -> Labels:
+        return read_labels(records[sample["image_id"]])
+
+    def slice_of(sample: Sample) -> VolumeSlice:
+        record = records[sample["image_id"]]
+        assert record.slice_index is not None
+        return VolumeSlice(record.volume, record.slice_index, depths[record.volume])
+
+    found: list[Evaluator] = [
+        SemanticEvaluator(
+            class_names=dataset.class_names, truth_of=truth_of, ignore_label=dataset.ignore_value
+        ),
+        LatencyEvaluator(),
+    ]
+    if all(record.slice_index is not None for record in records):
+        found.append(
+            VolumeEvaluator(class_names=dataset.class_names, truth_of=truth_of, slice_of=slice_of)
+        )
+    return found

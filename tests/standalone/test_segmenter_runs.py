@@ -1,0 +1,132 @@
+"""Training and evaluation of a segmenter on drawn scenes: learning, resuming, and mistakes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from shape_runs import assert_same
+from small_segmenter import SEGMENTER
+
+from cascade_det.config import get_cfg
+from cascade_det.data.semantic import read_labels
+from cascade_det.engine.semantic_datasets import load_semantic_datasets
+from cascade_det.errors import CheckpointError, ConfigError, DatasetError
+from cascade_det.standalone import host
+
+CLASSES = ["background", "bright", "dark"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six images of a bright and a dark square on grey, with their labels."""
+    generator = np.random.default_rng(0)
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+    for index in range(6):
+        image = np.full((48, 64, 3), 128, np.uint8)
+        labels = np.zeros((48, 64), np.uint8)
+        for label, value in ((1, 230), (2, 30)):
+            top, left = generator.integers(0, 24), generator.integers(0, 40)
+            image[top : top + 24, left : left + 24] = value
+            labels[top : top + 24, left : left + 24] = label
+        Image.fromarray(image).save(tmp_path / "images" / f"{index}.png")
+        Image.fromarray(labels).save(tmp_path / "labels" / f"{index}.png")
+    return tmp_path
+
+
+@pytest.fixture
+def cfg(folder):
+    cfg = get_cfg()
+    images, labels = str(folder / "images"), str(folder / "labels")
+    cfg.merge_from_list(
+        [
+            *SEGMENTER,
+            *("CASCADE.SEMANTIC_DATASETS", [["squares", "folders", images, labels]]),
+            *("CASCADE.SEMANTIC_CLASSES", CLASSES, "CASCADE.BEST_METRIC", "sem_seg/mIoU"),
+            *("DATASETS.TRAIN", ("squares",), "DATASETS.TEST", ("squares",)),
+            *("INPUT.MIN_SIZE_TRAIN", (48,), "INPUT.MIN_SIZE_TEST", 48),
+            *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", ()),
+            *("SOLVER.BASE_LR", 0.002, "SOLVER.WARMUP_ITERS", 1, "CASCADE.OPTIMIZER", "AdamW"),
+            *("DATALOADER.NUM_WORKERS", 0, "SEED", 0, "OUTPUT_DIR", str(folder / "output")),
+        ]
+    )
+    return cfg
+
+
+def test_training_learns(cfg, folder):
+    cfg.SOLVER.MAX_ITER = 40
+    metrics = host.train(cfg)["sem_seg"]
+    assert metrics["mIoU"] > 70
+    written = json.loads((folder / "output" / "results.json").read_text())
+    assert written["sem_seg"]["IoU-bright"] == pytest.approx(metrics["IoU-bright"])
+    # The same from the file of weights.
+    cfg.MODEL.WEIGHTS = str(folder / "output" / "model_final.pth")
+    cfg.OUTPUT_DIR = str(folder / "again")
+    assert host.evaluate(cfg)["sem_seg"] == pytest.approx(metrics)
+
+
+def test_metrics_are_of_the_labels_in_the_files(cfg, folder):
+    """Counted by hand, from the scores of a segmenter that was not trained."""
+    cfg.DATASETS.TRAIN = ("squares",)
+    host.train(cfg)
+    cfg.MODEL.WEIGHTS = str(folder / "output" / "model_final.pth")
+    cfg.OUTPUT_DIR = str(folder / "again")
+    found = host.evaluate(cfg)["sem_seg"]
+    from cascade_det.standalone.build_segmenter import build_segmenter
+    from cascade_det.standalone.evaluate_segmenter import test_loader
+
+    (dataset,) = load_semantic_datasets(cfg, train=False)
+    segmenter = build_segmenter(cfg)
+    segmenter.load_state_dict(torch.load(cfg.MODEL.WEIGHTS, weights_only=True)["model"])
+    right = total = 0
+    for (sample,) in test_loader(cfg, dataset):
+        scores = segmenter.segment([sample]).sem_seg[0]
+        truth = read_labels(dataset.records[sample["image_id"]])
+        right += int((scores.argmax(0).numpy() == truth).sum())
+        total += truth.size
+    assert found["pACC"] == pytest.approx(100 * right / total)
+
+
+def test_a_resumed_run_is_the_same_run(cfg, folder):
+    cfg.SOLVER.MAX_ITER = 4
+    cfg.SOLVER.CHECKPOINT_PERIOD = 2
+    cfg.DATASETS.TEST = ()
+    host.train(cfg)
+    output = folder / "output"
+    wanted = torch.load(output / "model_final.pth", weights_only=True)["model"]
+    (output / "model_final.pth").unlink()
+    (output / "last_checkpoint").write_text("model_0000001.pth")
+    torch.manual_seed(7)
+    host.train(cfg, resume=True)
+    assert_same(torch.load(output / "model_final.pth", weights_only=True)["model"], wanted)
+
+
+def test_mistakes_are_named_at_the_start(cfg, folder):
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 4
+    with pytest.raises(ConfigError, match=r"NUM_CLASSES is 4.*'squares' has 3 classes"):
+        host.train(cfg)
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 3
+    with pytest.raises(ConfigError, match=r"MODEL\.WEIGHTS is empty"):
+        host.evaluate(cfg)
+    with pytest.raises(ConfigError, match="for detectors"):
+        host.open_detector(cfg)
+    (folder / "labels" / "3.png").unlink()
+    with pytest.raises(DatasetError, match=r"3\.png"):
+        host.train(cfg)
+
+
+def test_weights_of_other_classes_are_refused(cfg, folder):
+    cfg.DATASETS.TEST = ()
+    host.train(cfg)
+    cfg.MODEL.WEIGHTS = str(folder / "output" / "model_final.pth")
+    cfg.DATASETS.TEST = ("squares",)
+    cfg.OUTPUT_DIR = str(folder / "again")
+    cfg.CASCADE.SEMANTIC_CLASSES = ["background", "dark", "bright"]
+    with pytest.raises(DatasetError, match=r"classes background, dark, bright .*by label"):
+        host.evaluate(cfg)
+    cfg.CASCADE.SEMANTIC_CLASSES = CLASSES
+    cfg.MODEL.CASCADE_DECODER.FUSE = "concat"
+    with pytest.raises(CheckpointError):
+        host.evaluate(cfg)

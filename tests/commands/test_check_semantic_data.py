@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from semantic_sets import CLASSES, labels_of, save, write_pair
+from shape_runs import INSTANT
 
 from cascade_det.commands import check_data
 
@@ -15,15 +16,14 @@ def check(tmp_path):
 
     def run(*options, entry=None, classes=3):
         entry = entry or ("mine", "folders", f"{tmp_path}/images", f"{tmp_path}/labels")
-        keys = ["CASCADE.SEMANTIC_DATASETS", str([entry]), "DATASETS.TRAIN", "('mine',)"]
+        keys = ["CASCADE.SEMANTIC_DATASETS", str([entry])]
+        keys += ["DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "()"]
         keys += ["CASCADE.SEMANTIC_CLASSES", str(CLASSES), *options]
         keys += ["MODEL.SEM_SEG_HEAD.NUM_CLASSES", str(classes)]
         out = tmp_path / "findings.json"
-        status = check_data.main(["--config-file", *config, "--json-out", str(out), *keys])
+        status = check_data.main(["--config-file", INSTANT, "--json-out", str(out), *keys])
         return status, json.loads(out.read_text())["mine"]
 
-    config = [str(tmp_path / "empty.yaml")]
-    (tmp_path / "empty.yaml").write_text("VERSION: 2\n")
     return run
 
 

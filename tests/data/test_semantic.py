@@ -3,10 +3,10 @@
 import io
 import os
 import pickle
+import sys
 import zipfile
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 from PIL import Image
@@ -26,6 +26,8 @@ from cascade_det.data.semantic import FORMATS, find_semantic_dataset, read_label
 from cascade_det.data.semantic.check import check_semantic
 from cascade_det.data.semantic.reading import read_pair
 from cascade_det.errors import DatasetError
+
+h5py = pytest.importorskip("h5py")
 
 
 def test_the_formats_of_the_keys_are_those_that_are_read():
@@ -419,6 +421,6 @@ def test_an_h5_file_leads_to_no_other_file(tmp_path):
 
 def test_h5py_is_asked_for(tmp_path, monkeypatch):
     write_h5(tmp_path / "a.npy.h5", GREY, LABELS)
-    monkeypatch.setitem(__import__("sys").modules, "h5py", None)
+    monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(DatasetError, match=r"pip install 'cascade_det\[medical\]'"):
         load(tmp_path, "synapse")

@@ -8,13 +8,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lively_heads import lively
 from torch import nn
+from torch.nn import functional as F
 from torch.testing import assert_close
 
+from cascade_det.segmentation import map_exits
 from cascade_det.segmentation.head import SegmentationHead, predict
 from cascade_det.segmentation.map_confidence import MEASURES, image_confidence, patch_confidence
 from cascade_det.segmentation.map_exits import MapExits
+from cascade_det.segmentation.pixel_rows import PixelRows
 
-CHANNELS = (48, 32, 16)
+CHANNELS = (64, 48, 32, 16)
 DOUBLING = ((4, 5), (8, 10), (16, 20))
 
 
@@ -33,14 +36,14 @@ class GivenGates(nn.Module):
         return self.score.sigmoid()
 
 
-def make(fuse="add", *, given_gates=False, scale=6.0):
+def make(fuse="add", *, levels=3, given_gates=False):
     """A head of 3 classes whose confidence varies over the map."""
-    head = lively(SegmentationHead(CHANNELS, 3, fuse=fuse))
+    head = lively(SegmentationHead(CHANNELS[-levels:], 3, fuse=fuse))
     for module in head.heads:
-        module.weight.data *= scale
+        module.weight.data *= 6
     if given_gates:
         decoder = head.decoder
-        for level in (1, 2, 3):
+        for level in range(1, levels + 1):
             attention = decoder.get_submodule(f"CA{level}")
             decoder.set_submodule(f"CA{level}", GivenGates(attention.fc1.in_channels))
     return head
@@ -50,7 +53,7 @@ def make_maps(images=2, sizes=DOUBLING):
     """Random maps that are calm in places, so that neighbours are alike."""
     return [
         torch.randn(images, c, *size) * torch.rand(images, 1, *size)
-        for c, size in zip(CHANNELS, sizes, strict=True)
+        for c, size in zip(CHANNELS[-len(sizes) :], sizes, strict=True)
     ]
 
 
@@ -112,8 +115,10 @@ def test_without_exits_it_is_the_head_bit_for_bit(settings, fuse):
 
 
 SIDES = st.tuples(st.integers(1, 4), st.integers(1, 4))
-DOUBLES = SIDES.map(lambda s: [(s[0] * k, s[1] * k) for k in (2, 4, 8)])
-ANY = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=3, max_size=3).map(
+DOUBLES = st.tuples(SIDES, st.integers(3, 4)).map(
+    lambda drawn: [tuple(side << level for side in drawn[0]) for level in range(drawn[1])]
+)
+ANY = st.lists(st.tuples(st.integers(1, 24), st.integers(1, 24)), min_size=3, max_size=4).map(
     sorted
 )
 
@@ -124,7 +129,7 @@ ANY = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=3, ma
     patch=st.integers(1, 9),
     fuse=st.sampled_from(["add", "concat"]),
     measure=st.sampled_from(MEASURES),
-    shares=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    shares=st.tuples(*[st.floats(0, 1)] * 3),
     images=st.integers(1, 2),
     seed=st.integers(0, 99),
 )
@@ -133,9 +138,9 @@ def test_patches_are_the_decoder_cut_off_where_they_left(
 ):
     """Whatever their neighbours did, given equal gates of channel attention."""
     torch.manual_seed(seed)
-    head, maps = make(fuse, given_gates=True), make_maps(images, sizes)
+    head, maps = make(fuse, levels=len(sizes), given_gates=True), make_maps(images, sizes)
     scores = confidences(head, maps, measure, patch)
-    thresholds = [float(x.quantile(share)) for x, share in zip(scores, shares, strict=True)]
+    thresholds = [float(x.quantile(share)) for x, share in zip(scores, shares, strict=False)]
     for score, threshold in zip(scores, thresholds, strict=True):
         assume(not ((score - threshold).abs() < 1e-5).any())  # rounding would decide
     found = MapExits(head, thresholds=thresholds, kind="patch", patch=patch, confidence=measure)(
@@ -146,6 +151,39 @@ def test_patches_are_the_decoder_cut_off_where_they_left(
     height, width = sizes[-1]
     pixels = levels.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:, :height, :width]
     assert_near(found.logits, at_levels(prefixes(head, maps), pixels))
+
+
+@pytest.mark.parametrize(
+    "sizes", [[12, 24, 48, 96], [10, 19, 37, 73], [7, 21, 42, 83], [8, 12, 15, 18]]
+)
+def test_a_patch_alone_reaches_all_that_it_needs(monkeypatch, sizes):
+    """In maps so large that most pixels are left out, nothing reads one of these.
+
+    What is left out reads as zero, which may be too weak to be seen in the logits.
+    """
+    read = PixelRows.at
+
+    def checked(self, places):
+        inside = F.pad(torch.ones(self.pixels.shape), (1, 1, 1, 1)).flatten()[places] > 0
+        assert torch.isin(places[inside], self.pixels.places()).all()
+        return read(self, places)
+
+    monkeypatch.setattr(PixelRows, "at", checked)
+    sizes = [(side, side) for side in sizes]
+    head, maps = make(levels=4, given_gates=True), make_maps(1, sizes)
+    exits = MapExits(head, thresholds=[0.5] * 3, kind="patch")
+    correct = prefixes(head, maps)
+    for exits.patch in (1, 2, 3, 5):
+        for _ in range(4):
+            grid = [math.ceil(side / exits.patch) for side in sizes[-1]]
+            sure = torch.ones(1, *grid)
+            sure.view(-1)[torch.randint(sure.numel(), (1,))] = 0
+            monkeypatch.setattr(map_exits, "patch_confidence", lambda *_, sure=sure, **__: sure)
+            found = exits(maps)
+            levels = found.levels.repeat_interleave(exits.patch, 1)
+            levels = levels.repeat_interleave(exits.patch, 2)[:, : sizes[-1][0], : sizes[-1][1]]
+            assert levels.unique().tolist() == [0, 3]
+            assert_near(found.logits, at_levels(correct, levels))
 
 
 @pytest.mark.parametrize("fuse", ["add", "concat"])

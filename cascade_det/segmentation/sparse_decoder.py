@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cascade_det.backbones.cascade_decoder import CascadeDecoder
+from cascade_det.backbones.fast_upconv import doubling_kernels
 from cascade_det.layers.folding import fold_norms
 from cascade_det.segmentation.pixel_rows import PixelRows, PixelSet, dilate, map_rows
 
@@ -53,7 +54,7 @@ class SparseLevel:
         self.spatial = _folded(decoder.SA)
         self.up_bias = up.up[0].bias
         self.up_weight = _taps(up.up[0].weight)
-        self.doubling_weights = [_taps(x) for x in _doubling_kernels(up.up[0].weight)]
+        self.doubling_weights = [_taps(x) for x in doubling_kernels(up.up[0].weight)]
         self.compare_up, self.compare_skip, self.psi = (
             (conv.weight.flatten(1).t(), conv.bias)
             for conv in (gate.W_g[0], gate.W_x[0], gate.psi[0])
@@ -93,8 +94,6 @@ class SparseLevel:
         if len(pixels.counts) == 1:
             coarser.convolve(_nearest(pixels, coarser), self.up_weight, self.up_bias, up)
             return up
-        # The 3x3 neighbours of an even row lie in two coarse rows, y/2 - 1 and y/2; those of an
-        # odd one in (y-1)/2 and (y+1)/2. So 2x2 sums of the kernel give the same at 4/9 the cost.
         groups = (x.split(pixels.counts) for x in (_doubled(pixels, coarser), up))
         for places, out, weight in zip(*groups, self.doubling_weights, strict=True):
             coarser.convolve(places, weight, self.up_bias, out)
@@ -151,18 +150,6 @@ def _folded(part: nn.Module) -> Any:
 def _taps(weight: Tensor) -> Tensor:
     """A kernel ``[K, C, h, w]`` as the factor of neighbourhoods: ``[h w C, K]``."""
     return weight.permute(2, 3, 1, 0).flatten(0, 2).contiguous()
-
-
-def _doubling_kernels(weight: Tensor) -> list[Tensor]:
-    """A kernel ``[K, D, 3, 3]`` after doubling as 2x2 kernels, one per ``(y % 2, x % 2)``."""
-    first, middle, last = weight.unbind(2)
-    by_row = torch.stack([first, middle + last], 2), torch.stack([first + middle, last], 2)
-    kernels = []
-    for rows in by_row:
-        left, centre, right = rows.unbind(3)
-        kernels.append(torch.stack([left, centre + right], 3))
-        kernels.append(torch.stack([left + centre, right], 3))
-    return kernels
 
 
 def _doubled(pixels: PixelSet, coarser: PixelRows) -> Tensor:

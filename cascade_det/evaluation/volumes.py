@@ -4,8 +4,8 @@ A mask is bool of any number of axes; volumes are labels ``[D, H, W]``. The surf
 elements with a face neighbour outside; everything beyond the array is outside. Distances are
 Euclidean, between centres of elements: from each surface element of a mask to the nearest one of
 the other, in both directions. HD95 is the 95th percentile of the two lists joined, ASSD their mean.
-Definitions are those of MedPy 0.5.2, as used by the published evaluations of Synapse and ACDC
-(TransUNet, CASCADE, MERIT); MedPy before 0.5 took the mean of the two lists' means as ASSD.
+Definitions are those of MedPy 0.5.2, the library of the published evaluations of Synapse and ACDC
+(TransUNet, CASCADE, MERIT); its older releases took the mean of the lists' means as ASSD.
 
 Where a mask is empty there is no distance, and two conventions:
 

@@ -52,6 +52,7 @@ HOMES = {
     "detectron2": {"d2", "benchmark"},
     "fvcore.common.registry": {"d2"},
     "torchvision.models": {"backbones", "standalone", "benchmark"},
+    "timm": {"backbones"},
     "tools": set(),
 }
 # Rooms and modules that live on these libraries (and the standard one) alone.
@@ -64,7 +65,7 @@ DIETS = {
     "masks/rle": {"numpy", "pycocotools"},
     "masks/segmentation": {"numpy", "pycocotools"},
     "core": {"torch", "torchvision.ops"},
-    "backbones": {"torch", "torchvision"},
+    "backbones": {"timm", "torch", "torchvision"},
     "segmentation": {"torch"},
     "data/coco_results": {"numpy"},
     "report/colors": {"numpy"},

@@ -20,6 +20,12 @@ PARTS = {
     "efficientvit": (("patch_embed.",), ("blocks1.",), ("blocks2.",), ("blocks3.",)),
     "hatnet": (("patch_embed.",), ("blocks.0.",), ("ds2.", "blocks.1."), ("ds3.", "blocks.2.")),
     "hiervit": _HIERVIT,
+    "pvtv2": (
+        ("patch_embed1.",),
+        ("block1.", "norm1."),
+        ("patch_embed2.", "block2.", "norm2."),
+        ("patch_embed3.", "block3.", "norm3."),
+    ),
     "hiervit_groups": _HIERVIT,
 }
 EVERY = pytest.mark.parametrize("name", TRUNKS)

@@ -75,7 +75,8 @@ def check(name, model, run=None, *, prefix="", tolerance=2e-5, gradients=5e-5):
         tensor.requires_grad_()
     found = run(*inputs)
     for i, output in enumerate(found):
-        assert_near(output, tensors[f"train_output.{i}"], tolerance)
+        if f"train_output.{i}" in tensors:  # MERIT's have none
+            assert_near(output, tensors[f"train_output.{i}"], tolerance)
     if gradients is None:
         return
     sum((x * tensors[f"cotangent.{i}"]).sum() for i, x in enumerate(found)).backward()

@@ -2,12 +2,14 @@
 
 from functools import partial
 
+import pytest
 import torch
 from torch import nn
 
 from cascade_det.backbones import EfficientViT, HATNet, HierarchicalViT
 from cascade_det.backbones.efficientvit import EfficientViTShape
 from cascade_det.backbones.hatnet import HATNetShape
+from cascade_det.backbones.pvtv2 import PVTv2, PVTv2Shape
 from cascade_det.backbones.windows import pad_to_multiple
 
 M0 = (
@@ -54,6 +56,14 @@ CASCADE_FPN = {
 _HIERVIT = partial(
     HierarchicalViT, widths=(8, 16, 24), depths=(1, 1, 1), head_width=8, window=3, drop_path=0.0
 )
+
+
+def _pvtv2(**options):
+    pytest.importorskip("timm")
+    shape = PVTv2Shape((8, 8, 12, 16), (1, 2, 1, 1), (2, 1, 2, 2), (2, 2, 2, 2), (4, 3, 2, 1))
+    return PVTv2(shape=shape, drop_path=0.0, **options)
+
+
 # All maps of every trunk, several heads, windows and blocks; without drop path.
 TRUNKS = {
     "efficientvit": partial(
@@ -67,6 +77,7 @@ TRUNKS = {
         drop_path=0.0,
     ),
     "hiervit": _HIERVIT,
+    "pvtv2": _pvtv2,
     "hiervit_groups": partial(_HIERVIT, mixer="token_groups", groups=3),
 }
 

@@ -13,6 +13,8 @@ from cascade_det.backbones.trunk import LEVELS, check_features
 from cascade_det.layers.conv_norm import freeze
 
 STAGE_NAMES = ("res2", "res3", "res4", "res5")
+# Of a stage, in order of use.
+PARTS = ("patch_embed", "block", "norm")
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,9 @@ class PVTv2(nn.Module):
             side * 2 ** LEVELS[stage]
             for side, stage in zip(shape.reductions, STAGE_NAMES, strict=True)
         )
-        embeddings, stages = _parts(shape, drop_path)
-        for i in range(self.num_stages):
-            self.add_module(f"patch_embed{i + 1}", embeddings[i])
-            self.add_module(f"block{i + 1}", stages[i].blocks)
-            self.add_module(f"norm{i + 1}", stages[i].norm)
+        for i, modules in enumerate(_stages(shape, drop_path)[: self.num_stages], start=1):
+            for part, module in zip(PARTS, modules, strict=True):
+                self.add_module(f"{part}{i}", module)
         (stem, *first), *others = self._stages()
         for part in [[stem], first, *others][:freeze_at]:
             freeze(nn.ModuleList(part))
@@ -122,24 +122,21 @@ class PVTv2(nn.Module):
         maps, x = {}, images
         for name, (embedding, blocks, norm) in zip(STAGE_NAMES, self._stages(), strict=False):
             x = embedding(x)  # [N, H, W, C]
-            size = x.shape[1:3]
             tokens = x.flatten(1, 2)
-            for block in blocks:
-                tokens = block(tokens, size)
-            x = norm(tokens).unflatten(1, size).permute(0, 3, 1, 2)
+            for block in blocks.children():
+                tokens = block(tokens, x.shape[1:3])
+            x = norm(tokens).view(x.shape).permute(0, 3, 1, 2)
             if name in self.out_features:
                 maps[name] = x
         return maps
 
     def _stages(self) -> list[list[nn.Module]]:
-        parts = ("patch_embed", "block", "norm")
-        return [
-            [self.get_submodule(f"{part}{i + 1}") for part in parts] for i in range(self.num_stages)
-        ]
+        numbers = range(1, 1 + self.num_stages)
+        return [[self.get_submodule(f"{part}{i}") for part in PARTS] for i in numbers]
 
 
-def _parts(shape: PVTv2Shape, drop_path: float) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Patch embeddings and stages."""
+def _stages(shape: PVTv2Shape, drop_path: float) -> list[list[nn.Module]]:
+    """Patch embedding, blocks and norm of each."""
     try:
         from timm.models.pvt_v2 import PyramidVisionTransformerV2
     except ImportError as error:
@@ -153,12 +150,13 @@ def _parts(shape: PVTv2Shape, drop_path: float) -> tuple[list[nn.Module], list[n
         sr_ratios=shape.reductions,
         drop_path_rate=drop_path,
     )
-    stages = list(network.stages)
-    for stage in stages:
+    stages = []
+    for stage in network.stages:
         for block in stage.blocks:
             # The official name has it twice.
             block.mlp.dwconv = nn.Sequential(OrderedDict(dwconv=block.mlp.dwconv))
-    return [network.patch_embed, *(stage.downsample for stage in stages[1:])], stages
+        stages.append([stage.downsample or network.patch_embed, stage.blocks, stage.norm])
+    return stages
 
 
 def _divided(side: int, feature: str) -> int:

@@ -22,7 +22,11 @@ from cascade_det.weights.names import (
     has_caffe2_names,
     has_efficientvit_names,
     has_hat_net_names,
+    has_maxvit_names,
+    has_pvt_v2_names,
+    has_timm_pvt_v2_names,
     has_torchvision_resnet_names,
+    timm_pvt_v2_to_official,
     torchvision_resnet_to_detectron2,
 )
 from cascade_det.weights.reading import reading
@@ -36,6 +40,10 @@ _TRAINED_ON_RGB = (
     "These were trained on RGB images: INPUT.FORMAT RGB, MODEL.PIXEL_MEAN "
     "[123.675, 116.28, 103.53], MODEL.PIXEL_STD [58.395, 57.12, 57.375]"
 )
+_TRAINED_ON_HALVES = (
+    "These were trained on RGB images from -1 to 1: INPUT.FORMAT RGB, MODEL.PIXEL_MEAN "
+    "[127.5, 127.5, 127.5], MODEL.PIXEL_STD [127.5, 127.5, 127.5]"
+)
 
 
 @dataclass(frozen=True)
@@ -47,8 +55,8 @@ class WeightsFile:
         weights: Detectron2's name to CPU tensor; names may lack the prefix above their part.
         run: the entry ``run`` of our own checkpoints, unchecked; ``None`` in other files.
         matches_by_suffix: the file says, or its origin implies, that prefixes are missing.
-        origin: whose names the file used: "Detectron2", "Caffe2", "torchvision", "EfficientViT" or
-            "HAT-Net".
+        origin: whose names the file used: "Detectron2", "Caffe2", "torchvision", "EfficientViT",
+            "HAT-Net", "PVTv2" or "MaxViT".
         hint: what users of such a file need to know; may be empty.
     """
 
@@ -64,7 +72,8 @@ def read_weights_file(path: str | Path) -> WeightsFile:
     """Read a ``.pth``, ``.pt``, ``.pkl`` or ``.safetensors`` file; nothing in it is executed.
 
     The file holds a state dict, alone or under ``"model"`` or ``"state_dict"``, with the names of
-    Detectron2, of Caffe2's Detectron, of torchvision's ResNets, of EfficientViT or of HAT-Net.
+    Detectron2, of Caffe2's Detectron, of torchvision's ResNets, or official ones of a trunk
+    with attention.
 
     Args:
         path: a local file, or an address, see
@@ -233,4 +242,10 @@ def _with_detectron2_names(
         return WeightsFile(path, weights, run, True, "EfficientViT", f"{_TRAINED_ON_RGB}.")
     if has_hat_net_names(weights):
         return WeightsFile(path, weights, run, True, "HAT-Net", f"{_TRAINED_ON_RGB}.")
+    if has_timm_pvt_v2_names(weights):
+        weights = timm_pvt_v2_to_official(weights)
+    if has_pvt_v2_names(weights):
+        return WeightsFile(path, weights, run, True, "PVTv2", f"{_TRAINED_ON_RGB}.")
+    if has_maxvit_names(weights):
+        return WeightsFile(path, weights, run, True, "MaxViT", f"{_TRAINED_ON_HALVES}.")
     return WeightsFile(path, weights, run, by_suffix)

@@ -58,9 +58,19 @@ _TORCHVISION_RESNET_RULES: _Rules = (
     (r"\.downsample\.1\.", ".shortcut.norm."),
 )
 
+_TIMM_PVT_V2_RULES: _Rules = (
+    (r"^patch_embed\.", "patch_embed1."),
+    (r"^stages\.(\d)\.downsample\.", lambda match: f"patch_embed{int(match[1]) + 1}."),
+    (r"^stages\.(\d)\.blocks\.", lambda match: f"block{int(match[1]) + 1}."),
+    (r"^stages\.(\d)\.norm\.", lambda match: f"norm{int(match[1]) + 1}."),
+    (r"\.mlp\.dwconv\.", ".mlp.dwconv.dwconv."),
+)
+
 _CLASSIFIERS = {
     "EfficientViT": re.compile(r"head(?:_dist)?\.(?:bn|l)\."),
     "HAT-Net": re.compile(r"classifier\."),
+    "PVTv2": re.compile(r"head\."),
+    "MaxViT": re.compile(r"head\."),
 }
 _NEVER_USED = re.compile(r"(?:^|\.)attn\.proj_norm\.(?:weight|bias)$")
 
@@ -116,6 +126,26 @@ def has_efficientvit_names(names: Iterable[str]) -> bool:
 def has_hat_net_names(names: Iterable[str]) -> bool:
     """Whether these are the names of HAT-Net's classifiers."""
     return {"patch_embed.0.weight", "blocks.0.0.attn.qkv.weight"} <= {*names}
+
+
+def has_pvt_v2_names(names: Iterable[str]) -> bool:
+    """Whether these are the names of PVTv2's classifiers (whai362/PVT)."""
+    return {"patch_embed1.proj.weight", "block1.0.mlp.dwconv.dwconv.weight"} <= {*names}
+
+
+def has_timm_pvt_v2_names(names: Iterable[str]) -> bool:
+    """Whether these are the names of timm's PVTv2."""
+    return {"patch_embed.proj.weight", "stages.0.blocks.0.mlp.dwconv.weight"} <= {*names}
+
+
+def timm_pvt_v2_to_official(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename timm's PVTv2: ``stages.0.blocks.0.attn.q.weight`` -> ``block1.0.attn.q.weight``."""
+    return {_apply(_TIMM_PVT_V2_RULES, name): tensor for name, tensor in weights.items()}
+
+
+def has_maxvit_names(names: Iterable[str]) -> bool:
+    """Whether these are the names of timm's MaxViT and MaxxViT."""
+    return {"stem.conv1.weight", "stages.0.blocks.0.attn_grid.attn.qkv.weight"} <= {*names}
 
 
 def unused_part(name: str, origin: str) -> str:

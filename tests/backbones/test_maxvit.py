@@ -15,9 +15,9 @@ from cascade_det.errors import ConfigError
 
 timm = pytest.importorskip("timm")
 BLOCKS = {
-    "maxvit_block_mbconv": "maxvit_rmlp_small_rw_224",
-    "maxvit_block_mbconv_table": "maxvit_tiny_rw_224",
-    "maxxvit_block_convnext": "maxxvit_rmlp_small_rw_256",
+    "maxvit_block_mbconv": "maxvit_rmlp_small_rw",
+    "maxvit_block_mbconv_table": "maxvit_tiny_rw",
+    "maxxvit_block_convnext": "maxxvit_rmlp_small_rw",
 }
 
 
@@ -39,8 +39,8 @@ def test_blocks_of_the_encoders_are_the_official_ones(case):
         config["dim"],
         config["dim_out"],
         stride=config["stride"],
-        conv_cfg=encoder["conv_cfg"],
-        transformer_cfg=replace(encoder["transformer_cfg"], **sizes, **windows),
+        conv_cfg=encoder.conv_cfg,
+        transformer_cfg=replace(encoder.transformer_cfg, **sizes, **windows),
     )
     for module in block.modules():
         if isinstance(module, nn.Dropout):

@@ -157,6 +157,7 @@ class TestExport:
         [
             ("efficientvit", "res6"),
             ("hatnet", "res5"),
+            ("pvtv2", "res5"),
             ("hiervit", "res4"),
             ("hiervit_groups", "res3"),
         ],
@@ -180,7 +181,8 @@ class TestExport:
 
     # As far as there is another kind of layer; token groups are exported in a test of their own.
     @pytest.mark.parametrize(
-        ("name", "last"), [("efficientvit", "res4"), ("hatnet", "res2"), ("hiervit", "res3")]
+        ("name", "last"),
+        [("efficientvit", "res4"), ("hatnet", "res2"), ("hiervit", "res3"), ("pvtv2", "res3")],
     )
     def test_torch_export(self, name, last):
         model = Listed(make_trunk(name, out_features=(last,))).eval()

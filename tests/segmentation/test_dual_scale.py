@@ -13,6 +13,10 @@ from cascade_det.backbones.maxvit import MaxViT
 from cascade_det.segmentation.dual_scale import MODES, DualScaleNetwork
 
 CHANNELS = (40, 32, 24, 16)
+ENCODERS = {
+    "small": ("maxxvit_rmlp_small_rw_256", "maxvit_rmlp_small_rw_224"),
+    "tiny": ("maxvit_rmlp_tiny_rw_256", "maxvit_tiny_rw_224"),
+}
 EVERY = pytest.mark.parametrize("mode", MODES)
 
 
@@ -86,28 +90,22 @@ def test_a_mask_of_ones_without_feedback_is_the_parallel_network():
         torch.testing.assert_close(cascaded(images), parallel(images))
 
 
-class TestPublishedNetworks:
-    ENCODERS = {
-        "small": ("maxxvit_rmlp_small_rw_256", "maxvit_rmlp_small_rw_224"),
-        "tiny": ("maxvit_rmlp_tiny_rw_256", "maxvit_tiny_rw_224"),
-    }
-
-    @pytest.mark.parametrize(("size", "mode"), [("small", "parallel"), ("tiny", "cascaded")])
-    def test_counts(self, size, mode):
-        pytest.importorskip("timm")
-        published = parity.description("params_and_macs")[f"MERIT_{mode.title()}_{size}_add"]
-        with torch.device("meta"):
-            first, second = (MaxViT(name=name) for name in self.ENCODERS[size])
-            decoder = CascadeDecoder([*first.channels.values()][::-1])
-            model = DualScaleNetwork(
-                backbones=(first, second), decoder=decoder, num_classes=9, mode=mode
-            ).eval()
-            images = torch.empty(1, 3, 256, 256)
-        assert sum(x.numel() for x in model.parameters()) == published["params"]
-        counter = FlopCounterMode(display=False)
-        with sdpa_kernel(SDPBackend.MATH), counter, torch.no_grad():
-            model(images)
-        assert counter.get_total_flops() == 2 * published["fvcore_conv_linear_matmul"]
+@pytest.mark.parametrize(("size", "mode"), [("small", "parallel"), ("tiny", "cascaded")])
+def test_published_counts(size, mode):
+    pytest.importorskip("timm")
+    published = parity.description("params_and_macs")[f"MERIT_{mode.title()}_{size}_add"]
+    with torch.device("meta"):
+        first, second = (MaxViT(name=name) for name in ENCODERS[size])
+        decoder = CascadeDecoder([*first.channels.values()][::-1])
+        model = DualScaleNetwork(
+            backbones=(first, second), decoder=decoder, num_classes=9, mode=mode
+        ).eval()
+        images = torch.empty(1, 3, 256, 256)
+    assert sum(x.numel() for x in model.parameters()) == published["params"]
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter, torch.no_grad():
+        model(images)
+    assert counter.get_total_flops() == 2 * published["fvcore_conv_linear_matmul"]
 
 
 def test_mistakes():

@@ -98,8 +98,8 @@ class PVTv2(nn.Module):
             for part, module in zip(PARTS, modules, strict=True):
                 self.add_module(f"{part}{i}", module)
         (stem, *first), *others = self._stages()
-        for part in [[stem], first, *others][:freeze_at]:
-            freeze(nn.ModuleList(part))
+        for frozen in [[stem], first, *others][:freeze_at]:
+            freeze(nn.ModuleList(frozen))
 
     def stem_and_stages(self) -> tuple[nn.Module, list[nn.Module]]:
         """The first patch embedding; blocks, norms and the other embeddings in turn."""

@@ -7,6 +7,7 @@ from cascade_det.backbones.fpn import FPN
 from cascade_det.backbones.hatnet import HATNet
 from cascade_det.backbones.hierarchical_vit import HierarchicalViT
 from cascade_det.backbones.mobilenet import MobileNetV2, MobileNetV3Large
+from cascade_det.backbones.pvtv2 import PVTv2
 from cascade_det.backbones.resnet import ResNet
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "HierarchicalViT",
     "MobileNetV2",
     "MobileNetV3Large",
+    "PVTv2",
     "ResNet",
 ]

@@ -14,7 +14,7 @@ BACKBONES = {
     for trunk in _TRUNKS
 }
 # Without a pyramid, for segmenters.
-TRUNKS = {f"build_{trunk}_backbone": (trunk, "") for trunk in _TRUNKS}
+TRUNKS = {f"build_{trunk}_backbone": (trunk, "") for trunk in (*_TRUNKS, "pvtv2")}
 _PARTS = BACKBONES | TRUNKS
 _EXTRA_CONVS = 2  # of HierViT, whose coarsest map is fine
 
@@ -52,6 +52,8 @@ def backbone_arguments(cfg: CfgNode) -> dict[str, Any]:
             "drop_path": float(keys.DROP_PATH),
         }
         fpn["extra_convs"] = _EXTRA_CONVS
+    elif name == "pvtv2":
+        bottom_up["name"] = model.PVTV2.NAME
     else:
         bottom_up["norm"] = model.RESNETS.NORM
     if name == "resnet":

@@ -122,4 +122,10 @@ HIERVIT = group(
     DROP_PATH=Key(0.1, _DROP_PATH_HELP, FROM_0_BELOW_1),
 )
 
-BACKBONE_GROUPS = (BACKBONE, FPN, RESNETS, EFFICIENTVIT, HATNET, HIERVIT)
+PVTV2 = group(
+    "MODEL.PVTV2",
+    "PVTv2 of a segmenter, with `BACKBONE.NAME` `build_pvtv2_backbone`; needs the extra timm",
+    NAME=Key("b2", "Size.", one_of("b0", "b1", "b2", "b3", "b4", "b5")),
+)
+
+BACKBONE_GROUPS = (BACKBONE, FPN, RESNETS, EFFICIENTVIT, HATNET, HIERVIT, PVTV2)

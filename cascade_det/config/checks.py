@@ -12,7 +12,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from cascade_det.config.backbone_arguments import BACKBONES
+from cascade_det.config.backbone_arguments import BACKBONES, TRUNKS
 from cascade_det.config.cascade_checks import HEAD_CHECKS, Check
 from cascade_det.config.key import Values, one_of, shown
 from cascade_det.config.model_checks import BACKBONE_CHECKS, MODEL_CHECKS
@@ -97,7 +97,8 @@ def check_backbone(cfg: CfgNode) -> None:
     Raises:
         ConfigError: as ``check_config``.
     """
-    _check(cfg, _in_both_hosts(_BACKBONES), BACKBONE_CHECKS)
+    without_pyramid = cfg.MODEL.BACKBONE.NAME in TRUNKS
+    _check(cfg, _in_both_hosts(_BACKBONES), () if without_pyramid else BACKBONE_CHECKS)
 
 
 def check_unread_cascade(cfg: CfgNode) -> None:

@@ -15,7 +15,7 @@ from cascade_det.config.run_keys import RUN_GROUPS, VERSION
 from cascade_det.config.unread_keys import UNREAD_KEYS
 
 # Below MODEL; Detectron2 has none of these.
-BACKBONE_NODES = ("EFFICIENTVIT", "HATNET", "HIERVIT")
+BACKBONE_NODES = ("EFFICIENTVIT", "HATNET", "HIERVIT", "PVTV2")
 _MODEL_NODES = ("CASCADE", *BACKBONE_NODES, "CASCADE_DECODER")
 GROUPS = (VERSION, *MODEL_GROUPS, CASCADE, BOX_HEAD, *CASCADE_GROUPS, *RUN_GROUPS)
 # By full name, such as SOLVER.BASE_LR.

@@ -21,6 +21,7 @@ except ImportError as error:
         path=error.path,
     ) from error
 
+import cascade_det.d2.trunks  # noqa: F401
 from cascade_det.config import add_cascade_config
 from cascade_det.d2.backbones import (
     build_efficientvit_fpn_backbone,

@@ -23,6 +23,7 @@ from cascade_det.backbones import (
     HierarchicalViT,
     MobileNetV2,
     MobileNetV3Large,
+    PVTv2,
 )
 from cascade_det.backbones.fpn import StridedLevels
 from cascade_det.backbones.trunk import LEVELS
@@ -59,6 +60,10 @@ class HATNetBackbone(HATNet, _Trunk):
 
 class HierarchicalViTBackbone(HierarchicalViT, _Trunk):
     """:class:`~cascade_det.backbones.HierarchicalViT` as a ``Backbone`` of Detectron2."""
+
+
+class PVTv2Backbone(PVTv2, _Trunk):
+    """:class:`~cascade_det.backbones.PVTv2` as a ``Backbone`` of Detectron2."""
 
 
 class _Pyramid(Backbone):
@@ -144,7 +149,7 @@ def build_hiervit_cascade_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> 
 @BACKBONE_REGISTRY.register()
 def build_resnet_cascade_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """Detectron2's ResNet with the CASCADE decoder."""
-    fpn = _arguments(cfg)["fpn"]
+    fpn = backbone_arguments(cfg)["fpn"]
     resnet = build_resnet_backbone(cfg, input_shape)
     resnet.register_load_state_dict_post_hook(refuse_classifier_names)
     # What a pyramid of ours asks of a trunk.
@@ -153,7 +158,8 @@ def build_resnet_cascade_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> B
     return CascadeFPNBackbone(resnet, **fpn)
 
 
-def _arguments(cfg: CfgNode) -> dict[str, Any]:
+def backbone_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """As ``config.backbone_arguments``, of a checked copy with our nodes."""
     cfg = cfg.clone()
     cfg.defrost()
     add_model_nodes(cfg)  # where the heads are Detectron2's, its configuration may lack our nodes
@@ -162,7 +168,7 @@ def _arguments(cfg: CfgNode) -> dict[str, Any]:
 
 
 def _build(cfg: CfgNode, trunk: type[_Trunk]) -> Backbone:
-    arguments = _arguments(cfg)
+    arguments = backbone_arguments(cfg)
     fpn = arguments["fpn"]
     in_features = fpn.pop("in_features")
     bottom_up = trunk(out_features=in_features, **arguments["bottom_up"])

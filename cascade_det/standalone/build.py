@@ -18,6 +18,7 @@ from cascade_det.backbones import (
     HierarchicalViT,
     MobileNetV2,
     MobileNetV3Large,
+    PVTv2,
     ResNet,
 )
 from cascade_det.backbones.trunk import Trunk
@@ -43,6 +44,7 @@ TRUNKS: dict[str, Callable[..., Trunk]] = {
     "efficientvit": EfficientViT,
     "hatnet": HATNet,
     "hiervit": HierarchicalViT,
+    "pvtv2": PVTv2,
 }
 
 

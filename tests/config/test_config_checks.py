@@ -44,6 +44,7 @@ def test_there_are_configurations_to_check():
         "Base-Cascade-RCNN-FPN",
         "Base-Cascade-RCNN-ViT-FPN",
         "Base-Cascade-Segmenter",
+        "cascade_pvtv2_b2",
         "cascade_resnet50",
         "segment_shapes",
         "cascade_rcnn_EfficientViT_M0_FPN_1x",

@@ -14,7 +14,7 @@ SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
 
 
 def is_ours(key: str) -> bool:
-    nodes = ("CASCADE", "CASCADE_DECODER", "EFFICIENTVIT", "HATNET", "HIERVIT")
+    nodes = ("CASCADE", "CASCADE_DECODER", "EFFICIENTVIT", "HATNET", "HIERVIT", "PVTV2")
     return key.startswith(("CASCADE.", *(f"MODEL.{node}." for node in nodes)))
 
 

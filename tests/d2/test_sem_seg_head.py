@@ -44,6 +44,24 @@ def test_same_names_and_numbers_in_both_hosts(batch, fuse):
         torch.testing.assert_close(theirs["sem_seg"], ours, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("trunk", ["mobilenet_v2", "efficientvit", "hatnet", "pvtv2"])
+def test_our_trunks_are_backbones_of_segmenters(batch, trunk):
+    if trunk == "pvtv2":
+        pytest.importorskip("timm")
+    theirs_cfg = get_cfg()
+    add_cascade_config(theirs_cfg)
+    ours_cfg = config.get_cfg()
+    for cfg in (theirs_cfg, ours_cfg):
+        name = f"build_{trunk}_backbone"
+        cfg.merge_from_list([*SEGMENTER, "MODEL.BACKBONE.NAME", name, "MODEL.PVTV2.NAME", "b0"])
+    plugin, standalone = build_model(theirs_cfg), build_segmenter(ours_cfg)
+    standalone.load_state_dict(plugin.state_dict())
+    with torch.no_grad():
+        found = zip(plugin.eval()(batch), standalone.segment(batch).sem_seg, strict=True)
+    for theirs, ours in found:
+        torch.testing.assert_close(theirs["sem_seg"], ours, rtol=1e-4, atol=1e-3)
+
+
 def test_panoptic_fpn_trains_both_cascades(batch):
     """Cascade Mask R-CNN finds things, the decoder stuff."""
     cfg = get_cfg()

@@ -9,7 +9,7 @@ from cascade_det.config import get_cfg
 from cascade_det.errors import ConfigError
 from cascade_det.standalone.build_segmenter import build_segmenter
 
-TRUNKS = ("resnet", "mobilenet_v2", "mobilenet_v3_large", "efficientvit", "hatnet")
+TRUNKS = ("resnet", "mobilenet_v2", "mobilenet_v3_large", "efficientvit", "hatnet", "pvtv2")
 
 
 def build(*options):
@@ -21,7 +21,10 @@ def build(*options):
 
 @pytest.mark.parametrize("trunk", TRUNKS)
 def test_every_trunk_learns_in_all_its_parts(trunk):
-    segmenter = build("MODEL.BACKBONE.NAME", f"build_{trunk}_backbone").train()
+    if trunk == "pvtv2":
+        pytest.importorskip("timm")
+    name = f"build_{trunk}_backbone"
+    segmenter = build("MODEL.BACKBONE.NAME", name, "MODEL.PVTV2.NAME", "b0").train()
     losses = segmenter.losses([labelled(75, 90), labelled(64, 101)])
     assert losses.keys() == {"loss_sem_seg"}
     losses["loss_sem_seg"].backward()

@@ -53,20 +53,17 @@ def _check_pyramid(cfg: CfgNode) -> Iterator[str]:
             yield from check(cfg)
 
 
-def require_detector(cfg: CfgNode, what: str) -> None:
+def require_detector(cfg: CfgNode) -> None:
     """Check that the model is a detector.
-
-    Args:
-        cfg: a configuration.
-        what: needs one, for the message.
 
     Raises:
         ConfigError: it is a segmenter.
     """
     if is_segmenter(cfg):
         raise ConfigError(
-            f"MODEL.META_ARCHITECTURE is 'SemanticSegmentor', but {what} is for detectors, whose "
-            "META_ARCHITECTURE is GeneralizedRCNN."
+            "MODEL.META_ARCHITECTURE is 'SemanticSegmentor', but this is for detectors, "
+            "'GeneralizedRCNN'. Segmenters are trained and evaluated by the commands train and "
+            "eval with --host standalone."
         )
 
 

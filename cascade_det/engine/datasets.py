@@ -35,6 +35,7 @@ def load_datasets(cfg: CfgNode, *, train: bool, find: Find = find_dataset) -> li
         ConfigError: nothing to train on is named, or NUM_CLASSES is not that of the data.
         DatasetError: data are missing or wrong.
     """
+    config.require_detector(cfg)
     arguments = config.datasets_arguments(cfg, train)
     if train and not arguments["names"]:
         raise ConfigError("DATASETS.TRAIN is empty: name a data set to train on")

@@ -58,6 +58,7 @@ def build_detector(cfg: CfgNode) -> Detector:
         ConfigError: keys contradict each other, or name a part that this host lacks or a GPU that
             does not exist.
     """
+    config.require_detector(cfg)
     config.check_config(cfg)
     backbone = build_backbone(cfg)
     rpn_arguments = config.rpn_arguments(cfg)

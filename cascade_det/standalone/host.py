@@ -46,7 +46,7 @@ def open_detector(cfg: CfgNode) -> tuple[Detector, CocoDataset, DataLoader[Sampl
 
     Errors as in ``evaluate``, and a ConfigError if the model is a segmenter.
     """
-    require_detector(cfg, "this command")
+    require_detector(cfg)
     detector, datasets = load_detector(cfg)
     return detector, datasets[0], test_loader(cfg, datasets[0])
 

@@ -95,9 +95,7 @@ def replay_batch(cfg: CfgNode, path: str | Path) -> list[str]:
 
     Raises:
         CheckpointError: the file cannot be read or belongs to another model.
-        ConfigError: the model is a segmenter.
     """
-    config.require_detector(cfg, "--replay-batch")
     set_backends(cfg)
     detector = build_detector(cfg)
 

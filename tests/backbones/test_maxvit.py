@@ -7,8 +7,6 @@ import pytest
 import torch
 from parity import check, description
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from cascade_det.backbones.maxvit import SIDES, MaxViT
 from cascade_det.errors import ConfigError
@@ -49,22 +47,14 @@ def test_blocks_of_the_encoders_are_the_official_ones(case):
 
 
 @pytest.mark.parametrize("name", SIDES)
-def test_official_names_shapes_and_counts(name):
+def test_official_names_and_shapes(name):
+    """Their multiply-adds are counted within MERIT."""
     official = description("state_dict_shapes")[f"merit_backbone_{name}"]["state_dict"]
     published = description("params_and_macs")[f"merit_backbone_{name}"]
     with torch.device("meta"):
-        encoder, images = MaxViT(name=name).eval(), torch.empty(1, 3, SIDES[name], SIDES[name])
+        encoder = MaxViT(name=name)
     assert {key: list(x.shape) for key, x in encoder.state_dict().items()} == official
     assert sum(x.numel() for x in encoder.parameters()) == published["params"]
-    counter = FlopCounterMode(display=False)
-    with sdpa_kernel(SDPBackend.MATH), counter, torch.no_grad():
-        maps = encoder(images)
-    assert counter.get_total_flops() == 2 * published["fvcore_conv_linear_matmul"]
-    found = {key: tuple(x.shape) for key, x in maps.items()}
-    assert found == {
-        f"res{level}": (1, encoder.channels[f"res{level}"], *(SIDES[name] // 2**level,) * 2)
-        for level in range(2, 6)
-    }
 
 
 def test_maps_are_timms(tiny):
@@ -81,17 +71,19 @@ def test_maps_are_timms(tiny):
         without_last.load_state_dict({key: state[key] for key in without_last.state_dict()})
         torch.testing.assert_close(without_last(images), {"res3": expected[1]})
     torch.testing.assert_close(found, dict(zip(found, expected, strict=True)))
-    assert tuple(found) == ("res2", "res3", "res4", "res5")
+    assert {key: x.shape[1:] for key, x in found.items()} == {
+        f"res{i}": (tiny.channels[f"res{i}"], 224 // 2**i, 224 // 2**i) for i in range(2, 6)
+    }
     assert len(without_last.state_dict()) < 0.5 * len(state)
 
 
-@pytest.mark.parametrize("out_features", [("res2",), ("res2", "res5")])
-def test_stem_and_stages_are_all_there_is(out_features):
+def test_stem_and_stages_are_all_there_is(tiny):
     with torch.device("meta"):
-        encoder = MaxViT(name="maxvit_tiny_rw_224", out_features=out_features)
-    stem, stages = encoder.stem_and_stages()
-    parts = [id(p) for part in (stem, *stages) for p in part.parameters()]
-    assert sorted(parts) == sorted(map(id, encoder.parameters()))
+        part = MaxViT(name="maxvit_tiny_rw_224", out_features=("res2",))
+    for encoder in (tiny, part):
+        stem, stages = encoder.stem_and_stages()
+        parts = [id(p) for part in (stem, *stages) for p in part.parameters()]
+        assert sorted(parts) == sorted(map(id, encoder.parameters()))
 
 
 def test_frozen_parts_are_not_trained():

@@ -1,4 +1,4 @@
-"""PVTv2 against the official network and timm's; what holds for any trunk is in test_trunks."""
+"""PVTv2 against the official network; what holds for any trunk is in test_trunks."""
 
 import sys
 
@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cascade_det.backbones.pvtv2 import SHAPES, PVTv2, PVTv2Shape
 from cascade_det.errors import ConfigError
 
-timm = pytest.importorskip("timm")
+pytest.importorskip("timm")
 
 
 def test_official_network():
@@ -35,14 +35,15 @@ def test_official_names_shapes_and_counts():
     assert counter.get_total_flops() == 2 * published["fvcore_conv_linear_matmul"]
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_networks_of_other_sizes_have_timms_parameters(name):
+@pytest.mark.parametrize("name", sorted(SHAPES.keys() - {"b2"}))
+def test_published_parameters_of_the_others(name):
+    """In millions, with the classifier, as timm lists them."""
+    published = {"b0": 3.67, "b1": 14.01, "b3": 45.24, "b4": 62.56, "b5": 81.96}[name]
     with torch.device("meta"):
-        trunk, other = PVTv2(name=name), timm.create_model(f"pvt_v2_{name}", num_classes=0)
-    found, expected = (
-        sorted(tuple(x.shape) for x in network.parameters()) for network in (trunk, other)
-    )
-    assert found == expected
+        trunk = PVTv2(name=name)
+    classifier = 1000 * (trunk.channels["res5"] + 1)
+    count = sum(x.numel() for x in trunk.parameters()) + classifier
+    assert round(count / 1e6, 2) == published
 
 
 def test_drop_path_rises_over_all_blocks():

@@ -10,6 +10,7 @@ from small_backbones import ATTENTION, CASCADE_FPN
 from cascade_det.config import load_config
 from cascade_det.errors import ConfigError
 from cascade_det.standalone import build_detector
+from cascade_det.standalone.build_segmenter import build_segmenter
 
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
 LIGHT = {
@@ -27,7 +28,29 @@ def build_without_memory(cfg):
         return build_detector(cfg)
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+SEGMENTERS = {"Base-Cascade-Segmenter", "cascade_pvtv2_b2", "cascade_resnet50", "segment_shapes"}
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in SHIPPED if path.stem in SEGMENTERS], ids=lambda path: path.stem
+)
+def test_every_shipped_segmenter_builds(path, monkeypatch):
+    if "pvtv2" in path.stem:
+        pytest.importorskip("timm")
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_: module)
+    cfg = load_config(path)
+    cfg.MODEL.DEVICE = "cpu"
+    with torch.device("meta"):
+        segmenter = build_segmenter(cfg)
+    assert [head.out_channels for head in segmenter.sem_seg_head.heads] == [
+        cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    ] * 4
+    assert cfg.CASCADE.BEST_METRIC == "sem_seg/mIoU"
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in SHIPPED if path.stem not in SEGMENTERS], ids=lambda path: path.stem
+)
 def test_every_shipped_configuration_builds(path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_: module)
     # Exits are put on top of a cascade.

@@ -43,6 +43,7 @@ def cfg(folder):
     cfg.merge_from_list(
         [
             *SEGMENTER,
+            *("MODEL.BACKBONE.NAME", "build_mobilenet_v2_backbone"),
             *("CASCADE.SEMANTIC_DATASETS", [["squares", "folders", images, labels]]),
             *("CASCADE.SEMANTIC_CLASSES", CLASSES, "CASCADE.BEST_METRIC", "sem_seg/mIoU"),
             *("DATASETS.TRAIN", ("squares",), "DATASETS.TEST", ("squares",)),
@@ -56,9 +57,10 @@ def cfg(folder):
 
 
 def test_training_learns(cfg, folder):
-    cfg.SOLVER.MAX_ITER = 40
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
+    cfg.SOLVER.MAX_ITER = 30
     metrics = host.train(cfg)["sem_seg"]
-    assert metrics["mIoU"] > 70
+    assert metrics["mIoU"] > 50  # one class everywhere: about 20
     written = json.loads((folder / "output" / "results.json").read_text())
     assert written["sem_seg"]["IoU-bright"] == pytest.approx(metrics["IoU-bright"])
     # The same from the file of weights.

@@ -10,7 +10,17 @@ from cascade_det.config.backbone_arguments import TRUNKS, backbone_maps, trunk_m
 from cascade_det.config.cascade_checks import Check
 from cascade_det.config.model_checks import BACKBONE_CHECKS
 from cascade_det.config.segmenter_arguments import is_segmenter
+from cascade_det.config.tree import value_of
 from cascade_det.errors import ConfigError
+
+# What a segmenter would ignore.
+_OF_DETECTORS = (
+    "MODEL.MASK_ON",
+    "MODEL.CASCADE.EXIT.ENABLED",
+    "MODEL.CASCADE.FAST.ENABLED",
+    "TEST.AUG.ENABLED",
+    "CASCADE.SHADOW_SHARE",
+)
 
 
 def check_levels(cfg: CfgNode) -> Iterator[str]:
@@ -53,6 +63,12 @@ def _check_pyramid(cfg: CfgNode) -> Iterator[str]:
             yield from check(cfg)
 
 
+def _check_unread(cfg: CfgNode) -> Iterator[str]:
+    for key in _OF_DETECTORS:
+        if value := value_of(cfg, key):
+            yield f"{key} is {value}, but segmenters do not have that. Set it to {type(value)()}."
+
+
 def require_detector(cfg: CfgNode) -> None:
     """Check that the model is a detector.
 
@@ -67,4 +83,4 @@ def require_detector(cfg: CfgNode) -> None:
         )
 
 
-SEGMENTER_CHECKS: tuple[Check, ...] = (check_levels, _check_pyramid, _check_maps)
+SEGMENTER_CHECKS: tuple[Check, ...] = (check_levels, _check_pyramid, _check_maps, _check_unread)

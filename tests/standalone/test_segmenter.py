@@ -108,6 +108,8 @@ def test_bad_batches():
         (("MODEL.RESNETS.OUT_FEATURES", ["res4"]), "OUT_FEATURES is .* needs res2, res3, res5"),
         (("MODEL.SEM_SEG_HEAD.NAME", "SemSegFPNHead"), "Supported: 'CascadeSemSegHead'"),
         (("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"), r"FPN\.IN_FEATURES is \[\]"),
+        (("MODEL.CASCADE.EXIT.ENABLED", True), r"EXIT\.ENABLED is True, but segmenters"),
+        (("TEST.AUG.ENABLED", True), r"TEST\.AUG\.ENABLED is True.*Set it to False"),
         (("MODEL.CASCADE_DECODER.FUSE", "sum"), "Supported: 'add', 'concat'"),
         (
             ("MODEL.CASCADE_DECODER.CE_WEIGHT", 0.0, "MODEL.CASCADE_DECODER.DICE_WEIGHT", 0.0),

@@ -50,23 +50,29 @@ class FastUpConv(UpConv):
 def use_fast_upconv(module: nn.Module) -> int:
     """Replace every ``UpConv`` in evaluation mode inside ``module``, in place.
 
+    Not those whose convolution was replaced, by Winograd's algorithm.
+
     Returns:
         The number of replaced ones; ``module`` itself is not replaced.
     """
     count = 0
     for parent in list(module.modules()):
         for name, child in parent.named_children():
-            if type(child) is UpConv and not child.training:
+            if type(child) is UpConv and not child.training and _is_direct(child):
                 setattr(parent, name, FastUpConv(child))
                 count += 1
     return count
+
+
+def _is_direct(up: UpConv) -> bool:
+    return type(up.up[0]) is nn.Conv2d
 
 
 def doubling_kernels(weight: Tensor) -> list[Tensor]:
     """What a 3x3 kernel is after doubling by nearest neighbours.
 
     The neighbours of an even row y lie in two rows before doubling, y/2 - 1 and y/2; those of an
-    odd one in (y - 1)/2 and (y + 1)/2; likewise columns. Weights of the same pixel are added.
+    odd one in (y - 1)/2 and (y + 1)/2. Columns are the same. Weights of one pixel are added.
 
     Args:
         weight: ``[K, D, 3, 3]``.

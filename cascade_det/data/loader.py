@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
@@ -22,6 +22,7 @@ from cascade_det.data.samples import (
     Batch,
     DetectionSample,
     Fetched,
+    MakeSample,
     Record,
     Sample,
     TestSamples,
@@ -32,6 +33,21 @@ from cascade_det.errors import DatasetError
 from cascade_det.parallel.signals import obey_main_process, signals_held
 
 logger = logging.getLogger(__name__)
+
+
+class _HasSize(Protocol):
+    """A record of an image."""
+
+    @property
+    def height(self) -> int:
+        """Pixels."""
+
+    @property
+    def width(self) -> int:
+        """Pixels."""
+
+
+SizedRecord = TypeVar("SizedRecord", bound=_HasSize)
 
 
 def build_train_loader(
@@ -84,19 +100,41 @@ def build_train_loader(
     """
     check_same_classes(datasets)
     records = training_records(datasets, filter_empty)
+    transform = TrainTransform(min_sizes=min_sizes, max_size=max_size, sampling=sampling, flip=flip)
+    mask_options = None if masks is None else MaskOptions(**masks)
+    return train_loader_of(
+        records,
+        DetectionSample(transform, image_format, mask_options),
+        images_per_batch=images_per_batch,
+        num_workers=num_workers,
+        aspect_ratio_grouping=aspect_ratio_grouping,
+        seed=seed,
+        start_batch=start_batch,
+        share=share,
+        on_bad_data=on_bad_data,
+    )
+
+
+def train_loader_of(
+    records: Sequence[SizedRecord],
+    make: MakeSample[SizedRecord],
+    *,
+    images_per_batch: int,
+    num_workers: int,
+    aspect_ratio_grouping: bool,
+    seed: int,
+    start_batch: int,
+    share: tuple[int, int],
+    on_bad_data: str,
+) -> DataLoader[Sample]:
+    """An endless loader of batches of the samples that ``make`` makes of one or more records.
+
+    For the other arguments see :func:`build_train_loader`.
+    """
     sizes = [(record.height, record.width) for record in records]
     groups = aspect_ratio_groups(sizes) if aspect_ratio_grouping else [0] * len(sizes)
-    transform = TrainTransform(min_sizes=min_sizes, max_size=max_size, sampling=sampling, flip=flip)
     return SampleLoader(
-        TrainingSamples(
-            records,
-            DetectionSample(
-                transform, image_format, None if masks is None else MaskOptions(**masks)
-            ),
-            seed,
-            groups=groups,
-            replace_broken=on_bad_data == "skip",
-        ),
+        TrainingSamples(records, make, seed, groups=groups, replace_broken=on_bad_data == "skip"),
         batch_sampler=TrainingBatchSampler(
             len(records),
             images_per_batch,

@@ -97,7 +97,7 @@ def compare_volumes(
 
     Args:
         prediction: integers ``[D, H, W]`` in ``0..K-1``; 0 is the background.
-        truth: integers ``[D, H, W]``, likewise. Other labels, such as 255, are of no class.
+        truth: integers ``[D, H, W]``, of the same classes; other labels, such as 255, of none.
         num_classes: K, at least 2.
         spacing: size of a voxel along each axis, see ``compare_masks``.
 

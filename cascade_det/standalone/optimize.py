@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from cascade_det.backbones.fast_upconv import use_fast_upconv
 from cascade_det.backbones.relative_bias import gather_biases
 from cascade_det.config.cascade_keys import FAST_PARTS as PARTS
 from cascade_det.core.fast_heads import FastBoxHead, fast_dtype
@@ -72,11 +73,14 @@ def optimize(
         _set_types(detector, dtypes),
         _optimize_heads(detector, dtypes["roi_heads"]),
     ]
+    backbone: nn.Module = detector.backbone
     parts: list[nn.Module] = [detector.proposal_generator]
     if not compile:  # torch.compile needs PyTorch's convolutions
-        parts.append(detector.backbone)
+        parts.append(backbone)
     if count := sum(map(use_winograd, parts)):
         done.append(f"{count} convolutions use Winograd's algorithm on maps that are large enough.")
+    if detector.device.type == "cpu" and not compile and (count := use_fast_upconv(backbone)):
+        done.append(f"{count} levels upsample with 4/9 of the multiplications.")
     _cast_between(detector, dtypes)
     if detector.device.type == "cpu" and keep_freed_memory():
         done.append("The process keeps the memory of freed tensors for the next ones.")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from fvcore.common.config import CfgNode
 
 from cascade_det import config
@@ -18,19 +17,17 @@ from cascade_det.data.samples import Batch
 from cascade_det.engine.batches import check_images, check_truth
 from cascade_det.engine.checkpoint import Checkpointer
 from cascade_det.engine.datasets import load_training_data, scheduled
-from cascade_det.engine.devices import resolve_amp_dtype, set_backends
-from cascade_det.engine.output_dir import check_output, record_start
+from cascade_det.engine.devices import set_backends
+from cascade_det.engine.output_dir import check_output
 from cascade_det.engine.replay import replay
 from cascade_det.engine.run_info import RunInfo
 from cascade_det.engine.run_lock import alone_in_output_dir
-from cascade_det.engine.run_weights import resume_or_load
 from cascade_det.engine.training_modes import freeze_detector
-from cascade_det.engine.validation import validation_losses
 from cascade_det.parallel import distributed
 from cascade_det.standalone.build import build_detector
 from cascade_det.standalone.detector import Detector
 from cascade_det.standalone.evaluate import evaluate_all, test_loader, with_augmentation
-from cascade_det.standalone.training import build_trainer
+from cascade_det.standalone.training import build_trainer, start_run
 
 logger = logging.getLogger(__name__)
 
@@ -60,23 +57,15 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     set_backends(cfg)
     datasets, test_datasets = load_training_data(cfg)
     cfg = scheduled(cfg, datasets)
-    info = RunInfo.of(cfg, datasets[0], "standalone")
-    torch.manual_seed(info.seed)
-    detector = build_detector(cfg)
-    checkpointer = Checkpointer(detector, cfg.OUTPUT_DIR, save_to_disk=distributed.is_main())
-    resume_or_load(checkpointer, cfg, resume=resume)
-    checkpointer.add_checkpointable("run", info)
-    record_start(cfg, resume=resume)
-    if distributed.rank() > 0:
-        # Every process samples its own regions; rank 0 those of a run with one process.
-        torch.manual_seed(info.seed + distributed.rank())
+    detector, checkpointer, info = start_run(cfg, build_detector, datasets[0], resume=resume)
     freeze_detector(detector)
     trainer = build_trainer(
         cfg,
         detector,
         _train_loader(cfg, datasets, info, checkpointer),
         checkpointer,
-        partial(_evaluation, cfg, test_datasets) if test_datasets else None,
+        partial(_evaluate, cfg, test_datasets) if test_datasets else None,
+        lambda: [test_loader(cfg, dataset, annotated=True) for dataset in test_datasets],
     )
     trainer.train()
     # The checkpoints hold the weights that are tested.
@@ -119,22 +108,5 @@ def _train_loader(
     )
 
 
-def _evaluation(
-    cfg: CfgNode, datasets: Sequence[CocoDataset], detector: Detector
-) -> Callable[[], Mapping[str, Any]]:
-    """The function for the evaluation hook: metrics of the test sets, and losses if asked for."""
-    arguments = config.trainer_arguments(cfg)
-    amp_dtype = resolve_amp_dtype(arguments["amp_dtype"], detector.device)
-
-    def losses() -> dict[str, float]:
-        loaders = [test_loader(cfg, dataset, annotated=True) for dataset in datasets]
-        batches = (batch for loader in loaders for batch in loader)
-        return validation_losses(detector, batches, amp_dtype=amp_dtype)
-
-    def evaluate() -> dict[str, Any]:
-        # Running statistics of norms differ between processes.
-        distributed.synchronise_buffers(detector)
-        results = evaluate_all(cfg, detector, datasets, Path(cfg.OUTPUT_DIR))
-        return {**results, "validation": losses()} if arguments["validation_loss"] else results
-
-    return evaluate
+def _evaluate(cfg: CfgNode, datasets: Sequence[CocoDataset], detector: Detector) -> dict[str, Any]:
+    return evaluate_all(cfg, detector, datasets, Path(cfg.OUTPUT_DIR))

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from fvcore.common.config import CfgNode
 
 from cascade_det import config
+from cascade_det.data.coco import CocoDataset
 from cascade_det.data.samples import Batch
+from cascade_det.data.semantic import SemanticDataset
 from cascade_det.engine.averaging import WeightAverage
 from cascade_det.engine.best_model import BestModel
 from cascade_det.engine.checkpoint import Checkpointer
 from cascade_det.engine.devices import resolve_amp_dtype
 from cascade_det.engine.hooks import EvalHook, Hook, PeriodicCheckpoint, WriterHook
+from cascade_det.engine.output_dir import record_start
+from cascade_det.engine.run_info import RunInfo
+from cascade_det.engine.run_weights import resume_or_load
 from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, build_scheduler
 from cascade_det.engine.step import TrainingStep
 from cascade_det.engine.trainer import Trainer
+from cascade_det.engine.validation import validation_losses
 from cascade_det.engine.writers import ConsoleWriter, JsonWriter, TensorBoardWriter, Writer
 from cascade_det.parallel import distributed
 from cascade_det.standalone.detector import Detector
@@ -26,12 +34,44 @@ from cascade_det.standalone.segmenter import SemanticSegmentor
 Model = TypeVar("Model", Detector, SemanticSegmentor)
 
 
+def start_run(
+    cfg: CfgNode,
+    build: Callable[[CfgNode], Model],
+    dataset: CocoDataset | SemanticDataset,
+    *,
+    resume: bool,
+) -> tuple[Model, Checkpointer, RunInfo]:
+    """The model of a run with its weights, new or resumed, and a seed for all that is random.
+
+    Args:
+        cfg: a checked configuration.
+        build: builds the model.
+        dataset: has the classes of the run.
+        resume: continue from the last checkpoint in ``OUTPUT_DIR``.
+
+    Raises:
+        CheckpointError: weights cannot be read or do not fit, or there is nothing to resume.
+    """
+    info = RunInfo.of(cfg, dataset, "standalone")
+    torch.manual_seed(info.seed)
+    model = build(cfg)
+    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, save_to_disk=distributed.is_main())
+    resume_or_load(checkpointer, cfg, resume=resume)
+    checkpointer.add_checkpointable("run", info)
+    record_start(cfg, resume=resume)
+    if distributed.rank() > 0:
+        # Every process draws its own regions and paths; rank 0 those of a run with one process.
+        torch.manual_seed(info.seed + distributed.rank())
+    return model, checkpointer, info
+
+
 def build_trainer(
     cfg: CfgNode,
     model: Model,
     loader: Iterable[Batch],
     checkpointer: Checkpointer,
-    evaluation: Callable[[Model], Callable[[], Mapping[str, Any]]] | None,
+    evaluate: Callable[[Model], Mapping[str, Any]] | None,
+    annotated: Callable[[], Sequence[Iterable[Batch]]],
 ) -> Trainer:
     """The trainer of a run: optimiser, schedule, checkpoints, evaluation and writers.
 
@@ -40,8 +80,8 @@ def build_trainer(
         model: returns losses of a batch.
         loader: endless batches.
         checkpointer: of the model; its ``start_iter`` is the first iteration.
-        evaluation: for the model to test, the function of the evaluation hook; ``None`` for no
-            evaluation.
+        evaluate: returns the metrics of the test sets; ``None`` for no evaluation.
+        annotated: loaders of the test sets with ground truth, for their losses.
     """
     arguments = config.trainer_arguments(cfg)
     amp_dtype = resolve_amp_dtype(arguments["amp_dtype"], model.device)
@@ -62,8 +102,10 @@ def build_trainer(
     hooks.append(
         PeriodicCheckpoint(checkpointer, arguments["checkpoint_period"], arguments["max_to_keep"])
     )
-    if evaluation is not None:
-        hooks.append(EvalHook(arguments["eval_period"], evaluation(tested)))
+    if evaluate is not None:
+        with_losses = annotated if arguments["validation_loss"] else None
+        evaluation = partial(_evaluate, tested, evaluate, with_losses, amp_dtype)
+        hooks.append(EvalHook(arguments["eval_period"], evaluation))
         hooks.append(BestModel(checkpointer, arguments["best_metric"], arguments["patience"]))
     hooks.append(WriterHook(_writers(cfg), arguments["log_period"]))
     step = TrainingStep(
@@ -84,6 +126,21 @@ def build_trainer(
         start_iter=checkpointer.start_iter,
         hooks=hooks,
     )
+
+
+def _evaluate(
+    model: Model,
+    evaluate: Callable[[Model], Mapping[str, Any]],
+    annotated: Callable[[], Sequence[Iterable[Batch]]] | None,
+    amp_dtype: torch.dtype | None,
+) -> dict[str, Any]:
+    # Running statistics of norms differ between processes.
+    distributed.synchronise_buffers(model)
+    results = dict(evaluate(model))
+    if annotated is not None:
+        batches = (batch for loader in annotated() for batch in loader)
+        results["validation"] = validation_losses(model, batches, amp_dtype=amp_dtype)
+    return results
 
 
 def _writers(cfg: CfgNode) -> list[Writer]:

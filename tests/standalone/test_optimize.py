@@ -10,6 +10,8 @@ from small_backbones import ATTENTION, CASCADE_FPN
 from small_cascades import assert_same_detections
 from torch import nn
 
+from cascade_det.backbones.decoder_blocks import UpConv
+from cascade_det.backbones.fast_upconv import FastUpConv
 from cascade_det.backbones.relative_bias import RelativeBias
 from cascade_det.benchmark.agreement import compare_detections
 from cascade_det.config.cascade_keys import FAST_PARTS as PARTS
@@ -71,6 +73,9 @@ def test_float32_gives_the_same_detections(instant_cfg, name):
     for ours, theirs in zip(got.stages, expected.stages, strict=True):
         assert_same_detections(ours.detections, theirs.detections)
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fast.modules())
+    upsampling = [m for m in fast.modules() if isinstance(m, UpConv)]
+    assert all(isinstance(m, FastUpConv) for m in upsampling)
+    assert bool(upsampling) == (name in DECODERS)
 
 
 @pytest.mark.parametrize("options", [MOBILE, R18], ids=["mobilenet", "R-18"])

@@ -83,6 +83,35 @@ def test_ignored_pixels_and_padding_change_no_loss():
     torch.testing.assert_close(segmenter.losses([one, other])["loss_sem_seg"], alone)
 
 
+def test_padding_is_ignored():
+    segmenter = build()
+    seen = []
+    segmenter.loss.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    batch = [labelled(40, 50), labelled(64, 33)]
+    segmenter.losses(batch)
+    (labels,) = seen
+    assert labels.shape == (2, 64, 50)
+    for found, one in zip(labels, batch, strict=True):
+        rows, columns = one["sem_seg"].shape
+        assert torch.equal(found[:rows, :columns], one["sem_seg"])
+        assert (found == 255).sum() == found.numel() - rows * columns
+
+
+def test_keys_reach_the_decoder_and_the_loss():
+    node = "MODEL.CASCADE_DECODER"
+    segmenter = build(
+        *(f"{node}.FUSE", "concat", f"{node}.FINEST_GATE", 32, f"{node}.SUBSETS", "singletons"),
+        *(f"{node}.SUBSET_MEAN", True, f"{node}.CE_WEIGHT", 0.6, f"{node}.DICE_WEIGHT", 0.4),
+        *("MODEL.SEM_SEG_HEAD.IGNORE_VALUE", 9, "MODEL.SEM_SEG_HEAD.LOSS_WEIGHT", 2.0),
+    )
+    decoder, loss = segmenter.sem_seg_head.decoder, segmenter.loss
+    assert decoder.fuse == "concat"
+    assert decoder.AG1.psi[0].in_channels == 32
+    assert build(f"{node}.FINEST_GATE", 8).sem_seg_head.decoder.AG1.psi[0].in_channels == 8
+    assert (loss.subsets, loss.mean, loss.ignore_value) == ("singletons", True, 9)
+    assert (loss.ce_weight, loss.dice_weight, segmenter.loss_weight) == (0.6, 0.4, 2.0)
+
+
 def test_segmenting_restores_the_mode():
     segmenter = build().train()
     segmenter.segment([labelled(32, 32)])

@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from cascade_det.data.loader import SampleLoader, loader_arguments, part_of
-from cascade_det.data.sampler import TrainingBatchSampler, aspect_ratio_groups
-from cascade_det.data.samples import Sample, TestSamples, TrainingSamples
+from cascade_det.data.loader import SampleLoader, loader_arguments, part_of, train_loader_of
+from cascade_det.data.samples import Sample, TestSamples
 from cascade_det.data.semantic.dataset import SemanticDataset, check_same_semantic_classes
 from cascade_det.data.semantic.reading import SemanticRecord, pixels_of, read_pair
 from cascade_det.data.semantic.transforms import SemanticTransform
@@ -102,31 +101,22 @@ def build_semantic_train_loader(
     records = [record for dataset in datasets for record in dataset.records]
     if not records:
         raise DatasetError("there is no image to train on")
-    sizes = [(record.height, record.width) for record in records]
-    groups = aspect_ratio_groups(sizes) if aspect_ratio_grouping else [0] * len(sizes)
     resize = TrainTransform(
         min_sizes=min_sizes,
         max_size=max_size,
         sampling=sampling,
         flip=flip if augmentation == "flip" else "none",
     )
-    return SampleLoader(
-        TrainingSamples(
-            records,
-            SemanticSample(SemanticTransform(resize, augmentation), image_format),
-            seed,
-            groups=groups,
-            replace_broken=on_bad_data == "skip",
-        ),
-        batch_sampler=TrainingBatchSampler(
-            len(records),
-            images_per_batch,
-            seed=seed,
-            groups=groups,
-            start_batch=start_batch,
-            share=share,
-        ),
-        **loader_arguments(num_workers),
+    return train_loader_of(
+        records,
+        SemanticSample(SemanticTransform(resize, augmentation), image_format),
+        images_per_batch=images_per_batch,
+        num_workers=num_workers,
+        aspect_ratio_grouping=aspect_ratio_grouping,
+        seed=seed,
+        start_batch=start_batch,
+        share=share,
+        on_bad_data=on_bad_data,
     )
 
 

@@ -21,6 +21,7 @@ def segmenter_arguments(cfg: CfgNode) -> dict[str, Any]:
             "num_classes": head.NUM_CLASSES,
             "fuse": decoder.FUSE,
             "finest_gate": decoder.FINEST_GATE or None,
+            "exits": map_exit_arguments(cfg) if decoder.EXIT.ENABLED else None,
         },
         "loss": {
             "subsets": decoder.SUBSETS,
@@ -30,4 +31,19 @@ def segmenter_arguments(cfg: CfgNode) -> dict[str, Any]:
             "ignore_value": head.IGNORE_VALUE,
         },
         "loss_weight": float(head.LOSS_WEIGHT),
+    }
+
+
+def map_exit_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """The exits of a decoder, whether or not they are enabled."""
+    exits = cfg.MODEL.CASCADE_DECODER.EXIT
+    thresholds = [float(value) for value in exits.THRESHOLDS]
+    if len(thresholds) == 1:
+        thresholds *= len(cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES) - 1
+    return {
+        "kind": exits.KIND,
+        "confidence": exits.CONFIDENCE,
+        "thresholds": thresholds,
+        "patch": exits.PATCH,
+        "channel_gates": exits.CHANNEL_GATES,
     }

@@ -29,6 +29,17 @@ def check_levels(cfg: CfgNode) -> Iterator[str]:
     if len(names) < 2:
         yield f"MODEL.SEM_SEG_HEAD.IN_FEATURES is {names}. Give two maps or more, finest first."
     decoder = cfg.MODEL.CASCADE_DECODER
+    thresholds = list(decoder.EXIT.THRESHOLDS)
+    if decoder.EXIT.ENABLED and len(thresholds) not in (1, len(names) - 1):
+        yield (
+            f"MODEL.CASCADE_DECODER.EXIT.THRESHOLDS is {thresholds}. Give one number, or one for "
+            f"each of the {len(names)} levels but the finest."
+        )
+    if decoder.EXIT.ENABLED and cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES < 2:
+        yield (
+            "MODEL.CASCADE_DECODER.EXIT.ENABLED is True, but MODEL.SEM_SEG_HEAD.NUM_CLASSES is 1: "
+            "a single class is always certain. Count the background as a class."
+        )
     if decoder.CE_WEIGHT == decoder.DICE_WEIGHT == 0:
         yield (
             "MODEL.CASCADE_DECODER.CE_WEIGHT and DICE_WEIGHT are both 0. Give one of them a "

@@ -8,7 +8,9 @@ from cascade_det.config.key import (
     NOT_NEGATIVE,
     Key,
     Values,
+    above,
     at_least,
+    each,
     group,
     one_of,
     whole,
@@ -58,4 +60,34 @@ CASCADE_DECODER = group(
     DICE_WEIGHT=Key(0.7, "Weight of the Dice loss in the loss of a set.", NOT_NEGATIVE),
 )
 
-SEGMENTER_GROUPS = (SEM_SEG_HEAD, CASCADE_DECODER)
+MAP_EXIT = group(
+    "MODEL.CASCADE_DECODER.EXIT",
+    "Early exits of a segmenter",
+    ENABLED=Key(False, "Applies exits after each level but the last, in inference."),
+    KIND=Key(
+        "patch",
+        "What leaves: whole images, or patches, which finer levels then do not compute.",
+        one_of("patch", "image"),
+    ),
+    CONFIDENCE=Key(
+        "max",
+        "How sure a patch or image is: the mean of its pixels' largest probability, their 0.25 "
+        "quantile, or the mean of 1 - entropy / log K.",
+        one_of("max", "quantile", "entropy"),
+    ),
+    THRESHOLDS=Key(
+        [0.99],
+        "What has this confidence or more leaves after the level; per level but the finest, "
+        "coarsest first, or a single value for all.",
+        Values(each(above(0), least=1), "Give a list of numbers above 0; above 1 means never."),
+    ),
+    PATCH=Key(8, "Side of a patch, in pixels of the finest map that is decoded.", COUNT, "pixels"),
+    CHANNEL_GATES=Key(
+        "computed",
+        "What channel attention pools over if patches left: the computed pixels, or the whole map "
+        "(`dense`), which takes longer.",
+        one_of("computed", "dense"),
+    ),
+)
+
+SEGMENTER_GROUPS = (SEM_SEG_HEAD, CASCADE_DECODER, MAP_EXIT)

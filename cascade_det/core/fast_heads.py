@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade_det.core.fast_masks import fast_mask_heads
+from cascade_det.layers.weight_versions import weight_versions
 
 logger = logging.getLogger(__name__)
 
@@ -150,8 +151,7 @@ class FastCopies:
         heads: Collection[nn.Module],
         make: Callable[[Collection[nn.Module]], nn.ModuleList],
     ) -> nn.ModuleList:
-        tensors = [x for head in heads for x in (*head.parameters(), *head.buffers())]
-        versions = [(id(x), x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors]
+        versions = weight_versions(heads)
         kept = self._kept.get(kind)
         if kept is None or kept[0] != versions:
             self._kept.pop(kind, None)  # free the old copies first

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from cascade_det import config
 from cascade_det.config.tree import add_model_nodes
-from cascade_det.segmentation.head import SegmentationHead, predict, resize
+from cascade_det.segmentation.head import SegmentationHead
+from cascade_det.segmentation.logits import predict, resize
 from cascade_det.segmentation.losses import SubsetLoss
 
 
@@ -80,11 +81,13 @@ class CascadeSemSegHead(SegmentationHead):
             dict; in training ``None`` and ``loss_sem_seg``.
         """
         maps = [features[name] for name in reversed(self.in_features)]
-        logits = super().forward(maps)
         height, width = (side * self.stride for side in maps[-1].shape[-2:])
         if not self.training:
-            return predict(logits, (height, width)), {}
+            if self.exits is not None:
+                return resize(self.exits(maps).logits, (height, width)), {}
+            return predict(super().forward(maps), (height, width)), {}
         assert targets is not None
         rows, columns = targets.shape[-2:]
+        logits = super().forward(maps)
         full = [resize(x, (height, width))[..., :rows, :columns] for x in logits]
         return None, {"loss_sem_seg": self.loss_weight * self.loss(full, targets)}

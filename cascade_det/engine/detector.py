@@ -52,9 +52,19 @@ class Segmenter(Protocol):
         """All parameters."""
 
     def segment(
-        self, batch: Sequence[Sample], *, timer: PartTimer | None = None
+        self,
+        batch: Sequence[Sample],
+        *,
+        levels: bool = False,
+        timer: PartTimer | None = None,
     ) -> SegmenterOutput:
-        """Segment in evaluation mode, leaving every module in the mode it was in."""
+        """Segment in evaluation mode, leaving every module in the mode it was in.
+
+        Args:
+            batch: samples.
+            levels: also report what the whole decoder predicts after each level.
+            timer: measures the milliseconds of each part.
+        """
 
     def losses(self, batch: Sequence[Sample]) -> dict[str, Tensor]:
         """Scalar losses of a batch with labels, by Detectron2's names."""

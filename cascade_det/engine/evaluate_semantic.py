@@ -15,6 +15,7 @@ from cascade_det.data.semantic import SemanticDataset, read_labels
 from cascade_det.engine.detector import Segmenter
 from cascade_det.engine.inference import BatchLoader, run_segmentation
 from cascade_det.evaluation import Evaluator, LatencyEvaluator
+from cascade_det.evaluation.levels import LevelEvaluator
 from cascade_det.evaluation.semantic import Labels, SemanticEvaluator
 from cascade_det.evaluation.volume_evaluator import VolumeEvaluator, VolumeSlice
 from cascade_det.parallel import distributed
@@ -35,10 +36,10 @@ def evaluate_segmentation(
         output_dir: for ``results.json``.
 
     Returns:
-        ``sem_seg`` and ``latency``, and ``volumes`` and ``volumes_strict`` of data sets of volumes;
-        the same on every process.
+        ``sem_seg``, ``levels``, ``latency``, and ``volumes`` and ``volumes_strict`` of data sets of
+        volumes; the same on every process.
     """
-    results = run_segmentation(segmenter, loader, _evaluators(dataset))
+    results = run_segmentation(segmenter, loader, _evaluators(dataset), levels=True)
     machine = describe_machine(next(segmenter.parameters(), torch.empty(0)).device)
     report = format_report({**results, "machine": machine})
     logger.info("Results on %s:\n\n%s\n", dataset.source.name, report)
@@ -58,10 +59,14 @@ def _evaluators(dataset: SemanticDataset) -> Sequence[Evaluator]:
         assert record.slice_index is not None
         return VolumeSlice(record.volume, record.slice_index, depths[record.volume])
 
+    arguments: dict[str, Any] = {
+        "class_names": dataset.class_names,
+        "truth_of": truth_of,
+        "ignore_label": dataset.ignore_value,
+    }
     found: list[Evaluator] = [
-        SemanticEvaluator(
-            class_names=dataset.class_names, truth_of=truth_of, ignore_label=dataset.ignore_value
-        ),
+        SemanticEvaluator(**arguments),
+        LevelEvaluator(**arguments),
         LatencyEvaluator(),
     ]
     if all(record.slice_index is not None for record in records):

@@ -71,14 +71,18 @@ def run_inference(
 
 
 def run_segmentation(
-    segmenter: Segmenter, loader: BatchLoader, evaluators: Sequence[Evaluator]
+    segmenter: Segmenter,
+    loader: BatchLoader,
+    evaluators: Sequence[Evaluator],
+    *,
+    levels: bool = False,
 ) -> dict[str, Any]:
     """Segment every batch and pass the output to the evaluators, as ``run_inference`` does."""
     device = next(segmenter.parameters(), torch.empty(0)).device
 
     def segment(batch: Batch) -> SegmenterOutput:
         timer = PartTimer(device)
-        output = segmenter.segment(batch, timer=timer)
+        output = segmenter.segment(batch, levels=levels, timer=timer)
         output.stats.milliseconds = dict(timer.milliseconds)
         return output
 

@@ -10,7 +10,7 @@ _VOLUMES = {"volumes": "as published", "volumes_strict": "a missed organ counts"
 
 
 def semantic_sections(results: Metrics) -> list[str]:
-    """Tables of ``sem_seg``, ``volumes`` and ``volumes_strict``, where they are there."""
+    """Tables of what results have of a segmenter."""
     sections = []
     if metrics := results.get("sem_seg"):
         row = [metrics[name] for name in _OVERALL]
@@ -19,6 +19,18 @@ def semantic_sections(results: Metrics) -> list[str]:
         rows = [(name, metrics[f"IoU-{name}"], metrics[f"ACC-{name}"]) for name in names]
         headers = "class", "IoU (%)", "accuracy (%)"
         sections.append(table("Pixels of each class", headers, rows, ("", ".1f", ".1f")))
+    if levels := results.get("levels"):
+        of_levels = [
+            (
+                name.removeprefix("level"),
+                *(metrics[key] for key in _OVERALL),
+                *(100 * metrics[key] for key in ("entered", "left")),
+            )
+            for name, metrics in levels.items()
+        ]
+        columns = "level", *_OVERALL, "entered (%)", "left (%)"
+        title = "The whole decoder stopped after each level, and the exits"
+        sections.append(table(title, columns, of_levels, ("", *[".1f"] * 6)))
     for key, convention in _VOLUMES.items():
         if metrics := results.get(key):
             row = [metrics[name] for name in _OF_VOLUMES]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cascade_det.backbones.cascade_decoder import CascadeDecoder
 from cascade_det.core.structures import PartTimer, part
+from cascade_det.segmentation.map_exits import MapExits
 
 
 class SegmentationHead(nn.Module):
@@ -22,9 +23,10 @@ class SegmentationHead(nn.Module):
         num_classes: K, background included.
         fuse: see ``CascadeDecoder``.
         finest_gate: see ``CascadeDecoder``.
+        exits: settings of ``MapExits``; ``None`` for no exits.
 
     Raises:
-        ValueError: see ``CascadeDecoder``.
+        ValueError: see ``CascadeDecoder`` and ``MapExits``.
     """
 
     def __init__(
@@ -34,41 +36,40 @@ class SegmentationHead(nn.Module):
         *,
         fuse: str = "add",
         finest_gate: int | None = None,
+        exits: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.decoder = CascadeDecoder(channels, fuse=fuse, finest_gate=finest_gate)
         self.heads = nn.ModuleList(nn.Conv2d(width, num_classes, 1) for width in channels)
+        self.exits: MapExits | None = None
+        self.set_exits(exits)
 
-    def forward(self, maps: Sequence[Tensor], timer: PartTimer | None = None) -> list[Tensor]:
+    def set_exits(self, exits: Mapping[str, Any] | None) -> None:
+        """Replace the exits: settings of ``MapExits``, or ``None`` for none."""
+        self.exits = None if exits is None else MapExits(self.decoder, self.heads, **exits)
+
+    def forward(
+        self, maps: Sequence[Tensor], timer: PartTimer | None = None, *, prefix: str = ""
+    ) -> list[Tensor]:
         """Logits of every level.
 
         Args:
             maps: ``[N, C_l, H_l, W_l]``, coarsest first.
             timer: measures the milliseconds of every level, ``stage0`` and so on.
+            prefix: of these names.
 
         Returns:
             ``[N, K, H_l, W_l]``, coarsest first.
         """
+        if self.training and self.exits is not None:
+            self.exits.forget()
         logits: list[Tensor] = []
         decoded = maps[0]
         for stage, (head, encoded) in enumerate(zip(self.heads, maps, strict=True)):
-            with part(timer, f"stage{stage}"):
+            with part(timer, f"{prefix}stage{stage}"):
                 if stage == 0:
                     decoded = self.decoder.start(encoded)
                 else:
                     decoded = self.decoder.refine(len(maps) - stage, decoded, encoded)
                 logits.append(head(decoded))
         return logits
-
-
-def resize(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """``[N, K, H_l, W_l]`` to ``[N, K, *size]``, bilinearly, corners not aligned."""
-    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
-
-
-def predict(logits: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-    """The sum of the logits of all levels ``[N, K, H_l, W_l]``, each resized to ``size``."""
-    total = resize(logits[0], size)
-    for finer in logits[1:]:
-        total = total + resize(finer, size)
-    return total

@@ -15,22 +15,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cascade_det.segmentation.head import SegmentationHead, predict, resize
+from cascade_det.backbones.cascade_decoder import CascadeDecoder
+from cascade_det.core.structures import PartTimer, part
+from cascade_det.layers.weight_versions import weight_versions
+from cascade_det.segmentation.logits import predict, resize
 from cascade_det.segmentation.map_confidence import image_confidence, patch_confidence
 from cascade_det.segmentation.pixel_rows import PixelRows, dilate
 from cascade_det.segmentation.sparse_decoder import UPSAMPLED, SparseLevel
 
 KINDS = ("image", "patch")
+CHANNEL_GATES = ("computed", "dense")
 # Of patches. With more of them a whole level takes less time, measured on AVX-512 with FastUpConv.
 DENSE_SHARE = 0.5
 
 
 class ExitedMaps(NamedTuple):
-    """The answer of a head with exits.
+    """The answer of a decoder with exits.
 
     Attributes:
-        logits: ``[N, K, H, W]`` in the size of the finest level: where the head was left after
-            level l, the sum of the logits of levels 0 to l.
+        logits: ``[N, K, H, W]`` in the size of the finest level: where the decoder was left
+            after level l, the sum of the logits of levels 0 to l.
         levels: int64, l of each image ``[N]`` or patch ``[N, G, B]``; L - 1 without an exit.
     """
 
@@ -39,7 +43,7 @@ class ExitedMaps(NamedTuple):
 
 
 class MapExits:
-    """Runs a head and applies exits after each level, for inference in evaluation mode.
+    """Runs a decoder and applies exits after each level, for inference in evaluation mode.
 
     What is sure of its prediction so far leaves, as with classifiers of whole images (BranchyNet,
     arXiv 1709.01686) and with pixels (ADP-C, arXiv 2104.00749). The prediction is the softmax of
@@ -53,7 +57,9 @@ class MapExits:
     itself runs.
 
     Args:
-        head: in evaluation mode. Patches use a copy of its weights; build again after a change.
+        decoder: in evaluation mode. Patches use a copy of its weights, renewed when they were
+            loaded or replaced; a training step is not noticed, see ``forget``.
+        heads: a 1x1 convolution per level, coarsest first.
         thresholds: L - 1 of them, coarsest first: what has this confidence or more leaves after
             the level; above 1, nothing does. May be replaced between calls.
         kind: what leaves, ``image`` or ``patch``.
@@ -68,7 +74,8 @@ class MapExits:
 
     def __init__(
         self,
-        head: SegmentationHead,
+        decoder: CascadeDecoder,
+        heads: nn.ModuleList,
         *,
         thresholds: Sequence[float],
         kind: str = "image",
@@ -78,21 +85,26 @@ class MapExits:
     ) -> None:
         if kind not in KINDS:
             raise ValueError(f"unknown kind of exits {kind!r}; known: {', '.join(KINDS)}")
-        self.head = head
+        if channel_gates not in CHANNEL_GATES:
+            known = ", ".join(CHANNEL_GATES)
+            raise ValueError(f"unknown channel gates {channel_gates!r}; known: {known}")
+        self.decoder = decoder
+        self.heads = heads
         self.thresholds = thresholds
         self.kind = kind
         self.confidence = confidence
         self.patch = patch
-        self.sparse: list[SparseLevel] = []
-        if kind == "patch":
-            levels = range(len(head.heads) - 1, 0, -1)  # in the decoder 1 is the finest
-            self.sparse = [
-                SparseLevel(head.decoder, level, channel_gates=channel_gates) for level in levels
-            ]
+        self.channel_gates = channel_gates
+        self._sparse: list[SparseLevel] = []
+        self._versions: list[tuple[int, int, int]] = []
 
     @torch.no_grad()
-    def __call__(self, maps: Sequence[Tensor]) -> ExitedMaps:
+    def __call__(self, maps: Sequence[Tensor], timer: PartTimer | None = None) -> ExitedMaps:
         """Decode maps of an encoder, ``[N, C_l, H_l, W_l]``, coarsest first.
+
+        Args:
+            maps: of the encoder.
+            timer: measures the milliseconds of every level with its exits, ``stage0`` and so on.
 
         Raises:
             ValueError: not L - 1 thresholds, an unknown confidence, or one class.
@@ -101,23 +113,42 @@ class MapExits:
             raise ValueError(
                 f"{len(maps)} levels need {len(maps) - 1} thresholds: {list(self.thresholds)}"
             )
-        return self._by_image(list(maps)) if self.kind == "image" else self._by_patch(maps)
+        if self.kind == "image":
+            return self._by_image(list(maps), timer)
+        return self._by_patch(maps, timer)
 
-    def _by_image(self, maps: list[Tensor]) -> ExitedMaps:
+    def forget(self) -> None:
+        """Drop the copies of weights that are about to change."""
+        self._sparse, self._versions = [], []
+
+    def sparse_levels(self) -> list[SparseLevel]:
+        """Of all levels but the coarsest, coarser first, with the current weights."""
+        versions = weight_versions([self.decoder])
+        if versions != self._versions:
+            levels = range(len(self.heads) - 1, 0, -1)  # in the decoder 1 is the finest
+            self._sparse = [
+                SparseLevel(self.decoder, level, dense_gates=self.channel_gates == "dense")
+                for level in levels
+            ]
+            self._versions = versions
+        return self._sparse
+
+    def _by_image(self, maps: list[Tensor], timer: PartTimer | None) -> ExitedMaps:
         images, last, size = len(maps[0]), len(maps) - 1, _size(maps[-1])
         staying = torch.arange(images, device=maps[0].device)
         levels = torch.full_like(staying, last)
         logits: list[Tensor] = []
         output = decoded = maps[0].new_empty(0)
         for level in range(last + 1):
-            decoded = self._decode(level, decoded, maps[level])
-            logits.append(self.head.heads[level](decoded))
-            if level == last:
-                leave = torch.ones_like(staying, dtype=torch.bool)
-            else:
-                so_far = predict(logits, _size(maps[level]))
-                # A comparison with NaN is false: what is not a number stays.
-                leave = image_confidence(so_far, self.confidence) >= self.thresholds[level]
+            with part(timer, f"stage{level}"):
+                decoded = self._decode(level, decoded, maps[level])
+                logits.append(self.heads[level](decoded))
+                if level == last:
+                    leave = torch.ones_like(staying, dtype=torch.bool)
+                else:
+                    so_far = predict(logits, _size(maps[level]))
+                    # A comparison with NaN is false: what is not a number stays.
+                    leave = image_confidence(so_far, self.confidence) >= self.thresholds[level]
             left = leave.nonzero()[:, 0]
             if len(left):
                 done = predict([x[left] for x in logits], size)
@@ -132,7 +163,7 @@ class MapExits:
                 maps = [x[rest] if finer > level else x for finer, x in enumerate(maps)]
         return ExitedMaps(output, levels)
 
-    def _by_patch(self, maps: Sequence[Tensor]) -> ExitedMaps:
+    def _by_patch(self, maps: Sequence[Tensor], timer: PartTimer | None) -> ExitedMaps:
         last, size = len(maps) - 1, _size(maps[-1])
         grid = [ceil(side / self.patch) for side in size]
         levels = torch.full((len(maps[0]), *grid), last, device=maps[0].device)
@@ -141,25 +172,31 @@ class MapExits:
         decoded: Tensor | PixelRows = maps[0].new_empty(0)
         for level, encoded in enumerate(maps):
             active = levels == last
-            if isinstance(decoded, Tensor) and active.float().mean() > DENSE_SHARE:
-                decoded = self._decode(level, decoded, encoded)
-                logits.append(self.head.heads[level](decoded))
-            else:
-                if isinstance(decoded, Tensor):
-                    decoded = PixelRows.of_map(decoded)
-                wanted = dilate(self._pixels(active, size, _size(encoded)), halos[level])
-                decoded = self.sparse[level - 1](decoded, encoded, wanted)
-                logits.append(_classify(self.head.heads[level], decoded))
-            if level == last:
+            if not active.any():
                 break
-            confidence = patch_confidence(
-                predict(logits, _size(encoded)), self.confidence, size=size, patch=self.patch
-            )
-            # A comparison with NaN is false: what is not a number stays.
-            levels[active & (confidence >= self.thresholds[level])] = level
-            if not (levels == last).any():
-                break
-        return ExitedMaps(self._assemble(logits, levels, size), levels)
+            with part(timer, f"stage{level}"):
+                if isinstance(decoded, Tensor) and active.float().mean() > DENSE_SHARE:
+                    decoded = self._decode(level, decoded, encoded)
+                    logits.append(self.heads[level](decoded))
+                else:
+                    if isinstance(decoded, Tensor):
+                        decoded = PixelRows.of_map(decoded)
+                    wanted = dilate(self._pixels(active, size, _size(encoded)), halos[level])
+                    decoded = self.sparse_levels()[level - 1](decoded, encoded, wanted)
+                    logits.append(_classify(self.heads[level], decoded))
+                if level < last:
+                    leave = self._confidence(logits, _size(encoded), size) >= self.thresholds[level]
+                    # A comparison with NaN is false: what is not a number stays.
+                    levels[active & leave] = level
+        with part(timer, "postprocess"):
+            return ExitedMaps(self._assemble(logits, levels, size), levels)
+
+    def _confidence(
+        self, logits: list[Tensor], size: tuple[int, int], finest: tuple[int, int]
+    ) -> Tensor:
+        """Of patches ``[N, G, B]``, from the prediction so far in ``size``."""
+        so_far = predict(logits, size)
+        return patch_confidence(so_far, self.confidence, size=finest, patch=self.patch)
 
     def _assemble(self, logits: list[Tensor], levels: Tensor, size: tuple[int, int]) -> Tensor:
         """The sum over the levels that each patch reached, added in the order of ``predict``."""
@@ -180,10 +217,9 @@ class MapExits:
 
     def _decode(self, level: int, coarser: Tensor, encoded: Tensor) -> Tensor:
         """A whole level."""
-        decoder = self.head.decoder
         if level == 0:
-            return decoder.start(encoded)
-        return decoder.refine(len(self.head.heads) - level, coarser, encoded)
+            return self.decoder.start(encoded)
+        return self.decoder.refine(len(self.heads) - level, coarser, encoded)
 
 
 def _classify(head: nn.Module, decoded: PixelRows) -> Tensor:

@@ -14,7 +14,8 @@ class SegmenterStats:
 
     Attributes:
         milliseconds: of every part, if it was timed.
-        left: for each level, images by the reason why they left after it.
+        left: for each level, images or patches by the reason why they left after it:
+            ``confident``, or ``completed`` after the last one.
     """
 
     milliseconds: dict[str, float] = field(default_factory=dict)
@@ -28,7 +29,10 @@ class SegmenterOutput:
     Attributes:
         sem_seg: float32 logits ``[K, height, width]`` of each image.
         stats: how they were computed.
+        levels: if requested, for each level the classes int64 ``[height, width]`` of each image if
+            the whole decoder stopped after it; else ``None``.
     """
 
     sem_seg: list[Tensor]
     stats: SegmenterStats
+    levels: list[list[Tensor]] | None = None

@@ -18,7 +18,6 @@ from cascade_det.backbones.fast_upconv import doubling_kernels
 from cascade_det.layers.folding import fold_norms
 from cascade_det.segmentation.pixel_rows import PixelRows, PixelSet, dilate, map_rows
 
-CHANNEL_GATES = ("dense", "computed")
 # How far around a decoded pixel: two 3x3 convolutions need the attended map, 7x7 spatial attention
 # also the fused map, whose own 3x3 convolution needs the upsampled coarser map.
 ATTENDED, FUSED, UPSAMPLED = 2, 5, 6
@@ -33,19 +32,13 @@ class SparseLevel:
     Args:
         decoder: its weights are copied; build again after they change.
         level: 1 is the finest; not the coarsest.
-        channel_gates: channel attention pools over a whole map. ``dense`` computes the fused map
-            at all pixels of images with a wanted one; ``computed`` pools over those that are
+        dense_gates: channel attention pools over a whole map. If true, the fused map is computed
+            at all pixels of images with a wanted one; else the pooling is over those that are
             computed anyway, within ``FUSED`` of a wanted pixel.
-
-    Raises:
-        ValueError: an unknown ``channel_gates``.
     """
 
-    def __init__(self, decoder: CascadeDecoder, level: int, *, channel_gates: str) -> None:
-        if channel_gates not in CHANNEL_GATES:
-            known = ", ".join(CHANNEL_GATES)
-            raise ValueError(f"unknown channel gates {channel_gates!r}; known: {known}")
-        self.dense_gates = channel_gates == "dense"
+    def __init__(self, decoder: CascadeDecoder, level: int, *, dense_gates: bool) -> None:
+        self.dense_gates = dense_gates
         self.concat = decoder.fuse == "concat"
         up, gate, self.channels, block = (
             _folded(decoder.get_submodule(f"{name}{level}"))

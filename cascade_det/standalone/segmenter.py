@@ -12,7 +12,8 @@ from cascade_det.core.modes import in_evaluation_mode
 from cascade_det.core.structures import PartTimer, part
 from cascade_det.data.samples import Sample
 from cascade_det.engine.batches import check_images
-from cascade_det.segmentation.head import SegmentationHead, predict, resize
+from cascade_det.segmentation.head import SegmentationHead
+from cascade_det.segmentation.logits import predict, resize
 from cascade_det.segmentation.losses import SubsetLoss
 from cascade_det.segmentation.output import SegmenterOutput, SegmenterStats
 from cascade_det.standalone.preprocess import normalise_and_stack
@@ -102,7 +103,11 @@ class SemanticSegmentor(nn.Module):
     @in_evaluation_mode
     @torch.no_grad()
     def segment(
-        self, batch: Sequence[Sample], *, timer: PartTimer | None = None
+        self,
+        batch: Sequence[Sample],
+        *,
+        levels: bool = False,
+        timer: PartTimer | None = None,
     ) -> SegmenterOutput:
         """Segment a batch.
 
@@ -111,7 +116,9 @@ class SemanticSegmentor(nn.Module):
         Args:
             batch: samples with ``image`` (``[3, H, W]``) and, if it was resized, ``height`` and
                 ``width`` of the original.
-            timer: measures the milliseconds of every part.
+            levels: also report what the whole decoder predicts after each level.
+            timer: measures the milliseconds of every part; with ``levels`` also those of the whole
+                decoder, ``full/stage0`` and so on.
 
         Returns:
             Logits of the original's size, as Detectron2's ``SemanticSegmentor`` returns them.
@@ -120,21 +127,32 @@ class SemanticSegmentor(nn.Module):
             ValueError: an image is not a tensor ``[3, H, W]``, or has no pixels.
         """
         if len(batch) == 0:
-            return SegmenterOutput([], SegmenterStats())
+            return SegmenterOutput([], SegmenterStats(), [] if levels else None)
         with part(timer, "preprocess"):
             images, sizes = self.preprocess(batch)
         with part(timer, "backbone"):
             maps = self._maps(images)
-        logits = self.sem_seg_head(maps, timer)
+        size, exits = self._full_size(images), self.sem_seg_head.exits
+        logits = self.sem_seg_head(maps, timer) if exits is None else []
+        exited = None if exits is None else exits(maps, timer)
+
+        def at_original_size(scores: Tensor) -> list[Tensor]:
+            each = zip(scores, sizes, batch, strict=True)
+            return [_at_original_size(x, own, sample) for x, own, sample in each]
+
         with part(timer, "postprocess"):
-            scores = predict(logits, self._full_size(images))
-            resized = [
-                _at_original_size(x, size, sample)
-                for x, size, sample in zip(scores, sizes, batch, strict=True)
+            scores = predict(logits, size) if exited is None else resize(exited.logits, size)
+            resized = at_original_size(scores)
+        after_levels = None
+        if levels:
+            logits = logits or self.sem_seg_head(maps, timer, prefix="full/")
+            after_levels = [
+                [x.argmax(0) for x in at_original_size(predict(logits[: level + 1], size))]
+                for level in range(len(logits))
             ]
-        left: list[Mapping[str, int]] = [{} for _ in logits[1:]]
-        left.append({"completed": len(batch)})
-        return SegmenterOutput(resized, SegmenterStats(left=left))
+        left_after = None if exited is None else exited.levels
+        stats = SegmenterStats(left=_left(left_after, len(batch), len(maps)))
+        return SegmenterOutput(resized, stats, after_levels)
 
     def preprocess(self, batch: Sequence[Sample]) -> tuple[Tensor, list[tuple[int, int]]]:
         """Normalised images ``[N, 3, H, W]`` padded to the largest, and the size of each."""
@@ -165,3 +183,11 @@ def _at_original_size(scores: Tensor, size: tuple[int, int], sample: Sample) -> 
     own = scores[None, :, : size[0], : size[1]]
     original = sample.get("height", size[0]), sample.get("width", size[1])
     return F.interpolate(own, original, mode="bilinear", align_corners=False)[0]
+
+
+def _left(levels: Tensor | None, images: int, num_levels: int) -> list[Mapping[str, int]]:
+    """The statistics of exits: by level, see ``SegmenterStats``."""
+    if levels is None:
+        return [*({} for _ in range(num_levels - 1)), {"completed": images}]
+    *early, completed = levels.flatten().bincount(minlength=num_levels).tolist()
+    return [*({"confident": count} for count in early), {"completed": completed}]

@@ -178,6 +178,9 @@ def test_any_number_of_stages(cfg, stages):
 NOT_BUILT = {
     "CASCADE.SEMANTIC_AUGMENTATION": ["crop"],
     "MODEL.META_ARCHITECTURE": ["RetinaNet"],
+    "MODEL.CASCADE_DECODER.EXIT.KIND": ["pixel"],
+    "MODEL.CASCADE_DECODER.EXIT.CONFIDENCE": ["margin"],
+    "MODEL.CASCADE_DECODER.EXIT.CHANNEL_GATES": ["none"],
     "MODEL.KEYPOINT_ON": ["True"],
     "MODEL.LOAD_PROPOSALS": ["True"],
     "MODEL.DEVICE": ["gpu", "cuda:"],
@@ -234,6 +237,8 @@ NOT_BUILT = {
     "CASCADE.AMP_DTYPE": ["float8"],
 }
 OUT_OF_RANGE = {
+    "MODEL.CASCADE_DECODER.EXIT.THRESHOLDS": ["()", "(0.0,)"],
+    "MODEL.CASCADE_DECODER.EXIT.PATCH": ["0"],
     "MODEL.ROI_HEADS.NUM_CLASSES": ["0"],
     "MODEL.FPN.OUT_CHANNELS": ["-1"],
     "MODEL.EFFICIENTVIT.KERNELS": ["(4, 4, 4, 4)", "(0, 3, 3, 3)"],

@@ -44,6 +44,24 @@ def test_same_names_and_numbers_in_both_hosts(batch, fuse):
         torch.testing.assert_close(theirs["sem_seg"], ours, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["image", "patch"])
+def test_exits_decide_the_same_in_both_hosts(batch, kind):
+    theirs_cfg = get_cfg()
+    add_cascade_config(theirs_cfg)
+    ours_cfg = config.get_cfg()
+    node = "MODEL.CASCADE_DECODER.EXIT"
+    exits = (f"{node}.ENABLED", True, f"{node}.KIND", kind, f"{node}.THRESHOLDS", [0.36, 0.4, 0.5])
+    for cfg in (theirs_cfg, ours_cfg):
+        cfg.merge_from_list([*SEGMENTER, *exits])
+    plugin, standalone = build_model(theirs_cfg).eval(), build_segmenter(ours_cfg)
+    standalone.load_state_dict(plugin.state_dict())
+    with torch.no_grad():
+        theirs, ours = plugin(batch), standalone.segment(batch)
+    assert any(left["confident"] for left in ours.stats.left[:-1])
+    for found, expected in zip(theirs, ours.sem_seg, strict=True):
+        torch.testing.assert_close(found["sem_seg"], expected, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("trunk", ["mobilenet_v2", "efficientvit", "hatnet", "pvtv2"])
 def test_our_trunks_are_backbones_of_segmenters(batch, trunk):
     if trunk == "pvtv2":

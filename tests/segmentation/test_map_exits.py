@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from cascade_det.segmentation import map_exits
-from cascade_det.segmentation.head import SegmentationHead, predict
+from cascade_det.segmentation.head import SegmentationHead
+from cascade_det.segmentation.logits import predict
 from cascade_det.segmentation.map_confidence import MEASURES, image_confidence, patch_confidence
 from cascade_det.segmentation.map_exits import MapExits
 from cascade_det.segmentation.pixel_rows import PixelRows
@@ -47,6 +48,10 @@ def make(fuse="add", *, levels=3, given_gates=False):
             attention = decoder.get_submodule(f"CA{level}")
             decoder.set_submodule(f"CA{level}", GivenGates(attention.fc1.in_channels))
     return head
+
+
+def parts(head):
+    return head.decoder, head.heads
 
 
 def make_maps(images=2, sizes=DOUBLING):
@@ -116,7 +121,7 @@ def assert_near(found, expected):
 @pytest.mark.parametrize("settings", [{"kind": "image"}, {"kind": "patch", "patch": 8}])
 def test_without_exits_it_is_the_head_bit_for_bit(settings, fuse):
     head, maps = make(fuse), make_maps()
-    found = MapExits(head, thresholds=[1.1, 1.1], **settings)(maps)
+    found = MapExits(*parts(head), thresholds=[1.1, 1.1], **settings)(maps)
     assert torch.equal(found.logits, prefixes(head, maps)[-1])
     assert found.levels.unique().tolist() == [2]
     assert found.levels.shape == {"image": (2,), "patch": (2, 2, 3)}[settings["kind"]]
@@ -149,9 +154,9 @@ def test_patches_are_the_decoder_cut_off_where_they_left(
     head, maps = make(fuse, levels=len(sizes), given_gates=True), make_maps(images, sizes)
     scores = confidences(head, maps, measure, patch)
     thresholds = [between(x, share) for x, share in zip(scores, shares, strict=False)]
-    found = MapExits(head, thresholds=thresholds, kind="patch", patch=patch, confidence=measure)(
-        maps
-    )
+    found = MapExits(
+        *parts(head), thresholds=thresholds, kind="patch", patch=patch, confidence=measure
+    )(maps)
     levels = first_exit(scores, thresholds)
     assert found.levels.tolist() == levels.tolist()
     height, width = sizes[-1]
@@ -177,7 +182,7 @@ def test_a_patch_alone_reaches_all_that_it_needs(monkeypatch, sizes):
     monkeypatch.setattr(PixelRows, "at", checked)
     sizes = [(side, side) for side in sizes]
     head, maps = make(levels=4, given_gates=True), make_maps(1, sizes)
-    exits = MapExits(head, thresholds=[0.5] * 3, kind="patch")
+    exits = MapExits(*parts(head), thresholds=[0.5] * 3, kind="patch")
     correct = prefixes(head, maps)
     for exits.patch in (1, 2, 3, 5):
         for _ in range(4):
@@ -201,7 +206,9 @@ def test_dense_gates_are_exact_until_some_of_the_coarser_map_is_missing(fuse):
     assert expected.unique().tolist() == [1, 2]
     pixels = expected.repeat_interleave(4, 1).repeat_interleave(4, 2)
     correct = at_levels(prefixes(head, maps), pixels)
-    exits = MapExits(head, thresholds=thresholds, kind="patch", patch=4, channel_gates="dense")
+    exits = MapExits(
+        *parts(head), thresholds=thresholds, kind="patch", patch=4, channel_gates="dense"
+    )
     found = exits(maps)
     assert found.levels.tolist() == expected.tolist()
     assert_near(found.logits, correct)
@@ -210,7 +217,7 @@ def test_dense_gates_are_exact_until_some_of_the_coarser_map_is_missing(fuse):
 def test_all_patches_leave_at_once():
     head, maps = make(), make_maps()
     calls = count(head)
-    found = MapExits(head, thresholds=[0.0, 0.0], kind="patch", patch=8)(maps)
+    found = MapExits(*parts(head), thresholds=[0.0, 0.0], kind="patch", patch=8)(maps)
     assert torch.equal(found.logits, prefixes(head, maps)[0])
     assert found.levels.unique().tolist() == [0]
     assert calls[:2] == [("ConvBlock3", 2), ("head0", 2)]
@@ -224,7 +231,7 @@ def test_images_are_the_decoder_cut_off_where_they_left(fuse, measure):
     thresholds = splitting(*scores)
     levels = first_exit(scores, thresholds)
     assert levels.unique().tolist() == [0, 1, 2]
-    exits = MapExits(head, thresholds=thresholds, confidence=measure)
+    exits = MapExits(*parts(head), thresholds=thresholds, confidence=measure)
     found = exits(maps)
     assert found.levels.tolist() == levels.tolist()
     assert_near(found.logits, at_levels(prefixes(head, maps), levels))
@@ -255,7 +262,7 @@ def test_finer_levels_see_only_images_that_stay():
     thresholds = splitting(*scores)
     levels = first_exit(scores, thresholds)
     calls = count(head)
-    MapExits(head, thresholds=thresholds)(maps)
+    MapExits(*parts(head), thresholds=thresholds)(maps)
     stay = [int((levels >= level).sum()) for level in (1, 2)]
     assert 5 > stay[0] > stay[1] > 0
     assert calls == [
@@ -264,7 +271,7 @@ def test_finer_levels_see_only_images_that_stay():
         *[("ConvBlock1", stay[1]), ("head2", stay[1])],
     ]
     calls.clear()
-    found = MapExits(head, thresholds=[0.0, 0.0])(maps)
+    found = MapExits(*parts(head), thresholds=[0.0, 0.0])(maps)
     assert found.levels.tolist() == [0] * 5
     assert calls == [("ConvBlock3", 5), ("head0", 5)]
 
@@ -274,7 +281,7 @@ def test_finer_levels_see_only_images_that_stay():
 def test_what_is_no_number_stays(kind, measure):
     head, maps = make(), make_maps()
     maps[0][1, :, 3, 4] = math.nan  # spreads: a decoded pixel sees 5 around it and the maximum
-    exits = MapExits(head, thresholds=[0.0, 0.0], kind=kind, patch=8, confidence=measure)
+    exits = MapExits(*parts(head), thresholds=[0.0, 0.0], kind=kind, patch=8, confidence=measure)
     levels = exits(maps).levels
     assert levels[0].unique().tolist() == [0]
     assert levels[1].unique().tolist() == [2]
@@ -282,6 +289,8 @@ def test_what_is_no_number_stays(kind, measure):
 
 def test_bad_arguments():
     with pytest.raises(ValueError, match="'pixel'; known: image, patch"):
-        MapExits(make(), thresholds=[1.0, 1.0], kind="pixel")
+        MapExits(*parts(make()), thresholds=[1.0, 1.0], kind="pixel")
+    with pytest.raises(ValueError, match="'none'; known: computed, dense"):
+        MapExits(*parts(make()), thresholds=[1.0, 1.0], channel_gates="none")
     with pytest.raises(ValueError, match=r"3 levels need 2 thresholds: \[0.5\]"):
-        MapExits(make(), thresholds=[0.5])(make_maps())
+        MapExits(*parts(make()), thresholds=[0.5])(make_maps())

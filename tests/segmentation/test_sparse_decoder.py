@@ -41,7 +41,7 @@ def assert_near(found, expected):
 @pytest.mark.parametrize("fuse", ["add", "concat"])
 def test_pixels_equal_those_of_the_whole_level(fuse, sizes):
     decoder, coarser, skip, wanted = level(fuse, sizes)
-    sparse = SparseLevel(decoder, 1, channel_gates="dense")
+    sparse = SparseLevel(decoder, 1, dense_gates=True)
     found = sparse(PixelRows.of_map(coarser), skip, wanted)
     assert found.pixels.flat.tolist() == wanted.flatten().nonzero()[:, 0].tolist()
     assert_near(found.rows, map_rows(decoder.refine(1, coarser, skip))[found.pixels.flat])
@@ -61,9 +61,7 @@ def test_gates_of_computed_pixels(fuse):
     gates = [decoder.CA1(x[None, :, mask, None]) for x, mask in zip(fused, near, strict=True)]
     x = fused * torch.cat(gates)
     expected = decoder.ConvBlock1(x * decoder.SA(x))
-    found = SparseLevel(decoder, 1, channel_gates="computed")(
-        PixelRows.of_map(coarser), skip, wanted
-    )
+    found = SparseLevel(decoder, 1, dense_gates=False)(PixelRows.of_map(coarser), skip, wanted)
     assert_near(found.rows, map_rows(expected)[found.pixels.flat])
 
 
@@ -72,7 +70,7 @@ def test_gates_of_computed_pixels(fuse):
 def test_nothing_else_is_computed(sizes):
     """What is not a number beyond the reach stays there."""
     decoder, coarser, skip, wanted = level("add", sizes, share=0)
-    sparse = SparseLevel(decoder, 1, channel_gates="computed")
+    sparse = SparseLevel(decoder, 1, dense_gates=False)
     before = sparse(PixelRows.of_map(coarser), skip, wanted)
     skip.masked_fill_(~dilate(wanted, FUSED)[:, None], math.nan)
     coarser[0] = coarser[1, :, :5] = math.nan
@@ -86,15 +84,10 @@ def test_the_decoder_stays_as_it_is():
     decoder, coarser, skip, wanted = level()
     expected = map_rows(decoder.refine(1, coarser, skip))[wanted.flatten()]
     decoder.train()
-    sparse = SparseLevel(decoder, 1, channel_gates="dense")
+    sparse = SparseLevel(decoder, 1, dense_gates=True)
     assert_near(sparse(PixelRows.of_map(coarser), skip, wanted).rows, expected)
     assert decoder.Up1.training
     assert isinstance(decoder.Up1.up[1], nn.BatchNorm2d)
-
-
-def test_unknown_gates():
-    with pytest.raises(ValueError, match="'none'; known: dense, computed"):
-        SparseLevel(CascadeDecoder((16, 16)), 1, channel_gates="none")
 
 
 @pytest.mark.parametrize("radius", [0, 1, 3, 9])

@@ -74,6 +74,55 @@ def test_the_sum_of_all_levels_is_the_prediction():
     torch.testing.assert_close(segmenter.segment([one]).sem_seg[0], expected[0])
 
 
+EXIT = "MODEL.CASCADE_DECODER.EXIT"
+
+
+@pytest.mark.parametrize("kind", ["image", "patch"])
+def test_exits_leave_earlier_levels_as_the_answer(kind):
+    """Below every confidence all leave after level 0, above it none does."""
+    options = f"{EXIT}.ENABLED", True, f"{EXIT}.KIND", kind, f"{EXIT}.THRESHOLDS"
+    one = labelled(64, 96)
+    found = build(*options, [1e-6]).segment([one], levels=True)
+    # Not equal: by exits, logits are resized once, and not from each level.
+    assert (found.sem_seg[0].argmax(0) == found.levels[0][0]).float().mean() > 0.95
+    assert [sum(left.values()) > 0 for left in found.stats.left] == [True, False, False, False]
+    found = build(*options, [1.1]).segment([one], levels=True)
+    assert (found.sem_seg[0].argmax(0) == found.levels[-1][0]).float().mean() > 0.95
+    assert found.stats.left[:3] == [{"confident": 0}] * 3
+
+
+def test_levels_are_the_decoder_cut_off():
+    segmenter = build().eval()
+    one = labelled(64, 96)
+    found = segmenter.segment([one], levels=True)
+    with torch.no_grad():
+        images, _ = segmenter.preprocess([one])
+        maps = segmenter.backbone(images)
+        logits = segmenter.sem_seg_head([maps[name] for name in LEVELS[::-1]])
+    total = torch.zeros(3, 64, 96)
+    for level, x in zip(found.levels, logits, strict=True):
+        total += F.interpolate(x, (64, 96), mode="bilinear")[0]
+        assert torch.equal(level[0], total.argmax(0))
+    assert torch.equal(found.sem_seg[0].argmax(0), found.levels[-1][0])
+
+
+def test_exits_use_the_weights_of_now():
+    segmenter = build(f"{EXIT}.ENABLED", True)
+    exits = segmenter.sem_seg_head.exits
+
+    def bias():
+        return exits.sparse_levels()[0].up_bias.clone()
+
+    first = bias()
+    optimizer = torch.optim.AdamW(segmenter.parameters(), lr=0.1, fused=True)
+    segmenter.train().losses([labelled(64, 96)])["loss_sem_seg"].backward()
+    optimizer.step()
+    trained = bias()
+    assert not torch.equal(trained, first)
+    segmenter.load_state_dict(build().state_dict())
+    torch.testing.assert_close(bias(), first)
+
+
 def test_ignored_pixels_and_padding_change_no_loss():
     segmenter = build().eval()  # norms do not see the batch
     one = labelled(64, 96)
@@ -139,6 +188,14 @@ def test_bad_batches():
         (("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"), r"FPN\.IN_FEATURES is \[\]"),
         (("MODEL.CASCADE.EXIT.ENABLED", True), r"EXIT\.ENABLED is True, but segmenters"),
         (("TEST.AUG.ENABLED", True), r"TEST\.AUG\.ENABLED is True.*Set it to False"),
+        (
+            (f"{EXIT}.ENABLED", True, f"{EXIT}.THRESHOLDS", [0.9, 0.9]),
+            r"THRESHOLDS is \[0.9, 0.9\]. Give one number, or one for each of the 4",
+        ),
+        (
+            (f"{EXIT}.ENABLED", True, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 1),
+            "a single class is always certain",
+        ),
         (("MODEL.CASCADE_DECODER.FUSE", "sum"), "Supported: 'add', 'concat'"),
         (
             ("MODEL.CASCADE_DECODER.CE_WEIGHT", 0.0, "MODEL.CASCADE_DECODER.DICE_WEIGHT", 0.0),

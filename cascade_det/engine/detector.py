@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from cascade_det.core import CascadeHead, CascadeInputs, DetectorOutput, ExitPolicy, PartTimer
 from cascade_det.data.samples import Sample
-from cascade_det.segmentation.output import SegmenterOutput
+from cascade_det.segmentation.head import SegmentationHead
+from cascade_det.segmentation.output import EncodedImages, SegmenterOutput
 
 
 class InferenceDetector(Protocol):
@@ -68,6 +69,22 @@ class Segmenter(Protocol):
 
     def losses(self, batch: Sequence[Sample]) -> dict[str, Tensor]:
         """Scalar losses of a batch with labels, by Detectron2's names."""
+
+
+class CascadeSegmenter(Segmenter, Protocol):
+    """A segmenter around a CASCADE decoder."""
+
+    @property
+    def sem_seg_head(self) -> SegmentationHead:
+        """The decoder, its predictions and its exits."""
+
+    def encode(self, batch: Sequence[Sample], timer: PartTimer | None = None) -> EncodedImages:
+        """The maps of a batch, in the mode of the modules."""
+
+    def at_original_size(
+        self, scores: Tensor, encoded: EncodedImages, batch: Sequence[Sample]
+    ) -> list[Tensor]:
+        """``[N, K, *size]`` cut to each image and resized to its file, ``[K, height, width]``."""
 
 
 class CascadeDetector(Detector, Protocol):

@@ -167,7 +167,7 @@ class MapExits:
         last, size = len(maps) - 1, _size(maps[-1])
         grid = [ceil(side / self.patch) for side in size]
         levels = torch.full((len(maps[0]), *grid), last, device=maps[0].device)
-        halos = _halos([_size(x) for x in maps])
+        halos = level_halos([_size(x) for x in maps])
         logits: list[Tensor] = []
         decoded: Tensor | PixelRows = maps[0].new_empty(0)
         for level, encoded in enumerate(maps):
@@ -181,22 +181,23 @@ class MapExits:
                 else:
                     if isinstance(decoded, Tensor):
                         decoded = PixelRows.of_map(decoded)
-                    wanted = dilate(self._pixels(active, size, _size(encoded)), halos[level])
+                    wanted = dilate(
+                        patch_pixels(active, self.patch, size, _size(encoded)), halos[level]
+                    )
                     decoded = self.sparse_levels()[level - 1](decoded, encoded, wanted)
                     logits.append(_classify(self.heads[level], decoded))
                 if level < last:
-                    leave = self._confidence(logits, _size(encoded), size) >= self.thresholds[level]
-                    # A comparison with NaN is false: what is not a number stays.
-                    levels[active & leave] = level
-        with part(timer, "postprocess"):
+                    levels[active & self._leaves(level, predict(logits, _size(encoded)), size)] = (
+                        level
+                    )
+        with part(timer, f"stage{len(logits) - 1}"):
             return ExitedMaps(self._assemble(logits, levels, size), levels)
 
-    def _confidence(
-        self, logits: list[Tensor], size: tuple[int, int], finest: tuple[int, int]
-    ) -> Tensor:
-        """Of patches ``[N, G, B]``, from the prediction so far in ``size``."""
-        so_far = predict(logits, size)
-        return patch_confidence(so_far, self.confidence, size=finest, patch=self.patch)
+    def _leaves(self, level: int, so_far: Tensor, size: tuple[int, int]) -> Tensor:
+        """Whether each patch, bool ``[N, G, B]``, is sure of the prediction so far."""
+        confidence = patch_confidence(so_far, self.confidence, size=size, patch=self.patch)
+        # A comparison with NaN is false: what is not a number stays.
+        return confidence >= self.thresholds[level]
 
     def _assemble(self, logits: list[Tensor], levels: Tensor, size: tuple[int, int]) -> Tensor:
         """The sum over the levels that each patch reached, added in the order of ``predict``."""
@@ -205,21 +206,24 @@ class MapExits:
             reached = levels >= level
             more = output + resize(finer, size)
             if not reached.all():
-                more = torch.where(self._pixels(reached, size, size)[:, None], more, output)
+                more = torch.where(
+                    patch_pixels(reached, self.patch, size, size)[:, None], more, output
+                )
             output = more
         return output
-
-    def _pixels(self, patches: Tensor, size: tuple[int, int], to: tuple[int, int]) -> Tensor:
-        """Patches ``[N, G, B]`` of a grid of ``size`` to all pixels that they touch in ``to``."""
-        pixels = patches.repeat_interleave(self.patch, 1).repeat_interleave(self.patch, 2)
-        pixels = pixels[:, : size[0], : size[1]]
-        return pixels if to == size else F.adaptive_max_pool2d(pixels.float(), to) > 0
 
     def _decode(self, level: int, coarser: Tensor, encoded: Tensor) -> Tensor:
         """A whole level."""
         if level == 0:
             return self.decoder.start(encoded)
         return self.decoder.refine(len(self.heads) - level, coarser, encoded)
+
+
+def patch_pixels(patches: Tensor, patch: int, size: tuple[int, int], to: tuple[int, int]) -> Tensor:
+    """Patches ``[N, G, B]`` of a grid of ``size`` to all pixels that they touch in ``to``."""
+    pixels = patches.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
+    pixels = pixels[:, : size[0], : size[1]]
+    return pixels if to == size else F.adaptive_max_pool2d(pixels.float(), to) > 0
 
 
 def _classify(head: nn.Module, decoded: PixelRows) -> Tensor:
@@ -232,7 +236,7 @@ def _classify(head: nn.Module, decoded: PixelRows) -> Tensor:
     return logits.view(images, height, width, -1).permute(0, 3, 1, 2)
 
 
-def _halos(sizes: list[tuple[int, int]]) -> list[int]:
+def level_halos(sizes: list[tuple[int, int]]) -> list[int]:
     """How far around its patches each level is computed, in its pixels, for the finer ones.
 
     Where sizes double: 0 at the finest level, then 3, 5, 6, 6, ... More than the one pixel that

@@ -4,8 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
+
+
+class EncodedImages(NamedTuple):
+    """A batch after the encoder.
+
+    Attributes:
+        maps: ``[N, C_l, H_l, W_l]``, coarsest first.
+        size: to which logits are resized: sides of the finest map times its stride.
+        image_sizes: of each image, without its padding.
+    """
+
+    maps: list[Tensor]
+    size: tuple[int, int]
+    image_sizes: list[tuple[int, int]]
 
 
 @dataclass

@@ -15,7 +15,7 @@ from cascade_det.engine.batches import check_images
 from cascade_det.segmentation.head import SegmentationHead
 from cascade_det.segmentation.logits import predict, resize
 from cascade_det.segmentation.losses import SubsetLoss
-from cascade_det.segmentation.output import SegmenterOutput, SegmenterStats
+from cascade_det.segmentation.output import EncodedImages, SegmenterOutput, SegmenterStats
 from cascade_det.standalone.preprocess import normalise_and_stack
 
 
@@ -128,31 +128,42 @@ class SemanticSegmentor(nn.Module):
         """
         if len(batch) == 0:
             return SegmenterOutput([], SegmenterStats(), [] if levels else None)
-        with part(timer, "preprocess"):
-            images, sizes = self.preprocess(batch)
-        with part(timer, "backbone"):
-            maps = self._maps(images)
-        size, exits = self._full_size(images), self.sem_seg_head.exits
-        logits = self.sem_seg_head(maps, timer) if exits is None else []
-        exited = None if exits is None else exits(maps, timer)
-
-        def at_original_size(scores: Tensor) -> list[Tensor]:
-            each = zip(scores, sizes, batch, strict=True)
-            return [_at_original_size(x, own, sample) for x, own, sample in each]
-
+        encoded, exits = self.encode(batch, timer), self.sem_seg_head.exits
+        logits = self.sem_seg_head(encoded.maps, timer) if exits is None else []
+        exited = None if exits is None else exits(encoded.maps, timer)
+        size = encoded.size
         with part(timer, "postprocess"):
             scores = predict(logits, size) if exited is None else resize(exited.logits, size)
-            resized = at_original_size(scores)
+            resized = self.at_original_size(scores, encoded, batch)
         after_levels = None
         if levels:
-            logits = logits or self.sem_seg_head(maps, timer, prefix="full/")
+            logits = logits or self.sem_seg_head(encoded.maps, timer, prefix="full/")
             after_levels = [
-                [x.argmax(0) for x in at_original_size(predict(logits[: level + 1], size))]
+                [
+                    x.argmax(0)
+                    for x in self.at_original_size(
+                        predict(logits[: level + 1], size), encoded, batch
+                    )
+                ]
                 for level in range(len(logits))
             ]
         left_after = None if exited is None else exited.levels
-        stats = SegmenterStats(left=_left(left_after, len(batch), len(maps)))
+        stats = SegmenterStats(left=_left(left_after, len(batch), len(encoded.maps)))
         return SegmenterOutput(resized, stats, after_levels)
+
+    def encode(self, batch: Sequence[Sample], timer: PartTimer | None = None) -> EncodedImages:
+        """The maps of a batch, in the mode of the modules; arguments as in ``segment``."""
+        with part(timer, "preprocess"):
+            images, sizes = self.preprocess(batch)
+        with part(timer, "backbone"):
+            return EncodedImages(self._maps(images), self._full_size(images), sizes)
+
+    def at_original_size(
+        self, scores: Tensor, encoded: EncodedImages, batch: Sequence[Sample]
+    ) -> list[Tensor]:
+        """``[N, K, *size]`` cut to each image and resized to its file, ``[K, height, width]``."""
+        each = zip(scores, encoded.image_sizes, batch, strict=True)
+        return [_at_original_size(x, own, sample) for x, own, sample in each]
 
     def preprocess(self, batch: Sequence[Sample]) -> tuple[Tensor, list[tuple[int, int]]]:
         """Normalised images ``[N, 3, H, W]`` padded to the largest, and the size of each."""

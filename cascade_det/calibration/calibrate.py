@@ -14,7 +14,7 @@ from fvcore.common.config import CfgNode
 from cascade_det.calibration.assessment import Assessment
 from cascade_det.calibration.calibrator import Calibrator, split_images
 from cascade_det.calibration.image_matching import ImageMatcher
-from cascade_det.calibration.provenance import provenance
+from cascade_det.calibration.provenance import coco_provenance, provenance
 from cascade_det.calibration.recording import first_batches, fit_latency, record_dataset
 from cascade_det.calibration.report import FILES, write_report
 from cascade_det.calibration.sample_size import SampleSize
@@ -23,7 +23,7 @@ from cascade_det.data.coco import CocoDataset
 from cascade_det.engine.detector import CascadeDetector
 from cascade_det.engine.devices import device_name
 from cascade_det.engine.inference import BatchLoader
-from cascade_det.errors import DatasetError
+from cascade_det.errors import ConfigError, DatasetError
 from cascade_det.evaluation.average_precision import detections_limit
 from cascade_det.files import atomic_folder, remove_leftovers
 
@@ -63,16 +63,21 @@ def calibrate(
         DatasetError: the images lack objects.
         SampleTooSmallError: too few images, for a guarantee or at all.
     """
+    if target.metric.startswith("sem_seg/"):
+        raise ConfigError(
+            f"--metric is {target.metric}, which is of segmenters, but the model is a detector: "
+            "leave it out, or give bbox/AP or segm/AP"
+        )
     target.check_images(options.images)
     remove_leftovers(Path(os.path.realpath(output_dir)).parent)
     with atomic_folder(output_dir, made=MADE) as folder:
         content = _calibrate(cfg, open_detector, target, folder, options)
-        _keep_log(output_dir / LOG_FILE, folder / LOG_FILE)
+        keep_log(output_dir / LOG_FILE, folder / LOG_FILE)
     logger.info("Written to %s: exits.yaml and its report", output_dir)
     return content
 
 
-def _keep_log(log: Path, kept: Path) -> None:
+def keep_log(log: Path, kept: Path) -> None:
     """Link the log, which is still being written, into the new folder."""
     if not log.is_file():
         return
@@ -108,7 +113,7 @@ def _calibrate(
     elif cfg.MODEL.MASK_ON:
         logger.warning("Masks do not count: they are made outside the cascade")
     device = device_name(next(detector.parameters()).device)
-    source = provenance(cfg, dataset, num_images, device)
+    source = provenance(cfg, coco_provenance(dataset, num_images), device)
     logger.info("Recording the full cascade on %d images of %s", num_images, dataset.source.name)
     own = detector.cascade.exits
     # Without a name for the recording: the calibrator keeps two halves, which are as large.

@@ -13,22 +13,18 @@ from cascade_det.text import printable
 from cascade_det.weights import local_path, read_weights_file, sha256_of, weights_sha256
 
 
-def provenance(
-    cfg: CfgNode, dataset: CocoDataset, num_images: int, device_name: str
-) -> dict[str, Any]:
+def provenance(cfg: CfgNode, data: dict[str, Any], device_name: str) -> dict[str, Any]:
     """Names and hashes, for ``calibration.json``.
 
     Args:
         cfg: its ``MODEL.WEIGHTS`` may be empty.
-        dataset: the calibration set.
-        num_images: number of its images that are used.
+        data: of the calibration set, with ``name`` and ``images``, the number that is used.
         device_name: of the calibration.
 
     Returns:
         ``weights``: ``file``, ``sha256`` of the weights in it (see
         ``cascade_det.weights.weights_sha256``) and ``file_sha256``, as ``sha256sum`` has it;
-        ``data``: ``name``, ``json_file``, ``json_sha256`` and ``images``; ``device_name``; and the
-        ``version`` of this package.
+        ``data``, ``device_name``, and the ``version`` of this package.
     """
     weights = cfg.MODEL.WEIGHTS
     file = local_path(weights) if weights else None
@@ -38,24 +34,33 @@ def provenance(
             "sha256": weights_sha256(read_weights_file(file).weights) if file else "",
             "file_sha256": sha256_of(file) if file else "",
         },
-        "data": {
-            "name": dataset.source.name,
-            "json_file": str(dataset.source.json_file),
-            "json_sha256": sha256_of(Path(dataset.source.json_file)),
-            "images": num_images,
-        },
+        "data": data,
         "device_name": device_name,
         "version": __version__,
+    }
+
+
+def coco_provenance(dataset: CocoDataset, num_images: int) -> dict[str, Any]:
+    """``name``, ``json_file``, ``json_sha256`` and ``images``."""
+    return {
+        "name": dataset.source.name,
+        "json_file": str(dataset.source.json_file),
+        "json_sha256": sha256_of(Path(dataset.source.json_file)),
+        "images": num_images,
     }
 
 
 def provenance_comment(source: dict[str, Any]) -> str:
     """Comment lines for the head of a YAML file, from ``provenance``."""
     weights, data = source["weights"], source["data"]
+    files = (
+        f"{data['json_file']} (SHA-256 {data['json_sha256']})"
+        if "json_file" in data
+        else f"{data['folder']}"
+    )
     lines = (
         f"Calibrated by cascade_det {source['version']} on {source['device_name']}.",
         f"Weights: {weights['file'] or 'none'} (file SHA-256 {weights['file_sha256'] or '-'})",
-        f"Data: {data['images']} images of {data['name']}, {data['json_file']} "
-        f"(SHA-256 {data['json_sha256']})",
+        f"Data: {data['images']} images of {data['name']}, {files}",
     )
     return "".join(f"# {printable(line)}\n" for line in lines)

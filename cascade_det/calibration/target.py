@@ -16,15 +16,17 @@ class Target:
     """The goal: one of the first four.
 
     Attributes:
-        max_ap_drop: the most percent points of AP below the full cascade, at the least work.
+        max_ap_drop: the most percent points of the metric below the full cascade, at the least
+            work.
         latency_ms: milliseconds per image, at the highest AP.
         exit_rate: least share of the later stages' regions that are not computed, 0 to 1, at the
             highest AP.
         risk: bound on the mean share of the full cascade's true positives of an image that get
             lost, between 0 and 1, at the least work; holds with probability ``1 - delta``.
         delta: see ``risk``.
-        metric: the AP that counts: ``bbox/AP`` or ``segm/AP``.
-        loss: whether the IoU of ``boxes`` or of ``masks`` says what is lost.
+        metric: what counts: ``bbox/AP`` or ``segm/AP``; of segmenters ``sem_seg/mIoU`` or
+            ``sem_seg/Dice``.
+        loss: of detectors, whether the IoU of ``boxes`` or of ``masks`` says what is lost.
 
     Raises:
         ConfigError: not exactly one target, or a value out of range.

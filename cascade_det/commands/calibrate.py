@@ -6,6 +6,7 @@ cascade-det calibrate --config-file ... --output ... --latency-ms 40
 cascade-det calibrate --config-file ... --output ... --exit-rate 0.6
 cascade-det calibrate --config-file ... --output ... --risk 0.02 --delta 0.1
 With masks: --max-ap-drop 0.1 --metric segm/AP, or --risk 0.02 --loss masks
+Segmenters: --max-drop 0.5 [--metric sem_seg/Dice], or any other target
 
 Records one run of the full cascade over DATASETS.TEST and tries settings on the record. One half
 of the images chooses; all reported metrics come from the other half. Use images that neither the
@@ -16,7 +17,9 @@ detector nor its gates were trained on, or the results promise too much.
 points of the Pareto front, where they hold what they promise; front.csv and front.png;
 comparison.csv, with each exit alone and with simpler alternatives; for a model with masks,
 masks.csv, with fewer masks; and calibration.json, with what to expect. The whole folder is replaced
-at the end, and may hold no other files.
+at the end, and may hold no other files. Of a segmenter it gets exits.yaml, comparison.csv and
+comparison.png, with smaller decoders, smaller images and an oracle, trials.csv and
+calibration.json.
 """
 
 from __future__ import annotations
@@ -24,11 +27,16 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cascade_det.commands.arguments import check_output_file, config_parser
 from cascade_det.commands.errors import without_traceback
 from cascade_det.hosts import HOSTS, choose_host, load_host
+
+if TYPE_CHECKING:
+    from cascade_det.calibration.target import Target
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +53,11 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
     group = parser.add_argument_group("target, one of")
     target = group.add_mutually_exclusive_group(required=True)
     target.add_argument(
-        "--max-ap-drop", type=float, metavar="POINTS", help="least work within this loss of AP"
+        "--max-ap-drop",
+        "--max-drop",
+        type=float,
+        metavar="POINTS",
+        help="least work within this loss of AP, or of the --metric",
     )
     target.add_argument(
         "--latency-ms", type=float, metavar="MS", help="highest AP within this time per image"
@@ -65,9 +77,8 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
     )
     parser.add_argument(
         "--metric",
-        choices=("bbox/AP", "segm/AP"),
-        default="bbox/AP",
-        help="the AP of these targets (%(default)s)",
+        choices=("bbox/AP", "segm/AP", "sem_seg/mIoU", "sem_seg/Dice"),
+        help="the metric of these targets (bbox/AP; of segmenters sem_seg/mIoU)",
     )
     parser.add_argument(
         "--loss",
@@ -100,18 +111,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command; returns its exit status."""
     args = _parse(argv, prog)
     from cascade_det.calibration.calibrate import calibrate
-    from cascade_det.calibration.target import Options, Target
+    from cascade_det.calibration.maps.calibrate import calibrate_maps
+    from cascade_det.calibration.target import Options
+    from cascade_det.config import is_segmenter
     from cascade_det.engine.log import setup_logging
 
-    target = Target(
-        args.max_ap_drop,
-        args.latency_ms,
-        args.exit_rate,
-        args.risk,
-        args.delta,
-        args.metric,
-        args.loss,
-    )
+    target = _target(args)
     options = Options(
         images=args.images, trials=args.trials, score=args.score_threshold, seed=args.seed
     )
@@ -123,16 +128,35 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     host = load_host(name)
     cfg = host.load_config(args.config_file, args.opts)
     host.check_config(cfg)
-    calibrate(cfg, lambda: host.open_detector(cfg), target, output, options)
+    if is_segmenter(cfg):
+        target = replace(target, metric=args.metric or "sem_seg/mIoU")
+        calibrate_maps(cfg, lambda: host.open_segmenter(cfg), target, output, options)
+    else:
+        calibrate(cfg, lambda: host.open_detector(cfg), target, output, options)
     return 0
+
+
+def _target(args: argparse.Namespace) -> Target:
+    from cascade_det.calibration.target import Target
+
+    return Target(
+        args.max_ap_drop,
+        args.latency_ms,
+        args.exit_rate,
+        args.risk,
+        args.delta,
+        args.metric or "bbox/AP",
+        args.loss,
+    )
 
 
 def _check_output(output: Path, config_files: Sequence[str]) -> None:
     # Before setup_logging, which writes to the folder.
-    from cascade_det.calibration.calibrate import MADE
+    from cascade_det.calibration.calibrate import LOG_FILE
+    from cascade_det.calibration.maps.report import MAP_FILES
     from cascade_det.calibration.report import FILES
     from cascade_det.files import check_replaceable
 
-    check_replaceable(output, MADE)
-    for name in FILES:
+    check_replaceable(output, (*FILES, *MAP_FILES, LOG_FILE))
+    for name in {*FILES, *MAP_FILES}:
         check_output_file(output / name, config_files)

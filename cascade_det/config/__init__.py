@@ -53,7 +53,11 @@ from cascade_det.config.run_arguments import (
     trainer_arguments,
 )
 from cascade_det.config.scaling import check_processes, scale_to_epochs, scale_to_world_size
-from cascade_det.config.segmenter_arguments import is_segmenter, segmenter_arguments
+from cascade_det.config.segmenter_arguments import (
+    is_segmenter,
+    map_exit_arguments,
+    segmenter_arguments,
+)
 from cascade_det.config.segmenter_checks import require_detector
 from cascade_det.config.tree import add_cascade_config, changed, changed_keys, flat, get_cfg
 
@@ -89,6 +93,7 @@ __all__ = [
     "input_arguments",
     "is_segmenter",
     "load_config",
+    "map_exit_arguments",
     "mask_head_arguments",
     "merge_config",
     "optimizer_arguments",

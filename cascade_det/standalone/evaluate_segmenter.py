@@ -34,11 +34,22 @@ def evaluate_segmenter(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
         See ``cascade_det.engine.evaluate_semantic.evaluate_segmentation``; by data set if there
         are several.
     """
+    segmenter, datasets = load_segmenter(cfg, resume=resume)
+    return evaluate_sets(cfg, segmenter, datasets)
+
+
+def load_segmenter(
+    cfg: CfgNode, *, resume: bool = False
+) -> tuple[SemanticSegmentor, list[SemanticDataset]]:
+    """A segmenter with its weights, and the data sets of ``DATASETS.TEST``.
+
+    Args and errors as ``evaluate_segmenter``.
+    """
     datasets = load_semantic_datasets_to_evaluate(cfg, resume=resume)
     set_backends(cfg)
     segmenter = build_segmenter(cfg)
     load_to_evaluate(Checkpointer(segmenter, cfg.OUTPUT_DIR), cfg, datasets, resume=resume)
-    return evaluate_sets(cfg, segmenter, datasets)
+    return segmenter, datasets
 
 
 def evaluate_sets(

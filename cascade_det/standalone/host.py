@@ -8,10 +8,13 @@ from torch.utils.data import DataLoader
 from cascade_det.config import check_config, is_segmenter, load_config, require_detector
 from cascade_det.data.coco import CocoDataset
 from cascade_det.data.samples import Sample
+from cascade_det.data.semantic import SemanticDataset
 from cascade_det.standalone.detector import Detector
 from cascade_det.standalone.evaluate import evaluate as evaluate_detector
 from cascade_det.standalone.evaluate import load_detector, test_loader
-from cascade_det.standalone.evaluate_segmenter import evaluate_segmenter
+from cascade_det.standalone.evaluate_segmenter import evaluate_segmenter, load_segmenter
+from cascade_det.standalone.evaluate_segmenter import test_loader as test_loader_of_segmenter
+from cascade_det.standalone.segmenter import SemanticSegmentor
 from cascade_det.standalone.train import replay_batch
 from cascade_det.standalone.train import train as train_detector
 from cascade_det.standalone.train_segmenter import train_segmenter
@@ -22,6 +25,7 @@ __all__ = [
     "join",
     "load_config",
     "open_detector",
+    "open_segmenter",
     "replay_batch",
     "train",
 ]
@@ -49,6 +53,17 @@ def open_detector(cfg: CfgNode) -> tuple[Detector, CocoDataset, DataLoader[Sampl
     require_detector(cfg)
     detector, datasets = load_detector(cfg)
     return detector, datasets[0], test_loader(cfg, datasets[0])
+
+
+def open_segmenter(
+    cfg: CfgNode,
+) -> tuple[SemanticSegmentor, SemanticDataset, DataLoader[Sample]]:
+    """The trained segmenter, the first of ``DATASETS.TEST`` and its loader.
+
+    Errors as in ``evaluate``.
+    """
+    segmenter, datasets = load_segmenter(cfg)
+    return segmenter, datasets[0], test_loader_of_segmenter(cfg, datasets[0])
 
 
 def join() -> None:

@@ -21,12 +21,13 @@ from cascade_det.layers.weight_versions import weight_versions
 from cascade_det.segmentation.logits import predict, resize
 from cascade_det.segmentation.map_confidence import image_confidence, patch_confidence
 from cascade_det.segmentation.pixel_rows import PixelRows, dilate
-from cascade_det.segmentation.sparse_decoder import UPSAMPLED, SparseLevel
+from cascade_det.segmentation.sparse_decoder import ATTENDED, UPSAMPLED, SparseLevel
 
 KINDS = ("image", "patch")
 CHANNEL_GATES = ("computed", "dense")
-# Of patches. With more of them a whole level takes less time, measured on AVX-512 with FastUpConv.
-DENSE_SHARE = 0.5
+# Of a level's pixels. With more of them a whole level takes less time, measured on AVX-512 with
+# FastUpConv.
+DENSE_SHARE = 0.75
 
 
 class ExitedMaps(NamedTuple):
@@ -53,8 +54,8 @@ class MapExits:
     compute those that stay and the surroundings that their convolutions reach, also those that
     even finer levels would reach. So the logits of a patch are those of the whole decoder cut off
     where the patch left, whatever its neighbours did; only channel attention, which pools over
-    the whole map, is approximated (see ``SparseLevel``). While most patches stay, the decoder
-    itself runs.
+    the whole map, is approximated (see ``SparseLevel``). A level of which most pixels would be
+    computed runs as a whole, if those before it did.
 
     Args:
         decoder: in evaluation mode. Patches use a copy of its weights, renewed when they were
@@ -175,15 +176,14 @@ class MapExits:
             if not active.any():
                 break
             with part(timer, f"stage{level}"):
-                if isinstance(decoded, Tensor) and active.float().mean() > DENSE_SHARE:
+                wanted = patch_pixels(active, self.patch, size, _size(encoded))
+                wanted = dilate(wanted, halos[level])
+                if isinstance(decoded, Tensor) and computed_share(wanted) > DENSE_SHARE:
                     decoded = self._decode(level, decoded, encoded)
                     logits.append(self.heads[level](decoded))
                 else:
                     if isinstance(decoded, Tensor):
                         decoded = PixelRows.of_map(decoded)
-                    wanted = dilate(
-                        patch_pixels(active, self.patch, size, _size(encoded)), halos[level]
-                    )
                     decoded = self.sparse_levels()[level - 1](decoded, encoded, wanted)
                     logits.append(_classify(self.heads[level], decoded))
                 if level < last:
@@ -224,6 +224,11 @@ def patch_pixels(patches: Tensor, patch: int, size: tuple[int, int], to: tuple[i
     pixels = patches.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
     pixels = pixels[:, : size[0], : size[1]]
     return pixels if to == size else F.adaptive_max_pool2d(pixels.float(), to) > 0
+
+
+def computed_share(wanted: Tensor) -> float:
+    """Share of the pixels of a level, bool ``[N, H, W]``, that a sparse level would attend to."""
+    return float(dilate(wanted, ATTENDED).float().mean())
 
 
 def _classify(head: nn.Module, decoded: PixelRows) -> Tensor:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cascade_det.layers.linear_relu import linear_relu
+
 # Gathered neighbourhoods are multiplied while a core has them in its cache.
 _CHUNK_BYTES = 1 << 20
 
@@ -95,14 +97,14 @@ class PixelRows:
 
         Args:
             places: int64 ``[m, t]``, the t neighbours that each pixel's kernel covers.
-            weight: ``[t C, K]``.
+            weight: ``[K, t C]``.
             bias: ``[K]``.
             out: ``[m, K]``, gets the result.
         """
-        size = max(1, _CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
+        size = max(1, _CHUNK_BYTES // (weight.shape[1] * weight.element_size()))
         for some, result in zip(places.split(size), out.split(size), strict=True):
             gathered = self.at(some.flatten()).view(len(some), -1)  # [m, t C]
-            torch.addmm(bias, gathered, weight, out=result).relu_()
+            linear_relu(gathered, weight, bias, result)
 
 
 def map_rows(x: Tensor) -> Tensor:

@@ -141,8 +141,8 @@ def _folded(part: nn.Module) -> Any:
 
 
 def _taps(weight: Tensor) -> Tensor:
-    """A kernel ``[K, C, h, w]`` as the factor of neighbourhoods: ``[h w C, K]``."""
-    return weight.permute(2, 3, 1, 0).flatten(0, 2).contiguous()
+    """A kernel ``[K, C, h, w]`` as the factor of neighbourhoods: ``[K, h w C]``."""
+    return weight.permute(0, 2, 3, 1).flatten(1).contiguous()
 
 
 def _doubled(pixels: PixelSet, coarser: PixelRows) -> Tensor:

@@ -110,7 +110,7 @@ def test_convolution_of_rows(step):
     rows = PixelRows(pixels, 5, x)
     rows.rows.copy_(map_rows(x)[pixels.flat])
     out = torch.empty(len(pixels), 3)
-    matrix = weight.permute(2, 3, 1, 0).reshape(45, 3)
+    matrix = weight.permute(0, 2, 3, 1).reshape(3, 45)
     rows.convolve(pixels.neighbours(), matrix, bias, out)
     expected = F.conv2d(x * mask[:, None], weight, bias, padding=1).relu()
     assert_close(out, map_rows(expected)[pixels.flat])

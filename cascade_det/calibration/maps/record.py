@@ -19,12 +19,12 @@ from cascade_det.segmentation.map_confidence import MEASURES, image_confidence, 
 from cascade_det.segmentation.map_exits import (
     DENSE_SHARE,
     KINDS,
+    computed_share,
     level_halos,
     patch_pixels,
 )
 from cascade_det.segmentation.output import EncodedImages
 from cascade_det.segmentation.pixel_rows import dilate
-from cascade_det.segmentation.sparse_decoder import ATTENDED
 
 Labels = npt.NDArray[np.integer[Any]]
 Counts = npt.NDArray[np.int64]
@@ -182,12 +182,9 @@ def computed_shares(
     shares: list[float] = []
     dense = True
     for level, size in enumerate(sizes):
-        active = of_patches >= level
-        share = float(active.float().mean())
+        pixels = patch_pixels(of_patches >= level, patch, sizes[-1], size)
+        share = computed_share(dilate(pixels, halos[level]))
         dense = dense and share > DENSE_SHARE
-        if not dense and share:
-            pixels = patch_pixels(active, patch, sizes[-1], size)
-            share = float(dilate(pixels, halos[level] + ATTENDED).float().mean())
         shares.append(1.0 if dense else share)
     return tuple(shares)
 

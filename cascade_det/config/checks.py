@@ -18,7 +18,7 @@ from cascade_det.config.key import Values, one_of, shown
 from cascade_det.config.model_checks import BACKBONE_CHECKS, MODEL_CHECKS
 from cascade_det.config.run_checks import RUN_CHECKS
 from cascade_det.config.segmenter_arguments import is_segmenter
-from cascade_det.config.segmenter_checks import SEGMENTER_CHECKS, check_levels
+from cascade_det.config.segmenter_checks import SEGMENTER_CHECKS, check_levels, check_unread
 from cascade_det.config.tree import BACKBONE_NODES, KEYS, changed_keys, get_cfg, value_of
 from cascade_det.errors import ConfigError
 
@@ -59,13 +59,15 @@ def check_config(cfg: CfgNode) -> None:
     """
     if is_segmenter(cfg):
         read = [name for name in KEYS if not name.startswith(_OF_DETECTORS)]
-        _check(cfg, read, (*SEGMENTER_CHECKS, *RUN_CHECKS), _SEGMENTER)
+        _check(cfg, read, (*SEGMENTER_CHECKS, *_run_checks(cfg)), _SEGMENTER)
     else:
-        _check(cfg, list(KEYS), (*MODEL_CHECKS, *HEAD_CHECKS, *RUN_CHECKS), _DETECTOR)
+        _check(cfg, list(KEYS), (*MODEL_CHECKS, *HEAD_CHECKS, *_run_checks(cfg)), _DETECTOR)
 
 
 def check_segmenter(cfg: CfgNode) -> None:
     """Check what our semantic head reads, in any model of Detectron2.
+
+    In a ``SemanticSegmentor`` with a backbone that we know, also the maps of that.
 
     Args:
         cfg: a configuration with ``MODEL.CASCADE_DECODER``; it is not changed.
@@ -73,7 +75,9 @@ def check_segmenter(cfg: CfgNode) -> None:
     Raises:
         ConfigError: as ``check_config``.
     """
-    _check(cfg, _in_both_hosts(_SEMANTIC_HEAD), (check_levels,))
+    has_maps = is_segmenter(cfg) and cfg.MODEL.BACKBONE.NAME in (*BACKBONES, *TRUNKS)
+    checks = SEGMENTER_CHECKS if has_maps else (check_levels,)
+    _check(cfg, _in_both_hosts(_SEMANTIC_HEAD), checks)
 
 
 def check_heads(cfg: CfgNode) -> None:
@@ -135,7 +139,11 @@ def check_run(cfg: CfgNode) -> None:
     Raises:
         ConfigError: as ``check_config``.
     """
-    _check(cfg, _in_both_hosts(_RUN), RUN_CHECKS)
+    _check(cfg, _in_both_hosts(_RUN), _run_checks(cfg))
+
+
+def _run_checks(cfg: CfgNode) -> tuple[Check, ...]:
+    return (*RUN_CHECKS, check_unread) if is_segmenter(cfg) else RUN_CHECKS
 
 
 def _in_both_hosts(prefixes: tuple[str, ...]) -> list[str]:

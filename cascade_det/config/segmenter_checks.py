@@ -74,7 +74,8 @@ def _check_pyramid(cfg: CfgNode) -> Iterator[str]:
             yield from check(cfg)
 
 
-def _check_unread(cfg: CfgNode) -> Iterator[str]:
+def check_unread(cfg: CfgNode) -> Iterator[str]:
+    """A run of a segmenter has none of what only detectors have."""
     for key in _OF_DETECTORS:
         if value := value_of(cfg, key):
             yield f"{key} is {value}, but segmenters do not have that. Set it to {type(value)()}."
@@ -90,8 +91,8 @@ def require_detector(cfg: CfgNode) -> None:
         raise ConfigError(
             "MODEL.META_ARCHITECTURE is 'SemanticSegmentor', but this is for detectors, "
             "'GeneralizedRCNN'. Segmenters are trained and evaluated by the commands train and "
-            "eval with --host standalone."
+            "eval."
         )
 
 
-SEGMENTER_CHECKS: tuple[Check, ...] = (check_levels, _check_pyramid, _check_maps, _check_unread)
+SEGMENTER_CHECKS: tuple[Check, ...] = (check_levels, _check_pyramid, _check_maps)

@@ -73,7 +73,7 @@ class Detector(nn.Module):
         if len(batch) == 0:
             raise ValueError("the batch is empty: losses need at least one image")
         check_images(batch, image_channels(self.model))
-        with _training_heads(self.model), EventStorage():
+        with training_heads(self.model), EventStorage():
             return self.model(batch)
 
     @in_evaluation_mode
@@ -211,7 +211,7 @@ def image_channels(model: nn.Module) -> int | None:
 
 
 @contextmanager
-def _training_heads(model: Any) -> Iterator[None]:
+def training_heads(model: Any) -> Iterator[None]:
     """Put the modules that compute losses into training mode, but no norm and no dropout."""
     heads = getattr(model, "roi_heads", None)
     regime = getattr(heads, "regime", None)
@@ -219,6 +219,7 @@ def _training_heads(model: Any) -> Iterator[None]:
     if not isinstance(regime, TrainingSchedule) or not regime.exits_alone:
         parts.append(getattr(model, "proposal_generator", None))
     parts += [getattr(heads, name, None) for name in ("mask_head", "keypoint_head")]
+    parts.append(getattr(model, "sem_seg_head", None))
     modes = [(module, module.training) for module in parts if module is not None]
     periods = [(module, module.vis_period) for module, _ in modes if hasattr(module, "vis_period")]
     for module, _ in modes:

@@ -7,17 +7,22 @@ from typing import Any
 
 import detectron2.config
 from detectron2.config import CfgNode
-from detectron2.modeling import ROI_HEADS_REGISTRY
+from detectron2.modeling import ROI_HEADS_REGISTRY, SEM_SEG_HEADS_REGISTRY
 from detectron2.utils import comm
 
 from cascade_det import config
 from cascade_det.config import ConfigFiles
-from cascade_det.d2.config_checks import check_mask_heads, check_model
+from cascade_det.d2.config_checks import check_mask_heads, check_model, check_semantic_data
 from cascade_det.d2.detector import Detector
-from cascade_det.d2.evaluate import evaluate, load_model
+from cascade_det.d2.evaluate import evaluate as evaluate_detector
+from cascade_det.d2.evaluate import load_model
+from cascade_det.d2.evaluate_segmenter import evaluate_segmenter
 from cascade_det.d2.loader import build_test_loader
 from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
-from cascade_det.d2.train import replay_batch, train
+from cascade_det.d2.sem_seg_head import CascadeSemSegHead
+from cascade_det.d2.train import replay_batch
+from cascade_det.d2.train import train as train_detector
+from cascade_det.d2.train_segmenter import train_segmenter
 from cascade_det.data.coco import CocoDataset
 from cascade_det.errors import ConfigError
 from cascade_det.parallel import distributed
@@ -31,6 +36,20 @@ __all__ = [
     "replay_batch",
     "train",
 ]
+
+
+def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
+    """Train a detector or a segmenter, see ``train`` and ``train_segmenter`` of this host."""
+    if config.is_segmenter(cfg):
+        return train_segmenter(cfg, resume=resume)
+    return train_detector(cfg, resume=resume)
+
+
+def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
+    """Evaluate a detector or a segmenter, see ``evaluate`` and ``evaluate_segmenter``."""
+    if config.is_segmenter(cfg):
+        return evaluate_segmenter(cfg, resume=resume)
+    return evaluate_detector(cfg, resume=resume)
 
 
 def open_detector(cfg: CfgNode) -> tuple[Detector, CocoDataset, Any]:
@@ -70,6 +89,12 @@ def check_config(cfg: CfgNode) -> None:
     """
     config.check_run(cfg)
     check_model(cfg)
+    if config.is_segmenter(cfg):
+        check_semantic_data(cfg)
+        head = SEM_SEG_HEADS_REGISTRY.get(cfg.MODEL.SEM_SEG_HEAD.NAME)
+        if isinstance(head, type) and issubclass(head, CascadeSemSegHead):
+            config.check_segmenter(cfg)
+        return
     name = cfg.MODEL.ROI_HEADS.NAME
     heads = ROI_HEADS_REGISTRY.get(name) if name in ROI_HEADS_REGISTRY else None
     if isinstance(heads, type) and issubclass(heads, EarlyExitCascadeROIHeads):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from cascade_det.d2.datasets import (
 from cascade_det.d2.detector import Detector, image_channels
 from cascade_det.d2.evaluate import check_expected, evaluate_all, with_augmentation
 from cascade_det.d2.loader import build_test_loader
+from cascade_det.d2.segmenter import Segmenter
 from cascade_det.d2.structures import check_masks_and_keypoints, to_inputs
 from cascade_det.d2.trainer import Results, Trainer
 from cascade_det.data.coco import CocoDataset, check_same_classes
@@ -66,14 +68,19 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
         return {**results, "validation": _validation_losses(cfg, model, test_datasets)}
 
     trainer = Trainer(cfg, run, evaluate if test_datasets else None)
-    trainer.resume_or_load(resume)
-    record_start(cfg, resume=resume)
-    trainer.train()
-    results = trainer.results
+    results = run_training(trainer, resume=resume)
     if cfg.TEST.AUG.ENABLED:
         results = with_augmentation(cfg, trainer.tested, test_datasets, results)
     check_expected(cfg, results)
     return results
+
+
+def run_training(trainer: Trainer, *, resume: bool) -> Results:
+    """Run a new trainer from its start or its last checkpoint; returns its last results."""
+    trainer.resume_or_load(resume)
+    record_start(trainer.cfg, resume=resume)
+    trainer.train()
+    return trainer.results
 
 
 def replay_batch(cfg: CfgNode, path: str | Path) -> list[str]:
@@ -117,9 +124,16 @@ def _validation_losses(
         recompute_boxes=False,
     )
     loaders = [build_test_loader(cfg, dataset.source.name, mapper) for dataset in datasets]
+    return losses_on(cfg, Detector(model), loaders)
+
+
+def losses_on(
+    cfg: CfgNode, detector: Detector | Segmenter, loaders: Iterable[Iterable[Batch]]
+) -> dict[str, float]:
+    """``validation_losses`` on loaders with ground truth, in the precision of the training."""
     device = torch.device(cfg.MODEL.DEVICE)
     return validation_losses(
-        Detector(model),
-        (batch for loader in loaders for batch in loader),
+        detector,
+        chain.from_iterable(loaders),
         amp_dtype=resolve_amp_dtype(config.trainer_arguments(cfg)["amp_dtype"], device),
     )

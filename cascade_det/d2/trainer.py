@@ -6,7 +6,7 @@ import logging
 import random
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ class Trainer(TrainingLoop, TrainerBase):
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.iteration = -1
-        self.data_loader: Batches | None = None
+        self.data_loader: Iterable[list[Inputs]] | None = None
         self._batches: Iterator[list[Inputs]]
         self._evaluate = evaluate
         self._interrupted = False
@@ -166,14 +166,12 @@ class Trainer(TrainingLoop, TrainerBase):
         if self._average is not None:
             found.append(as_detectron2_hook(self._average))
         if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.tested):
-            reader = cfg.clone()
-            reader.defrost()
-            reader.DATALOADER.NUM_WORKERS = 0
+            reader = config.changed(cfg, "DATALOADER.NUM_WORKERS", 0)
             found.append(
                 hooks.PreciseBN(
                     cfg.TEST.EVAL_PERIOD,
                     self.tested,
-                    self.build_train_loader(reader),
+                    self.train_batches(reader, 0),
                     cfg.TEST.PRECISE_BN.NUM_ITER,
                 )
             )
@@ -191,6 +189,10 @@ class Trainer(TrainingLoop, TrainerBase):
     def build_writers(self) -> list[EventWriter]:
         """See :func:`cascade_det.d2.hooks.build_writers`."""
         return build_writers(self.cfg.OUTPUT_DIR, self.max_iter)
+
+    def train_batches(self, cfg: CfgNode, start: int) -> Iterable[list[Inputs]]:
+        """Endless batches from iteration ``start`` on, in another order for each ``start``."""
+        return self.build_train_loader(config.changed(cfg, "SEED", self.run.seed + start))
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Go on from the last checkpoint in ``OUTPUT_DIR``, or load ``MODEL.WEIGHTS``.
@@ -285,7 +287,7 @@ class Trainer(TrainingLoop, TrainerBase):
     def _run(self) -> None:
         if self._is_complete():
             return
-        self.data_loader = self.build_train_loader(self._seeded())
+        self.data_loader = self.train_batches(self.cfg, self.start_iter)
         if self.start_iter > 0:
             # Otherwise sampling and augmentation would repeat those of the first iterations.
             seed_all_rng(self.run.seed + self.start_iter + distributed.rank())
@@ -299,13 +301,6 @@ class Trainer(TrainingLoop, TrainerBase):
                 return
         # Detectron2's hooks recognise a complete training by this.
         self.iter += 1
-
-    def _seeded(self) -> CfgNode:
-        """The configuration with a seed for the order of images, a new one after a resume."""
-        cfg = self.cfg.clone()
-        cfg.defrost()
-        cfg.SEED = self.run.seed + self.start_iter
-        return cfg
 
     def _build_step(self, cfg: CfgNode, model: nn.Module) -> TrainingStep:
         freeze_detector(model)

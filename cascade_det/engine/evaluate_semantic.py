@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fvcore.common.config import CfgNode
 
 from cascade_det.data.samples import Sample
 from cascade_det.data.semantic import SemanticDataset, read_labels
 from cascade_det.engine.detector import Segmenter
+from cascade_det.engine.evaluate import by_dataset
 from cascade_det.engine.inference import BatchLoader, run_segmentation
+from cascade_det.engine.semantic_datasets import semantic_test_loader
 from cascade_det.evaluation import Evaluator, LatencyEvaluator
 from cascade_det.evaluation.levels import LevelEvaluator
 from cascade_det.evaluation.semantic import Labels, SemanticEvaluator
@@ -22,6 +25,17 @@ from cascade_det.parallel import distributed
 from cascade_det.report.text import describe_machine, format_report, write_results
 
 logger = logging.getLogger(__name__)
+
+
+def evaluate_sets(
+    cfg: CfgNode, segmenter: Segmenter, datasets: Sequence[SemanticDataset]
+) -> dict[str, Any]:
+    """Evaluate a segmenter on data sets, with results in ``OUTPUT_DIR``."""
+
+    def evaluate_one(dataset: SemanticDataset, folder: Path) -> dict[str, Any]:
+        return evaluate_segmentation(segmenter, semantic_test_loader(cfg, dataset), dataset, folder)
+
+    return by_dataset(datasets, Path(cfg.OUTPUT_DIR), evaluate_one)
 
 
 def evaluate_segmentation(

@@ -9,11 +9,11 @@ from cascade_det.config import check_config, is_segmenter, load_config, require_
 from cascade_det.data.coco import CocoDataset
 from cascade_det.data.samples import Sample
 from cascade_det.data.semantic import SemanticDataset
+from cascade_det.engine.semantic_datasets import semantic_test_loader
 from cascade_det.standalone.detector import Detector
 from cascade_det.standalone.evaluate import evaluate as evaluate_detector
 from cascade_det.standalone.evaluate import load_detector, test_loader
 from cascade_det.standalone.evaluate_segmenter import evaluate_segmenter, load_segmenter
-from cascade_det.standalone.evaluate_segmenter import test_loader as test_loader_of_segmenter
 from cascade_det.standalone.segmenter import SemanticSegmentor
 from cascade_det.standalone.train import replay_batch
 from cascade_det.standalone.train import train as train_detector
@@ -63,7 +63,7 @@ def open_segmenter(
     Errors as in ``evaluate``.
     """
     segmenter, datasets = load_segmenter(cfg)
-    return segmenter, datasets[0], test_loader_of_segmenter(cfg, datasets[0])
+    return segmenter, datasets[0], semantic_test_loader(cfg, datasets[0])
 
 
 def join() -> None:

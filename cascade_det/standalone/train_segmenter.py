@@ -7,16 +7,17 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from cascade_det import config
-from cascade_det.data.semantic import build_semantic_train_loader
 from cascade_det.engine.datasets import scheduled_for
 from cascade_det.engine.devices import set_backends
+from cascade_det.engine.evaluate_semantic import evaluate_sets
 from cascade_det.engine.output_dir import check_output
 from cascade_det.engine.run_lock import alone_in_output_dir
-from cascade_det.engine.semantic_datasets import load_semantic_training_data
-from cascade_det.parallel import distributed
+from cascade_det.engine.semantic_datasets import (
+    load_semantic_training_data,
+    semantic_test_loader,
+    semantic_train_loader,
+)
 from cascade_det.standalone.build_segmenter import build_segmenter
-from cascade_det.standalone.evaluate_segmenter import evaluate_sets, test_loader
 from cascade_det.standalone.training import build_trainer, start_run
 
 
@@ -35,13 +36,8 @@ def train_segmenter(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     datasets, test_datasets = load_semantic_training_data(cfg)
     cfg = scheduled_for(cfg, sum(len(dataset.records) for dataset in datasets))
     segmenter, checkpointer, info = start_run(cfg, build_segmenter, datasets[0], resume=resume)
-    loader = build_semantic_train_loader(
-        datasets,
-        **config.semantic_input_arguments(cfg, train=True),
-        **{**config.semantic_train_loader_arguments(cfg), "seed": info.seed},
-        start_batch=checkpointer.start_iter,
-        share=(distributed.rank(), distributed.world_size()),
-        on_bad_data=cfg.CASCADE.ON_BAD_DATA,
+    loader = semantic_train_loader(
+        cfg, datasets, seed=info.seed, start_batch=checkpointer.start_iter
     )
     trainer = build_trainer(
         cfg,
@@ -49,7 +45,7 @@ def train_segmenter(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
         loader,
         checkpointer,
         partial(evaluate_sets, cfg, datasets=test_datasets) if test_datasets else None,
-        lambda: [test_loader(cfg, dataset, annotated=True) for dataset in test_datasets],
+        lambda: [semantic_test_loader(cfg, dataset, annotated=True) for dataset in test_datasets],
     )
     trainer.train()
     return dict(trainer.results)

@@ -76,14 +76,14 @@ def test_metrics_are_of_the_labels_in_the_files(cfg, folder):
     cfg.MODEL.WEIGHTS = str(folder / "output" / "model_final.pth")
     cfg.OUTPUT_DIR = str(folder / "again")
     found = host.evaluate(cfg)["sem_seg"]
+    from cascade_det.engine.semantic_datasets import semantic_test_loader
     from cascade_det.standalone.build_segmenter import build_segmenter
-    from cascade_det.standalone.evaluate_segmenter import test_loader
 
     (dataset,) = load_semantic_datasets(cfg, train=False)
     segmenter = build_segmenter(cfg)
     segmenter.load_state_dict(torch.load(cfg.MODEL.WEIGHTS, weights_only=True)["model"])
     right = total = 0
-    for (sample,) in test_loader(cfg, dataset):
+    for (sample,) in semantic_test_loader(cfg, dataset):
         scores = segmenter.segment([sample]).sem_seg[0]
         truth = read_labels(dataset.records[sample["image_id"]])
         right += int((scores.argmax(0).numpy() == truth).sum())

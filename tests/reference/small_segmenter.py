@@ -1,6 +1,8 @@
-"""A small segmenter, as options of a configuration, and samples for it."""
+"""A small segmenter, as options of a configuration, samples for it, and a run on drawn scenes."""
 
+import numpy as np
 import torch
+from PIL import Image
 
 LEVELS = ["res2", "res3", "res4", "res5"]
 SEGMENTER = (
@@ -11,6 +13,40 @@ SEGMENTER = (
     *("MODEL.SEM_SEG_HEAD.NAME", "CascadeSemSegHead", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 3),
     *("MODEL.SEM_SEG_HEAD.IN_FEATURES", LEVELS),
 )
+
+CLASSES = ["background", "bright", "dark"]
+
+
+def write_squares(folder, count=6):
+    """Images of a bright and a dark square on grey, with their labels."""
+    generator = np.random.default_rng(0)
+    for name in ("images", "labels"):
+        (folder / name).mkdir()
+    for index in range(count):
+        image = np.full((48, 64, 3), 128, np.uint8)
+        labels = np.zeros((48, 64), np.uint8)
+        for label, value in ((1, 230), (2, 30)):
+            top, left = generator.integers(0, 24), generator.integers(0, 40)
+            image[top : top + 24, left : left + 24] = value
+            labels[top : top + 24, left : left + 24] = label
+        Image.fromarray(image).save(folder / "images" / f"{index}.png")
+        Image.fromarray(labels).save(folder / "labels" / f"{index}.png")
+
+
+def squares_run(folder):
+    """Options of two iterations on these images, with output in a folder beside them."""
+    images, labels = str(folder / "images"), str(folder / "labels")
+    return [
+        *SEGMENTER,
+        *("MODEL.BACKBONE.NAME", "build_mobilenet_v2_backbone"),
+        *("CASCADE.SEMANTIC_DATASETS", [["squares", "folders", images, labels]]),
+        *("CASCADE.SEMANTIC_CLASSES", CLASSES, "CASCADE.BEST_METRIC", "sem_seg/mIoU"),
+        *("DATASETS.TRAIN", ("squares",), "DATASETS.TEST", ("squares",)),
+        *("INPUT.MIN_SIZE_TRAIN", (48,), "INPUT.MIN_SIZE_TEST", 48),
+        *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", ()),
+        *("SOLVER.BASE_LR", 0.002, "SOLVER.WARMUP_ITERS", 1, "CASCADE.OPTIMIZER", "AdamW"),
+        *("DATALOADER.NUM_WORKERS", 0, "SEED", 0, "OUTPUT_DIR", str(folder / "output")),
+    ]
 
 
 def labelled(rows, columns, **more):

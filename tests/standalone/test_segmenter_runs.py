@@ -2,12 +2,10 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from shape_runs import assert_same
-from small_segmenter import SEGMENTER
+from small_segmenter import CLASSES, squares_run, write_squares
 
 from cascade_det.config import get_cfg
 from cascade_det.data.semantic import read_labels
@@ -15,44 +13,17 @@ from cascade_det.engine.semantic_datasets import load_semantic_datasets
 from cascade_det.errors import CheckpointError, ConfigError, DatasetError
 from cascade_det.standalone import host
 
-CLASSES = ["background", "bright", "dark"]
-
 
 @pytest.fixture
 def folder(tmp_path):
-    """Six images of a bright and a dark square on grey, with their labels."""
-    generator = np.random.default_rng(0)
-    for name in ("images", "labels"):
-        (tmp_path / name).mkdir()
-    for index in range(6):
-        image = np.full((48, 64, 3), 128, np.uint8)
-        labels = np.zeros((48, 64), np.uint8)
-        for label, value in ((1, 230), (2, 30)):
-            top, left = generator.integers(0, 24), generator.integers(0, 40)
-            image[top : top + 24, left : left + 24] = value
-            labels[top : top + 24, left : left + 24] = label
-        Image.fromarray(image).save(tmp_path / "images" / f"{index}.png")
-        Image.fromarray(labels).save(tmp_path / "labels" / f"{index}.png")
+    write_squares(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def cfg(folder):
     cfg = get_cfg()
-    images, labels = str(folder / "images"), str(folder / "labels")
-    cfg.merge_from_list(
-        [
-            *SEGMENTER,
-            *("MODEL.BACKBONE.NAME", "build_mobilenet_v2_backbone"),
-            *("CASCADE.SEMANTIC_DATASETS", [["squares", "folders", images, labels]]),
-            *("CASCADE.SEMANTIC_CLASSES", CLASSES, "CASCADE.BEST_METRIC", "sem_seg/mIoU"),
-            *("DATASETS.TRAIN", ("squares",), "DATASETS.TEST", ("squares",)),
-            *("INPUT.MIN_SIZE_TRAIN", (48,), "INPUT.MIN_SIZE_TEST", 48),
-            *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", ()),
-            *("SOLVER.BASE_LR", 0.002, "SOLVER.WARMUP_ITERS", 1, "CASCADE.OPTIMIZER", "AdamW"),
-            *("DATALOADER.NUM_WORKERS", 0, "SEED", 0, "OUTPUT_DIR", str(folder / "output")),
-        ]
-    )
+    cfg.merge_from_list(squares_run(folder))
     return cfg
 
 

@@ -28,6 +28,7 @@ def evaluate_segmenter(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     set_backends(cfg)
     model = build_model(on_its_device(cfg))
     load_to_evaluate(Checkpointer(model, cfg.OUTPUT_DIR), cfg, datasets, resume=resume)
-    results = evaluate_sets(cfg, Segmenter(model), datasets)
+    segmenter = Segmenter(model)
+    results = evaluate_sets(cfg, segmenter, datasets, levels=segmenter.has_levels)
     check_expected(cfg, results)
     return results

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,11 @@ from cascade_det.core import PartTimer
 from cascade_det.core.modes import in_evaluation_mode
 from cascade_det.core.structures import part
 from cascade_det.d2.detector import image_channels, training_heads
-from cascade_det.d2.heads_call import HeadsCall
 from cascade_det.d2.sem_seg_head import CascadeSemSegHead
 from cascade_det.data.samples import Sample
 from cascade_det.engine.batches import check_images
-from cascade_det.segmentation.output import SegmenterOutput, SegmenterStats
+from cascade_det.engine.segment import segment_in_parts
+from cascade_det.segmentation.output import EncodedImages, SegmenterOutput, SegmenterStats
 
 
 class Segmenter(nn.Module):
@@ -69,7 +69,11 @@ class Segmenter(nn.Module):
     @in_evaluation_mode
     @torch.no_grad()
     def segment(
-        self, batch: Sequence[Sample], *, timer: PartTimer | None = None
+        self,
+        batch: Sequence[Sample],
+        *,
+        levels: bool = False,
+        timer: PartTimer | None = None,
     ) -> SegmenterOutput:
         """Segment a batch.
 
@@ -78,7 +82,9 @@ class Segmenter(nn.Module):
         Args:
             batch: samples with ``image`` and, if it was resized, ``height`` and ``width`` of the
                 original.
-            timer: measures the milliseconds of every part.
+            levels: also report what the whole decoder predicts after each level, where
+                ``has_levels``.
+            timer: measures the milliseconds of every part, see ``segment_in_parts``.
 
         Returns:
             Logits of the original's size.
@@ -86,19 +92,27 @@ class Segmenter(nn.Module):
         Raises:
             ValueError: an image is not a tensor ``[3, H, W]``, or has no pixels.
         """
+        if self.has_levels:
+            return segment_in_parts(self, batch, levels=levels, timer=timer)
         if len(batch) == 0:
             return SegmenterOutput([], SegmenterStats())
         check_images(batch, image_channels(self.model))
-        if self.has_levels:
-            return self._segment_in_parts(batch, timer)
         with part(timer, "model"):
             found = self.model(batch)
         return SegmenterOutput([one["sem_seg"] for one in found], SegmenterStats())
 
-    def _segment_in_parts(
-        self, batch: Sequence[Sample], timer: PartTimer | None
-    ) -> SegmenterOutput:
+    @property
+    def sem_seg_head(self) -> CascadeSemSegHead:
+        """The decoder, where ``has_levels``."""
         model: Any = self.model
+        head: CascadeSemSegHead = model.sem_seg_head
+        return head
+
+    def encode(self, batch: Sequence[Sample], timer: PartTimer | None = None) -> EncodedImages:
+        """The maps of a batch, in the mode of the modules, where ``has_levels``."""
+        check_images(batch, image_channels(self.model))
+        model: Any = self.model
+        head = self.sem_seg_head
         with part(timer, "preprocess"):
             images = ImageList.from_tensors(
                 [(x["image"].to(model.device) - model.pixel_mean) / model.pixel_std for x in batch],
@@ -106,16 +120,16 @@ class Segmenter(nn.Module):
                 padding_constraints=model.backbone.padding_constraints,
             )
         with part(timer, "backbone"):
-            maps = model.backbone(images.tensor)
-        with HeadsCall(timer).within():
-            scores, _ = model.sem_seg_head(maps)
-        with part(timer, "postprocess"):
-            resized = [
-                sem_seg_postprocess(
-                    x, size, sample.get("height", size[0]), sample.get("width", size[1])
-                )
-                for x, size, sample in zip(scores, images.image_sizes, batch, strict=True)
-            ]
-        left: list[Mapping[str, int]] = [{} for _ in model.sem_seg_head.heads[1:]]
-        left.append({"completed": len(batch)})
-        return SegmenterOutput(resized, SegmenterStats(left=left))
+            maps = head.decoded_maps(model.backbone(images.tensor))
+        return EncodedImages(maps, head.full_size(maps), images.image_sizes)
+
+    def at_original_size(
+        self, scores: Tensor, encoded: EncodedImages, batch: Sequence[Sample]
+    ) -> list[Tensor]:
+        """``[N, K, *size]`` cut to each image and resized to its file, ``[K, height, width]``."""
+        return [
+            sem_seg_postprocess(
+                x, size, sample.get("height", size[0]), sample.get("width", size[1])
+            )
+            for x, size, sample in zip(scores, encoded.image_sizes, batch, strict=True)
+        ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
@@ -80,14 +80,23 @@ class CascadeSemSegHead(SegmentationHead):
             Logits ``[N, K, H, W]``, with sides of the finest map times its stride, and an empty
             dict; in training ``None`` and ``loss_sem_seg``.
         """
-        maps = [features[name] for name in reversed(self.in_features)]
-        height, width = (side * self.stride for side in maps[-1].shape[-2:])
+        maps = self.decoded_maps(features)
+        height, width = self.full_size(maps)
         if not self.training:
             if self.exits is not None:
                 return resize(self.exits(maps).logits, (height, width)), {}
-            return predict(super().forward(maps), (height, width)), {}
+            return predict(self.decode(maps), (height, width)), {}
         assert targets is not None
         rows, columns = targets.shape[-2:]
-        logits = super().forward(maps)
+        logits = self.decode(maps)
         full = [resize(x, (height, width))[..., :rows, :columns] for x in logits]
         return None, {"loss_sem_seg": self.loss_weight * self.loss(full, targets)}
+
+    def decoded_maps(self, features: Mapping[str, Tensor]) -> list[Tensor]:
+        """The maps that are decoded, coarsest first."""
+        return [features[name] for name in reversed(self.in_features)]
+
+    def full_size(self, maps: Sequence[Tensor]) -> tuple[int, int]:
+        """Sides of the finest map times its stride."""
+        height, width = (side * self.stride for side in maps[-1].shape[-2:])
+        return height, width

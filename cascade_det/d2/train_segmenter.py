@@ -72,11 +72,12 @@ def train_segmenter(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     seed_all_rng(run.seed + distributed.rank())
 
     def evaluate(model: nn.Module) -> Results:
-        results = evaluate_sets(cfg, Segmenter(model), test_datasets)
+        segmenter = Segmenter(model)
+        results = evaluate_sets(cfg, segmenter, test_datasets, levels=segmenter.has_levels)
         if not cfg.CASCADE.VALIDATION_LOSS:
             return results
         loaders = [semantic_test_loader(cfg, dataset, annotated=True) for dataset in test_datasets]
-        return {**results, "validation": losses_on(cfg, Segmenter(model), loaders)}
+        return {**results, "validation": losses_on(cfg, segmenter, loaders)}
 
     trainer = SegmenterTrainer(cfg, run, datasets, evaluate if test_datasets else None)
     results = run_training(trainer, resume=resume)

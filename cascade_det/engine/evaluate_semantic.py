@@ -28,18 +28,32 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate_sets(
-    cfg: CfgNode, segmenter: Segmenter, datasets: Sequence[SemanticDataset]
+    cfg: CfgNode,
+    segmenter: Segmenter,
+    datasets: Sequence[SemanticDataset],
+    *,
+    levels: bool = True,
 ) -> dict[str, Any]:
-    """Evaluate a segmenter on data sets, with results in ``OUTPUT_DIR``."""
+    """Evaluate a segmenter on data sets, with results in ``OUTPUT_DIR``.
+
+    For ``levels`` and what is returned see ``evaluate_segmentation``; by data set if there are
+    several.
+    """
 
     def evaluate_one(dataset: SemanticDataset, folder: Path) -> dict[str, Any]:
-        return evaluate_segmentation(segmenter, semantic_test_loader(cfg, dataset), dataset, folder)
+        loader = semantic_test_loader(cfg, dataset)
+        return evaluate_segmentation(segmenter, loader, dataset, folder, levels=levels)
 
     return by_dataset(datasets, Path(cfg.OUTPUT_DIR), evaluate_one)
 
 
 def evaluate_segmentation(
-    segmenter: Segmenter, loader: BatchLoader, dataset: SemanticDataset, output_dir: Path
+    segmenter: Segmenter,
+    loader: BatchLoader,
+    dataset: SemanticDataset,
+    output_dir: Path,
+    *,
+    levels: bool = True,
 ) -> dict[str, Any]:
     """Evaluate a segmenter; several processes share the images, the main one writes the file.
 
@@ -48,12 +62,13 @@ def evaluate_segmentation(
         loader: batches of this process.
         dataset: with the true labels.
         output_dir: for ``results.json``.
+        levels: whether the segmenter can report what it predicts after each level.
 
     Returns:
-        ``sem_seg``, ``levels``, ``latency``, and ``volumes`` and ``volumes_strict`` of data sets of
+        ``sem_seg``, ``levels`` where it can, ``latency``, and ``volumes`` and ``volumes_strict`` of data sets of
         volumes; the same on every process.
     """
-    results = run_segmentation(segmenter, loader, _evaluators(dataset), levels=True)
+    results = run_segmentation(segmenter, loader, _evaluators(dataset, levels), levels=levels)
     machine = describe_machine(next(segmenter.parameters(), torch.empty(0)).device)
     report = format_report({**results, "machine": machine})
     logger.info("Results on %s:\n\n%s\n", dataset.source.name, report)
@@ -61,7 +76,7 @@ def evaluate_segmentation(
     return results
 
 
-def _evaluators(dataset: SemanticDataset) -> Sequence[Evaluator]:
+def _evaluators(dataset: SemanticDataset, levels: bool) -> Sequence[Evaluator]:
     records = dataset.records
     depths = Counter(record.volume for record in records)
 
@@ -80,7 +95,7 @@ def _evaluators(dataset: SemanticDataset) -> Sequence[Evaluator]:
     }
     found: list[Evaluator] = [
         SemanticEvaluator(**arguments),
-        LevelEvaluator(**arguments),
+        *([LevelEvaluator(**arguments)] if levels else []),
         LatencyEvaluator(),
     ]
     if all(record.slice_index is not None for record in records):

@@ -48,7 +48,11 @@ class SegmentationHead(nn.Module):
         """Replace the exits: settings of ``MapExits``, or ``None`` for none."""
         self.exits = None if exits is None else MapExits(self.decoder, self.heads, **exits)
 
-    def forward(
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The same as ``decode``, for wrappers that call ``forward``."""
+        return self.decode(maps)
+
+    def decode(
         self, maps: Sequence[Tensor], timer: PartTimer | None = None, *, prefix: str = ""
     ) -> list[Tensor]:
         """Logits of every level.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,11 @@ from cascade_det.core.modes import in_evaluation_mode
 from cascade_det.core.structures import PartTimer, part
 from cascade_det.data.samples import Sample
 from cascade_det.engine.batches import check_images
+from cascade_det.engine.segment import segment_in_parts
 from cascade_det.segmentation.head import SegmentationHead
-from cascade_det.segmentation.logits import predict, resize
+from cascade_det.segmentation.logits import resize
 from cascade_det.segmentation.losses import SubsetLoss
-from cascade_det.segmentation.output import EncodedImages, SegmenterOutput, SegmenterStats
+from cascade_det.segmentation.output import EncodedImages, SegmenterOutput
 from cascade_det.standalone.preprocess import normalise_and_stack
 
 
@@ -126,30 +127,7 @@ class SemanticSegmentor(nn.Module):
         Raises:
             ValueError: an image is not a tensor ``[3, H, W]``, or has no pixels.
         """
-        if len(batch) == 0:
-            return SegmenterOutput([], SegmenterStats(), [] if levels else None)
-        encoded, exits = self.encode(batch, timer), self.sem_seg_head.exits
-        logits = self.sem_seg_head(encoded.maps, timer) if exits is None else []
-        exited = None if exits is None else exits(encoded.maps, timer)
-        size = encoded.size
-        with part(timer, "postprocess"):
-            scores = predict(logits, size) if exited is None else resize(exited.logits, size)
-            resized = self.at_original_size(scores, encoded, batch)
-        after_levels = None
-        if levels:
-            logits = logits or self.sem_seg_head(encoded.maps, timer, prefix="full/")
-            after_levels = [
-                [
-                    x.argmax(0)
-                    for x in self.at_original_size(
-                        predict(logits[: level + 1], size), encoded, batch
-                    )
-                ]
-                for level in range(len(logits))
-            ]
-        left_after = None if exited is None else exited.levels
-        stats = SegmenterStats(left=_left(left_after, len(batch), len(encoded.maps)))
-        return SegmenterOutput(resized, stats, after_levels)
+        return segment_in_parts(self, batch, levels=levels, timer=timer)
 
     def encode(self, batch: Sequence[Sample], timer: PartTimer | None = None) -> EncodedImages:
         """The maps of a batch, in the mode of the modules; arguments as in ``segment``."""
@@ -176,7 +154,7 @@ class SemanticSegmentor(nn.Module):
         )
 
     def _logits(self, images: Tensor) -> list[Tensor]:
-        logits: list[Tensor] = self.sem_seg_head(self._maps(images))
+        logits: list[Tensor] = self.sem_seg_head.decode(self._maps(images))
         return logits
 
     def _maps(self, images: Tensor) -> list[Tensor]:
@@ -194,11 +172,3 @@ def _at_original_size(scores: Tensor, size: tuple[int, int], sample: Sample) -> 
     own = scores[None, :, : size[0], : size[1]]
     original = sample.get("height", size[0]), sample.get("width", size[1])
     return F.interpolate(own, original, mode="bilinear", align_corners=False)[0]
-
-
-def _left(levels: Tensor | None, images: int, num_levels: int) -> list[Mapping[str, int]]:
-    """The statistics of exits: by level, see ``SegmenterStats``."""
-    if levels is None:
-        return [*({} for _ in range(num_levels - 1)), {"completed": images}]
-    *early, completed = levels.flatten().bincount(minlength=num_levels).tolist()
-    return [*({"confident": count} for count in early), {"completed": completed}]

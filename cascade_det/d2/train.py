@@ -32,7 +32,7 @@ from cascade_det.d2.structures import check_masks_and_keypoints, to_inputs
 from cascade_det.d2.trainer import Results, Trainer
 from cascade_det.data.coco import CocoDataset, check_same_classes
 from cascade_det.data.samples import Batch
-from cascade_det.engine.batches import check_images, check_truth
+from cascade_det.engine.batches import check_images, check_labels, check_truth
 from cascade_det.engine.datasets import load_training_data, scheduled
 from cascade_det.engine.devices import on_its_device, resolve_amp_dtype, set_backends
 from cascade_det.engine.output_dir import check_output, record_start
@@ -104,6 +104,9 @@ def replay_batch(cfg: CfgNode, path: str | Path) -> list[str]:
 
     def check(batch: Batch) -> None:
         check_images(batch, image_channels(model))
+        if config.is_segmenter(cfg):
+            head = cfg.MODEL.SEM_SEG_HEAD
+            check_labels(batch, head.NUM_CLASSES, head.IGNORE_VALUE)
         check_truth(batch, num_classes)
         for sample in batch:
             check_masks_and_keypoints(sample)

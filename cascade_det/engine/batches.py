@@ -92,6 +92,26 @@ def check_truth(batch: Sequence[Mapping[str, Any]], num_classes: int) -> None:
             )
 
 
+def check_labels(batch: Sequence[Mapping[str, Any]], num_classes: int, ignore_value: int) -> None:
+    """Check the labels of a batch for semantic segmentation.
+
+    Raises:
+        ValueError: they are not int64 ``[H, W]`` as the image, of classes or the ignored value.
+    """
+    for index, sample in enumerate(batch):
+        labels, size = sample.get("sem_seg"), sample["image"].shape[-2:]
+        if (
+            not isinstance(labels, Tensor)
+            or labels.dtype != torch.int64
+            or labels.shape != size
+            or (((labels < 0) | (labels >= num_classes)) & (labels != ignore_value)).any()
+        ):
+            raise ValueError(
+                f"the labels of image {index} of the batch are not int64 {list(size)}, from 0 to "
+                f"{num_classes - 1} or {ignore_value}"
+            )
+
+
 def is_mask(mask: Any, size: tuple[int, ...]) -> bool:
     """Whether this is a bitmap of ``size`` (height, width) or polygons; drawing does not check."""
     if isinstance(mask, Tensor):

@@ -65,8 +65,8 @@ def evaluate_segmentation(
         levels: whether the segmenter can report what it predicts after each level.
 
     Returns:
-        ``sem_seg``, ``levels`` where it can, ``latency``, and ``volumes`` and ``volumes_strict`` of data sets of
-        volumes; the same on every process.
+        ``sem_seg``, ``levels`` where it can, ``latency``, and ``volumes`` and ``volumes_strict`` of
+        data sets of volumes; the same on every process.
     """
     results = run_segmentation(segmenter, loader, _evaluators(dataset, levels), levels=levels)
     machine = describe_machine(next(segmenter.parameters(), torch.empty(0)).device)

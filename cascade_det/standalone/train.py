@@ -14,7 +14,7 @@ from cascade_det import config
 from cascade_det.data.coco import CocoDataset
 from cascade_det.data.loader import build_train_loader
 from cascade_det.data.samples import Batch
-from cascade_det.engine.batches import check_images, check_truth
+from cascade_det.engine.batches import check_images, check_labels, check_truth
 from cascade_det.engine.checkpoint import Checkpointer
 from cascade_det.engine.datasets import load_training_data, scheduled
 from cascade_det.engine.devices import set_backends
@@ -25,6 +25,7 @@ from cascade_det.engine.run_lock import alone_in_output_dir
 from cascade_det.engine.training_modes import freeze_detector
 from cascade_det.parallel import distributed
 from cascade_det.standalone.build import build_detector
+from cascade_det.standalone.build_segmenter import build_segmenter
 from cascade_det.standalone.detector import Detector
 from cascade_det.standalone.evaluate import evaluate_all, test_loader, with_augmentation
 from cascade_det.standalone.training import build_trainer, start_run
@@ -86,13 +87,18 @@ def replay_batch(cfg: CfgNode, path: str | Path) -> list[str]:
         CheckpointError: the file cannot be read or belongs to another model.
     """
     set_backends(cfg)
-    detector = build_detector(cfg)
+    is_segmenter = config.is_segmenter(cfg)
+    model = build_segmenter(cfg) if is_segmenter else build_detector(cfg)
 
     def check(batch: Batch) -> None:
         check_images(batch)
-        check_truth(batch, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        if is_segmenter:
+            head = cfg.MODEL.SEM_SEG_HEAD
+            check_labels(batch, head.NUM_CLASSES, head.IGNORE_VALUE)
+        else:
+            check_truth(batch, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
 
-    return replay(path, detector, device=detector.device, check=check)
+    return replay(path, model, device=model.device, check=check)
 
 
 def _train_loader(

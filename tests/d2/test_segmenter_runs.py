@@ -104,7 +104,7 @@ def test_a_resumed_run_is_the_same_run(runs, make, tmp_path):
     for name in ("model_0000001.pth", "config.yaml"):
         (tmp_path / name).write_bytes(Path(wanted.OUTPUT_DIR, name).read_bytes())
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
-    cfg = make(tmp_path, *SAVING, "CASCADE.VALIDATION_LOSS", False)
+    cfg = make(tmp_path, *SAVING, "CASCADE.VALIDATION_LOSS", False, "DATASETS.TEST", ())
     host.train(cfg, resume=True)
     for entry in ("model", "training_weights"):
         assert_same(saved(cfg)[entry], saved(wanted)[entry])
@@ -189,6 +189,22 @@ def test_bad_keys_are_named(make, tmp_path, options, message):
 def test_a_segmenter_is_no_detector(make, tmp_path):
     with pytest.raises(ConfigError, match="for detectors"):
         host.open_detector(make(tmp_path, "MODEL.WEIGHTS", "weights.pth"))
+
+
+def test_a_diverged_batch_is_replayed_in_either_host(make, tmp_path):
+    cfg = make(tmp_path, "SOLVER.BASE_LR", 1e30, "SOLVER.WARMUP_ITERS", 0, "DATASETS.TEST", ())
+    with pytest.raises(FloatingPointError, match="--replay-batch"):
+        host.train(cfg)
+    (file,) = tmp_path.glob("diverged_*.pth")
+    step = torch.load(file, weights_only=True)
+    step["batch"][0]["sem_seg"][0, 0] = 3
+    torch.save(step, tmp_path / "other.pth")
+    for of in (host, standalone_host):
+        again = make(tmp_path / "again", host=of)
+        report = of.replay_batch(again, file)
+        assert any(line.startswith("outputs that are not finite: backbone") for line in report)
+        with pytest.raises(CheckpointError, match="labels of image 0 of the batch are not int64"):
+            of.replay_batch(again, tmp_path / "other.pth")
 
 
 class TestSegmenter:

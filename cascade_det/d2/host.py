@@ -16,14 +16,17 @@ from cascade_det.d2.config_checks import check_mask_heads, check_model, check_se
 from cascade_det.d2.detector import Detector
 from cascade_det.d2.evaluate import evaluate as evaluate_detector
 from cascade_det.d2.evaluate import load_model
-from cascade_det.d2.evaluate_segmenter import evaluate_segmenter
+from cascade_det.d2.evaluate_segmenter import evaluate_segmenter, load_segmenter
 from cascade_det.d2.loader import build_test_loader
 from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
+from cascade_det.d2.segmenter import Segmenter
 from cascade_det.d2.sem_seg_head import CascadeSemSegHead
 from cascade_det.d2.train import replay_batch
 from cascade_det.d2.train import train as train_detector
 from cascade_det.d2.train_segmenter import train_segmenter
 from cascade_det.data.coco import CocoDataset
+from cascade_det.data.semantic import SemanticDataset
+from cascade_det.engine.semantic_datasets import semantic_test_loader
 from cascade_det.errors import ConfigError
 from cascade_det.parallel import distributed
 
@@ -33,6 +36,7 @@ __all__ = [
     "join",
     "load_config",
     "open_detector",
+    "open_segmenter",
     "replay_batch",
     "train",
 ]
@@ -68,6 +72,23 @@ def open_detector(cfg: CfgNode) -> tuple[Detector, CocoDataset, Any]:
             "no exits. Set it to EarlyExitCascadeROIHeads."
         )
     return detector, datasets[0], build_test_loader(cfg, datasets[0].source.name)
+
+
+def open_segmenter(cfg: CfgNode) -> tuple[Segmenter, SemanticDataset, Any]:
+    """The trained segmenter, the first of ``DATASETS.TEST`` and its loader.
+
+    Errors as in ``evaluate``.
+
+    Raises:
+        ConfigError: the model does not use our head.
+    """
+    segmenter, datasets = load_segmenter(cfg)
+    if not segmenter.has_levels:
+        raise ConfigError(
+            f"MODEL.SEM_SEG_HEAD.NAME is {cfg.MODEL.SEM_SEG_HEAD.NAME!r}: a model without our head "
+            "has no exits. Set it to CascadeSemSegHead."
+        )
+    return segmenter, datasets[0], semantic_test_loader(cfg, datasets[0])
 
 
 def load_config(config_files: ConfigFiles, opts: Sequence[Any] = ()) -> CfgNode:

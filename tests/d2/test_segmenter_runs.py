@@ -22,6 +22,7 @@ from cascade_det.d2.semantic_datasets import find_registered
 from cascade_det.errors import CheckpointError, ConfigError, DatasetError
 from cascade_det.hosts import load_host
 from cascade_det.standalone import host as standalone_host
+from cascade_det.standalone.build_segmenter import build_segmenter
 
 pytestmark = pytest.mark.needs_detectron2
 
@@ -229,6 +230,20 @@ class TestSegmenter:
         with pytest.raises(ValueError, match="image 0 of the batch"):
             segmenter.segment([{"image": torch.zeros(5, 5)}])
 
+    @pytest.mark.parametrize("kind", ["image", "patch"])
+    def test_exits_decide_as_in_the_standalone_host(self, make, tmp_path, batch, kind):
+        exits = ("MODEL.CASCADE_DECODER.EXIT.KIND", kind, "MODEL.CASCADE_DECODER.EXIT.PATCH", 4)
+        exits += ("MODEL.CASCADE_DECODER.EXIT.ENABLED", True)
+        exits += ("MODEL.CASCADE_DECODER.EXIT.THRESHOLDS", [0.5, 0.55, 2.0])
+        model = build_model(make(tmp_path, *exits))
+        alone = build_segmenter(make(tmp_path, *exits, host=standalone_host))
+        alone.load_state_dict(model.state_dict())
+        ours, theirs = (x.segment(batch, levels=True) for x in (Segmenter(model), alone))
+        assert ours.stats.left == theirs.stats.left
+        assert sum(left.get("confident", 0) for left in ours.stats.left) > 0
+        for name in ("sem_seg", "levels"):
+            torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
+
     def test_losses_leave_norms_alone(self, make, tmp_path, batch):
         model = build_model(make(tmp_path)).eval()
         before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -247,3 +262,6 @@ class TestSegmenter:
         results = host.train(cfg)
         assert 0 <= results["sem_seg"]["pACC"] <= 100
         assert tuple(results["latency"]["parts"]) == ("model",)
+        cfg.MODEL.WEIGHTS = str(tmp_path / "model_final.pth")
+        with pytest.raises(ConfigError, match="'SemSegFPNHead': a model without our head"):
+            host.open_segmenter(cfg)

@@ -206,7 +206,7 @@ def _record(
             if not own:
                 continue
             encoded = segmenter.encode(own)
-            logits = segmenter.sem_seg_head(encoded.maps, timer)
+            logits = segmenter.sem_seg_head.decode(encoded.maps, timer)
             labels = []
             for level in range(len(logits)):
                 scores = predict(logits[: level + 1], encoded.size)

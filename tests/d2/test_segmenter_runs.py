@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from shape_runs import assert_same, metrics_of, saved
+from shape_runs import ROOT, assert_same, metrics_of, saved
 from small_segmenter import CLASSES, labelled, squares_run, write_squares
 
 pytest.importorskip("detectron2.engine", exc_type=ImportError)
@@ -142,6 +143,33 @@ def test_registered_sets_are_evaluated_as_detectron2_does(runs, make, tmp_path, 
     wanted = inference_on_dataset(model, loader, evaluator)["sem_seg"]
     assert found.keys() >= {"mIoU", "pACC", "IoU-dark", "ACC-dark"}
     assert found == pytest.approx({name: wanted[name] for name in found}, nan_ok=True)
+
+
+def test_volumes_have_the_same_metrics_in_both_hosts(make, tmp_path):
+    random = np.random.default_rng(0)
+    image = random.random((3, 48, 40), np.float32)
+    label = random.integers(0, 4, image.shape).astype(np.uint8)
+    (tmp_path / "volumes").mkdir()
+    np.savez(tmp_path / "volumes" / "patient001.npz", img=image, label=label)
+    options = ["CASCADE.SEMANTIC_DATASETS", [["hearts", "acdc", str(tmp_path / "volumes")]]]
+    options += ["DATASETS.TEST", ("hearts",), "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 4]
+    options += ["MODEL.WEIGHTS", str(tmp_path / "weights.pth")]
+    cfg = make(tmp_path / "output", *options)
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "weights.pth")
+    ours = host.evaluate(cfg)
+    alone = standalone_host.evaluate(make(tmp_path / "alone", *options, host=standalone_host))
+    assert {"volumes", "volumes_strict"} <= ours.keys()
+    for name in ("sem_seg", "volumes", "volumes_strict"):
+        assert json.dumps(ours[name]) == json.dumps(alone[name])
+
+
+RECIPES = ("SemanticSegmentation/cascade_resnet50", "SemanticSegmentation/cascade_pvtv2_b2")
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, "quick_schedules/segment_shapes"])
+def test_recipes_are_for_both_hosts(recipe):
+    cfg = host.load_config(str(ROOT / "configs" / f"{recipe}.yaml"))
+    host.check_config(cfg)
 
 
 def register(name, **metadata):

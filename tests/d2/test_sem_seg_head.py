@@ -14,6 +14,7 @@ from detectron2.utils.events import EventStorage
 
 from cascade_det import config
 from cascade_det.d2 import add_cascade_config
+from cascade_det.d2.detector import Detector
 from cascade_det.errors import ConfigError
 from cascade_det.model_zoo import get_config_file
 from cascade_det.standalone.build_segmenter import build_segmenter
@@ -114,6 +115,7 @@ def test_panoptic_fpn_trains_both_cascades(batch):
             optimizer.step()
     decoder = model.sem_seg_head.decoder
     assert all(parameter.grad.abs().sum() > 0 for parameter in decoder.AG1.W_x[0].parameters())
+    assert Detector(model.eval()).losses(batch).keys() == losses.keys()
     with torch.no_grad():
         found = model.eval()(batch)[0]
     assert found["sem_seg"].shape == (54, 150, 200)

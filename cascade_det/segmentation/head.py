@@ -48,9 +48,11 @@ class SegmentationHead(nn.Module):
         """Replace the exits: settings of ``MapExits``, or ``None`` for none."""
         self.exits = None if exits is None else MapExits(self.decoder, self.heads, **exits)
 
-    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """The same as ``decode``, for wrappers that call ``forward``."""
-        return self.decode(maps)
+    def forward(
+        self, maps: Sequence[Tensor], timer: PartTimer | None = None, *, prefix: str = ""
+    ) -> list[Tensor]:
+        """The same as ``decode``, which heads of another ``forward`` have as well."""
+        return self.decode(maps, timer, prefix=prefix)
 
     def decode(
         self, maps: Sequence[Tensor], timer: PartTimer | None = None, *, prefix: str = ""

@@ -262,8 +262,11 @@ class TestSegmenter:
     def test_exits_decide_as_in_the_standalone_host(self, make, tmp_path, batch, kind):
         exits = ("MODEL.CASCADE_DECODER.EXIT.KIND", kind, "MODEL.CASCADE_DECODER.EXIT.PATCH", 4)
         exits += ("MODEL.CASCADE_DECODER.EXIT.ENABLED", True)
-        exits += ("MODEL.CASCADE_DECODER.EXIT.THRESHOLDS", [0.5, 0.55, 2.0])
+        exits += ("MODEL.CASCADE_DECODER.EXIT.THRESHOLDS", [0.7, 0.9, 2.0])
         model = build_model(make(tmp_path, *exits))
+        with torch.no_grad():
+            for head in model.sem_seg_head.heads:
+                head.weight *= 300  # decisions that differ
         alone = build_segmenter(make(tmp_path, *exits, host=standalone_host))
         alone.load_state_dict(model.state_dict())
         ours, theirs = (x.segment(batch, levels=True) for x in (Segmenter(model), alone))

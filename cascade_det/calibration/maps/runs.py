@@ -188,7 +188,7 @@ def _whole(segmenter: CascadeSegmenter) -> Decoder:
     def decode(
         batch: Batch, encoded: EncodedImages, timer: PartTimer, truths: Sequence[Labels]
     ) -> Answer:
-        logits = segmenter.sem_seg_head(encoded.maps, timer)
+        logits = segmenter.sem_seg_head.decode(encoded.maps, timer)
         return _finish(segmenter, batch, encoded, timer, predict, logits)
 
     return decode
@@ -251,7 +251,7 @@ def _smaller(segmenter: CascadeSegmenter, scale: float) -> Decoder:
             height, width = truth.shape
             small.append({**sample, "image": resized, "height": height, "width": width})
         again = segmenter.encode(small, timer)
-        logits = segmenter.sem_seg_head(again.maps, timer)
+        logits = segmenter.sem_seg_head.decode(again.maps, timer)
         return _finish(segmenter, small, again, timer, predict, logits)
 
     return decode
@@ -273,7 +273,7 @@ def _by_oracle(segmenter: CascadeSegmenter, oracle: _Oracle) -> Decoder:
     def decode(
         batch: Batch, encoded: EncodedImages, timer: PartTimer, truths: Sequence[Labels]
     ) -> Answer:
-        logits = segmenter.sem_seg_head(encoded.maps)
+        logits = segmenter.sem_seg_head.decode(encoded.maps)
         height, width = logits[-1].shape[-2:]
         grid = -(-height // oracle.patch), -(-width // oracle.patch)
         settled = []

@@ -6,6 +6,7 @@ from cascade_det.backbones.efficientvit_neck import EfficientViTFPN
 from cascade_det.backbones.fpn import FPN
 from cascade_det.backbones.hatnet import HATNet
 from cascade_det.backbones.hierarchical_vit import HierarchicalViT
+from cascade_det.backbones.maxvit import MaxViT
 from cascade_det.backbones.mobilenet import MobileNetV2, MobileNetV3Large
 from cascade_det.backbones.pvtv2 import PVTv2
 from cascade_det.backbones.resnet import ResNet
@@ -17,6 +18,7 @@ __all__ = [
     "EfficientViTFPN",
     "HATNet",
     "HierarchicalViT",
+    "MaxViT",
     "MobileNetV2",
     "MobileNetV3Large",
     "PVTv2",

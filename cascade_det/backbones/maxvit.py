@@ -8,7 +8,7 @@ from cascade_det.backbones.timm_extra import without_timm
 from cascade_det.backbones.trunk import check_features
 
 STAGE_NAMES = ("res2", "res3", "res4", "res5")
-# Sides of the images, in pixels: 32 windows or cells of a grid.
+# Sides of the images of their weights, in pixels.
 SIDES = {
     "maxvit_tiny_rw_224": 224,
     "maxvit_rmlp_tiny_rw_256": 256,
@@ -28,6 +28,9 @@ class MaxViT(nn.Module):
 
     Args:
         name: a key of ``SIDES``.
+        side: of the images, in pixels, a multiple of 32, of which a window or a cell of the grid
+            has as many pixels as there are; ``None`` is that of ``SIDES``. Weights of another side
+            fit, but for the tables of position biases of ``maxvit_tiny_rw_224``.
         out_features: names from ``res2`` to ``res5``; stages after the last are not built.
         freeze_at: 0 trains all; 1 freezes the stem, 2 also the first stage, and so on. Frozen parts
             stay in evaluation mode.
@@ -38,13 +41,14 @@ class MaxViT(nn.Module):
 
     Raises:
         ConfigError: timm cannot be imported.
-        ValueError: for an unknown name or feature.
+        ValueError: for an unknown name or feature, or another side.
     """
 
     def __init__(
         self,
         *,
         name: str = "maxvit_rmlp_small_rw_224",
+        side: int | None = None,
         out_features: tuple[str, ...] = STAGE_NAMES,
         freeze_at: int = 0,
     ) -> None:
@@ -55,7 +59,9 @@ class MaxViT(nn.Module):
             import timm
         except ImportError as error:
             raise without_timm(name, error) from None
-        self.name, self.side = name, SIDES[name]
+        self.name, self.side = name, side or SIDES[name]
+        if self.side % 32:
+            raise ValueError(f"{name} takes sides that are multiples of 32, not {self.side}")
         self.out_features = check_features(out_features, STAGE_NAMES)
         self.freeze_at = freeze_at
         network = timm.create_model(name, pretrained=False, num_classes=0, img_size=self.side)

@@ -14,15 +14,24 @@ BACKBONES = {
     for trunk in _TRUNKS
 }
 # Without a pyramid, for segmenters.
-TRUNKS = {f"build_{trunk}_backbone": (trunk, "") for trunk in (*_TRUNKS, "pvtv2")}
+TRUNKS = {f"build_{trunk}_backbone": (trunk, "") for trunk in (*_TRUNKS, "pvtv2", "maxvit")}
 _PARTS = BACKBONES | TRUNKS
+# MERIT's encoders of timm, for its first and its second scale.
+_MAXVITS = {
+    "tiny": ("maxvit_rmlp_tiny_rw_256", "maxvit_tiny_rw_224"),
+    "small": ("maxxvit_rmlp_small_rw_256", "maxvit_rmlp_small_rw_224"),
+}
 _EXTRA_CONVS = 2  # of HierViT, whose coarsest map is fine
 
 
-def backbone_arguments(cfg: CfgNode) -> dict[str, Any]:
+def backbone_arguments(cfg: CfgNode, scale: int = 0) -> dict[str, Any]:
     """The backbone: its ``name``, and the arguments of its ``bottom_up`` and its ``fpn``.
 
     ``neck`` is ``fpn``, ``cascade_fpn``, or the kind of a published neck of EfficientViT.
+
+    Args:
+        cfg: a checked configuration.
+        scale: 0 or 1, of a segmenter with two scales.
     """
     model = cfg.MODEL
     name, neck = _PARTS[model.BACKBONE.NAME]
@@ -54,6 +63,9 @@ def backbone_arguments(cfg: CfgNode) -> dict[str, Any]:
         fpn["extra_convs"] = _EXTRA_CONVS
     elif name == "pvtv2":
         bottom_up["name"] = model.PVTV2.NAME
+    elif name == "maxvit":
+        side = model.DUAL_SCALE.SIZES[scale]
+        bottom_up |= {"name": _MAXVITS[model.MAXVIT.NAME][scale], "side": side}
     else:
         bottom_up["norm"] = model.RESNETS.NORM
     if name == "resnet":

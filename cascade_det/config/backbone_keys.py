@@ -128,4 +128,11 @@ PVTV2 = group(
     NAME=Key("b2", "Size.", one_of("b0", "b1", "b2", "b3", "b4", "b5")),
 )
 
-BACKBONE_GROUPS = (BACKBONE, FPN, RESNETS, EFFICIENTVIT, HATNET, HIERVIT, PVTV2)
+MAXVIT = group(
+    "MODEL.MAXVIT",
+    "MaxViT and MaxxViT of a segmenter with `DUAL_SCALE`, with `BACKBONE.NAME` "
+    "`build_maxvit_backbone`; needs the extra timm",
+    NAME=Key("small", "Size of both encoders, which differ as in MERIT.", one_of("tiny", "small")),
+)
+
+BACKBONE_GROUPS = (BACKBONE, FPN, RESNETS, EFFICIENTVIT, HATNET, HIERVIT, PVTV2, MAXVIT)

@@ -31,10 +31,16 @@ _HEADS = (
 # Segmenters read none of these.
 _OF_DETECTORS = (*_HEADS, "MODEL.RPN.", "MODEL.PROPOSAL_GENERATOR.", "MODEL.ANCHOR_GENERATOR.")
 _BACKBONES = tuple(f"MODEL.{node}." for node in BACKBONE_NODES)
-_SEMANTIC_HEAD = ("MODEL.SEM_SEG_HEAD.", "MODEL.CASCADE_DECODER.")
+_SEMANTIC_HEAD = ("MODEL.SEM_SEG_HEAD.", "MODEL.CASCADE_DECODER.", "MODEL.DUAL_SCALE.")
 # Values that keys have in models of one kind.
-_DETECTOR = {"MODEL.BACKBONE.NAME": one_of(*BACKBONES)}
+_DETECTOR = {
+    "MODEL.BACKBONE.NAME": one_of(*BACKBONES),
+    "MODEL.DUAL_SCALE.MODE": one_of("off", why="Two scales are for segmenters."),
+}
 _SEGMENTER = {"MODEL.SEM_SEG_HEAD.NAME": one_of("CascadeSemSegHead")}
+_HEAD_OF_DETECTRON2 = {
+    "MODEL.DUAL_SCALE.MODE": one_of("off", why="Two scales need the standalone host.")
+}
 _RUN = (
     "CASCADE.",
     "SOLVER.",
@@ -77,7 +83,7 @@ def check_segmenter(cfg: CfgNode) -> None:
     """
     has_maps = is_segmenter(cfg) and cfg.MODEL.BACKBONE.NAME in (*BACKBONES, *TRUNKS)
     checks = SEGMENTER_CHECKS if has_maps else (check_levels,)
-    _check(cfg, _in_both_hosts(_SEMANTIC_HEAD), checks)
+    _check(cfg, _in_both_hosts(_SEMANTIC_HEAD), checks, _HEAD_OF_DETECTRON2)
 
 
 def check_heads(cfg: CfgNode) -> None:

@@ -13,8 +13,12 @@ def is_segmenter(cfg: CfgNode) -> bool:
 
 
 def segmenter_arguments(cfg: CfgNode) -> dict[str, Any]:
-    """The semantic head: its ``in_features``, ``head``, ``loss`` and ``loss_weight``."""
+    """The semantic head: its ``in_features``, ``head``, ``loss`` and ``loss_weight``.
+
+    ``dual_scale`` has the arguments of two scales, or is ``None``.
+    """
     head, decoder = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.CASCADE_DECODER
+    scales = cfg.MODEL.DUAL_SCALE
     return {
         "in_features": tuple(head.IN_FEATURES),
         "head": {
@@ -31,6 +35,9 @@ def segmenter_arguments(cfg: CfgNode) -> dict[str, Any]:
             "ignore_value": head.IGNORE_VALUE,
         },
         "loss_weight": float(head.LOSS_WEIGHT),
+        "dual_scale": None
+        if scales.MODE == "off"
+        else {"mode": scales.MODE, "sizes": tuple(scales.SIZES), "grey": scales.GREY},
     }
 
 

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 
 from fvcore.common.config import CfgNode
 
-from cascade_det.config.backbone_arguments import TRUNKS, backbone_maps, trunk_maps
+from cascade_det.config.backbone_arguments import BACKBONES, TRUNKS, backbone_maps, trunk_maps
 from cascade_det.config.cascade_checks import Check
 from cascade_det.config.model_checks import BACKBONE_CHECKS
 from cascade_det.config.segmenter_arguments import is_segmenter
 from cascade_det.config.tree import value_of
 from cascade_det.errors import ConfigError
 
+_MAXVIT, _MAXVIT_STEP = "build_maxvit_backbone", 32
 # What a segmenter would ignore.
 _OF_DETECTORS = (
     "MODEL.MASK_ON",
@@ -74,6 +75,34 @@ def _check_pyramid(cfg: CfgNode) -> Iterator[str]:
             yield from check(cfg)
 
 
+def _check_scales(cfg: CfgNode) -> Iterator[str]:
+    name, scales = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.DUAL_SCALE
+    mode, sizes = scales.MODE, list(scales.SIZES)
+    if mode != "off" and cfg.MODEL.CASCADE_DECODER.EXIT.ENABLED:
+        yield (
+            f"MODEL.CASCADE_DECODER.EXIT.ENABLED is True, but MODEL.DUAL_SCALE.MODE is {mode!r}: "
+            "two scales have no exits. Set the first to False or the second to 'off'."
+        )
+    if mode == "off":
+        if name == _MAXVIT:
+            yield (
+                f"MODEL.BACKBONE.NAME is {name!r}, which takes squares of one size, but "
+                "MODEL.DUAL_SCALE.MODE is 'off'. Set that to 'parallel' or 'cascaded', or take "
+                "another trunk."
+            )
+    elif name in BACKBONES:
+        trunk, _ = BACKBONES[name]
+        yield (
+            f"MODEL.DUAL_SCALE.MODE is {mode!r}, but {name} has a pyramid: each scale has a trunk "
+            f"alone. Take build_{trunk}_backbone."
+        )
+    elif name == _MAXVIT and any(side % _MAXVIT_STEP for side in sizes):
+        yield (
+            f"MODEL.DUAL_SCALE.SIZES is {sizes}, but {name} takes multiples of {_MAXVIT_STEP}. "
+            "Give these, such as [256, 224]."
+        )
+
+
 def check_unread(cfg: CfgNode) -> Iterator[str]:
     """A run of a segmenter has none of what only detectors have."""
     for key in _OF_DETECTORS:
@@ -95,4 +124,4 @@ def require_detector(cfg: CfgNode) -> None:
         )
 
 
-SEGMENTER_CHECKS: tuple[Check, ...] = (check_levels, _check_pyramid, _check_maps)
+SEGMENTER_CHECKS: tuple[Check, ...] = (check_levels, _check_pyramid, _check_maps, _check_scales)

@@ -16,6 +16,12 @@ from cascade_det.config.key import (
     whole,
 )
 
+
+def _is_falling_pair(value: object) -> bool:
+    is_pair = each(whole(at_least(1)), length=2)(value)
+    return is_pair and isinstance(value, (list, tuple)) and value[0] >= value[1]
+
+
 SEM_SEG_HEAD = group(
     "MODEL.SEM_SEG_HEAD",
     "Head of a segmenter, with `META_ARCHITECTURE` `SemanticSegmentor`",
@@ -90,4 +96,30 @@ MAP_EXIT = group(
     ),
 )
 
-SEGMENTER_GROUPS = (SEM_SEG_HEAD, CASCADE_DECODER, MAP_EXIT)
+DUAL_SCALE = group(
+    "MODEL.DUAL_SCALE",
+    "MERIT: a segmenter that sees an image at two scales, with a trunk for each and one decoder",
+    MODE=Key(
+        "off",
+        "Adds the logits of both scales; by cascaded, the first also masks the image of the "
+        "second, and adds its maps to those of the second.",
+        one_of("off", "parallel", "cascaded"),
+    ),
+    SIZES=Key(
+        [256, 224],
+        "Sides of the squares to which images are resized; MaxViT takes multiples of 32.",
+        Values(
+            _is_falling_pair,
+            "Give 2 whole numbers of 1 or more, the larger first: the second square is made of the "
+            "first.",
+        ),
+        "pixels",
+    ),
+    GREY=Key(
+        False,
+        "Gives the network one channel, through a stem for grey images, as published for CT and "
+        "MRI; False gives it all three.",
+    ),
+)
+
+SEGMENTER_GROUPS = (SEM_SEG_HEAD, CASCADE_DECODER, MAP_EXIT, DUAL_SCALE)

@@ -15,8 +15,8 @@ from cascade_det.config.run_keys import RUN_GROUPS, VERSION
 from cascade_det.config.unread_keys import UNREAD_KEYS
 
 # Below MODEL; Detectron2 has none of these.
-BACKBONE_NODES = ("EFFICIENTVIT", "HATNET", "HIERVIT", "PVTV2")
-_MODEL_NODES = ("CASCADE", *BACKBONE_NODES, "CASCADE_DECODER")
+BACKBONE_NODES = ("EFFICIENTVIT", "HATNET", "HIERVIT", "PVTV2", "MAXVIT")
+_MODEL_NODES = ("CASCADE", *BACKBONE_NODES, "CASCADE_DECODER", "DUAL_SCALE")
 GROUPS = (VERSION, *MODEL_GROUPS, CASCADE, BOX_HEAD, *CASCADE_GROUPS, *RUN_GROUPS)
 # By full name, such as SOLVER.BASE_LR.
 KEYS: dict[str, Key] = {

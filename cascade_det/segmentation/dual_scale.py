@@ -7,6 +7,8 @@ from torch.nn import functional as F
 
 from cascade_det.backbones.cascade_decoder import CascadeDecoder
 from cascade_det.backbones.trunk import Trunk
+from cascade_det.core.structures import PartTimer, part
+from cascade_det.segmentation.head import decode
 
 MODES = ("parallel", "cascaded")
 
@@ -63,11 +65,17 @@ class DualScaleNetwork(nn.Module):
             self._mask_head = f"out_head{len(decoder.channels)}_in"
             self.add_module(self._mask_head, nn.Conv2d(decoder.channels[-1], 1, 1))
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Images ``[N, 1 or 3, H, W]`` of any size to logits ``[N, K, side, side]`` per level.
+    def forward(self, images: Tensor, timer: PartTimer | None = None) -> list[Tensor]:
+        """Logits of every level, whose sum is the prediction.
 
-        Coarsest first; ``side`` is the first size. Their sum is the prediction, for the caller to
-        resize to the images.
+        Args:
+            images: ``[N, 1 or 3, H, W]`` of any size.
+            timer: measures the milliseconds of ``backbone``, both encoders, and of the levels,
+                ``stage0`` and so on, over both scales.
+
+        Returns:
+            ``[N, K, side, side]``, coarsest first, for the caller to resize to the images; ``side``
+            is the first size.
         """
         first, second = ((side, side) for side in self.sizes)
         if self.mode == "cascaded":
@@ -75,25 +83,25 @@ class DualScaleNetwork(nn.Module):
         if images.shape[1] == 1:
             images = self.conv(images)
 
-        maps = _coarsest_first(self.backbone1(_resized(images, first)))
-        decoded = self.decoder(maps)
-        logits = self._logits(decoded)
-        if self.mode == "cascaded":
-            mask = self.get_submodule(self._mask_head)(decoded[-1]).sigmoid()
-            images = images * _resized(mask, first)
-        others = _coarsest_first(self.backbone2(_resized(images, second)))
-        if self.mode == "cascaded":
-            pairs = zip(others, maps, strict=True)
-            others = [x + _resized(fed_back, x.shape[-2:]) for x, fed_back in pairs]
-        other_logits = self._logits(self.decoder(others))
-        return [
-            _resized(x, first) + _resized(other, first)
-            for x, other in zip(logits, other_logits, strict=True)
-        ]
-
-    def _logits(self, decoded: list[Tensor]) -> list[Tensor]:
-        """At the sizes of the decoded maps."""
-        return [self.get_submodule(f"out_head{i}")(x) for i, x in enumerate(decoded, start=1)]
+        numbers = range(1, 1 + len(self.decoder.channels))
+        heads = [self.get_submodule(f"out_head{i}") for i in numbers]
+        with part(timer, "backbone"):
+            maps = _coarsest_first(self.backbone1(_resized(images, first)))
+        logits, finest = decode(self.decoder, heads, maps, timer)
+        with part(timer, "backbone"):
+            if self.mode == "cascaded":
+                mask = self.get_submodule(self._mask_head)(finest).sigmoid()
+                images = images * _resized(mask, first)
+            others = _coarsest_first(self.backbone2(_resized(images, second)))
+            if self.mode == "cascaded":
+                pairs = zip(others, maps, strict=True)
+                others = [x + _resized(fed_back, x.shape[-2:]) for x, fed_back in pairs]
+        other_logits, _ = decode(self.decoder, heads, others, timer)
+        with part(timer, "postprocess"):
+            return [
+                _resized(x, first) + _resized(other, first)
+                for x, other in zip(logits, other_logits, strict=True)
+            ]
 
 
 def _coarsest_first(maps: dict[str, Tensor]) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -69,13 +69,38 @@ class SegmentationHead(nn.Module):
         """
         if self.training and self.exits is not None:
             self.exits.forget()
-        logits: list[Tensor] = []
-        decoded = maps[0]
-        for stage, (head, encoded) in enumerate(zip(self.heads, maps, strict=True)):
-            with part(timer, f"{prefix}stage{stage}"):
-                if stage == 0:
-                    decoded = self.decoder.start(encoded)
-                else:
-                    decoded = self.decoder.refine(len(maps) - stage, decoded, encoded)
-                logits.append(head(decoded))
+        logits, _ = decode(self.decoder, self.heads, maps, timer, prefix=prefix)
         return logits
+
+
+def decode(
+    decoder: CascadeDecoder,
+    heads: Iterable[nn.Module],
+    maps: Sequence[Tensor],
+    timer: PartTimer | None = None,
+    *,
+    prefix: str = "",
+) -> tuple[list[Tensor], Tensor]:
+    """Decode maps, and predict after each level.
+
+    Args:
+        decoder: of the maps.
+        heads: of its levels, coarsest first.
+        maps: ``[N, C_l, H_l, W_l]``, coarsest first.
+        timer: adds the milliseconds of every level to ``stage0`` and so on.
+        prefix: of these names.
+
+    Returns:
+        Logits ``[N, K, H_l, W_l]`` of every level, and the finest decoded map, of the shape of the
+        finest of ``maps``.
+    """
+    logits: list[Tensor] = []
+    decoded = maps[0]
+    for stage, (head, encoded) in enumerate(zip(heads, maps, strict=True)):
+        with part(timer, f"{prefix}stage{stage}"):
+            if stage == 0:
+                decoded = decoder.start(encoded)
+            else:
+                decoded = decoder.refine(len(maps) - stage, decoded, encoded)
+            logits.append(head(decoded))
+    return logits, decoded

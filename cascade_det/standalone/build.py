@@ -16,6 +16,7 @@ from cascade_det.backbones import (
     EfficientViTFPN,
     HATNet,
     HierarchicalViT,
+    MaxViT,
     MobileNetV2,
     MobileNetV3Large,
     PVTv2,
@@ -45,6 +46,7 @@ TRUNKS: dict[str, Callable[..., Trunk]] = {
     "hatnet": HATNet,
     "hiervit": HierarchicalViT,
     "pvtv2": PVTv2,
+    "maxvit": MaxViT,
 }
 
 
@@ -90,9 +92,15 @@ def build_detector(cfg: CfgNode) -> Detector:
     return detector.to(device)
 
 
-def build_trunk(cfg: CfgNode, out_features: Sequence[str]) -> Trunk:
-    """The backbone of a checked configuration without its pyramid."""
-    arguments = config.backbone_arguments(cfg)
+def build_trunk(cfg: CfgNode, out_features: Sequence[str], scale: int = 0) -> Trunk:
+    """The backbone of a checked configuration without its pyramid.
+
+    Args:
+        cfg: the configuration.
+        out_features: names of its maps, finest first.
+        scale: 0 or 1, of a segmenter with two scales.
+    """
+    arguments = config.backbone_arguments(cfg, scale)
     return TRUNKS[arguments["name"]](out_features=tuple(out_features), **arguments["bottom_up"])
 
 

@@ -14,7 +14,7 @@ from cascade_det.engine.run_lock import alone_in_output_dir
 from cascade_det.engine.run_weights import load_to_evaluate
 from cascade_det.engine.semantic_datasets import load_semantic_datasets_to_evaluate
 from cascade_det.standalone.build_segmenter import build_segmenter
-from cascade_det.standalone.segmenter import SemanticSegmentor
+from cascade_det.standalone.segmenter_base import SegmenterBase
 
 
 @alone_in_output_dir
@@ -32,7 +32,7 @@ def evaluate_segmenter(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
 
 def load_segmenter(
     cfg: CfgNode, *, resume: bool = False
-) -> tuple[SemanticSegmentor, list[SemanticDataset]]:
+) -> tuple[SegmenterBase, list[SemanticDataset]]:
     """A segmenter with its weights, and the data sets of ``DATASETS.TEST``.
 
     Args and errors as ``evaluate_segmenter``.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from cascade_det.core.modes import in_evaluation_mode
@@ -18,9 +18,10 @@ from cascade_det.segmentation.logits import resize
 from cascade_det.segmentation.losses import SubsetLoss
 from cascade_det.segmentation.output import EncodedImages, SegmenterOutput
 from cascade_det.standalone.preprocess import normalise_and_stack
+from cascade_det.standalone.segmenter_base import SegmenterBase
 
 
-class SemanticSegmentor(nn.Module):
+class SemanticSegmentor(SegmenterBase):
     """Images in, losses or scores of every pixel out.
 
     Args:
@@ -48,58 +49,14 @@ class SemanticSegmentor(nn.Module):
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
     ) -> None:
-        super().__init__()
+        super().__init__(
+            loss=loss, loss_weight=loss_weight, pixel_mean=pixel_mean, pixel_std=pixel_std
+        )
         self.backbone = backbone
         self.in_features = tuple(in_features)
         self.stride = stride
         self.size_divisibility = size_divisibility
         self.sem_seg_head = sem_seg_head
-        self.loss = loss
-        self.loss_weight = loss_weight
-        self.pixel_mean: Tensor
-        self.pixel_std: Tensor
-        mean, std = torch.tensor(pixel_mean), torch.tensor(pixel_std)
-        self.register_buffer("pixel_mean", mean.view(-1, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", std.view(-1, 1, 1), persistent=False)
-        self.dtype = "float32"
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self.pixel_mean.device
-
-    def forward(self, batch: Sequence[Sample]) -> dict[str, Tensor]:
-        """The same as ``losses``, for wrappers that call ``forward``."""
-        return self.losses(batch)
-
-    def losses(self, batch: Sequence[Sample]) -> dict[str, Tensor]:
-        """The loss of a batch.
-
-        Args:
-            batch: samples with ``image`` (``[3, H, W]``, values 0 to 255) and ``sem_seg`` (int64
-                ``[H, W]``: classes, or the value that is ignored).
-
-        Returns:
-            ``loss_sem_seg``, Detectron2's name.
-
-        Raises:
-            ValueError: the batch is empty, or an image or its labels have another shape.
-        """
-        if len(batch) == 0:
-            raise ValueError("the batch is empty: losses need at least one image")
-        images, _ = self.preprocess(batch)
-        labels = images.new_full(
-            (len(images), *images.shape[-2:]), self.loss.ignore_value, dtype=torch.int64
-        )
-        for padded, sample in zip(labels, batch, strict=True):
-            given, wanted = sample["sem_seg"], sample["image"].shape[-2:]
-            if given.shape != wanted:
-                raise ValueError(f"labels of shape {list(given.shape)} for {list(wanted)} pixels")
-            padded[: given.shape[0], : given.shape[1]] = given
-        size = self._full_size(images)
-        height, width = images.shape[-2:]
-        logits = [resize(x, size)[..., :height, :width] for x in self._logits(images)]
-        return {"loss_sem_seg": self.loss_weight * self.loss(logits, labels)}
 
     @in_evaluation_mode
     @torch.no_grad()
@@ -153,9 +110,11 @@ class SemanticSegmentor(nn.Module):
             step=self.size_divisibility,
         )
 
-    def _logits(self, images: Tensor) -> list[Tensor]:
+    def _full_logits(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        size = self._full_size(images)
+        height, width = images.shape[-2:]
         logits: list[Tensor] = self.sem_seg_head.decode(self._maps(images))
-        return logits
+        return [resize(x, size)[..., :height, :width] for x in logits]
 
     def _maps(self, images: Tensor) -> list[Tensor]:
         maps = self.backbone(images)

@@ -29,9 +29,9 @@ from cascade_det.engine.validation import validation_losses
 from cascade_det.engine.writers import ConsoleWriter, JsonWriter, TensorBoardWriter, Writer
 from cascade_det.parallel import distributed
 from cascade_det.standalone.detector import Detector
-from cascade_det.standalone.segmenter import SemanticSegmentor
+from cascade_det.standalone.segmenter_base import SegmenterBase
 
-Model = TypeVar("Model", Detector, SemanticSegmentor)
+Model = TypeVar("Model", Detector, SegmenterBase)
 
 
 def start_run(

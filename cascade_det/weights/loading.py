@@ -21,6 +21,8 @@ from cascade_det.weights.names import unused_part
 
 logger = logging.getLogger(__name__)
 
+# The encoders of a segmenter with two scales; the file of one encoder fills both.
+_ENCODER = re.compile(r"^backbone[12]\.")
 # A file may lack these: the configuration sets the pixel statistics, anchors are computed, and
 # the count of batches only matters to a BatchNorm without momentum.
 _UNIMPORTANT = re.compile(
@@ -93,14 +95,15 @@ def _match(file: WeightsFile, state: Mapping[str, Tensor]) -> tuple[dict[str, Te
 
     values = {}
     for source, names in fitting.items():
-        if len(names) > 1:
+        if len({_ENCODER.sub("", name) for name in names}) > 1:
             report.ambiguous.append(source)
             continue
-        name, value = names[0], weights[source]
-        if value.shape != (wanted := state[name].shape):
-            report.resized[name] = tuple(value.shape), tuple(wanted)
-            value = resize_biases(value, wanted[1])
-        values[name] = value
+        for name in names:
+            value = weights[source]
+            if value.shape != (wanted := state[name].shape):
+                report.resized[name] = tuple(value.shape), tuple(wanted)
+                value = resize_biases(value, wanted[1])
+            values[name] = value
     report.loaded = _important(values)
     filled = values.keys() | _unit_statistics(values, state).keys()
     filled |= report.reinitialised.keys()
@@ -117,7 +120,9 @@ def _sources(
     """For each name of the model, the file's name for it: itself, or its longest known suffix."""
     for name in state:
         parts = name.split(".")
-        suffixes = (".".join(parts[start:]) for start in range(len(parts) if by_suffix else 1))
+        # Shorter suffixes are of other layers where the file's encoder is not quite the model's.
+        most = 2 if _ENCODER.match(name) else len(parts)
+        suffixes = (".".join(parts[start:]) for start in range(most if by_suffix else 1))
         source = next((suffix for suffix in suffixes if suffix in weights), None)
         if source is not None:
             yield name, source

@@ -77,6 +77,17 @@ def test_maps_are_timms(tiny):
     assert len(without_last.state_dict()) < 0.5 * len(state)
 
 
+def test_images_of_another_side():
+    """Windows and grids grow with the image; weights are the same."""
+    small, large = (MaxViT(name="maxvit_rmlp_tiny_rw_256", side=side).eval() for side in (64, 96))
+    large.load_state_dict(small.state_dict())
+    with torch.no_grad():
+        maps = large(torch.randn(1, 3, 96, 96))
+    assert {key: x.shape[2:] for key, x in maps.items()} == {
+        f"res{i}": (96 // 2**i, 96 // 2**i) for i in range(2, 6)
+    }
+
+
 def test_stem_and_stages_are_all_there_is(tiny):
     with torch.device("meta"):
         part = MaxViT(name="maxvit_tiny_rw_224", out_features=("res2",))
@@ -101,6 +112,8 @@ def test_frozen_parts_are_not_trained():
 def test_mistakes(tiny, monkeypatch):
     with pytest.raises(ValueError, match=r"unknown MaxViT 'maxvit'; known: maxvit_tiny_rw_224"):
         MaxViT(name="maxvit")
+    with pytest.raises(ValueError, match=r"multiples of 32, not 240"):
+        MaxViT(name="maxvit_tiny_rw_224", side=240)
     with pytest.raises(ValueError, match=r"tiny_rw_224 takes images of 224 x 224 .* 224 x 256"):
         tiny(torch.zeros(1, 3, 224, 256))
     monkeypatch.setitem(sys.modules, "timm", None)

@@ -14,7 +14,8 @@ SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
 
 
 def is_ours(key: str) -> bool:
-    nodes = ("CASCADE", "CASCADE_DECODER", "EFFICIENTVIT", "HATNET", "HIERVIT", "PVTV2")
+    nodes = ("CASCADE", "CASCADE_DECODER", "DUAL_SCALE")
+    nodes += ("EFFICIENTVIT", "HATNET", "HIERVIT", "PVTV2", "MAXVIT")
     return key.startswith(("CASCADE.", *(f"MODEL.{node}." for node in nodes)))
 
 

@@ -128,3 +128,6 @@ def test_bad_keys_are_named():
     cfg.merge_from_list([*SEGMENTER, "MODEL.CASCADE_DECODER.FUSE", "sum"])
     with pytest.raises(ConfigError, match=r"CASCADE_DECODER\.FUSE is 'sum'.*'add', 'concat'"):
         build_model(cfg)
+    cfg.merge_from_list(["MODEL.CASCADE_DECODER.FUSE", "add", "MODEL.DUAL_SCALE.MODE", "cascaded"])
+    with pytest.raises(ConfigError, match=r"MODE is 'cascaded'.*need the standalone host"):
+        build_model(cfg)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from parity import description
 from shape_runs import ROOT
 from small_backbones import ATTENTION, CASCADE_FPN
 
@@ -28,24 +29,49 @@ def build_without_memory(cfg):
         return build_detector(cfg)
 
 
-SEGMENTERS = {"Base-Cascade-Segmenter", "cascade_pvtv2_b2", "cascade_resnet50", "segment_shapes"}
+SEGMENTERS = {
+    "Base-Cascade-Segmenter",
+    "cascade_pvtv2_b2",
+    "cascade_resnet50",
+    "merit_small",
+    "segment_shapes",
+}
 
 
 @pytest.mark.parametrize(
     "path", [path for path in SHIPPED if path.stem in SEGMENTERS], ids=lambda path: path.stem
 )
 def test_every_shipped_segmenter_builds(path, monkeypatch):
-    if "pvtv2" in path.stem:
+    if "pvtv2" in path.stem or "merit" in path.stem:
         pytest.importorskip("timm")
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_: module)
     cfg = load_config(path)
     cfg.MODEL.DEVICE = "cpu"
     with torch.device("meta"):
         segmenter = build_segmenter(cfg)
-    assert [head.out_channels for head in segmenter.sem_seg_head.heads] == [
-        cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
-    ] * 4
+    if cfg.MODEL.DUAL_SCALE.MODE == "off":
+        heads = [*segmenter.sem_seg_head.heads]
+    else:
+        heads = [segmenter.get_submodule(f"out_head{i}") for i in range(1, 5)]
+    assert [head.out_channels for head in heads] == [cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES] * 4
     assert cfg.CASCADE.BEST_METRIC == "sem_seg/mIoU"
+
+
+def test_merit_small_is_the_published_network(monkeypatch):
+    pytest.importorskip("timm")
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_: module)
+    cfg = load_config(ROOT / "configs" / "SemanticSegmentation" / "merit_small.yaml")
+    cfg.MODEL.DEVICE, cfg.MODEL.DUAL_SCALE.MODE = "cpu", "parallel"
+    with torch.device("meta"):
+        segmenter = build_segmenter(cfg)
+    assert sum(x.numel() for x in segmenter.parameters()) == 147_859_859
+    shapes = description("state_dict_shapes")
+    found = {key: list(x.shape) for key, x in segmenter.state_dict().items()}
+    for i, name in ((1, "maxxvit_rmlp_small_rw_256"), (2, "maxvit_rmlp_small_rw_224")):
+        official = shapes[f"merit_backbone_{name}"]["state_dict"]
+        prefix = f"backbone{i}."
+        ours = {key: shape for key, shape in found.items() if key.startswith(prefix)}
+        assert ours == {prefix + key: shape for key, shape in official.items()}
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def folder(tmp_path):
 @pytest.fixture
 def cfg(folder):
     cfg = get_cfg()
-    cfg.merge_from_list(squares_run(folder))
+    cfg.merge_from_list([*squares_run(folder), "MODEL.DUAL_SCALE.SIZES", [48, 40]])
     return cfg
 
 
@@ -41,7 +41,8 @@ def test_training_learns(cfg, folder):
 
 
 def test_metrics_are_of_the_labels_in_the_files(cfg, folder):
-    """Counted by hand, from the scores of a segmenter that was not trained."""
+    """Counted by hand, from the scores of a segmenter that was hardly trained."""
+    cfg.MODEL.DUAL_SCALE.MODE = "parallel"
     cfg.DATASETS.TRAIN = ("squares",)
     host.train(cfg)
     cfg.MODEL.WEIGHTS = str(folder / "output" / "model_final.pth")
@@ -62,7 +63,9 @@ def test_metrics_are_of_the_labels_in_the_files(cfg, folder):
     assert found["pACC"] == pytest.approx(100 * right / total)
 
 
-def test_a_resumed_run_is_the_same_run(cfg, folder):
+@pytest.mark.parametrize("scales", ["off", "cascaded"])
+def test_a_resumed_run_is_the_same_run(cfg, folder, scales):
+    cfg.MODEL.DUAL_SCALE.MODE = scales
     cfg.SOLVER.MAX_ITER = 4
     cfg.SOLVER.CHECKPOINT_PERIOD = 2
     cfg.DATASETS.TEST = ()
@@ -85,6 +88,10 @@ def test_mistakes_are_named_at_the_start(cfg, folder):
         host.evaluate(cfg)
     with pytest.raises(ConfigError, match="for detectors"):
         host.open_detector(cfg)
+    cfg.MODEL.DUAL_SCALE.MODE = "parallel"
+    with pytest.raises(ConfigError, match="two scales have no exits"):
+        host.open_segmenter(cfg)
+    cfg.MODEL.DUAL_SCALE.MODE = "off"
     (folder / "labels" / "3.png").unlink()
     with pytest.raises(DatasetError, match=r"3\.png"):
         host.train(cfg)

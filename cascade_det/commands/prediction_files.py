@@ -1,4 +1,4 @@
-"""The output folder of ``predict``: a picture of each image, and one json for all."""
+"""The output folder of ``predict``: the files of each image, and one json for all."""
 
 from __future__ import annotations
 
@@ -7,31 +7,34 @@ import json
 import os
 import stat
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any, TextIO
 
 from pycocotools import mask as coco_mask
 
-from cascade_det.commands.arguments import file_identity
-from cascade_det.data.annotation_file import read_json
+from cascade_det.commands.earlier_predictions import (
+    LINES_FILE,
+    RESULT_FILE,
+    SUFFIXES,
+    check_replaced,
+    is_of_image,
+    made_before,
+    other_files,
+    read_lines,
+)
 from cascade_det.errors import CascadeDetError, DatasetError
 from cascade_det.files import atomic_path, naming, remove_leftovers
-from cascade_det.text import listed
 
-RESULT_FILE = "predictions.json"
-# One object per line: first {"pictures": [...]}, then one per image. It exists during a run, and
-# remains if the run is killed.
-LINES_FILE = "predictions.jsonl"
-
-_SUFFIX = ".jpg"
+_SUFFIX = SUFFIXES["picture"]
 _LONGEST_FILE_NAME = 255  # bytes
-_MOST_SHOWN = 5
+# How a failure names a file of an image.
+_NAMES = {"picture": "picture", "labels": "label image"}
 
 
 class PredictionFolder:
-    """Pictures and results of one run, a context manager: the json is complete on exit.
+    """The files and results of one run, a context manager: the json is complete on exit.
 
     Replaces only files that an earlier run made, according to that run's result file, which is
     removed at the start. Each image becomes a line of ``predictions.jsonl`` when it is done;
@@ -42,13 +45,15 @@ class PredictionFolder:
         files: the images, whose pictures will be ``name.jpg``; image ids count them from 1.
         categories: ``{"id", "name"}`` of each class.
         others: names of other files that the run writes to the folder.
+        labels: each image has a label image, ``name.png``, and no detections.
 
     Attributes:
+        path: the folder.
         files: see above.
         seen: files processed so far.
         done: images with results.
         detections: in all images.
-        failed: files that could not be read, and images whose picture could not be written.
+        failed: files that could not be read, and images of which a file could not be written.
 
     Raises:
         DatasetError: a file would replace one of the images, or a file that no earlier run made,
@@ -61,17 +66,24 @@ class PredictionFolder:
         files: Sequence[Path],
         categories: Sequence[dict[str, Any]],
         others: Sequence[str] = (),
+        *,
+        labels: bool = False,
     ) -> None:
-        self._folder, self.files = folder, files
-        self._categories = categories
-        self._names = picture_names(files)
+        self.path, self.files = folder, files
+        self._categories, self._labels = categories, labels
+        pictures = picture_names(files)
+        # By the keys of the json.
+        self._names: dict[str, list[str]] = {"picture": pictures}
+        if labels:
+            self._names["labels"] = [n.removesuffix(_SUFFIX) + SUFFIXES["labels"] for n in pictures]
         self.seen = self.done = self.detections = self.failed = 0
         folder.mkdir(parents=True, exist_ok=True)
         self._lines = _open_alone(folder / LINES_FILE)
         try:
-            made = _made_before(folder)
-            written = [*self._names, RESULT_FILE, LINES_FILE, *others]
-            _check_replaced(folder, written, files, made)
+            made = made_before(folder)
+            names = [name for names in self._names.values() for name in names]
+            written = [*names, RESULT_FILE, LINES_FILE, *others]
+            check_replaced(folder, written, files, made)
         except BaseException:
             if not os.fstat(self._lines.fileno()).st_size:
                 (folder / LINES_FILE).unlink()
@@ -79,13 +91,19 @@ class PredictionFolder:
             raise
         remove_leftovers(folder)
         older = [name for name in made if (folder / name).is_file()]
-        self._others = _other_files([*others, *older])
-        older = [name for name in older if name.endswith(_SUFFIX)]
+        self._others = other_files([*others, *older])
+        older = [name for name in older if is_of_image(name)]
         # Listed before they are made, so that later runs may replace them even if this is killed.
-        self._pictures = list(dict.fromkeys([*self._names, *older]))
+        self._pictures = list(dict.fromkeys([*names, *older]))
         self._lines.truncate(0)
         self._append({"pictures": self._pictures, "others": self._others})
         (folder / RESULT_FILE).unlink(missing_ok=True)
+
+    @property
+    def summary(self) -> str:
+        """What is done so far, in words."""
+        found = "" if self._labels else f", {self.detections} detections"
+        return f"{self.done} images{found}"
 
     def __enter__(self) -> PredictionFolder:
         return self
@@ -95,37 +113,40 @@ class PredictionFolder:
         number: int,
         size: tuple[int, int],
         results: Sequence[dict[str, Any]],
-        encode: Callable[[], bytes],
+        files: Mapping[str, Callable[[], bytes]],
     ) -> str | None:
-        """Write the picture and results of an image.
+        """Write the files and results of an image.
 
         Args:
             number: of the file, from 0.
             size: height and width in pixels.
             results: detections in COCO's result format.
-            encode: returns the content of the picture file.
+            files: functions that return the content of the ``picture`` and, with label images, of
+                the ``labels``.
 
         Returns:
-            The reason if the picture could not be written; the results are kept.
+            The reason if a file could not be written; the results and the other file are kept.
 
         Raises:
             OSError: the results cannot be written.
         """
-        name, reason = self._names[number], None
-        try:
-            with atomic_path(self._folder / name) as temporary:
-                temporary.write_bytes(encode())
-        except ValueError as error:
-            reason = f"no picture: {error}"
-        except OSError as error:
-            reason = f"no picture: {name}: {error.strerror or error}"
         height, width = size
-        image = {"id": number + 1, "file_name": str(self.files[number])}
+        image: dict[str, Any] = {"id": number + 1, "file_name": str(self.files[number])}
         image |= {"height": height, "width": width}
+        reasons = []
+        for key, encode in files.items():
+            name = self._names[key][number]
+            try:
+                with atomic_path(self.path / name) as temporary:
+                    temporary.write_bytes(encode())
+                image[key] = name
+            except ValueError as error:
+                reasons.append(f"no {_NAMES[key]}: {error}")
+            except OSError as error:
+                reasons.append(f"no {_NAMES[key]}: {name}: {error.strerror or error}")
         line: dict[str, Any] = {"image": image, "annotations": results}
-        if reason is None:
-            image["picture"] = name
-        else:
+        reason = "; ".join(reasons) or None
+        if reason is not None:
             line["failed"] = self._failure(number, reason)
         self._append(line)
         self.seen += 1
@@ -146,14 +167,14 @@ class PredictionFolder:
 
     def __exit__(self, *_: object) -> None:
         """Make ``predictions.json`` from the images done so far, however the run ended."""
-        path = self._folder / RESULT_FILE
+        path = self.path / RESULT_FILE
         try:
             with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
                 self._compose(file)
-            (self._folder / LINES_FILE).unlink()
+            (self.path / LINES_FILE).unlink()
         except OSError as reason:
             raise CascadeDetError(
-                f"{path}: {reason.strerror or reason}. The detections are in {LINES_FILE} there."
+                f"{path}: {reason.strerror or reason}. The results are in {LINES_FILE} there."
             ) from reason
         finally:
             self._lines.close()
@@ -163,7 +184,7 @@ class PredictionFolder:
 
     def _append(self, line: dict[str, Any]) -> None:
         rest = memoryview((json.dumps(line, allow_nan=False) + "\n").encode())
-        with naming(self._folder / LINES_FILE):
+        with naming(self.path / LINES_FILE):
             # A write to a disk that fills up may be partial.
             while rest:
                 rest = rest[self._lines.write(rest) :]
@@ -171,11 +192,12 @@ class PredictionFolder:
     def _compose(self, file: TextIO) -> None:
         file.write('{"images": [')
         _write_items(file, (line["image"] for line in self._read("image")))
-        file.write('\n],\n"annotations": [')
-        _write_items(file, self._annotations())
+        if not self._labels:
+            file.write('\n],\n"annotations": [')
+            _write_items(file, self._annotations())
         file.write('\n],\n"failed": [')
         _write_items(file, (line["failed"] for line in self._read("failed")))
-        written = {line["image"].get("picture") for line in self._read("image")}
+        written = {line["image"].get(key) for line in self._read("image") for key in SUFFIXES}
         rest = {
             "categories": list(self._categories),
             "older_pictures": self._existing(sorted(set(self._pictures) - written)),
@@ -189,10 +211,10 @@ class PredictionFolder:
             yield entry | {"id": number, "area": _area(entry), "iscrowd": 0}
 
     def _existing(self, names: Iterable[str]) -> list[str]:
-        return [name for name in names if (self._folder / name).is_file()]
+        return [name for name in names if (self.path / name).is_file()]
 
     def _read(self, key: str) -> Iterator[dict[str, Any]]:
-        return (line for line in _read_lines(self._folder / LINES_FILE) if key in line)
+        return (line for line in read_lines(self.path / LINES_FILE) if key in line)
 
 
 def _area(entry: dict[str, Any]) -> float:
@@ -271,75 +293,3 @@ def _lock(file: FileIO, path: Path) -> None:
         ) from None
     except OSError:
         pass  # Some network file systems have no locks.
-
-
-def _made_before(folder: Path) -> list[str]:
-    """Names of the files that earlier runs made in a folder, according to their results."""
-    made: list[Any] = []
-    if os.path.lexists(folder / RESULT_FILE):
-        made += _named_by(folder / RESULT_FILE)
-    if not (folder / LINES_FILE).stat().st_size:
-        made.append(LINES_FILE)
-    header = next(_read_lines(folder / LINES_FILE), {})
-    if isinstance(header.get("pictures"), list):
-        made += [LINES_FILE, *header["pictures"], *_list(header.get("others"))]
-    return [name for name in made if isinstance(name, str) and name == os.path.basename(name)]
-
-
-def _named_by(path: Path) -> list[Any]:
-    try:
-        content = read_json(path)
-    except DatasetError:
-        return []
-    if not isinstance(content, dict) or not {"images", "failed"} <= content.keys():
-        return []
-    entries = [entry for entry in _list(content["images"]) if isinstance(entry, dict)]
-    pictures = [entry.get("picture") for entry in entries]
-    older, others = (_list(content.get(key)) for key in ("older_pictures", "others"))
-    return [path.name, *pictures, *older, *others]
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _other_files(names: Iterable[str]) -> list[str]:
-    """Names of files that are neither pictures nor results, each once."""
-    known = (RESULT_FILE, LINES_FILE)
-    return [n for n in dict.fromkeys(names) if n not in known and not n.endswith(_SUFFIX)]
-
-
-def _check_replaced(
-    folder: Path, names: Sequence[str], inputs: Sequence[Path], made: Sequence[str]
-) -> None:
-    """Raise DatasetError if one of these files is an input, or was made by others."""
-    inputs_by_identity = {file_identity(file): file for file in inputs}
-    ours, foreign = set(made), []
-    for name in names:
-        path = folder / name
-        if not os.path.lexists(path):
-            continue
-        if (replaced := inputs_by_identity.get(file_identity(path))) and path.exists():
-            raise DatasetError(
-                f"--output {folder}: {name} would replace the input {replaced}. Give another "
-                "folder."
-            )
-        if name not in ours:
-            foreign.append(name)
-    if foreign:
-        raise DatasetError(
-            f"--output {folder}: {listed(foreign, _MOST_SHOWN)} would be replaced, and was not "
-            "made by an earlier run. Give another folder, or move it away."
-        )
-
-
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of lines; skips lines that are not objects, such as truncated ones."""
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                content = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(content, dict):
-                yield content

@@ -19,6 +19,7 @@ _WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _MIN_FONT_SCALE = 0.35  # Capitals of 8 px, the smallest legible ones.
 _LONGEST_TEXT = 80  # Characters of a class or file name; a label is no wider than its picture.
+_GAP = 2  # Pixels between the texts of a legend.
 _LONGEST_JPEG_SIDE = 65_500  # The limit of libjpeg.
 
 # A rectangle of pixels: left, top, width, height.
@@ -120,11 +121,32 @@ def caption(picture: npt.NDArray[np.uint8], text: str, color: Color) -> npt.NDAr
     return line
 
 
-def encode(picture: npt.NDArray[np.uint8], suffix: str) -> bytes:
+def legend(
+    picture: npt.NDArray[np.uint8], texts: Sequence[str], colors: Sequence[Color]
+) -> npt.NDArray[np.uint8]:
+    """N texts on their BGR colours, line by line, ``[h, W, 3]``, as wide as the picture."""
+    most, scale = picture.shape[1], _font_scale(picture)
+    places: list[tuple[str, float, Area]] = []
+    left = top = 0
+    for text in map(_shortened, texts):
+        own_scale, width, height = _fit(text, scale, most)
+        if left + width > most:
+            left, top = 0, max(y + h for _, _, (_, y, _, h) in places) + _GAP
+        places.append((text, own_scale, (left, top, width, height)))
+        left += width + _GAP
+    bottom = max((y + height for _, _, (_, y, _, height) in places), default=0)
+    lines = np.full((bottom, most, 3), _WHITE, np.uint8)
+    for (text, own_scale, area), color in zip(places, colors, strict=True):
+        _write(lines, text, area, color, own_scale)
+    return lines
+
+
+def encode(picture: npt.NDArray[Any], suffix: str) -> bytes:
     """Encode a picture as an image file.
 
     Args:
-        picture: uint8 ``[H, W, 3]``, BGR.
+        picture: uint8 ``[H, W, 3]``, BGR; or, as ``".png"``, of one channel ``[H, W]``, uint8 or
+            uint16.
         suffix: ``".jpg"`` or ``".png"``.
 
     Raises:

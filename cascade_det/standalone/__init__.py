@@ -6,12 +6,14 @@ from cascade_det.standalone.detector import Detector
 from cascade_det.standalone.evaluate import evaluate
 from cascade_det.standalone.optimize import optimize
 from cascade_det.standalone.predictor import Predictor
+from cascade_det.standalone.segmenter_predictor import SegmenterPredictor
 from cascade_det.standalone.train import replay_batch, train
 
 __all__ = [
     "AugmentedDetector",
     "Detector",
     "Predictor",
+    "SegmenterPredictor",
     "build_detector",
     "evaluate",
     "optimize",

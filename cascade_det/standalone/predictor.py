@@ -8,15 +8,11 @@ from os import PathLike
 from typing import Any, overload
 
 import numpy as np
-import torch
 from fvcore.common.config import CfgNode
 
 from cascade_det import config
 from cascade_det.core import Detections
-from cascade_det.data.given_images import Image, Images, check_images, given_pixels
-from cascade_det.data.read_ahead import read_ahead
-from cascade_det.data.samples import Sample
-from cascade_det.data.transforms import resize_shortest_edge
+from cascade_det.data.given_images import Image, Images
 from cascade_det.engine.head_flops import region_flops
 from cascade_det.engine.run_info import usable_run_info
 from cascade_det.engine.run_weights import log_exits
@@ -24,6 +20,7 @@ from cascade_det.errors import ConfigError
 from cascade_det.monitoring.monitor import ExitMonitor
 from cascade_det.monitoring.shadow import ShadowRules
 from cascade_det.standalone.build import build_detector
+from cascade_det.standalone.given_batches import GivenBatches
 from cascade_det.standalone.optimize import optimize
 from cascade_det.weights import load_weights
 
@@ -76,11 +73,8 @@ class Predictor:
             logger.warning("%s does not name %d classes", cfg.MODEL.WEIGHTS, num_classes)
             self.class_names = [f"class {i}" for i in range(num_classes)]
             self.category_ids = list(range(1, num_classes + 1))
-        arguments = config.input_arguments(cfg, train=False)
-        self._format = arguments["image_format"]
-        self._short_edge = arguments["min_sizes"][0]
-        self._max_size = arguments["max_size"]
-        self.batch_size = config.test_loader_arguments(cfg)["images_per_batch"]
+        self._batches = GivenBatches(cfg)
+        self.batch_size = self._batches.batch_size
         self.monitor = ExitMonitor(
             self.detector,
             shadow=ShadowRules(**config.shadow_arguments(cfg)),
@@ -117,21 +111,7 @@ class Predictor:
         """
         if isinstance(images, (np.ndarray, str, PathLike)):
             return self([images])[0]
-        checked = check_images(images, names)
-        paths = [str(i) if isinstance(i, (str, PathLike)) else None for i in checked]
-        named = list(zip(checked, paths if names is None else names, strict=True))
-        parts = [named[i : i + self.batch_size] for i in range(0, len(named), self.batch_size)]
         detections: list[Detections] = []
-        for batch in read_ahead(self._read_batch, parts):
+        for batch in self._batches(images, names):
             detections += [d.to("cpu") for d in self.monitor.detect(batch).detections]
         return detections
-
-    def _read_batch(self, named: Sequence[tuple[Image, str | None]]) -> list[Sample]:
-        return [self._read_sample(image, name) for image, name in named]
-
-    def _read_sample(self, image: Image, name: str | None) -> Sample:
-        pixels = given_pixels(image, self._format)
-        height, width = pixels.shape[:2]
-        resized = resize_shortest_edge(pixels, self._short_edge, self._max_size)
-        tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
-        return {"image": tensor, "height": height, "width": width, "file_name": name}

@@ -1,4 +1,6 @@
-"""Draw training images as the loader gives them: after augmentation, with boxes, classes, masks.
+"""Draw training images as the loader gives them: after augmentation, with their annotations.
+
+Those are boxes, classes and masks; for a segmenter, the class of each pixel in colour.
 
 cascade-det show-data --config-file ... --output pictures --num 16 [--grid] [KEY VALUE ...]
 """
@@ -7,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,7 @@ from cascade_det.errors import CascadeDetError
 
 if TYPE_CHECKING:
     from cascade_det.data.coco import CocoDataset
+    from cascade_det.data.semantic import SemanticDataset
 
 
 def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Namespace:
@@ -32,21 +35,26 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command; returns its exit status."""
     args = _parse(argv, prog)
     from cascade_det.commands.training_pictures import draw_training_samples, tile
-    from cascade_det.config import check_config, load_config
+    from cascade_det.config import check_config, is_segmenter, load_config
     from cascade_det.engine.datasets import load_datasets
     from cascade_det.engine.log import setup_logging
+    from cascade_det.engine.semantic_datasets import load_semantic_datasets
     from cascade_det.files import atomic_path
     from cascade_det.report.drawing import encode
 
     setup_logging()
     cfg = load_config(args.config_file, args.opts)
     check_config(cfg)
-    datasets = load_datasets(cfg, train=True)
+    datasets: Sequence[CocoDataset] | Sequence[SemanticDataset] = (
+        load_semantic_datasets(cfg, train=True)
+        if is_segmenter(cfg)
+        else load_datasets(cfg, train=True)
+    )
     pictures = list(itertools.islice(draw_training_samples(cfg, datasets), args.num))
     if args.grid:
         pictures = [("grid", tile([picture for _, picture in pictures]))]
     paths = [Path(args.output) / f"{name}.png" for name, _ in pictures]
-    _check_replaced(paths, datasets)
+    _check_replaced(paths, _files(datasets))
     for path, (_, picture) in zip(paths, pictures, strict=True):
         with atomic_path(path) as temporary:
             temporary.write_bytes(encode(picture, ".png"))
@@ -54,11 +62,22 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     return 0
 
 
-def _check_replaced(paths: Sequence[Path], datasets: Sequence[CocoDataset]) -> None:
-    """Raise CascadeDetError if a picture would replace an image of the data."""
+def _files(datasets: Sequence[CocoDataset] | Sequence[SemanticDataset]) -> Iterator[str]:
+    """Images and label images."""
+    from cascade_det.data.semantic import SemanticRecord
+
+    for dataset in datasets:
+        for record in dataset.records:
+            yield record.file_name
+            if isinstance(record, SemanticRecord) and record.label_file:
+                yield record.label_file
+
+
+def _check_replaced(paths: Sequence[Path], files: Iterable[str]) -> None:
+    """Raise CascadeDetError if a picture would replace a file of the data."""
     existing = {file_identity(path): path for path in paths if path.exists()}
-    for record in itertools.chain.from_iterable(d.records for d in datasets if existing):
-        if path := existing.get(file_identity(record.file_name)):
+    for file in files if existing else ():
+        if path := existing.get(file_identity(file)):
             raise CascadeDetError(
-                f"--output: {path} would replace the image {record.file_name}. Give another folder."
+                f"--output: {path} would replace the image {file}. Give another folder."
             )

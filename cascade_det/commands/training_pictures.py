@@ -1,10 +1,12 @@
-"""Pictures of training samples: images after augmentation, with their objects."""
+"""Pictures of training samples: images after augmentation, with their objects or labels."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,17 +15,20 @@ from fvcore.common.config import CfgNode
 from cascade_det import config
 from cascade_det.data.coco import CocoDataset
 from cascade_det.data.loader import build_train_loader
-from cascade_det.data.samples import Sample
+from cascade_det.data.samples import Batch, Sample
+from cascade_det.data.semantic import SemanticDataset, build_semantic_train_loader
+from cascade_det.data.transforms import Pixels
 from cascade_det.masks.polygons import draw_polygons
 from cascade_det.masks.truth import ObjectMask
 from cascade_det.report.colors import class_color
 from cascade_det.report.drawing import draw_boxes
+from cascade_det.report.label_drawing import draw_labels
 from cascade_det.report.mask_drawing import draw_masks
 
 
 def draw_training_samples(
-    cfg: CfgNode, datasets: Sequence[CocoDataset]
-) -> Iterator[tuple[str, np.ndarray]]:
+    cfg: CfgNode, datasets: Sequence[CocoDataset] | Sequence[SemanticDataset]
+) -> Iterator[tuple[str, Pixels]]:
     """Draw the samples of a training run in their order, without end.
 
     Args:
@@ -33,17 +38,37 @@ def draw_training_samples(
     Yields:
         A name, made of the sample's number and image id, and the picture, uint8 ``[H, W, 3]`` BGR.
     """
-    arguments = config.train_loader_arguments(cfg)
-    arguments.update(seed=max(arguments["seed"], 0), num_workers=0)
-    loader = build_train_loader(
+    semantic = [dataset for dataset in datasets if isinstance(dataset, SemanticDataset)]
+    if semantic:
+        loader, draw = _semantic_loader(cfg, semantic), partial(_draw_labels, dataset=semantic[0])
+    else:
+        coco = [dataset for dataset in datasets if isinstance(dataset, CocoDataset)]
+        loader, draw = _loader(cfg, coco), partial(_draw, class_names=coco[0].class_names)
+    for number, sample in enumerate(itertools.chain.from_iterable(loader)):
+        pixels = _pixels(sample["image"], cfg.INPUT.FORMAT)
+        yield f"{number:04d}_image{sample['image_id']}", draw(sample, pixels)
+
+
+def _loader(cfg: CfgNode, datasets: Sequence[CocoDataset]) -> Iterable[Batch]:
+    return build_train_loader(
         datasets,
         **config.input_arguments(cfg, train=True),
-        **arguments,
+        **_in_this_process(config.train_loader_arguments(cfg)),
         on_bad_data=cfg.CASCADE.ON_BAD_DATA,
     )
-    for number, sample in enumerate(itertools.chain.from_iterable(loader)):
-        name = f"{number:04d}_image{sample['image_id']}"
-        yield name, _draw(sample, cfg.INPUT.FORMAT, datasets[0].class_names)
+
+
+def _semantic_loader(cfg: CfgNode, datasets: Sequence[SemanticDataset]) -> Iterable[Batch]:
+    return build_semantic_train_loader(
+        datasets,
+        **config.semantic_input_arguments(cfg, train=True),
+        **_in_this_process(config.semantic_train_loader_arguments(cfg)),
+        on_bad_data=cfg.CASCADE.ON_BAD_DATA,
+    )
+
+
+def _in_this_process(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {**arguments, "seed": max(arguments["seed"], 0), "num_workers": 0}
 
 
 def tile(pictures: Sequence[np.ndarray]) -> np.ndarray:
@@ -59,13 +84,23 @@ def tile(pictures: Sequence[np.ndarray]) -> np.ndarray:
     return canvas
 
 
-def _draw(sample: Sample, image_format: str, class_names: Sequence[str]) -> np.ndarray:
-    pixels = sample["image"].permute(1, 2, 0).numpy()
-    picture = pixels if image_format == "BGR" else pixels[..., ::-1]
+def _pixels(image: torch.Tensor, image_format: str) -> Pixels:
+    """BGR pixels of an image ``[3, H, W]``, whose grey levels may be fractions."""
+    channels = image.permute(1, 2, 0).numpy()
+    pixels = np.clip(np.rint(channels), 0, 255).astype(np.uint8)
+    return pixels if image_format == "BGR" else pixels[..., ::-1]
+
+
+def _draw_labels(sample: Sample, picture: Pixels, dataset: SemanticDataset) -> Pixels:
+    labels = sample["sem_seg"].numpy()
+    return draw_labels(picture, labels, dataset.class_names, ignored=dataset.ignore_value)
+
+
+def _draw(sample: Sample, picture: Pixels, class_names: Sequence[str]) -> Pixels:
     classes = sample["gt_classes"].tolist()
     colors = [class_color(index) for index in classes]
     if "gt_masks" in sample:
-        bitmaps = [_bitmap(mask, *pixels.shape[:2]) for mask in sample["gt_masks"]]
+        bitmaps = [_bitmap(mask, *picture.shape[:2]) for mask in sample["gt_masks"]]
         picture = draw_masks(picture, bitmaps, colors)
     return draw_boxes(picture, sample["gt_boxes"], [class_names[i] for i in classes], colors)
 

@@ -17,6 +17,7 @@ from cascade_det.data.coco import CocoDataset
 from cascade_det.data.loader import build_train_loader
 from cascade_det.data.samples import Batch, Sample
 from cascade_det.data.semantic import SemanticDataset, build_semantic_train_loader
+from cascade_det.data.semantic.reading import visible_pixels
 from cascade_det.data.transforms import Pixels
 from cascade_det.masks.polygons import draw_polygons
 from cascade_det.masks.truth import ObjectMask
@@ -86,8 +87,7 @@ def tile(pictures: Sequence[np.ndarray]) -> np.ndarray:
 
 def _pixels(image: torch.Tensor, image_format: str) -> Pixels:
     """BGR pixels of an image ``[3, H, W]``, whose grey levels may be fractions."""
-    channels = image.permute(1, 2, 0).numpy()
-    pixels = np.clip(np.rint(channels), 0, 255).astype(np.uint8)
+    pixels = visible_pixels(image.permute(1, 2, 0).numpy())
     return pixels if image_format == "BGR" else pixels[..., ::-1]
 
 

@@ -1,10 +1,10 @@
-"""Evaluates a segmenter on a data set: all metrics, as a report in the log and in a file."""
+"""Evaluates a segmenter on a data set: all metrics, as a report in the log and in files."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from fvcore.common.config import CfgNode
 
 from cascade_det.data.samples import Sample
 from cascade_det.data.semantic import SemanticDataset, read_labels
+from cascade_det.data.semantic.reading import read_pair, visible_pixels
+from cascade_det.data.transforms import Pixels
 from cascade_det.engine.detector import Segmenter
 from cascade_det.engine.evaluate import by_dataset
 from cascade_det.engine.inference import BatchLoader, run_segmentation
@@ -21,10 +23,17 @@ from cascade_det.evaluation import Evaluator, LatencyEvaluator
 from cascade_det.evaluation.levels import LevelEvaluator
 from cascade_det.evaluation.semantic import Labels, SemanticEvaluator
 from cascade_det.evaluation.volume_evaluator import VolumeEvaluator, VolumeSlice
+from cascade_det.evaluation.worst_images import WorstImage
 from cascade_det.parallel import distributed
+from cascade_det.report.analysis_files import as_extra
+from cascade_det.report.plots import plot_report
+from cascade_det.report.segmentation_mistakes import draw_segmentation_mistakes
+from cascade_det.report.semantic_analysis_files import write_semantic_analysis
 from cascade_det.report.text import describe_machine, format_report, write_results
 
 logger = logging.getLogger(__name__)
+
+_WORST_IMAGES = 20
 
 
 def evaluate_sets(
@@ -55,28 +64,53 @@ def evaluate_segmentation(
     *,
     levels: bool = True,
 ) -> dict[str, Any]:
-    """Evaluate a segmenter; several processes share the images, the main one writes the file.
+    """Evaluate a segmenter; several processes share the images, the main one writes the files.
 
     Args:
         segmenter: with its weights.
         loader: batches of this process.
         dataset: with the true labels.
-        output_dir: for ``results.json``.
+        output_dir: for ``results.json``, ``report.png`` and ``analysis/``.
         levels: whether the segmenter can report what it predicts after each level.
 
     Returns:
-        ``sem_seg``, ``levels`` where it can, ``latency``, and ``volumes`` and ``volumes_strict`` of
-        data sets of volumes; the same on every process.
+        ``sem_seg``, ``sem_seg_analysis``, ``levels`` where it can, ``latency``, and ``volumes`` and
+        ``volumes_strict`` of data sets of volumes; the same on every process.
     """
-    results = run_segmentation(segmenter, loader, _evaluators(dataset, levels), levels=levels)
+    pixels, others = _evaluators(dataset, levels)
+    results = run_segmentation(segmenter, loader, [pixels, *others], levels=levels)
     machine = describe_machine(next(segmenter.parameters(), torch.empty(0)).device)
     report = format_report({**results, "machine": machine})
     logger.info("Results on %s:\n\n%s\n", dataset.source.name, report)
-    distributed.on_main(lambda: write_results(results, output_dir, machine=machine))
+
+    def write() -> None:
+        write_results(results, output_dir, machine=machine)
+        with as_extra(output_dir / "report.png") as path:
+            plot_report(results, path)
+        pictures = [partial(_draw, dataset, image) for image in pixels.worst.images]
+        write_semantic_analysis(results, output_dir, pictures)
+
+    distributed.on_main(write)
     return results
 
 
-def _evaluators(dataset: SemanticDataset, levels: bool) -> Sequence[Evaluator]:
+def _draw(dataset: SemanticDataset, worst: WorstImage) -> Pixels:
+    record = dataset.records[worst.image_id]
+    image, truth = read_pair(record, "BGR")
+    number = "" if record.slice_index is None else f", slice {record.slice_index}"
+    return draw_segmentation_mistakes(
+        visible_pixels(image),
+        truth,
+        worst.prediction,
+        dataset.class_names,
+        title=f"{Path(record.file_name).name}{number}: mean IoU {worst.mean_iou:.0f} %",
+        ignored=dataset.ignore_value,
+    )
+
+
+def _evaluators(
+    dataset: SemanticDataset, levels: bool
+) -> tuple[SemanticEvaluator, list[Evaluator]]:
     records = dataset.records
     depths = Counter(record.volume for record in records)
 
@@ -93,13 +127,12 @@ def _evaluators(dataset: SemanticDataset, levels: bool) -> Sequence[Evaluator]:
         "truth_of": truth_of,
         "ignore_label": dataset.ignore_value,
     }
-    found: list[Evaluator] = [
-        SemanticEvaluator(**arguments),
-        *([LevelEvaluator(**arguments)] if levels else []),
-        LatencyEvaluator(),
-    ]
+    pixels = SemanticEvaluator(**arguments, num_worst=_WORST_IMAGES)
+    found: list[Evaluator] = [LatencyEvaluator()]
+    if levels:
+        found.append(LevelEvaluator(**arguments))
     if all(record.slice_index is not None for record in records):
         found.append(
             VolumeEvaluator(class_names=dataset.class_names, truth_of=truth_of, slice_of=slice_of)
         )
-    return found
+    return pixels, found

@@ -12,6 +12,7 @@ from torch import Tensor
 from cascade_det.data.samples import Sample
 from cascade_det.errors import DatasetError
 from cascade_det.evaluation.evaluator import Evaluator
+from cascade_det.evaluation.worst_images import WorstImage, WorstImages
 from cascade_det.segmentation.output import SegmenterOutput
 
 Labels = npt.NDArray[np.integer[Any]]
@@ -106,12 +107,16 @@ def semantic_metrics(counts: Counts, class_names: Sequence[str]) -> dict[str, fl
 
 
 class SemanticEvaluator(Evaluator):
-    """Metrics over the pixels of a data set; its confusion matrix is all it keeps.
+    """Metrics over the pixels of a data set; keeps a confusion matrix, and the worst images.
 
     Args:
         class_names: of the classes ``0..K-1``.
         truth_of: labels of the image of a sample, integers ``[height, width]``.
         ignore_label: truth of the pixels that do not count.
+        num_worst: of the images, how many of the worst ones are kept, with their predictions.
+
+    Attributes:
+        worst: these images.
     """
 
     def __init__(
@@ -120,15 +125,18 @@ class SemanticEvaluator(Evaluator):
         class_names: Sequence[str],
         truth_of: Callable[[Sample], Labels],
         ignore_label: int = IGNORE_LABEL,
+        num_worst: int = 0,
     ) -> None:
         self._class_names = tuple(class_names)
         self._truth_of = truth_of
         self._ignore_label = ignore_label
+        self._num_worst = num_worst
         self.reset()
 
     def reset(self) -> None:
         """Discard everything that was processed."""
-        self._confusion = ConfusionMatrix(len(self._class_names), ignore_label=self._ignore_label)
+        self._counts: Counts = np.zeros((len(self._class_names),) * 2, np.int64)
+        self.worst = WorstImages(self._num_worst)
 
     def process(self, batch: Sequence[Sample], output: SegmenterOutput) -> None:
         """Add the predictions of a batch.
@@ -142,24 +150,55 @@ class SemanticEvaluator(Evaluator):
             DatasetError: the truth of an image has another size or unknown labels.
         """
         for sample, scores in zip(batch, output.sem_seg, strict=True):
-            truth = self._truth_of(sample)
+            truth, prediction = self._truth_of(sample), predicted_labels(scores)
+            confusion = ConfusionMatrix(len(self._class_names), ignore_label=self._ignore_label)
             try:
-                self._confusion.update(predicted_labels(scores), truth)
+                confusion.update(prediction, truth)
             except ValueError as error:
                 name = sample.get("sem_seg_file_name", sample["file_name"])
                 raise DatasetError(f"{name}: {error}") from error
+            self._counts += confusion.counts
+            if self._num_worst:
+                metrics = semantic_metrics(confusion.counts, self._class_names)
+                self.worst.add(sample, prediction, metrics["mIoU"], metrics["pACC"])
 
-    def state(self) -> Counts:
-        """The confusion matrix, int64 ``[K, K]``, true class by predicted class."""
-        return self._confusion.counts
+    def state(self) -> tuple[Counts, list[WorstImage]]:
+        """The confusion matrix, int64 ``[K, K]``, true by predicted class, and worst images."""
+        return self._counts, self.worst.images
 
-    def merge(self, states: Sequence[Counts]) -> None:
-        """Continue from the sum of the matrices of all processes."""
-        self._confusion.counts = np.sum(states, axis=0)
+    def merge(self, states: Sequence[tuple[Counts, list[WorstImage]]]) -> None:
+        """Continue from the sum of the matrices of all processes, and the worst of all images."""
+        self.reset()
+        for counts, images in states:
+            self._counts += counts
+            self.worst.merge(images)
 
     def evaluate(self) -> dict[str, Any]:
-        """``{"sem_seg": {"mIoU": ..., "IoU-<class>": ...}}``, see ``semantic_metrics``."""
-        return {"sem_seg": semantic_metrics(self._confusion.counts, self._class_names)}
+        """``sem_seg``, and ``sem_seg_analysis`` if worst images are kept.
+
+        ``sem_seg`` is that of ``semantic_metrics``. ``sem_seg_analysis`` has ``confusion_matrix``,
+        with ``classes`` and ``counts`` of pixels (true class by predicted class), and
+        ``worst_images``, the worst first, each with ``image_id``, ``file_name``, ``mIoU`` (of the
+        classes in its truth) and ``pACC``.
+        """
+        results: dict[str, Any] = {"sem_seg": semantic_metrics(self._counts, self._class_names)}
+        if self._num_worst:
+            results["sem_seg_analysis"] = {
+                "confusion_matrix": {
+                    "classes": list(self._class_names),
+                    "counts": self._counts.tolist(),
+                },
+                "worst_images": [
+                    {
+                        "image_id": image.image_id,
+                        "file_name": image.file_name,
+                        "mIoU": image.mean_iou,
+                        "pACC": image.pixel_accuracy,
+                    }
+                    for image in self.worst.images
+                ],
+            }
+        return results
 
 
 def predicted_labels(scores: Tensor) -> Labels:

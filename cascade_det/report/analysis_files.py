@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ _AT_SCORE = ("score", "precision", "recall", "F1", "true_positives", "false_posi
 _PICTURES = "worst_images"
 
 ReadImage = Callable[[str], npt.NDArray[np.uint8]]
+Draw = Callable[[], npt.NDArray[np.uint8]]
 
 
 def write_analysis(
@@ -62,7 +64,7 @@ def write_analysis(
     with as_extra(folder / "confusion_matrix.png") as path:
         plot_confusion(classes, np.array(counts), path)
     worst = analysis["worst_images"]
-    pictures = _write_pictures(worst, folder, read_image)
+    pictures = _draw_worst(worst, folder, read_image)
     columns = ("image_id", "file_name", "true_positives", "false_positives", "misses", "F1")
     with as_extra(folder / "worst_images.csv") as path:
         rows = [
@@ -82,20 +84,37 @@ def as_extra(path: Path) -> Iterator[Path]:
         logger.warning("%s was not written: %s: %s", path, type(error).__name__, error)
 
 
-def _write_pictures(
+def _draw_worst(
     worst: Sequence[Mapping[str, Any]], folder: Path, read_image: ReadImage | None
 ) -> list[str]:
-    """The name of each picture; empty if it was not written."""
+    if read_image is None:
+        write_pictures(folder, [])
+        return [""] * len(worst)
+
+    def draw(image: Mapping[str, Any]) -> npt.NDArray[np.uint8]:
+        return draw_mistakes(read_image(image["file_name"]), image)
+
+    return write_pictures(folder, [partial(draw, image) for image in worst])
+
+
+def write_pictures(folder: Path, pictures: Sequence[Draw]) -> list[str]:
+    """Write ``worst_images/01.jpg`` and so on, in place of those of an earlier evaluation.
+
+    Args:
+        folder: of the analysis.
+        pictures: return BGR pixels, uint8 ``[H, W, 3]``.
+
+    Returns:
+        The name of each picture in the folder; empty if it was not written, see :func:`as_extra`.
+    """
     with as_extra(folder / _PICTURES):
         for old in (folder / _PICTURES).glob("[0-9][0-9].jpg"):
             old.unlink()
-    names = [""] * len(worst)
-    if read_image is None:
-        return names
-    for index, image in enumerate(worst):
+    names = [""] * len(pictures)
+    for index, draw in enumerate(pictures):
         name = f"{_PICTURES}/{index + 1:02d}.jpg"
         with as_extra(folder / name) as path:
-            content = encode(draw_mistakes(read_image(image["file_name"]), image), ".jpg")
+            content = encode(draw(), ".jpg")
             with atomic_path(path) as temporary:
                 temporary.write_bytes(content)
             names[index] = name

@@ -31,6 +31,36 @@ def plot_confusion(
         counts: int64 ``[len(classes), len(classes)]``, true by detected.
         path: the PNG; its folder is made where it is missing, an old file is replaced.
     """
+    figure, axes, shares = _drawn(classes, counts, "detected as")
+    if len(classes) <= _MOST_WITH_NUMBERS:
+        _write_numbers(axes, counts, shares, [f"{n:,}" for n in counts[counts > 0].tolist()])
+    # The border of background.
+    axes.axhline(len(classes) - 1.5, color="black", linewidth=0.8)
+    axes.axvline(len(classes) - 1.5, color="black", linewidth=0.8)
+    _save(figure, path)
+
+
+def plot_pixel_confusion(
+    classes: Sequence[str], counts: npt.NDArray[np.int64], path: str | os.PathLike[str]
+) -> None:
+    """As ``plot_confusion``, of the pixels of a segmenter: with shares, which are legible.
+
+    Args:
+        classes: names.
+        counts: int64 ``[len(classes), len(classes)]``, true by predicted.
+        path: the PNG.
+    """
+    figure, axes, shares = _drawn(classes, counts, "predicted as")
+    if len(classes) <= _MOST_WITH_NUMBERS:
+        texts = [f"{share:.1f}" if share >= 0.05 else "" for share in shares[counts > 0].tolist()]
+        _write_numbers(axes, counts, shares, texts)
+    _save(figure, path)
+
+
+def _drawn(
+    classes: Sequence[str], counts: npt.NDArray[np.int64], label: str
+) -> tuple[Figure, Axes, npt.NDArray[np.float64]]:
+    """The coloured matrix with names, and its shares in percent."""
     size = len(classes)
     inches = float(np.clip(3.5 + 0.42 * size, 6, 20))
     figure = Figure(figsize=(inches + 0.8, inches), dpi=110)
@@ -38,7 +68,7 @@ def plot_confusion(
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(image, ax=axes, shrink=0.7, label="% of the true class")
-    axes.set(title="Confusion matrix", xlabel="detected as", ylabel="true class")
+    axes.set(title="Confusion matrix", xlabel=label, ylabel="true class")
     if size <= _MOST_WITH_NAMES:
         names, families = with_fonts(printable(name, longest=_LONGEST_NAME) for name in classes)
         points = float(np.clip(500 / size, 5, 10))
@@ -46,27 +76,30 @@ def plot_confusion(
         style: dict[str, Any] = {"fontsize": points, "fontfamily": families, "parse_math": False}
         axes.set_xticks(range(size), names, rotation=90, **style)
         axes.set_yticks(range(size), names, **style)
-    if size <= _MOST_WITH_NUMBERS:
-        _write_numbers(axes, counts, shares)
     axes.set_xticks(np.arange(size + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(size + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="#dddddd", linewidth=0.4)
     axes.tick_params(which="minor", length=0)
-    # The border of background.
-    axes.axhline(size - 1.5, color="black", linewidth=0.8)
-    axes.axvline(size - 1.5, color="black", linewidth=0.8)
+    return figure, axes, shares
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", bbox_inches="tight")
 
 
 def _write_numbers(
-    axes: Axes, counts: npt.NDArray[np.int64], shares: npt.NDArray[np.float64]
+    axes: Axes,
+    counts: npt.NDArray[np.int64],
+    shares: npt.NDArray[np.float64],
+    texts: Sequence[str],
 ) -> None:
-    for row, column in np.argwhere(counts).tolist():
+    """Write a text into each cell that is not 0, row by row."""
+    for (row, column), text in zip(np.argwhere(counts).tolist(), texts, strict=True):
         axes.text(
             column,
             row,
-            f"{counts[row, column]:,}",
+            text,
             ha="center",
             va="center",
             fontsize=8,

@@ -40,7 +40,7 @@ def draw_labels(
     Returns:
         A new picture, uint8 ``[H + h, W, 3]``: the image, and the legend of the classes in it.
     """
-    present = _present(labels)
+    present = present_labels(labels)
     return np.concatenate(
         [
             paint_labels(image_bgr, labels, class_names, ignored=ignored),
@@ -59,7 +59,7 @@ def paint_labels(
     """As ``draw_labels``, without the legend: uint8 ``[H, W, 3]``."""
     picture = np.ascontiguousarray(image_bgr).copy()
     bare = class_names[0] == BACKGROUND and ignored != 0
-    drawn = [label for label in _present(labels) if label or not bare]
+    drawn = [label for label in present_labels(labels) if label or not bare]
     masks = ((0, 0, labels == label) for label in drawn)
     paint_masks(picture, masks, [_color(label, ignored) for label in drawn])
     if bare:
@@ -89,8 +89,10 @@ def label_legend(
     return legend(picture, names, [_color(label, ignored) for label in shown])
 
 
-def _present(labels: Labels) -> list[int]:
-    return np.flatnonzero(np.bincount(labels.ravel())).tolist()
+def present_labels(labels: Labels) -> list[int]:
+    """The labels that a pixel has, in order."""
+    found: list[int] = np.flatnonzero(np.bincount(labels.ravel())).tolist()
+    return found
 
 
 def _color(label: int, ignored: int | None) -> Color:

@@ -42,8 +42,7 @@ def draw_mistakes(
         A new picture, enlarged by a whole number if the image is small, below a legend of the
         colours with their counts.
     """
-    short, long = sorted(image_bgr.shape[:2])
-    factor = max(1, min(_LEAST_SIDE // short, _MOST_ENLARGED // long))
+    factor = enlargement(*image_bgr.shape[:2])
     picture = image_bgr.repeat(factor, axis=0).repeat(factor, axis=1)
     boxes = sorted(image["boxes"], key=_order)
     masked = [box for box in boxes if "segmentation" in box]
@@ -61,6 +60,12 @@ def draw_mistakes(
     lines = [(f"{name}: F1 {image['F1']:.0f} %", _WHITE)]
     lines += [(f"{counts[kind]} x {_LEGEND[kind]}", color) for kind, color in _COLORS.items()]
     return np.concatenate([*(caption(picture, *line) for line in lines), picture])
+
+
+def enlargement(height: int, width: int) -> int:
+    """The factor by which an image of this size is enlarged: 1 if it is not small."""
+    short, long = sorted((height, width))
+    return max(1, min(_LEAST_SIDE // short, _MOST_ENLARGED // long))
 
 
 def _order(box: Mapping[str, Any]) -> tuple[int, float]:

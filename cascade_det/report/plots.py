@@ -1,7 +1,8 @@
-"""The plot of an evaluation: AP and IoU per stage, exits, latency."""
+"""The plot of an evaluation: AP and IoU per stage, exits, IoU of classes, latency."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +13,9 @@ from matplotlib.figure import Figure
 from cascade_det.core.structures import EXIT_REASONS
 from cascade_det.files import atomic_path
 from cascade_det.report.exit_tables import exit_places
+from cascade_det.report.fonts import with_fonts
 from cascade_det.report.tables import stage_names
+from cascade_det.text import printable
 
 _METRIC_COLORS = {"AP": "#1b5e8c", "AP50": "#5fa8d3", "AP75": "#b5d8ee"}
 _REASON_COLORS = {
@@ -23,6 +26,9 @@ _REASON_COLORS = {
     "completed": "#1b5e8c",
 }
 _KEPT = "#e8eef3"
+# With more classes the names would be illegible; the CSV has all.
+_MOST_CLASSES = 30
+_LONGEST_NAME = 24
 _STYLE: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8}
 
 
@@ -60,6 +66,8 @@ def _panels(results: Mapping[str, Any]) -> list[Callable[[Axes], None]]:
         panels.append(lambda axes: _plot_iou(axes, stages))
     if stage_names(exits):
         panels.append(lambda axes: _plot_exits(axes, exits))
+    if sem_seg := results.get("sem_seg"):
+        panels.append(lambda axes: _plot_class_iou(axes, sem_seg))
     if latency.get("parts"):
         panels.append(lambda axes: _plot_latency(axes, latency))
     return panels
@@ -90,6 +98,33 @@ def _plot_iou(axes: Axes, stages: Mapping[str, Any]) -> None:
     axes.set_xticks(range(len(labels)), labels)
     axes.set(title="Mean IoU of regions with their object", ylabel="IoU")
     axes.margins(x=0.1, y=0.25)
+
+
+def _plot_class_iou(axes: Axes, sem_seg: Mapping[str, float]) -> None:
+    """Of the classes with truth; of many, those with the lowest IoU."""
+    by_name = {
+        name.removeprefix("IoU-"): value
+        for name, value in sem_seg.items()
+        if name.startswith("IoU-") and not math.isnan(value)
+    }
+    chosen = sorted(by_name, key=by_name.__getitem__)[:_MOST_CLASSES]
+    shown = [name for name in by_name if name in chosen]
+    names, families = with_fonts(printable(name, longest=_LONGEST_NAME) for name in shown)
+    values = [by_name[name] for name in shown]
+    bars = axes.barh(range(len(names)), values, 0.7, color=_METRIC_COLORS["AP"])
+    axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
+    points = 10 if len(names) <= 12 else 7
+    # Names may contain "$".
+    style: dict[str, Any] = {"fontsize": points, "fontfamily": families, "parse_math": False}
+    axes.set_yticks(range(len(names)), names, **style)
+    axes.invert_yaxis()
+    # Behind the numbers.
+    axes.axvline(sem_seg["mIoU"], color=_REASON_COLORS["budget"], linestyle=":", zorder=0)
+    left_out = len(by_name) - len(names)
+    suffix = f", the lowest of {len(by_name)} classes" if left_out else ""
+    mean = f"IoU of pixels{suffix}; mean {sem_seg['mIoU']:.1f} (dotted)"
+    axes.set(title=mean, xlabel="IoU (%)", xlim=(0, 110))
+    axes.set_xticks(range(0, 101, 20))
 
 
 def _plot_exits(axes: Axes, exits: Mapping[str, Any]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from cascade_det.report.tables import Metrics, table
+from cascade_det.report.tables import Metrics, shown_name, table
 
 _OVERALL = ("mIoU", "fwIoU", "mACC", "pACC")
 _OF_VOLUMES = ("Dice", "HD95", "Jaccard", "ASSD")
+_MOST_CONFUSED = 5
+_MOST_IMAGES = 5
 _VOLUMES = {"volumes": "as published", "volumes_strict": "a missed organ counts"}
 
 
@@ -31,8 +33,34 @@ def semantic_sections(results: Metrics) -> list[str]:
         columns = "level", *_OVERALL, "entered (%)", "left (%)"
         title = "The whole decoder stopped after each level, and the exits"
         sections.append(table(title, columns, of_levels, ("", *[".1f"] * 6)))
+    if analysis := results.get("sem_seg_analysis"):
+        sections += _mistakes(analysis)
     for key, convention in _VOLUMES.items():
         if metrics := results.get(key):
             row = [metrics[name] for name in _OF_VOLUMES]
             sections.append(table(f"Volumes, {convention}", _OF_VOLUMES, [row], ".2f"))
     return sections
+
+
+def _mistakes(analysis: Metrics) -> list[str]:
+    """The most confused classes, and the worst images."""
+    names, counts = (analysis["confusion_matrix"][key] for key in ("classes", "counts"))
+    confused = sorted(
+        (-count / sum(row), names[true], names[predicted])
+        for true, row in enumerate(counts)
+        for predicted, count in enumerate(row)
+        if count and true != predicted
+    )[:_MOST_CONFUSED]
+    lines = []
+    if confused:
+        listed = ", ".join(
+            f"{shown_name(true)} as {shown_name(predicted)} ({-100 * share:.1f} %)"
+            for share, true, predicted in confused
+        )
+        lines.append(f"Most confused, of the pixels of the class: {listed}.")
+    if worst := analysis["worst_images"][:_MOST_IMAGES]:
+        listed = ", ".join(
+            f"{shown_name(image['file_name'])} ({image['mIoU']:.1f} %)" for image in worst
+        )
+        lines.append(f"Images with the lowest mean IoU: {listed}.")
+    return lines

@@ -11,11 +11,9 @@ SHAPES = ("--config-file", "cascade_det://quick_schedules/segment_shapes.yaml")
 @pytest.mark.parametrize(
     "command",
     [
-        ("predict", "--input", "{folder}", "--output", "{folder}/out"),
         ("export", "--output", "{folder}/out"),
         ("calibrate", "--max-ap-drop", "0.1", "--output", "{folder}/out"),
         ("benchmark", "--output", "{folder}/out"),
-        ("show-data", "--output", "{folder}/out"),
     ],
     ids=lambda command: command[0],
 )

@@ -173,3 +173,9 @@ def pixels_of(image: Picture) -> Pixels | npt.NDArray[np.float32]:
     if image.ndim == 2:
         return np.array(np.broadcast_to(image, (3, *image.shape)), order="C")
     return np.array(image.transpose(2, 0, 1), order="C")
+
+
+def visible_pixels(image: Picture) -> Pixels:
+    """An image as uint8 ``[H, W, 3]`` for a picture; a grey image has three equal channels."""
+    levels = np.clip(np.rint(image), 0, 255).astype(np.uint8)
+    return levels if levels.ndim == 3 else np.repeat(levels[..., None], 3, axis=2)

@@ -1,4 +1,4 @@
-"""The plot of an evaluation: AP and IoU per stage, exits, IoU of classes, latency."""
+"""The plot of an evaluation: AP and IoU per stage, exits, IoU of classes and levels, latency."""
 
 from __future__ import annotations
 
@@ -68,6 +68,8 @@ def _panels(results: Mapping[str, Any]) -> list[Callable[[Axes], None]]:
         panels.append(lambda axes: _plot_exits(axes, exits))
     if sem_seg := results.get("sem_seg"):
         panels.append(lambda axes: _plot_class_iou(axes, sem_seg))
+    if levels := results.get("levels"):
+        panels.append(lambda axes: _plot_levels(axes, levels))
     if latency.get("parts"):
         panels.append(lambda axes: _plot_latency(axes, latency))
     return panels
@@ -125,6 +127,17 @@ def _plot_class_iou(axes: Axes, sem_seg: Mapping[str, float]) -> None:
     mean = f"IoU of pixels{suffix}; mean {sem_seg['mIoU']:.1f} (dotted)"
     axes.set(title=mean, xlabel="IoU (%)", xlim=(0, 110))
     axes.set_xticks(range(0, 101, 20))
+
+
+def _plot_levels(axes: Axes, levels: Mapping[str, Any]) -> None:
+    values = [level["mIoU"] for level in levels.values()]
+    bars = axes.bar(range(len(levels)), values, 0.6, color=_METRIC_COLORS["AP"])
+    axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=1)
+    labels = [f"{name}\n{100 * level['left']:.0f} % leave" for name, level in levels.items()]
+    axes.set_xticks(range(len(levels)), labels)
+    title = "Mean IoU if the decoder stopped after a level; exits"
+    axes.set(title=title, ylabel="mean IoU (%)", ylim=(0, 112))
+    axes.set_yticks(range(0, 101, 20))
 
 
 def _plot_exits(axes: Axes, exits: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from cascade_det import config
 from cascade_det.data.given_images import Image, Images
 from cascade_det.data.samples import Sample
 from cascade_det.engine.run_info import usable_run_info
+from cascade_det.engine.run_weights import log_exits
 from cascade_det.errors import ConfigError
 from cascade_det.evaluation.semantic import predicted_labels
 from cascade_det.standalone.build_segmenter import build_segmenter
@@ -55,6 +56,7 @@ class SegmenterPredictor:
             raise ConfigError("MODEL.WEIGHTS is empty: give the file of weights to predict with")
         self.segmenter = build_segmenter(cfg).eval()
         file = load_weights(self.segmenter, cfg.MODEL.WEIGHTS, complete=True).file
+        log_exits(cfg, self.segmenter.device, file.path, file.weights)
         run = usable_run_info(file.run, file.path)
         num_classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
         configured = config.semantic_datasets_arguments(cfg, False)["class_names"]

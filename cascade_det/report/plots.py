@@ -120,11 +120,9 @@ def _plot_class_iou(axes: Axes, sem_seg: Mapping[str, float]) -> None:
     style: dict[str, Any] = {"fontsize": points, "fontfamily": families, "parse_math": False}
     axes.set_yticks(range(len(names)), names, **style)
     axes.invert_yaxis()
-    # Behind the numbers.
-    axes.axvline(sem_seg["mIoU"], color=_REASON_COLORS["budget"], linestyle=":", zorder=0)
     left_out = len(by_name) - len(names)
     suffix = f", the lowest of {len(by_name)} classes" if left_out else ""
-    mean = f"IoU of pixels{suffix}; mean {sem_seg['mIoU']:.1f} (dotted)"
+    mean = f"IoU of pixels{suffix}; mean {sem_seg['mIoU']:.1f}"
     axes.set(title=mean, xlabel="IoU (%)", xlim=(0, 110))
     axes.set_xticks(range(0, 101, 20))
 
@@ -133,9 +131,9 @@ def _plot_levels(axes: Axes, levels: Mapping[str, Any]) -> None:
     values = [level["mIoU"] for level in levels.values()]
     bars = axes.bar(range(len(levels)), values, 0.6, color=_METRIC_COLORS["AP"])
     axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=1)
-    labels = [f"{name}\n{100 * level['left']:.0f} % leave" for name, level in levels.items()]
+    labels = [f"{name}\n{100 * level['left']:.0f} % end here" for name, level in levels.items()]
     axes.set_xticks(range(len(levels)), labels)
-    title = "Mean IoU if the decoder stopped after a level; exits"
+    title = "Mean IoU if the decoder stopped after a level"
     axes.set(title=title, ylabel="mean IoU (%)", ylim=(0, 112))
     axes.set_yticks(range(0, 101, 20))
 

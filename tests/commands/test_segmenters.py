@@ -12,7 +12,6 @@ SHAPES = ("--config-file", "cascade_det://quick_schedules/segment_shapes.yaml")
     "command",
     [
         ("export", "--output", "{folder}/out"),
-        ("calibrate", "--max-ap-drop", "0.1", "--output", "{folder}/out"),
         ("benchmark", "--output", "{folder}/out"),
     ],
     ids=lambda command: command[0],

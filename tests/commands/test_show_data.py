@@ -10,6 +10,7 @@ from PIL import Image
 
 from cascade_det.commands import show_data
 from cascade_det.commands.training_pictures import tile
+from cascade_det.report.colors import class_color
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quick_schedules" / "instant_test.yaml"
 RED = (200, 30, 10)  # RGB
@@ -132,3 +133,38 @@ def test_no_image_of_the_data_is_replaced(tmp_path, options, capfd):
     assert draw(tmp_path, "--num", "1", *options, "CASCADE.DATASETS", str(datasets))[0] == 1
     assert f"{name} would replace the image" in capfd.readouterr().err
     assert name.read_bytes() == before
+
+
+def test_the_labels_of_a_segmenter_are_drawn_after_augmentation(tmp_path):
+    """A red image with a class on its left quarter, and an ignored band below."""
+    labels = np.zeros((60, 80), np.uint8)
+    labels[:, :20], labels[50:] = 1, 255
+    for folder, array in (("images", np.full((60, 80, 3), RED, np.uint8)), ("labels", labels)):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(array).save(tmp_path / folder / "a.png")
+    own = [("mine", "folders", str(tmp_path / "images"), str(tmp_path / "labels"))]
+    keys = [*("CASCADE.SEMANTIC_DATASETS", str(own)), *("DATASETS.TRAIN", "('mine',)")]
+    keys += ["CASCADE.SEMANTIC_CLASSES", "['background', 'sea']", "INPUT.MIN_SIZE_TRAIN", "(120,)"]
+    keys += ["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "2", "SOLVER.IMS_PER_BATCH", "1"]
+    shapes = "cascade_det://quick_schedules/segment_shapes.yaml"
+    command = ["--config-file", shapes, "--output", str(tmp_path / "pictures"), "--num", "6"]
+    assert show_data.main([*command, *keys]) == 0
+    sides = set()
+    for path in (tmp_path / "pictures").iterdir():
+        picture = cv2.imread(str(path))[..., ::-1].astype(int)
+        assert picture.shape[0] > 120  # a legend below
+        assert picture.shape[1] == 160
+        assert (picture[:98, 44:116] == RED).all()  # background
+        half = (np.array(RED) + class_color(1)[::-1]) / 2
+        is_sea = abs(picture[50, [20, 140]] - half).max(axis=1) <= 1
+        assert is_sea.sum() == 1
+        assert abs(picture[105:115, 10:150] - (np.array(RED) + 255) / 2).max() <= 1
+        sides.add(int(is_sea.argmax()))
+    assert sides == {0, 1}
+    # No label image is replaced either.
+    before = (tmp_path / "labels" / "a.png").read_bytes()
+    (tmp_path / "labels" / "a.png").rename(tmp_path / "labels" / "0000_image0.png")
+    (tmp_path / "images" / "a.png").rename(tmp_path / "images" / "0000_image0.png")
+    command[3] = str(tmp_path / "labels")
+    assert show_data.main([*command, *keys]) == 1
+    assert (tmp_path / "labels" / "0000_image0.png").read_bytes() == before

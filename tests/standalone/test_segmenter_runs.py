@@ -1,5 +1,6 @@
 """Training and evaluation of a segmenter on drawn scenes: learning, resuming, and mistakes."""
 
+import csv
 import json
 
 import pytest
@@ -34,10 +35,31 @@ def test_training_learns(cfg, folder):
     assert metrics["mIoU"] > 50  # one class everywhere: about 20
     written = json.loads((folder / "output" / "results.json").read_text())
     assert written["sem_seg"]["IoU-bright"] == pytest.approx(metrics["IoU-bright"])
+    check_pictures(folder / "output", metrics)
     # The same from the file of weights.
     cfg.MODEL.WEIGHTS = str(folder / "output" / "model_final.pth")
     cfg.OUTPUT_DIR = str(folder / "again")
     assert host.evaluate(cfg)["sem_seg"] == pytest.approx(metrics)
+
+
+def check_pictures(output, metrics):
+    """Of the six images, and the tables beside them."""
+    assert Image.open(output / "report.png").width > 1000
+    analysis = output / "analysis"
+    assert Image.open(analysis / "confusion_matrix.png").width > 300
+    with (analysis / "per_class.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["class"] for row in rows] == CLASSES
+    labels = [np.asarray(Image.open(output.parent / "labels" / f"{i}.png")) for i in range(6)]
+    assert [int(row["pixels"]) for row in rows] == np.bincount(np.ravel(labels)).tolist()
+    assert float(rows[1]["IoU"]) == pytest.approx(metrics["IoU-bright"])
+    with (analysis / "worst_images.csv").open() as file:
+        worst = list(csv.DictReader(file))
+    assert sorted(row["image_id"] for row in worst) == list("012345")
+    assert [float(row["mIoU"]) for row in worst] == sorted(float(row["mIoU"]) for row in worst)
+    for row in worst:
+        # Truth and prediction side by side, enlarged.
+        assert Image.open(analysis / row["picture"]).width == 2 * 10 * 64 + 4
 
 
 def test_metrics_are_of_the_labels_in_the_files(cfg, folder):

@@ -70,6 +70,7 @@ DIETS = {
     "data/coco_results": {"numpy"},
     "report/colors": {"numpy"},
     "report/drawing": {"cv2", "numpy"},
+    "report/label_drawing": {"cv2", "numpy"},
     "report/mask_drawing": {"cv2", "numpy"},
     "onnx_predictor": {"numpy", "onnxruntime"},
 }

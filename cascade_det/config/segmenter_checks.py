@@ -119,8 +119,8 @@ def require_detector(cfg: CfgNode) -> None:
     if is_segmenter(cfg):
         raise ConfigError(
             "MODEL.META_ARCHITECTURE is 'SemanticSegmentor', but this is for detectors, "
-            "'GeneralizedRCNN'. Commands for segmenters are train, eval, calibrate, predict, show-data "
-            "and check-data."
+            "'GeneralizedRCNN'. Commands for segmenters are train, eval, calibrate, predict, "
+            "show-data and check-data."
         )
 
 

@@ -14,11 +14,10 @@ from cascade_det import config
 from cascade_det.commands import prediction
 from cascade_det.commands.main import main
 from cascade_det.data.semantic import read_labels
-from cascade_det.engine.semantic_datasets import load_semantic_datasets
+from cascade_det.engine.semantic_datasets import load_semantic_datasets, semantic_test_loader
 from cascade_det.errors import ConfigError, DatasetError
 from cascade_det.standalone import SegmenterPredictor
 from cascade_det.standalone.build_segmenter import build_segmenter
-from cascade_det.standalone.evaluate_segmenter import test_loader as loader_of
 
 NAMES = ["background", "cell", "nucleus"]
 RUN = {"seed": 0, "class_names": NAMES, "category_ids": [0, 1, 2], "host": "standalone"}
@@ -87,7 +86,7 @@ def test_label_images_are_the_segmenters_and_a_data_set(options, photos, tmp_pat
     segmenter = build_segmenter(cfg)
     segmenter.load_state_dict(torch.load(cfg.MODEL.WEIGHTS)["model"])
     labels = []
-    for (sample,) in loader_of(cfg, dataset):
+    for (sample,) in semantic_test_loader(cfg, dataset):
         (scores,) = segmenter.segment([sample]).sem_seg
         labels.append(read_labels(dataset.records[sample["image_id"]]))
         # Of a pixel with two equal scores either may be best.

@@ -3,8 +3,10 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from shape_runs import assert_same
 from small_segmenter import CLASSES, squares_run, write_squares
 

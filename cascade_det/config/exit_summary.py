@@ -8,6 +8,7 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from cascade_det.config.model_arguments import exit_arguments
+from cascade_det.config.segmenter_arguments import is_segmenter, map_exit_arguments
 
 # Rules with one value per stage or gate: key, effect, and which value means never.
 _BACKGROUND: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
@@ -26,7 +27,10 @@ def exit_summary(cfg: CfgNode) -> str:
 
     It has the stages and their IoUs, every active rule with a value for each stage (or gate, the
     one before stage 0 first), and the loss that calibration expects; ``Exits: off`` without exits.
+    Of a segmenter it has what leaves, and the confidence for each level.
     """
+    if is_segmenter(cfg):
+        return _of_maps(cfg)
     exits = exit_arguments(cfg)
     if exits is None:
         return "Exits: off"
@@ -34,6 +38,15 @@ def exit_summary(cfg: CfgNode) -> str:
     stages = f"{len(ious)} stages, IoU {_listed(ious)}"
     rules = [*_dropping(exits), *_keeping(exits)] or ["no rule is on"]
     return f"Exits: {'; '.join([stages, *rules, *_calibration(cfg, exits)])}"
+
+
+def _of_maps(cfg: CfgNode) -> str:
+    if not cfg.MODEL.CASCADE_DECODER.EXIT.ENABLED:
+        return "Exits: off"
+    exits = map_exit_arguments(cfg)
+    what = f"patches of {exits['patch']} pixels" if exits["kind"] == "patch" else "images"
+    thresholds = _listed(exits["thresholds"], lambda value: value > 1)
+    return f"Exits: {what}, confident from {exits['confidence']} {thresholds}"
 
 
 def _dropping(exits: Mapping[str, Any]) -> Iterator[str]:

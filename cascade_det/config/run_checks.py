@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from fvcore.common.config import CfgNode
 
 from cascade_det.config.cascade_checks import Check
+from cascade_det.config.segmenter_arguments import is_segmenter
 
 
 def _check_sizes(cfg: CfgNode) -> Iterator[str]:
@@ -105,6 +106,8 @@ def _check_evaluation(cfg: CfgNode) -> Iterator[str]:
 
 
 def _loss_names(cfg: CfgNode) -> list[str]:
+    if is_segmenter(cfg):
+        return ["total_loss", "loss_sem_seg"]
     stages = range(len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS))
     per_stage = [f"{name}_stage{i}" for i in stages for name in ("loss_cls", "loss_box_reg")]
     masks = (

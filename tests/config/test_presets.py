@@ -156,3 +156,15 @@ def test_the_summary_of_exits_that_are_off():
         cfg = config.load_config(BELOW["early exit"], changes)
         assert config.exit_summary(cfg) == "Exits: off"
     assert config.exit_summary(config.load_config(list(PRESETS.values()))) == "Exits: off"
+
+
+def test_exits_of_a_segmenter_in_one_line():
+    cfg = config.load_config("cascade_det://quick_schedules/segment_shapes.yaml")
+    assert config.exit_summary(cfg) == "Exits: off"
+    node = "MODEL.CASCADE_DECODER.EXIT"
+    cfg.merge_from_list([f"{node}.ENABLED", True, f"{node}.THRESHOLDS", [0.99, 1.5, 0.9]])
+    assert config.exit_summary(cfg) == (
+        "Exits: patches of 8 pixels, confident from max 0.99, never, 0.9"
+    )
+    cfg.merge_from_list([f"{node}.KIND", "image", f"{node}.THRESHOLDS", [0.99]])
+    assert config.exit_summary(cfg).endswith("images, confident from max 0.99, 0.99, 0.99")

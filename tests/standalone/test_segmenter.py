@@ -5,7 +5,8 @@ import torch
 from small_segmenter import LEVELS, SEGMENTER, labelled
 from torch.nn import functional as F
 
-from cascade_det.config import get_cfg
+from cascade_det.config import check_config, get_cfg
+from cascade_det.config.tree import changed
 from cascade_det.errors import ConfigError
 from cascade_det.standalone.build_segmenter import build_segmenter
 
@@ -159,6 +160,15 @@ def test_keys_reach_the_decoder_and_the_loss():
     assert build(f"{node}.FINEST_GATE", 8).sem_seg_head.decoder.AG1.psi[0].in_channels == 8
     assert (loss.subsets, loss.mean, loss.ignore_value) == ("singletons", True, 9)
     assert (loss.ce_weight, loss.dice_weight, segmenter.loss_weight) == (0.6, 0.4, 2.0)
+
+
+def test_the_loss_of_a_segmenter_can_be_watched():
+    cfg = get_cfg()
+    cfg.merge_from_list([*SEGMENTER, "CASCADE.VALIDATION_LOSS", True, "DATASETS.TEST", ("a",)])
+    for metric in ("validation/loss_sem_seg", "validation/total_loss"):
+        check_config(changed(cfg, "CASCADE.BEST_METRIC", metric))
+    with pytest.raises(ConfigError, match="losses are validation/total_loss, validation/loss_sem"):
+        check_config(changed(cfg, "CASCADE.BEST_METRIC", "validation/loss_rpn_cls"))
 
 
 def test_segmenting_restores_the_mode():

@@ -23,6 +23,7 @@ METADATA_KEY = "cascade_det"
 INPUTS = ("image",)
 OUTPUTS = ("boxes", "scores", "classes")
 OUTPUTS_WITH_MASKS = (*OUTPUTS, "masks")
+SEMANTIC_OUTPUT = "sem_seg"  # of segmenters, which are not run here
 _OUTPUT_TYPES = ("tensor(float)", "tensor(float)", "tensor(int64)", "tensor(float)")
 _REMEDY = "Make one with cascade-det export --format onnx."
 
@@ -316,6 +317,11 @@ def _read_description(path: Path, session: Any) -> ExportedModel:
         raise CheckpointError(
             f"{path}: an ONNX file without the metadata {METADATA_KEY!r}, which names its classes "
             f"and the size of its images. {_REMEDY}"
+        )
+    if [output.name for output in session.get_outputs()] == [SEMANTIC_OUTPUT]:
+        raise CheckpointError(
+            f"{path}: a segmenter, but this runs detectors. docs/inference.md (Export) shows how "
+            "to run it in onnxruntime."
         )
     try:
         model = ExportedModel.from_json(text)

@@ -11,6 +11,7 @@ import torch
 from cascade_det import config
 from cascade_det.benchmark.agreement import compare_detections
 from cascade_det.benchmark.models import BenchmarkModel, ModelOutput
+from cascade_det.benchmark.options import Options
 from cascade_det.benchmark.setup import Setup
 from cascade_det.benchmark.timing import alternate, ratio, spread
 from cascade_det.core import Detections, MaskRules
@@ -26,6 +27,13 @@ class KeepsMemory(Protocol):
     @property
     def keeps_memory(self) -> bool:
         """Whether the process keeps freed memory while it runs."""
+
+
+class Measured(Protocol):
+    """What taking turns needs of a setup."""
+
+    options: Options
+    device: torch.device
 
 
 # Detections are compared with those of the first of these that runs.
@@ -59,7 +67,7 @@ def compare_heads(setup: Setup, models: Models, images: int, proposals: int) -> 
             prepared[key] = [
                 model.adapter.prepare(batch, regions, model.autocast) for batch, regions in given
             ]
-        calls[name] = _call_in_turn(partial(model.run, model.adapter.heads), prepared[key])
+        calls[name] = call_in_turn(partial(model.run, model.adapter.heads), prepared[key])
     return _compare(setup, models, calls, images, proposals)
 
 
@@ -72,7 +80,7 @@ def compare_whole(setup: Setup, models: Models, images: int, proposals: int) -> 
     calls = {}
     for name, model in models.items():
         inputs = _inputs(setup, model, images, proposals)
-        calls[name] = _call_in_turn(partial(model.run, model.adapter.whole), inputs)
+        calls[name] = call_in_turn(partial(model.run, model.adapter.whole), inputs)
     return _compare(setup, models, calls, images, proposals)
 
 
@@ -95,7 +103,7 @@ def compare_masks(setup: Setup, models: Models, images: int) -> dict[str, Any]:
             model.adapter.prepare_masks(*pair, model.autocast)
             for pair in zip(batches, given, strict=True)
         ]
-        calls[name] = _call_in_turn(partial(model.run, model.adapter.masks), inputs)
+        calls[name] = call_in_turn(partial(model.run, model.adapter.masks), inputs)
     made = {name: torch.cat(call(0)).float() for name, call in calls.items()}
     times = take_turns(setup, models, calls, setup.options.warmup)
     every = [detections for batch in given for detections in batch]
@@ -105,7 +113,7 @@ def compare_masks(setup: Setup, models: Models, images: int) -> dict[str, Any]:
         "masks": sum(map(len, every)) / len(every),
         "rules": _kept_by_rules(setup, every) if setup.trained else None,
         "dtype": str(setup.fast_dtype).removeprefix("torch."),
-        **_times_and_ratios(times, images),
+        **times_and_ratios(times, images),
         "differences": {
             "with": reference,
             "contenders": {
@@ -124,10 +132,25 @@ def compare_parts(setup: Setup, models: Models, images: int, proposals: int) -> 
         ``batch``, ``proposals``, and ``contenders``: the spread of milliseconds per image, by
         model and part.
     """
-    times: dict[str, list[dict[str, float]]] = {name: [] for name in models}
     calls = {}
     for name, model in models.items():
-        calls[name] = _call_in_turn(model.parts, _inputs(setup, model, images, proposals))
+        calls[name] = call_in_turn(model.parts, _inputs(setup, model, images, proposals))
+    spreads = part_spreads(setup, models, calls, images)
+    return {"batch": images, "proposals": proposals, "contenders": spreads}
+
+
+def part_spreads(
+    setup: Measured, models: Mapping[str, KeepsMemory], calls: Calls, images: int
+) -> dict[str, Any]:
+    """Times of parts, in turn: the spread of milliseconds per image, by model and part.
+
+    Args:
+        setup: with the number of rounds and the device.
+        models: whose calls these are, by name.
+        calls: by name; they return milliseconds by part.
+        images: in a batch.
+    """
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in models}
 
     def time_parts(name: str, number: int) -> None:
         times[name].append(calls[name](number))
@@ -135,11 +158,7 @@ def compare_parts(setup: Setup, models: Models, images: int, proposals: int) -> 
     # The total times are not kept: a GPU is synchronised at every part.
     timed = {name: partial(time_parts, name) for name in models}
     alternate(timed, warmup=0, before=_run_untimed(models, calls), **_rounds(setup))
-    return {
-        "batch": images,
-        "proposals": proposals,
-        "contenders": {name: _part_spreads(runs, images) for name, runs in times.items()},
-    }
+    return {name: _part_spreads(runs, images) for name, runs in times.items()}
 
 
 def compare_training(
@@ -160,7 +179,7 @@ def compare_training(
 
     calls = {name: partial(step, name) for name in steps}
     times = alternate(calls, warmup=setup.options.warmup, before=before, **_rounds(setup))
-    return {"batch": images, **_times_and_ratios(times, images)}
+    return {"batch": images, **times_and_ratios(times, images)}
 
 
 def _compare(
@@ -177,7 +196,7 @@ def _compare(
     # This is also the first round of the warm-up.
     outputs = {name: models[name].adapter.output(calls[name](0)) for name in models}
     times = take_turns(setup, models, calls, max(0, setup.options.warmup - 1))
-    results = _times_and_ratios(times, images)
+    results = times_and_ratios(times, images)
     for name, output in outputs.items():
         results["contenders"][name] |= region_counts(output, images)
     agreement = _agreement(models, outputs)
@@ -194,7 +213,7 @@ def region_counts(output: ModelOutput, images: int) -> dict[str, Any]:
 
 
 def take_turns(
-    setup: Setup, models: Mapping[str, KeepsMemory], calls: Calls, warmup: int
+    setup: Measured, models: Mapping[str, KeepsMemory], calls: Calls, warmup: int
 ) -> dict[str, list[float]]:
     """Milliseconds of calls in turn; before each, the same call runs once untimed.
 
@@ -223,7 +242,7 @@ def _inputs(setup: Setup, model: BenchmarkModel, images: int, proposals: int) ->
     return [model.adapter.inputs(batch) for batch in setup.batches(images)]
 
 
-def _call_in_turn(call: Callable[[Any], Any], inputs: Sequence[Any]) -> Callable[[int], Any]:
+def call_in_turn(call: Callable[[Any], Any], inputs: Sequence[Any]) -> Callable[[int], Any]:
     """Calls ``call`` on another input in each round."""
     return lambda number: call(inputs[number % len(inputs)])
 
@@ -236,12 +255,18 @@ def _run_untimed(models: Mapping[str, KeepsMemory], calls: Calls) -> Callable[[s
     return before
 
 
-def _rounds(setup: Setup) -> dict[str, Any]:
+def _rounds(setup: Measured) -> dict[str, Any]:
     options = setup.options
     return {"rounds": options.rounds, "seconds": options.seconds, "device": setup.device}
 
 
-def _times_and_ratios(times: Mapping[str, Sequence[float]], images: int) -> dict[str, Any]:
+def times_and_ratios(times: Mapping[str, Sequence[float]], images: int) -> dict[str, Any]:
+    """Spreads of milliseconds per image, and ratios of every baseline to every model of ours.
+
+    Args:
+        times: milliseconds, one per round, by model.
+        images: in a batch.
+    """
     return {
         "contenders": {
             name: {"ms_per_image": spread([time / images for time in samples])}

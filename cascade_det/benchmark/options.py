@@ -25,9 +25,20 @@ MODELS: dict[str, str] = {
     "detectron2-one-stage-autocast": "the same under autocast",
     "torchvision": "torchvision's Faster R-CNN or Mask R-CNN, R-50-FPN (one stage), as shipped",
 }
+# Of a configuration of a segmenter.
+SEGMENTERS: dict[str, str] = {
+    "ours": "the segmenter in the standalone host, exits off, float32",
+    "ours-fast": "the same after optimize_segmenter(), exits off",
+    "ours-fast-exits": "the same after optimize_segmenter(), with the exits of the configuration",
+    "torchvision-fcn": "torchvision's FCN with ResNet-50, as shipped",
+    "torchvision-deeplabv3": "torchvision's DeepLabV3 with ResNet-50, as shipped",
+    "torchvision-lraspp": "torchvision's LR-ASPP with MobileNetV3-Large, as shipped",
+    "detectron2-fpn": "Detectron2's SemSegFPNHead on the backbone of ours, as shipped",
+}
 # The others have models of their own, or none, and are only measured if they are named.
 OF_MODELS = ("heads", "masks", "whole", "parts", "training", "memory", "limits", "accuracy")
 MEASUREMENTS = (*OF_MODELS, "attention", "backbones")
+OF_SEGMENTERS = ("whole", "parts")
 AUTOCAST_TYPES = ("bfloat16", "float16")
 
 # Measured with exits "below 0.02, redundant from 0.95, REGION_BUDGET [300, 100, 50]".
@@ -61,7 +72,8 @@ class Options:
         config_file: YAML files; later ones override earlier ones.
         opts: configuration keys and values that override the files.
         output: folder of the results.
-        contenders: the models to compare, names from ``MODELS``.
+        contenders: the detectors to compare, names from ``MODELS``.
+        segmenters: the segmenters to compare, names from ``SEGMENTERS``.
         measure: names from ``MEASUREMENTS``.
         batches: batch sizes, in images.
         proposals: numbers of regions per image that reach the heads.
@@ -82,6 +94,7 @@ class Options:
     opts: tuple[str, ...] = ()
     output: Path = Path("output/benchmark")
     contenders: tuple[str, ...] = tuple(MODELS)
+    segmenters: tuple[str, ...] = tuple(SEGMENTERS)
     measure: tuple[str, ...] = OF_MODELS
     batches: tuple[int, ...] = (1,)
     proposals: tuple[int, ...] = (1000, 300, 100)

@@ -41,6 +41,8 @@ def format_benchmark(results: Metrics) -> str:
                 sections.append(_agreement_section(comparison["agreement"]))
             if comparison.get("differences"):
                 sections.append(_mask_section(comparison))
+            if comparison.get("labels"):
+                sections.append(_label_section(comparison["labels"]))
     sections += [_parts_section(comparison) for comparison in results.get("parts", ())]
     sections += map(_backbone_sections, results.get("backbones", ()))
     if results.get("memory"):
@@ -97,6 +99,15 @@ def _agreement_section(agreement: Metrics) -> str:
     return table(f"Detections compared with {reference}", headers, rows, "")
 
 
+def _label_section(labels: Metrics) -> str:
+    rows = [
+        [name, f"{found['same_class']:.4%}", f"{found['difference']:.2g}"]
+        for name, found in labels.items()
+    ]
+    headers = ["model", "pixels of the same class", "largest difference, as a share of logits"]
+    return table("Labels compared with ours", headers, rows, "")
+
+
 def _mask_section(comparison: Metrics) -> str:
     differences = comparison["differences"]
     rows = [[name, f"{value:.2g}"] for name, value in differences["contenders"].items()]
@@ -111,11 +122,16 @@ def _mask_section(comparison: Metrics) -> str:
 def _parts_section(comparison: Metrics) -> str:
     models: Mapping[str, Metrics] = comparison["contenders"]
     parts = sorted({part for times in models.values() for part in times}, key=part_order)
-    rows = [
-        [name] + [f"{times[part]['median']:.1f}" if part in times else "" for part in parts]
-        for name, times in models.items()
-    ]
-    return table(f"Parts, ms per image: {where(comparison)}", ["model", *parts], rows, "")
+    rows = []
+    for name, times in models.items():
+        total = sum(spread["median"] for spread in times.values())
+        shown = {
+            part: f"{spread['median']:.1f} ({spread['median'] / total:.0%})"
+            for part, spread in times.items()
+        }
+        rows.append([name] + [shown.get(part, "") for part in parts])
+    title = f"Parts, ms per image (share): {where(comparison)}"
+    return table(title, ["model", *parts], rows, "")
 
 
 def _backbone_sections(comparison: Metrics) -> str:

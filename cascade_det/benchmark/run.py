@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cascade_det import config
 from cascade_det.benchmark.accuracy import measure_accuracy
 from cascade_det.benchmark.attention_memory import compare_attention
 from cascade_det.benchmark.backbones import measure_backbones
@@ -24,14 +25,22 @@ from cascade_det.benchmark.limits import measure_limits
 from cascade_det.benchmark.machine import describe
 from cascade_det.benchmark.memory import compare_memory
 from cascade_det.benchmark.models import BenchmarkModel, open_models
-from cascade_det.benchmark.options import MODELS, OF_MODELS, Options
+from cascade_det.benchmark.options import (
+    MODELS,
+    OF_MODELS,
+    OF_SEGMENTERS,
+    SEGMENTERS,
+    Options,
+)
 from cascade_det.benchmark.picture import plot_benchmark
 from cascade_det.benchmark.report import format_benchmark
-from cascade_det.benchmark.setup import Setup
+from cascade_det.benchmark.segmenters import SegmenterSetup, measurements, open_segmenters
+from cascade_det.benchmark.setup import Setup, read_config
 from cascade_det.benchmark.targets import EMULATED, hold_targets
 from cascade_det.benchmark.training import open_training_steps, trainable
 from cascade_det.engine.devices import has_bfloat16
 from cascade_det.engine.log import setup_logging
+from cascade_det.errors import ConfigError
 from cascade_det.files import atomic_path, write_json
 
 logger = logging.getLogger(__name__)
@@ -42,6 +51,7 @@ _MEMORY_MODELS = ("ours", "ours-fast", "ours-fast-exits", "detectron2-cascade")
 
 Results = dict[str, Any]
 Models = Mapping[str, BenchmarkModel]
+Measurements = Mapping[str, Callable[[], Any]]
 
 
 def run_benchmark(options: Options) -> Results:
@@ -58,7 +68,29 @@ def run_benchmark(options: Options) -> Results:
     """
     if options.threads:
         torch.set_num_threads(options.threads)
+    is_segmenter = config.is_segmenter(read_config(options))
+    results, chosen = (_open_segmenters if is_segmenter else _open_detectors)(options)
+    for name, reason in results["left_out"].items():
+        logger.info("Left out: %s, %s", name, reason)
+    for name, measure in chosen.items():
+        logger.info("Measuring: %s", name)
+        results[name] = measure()
+        results["bar"] = hold_targets(results)
+        # After every measurement, so that an interruption loses none.
+        write_json(results, options.output / "benchmark.json", indent=2)
+        with atomic_path(options.output / "benchmark.md") as temporary:
+            temporary.write_text(format_benchmark(results) + "\n", encoding="utf-8")
+        plot_benchmark(results, options.output / "benchmark.png")
+    return results
+
+
+def _open_detectors(options: Options) -> tuple[Results, Measurements]:
+    """Results without measurements yet, and these."""
     contenders = options.contenders
+    if not contenders:
+        raise ConfigError(
+            f"--contenders: the model is a detector. Choose from {', '.join(MODELS)}."
+        )
     if set(options.measure).isdisjoint(OF_MODELS):
         # Nothing that is measured has the weights of the configuration.
         contenders = ()
@@ -67,25 +99,39 @@ def run_benchmark(options: Options) -> Results:
     setup.batches(options.batches[0])  # reads the test set now, so that errors come first
     setup_logging(options.output)
     models, left_out = open_models(setup, contenders)
-    for name, reason in left_out.items():
-        logger.info("Left out: %s, %s", name, reason)
-    results: Results = {
+    measured = _measurements(setup, models, left_out)
+    results = {
         "machine": describe(setup.device),
-        "settings": _settings(setup),
+        "settings": {
+            **_settings(setup),
+            "fast": setup.fast_arguments(),
+            "exits": setup.exits[1],
+            "autocast": options.autocast,
+        },
         "contenders": {name: _described(name, setup) for name in models},
         "left_out": left_out,
     }
-    measurements = _measurements(setup, models, left_out)
-    for name in options.measure:
-        logger.info("Measuring: %s", name)
-        results[name] = measurements[name]()
-        results["bar"] = hold_targets(results)
-        # After every measurement, so that an interruption loses none.
-        write_json(results, options.output / "benchmark.json", indent=2)
-        with atomic_path(options.output / "benchmark.md") as temporary:
-            temporary.write_text(format_benchmark(results) + "\n", encoding="utf-8")
-        plot_benchmark(results, options.output / "benchmark.png")
-    return results
+    return results, {name: measured[name] for name in options.measure}
+
+
+def _open_segmenters(options: Options) -> tuple[Results, Measurements]:
+    """As ``_open_detectors``."""
+    chosen = [name for name in options.measure if name in OF_SEGMENTERS]
+    if not chosen or not options.segmenters:
+        what, known = ("contenders", SEGMENTERS) if chosen else ("measure", OF_SEGMENTERS)
+        raise ConfigError(f"--{what}: the model is a segmenter. Choose from {', '.join(known)}.")
+    setup = SegmenterSetup(options)
+    setup.batches(options.batches[0])  # reads the test set now, so that errors come first
+    setup_logging(options.output)
+    models, left_out = open_segmenters(setup, options.segmenters)
+    results = {
+        "machine": describe(setup.device),
+        "settings": _settings(setup),
+        "contenders": {name: SEGMENTERS[name] for name in models},
+        "left_out": left_out,
+    }
+    measured = measurements(setup, models)
+    return results, {name: measured[name] for name in chosen}
 
 
 def _described(name: str, setup: Setup) -> str:
@@ -134,7 +180,7 @@ def _accuracy(setup: Setup, left_out: dict[str, str]) -> Results:
     return measure_accuracy(setup.cfg, setup.options.output / "accuracy")
 
 
-def _settings(setup: Setup) -> Results:
+def _settings(setup: Setup | SegmenterSetup) -> Results:
     options = setup.options
     return {
         "config_file": list(options.config_file),
@@ -145,7 +191,4 @@ def _settings(setup: Setup) -> Results:
         "rounds": options.rounds,
         "warmup": options.warmup,
         "seconds": options.seconds or None,
-        "fast": setup.fast_arguments(),
-        "exits": setup.exits[1],
-        "autocast": options.autocast,
     }

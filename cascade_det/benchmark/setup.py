@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from fvcore.common.config import CfgNode
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -64,11 +65,7 @@ class Setup:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        # Without an index, a missing GPU would only be a warning.
-        device = "cuda:0" if options.device == "cuda" else options.device
-        self.cfg = config.load_config(
-            list(options.config_file), [*options.opts, "MODEL.DEVICE", device]
-        )
+        self.cfg = read_config(options)
         config.check_config(self.cfg)
         self.device = resolve_device(self.cfg)
         self.trained = bool(self.cfg.MODEL.WEIGHTS)
@@ -90,7 +87,7 @@ class Setup:
         cfg = config.changed(self.cfg, "MODEL.DEVICE", "cpu")
         if not self.trained:
             seed = self.options.seed
-            return seeded_weights(cfg, self._draw_image(seed), seed)
+            return seeded_weights(cfg, draw_sample(self.options.size, seed)["image"], seed)
         detector = build_detector(cfg)
         load_weights(detector, self.cfg.MODEL.WEIGHTS, complete=True)
         return detector.state_dict()
@@ -145,16 +142,16 @@ class Setup:
                 wanted = self.options.images * size
                 images = list(itertools.islice(itertools.cycle(self._test_images), wanted))
             else:
-                images = [self._sample(self.options.seed + number) for number in range(size)]
-            starts = range(0, len(images), size)
-            self._batches[size] = [images[start : start + size] for start in starts]
+                seed = self.options.seed
+                images = [draw_sample(self.options.size, seed + number) for number in range(size)]
+            self._batches[size] = in_batches(images, size)
         return self._batches[size]
 
     def training_batch(self, size: int) -> list[Sample]:
         """Random images with objects of random classes, for a training step."""
         batch = []
         for seed in range(self.options.seed, self.options.seed + size):
-            sample = self._sample(seed)
+            sample = draw_sample(self.options.size, seed)
             generator = torch.Generator().manual_seed(seed)
             sample["gt_boxes"] = draw_boxes(_OBJECTS, sample["image"].shape[-2:], generator)
             classes = self.cfg.MODEL.ROI_HEADS.NUM_CLASSES
@@ -215,16 +212,26 @@ class Setup:
         loader = itertools.islice(test_loader(cfg, dataset), wanted)
         return [sample for batch in loader for sample in batch]
 
-    def _sample(self, seed: int) -> Sample:
-        height, width = self.options.size
-        return {"image": self._draw_image(seed), "height": height, "width": width}
 
-    def _draw_image(self, seed: int) -> Tensor:
-        """Smooth blocks with noise: uint8 ``[3, H, W]``."""
-        generator = torch.Generator().manual_seed(seed)
-        blocks = 200 * torch.rand(1, 3, 12, 16, generator=generator)
-        image = F.interpolate(blocks, self.options.size, mode="bilinear")[0]
-        return (image + 55 * torch.rand(image.shape, generator=generator)).to(torch.uint8)
+def read_config(options: Options) -> CfgNode:
+    """The configuration of the standalone host with the device of the options; not checked."""
+    # Without an index, a missing GPU would only be a warning.
+    device = "cuda:0" if options.device == "cuda" else options.device
+    return config.load_config(list(options.config_file), [*options.opts, "MODEL.DEVICE", device])
+
+
+def draw_sample(size: tuple[int, int], seed: int) -> Sample:
+    """An image of smooth blocks with noise: uint8 ``[3, *size]``."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = 200 * torch.rand(1, 3, 12, 16, generator=generator)
+    image = F.interpolate(blocks, size, mode="bilinear")[0]
+    image = (image + 55 * torch.rand(image.shape, generator=generator)).to(torch.uint8)
+    return {"image": image, "height": size[0], "width": size[1]}
+
+
+def in_batches(images: Sequence[Sample], size: int) -> list[list[Sample]]:
+    """Consecutive batches of ``size`` images."""
+    return [list(images[start : start + size]) for start in range(0, len(images), size)]
 
 
 def replayed_exits(survivors: Survivors) -> ExitPolicy:

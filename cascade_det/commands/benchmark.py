@@ -1,4 +1,4 @@
-"""Time ours beside Detectron2 and torchvision: same weights, same images, in turn in one process.
+r"""Time ours beside Detectron2 and torchvision: same images, in turn in one process.
 
 cascade-det benchmark --quick                              # within two minutes
 cascade-det benchmark --batch 1 4 16 --proposals 1000 300 100
@@ -6,6 +6,8 @@ cascade-det benchmark --device cuda --batch 1 8 --autocast float16
 cascade-det benchmark --survivors output/cells/results.json --rounds 5 MODEL.RESNETS.DEPTH 101
 cascade-det benchmark --config-file cells.yaml MODEL.WEIGHTS output/cells/model_final.pth
 cascade-det benchmark --measure backbones                  # against ResNet-50-FPN
+cascade-det benchmark --config-file cascade_det://SemanticSegmentation/cascade_resnet50.yaml \
+    --size 512 512 MODEL.WEIGHTS ''
 
 Without trained weights all detectors share random ones. Thresholds on them would mean nothing, so
 exits are replayed: each stage gets as many proposals as --survivors says. With trained weights,
@@ -25,6 +27,7 @@ from cascade_det.benchmark.options import (
     MEASUREMENTS,
     MODELS,
     QUICK,
+    SEGMENTERS,
     Options,
     read_survivors,
 )
@@ -51,6 +54,10 @@ def _options(args: argparse.Namespace) -> Options:
     if "contenders" in given:
         # Models that are named are measured even if they are slow.
         given["emulated"] = True
+        named = given["contenders"]
+        # "ours" may be either.
+        given["segmenters"] = named if set(named) <= SEGMENTERS.keys() else ()
+        given["contenders"] = named if set(named) <= MODELS.keys() else ()
     return Options(**{**defaults, **given})
 
 
@@ -65,14 +72,16 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
     add("--quick", "a few runs on a smaller image", action="store_true")
     add(
         "--contenders",
-        "; ".join(f"{name}: {what}" for name, what in MODELS.items()),
-        choices=MODELS,
+        "; ".join(f"{name}: {what}" for name, what in MODELS.items())
+        + "; of segmenters ours, ours-fast, ours-fast-exits and "
+        + "; ".join(f"{name}: {what}" for name, what in SEGMENTERS.items() if name not in MODELS),
+        choices=[*MODELS, *(name for name in SEGMENTERS if name not in MODELS)],
         nargs="+",
         metavar="NAME",
     )
     add(
         "--measure",
-        "what to measure (all but attention and backbones)",
+        "what to measure (all but attention and backbones; of segmenters whole and parts)",
         choices=MEASUREMENTS,
         nargs="+",
     )

@@ -1,8 +1,10 @@
-r"""Write a trained detector of fixed depth, without exits, into one self-contained file.
+r"""Write a trained detector or segmenter, without exits, into one self-contained file.
 
 cascade-det export --config-file ... --format onnx --output model.onnx \
     --opts MODEL.WEIGHTS output/model_final.pth
 cascade-det predict --onnx model.onnx --input photos --output out
+
+A detector has fixed depth; a segmenter its whole decoder, and predict does not run its file.
 """
 
 from __future__ import annotations
@@ -10,11 +12,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cascade_det.commands.arguments import check_output_file, config_parser
 from cascade_det.commands.errors import without_traceback
-from cascade_det.errors import CascadeDetError
+from cascade_det.errors import CascadeDetError, ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from cascade_det.onnx_predictor import ExportedModel
     from cascade_det.standalone import Predictor
     from cascade_det.standalone.export import Comparison
+    from cascade_det.standalone.segmenter import SemanticSegmentor
 
 ASPECT_RATIO = 1.3  # width by height of the image of random pixels
 
@@ -36,7 +39,7 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
         help="for onnxruntime (the default) or torch.export.load",
     )
     parser.add_argument(
-        "--stages", type=int, metavar="K", help="export the first K; all by default"
+        "--stages", type=int, metavar="K", help="of a detector: export the first K; all by default"
     )
     parser.add_argument("--output", required=True, metavar="FILE")
     parser.add_argument(
@@ -49,19 +52,28 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command; returns its exit status.
 
-    It is 1, and no file is written, if the exported model's detections differ.
+    It is 1, and no file is written, if the exported model's answer differs.
     """
     args = _parse(argv, prog)
     from cascade_det import config
     from cascade_det.engine.log import setup_logging
-    from cascade_det.files import atomic_path, remove_leftovers
-    from cascade_det.standalone import Predictor, export
 
     setup_logging()
     cfg = config.load_config(args.config_file, args.opts)
     config.check_config(cfg)
     output = Path(args.output)
     check_output_file(output, [*args.config_file, args.image, cfg.MODEL.WEIGHTS])
+    if config.is_segmenter(cfg):
+        _export_segmenter(cfg, args, output)
+    else:
+        _export_detector(cfg, args, output)
+    return 0
+
+
+def _export_detector(cfg: CfgNode, args: argparse.Namespace, output: Path) -> None:
+    from cascade_det.files import atomic_path, remove_leftovers
+    from cascade_det.standalone import Predictor, export
+
     num_stages = export.stages_to_export(cfg, args.format, args.stages)
     _print_what_is_left_out(cfg)
     cfg = _plain(cfg)
@@ -78,45 +90,107 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             raise CascadeDetError(
                 f"{output}: not the same detections as the detector's; nothing is written"
             )
-    print(f"{output}: {num_stages} stages, {output.stat().st_size / 2**20:.1f} MiB")
-    return 0
+    print(f"{output}: {num_stages} stages, {_megabytes(output)}")
+
+
+def _export_segmenter(cfg: CfgNode, args: argparse.Namespace, output: Path) -> None:
+    from cascade_det.files import atomic_path, remove_leftovers
+    from cascade_det.standalone import export_segmenter as export
+    from cascade_det.standalone.export import check_export
+
+    if args.stages is not None:
+        raise ConfigError("--stages is for detectors: a segmenter is exported with all its levels")
+    check_export(cfg, args.format)
+    _print_what_is_left_out(cfg)
+    cfg = _plain(cfg)
+    image = _image_to_check(cfg, args.image).float()
+    segmenter, class_names = _load_segmenter(cfg)
+    description = export.SegmenterDescription(class_names, **_input_size(cfg))
+    remove_leftovers(output.parent)
+    with atomic_path(output) as temporary:
+        write = export.export_onnx if args.format == "onnx" else export.export_program
+        comparison = export.compare(segmenter, write(segmenter, temporary, description), image)
+        height, width = image.shape[1:]
+        print(
+            f"Checked on an image of {width} x {height}: largest difference "
+            f"{comparison.difference:.2g} of logits up to {comparison.largest:.2g}; the same "
+            f"class in {comparison.labels:.4%} of the pixels"
+        )
+        if not comparison.same:
+            raise CascadeDetError(
+                f"{output}: not the same logits as the segmenter's; nothing is written"
+            )
+    print(f"{output}: {len(class_names)} classes, {_megabytes(output)}")
+
+
+def _load_segmenter(cfg: CfgNode) -> tuple[SemanticSegmentor, list[str]]:
+    """The segmenter and the names of its classes, from the checkpoint or the configuration."""
+    from cascade_det import config
+    from cascade_det.engine.run_info import usable_run_info
+    from cascade_det.standalone.build_segmenter import build_one_scale
+    from cascade_det.weights import load_weights
+
+    segmenter = build_one_scale(cfg).eval()
+    file = load_weights(segmenter, cfg.MODEL.WEIGHTS, complete=True).file
+    configured = config.semantic_datasets_arguments(cfg, train=False)["class_names"]
+    names = list(usable_run_info(file.run, file.path).get("class_names", configured))
+    count = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    return segmenter, names if len(names) == count else [f"class {i}" for i in range(count)]
+
+
+def _megabytes(path: Path) -> str:
+    return f"{path.stat().st_size / 2**20:.1f} MiB"
 
 
 def _description(cfg: CfgNode, predictor: Predictor, num_stages: int) -> ExportedModel:
-    from cascade_det import config
-    from cascade_det.onnx_predictor import LONGEST_SIDE, MOST_PIXELS, ExportedModel
+    from cascade_det.onnx_predictor import ExportedModel
 
-    inputs = config.input_arguments(cfg, train=False)
-    min_size = inputs["min_sizes"][0]
     return ExportedModel(
         class_names=predictor.class_names,
         category_ids=predictor.category_ids,
-        image_format=inputs["image_format"],
-        min_size=min_size,
-        max_size=min(inputs["max_size"], LONGEST_SIDE, MOST_PIXELS // max(min_size, 1)),
         num_stages=num_stages,
+        **_input_size(cfg),
     )
 
 
+def _input_size(cfg: CfgNode) -> dict[str, Any]:
+    """What a description says of images."""
+    from cascade_det import config
+    from cascade_det.onnx_predictor import LONGEST_SIDE, MOST_PIXELS
+
+    inputs = config.input_arguments(cfg, train=False)
+    min_size = inputs["min_sizes"][0]
+    return {
+        "image_format": inputs["image_format"],
+        "min_size": min_size,
+        "max_size": min(inputs["max_size"], LONGEST_SIDE, MOST_PIXELS // max(min_size, 1)),
+    }
+
+
 def _plain(cfg: CfgNode) -> CfgNode:
-    """The same detector on the CPU, without this machine's optimisations."""
+    """The same model on the CPU, without this machine's optimisations."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.CASCADE.FAST.ENABLED = False
     cfg.CASCADE.SHADOW_SHARE = 0.0
+    cfg.MODEL.CASCADE_DECODER.EXIT.ENABLED = False
     return cfg
 
 
 def _print_what_is_left_out(cfg: CfgNode) -> None:
+    from cascade_det import config
+
     if cfg.MODEL.CASCADE.EXIT.ENABLED:
         print("Exits are left out: every proposal runs all stages of the file.")
+    if config.is_segmenter(cfg) and cfg.MODEL.CASCADE_DECODER.EXIT.ENABLED:
+        print("Exits are left out: the file runs the whole decoder.")
     if cfg.MODEL.CASCADE.FAST.ENABLED:
         print("MODEL.CASCADE.FAST is ignored: the file is float32, as the weights are.")
 
 
 def _image_to_check(cfg: CfgNode, file: str | None) -> torch.Tensor:
-    """The file's pixels, or random ones: uint8 ``[3, H, W]``, resized as for detection."""
+    """The file's pixels, or random ones: uint8 ``[3, H, W]``, resized as for the model."""
     import torch
 
     from cascade_det import config

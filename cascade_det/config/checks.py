@@ -18,7 +18,13 @@ from cascade_det.config.key import Values, one_of, shown
 from cascade_det.config.model_checks import BACKBONE_CHECKS, MODEL_CHECKS
 from cascade_det.config.run_checks import RUN_CHECKS
 from cascade_det.config.segmenter_arguments import is_segmenter
-from cascade_det.config.segmenter_checks import SEGMENTER_CHECKS, check_levels, check_unread
+from cascade_det.config.segmenter_checks import (
+    SEGMENTER_CHECKS,
+    check_fast,
+    check_levels,
+    check_not_fast,
+    check_unread,
+)
 from cascade_det.config.tree import BACKBONE_NODES, KEYS, changed_keys, get_cfg, value_of
 from cascade_det.errors import ConfigError
 
@@ -65,7 +71,7 @@ def check_config(cfg: CfgNode) -> None:
     """
     if is_segmenter(cfg):
         read = [name for name in KEYS if not name.startswith(_OF_DETECTORS)]
-        _check(cfg, read, (*SEGMENTER_CHECKS, *_run_checks(cfg)), _SEGMENTER)
+        _check(cfg, read, (*SEGMENTER_CHECKS, check_fast, *_run_checks(cfg)), _SEGMENTER)
     else:
         _check(cfg, list(KEYS), (*MODEL_CHECKS, *HEAD_CHECKS, *_run_checks(cfg)), _DETECTOR)
 
@@ -145,7 +151,8 @@ def check_run(cfg: CfgNode) -> None:
     Raises:
         ConfigError: as ``check_config``.
     """
-    _check(cfg, _in_both_hosts(_RUN), _run_checks(cfg))
+    further = (check_not_fast,) if is_segmenter(cfg) else ()
+    _check(cfg, _in_both_hosts(_RUN), (*_run_checks(cfg), *further))
 
 
 def _run_checks(cfg: CfgNode) -> tuple[Check, ...]:

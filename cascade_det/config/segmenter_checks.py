@@ -18,7 +18,8 @@ _MAXVIT, _MAXVIT_STEP = "build_maxvit_backbone", 32
 _OF_DETECTORS = (
     "MODEL.MASK_ON",
     "MODEL.CASCADE.EXIT.ENABLED",
-    "MODEL.CASCADE.FAST.ENABLED",
+    "MODEL.CASCADE.FAST.COMPILE",
+    "MODEL.CASCADE.FAST.FLOAT32_PARTS",
     "TEST.AUG.ENABLED",
     "CASCADE.SHADOW_SHARE",
 )
@@ -110,6 +111,24 @@ def check_unread(cfg: CfgNode) -> Iterator[str]:
             yield f"{key} is {value}, but segmenters do not have that. Set it to {type(value)()}."
 
 
+def check_not_fast(cfg: CfgNode) -> Iterator[str]:
+    """A segmenter in Detectron2 is not optimised."""
+    if cfg.MODEL.CASCADE.FAST.ENABLED:
+        yield (
+            "MODEL.CASCADE.FAST.ENABLED is True, but segmenters in Detectron2 do not have that. "
+            "Set it to False, or use --host standalone."
+        )
+
+
+def check_fast(cfg: CfgNode) -> Iterator[str]:
+    """A segmenter in the standalone host is optimised in float32 only."""
+    if (dtype := cfg.MODEL.CASCADE.FAST.DTYPE) not in ("auto", "float32"):
+        yield (
+            f"MODEL.CASCADE.FAST.DTYPE is {dtype!r}, but optimised segmenters compute in float32. "
+            "Give 'auto' or 'float32'."
+        )
+
+
 def require_detector(cfg: CfgNode) -> None:
     """Check that the model is a detector.
 
@@ -119,8 +138,7 @@ def require_detector(cfg: CfgNode) -> None:
     if is_segmenter(cfg):
         raise ConfigError(
             "MODEL.META_ARCHITECTURE is 'SemanticSegmentor', but this is for detectors, "
-            "'GeneralizedRCNN'. Commands for segmenters are train, eval, calibrate, predict, "
-            "show-data and check-data."
+            "'GeneralizedRCNN'. Segmenters are built by build_segmenter."
         )
 
 

@@ -16,8 +16,10 @@ from torch.nn import functional as F
 from cascade_det.backbones.cascade_decoder import CascadeDecoder
 from cascade_det.backbones.fast_upconv import doubling_kernels
 from cascade_det.layers.folding import fold_norms
+from cascade_det.layers.winograd import WinogradConv2d
 from cascade_det.segmentation.pixel_rows import PixelRows, PixelSet, dilate, map_rows
 
+_CONVOLUTIONS = (nn.Conv2d, WinogradConv2d)  # the latter in an optimised decoder
 # How far around a decoded pixel: two 3x3 convolutions need the attended map, 7x7 spatial attention
 # also the fused map, whose own 3x3 convolution needs the upsampled coarser map.
 ATTENDED, FUSED, UPSAMPLED = 2, 5, 6
@@ -52,7 +54,7 @@ class SparseLevel:
             (conv.weight.flatten(1).t(), conv.bias)
             for conv in (gate.W_g[0], gate.W_x[0], gate.psi[0])
         )
-        convs: list[Any] = [conv for conv in block.conv if isinstance(conv, nn.Conv2d)]
+        convs: list[Any] = [conv for conv in block.conv if isinstance(conv, _CONVOLUTIONS)]
         self.convs = [(_taps(conv.weight), conv.bias) for conv in convs]
 
     def __call__(self, coarser: PixelRows, skip: Tensor, wanted: Tensor) -> PixelRows:

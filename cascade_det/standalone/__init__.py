@@ -4,7 +4,7 @@ from cascade_det.standalone.augmented import AugmentedDetector
 from cascade_det.standalone.build import build_detector
 from cascade_det.standalone.detector import Detector
 from cascade_det.standalone.evaluate import evaluate
-from cascade_det.standalone.optimize import optimize
+from cascade_det.standalone.optimize import optimize, optimize_segmenter
 from cascade_det.standalone.predictor import Predictor
 from cascade_det.standalone.segmenter_predictor import SegmenterPredictor
 from cascade_det.standalone.train import replay_batch, train
@@ -17,6 +17,7 @@ __all__ = [
     "build_detector",
     "evaluate",
     "optimize",
+    "optimize_segmenter",
     "replay_batch",
     "train",
 ]

@@ -14,6 +14,7 @@ from cascade_det.engine.run_lock import alone_in_output_dir
 from cascade_det.engine.run_weights import load_to_evaluate
 from cascade_det.engine.semantic_datasets import load_semantic_datasets_to_evaluate
 from cascade_det.standalone.build_segmenter import build_segmenter
+from cascade_det.standalone.optimize import optimize_segmenter
 from cascade_det.standalone.segmenter_base import SegmenterBase
 
 
@@ -35,10 +36,14 @@ def load_segmenter(
 ) -> tuple[SegmenterBase, list[SemanticDataset]]:
     """A segmenter with its weights, and the data sets of ``DATASETS.TEST``.
 
+    The segmenter is optimised if ``MODEL.CASCADE.FAST.ENABLED``.
+
     Args and errors as ``evaluate_segmenter``.
     """
     datasets = load_semantic_datasets_to_evaluate(cfg, resume=resume)
     set_backends(cfg)
     segmenter = build_segmenter(cfg)
     load_to_evaluate(Checkpointer(segmenter, cfg.OUTPUT_DIR), cfg, datasets, resume=resume)
+    if cfg.MODEL.CASCADE.FAST.ENABLED:
+        optimize_segmenter(segmenter)
     return segmenter, datasets

@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental import _config
 
-from cascade_det.backbones import EfficientViT, HATNet, HierarchicalViT
+from cascade_det.backbones import EfficientViT, HATNet, HierarchicalViT, PVTv2
 from cascade_det.core import Detections
 from cascade_det.core.modes import evaluation_mode
 from cascade_det.errors import ConfigError
@@ -35,14 +36,34 @@ METADATA_FILE = f"{METADATA_KEY}.json"
 _PACKAGES = {"onnx": ("onnx", "onnxruntime"), "torch-export": ()}
 # Shape of the traced image. Its sides share no factor with a stride, so that no size becomes a
 # constant.
-_EXAMPLE_SHAPE = (3, 150, 211)
+EXAMPLE_SHAPE = (3, 150, 211)
 # The same for a program, whose tracing computes no values; attention has several windows there.
-_PROGRAM_SHAPE = (3, 486, 597)
-_WITH_ATTENTION = (EfficientViT, HATNet, HierarchicalViT)
+PROGRAM_SHAPE = (3, 486, 597)
+_WITH_ATTENTION = (EfficientViT, HATNet, HierarchicalViT, PVTv2)
 _SMALLEST_WITH_ATTENTION = 128
 
 # Image uint8 [3, H, W] to boxes [D, 4], scores [D], classes [D] and, with masks, masks [D, M, M].
 ExportedDetector = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+def check_export(cfg: CfgNode, file_format: str) -> None:
+    """Check what every export needs.
+
+    Args:
+        cfg: of a detector or a segmenter.
+        file_format: "onnx" or "torch-export".
+
+    Raises:
+        ConfigError: a package or the weights are missing.
+    """
+    for package in _PACKAGES[file_format]:
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"--format {file_format} needs {package}, which is not installed: pip install "
+                f"{' '.join(_PACKAGES[file_format])}"
+            )
+    if not cfg.MODEL.WEIGHTS:
+        raise ConfigError("MODEL.WEIGHTS is empty: give the file of weights to export")
 
 
 def stages_to_export(cfg: CfgNode, file_format: str, num_stages: int | None) -> int:
@@ -57,14 +78,7 @@ def stages_to_export(cfg: CfgNode, file_format: str, num_stages: int | None) -> 
         ConfigError: a package or the weights are missing, the cascade has fewer stages, or exits
             are enabled and ``num_stages`` is ``None``.
     """
-    for package in _PACKAGES[file_format]:
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(
-                f"--format {file_format} needs {package}, which is not installed: pip install "
-                f"{' '.join(_PACKAGES[file_format])}"
-            )
-    if not cfg.MODEL.WEIGHTS:
-        raise ConfigError("MODEL.WEIGHTS is empty: give the file of weights to export")
+    check_export(cfg, file_format)
     available = len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)
     if num_stages is None:
         if cfg.MODEL.CASCADE.EXIT.ENABLED and cfg.MODEL.ROI_HEADS.NAME != "CascadeROIHeads":
@@ -95,31 +109,50 @@ def export_onnx(
     Returns:
         A function that runs the file in onnxruntime.
     """
+    model = FixedDepthDetector(detector, description.num_stages)
+    outputs = OUTPUTS if detector.roi_heads.masks is None else OUTPUTS_WITH_MASKS
+    axes = {name: {0: "detections"} for name in outputs}
+    write_onnx(model, path, draw_image(EXAMPLE_SHAPE), axes, description.to_json())
+    predictor = OnnxPredictor(path)
+    return lambda image: tuple(torch.from_numpy(x) for x in predictor.run(image.numpy()))
+
+
+def write_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example: Tensor,
+    outputs: Mapping[str, Mapping[int, str]],
+    description: str,
+) -> None:
+    """Write an ONNX file of a function of one image of any size.
+
+    Args:
+        model: an image ``[3, H, W]`` to its outputs.
+        path: of the file.
+        example: an image that is traced.
+        outputs: the names of their axes that vary, by name.
+        description: written into the file.
+    """
     import onnx
 
-    model = FixedDepthDetector(detector, description.num_stages)
-    sides = {1: "height", 2: "width"}
-    outputs = OUTPUTS if detector.roi_heads.masks is None else OUTPUTS_WITH_MASKS
     with evaluation_mode(model), torch.no_grad(), warnings.catch_warnings():
         # Warnings about intended constants and about this exporter being the old one. The new one
         # takes many times as long to write the same file.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             model,
-            (_example(_EXAMPLE_SHAPE),),
+            (example,),
             os.fspath(path),
             input_names=list(INPUTS),
             output_names=list(outputs),
-            dynamic_axes={"image": sides, **{name: {0: "detections"} for name in outputs}},
+            dynamic_axes={"image": {1: "height", 2: "width"}, **outputs},
             opset_version=OPSET,
             dynamo=False,
         )
     content = onnx.load(path)
-    onnx.helper.set_model_props(content, {METADATA_KEY: description.to_json()})
+    onnx.helper.set_model_props(content, {METADATA_KEY: description})
     onnx.checker.check_model(content)
     onnx.save(content, path)
-    predictor = OnnxPredictor(path)
-    return lambda image: tuple(torch.from_numpy(x) for x in predictor.run(image.numpy()))
 
 
 def export_program(
@@ -127,16 +160,38 @@ def export_program(
 ) -> ExportedDetector:
     """Write a ``.pt2`` file for ``torch.export.load``; arguments as in ``export_onnx``.
 
-    It takes images with sides of 2 to 65,536 px; with attention in the backbone, of 128 or more,
-    since a map of a single window or row would need another program. The description is in
-    ``cascade_det.json`` in it.
-
     Returns:
         A function that runs the file in PyTorch.
     """
     model = FixedDepthDetector(detector, description.num_stages)
-    attends = isinstance(detector.backbone.bottom_up, _WITH_ATTENTION)
-    smallest = _SMALLEST_WITH_ATTENTION if attends else 2
+    return write_program(model, path, draw_image(PROGRAM_SHAPE), description.to_json())
+
+
+def write_program(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example: Tensor,
+    description: str,
+    *,
+    smallest: int = 2,
+) -> Callable[[Tensor], Any]:
+    """Write a ``.pt2`` file of a function of one image.
+
+    It takes images with sides of up to 65,536 px. The description is in ``cascade_det.json`` in it.
+
+    Args:
+        model: as in ``write_onnx``.
+        path: of the file.
+        example: as in ``write_onnx``.
+        description: written into the file.
+        smallest: side of an image in pixels, 2 or more; with attention in the model at least 128,
+            since a map of a single window or row would need another program.
+
+    Returns:
+        A function that runs the file in PyTorch.
+    """
+    attends = any(isinstance(module, _WITH_ATTENTION) for module in model.modules())
+    smallest = max(smallest, _SMALLEST_WITH_ATTENTION if attends else 2)
     sides = {
         axis: torch.export.Dim(name, min=smallest, max=LONGEST_SIDE)
         for axis, name in ((1, "height"), (2, "width"))
@@ -146,11 +201,11 @@ def export_program(
     with evaluation_mode(model), torch.no_grad(), sizes_alike:
         program = torch.export.export(
             model,
-            (_example(_PROGRAM_SHAPE),),
+            (example,),
             dynamic_shapes=(sides,),
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-    torch.export.save(program, path, extra_files={METADATA_FILE: description.to_json()})
+    torch.export.save(program, path, extra_files={METADATA_FILE: description})
     return torch.export.load(path).module()
 
 
@@ -219,6 +274,7 @@ def _detect(detector: Detector, image: Tensor, num_stages: int) -> Detections:
     return detections[0]
 
 
-def _example(shape: tuple[int, int, int]) -> Tensor:
+def draw_image(shape: tuple[int, int, int]) -> Tensor:
+    """An image of random pixels, uint8 ``shape``."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)

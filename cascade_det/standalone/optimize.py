@@ -1,4 +1,4 @@
-"""Optimisation of a detector for inference."""
+"""Optimisation of a detector or a segmenter for inference."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from cascade_det.engine.devices import describe_dtypes, resolve_fast_dtype
 from cascade_det.layers.folding import fold_norms
 from cascade_det.layers.winograd import use_winograd
 from cascade_det.standalone.detector import Detector
+from cascade_det.standalone.segmenter_base import SegmenterBase
 
 logger = logging.getLogger(__name__)
 
@@ -67,23 +68,20 @@ def optimize(
     detector.proposal_generator.rpn_head.topk_deltas_only = True
     done = [
         f"{fold_norms(detector)} norms are folded into convolutions.",
-        *_gather_biases(detector),
-        _use_channels_last(detector),
+        *_gather_biases(detector.backbone),
+        _use_channels_last(detector, (detector.backbone, detector.proposal_generator)),
         "The RPN computes the deltas of its best anchors only.",
         _set_types(detector, dtypes),
         _optimize_heads(detector, dtypes["roi_heads"]),
     ]
     backbone: nn.Module = detector.backbone
-    parts: list[nn.Module] = [detector.proposal_generator]
-    if not compile:  # torch.compile needs PyTorch's convolutions
-        parts.append(backbone)
-    if count := sum(map(use_winograd, parts)):
-        done.append(f"{count} convolutions use Winograd's algorithm on maps that are large enough.")
-    if detector.device.type == "cpu" and not compile and (count := use_fast_upconv(backbone)):
-        done.append(f"{count} levels upsample with 4/9 of the multiplications.")
+    if compile:  # torch.compile needs PyTorch's convolutions
+        done += _use_winograd(detector.proposal_generator)
+    else:
+        done += _use_winograd(detector.proposal_generator, backbone)
+        done += _upsample_fast(detector.device, backbone)
     _cast_between(detector, dtypes)
-    if detector.device.type == "cpu" and keep_freed_memory():
-        done.append("The process keeps the memory of freed tensors for the next ones.")
+    done += _keep_memory(detector.device)
     if compile:
         done.append(_compile(detector, dtypes))
     # Heads of unknown kinds stay as they are.
@@ -91,13 +89,63 @@ def optimize(
         {**dtypes, "roi_heads": fast_dtype(detector.roi_heads.box_head)}
     )
     detector.optimizations = done
-    logger.info("Optimised for inference:%s", "".join(f"\n  - {sentence}" for sentence in done))
+    _log(done)
     return detector
 
 
-def _gather_biases(detector: Detector) -> list[str]:
-    count = gather_biases(detector.backbone)
+def optimize_segmenter(segmenter: SegmenterBase) -> SegmenterBase:
+    """Optimise a segmenter for inference in place; it cannot be trained afterwards.
+
+    As ``optimize``, in float32: folds norms into convolutions and uses channels-last maps; on CPUs
+    large convolutions use Winograd's algorithm, other upsampling a shorter one, and the process
+    keeps the memory of freed tensors. Logits stay equal up to rounding. Load weights first.
+
+    Returns:
+        The segmenter, in evaluation mode; the changes are listed in its ``optimizations``.
+
+    Raises:
+        ValueError: the segmenter is optimised already.
+    """
+    if segmenter.optimizations:
+        raise ValueError("the segmenter is optimised already")
+    segmenter.eval().requires_grad_(False)
+    segmenter.optimizations = [
+        f"{fold_norms(segmenter)} norms are folded into convolutions.",
+        *_gather_biases(segmenter),
+        _use_channels_last(segmenter, (segmenter,)),
+        *_use_winograd(segmenter),
+        *_upsample_fast(segmenter.device, segmenter),
+        *_keep_memory(segmenter.device),
+    ]
+    _log(segmenter.optimizations)
+    return segmenter
+
+
+def _log(done: Iterable[str]) -> None:
+    logger.info("Optimised for inference:%s", "".join(f"\n  - {sentence}" for sentence in done))
+
+
+def _gather_biases(module: nn.Module) -> list[str]:
+    count = gather_biases(module)
     return [f"The biases of {count} attentions are gathered."] if count else []
+
+
+def _use_winograd(*parts: nn.Module) -> list[str]:
+    if not (count := sum(map(use_winograd, parts))):
+        return []
+    return [f"{count} convolutions use Winograd's algorithm on maps that are large enough."]
+
+
+def _upsample_fast(device: torch.device, *parts: nn.Module) -> list[str]:
+    if device.type != "cpu" or not (count := sum(map(use_fast_upconv, parts))):
+        return []
+    return [f"{count} levels upsample with 4/9 of the multiplications."]
+
+
+def _keep_memory(device: torch.device) -> list[str]:
+    if device.type != "cpu" or not keep_freed_memory():
+        return []
+    return ["The process keeps the memory of freed tensors for the next ones."]
 
 
 @dataclass
@@ -124,10 +172,10 @@ def _parts(detector: Detector) -> dict[str, _Part]:
     }
 
 
-def _use_channels_last(detector: Detector) -> str:
-    for part in (detector.backbone, detector.proposal_generator):
+def _use_channels_last(model: Detector | SegmenterBase, parts: Iterable[nn.Module]) -> str:
+    for part in parts:
         part.to(memory_format=torch.channels_last)
-    detector.memory_format = torch.channels_last
+    model.memory_format = torch.channels_last
     return "Images and maps are channels-last."
 
 

@@ -108,7 +108,16 @@ class SemanticSegmentor(SegmenterBase):
             self.pixel_mean,
             self.pixel_std,
             step=self.size_divisibility,
+            memory_format=self.memory_format,
         )
+
+    def scores(self, images: Tensor) -> Tensor:
+        """Normalised and padded images ``[N, 3, H, W]`` to logits ``[N, K, H, W]`` of all levels.
+
+        In the mode that the modules are in, and without exits.
+        """
+        logits = self._full_logits(images, [])
+        return sum(logits[1:], logits[0])
 
     def _full_logits(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         size = self._full_size(images)
@@ -122,7 +131,9 @@ class SemanticSegmentor(SegmenterBase):
 
     def _full_size(self, images: Tensor) -> tuple[int, int]:
         """Sides of the finest map times its stride."""
-        height, width = (-(-side // self.stride) * self.stride for side in images.shape[-2:])
+        step = self.stride
+        # ONNX rounds quotients of negative numbers up.
+        height, width = ((side + step - 1) // step * step for side in images.shape[-2:])
         return height, width
 
 

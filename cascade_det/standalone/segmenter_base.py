@@ -21,6 +21,12 @@ class SegmenterBase(nn.Module):
         loss_weight: its factor.
         pixel_mean: of each channel, in the channel order of the images.
         pixel_std: of each channel, in the same order.
+
+    Attributes:
+        optimizations: the changes made by ``optimize_segmenter``, one sentence each; empty before
+            it. An optimised segmenter cannot be trained.
+        dtype: the type that it computes in, for a report.
+        memory_format: of the batch of images.
     """
 
     def __init__(
@@ -39,7 +45,9 @@ class SegmenterBase(nn.Module):
         mean, std = torch.tensor(pixel_mean), torch.tensor(pixel_std)
         self.register_buffer("pixel_mean", mean.view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", std.view(-1, 1, 1), persistent=False)
+        self.optimizations: list[str] = []
         self.dtype = "float32"
+        self.memory_format = torch.contiguous_format
 
     @property
     def device(self) -> torch.device:
@@ -61,8 +69,14 @@ class SegmenterBase(nn.Module):
             ``loss_sem_seg``, Detectron2's name.
 
         Raises:
+            RuntimeError: the segmenter was optimised for inference.
             ValueError: the batch is empty, or an image or its labels have another shape.
         """
+        if self.optimizations:
+            raise RuntimeError(
+                "an optimised segmenter cannot be trained: its norms are folded. Build it again "
+                "without optimize_segmenter()"
+            )
         if len(batch) == 0:
             raise ValueError("the batch is empty: losses need at least one image")
         images, sizes = self.preprocess(batch)

@@ -3,6 +3,10 @@
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
+
+from cascade_det.config import get_cfg
+from cascade_det.standalone.build_segmenter import build_segmenter
 
 LEVELS = ["res2", "res3", "res4", "res5"]
 SEGMENTER = (
@@ -56,3 +60,30 @@ def labelled(rows, columns, **more):
         "sem_seg": torch.randint(0, 3, (rows, columns)),
         **more,
     }
+
+
+# Options of segmenters with other trunks.
+TRUNKS = {
+    "resnet": ("MODEL.CASCADE_DECODER.FUSE", "concat"),
+    "mobilenet_v2": ("MODEL.BACKBONE.NAME", "build_mobilenet_v2_backbone"),
+    "efficientvit": ("MODEL.BACKBONE.NAME", "build_efficientvit_backbone"),
+    "pyramid": (
+        *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.FPN.IN_FEATURES", LEVELS),
+        *("MODEL.SEM_SEG_HEAD.IN_FEATURES", ["p2", "p3", "p4"], "MODEL.FPN.OUT_CHANNELS", 32),
+    ),
+}
+
+
+def make_segmenter(*options):
+    """A segmenter in evaluation mode whose norms are not those of an untrained one."""
+    cfg = get_cfg()
+    cfg.merge_from_list([*SEGMENTER, *options])
+    torch.manual_seed(0)
+    segmenter = build_segmenter(cfg).eval()
+    for module in segmenter.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.weight, 0.8, 1.2)
+            nn.init.uniform_(module.bias, -0.1, 0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)
+    return segmenter

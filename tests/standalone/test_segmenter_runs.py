@@ -30,7 +30,8 @@ def cfg(folder):
     return cfg
 
 
-def test_training_learns(cfg, folder):
+def test_training_learns(cfg, folder, caplog):
+    caplog.set_level("INFO")
     cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
     cfg.SOLVER.MAX_ITER = 30
     metrics = host.train(cfg)["sem_seg"]
@@ -42,6 +43,9 @@ def test_training_learns(cfg, folder):
     cfg.MODEL.WEIGHTS = str(folder / "output" / "model_final.pth")
     cfg.OUTPUT_DIR = str(folder / "again")
     assert host.evaluate(cfg)["sem_seg"] == pytest.approx(metrics)
+    cfg.MODEL.CASCADE.FAST.ENABLED = True
+    assert host.evaluate(cfg)["sem_seg"] == pytest.approx(metrics, abs=0.05)
+    assert "Optimised for inference" in caplog.text
 
 
 def check_pictures(output, metrics):

@@ -121,7 +121,12 @@ def check_not_fast(cfg: CfgNode) -> Iterator[str]:
 
 
 def check_fast(cfg: CfgNode) -> Iterator[str]:
-    """A segmenter in the standalone host is optimised in float32 only."""
+    """A segmenter in the standalone host is optimised with one scale, and in float32 only."""
+    if cfg.MODEL.CASCADE.FAST.ENABLED and cfg.MODEL.DUAL_SCALE.MODE != "off":
+        yield (
+            "MODEL.CASCADE.FAST.ENABLED is True, but segmenters with two scales "
+            "(MODEL.DUAL_SCALE.MODE) do not have that. Set it to False."
+        )
     if (dtype := cfg.MODEL.CASCADE.FAST.DTYPE) not in ("auto", "float32"):
         yield (
             f"MODEL.CASCADE.FAST.DTYPE is {dtype!r}, but optimised segmenters compute in float32. "

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from cascade_det.onnx_predictor import ExportedModel
     from cascade_det.standalone import Predictor
     from cascade_det.standalone.export import Comparison
-    from cascade_det.standalone.segmenter import SemanticSegmentor
 
 ASPECT_RATIO = 1.3  # width by height of the image of random pixels
 
@@ -94,17 +93,23 @@ def _export_detector(cfg: CfgNode, args: argparse.Namespace, output: Path) -> No
 
 
 def _export_segmenter(cfg: CfgNode, args: argparse.Namespace, output: Path) -> None:
+    from cascade_det.config import require_one_scale
     from cascade_det.files import atomic_path, remove_leftovers
     from cascade_det.standalone import export_segmenter as export
     from cascade_det.standalone.export import check_export
+    from cascade_det.standalone.segmenter import SemanticSegmentor
+    from cascade_det.standalone.segmenter_predictor import SegmenterPredictor
 
     if args.stages is not None:
         raise ConfigError("--stages is for detectors: a segmenter is exported with all its levels")
+    require_one_scale(cfg)
     check_export(cfg, args.format)
     _print_what_is_left_out(cfg)
     cfg = _plain(cfg)
     image = _image_to_check(cfg, args.image).float()
-    segmenter, class_names = _load_segmenter(cfg)
+    predictor = SegmenterPredictor(cfg)
+    segmenter, class_names = predictor.segmenter, predictor.class_names
+    assert isinstance(segmenter, SemanticSegmentor)
     description = export.SegmenterDescription(class_names, **_input_size(cfg))
     remove_leftovers(output.parent)
     with atomic_path(output) as temporary:
@@ -121,21 +126,6 @@ def _export_segmenter(cfg: CfgNode, args: argparse.Namespace, output: Path) -> N
                 f"{output}: not the same logits as the segmenter's; nothing is written"
             )
     print(f"{output}: {len(class_names)} classes, {_megabytes(output)}")
-
-
-def _load_segmenter(cfg: CfgNode) -> tuple[SemanticSegmentor, list[str]]:
-    """The segmenter and the names of its classes, from the checkpoint or the configuration."""
-    from cascade_det import config
-    from cascade_det.engine.run_info import usable_run_info
-    from cascade_det.standalone.build_segmenter import build_one_scale
-    from cascade_det.weights import load_weights
-
-    segmenter = build_one_scale(cfg).eval()
-    file = load_weights(segmenter, cfg.MODEL.WEIGHTS, complete=True).file
-    configured = config.semantic_datasets_arguments(cfg, train=False)["class_names"]
-    names = list(usable_run_info(file.run, file.path).get("class_names", configured))
-    count = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
-    return segmenter, names if len(names) == count else [f"class {i}" for i in range(count)]
 
 
 def _megabytes(path: Path) -> str:

@@ -58,7 +58,7 @@ from cascade_det.config.segmenter_arguments import (
     map_exit_arguments,
     segmenter_arguments,
 )
-from cascade_det.config.segmenter_checks import require_detector
+from cascade_det.config.segmenter_checks import require_detector, require_one_scale
 from cascade_det.config.tree import add_cascade_config, changed, changed_keys, flat, get_cfg
 
 __all__ = [
@@ -99,6 +99,7 @@ __all__ = [
     "optimizer_arguments",
     "pooler_arguments",
     "require_detector",
+    "require_one_scale",
     "rpn_arguments",
     "scale_to_epochs",
     "scale_to_world_size",

@@ -147,4 +147,16 @@ def require_detector(cfg: CfgNode) -> None:
         )
 
 
+def require_one_scale(cfg: CfgNode) -> None:
+    """Check that a segmenter has one scale.
+
+    Raises:
+        ConfigError: it has two.
+    """
+    if (mode := cfg.MODEL.DUAL_SCALE.MODE) != "off":
+        raise ConfigError(
+            f"MODEL.DUAL_SCALE.MODE is {mode!r}, but this is for segmenters with one scale, 'off'."
+        )
+
+
 SEGMENTER_CHECKS: tuple[Check, ...] = (check_levels, _check_pyramid, _check_maps, _check_scales)

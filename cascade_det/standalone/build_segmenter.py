@@ -12,7 +12,6 @@ from cascade_det.backbones.cascade_decoder import CascadeDecoder
 from cascade_det.backbones.trunk import LEVELS, Trunk
 from cascade_det.config.backbone_arguments import TRUNKS
 from cascade_det.engine.devices import resolve_device
-from cascade_det.errors import ConfigError
 from cascade_det.segmentation.dual_scale import DualScaleNetwork
 from cascade_det.segmentation.head import SegmentationHead
 from cascade_det.segmentation.losses import SubsetLoss
@@ -49,10 +48,7 @@ def build_one_scale(cfg: CfgNode) -> SemanticSegmentor:
     Raises:
         ConfigError: it would have two scales.
     """
-    if (mode := cfg.MODEL.DUAL_SCALE.MODE) != "off":
-        raise ConfigError(
-            f"MODEL.DUAL_SCALE.MODE is {mode!r}, but this is for segmenters with one scale, 'off'."
-        )
+    config.require_one_scale(cfg)
     segmenter = build_segmenter(cfg)
     assert isinstance(segmenter, SemanticSegmentor)
     return segmenter

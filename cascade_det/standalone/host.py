@@ -5,12 +5,17 @@ from typing import Any
 from fvcore.common.config import CfgNode
 from torch.utils.data import DataLoader
 
-from cascade_det.config import check_config, is_segmenter, load_config, require_detector
+from cascade_det.config import (
+    check_config,
+    is_segmenter,
+    load_config,
+    require_detector,
+    require_one_scale,
+)
 from cascade_det.data.coco import CocoDataset
 from cascade_det.data.samples import Sample
 from cascade_det.data.semantic import SemanticDataset
 from cascade_det.engine.semantic_datasets import semantic_test_loader
-from cascade_det.errors import ConfigError
 from cascade_det.standalone.detector import Detector
 from cascade_det.standalone.evaluate import evaluate as evaluate_detector
 from cascade_det.standalone.evaluate import load_detector, test_loader
@@ -63,11 +68,7 @@ def open_segmenter(
 
     Errors as in ``evaluate``, and a ConfigError if the segmenter has two scales.
     """
-    if (mode := cfg.MODEL.DUAL_SCALE.MODE) != "off":
-        raise ConfigError(
-            f"MODEL.DUAL_SCALE.MODE is {mode!r}, but this is for segmenters with one scale, 'off': "
-            "two scales have no exits."
-        )
+    require_one_scale(cfg)
     segmenter, datasets = load_segmenter(cfg)
     assert isinstance(segmenter, SemanticSegmentor)
     return segmenter, datasets[0], semantic_test_loader(cfg, datasets[0])

@@ -22,6 +22,7 @@ from cascade_det.errors import ConfigError
 from cascade_det.evaluation.semantic import predicted_labels
 from cascade_det.standalone.build_segmenter import build_segmenter
 from cascade_det.standalone.given_batches import GivenBatches
+from cascade_det.standalone.optimize import optimize_segmenter
 from cascade_det.weights import load_weights
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,8 @@ class SegmenterPredictor:
     Args:
         cfg: a configuration of a segmenter with ``MODEL.WEIGHTS``. Images are resized by
             ``INPUT.MIN_SIZE_TEST`` and ``MAX_SIZE_TEST`` and run in batches of
-            ``CASCADE.TEST_IMS_PER_BATCH``.
+            ``CASCADE.TEST_IMS_PER_BATCH``. The segmenter is optimised if
+            ``MODEL.CASCADE.FAST.ENABLED``.
 
     Attributes:
         segmenter: with its weights.
@@ -66,6 +68,8 @@ class SegmenterPredictor:
             self.class_names = [f"class {i}" for i in range(num_classes)]
         self.category_ids = list(range(num_classes))
         self._dtype = np.uint8 if num_classes <= _MOST_OF_8_BITS else np.uint16
+        if cfg.MODEL.CASCADE.FAST.ENABLED:
+            optimize_segmenter(self.segmenter)
         self._batches = GivenBatches(cfg)
         self.batch_size = self._batches.batch_size
 

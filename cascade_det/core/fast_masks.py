@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from cascade_det.core.mask_head import pixel_logits
 from cascade_det.layers.conv_norm import ConvNorm
 from cascade_det.layers.folding import fold_norms
-from cascade_det.layers.winograd import MAX_CHANNELS, MIN_CHANNELS
+from cascade_det.layers.winograd import MAX_CHANNELS, min_channels
 from cascade_det.layers.winograd_crops import convolve_crops, memory_shapes
 from cascade_det.layers.winograd_kernel import transform_weight
 from cascade_det.layers.workers import run_in_threads, workspace
@@ -65,7 +65,7 @@ class FastMaskHead(nn.Module):
         self._has_winograd = (
             dtype == torch.float32
             and deconv.weight.device.type == "cpu"
-            and min(widths) >= MIN_CHANNELS
+            and min(widths) >= min_channels()
             and max(widths) <= MAX_CHANNELS
         )
         if self._has_winograd:

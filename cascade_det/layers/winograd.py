@@ -9,13 +9,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cascade_det.layers.conv_norm import ConvNorm
+from cascade_det.layers.products import mkl_lacks_avx512
 from cascade_det.layers.winograd_kernel import transform_weight, winograd_conv2d
 
-# Measured on AVX2: with fewer channels the transforms cost what the products save.
-MIN_CHANNELS = 128
 # With more, transformed weights take tens of megabytes each, for small maps.
 MAX_CHANNELS = 256
 MIN_TILES = 24  # per thread
+
+
+def min_channels() -> int:
+    """With fewer, the transforms cost what the products save; measured."""
+    return 192 if mkl_lacks_avx512() else 128
 
 
 class WinogradConv2d(nn.Module):
@@ -77,8 +81,8 @@ def use_winograd(module: nn.Module) -> int:
     """Replace the 3x3 convolutions inside ``module`` that get faster, in place.
 
     These are ``Conv2d`` and ``ConvNorm`` in evaluation mode, with float32 weights on the CPU,
-    stride, dilation, groups and padding 1, and ``MIN_CHANNELS`` to ``MAX_CHANNELS`` channels in and
-    out. A convolution with several names is replaced by one module.
+    stride, dilation, groups and padding 1, and ``min_channels()`` to ``MAX_CHANNELS`` channels in
+    and out. A convolution with several names is replaced by one module.
 
     Returns:
         The number of replaced convolutions; ``module`` itself is not replaced.
@@ -101,7 +105,7 @@ def _is_replaceable(conv: nn.Conv2d) -> bool:
         and not conv.training
         and conv.weight.dtype == torch.float32
         and conv.weight.device.type == "cpu"
-        and min(conv.in_channels, conv.out_channels) >= MIN_CHANNELS
+        and min(conv.in_channels, conv.out_channels) >= min_channels()
         and max(conv.in_channels, conv.out_channels) <= MAX_CHANNELS
     )
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cascade_det.layers.products import batched_product
 from cascade_det.layers.winograd_kernel import WEIGHT_TRANSFORM
 from cascade_det.layers.workers import carve
 
@@ -79,7 +80,7 @@ def convolve_crops(
         torch.mm(inward, columns[:, rows].flatten(1), out=at_points.flatten(1))
         for first, end in runs:
             some = slice(starts[first], starts[end])
-            torch.bmm(
+            batched_product(
                 at_points[some].view(end - first, -1, channels),
                 weight[y, first:end],
                 out=products[some].view(end - first, -1, out_channels),

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cascade_det.layers.products import batched_product
 from cascade_det.layers.workers import run_in_threads, workspace
 
 # The weight transform at the points 0, 1, -1, 2, -2 and infinity.
@@ -140,7 +141,7 @@ def _convolve_band(
     results = second[: 16 * tiles * out_channels].view(out.shape)
     _cut_patches(_rows(x, 4 * row - 1, 4 * (row + rows) + 1), patches)
     torch.mm(_both_axes(_INPUT_TRANSFORM), patches.view(36, -1), out=points.view(36, -1))
-    torch.bmm(points, transformed_weight, out=products)
+    batched_product(points, transformed_weight, out=products)
     torch.mm(_both_axes(_OUTPUT_TRANSFORM), products.view(36, -1), out=results.view(16, -1))
     if bias is None:
         out.copy_(results)

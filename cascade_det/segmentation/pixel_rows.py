@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cascade_det.layers.linear_relu import linear_relu
+from cascade_det.layers.products import linear_relu
 
 # Gathered neighbourhoods are multiplied while a core has them in its cache.
 _CHUNK_BYTES = 1 << 20

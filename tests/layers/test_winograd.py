@@ -13,12 +13,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from cascade_det.layers import winograd as layers_winograd
+from cascade_det.layers import winograd_kernel
 from cascade_det.layers.conv_norm import ConvNorm
 from cascade_det.layers.winograd import WinogradConv2d, use_winograd
 from cascade_det.layers.winograd_kernel import transform_weight, winograd_conv2d
 from cascade_det.layers.workers import _workers
 
-CHANNELS = layers_winograd.MIN_CHANNELS
+CHANNELS = layers_winograd.min_channels()
 
 
 def truth(x, weight, bias=None):
@@ -109,15 +110,15 @@ def test_another_thread_between_two_steps_changes_nothing(monkeypatch):
     weight = transform_weight(torch.randn(4, 5, 3, 3, generator=generator))
     images = [torch.randn(1, 5, 9, 14, generator=generator) for _ in range(2)]
     alone = [winograd_conv2d(image, weight, None) for image in images]
-    others, bmm = [], torch.bmm
+    others, product = [], winograd_kernel.batched_product
     with ThreadPoolExecutor(1) as pool:
 
         def after_another(*arguments, **options):
             if threading.current_thread() is threading.main_thread():
                 others.append(pool.submit(winograd_conv2d, images[1], weight, None).result())
-            return bmm(*arguments, **options)
+            return product(*arguments, **options)
 
-        monkeypatch.setattr(torch, "bmm", after_another)
+        monkeypatch.setattr(winograd_kernel, "batched_product", after_another)
         mine = winograd_conv2d(images[0], weight, None)
     assert others
     assert torch.equal(mine, alone[0])
@@ -146,7 +147,7 @@ def test_threads_share_the_work(mode):
 
 @pytest.mark.usefixtures("two_threads")
 def test_an_error_in_a_thread_is_raised():
-    with pytest.raises(RuntimeError, match="size"):
+    with pytest.raises(RuntimeError, match="size|primitive descriptor"):
         winograd_conv2d(torch.randn(1, 8, 200, 200), torch.randn(36, 9, 4))
 
 
@@ -296,3 +297,10 @@ def test_only_what_pays_is_replaced():
 def test_a_convolution_of_another_kind_is_refused(change):
     with pytest.raises(ValueError, match="not 3x3"):
         WinogradConv2d(conv3x3(4, 4, **change))
+
+
+@pytest.mark.parametrize(("lacks", "replaced"), [(False, 2), (True, 1)])
+def test_fewer_channels_pay_where_mkl_is_fast(monkeypatch, lacks, replaced):
+    monkeypatch.setattr(layers_winograd, "mkl_lacks_avx512", lambda: lacks)
+    model = nn.Sequential(conv3x3(128, 128), conv3x3(256, 256), conv3x3(64, 64))
+    assert use_winograd(model) == replaced

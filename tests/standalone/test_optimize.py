@@ -88,11 +88,11 @@ def test_maps_are_pooled_where_they_were_made(instant_cfg, options):
 
 
 def test_wide_convolutions_are_winograds(instant_cfg):
-    fast = optimize(make_detector(instant_cfg, "MODEL.FPN.OUT_CHANNELS", "128"), dtype="float32")
+    fast = optimize(make_detector(instant_cfg, "MODEL.FPN.OUT_CHANNELS", "256"), dtype="float32")
     count = sum(isinstance(m, WinogradConv2d) for m in fast.modules())
     assert count == 5  # four outputs of the pyramid and the head of the RPN
     assert any(sentence.startswith("5 convolutions") for sentence in fast.optimizations)
-    half = optimize(make_detector(instant_cfg, "MODEL.FPN.OUT_CHANNELS", "128"), dtype="bfloat16")
+    half = optimize(make_detector(instant_cfg, "MODEL.FPN.OUT_CHANNELS", "256"), dtype="bfloat16")
     assert not any(isinstance(m, WinogradConv2d) for m in half.modules())
 
 

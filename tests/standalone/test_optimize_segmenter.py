@@ -11,7 +11,7 @@ from cascade_det.backbones.decoder_blocks import UpConv
 from cascade_det.backbones.fast_upconv import FastUpConv
 from cascade_det.config import check_config, check_run, get_cfg
 from cascade_det.errors import ConfigError
-from cascade_det.layers.winograd import WinogradConv2d
+from cascade_det.layers.winograd import WinogradConv2d, min_channels
 from cascade_det.standalone import optimize_segmenter
 
 
@@ -35,14 +35,14 @@ def test_logits_are_the_same(name):
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_winograds_convolutions_are_those_of_128_to_256_channels():
+def test_winograds_convolutions_are_the_wide_ones():
     plain = make_segmenter(*TRUNKS["resnet"])
     wanted = [
         m
         for m in plain.modules()
         if isinstance(m, nn.Conv2d)
         and (m.kernel_size, m.stride) == ((3, 3), (1, 1))
-        and min(m.in_channels, m.out_channels) >= 128
+        and min(m.in_channels, m.out_channels) >= min_channels()
         and max(m.in_channels, m.out_channels) <= 256
     ]
     fast = optimize_segmenter(plain)

@@ -147,7 +147,7 @@ def test_threads_share_the_work(mode):
 
 @pytest.mark.usefixtures("two_threads")
 def test_an_error_in_a_thread_is_raised():
-    with pytest.raises(RuntimeError, match="size|primitive descriptor"):
+    with pytest.raises(RuntimeError, match=r"size|primitive descriptor"):
         winograd_conv2d(torch.randn(1, 8, 200, 200), torch.randn(36, 9, 4))
 
 

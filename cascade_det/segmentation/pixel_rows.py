@@ -11,8 +11,8 @@ from torch import Tensor
 
 from cascade_det.layers.products import linear_relu
 
-# Gathered neighbourhoods are multiplied while a core has them in its cache.
-_CHUNK_BYTES = 1 << 20
+# Gathered neighbourhoods are multiplied while the cores have them in their caches.
+_CHUNK_BYTES = 1 << 22
 
 
 class PixelSet:

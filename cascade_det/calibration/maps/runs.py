@@ -111,19 +111,17 @@ def run_decoders(
     """
     head = segmenter.sem_seg_head
     decoders: dict[str, Decoder] = {FULL: _whole(segmenter)}
+    # One for all settings, so that there is one copy of the weights.
+    exits = _GivenExits(
+        head.decoder, head.heads, thresholds=(), patch=patch, channel_gates=channel_gates
+    )
     for name, setting in settings.items():
-        exits = MapExits(
-            head.decoder, head.heads, patch=patch, channel_gates=channel_gates, **setting
-        )
-        decoders[name] = _exiting(segmenter, exits)
+        decoders[name] = _exiting(segmenter, exits, setting)
     for level in range(len(head.heads) - 1):
         decoders[f"decoder up to level {level}"] = _stopping(segmenter, level)
     for scale in _SCALES:
         decoders[f"smaller image, side x {scale:g}"] = _smaller(segmenter, scale)
-    oracle = _Oracle(
-        head.decoder, head.heads, patch=patch, channel_gates=channel_gates, thresholds=()
-    )
-    decoders[ORACLE] = _by_oracle(segmenter, oracle)
+    decoders[ORACLE] = _by_oracle(segmenter, exits)
     rows: dict[str, list[tuple[Any, ...]]] = {name: [] for name in decoders}
     with torch.inference_mode():
         for index, batch in enumerate(batches):
@@ -222,10 +220,25 @@ def _first_levels(
     return logits
 
 
-def _exiting(segmenter: CascadeSegmenter, exits: MapExits) -> Decoder:
+class _GivenExits(MapExits):
+    """Exits that may be set to leave at given levels, ``[N, G, B]``."""
+
+    given: Tensor | None = None
+
+    def _leaves(self, level: int, so_far: Tensor, size: tuple[int, int]) -> Tensor:
+        if self.given is not None:
+            return self.given <= level
+        return super()._leaves(level, so_far, size)
+
+
+def _exiting(
+    segmenter: CascadeSegmenter, exits: _GivenExits, setting: Mapping[str, Any]
+) -> Decoder:
     def decode(
         batch: Batch, encoded: EncodedImages, timer: PartTimer, truths: Sequence[Labels]
     ) -> Answer:
+        for name, value in {"given": None, **setting}.items():
+            setattr(exits, name, value)
         exited = exits(encoded.maps, timer)
         answer = _finish(segmenter, batch, encoded, timer, resize, exited.logits)
         answer.levels = exited.levels.cpu()
@@ -257,25 +270,13 @@ def _smaller(segmenter: CascadeSegmenter, scale: float) -> Decoder:
     return decode
 
 
-class _Oracle(MapExits):
-    """Exits of patches at given levels."""
-
-    given: Tensor
-
-    def __init__(self, *parts: Any, **options: Any) -> None:
-        super().__init__(*parts, kind="patch", **options)
-
-    def _leaves(self, level: int, so_far: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.given <= level
-
-
-def _by_oracle(segmenter: CascadeSegmenter, oracle: _Oracle) -> Decoder:
+def _by_oracle(segmenter: CascadeSegmenter, exits: _GivenExits) -> Decoder:
     def decode(
         batch: Batch, encoded: EncodedImages, timer: PartTimer, truths: Sequence[Labels]
     ) -> Answer:
         logits = segmenter.sem_seg_head.decode(encoded.maps)
         height, width = logits[-1].shape[-2:]
-        grid = -(-height // oracle.patch), -(-width // oracle.patch)
+        grid = -(-height // exits.patch), -(-width // exits.patch)
         settled = []
         for level in range(len(logits)):
             answer = _finish(segmenter, batch, encoded, None, predict, logits[: level + 1])
@@ -283,7 +284,7 @@ def _by_oracle(segmenter: CascadeSegmenter, oracle: _Oracle) -> Decoder:
         given = []
         for image, truth in enumerate(truths):
             own = encoded.image_sizes[image]
-            patches = patches_of_pixels(truth.shape, own, encoded, oracle.patch)
+            patches = patches_of_pixels(truth.shape, own, encoded, exits.patch)
             right = np.stack(
                 [
                     np.bincount(patches[level[image] == truth], minlength=grid[0] * grid[1])
@@ -291,9 +292,13 @@ def _by_oracle(segmenter: CascadeSegmenter, oracle: _Oracle) -> Decoder:
                 ]
             )
             given.append((right >= right[-1]).argmax(0).reshape(grid))
-        oracle.given = torch.from_numpy(np.stack(given)).to(encoded.maps[0].device)
-        oracle.thresholds = (0.0,) * (len(logits) - 1)
-        return _exiting(segmenter, oracle)(batch, encoded, timer, truths)
+        thresholds = (0.0,) * (len(logits) - 1)
+        setting = {
+            "kind": "patch",
+            "thresholds": thresholds,
+            "given": torch.from_numpy(np.stack(given)).to(encoded.maps[0].device),
+        }
+        return _exiting(segmenter, exits, setting)(batch, encoded, timer, truths)
 
     return decode
 

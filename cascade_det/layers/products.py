@@ -34,16 +34,18 @@ def linear_relu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
     """``out = relu(x @ weight.T + bias)``, for inference.
 
     Args:
-        x: ``[m, C]``.
+        x: ``[m, C]``; further rows are ignored. oneDNN prepares a kernel for each new number of
+            rows, which takes as long as some products.
         weight: ``[K, C]``.
         bias: ``[K]``.
         out: ``[m, K]``, gets the result.
     """
     on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
     if on_cpu and len(x) and _has_onednn():
-        out.copy_(torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu", [], ""))
+        result = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu", [], "")
+        out.copy_(result[: len(out)])
     else:
-        torch.relu_(torch.addmm(bias, x, weight.t(), out=out))
+        torch.relu_(torch.addmm(bias, x[: len(out)], weight.t(), out=out))
 
 
 def _has_onednn() -> bool:

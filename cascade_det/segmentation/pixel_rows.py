@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from cascade_det.layers.products import linear_relu
 
 # Gathered neighbourhoods are multiplied while the cores have them in their caches.
 _CHUNK_BYTES = 1 << 22
+_STEPS = 8
 
 
 class PixelSet:
@@ -101,8 +103,10 @@ class PixelRows:
             bias: ``[K]``.
             out: ``[m, K]``, gets the result.
         """
-        size = max(1, _CHUNK_BYTES // (weight.shape[1] * weight.element_size()))
+        size = max(_STEPS, _CHUNK_BYTES // (weight.shape[1] * weight.element_size()))
         for some, result in zip(places.split(size), out.split(size), strict=True):
+            # Few different numbers of rows, see linear_relu; place 0 is on the border.
+            some = F.pad(some, (0, 0, 0, -len(some) % (size // _STEPS)))
             gathered = self.at(some.flatten()).view(len(some), -1)  # [m, t C]
             linear_relu(gathered, weight, bias, result)
 

@@ -17,6 +17,15 @@ def test_is_linear_and_relu(rows, dtype):
     torch.testing.assert_close(out, F.linear(x, weight, bias).relu())
 
 
+def test_further_rows_are_ignored():
+    x, weight, bias = torch.randn(6, 5), torch.randn(3, 5), torch.randn(3)
+    for dtype in (torch.float32, torch.float64):
+        inputs = [tensor.to(dtype) for tensor in (x, weight, bias)]
+        out = torch.empty(4, 3, dtype=dtype)
+        linear_relu(*inputs, out)
+        torch.testing.assert_close(out, F.linear(*inputs)[:4].relu())
+
+
 @pytest.mark.parametrize("by_onednn", [True, False])
 def test_batched_products(by_onednn, monkeypatch):
     if by_onednn and not products._has_onednn():

@@ -153,11 +153,16 @@ def _plot(choice: Choice, path: Path) -> None:
         chosen = row.name == choice.name
         axes.plot(x, y, marker, color=colour, markersize=11 if chosen else 6)
         if kind not in ("image", "patch"):
-            axes.annotate(row.name, (x, y), xytext=(6, -3), textcoords="offset points", fontsize=8)
+            # At the right border the text is left of its point.
+            place, side = ((-7, -3), "right") if x > 90 else ((7, -3), "left")
+            axes.annotate(
+                row.name, (x, y), xytext=place, textcoords="offset points", ha=side, fontsize=8
+            )
         elif chosen:
             axes.annotate("chosen", (x, y), xytext=(6, 5), textcoords="offset points")
     for kind in ("patch", "image"):
-        axes.plot([], [], _STYLES[kind][1], color=_STYLES[kind][0], label=f"exits of {kind}s")
+        colour, marker = _STYLES[kind]
+        axes.plot([], [], marker, color=colour, label=f"exits of {_PLURALS[kind]}")
     axes.set(
         xlabel="milliseconds of the whole model (% of no exits)", ylabel=f"{choice.metric} (%)"
     )
@@ -167,4 +172,5 @@ def _plot(choice: Choice, path: Path) -> None:
         figure.savefig(temporary, format="png")
 
 
+_PLURALS = {"patch": "patches", "image": "images"}
 _STYLES = {"patch": ("#2e8b57", "o"), "image": ("#4169e1", "^")}

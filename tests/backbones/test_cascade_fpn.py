@@ -153,7 +153,7 @@ def test_laterals_and_outputs_are_all_layers_and_only_the_first_see_the_trunk(ex
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_folding_and_winograd_change_nothing(layout):
-    neck = make("res2", "res3", "res4", out_channels=128).to(memory_format=layout)
+    neck = make("res2", "res3", "res4", out_channels=192).to(memory_format=layout)
     images = torch.randn(1, 3, 96, 128).contiguous(memory_format=layout)
     with torch.no_grad():
         expected = neck(images)

@@ -71,23 +71,27 @@ class Target:
                 "MODEL.MASK_ON to True for a model that was trained with masks, or leave them out"
             )
 
-    def check_images(self, num_images: int) -> None:
+    def check_images(self, num_images: int, unit: str = "images") -> None:
         """Check that there are enough images, half of which judge the setting.
+
+        Args:
+            num_images: their number, or that of their volumes, which are independent.
+            unit: what is counted.
 
         Raises:
             SampleTooSmallError: there are too few.
         """
         if num_images < MIN_IMAGES:
             raise SampleTooSmallError(
-                f"Exits are chosen on one half of the images and judged on the other: {num_images} "
+                f"Exits are chosen on one half of the {unit} and judged on the other: {num_images} "
                 f"are too few. Use {MIN_IMAGES} or more, better some hundreds."
             )
         least = 0 if self.risk is None else smallest_sample(self.risk, self.delta)
         if num_images // 2 < least:
             raise SampleTooSmallError(
-                f"--risk {self.risk} --delta {self.delta}: at least {least} images are needed to "
+                f"--risk {self.risk} --delta {self.delta}: at least {least} {unit} are needed to "
                 f"test a setting and as many to choose it, {2 * least} in all, but there are "
-                f"{num_images}. Add images, or raise --risk or --delta."
+                f"{num_images}. Add {unit}, or raise --risk or --delta."
             )
 
 

@@ -91,10 +91,9 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
     parser.add_argument(
         "--score-threshold",
         type=float,
-        default=0.5,
         metavar="SCORE",
-        help="least score of the true positives of --risk, and of the promised agreement "
-        "(%(default)s)",
+        help="least score of the true positives of --risk, and of the promised agreement (0.5); "
+        "segmenters have none",
     )
     parser.add_argument(
         "--images", type=int, default=2000, help="most images to record (%(default)s)"
@@ -115,11 +114,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     from cascade_det.calibration.target import Options
     from cascade_det.config import is_segmenter
     from cascade_det.engine.log import setup_logging
+    from cascade_det.errors import ConfigError
 
     target = _target(args)
-    options = Options(
-        images=args.images, trials=args.trials, score=args.score_threshold, seed=args.seed
-    )
+    score = 0.5 if args.score_threshold is None else args.score_threshold
+    options = Options(images=args.images, trials=args.trials, score=score, seed=args.seed)
     output = Path(args.output)
     _check_output(output, args.config_file)
     setup_logging(output)
@@ -129,6 +128,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     cfg = host.load_config(args.config_file, args.opts)
     host.check_config(cfg)
     if is_segmenter(cfg):
+        if args.score_threshold is not None:
+            raise ConfigError("--score-threshold is for detectors: leave it out")
         target = replace(target, metric=args.metric or "sem_seg/mIoU")
         calibrate_maps(cfg, lambda: host.open_segmenter(cfg), target, output, options)
     else:

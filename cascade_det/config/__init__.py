@@ -13,6 +13,7 @@ from cascade_det.config.checks import (
     check_run,
     check_segmenter,
     check_unread_cascade,
+    check_unread_decoder,
 )
 from cascade_det.config.exit_summary import exit_summary
 from cascade_det.config.loading import (
@@ -81,6 +82,7 @@ __all__ = [
     "check_run",
     "check_segmenter",
     "check_unread_cascade",
+    "check_unread_decoder",
     "datasets_arguments",
     "detector_arguments",
     "exit_arguments",

@@ -117,6 +117,21 @@ def check_backbone(cfg: CfgNode) -> None:
     _check(cfg, _in_both_hosts(_BACKBONES), () if without_pyramid else BACKBONE_CHECKS)
 
 
+def check_unread_decoder(cfg: CfgNode) -> None:
+    """Check that the decoder's keys have their defaults where the semantic head reads none.
+
+    Raises:
+        ConfigError: names the changed keys.
+    """
+    ours = ("MODEL.CASCADE_DECODER.", "MODEL.DUAL_SCALE.")
+    if asked := [key for key in changed_keys(get_cfg(), cfg) if key.startswith(ours)]:
+        raise ConfigError(
+            f"{', '.join(asked)}: set, but MODEL.SEM_SEG_HEAD.NAME is "
+            f"{shown(cfg.MODEL.SEM_SEG_HEAD.NAME)}, which does not read them. Set it to "
+            "CascadeSemSegHead, or leave the keys at their defaults."
+        )
+
+
 def check_unread_cascade(cfg: CfgNode) -> None:
     """Check that ``MODEL.CASCADE`` has its defaults where the ROI heads do not read it.
 

@@ -122,7 +122,9 @@ def check_not_fast(cfg: CfgNode) -> Iterator[str]:
 
 def check_fast(cfg: CfgNode) -> Iterator[str]:
     """A segmenter in the standalone host is optimised with one scale, and in float32 only."""
-    if cfg.MODEL.CASCADE.FAST.ENABLED and cfg.MODEL.DUAL_SCALE.MODE != "off":
+    if not cfg.MODEL.CASCADE.FAST.ENABLED:
+        return
+    if cfg.MODEL.DUAL_SCALE.MODE != "off":
         yield (
             "MODEL.CASCADE.FAST.ENABLED is True, but segmenters with two scales "
             "(MODEL.DUAL_SCALE.MODE) do not have that. Set it to False."

@@ -115,6 +115,8 @@ def check_config(cfg: CfgNode) -> None:
         head = SEM_SEG_HEADS_REGISTRY.get(cfg.MODEL.SEM_SEG_HEAD.NAME)
         if isinstance(head, type) and issubclass(head, CascadeSemSegHead):
             config.check_segmenter(cfg)
+        else:
+            config.check_unread_decoder(cfg)
         return
     name = cfg.MODEL.ROI_HEADS.NAME
     heads = ROI_HEADS_REGISTRY.get(name) if name in ROI_HEADS_REGISTRY else None

@@ -49,9 +49,14 @@ def find_registered(
         )
     ignored = metadata.get("ignore_label", ignore_value)
     if ignored != ignore_value:
+        remedy = (
+            f"Set it to {ignored}."
+            if ignored > 0
+            else "Label 0 is a class here: register the labels with another one."
+        )
         raise DatasetError(
             f"data set {name!r} is registered in Detectron2 with ignore_label {ignored}, but "
-            f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE is {ignore_value}. Set it to {ignored}."
+            f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE is {ignore_value}. {remedy}"
         )
     if not Path(images).is_dir() or not Path(labels).is_dir():
         raise DatasetError(

@@ -52,11 +52,13 @@ def segment_in_parts(
             for level in range(len(logits))
         ]
     left_after = None if exited is None else exited.levels
-    stats = SegmenterStats(left=_left(left_after, len(batch), len(encoded.maps)))
+    stats = SegmenterStats(left=left_after_levels(left_after, len(batch), len(encoded.maps)))
     return SegmenterOutput(resized, stats, after_levels)
 
 
-def _left(levels: Tensor | None, images: int, num_levels: int) -> list[Mapping[str, int]]:
+def left_after_levels(
+    levels: Tensor | None, images: int, num_levels: int
+) -> list[Mapping[str, int]]:
     """The statistics of exits: by level, see ``SegmenterStats``."""
     if levels is None:
         return [*({} for _ in range(num_levels - 1)), {"completed": images}]

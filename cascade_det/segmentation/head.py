@@ -55,21 +55,27 @@ class SegmentationHead(nn.Module):
         return self.decode(maps, timer, prefix=prefix)
 
     def decode(
-        self, maps: Sequence[Tensor], timer: PartTimer | None = None, *, prefix: str = ""
+        self,
+        maps: Sequence[Tensor],
+        timer: PartTimer | None = None,
+        *,
+        prefix: str = "",
+        last: int | None = None,
     ) -> list[Tensor]:
-        """Logits of every level.
+        """Logits of every level, or of the levels up to ``last``.
 
         Args:
             maps: ``[N, C_l, H_l, W_l]``, coarsest first.
             timer: measures the milliseconds of every level, ``stage0`` and so on.
             prefix: of these names.
+            last: level after which to stop; ``None`` for the finest.
 
         Returns:
             ``[N, K, H_l, W_l]``, coarsest first.
         """
         if self.training and self.exits is not None:
             self.exits.forget()
-        logits, _ = decode(self.decoder, self.heads, maps, timer, prefix=prefix)
+        logits, _ = decode(self.decoder, self.heads, maps, timer, prefix=prefix, last=last)
         return logits
 
 
@@ -80,6 +86,7 @@ def decode(
     timer: PartTimer | None = None,
     *,
     prefix: str = "",
+    last: int | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """Decode maps, and predict after each level.
 
@@ -89,10 +96,11 @@ def decode(
         maps: ``[N, C_l, H_l, W_l]``, coarsest first.
         timer: adds the milliseconds of every level to ``stage0`` and so on.
         prefix: of these names.
+        last: level after which to stop; ``None`` for the finest.
 
     Returns:
-        Logits ``[N, K, H_l, W_l]`` of every level, and the finest decoded map, of the shape of the
-        finest of ``maps``.
+        Logits ``[N, K, H_l, W_l]`` of every level, and the last decoded map, of the shape of its
+        level's in ``maps``.
     """
     logits: list[Tensor] = []
     decoded = maps[0]
@@ -103,4 +111,6 @@ def decode(
             else:
                 decoded = decoder.refine(len(maps) - stage, decoded, encoded)
             logits.append(head(decoded))
+        if stage == last:
+            break
     return logits, decoded

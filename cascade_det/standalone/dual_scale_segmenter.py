@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from cascade_det.core.modes import in_evaluation_mode
 from cascade_det.core.structures import PartTimer, part
 from cascade_det.data.samples import Sample
 from cascade_det.engine.batches import check_images
+from cascade_det.engine.segment import left_after_levels
 from cascade_det.segmentation.dual_scale import DualScaleNetwork
 from cascade_det.segmentation.logits import resize
 from cascade_det.segmentation.losses import SubsetLoss
@@ -85,8 +86,7 @@ class DualScaleSegmentor(SegmenterBase):
         if levels:
             each_level = [*(_each_resized(x, originals) for x in early), resized]
             after_levels = [[x.argmax(0) for x in level] for level in each_level]
-        left: list[Mapping[str, int]] = [{} for _ in logits[1:]]
-        left.append({"completed": len(batch)})
+        left = left_after_levels(None, len(batch), len(logits))
         return SegmenterOutput(resized, SegmenterStats(left=left), after_levels)
 
     def preprocess(self, batch: Sequence[Sample]) -> tuple[Tensor, list[tuple[int, int]]]:

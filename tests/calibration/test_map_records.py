@@ -89,13 +89,20 @@ def test_a_replay_decides_as_the_exits_do(segmenter, batch, kind, measure, monke
     head = segmenter.sem_seg_head
     exited = MapExits(head.decoder, head.heads, patch=4, **setting)(encoded.maps)
     assert len(exited.levels.unique()) > 1
+    after_levels = segmenter.segment(batch, levels=True).levels
     for index, (one, truth) in enumerate(zip(records, truths, strict=True)):
         found = record_module.first_exits(one.confidence[kind, measure], thresholds)
         assert np.array_equal(found, exited.levels[index].flatten().numpy())
+        each = np.stack([level[index].numpy() for level in after_levels])  # [L, height, width]
+        own = encoded.image_sizes[index]
+        patches = patches_of_pixels(truth.shape, own, encoded, 4) if kind == "patch" else 0
+        answer = np.take_along_axis(each, np.broadcast_to(found[patches], each[:1].shape), 0)[0]
+        expected = np.zeros((3, 3), int)
+        np.add.at(expected, (truth[::2, ::2], answer[::2, ::2]), 1)
         replayed = replay(one, setting, 3, 255)
-        assert replayed.counts.sum() == truth[::2, ::2].size
-        deepest = int(found.max())
-        assert replayed.computed[: deepest + 1] == (1.0,) * (deepest + 1) or kind == "patch"
+        assert np.array_equal(replayed.counts, expected)
+        if kind == "image":
+            assert replayed.computed == tuple(float(level <= found[0]) for level in range(4))
 
 
 def test_without_exits_a_replay_is_the_whole_decoder(segmenter, batch):
@@ -177,6 +184,13 @@ def test_decoders_in_turn(segmenter, batch):
         assert (run.decoder_ms > 0).all()
         assert (run.total_ms > run.decoder_ms).all()
     assert runs[FULL].lost.tolist() == [0, 0]
+    for index, sample in enumerate(batch):
+        (first,), *_, (last,) = segmenter.segment([sample], levels=True).levels
+        truth = truth_of(sample)
+        right = last.numpy() == truth
+        lost = (right & (first.numpy() != truth)).sum() / right.sum()
+        assert runs["decoder up to level 0"].lost[index] == pytest.approx(lost)
+    assert (runs["decoder up to level 0"].lost > 0).all()
     assert runs[FULL].computed == runs["never"].computed == 1
     assert runs["at once"].computed == runs["decoder up to level 0"].computed == 0
     # The same answers but for the way of resizing.
@@ -206,6 +220,7 @@ RUNS = {
     "risky": synthetic([70] * 10, 20, lost=0.3, left=0.9),
 }
 SETTINGS = {name: {"kind": "patch", "name": name} for name in RUNS if name != FULL}
+SETTINGS_SAFE = {"safe": SETTINGS["safe"]}
 HALVES = [range(5), range(5, 10)]
 
 
@@ -236,6 +251,15 @@ def test_the_choice_for_a_target(target, name):
     assert found.rows[1].decoder_share.value == pytest.approx(0.8)
 
 
+def test_the_guarantee_counts_volumes():
+    """Five slices that lose nothing are not five images if they are of two volumes."""
+    target = Target(risk=0.3, delta=0.2, metric="sem_seg/mIoU")
+    runs = {name: RUNS[name] for name in (FULL, "safe")}
+    alone, of_volumes = Scorer(range(5), "mIoU"), Scorer([0, 0, 0, 1, 1], "mIoU")
+    assert choose(runs, SETTINGS_SAFE, HALVES, [alone] * 2, target).name == "safe"
+    assert choose(runs, SETTINGS_SAFE, HALVES, [of_volumes] * 2, target).name == FULL
+
+
 def test_a_target_out_of_reach():
     with pytest.raises(ConfigError, match=r"--latency-ms 60: .* The fastest takes 70.0 ms"):
         chosen(latency_ms=60.0)
@@ -247,7 +271,7 @@ def test_a_drop_on_the_other_half_is_no_calibration():
     worse = {**RUNS, "safe": synthetic([90] * 5 + [60] * 5, 80)}
     scorers = [Scorer(range(5), "mIoU")] * 2
     target = Target(max_ap_drop=0.1, metric="sem_seg/mIoU")
-    found = choose(worse, {"safe": SETTINGS["safe"]}, HALVES, scorers, target)
+    found = choose(worse, SETTINGS_SAFE, HALVES, scorers, target)
     assert (found.name, found.setting) == (FULL, None)
     assert "'safe' loses" in found.missed
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cascade_det.calibration.maps.scores import Scorer, ratio, resamples
+from cascade_det.calibration.maps.scores import Scorer, resamples
 from cascade_det.evaluation.semantic import semantic_metrics
 
 NAMES = ["background", "a", "b"]
@@ -48,8 +48,14 @@ def test_differences_use_the_same_resamples():
 
 
 def test_a_ratio_of_sums():
-    found = ratio(np.array([1.0, 3.0, 2.0]), np.array([2.0, 6.0, 4.0]))
+    scorer = Scorer(range(3), "mIoU")
+    found = scorer.ratio(np.array([1.0, 3.0, 2.0]), np.array([2.0, 6.0, 4.0]))
     assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
+    # The slices of a volume are drawn together, so that their differences add up to nothing.
+    scorer = Scorer([0, 0, 1, 1], "mIoU")
+    found = scorer.ratio(np.array([1.0, 3.0, 3.0, 1.0]), np.full(4, 4.0))
+    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
+    assert scorer.of_groups(np.array([1.0, 3.0, 3.0, 0.0])).tolist() == [2, 1.5]
 
 
 def test_unknown_metrics():

@@ -88,6 +88,8 @@ def test_every_target_gives_exits_that_load(case, tmp_path, target):
         (["--max-drop", "1", "--metric", "bbox/AP"], "--metric is bbox/AP, but the model is a seg"),
         (["--max-drop", "1", "--images", "3"], "--images is 3: give 4 or more"),
         (["--risk", "0.01"], "at least 230 images are needed"),
+        (["--max-drop", "1", "--loss", "masks"], "--loss masks is for detectors"),
+        (["--max-drop", "1", "--score-threshold", "0.5"], "--score-threshold is for detectors"),
         (["--latency-ms", "0.001"], "no setting that was run reaches it"),
     ],
 )
@@ -95,3 +97,20 @@ def test_mistakes(case, tmp_path, capsys, arguments, message):
     assert run(case, tmp_path / "exits", *arguments) != 0
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "exits" / "exits.yaml").exists()
+
+
+def test_labels_without_a_class_that_counts(case, tmp_path, capsys):
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    for index in range(6):
+        Image.fromarray(np.zeros((64, 96), np.uint8)).save(labels / f"{index}.png")
+    data = str([["noise", "folders", str(case / "images"), str(labels)]])
+    target = ["--max-drop", "1", "--metric", "sem_seg/Dice"]
+    assert run(case, tmp_path / "exits", *target, "CASCADE.SEMANTIC_DATASETS", data) == 1
+    assert "no pixels of the classes that Dice counts" in capsys.readouterr().err
+
+
+def test_one_class_is_always_certain(case, tmp_path, capsys):
+    keys = ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", "1", "CASCADE.SEMANTIC_CLASSES", "['a']")
+    assert run(case, tmp_path / "exits", "--max-drop", "1", *keys) == 1
+    assert "a single class is always certain" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from detectron2.data.datasets import load_sem_seg
 from detectron2.evaluation import SemSegEvaluator, inference_on_dataset
 from detectron2.modeling import build_model
 
+from cascade_det.config.tree import changed
 from cascade_det.core import PartTimer
 from cascade_det.d2 import host
 from cascade_det.d2.segmenter import Segmenter
@@ -296,3 +297,6 @@ class TestSegmenter:
         cfg.MODEL.WEIGHTS = str(tmp_path / "model_final.pth")
         with pytest.raises(ConfigError, match="'SemSegFPNHead': a model without our head"):
             host.open_segmenter(cfg)
+        for key, value in (("CASCADE_DECODER.EXIT.ENABLED", True), ("DUAL_SCALE.MODE", "cascaded")):
+            with pytest.raises(ConfigError, match=f"MODEL.{key}: set, but .* does not read them"):
+                host.check_config(changed(cfg, f"MODEL.{key}", value))

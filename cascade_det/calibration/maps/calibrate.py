@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,13 @@ def calibrate_maps(
         raise ConfigError(
             f"--metric is {target.metric}, but the model is a segmenter: leave it out"
         )
+    if target.loss == "masks":
+        raise ConfigError("--loss masks is for detectors, not for segmenters: leave it out")
+    if cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES < 2:
+        raise ConfigError(
+            "MODEL.SEM_SEG_HEAD.NUM_CLASSES is 1: a single class is always certain, so nothing can "
+            "be calibrated. Count the background as a class."
+        )
     target.check_images(options.images)
     remove_leftovers(Path(os.path.realpath(output_dir)).parent)
     with atomic_folder(output_dir, made=MADE) as folder:
@@ -93,7 +101,6 @@ def _calibrate(
     assert isinstance(segmenter, nn.Module)
     batches = _first_batches(loader, options.images)
     ids = [sample["image_id"] for batch in batches for sample in batch]
-    target.check_images(len(ids))
     if len(ids) < len(dataset.records):
         logger.warning(
             "Only the first %d of %d images are used (--images): the promises hold for images "
@@ -101,7 +108,7 @@ def _calibrate(
             len(ids),
             len(dataset.records),
         )
-    first, second = _halves(dataset, ids, options.seed)
+    first, second = _halves(dataset, ids, target, options.seed)
     exits = map_exit_arguments(cfg)
     arguments: dict[str, Any] = {
         "num_classes": len(dataset.class_names),
@@ -162,22 +169,23 @@ def _first_batches(loader: BatchLoader, most: int) -> list[Batch]:
     return batches
 
 
-def _halves(dataset: SemanticDataset, ids: Sequence[int], seed: int) -> tuple[list[int], list[int]]:
-    """The images of each half; those of a volume stay together."""
+def _halves(
+    dataset: SemanticDataset, ids: Sequence[int], target: Target, seed: int
+) -> tuple[list[int], list[int]]:
+    """The images of each half; those of a volume stay together.
+
+    Raises:
+        SampleTooSmallError: too few images, or volumes.
+    """
     groups: dict[Any, list[int]] = {}
     for image_id in ids:
         groups.setdefault(dataset.records[image_id].volume or image_id, []).append(image_id)
-    if len(groups) < 2:
-        raise ConfigError(
-            "All images are slices of one volume: exits are chosen on some volumes and judged on "
-            "others. Use two volumes or more."
-        )
+    are_volumes = len(groups) < len(ids)
+    target.check_images(len(groups), "volumes" if are_volumes else "images")
     order = np.random.default_rng(seed).permutation(len(groups))
     shuffled = [list(groups.values())[index] for index in order]
-    halves: tuple[list[int], list[int]] = [], []
-    for group in shuffled:
-        min(halves, key=len).extend(group)
-    return halves
+    first, second = (list(chain.from_iterable(shuffled[start::2])) for start in (0, 1))
+    return first, second
 
 
 def _scorer(dataset: SemanticDataset, ids: Sequence[int], metric: str) -> Scorer:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from cascade_det.calibration.bootstrap import Difference
 from cascade_det.calibration.maps.runs import FULL, Run
-from cascade_det.calibration.maps.scores import Scorer, ratio
+from cascade_det.calibration.maps.scores import Scorer
 from cascade_det.calibration.maps.search import Setting
 from cascade_det.calibration.risk_control import fixed_sequence
 from cascade_det.calibration.target import Target
@@ -92,9 +92,9 @@ def choose(
         for name in sorted(settings, key=lambda name: first[name].lost.mean()):
             if first[name].decoder_ms.mean() < first[order[-1]].decoder_ms.mean():
                 order.append(name)
-        name = order[
-            fixed_sequence((second[name].lost for name in order), target.risk, target.delta)
-        ]
+        # The images of a group are not independent of each other; groups are.
+        losses = (scorers[1].of_groups(second[name].lost) for name in order)
+        name = order[fixed_sequence(losses, target.risk, target.delta)]
     elif target.max_ap_drop is not None:
         name = _least_time(names, first, scorers[0], target.max_ap_drop)
         change = by_name[name].change
@@ -151,8 +151,8 @@ def _row(name: str, run: Run, full: Run, scorer: Scorer) -> MapRow:
         change=scorer.difference(full.counts, run.counts),
         decoder_ms=float(run.decoder_ms.mean()),
         total_ms=float(run.total_ms.mean()),
-        decoder_share=ratio(run.decoder_ms, full.decoder_ms),
-        total_share=ratio(run.total_ms, full.total_ms),
+        decoder_share=scorer.ratio(run.decoder_ms, full.decoder_ms),
+        total_share=scorer.ratio(run.total_ms, full.total_ms),
         computed=run.computed,
         lost=float(run.lost.mean()),
     )

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cascade_det.evaluation.semantic import ConfusionMatrix, Counts, Labels
 from cascade_det.segmentation.logits import predict
 from cascade_det.segmentation.map_confidence import MEASURES, image_confidence, patch_confidence
 from cascade_det.segmentation.map_exits import (
@@ -26,8 +27,6 @@ from cascade_det.segmentation.map_exits import (
 from cascade_det.segmentation.output import EncodedImages
 from cascade_det.segmentation.pixel_rows import dilate
 
-Labels = npt.NDArray[np.integer[Any]]
-Counts = npt.NDArray[np.int64]
 # Settings are compared on every second row and column; the found ones run on all pixels.
 STEP = 2
 
@@ -191,6 +190,6 @@ def computed_shares(
 
 def confusion(truth: Labels, answer: Labels, num_classes: int, ignore_label: int) -> Counts:
     """Pixels by true and predicted class, int64 ``[K, K]``."""
-    counted = truth != ignore_label
-    pairs = truth[counted].astype(np.int64) * num_classes + answer[counted]
-    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+    matrix = ConfusionMatrix(num_classes, ignore_label=ignore_label)
+    matrix.update(answer, truth)
+    return matrix.counts

@@ -40,6 +40,11 @@ class Scorer:
         """G."""
         return int(self.groups.max()) + 1
 
+    def of_groups(self, values: Floats) -> Floats:
+        """The mean over the images of each group: ``[I]`` to ``[G]``."""
+        sizes = np.bincount(self.groups)
+        return np.asarray(np.bincount(self.groups, values) / sizes)
+
     def score(self, counts: Counts) -> float:
         """The metric in percent of matrices ``[I, K, K]``; nan without truth."""
         return float(self._scores(counts, np.ones((1, self.num_groups)))[0])
@@ -55,6 +60,14 @@ class Scorer:
             return Difference(float(values[0]), *[float("nan")] * 3)
         low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
         return Difference(float(values[0]), float(resampled.std(ddof=1)), float(low), float(high))
+
+    def ratio(self, numerators: Floats, denominators: Floats) -> Difference:
+        """The ratio of two sums over the same images ``[I]``, on resamples of the groups."""
+        weights = resamples(self.num_groups)
+        above, below = (np.bincount(self.groups, x) for x in (numerators, denominators))
+        values = (weights @ above) / (weights @ below)
+        low, high = np.quantile(values[1:], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        return Difference(float(values[0]), float(values[1:].std(ddof=1)), float(low), float(high))
 
     def _scores(self, counts: Counts, weights: Floats) -> Floats:
         """``[W]`` for weights of groups ``[W, G]``."""
@@ -80,14 +93,6 @@ def resamples(count: int, rounds: int = BOOTSTRAP_ROUNDS) -> Floats:
     """Weights ``[1 + rounds, count]``: all ones, then resamples (Efron 1979), always the same."""
     drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), rounds)
     return np.concatenate([np.ones((1, count)), drawn])
-
-
-def ratio(numerators: Floats, denominators: Floats) -> Difference:
-    """The ratio of two sums over the same images ``[I]``, with its bootstrap distribution."""
-    weights = resamples(len(numerators))
-    values = (weights @ numerators) / (weights @ denominators)
-    low, high = np.quantile(values[1:], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Difference(float(values[0]), float(values[1:].std(ddof=1)), float(low), float(high))
 
 
 def _mean(total: Floats, count: Floats) -> Floats:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 from cascade_det.calibration.maps.record import MapRecord, replay
 from cascade_det.calibration.maps.scores import Scorer
 from cascade_det.calibration.risk_control import pareto_front
+from cascade_det.errors import DatasetError
 from cascade_det.segmentation.map_confidence import MEASURES
 from cascade_det.segmentation.map_exits import KINDS
 
@@ -58,6 +60,9 @@ def try_settings(
         most_trials: limit.
         seed: of the settings that are tried if there are more.
         on_trial: called after each.
+
+    Raises:
+        DatasetError: the images have no class that the metric counts.
     """
     share = np.asarray(milliseconds) / sum(milliseconds)
 
@@ -67,6 +72,11 @@ def try_settings(
         return scorer.score(np.stack([one.counts for one in found])), float(computed @ share)
 
     full, _ = run(None)
+    if math.isnan(full):
+        raise DatasetError(
+            f"the {len(records)} images that choose have no pixels of the classes that "
+            f"{scorer.metric} counts: use images with labels of them"
+        )
     trials = []
     for setting in settings(records, most_trials, seed):
         score, work = run(setting)

@@ -167,7 +167,8 @@ FAST = group(
     DTYPE=Key(
         "auto",
         "Type to compute in; auto is bfloat16 on devices with instructions for it, float16 on "
-        "other GPUs, and float32 on other CPUs; float16 needs a GPU.",
+        "other GPUs, and float32 on other CPUs; float16 needs a GPU. Where auto is bfloat16, "
+        "MobileNets and EfficientViTs stay float32, without their pyramid.",
         one_of("auto", "float32", "bfloat16", "float16"),
     ),
     FLOAT32_PARTS=Key(

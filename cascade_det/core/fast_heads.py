@@ -80,9 +80,9 @@ def common_dtype(heads: Iterable[nn.Module]) -> torch.dtype | None:
     return dtypes.pop() if len(dtypes) == 1 else None
 
 
-def fast_dtype(heads: Iterable[nn.Module]) -> torch.dtype:
-    """The dtype of the first fast head; float32 without fast heads."""
-    return next((head.dtype for head in heads if isinstance(head, FastBoxHead)), torch.float32)
+def head_dtypes(heads: Iterable[nn.Module]) -> list[torch.dtype]:
+    """The dtypes that box heads compute in, each once: of their weights, in order of the heads."""
+    return list(dict.fromkeys(p.dtype for head in heads for p in head.parameters()))
 
 
 def _fast(head: nn.Module, pooled_size: int, dtype: torch.dtype, keep: bool) -> nn.Module:

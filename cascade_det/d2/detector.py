@@ -21,7 +21,7 @@ from cascade_det.core import (
     PartTimer,
     TrainingSchedule,
 )
-from cascade_det.core.fast_heads import fast_dtype
+from cascade_det.core.fast_heads import head_dtypes
 from cascade_det.core.modes import evaluation_mode, in_evaluation_mode
 from cascade_det.core.postprocess import rescale_stage
 from cascade_det.core.structures import part
@@ -31,7 +31,7 @@ from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
 from cascade_det.d2.structures import postprocess, to_detections
 from cascade_det.data.samples import Sample
 from cascade_det.engine.batches import check_images
-from cascade_det.engine.devices import describe_dtypes
+from cascade_det.engine.devices import describe_dtypes, weight_dtypes
 
 
 class Detector(nn.Module):
@@ -133,10 +133,15 @@ class Detector(nn.Module):
     def dtype(self) -> str:
         """The types that inference computes in, for a report."""
         if not self.has_stages:
-            return "float32"
-        with evaluation_mode(self):
-            heads = fast_dtype(self.cascade.box_head)
-        return describe_dtypes({"roi_heads": heads, "all before": torch.float32})
+            return describe_dtypes(weight_dtypes(self.model.named_children()))
+        with evaluation_mode(self):  # in training mode the heads are not the fast ones
+            heads = head_dtypes(self.cascade.box_head)
+        before = [
+            ("all before", part)
+            for name, part in self.model.named_children()
+            if name != "roi_heads"
+        ]
+        return describe_dtypes([*(("roi_heads", dtype) for dtype in heads), *weight_dtypes(before)])
 
     def set_exits(self, exits: ExitPolicy | None) -> None:
         """Replace the exit policy; ``None`` for no exits. Only where ``has_stages``."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import torch
 from fvcore.common.config import CfgNode
+from torch import nn
 
 from cascade_det.engine.allocator import keep_freed_memory
 from cascade_det.engine.precision import AMP_DTYPES
@@ -98,14 +99,27 @@ def resolve_fast_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def describe_dtypes(dtypes: Mapping[str, torch.dtype]) -> str:
-    """The types of a detector's parts: ``bfloat16``, or ``bfloat16: fpn, rpn; float32: stem``."""
-    names: dict[str, list[str]] = {}
-    for name, dtype in dtypes.items():
-        names.setdefault(str(dtype).removeprefix("torch."), []).append(name)
-    if len(names) == 1:
-        return next(iter(names))
-    return "; ".join(f"{dtype}: {', '.join(parts)}" for dtype, parts in names.items())
+def describe_dtypes(dtypes: Iterable[tuple[str, torch.dtype]]) -> str:
+    """The types of a model's parts: ``bfloat16``, or ``bfloat16: fpn, rpn; float32: stem``.
+
+    Args:
+        dtypes: pairs of a part and its type; several of a part that computes in several types.
+    """
+    parts: dict[str, list[str]] = {}
+    for name, dtype in dict.fromkeys(dtypes):
+        parts.setdefault(str(dtype).removeprefix("torch."), []).append(name)
+    if len(parts) <= 1:
+        return next(iter(parts), "float32")
+    return "; ".join(f"{dtype}: {', '.join(names)}" for dtype, names in parts.items())
+
+
+def weight_dtypes(parts: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, torch.dtype]]:
+    """The types of the weights of named parts, in which they compute without autocast.
+
+    A part without weights has none. Of ``named_children()``, for example.
+    """
+    pairs = ((name, p.dtype) for name, part in parts for p in part.parameters())
+    return [(name, dtype) for name, dtype in dict.fromkeys(pairs) if dtype.is_floating_point]
 
 
 def has_bfloat16(device: torch.device) -> bool:

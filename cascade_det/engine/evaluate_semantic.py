@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
+from torch import nn
 
 from cascade_det.data.samples import Sample
 from cascade_det.data.semantic import SemanticDataset, read_labels
 from cascade_det.data.semantic.reading import read_pair, visible_pixels
 from cascade_det.data.transforms import Pixels
 from cascade_det.engine.detector import Segmenter
+from cascade_det.engine.devices import describe_dtypes, weight_dtypes
 from cascade_det.engine.evaluate import by_dataset
 from cascade_det.engine.inference import BatchLoader, run_segmentation
 from cascade_det.engine.semantic_datasets import semantic_test_loader
@@ -80,7 +82,9 @@ def evaluate_segmentation(
     """
     pixels, others = _evaluators(dataset, levels)
     results = run_segmentation(segmenter, loader, [pixels, *others], levels=levels)
-    machine = describe_machine(next(segmenter.parameters(), torch.empty(0)).device)
+    assert isinstance(segmenter, nn.Module)
+    dtype = describe_dtypes(weight_dtypes([("model", segmenter)]))
+    machine = describe_machine(next(segmenter.parameters(), torch.empty(0)).device, dtype)
     report = format_report({**results, "machine": machine})
     logger.info("Results on %s:\n\n%s\n", dataset.source.name, report)
 

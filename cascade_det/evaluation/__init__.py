@@ -1,6 +1,6 @@
 """Detections and label maps in, metrics out: AP, exit rates, latency; IoU, Dice, distances."""
 
-from cascade_det.evaluation.agreement import agreement_loss
+from cascade_det.evaluation.agreement import Agreement, agreement_loss, find_again
 from cascade_det.evaluation.ap_warnings import explain
 from cascade_det.evaluation.average_precision import coco_ap
 from cascade_det.evaluation.coco import CocoEvaluator, score_results
@@ -13,6 +13,7 @@ from cascade_det.evaluation.stages import StageEvaluator
 from cascade_det.evaluation.volume_evaluator import VolumeEvaluator, VolumeSlice
 
 __all__ = [
+    "Agreement",
     "CocoEvaluator",
     "Evaluator",
     "ExitEvaluator",
@@ -26,5 +27,6 @@ __all__ = [
     "coco_ap",
     "default_evaluators",
     "explain",
+    "find_again",
     "score_results",
 ]

@@ -55,7 +55,12 @@ def describe_machine(device: torch.device | str = "cpu", dtype: str = "float32")
 
     Args:
         device: where the model runs.
-        dtype: what it computes in, for example ``"bfloat16"``.
+        dtype: of its weights, in which it computes, for example ``"bfloat16"``.
+
+    Returns:
+        Plain values by name. Where PyTorch computes in another type all the same, also ``autocast``
+        (its type, while it is on) or ``tf32`` (what of float32 a GPU computes with the 10 bits of
+        TF32; convolutions, unless that is switched off).
     """
     device = torch.device(device)
     on_gpu = device.type == "cuda"
@@ -64,8 +69,26 @@ def describe_machine(device: torch.device | str = "cpu", dtype: str = "float32")
         "device_name": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
         "threads": torch.get_num_threads(),
         "dtype": dtype,
+        **_other_types(device, dtype),
         "torch": torch.__version__,
     }
+
+
+def _other_types(device: torch.device, dtype: str) -> dict[str, str]:
+    if torch.is_autocast_enabled(device.type):
+        return {"autocast": str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")}
+    if (
+        device.type != "cuda"
+        or "float32" not in dtype
+        or torch.cuda.get_device_capability(device) < (8, 0)
+    ):
+        return {}
+    allowed = {
+        "convolutions": torch.backends.cudnn.allow_tf32,
+        "products": torch.get_float32_matmul_precision() != "highest",
+    }
+    names = [name for name, is_allowed in allowed.items() if is_allowed]
+    return {"tf32": " and ".join(names)} if names else {}
 
 
 def format_report(results: Metrics) -> str:

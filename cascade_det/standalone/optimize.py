@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,16 +14,20 @@ from torch import Tensor, nn
 from cascade_det.backbones.fast_upconv import use_fast_upconv
 from cascade_det.backbones.relative_bias import gather_biases
 from cascade_det.config.cascade_keys import FAST_PARTS as PARTS
-from cascade_det.core.fast_heads import FastBoxHead, fast_dtype
+from cascade_det.core.fast_heads import FastBoxHead, head_dtypes
 from cascade_det.core.fast_masks import FastMaskHead
+from cascade_det.data.samples import Batch
 from cascade_det.engine.allocator import keep_freed_memory
 from cascade_det.engine.devices import describe_dtypes, resolve_fast_dtype
+from cascade_det.engine.fast_types import changes_in_bfloat16, choose_float32_parts
 from cascade_det.layers.folding import fold_norms
 from cascade_det.layers.winograd import use_winograd
 from cascade_det.standalone.detector import Detector
 from cascade_det.standalone.segmenter_base import SegmenterBase
 
 logger = logging.getLogger(__name__)
+
+_TRUNK = "The backbone stays float32: detections change noticeably in bfloat16 with such backbones."
 
 
 def optimize(
@@ -32,6 +36,7 @@ def optimize(
     dtype: str = "auto",
     float32_parts: Collection[str] = (),
     compile: bool = False,
+    images: Sequence[Batch] | None = None,
 ) -> Detector:
     """Optimise a detector for inference in place; it cannot be trained afterwards.
 
@@ -50,23 +55,55 @@ def optimize(
         compile: ``torch.compile`` the backbone, on GPUs as CUDA graphs. Every new image size is
             recorded again there, so that it pays for few sizes. Float32 on CPUs is not compiled,
             because convolutions take most of its time and do not change.
+        images: batches like those that the detector will be given. Then the parts that stay float32
+            beside ``float32_parts`` are chosen by what is detected in them, see
+            ``choose_float32_parts``; candidates are not compiled. Without images and with the type
+            ``auto``, trunks whose detections change noticeably in bfloat16 stay float32.
 
     Returns:
         The detector, in evaluation mode.
 
     Raises:
         ConfigError: float16 on a CPU.
-        ValueError: an unknown part, or the detector is optimised already.
+        ValueError: an unknown part, too few detections in ``images``, or the detector is optimised
+            already.
     """
     if detector.optimizations:
         raise ValueError("the detector is optimised already: build it again for other settings")
     if unknown := set(float32_parts) - set(PARTS):
         raise ValueError(f"unknown parts {sorted(unknown)}; known: {', '.join(PARTS)}")
     wanted = resolve_fast_dtype(dtype, detector.device)
-    dtypes = {part: torch.float32 if part in float32_parts else wanted for part in PARTS}
+    reasons: list[str] = []
+    if images is not None and wanted == torch.float32:
+        reasons = ["There are no types to choose by images: all is float32."]
+    elif images is not None:
+        float32_parts, reasons = choose_float32_parts(
+            detector,
+            images,
+            lambda copied, parts: _optimize(copied, _types(wanted, parts), False, []),
+            float32_parts=float32_parts,
+        )
+    elif (dtype, wanted) == ("auto", torch.bfloat16) and changes_in_bfloat16(
+        detector.backbone.bottom_up
+    ):
+        float32_parts = {"stem", "backbone", *float32_parts}
+        reasons = [_TRUNK]
+    _optimize(detector, _types(wanted, float32_parts), compile, reasons)
+    _log(detector.optimizations)
+    return detector
+
+
+def _types(wanted: torch.dtype, float32_parts: Collection[str]) -> dict[str, torch.dtype]:
+    return {part: torch.float32 if part in float32_parts else wanted for part in PARTS}
+
+
+def _optimize(
+    detector: Detector, dtypes: Mapping[str, torch.dtype], compile: bool, reasons: Iterable[str]
+) -> Detector:
     detector.eval().requires_grad_(False)
     detector.proposal_generator.rpn_head.topk_deltas_only = True
     done = [
+        *reasons,
         f"{fold_norms(detector)} norms are folded into convolutions.",
         *_gather_biases(detector.backbone),
         _use_channels_last(detector, (detector.backbone, detector.proposal_generator)),
@@ -85,11 +122,10 @@ def optimize(
     if compile:
         done.append(_compile(detector, dtypes))
     # Heads of unknown kinds stay as they are.
-    detector.dtype = describe_dtypes(
-        {**dtypes, "roi_heads": fast_dtype(detector.roi_heads.box_head)}
-    )
+    heads = [("roi_heads", kind) for kind in head_dtypes(detector.roi_heads.box_head)]
+    before = [(name, kind) for name, kind in dtypes.items() if name != "roi_heads"]
+    detector.dtype = describe_dtypes([*before, *heads])
     detector.optimizations = done
-    _log(done)
     return detector
 
 
@@ -183,7 +219,9 @@ def _set_types(detector: Detector, dtypes: Mapping[str, torch.dtype]) -> str:
     for name, part in _parts(detector).items():
         for module in part.modules:
             module.to(dtypes[name])
-    return f"Computes in {describe_dtypes(dtypes)}; boxes, scores and their layers in float32."
+    return (
+        f"Computes in {describe_dtypes(dtypes.items())}; boxes, scores and their layers in float32."
+    )
 
 
 def _cast_between(detector: Detector, dtypes: Mapping[str, torch.dtype]) -> None:

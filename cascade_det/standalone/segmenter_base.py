@@ -25,7 +25,6 @@ class SegmenterBase(nn.Module):
     Attributes:
         optimizations: the changes made by ``optimize_segmenter``, one sentence each; empty before
             it. An optimised segmenter cannot be trained.
-        dtype: the type that it computes in, for a report.
         memory_format: of the batch of images.
     """
 
@@ -46,7 +45,6 @@ class SegmenterBase(nn.Module):
         self.register_buffer("pixel_mean", mean.view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", std.view(-1, 1, 1), persistent=False)
         self.optimizations: list[str] = []
-        self.dtype = "float32"
         self.memory_format = torch.contiguous_format
 
     @property

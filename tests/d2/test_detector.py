@@ -185,6 +185,14 @@ def test_the_type_that_is_reported_is_the_one_that_runs(build, more, dtype):
     assert detector.model.training
 
 
+def test_the_types_of_other_models_are_those_of_their_weights(build):
+    model = build(*OWN_CASCADE)
+    model.backbone.to(torch.bfloat16)
+    names = "proposal_generator, roi_heads"
+    assert Detector(model).dtype == f"bfloat16: backbone; float32: {names}"
+    assert Detector(model.to(torch.float16)).dtype == "float16"
+
+
 @pytest.mark.parametrize("name", ["losses", "detect", "set_exits", "cascade_inputs"])
 def test_signatures_are_those_of_the_standalone_detector(name):
     ours, theirs = (

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_exits import iou
 
 from cascade_det.core.structures import Detections
-from cascade_det.evaluation import agreement_loss
+from cascade_det.evaluation import Agreement, agreement_loss, find_again
 
 BOX, OTHER = (10, 10, 100, 100), (200, 50, 60, 80)
 
@@ -93,3 +94,38 @@ def crowded(draw):
 def test_equals_a_loop_over_all_pairs(early, full, cut):
     ours = agreement_loss(as_detections(early), as_detections(full), min_score=cut)
     assert ours == plain_loss(early, full, cut)
+
+
+class TestFindAgain:
+    def test_the_shift_is_that_of_the_coordinates(self, detections):
+        wanted = [detections((BOX, 0.9, 0), (OTHER, 0.6, 1)), detections((BOX, 0.7, 1))]
+        # 2 pixels to the right; 1 pixel wider; the same.
+        found = [
+            detections(((12, 10, 100, 100), 0.9, 0), ((200, 50, 61, 80), 0.6, 1)),
+            detections((BOX, 0.8, 1)),
+        ]
+        agreement = find_again(found, wanted)
+        assert (agreement.wanted, agreement.found, agreement.share) == (3, 3, 1)
+        # XYXY: (2, 0, 2, 0), (0, 0, 1, 0) and zeros.
+        assert agreement.shift == pytest.approx((1.0 + 0.25 + 0.0) / 3)
+
+    def test_class_overlap_and_score_decide(self, detections):
+        wanted = [detections((BOX, 0.9, 0), (BOX, 0.8, 1), (OTHER, 0.5, 1), (OTHER, 0.49, 0))]
+        # Of 100 columns, 90 are shared, then 89; the other's score stays, then falls.
+        for found, count in (
+            (detections(((10, 10, 90, 100), 0.9, 0), (OTHER, 0.5, 1)), 2),
+            (detections(((10, 10, 89, 100), 0.9, 0), (OTHER, 0.49, 1)), 0),
+            (detections((BOX, 0.9, 2), (OTHER, 0.9, 0)), 0),
+        ):
+            agreement = find_again([found], wanted)
+            assert (agreement.wanted, agreement.found) == (3, count)
+            assert agreement.share == count / 3
+        assert find_again([found], wanted, min_score=0.85).wanted == 1
+
+    def test_one_detection_is_found_once(self, detections):
+        twice = detections((BOX, 0.9, 0), (BOX, 0.8, 0))
+        assert find_again([detections((BOX, 0.9, 0))], [twice]) == Agreement(2, 1, 0.0)
+
+    def test_nothing_to_find(self, detections):
+        assert find_again([detections((BOX, 0.9, 0))], [detections()]).share == 1
+        assert find_again([], []) == Agreement(0, 0, 0.0)

@@ -185,6 +185,25 @@ def test_machine_is_described():
     assert machine["threads"] == torch.get_num_threads()
     assert machine["torch"] == torch.__version__
     assert machine["device_name"]
+    assert not {"autocast", "tf32"} & machine.keys()
+
+
+def test_types_that_pytorch_takes_instead_are_described(monkeypatch):
+    with torch.autocast("cpu", torch.bfloat16):
+        machine = describe_machine("cpu")
+        assert machine["autocast"] == "bfloat16"
+        assert "autocast bfloat16" in format_report({"machine": machine})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    for capability, dtype, precision, found in (
+        ((8, 0), "float32", "highest", "convolutions"),
+        ((9, 0), "float32: stem; bfloat16: fpn", "high", "convolutions and products"),
+        ((9, 0), "bfloat16", "high", None),
+        ((7, 5), "float32", "high", None),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda p=precision: p)
+        assert describe_machine("cuda", dtype).get("tf32") == found
 
 
 @pytest.mark.parametrize("keys", [("bbox",), ("exits",), ("stages", "exits", "latency")])

@@ -197,6 +197,8 @@ def test_heads_with_convolutions_take_maps_of_another_type(instant_cfg, float32_
     detector = make_detector(instant_cfg, *CONV_HEADS)
     fast = optimize(detector, dtype="bfloat16", float32_parts=float32_parts)
     assert [isinstance(h, FastBoxHead) for h in fast.roi_heads.box_head] == [False, True, True]
+    kinds = dict(kind.split(": ") for kind in fast.dtype.split("; "))
+    assert all("roi_heads" in kinds[kind] for kind in ("bfloat16", "float32"))
     assert len(fast.detect(make_batch()).detections) == 2
 
 
@@ -220,6 +222,52 @@ def test_the_type_is_chosen_by_the_device(instant_cfg, monkeypatch):
     assert devices.resolve_fast_dtype("auto", cpu) == torch.float32
     assert devices.resolve_fast_dtype("auto", gpu) == torch.float16
     assert optimize(make_detector(instant_cfg)).backbone.fpn_output2.weight.dtype == torch.float32
+
+
+class TestTypesByMeasurement:
+    """What decides is in tests/engine/test_fast_types.py; here are real detectors."""
+
+    @pytest.fixture(autouse=True)
+    def bfloat16(self, monkeypatch):
+        monkeypatch.setattr(devices, "has_bfloat16", lambda device: True)
+
+    def test_trunks_that_change_detections_stay_float32(self, instant_cfg):
+        fast = optimize(make_detector(instant_cfg))
+        assert types_of(fast) == {"stem", "backbone"}
+        assert any("change noticeably in bfloat16" in sentence for sentence in fast.optimizations)
+        for detector, more in (
+            (make_detector(instant_cfg), {"dtype": "bfloat16"}),
+            (make_detector(instant_cfg, *R18), {}),
+        ):
+            fast = optimize(detector, **more)
+            assert fast.dtype == "bfloat16"
+            assert not any("change noticeably" in sentence for sentence in fast.optimizations)
+
+    def test_images_choose(self, instant_cfg, caplog, monkeypatch):
+        monkeypatch.setattr("cascade_det.engine.fast_types.MIN_DETECTIONS", 10)
+        plain = make_detector(instant_cfg)
+        for predictor in plain.roi_heads.box_predictor:
+            nn.init.normal_(predictor.cls_score.weight, std=3.0)  # sure of itself
+        images = [make_batch(), make_batch()]
+        wanted = plain.detect(images[0])
+        with caplog.at_level(logging.INFO, "cascade_det.standalone.optimize"):
+            fast = optimize(copy.deepcopy(plain), images=images)
+        tried = [s for s in fast.optimizations if "detections again" in s]
+        assert len(tried) == 4
+        assert all(sentence in caplog.text for sentence in tried)
+        (chosen,) = (s for s in tried if s.endswith("chosen."))
+        parts = types_of(fast)
+        assert all(part in chosen for part in parts) or chosen.startswith("All")
+        again = optimize(copy.deepcopy(plain), dtype="bfloat16", float32_parts=parts)
+        assert_same_detections(
+            fast.detect(images[0]).detections, again.detect(images[0]).detections
+        )
+        assert_same_detections(plain.detect(images[0]).detections, wanted.detections)
+
+    def test_float32_leaves_nothing_to_choose(self, instant_cfg):
+        fast = optimize(make_detector(instant_cfg), dtype="float32", images=[make_batch()])
+        assert fast.dtype == "float32"
+        assert any("no types to choose" in sentence for sentence in fast.optimizations)
 
 
 class TestErrors:

@@ -9,6 +9,7 @@ from detection_rows import detections_of
 
 from cascade_det.config.cascade_keys import FAST_PARTS as PARTS
 from cascade_det.engine import fast_types
+from cascade_det.engine.devices import describe_dtypes, weight_dtypes
 from cascade_det.engine.fast_types import choose_float32_parts
 
 TRUNK, MAPS = ("stem", "backbone"), ("stem", "backbone", "fpn")
@@ -102,3 +103,11 @@ def test_images_that_cannot_decide_are_refused(monkeypatch):
         choose({})
     with pytest.raises(ValueError, match="give batches"):
         choose_float32_parts(Planted([0.0]), [{"image": 1}], None)
+
+
+def test_a_part_of_two_types_is_named_with_both():
+    half, whole = torch.nn.Linear(2, 2).bfloat16(), torch.nn.Linear(2, 2)
+    parts = [("head", torch.nn.Sequential(whole, half)), ("body", half), ("act", torch.nn.ReLU())]
+    assert describe_dtypes(weight_dtypes(parts)) == "float32: head; bfloat16: head, body"
+    assert describe_dtypes(weight_dtypes(parts[1:])) == "bfloat16"
+    assert describe_dtypes(weight_dtypes(parts[2:])) == "float32"

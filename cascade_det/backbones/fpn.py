@@ -30,7 +30,6 @@ class FPN(nn.Module):
     Attributes:
         levels: base-2 logarithms of the strides of the trunk's maps, finest first.
         strides: stride in pixels by output name, finest first.
-        size_divisibility: image sides must be multiples of it.
 
     Raises:
         ValueError: if the trunk's features are not of contiguous strides.
@@ -64,8 +63,12 @@ class FPN(nn.Module):
         )
         top = levels[-1] + max(extra_convs, 1)
         self.strides = {f"p{level}": 2**level for level in range(levels[0], top + 1)}
-        self.size_divisibility = 2 ** levels[-1]
         self.bottom_up = bottom_up
+
+    @property
+    def size_divisibility(self) -> int:
+        """Image sides must be multiples of it."""
+        return 1 << self.levels[-1]
 
     def freeze_unread(self, names: Collection[str]) -> None:
         """Freeze the convolutions of maps that are not read.

@@ -28,6 +28,7 @@ from cascade_det.benchmark.weights import draw_predictor
 from cascade_det.core import Detections, ExitPolicy, PartTimer
 from cascade_det.d2 import host
 from cascade_det.d2.detector import Detector
+from cascade_det.d2.optimize import optimize
 from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
 from cascade_det.d2.structures import to_detections, to_instances
 from cascade_det.data.samples import Sample
@@ -38,7 +39,7 @@ _CLASS_AGNOSTIC = "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG"
 # By kind, as in Detectron2's own configurations of such models.
 _OPTIONS: dict[str, tuple[Any, ...]] = {
     "plugin": (_HEADS, "EarlyExitCascadeROIHeads", _FAST, False),
-    "plugin-fast": (_HEADS, "EarlyExitCascadeROIHeads", _FAST, True),
+    "plugin-fast": (_HEADS, "EarlyExitCascadeROIHeads", _FAST, False),
     "detectron2-cascade": (_HEADS, "CascadeROIHeads"),
     "detectron2-one-stage": (_HEADS, "StandardROIHeads", _CLASS_AGNOSTIC, False),
 }
@@ -161,6 +162,10 @@ def build_detectron2(kind: str, setup: Setup, maps: SharedMaps) -> InDetectron2:
     """
     model: Any = build_model(detectron2_cfg(kind, setup)).eval()
     load(model, setup.weights, setup.options.seed)
+    if kind == "plugin-fast":
+        arguments = setup.fast_arguments()
+        optimize(model, dtype=arguments["dtype"], float32_parts=arguments["float32_parts"])
+        maps = SharedMaps(setup.options.images)  # its maps are its own
     return InDetectron2(model, maps)
 
 

@@ -161,8 +161,8 @@ FAST = group(
     "Lower precision and compilation for evaluation, prediction and calibration",
     ENABLED=Key(
         False,
-        "Speeds up inference, at the cost of rounding errors; ignored in training, and in "
-        "Detectron2 limited to our heads.",
+        "Speeds up inference, at the cost of rounding errors; ignored in training. In Detectron2's "
+        "own scripts limited to our heads.",
     ),
     DTYPE=Key(
         "auto",
@@ -180,7 +180,7 @@ FAST = group(
     COMPILE=Key(
         False,
         "Compiles backbone and FPN with torch.compile, which takes about a minute at the first "
-        "image; not for float32 on CPUs, which does not gain from it.",
+        "image; not for float32 on CPUs, which does not gain from it, nor in Detectron2.",
     ),
 )
 

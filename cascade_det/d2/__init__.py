@@ -2,7 +2,8 @@
 
 ``add_cascade_config(cfg)`` adds ``CASCADE`` and our nodes below ``MODEL`` to a configuration of
 Detectron2; ``MODEL.ROI_HEADS.NAME: EarlyExitCascadeROIHeads`` selects the cascade, and
-``MODEL.SEM_SEG_HEAD.NAME: CascadeSemSegHead`` the decoder.
+``MODEL.SEM_SEG_HEAD.NAME: CascadeSemSegHead`` the decoder. ``optimize(model)`` makes a detector
+fast for inference.
 """
 
 from cascade_det.quiet_imports import without_jit_warning
@@ -30,6 +31,7 @@ from cascade_det.d2.backbones import (
     build_mobilenet_v2_fpn_backbone,
     build_mobilenet_v3_large_fpn_backbone,
 )
+from cascade_det.d2.optimize import optimize
 from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
 from cascade_det.d2.sem_seg_head import CascadeSemSegHead
 
@@ -42,4 +44,5 @@ __all__ = [
     "build_hiervit_fpn_backbone",
     "build_mobilenet_v2_fpn_backbone",
     "build_mobilenet_v3_large_fpn_backbone",
+    "optimize",
 ]

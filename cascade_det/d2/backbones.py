@@ -14,7 +14,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone import build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 
-from cascade_det import config
+from cascade_det import backbones, config
 from cascade_det.backbones import (
     CascadeFPN,
     EfficientViT,
@@ -76,6 +76,10 @@ class _Pyramid(Backbone):
             name: ShapeSpec(channels=self.out_channels, stride=stride)
             for name, stride in self.strides.items()
         }
+
+
+class FPNBackbone(backbones.FPN, _Pyramid):
+    """:class:`~cascade_det.backbones.FPN` as a ``Backbone`` of Detectron2, for inference."""
 
 
 class CascadeFPNBackbone(CascadeFPN, _Pyramid):

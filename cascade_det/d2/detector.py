@@ -132,6 +132,8 @@ class Detector(nn.Module):
     @property
     def dtype(self) -> str:
         """The types that inference computes in, for a report."""
+        if hasattr(self.model, "optimizations"):
+            return str(self.model.dtype)
         if not self.has_stages:
             return describe_dtypes(weight_dtypes(self.model.named_children()))
         with evaluation_mode(self):  # in training mode the heads are not the fast ones

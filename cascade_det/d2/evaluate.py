@@ -16,7 +16,7 @@ from detectron2.evaluation import (
     inference_on_dataset,
     verify_results,
 )
-from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
+from detectron2.modeling import GeneralizedRCNN, GeneralizedRCNNWithTTA, build_model
 from pycocotools.coco import COCO
 from torch import nn
 
@@ -27,6 +27,7 @@ from cascade_det.d2.checkpoint import Checkpointer
 from cascade_det.d2.datasets import refuse_left_out, register_dataset, without_maskless
 from cascade_det.d2.detector import Detector
 from cascade_det.d2.loader import build_test_loader
+from cascade_det.d2.optimize import optimize
 from cascade_det.data.coco import CocoDataset
 from cascade_det.data.samples import Sample
 from cascade_det.engine.datasets import load_datasets_to_evaluate
@@ -61,13 +62,20 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
 
 
 def load_model(cfg: CfgNode, *, resume: bool = False) -> tuple[nn.Module, list[CocoDataset]]:
-    """The model with its weights, and ``DATASETS.TEST``; arguments and errors as ``evaluate``."""
+    """The model with its weights, and ``DATASETS.TEST``; arguments and errors as ``evaluate``.
+
+    The model is optimised if ``MODEL.CASCADE.FAST.ENABLED``.
+    """
     datasets = load_datasets_to_evaluate(without_maskless(cfg), register_dataset, resume=resume)
     refuse_left_out(datasets)
     set_backends(cfg)
     model = build_model(on_its_device(cfg))
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
     load_to_evaluate(checkpointer, cfg, datasets, resume=resume)
+    if (fast := config.fast_arguments(cfg)) is not None and isinstance(model, GeneralizedRCNN):
+        if fast.pop("compile"):
+            logger.info("MODEL.CASCADE.FAST.COMPILE is for the standalone host: nothing compiles.")
+        optimize(model, **fast)
     return model, datasets
 
 

@@ -309,6 +309,10 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             last.test_score_thresh, last.test_nms_thresh, last.test_topk_per_image
         )
 
+    def use_fast_copies(self, dtype: str | None) -> None:
+        """Change ``fast_dtype``."""
+        self._fast_dtype, self._fast_copies = dtype, None
+
     def _masks(self) -> MaskBranch | None:
         """The mask heads as the cascade runs them; ``None`` without, or for Detectron2 to run."""
         overridden = type(self)._forward_mask is not EarlyExitCascadeROIHeads._forward_mask

@@ -22,8 +22,8 @@ from cascade_det.core.structures.boxes import (
     image_bounds,
     is_nonempty,
 )
+from cascade_det.layers.rpn_head import RPNHead
 from cascade_det.standalone.anchors import AnchorGenerator
-from cascade_det.standalone.rpn_head import RPNHead
 from cascade_det.standalone.rpn_samples import predictions_at
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cascade_det.standalone.rpn_head import RPNHead
+from cascade_det.layers.rpn_head import RPNHead
 
 
 def predictions_at(

@@ -204,7 +204,7 @@ def test_heads_with_convolutions_take_maps_of_another_type(instant_cfg, float32_
 
 @pytest.mark.slow
 def test_what_was_done_is_said(instant_cfg, caplog):
-    with caplog.at_level(logging.INFO, "cascade_det.standalone.optimize"):
+    with caplog.at_level(logging.INFO, "cascade_det.engine.optimization"):
         fast = optimize(make_detector(instant_cfg), compile=True)
     assert all(sentence in caplog.text for sentence in fast.optimizations)
     norms = make_detector(instant_cfg)
@@ -250,7 +250,7 @@ class TestTypesByMeasurement:
             nn.init.normal_(predictor.cls_score.weight, std=3.0)  # sure of itself
         images = [make_batch(), make_batch()]
         wanted = plain.detect(images[0])
-        with caplog.at_level(logging.INFO, "cascade_det.standalone.optimize"):
+        with caplog.at_level(logging.INFO, "cascade_det.engine.optimization"):
             fast = optimize(copy.deepcopy(plain), images=images)
         tried = [s for s in fast.optimizations if "detections again" in s]
         assert len(tried) == 4

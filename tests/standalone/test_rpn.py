@@ -7,7 +7,7 @@ import torch
 from torchvision.ops import box_iou, nms
 
 from cascade_det.core.structures.boxes import decode_boxes
-from cascade_det.standalone import rpn_head
+from cascade_det.layers import rpn_head
 from cascade_det.standalone.anchors import AnchorGenerator, cell_anchors
 from cascade_det.standalone.rpn import RPN, RPNHead
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from cascade_det.standalone.rpn_head import RPNHead
+from cascade_det.layers.rpn_head import RPNHead
 from cascade_det.standalone.rpn_samples import predictions_at
 
 SHAPES = ((7, 9), (4, 5), (2, 2), (1, 2))

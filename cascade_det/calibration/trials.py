@@ -241,7 +241,7 @@ class ExitTrials:
                     detections.append(replace(found, rows=rows))
         masks = [0 if recorded is None else int((d.rows >= 0).sum()) for d in detections]
         frames = self.recording.frames
-        rescaled = [rescale_detections(d, *f) for d, f in zip(detections, frames, strict=True)]
+        rescaled = rescale_detections(detections, frames)
         return np.concatenate(entered, axis=1), rescaled, np.array(masks, np.int64)
 
     def _flops(self, entered: _Counts, masks: _Counts) -> float:

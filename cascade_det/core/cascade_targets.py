@@ -25,6 +25,7 @@ from cascade_det.core.structures.boxes import (
     flatten_images,
     select_class,
 )
+from cascade_det.core.structures.on_device import indices_by_group
 from cascade_det.core.training_stage import TrainingStage
 
 
@@ -55,8 +56,7 @@ class CascadeTargets:
     def sample(self, candidates: LabelledRegions, num_images: int) -> LabelledRegions:
         """Sample a minibatch of each image; image by image, positives first."""
         kept = []
-        for image in range(num_images):
-            rows = torch.nonzero(candidates.image_index == image).squeeze(1)  # [R_i]
+        for rows in indices_by_group(candidates.image_index, num_images):  # [R_i]
             positive, negative = sample_labels(
                 candidates.gt_classes[rows],
                 num_samples=self.batch_size_per_image,

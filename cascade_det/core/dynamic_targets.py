@@ -15,6 +15,7 @@ from torch import Tensor, distributed, nn
 from cascade_det.core.cascade_targets import CascadeTargets
 from cascade_det.core.matching import GroundTruth, LabelledRegions
 from cascade_det.core.structures.boxes import Weights, encode_boxes
+from cascade_det.core.structures.on_device import group_sizes
 from cascade_det.core.training_stage import TrainingStage
 
 
@@ -139,7 +140,7 @@ class DynamicTargets(nn.Module):
         return metrics
 
     def _add_ious(self, stage: int, ious: Tensor, image_index: Tensor, has_objects: Tensor) -> None:
-        counts = torch.bincount(image_index, minlength=len(has_objects))  # [N]
+        counts = group_sizes(image_index, len(has_objects))  # [N]
         # Regions image by image, largest IoU first.
         by_iou = torch.argsort(ious, descending=True, stable=True)
         order = by_iou[torch.argsort(image_index[by_iou], stable=True)]

@@ -20,6 +20,7 @@ from cascade_det.core.exits.view import BEFORE_STAGES, RegionView
 from cascade_det.core.matching import GroundTruth, label_regions, match_greedily
 from cascade_det.core.record import CascadeRecord
 from cascade_det.core.structures.boxes import paired_iou, select_class
+from cascade_det.core.structures.on_device import group_sizes
 
 # The IoU of a true positive (PASCAL VOC).
 TRUE_POSITIVE_IOU = 0.5
@@ -151,13 +152,13 @@ def _iou_loss(
     ).ious
     errors = (parts.predict_ious(stage, recorded.hidden.detach()) - ious) ** 2
     groups = (ious >= TRUE_POSITIVE_IOU).long()
-    return _weighted_mean(errors, 1.0 / torch.bincount(groups, minlength=2)[groups])
+    return _weighted_mean(errors, 1.0 / group_sizes(groups, 2)[groups])
 
 
 def _pruner_loss(parts: LearnedParts, view: RegionView, found: Tensor) -> Tensor:
     groups = 2 * view.image_index + found
-    group_sizes = torch.bincount(groups, minlength=2 * view.num_images)[groups]
-    balance = view.counts[view.image_index] / (2.0 * group_sizes)
+    sizes = group_sizes(groups, 2 * view.num_images)[groups]
+    balance = view.counts[view.image_index] / (2.0 * sizes)
     losses = F.binary_cross_entropy_with_logits(
         parts.continue_logits(view), found.float(), reduction="none"
     )

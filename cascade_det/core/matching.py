@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from cascade_det.core.structures.boxes import flatten_images
+from cascade_det.core.structures.on_device import group_sizes
 
 
 class TrueMasks(Protocol):
@@ -65,7 +66,7 @@ class GroundTruth:
 
     def images_with_objects(self, num_images: int) -> Tensor:
         """Bool ``[N]``: which images have objects."""
-        return torch.bincount(self.image_index, minlength=num_images) > 0
+        return group_sizes(self.image_index, num_images) > 0
 
 
 @dataclass

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
 
 from cascade_det.core.regions import ReportedRegions
 from cascade_det.core.structures import Detections, Found, StageOutput
 from cascade_det.core.structures.boxes import is_nonempty
+from cascade_det.core.structures.on_device import grouped_nms, indices_by_group
 
 Frame = tuple[tuple[int, int], tuple[int, int]]  # (height, width) of boxes, and wanted
 
@@ -61,35 +61,43 @@ def select_detections(
     # Image by image: NMS of all in one call would shift boxes by up to N * K image sizes, where
     # float32 loses fractions of a pixel, and decisions would differ from Detectron2's.
     detections = []
-    for image in range(num_images):
-        own = candidates[torch.nonzero(images == image).squeeze(1)]
-        kept = batched_nms(own.boxes, own.scores, own.classes, selection.nms_thresh)
+    for own_rows in indices_by_group(images, num_images):
+        own = candidates[own_rows]
+        kept = grouped_nms(own.boxes, own.scores, own.classes, selection.nms_thresh)
         if selection.detections_per_image >= 0:
             kept = kept[: selection.detections_per_image]
         detections.append(own[kept])
     return detections
 
 
-def rescale_detections(
-    detections: Found, from_size: tuple[int, int], to_size: tuple[int, int]
-) -> Found:
-    """Rescale detections to another size of the image; boxes that become empty are dropped.
+def rescale_detections(detections: Sequence[Found], frames: Sequence[Frame]) -> list[Found]:
+    """Rescale detections to other sizes of their images; boxes that become empty are dropped.
 
     Args:
-        detections: of one image.
-        from_size: ``(height, width)`` of the boxes.
-        to_size: ``(height, width)`` of the result.
+        detections: of N images.
+        frames: N pairs of ``(height, width)``, of the boxes and of the result.
     """
-    boxes = rescale_boxes(detections.boxes, from_size, to_size)
-    return replace(detections, boxes=boxes)[is_nonempty(boxes)]
+    if not detections:
+        return []
+    rescaled = [
+        replace(own, boxes=rescale_boxes(own.boxes, *frame))
+        for own, frame in zip(detections, frames, strict=True)
+    ]
+    empty = [~is_nonempty(own.boxes) for own in rescaled]
+    dropped = torch.stack([rows.sum() for rows in empty]).tolist()  # One wait for all images.
+    return [
+        own[torch.argsort(rows.byte(), stable=True)[: len(own) - count]] if count else own
+        for own, rows, count in zip(rescaled, empty, dropped, strict=True)
+    ]
 
 
 def rescale_boxes(boxes: Tensor, from_size: Sequence[int], to_size: Sequence[int]) -> Tensor:
     """Rescale boxes ``[R, 4]`` to another size of the image and clip them to it."""
     scale_y, scale_x = to_size[0] / from_size[0], to_size[1] / from_size[1]
-    bounds = boxes.new_tensor([to_size[1], to_size[0], to_size[1], to_size[0]])
-    scaled = boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
-    return torch.minimum(scaled.clamp(min=0), bounds)
+    # Numbers, not tensors: those would have to be sent to a GPU.
+    x = (boxes[:, 0::2] * scale_x).clamp(0, to_size[1])  # [R, 2]
+    y = (boxes[:, 1::2] * scale_y).clamp(0, to_size[0])
+    return torch.stack((x, y), dim=2).flatten(1)
 
 
 def rescale_stage(stage: StageOutput, frames: Sequence[Frame]) -> StageOutput:
@@ -97,15 +105,14 @@ def rescale_stage(stage: StageOutput, frames: Sequence[Frame]) -> StageOutput:
 
     Args:
         stage: of N images.
-        frames: N pairs ``(from_size, to_size)``, see ``rescale_detections``.
+        frames: see ``rescale_detections``.
     """
 
     def boxes(per_image: list[Tensor]) -> list[Tensor]:
         return [rescale_boxes(b, *frame) for b, frame in zip(per_image, frames, strict=True)]
 
-    detections = zip(stage.detections, frames, strict=True)
     return StageOutput(
-        [rescale_detections(d, *frame) for d, frame in detections],
+        rescale_detections(stage.detections, frames),
         boxes(stage.boxes_before),
         boxes(stage.boxes_after),
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from cascade_det.core.roi_bags import make_table, pool_bags
+from cascade_det.core.structures.on_device import indices_by_group, is_recorded
 
 # Section 4.2 of the FPN paper (arXiv 1612.03144): a box of this size belongs on this level.
 CANONICAL_BOX_SIZE = 224
@@ -45,11 +46,13 @@ class Pyramid:
         table: ``[N * sum(H_l * W_l), C]``, the pixels of all maps, or ``None`` for the torchvision
             kernel.
         first_rows: ``[N][L]``, first table row of each map of each image.
+        dtype: of crops by the torchvision kernel; ``None`` for that of the features.
     """
 
     features: list[Tensor]
     table: Tensor | None = None
     first_rows: list[list[int]] = field(default_factory=list)
+    dtype: torch.dtype | None = None
 
 
 class RoIPooler(nn.Module):
@@ -103,8 +106,12 @@ class RoIPooler(nn.Module):
             raise ValueError(f"{len(features)} feature maps for {len(self.strides)} strides")
         has_fast_bags = features[0].device.type == "cpu"
         wants_bags = self.kernel == "bags" or (self.kernel == "auto" and has_fast_bags)
-        if not wants_bags or torch.jit.is_tracing():
+        if torch.jit.is_tracing():
             return Pyramid(features)
+        if not wants_bags:
+            # The kernel reads contiguous float32 maps: made here, once for all stages.
+            planes = [level.float().contiguous() for level in features]
+            return Pyramid(planes, dtype=features[0].dtype)
         levels = [level.to(dtype or level.dtype) for level in features]
         return Pyramid(features, *make_table(levels))
 
@@ -120,7 +127,7 @@ class RoIPooler(nn.Module):
             ``[R, C, P, P]`` in the type of the features; differentiable in the features.
         """
         if pyramid.table is None:
-            return self._pool_with_torchvision(pyramid.features, boxes, image_index)
+            return self._pool_with_torchvision(pyramid, boxes, image_index)
         size = self.output_size
         rows, order = self.pool_rows(pyramid, boxes, image_index)  # [R, P * P * C], [R]
         return rows[torch.argsort(order)].unflatten(1, (size, size, -1)).permute(0, 3, 1, 2)
@@ -129,28 +136,39 @@ class RoIPooler(nn.Module):
         return assign_levels(boxes, min_level=self.min_level, max_level=self.max_level)
 
     def _pool_with_torchvision(
-        self, features: list[Tensor], boxes: Tensor, image_index: Tensor
+        self, pyramid: Pyramid, boxes: Tensor, image_index: Tensor
     ) -> Tensor:
+        features, size = pyramid.features, self.output_size
+        dtype = pyramid.dtype or features[0].dtype
         levels, none = self._levels(boxes), len(features)
         # A box with NaN has no level and pools zeros.
         levels = levels.where((levels >= 0) & (levels < none), none)
-        rows = _indices_by_group(levels, none + 1)
+        rows = indices_by_group(levels, none + 1)
         regions = torch.cat([image_index[:, None].to(boxes.dtype), boxes], dim=1)  # [R, 5]
-        size = self.output_size
-        crops = []
-        for feature, stride, own_rows in zip(features, self.strides, rows[:-1], strict=True):
+
+        def pool(level: int) -> Tensor:
             # Coordinates in float32: in half precision a box of 500 px is off by pixels.
             pooled = roi_align(
-                feature.float(),
-                regions[own_rows],
+                features[level].float(),
+                regions[rows[level]],
                 size,
-                1.0 / stride,
+                1.0 / self.strides[level],
                 self.sampling_ratio,
                 self.aligned,
             )
-            crops.append(pooled.to(feature.dtype))  # [R_l, C, P, P]
-        crops.append(features[0].new_zeros(rows[-1].shape[0], features[0].shape[1], size, size))
-        return torch.cat(crops)[torch.argsort(torch.cat(rows))]
+            return pooled.to(dtype)  # [R_l, C, P, P]
+
+        def zeros(count: int) -> Tensor:
+            return features[0].new_zeros(count, features[0].shape[1], size, size, dtype=dtype)
+
+        if is_recorded():
+            crops = [*map(pool, range(none)), zeros(rows[-1].shape[0])]
+            return torch.cat(crops)[torch.argsort(torch.cat(rows))]
+        # Crops are large: each is written to its place, and none is copied into another order.
+        written = zeros(len(boxes))
+        for level in range(none):
+            written = written.index_copy_(0, rows[level], pool(level))
+        return written
 
     def pool_rows(
         self, pyramid: Pyramid, boxes: Tensor, image_index: Tensor
@@ -184,12 +202,3 @@ class RoIPooler(nn.Module):
             sampling_ratio=self.sampling_ratio,
             aligned=self.aligned,
         )
-
-
-def _indices_by_group(groups: Tensor, count: int) -> list[Tensor]:
-    """The int64 indices of each of ``count`` groups, from the int64 ``[R]`` group of each row."""
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():
-        # The group sizes must stay dynamic.
-        return [torch.nonzero(groups == group).squeeze(1) for group in range(count)]
-    sizes = torch.bincount(groups, minlength=count).tolist()
-    return list(torch.argsort(groups, stable=True).split(sizes))

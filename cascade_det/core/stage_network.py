@@ -82,7 +82,7 @@ class StageNetwork:
 
     def crops(self, regions: Regions) -> Tensor:
         """Mean feature ``[R, C]`` of each proposal, from its pyramid level."""
-        pyramid = Pyramid(self.pyramid.features)
+        pyramid = replace(self.pyramid, table=None)
         pooled: Tensor = self.crop_pooler(pyramid, regions.boxes, regions.image_index)
         return pooled.flatten(1).float()  # [R, C, 1, 1] to [R, C]
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from cascade_det.core.structures.on_device import device_constant
 from cascade_det.data.samples import Batch
 from cascade_det.engine.batches import split_batch
 from cascade_det.engine.divergence import LOSS_SCALE, divergence
@@ -239,7 +240,8 @@ def mean_metrics(
     merged = [{**part, **overall} for part in parts]
     rows = [torch.stack([_scalar(row[name], device) for name in names]) for row in merged]
     table = torch.stack(rows)  # [parts, names]
-    strict = torch.tensor(["loss" in name or name in overall for name in names], device=device)
+    is_strict = tuple("loss" in name or name in overall for name in names)
+    strict = device_constant(is_strict, torch.bool, device)
     known = ~table.isnan() | strict
     sums, counts = torch.where(known, table, 0.0).sum(dim=0), known.sum(dim=0)
     totals = distributed.mean_over_processes(torch.cat([sums, counts.float()]))

@@ -177,9 +177,7 @@ class Detector(nn.Module):
             for s, size in zip(batch, image_sizes, strict=True)
         ]
         with part(timer, "postprocess"):
-            detections = [
-                rescale_detections(d, *frame) for d, frame in zip(detections, frames, strict=True)
-            ]
+            detections = rescale_detections(detections, frames)
         output = DetectorOutput(detections, stats)
         chosen = [stages] * len(batch) if isinstance(stages, bool) else stages
         if any(chosen):

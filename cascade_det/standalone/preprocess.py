@@ -33,7 +33,17 @@ def normalise_and_stack(
     batch = torch.empty(
         (len(images), 3, height, width), device=mean.device, memory_format=memory_format
     ).zero_()
-    for padded, image in zip(batch, images, strict=True):
-        normalised = (image.to(mean.device) - mean).div_(std)
+    for padded, image in zip(batch, _sent(images, mean.device), strict=True):
+        normalised = (image - mean).div_(std)
         padded[:, : image.shape[-2], : image.shape[-1]].copy_(normalised)
     return batch, sizes
+
+
+def _sent(images: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """The images on a device, in one transfer if all of them are on another one."""
+    devices = {image.device for image in images}
+    if len(images) == 1 or len(devices) > 1 or device in devices:
+        return [image.to(device) for image in images]
+    pixels = torch.cat([image.flatten() for image in images]).to(device)
+    parts = pixels.split([image.numel() for image in images])
+    return [part.view(image.shape) for part, image in zip(parts, images, strict=True)]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import batched_nms, box_iou
+from torchvision.ops import box_iou
 
 from cascade_det.core.losses import box_loss
 from cascade_det.core.matching import sample_labels
@@ -22,6 +22,7 @@ from cascade_det.core.structures.boxes import (
     image_bounds,
     is_nonempty,
 )
+from cascade_det.core.structures.on_device import grouped_nms, indices_by_group
 from cascade_det.layers.rpn_head import RPNHead
 from cascade_det.standalone.anchors import AnchorGenerator
 from cascade_det.standalone.rpn_samples import predictions_at
@@ -168,8 +169,8 @@ class RPN(nn.Module):
             negative_label=0,
         )
         sampled = torch.full_like(labels, -1)
-        sampled[positive] = 1
-        sampled[negative] = 0
+        # Unlike an assignment, this sends no number to the device.
+        sampled.index_fill_(0, positive, 1).index_fill_(0, negative, 0)
         return sampled, matched_boxes
 
     def _losses(
@@ -223,18 +224,20 @@ class RPN(nn.Module):
         clipped = clip_boxes(boxes, image_bounds(image_sizes, boxes))
         keep = finite & is_nonempty(clipped.flatten(0, 1), self.min_box_size)
         level_index = torch.cat(
-            [torch.full_like(b.anchor_index[0], level) for level, b in enumerate(best)]
-        )
+            [torch.full_like(b.anchor_index, level) for level, b in enumerate(best)], dim=1
+        )  # [N, K]
+        num_images = len(image_sizes)
+        images = torch.arange(num_images, device=scores.device)[:, None].expand_as(scores)
+        groups = images.flatten().where(keep, num_images)  # those to drop are the last group
+        *rows, _ = indices_by_group(groups, num_images + 1)
+        boxes, logits, level_index = clipped.flatten(0, 1), scores.flatten(), level_index.flatten()
         proposals, objectness = [], []
         # Image by image: one call for all would compare boxes of different images, and take more
         # than twice as long.
-        for image_boxes, image_scores, kept in zip(
-            clipped, scores, keep.view_as(scores), strict=True
-        ):
-            index = torch.nonzero(kept).squeeze(1)
-            candidates, logits = image_boxes[index], image_scores[index]
-            best_first = batched_nms(candidates, logits, level_index[index], self.nms_thresh)
+        for own in rows:
+            candidates, own_logits = boxes[own], logits[own]
+            best_first = grouped_nms(candidates, own_logits, level_index[own], self.nms_thresh)
             best_first = best_first[: self.post_nms_topk[mode]]
             proposals.append(candidates[best_first])
-            objectness.append(logits[best_first])
+            objectness.append(own_logits[best_first])
         return proposals, objectness

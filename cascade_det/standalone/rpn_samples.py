@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cascade_det.core.structures.on_device import device_constant, indices_by_group
 from cascade_det.layers.rpn_head import RPNHead
 
 
@@ -61,11 +62,12 @@ def _patches(
         Windows ``[S, C, P, P]`` and masks ``[S, 1, P, P]``.
     """
     device = image.device
-    shapes = torch.tensor([(*f.shape[-2:], f.shape[-2] * f.shape[-1]) for f in features])
-    ends = shapes[:, 2].cumsum(0)
-    level = torch.bucketize(position, ends.to(device), right=True)
-    height, width, area = shapes.to(device)[level].unbind(1)
-    in_level = position - (ends - shapes[:, 2]).to(device)[level]
+    shapes = tuple((f.shape[-2], f.shape[-1], f.shape[-2] * f.shape[-1]) for f in features)
+    table = device_constant(shapes, torch.int64, device)  # [L, 3]
+    ends = table[:, 2].cumsum(0)
+    level = torch.bucketize(position, ends, right=True)
+    height, width, area = table[level].unbind(1)
+    in_level = position - (ends[level] - area)
     shift = torch.arange(-radius, radius + 1, device=device)
     y = (in_level // width)[:, None] + shift
     x = (in_level % width)[:, None] + shift
@@ -75,11 +77,10 @@ def _patches(
     rows = (image * area)[:, None, None] + y[:, :, None] * width[:, None, None] + x[:, None]
     rows = rows.where(inside, 0)
     # Level by level: one table of all levels would copy the whole pyramid.
-    order = level.argsort(stable=True)
-    counts = torch.bincount(level, minlength=len(features)).tolist()
+    samples = indices_by_group(level, len(features))
     windows = [
-        F.embedding(part, feature.permute(0, 2, 3, 1).flatten(0, 2))
-        for part, feature in zip(rows[order].split(counts), features, strict=True)
+        F.embedding(rows[own], feature.permute(0, 2, 3, 1).flatten(0, 2))
+        for own, feature in zip(samples, features, strict=True)
     ]
     mask = inside[:, None].to(features[0].dtype)
-    return torch.cat(windows)[order.argsort()].permute(0, 3, 1, 2) * mask, mask
+    return torch.cat(windows)[torch.cat(samples).argsort()].permute(0, 3, 1, 2) * mask, mask

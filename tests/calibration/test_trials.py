@@ -35,7 +35,7 @@ def replayed(trials, exits):
         for image in range(record.num_images):
             alone = record.select_images([image])
             replay = alone.replay(exits)
-            found.append(rescale_detections(*alone.select(replay.reported), *FRAME))
+            found += rescale_detections(alone.select(replay.reported), [FRAME])
             entered.append(replay.entered[:, 0].numpy())
     return found, np.array(entered).T
 

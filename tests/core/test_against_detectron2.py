@@ -140,8 +140,8 @@ class TestPieces:
         boxes[0] = torch.tensor([319.99, 0, 320, 8])
         boxes[1] = torch.tensor([330.0, 0, 340, 8])
         scores, classes = torch.rand(30, generator=generator), torch.arange(30) % NUM_CLASSES
-        ours = rescale_detections(
-            Detections(boxes, scores, classes, classes), (256, 320), (107, 533)
+        (ours,) = rescale_detections(
+            [Detections(boxes, scores, classes, classes)], [((256, 320), (107, 533))]
         )
         instances = Instances(
             (256, 320), pred_boxes=Boxes(boxes.clone()), scores=scores, pred_classes=classes

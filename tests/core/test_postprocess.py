@@ -125,11 +125,13 @@ def test_rescaling_by_hand():
         [[10.0, 20.0, 30.0, 40.0], [90.0, 10.0, 120.0, 60.0], [100.0, 10.0, 130.0, 20.0]]
     )
     # From 50 x 100 (height x width) to 100 x 50: x halves, y doubles; clipped; one is gone.
-    got = rescale_detections(detections, (50, 100), (100, 50))
+    frames = [((50, 100), (100, 50)), ((50, 100), (50, 100))]
+    got, same = rescale_detections([detections, detections[:1]], frames)
     assert got.boxes.tolist() == [[5, 40, 15, 80], [45, 20, 50, 100]]
     assert got.classes.tolist() == [0, 1]
     assert got.exit_stages.tolist() == [0, 1]
     assert torch.equal(got.scores, detections.scores[:2])
+    assert torch.equal(same.boxes, detections.boxes[:1])
     assert rescale_boxes(detections.boxes, (50, 100), (100, 50)).shape == (3, 4)
 
 
@@ -144,4 +146,6 @@ def test_rescaling_equals_a_loop():
 
 def test_rescaling_nothing():
     none = some_detections([[1.0, 1.0, 2.0, 2.0]])[:0]
-    assert len(rescale_detections(none, (50, 100), (10, 10))) == 0
+    (got,) = rescale_detections([none], [((50, 100), (10, 10))])
+    assert len(got) == 0
+    assert rescale_detections([], []) == []

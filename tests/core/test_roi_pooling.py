@@ -316,3 +316,15 @@ def test_strides_that_are_no_pyramid(strides):
 def test_unknown_kernel():
     with pytest.raises(ValueError, match="'fast'"):
         RoIPooler(output_size=3, strides=STRIDES, kernel="fast")
+
+
+def test_the_torchvision_kernel_gets_its_maps_once():
+    boxes, image_index = every_box()
+    pooler = RoIPooler(output_size=3, strides=STRIDES, kernel="torchvision")
+    pyramid = pooler.prepare(
+        [f.bfloat16().to(memory_format=torch.channels_last) for f in make_features()]
+    )
+    assert all(f.dtype == torch.float32 and f.is_contiguous() for f in pyramid.features)
+    assert pooler(pyramid, boxes, image_index).dtype == torch.bfloat16
+    features = make_features()
+    assert all(a is b for a, b in zip(pooler.prepare(features).features, features, strict=True))

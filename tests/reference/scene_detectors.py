@@ -64,9 +64,7 @@ class SceneDetector(nn.Module):
             per_call, per_mask = MASK_COSTS
             timer.milliseconds["masks"] = per_call * (stats.masks > 0) + per_mask * stats.masks
         frames = [frame_of(sample, self) for sample in batch]
-        return DetectorOutput(
-            [rescale_detections(d, *f) for d, f in zip(detections, frames, strict=True)], stats
-        )
+        return DetectorOutput(rescale_detections(detections, frames), stats)
 
 
 def frame_of(sample, detector):

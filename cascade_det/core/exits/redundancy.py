@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, nms
 
 from cascade_det.core.exits.view import RegionView
+from cascade_det.core.structures.on_device import grouped_nms
 
 # One NMS call is quadratic in the regions; torchvision switches to one per class from 1,000 on,
 # which is slower up to about this number (80 classes, 8 images, on a CPU).
@@ -44,13 +44,11 @@ class DropCovered:
         # NaN and Inf become 0; an empty box covers nothing.
         boxes = boxes.double().where(boxes.isfinite(), 0.0)
         threshold = _just_below(self.iou)
-        if len(boxes) <= MOST_IN_ONE_CALL:
-            apart = boxes + (groups * (boxes.amax() + 1.0))[:, None]
-            kept = nms(apart, scores.double(), threshold)
-        else:
-            kept = batched_nms(boxes, scores.double(), groups, threshold)
+        kept = grouped_nms(
+            boxes, scores.double(), groups, threshold, most_in_one_call=MOST_IN_ONE_CALL
+        )
         covered = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
-        covered[kept] = False
+        covered.index_fill_(0, kept, False)
         return covered[: len(view)]
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cascade_det.core.structures.boxes import paired_iou
+from cascade_det.core.structures.on_device import group_sizes
 
 BEFORE_STAGES = -1
 
@@ -106,7 +107,7 @@ class RegionView:
     @cached_property
     def counts(self) -> Tensor:
         """int64 ``[N]``: live regions of each image."""
-        return torch.bincount(self.image_index, minlength=self.num_images)
+        return group_sizes(self.image_index, self.num_images)
 
     @cached_property
     def ranks(self) -> Tensor:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cascade_det.core.structures.on_device import device_constant
+
 # A side grows at most to 1000 px from a stride of 16 in one step (Detectron's clamp).
 MAX_LOG_SCALE = math.log(1000.0 / 16)
 
@@ -95,7 +97,7 @@ def keep_images(boxes: Sequence[Tensor], chosen: Sequence[bool]) -> list[Tensor]
 
 
 def image_bounds(image_sizes: ImageSizes, like: Tensor) -> Tensor:
-    """(width, height, width, height) of each image, on the device of ``like``.
+    """(width, height, width, height) of each image, on the device of ``like``: not to be changed.
 
     Args:
         image_sizes: ``(height, width)`` of N images in pixels.
@@ -104,6 +106,9 @@ def image_bounds(image_sizes: ImageSizes, like: Tensor) -> Tensor:
     Returns:
         float32 ``[N, 4]``.
     """
+    if not torch.jit.is_tracing():
+        rows = tuple((int(width), int(height)) * 2 for height, width in image_sizes)
+        return device_constant(rows, torch.float32, like.device)
     # Under a tracer sizes are tensors, and have to stay in its graph.
     tensors = [size if torch.is_tensor(size) else torch.tensor(size) for size in image_sizes]
     sizes = torch.stack(tensors).to(torch.float32)  # [N, 2]

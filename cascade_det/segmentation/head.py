@@ -73,8 +73,6 @@ class SegmentationHead(nn.Module):
         Returns:
             ``[N, K, H_l, W_l]``, coarsest first.
         """
-        if self.training and self.exits is not None:
-            self.exits.forget()
         logits, _ = decode(self.decoder, self.heads, maps, timer, prefix=prefix, last=last)
         return logits
 

@@ -59,7 +59,7 @@ class MapExits:
 
     Args:
         decoder: in evaluation mode. Patches use a copy of its weights, renewed when they were
-            loaded or replaced; a training step is not noticed, see ``forget``.
+            loaded or replaced, or a training pass changed the statistics of its norms.
         heads: a 1x1 convolution per level, coarsest first.
         thresholds: L - 1 of them, coarsest first: what has this confidence or more leaves after
             the level; above 1, nothing does. May be replaced between calls.
@@ -118,10 +118,6 @@ class MapExits:
             return self._by_image(list(maps), timer)
         return self._by_patch(maps, timer)
 
-    def forget(self) -> None:
-        """Drop the copies of weights that are about to change."""
-        self._sparse, self._versions = [], []
-
     def sparse_levels(self) -> list[SparseLevel]:
         """Of all levels but the coarsest, coarser first, with the current weights."""
         versions = weight_versions([self.decoder])
@@ -150,18 +146,22 @@ class MapExits:
                     so_far = predict(logits, _size(maps[level]))
                     # A comparison with NaN is false: what is not a number stays.
                     leave = image_confidence(so_far, self.confidence) >= self.thresholds[level]
-            left = leave.nonzero()[:, 0]
-            if len(left):
-                done = predict([x[left] for x in logits], size)
-                if not len(output):
-                    output = done.new_empty(images, *done.shape[1:])
-                output[staying[left]] = done
-                levels[staying[left]] = level
-                rest = (~leave).nonzero()[:, 0]
-                if not len(rest):
-                    break
-                staying, decoded, logits = staying[rest], decoded[rest], [x[rest] for x in logits]
-                maps = [x[rest] if finer > level else x for finer, x in enumerate(maps)]
+                left = leave.nonzero()[:, 0]
+                if len(left):
+                    done = predict([x[left] for x in logits], size)
+                    if not len(output):
+                        output = done.new_empty(images, *done.shape[1:])
+                    output[staying[left]] = done
+                    levels[staying[left]] = level
+                    rest = (~leave).nonzero()[:, 0]
+                    staying, decoded, logits = (
+                        staying[rest],
+                        decoded[rest],
+                        [x[rest] for x in logits],
+                    )
+                    maps = [x[rest] if finer > level else x for finer, x in enumerate(maps)]
+            if not len(staying):
+                break
         return ExitedMaps(output, levels)
 
     def _by_patch(self, maps: Sequence[Tensor], timer: PartTimer | None) -> ExitedMaps:

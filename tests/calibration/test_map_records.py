@@ -200,6 +200,17 @@ def test_decoders_in_turn(segmenter, batch):
     # An oracle loses no more than resizing and pooling over fewer pixels do.
     change = scorer.score(runs[ORACLE].counts) - scorer.score(runs[FULL].counts)
     assert change > -3
+    for index, sample in enumerate(batch):
+        levels = segmenter.segment([sample], levels=True).levels
+        truth, encoded = truth_of(sample), segmenter.encode([sample])
+        patches = patches_of_pixels(truth.shape, encoded.image_sizes[0], encoded, 4)
+        left = np.zeros(4)
+        height, width = (-(-side // 4) for side in encoded.maps[-1].shape[-2:])
+        for patch in range(height * width):
+            own = patches == patch
+            right = [(level[0].numpy()[own] == truth[own]).sum() for level in levels]
+            left[next(n for n in range(4) if right[n] >= right[-1])] += 1
+        assert runs[ORACLE].left[index] == pytest.approx(left / left.sum())
     assert 0 < runs[ORACLE].computed < 1
 
 
@@ -265,6 +276,17 @@ def test_a_target_out_of_reach():
         chosen(latency_ms=60.0)
     with pytest.raises(ConfigError, match=r"--exit-rate 0.95: .* skips 0.90 of the later"):
         chosen(exit_rate=0.95)
+
+
+def test_a_drop_within_its_deviation_is_not_sure():
+    """Twice the same mean drop: of all images alike, or of one that stands for the others."""
+    target = Target(max_ap_drop=2.0, metric="sem_seg/mIoU")
+    scorers = [Scorer(range(5), "mIoU")] * 2
+    for scores, name in (([88] * 10, "safe"), ([80, *[90] * 4] * 2, FULL)):
+        runs = {FULL: RUNS[FULL], "safe": synthetic(scores, 80)}
+        change = scorers[0].difference(runs[FULL].counts[:5], runs["safe"].counts[:5])
+        assert -2 < change.value < -1.5
+        assert choose(runs, SETTINGS_SAFE, HALVES, scorers, target).name == name
 
 
 def test_a_drop_on_the_other_half_is_no_calibration():

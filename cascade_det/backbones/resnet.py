@@ -178,6 +178,9 @@ class BottleneckBlock(nn.Module):
         return add_convolved(shortcut, out, self.conv3)
 
 
+RESIDUAL_BLOCKS = (BasicBlock, BottleneckBlock)
+
+
 def _shortcut(in_channels: int, out_channels: int, stride: int, norm: str) -> ConvNorm | None:
     if in_channels == out_channels:
         return None

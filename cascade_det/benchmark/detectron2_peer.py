@@ -164,7 +164,8 @@ def build_detectron2(kind: str, setup: Setup, maps: SharedMaps) -> InDetectron2:
     load(model, setup.weights, setup.options.seed)
     if kind == "plugin-fast":
         arguments = setup.fast_arguments()
-        optimize(model, dtype=arguments["dtype"], float32_parts=arguments["float32_parts"])
+        dtype, parts = arguments["dtype"], arguments["float32_parts"]
+        optimize(model, dtype=dtype, float32_parts=parts, images=setup.fast_images)
         maps = SharedMaps(setup.options.images)  # its maps are its own
     return InDetectron2(model, maps)
 

@@ -256,7 +256,8 @@ def _build(kind: str, setup: Setup, maps: SharedMaps) -> ModelAdapter:
     if kind == "ours":
         return Standalone(setup.build_ours())
     if kind == "ours-fast":
-        return Standalone(optimize(setup.build_ours(), **setup.fast_arguments()))
+        images = setup.fast_images
+        return Standalone(optimize(setup.build_ours(), **setup.fast_arguments(), images=images))
     if kind == "torchvision":
         from cascade_det.benchmark.torchvision_peer import build_torchvision
 

@@ -109,11 +109,20 @@ class Setup:
 
     @property
     def fast_dtype(self) -> torch.dtype:
-        """The type in which optimised heads compute."""
+        """The floating-point type in which optimised heads compute."""
         arguments = self.fast_arguments()
         if "roi_heads" in arguments["float32_parts"]:
             return torch.float32
-        return resolve_fast_dtype(arguments["dtype"], self.device)
+        dtype = arguments["dtype"]
+        return resolve_fast_dtype("auto" if dtype == "int8" else dtype, self.device)
+
+    @cached_property
+    def fast_images(self) -> list[list[Sample]] | None:
+        """The images that ``optimize`` measures the ranges of int8 with: those of the benchmark.
+
+        No others are at hand with random weights, and the time does not depend on them.
+        """
+        return self.batches(1) if self.fast_arguments()["dtype"] == "int8" else None
 
     @cached_property
     def exits(self) -> tuple[ExitPolicy | None, str]:

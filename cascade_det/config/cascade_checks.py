@@ -121,6 +121,16 @@ def _check_fast(cfg: CfgNode) -> Iterator[str]:
             f"{_FAST}.DTYPE is 'float16', but MODEL.DEVICE is cpu. Give 'auto', or 'bfloat16' on a "
             "CPU that has instructions for it."
         )
+    if fast.ENABLED and fast.DTYPE == "int8" and not fast.IMAGES:
+        yield (
+            f"{_FAST}.DTYPE is 'int8', but {_FAST}.IMAGES is 0: the ranges of maps are measured on "
+            "training images. Give a number of them, such as 32."
+        )
+    if fast.ENABLED and fast.IMAGES and not cfg.DATASETS.TRAIN:
+        yield (
+            f"{_FAST}.IMAGES is {fast.IMAGES}, but DATASETS.TRAIN is empty. Name the data that the "
+            f"weights were trained on, or set {_FAST}.IMAGES to 0."
+        )
 
 
 def _check_prefix_loss(cfg: CfgNode) -> Iterator[str]:

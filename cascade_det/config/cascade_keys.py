@@ -168,8 +168,17 @@ FAST = group(
         "auto",
         "Type to compute in; auto is bfloat16 on devices with instructions for it, float16 on "
         "other GPUs, and float32 on other CPUs; float16 needs a GPU. Where auto is bfloat16, "
-        "MobileNets and EfficientViTs stay float32, without their pyramid.",
-        one_of("auto", "float32", "bfloat16", "float16"),
+        "MobileNets and EfficientViTs stay float32, without their pyramid. int8 is for CPUs with "
+        "VNNI or AMX instructions: ResNets, pyramid, RPN and the first layers of box heads compute "
+        "in 8 bits, the rest as with auto; it needs IMAGES.",
+        one_of("auto", "float32", "bfloat16", "float16", "int8"),
+    ),
+    IMAGES=Key(
+        0,
+        "Images of DATASETS.TRAIN to optimise with: the types of parts are chosen by what is "
+        "detected in them, and int8 measures the ranges of its maps. With 0 auto goes by the "
+        "backbone.",
+        Values(at_least(0), "Give a number of images, such as 32, or 0."),
     ),
     FLOAT32_PARTS=Key(
         (),

@@ -212,6 +212,8 @@ def fast_heads_dtype(cfg: CfgNode) -> str | None:
     fast = cfg.MODEL.CASCADE.FAST
     if not fast.ENABLED:
         return None
+    if fast.DTYPE == "int8":  # is for whole models
+        return "auto"
     return "float32" if "roi_heads" in fast.FLOAT32_PARTS else fast.DTYPE
 
 

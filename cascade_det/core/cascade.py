@@ -39,6 +39,7 @@ from cascade_det.core.structures import (
 )
 from cascade_det.core.structures.boxes import Weights, image_bounds
 from cascade_det.core.training_schedule import TrainingSchedule
+from cascade_det.layers.int8 import Grid
 
 
 class CascadeHead(nn.Module):
@@ -141,10 +142,10 @@ class CascadeHead(nn.Module):
         self.masks = masks
         self.mask_head = None if masks is None else masks.head
 
-    def optimize(self, dtype: torch.dtype = torch.float32) -> None:
+    def optimize(self, dtype: torch.dtype = torch.float32, grids: Sequence[Grid] = ()) -> None:
         """Replace box and mask heads by fast ones for inference, see ``fast_box_heads``."""
         size = self.pooler.output_size
-        self.box_head = fast_box_heads(self.box_head, pooled_size=size, dtype=dtype)
+        self.box_head = fast_box_heads(self.box_head, pooled_size=size, dtype=dtype, grids=grids)
         if self.masks is not None:
             self.set_masks(self.masks.optimized(dtype))
 

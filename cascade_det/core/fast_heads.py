@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade_det.core.fast_masks import fast_mask_heads
+from cascade_det.layers.int8 import Grid, Int8Linear
 from cascade_det.layers.weight_versions import weight_versions
 
 logger = logging.getLogger(__name__)
@@ -30,18 +31,26 @@ class FastBoxHead(nn.Module):
             ``[R, C, P, P]``.
         pooled_size: P.
         dtype: of the computation.
+        grid: of the crops, for a first layer in 8 bits; ``None`` for one in ``dtype``.
     """
 
     def __init__(
-        self, layers: Sequence[nn.Module], *, pooled_size: int, dtype: torch.dtype
+        self,
+        layers: Sequence[nn.Module],
+        *,
+        pooled_size: int,
+        dtype: torch.dtype,
+        grid: Grid | None = None,
     ) -> None:
         super().__init__()
         first = layers[0]
         assert isinstance(first, nn.Linear)
         self.dtype = dtype
         # [out, C * P * P] to [out, C, P * P] to [out, P * P * C]
-        weight = first.weight.detach().to(dtype).unflatten(1, (-1, pooled_size**2))
-        first.weight = nn.Parameter(weight.transpose(1, 2).flatten(1), requires_grad=False)
+        weight = first.weight.detach().unflatten(1, (-1, pooled_size**2)).transpose(1, 2)
+        first.weight = nn.Parameter(weight.flatten(1), requires_grad=False)
+        if grid is not None:
+            layers = [Int8Linear(first, grid, output=dtype), *layers[1:]]
         self.layers = nn.Sequential(*layers).to(dtype).requires_grad_(False)
 
     def forward(self, pooled: Tensor) -> Tensor:
@@ -55,7 +64,12 @@ class FastBoxHead(nn.Module):
 
 
 def fast_box_heads(
-    heads: Iterable[nn.Module], *, pooled_size: int, dtype: torch.dtype, keep: bool = False
+    heads: Iterable[nn.Module],
+    *,
+    pooled_size: int,
+    dtype: torch.dtype,
+    keep: bool = False,
+    grids: Sequence[Grid] = (),
 ) -> nn.ModuleList:
     """Faster box heads with the same output, for inference only.
 
@@ -67,11 +81,17 @@ def fast_box_heads(
         pooled_size: P.
         dtype: of the computation.
         keep: copy the weights and leave ``heads`` unchanged.
+        grids: of the crops of S heads, for first layers in 8 bits.
 
     Returns:
         S modules, in order.
     """
-    return nn.ModuleList(_fast(head, pooled_size, dtype, keep) for head in heads)
+    heads = list(heads)
+    of_heads: Sequence[Grid | None] = grids or [None] * len(heads)
+    return nn.ModuleList(
+        _fast(head, pooled_size, dtype, keep, grid)
+        for head, grid in zip(heads, of_heads, strict=True)
+    )
 
 
 def common_dtype(heads: Iterable[nn.Module]) -> torch.dtype | None:
@@ -82,10 +102,15 @@ def common_dtype(heads: Iterable[nn.Module]) -> torch.dtype | None:
 
 def head_dtypes(heads: Iterable[nn.Module]) -> list[torch.dtype]:
     """The dtypes that box heads compute in, each once: of their weights, in order of the heads."""
-    return list(dict.fromkeys(p.dtype for head in heads for p in head.parameters()))
+    modules = [module for head in heads for module in head.modules()]
+    dtypes = [torch.int8 for module in modules if isinstance(module, Int8Linear)]
+    dtypes += [p.dtype for module in modules for p in module.parameters(recurse=False)]
+    return list(dict.fromkeys(dtypes))
 
 
-def _fast(head: nn.Module, pooled_size: int, dtype: torch.dtype, keep: bool) -> nn.Module:
+def _fast(
+    head: nn.Module, pooled_size: int, dtype: torch.dtype, keep: bool, grid: Grid | None
+) -> nn.Module:
     layers = list(head.children())
     plain = (
         isinstance(head, nn.Sequential)
@@ -100,7 +125,10 @@ def _fast(head: nn.Module, pooled_size: int, dtype: torch.dtype, keep: bool) -> 
         return head
     layers = layers[1:]
     return FastBoxHead(
-        copy.deepcopy(layers) if keep else layers, pooled_size=pooled_size, dtype=dtype
+        copy.deepcopy(layers) if keep else layers,
+        pooled_size=pooled_size,
+        dtype=dtype,
+        grid=grid,
     )
 
 
@@ -127,18 +155,27 @@ class FastCopies:
         pooled_size: P of the box heads.
         dtype: of the computation.
         device: of the heads.
+        grids: see ``fast_box_heads``.
     """
 
-    def __init__(self, *, pooled_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        *,
+        pooled_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        grids: Sequence[Grid] = (),
+    ) -> None:
         self.pooled_size = pooled_size
         self.dtype = dtype
         self.device = device
+        self.grids = grids
         self._kept: dict[str, tuple[list[tuple[int, int, int]], nn.ModuleList]] = {}
 
     def get(self, heads: Collection[nn.Module]) -> nn.ModuleList:
         """Fast copies of box heads with their current weights."""
-        size, dtype = self.pooled_size, self.dtype
-        make = partial(fast_box_heads, pooled_size=size, dtype=dtype, keep=True)
+        size, dtype, grids = self.pooled_size, self.dtype, self.grids
+        make = partial(fast_box_heads, pooled_size=size, dtype=dtype, keep=True, grids=grids)
         return self._current("box", heads, make)
 
     def get_masks(self, heads: Collection[nn.Module]) -> nn.ModuleList:

@@ -28,9 +28,10 @@ from cascade_det.d2.datasets import refuse_left_out, register_dataset, without_m
 from cascade_det.d2.detector import Detector
 from cascade_det.d2.loader import build_test_loader
 from cascade_det.d2.optimize import optimize
+from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
 from cascade_det.data.coco import CocoDataset
-from cascade_det.data.samples import Sample
-from cascade_det.engine.datasets import load_datasets_to_evaluate
+from cascade_det.data.samples import Batch, Sample
+from cascade_det.engine.datasets import images_to_optimise_with, load_datasets_to_evaluate
 from cascade_det.engine.devices import on_its_device, set_backends
 from cascade_det.engine.evaluate import add_augmented, by_dataset, evaluate_dataset
 from cascade_det.engine.head_flops import region_flops
@@ -75,8 +76,14 @@ def load_model(cfg: CfgNode, *, resume: bool = False) -> tuple[nn.Module, list[C
     if (fast := config.fast_arguments(cfg)) is not None and isinstance(model, GeneralizedRCNN):
         if fast.pop("compile"):
             logger.info("MODEL.CASCADE.FAST.COMPILE is for the standalone host: nothing compiles.")
-        optimize(model, **fast)
+        optimize(model, **fast, images=_images(cfg, model))
     return model, datasets
+
+
+def _images(cfg: CfgNode, model: GeneralizedRCNN) -> list[Batch] | None:
+    if not isinstance(model.roi_heads, EarlyExitCascadeROIHeads):
+        return None
+    return images_to_optimise_with(cfg, register_dataset)
 
 
 def evaluate_all(cfg: CfgNode, model: nn.Module, datasets: Sequence[CocoDataset]) -> dict[str, Any]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import copy
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.backbone import resnet
 from torch import Tensor, nn
 
+from cascade_det.backbones.resnet import RESIDUAL_BLOCKS
 from cascade_det.core.fast_heads import head_dtypes
+from cascade_det.d2.detector import Detector
 from cascade_det.d2.fast_parts import (
     Pyramid,
     fast_pyramid,
@@ -19,7 +23,10 @@ from cascade_det.d2.fast_parts import (
     stem_and_stages,
 )
 from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
-from cascade_det.engine.devices import describe_dtypes, resolve_fast_dtype
+from cascade_det.data.samples import Batch
+from cascade_det.engine.devices import describe_dtypes
+from cascade_det.engine.fast_types import resolve_types
+from cascade_det.engine.int8 import Int8, int8_parts
 from cascade_det.engine.optimization import (
     CHANNELS_LAST,
     LEAN_RPN,
@@ -32,13 +39,13 @@ from cascade_det.engine.optimization import (
     gather_attention_biases,
     keep_memory,
     log_optimizations,
-    part_dtypes,
     rpn_part,
     set_types,
-    spare_trunk,
     upsample_fast,
 )
+from cascade_det.engine.part_types import PartTypes
 from cascade_det.layers.folding import fold_norms
+from cascade_det.layers.int8 import Grid
 from cascade_det.layers.rpn_head import RPNHead
 
 _PARTS = ("backbone", "proposal_generator", "roi_heads")
@@ -50,7 +57,11 @@ _NO_TRAINING = f"an optimised model cannot be trained{_REASON}"
 
 
 def optimize(
-    model: GeneralizedRCNN, *, dtype: str = "auto", float32_parts: Collection[str] = ()
+    model: GeneralizedRCNN,
+    *,
+    dtype: str = "auto",
+    float32_parts: Collection[str] = (),
+    images: Sequence[Batch] | None = None,
 ) -> GeneralizedRCNN:
     """Optimise a model of Detectron2 for inference in place; it cannot be trained afterwards.
 
@@ -64,30 +75,62 @@ def optimize(
 
     Args:
         model: with its weights, on its device.
-        dtype: see ``cascade_det.engine.devices.resolve_fast_dtype``.
+        dtype: see ``cascade_det.engine.fast_types.resolve_types``.
         float32_parts: parts that stay float32, of ``cascade_det.config.cascade_keys.FAST_PARTS``.
+        images: batches like those that the model will be given, to choose types or to measure the
+            ranges of maps with, see ``cascade_det.standalone.optimize``; only for models with
+            ``EarlyExitCascadeROIHeads``.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        ConfigError: float16 on a CPU.
-        ValueError: not a ``GeneralizedRCNN``, an unknown part, or the model is optimised already.
+        ConfigError: float16 on a CPU, or int8 without images or on a device that lacks it.
+        ValueError: not a ``GeneralizedRCNN``, an unknown part, too few detections in ``images``,
+            images for a model with other heads, or the model is optimised already.
     """
     if not isinstance(model, GeneralizedRCNN):
         raise ValueError(f"optimize() takes a GeneralizedRCNN, not a {type(model).__name__}")
     if hasattr(model, "optimizations"):
         raise ValueError("the model is optimised already: build it again for other settings")
-    wanted = resolve_fast_dtype(dtype, model.device)
-    trunk = getattr(model.backbone, "bottom_up", model.backbone)
-    float32_parts, done = spare_trunk(trunk, dtype, wanted, float32_parts)
-    dtypes = part_dtypes(wanted, float32_parts)
+    detector = Detector(model.eval())
+    has_heads = isinstance(model.roi_heads, EarlyExitCascadeROIHeads)
+    if images is not None and not has_heads:
+        raise ValueError("images need a model with EarlyExitCascadeROIHeads, to detect in them")
+    types, reasons = resolve_types(
+        detector,
+        getattr(model.backbone, "bottom_up", model.backbone),
+        lambda copied, types: _optimized(copied, types, images),
+        dtype=dtype,
+        float32_parts=float32_parts,
+        int8_parts=_int8_parts(detector) if has_heads else (),
+        images=images,
+    )
+    _optimize(detector, types, images, reasons)
+    _refuse_training_and_saving(model)
+    log_optimizations(model.optimizations)
+    return model
+
+
+def _optimized(detector: Detector, types: PartTypes, images: Sequence[Batch] | None) -> Detector:
+    _optimize(detector, types, images)
+    return detector
+
+
+def _optimize(
+    detector: Detector,
+    types: PartTypes,
+    images: Sequence[Batch] | None,
+    reasons: Iterable[str] = (),
+) -> None:
+    model: Any = detector.model
     model.eval().requires_grad_(False)
     pyramid, head = fast_pyramid(model.backbone), fast_rpn_head(model.proposal_generator)
     kept = list(_kept(model, pyramid, head))
-    if pyramid is None:
-        dtypes |= dict.fromkeys(("stem", "backbone", "fpn"), torch.float32)
-    else:
+    types = types.without(_unknown(model, pyramid, head))
+    done = list(reasons)
+    int8 = Int8(detector, _parts(pyramid, head), types, images or ())
+    if pyramid is not None:
         model.backbone = pyramid
         pyramid.register_forward_pre_hook(_channels_last)
         done += [
@@ -95,41 +138,58 @@ def optimize(
             *gather_attention_biases(pyramid),
             CHANNELS_LAST,
         ]
-    if head is None:
-        dtypes["rpn"] = torch.float32
-    else:
+    if head is not None:
         done.append(LEAN_RPN)
-    if not isinstance(model.roi_heads, EarlyExitCascadeROIHeads):
-        dtypes["roi_heads"] = torch.float32
-    done += _optimize_parts(model, pyramid, head, dtypes)
+    done += int8.replace(model, _parts(pyramid, head))
+    done += _optimize_parts(model, pyramid, head, types, int8.head_grids)
     if kept or type(model.roi_heads) is not EarlyExitCascadeROIHeads:
-        _give_float32(model.backbone, head, dtypes)
+        _give_float32(model.backbone, head, types)
     if kept:
         done.append(f"As before, in float32: {', '.join(kept)}.")
     model.optimizations = done
-    model.dtype = _describe(model.roi_heads, dtypes)  # as of the standalone detector
-    _refuse_training_and_saving(model)
-    log_optimizations(done)
-    return model
+    model.dtype = _describe(model.roi_heads, types)  # as of the standalone detector
+    model.optimizations = [*done, *int8.compare(detector)]
+
+
+def _int8_parts(detector: Detector) -> set[str]:
+    """Parts that can be in 8 bits, of a copy, since known parts become ours."""
+    model: Any = copy.deepcopy(detector.model)
+    pyramid, head = fast_pyramid(model.backbone), fast_rpn_head(model.proposal_generator)
+    blocks = (*RESIDUAL_BLOCKS, resnet.BasicBlock, resnet.BottleneckBlock)
+    return int8_parts(_parts(pyramid, head), detector.cascade.box_head, blocks)
+
+
+def _unknown(model: Any, pyramid: Pyramid | None, head: RPNHead | None) -> Iterator[str]:
+    """The parts that stay as they are, in float32."""
+    if pyramid is None:
+        yield from ("stem", "backbone", "fpn")
+    if head is None:
+        yield "rpn"
+    if not isinstance(model.roi_heads, EarlyExitCascadeROIHeads):
+        yield "roi_heads"
 
 
 def _optimize_parts(
-    model: Any, pyramid: Pyramid | None, head: RPNHead | None, dtypes: dict[str, torch.dtype]
+    model: Any,
+    pyramid: Pyramid | None,
+    head: RPNHead | None,
+    types: PartTypes,
+    grids: Sequence[Grid],
 ) -> Iterator[str]:
     """Convert known parts, and say so."""
     networks = [x for x in (pyramid, head) if x is not None]
     for network in networks:
         network.to(memory_format=torch.channels_last)
-    yield set_types(_parts(pyramid, head), dtypes)
+    yield set_types(_parts(pyramid, head), types)
     heads = model.roi_heads
     if isinstance(heads, EarlyExitCascadeROIHeads):
-        heads.use_fast_copies(str(dtypes["roi_heads"]).removeprefix("torch."))
+        heads.use_fast_copies(str(types.floating["roi_heads"]).removeprefix("torch."), grids)
         cast_inputs(heads.box_head, torch.float32)  # of those that have no fast copy
         heads.follow_predictors()
         yield describe_heads(heads.cascade)
     yield from convolve_by_winograd(*networks)
     yield from upsample_fast(model.device, *networks)
-    cast_between(_parts(pyramid, head), dtypes)
+    cast_between(_parts(pyramid, head), types)
     yield from keep_memory(model.device)
 
 
@@ -161,11 +221,11 @@ def _kept(model: Any, pyramid: Pyramid | None, head: RPNHead | None) -> Iterator
             yield f"{name} ({kind_of(child)})"
 
 
-def _describe(heads: nn.Module, dtypes: dict[str, torch.dtype]) -> str:
+def _describe(heads: nn.Module, types: PartTypes) -> str:
     own = [torch.float32]
     if isinstance(heads, EarlyExitCascadeROIHeads):
         own = head_dtypes(heads.cascade.box_head)
-    before = [(name, dtype) for name, dtype in dtypes.items() if name != "roi_heads"]
+    before = [(name, dtype) for name, dtype in types.computed.items() if name != "roi_heads"]
     return describe_dtypes([*before, *(("roi_heads", dtype) for dtype in own)])
 
 
@@ -173,15 +233,13 @@ def _channels_last(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     return (inputs[0].contiguous(memory_format=torch.channels_last),)
 
 
-def _give_float32(
-    backbone: nn.Module, head: RPNHead | None, dtypes: dict[str, torch.dtype]
-) -> None:
+def _give_float32(backbone: nn.Module, head: RPNHead | None, types: PartTypes) -> None:
     """Give maps in float32 to parts that are not known to read others."""
-    if dtypes["fpn"] == torch.float32:
+    if types.floating["fpn"] == torch.float32:
         return
     backbone.register_forward_hook(_to_float32)
-    if head is not None:
-        cast_inputs(head.convs[:1], dtypes["rpn"])
+    if head is not None and "rpn" not in types.int8:
+        cast_inputs(head.convs[:1], types.floating["rpn"])
 
 
 def _to_float32(

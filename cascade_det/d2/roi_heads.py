@@ -55,6 +55,7 @@ from cascade_det.d2.structures import (
 )
 from cascade_det.engine.allocator import keep_freed_memory
 from cascade_det.engine.devices import resolve_fast_dtype
+from cascade_det.layers.int8 import Grid
 
 Losses = dict[str, Tensor]
 
@@ -157,6 +158,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         self.__dict__["_pooler"] = box_pooler
         self._fast_dtype = fast_dtype
         self._fast_copies: FastCopies | None = None
+        self._fast_grids: Sequence[Grid] = ()
         self.cascade: CascadeHead
         self.stats: CascadeStats | None = None
         self.follow_predictors()
@@ -309,9 +311,9 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             last.test_score_thresh, last.test_nms_thresh, last.test_topk_per_image
         )
 
-    def use_fast_copies(self, dtype: str | None) -> None:
-        """Change ``fast_dtype``."""
-        self._fast_dtype, self._fast_copies = dtype, None
+    def use_fast_copies(self, dtype: str | None, grids: Sequence[Grid] = ()) -> None:
+        """Change ``fast_dtype``; ``grids`` see ``cascade_det.core.fast_heads.fast_box_heads``."""
+        self._fast_dtype, self._fast_copies, self._fast_grids = dtype, None, grids
 
     def _masks(self) -> MaskBranch | None:
         """The mask heads as the cascade runs them; ``None`` without, or for Detectron2 to run."""
@@ -342,7 +344,10 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         if copies is None or copies.device != device:
             dtype = resolve_fast_dtype(self._fast_dtype, device)
             copies = self._fast_copies = FastCopies(
-                pooled_size=self.box_pooler.output_size[0], dtype=dtype, device=device
+                pooled_size=self.box_pooler.output_size[0],
+                dtype=dtype,
+                device=device,
+                grids=self._fast_grids,
             )
             if device.type == "cpu":
                 keep_freed_memory()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
@@ -11,7 +12,8 @@ from cascade_det import config
 from cascade_det.data.catalog import DatasetSource, find_dataset
 from cascade_det.data.coco import CocoDataset, load_dataset
 from cascade_det.data.image_names import LinkRule
-from cascade_det.data.loader import training_records
+from cascade_det.data.loader import build_test_loader, training_records
+from cascade_det.data.samples import Batch
 from cascade_det.errors import ConfigError, DatasetError
 from cascade_det.parallel import distributed
 
@@ -55,6 +57,31 @@ def load_datasets(cfg: CfgNode, *, train: bool, find: Find = find_dataset) -> li
     for dataset in datasets:
         _check_classes(cfg, dataset)
     return datasets
+
+
+def images_to_optimise_with(cfg: CfgNode, find: Find = find_dataset) -> list[Batch] | None:
+    """``MODEL.CASCADE.FAST.IMAGES`` images of ``DATASETS.TRAIN``, resized as in a test.
+
+    They are spread evenly over the first data set, and all processes get the same.
+
+    Returns:
+        Batches of one image; ``None`` where the number is 0.
+
+    Raises:
+        ConfigError, DatasetError: as ``load_datasets``.
+    """
+    count = cfg.MODEL.CASCADE.FAST.IMAGES
+    if not count:
+        return None
+    dataset = load_datasets(cfg, train=True, find=find)[0]
+    records = dataset.records[:: max(1, len(dataset.records) // count)][:count]
+    loader = build_test_loader(
+        dataclasses.replace(dataset, records=records),
+        **config.input_arguments(cfg, train=False),
+        images_per_batch=1,
+        num_workers=0,
+    )
+    return list(loader)
 
 
 def load_datasets_to_evaluate(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from cascade_det.backbones.fast_upconv import use_fast_upconv
+from cascade_det.backbones.int8_resnet import Int8Block
 from cascade_det.backbones.relative_bias import gather_biases
-from cascade_det.config.cascade_keys import FAST_PARTS as PARTS
 from cascade_det.core import CascadeHead
 from cascade_det.core.fast_heads import FastBoxHead
 from cascade_det.core.fast_masks import FastMaskHead
 from cascade_det.engine.allocator import keep_freed_memory
-from cascade_det.engine.devices import describe_dtypes
-from cascade_det.engine.fast_types import changes_in_bfloat16
+from cascade_det.engine.part_types import PartTypes
+from cascade_det.layers.int8 import Int8Conv2d, QuantisedMap
 from cascade_det.layers.rpn_head import RPNHead
 from cascade_det.layers.winograd import use_winograd
 
@@ -26,38 +26,6 @@ logger = logging.getLogger(__name__)
 
 LEAN_RPN = "The RPN computes the deltas of its best anchors only."
 CHANNELS_LAST = "Images and maps are channels-last."
-
-
-def part_dtypes(dtype: torch.dtype, float32_parts: Collection[str]) -> dict[str, torch.dtype]:
-    """The type of each of ``FAST_PARTS``.
-
-    Raises:
-        ValueError: an unknown part.
-    """
-    if unknown := set(float32_parts) - set(PARTS):
-        raise ValueError(f"unknown parts {sorted(unknown)}; known: {', '.join(PARTS)}")
-    return {part: torch.float32 if part in float32_parts else dtype for part in PARTS}
-
-
-def spare_trunk(
-    trunk: object, name: str, dtype: torch.dtype, float32_parts: Collection[str]
-) -> tuple[Collection[str], list[str]]:
-    """Parts that stay float32: under ``auto``, also trunks whose detections change there.
-
-    Args:
-        trunk: of the detector.
-        name: of the type that was asked for.
-        dtype: what it is on the device.
-        float32_parts: that stay float32 in any case.
-
-    Returns:
-        The parts, and sentences that say why.
-    """
-    if (name, dtype) != ("auto", torch.bfloat16) or not changes_in_bfloat16(trunk):
-        return float32_parts, []
-    return {"stem", "backbone", *float32_parts}, [
-        "The backbone stays float32: detections change noticeably in bfloat16 with such backbones."
-    ]
 
 
 @dataclass
@@ -94,23 +62,29 @@ def rpn_part(head: RPNHead) -> Part:
     return Part(convs, convs[:1])
 
 
-def set_types(parts: Mapping[str, Part], dtypes: Mapping[str, torch.dtype]) -> str:
-    """Convert the weights of all parts, and say so."""
+def set_types(parts: Mapping[str, Part], types: PartTypes) -> str:
+    """Convert the weights of all parts that are not in 8 bits, and say so."""
     for name, part in parts.items():
         for module in part.modules:
-            module.to(dtypes[name])
-    types = describe_dtypes(dtypes.items())
-    return f"Computes in {types}; boxes, scores and their layers in float32."
+            module.to(types.floating[name])
+    return f"Computes in {types.describe()}; boxes, scores and their layers in float32."
 
 
-def cast_between(parts: Mapping[str, Part], dtypes: Mapping[str, torch.dtype]) -> None:
+def cast_between(parts: Mapping[str, Part], types: PartTypes) -> None:
     """Convert maps where parts of different types meet; ``parts`` are in order of use."""
     before = {torch.float32}  # of images
     for name, part in parts.items():
-        if before != {dtypes[name]}:
-            cast_inputs(part.entrances, dtypes[name])
+        dtype = types.floating[name]
+        if before != {dtype}:
+            cast_inputs([m for m in part.entrances if not _reads_all_types(m)], dtype)
         # A pyramid also takes maps of the stem.
-        before = {dtypes[name], dtypes["stem"]} if name == "backbone" else {dtypes[name]}
+        of_trunk = {types.computed[name], types.floating["stem"]}
+        before = of_trunk if name == "backbone" else {dtype}
+
+
+def _reads_all_types(module: nn.Module) -> bool:
+    first = module[0] if isinstance(module, nn.Sequential) else module
+    return isinstance(first, Int8Block | Int8Conv2d)
 
 
 def cast_inputs(modules: Iterable[nn.Module], dtype: torch.dtype) -> None:
@@ -119,7 +93,9 @@ def cast_inputs(modules: Iterable[nn.Module], dtype: torch.dtype) -> None:
         module.register_forward_pre_hook(partial(_cast, dtype))
 
 
-def _cast(dtype: torch.dtype, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _cast(
+    dtype: torch.dtype, module: nn.Module, inputs: tuple[Tensor | QuantisedMap, ...]
+) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) for x in inputs)
 
 

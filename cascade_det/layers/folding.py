@@ -27,20 +27,21 @@ def fold_norms(module: nn.Module) -> int:
     """
     count = 0
     for child in list(module.modules()):
-        if isinstance(child, ConvNorm) and _is_fixed(child.norm):
+        if isinstance(child, ConvNorm) and is_fixed(child.norm):
             _fold(child, child.norm)
             child.norm = None
             count += 1
         if isinstance(child, nn.Sequential):
             for (_, conv), (name, norm) in itertools.pairwise(list(child.named_children())):
-                if type(conv) is nn.Conv2d and _is_fixed(norm):
+                if type(conv) is nn.Conv2d and is_fixed(norm):
                     _fold(conv, norm)
                     setattr(child, name, nn.Identity())
                     count += 1
     return count
 
 
-def _is_fixed(norm: nn.Module | None) -> TypeGuard[_Norm]:
+def is_fixed(norm: nn.Module | None) -> TypeGuard[_Norm]:
+    """Whether a norm is a batch norm with fixed statistics."""
     if isinstance(norm, _BatchNorm):
         return not norm.training and norm.track_running_stats
     # Detectron2's has the same buffers and, as torchvision's, no parameters.

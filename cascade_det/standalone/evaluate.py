@@ -14,7 +14,7 @@ from cascade_det.data.coco import CocoDataset
 from cascade_det.data.loader import build_test_loader
 from cascade_det.data.samples import Sample
 from cascade_det.engine.checkpoint import Checkpointer
-from cascade_det.engine.datasets import load_datasets_to_evaluate
+from cascade_det.engine.datasets import images_to_optimise_with, load_datasets_to_evaluate
 from cascade_det.engine.devices import set_backends
 from cascade_det.engine.evaluate import add_augmented, by_dataset, evaluate_dataset
 from cascade_det.engine.head_flops import region_flops
@@ -69,7 +69,7 @@ def load_detector(cfg: CfgNode, *, resume: bool = False) -> tuple[Detector, list
     checkpointer = Checkpointer(detector, cfg.OUTPUT_DIR)
     load_to_evaluate(checkpointer, cfg, datasets, resume=resume)
     if (fast := config.fast_arguments(cfg)) is not None:
-        optimize(detector, **fast)
+        optimize(detector, **fast, images=images_to_optimise_with(cfg))
     return detector, datasets
 
 

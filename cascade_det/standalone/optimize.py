@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import nn
 
+from cascade_det.backbones.resnet import RESIDUAL_BLOCKS
 from cascade_det.core.fast_heads import FastBoxHead, head_dtypes
 from cascade_det.data.samples import Batch
-from cascade_det.engine.devices import describe_dtypes, resolve_fast_dtype
-from cascade_det.engine.fast_types import choose_float32_parts
+from cascade_det.engine.devices import describe_dtypes
+from cascade_det.engine.fast_types import resolve_types
+from cascade_det.engine.int8 import Int8, int8_parts
 from cascade_det.engine.optimization import (
     CHANNELS_LAST,
     LEAN_RPN,
@@ -24,12 +26,11 @@ from cascade_det.engine.optimization import (
     gather_attention_biases,
     keep_memory,
     log_optimizations,
-    part_dtypes,
     rpn_part,
     set_types,
-    spare_trunk,
     upsample_fast,
 )
+from cascade_det.engine.part_types import PartTypes
 from cascade_det.layers.folding import fold_norms
 from cascade_det.standalone.detector import Detector
 from cascade_det.standalone.segmenter_base import SegmenterBase
@@ -55,51 +56,52 @@ def optimize(
 
     Args:
         detector: with its weights, on its device.
-        dtype: see ``cascade_det.engine.devices.resolve_fast_dtype``.
+        dtype: see ``cascade_det.engine.fast_types.resolve_types``.
         float32_parts: parts that stay float32, of ``cascade_det.config.cascade_keys.FAST_PARTS``.
         compile: ``torch.compile`` the backbone, on GPUs as CUDA graphs. Every new image size is
             recorded again there, so that it pays for few sizes. Float32 on CPUs is not compiled,
             because convolutions take most of its time and do not change.
-        images: batches like those that the detector will be given. Then the parts that stay float32
-            beside ``float32_parts`` are chosen by what is detected in them, see
-            ``choose_float32_parts``; candidates are not compiled. Without images and with the type
-            ``auto``, trunks whose detections change noticeably in bfloat16 stay float32.
+        images: batches like those that the detector will be given. With the types ``auto``,
+            ``bfloat16`` and ``float16`` the parts that stay float32 beside ``float32_parts`` are
+            chosen by what is detected in them, see ``choose_types``; candidates are not compiled.
+            With ``int8`` the ranges of maps are measured with them.
 
     Returns:
         The detector, in evaluation mode.
 
     Raises:
-        ConfigError: float16 on a CPU.
+        ConfigError: float16 on a CPU, or int8 without images or on a device that lacks it.
         ValueError: an unknown part, too few detections in ``images``, or the detector is optimised
             already.
     """
     if detector.optimizations:
         raise ValueError("the detector is optimised already: build it again for other settings")
-    wanted = resolve_fast_dtype(dtype, detector.device)
-    part_dtypes(wanted, float32_parts)  # checks their names
-    reasons: list[str] = []
-    if images is not None and wanted == torch.float32:
-        reasons = ["There are no types to choose by images: all is float32."]
-    elif images is not None:
-        float32_parts, reasons = choose_float32_parts(
-            detector,
-            images,
-            lambda copied, parts: _optimize(copied, part_dtypes(wanted, parts), False, []),
-            float32_parts=float32_parts,
-        )
-    else:
-        float32_parts, reasons = spare_trunk(
-            detector.backbone.bottom_up, dtype, wanted, float32_parts
-        )
-    _optimize(detector, part_dtypes(wanted, float32_parts), compile, reasons)
+    detector.eval()
+    in_8_bits = int8_parts(_parts(detector), detector.roi_heads.box_head, RESIDUAL_BLOCKS)
+    types, reasons = resolve_types(
+        detector,
+        detector.backbone.bottom_up,
+        lambda copied, types: _optimize(copied, types, images, compile=False),
+        dtype=dtype,
+        float32_parts=float32_parts,
+        int8_parts=in_8_bits,
+        images=images,
+    )
+    _optimize(detector, types, images, reasons, compile=compile)
     log_optimizations(detector.optimizations)
     return detector
 
 
 def _optimize(
-    detector: Detector, dtypes: Mapping[str, torch.dtype], compile: bool, reasons: Iterable[str]
+    detector: Detector,
+    types: PartTypes,
+    images: Sequence[Batch] | None,
+    reasons: Iterable[str] = (),
+    *,
+    compile: bool,
 ) -> Detector:
     detector.eval().requires_grad_(False)
+    int8 = Int8(detector, _parts(detector), types, images or ())
     detector.proposal_generator.rpn_head.topk_deltas_only = True
     done = [
         *reasons,
@@ -107,9 +109,10 @@ def _optimize(
         *gather_attention_biases(detector.backbone),
         _use_channels_last(detector, (detector.backbone, detector.proposal_generator)),
         LEAN_RPN,
-        set_types(_parts(detector), dtypes),
+        *int8.replace(detector, _parts(detector)),
+        set_types(_parts(detector), types),
     ]
-    detector.roi_heads.optimize(dtypes["roi_heads"])
+    detector.roi_heads.optimize(types.floating["roi_heads"], int8.head_grids)
     done.append(describe_heads(detector.roi_heads))
     backbone: nn.Module = detector.backbone
     if compile:  # torch.compile needs PyTorch's convolutions
@@ -117,17 +120,17 @@ def _optimize(
     else:
         done += convolve_by_winograd(detector.proposal_generator, backbone)
         done += upsample_fast(detector.device, backbone)
-    cast_between(_parts(detector), dtypes)
+    cast_between(_parts(detector), types)
     slow = (head for head in detector.roi_heads.box_head if not isinstance(head, FastBoxHead))
     cast_inputs(slow, torch.float32)
     done += keep_memory(detector.device)
     if compile:
-        done.append(_compile(detector, dtypes))
+        done.append(_compile(detector, types.computed["backbone"]))
     # Heads of unknown kinds stay as they are.
     heads = [("roi_heads", kind) for kind in head_dtypes(detector.roi_heads.box_head)]
-    before = [(name, kind) for name, kind in dtypes.items() if name != "roi_heads"]
+    before = [(name, kind) for name, kind in types.computed.items() if name != "roi_heads"]
     detector.dtype = describe_dtypes([*before, *heads])
-    detector.optimizations = done
+    detector.optimizations = [*done, *int8.compare(detector)]
     return detector
 
 
@@ -174,10 +177,11 @@ def _use_channels_last(model: Detector | SegmenterBase, parts: Iterable[nn.Modul
     return CHANNELS_LAST
 
 
-def _compile(detector: Detector, dtypes: Mapping[str, torch.dtype]) -> str:
+def _compile(detector: Detector, dtype: torch.dtype) -> str:
     is_gpu = detector.device.type == "cuda"
-    if not is_gpu and dtypes["backbone"] == torch.float32:
-        return "Nothing is compiled: float32 on a CPU would not gain from it."
+    if not is_gpu and dtype in (torch.float32, torch.int8):
+        name = str(dtype).removeprefix("torch.")
+        return f"Nothing is compiled: {name} on a CPU would not gain from it."
     if is_gpu:
         detector.backbone.compile(dynamic=True, mode="reduce-overhead")
     else:

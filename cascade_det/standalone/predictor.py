@@ -13,6 +13,7 @@ from fvcore.common.config import CfgNode
 from cascade_det import config
 from cascade_det.core import Detections
 from cascade_det.data.given_images import Image, Images
+from cascade_det.engine.datasets import images_to_optimise_with
 from cascade_det.engine.head_flops import region_flops
 from cascade_det.engine.run_info import usable_run_info
 from cascade_det.engine.run_weights import log_exits
@@ -63,7 +64,7 @@ class Predictor:
         self.detector = build_detector(cfg).eval()
         file = load_weights(self.detector, cfg.MODEL.WEIGHTS, complete=True).file
         if (fast := config.fast_arguments(cfg)) is not None:
-            optimize(self.detector, **fast)
+            optimize(self.detector, **fast, images=images_to_optimise_with(cfg))
         log_exits(cfg, self.detector.device, file.path, file.weights)
         num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
         run = usable_run_info(file.run, file.path)

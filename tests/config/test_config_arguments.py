@@ -187,6 +187,9 @@ def test_fast_inference(cfg):
     config.check_config(cfg)
     expected = {"dtype": "bfloat16", "float32_parts": ("stem", "fpn"), "compile": True}
     assert config.fast_arguments(cfg) == expected
+    assert config.fast_heads_dtype(cfg) == "bfloat16"
+    set_keys(cfg, f"{node}.DTYPE", "int8")  # for whole models
+    assert config.fast_heads_dtype(cfg) == "auto"
 
 
 def test_input(cfg):

@@ -41,6 +41,7 @@ from cascade_det.d2.backbones import FPNBackbone
 from cascade_det.d2.detector import Detector
 from cascade_det.d2.fast_parts import LeanRPN
 from cascade_det.errors import ConfigError
+from cascade_det.layers.int8 import multiplies_int8_exactly
 from cascade_det.layers.winograd import WinogradConv2d
 
 pytestmark = pytest.mark.needs_detectron2
@@ -94,6 +95,32 @@ def test_detections_are_those_of_before_and_of_the_standalone_host(name, record_
     assert ours.model.optimizations == alone.model.optimizations
     assert isinstance(ours.model.proposal_generator, LeanRPN)
     assert not any(hasattr(module, "running_var") for module in ours.model.modules())
+
+
+@pytest.mark.skipif(
+    not multiplies_int8_exactly(), reason="this CPU does not multiply 8 bits exactly"
+)
+@pytest.mark.parametrize("name", ["R-18", "R-50", "mobilenet_v2"])
+def test_8_bits_are_those_of_the_standalone_host(name):
+    ours, alone = build_two(*SAME[name], *FAST_KERNEL)
+    images = [make_batch(1), make_batch(2)]
+    ours.model = optimize(ours.model, dtype="int8", images=images)
+    standalone.optimize(alone.model, dtype="int8", images=images)
+    assert ours.model.dtype == alone.model.dtype
+    assert "int8: " in ours.model.dtype
+    theirs, mine = Detector(ours.model), alone.model
+    with torch.no_grad():
+        for batch in images:
+            got, wanted = theirs.cascade_inputs(batch), mine.cascade_inputs(batch)
+            for a, b in zip(got.features, wanted.features, strict=True):
+                # The grids are the same; a number between two steps may take either.
+                assert (a - b).float().norm() < 0.02 * b.float().norm()
+
+
+def test_images_are_for_our_heads():
+    ours = in_detectron2(*BACKBONES["R-18"], "MODEL.ROI_HEADS.NAME", "CascadeROIHeads")
+    with pytest.raises(ValueError, match="images need a model with EarlyExitCascadeROIHeads"):
+        optimize(ours.model, images=[make_batch(1)])
 
 
 def test_maps_are_pooled_where_they_were_made():

@@ -10,7 +10,8 @@ from detection_rows import detections_of
 from cascade_det.config.cascade_keys import FAST_PARTS as PARTS
 from cascade_det.engine import fast_types
 from cascade_det.engine.devices import describe_dtypes, weight_dtypes
-from cascade_det.engine.fast_types import choose_float32_parts
+from cascade_det.engine.fast_types import choose_types, resolve_types
+from cascade_det.engine.part_types import INT8_PARTS, candidates
 
 TRUNK, MAPS = ("stem", "backbone"), ("stem", "backbone", "fpn")
 IMAGES = [[{}, {}], [{}]]
@@ -42,22 +43,22 @@ class Planted:
         return SimpleNamespace(detections=[detections_of(*rows) for _ in batch])
 
 
-def choose(table, **more):
+def choose(table, float32_parts=(), int8_parts=()):
     """Choose by a table of parts in float32 to (shift, found), seconds per image."""
     now, tried = [0.0], []
 
-    def make_fast(detector, parts):
-        tried.append(parts)
-        (detector.shift, detector.found), detector.seconds = table[parts]
+    def make_fast(detector, types):
+        parts = tuple(p for p in PARTS if types.floating[p] == torch.float32)
+        tried.append((parts, types.int8) if types.int8 else parts)
+        (detector.shift, detector.found), detector.seconds = table[tried[-1]]
         return detector
 
     detector = Planted(now)
-    chosen, sentences = choose_float32_parts(
-        detector, IMAGES, make_fast, clock=lambda: now[0], **more
-    )
+    options = candidates(torch.bfloat16, float32_parts, int8_parts)
+    chosen, sentences = choose_types(detector, IMAGES, make_fast, options, clock=lambda: now[0])
     assert detector.cascade.exits.time_budget == "a budget"
     assert len(tried) == len(sentences) == len(set(tried))
-    return chosen, tried, sentences
+    return tried[options.index(chosen)], tried, sentences
 
 
 def test_the_fastest_of_those_that_agree_is_chosen():
@@ -67,12 +68,11 @@ def test_the_fastest_of_those_that_agree_is_chosen():
     assert chosen == TRUNK
     # Both x move, so that the mean of four coordinates is half of it.
     assert sentences[0].startswith(
-        "No part in float32: finds 100.0 % of 60 detections again at IoU 0.9, 1.00 pixels away, "
-        "refused"
+        "bfloat16: finds 100.0 % of 60 detections again at IoU 0.9, 1.00 pixels away, refused"
     )
     assert sentences[1].endswith("0.05 pixels away, 2000.0 ms per image, chosen.")
     assert sentences[2].endswith("0.00 pixels away, 3000.0 ms per image.")
-    assert sentences[3].startswith("All in float32: ")
+    assert sentences[3].startswith("float32: finds")
 
 
 def test_lost_detections_refuse_a_candidate_and_time_decides_among_the_others():
@@ -102,7 +102,34 @@ def test_images_that_cannot_decide_are_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"detects 60 objects .* in the 3 images .* at least 61"):
         choose({})
     with pytest.raises(ValueError, match="give batches"):
-        choose_float32_parts(Planted([0.0]), [{"image": 1}], None)
+        resolve_types(
+            Planted([0.0]),
+            None,
+            None,
+            dtype="auto",
+            float32_parts=(),
+            int8_parts=(),
+            images=[{"image": 1}],
+        )
+
+
+def test_8_bits_come_first_where_parts_can_have_them():
+    table = {(): (EXACT, 1), TRUNK: (EXACT, 2), MAPS: (EXACT, 3), PARTS: (EXACT, 4)}
+    every = frozenset(INT8_PARTS)
+    in_8_bits = {((), every): ((9.0, 20), 0.1), ((), every - {"backbone"}): (EXACT, 0.5)}
+    chosen, tried, sentences = choose(in_8_bits | table, int8_parts=INT8_PARTS)
+    assert (chosen, tried) == (((), every - {"backbone"}), [*in_8_bits, *table])
+    assert sentences[0].startswith("bfloat16: stem; int8: backbone, fpn, rpn, roi_heads: finds")
+    assert "refused" in sentences[0]
+    # Parts that cannot have them, and parts that are asked for in float32.
+    heads = frozenset(("rpn", "roi_heads"))
+    assert choose({((), heads): (EXACT, 1), **table}, int8_parts=heads)[1][0] == ((), heads)
+    no_heads = {
+        (*parts, *(p for p in ("rpn", "roi_heads") if p not in parts)): x
+        for parts, x in table.items()
+    }
+    tried = choose(no_heads, float32_parts=heads, int8_parts=heads)[1]
+    assert tried == list(no_heads)
 
 
 def test_a_part_of_two_types_is_named_with_both():

@@ -20,6 +20,7 @@ CANDIDATES: tuple[tuple[Collection[str], Collection[str]], ...] = (
     ((), INT8_PARTS),
     ((), INT8_PARTS[1:]),
     ((), ()),
+    (_TRUNK, INT8_PARTS[1:]),
     (_TRUNK, ()),
     ((*_TRUNK, "fpn"), ()),
     (PARTS, ()),

@@ -114,22 +114,27 @@ def test_images_that_cannot_decide_are_refused(monkeypatch):
 
 
 def test_8_bits_come_first_where_parts_can_have_them():
-    table = {(): (EXACT, 1), TRUNK: (EXACT, 2), MAPS: (EXACT, 3), PARTS: (EXACT, 4)}
     every = frozenset(INT8_PARTS)
-    in_8_bits = {((), every): ((9.0, 20), 0.1), ((), every - {"backbone"}): (EXACT, 0.5)}
-    chosen, tried, sentences = choose(in_8_bits | table, int8_parts=INT8_PARTS)
-    assert (chosen, tried) == (((), every - {"backbone"}), [*in_8_bits, *table])
+    after = every - {"backbone"}
+    table = {
+        ((), every): ((9.0, 20), 0.1),
+        ((), after): (EXACT, 0.5),
+        (): (EXACT, 1),
+        (TRUNK, after): (EXACT, 0.6),
+        TRUNK: (EXACT, 2),
+        MAPS: (EXACT, 3),
+        PARTS: (EXACT, 4),
+    }
+    chosen, tried, sentences = choose(table, int8_parts=INT8_PARTS)
+    assert (chosen, tried) == (((), after), list(table))
     assert sentences[0].startswith("bfloat16: stem; int8: backbone, fpn, rpn, roi_heads: finds")
     assert "refused" in sentences[0]
     # Parts that cannot have them, and parts that are asked for in float32.
     heads = frozenset(("rpn", "roi_heads"))
-    assert choose({((), heads): (EXACT, 1), **table}, int8_parts=heads)[1][0] == ((), heads)
-    no_heads = {
-        (*parts, *(p for p in ("rpn", "roi_heads") if p not in parts)): x
-        for parts, x in table.items()
-    }
-    tried = choose(no_heads, float32_parts=heads, int8_parts=heads)[1]
-    assert tried == list(no_heads)
+    options = candidates(torch.bfloat16, (), heads)
+    assert [types.int8 for types in options[:3]] == [heads, frozenset(), heads]
+    options = candidates(torch.bfloat16, heads, heads)
+    assert [types.int8 for types in options] == [frozenset()] * 3
 
 
 def test_a_part_of_two_types_is_named_with_both():

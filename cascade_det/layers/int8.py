@@ -67,19 +67,21 @@ def quantise_map(x: Tensor, grid: Grid) -> QuantisedMap:
     return QuantisedMap(pixels.permute(0, 3, 1, 2), grid)
 
 
-class Int8Linear(nn.Module):
-    """A linear layer for inference.
+class _Rounded(nn.Module):
+    """Weights in 8 bits, also as oneDNN packs them, which can neither be copied nor pickled.
+
+    None of them is a buffer: a change of the module's type must not reach them.
 
     Args:
-        linear: whose weights are rounded; not changed. A 1x1 convolution of one group counts too.
-        inputs: grid that the input is rounded to.
+        layer: whose weights are rounded; not changed.
+        inputs: grid that an input is rounded to which is not in 8 bits yet.
         output: grid of the output, or its floating-point type.
         relu: whether a ReLU follows.
     """
 
     def __init__(
         self,
-        linear: nn.Linear | nn.Conv2d,
+        layer: nn.Linear | nn.Conv2d,
         inputs: Grid,
         *,
         output: Grid | torch.dtype = torch.float32,
@@ -88,20 +90,23 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.inputs, self.output = inputs, output
         self.activation = "relu" if relu else "none"
-        self.weight, self.scales = _round_weight(linear.weight.detach().float().flatten(1))
+        self.weight, self.scales = _round_weight(layer.weight.detach().float())
         self.zero_points = torch.zeros(len(self.weight), dtype=torch.int32)
-        self.bias = None if linear.bias is None else linear.bias.detach().float()
-        # None of these is a buffer: a change of the module's type must not reach them.
-        self.packed = torch.ops.onednn.qlinear_prepack(self.weight, None)
+        self.bias = None if layer.bias is None else layer.bias.detach().float()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[R, C]`` to ``[R, K]``."""
-        if torch.jit.is_tracing():  # fvcore counts plain layers
-            return F.linear(x, (self.weight * self.scales[:, None]).to(x.dtype))
-        return self.of_rows(quantise(x, self.inputs), self.inputs)
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "packed"}
 
-    def of_rows(self, rows: Tensor, grid: Grid) -> Tensor:
-        """uint8 ``[R, C]`` to ``[R, K]``."""
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.pack()
+
+    def pack(self) -> None:
+        """Pack the weights: here those of a linear layer."""
+        self.packed = torch.ops.onednn.qlinear_prepack(self.weight.flatten(1), None)
+
+    def multiply_rows(self, rows: Tensor, grid: Grid) -> Tensor:
+        """Apply a linear layer to uint8 ``[R, C]``; returns ``[R, K]``."""
         scale, zero_point, dtype = _output(self.output)
         result: Tensor = torch.ops.onednn.qlinear_pointwise(
             rows,
@@ -119,70 +124,50 @@ class Int8Linear(nn.Module):
         )
         return result
 
-    def add_rows(self, addend: Tensor, addend_grid: Grid, rows: Tensor, grid: Grid) -> Tensor:
-        """The activation of ``addend + self(rows)``, uint8 ``[R, K]``; may overwrite ``addend``."""
-        result: Tensor = torch.ops.onednn.qlinear_pointwise.binary(
-            rows,
-            *grid,
-            self.packed,
-            self.scales,
-            self.zero_points,
-            addend,
-            self.bias,
-            *_output(self.output),
-            *addend_grid,
-            "sum",
-            1.0,
-            self.activation,
-            [],
-            "",
-        )
-        return result
+
+class Int8Linear(_Rounded):
+    """A linear layer for inference; arguments as of ``_Rounded``."""
+
+    def __init__(self, linear: nn.Linear, inputs: Grid, **more: Any) -> None:
+        super().__init__(linear, inputs, **more)
+        self.pack()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[R, C]`` to ``[R, K]``."""
+        if torch.jit.is_tracing():  # fvcore counts plain layers
+            return F.linear(x, (self.weight * self.scales[:, None]).to(x.dtype))
+        return self.multiply_rows(quantise(x, self.inputs), self.inputs)
 
 
-class Int8Conv2d(nn.Module):
-    """A convolution for inference.
+class Int8Conv2d(_Rounded):
+    """A convolution without a norm, for inference; arguments as of ``_Rounded``."""
 
-    Args:
-        conv: whose weights are rounded; not changed. It has no norm.
-        inputs: grid that an input is rounded to which is not in 8 bits yet.
-        output: grid of the output, or its floating-point type.
-        relu: whether a ReLU follows.
-    """
-
-    def __init__(
-        self,
-        conv: nn.Conv2d,
-        inputs: Grid,
-        *,
-        output: Grid | torch.dtype = torch.float32,
-        relu: bool = False,
-    ) -> None:
-        super().__init__()
-        self.inputs, self.output = inputs, output
-        self.activation = "relu" if relu else "none"
+    def __init__(self, conv: nn.Conv2d, inputs: Grid, **more: Any) -> None:
+        super().__init__(conv, inputs, **more)
         self.stride = conv.stride
-        self.linear: Int8Linear | None = None
-        if conv.kernel_size == (1, 1) and conv.groups == 1:
-            # oneDNN packs the weights of a convolution for some sizes of maps, and is up to 20
-            # times slower with others; those of a linear layer suit all.
-            self.linear = Int8Linear(conv, inputs, output=output, relu=relu)
+        self.channels = conv.in_channels
+        sides = (list(side) for side in (conv.stride, conv.padding, conv.dilation))
+        self.geometry = (*sides, conv.groups)
+        # oneDNN packs the weights of a 1x1 convolution for some sizes of maps, and is up to 20
+        # times slower with others; those of a linear layer suit all.
+        self.is_linear = conv.kernel_size == (1, 1) and conv.groups == 1
+        self.pack()
+
+    def pack(self) -> None:
+        """Pack the weights."""
+        if self.is_linear:
+            super().pack()
             return
-        weight, self.scales = _round_weight(conv.weight.detach().float())
-        self.zero_points = torch.zeros(len(weight), dtype=torch.int32)
-        self.bias = None if conv.bias is None else conv.bias.detach().float()
-        geometry = (list(x) for x in (conv.stride, conv.padding, conv.dilation))
-        self.geometry = (*geometry, conv.groups)
-        shape = [1, conv.in_channels, 64, 64]
+        shape = [1, self.channels, 64, 64]
         self.packed = torch.ops.onednn.qconv_prepack(
-            weight, self.scales, *inputs, *self.geometry, shape
+            self.weight, self.scales, *self.inputs, *self.geometry, shape
         )
 
     def forward(self, x: Tensor | QuantisedMap) -> Tensor | QuantisedMap:
         """``[N, C, H, W]`` to ``[N, K, H', W']``, channels-last."""
         values, grid = self._read(x)
-        if self.linear is not None:
-            result = _map(self.linear.of_rows(_rows(values), grid), values.shape)
+        if self.is_linear:
+            result = _map(self.multiply_rows(_rows(values), grid), values.shape)
         else:
             scale, zero_point, dtype = _output(self.output)
             result = torch.ops.onednn.qconv2d_pointwise(
@@ -206,32 +191,28 @@ class Int8Conv2d(nn.Module):
         """The activation of ``shortcut + self(x)``; may overwrite ``shortcut``."""
         assert isinstance(self.output, Grid)
         values, grid = self._read(x)
-        if self.linear is not None:
-            rows = self.linear.add_rows(_rows(shortcut.values), shortcut.grid, _rows(values), grid)
+        weights = self.packed, self.scales, self.zero_points
+        output = *self.output, torch.uint8, *shortcut.grid
+        activation: tuple[Any, ...] = "sum", 1.0, self.activation, [], ""
+        if self.is_linear:
+            rows = torch.ops.onednn.qlinear_pointwise.binary(
+                *(_rows(values), *grid, *weights, _rows(shortcut.values), self.bias),
+                *output,
+                *activation,
+            )
             return QuantisedMap(_map(rows, values.shape), self.output)
         result = torch.ops.onednn.qconv2d_pointwise.binary(
-            values,
-            *grid,
-            self.packed,
-            self.scales,
-            self.zero_points,
-            shortcut.values,
-            self.bias,
+            *(values, *grid, *weights, shortcut.values, self.bias),
             *self.geometry,
-            *_output(self.output),
-            *shortcut.grid,
-            "sum",
-            1.0,
-            self.activation,
-            [],
-            "",
+            *output,
+            *activation,
         )
         return QuantisedMap(result, self.output)
 
     def _read(self, x: Tensor | QuantisedMap) -> QuantisedMap:
         """The input in 8 bits; for a strided 1x1 convolution the pixels that it reads."""
         values = x.values if isinstance(x, QuantisedMap) else x
-        if self.linear is not None and self.stride != (1, 1):
+        if self.is_linear and self.stride != (1, 1):
             values = values[:, :, :: self.stride[0], :: self.stride[1]]
         if not isinstance(x, QuantisedMap):
             return quantise_map(values, self.inputs)
@@ -281,5 +262,5 @@ def multiplies_int8_exactly() -> bool:
     values = values.contiguous(memory_format=torch.channels_last)
     product = 255 * 127 * channels
     convolved: Any = Int8Conv2d(conv, one)(QuantisedMap(values, one))
-    rows = Int8Linear(linear, one).of_rows(_rows(values), one)
+    rows = Int8Linear(linear, one).multiply_rows(_rows(values), one)
     return bool((convolved[..., 1:-1, 1:-1] == 9 * product).all() and (rows == product).all())

@@ -1,6 +1,8 @@
 """Layers in 8 bits, against the same products of numbers in float64."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 
@@ -81,8 +83,9 @@ def test_a_convolution(kernel, stride, groups, grid, dtype):
     assert got.is_contiguous(memory_format=torch.channels_last)
     tolerance = 1e-5 if dtype == torch.float32 else 8e-3
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
-    # In 8 bits already, and after a change of the module's type.
+    # In 8 bits already, of a copy, and after a change of the module's type.
     again = Int8Conv2d(conv, POSITIVE, output=dtype).to(torch.bfloat16)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(again)))
     torch.testing.assert_close(again(quantise_map(x, grid)), got, rtol=0, atol=0)
     # A ReLU, and the grid of the output: zero is on it, and half a step is its error.
     output = Grid.of_range(0.0, expected.max().item())
@@ -117,6 +120,8 @@ def test_a_linear_layer():
     got = Int8Linear(linear, SIGNED)(x)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
     assert Int8Linear(linear, SIGNED)(x[:0]).shape == (0, 24)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(Int8Linear(linear, SIGNED))))
+    assert torch.equal(copied(x), got)
 
 
 @needs_int8

@@ -119,7 +119,8 @@ def may_write_in_place(maps: Tensor) -> bool:
 def add_convolved(shortcut: Tensor, x: Tensor, conv: ConvNorm) -> Tensor:
     """``relu(shortcut + conv(x))``, the end of a residual block.
 
-    One pass of oneDNN in place of ``shortcut`` where possible, with the same numbers.
+    One pass of oneDNN in place of ``shortcut`` where possible, with the same numbers in float32; in
+    bfloat16 the sum is rounded once.
 
     Args:
         shortcut: ``[N, K, H, W]``; may be overwritten.
@@ -150,11 +151,20 @@ def _is_fusible(shortcut: Tensor, x: Tensor, conv: nn.Module) -> bool:
     return (
         type(conv) is ConvNorm
         and conv.norm is None
-        and {shortcut.dtype, x.dtype, conv.weight.dtype} == {torch.float32}
+        and {shortcut.dtype, x.dtype} == {conv.weight.dtype}
+        and _has_onednn(conv.weight.dtype)
         and shortcut.device.type == "cpu"
         and may_write_in_place(shortcut)
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_convolution_pointwise_")
+    )
+
+
+def _has_onednn(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise_"):
+        return False
+    return dtype == torch.float32 or (
+        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
 
 

@@ -63,6 +63,7 @@ def test_training_and_a_second_time_are_refused():
     [
         (("MODEL.CASCADE.FAST.DTYPE", "bfloat16"), "Give 'auto' or 'float32'"),
         (("MODEL.CASCADE.FAST.COMPILE", True), "Set it to False"),
+        (("MODEL.CASCADE.FAST.IMAGES", 8), "Set it to 0"),
         (("MODEL.DUAL_SCALE.MODE", "parallel"), "two scales .* do not have that"),
         (("MODEL.CASCADE.FAST.FLOAT32_PARTS", ["stem"]), r"Set it to \(\)"),
     ],

@@ -26,7 +26,7 @@ from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
 from cascade_det.data.samples import Batch
 from cascade_det.engine.devices import describe_dtypes
 from cascade_det.engine.fast_types import resolve_types
-from cascade_det.engine.int8 import Int8, int8_parts
+from cascade_det.engine.int8 import Int8, Ranges, int8_parts
 from cascade_det.engine.optimization import (
     CHANNELS_LAST,
     LEAN_RPN,
@@ -97,30 +97,33 @@ def optimize(
     has_heads = isinstance(model.roi_heads, EarlyExitCascadeROIHeads)
     if images is not None and not has_heads:
         raise ValueError("images need a model with EarlyExitCascadeROIHeads, to detect in them")
+    ranges = Ranges(images or ())
     types, reasons = resolve_types(
         detector,
         getattr(model.backbone, "bottom_up", model.backbone),
-        lambda copied, types: _optimized(copied, types, images),
+        lambda copied, types: _optimized(copied, types, ranges),
         dtype=dtype,
         float32_parts=float32_parts,
         int8_parts=_int8_parts(detector) if has_heads else (),
         images=images,
     )
-    _optimize(detector, types, images, reasons)
+    _optimize(detector, types, ranges, reasons)
+    if types.int8:
+        model.optimizations.append(ranges.compare(detector))
     _refuse_training_and_saving(model)
     log_optimizations(model.optimizations)
     return model
 
 
-def _optimized(detector: Detector, types: PartTypes, images: Sequence[Batch] | None) -> Detector:
-    _optimize(detector, types, images)
+def _optimized(detector: Detector, types: PartTypes, ranges: Ranges) -> Detector:
+    _optimize(detector, types, ranges)
     return detector
 
 
 def _optimize(
     detector: Detector,
     types: PartTypes,
-    images: Sequence[Batch] | None,
+    ranges: Ranges,
     reasons: Iterable[str] = (),
 ) -> None:
     model: Any = detector.model
@@ -129,7 +132,7 @@ def _optimize(
     kept = list(_kept(model, pyramid, head))
     types = types.without(_unknown(model, pyramid, head))
     done = list(reasons)
-    int8 = Int8(detector, _parts(pyramid, head), types, images or ())
+    int8 = Int8(detector, types, ranges)
     if pyramid is not None:
         model.backbone = pyramid
         pyramid.register_forward_pre_hook(_channels_last)
@@ -148,7 +151,6 @@ def _optimize(
         done.append(f"As before, in float32: {', '.join(kept)}.")
     model.optimizations = done
     model.dtype = _describe(model.roi_heads, types)  # as of the standalone detector
-    model.optimizations = [*done, *int8.compare(detector)]
 
 
 def _int8_parts(detector: Detector) -> set[str]:

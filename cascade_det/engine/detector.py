@@ -90,6 +90,9 @@ class CascadeSegmenter(Segmenter, Protocol):
 class CascadeDetector(Detector, Protocol):
     """A detector around a cascade."""
 
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules, as of ``nn.Module``."""
+
     @property
     def cascade(self) -> CascadeHead:
         """The cascade."""

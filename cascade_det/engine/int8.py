@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cascade_det.backbones.int8_resnet import int8_stages
+from cascade_det.core import Detections
 from cascade_det.data.samples import Batch
 from cascade_det.engine.detector import CascadeDetector
 from cascade_det.engine.fast_types import describe_agreement, detect_all
@@ -21,49 +21,73 @@ from cascade_det.layers.int8 import Grid, Int8Conv2d
 
 # Share of the values beyond either end of a grid; they are clipped.
 _BEYOND = 1e-4
-# Values of a map that are kept, of every call: all of them would fill the memory.
-_SAMPLES = 16384
+# Values of a map that are kept, over all images: all of them would fill the memory.
+_SAMPLES = 2**18
 
 
 class Ranges:
-    """Grids of what modules read and return, from samples of both.
+    """Grids of what layers read and return when a detector detects in images in float32.
+
+    Measured once and known by the names of the layers, so that they serve copies of the detector.
 
     Args:
-        modules: to watch, see ``watching``.
+        images: batches.
+
+    Attributes:
+        detections: in the images.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._read: dict[nn.Module, list[Tensor]] = {module: [] for module in modules}
-        self._returned: dict[nn.Module, list[Tensor]] = {module: [] for module in self._read}
+    def __init__(self, images: Sequence[Batch]) -> None:
+        self.images = images
+        self.detections: list[Detections] = []
+        self._read: dict[str, list[Tensor]] = {}
+        self._returned: dict[str, list[Tensor]] = {}
+        self._names: dict[nn.Module, str] = {}
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Keep samples of every call."""
-        hooks = [module.register_forward_hook(self._keep) for module in self._read]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def of(self, detector: CascadeDetector) -> Ranges:
+        """Measure, if that is to be done yet, and give the grids of this detector's layers."""
+        self._names = {module: name for name, module in detector.named_modules()}
+        if not self._read:
+            # Layers, and residual blocks.
+            watched = [
+                module
+                for module in self._names
+                if isinstance(module, nn.Conv2d | nn.Linear) or hasattr(module, "conv1")
+            ]
+            hooks = [module.register_forward_hook(self._keep) for module in watched]
+            try:
+                self.detections = detect_all(detector, self.images)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        return self
 
-    def of_input(self, module: nn.Module) -> Grid:
-        """The grid of what a module reads."""
-        return _grid(self._read[module])
+    def of_input(self, layer: nn.Module) -> Grid:
+        """The grid of what a layer reads."""
+        return _grid(self._read.get(self._names[layer], []))
 
-    def of_output(self, module: nn.Module, relu: bool) -> Grid:
-        """The grid of what a module returns, or of the ReLU of that."""
-        returned = self._returned[module]
+    def of_output(self, layer: nn.Module, relu: bool) -> Grid:
+        """The grid of what a layer returns, or of the ReLU of that."""
+        returned = self._returned.get(self._names[layer], [])
         return _grid([x.relu() for x in returned] if relu else returned)
 
-    def _keep(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        for kept, x in ((self._read, inputs[0]), (self._returned, output)):
-            if isinstance(x, Tensor) and x.numel():
-                # In the order of memory, so that a channels-last map is not copied.
-                flat = x.permute(0, 2, 3, 1).reshape(-1) if x.dim() == 4 else x.reshape(-1)
-                # The same values whatever else is watched.
-                generator = torch.Generator().manual_seed(len(kept[module]))
-                chosen = torch.randint(len(flat), (_SAMPLES,), generator=generator)
-                kept[module].append(flat[chosen])
+    def compare(self, detector: CascadeDetector) -> str:
+        """Compare what an optimised detector detects in the images with float32, and say so."""
+        agreement = find_again(detect_all(detector, self.images), self.detections)
+        return f"On the images that measured its ranges it {describe_agreement(agreement)}."
+
+    def _keep(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        for kept, x in ((self._read, inputs[:1]), (self._returned, (output,))):
+            if x and isinstance(x[0], Tensor) and x[0].numel() and x[0].is_floating_point():
+                samples = kept.setdefault(self._names[layer], [])
+                samples.append(_sample(x[0], _SAMPLES // len(self.images), seed=len(samples)))
+
+
+def _sample(x: Tensor, count: int, *, seed: int) -> Tensor:
+    # In the order of memory, so that a channels-last map is not copied.
+    flat = x.permute(0, 2, 3, 1).reshape(-1) if x.dim() == 4 else x.reshape(-1)
+    generator = torch.Generator().manual_seed(seed)
+    return flat[torch.randint(len(flat), (count,), generator=generator)]
 
 
 def _grid(samples: list[Tensor]) -> Grid:
@@ -95,35 +119,25 @@ def int8_parts(
 
 
 class Int8:
-    """The parts of a detector that shall compute in 8 bits; measures the grids of their maps.
+    """The parts of a detector that shall compute in 8 bits.
 
     Args:
         detector: in float32 and evaluation mode, with heads that are not optimised yet.
-        parts: before the heads.
-        types: of the parts; where none is in 8 bits, nothing is done.
-        images: batches to measure with.
+        types: of its parts; where none is in 8 bits, nothing is done.
+        ranges: of the detector or one of its copies.
+
+    Attributes:
+        head_grids: of the crops that the box heads read; empty if these are not in 8 bits.
     """
 
-    def __init__(
-        self,
-        detector: CascadeDetector,
-        parts: Mapping[str, Part],
-        types: PartTypes,
-        images: Sequence[Batch],
-    ) -> None:
-        self.types, self.images = types, images if types.int8 else ()
+    def __init__(self, detector: CascadeDetector, types: PartTypes, ranges: Ranges) -> None:
+        self.types = types
         self.head_grids: list[Grid] = []
-        if not types.int8:
-            return
-        linears = [linear for head in detector.cascade.box_head if (linear := _first_linear(head))]
-        roots = [root for part in parts.values() for root in part.modules]
-        # A stage, for what it reads; its blocks and their convolutions.
-        layers = [layer for root in roots for layer in root.modules()]
-        self.ranges = Ranges([*layers, *linears])
-        with self.ranges.watching():
-            self.wanted = detect_all(detector, images)
+        if types.int8:
+            self.ranges = ranges.of(detector)
         if "roi_heads" in types.int8:
-            self.head_grids = [self.ranges.of_input(linear) for linear in linears]
+            linears = map(_first_linear, detector.cascade.box_head)
+            self.head_grids = [ranges.of_input(linear) for linear in linears if linear is not None]
 
     def replace(self, model: nn.Module, parts: Mapping[str, Part]) -> list[str]:
         """Replace the layers before the heads, and say so.
@@ -135,7 +149,7 @@ class Int8:
         new: dict[nn.Module, nn.Module] = {}
         if "backbone" in self.types.int8:
             stages = parts["backbone"].modules
-            inputs = self.ranges.of_input(stages[0])
+            inputs = self.ranges.of_input(next(stages[0].children()))
             new.update(int8_stages(stages, inputs, self.ranges.of_output))
         blocks = len(new)
         for name in self.types.int8 & {"fpn", "rpn"}:
@@ -149,13 +163,6 @@ class Int8:
         if not new:
             return []
         return [f"{blocks} residual blocks and {len(new) - blocks} convolutions are in 8 bits."]
-
-    def compare(self, detector: CascadeDetector) -> list[str]:
-        """Compare what an optimised detector detects with float32, and say so."""
-        if not self.images:
-            return []
-        agreement = find_again(detect_all(detector, self.images), self.wanted)
-        return [f"On the images that measured its ranges it {describe_agreement(agreement)}."]
 
 
 def _convs(part: Part) -> list[nn.Conv2d]:

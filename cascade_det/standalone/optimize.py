@@ -13,7 +13,7 @@ from cascade_det.core.fast_heads import FastBoxHead, head_dtypes
 from cascade_det.data.samples import Batch
 from cascade_det.engine.devices import describe_dtypes
 from cascade_det.engine.fast_types import resolve_types
-from cascade_det.engine.int8 import Int8, int8_parts
+from cascade_det.engine.int8 import Int8, Ranges, int8_parts
 from cascade_det.engine.optimization import (
     CHANNELS_LAST,
     LEAN_RPN,
@@ -77,17 +77,20 @@ def optimize(
     if detector.optimizations:
         raise ValueError("the detector is optimised already: build it again for other settings")
     detector.eval()
+    ranges = Ranges(images or ())
     in_8_bits = int8_parts(_parts(detector), detector.roi_heads.box_head, RESIDUAL_BLOCKS)
     types, reasons = resolve_types(
         detector,
         detector.backbone.bottom_up,
-        lambda copied, types: _optimize(copied, types, images, compile=False),
+        lambda copied, types: _optimize(copied, types, ranges, compile=False),
         dtype=dtype,
         float32_parts=float32_parts,
         int8_parts=in_8_bits,
         images=images,
     )
-    _optimize(detector, types, images, reasons, compile=compile)
+    _optimize(detector, types, ranges, reasons, compile=compile)
+    if types.int8:
+        detector.optimizations.append(ranges.compare(detector))
     log_optimizations(detector.optimizations)
     return detector
 
@@ -95,13 +98,13 @@ def optimize(
 def _optimize(
     detector: Detector,
     types: PartTypes,
-    images: Sequence[Batch] | None,
+    ranges: Ranges,
     reasons: Iterable[str] = (),
     *,
     compile: bool,
 ) -> Detector:
     detector.eval().requires_grad_(False)
-    int8 = Int8(detector, _parts(detector), types, images or ())
+    int8 = Int8(detector, types, ranges)
     detector.proposal_generator.rpn_head.topk_deltas_only = True
     done = [
         *reasons,
@@ -130,7 +133,7 @@ def _optimize(
     heads = [("roi_heads", kind) for kind in head_dtypes(detector.roi_heads.box_head)]
     before = [(name, kind) for name, kind in types.computed.items() if name != "roi_heads"]
     detector.dtype = describe_dtypes([*before, *heads])
-    detector.optimizations = [*done, *int8.compare(detector)]
+    detector.optimizations = done
     return detector
 
 

@@ -20,7 +20,7 @@ from cascade_det.layers.folding import is_fixed
 from cascade_det.layers.int8 import Grid, Int8Conv2d
 
 # Share of the values beyond either end of a grid; they are clipped.
-_BEYOND = 1e-4
+_BEYOND = 1e-5
 # Values of a map that are kept, over all images: all of them would fill the memory.
 _SAMPLES = 2**18
 

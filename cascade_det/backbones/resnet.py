@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cascade_det.backbones.trunk import check_features
-from cascade_det.layers.conv_norm import ConvNorm, add_convolved, freeze
+from cascade_det.layers.conv_norm import ConvNorm, add_convolved, convolved_relu, freeze
 
 BLOCKS_PER_STAGE = {
     18: (2, 2, 2, 2),
@@ -134,7 +134,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` to ``[N, out_channels, H / stride, W / stride]``."""
-        out = self.conv2(F.relu_(self.conv1(x)))
+        out = self.conv2(convolved_relu(x, self.conv1))
         out += x if self.shortcut is None else self.shortcut(x)
         return F.relu_(out)
 
@@ -172,8 +172,8 @@ class BottleneckBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` to ``[N, out_channels, H / stride, W / stride]``."""
-        out = F.relu_(self.conv1(x))
-        out = F.relu_(self.conv2(out))
+        out = convolved_relu(x, self.conv1)
+        out = convolved_relu(out, self.conv2)
         shortcut = x if self.shortcut is None else self.shortcut(x)
         return add_convolved(shortcut, out, self.conv3)
 

@@ -162,6 +162,7 @@ def build_detectron2(kind: str, setup: Setup, maps: SharedMaps) -> InDetectron2:
     """
     model: Any = build_model(detectron2_cfg(kind, setup)).eval()
     load(model, setup.weights, setup.options.seed)
+    setup.place(model)
     if kind == "plugin-fast":
         arguments = setup.fast_arguments()
         dtype, parts = arguments["dtype"], arguments["float32_parts"]
@@ -191,7 +192,7 @@ def detectron2_cfg(kind: str, setup: Setup, *more: Any) -> Any:
     options = setup.options
     return host.load_config(
         list(options.config_file),
-        [*options.opts, "MODEL.DEVICE", str(setup.device), *_OPTIONS[kind], *more],
+        [*options.opts, "MODEL.DEVICE", setup.cfg.MODEL.DEVICE, *_OPTIONS[kind], *more],
     )
 
 
@@ -225,8 +226,8 @@ def load(model: nn.Module, weights: dict[str, Tensor], seed: int) -> None:
 
 def open_training_step(
     setup: Setup, batch: Sequence[Sample], options: Sequence[Any] = ()
-) -> Callable[[], None]:
-    """A function that takes one step of Detectron2's ``SimpleTrainer``, as shipped.
+) -> tuple[Callable[[], None], list[PartStart]]:
+    """What takes one step of Detectron2's ``SimpleTrainer``, as shipped, and starts of its parts.
 
     Args:
         setup: what all models share.
@@ -236,8 +237,10 @@ def open_training_step(
     cfg = detectron2_cfg("detectron2-cascade", setup, *options)
     model: Any = build_model(cfg).train()
     load(model, setup.weights, setup.options.seed)
+    setup.place(model)
     inputs = [_with_instances(sample) for sample in batch]
-    trainer = SimpleTrainer(model, itertools.repeat(inputs), build_optimizer(cfg, model))
+    optimizer = build_optimizer(cfg, model)
+    trainer = SimpleTrainer(model, itertools.repeat(inputs), optimizer)
     storage = EventStorage()
 
     def step() -> None:
@@ -246,7 +249,15 @@ def open_training_step(
             trainer.run_step()
             storage.step()
 
-    return step
+    return step, [
+        (model, "preprocess_image", "preprocess"),
+        (model.backbone, "forward", "backbone"),
+        (model.proposal_generator, "forward", "rpn"),
+        (model.roi_heads, "forward", "heads"),
+        (Tensor, "backward", "backward"),
+        (SimpleTrainer, "_write_metrics", "metrics"),
+        (optimizer, "step", "optimizer"),
+    ]
 
 
 def _with_instances(sample: Sample) -> Sample:

@@ -37,7 +37,7 @@ SEGMENTERS: dict[str, str] = {
 }
 # The others have models of their own, or none, and are only measured if they are named.
 OF_MODELS = ("heads", "masks", "whole", "parts", "training", "memory", "limits", "accuracy")
-MEASUREMENTS = (*OF_MODELS, "attention", "backbones")
+MEASUREMENTS = (*OF_MODELS, "attention", "backbones", "waits")
 OF_SEGMENTERS = ("whole", "parts")
 AUTOCAST_TYPES = ("bfloat16", "float16")
 

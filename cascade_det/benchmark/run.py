@@ -38,6 +38,7 @@ from cascade_det.benchmark.segmenters import SegmenterSetup, measurements, open_
 from cascade_det.benchmark.setup import Setup, read_config
 from cascade_det.benchmark.targets import EMULATED, hold_targets
 from cascade_det.benchmark.training import open_training_steps, trainable
+from cascade_det.benchmark.waits import measure_waits
 from cascade_det.engine.devices import has_bfloat16
 from cascade_det.engine.log import setup_logging
 from cascade_det.errors import ConfigError
@@ -156,6 +157,7 @@ def _measurements(
         "accuracy": lambda: _accuracy(setup, left_out),
         "attention": lambda: compare_attention(options),
         "backbones": lambda: measure_backbones(options, left_out),
+        "waits": lambda: measure_waits(options, left_out),
     }
 
 

@@ -7,11 +7,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from fvcore.common.config import CfgNode
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cascade_det import config
@@ -32,6 +32,8 @@ _NEVER_REDUNDANT = 1.0
 _SMALLEST_SIDE = 16.0  # pixels of a random box
 _LARGEST_SHARE = 0.6  # of the shorter image side
 _OBJECTS = 8  # per training image
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass
@@ -92,12 +94,16 @@ class Setup:
         load_weights(detector, self.cfg.MODEL.WEIGHTS, complete=True)
         return detector.state_dict()
 
+    def place(self, model: Model) -> Model:
+        """A model with its weights, where it is measured: it is built on the device."""
+        return model
+
     def build_ours(self) -> Detector:
         """Build a standalone detector with the weights, for inference, exits off."""
         detector = build_detector(self.cfg).eval()
         detector.load_state_dict(self.weights)
         detector.set_exits(None)
-        return detector
+        return self.place(detector)
 
     def fast_arguments(self) -> dict[str, Any]:
         """The arguments of ``optimize`` that the configuration gives."""

@@ -6,6 +6,7 @@ cascade-det benchmark --device cuda --batch 1 8 --autocast float16
 cascade-det benchmark --survivors output/cells/results.json --rounds 5 MODEL.RESNETS.DEPTH 101
 cascade-det benchmark --config-file cells.yaml MODEL.WEIGHTS output/cells/model_final.pth
 cascade-det benchmark --measure backbones                  # against ResNet-50-FPN
+cascade-det benchmark --measure waits --batch 1 8          # what a GPU waits for, without one
 cascade-det benchmark --config-file cascade_det://SemanticSegmentation/cascade_resnet50.yaml \
     --size 512 512 MODEL.WEIGHTS ''
 
@@ -81,7 +82,7 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
     )
     add(
         "--measure",
-        "what to measure (all but attention and backbones; of segmenters whole and parts)",
+        "what to measure (all but attention, backbones and waits; of segmenters whole and parts)",
         choices=MEASUREMENTS,
         nargs="+",
     )

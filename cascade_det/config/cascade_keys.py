@@ -188,8 +188,9 @@ FAST = group(
     ),
     COMPILE=Key(
         False,
-        "Compiles backbone and FPN with torch.compile, which takes about a minute at the first "
-        "image; not for float32 on CPUs, which does not gain from it, nor in Detectron2.",
+        "Compiles backbone and FPN with torch.compile, on GPUs also the RPN up to its NMS, which "
+        "takes about a minute at the first image; not for float32 on CPUs, which does not gain "
+        "from it, nor in Detectron2.",
     ),
 )
 

@@ -191,7 +191,8 @@ RUN = group(
     CUDNN_BENCHMARK=Key(False, "Lets cuDNN time its algorithms: for fixed image sizes."),
     FLOAT32_PRECISION=Key(
         "",
-        'Precision of float32 matrix products; "" leaves torch\'s default.',
+        "Precision of float32 matrix products in the process of a command: high allows TF32 on "
+        'GPUs; "" leaves torch\'s default, as FAST does.',
         one_of("", "highest", "high", "medium"),
     ),
 )
@@ -285,8 +286,8 @@ CASCADE = group(
     OPTIMIZER=Key("SGD", "Optimizer.", one_of("SGD", "AdamW")),
     AMP_DTYPE=Key(
         "auto",
-        "Type under `SOLVER.AMP`; auto is float16 on GPUs, and on CPUs bfloat16 with instructions "
-        "for it, else float32.",
+        "Type under `SOLVER.AMP`; auto is bfloat16 on devices with instructions for it, else "
+        "float16 on GPUs and float32 on CPUs.",
         one_of("auto", "bfloat16", "float16"),
     ),
     TEST_IMS_PER_BATCH=Key(1, "Images per batch and process in inference.", COUNT),

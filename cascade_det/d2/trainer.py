@@ -34,6 +34,7 @@ from cascade_det.engine.best_model import BestModel
 from cascade_det.engine.devices import resolve_amp_dtype
 from cascade_det.engine.hooks import EvalHook, PeriodicCheckpoint
 from cascade_det.engine.loop import TrainingLoop
+from cascade_det.engine.precision import channels_last_in_half
 from cascade_det.engine.run_info import RunInfo
 from cascade_det.engine.run_weights import resume_or_load
 from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, build_scheduler
@@ -304,6 +305,8 @@ class Trainer(TrainingLoop, TrainerBase):
 
     def _build_step(self, cfg: CfgNode, model: nn.Module) -> TrainingStep:
         freeze_detector(model)
+        if isinstance(backbone := getattr(model, "backbone", None), nn.Module):
+            backbone.register_forward_pre_hook(_as_convolved)
 
         def metrics() -> Mapping[str, Tensor]:
             cascade = getattr(getattr(model, "roi_heads", None), "cascade", None)
@@ -324,6 +327,13 @@ class Trainer(TrainingLoop, TrainerBase):
         )
         training_mode(step.detector)
         return step
+
+
+def _as_convolved(backbone: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    # A backbone of the user's own may take more than a batch of images, or something else.
+    return tuple(
+        channels_last_in_half(x) if isinstance(x, Tensor) and x.dim() == 4 else x for x in inputs
+    )
 
 
 @contextmanager

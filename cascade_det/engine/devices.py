@@ -63,14 +63,15 @@ def device_name(device: torch.device | str) -> str:
 def resolve_amp_dtype(name: str | None, device: torch.device) -> torch.dtype | None:
     """The type of mixed precision; ``None`` is float32.
 
-    ``auto`` is float16 on GPUs, bfloat16 on CPUs that have it, else float32.
+    ``auto`` is bfloat16 on devices with instructions for it, which needs no scaling of the loss;
+    else float16 on GPUs, and float32 on CPUs.
     """
     if name != "auto":
         return AMP_DTYPES[name]
-    if device.type == "cuda":
-        return torch.float16
     if has_bfloat16(device):
         return torch.bfloat16
+    if device.type == "cuda":
+        return torch.float16
     logger.warning("SOLVER.AMP: this CPU is not known to compute in bfloat16, training in float32")
     return None
 
@@ -132,7 +133,11 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def set_backends(cfg: CfgNode) -> None:
-    """Set process-wide options: cuDNN, the precision of float32, reuse of freed memory."""
+    """Set process-wide options: cuDNN, the precision of float32, reuse of freed memory.
+
+    For commands, whose process is their own. Heads, detectors and ``optimize`` set none of them
+    but the last one, in ``optimize`` on a CPU.
+    """
     if cfg.MODEL.DEVICE == "cpu":
         keep_freed_memory()
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops.misc import FrozenBatchNorm2d as _FrozenBatchNorm2d
 
+from cascade_det.layers.cudnn_fused import fused_relu
 from cascade_det.layers.training_conv import training_conv2d
 
 
@@ -116,11 +117,20 @@ def may_write_in_place(maps: Tensor) -> bool:
     ) and maps.is_contiguous(memory_format=torch.channels_last)
 
 
+def convolved_relu(x: Tensor, conv: nn.Module) -> Tensor:
+    """``relu(conv(x))``; one call of cuDNN where possible, with the same numbers up to rounding."""
+    if type(conv) is ConvNorm and conv.norm is None:
+        fused = fused_relu(x, conv)
+        if fused is not None:
+            return fused
+    return F.relu_(conv(x))
+
+
 def add_convolved(shortcut: Tensor, x: Tensor, conv: ConvNorm) -> Tensor:
     """``relu(shortcut + conv(x))``, the end of a residual block.
 
     One pass of oneDNN in place of ``shortcut`` where possible, with the same numbers in float32; in
-    bfloat16 the sum is rounded once.
+    bfloat16 the sum is rounded once. On GPUs one call of cuDNN where possible.
 
     Args:
         shortcut: ``[N, K, H, W]``; may be overwritten.
@@ -128,7 +138,10 @@ def add_convolved(shortcut: Tensor, x: Tensor, conv: ConvNorm) -> Tensor:
         conv: maps ``x`` to the shape of ``shortcut``.
     """
     if not _is_fusible(shortcut, x, conv):
-        return F.relu_(conv(x).add_(shortcut))
+        fused = None
+        if type(conv) is ConvNorm and conv.norm is None:
+            fused = fused_relu(x, conv, shortcut)
+        return F.relu_(conv(x).add_(shortcut)) if fused is None else fused
     result: Tensor = torch.ops.mkldnn._convolution_pointwise_.binary(
         shortcut,
         x,

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cascade_det.layers.conv_norm import convolved_relu
+
 # Positions whose features are converted to float32 at a time.
 _POSITIONS = 16384
 
@@ -105,14 +107,16 @@ class RPNHead(nn.Module):
 
     def _hidden(self, x: Tensor) -> Tensor:
         for conv in self.convs:
-            x = F.relu_(conv(x))
+            x = convolved_relu(x, conv)
         return x
 
     def _best_with_deltas(self, hidden: Tensor, most: int) -> BestAnchors:
         num_anchors = self.objectness_logits.out_channels
         # [N, H W, C], without a copy if the map is channels-last
         pixels = hidden.permute(0, 2, 3, 1).flatten(1, 2)
-        parts = [_per_pixel(self.objectness_logits, p) for p in pixels.split(_POSITIONS, dim=1)]
+        # Compiled, the number of pieces would tie the code to few sizes.
+        most_at_once = pixels.shape[1] if torch.compiler.is_compiling() else _POSITIONS
+        parts = [_per_pixel(self.objectness_logits, p) for p in pixels.split(most_at_once, dim=1)]
         logits = torch.cat(parts, dim=1).flatten(1)
         top, index = logits.topk(min(most, logits.shape[1]), dim=1)  # [N, K]
         images = torch.arange(len(pixels), device=pixels.device)[:, None]

@@ -169,6 +169,7 @@ def wrap(detector: nn.Module) -> nn.Module:
     return DistributedDataParallel(
         detector,
         device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,  # no second copy of the gradients
         **without_syncing,
     )
 
@@ -283,6 +284,8 @@ def _run_in_group(
     if device_type == "cuda":
         backend = "nccl"
         torch.cuda.set_device(index)
+        # Otherwise NCCL guesses the GPU at the first collective call.
+        rendezvous["device_id"] = torch.device("cuda", index)
     dist.init_process_group(backend, timeout=_TENSOR_TIMEOUT, **rendezvous)
     _joined.local_rank = index
     _joined.objects = dist.new_group(backend="gloo", timeout=_OBJECT_TIMEOUT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,11 @@ from cascade_det.core.structures import part
 from cascade_det.core.structures.boxes import keep_images
 from cascade_det.data.samples import Sample
 from cascade_det.engine.batches import check_images
+from cascade_det.engine.precision import channels_last_in_half
 from cascade_det.masks.truth import ObjectMasks
-from cascade_det.standalone.preprocess import normalise_and_stack
-from cascade_det.standalone.rpn import RPN
+from cascade_det.standalone.front import Front
+from cascade_det.standalone.preprocess import normalise_and_stack, send
+from cascade_det.standalone.rpn import RPN, Candidates
 
 
 class Detector(nn.Module):
@@ -42,8 +45,11 @@ class Detector(nn.Module):
     Attributes:
         optimizations: the changes made by ``cascade_det.standalone.optimize``, one sentence each;
             empty before it. An optimised detector cannot be trained.
+        compiled_front: computes maps and candidates in place of backbone and RPN, in a compiled
+            call; ``None`` if that is not compiled on a GPU.
         dtype: the types that inference computes in, for a report.
-        memory_format: of the batch of images in inference, and in training on a GPU.
+        memory_format: of the batch of images in inference, and in training in float32 on a GPU.
+            In half precision it is channels-last there.
         training_format: of the batch of images in training on a CPU, where channels-last maps are
             faster. Rounding differs from that on contiguous maps.
     """
@@ -69,6 +75,8 @@ class Detector(nn.Module):
         mean, std = torch.tensor(pixel_mean), torch.tensor(pixel_std)
         self.optimizations: list[str] = []
         self.dtype = "float32"
+        self.compiled_front: Front | None
+        self.use_front(None)
         self.memory_format = torch.contiguous_format
         self.training_format = torch.channels_last
         self.register_buffer("pixel_mean", mean.view(-1, 1, 1), persistent=False)
@@ -87,6 +95,11 @@ class Detector(nn.Module):
     def set_exits(self, exits: ExitPolicy | None) -> None:
         """Replace the exit policy; ``None`` for no exits."""
         self.roi_heads.exits = exits
+
+    def use_front(self, front: Front | None) -> None:
+        """Compute maps and candidates by a compiled ``front`` of the same backbone and RPN."""
+        # Not a submodule: its parts have their names already.
+        self.__dict__["compiled_front"] = front
 
     @property
     def metrics(self) -> dict[str, Tensor]:
@@ -121,13 +134,14 @@ class Detector(nn.Module):
         if len(batch) == 0:
             raise ValueError("the batch is empty: losses need at least one image")
         check_images(batch)
-        gt_boxes = [s["gt_boxes"].to(self.device) for s in batch]
-        gt_classes = [s["gt_classes"].to(self.device) for s in batch]
+        gt_boxes = send([s["gt_boxes"] for s in batch], self.device)
+        gt_classes = send([s["gt_classes"] for s in batch], self.device)
         if self.roi_heads.regime.exits_alone:
             return self.roi_heads.exit_losses(self.cascade_inputs(batch), gt_boxes, gt_classes)
         images, image_sizes = self.preprocess([s["image"] for s in batch])
         if images.device.type == "cpu":
             images = images.contiguous(memory_format=self.training_format)
+        images = channels_last_in_half(images)
         maps = self.backbone(images)
         proposals, objectness, losses = self.proposal_generator.losses(maps, gt_boxes, image_sizes)
         features = [maps[name] for name in self.roi_in_features]
@@ -191,7 +205,11 @@ class Detector(nn.Module):
     @torch.no_grad()
     def cascade_inputs(self, batch: Sequence[Sample]) -> CascadeInputs:
         """Inputs of the cascade for a batch, as in ``detect``."""
-        return self._cascade_inputs(batch, None)
+        inputs = self._cascade_inputs(batch, None)
+        if self.compiled_front is not None:
+            # The next call of a recording writes over the maps of this one.
+            inputs = replace(inputs, features=[x.clone() for x in inputs.features])
+        return inputs
 
     def _cascade_inputs(self, batch: Sequence[Sample], timer: PartTimer | None) -> CascadeInputs:
         # A compiled backbone is compiled for inference mode only.
@@ -200,11 +218,19 @@ class Detector(nn.Module):
             check_images(batch)
             images, image_sizes = self.preprocess([s["image"] for s in batch])
         with part(timer, "backbone"), mode():
-            maps = self.backbone(images)
+            maps, candidates = self._front(images)
         with part(timer, "rpn"):
-            proposals, objectness = self.proposal_generator.propose(maps, image_sizes)
+            if candidates is None:
+                candidates = self.proposal_generator.candidates(maps)
+            proposals, objectness = self.proposal_generator.select(candidates, image_sizes)
         features = [maps[name] for name in self.roi_in_features]
         return CascadeInputs(features, proposals, image_sizes, objectness)
+
+    def _front(self, images: Tensor) -> tuple[dict[str, Tensor], Candidates | None]:
+        if self.compiled_front is None:
+            return self.backbone(images), None
+        maps, candidates = self.compiled_front(images)
+        return maps, candidates
 
     def preprocess(self, images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
         """Normalise, pad with 0 on the right and at the bottom, and stack.

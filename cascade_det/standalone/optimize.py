@@ -33,6 +33,7 @@ from cascade_det.engine.optimization import (
 from cascade_det.engine.part_types import PartTypes
 from cascade_det.layers.folding import fold_norms
 from cascade_det.standalone.detector import Detector
+from cascade_det.standalone.front import Front
 from cascade_det.standalone.segmenter_base import SegmenterBase
 
 
@@ -58,9 +59,10 @@ def optimize(
         detector: with its weights, on its device.
         dtype: see ``cascade_det.engine.fast_types.resolve_types``.
         float32_parts: parts that stay float32, of ``cascade_det.config.cascade_keys.FAST_PARTS``.
-        compile: ``torch.compile`` the backbone, on GPUs as CUDA graphs. Every new image size is
-            recorded again there, so that it pays for few sizes. Float32 on CPUs is not compiled,
-            because convolutions take most of its time and do not change.
+        compile: ``torch.compile`` the backbone, on GPUs with the RPN up to its NMS and as CUDA
+            graphs. Every new image size is recorded again there, so that it pays for few sizes.
+            Float32 on CPUs is not compiled, because convolutions take most of its time and do not
+            change.
         images: batches like those that the detector will be given. With the types ``auto``,
             ``bfloat16`` and ``float16`` the parts that stay float32 beside ``float32_parts`` are
             chosen by what is detected in them, see ``choose_types``; candidates are not compiled.
@@ -185,8 +187,12 @@ def _compile(detector: Detector, dtype: torch.dtype) -> str:
     if not is_gpu and dtype in (torch.float32, torch.int8):
         name = str(dtype).removeprefix("torch.")
         return f"Nothing is compiled: {name} on a CPU would not gain from it."
+    network: nn.Module = detector.backbone
     if is_gpu:
-        detector.backbone.compile(dynamic=True, mode="reduce-overhead")
+        front = Front(detector.backbone, detector.proposal_generator)
+        front.compile(dynamic=True, mode="reduce-overhead")
+        detector.use_front(front)
+        network = front
     else:
         # Freezing turns weights into constants in the layout of the kernels.
         detector.backbone.compile(dynamic=True, options={"freezing": True})
@@ -194,9 +200,10 @@ def _compile(detector: Detector, dtype: torch.dtype) -> str:
     image = torch.zeros(3, side, side + detector.backbone.size_divisibility, dtype=torch.uint8)
     started = time.perf_counter()
     with torch.inference_mode():
-        detector.backbone(detector.preprocess([image])[0])
+        network(detector.preprocess([image])[0])
     seconds = time.perf_counter() - started
+    parts = "Backbone, pyramid and RPN up to its NMS" if is_gpu else "Backbone and pyramid"
     return (
-        f"Backbone and pyramid are compiled, which took {seconds:.0f} s for single images; the "
+        f"{parts} are compiled, which took {seconds:.0f} s for single images; the "
         "first batch of several takes as long again."
     )

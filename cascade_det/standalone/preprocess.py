@@ -33,17 +33,27 @@ def normalise_and_stack(
     batch = torch.empty(
         (len(images), 3, height, width), device=mean.device, memory_format=memory_format
     ).zero_()
-    for padded, image in zip(batch, _sent(images, mean.device), strict=True):
+    for padded, image in zip(batch, send(images, mean.device), strict=True):
         normalised = (image - mean).div_(std)
         padded[:, : image.shape[-2], : image.shape[-1]].copy_(normalised)
     return batch, sizes
 
 
-def _sent(images: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """The images on a device, in one transfer if all of them are on another one."""
-    devices = {image.device for image in images}
-    if len(images) == 1 or len(devices) > 1 or device in devices:
-        return [image.to(device) for image in images]
-    pixels = torch.cat([image.flatten() for image in images]).to(device)
-    parts = pixels.split([image.numel() for image in images])
-    return [part.view(image.shape) for part, image in zip(parts, images, strict=True)]
+def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors on a device.
+
+    From the CPU to a GPU, tensors of one dtype go in one transfer, for which the CPU does not wait:
+    from pinned memory, which PyTorch keeps until the GPU has read it.
+
+    Args:
+        tensors: any number, of any shapes.
+        device: where they are needed.
+    """
+    kinds = {(x.device.type, x.dtype) for x in tensors}
+    if device.type != "cuda" or len(kinds) != 1 or ("cpu", tensors[0].dtype) not in kinds:
+        return [x.to(device) for x in tensors]
+    sizes = [x.numel() for x in tensors]
+    pinned = torch.empty(sum(sizes), dtype=tensors[0].dtype, pin_memory=True)
+    torch.cat([x.flatten() for x in tensors], out=pinned)
+    parts = pinned.to(device, non_blocking=True).split(sizes)
+    return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]

@@ -6,6 +6,7 @@ Shapes: N images, L levels, A anchors at each position, G ground-truth boxes of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,20 @@ from cascade_det.core.structures.on_device import grouped_nms, indices_by_group
 from cascade_det.layers.rpn_head import RPNHead
 from cascade_det.standalone.anchors import AnchorGenerator
 from cascade_det.standalone.rpn_samples import predictions_at
+
+
+class Candidates(NamedTuple):
+    """The best anchors of all levels, before NMS.
+
+    Attributes:
+        boxes: float32 ``[N, K, 4]``, XYXY pixels, decoded but not clipped.
+        logits: float32 ``[N, K]``, objectness.
+        level_index: int64 ``[N, K]``.
+    """
+
+    boxes: Tensor
+    logits: Tensor
+    level_index: Tensor
 
 
 class RPN(nn.Module):
@@ -121,7 +136,7 @@ class RPN(nn.Module):
         # Before the proposals: autocast caches converted weights at their first use, and those
         # converted under no_grad have no gradients.
         losses = self._losses(levels, anchors, labels, targets)
-        proposals, objectness = self._propose(levels, image_sizes, mode=0)
+        proposals, objectness = self._select(self._candidates(levels, mode=0), image_sizes, mode=0)
         return proposals, objectness, losses
 
     def propose(
@@ -137,8 +152,18 @@ class RPN(nn.Module):
             Per image float32 ``[R_i, 4]``, XYXY clipped to the image, best objectness first, and
             objectness logits float32 ``[R_i]``.
         """
-        levels = [features[name] for name in self.in_features]
-        return self._propose(levels, image_sizes, mode=1)
+        return self.select(self.candidates(features), image_sizes)
+
+    @torch.no_grad()
+    def candidates(self, features: dict[str, Tensor]) -> Candidates:
+        """The best anchors of every level, for inference; their shapes follow from the maps."""
+        return self._candidates([features[name] for name in self.in_features], mode=1)
+
+    def select(
+        self, candidates: Candidates, image_sizes: ImageSizes
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Proposals for inference among candidates; for the rest see ``propose``."""
+        return self._select(candidates, image_sizes, mode=1)
 
     @torch.no_grad()
     def _label_anchors(self, anchors: Tensor, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,14 +221,11 @@ class RPN(nn.Module):
         return {name: x / normalizer * self.loss_weights[name] for name, x in losses.items()}
 
     @torch.no_grad()
-    def _propose(
-        self, levels: Sequence[Tensor], image_sizes: ImageSizes, *, mode: int
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Decode and clip the best anchors, drop empty boxes, and apply NMS within each level.
+    def _candidates(self, levels: Sequence[Tensor], *, mode: int) -> Candidates:
+        """Score anchors and decode the best ones.
 
         Args:
             levels: L maps ``[N, C, H_l, W_l]``.
-            image_sizes: N ``(height, width)``.
             mode: 0 in training, 1 in inference.
         """
         best = self.rpn_head.best(levels, self.pre_nms_topk[mode])
@@ -217,15 +239,28 @@ class RPN(nn.Module):
             dim=1,
         )
         boxes = decode_boxes(deltas.flatten(0, 1), anchors.flatten(0, 1), self.bbox_reg_weights)
-        finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores.flatten())
-        if mode == 0:
-            self.metrics = {"rpn/nonfinite_boxes": (~finite).sum()}
-        boxes = boxes.view_as(anchors)
-        clipped = clip_boxes(boxes, image_bounds(image_sizes, boxes))
-        keep = finite & is_nonempty(clipped.flatten(0, 1), self.min_box_size)
         level_index = torch.cat(
             [torch.full_like(b.anchor_index, level) for level, b in enumerate(best)], dim=1
         )  # [N, K]
+        return Candidates(boxes.view_as(anchors), scores, level_index)
+
+    @torch.no_grad()
+    def _select(
+        self, candidates: Candidates, image_sizes: ImageSizes, *, mode: int
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Clip boxes, drop empty ones, and apply NMS within each level.
+
+        Args:
+            candidates: of N images.
+            image_sizes: N ``(height, width)``.
+            mode: 0 in training, 1 in inference.
+        """
+        boxes, scores, level_index = candidates
+        finite = torch.isfinite(boxes).all(dim=2) & torch.isfinite(scores)
+        if mode == 0:
+            self.metrics = {"rpn/nonfinite_boxes": (~finite).sum()}
+        clipped = clip_boxes(boxes, image_bounds(image_sizes, boxes))
+        keep = finite.flatten() & is_nonempty(clipped.flatten(0, 1), self.min_box_size)
         num_images = len(image_sizes)
         images = torch.arange(num_images, device=scores.device)[:, None].expand_as(scores)
         groups = images.flatten().where(keep, num_images)  # those to drop are the last group
@@ -235,9 +270,9 @@ class RPN(nn.Module):
         # Image by image: one call for all would compare boxes of different images, and take more
         # than twice as long.
         for own in rows:
-            candidates, own_logits = boxes[own], logits[own]
-            best_first = grouped_nms(candidates, own_logits, level_index[own], self.nms_thresh)
+            own_boxes, own_logits = boxes[own], logits[own]
+            best_first = grouped_nms(own_boxes, own_logits, level_index[own], self.nms_thresh)
             best_first = best_first[: self.post_nms_topk[mode]]
-            proposals.append(candidates[best_first])
+            proposals.append(own_boxes[best_first])
             objectness.append(own_logits[best_first])
         return proposals, objectness

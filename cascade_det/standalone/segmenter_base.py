@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cascade_det.core.structures import PartTimer
 from cascade_det.data.samples import Sample
+from cascade_det.engine.precision import channels_last_in_half
 from cascade_det.segmentation.losses import SubsetLoss
 from cascade_det.segmentation.output import SegmenterOutput
 
@@ -82,7 +83,7 @@ class SegmenterBase(nn.Module):
             given = sample["sem_seg"].shape
             if given != size:
                 raise ValueError(f"labels of shape {list(given)} for {list(size)} pixels")
-        logits = self._full_logits(images, sizes)
+        logits = self._full_logits(channels_last_in_half(images), sizes)
         labels = images.new_full(
             (len(batch), *logits[0].shape[-2:]), self.loss.ignore_value, dtype=torch.int64
         )

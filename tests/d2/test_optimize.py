@@ -5,7 +5,11 @@
 
 import copy
 import logging
+import os
 import pickle
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -95,6 +99,31 @@ def test_detections_are_those_of_before_and_of_the_standalone_host(name, record_
     assert ours.model.optimizations == alone.model.optimizations
     assert isinstance(ours.model.proposal_generator, LeanRPN)
     assert not any(hasattr(module, "running_var") for module in ours.model.modules())
+
+
+def test_the_plugin_changes_no_setting_of_the_process():
+    """The process of a user of Detectron2 may hold other models."""
+    code = """
+        import detectron2.engine
+        from process_settings import process_settings
+        before = process_settings()
+        import cascade_det.d2
+        assert process_settings() == before
+        from two_hosts import BACKBONES, EXITS, build_two, make_batch
+        model = build_two(*BACKBONES["R-18"], *EXITS)[0]
+        model.detect(make_batch(2))
+        model.model = cascade_det.d2.optimize(model.model)
+        model.detect(make_batch(2))
+        assert process_settings() == before
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(

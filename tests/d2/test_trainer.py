@@ -11,6 +11,7 @@ from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, TrainerBase
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 
+from cascade_det.benchmark.pretended_gpu import PretendedGPU
 from cascade_det.d2.datasets import register_dataset
 from cascade_det.d2.evaluate import coco_evaluator
 from cascade_det.d2.trainer import Trainer
@@ -78,3 +79,12 @@ def test_test_is_detectron2s(trainer):
     wanted = inference_on_dataset(trainer.model, loader, coco_evaluator(cfg, name))
     assert found["bbox"] == pytest.approx(wanted["bbox"], nan_ok=True)
     assert Trainer.test(cfg, trainer.model, [Counting()]) == {"images": 3}
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_maps_of_half_precision_on_a_gpu_are_channels_last(trainer, half):
+    with PretendedGPU() as gpu, torch.autocast("cuda", torch.bfloat16, enabled=half):
+        backbone = gpu.move(trainer.module.backbone)
+        maps = backbone(gpu.move(torch.zeros(1, 3, 64, 96)))
+    channels_last = {x.held.is_contiguous(memory_format=torch.channels_last) for x in maps.values()}
+    assert channels_last == {half}

@@ -159,3 +159,20 @@ def test_a_port_that_is_taken():
         url = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(ConfigError, match=url):
             distributed.launch(print, (), num_processes=2, dist_url=url, device_type="cpu")
+
+
+@pytest.mark.parametrize(
+    ("device_type", "given"), [("cpu", ("gloo", None)), ("cuda", ("nccl", torch.device("cuda", 1)))]
+)
+def test_nccl_is_told_the_gpu_of_the_process(monkeypatch, device_type, given):
+    joined = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    for name in ("new_group", "barrier", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, **__: None)
+    monkeypatch.setattr(
+        torch.distributed,
+        "init_process_group",
+        lambda backend, *, timeout, device_id=None: joined.append((backend, device_id)),
+    )
+    assert distributed._run_in_group(lambda: 0, (), 1, device_type) == 0
+    assert joined == [given]

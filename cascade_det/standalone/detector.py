@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -26,7 +27,7 @@ from cascade_det.data.samples import Sample
 from cascade_det.engine.batches import check_images
 from cascade_det.engine.precision import channels_last_in_half
 from cascade_det.masks.truth import ObjectMasks
-from cascade_det.standalone.front import Front
+from cascade_det.standalone.front import SIZE_STEP, Front
 from cascade_det.standalone.preprocess import normalise_and_stack, send
 from cascade_det.standalone.rpn import RPN, Candidates
 
@@ -240,12 +241,16 @@ class Detector(nn.Module):
 
         Returns:
             float32 ``[N, 3, H, W]``, with H and W multiples of the backbone's
-            ``size_divisibility``, and ``(H_i, W_i)`` of every image.
+            ``size_divisibility``, and of ``SIZE_STEP`` with a compiled front; and ``(H_i, W_i)``
+            of every image.
         """
+        step = self.backbone.size_divisibility
+        if self.compiled_front is not None:
+            step = math.lcm(step, SIZE_STEP)
         return normalise_and_stack(
             images,
             self.pixel_mean,
             self.pixel_std,
-            step=self.backbone.size_divisibility,
+            step=step,
             memory_format=self.memory_format,
         )

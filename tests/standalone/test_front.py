@@ -8,8 +8,8 @@ from cascade_det.benchmark.pretended_gpu import PartCounter, PretendedGPU
 from cascade_det.standalone import build_detector, optimize
 from cascade_det.standalone.front import Front
 
-# Maps of one row or column are compiled on their own.
-SIZES = ((96, 128), (128, 96), (160, 224))
+# Maps of one row or column, and squares, are compiled on their own.
+SIZES = ((160, 240), (240, 160), (160, 300))
 
 
 @pytest.fixture
@@ -37,6 +37,7 @@ def assert_equal(found, wanted):
 def test_one_graph_serves_all_sizes(detector):
     optimize(detector, dtype="float32")
     batches = [batch_of(size) for size in SIZES] + [batch_of(*SIZES), batch_of(*SIZES[:2])]
+    detector.use_front(Front(detector.backbone, detector.proposal_generator))
     wanted = [detector.detect(batch) for batch in batches]
     graphs = []
 
@@ -50,6 +51,28 @@ def test_one_graph_serves_all_sizes(detector):
     for batch, output in zip(batches, wanted, strict=True):
         assert_equal(detector.detect(batch), output)
     assert len(graphs) == 2  # for single images, and for batches of several
+
+
+def test_sizes_are_rounded_up_as_beside_a_larger_image(detector):
+    """A batch is as large as its largest image, so padding is nothing new to a detector."""
+    batch, largest = batch_of((72, 100)), {"image": random_image(128, 128)}
+    expected = detector.detect([*batch, largest]).detections[:1]
+    sizes = []
+    detector.backbone.register_forward_pre_hook(lambda _, x: sizes.append(x[0].shape[2:]))
+    detector.use_front(Front(detector.backbone, detector.proposal_generator))
+    got = detector.detect(batch).detections
+    assert sizes == [(128, 128)]
+    assert len(got[0]) > 5
+    for name in ("boxes", "scores", "classes"):
+        ours = getattr(got[0], name)
+        torch.testing.assert_close(ours, getattr(expected[0], name), rtol=1e-4, atol=1e-3)
+
+
+def test_few_recordings_serve_many_sizes(detector):
+    detector.use_front(Front(detector.backbone, detector.proposal_generator))
+    images = [random_image(800, width) for width in range(800, 1334, 3)]
+    shapes = {tuple(detector.preprocess([image])[0].shape) for image in images}
+    assert shapes == {(1, 3, 832, width) for width in range(832, 1345, 64)}
 
 
 class Recording(Front):

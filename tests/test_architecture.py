@@ -53,12 +53,15 @@ HOMES = {
     "fvcore.common.registry": {"d2"},
     "torchvision.models": {"backbones", "standalone", "benchmark"},
     "timm": {"backbones"},
+    "triton": {"layers"},
     "tools": set(),
 }
 # Rooms and modules that live on these libraries (and the standard one) alone.
 DIETS = {
     "config": {"fvcore", "iopath", "yacs", "yaml"},
     "layers": {"torch", "torchvision.ops"},
+    "layers/triton_nms": {"torch", "triton"},
+    "layers/triton_roi_align": {"torch", "triton"},
     "masks": {"numpy", "pycocotools", "torch", "torchvision.ops"},
     "masks/pasting": {"numpy"},
     "masks/polygons": {"numpy", "pycocotools"},
@@ -157,6 +160,8 @@ def test_the_package_keeps_to_the_design():
         ("core/a.py", "from torchvision.models import resnet18", "torchvision.models is imported"),
         ("core/a.py", "import torchvision", "core imports torchvision"),
         ("core/a.py", "import numpy as np", "core imports numpy"),
+        ("core/a.py", "import triton", "triton is imported outside"),
+        ("layers/a.py", "import triton", "layers imports triton"),
         ("config/a.py", "import torch", "config imports torch"),
         ("report/drawing.py", "import torch", "report imports torch"),
         ("data/a.py", "from cascade_det.evaluation import coco", "imports evaluation"),
@@ -292,7 +297,8 @@ def test_a_ring_of_imports_is_found(tmp_path):
 
 def test_the_core_loads_alone():
     heavy = ["detectron2", "fvcore", "yacs", "pycocotools", "cv2", "matplotlib", "PIL.Image"]
-    # Pillow and matplotlib may come with torchvision itself; only what the core adds counts.
+    heavy += ["triton", "cascade_det.layers.triton_nms", "cascade_det.layers.triton_roi_align"]
+    # Those that come with PyTorch itself, as Triton or Pillow may, are not what the core adds.
     program = (
         "import sys, torch, torchvision.ops\n"
         "before = set(sys.modules)\n"

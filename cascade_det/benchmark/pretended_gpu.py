@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from cascade_det.core import PartTimer
 from cascade_det.core.structures.on_device import device_constant
+from cascade_det.layers import gpu_kernels
 from cascade_det.layers.cudnn_fused import has_fused
 
 Moved = TypeVar("Moved", bound=Tensor | nn.Module)
@@ -170,6 +171,8 @@ class PretendedGPU(TorchDispatchMode):
             mock.patch("torch.cuda.is_bf16_supported", return_value=True),
             mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
             mock.patch("torch.cuda.synchronize", self._synchronize),
+            # Operations of the package do there what their kernels in Triton do on a GPU.
+            mock.patch.object(gpu_kernels, "has_triton", lambda device: device.type == "cuda"),
         ]
         for patch in self._patches:
             patch.start()

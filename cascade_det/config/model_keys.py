@@ -247,7 +247,8 @@ CASCADE = group(
     POOLER_KERNEL=Key(
         "auto",
         "RoI pooling by torchvision, or as weighted sums over a channels-last map (bags, fast on "
-        "CPUs); auto takes the faster one on the device.",
+        "CPUs); auto takes the fastest one on the device: for optimised heads on GPUs a kernel in "
+        "Triton, if it runs there.",
         one_of("auto", "bags", "torchvision"),
     ),
 )

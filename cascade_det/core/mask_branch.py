@@ -16,7 +16,7 @@ from torchvision.ops import box_iou
 from cascade_det.core.cascade_targets import CascadeTargets
 from cascade_det.core.fast_masks import FastMaskHead, fast_mask_heads
 from cascade_det.core.matching import GroundTruth, LabelledRegions
-from cascade_det.core.roi_pooling import Pyramid, RoIPooler
+from cascade_det.core.roi_pooling import Pyramid, RoIPooler, in_region_order
 from cascade_det.core.structures import Detections
 from cascade_det.core.structures.boxes import flatten_images
 
@@ -164,8 +164,9 @@ class MaskBranch:
         fast = [head for head in heads if isinstance(head, FastMaskHead)]
         if pyramid.table is not None and len(fast) == len(heads):
             rows, order = self.pooler.pool_rows(pyramid, boxes, image_index)  # [R, P * P * C]
-            masks = _mean_probs([head.forward_rows(rows, classes[order]) for head in fast])
-            return torch.empty_like(masks).index_copy_(0, order, masks)
+            own = classes if order is None else classes[order]
+            masks = _mean_probs([head.forward_rows(rows, own) for head in fast])
+            return in_region_order(masks, order)
         pooled = self.pooler(pyramid, boxes, image_index)  # [R, C, P, P]
         return _mean_probs([head(pooled.to(_dtype(head, pooled.dtype)), classes) for head in heads])
 

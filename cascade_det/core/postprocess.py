@@ -11,7 +11,7 @@ from torch import Tensor
 from cascade_det.core.regions import ReportedRegions
 from cascade_det.core.structures import Detections, Found, StageOutput
 from cascade_det.core.structures.boxes import is_nonempty
-from cascade_det.core.structures.on_device import grouped_nms, indices_by_group
+from cascade_det.core.structures.nms import nms_by_image
 
 Frame = tuple[tuple[int, int], tuple[int, int]]  # (height, width) of boxes, and wanted
 
@@ -57,17 +57,17 @@ def select_detections(
         classes,
         torch.cat([r.exit_stages for r in reported])[rows],
     )
-    images = torch.cat([r.image_index for r in reported])[rows]
-    # Image by image: NMS of all in one call would shift boxes by up to N * K image sizes, where
-    # float32 loses fractions of a pixel, and decisions would differ from Detectron2's.
-    detections = []
-    for own_rows in indices_by_group(images, num_images):
-        own = candidates[own_rows]
-        kept = grouped_nms(own.boxes, own.scores, own.classes, selection.nms_thresh)
-        if selection.detections_per_image >= 0:
-            kept = kept[: selection.detections_per_image]
-        detections.append(own[kept])
-    return detections
+    best_rows = nms_by_image(
+        candidates.boxes,
+        candidates.scores,
+        torch.cat([r.image_index for r in reported])[rows],
+        classes,
+        num_images=num_images,
+        num_classes=chosen.shape[1],
+        iou=selection.nms_thresh,
+    )
+    most = selection.detections_per_image
+    return [candidates[own if most < 0 else own[:most]] for own in best_rows]
 
 
 def rescale_detections(detections: Sequence[Found], frames: Sequence[Frame]) -> list[Found]:

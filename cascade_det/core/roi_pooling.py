@@ -7,34 +7,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from cascade_det.core.roi_bags import make_table, pool_bags
-from cascade_det.core.structures.on_device import indices_by_group, is_recorded
-
-# Section 4.2 of the FPN paper (arXiv 1612.03144): a box of this size belongs on this level.
-CANONICAL_BOX_SIZE = 224
-CANONICAL_LEVEL = 4
-
-
-def assign_levels(boxes: Tensor, *, min_level: int, max_level: int) -> Tensor:
-    """Index of the pyramid level of each box, by equation (1) of the FPN paper.
-
-    Args:
-        boxes: float32 ``[R, 4]``, XYXY in absolute pixels.
-        min_level: log2 of the finest stride.
-        max_level: log2 of the coarsest stride.
-
-    Returns:
-        int64 ``[R]`` in ``[0, max_level - min_level]``; empty boxes go to the finest level.
-    """
-    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])  # [R]
-    sizes = torch.sqrt(areas)
-    levels = torch.floor(CANONICAL_LEVEL + torch.log2(sizes / CANONICAL_BOX_SIZE + 1e-8))
-    return torch.clamp(levels, min=min_level, max=max_level).to(torch.int64) - min_level
+from cascade_det.core.roi_bags import make_table
+from cascade_det.core.roi_levels import assign_levels, pool_bags_of_levels, pool_levels
+from cascade_det.core.structures.on_device import (
+    device_constant,
+    indices_by_group,
+    is_recorded,
+)
+from cascade_det.layers import gpu_kernels
 
 
 @dataclass
@@ -63,8 +49,9 @@ class RoIPooler(nn.Module):
         strides: stride of each level in pixels, powers of two, each twice the one before.
         sampling_ratio: samples per bin and axis; 0 takes one per feature pixel (adaptive).
         aligned: shift by half a pixel as Detectron2's ``ROIAlignV2``; ``False`` is ``ROIAlign``.
-        kernel: ``bags``, ``torchvision``, or ``auto`` (bags on the CPU, torchvision elsewhere).
-            Under ``torch.jit.trace`` always torchvision's, because bags cannot be traced.
+        kernel: ``bags``, ``torchvision``, or ``auto``: bags on the CPU; on GPUs torchvision's, but
+            for fast heads, without gradients, one in Triton for all levels if it runs there.
+            Under ``torch.jit.trace`` always torchvision's, because the others cannot be traced.
 
     Raises:
         ValueError: if the strides do not form a pyramid or the kernel is unknown.
@@ -97,23 +84,28 @@ class RoIPooler(nn.Module):
 
         Args:
             features: L maps ``[N, C, H_l, W_l]``, finest first, as many as strides.
-            dtype: of the ``bags`` kernel and its output; ``None`` for that of the features.
+            dtype: that fast heads read crops in, of the maps of all kernels but torchvision's;
+                ``None`` for that of the features, and for other heads.
 
         Raises:
             ValueError: if the number of maps differs from the number of strides.
         """
         if len(features) != len(self.strides):
             raise ValueError(f"{len(features)} feature maps for {len(self.strides)} strides")
-        has_fast_bags = features[0].device.type == "cpu"
-        wants_bags = self.kernel == "bags" or (self.kernel == "auto" and has_fast_bags)
         if torch.jit.is_tracing():
             return Pyramid(features)
-        if not wants_bags:
+        if not self._reads_table(features, for_fast_heads=dtype is not None):
             # The kernel reads contiguous float32 maps: made here, once for all stages.
             planes = [level.float().contiguous() for level in features]
             return Pyramid(planes, dtype=features[0].dtype)
         levels = [level.to(dtype or level.dtype) for level in features]
         return Pyramid(features, *make_table(levels))
+
+    def _reads_table(self, features: list[Tensor], *, for_fast_heads: bool) -> bool:
+        if self.kernel != "auto" or features[0].device.type == "cpu":
+            return self.kernel != "torchvision"
+        wants_kernel = for_fast_heads and not _need_graph(features)
+        return wants_kernel and gpu_kernels.has_triton(features[0].device)
 
     def forward(self, pyramid: Pyramid, boxes: Tensor, image_index: Tensor) -> Tensor:
         """Pool regions.
@@ -130,7 +122,7 @@ class RoIPooler(nn.Module):
             return self._pool_with_torchvision(pyramid, boxes, image_index)
         size = self.output_size
         rows, order = self.pool_rows(pyramid, boxes, image_index)  # [R, P * P * C], [R]
-        return rows[torch.argsort(order)].unflatten(1, (size, size, -1)).permute(0, 3, 1, 2)
+        return in_region_order(rows, order).unflatten(1, (size, size, -1)).permute(0, 3, 1, 2)
 
     def _levels(self, boxes: Tensor) -> Tensor:
         return assign_levels(boxes, min_level=self.min_level, max_level=self.max_level)
@@ -146,34 +138,38 @@ class RoIPooler(nn.Module):
         rows = indices_by_group(levels, none + 1)
         regions = torch.cat([image_index[:, None].to(boxes.dtype), boxes], dim=1)  # [R, 5]
 
-        def pool(level: int) -> Tensor:
-            # Coordinates in float32: in half precision a box of 500 px is off by pixels.
+        def pool(level: int, plane: Tensor, own: Tensor) -> Tensor:
             pooled = roi_align(
-                features[level].float(),
-                regions[rows[level]],
+                plane,
+                regions[own],
                 size,
                 1.0 / self.strides[level],
                 self.sampling_ratio,
                 self.aligned,
             )
-            return pooled.to(dtype)  # [R_l, C, P, P]
+            return pooled.to(dtype)  # [own, C, P, P]
 
         def zeros(count: int) -> Tensor:
             return features[0].new_zeros(count, features[0].shape[1], size, size, dtype=dtype)
 
         if is_recorded():
-            crops = [*map(pool, range(none)), zeros(rows[-1].shape[0])]
+            planes = [level.float() for level in features]
+            crops = [*map(pool, range(none), planes, rows), zeros(rows[-1].shape[0])]
             return torch.cat(crops)[torch.argsort(torch.cat(rows))]
         # Crops are large: each is written to its place, and none is copied into another order.
         written = zeros(len(boxes))
-        for level in range(none):
-            written = written.index_copy_(0, rows[level], pool(level))
+        most = len(boxes) + 1 if _need_graph(features) else _regions_at_once(len(boxes))
+        for level, feature in enumerate(features):
+            # Coordinates in float32: in half precision a box of 500 px is off by pixels.
+            plane = feature.float().contiguous()
+            for own in rows[level].split(most):
+                written = written.index_copy_(0, own, pool(level, plane, own))
         return written
 
     def pool_rows(
         self, pyramid: Pyramid, boxes: Tensor, image_index: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Pool regions in the order and layout of the ``bags`` kernel.
+    ) -> tuple[Tensor, Tensor | None]:
+        """Pool regions in the order and layout of the kernel, with channels side by side.
 
         Args:
             pyramid: with a table.
@@ -181,24 +177,40 @@ class RoIPooler(nn.Module):
             image_index: as in ``forward``.
 
         Returns:
-            ``[R, P * P * C]``, row r of region ``order[r]``; and int64 ``[R]``, ``order``.
+            ``[R, P * P * C]``, row r of region ``order[r]``; and ``order``, int64 ``[R]``, or
+            ``None`` for the order of the regions. See ``in_region_order``.
         """
         assert pyramid.table is not None
-        size, channels = self.output_size, pyramid.table.shape[1]
-        if len(boxes) == 0:
-            # A slice keeps the graph: a stage without regions still gives (zero) gradients.
-            return pyramid.table[:0].reshape(0, size * size * channels), image_index
-        boxes, device = boxes.detach(), boxes.device
-        # A box with NaN has no level; any will do, since none of its samples counts.
-        levels = self._levels(boxes).clamp(0, len(self.strides) - 1)
-        sizes = torch.tensor([f.shape[-2:] for f in pyramid.features], device=device)  # [L, 2]
-        return pool_bags(
+        sizes = tuple((level.shape[-2], level.shape[-1]) for level in pyramid.features)
+        first_rows = tuple(map(tuple, pyramid.first_rows))
+        device = boxes.device
+        arguments = (
             pyramid.table,
             boxes,
-            sizes[levels],
-            torch.tensor(pyramid.first_rows, device=device)[image_index, levels],
-            torch.tensor([1.0 / s for s in self.strides], device=device)[levels],
-            output_size=size,
-            sampling_ratio=self.sampling_ratio,
-            aligned=self.aligned,
+            image_index,
+            device_constant(first_rows, torch.int64, device),  # [N, L]
+            device_constant(sizes, torch.int64, device),  # [L, 2]
         )
+        settings: dict[str, Any] = {
+            "min_level": self.min_level,
+            "bins": self.output_size,
+            "sampling_ratio": self.sampling_ratio,
+            "aligned": self.aligned,
+        }
+        if self.kernel == "bags" or device.type == "cpu":
+            return pool_bags_of_levels(*arguments, **settings)
+        return pool_levels(*arguments, **settings).flatten(1), None
+
+
+def in_region_order(rows: Tensor, order: Tensor | None) -> Tensor:
+    """Rows ``[R, ...]`` of the regions ``order``, as ``pool_rows`` returns it, region by region."""
+    return rows if order is None else torch.empty_like(rows).index_copy_(0, order, rows)
+
+
+def _need_graph(features: list[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(level.requires_grad for level in features)
+
+
+def _regions_at_once(count: int) -> int:
+    """Regions of one call of torchvision's kernel, so that few crops live twice: 256 fill a GPU."""
+    return max(256, math.ceil(count / 4))

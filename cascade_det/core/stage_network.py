@@ -18,7 +18,7 @@ from cascade_det.core.fast_heads import FastBoxHead
 from cascade_det.core.postprocess import Selection
 from cascade_det.core.record import CascadeRecord, RecordedStage
 from cascade_det.core.regions import Regions, StageResult
-from cascade_det.core.roi_pooling import Pyramid, RoIPooler
+from cascade_det.core.roi_pooling import Pyramid, RoIPooler, in_region_order
 from cascade_det.core.structures import ImageSizes
 from cascade_det.core.structures.boxes import Weights, clip_boxes, decode_boxes, select_class
 
@@ -141,7 +141,7 @@ class StageNetwork:
         if isinstance(head, FastBoxHead) and self.pyramid.table is not None:
             rows, order = self.pooler.pool_rows(self.pyramid, boxes, image_index)  # [R, P * P * C]
             hidden = head.forward_rows(rows)
-            return None, torch.empty_like(hidden).index_copy_(0, order, hidden)
+            return None, in_region_order(hidden, order)
         return None, head(self.pooler(self.pyramid, boxes, image_index))
 
     def _agreements(

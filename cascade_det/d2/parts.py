@@ -14,7 +14,7 @@ from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from torch import Tensor, nn
 
 from cascade_det.core import RoIPooler, TrainingSchedule
-from cascade_det.core.roi_pooling import CANONICAL_BOX_SIZE, CANONICAL_LEVEL
+from cascade_det.core.roi_levels import CANONICAL_BOX_SIZE, CANONICAL_LEVEL
 from cascade_det.core.structures.boxes import MAX_LOG_SCALE
 from cascade_det.errors import CheckpointError
 

@@ -23,7 +23,7 @@ from cascade_det.core.structures.boxes import (
     image_bounds,
     is_nonempty,
 )
-from cascade_det.core.structures.on_device import grouped_nms, indices_by_group
+from cascade_det.core.structures.nms import nms_by_image
 from cascade_det.layers.rpn_head import RPNHead
 from cascade_det.standalone.anchors import AnchorGenerator
 from cascade_det.standalone.rpn_samples import predictions_at
@@ -263,16 +263,15 @@ class RPN(nn.Module):
         keep = finite.flatten() & is_nonempty(clipped.flatten(0, 1), self.min_box_size)
         num_images = len(image_sizes)
         images = torch.arange(num_images, device=scores.device)[:, None].expand_as(scores)
-        groups = images.flatten().where(keep, num_images)  # those to drop are the last group
-        *rows, _ = indices_by_group(groups, num_images + 1)
-        boxes, logits, level_index = clipped.flatten(0, 1), scores.flatten(), level_index.flatten()
-        proposals, objectness = [], []
-        # Image by image: one call for all would compare boxes of different images, and take more
-        # than twice as long.
-        for own in rows:
-            own_boxes, own_logits = boxes[own], logits[own]
-            best_first = grouped_nms(own_boxes, own_logits, level_index[own], self.nms_thresh)
-            best_first = best_first[: self.post_nms_topk[mode]]
-            proposals.append(own_boxes[best_first])
-            objectness.append(own_logits[best_first])
-        return proposals, objectness
+        boxes, logits = clipped.flatten(0, 1), scores.flatten()
+        best_first = nms_by_image(
+            boxes,
+            logits,
+            images.flatten().where(keep, num_images),
+            level_index.flatten(),
+            num_images=num_images,
+            num_classes=len(self.in_features),
+            iou=self.nms_thresh,
+        )
+        rows = [own[: self.post_nms_topk[mode]] for own in best_first]
+        return [boxes[own] for own in rows], [logits[own] for own in rows]

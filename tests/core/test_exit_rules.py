@@ -15,10 +15,10 @@ from region_views import (
     view_of_image,
 )
 
-from cascade_det.core.exits import redundancy
 from cascade_det.core.exits.background import KeepNearBest, PruneBelow
 from cascade_det.core.exits.confidence import MEASURES, AcceptConfident
 from cascade_det.core.exits.redundancy import DropCovered
+from cascade_det.core.structures import nms
 
 SEEDS = range(8)
 
@@ -180,7 +180,7 @@ class TestDropCovered:
     def test_more_regions_than_one_call_takes_are_decided_alike(self, seed, monkeypatch):
         view = make_view(counts=(60, 1, 0, 50), num_classes=3, num_accepted=20, seed=seed)
         wanted = mask_of(DropCovered(0.5), view)
-        monkeypatch.setattr(redundancy, "MOST_IN_ONE_CALL", 20)
+        monkeypatch.setattr(nms, "_MOST_IN_FLOAT64", 20)
         assert mask_of(DropCovered(0.5), view) == wanted
         assert any(wanted)
 

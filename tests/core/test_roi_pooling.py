@@ -8,8 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import roi_align
 
+from cascade_det.benchmark.pretended_gpu import PretendedGPU
 from cascade_det.core import RoIPooler
-from cascade_det.core.roi_pooling import assign_levels
+from cascade_det.core.roi_bags import make_table
+from cascade_det.core.roi_levels import assign_levels
+from cascade_det.layers import gpu_kernels
 
 STRIDES = (4, 8, 16)
 MAP_SIZES = ((20, 24), (10, 12), (5, 6))
@@ -328,3 +331,62 @@ def test_the_torchvision_kernel_gets_its_maps_once():
     assert pooler(pyramid, boxes, image_index).dtype == torch.bfloat16
     features = make_features()
     assert all(a is b for a, b in zip(pooler.prepare(features).features, features, strict=True))
+
+
+class TestOnGPUs:
+    """With Triton, on a pretended GPU; ``tests/layers/interpreted_kernels.py`` runs the kernel."""
+
+    def pool(self, **options):
+        features = [f.to(memory_format=torch.channels_last) for f in make_features()]
+        boxes, image_index = every_box()
+        pooler = RoIPooler(output_size=3, strides=STRIDES)
+        wanted = pooler(pooler.prepare(features), boxes, image_index)
+        with PretendedGPU() as gpu:
+            moved = [gpu.move(f) for f in features]
+            for _ in range(2):  # sizes are sent with the first
+                gpu.reset()
+                pyramid = pooler.prepare(moved, **options)
+                got = pooler(pyramid, gpu.move(boxes), gpu.move(image_index))
+        torch.testing.assert_close(got.held, wanted, rtol=1e-4, atol=1e-5)
+        return pyramid, gpu
+
+    def test_fast_heads_get_crops_without_a_wait(self):
+        pyramid, gpu = self.pool(dtype=torch.float32)
+        assert pyramid.table is not None
+        assert not gpu.waits
+
+    def test_other_heads_get_torchvisions(self):
+        pyramid, gpu = self.pool()
+        assert pyramid.table is None
+        assert gpu.waits.total() == 1
+
+    def test_so_do_gradients(self):
+        with PretendedGPU() as gpu:
+            features = [gpu.move(f) for f in make_features()]
+            pooler = RoIPooler(output_size=3, strides=STRIDES)
+            trained = [f.detach().requires_grad_() for f in features]
+            assert pooler.prepare(trained, dtype=torch.float32).table is None
+            with torch.no_grad():
+                assert pooler.prepare(trained, dtype=torch.float32).table is not None
+
+    def test_without_triton(self, monkeypatch):
+        pooler = RoIPooler(output_size=3, strides=STRIDES)
+        with PretendedGPU() as gpu, monkeypatch.context() as without:
+            without.setattr(gpu_kernels, "has_triton", lambda _: False)
+            features = [gpu.move(f) for f in make_features()]
+            assert pooler.prepare(features, dtype=torch.float32).table is None
+
+
+@pytest.mark.parametrize("regions", [0, 5])
+def test_the_operation_keeps_the_rules_of_pytorch(regions):
+    table, first_rows = make_table(make_features())
+    boxes, image_index = every_box()
+    arguments = (
+        table,
+        boxes[:regions],
+        image_index[:regions],
+        torch.tensor(first_rows),
+        torch.tensor(MAP_SIZES),
+        *(2, 3, 0, True),
+    )
+    torch.library.opcheck(torch.ops.cascade_det.roi_align_levels.default, arguments)

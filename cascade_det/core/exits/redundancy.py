@@ -6,11 +6,7 @@ import torch
 from torch import Tensor
 
 from cascade_det.core.exits.view import RegionView
-from cascade_det.core.structures.on_device import grouped_nms
-
-# One NMS call is quadratic in the regions; torchvision switches to one per class from 1,000 on,
-# which is slower up to about this number (80 classes, 8 images, on a CPU).
-MOST_IN_ONE_CALL = 10_000
+from cascade_det.core.structures.nms import nms_mask
 
 
 class DropCovered:
@@ -34,22 +30,21 @@ class DropCovered:
     def exit_mask(self, view: RegionView) -> Tensor:
         """Bool ``[R]``."""
         assert view.probs is not None
-        classes = view.probs.shape[1] - 1
         views = [view, *view.accepted]
         boxes = torch.cat([v.boxes for v in views])  # [R + A, 4], A accepted regions
-        scores = torch.cat([v.scores for v in views])  # [R + A]
-        groups = torch.cat([v.image_index * classes + v.classes for v in views])  # [R + A]
-        # Groups are shifted apart. In float64, because float32 would lose fractions of a pixel and
-        # a batch would decide unlike its images alone. The shift is the largest coordinate, so
-        # NaN and Inf become 0; an empty box covers nothing.
+        # NaN and Inf become 0; an empty box covers nothing. In float64, because a CPU shifts the
+        # boxes of each class, and float32 would lose fractions of a pixel.
         boxes = boxes.double().where(boxes.isfinite(), 0.0)
-        threshold = _just_below(self.iou)
-        kept = grouped_nms(
-            boxes, scores.double(), groups, threshold, most_in_one_call=MOST_IN_ONE_CALL
+        remains = nms_mask(
+            boxes,
+            torch.cat([v.scores for v in views]).double(),
+            torch.cat([v.image_index for v in views]),
+            torch.cat([v.classes for v in views]),
+            num_images=view.num_images,
+            num_classes=view.probs.shape[1] - 1,
+            iou=_just_below(self.iou),
         )
-        covered = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
-        covered.index_fill_(0, kept, False)
-        return covered[: len(view)]
+        return ~remains[: len(view)]
 
 
 def _just_below(value: float) -> float:

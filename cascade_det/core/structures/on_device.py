@@ -1,4 +1,4 @@
-"""Constants, counts and NMS that keep the CPU from waiting for a GPU.
+"""Constants and counts that keep the CPU from waiting for a GPU.
 
 A GPU works through a queue. Whatever needs a number from it, and every copy of ordinary host memory
 to it, makes the CPU wait until the queue is empty, and the GPU idles while it is filled again.
@@ -10,7 +10,6 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, nms
 
 Values = tuple[int | float | bool, ...] | tuple[tuple[int | float, ...], ...]
 
@@ -63,32 +62,3 @@ def indices_by_group(groups: Tensor, count: int) -> list[Tensor]:
         return [torch.arange(len(groups), device=groups.device)]
     sizes = group_sizes(groups, count).tolist()
     return list(torch.argsort(groups, stable=True).split(sizes))
-
-
-def grouped_nms(
-    boxes: Tensor,
-    scores: Tensor,
-    groups: Tensor,
-    iou: float,
-    *,
-    most_in_one_call: int | None = None,
-) -> Tensor:
-    """NMS within each group: torchvision's ``batched_nms``, which sends a number to the device.
-
-    Args:
-        boxes: float ``[R, 4]``, XYXY, finite.
-        scores: float ``[R]``.
-        groups: int64 ``[R]``; boxes of different groups do not suppress each other.
-        iou: boxes that overlap a better one by more are dropped.
-        most_in_one_call: so many boxes are moved apart, group by group, for one call; with more,
-            every group has its own. ``None`` for torchvision's number.
-
-    Returns:
-        int64 indices of the boxes that remain, best score first.
-    """
-    if most_in_one_call is None:
-        most_in_one_call = 1_000 if boxes.device.type == "cpu" else 25_000
-    if is_recorded() or not 0 < len(boxes) <= most_in_one_call:
-        return batched_nms(boxes, scores, groups, iou)
-    apart = groups.to(boxes.dtype) * (boxes.amax() + 1.0)
-    return nms(boxes + apart[:, None], scores, iou)

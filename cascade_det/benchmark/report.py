@@ -10,8 +10,7 @@ from cascade_det.benchmark.attention_memory import attention_section
 from cascade_det.benchmark.limits import limits_section
 from cascade_det.benchmark.memory import memory_sections
 from cascade_det.benchmark.waits import waits_section
-from cascade_det.evaluation.latency import part_order
-from cascade_det.report.tables import Metrics, table
+from cascade_det.report.tables import Metrics, part_order, table
 
 TITLES = {
     "heads": "RoI heads alone",

@@ -18,8 +18,7 @@ from cascade_det.benchmark.pretended_gpu import CUDA, PartCounter, PretendedGPU
 from cascade_det.benchmark.setup import Model, Setup
 from cascade_det.benchmark.training import Step, open_training_steps, trainable
 from cascade_det.core import CascadeHead, ExitPolicy
-from cascade_det.evaluation.latency import part_order
-from cascade_det.report.tables import Metrics, table
+from cascade_det.report.tables import Metrics, part_order, table
 from cascade_det.standalone import build_detector
 
 # Autocast is not pretended, and torchvision's model has no parts that could be told apart.

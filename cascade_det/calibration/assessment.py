@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import numpy as np
@@ -17,7 +17,8 @@ from cascade_det.calibration.comparison import (
     compare,
     simple_baselines,
 )
-from cascade_det.calibration.front import FrontPoint, front_point
+from cascade_det.calibration.front import FrontPoint, choose_points, front_point
+from cascade_det.calibration.gate_costs import GATES_OFF, without_costly_gates
 from cascade_det.calibration.image_matching import MatchedDetections
 from cascade_det.calibration.latency_model import LatencyModel
 from cascade_det.calibration.mask_rules import MaskRulesRow, try_mask_rules
@@ -169,13 +170,14 @@ class Assessment:
     def front(self) -> tuple[list[FrontPoint], list[FrontPoint]]:
         """All trials, and their front, on the search half of the images."""
         search = self.calibrator.search
+        plain = _all_gates(self.calibration.plain)
         points = [
             front_point(
                 search.setting(levels),
                 trial,
                 self.calibrator.trials.full,
                 self.latency,
-                chosen=search.setting(levels) == self.calibration.plain,
+                chosen=search.setting(levels) == plain,
                 metric=self.calibrator.metric,
                 has_masks=self.calibrator.has_masks,
             )
@@ -183,6 +185,34 @@ class Assessment:
         ]
         front = pareto_front([-point.ap for point in points], [point.work for point in points])
         return points, [points[index] for index in front]
+
+    def profiles(self, front: Sequence[FrontPoint]) -> dict[str, FrontPoint]:
+        """Points of the front by name, with calibrated scores, without gates that cost time."""
+        points = choose_points(front)
+        # The chosen setting was judged before; two points may have the same setting.
+        judged = [(_all_gates(self.calibration.plain), self.calibration.plain), ({}, {})]
+        new: dict[str, Setting] = {}
+        for name, point in points.items():
+            if point.setting not in [*(before for before, _ in judged), *new.values()]:
+                new[name] = point.setting
+        changed = without_costly_gates(
+            self.calibrator,
+            new,
+            self.detector,
+            self.batches,
+            self.latency,
+            rounds=self.options.rounds,
+        )
+        judged += [(new[name], changed[name]) for name in new]
+        return {
+            name: replace(
+                point,
+                setting=self.calibrator.with_scores(
+                    next(after for before, after in judged if before == point.setting)
+                ),
+            )
+            for name, point in points.items()
+        }
 
     def on_others(self, point: FrontPoint, milliseconds: Mapping[str, float]) -> FrontPoint:
         """The point on the held-out images."""
@@ -207,6 +237,10 @@ class Assessment:
         """The exits of a setting for the detector itself."""
         own = self.detector.cascade.exits
         return build_policy(self.calibrator.cfg, setting, None if own is None else own.learned)
+
+
+def _all_gates(setting: Setting) -> Setting:
+    return {key: value for key, value in setting.items() if key != GATES_OFF}
 
 
 def setting_name(setting: Setting) -> str:

@@ -13,6 +13,7 @@ from fvcore.common.config import CfgNode
 
 from cascade_det.calibration.assessment import Assessment
 from cascade_det.calibration.calibrator import Calibrator, split_images
+from cascade_det.calibration.gate_costs import without_costly_gates
 from cascade_det.calibration.image_matching import ImageMatcher
 from cascade_det.calibration.provenance import coco_provenance, provenance
 from cascade_det.calibration.recording import first_batches, fit_latency, record_dataset
@@ -139,6 +140,17 @@ def _calibrate(
     )
     logger.info("Latency model: %s", latency)
     calibration = calibrator.calibrate(target, latency)
+    # A guarantee and a rate are of the exits as they were tested.
+    if calibration.plain and target.risk is None and target.exit_rate is None:
+        changed = without_costly_gates(
+            calibrator,
+            {"exits": calibration.plain},
+            detector,
+            batches,
+            latency,
+            rounds=options.rounds,
+        )
+        calibration = calibrator.with_gates_off(calibration, changed["exits"], target)
     logger.info("Measuring the exits, and comparing them with baselines")
     assessment = Assessment(calibrator, calibration, latency, detector, batches, options)
     return write_report(assessment, target, source, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -24,6 +25,8 @@ from cascade_det.calibration.trials import ExitTrials, Recording, Trial
 from cascade_det.core import ExitPolicy
 from cascade_det.core.exits.learned import LearnedParts
 from cascade_det.errors import ConfigError, DatasetError
+
+logger = logging.getLogger(__name__)
 
 # A drop of AP has to be below the target by this many standard deviations of its bootstrap.
 MARGIN = 1.0
@@ -144,6 +147,22 @@ class Calibrator:
         if target.max_ap_drop is None or found.drop <= target.max_ap_drop:
             return found
         return replace(self._evaluate({}), rejected=found)
+
+    def with_gates_off(self, found: Calibration, plain: Setting, target: Target) -> Calibration:
+        """A calibration with further gates off, unless it then breaks its promise.
+
+        Args:
+            found: the calibration.
+            plain: its plain setting with ``GATES_OFF``.
+            target: the goal.
+        """
+        if plain == found.plain:
+            return found
+        changed = self._evaluate(plain)
+        if target.max_ap_drop is not None and changed.drop > target.max_ap_drop:
+            logger.info("All gates stay: without some, the exits lose more than the target allows")
+            return found
+        return changed
 
     def _evaluate(self, plain: Setting) -> Calibration:
         """Evaluate a setting on the held-out images."""

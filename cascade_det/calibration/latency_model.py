@@ -21,7 +21,7 @@ class LatencyModel:
 
     Attributes:
         constant: milliseconds that do not depend on exits, such as those of the backbone.
-        per_call: S milliseconds that a stage takes if any region enters it.
+        per_call: S milliseconds that a stage takes, with the gate after it, if any region enters.
         per_region: S milliseconds for each region that enters a stage.
         device_name: of the measurement.
         batch_size: images per call.

@@ -119,12 +119,14 @@ class Timing(NamedTuple):
         milliseconds: of the whole batch.
         masks: of the batch.
         mask_milliseconds: the part of them in the mask heads.
+        gates: the part of them at each gate, before stage 0 and after each stage but the last.
     """
 
     entered: tuple[int, ...]
     milliseconds: float
     masks: int = 0
     mask_milliseconds: float = 0.0
+    gates: tuple[float, ...] = ()
 
 
 def time_policies(
@@ -167,7 +169,10 @@ def time_policies(
                     stats = detector.detect(batch, timer=timer).stats
                     milliseconds, of_masks = timer.milliseconds, timer.milliseconds.get("masks", 0)
                     total = sum(milliseconds.values())
-                    timing = Timing(tuple(stats.entered), total, stats.masks, of_masks)
+                    gates = (milliseconds.get(f"gate{g}", 0.0) for g in range(len(stats.entered)))
+                    timing = Timing(
+                        tuple(stats.entered), total, stats.masks, of_masks, tuple(gates)
+                    )
                     timings[name].append(timing)
                     step()
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from cascade_det.calibration.assessment import CHOSEN, REJECTED, Assessment
 from cascade_det.calibration.calibrator import Calibration
 from cascade_det.calibration.comparison import ComparedExits, format_comparison, write_comparison
 from cascade_det.calibration.exits_yaml import write_exits
-from cascade_det.calibration.front import choose_points, spread_out, write_front
+from cascade_det.calibration.front import spread_out, write_front
 from cascade_det.calibration.front_plot import plot_front
 from cascade_det.calibration.mask_rules import format_mask_rules, write_mask_rules
 from cascade_det.calibration.profiles import PROMISES, kept_profiles
@@ -49,10 +49,7 @@ def write_report(
     calibrator, calibration = assessment.calibrator, assessment.calibration
     expected = assessment.expected()
     tried, front = assessment.front()
-    named = {
-        name: replace(point, setting=calibrator.with_scores(point.setting))
-        for name, point in choose_points(front).items()
-    }
+    named = assessment.profiles(front)
     drawn = [*named.values(), *spread_out(front, MOST_MEASURED)]
     milliseconds, of_masks = assessment.milliseconds(drawn)
     rows = assessment.comparison(milliseconds, of_masks)

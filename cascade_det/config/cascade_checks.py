@@ -54,6 +54,15 @@ def _check_first_iou(cfg: CfgNode) -> Iterator[str]:
         )
 
 
+def _check_gates_off(cfg: CfgNode) -> Iterator[str]:
+    stages, off = len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS), cfg.MODEL.CASCADE.EXIT.GATES_OFF
+    if any(gate >= stages for gate in off):
+        yield (
+            f"{_EXIT}.GATES_OFF is {off!r}, but {stages} stages have the gates 0 to {stages - 1}. "
+            "Leave out the others."
+        )
+
+
 def _check_parts(cfg: CfgNode) -> Iterator[str]:
     """Exit rules that use a learned part need that part."""
     exits = cfg.MODEL.CASCADE.EXIT
@@ -218,6 +227,7 @@ HEAD_CHECKS: tuple[Check, ...] = (
     _check_dynamic,
     _check_frozen,
     _check_parts,
+    _check_gates_off,
     _check_masks_unused,
     _check_fast,
     _check_agreement,

@@ -102,6 +102,15 @@ EXIT = group(
     TIME_BUDGET_PER=Key(
         "image", "Whether TIME_BUDGET_MS is for an image or a batch.", one_of("image", "batch")
     ),
+    GATES_OFF=Key(
+        (),
+        "Gates at which no region leaves, but for TIME_BUDGET_MS: those that take longer than they "
+        "save. Calibration finds them.",
+        Values(
+            each(whole(at_least(0))),
+            "Give a list of gates: 0 is before stage 0, 1 after stage 0, 2 after stage 1.",
+        ),
+    ),
     LEARNED=Key((), "Trained parts that the rules above use.", subset_of(*LEARNED_PARTS)),
     SCORE_SCALES=Key(
         (1.0,),

@@ -78,6 +78,8 @@ def _keeping(exits: Mapping[str, Any]) -> Iterator[str]:
     if exits["time_budget_ms"] > 0:
         per = "image" if exits["time_budget_per_image"] else "batch"
         yield f"at most {exits['time_budget_ms']:g} ms per {per}"
+    if exits["gates_off"]:
+        yield f"off at gate {', '.join(map(str, exits['gates_off']))}"
 
 
 def _calibration(cfg: CfgNode, exits: Mapping[str, Any]) -> Iterator[str]:

@@ -167,6 +167,7 @@ def exit_arguments(cfg: CfgNode) -> dict[str, Any] | None:
         "localisation": exits.LOCALISATION,
         "time_budget_ms": float(exits.TIME_BUDGET_MS),
         "time_budget_per_image": exits.TIME_BUDGET_PER == "image",
+        "gates_off": tuple(exits.GATES_OFF),
         "learned": tuple(exits.LEARNED),
     }
 

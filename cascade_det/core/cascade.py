@@ -257,7 +257,8 @@ class CascadeHead(nn.Module):
             proposals: per image float32 ``[R_i, 4]``, clipped to the image.
             image_sizes: N ``(height, width)``.
             objectness: per image float32 ``[R_i]``, logits of the proposals.
-            timer: takes the milliseconds of ``stage<s>``, ``postprocess`` and ``masks`` if given.
+            timer: takes the milliseconds of ``stage<s>``, of the exits in ``gate<g>`` (see
+                ``StageRunner``), ``postprocess`` and ``masks`` if given.
             started: when work on the images began, in the seconds of ``now()``; ``None`` for now.
             masks: whether detections get masks, where there are mask heads.
 

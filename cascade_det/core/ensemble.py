@@ -46,7 +46,7 @@ class ScoreEnsemble:
         assert state is not None
         if self.name == "last":
             return state
-        mean = state * (1.0 / num_stages)
+        mean = state if num_stages == 1 else state * (1.0 / num_stages)
         return torch.softmax(mean, dim=1) if self.name == "mean_logits" else mean
 
     def log_probs(self, logits: Sequence[Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ R regions, K foreground classes. Boxes are float32 XYXY in absolute pixels of th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cascade_det.core.exits.view import RegionView
 from cascade_det.core.structures.boxes import flatten_images
+from cascade_det.core.structures.on_device import take_rows
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Regions:
         agreements: int64 ``[R]``, number of consecutive stages before the last one with the same
             top class; ``None`` unless a rule needs it.
         predicted_ious: float32 ``[R]`` in [0, 1]; ``None`` without an IoU head.
+        sizes: N numbers of regions of each image, where the CPU knows them.
     """
 
     boxes: Tensor
@@ -43,6 +45,7 @@ class Regions:
     top_class: Tensor | None = None
     agreements: Tensor | None = None
     predicted_ious: Tensor | None = None
+    sizes: Sequence[int] | None = None
 
     @classmethod
     def from_proposals(
@@ -59,15 +62,27 @@ class Regions:
         boxes, image_index = flatten_images(proposals)  # [R, 4], [R]
         logits = boxes.new_zeros(boxes.shape[0]) if objectness is None else torch.cat([*objectness])
         proposal_index = torch.arange(boxes.shape[0], device=boxes.device)
-        return cls(boxes, image_index, logits, proposal_index)
+        return cls(boxes, image_index, logits, proposal_index, sizes=[len(p) for p in proposals])
 
     def __len__(self) -> int:
         return len(self.boxes)
 
     def __getitem__(self, index: Tensor | slice) -> Regions:
-        fields = vars(self).items()
-        chosen: dict[str, Any] = {name: None if x is None else x[index] for name, x in fields}
-        return Regions(**chosen)
+        chosen: dict[str, Any] = {
+            name: take_rows(x, index) if isinstance(x, Tensor) else x
+            for name, x in vars(self).items()
+        }
+        return Regions(**chosen | {"sizes": None})
+
+    def entering(self, index: Tensor | None, sizes: Sequence[int] | None) -> Regions:
+        """The regions that enter the next stage, without what that stage replaces.
+
+        Args:
+            index: int64, of the regions; ``None`` for all.
+            sizes: of the chosen regions, as the attribute.
+        """
+        lean = replace(self, boxes_before=None, predicted_ious=None)
+        return replace(lean if index is None else lean[index], sizes=sizes)
 
     def view(
         self,
@@ -92,6 +107,7 @@ class Regions:
             predicted_ious=self.predicted_ious,
             crops=crops,
             accepted=accepted,
+            sizes=self.sizes,
         )
 
 
@@ -111,9 +127,17 @@ class StageResult:
     pooled: Tensor | None = None
     hidden: Tensor | None = None
 
-    def __getitem__(self, index: Tensor) -> StageResult:
-        pooled, hidden = (None if x is None else x[index] for x in (self.pooled, self.hidden))
-        return StageResult(self.regions[index], self.decoded[index], pooled, hidden)
+    def exiting(self, index: Tensor) -> StageResult:
+        """Some of the regions, with what is read of those that are reported."""
+        lean = Regions(
+            boxes=self.regions.boxes,
+            image_index=self.regions.image_index,
+            objectness=self.regions.objectness,
+            proposal_index=self.regions.proposal_index,
+            score_state=self.regions.score_state,
+        )
+        pooled = None if self.pooled is None else take_rows(self.pooled, index)
+        return StageResult(lean[index], take_rows(self.decoded, index), pooled)
 
     def reported(self, probs: Tensor, stage: int) -> ReportedRegions:
         """The regions as reported after ``stage`` with ``probs`` ``[R, K + 1]``."""

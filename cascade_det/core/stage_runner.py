@@ -17,6 +17,7 @@ from cascade_det.core.exits import BEFORE_STAGES, REPORTED_REASONS, ExitPolicy, 
 from cascade_det.core.exits.budget import Deadline
 from cascade_det.core.regions import Regions, ReportedRegions, StageResult
 from cascade_det.core.structures import CascadeStats, PartTimer, part
+from cascade_det.core.structures.on_device import take_rows
 
 
 class StageSource(Protocol):
@@ -46,7 +47,8 @@ class StageRunner:
         ensemble: combines the class scores of the stages.
         policy: the exits; ``None`` runs every stage on every region.
         deadline: of this call, if its time budget applies.
-        timer: takes the milliseconds of ``stage<s>`` if given.
+        timer: takes the milliseconds of ``stage<s>``, and of the exits in ``gate<g>``, if given:
+            gate 0 is before stage 0, gate s + 1 after stage s.
 
     Attributes:
         stats: counts of this call, complete after ``run``.
@@ -70,8 +72,7 @@ class StageRunner:
     def run(self, proposals: Regions) -> list[ReportedRegions]:
         """Run the stages until no region is live; returns at least one batch of regions."""
         self.stats.proposed = len(proposals)
-        with part(self.timer, "stage0"):
-            live = self._apply_proposal_exits(proposals)
+        live = self._apply_proposal_exits(proposals)
         for stage in range(self.num_stages):
             # A trace must contain all stages, for inputs with live regions.
             if len(live) == 0 and not torch.jit.is_tracing():
@@ -79,7 +80,7 @@ class StageRunner:
             self.stats.entered[stage] = len(live)
             with part(self.timer, f"stage{stage}"):
                 result = self.source.run_stage(live, stage)
-                live = self._apply_exits(result, stage)
+            live = self._apply_exits(result, stage)
         self._store_score_sums()
         if not self._reported:  # no proposal entered stage 0
             none = proposals.image_index[:0]
@@ -89,13 +90,15 @@ class StageRunner:
 
     def _apply_proposal_exits(self, proposals: Regions) -> Regions:
         """The proposals that enter stage 0."""
-        if self.exits is None:
+        if not self._has_gate(BEFORE_STAGES):
             return proposals
-        crops = self.source.crops(proposals) if self.exits.needs_crops else None
-        view = proposals.view(BEFORE_STAGES, self.source.num_images, crops=crops)
-        decision = self.exits.decide(view, self.deadline)
-        self.stats.left_before = {reason: len(rows) for reason, rows in decision.exited.items()}
-        return proposals if decision.kept is None else proposals[decision.kept]
+        assert self.exits is not None
+        with part(self.timer, "gate0"):
+            crops = self.source.crops(proposals) if self.exits.needs_crops else None
+            view = proposals.view(BEFORE_STAGES, self.source.num_images, crops=crops)
+            decision = self.exits.decide(view, self.deadline)
+            self.stats.left_before = {reason: len(rows) for reason, rows in decision.exited.items()}
+            return proposals.entering(decision.kept, decision.sizes)
 
     def _apply_exits(self, result: StageResult, stage: int) -> Regions:
         """The regions that enter the next stage; exits are reported or dropped."""
@@ -106,21 +109,29 @@ class StageRunner:
             if self.exits is not None:
                 self._score_sums.append((stage, "completed", self._view(live, stage).scores.sum()))
             return live[:0]
-        if self.exits is None:
+        if not self._has_gate(stage):
             return live
-        view = self._view(live, stage)
-        decision = self.exits.decide(view, self.deadline)
-        exited = decision.exited
-        self.stats.left[stage] = {reason: len(rows) for reason, rows in exited.items()}
-        for reason, rows in exited.items():
-            self._score_sums.append((stage, reason, view.scores[rows].sum()))
+        assert self.exits is not None
+        with part(self.timer, f"gate{stage + 1}"):
+            view = self._view(live, stage)
+            decision = self.exits.decide(view, self.deadline)
+            exited = decision.exited
+            self.stats.left[stage] = {reason: len(rows) for reason, rows in exited.items()}
+            for reason, rows in exited.items():
+                self._score_sums.append((stage, reason, take_rows(view.scores, rows).sum()))
+            if "confident" in exited and self.exits.needs_accepted:
+                self._accepted.append(view.boxes_of(exited["confident"]))
+            entering = live.entering(decision.kept, decision.sizes)
         reported = [exited[reason] for reason in REPORTED_REASONS if reason in exited]
         if reported:
             # Indexing copies the crops, which are large: only where regions are reported.
-            self._report(result[torch.cat(reported)], stage)
-        if "confident" in exited and self.exits.needs_accepted:
-            self._accepted.append(view[exited["confident"]])
-        return live if decision.kept is None else live[decision.kept]
+            self._report(result.exiting(torch.cat(reported)), stage)
+        return entering
+
+    def _has_gate(self, stage: int) -> bool:
+        """Whether any rule, or the clock, may end regions after ``stage``."""
+        exits = self.exits
+        return exits is not None and (self.deadline is not None or exits.has_gate(stage))
 
     def _view(self, live: Regions, stage: int) -> RegionView:
         probs = self.ensemble.probs(live.score_state, stage + 1)
@@ -128,10 +139,11 @@ class StageRunner:
         return live.view(stage, self.source.num_images, probs=probs, accepted=accepted)
 
     def _report(self, result: StageResult, stage: int) -> None:
-        probs = self.source.final_probs(result, stage)  # [R, K + 1]
-        if self.policy is not None:
-            probs = self.policy.calibrated(probs, stage)
-        self._reported.append(result.reported(probs, stage))
+        with part(self.timer, f"stage{stage}"):  # some ensembles run heads once more
+            probs = self.source.final_probs(result, stage)  # [R, K + 1]
+            if self.policy is not None:
+                probs = self.policy.calibrated(probs, stage)
+            self._reported.append(result.reported(probs, stage))
 
     def _store_score_sums(self) -> None:
         """Fill ``stats.confidence``: all sums leave the device in one transfer."""

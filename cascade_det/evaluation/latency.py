@@ -12,19 +12,27 @@ from typing import Any
 
 import numpy as np
 
-from cascade_det.core.structures import DetectorOutput
+from cascade_det.core.structures import CascadeStats, DetectorOutput
 from cascade_det.data.samples import Sample
 from cascade_det.evaluation.evaluator import Evaluator
+from cascade_det.report.tables import part_order
+from cascade_det.segmentation.output import SegmenterStats
 
 # Times of a second pass without exits, if the detector made one.
 _FULL_PREFIX = "full/"
 _LATER_STAGE = re.compile(r"stage[1-9]\d*")
 _STAGE = re.compile(r"stage\d+")
+_GATE = re.compile(r"gate\d+")
+_GATE_OR_STAGE = re.compile(r"(gate|stage)\d+")
 _MASKS_OF_STAGE = re.compile(r"masks\d+")
-_BEFORE_STAGES = ("preprocess", "backbone", "rpn")
 _NOT_TIMED_IN_FULL = (
     "The most that exits could save is unknown: the cascade was only timed with exits. Run the "
     "detector with stages=True."
+)
+_COSTLY_GATE = (
+    "The exits {place} take {cost:.3g} ms per image, and the regions that leave there would take "
+    "{saving:.3g} ms in the stages after them: MODEL.CASCADE.EXIT.GATES_OFF [{gate}] is faster "
+    "here."
 )
 _SEVERAL_PROCESSES = (
     "Times are of {} processes that ran at once: if they share a processor, each is slower than "
@@ -44,7 +52,8 @@ class _Batch:
         has_full: whether there was a second pass.
         size: number of images.
         input_sizes: height and width of each image in pixels.
-        left_early: whether a region exited before the last stage.
+        left: S shares of all regions, those that exited before stage 0 and after each stage but
+            the last.
     """
 
     times: Times
@@ -52,7 +61,7 @@ class _Batch:
     has_full: bool
     size: int
     input_sizes: list[tuple[int, int]]
-    left_early: bool
+    left: list[float]
 
 
 class LatencyEvaluator(Evaluator):
@@ -86,19 +95,15 @@ class LatencyEvaluator(Evaluator):
             # The masks of earlier stages are made for AP per stage alone; the last ones stay.
             name = _MASKS_OF_STAGE.sub("masks", part.removeprefix(_FULL_PREFIX))
             passed[name] = time / len(batch)
-        kept = {p: ms for p, ms in times.items() if not (second and _STAGE.fullmatch(p))}
+        replaced = _GATE_OR_STAGE if second else _GATE  # the full cascade has no gates
+        kept = {p: ms for p, ms in times.items() if not replaced.fullmatch(p)}
         measured = _Batch(
             times=times,
             full=kept | second,
             has_full=bool(second),
             size=len(batch),
             input_sizes=[_size(sample) for sample in batch if "image" in sample],
-            left_early=any(
-                count
-                for left in output.stats.left[:-1]
-                for reason, count in left.items()
-                if reason != "completed"
-            ),
+            left=_left_shares(output.stats),
         )
         self._batches[-1].append(measured)
 
@@ -117,7 +122,8 @@ class LatencyEvaluator(Evaluator):
         ``full_parts`` and ``full_total`` the same without exits, if that was timed.
         ``most_exits_could_save`` is ``(t_full - t_stage1) / t_full``, where ``t_full`` is the
         median time without exits and ``t_stage1`` the same without the second and later stages;
-        nan if only a cascade with exits, or no stage, was timed. ``batch_size``, ``images``,
+        nan if only a cascade with exits, or no stage, was timed. The exits are parts of their own,
+        ``gate<g>`` before ``stage<g>``, and the full cascade has none. ``batch_size``, ``images``,
         ``batches``, ``warmup_batches`` and ``input_size`` (median of the network's input in
         pixels) describe the measurement, ``notes`` are warnings.
         """
@@ -144,12 +150,45 @@ class LatencyEvaluator(Evaluator):
         was_timed = any(batch.has_full for batch in batches)
         if was_timed:
             metrics |= _times_of("full_parts", "full_total", full)
-        if was_timed or not any(batch.left_early for batch in recorded):
+            warnings += _costly_gates(batches)
+        if was_timed or not any(any(batch.left) for batch in recorded):
             metrics["most_exits_could_save"] = _largest_saving(full)
         else:
             metrics["most_exits_could_save"] = float("nan")
             warnings.append(_NOT_TIMED_IN_FULL)
         return {"latency": {**metrics, "notes": warnings}}
+
+
+def _left_shares(stats: CascadeStats | SegmenterStats) -> list[float]:
+    before: list[Mapping[str, int]] = [getattr(stats, "left_before", {})]
+    left = [*before, *stats.left]
+    total = sum(sum(one.values()) for one in left) or 1
+    early = (sum(n for reason, n in one.items() if reason != "completed") for one in left[:-1])
+    return [count / total for count in early]
+
+
+def _costly_gates(batches: Sequence[_Batch]) -> list[str]:
+    """A sentence for each gate that takes longer than the stages would take for what left there."""
+    found = []
+    for gate in range(max((len(batch.left) for batch in batches), default=0)):
+        cost = median(batch.times.get(f"gate{gate}", 0.0) for batch in batches)
+        saving = median(_time_saved(batch, gate) for batch in batches)
+        if cost > saving:
+            place = f"after stage {gate - 1}" if gate else "before stage 0"
+            found.append(_COSTLY_GATE.format(place=place, cost=cost, saving=saving, gate=gate))
+    return found
+
+
+def _time_saved(batch: _Batch, gate: int) -> float:
+    """The share of the later stages' full time that the regions leaving at a gate would take."""
+    if gate >= len(batch.left):
+        return 0.0
+    later = [ms for part, ms in batch.full.items() if _is_stage(part, at_least=gate)]
+    return batch.left[gate] * sum(later)
+
+
+def _is_stage(part: str, *, at_least: int) -> bool:
+    return bool(_STAGE.fullmatch(part)) and int(part.removeprefix("stage")) >= at_least
 
 
 def _largest_saving(times: Sequence[Times]) -> float:
@@ -169,15 +208,6 @@ def _times_of(parts_key: str, total_key: str, times: Sequence[Times]) -> dict[st
         parts_key: {part: _percentiles(batch.get(part, 0.0) for batch in times) for part in parts},
         total_key: _percentiles(sum(batch.values()) for batch in times),
     }
-
-
-def part_order(part: str) -> tuple[int, int, str]:
-    """Sort key of a part by the order in which a detector runs them; unknown ones come last."""
-    if _STAGE.fullmatch(part):
-        return len(_BEFORE_STAGES), int(part.removeprefix("stage")), part
-    if part in _BEFORE_STAGES:
-        return _BEFORE_STAGES.index(part), 0, part
-    return len(_BEFORE_STAGES) + 1, part != "postprocess", part
 
 
 def _percentiles(times: Iterable[float]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from cascade_det.core.structures import EXIT_REASONS
 from cascade_det.files import atomic_path
 from cascade_det.report.exit_tables import exit_places
 from cascade_det.report.fonts import with_fonts
-from cascade_det.report.tables import stage_names
+from cascade_det.report.tables import part_order, stage_names
 from cascade_det.text import printable
 
 _METRIC_COLORS = {"AP": "#1b5e8c", "AP50": "#5fa8d3", "AP75": "#b5d8ee"}
@@ -168,7 +168,8 @@ def _plot_latency(axes: Axes, latency: Mapping[str, Any]) -> None:
     series = {"as configured": (latency["parts"], latency["total"], "#2e8b57")}
     if "full_parts" in latency:
         series["without exits"] = (latency["full_parts"], latency["full_total"], "#9e9e9e")
-    names = [*max((parts for parts, _, _ in series.values()), key=len), "total"]
+    timed = {part for parts, _, _ in series.values() for part in parts}
+    names = [*sorted(timed, key=part_order), "total"]
     height = 0.8 / len(series)
     longest = 0.0
     for number, (label, (parts, total, color)) in enumerate(series.items()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from cascade_det.text import printable
 
 Metrics = Mapping[str, Any]
 
+_BEFORE_STAGES = ("preprocess", "backbone", "rpn")
+_GATE_OR_STAGE = re.compile(r"(gate|stage)(\d+)")
 _LONGEST_NAME = 48  # Characters of a class or a file in a table or a sentence.
 
 
@@ -18,6 +21,15 @@ def stage_names(metrics: Metrics) -> list[str]:
     """The keys ``stage0``, ``stage1``, ... of the results of an evaluator, in order."""
     names = [name for name in metrics if name.removeprefix("stage").isdigit()]
     return sorted(names, key=lambda name: int(name.removeprefix("stage")))
+
+
+def part_order(part: str) -> tuple[int, int, str]:
+    """Sort key of a part by the order in which a detector runs them; unknown ones come last."""
+    if found := _GATE_OR_STAGE.fullmatch(part):
+        return len(_BEFORE_STAGES), int(found[2]), found[1]
+    if part in _BEFORE_STAGES:
+        return _BEFORE_STAGES.index(part), 0, part
+    return len(_BEFORE_STAGES) + 1, part != "postprocess", part
 
 
 def table(

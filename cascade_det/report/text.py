@@ -14,7 +14,7 @@ import torch
 from cascade_det.files import write_json
 from cascade_det.report.exit_tables import exit_sections, shadow_section
 from cascade_det.report.semantic_tables import semantic_sections
-from cascade_det.report.tables import Metrics, shown_name, stage_names, table
+from cascade_det.report.tables import Metrics, part_order, shown_name, stage_names, table
 
 RESULTS_FILE = "results.json"
 _TASKS = {
@@ -219,7 +219,7 @@ def _latency_section(latency: Metrics | None) -> str:
     if "full_parts" in latency:
         columns.append((latency["full_parts"], latency["full_total"]))
         headers += ["without exits: median (ms)", "p95 (ms)"]
-    names = list(dict.fromkeys(part for parts, _ in reversed(columns) for part in parts))
+    names = sorted({part for parts, _ in columns for part in parts}, key=part_order)
     rows = [
         (name, *(parts.get(name, {}).get(key) for parts, _ in columns for key in _TIMES))
         for name in names

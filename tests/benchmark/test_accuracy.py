@@ -9,7 +9,13 @@ from calibration_case import INSTANT, make_calibration_case
 
 import train_net
 from cascade_det.benchmark import accuracy
-from cascade_det.benchmark.accuracy import SETTINGS, accuracy_section, measure_accuracy
+from cascade_det.benchmark.accuracy import (
+    SETTINGS,
+    accuracy_section,
+    measure_accuracy,
+    time_in_turn,
+)
+from cascade_det.benchmark.timing import spread
 from cascade_det.config import load_config
 from cascade_det.errors import ConfigError
 
@@ -54,19 +60,20 @@ def test_metrics_are_those_of_an_evaluation_of_the_setting(case, cfg, tmp_path):
     assert rows[EXITS]["entered"][1:] == [10, 4]
     # In float32 the fast detector differs by rounding only.
     assert rows["fast"]["entered"] == rows[OFF]["entered"]
-    assert rows["fast"]["milliseconds"] > 0
+    assert rows["fast"]["milliseconds"]["median"] > 0
+    assert len(rows["fast"]["milliseconds"]["samples"]) == 2  # batches of two
+    assert rows[OFF]["times_as_fast"]["samples"] == [1.0, 1.0]
 
 
 def test_settings_with_exits_need_exits_in_the_configuration(case, tmp_path, monkeypatch):
     dataset = SimpleNamespace(records=[], source=SimpleNamespace(name="cells"))
-    detector = SimpleNamespace(device="cpu", dtype="float32")
+    detector = SimpleNamespace(device="cpu", dtype="float32", detect=lambda batch: None)
     results = {
         "bbox": dict.fromkeys(KEYS, 50.0),
-        "latency": {"total": {"median_ms": 1.0}},
         "exits": {},
     }
     monkeypatch.setattr(accuracy, "load_detector", lambda cfg: (detector, [dataset]))
-    monkeypatch.setattr(accuracy, "test_loader", lambda *_: [])
+    monkeypatch.setattr(accuracy, "test_loader", lambda *_: [[{}]])
     monkeypatch.setattr(accuracy, "evaluate_dataset", lambda *_, **__: results)
     cfg = load_config(INSTANT, [*case.options, "MODEL.CASCADE.EXIT.ENABLED", "False"])
     rows = measure_accuracy(cfg, tmp_path)["settings"]
@@ -81,13 +88,47 @@ def test_wrong_settings_are_errors_before_any_runs(cfg, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_times_are_taken_in_turn_and_are_per_image():
+    clock, calls = [0.0], []
+
+    def runner(name, seconds):
+        def detect(batch):
+            calls.append((name, batch))
+            clock[0] += seconds * len(batch)
+
+        return detect
+
+    detect = {"slow": runner("slow", 3.0), "quick": runner("quick", 1.0)}
+    times = time_in_turn(detect, [["a", "b"], ["c"]], "cpu", clock=lambda: clock[0])
+    assert times == {"slow": [3000.0, 3000.0], "quick": [1000.0, 1000.0]}
+    order = [["a", "b"], ["a", "b"], ["c"]]  # the first to warm up
+    assert calls == [(name, batch) for batch in order for name in ("slow", "quick")]
+
+
 def test_the_table_has_differences_from_the_first_setting():
     rows = [
-        {"setting": OFF, "AP": 60.0, "AP75": 70.0, "AP90": 20.0, "milliseconds": 90.0},
-        {"setting": "fast", "AP": 59.75, "AP75": 70.5, "AP90": 20.0, "milliseconds": 30.0},
+        {"setting": OFF, "AP": 60.0, "AP75": 70.0, "AP90": 20.0, "milliseconds": spread([90.0])},
+        {
+            "setting": "fast",
+            "AP": 59.75,
+            "AP75": 70.5,
+            "AP90": 20.0,
+            "milliseconds": spread([30.0]),
+        },
     ]
-    rows = [{**row, "entered": [100.0, 40.0]} for row in rows]
+    faster = {"median": 3.0, "low": 2.9, "high": 3.25}
+    rows = [{**row, "entered": [100.0, 40.0], "times_as_fast": faster} for row in rows]
     text = accuracy_section({"dataset": "cells", "images": 7, "settings": rows})
     cells = [cell.strip() for cell in text.splitlines()[-1].split("|")[1:-1]]
-    wanted = ["fast", "59.75", "70.50", "20.00", "-0.25", "+0.50", "+0.00", "30.0", "3.00"]
+    wanted = [
+        "fast",
+        "59.75",
+        "70.50",
+        "20.00",
+        "-0.25",
+        "+0.50",
+        "+0.00",
+        "30.0",
+        "3.00 (2.90 to 3.25)",
+    ]
     assert cells == [*wanted, "100.0, 40.0"]

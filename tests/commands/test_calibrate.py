@@ -19,7 +19,7 @@ from cascade_det import __version__
 from cascade_det.calibration import calibrate as calibrate_module
 from cascade_det.calibration import comparison as exit_comparison
 from cascade_det.calibration.front_plot import plot_front
-from cascade_det.calibration.recording import _SHARES, time_policies
+from cascade_det.calibration.recording import _SHARES, Timing, time_policies
 from cascade_det.calibration.target import Options
 from cascade_det.commands import calibrate
 from cascade_det.config import load_config
@@ -86,6 +86,13 @@ def _two_times(detector, batches, policies, *, rounds):
     return {name: measured.get(name, measured["full cascade"]) for name in policies}
 
 
+def _gates_taking(*milliseconds):
+    def of_policies(detector, batches, policies, *, rounds):
+        return {name: [Timing((0, 0, 0), 1.0, gates=milliseconds)] for name in policies}
+
+    return of_policies
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Measure little, and compare with less: these take longer than everything else."""
@@ -95,6 +102,8 @@ def quick(monkeypatch):
     monkeypatch.setattr(f"{assessment}.usual_settings", lambda *_: {})
     monkeypatch.setattr("cascade_det.calibration.recording._SHARES", _SHARES[:5])
     monkeypatch.setattr("cascade_det.calibration.recording.time_policies", _masks_of_2_ms)
+    # Of so small a model, any gate may take longer than what it saves.
+    monkeypatch.setattr("cascade_det.calibration.gate_costs.time_policies", _gates_taking(0, 0, 0))
     fewer_rounds = functools.partial(exit_comparison.compare, rounds=20)
     monkeypatch.setattr(f"{assessment}.compare", fewer_rounds)
     monkeypatch.setattr("cascade_det.calibration.report.plot_front", _fewer_pictures)
@@ -147,6 +156,20 @@ def test_exits_of_a_backbone_with_attention(tmp_path):
     case = make_calibration_case(folder, images=8, backbone=ATTENTION["efficientvit"])
     assert run(case, tmp_path / "exits", *TARGETS["drop"]) == 0
     assert assert_as_promised(case, tmp_path / "exits", "standalone", tmp_path / "run") < 1
+
+
+def test_gates_that_take_longer_than_they_save_are_off(case, tmp_path, monkeypatch):
+    times = _gates_taking(0, 1e6, 1e6)
+    monkeypatch.setattr("cascade_det.calibration.gate_costs.time_policies", times)
+    assert run(case, tmp_path / "exits", *TARGETS["drop"]) == 0
+    exits = yaml.safe_load((tmp_path / "exits" / "exits.yaml").read_text())
+    off = exits["MODEL"]["CASCADE"]["EXIT"]["GATES_OFF"]
+    assert off
+    assert set(off) <= {1, 2}
+    assert "ms: it is switched off" in (tmp_path / "exits" / "log.txt").read_text()
+    assert_as_promised(case, tmp_path / "exits", "standalone", tmp_path / "run")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert not {f"gate{gate}" for gate in off} & results["latency"]["parts"].keys()
 
 
 def assert_as_promised(case, folder, name, output):

@@ -55,6 +55,7 @@ def calibrated() -> dict[str, object]:
         "REGION_BUDGET": (0, 500, 50),
         "TIME_BUDGET_MS": 12.5,
         "TIME_BUDGET_PER": "batch",
+        "GATES_OFF": (0,),
         "LEARNED": ("iou_head", "gate", "pruner"),
         "SCORE_SCALES": (1.1, 1.2, 1.3),
         "SCORE_SHIFTS": (0.1, 0.0, -0.1),

@@ -123,6 +123,11 @@ class TestEveryKeyReachesThePolicy:
         assert budget.milliseconds == 40
         assert budget.per_image == per_image
 
+    def test_gates_off(self, cfg):
+        assert build(cfg).gates_off == set()
+        exits = build(cfg, REGION_BUDGET=(9,), GATES_OFF=(0, 2))
+        assert [exits.has_gate(stage) for stage in (-1, 0, 1)] == [False, True, False]
+
     def test_learned_parts(self, cfg):
         assert build(cfg).learned is None
         assert build(cfg, LEARNED=("pruner", "iou_head")).learned.names == ("iou_head", "pruner")
@@ -190,6 +195,9 @@ class TestEveryKeyReachesThePolicy:
         ("LOCALISATION_THRESHOLDS", (1.5,), "from 0 to 1"),
         ("REGION_BUDGET", (-1,), "0: no limit"),
         ("REGION_BUDGET", (10.5,), "whole numbers"),
+        ("GATES_OFF", (-1,), "0 is before stage 0"),
+        ("GATES_OFF", (0.5,), "0 is before stage 0"),
+        ("GATES_OFF", (3,), "the gates 0 to 2"),
         ("TIME_BUDGET_MS", -1.0, "0 means no limit"),
         ("SCORE_SCALES", (0.0,), "above 0"),
         ("SCORE_SHIFTS", (float("inf"),), "numbers"),

@@ -125,6 +125,7 @@ STAGES = "Exits: 3 stages, IoU 0.5, 0.6, 0.7; "
             "at most 300, any number, 20 of an image's regions in a stage",
         ),
         ({"TIME_BUDGET_MS": 40.5}, "at most 40.5 ms per image"),
+        ({"REDUNDANCY_IOU": 0.8, "GATES_OFF": (0, 2)}, "redundant from IoU 0.8; off at gate 0, 2"),
         ({"TIME_BUDGET_MS": 40.0, "TIME_BUDGET_PER": "batch"}, "at most 40 ms per batch"),
         (
             {"SCORE_SCALES": (1.0, 1.0, 0.5), "SCORE_SHIFTS": (0.25,)},
@@ -148,7 +149,7 @@ def test_the_summary_has_what_is_on_with_its_values(changes, rules):
     assert len(rules_of(cfg)) == len(named)
 
 
-_NO_RULES = ("learned", "scores", "expected", "no rule")
+_NO_RULES = ("off at", "learned", "scores", "expected", "no rule")
 
 
 def test_the_summary_of_exits_that_are_off():

@@ -10,12 +10,15 @@ from region_views import (
     as_seen,
     both_policies,
     make_view,
+    on_gpu,
     reasons_of,
     view_of,
     view_of_image,
 )
 
+from cascade_det.benchmark.pretended_gpu import PretendedGPU
 from cascade_det.core.exits.background import KeepNearBest, PruneBelow
+from cascade_det.core.exits.budget import RegionBudget
 from cascade_det.core.exits.confidence import MEASURES, AcceptConfident
 from cascade_det.core.exits.redundancy import DropCovered
 from cascade_det.core.structures import nms
@@ -260,3 +263,35 @@ class TestConfidence:
         assert not rule.is_active(-1)
         assert mask_of(rule, view_of(probs, predicted_ious=ious)) == [True, False]
         assert mask_of(rule, view_of(probs, predicted_ious=ious, stage=1)) == [False, True]
+
+
+RULES = {
+    "prune": lambda _: PruneBelow((0.0, 0.3, 0.3)),
+    "near the best": lambda _: KeepNearBest((1.0, 0.2, 0.2), best=4),
+    "covered": lambda _: DropCovered(0.4),
+    **{
+        f"confident by {name}": lambda _, m=measure: AcceptConfident(m, (0.5, 0.5))
+        for name, measure in MEASURES.items()
+    },
+    "budget": lambda _: RegionBudget((0, 4, 4)),
+    "learned gate": lambda parts: AcceptConfident(parts.readiness, (0.5, 0.5)),
+    "learned pruner": lambda parts: PruneBelow((0.0, 0.5, 0.5), parts.continue_probability),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+@torch.no_grad()
+def test_regions_that_are_gone_count_for_nothing(name):
+    """Whatever they are: the live ones get the answer that they get alone."""
+    parts, on_device = make_parts(), make_parts()
+    rule, gpu_rule = RULES[name](parts), RULES[name](on_device)
+    for seed in SEEDS:
+        view = make_view(stage=1, counts=(12, 5, 0, 9), seed=seed, num_accepted=4)
+        gone = torch.rand(len(view), generator=torch.Generator().manual_seed(seed)) < 0.6
+        rows = torch.nonzero(~gone).squeeze(1)
+        wanted = rule.exit_mask(view[rows])
+        assert torch.equal(rule.exit_mask(view.without(gone))[rows], wanted)
+        with PretendedGPU() as gpu:
+            gpu.move(on_device)
+            found = gpu_rule.exit_mask(on_gpu(view, gpu).without(gpu.move(gone))).held
+        assert torch.equal(found[rows], wanted)

@@ -1,5 +1,6 @@
 """The exit policy: order of the rules, its decisions, and what it needs."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -12,12 +13,14 @@ from region_views import (
     as_seen,
     both_policies,
     make_view,
+    on_gpu,
     policy,
     reasons_of,
     some_policies,
     view_of,
 )
 
+from cascade_det.benchmark.pretended_gpu import PretendedGPU
 from cascade_det.core.exits import RegionView, build_exits
 from cascade_det.core.exits.policy import CONFIDENCES
 
@@ -26,6 +29,11 @@ NEVER = 1.1
 
 def decide(exits, view):
     return reasons_of(exits.decide(view), len(view))
+
+
+def decide_on_a_gpu(exits, view):
+    with PretendedGPU() as gpu:
+        return decide(gpu.move(exits), on_gpu(view, gpu))
 
 
 def test_reasons_by_hand():
@@ -104,6 +112,30 @@ def test_without_rules_all_regions_stay(stage):
         assert decision.exited == {}
 
 
+def test_gates_that_are_off():
+    rules = {"prune_thresholds": (0.3, 0.3), "redundancy_iou": 0.5, "region_budget": (9, 5, 2)}
+    views = {stage: make_view(stage=stage) for stage in (-1, 0, 1)}
+    for off in ((), (0,), (1,), (0, 2), (0, 1, 2)):
+        exits = policy(**rules, gates_off=off)
+        for stage, view in views.items():
+            wanted = policy(**rules).decide(view).exited
+            assert wanted
+            decision = exits.decide(view)
+            assert decision.exited.keys() == (set() if stage + 1 in off else wanted.keys())
+            assert exits.has_gate(stage) == (stage + 1 not in off)
+    assert policy(**rules, gates_off=(0,)).needs_objectness is False
+    with pytest.raises(ValueError, match=r"no gates \[3\]: 3 stages have 0 to 2"):
+        policy(**rules, gates_off=(0, 3))
+
+
+def test_the_time_is_limited_at_gates_that_are_off_too():
+    exits = policy(region_budget=(0, 5, 0), gates_off=(1,), time_budget_ms=1.0, clock=lambda: 2.0)
+    deadline = exits.time_budget.start(1, 0.0)
+    view = make_view(stage=0)
+    assert reasons_of(exits.decide(view, deadline), len(view)) == ["budget"] * len(view)
+    assert exits.decide(view).exited == {}
+
+
 @given(
     arguments=some_policies(),
     localisation=st.sampled_from(["none", "refinement", "predicted_iou"]),
@@ -121,7 +153,27 @@ def test_any_policy_decides_as_the_naive_one(arguments, localisation, seed):
         view = make_view(stage=stage, seed=seed + stage, num_accepted=3 if stage == 1 else 0)
         wanted = naive.decide(stage, as_seen(view), as_accepted(view))
         assert naive.closest > 1e-6
-        assert decide(exits, view) == wanted
+        assert decide(exits, view) == decide(exits, view_of_known_sizes(view)) == wanted
+        # In other operations, as a GPU waits for every number of regions.
+        assert decide_on_a_gpu(copy.deepcopy(exits), view) == wanted
+
+
+def test_a_gate_waits_once_for_a_gpu():
+    rules = {"prune_thresholds": (0.4, 0.4), "redundancy_iou": 0.5, "thresholds": (0.7, 0.7)}
+    exits = policy(**rules, region_budget=(3, 3, 3))
+    view = make_view(stage=1, counts=(40, 30), num_accepted=4)
+    wanted = decide(exits, view)
+    assert {"background", "redundant", "confident", "budget", None} == set(wanted)
+    with PretendedGPU() as gpu:
+        moved = on_gpu(view, gpu)
+        gpu.reset()
+        decision = exits.decide(moved)
+        assert gpu.waits.total() == 1, gpu.places
+        assert reasons_of(decision, len(view)) == wanted
+
+
+def view_of_known_sizes(view):
+    return dataclasses.replace(view, sizes=tuple(view.counts.tolist()))
 
 
 @pytest.mark.parametrize("stage", [-1, 0, 1])
@@ -258,8 +310,8 @@ class TestView:
                     assert torch.equal(own, whole[rows])
             assert torch.equal(part.scores, view.probs[rows, :-1].amax(dim=1))
             assert torch.equal(part.classes, view.probs[rows, :-1].argmax(dim=1))
-            assert looked_at == ("_best" in vars(view[rows]))
-            assert len(view.scores) == len(view)
+            assert looked_at == ({"scores", "classes"} <= vars(view[rows]).keys())
+            assert len(view.scores) == len(view.classes) == len(view)
 
     def test_ranks_and_counts(self):
         view = make_view(counts=(3, 0, 4), stage=-1)
@@ -267,6 +319,13 @@ class TestView:
         assert view.ranks.tolist() == [2, 0, 1, 2, 0, 3, 1]
         assert view.counts.tolist() == [3, 0, 4]
         torch.testing.assert_close(view.scores, torch.sigmoid(view.objectness))
+
+    def test_ranks_of_live_regions(self):
+        # Scores of 0 are better than any of a region that is gone.
+        view = view_of([[0.0, 1.0], [0.9, 0.1], [0.0, 1.0], [0.4, 0.6]])
+        live = view.without(torch.tensor([True, False, False, True]))
+        assert live.ranks.tolist()[1:3] == [0, 1]
+        assert live.counts.tolist() == [2]
 
     def test_refinement(self):
         view = make_view(stage=0, counts=(1,))

@@ -123,6 +123,45 @@ def test_background_after_the_last_stage_is_no_early_exit(detector_output):
     assert evaluator.evaluate()["latency"]["most_exits_could_save"] == pytest.approx(0.5)
 
 
+def test_gates_are_parts_of_their_own(detector_output):
+    evaluator = LatencyEvaluator(warmup=0)
+    times = {"gate0": 1, "stage0": 20, "gate1": 2, "stage1": 3, "rpn": 4}
+    full = {"full/stage0": 20, "full/stage1": 30}
+    feed(evaluator, detector_output, times | full, left=EXITS)
+    latency = evaluator.evaluate()["latency"]
+    assert list(latency["parts"]) == ["rpn", "gate0", "stage0", "gate1", "stage1"]
+    assert list(latency["full_parts"]) == ["rpn", "stage0", "stage1"]
+    assert (latency["total"]["median_ms"], latency["full_total"]["median_ms"]) == (30, 54)
+
+
+@pytest.mark.parametrize(("gate", "costs_more"), [(23.9, False), (24.1, True)])
+def test_a_gate_that_takes_longer_than_what_left_would_is_named(detector_output, gate, costs_more):
+    evaluator = LatencyEvaluator(warmup=0)
+    times = {"stage0": 20, "gate1": gate, "stage1": 3, "full/stage0": 20, "full/stage1": 30}
+    for images in (1, 2):
+        # Four of five regions left after stage 0: 24 of the 30 ms of stage 1.
+        scaled = {part: time * images for part, time in times.items()}
+        feed(evaluator, detector_output, scaled, images=images, left=EXITS)
+    told = (
+        "The exits after stage 0 take 24.1 ms per image, and the regions that leave there would "
+        "take 24 ms in the stages after them: MODEL.CASCADE.EXIT.GATES_OFF [1] is faster here."
+    )
+    assert evaluator.evaluate()["latency"]["notes"] == [told] * costs_more
+
+
+def test_a_gate_before_the_stages_that_costs_more_is_named(detector_output):
+    evaluator = LatencyEvaluator(warmup=0)
+    batch = [{"image": torch.zeros(3, 32, 48, dtype=torch.uint8)}]
+    times = {"gate0": 6.0, "stage0": 4.0, "full/stage0": 8.0, "full/stage1": 2.0}
+    left = {"proposed": 10, "left_before": {"budget": 5}, "milliseconds": times}
+    stats = CascadeStats([5, 5], NO_EXITS, **left)
+    evaluator.process(batch, detector_output([], stats=stats))
+    (note,) = evaluator.evaluate()["latency"]["notes"]
+    assert note.startswith("The exits before stage 0 take 6 ms per image")
+    assert "would take 5 ms" in note
+    assert "GATES_OFF [0]" in note
+
+
 def test_without_times(detector_output):
     evaluator = LatencyEvaluator()
     feed(evaluator, detector_output, {})

@@ -1,5 +1,7 @@
 """Inputs of exit rules, random or by hand."""
 
+import dataclasses
+
 import torch
 from hypothesis import strategies as st
 from naive_exits import NaivePolicy, Seen
@@ -84,6 +86,13 @@ def view_of_image(view, image):
     one.num_images, one.image_index = 1, torch.zeros_like(one.image_index)
     one.accepted = [view_of_image(accepted, image) for accepted in view.accepted]
     return one
+
+
+def on_gpu(view, gpu):
+    """The view on a ``PretendedGPU``."""
+    fields = {f.name: getattr(view, f.name) for f in dataclasses.fields(view)}
+    moved = {n: gpu.move(x) if isinstance(x, torch.Tensor) else x for n, x in fields.items()}
+    return RegionView(**moved | {"accepted": [on_gpu(one, gpu) for one in view.accepted]})
 
 
 def as_seen(view):

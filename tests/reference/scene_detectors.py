@@ -21,7 +21,8 @@ MASK_COSTS = (1.5, 0.25)  # milliseconds per call and mask
 class SceneDetector(nn.Module):
     """A cascade on given feature maps: image ``i`` of a scene has the id ``10 + i``.
 
-    Its time is what ``COSTS`` and ``MASK_COSTS`` say, and 20 ms for the rest.
+    Its time is what ``COSTS`` and ``MASK_COSTS`` say, and 20 ms for the rest; each gate that runs
+    takes its ``gate_milliseconds`` per call.
     """
 
     def __init__(self, *, images=4, **cascade):
@@ -36,6 +37,7 @@ class SceneDetector(nn.Module):
         generator = torch.Generator().manual_seed(0)
         self.objectness = [torch.randn(len(p), generator=generator) for p in self.scene.proposals]
         self.calls = []
+        self.gate_milliseconds = ()
         self.fails = False
 
     def set_exits(self, exits):
@@ -61,6 +63,9 @@ class SceneDetector(nn.Module):
             for stage, entered in enumerate(stats.entered):
                 took = per_call[stage] * (entered > 0) + per_region[stage] * entered
                 timer.milliseconds[f"stage{stage}"] = took
+            for gate, took in enumerate(self.gate_milliseconds):
+                if self.cascade.exits is not None and self.cascade.exits.has_gate(gate - 1):
+                    timer.milliseconds[f"gate{gate}"] = took
             per_call, per_mask = MASK_COSTS
             timer.milliseconds["masks"] = per_call * (stats.masks > 0) + per_mask * stats.masks
         frames = [frame_of(sample, self) for sample in batch]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from cascade_det.core.exits.confidence import Measure, max_prob
+from cascade_det.core.exits.confidence import Measure, max_prob, on_live
 from cascade_det.core.exits.view import RegionView
 
 
@@ -32,7 +32,7 @@ class PruneBelow:
 
     def exit_mask(self, view: RegionView) -> Tensor:
         """Bool ``[R]``."""
-        return self.measure(view) < self.thresholds[view.stage + 1]
+        return on_live(self.measure, view) < self.thresholds[view.stage + 1]
 
 
 class KeepNearBest:
@@ -60,5 +60,8 @@ class KeepNearBest:
         """Bool ``[R]``."""
         # [N]. A sum over one region per image: its shape does not depend on values on the GPU.
         kth_best = view.scores.new_zeros(view.num_images)
-        kth_best.index_add_(0, view.image_index, view.scores * (view.ranks == self.best - 1))
+        is_kth = view.ranks == self.best - 1
+        if view.gone is not None:  # the ranks of too few live regions go on with those
+            is_kth &= ~view.gone
+        kth_best.index_add_(0, view.image_index, view.scores * is_kth)
         return view.scores < kth_best[view.image_index] - self.margins[view.stage + 1]

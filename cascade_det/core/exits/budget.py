@@ -32,6 +32,12 @@ class RegionBudget:
         """Bool ``[R]``."""
         return view.ranks >= self.most[view.stage + 1]
 
+    def sizes_after(self, view: RegionView) -> tuple[int, ...] | None:
+        """How many regions of each image stay, ``None`` if the CPU does not know."""
+        if view.sizes is None or view.gone is not None:
+            return None
+        return tuple(min(size, self.most[view.stage + 1]) for size in view.sizes)
+
 
 @dataclass
 class TimeBudget:
@@ -93,11 +99,12 @@ class Deadline:
     def exit_mask(self, view: RegionView) -> Tensor:
         """Bool ``[R]``: all regions or none."""
         now = self._now(view.boxes.device)
+        live = len(view) if view.gone is None else len(view) - int(view.gone.sum())
         over = False
         if view.stage >= 0:
-            next_stage = (now - self._last_gate) / max(self._entered, 1) * len(view)
+            next_stage = (now - self._last_gate) / max(self._entered, 1) * live
             over = now + next_stage + self._budget.report_seconds > self._end
-        self._last_gate, self._entered = now, len(view)
+        self._last_gate, self._entered = now, live
         return torch.full((len(view),), over, dtype=torch.bool, device=view.boxes.device)
 
     def mark_stages_done(self, device: torch.device) -> None:

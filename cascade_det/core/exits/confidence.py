@@ -42,12 +42,28 @@ def agreement(view: RegionView) -> Tensor:
     return (view.agreements * view.is_foreground).float()
 
 
+def on_live(measure: Measure, view: RegionView) -> Tensor:
+    """``[R]``: the measure of the live regions; 0 for the others where that saves time.
+
+    On a CPU only the live regions are measured, unless there is hardly anything to compute. On a
+    GPU, for which a thousand regions are little work, all are: their number is known.
+    """
+    if view.gone is None or measure in _CHEAP or view.boxes.device.type != "cpu":
+        return measure(view)
+    rows = view.live_rows()
+    live = view[rows]
+    live.gone = None
+    values = measure(live)
+    return values.new_zeros(len(view)).index_copy_(0, rows, values)
+
+
 MEASURES: dict[str, Measure] = {
     "max_prob": max_prob,
     "entropy": entropy,
     "margin": margin,
     "agreement": agreement,
 }
+_CHEAP: tuple[Measure, ...] = (max_prob, agreement)
 
 
 def refinement(view: RegionView) -> Tensor:
@@ -87,7 +103,7 @@ class AcceptConfident:
 
     def exit_mask(self, view: RegionView) -> Tensor:
         """Bool ``[R]``."""
-        ready = self.confidence(view) >= self.thresholds[view.stage]
+        ready = on_live(self.confidence, view) >= self.thresholds[view.stage]
         if self.localisation is None:
             return ready
         return ready & (self.localisation(view) >= self.localisation_thresholds[view.stage])

@@ -81,11 +81,14 @@ def region_features(view: RegionView) -> Tensor:
 def _between_worst_and_best(view: RegionView) -> Tensor:
     """``[R]`` in [0, 1]: 1 for the best score of an image, 0 for the worst; 1 if all are equal."""
     scores = view.scores.float()
+    of_live = scores, scores
+    if view.gone is not None:  # neither the best nor the worst, as scores are in [0, 1]
+        of_live = scores.masked_fill(view.gone, -1.0), scores.masked_fill(view.gone, 2.0)
     best, worst = (  # [N] each
         torch.zeros(view.num_images, device=scores.device).scatter_reduce(
-            0, view.image_index, scores, reduce, include_self=False
+            0, view.image_index, values, reduce, include_self=False
         )
-        for reduce in ("amax", "amin")
+        for values, reduce in zip(of_live, ("amax", "amin"), strict=True)
     )
     spread = (best - worst)[view.image_index]  # [R]
     return 1.0 - (best[view.image_index] - scores) / spread.where(spread > 0, 1.0)

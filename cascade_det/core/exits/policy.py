@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from cascade_det.core.exits.confidence import LOCALISATIONS, MEASURES, AcceptCon
 from cascade_det.core.exits.learned import LearnedParts
 from cascade_det.core.exits.redundancy import DropCovered
 from cascade_det.core.exits.view import BEFORE_STAGES, RegionView
+from cascade_det.core.structures.on_device import indices_by_group
 
 CONFIDENCES = (*MEASURES, "learned")
 # Early exits for these reasons are reported; all others are dropped.
@@ -31,7 +32,7 @@ class ExitRule(Protocol):
         """Whether regions can exit after ``stage`` (-1: before stage 0)."""
 
     def exit_mask(self, view: RegionView) -> Tensor:
-        """Bool ``[R]``: the regions that exit."""
+        """Bool ``[R]``: the regions that exit; anything for those that are gone."""
 
 
 @dataclass
@@ -41,18 +42,20 @@ class Decision:
     Attributes:
         kept: regions that enter the next stage, in order; ``None`` for all.
         exited: regions that exit, by reason; no entry is empty.
+        sizes: N numbers of kept regions of each image, where the CPU knows them.
     """
 
     kept: Tensor | None
     exited: dict[str, Tensor]
+    sizes: Sequence[int] | None = None
 
 
 class ExitPolicy(nn.Module):
     """Decides which regions exit at each gate: before stage 0 and after each stage but the last.
 
     A region exits for the first reason that applies: background, redundant, confident, budget.
-    Each rule sees the regions that the rules before it kept. All rules are off by default. A
-    policy keeps no state of a call, so threads may share it.
+    Each rule sees the regions that the rules before it kept; the others are ``gone``. All rules
+    are off by default. A policy keeps no state of a call, so threads may share it.
 
     Args:
         num_stages: S.
@@ -71,13 +74,16 @@ class ExitPolicy(nn.Module):
         time_budget_ms: milliseconds of ``TimeBudget``; 0 is no limit.
         time_budget_per_image: see ``TimeBudget``.
         clock: see ``TimeBudget``.
+        gates_off: gates at which the rules are not applied, but a time budget is: 0 is before
+            stage 0, s + 1 after stage s. Regions that would exit there stay live.
         score_scales: S values a, by exit stage; regions are reported with the calibrated scores
             sigmoid(a logit(p) + b).
         score_shifts: S values b, by exit stage.
         learned: the learned parts that the rules use.
 
     Raises:
-        ValueError: for a wrong number of values, or a rule without its learned part.
+        ValueError: for a wrong number of values, a gate that is not there, or a rule without its
+            learned part.
     """
 
     def __init__(
@@ -98,6 +104,7 @@ class ExitPolicy(nn.Module):
         time_budget_ms: float = 0.0,
         time_budget_per_image: bool = True,
         clock: Callable[[], float] = time.perf_counter,
+        gates_off: Collection[int] = (),
         score_scales: Sequence[float] = (),
         score_shifts: Sequence[float] = (),
         learned: LearnedParts | None = None,
@@ -118,6 +125,7 @@ class ExitPolicy(nn.Module):
         ):
             if len(values) not in (0, count):
                 raise ValueError(f"{len(values)} {name} for {num_stages} stages: give {count}")
+        self.gates_off = _checked_gates(gates_off, num_stages)
         rules: list[ExitRule] = []
         if proposal_threshold > 0 or any(prune_thresholds):
             of_stages = prune_thresholds or (0.0,) * (num_stages - 1)
@@ -153,14 +161,16 @@ class ExitPolicy(nn.Module):
             )
         self.score_scales = tuple(score_scales)
         self.score_shifts = tuple(score_shifts)
-        self.needs_crops = any(pruner_thresholds[:1])
+        self.needs_crops = any(pruner_thresholds[:1]) and 0 not in self.gates_off
         # Learned parts read the objectness at every gate.
         uses_learned = any(pruner_thresholds) or (accepts and confidence == "learned")
-        self.needs_objectness = uses_learned or any(
-            rule.is_active(BEFORE_STAGES) for rule in self.rules
-        )
+        self.needs_objectness = uses_learned or self.has_gate(BEFORE_STAGES)
         self.needs_agreements = uses_learned or (accepts and confidence == "agreement")
         self.needs_accepted = redundancy_iou is not None and accepts
+
+    def has_gate(self, stage: int) -> bool:
+        """Whether any rule is on after ``stage`` (-1: before stage 0)."""
+        return bool(self._rules_at(stage))
 
     def decide(self, view: RegionView, deadline: Deadline | None = None) -> Decision:
         """Decide which regions of ``view`` exit.
@@ -169,25 +179,42 @@ class ExitPolicy(nn.Module):
             view: the live regions.
             deadline: of the call, applied last; ``None`` for none, as in a replay.
         """
+        rules = self._rules_at(view.stage)
+        if deadline is not None:
+            rules.append(deadline)
+        if not rules or not len(view):
+            return Decision(None, {}, view.sizes)
+        sizes = None
+        if len(rules) == 1 and isinstance(rules[0], RegionBudget):
+            sizes = rules[0].sizes_after(view)
+            if sizes is not None and sum(sizes) == len(view):
+                return Decision(None, {}, sizes)
+        masks = [rules[0].exit_mask(view)]  # [R] each
+        gone = masks[0]
+        for rule in rules[1:]:
+            masks.append(rule.exit_mask(view.without(gone)))
+            gone = gone | masks[-1]
+        # By the first rule that applies. The regions are split once, at the end, because a GPU
+        # makes the CPU wait for every number of regions.
+        first = torch.full_like(view.image_index, len(rules))
+        for index in reversed(range(len(rules))):
+            first.masked_fill_(masks[index], index)
+        if sizes is None:
+            *exiting, kept = indices_by_group(first, len(rules) + 1)
+        else:
+            rows = torch.argsort(first, stable=True)
+            *exiting, kept = rows.split([len(view) - sum(sizes), sum(sizes)])
         exited: dict[str, Tensor] = {}
-        kept: Tensor | None = None
-        for rule in self.rules if deadline is None else (*self.rules, deadline):
-            if not rule.is_active(view.stage) or not len(view):
-                continue
-            mask = rule.exit_mask(view)  # [R]
-            # A stable sort keeps the order, and takes one synchronisation with the GPU.
-            staying, exiting = torch.argsort(mask.byte(), stable=True).tensor_split(
-                [len(view) - int(mask.sum())]
-            )
-            if not len(exiting):
-                continue
-            rows = exiting if kept is None else kept[exiting]
-            exited[rule.reason] = (
-                torch.cat((exited[rule.reason], rows)) if rule.reason in exited else rows
-            )
-            kept = staying if kept is None else kept[staying]
-            view = view[staying]
-        return Decision(kept, exited)
+        for rule, rows in zip(rules, exiting, strict=True):
+            if len(rows):
+                before = exited.get(rule.reason)
+                exited[rule.reason] = rows if before is None else torch.cat((before, rows))
+        return Decision(kept if exited else None, exited, sizes if exited else view.sizes)
+
+    def _rules_at(self, stage: int) -> list[ExitRule]:
+        if stage + 1 in self.gates_off:
+            return []
+        return [rule for rule in self.rules if rule.is_active(stage)]
 
     def calibrated(self, probs: Tensor, stage: int) -> Tensor:
         """Calibrate class probabilities ``[R, K + 1]`` of regions that exit after ``stage``."""
@@ -210,6 +237,12 @@ class ExitPolicy(nn.Module):
         if name == "predicted_iou":
             self._part("iou_head")
         return LOCALISATIONS[name]
+
+
+def _checked_gates(gates: Collection[int], num_stages: int) -> frozenset[int]:
+    if missing := sorted(set(gates) - set(range(num_stages))):
+        raise ValueError(f"no gates {missing}: {num_stages} stages have 0 to {num_stages - 1}")
+    return frozenset(gates)
 
 
 def build_exits(

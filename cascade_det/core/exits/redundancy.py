@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from cascade_det.core.exits.view import RegionView
-from cascade_det.core.structures.nms import nms_mask
+from cascade_det.core.structures.nms import grouped_nms, nms_mask
 
 
 class DropCovered:
@@ -22,6 +24,7 @@ class DropCovered:
 
     def __init__(self, iou: float) -> None:
         self.iou = iou
+        self._threshold = _just_below(iou)
 
     def is_active(self, stage: int) -> bool:
         """After every stage; before stage 0 there are no classes."""
@@ -29,22 +32,44 @@ class DropCovered:
 
     def exit_mask(self, view: RegionView) -> Tensor:
         """Bool ``[R]``."""
+        if view.gone is None or view.boxes.device.type != "cpu":
+            return self._covered(view, view.accepted)
+        # The classes of live regions alone: a maximum over many classes takes a CPU long.
+        rows = view.live_rows()
+        covered = self._covered(view.boxes_of(rows), view.accepted)
+        return torch.zeros_like(view.gone).index_copy_(0, rows, covered)
+
+    def _covered(self, view: RegionView, accepted: Sequence[RegionView]) -> Tensor:
+        """Bool ``[R]``; regions that are gone cover none."""
         assert view.probs is not None
-        views = [view, *view.accepted]
-        boxes = torch.cat([v.boxes for v in views])  # [R + A, 4], A accepted regions
+        images = view.image_index
+        if view.gone is not None:
+            images = images.masked_fill(view.gone, view.num_images)  # takes no part
+        views = [view, *accepted]
         # NaN and Inf become 0; an empty box covers nothing. In float64, because a CPU shifts the
         # boxes of each class, and float32 would lose fractions of a pixel.
-        boxes = boxes.double().where(boxes.isfinite(), 0.0)
+        boxes = _joined([v.boxes for v in views]).double().nan_to_num(0.0, 0.0, 0.0)  # [R + A, 4]
+        scores = _joined([v.scores for v in views]).double()
+        classes = _joined([v.classes for v in views])
+        if boxes.device.type == "cpu" and view.num_images == 1:  # in half the time
+            covered = torch.ones(len(boxes), dtype=torch.bool)
+            covered[grouped_nms(boxes, scores, classes, self._threshold)] = False
+            return covered[: len(view)]
         remains = nms_mask(
             boxes,
-            torch.cat([v.scores for v in views]).double(),
-            torch.cat([v.image_index for v in views]),
-            torch.cat([v.classes for v in views]),
+            scores,
+            _joined([images, *(v.image_index for v in accepted)]),
+            classes,
             num_images=view.num_images,
             num_classes=view.probs.shape[1] - 1,
-            iou=_just_below(self.iou),
+            iou=self._threshold,
         )
         return ~remains[: len(view)]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Of R live regions and A accepted ones, mostly none: ``[R + A, ...]``."""
+    return parts[0] if len(parts) == 1 else torch.cat([*parts])
 
 
 def _just_below(value: float) -> float:

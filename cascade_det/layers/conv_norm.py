@@ -16,6 +16,24 @@ from cascade_det.layers.training_conv import training_conv2d
 class FrozenBatchNorm2d(_FrozenBatchNorm2d):
     """torchvision's frozen batch norm by the fused kernel: one pass, bit-equal to Detectron2's."""
 
+    _factors: tuple[list[tuple[Tensor, int]], Tensor, Tensor] | None = None
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """``(scale, shift)``, each ``[C]``: the norm is ``scale * x + shift``.
+
+        Computed again only after a change of the statistics: of the operations of a training step
+        on a GPU these would be one in seven.
+        """
+        buffers = (self.weight, self.bias, self.running_mean, self.running_var)
+        now = [(buffer, buffer._version) for buffer in buffers]
+        if self._factors is None or not all(
+            old is new and before == after
+            for (old, before), (new, after) in zip(self._factors[0], now, strict=True)
+        ):
+            scale = self.weight * (self.running_var + self.eps).rsqrt()
+            self._factors = now, scale, self.bias - self.running_mean * scale
+        return self._factors[1:]
+
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` normalised by the stored statistics."""
         return F.batch_norm(
@@ -93,8 +111,8 @@ class ConvNorm(nn.Conv2d):
         weight, bias, norm = self.weight, self.bias, self.norm
         if isinstance(norm, FrozenBatchNorm2d):
             # Folded: equal up to rounding, without a pass over the map and a copy of it.
-            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-            weight, bias = weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale
+            scale, bias = norm.factors()
+            weight = weight * scale.view(-1, 1, 1, 1)
             norm = None
         x = training_conv2d(
             x,

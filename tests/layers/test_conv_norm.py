@@ -1,6 +1,7 @@
 """Convolutions with norms: names, frozen batch norm, freezing, and residual blocks in one pass."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -50,6 +51,25 @@ def test_frozen_batch_norm_passes_gradients_through():
     norm(x).sum().backward()
     slope = norm.weight / (norm.running_var + norm.eps).sqrt()
     torch.testing.assert_close(x.grad, slope.view(1, 3, 1, 1).expand_as(x))
+
+
+def test_factors_follow_every_change_of_the_statistics():
+    norm, x = fill(FrozenBatchNorm2d(3)), torch.randn(2, 3, 4, 4)
+
+    def changed(change):
+        change()
+        scale, shift = (factor.view(1, 3, 1, 1) for factor in norm.factors())
+        torch.testing.assert_close(scale * x + shift, norm(x))
+        return norm.factors()[0]
+
+    first = changed(lambda: None)
+    assert norm.factors()[0] is first
+    other = fill(FrozenBatchNorm2d(3)).state_dict()
+    seen = [first, changed(lambda: norm.load_state_dict(other))]
+    seen.append(changed(lambda: norm.running_var.mul_(3)))
+    seen.append(changed(lambda: setattr(norm, "weight", torch.rand(3))))
+    changed(lambda: setattr(norm, "bias", torch.rand(3)))
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(seen))
 
 
 @pytest.mark.parametrize("name", ["FrozenBN", "BN", "GN", "SyncBN"])

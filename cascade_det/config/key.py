@@ -40,6 +40,7 @@ class Key:
         values: the accepted values.
         unit: of the value, or of each number in a list.
         type_if_set: the type of values other than ``None``, where that is the default.
+        mappings: whether the items of a list may hold mappings.
     """
 
     default: Any
@@ -47,6 +48,7 @@ class Key:
     values: Values = ANY
     unit: str = ""
     type_if_set: type | None = None
+    mappings: bool = False
 
 
 @dataclass(frozen=True)

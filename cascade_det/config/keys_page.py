@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from cascade_det.config.augment_keys import AUGMENTATIONS
 from cascade_det.config.key import Group
 from cascade_det.config.tree import GROUPS, as_lists
 
@@ -22,13 +23,27 @@ A list *per stage* has one value for each stage, or a single value for all of th
 `MODEL.CASCADE.EXIT` it has none for the last stage, and a list *per gate* has one for the gate
 before stage 0 and one for each stage but the last."""
 
+_AUGMENTATIONS = """
+## Entries of `CASCADE.AUGMENT`
+
+Names and arguments are torchvision's (`torchvision.transforms.v2`) where it has the transform; all
+sizes are `[height, width]`. `p` is the probability of an entry for an image, unless the row says
+otherwise; `fill` is the grey level outside the image.
+
+| Name | Arguments and defaults | Effect |
+|---|---|---|"""
+
 _TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 
 
 def page() -> str:
     """The page as Markdown: a table for each group."""
     lines = [line for group in GROUPS for line in _section(group)]
-    return "\n".join([_INTRODUCTION, *lines]) + "\n"
+    entries = []
+    for name, kind in AUGMENTATIONS.items():
+        arguments = (f"`{key}` {as_lists(a.default)!r}" for key, a in kind.arguments.items())
+        entries.append(f"| `{name}` | {', '.join(arguments)} | {kind.help} |")
+    return "\n".join([_INTRODUCTION, *lines, _AUGMENTATIONS, *entries]) + "\n"
 
 
 def _section(group: Group) -> Iterator[str]:

@@ -183,7 +183,13 @@ class _Merge:
         key = KEYS.get(full_key)
         nullable = key.type_if_set if key else None
         wanted = nullable or type(node[name])
-        value = _converted(raw, wanted, nullable is not None, f"{source}: {full_key}")
+        value = _converted(
+            raw,
+            wanted,
+            nullable is not None,
+            f"{source}: {full_key}",
+            mappings=key is not None and key.mappings,
+        )
         if full_key == "VERSION" and value != node[name]:
             raise ConfigError(
                 f"{source}: VERSION is {value!r}, but only {node[name]} is read. Let Detectron2 "
@@ -247,12 +253,14 @@ def _base(path: Path, including: tuple[str, ...]) -> list[Entry]:
         ) from None
 
 
-def _converted(raw: object, wanted: type, is_nullable: bool, where: str) -> object:
+def _converted(
+    raw: object, wanted: type, is_nullable: bool, where: str, *, mappings: bool
+) -> object:
     """``raw`` as a value of type ``wanted``, or a ``ConfigError`` that begins with ``where``."""
     value = _literal(raw) if isinstance(raw, str) else raw
     if wanted is str and isinstance(raw, str) and not isinstance(value, str):
         value = raw  # a folder may be called 2024
-    oddity = _oddity(value) if isinstance(value, (int, str, list, tuple)) else ""
+    oddity = _oddity(value, mappings) if isinstance(value, (int, str, list, tuple)) else ""
     if oddity:
         raise ConfigError(
             f"{where} holds {oddity}. Write text, numbers, True, False, or lists of them."
@@ -279,10 +287,12 @@ def _literal(text: str) -> object:
         return text
 
 
-def _oddity(value: object) -> str:
+def _oddity(value: object, mappings: bool) -> str:
     """Describe a value, or list item, that no configuration can hold; "" if all are plain."""
+    if mappings and isinstance(value, dict):
+        value = [*value, *value.values()]
     if isinstance(value, (list, tuple)):
-        return next(filter(None, map(_oddity, value)), "")
+        return next(filter(None, (_oddity(item, mappings) for item in value)), "")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         return "a whole number that is too large for 64 bits"
     if isinstance(value, str) and "\0" in value:

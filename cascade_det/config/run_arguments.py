@@ -6,11 +6,14 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
+from cascade_det.config.augment_keys import AUGMENTATIONS, complete_entries
+
 
 def input_arguments(cfg: CfgNode, train: bool) -> dict[str, Any]:
     """How images are read and resized; sizes in pixels, 0 in ``min_sizes`` resizes nothing.
 
     ``masks`` are the format of masks and what to do without one, or None where masks are off.
+    ``augment`` is None where nothing but resizing and flipping is asked for.
     """
     source = cfg.INPUT
     masks = None
@@ -24,12 +27,32 @@ def input_arguments(cfg: CfgNode, train: bool) -> dict[str, Any]:
             "flip": source.RANDOM_FLIP,
             "image_format": source.FORMAT,
             "masks": masks,
+            "augment": _augment_arguments(cfg),
         }
     return {
         "min_sizes": (source.MIN_SIZE_TEST,),
         "max_size": source.MAX_SIZE_TEST,
         "image_format": source.FORMAT,
         "masks": masks,
+    }
+
+
+def _augment_arguments(cfg: CfgNode) -> dict[str, Any] | None:
+    """The crop (type and size) and the entries (name and arguments) of the augmentation.
+
+    ``resize`` is whether images are resized to the sizes of training at the end, and
+    ``boxes_of_masks`` whether objects may be cut or turned, so that boxes follow from masks.
+    """
+    crop = cfg.INPUT.CROP
+    entries = complete_entries(cfg.CASCADE.AUGMENT)
+    if not crop.ENABLED and not entries:
+        return None
+    cuts = crop.ENABLED or any(AUGMENTATIONS[name].cuts for name, _ in entries)
+    return {
+        "crop": (crop.TYPE, tuple(crop.SIZE)) if crop.ENABLED else None,
+        "entries": entries,
+        "resize": all(name != "ScaleJitter" for name, _ in entries),
+        "boxes_of_masks": cfg.MODEL.MASK_ON and cuts,
     }
 
 
@@ -95,6 +118,7 @@ def semantic_input_arguments(cfg: CfgNode, train: bool) -> dict[str, Any]:
     arguments = input_arguments(cfg, train)
     del arguments["masks"]
     if train:
+        del arguments["augment"]
         arguments["augmentation"] = cfg.CASCADE.SEMANTIC_AUGMENTATION
     return arguments
 

@@ -6,7 +6,10 @@ from collections.abc import Iterator
 
 from fvcore.common.config import CfgNode
 
+from cascade_det.config.augment_keys import KEY as AUGMENT
+from cascade_det.config.augment_keys import complete_entries, entry_problems
 from cascade_det.config.cascade_checks import Check
+from cascade_det.config.key import at_least, each, rising, whole, within
 from cascade_det.config.segmenter_arguments import is_segmenter
 
 
@@ -29,6 +32,42 @@ def _check_sizes(cfg: CfgNode) -> Iterator[str]:
             f"INPUT.MIN_SIZE_TRAIN is {sizes}, but INPUT.MIN_SIZE_TRAIN_SAMPLING is 'range'. "
             "Give the smallest and the largest size, or sample by 'choice'."
         )
+
+
+def _check_crop(cfg: CfgNode) -> Iterator[str]:
+    crop = cfg.INPUT.CROP
+    pixels = each(whole(at_least(1)))
+    accepts, remedy = {
+        "absolute": (pixels, "[height, width] in pixels, 1 or more"),
+        "absolute_range": (
+            rising(pixels, strictly=False),
+            "[smallest, largest] side in pixels, 1 or more",
+        ),
+    }.get(crop.TYPE, (each(within(0, 1)), "[height, width] as shares of the image, up to 1"))
+    if crop.ENABLED and not accepts(crop.SIZE):
+        yield (
+            f"INPUT.CROP.SIZE is {list(crop.SIZE)}, but INPUT.CROP.TYPE is {crop.TYPE!r}. Give "
+            f"{remedy}."
+        )
+
+
+def _check_augment(cfg: CfgNode) -> Iterator[str]:
+    problems = list(entry_problems(cfg.CASCADE.AUGMENT))
+    yield from problems
+    if problems:
+        return
+    for number, (name, arguments) in enumerate(complete_entries(cfg.CASCADE.AUGMENT)):
+        where = f"{AUGMENT}[{number}]"
+        if name == "CopyPaste" and not cfg.MODEL.MASK_ON:
+            yield (
+                f"{where} is CopyPaste, which cuts objects out by their masks, but MODEL.MASK_ON "
+                "is False. Set it to True, or take the entry out."
+            )
+        if name == "RandomIoUCrop" and arguments["min_scale"] > arguments["max_scale"]:
+            yield (
+                f"{where}: min_scale of RandomIoUCrop is {arguments['min_scale']}, above "
+                f"max_scale, {arguments['max_scale']}. Exchange them."
+            )
 
 
 def _check_datasets(cfg: CfgNode) -> Iterator[str]:
@@ -131,6 +170,8 @@ def _loss_names(cfg: CfgNode) -> list[str]:
 
 RUN_CHECKS: tuple[Check, ...] = (
     _check_sizes,
+    _check_crop,
+    _check_augment,
     _check_datasets,
     _check_solver,
     _check_accumulation,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from cascade_det.config.augment_keys import is_list_of_entries
 from cascade_det.config.key import (
     ABOVE_0_TO_1,
     COUNT,
@@ -63,6 +64,25 @@ INPUT = group(
         one_of("polygon", "bitmask"),
     ),
     FORMAT=Key("BGR", "Channel order, also of PIXEL_MEAN and _STD.", one_of("BGR", "RGB")),
+)
+
+CROP = group(
+    "INPUT.CROP",
+    "Random crops",
+    ENABLED=Key(
+        False, "Crops training images before everything else; boxes then follow from masks."
+    ),
+    TYPE=Key(
+        "relative_range",
+        "SIZE is (height, width) as shares of the image, drawn from SIZE to 1 with relative_range; "
+        "or in pixels; absolute_range draws both sides from its two values.",
+        one_of("relative_range", "relative", "absolute", "absolute_range"),
+    ),
+    SIZE=Key(
+        [0.9, 0.9],
+        "Size of the crop, see TYPE.",
+        Values(each(above(0), length=2), "Give two numbers above 0."),
+    ),
 )
 
 DATASETS = group(
@@ -209,6 +229,16 @@ CASCADE = group(
             "Give [name, annotation file, image folder] for each data set.",
         ),
     ),
+    AUGMENT=Key(
+        (),
+        "Augmentation of training images: a list of `[name, {argument: value}]`, applied in its "
+        "order before resizing and flipping; see [below](#entries-of-cascadeaugment).",
+        Values(
+            is_list_of_entries,
+            "Give a list of [name, {argument: value}], such as [[RandomGrayscale, {p: 0.1}]].",
+        ),
+        mappings=True,
+    ),
     SEMANTIC_DATASETS=Key(
         (),
         "Your data sets for semantic segmentation: `[name, folders, images, labels]` with label "
@@ -303,6 +333,7 @@ CASCADE = group(
 
 RUN_GROUPS = (
     INPUT,
+    CROP,
     DATASETS,
     DATALOADER,
     SOLVER,

@@ -112,4 +112,6 @@ def changed_keys(old: CfgNode, new: CfgNode) -> dict[str, tuple[Any, Any]]:
 
 def as_lists(value: Any) -> Any:
     """Tuples as lists, at every depth, as YAML has them."""
+    if isinstance(value, dict):
+        return {key: as_lists(item) for key, item in value.items()}
     return [as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -27,7 +27,7 @@ _WITH_ROI_HEADS = ("GeneralizedRCNN", "PanopticFPN")
 _WITH_SEMANTIC_HEAD = ("SemanticSegmentor", "PanopticFPN")
 _WITH_RPN = (*_WITH_ROI_HEADS, "ProposalNetwork")
 # Keys that only Detectron2's loader reads.
-_OF_ITS_LOADER = ("INPUT.CROP.ENABLED", "DATALOADER.SAMPLER_TRAIN")
+_OF_ITS_LOADER = ("DATALOADER.SAMPLER_TRAIN",)
 _STAGE_MASKS = {
     "NAME": ("MaskRCNNConvUpsampleHead", "StageMaskHeads"),
     "POOLER_TYPE": ("ROIAlignV2", "ROIAlign"),

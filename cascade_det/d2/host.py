@@ -18,6 +18,7 @@ from cascade_det.d2.evaluate import evaluate as evaluate_detector
 from cascade_det.d2.evaluate import load_model
 from cascade_det.d2.evaluate_segmenter import evaluate_segmenter, load_segmenter
 from cascade_det.d2.loader import build_test_loader
+from cascade_det.d2.mapper import check_augment
 from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
 from cascade_det.d2.segmenter import Segmenter
 from cascade_det.d2.sem_seg_head import CascadeSemSegHead
@@ -118,6 +119,7 @@ def check_config(cfg: CfgNode) -> None:
         else:
             config.check_unread_decoder(cfg)
         return
+    check_augment(cfg)
     name = cfg.MODEL.ROI_HEADS.NAME
     heads = ROI_HEADS_REGISTRY.get(name) if name in ROI_HEADS_REGISTRY else None
     if isinstance(heads, type) and issubclass(heads, EarlyExitCascadeROIHeads):

@@ -12,11 +12,13 @@ from detectron2.data import (
     DatasetMapper,
     build_detection_test_loader,
     build_detection_train_loader,
+    get_detection_dataset_dicts,
 )
 from PIL import Image
 from torch.utils.data import get_worker_info
 
 from cascade_det import config
+from cascade_det.d2.mapper import AugmentingMapper
 from cascade_det.data.samples import REPLACEMENTS_TRIED
 from cascade_det.errors import DatasetError
 from cascade_det.parallel.signals import obey_main_process, signals_held
@@ -32,11 +34,20 @@ _ERROR = "error"
 def build_train_loader(cfg: CfgNode) -> Batches:
     """Detectron2's endless loader of ``DATASETS.TRAIN``.
 
+    Its mapper is Detectron2's too, unless ``CASCADE.AUGMENT`` has entries.
+
     With ``CASCADE.ON_BAD_DATA`` ``error``, an image that cannot be read raises an error; with
     ``skip`` it is logged and replaced by another one.
     """
-    mapper = _Reader(DatasetMapper(cfg, is_train=True), skip=cfg.CASCADE.ON_BAD_DATA == "skip")
-    return Batches(build_detection_train_loader(cfg, mapper=mapper))
+    skip = cfg.CASCADE.ON_BAD_DATA == "skip"
+    if not cfg.CASCADE.AUGMENT:
+        mapper = _Reader(DatasetMapper(cfg, is_train=True), skip=skip)
+        return Batches(build_detection_train_loader(cfg, mapper=mapper))
+    entries = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    )
+    augmenting = _Reader(AugmentingMapper(cfg, entries), skip=skip)
+    return Batches(build_detection_train_loader(cfg, mapper=augmenting, dataset=entries))
 
 
 def build_test_loader(cfg: CfgNode, name: str, mapper: Mapper | None = None) -> Batches:

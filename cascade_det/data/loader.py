@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 
+from cascade_det.data.augmentation import Augmentation
 from cascade_det.data.coco import CocoDataset, ImageRecord, check_same_classes
 from cascade_det.data.sample_masks import MaskOptions, unpack
 from cascade_det.data.sampler import TrainingBatchSampler, aspect_ratio_groups
 from cascade_det.data.samples import (
+    REPLACEMENTS_TRIED,
     Batch,
     DetectionSample,
     Fetched,
@@ -27,6 +30,7 @@ from cascade_det.data.samples import (
     Sample,
     TestSamples,
     TrainingSamples,
+    read_record,
 )
 from cascade_det.data.transforms import TrainTransform
 from cascade_det.errors import DatasetError
@@ -67,6 +71,7 @@ def build_train_loader(
     share: tuple[int, int] = (0, 1),
     on_bad_data: str = "error",
     masks: Mapping[str, str] | None = None,
+    augment: Mapping[str, Any] | None = None,
 ) -> DataLoader[Sample]:
     """Build an endless loader of training batches.
 
@@ -92,6 +97,7 @@ def build_train_loader(
             position in the stream.
         masks: values of :class:`MaskOptions`, for data sets read with masks; ``None`` for samples
             without.
+        augment: values of :func:`detection_sample`; ``None`` to resize and flip only.
 
     Raises:
         ConfigError: ``images_per_batch`` is not divisible by the number of processes.
@@ -100,11 +106,20 @@ def build_train_loader(
     """
     check_same_classes(datasets)
     records = training_records(datasets, filter_empty)
-    transform = TrainTransform(min_sizes=min_sizes, max_size=max_size, sampling=sampling, flip=flip)
-    mask_options = None if masks is None else MaskOptions(**masks)
+    make = detection_sample(
+        records,
+        min_sizes=min_sizes,
+        max_size=max_size,
+        sampling=sampling,
+        flip=flip,
+        image_format=image_format,
+        masks=masks,
+        augment=augment,
+        tries=REPLACEMENTS_TRIED if on_bad_data == "skip" else 1,
+    )
     return train_loader_of(
         records,
-        DetectionSample(transform, image_format, mask_options),
+        make,
         images_per_batch=images_per_batch,
         num_workers=num_workers,
         aspect_ratio_grouping=aspect_ratio_grouping,
@@ -112,6 +127,47 @@ def build_train_loader(
         start_batch=start_batch,
         share=share,
         on_bad_data=on_bad_data,
+    )
+
+
+def detection_sample(
+    records: Sequence[ImageRecord],
+    *,
+    min_sizes: Sequence[int],
+    max_size: int,
+    sampling: str,
+    flip: str,
+    image_format: str,
+    masks: Mapping[str, str] | None,
+    augment: Mapping[str, Any] | None,
+    tries: int = 1,
+) -> DetectionSample:
+    """What makes the samples of a training.
+
+    Args:
+        records: all training images.
+        min_sizes: see :class:`TrainTransform`, as the three that follow.
+        max_size: largest longer edge in pixels.
+        sampling: ``"choice"`` or ``"range"``.
+        flip: ``"horizontal"``, ``"vertical"`` or ``"none"``.
+        image_format: ``"BGR"`` or ``"RGB"``.
+        masks: values of :class:`MaskOptions`, or ``None``.
+        augment: ``crop``, ``entries`` and ``boxes_of_masks`` of an :class:`Augmentation`, and
+            ``resize``, whether images are resized at the end; or ``None``.
+        tries: see :class:`Augmentation`.
+    """
+    augmentation = None
+    if augment is not None:
+        rest = dict(augment)
+        if not rest.pop("resize"):
+            min_sizes, sampling = (0,), "choice"
+        read = partial(read_record, image_format=image_format)
+        augmentation = Augmentation(records, read, image_format, **rest, tries=tries)
+    return DetectionSample(
+        TrainTransform(min_sizes=min_sizes, max_size=max_size, sampling=sampling, flip=flip),
+        image_format,
+        None if masks is None else MaskOptions(**masks),
+        augmentation=augmentation,
     )
 
 

@@ -10,7 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cascade_det.data.transforms import Placement
+from cascade_det.data.scene import SceneMask
+from cascade_det.data.transforms import EMPTY_SIDE, Boxes, Placement
+from cascade_det.masks.clipping import bitmap_box, polygons_box
 from cascade_det.masks.polygons import draw_polygons
 from cascade_det.masks.segmentation import Segmentation, draw
 from cascade_det.masks.truth import ObjectMask
@@ -44,12 +46,12 @@ class PackedMasks(NamedTuple):
 
 
 def place_masks(
-    masks: Sequence[Segmentation | None], placement: Placement, options: MaskOptions
+    masks: Sequence[Segmentation | SceneMask], placement: Placement, options: MaskOptions
 ) -> tuple[list[ObjectMask], npt.NDArray[np.bool_]]:
     """Move masks with their image, bit-equal to Detectron2.
 
     Args:
-        masks: of G objects, in pixels of the original image.
+        masks: of G objects, in pixels of the image before: polygons, RLE or bitmaps.
         placement: where the pixels of the image went.
         options: what becomes of them.
 
@@ -62,6 +64,27 @@ def place_masks(
         return placed, ~np.array(empty, np.bool_)
     known = [None if none else mask for mask, none in zip(placed, empty, strict=True)]
     return known, np.ones(len(known), np.bool_)
+
+
+def boxes_of_masks(
+    boxes: Boxes, masks: Sequence[ObjectMask]
+) -> tuple[Boxes, npt.NDArray[np.bool_]]:
+    """The boxes around masks that lie within their image, as Detectron2 has them after a crop.
+
+    Args:
+        boxes: float32 ``[G, 4]``, kept for objects whose mask is unknown.
+        masks: length G.
+
+    Returns:
+        Boxes float32 ``[G, 4]``, and bool ``[G]``, false for empty ones.
+    """
+    found = boxes.copy()
+    for index, mask in enumerate(masks):
+        if isinstance(mask, Tensor):
+            found[index] = bitmap_box(mask.numpy())
+        elif mask is not None:
+            found[index] = polygons_box([polygon.numpy() for polygon in mask])
+    return found, (found[:, 2:] - found[:, :2] > EMPTY_SIDE).all(axis=1)
 
 
 def pack(masks: Sequence[ObjectMask]) -> PackedMasks:
@@ -86,9 +109,13 @@ def unpack(packed: PackedMasks) -> list[ObjectMask]:
     return masks
 
 
-def _place(mask: Segmentation, placement: Placement, options: MaskOptions) -> ObjectMask:
+def _place(
+    mask: Segmentation | npt.NDArray[np.bool_], placement: Placement, options: MaskOptions
+) -> ObjectMask:
     if isinstance(mask, dict):
-        return _tensor(placement.bitmap(draw(mask, *placement.old)))
+        mask = draw(mask, *placement.old)
+    if isinstance(mask, np.ndarray):
+        return _tensor(placement.bitmap(mask))
     moved = [placement.points(polygon.reshape(-1, 2)).reshape(-1) for polygon in mask]
     if options.mask_format == "polygon":
         return [torch.from_numpy(polygon) for polygon in moved]

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
+from cascade_det.data.augmentation import Augmentation
 from cascade_det.data.coco import ImageRecord
-from cascade_det.data.sample_masks import MaskOptions, pack, place_masks
+from cascade_det.data.sample_masks import MaskOptions, boxes_of_masks, pack, place_masks
 from cascade_det.data.sampler import SampleReference, augmentation_generator, replacement_generator
-from cascade_det.data.transforms import Pixels, Placement, TrainTransform, read_image
+from cascade_det.data.scene import SceneMask
+from cascade_det.data.transforms import Boxes, Pixels, Placement, TrainTransform, read_image
 from cascade_det.errors import DatasetError
+from cascade_det.masks.segmentation import Segmentation
 
 Sample = dict[str, Any]
 Batch = list[Sample]
@@ -31,6 +36,14 @@ class Fetched(NamedTuple):
     error: DatasetError | None = None
 
 
+class _Objects(NamedTuple):
+    """The objects of an image, without crowds: boxes ``[G, 4]``, classes ``[G]`` and masks."""
+
+    boxes: npt.NDArray[np.floating[Any]]
+    classes: npt.NDArray[np.int64]
+    masks: Sequence[Segmentation | SceneMask] | None
+
+
 class DetectionSample:
     """Makes the sample of an image with its objects.
 
@@ -44,15 +57,23 @@ class DetectionSample:
         masks: MaskOptions | None = None,
         *,
         annotated: bool = True,
+        augmentation: Augmentation | None = None,
     ) -> None:
         self.transform = transform
         self.image_format = image_format
         self.masks = masks if annotated else None
         self.annotated = annotated
+        self.augmentation = augmentation
 
     def __call__(self, record: ImageRecord, generator: np.random.Generator) -> Sample:
-        """Read and transform an image, with randomness from ``generator``."""
-        image, placement = self.transform.place(_read(record, self.image_format), generator)
+        """Read, augment, resize and flip an image, with randomness from ``generator``."""
+        image = read_record(record, self.image_format)
+        objects = _objects_of(record)
+        if self.augmentation is not None:
+            scene = self.augmentation(image, record, generator)
+            image = scene.pixels(self.image_format)
+            objects = _Objects(scene.boxes, scene.classes, scene.masks)
+        image, placement = self.transform.place(image, generator)
         # np.array, unlike ascontiguousarray, always makes a writable copy, as torch requires.
         channels_first = np.array(image.transpose(2, 0, 1), order="C")
         return {
@@ -61,23 +82,38 @@ class DetectionSample:
             "width": record.width,
             "image_id": record.image_id,
             "file_name": record.file_name,
-            **(self._truth(record, placement) if self.annotated else {}),
+            **(self._truth(objects, placement) if self.annotated else {}),
         }
 
-    def _truth(self, record: ImageRecord, placement: Placement) -> dict[str, Any]:
-        boxes, is_box = placement.boxes(record.boxes)
-        kept = np.flatnonzero(is_box & ~record.iscrowd)
-        masks: dict[str, Any] = {}
-        if self.masks is not None:
-            assert record.masks is not None
-            placed, is_known = place_masks([record.masks[i] for i in kept], placement, self.masks)
-            kept = kept[is_known]
-            masks["gt_masks"] = [m for m, known in zip(placed, is_known, strict=True) if known]
+    def _truth(self, objects: _Objects, placement: Placement) -> dict[str, Any]:
+        boxes, keep = placement.boxes(objects.boxes)
+        if self.masks is None:
+            return _truth(boxes, objects.classes, keep)
+        assert objects.masks is not None
+        masks, is_known = place_masks(objects.masks, placement, self.masks)
+        keep &= is_known
+        if self.augmentation is not None and self.augmentation.boxes_of_masks:
+            boxes, is_box = boxes_of_masks(boxes, masks)
+            keep &= is_box
         return {
-            "gt_boxes": torch.from_numpy(boxes[kept]),
-            "gt_classes": torch.from_numpy(record.classes[kept]),
-            **masks,
+            **_truth(boxes, objects.classes, keep),
+            "gt_masks": [mask for mask, kept in zip(masks, keep, strict=True) if kept],
         }
+
+
+def _objects_of(record: ImageRecord) -> _Objects:
+    keep = ~record.iscrowd
+    masks = None if record.masks is None else list(itertools.compress(record.masks, keep))
+    return _Objects(record.boxes[keep], record.classes[keep], masks)
+
+
+def _truth(
+    boxes: Boxes, classes: npt.NDArray[np.int64], keep: npt.NDArray[np.bool_]
+) -> dict[str, Any]:
+    return {
+        "gt_boxes": torch.from_numpy(boxes[keep]),
+        "gt_classes": torch.from_numpy(classes[keep]),
+    }
 
 
 Record = TypeVar("Record")
@@ -165,7 +201,12 @@ class TestSamples(_Samples[Record]):
         return self.make(self.records[reference], np.random.default_rng(0))
 
 
-def _read(record: ImageRecord, image_format: str) -> Pixels:
+def read_record(record: ImageRecord, image_format: str) -> Pixels:
+    """The image of a record, see :func:`read_image`.
+
+    Raises:
+        DatasetError: it cannot be read, or does not have the size given in the json.
+    """
     image = read_image(record.file_name, image_format)
     height, width = image.shape[:2]
     if (height, width) != (record.height, record.width):

@@ -9,7 +9,7 @@ import os
 import stat
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +22,8 @@ Boxes = npt.NDArray[np.float32]
 
 IMAGE_FORMATS = ("BGR", "RGB")
 
-# Side in pixels up to which Detectron2 considers a box empty.
-_EMPTY_SIDE = 1e-5
+# The side in pixels up to which Detectron2 considers a box empty.
+EMPTY_SIDE = 1e-5
 _FLIP_PROBABILITY = 0.5
 
 # The inverse of each EXIF orientation; 1 is upright.
@@ -128,7 +128,7 @@ class Placement(NamedTuple):
     new: tuple[int, int]
     flipped: int | None
 
-    def boxes(self, boxes: Boxes) -> tuple[Boxes, npt.NDArray[np.bool_]]:
+    def boxes(self, boxes: npt.NDArray[np.floating[Any]]) -> tuple[Boxes, npt.NDArray[np.bool_]]:
         """Move boxes ``[G, 4]`` and clip them; also return bool ``[G]``, false for empty ones."""
         height, width = self.new
         # float64 until the end, as in Detectron2, for bit-equal boxes.
@@ -137,7 +137,7 @@ class Placement(NamedTuple):
             first, last = 1 - self.flipped, 3 - self.flipped  # x or y
             moved[:, [first, last]] = moved[:, [last, first]]
         clipped = np.clip(moved, 0, [width, height] * 2).astype(np.float32)
-        wide, high = (clipped[:, 2:] - clipped[:, :2] > _EMPTY_SIDE).T
+        wide, high = (clipped[:, 2:] - clipped[:, :2] > EMPTY_SIDE).T
         return clipped, wide & high
 
     def points(self, points: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -200,6 +200,7 @@ def test_input(cfg):
         "flip": "horizontal",
         "image_format": "BGR",
         "masks": None,
+        "augment": None,
     }
     set_keys(cfg, "INPUT.MAX_SIZE_TEST", "999", "INPUT.MIN_SIZE_TRAIN_SAMPLING", "range")
     assert config.input_arguments(cfg, train=False) == {
@@ -212,6 +213,34 @@ def test_input(cfg):
     for train in (True, False):
         masks = config.input_arguments(cfg, train)["masks"]
         assert masks == {"mask_format": "bitmask", "maskless": "keep"}
+
+
+def test_augmentation(cfg):
+    def augment(*options):
+        config.merge_config(cfg, None, options)
+        return config.input_arguments(cfg, train=True)["augment"]
+
+    crop = {"crop": ("absolute", (30, 40)), "entries": [], "resize": True}
+    options = ("INPUT.CROP.ENABLED", "True", "INPUT.CROP.TYPE", "absolute")
+    assert augment(*options, "INPUT.CROP.SIZE", "[30, 40]") == {**crop, "boxes_of_masks": False}
+    assert augment("MODEL.MASK_ON", "True") == {**crop, "boxes_of_masks": True}
+    jpeg = ("JPEG", {"quality": [5, 9], "p": 1.0})
+    entries = "[['JPEG', {'quality': [5, 9]}]]"
+    assert augment("INPUT.CROP.ENABLED", "False", "CASCADE.AUGMENT", entries) == {
+        "crop": None,
+        "entries": [jpeg],
+        "resize": True,
+        "boxes_of_masks": False,  # colours move nothing
+    }
+    jitter = ("ScaleJitter", {"target_size": (1024, 1024), "scale_range": (0.1, 2.0)})
+    crop = ("RandomCrop", {"size": (1024, 1024), "pad_if_needed": True, "fill": 114})
+    entries = "[['ScaleJitter'], ['RandomCrop', {'pad_if_needed': True}]]"
+    assert augment("CASCADE.AUGMENT", entries) == {
+        "crop": None,
+        "entries": [jitter, crop],
+        "resize": False,
+        "boxes_of_masks": True,
+    }
 
 
 def test_loaders(cfg):
@@ -279,7 +308,7 @@ def test_datasets_for_semantic_segmentation(cfg):
 def test_input_and_loader_for_semantic_segmentation(cfg):
     set_keys(cfg, "MODEL.MASK_ON", "True", "CASCADE.SEMANTIC_AUGMENTATION", "rotate")
     train = config.input_arguments(cfg, train=True) | {"augmentation": "rotate"}
-    del train["masks"]
+    del train["masks"], train["augment"]
     assert config.semantic_input_arguments(cfg, train=True) == train
     test = config.input_arguments(cfg, train=False)
     del test["masks"]

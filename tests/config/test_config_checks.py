@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cascade_det import config
+from cascade_det.config.augment_keys import AUGMENTATIONS
 from cascade_det.errors import ConfigError
 from cascade_det.standalone.build import build_detector
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # But for presets, which are no configurations by themselves: see test_presets.
-SHIPPED = sorted(file for file in CONFIGS.rglob("*.yaml") if file.parent.name != "exits")
+PRESETS = ("exits", "augment")
+SHIPPED = sorted(file for file in CONFIGS.rglob("*.yaml") if file.parent.name not in PRESETS)
 LIGHT = "build_mobilenet_v2_fpn_backbone"
 PLAIN = ("MODEL.ROI_HEADS.NAME", "CascadeROIHeads")
 EARLY_EXIT = ("MODEL.ROI_HEADS.NAME", "EarlyExitCascadeROIHeads")
@@ -152,6 +154,9 @@ GOOD = (
     "CASCADE.ACCUMULATION_STEPS 4 SOLVER.IMS_PER_BATCH 12",
     "CASCADE.EMA_DECAY 0.9998",
     "CASCADE.VALIDATION_LOSS True CASCADE.PATIENCE 3 TEST.EVAL_PERIOD 10",
+    "INPUT.CROP.ENABLED True INPUT.CROP.TYPE absolute_range INPUT.CROP.SIZE [200,300]",
+    "INPUT.CROP.TYPE absolute INPUT.CROP.SIZE [0.5,0.5]",
+    "CASCADE.AUGMENT [['JPEG'],['RandomAffine',{'degrees':[-5,10],'shear':[-5,5,0,0]}]]",
     "CASCADE.ON_BAD_DATA skip",
     "MODEL.CASCADE.FAST.ENABLED True MODEL.CASCADE.FAST.DTYPE float16 MODEL.DEVICE cuda",
 )
@@ -223,7 +228,7 @@ NOT_BUILT = {
     "INPUT.FORMAT": ["YUV-BT.601"],
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ["random"],
     "INPUT.RANDOM_FLIP": ["both"],
-    "INPUT.CROP.ENABLED": ["True"],
+    "INPUT.CROP.TYPE": ["center"],
     "DATASETS.PROPOSAL_FILES_TRAIN": ["('a.pkl',)"],
     "DATASETS.PROPOSAL_FILES_TEST": ["('a.pkl',)"],
     "DATALOADER.SAMPLER_TRAIN": ["RepeatFactorTrainingSampler"],
@@ -290,6 +295,14 @@ OUT_OF_RANGE = {
     "MODEL.ROI_HEADS.SCORE_THRESH_TEST": ["-0.1"],
     "INPUT.MIN_SIZE_TRAIN": ["()", "(0,)"],
     "INPUT.MIN_SIZE_TEST": ["-1"],
+    "INPUT.CROP.SIZE": ["[0.5]", "[0.0, 0.5]"],
+    "CASCADE.AUGMENT": [
+        "('JPEG',)",
+        "(['JPEG', 5],)",
+        "([{}],)",
+        "(['JPEG', {}, {}],)",
+        "([],)",
+    ],
     "DATASETS.TRAIN": ["(1,)"],
     "DATALOADER.NUM_WORKERS": ["-1"],
     "SOLVER.MAX_ITER": ["0"],
@@ -344,6 +357,44 @@ def test_a_value_out_of_range_names_itself_and_a_remedy(cfg, key, value):
     assert "Give " in message
 
 
+# An argument out of range for every kind of check.
+BAD_ARGUMENTS = {
+    "RandomPhotometricDistort": [("brightness", 0.5), ("hue", [-0.6, 0.1]), ("p", 1.5)],
+    "ColorJitter": [("brightness", -0.1), ("contrast", [2, 1]), ("hue", 0.6), ("hue", "a")],
+    "RandomGrayscale": [("p", True)],
+    "GaussianBlur": [("kernel_size", 4), ("kernel_size", 3.0), ("sigma", [0, 1]), ("sigma", 1)],
+    "GaussianNoise": [("sigma", -0.1), ("mean", 2)],
+    "JPEG": [("quality", 0), ("quality", [90, 10]), ("quality", [10.5, 20])],
+    "RandomAffine": [
+        *[("degrees", -5), ("degrees", [10, -10]), ("translate", 0.1), ("scale", [0, 1])],
+        *[("shear", 90), ("shear", [5, -5]), ("shear", [0, 1, 2]), ("fill", 256), ("fill", 0.5)],
+    ],
+    "RandomRotation": [("degrees", 200), ("expand", 1)],
+    "RandomIoUCrop": [("sampler_options", [0.5]), ("trials", 0), ("max_aspect_ratio", 0.5)],
+    "ScaleJitter": [("target_size", 1024), ("target_size", [0, 5]), ("scale_range", [2, 1])],
+    "RandomCrop": [("size", [1.5, 2]), ("pad_if_needed", "yes")],
+    "RandomHorizontalFlip": [("p", -1)],
+    "RandomVerticalFlip": [("p", [0, 1])],
+    "CopyPaste": [("share", 2), ("p", None)],
+    "Mosaic": [("size", [3, 9]), ("center", 0.5), ("center", [0.5, 1.5])],
+}
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_arguments_of_augmentations_are_checked(cfg, name):
+    good = [
+        name,
+        {key: argument.default for key, argument in AUGMENTATIONS[name].arguments.items()},
+    ]
+    config.merge_config(cfg, None, ["MODEL.MASK_ON", True, "CASCADE.AUGMENT", [[name]]])
+    config.check_config(cfg)
+    config.merge_config(cfg, None, ["CASCADE.AUGMENT", [good]])
+    config.check_config(cfg)
+    for key, value in BAD_ARGUMENTS[name]:
+        message = problem(cfg.clone(), "CASCADE.AUGMENT", [["JPEG"], [name, {key: value}]])
+        assert message.startswith(f"CASCADE.AUGMENT[1]: {key} of {name} is {value!r}. Give ")
+
+
 def test_nan_is_no_number(cfg):
     cfg.SOLVER.BASE_LR = float("nan")
     assert problem(cfg).startswith("SOLVER.BASE_LR is nan.")
@@ -353,6 +404,29 @@ def test_nan_is_no_number(cfg):
 
 # Options, and what the message about them has.
 CONTRADICTIONS = {
+    "INPUT.CROP.ENABLED True INPUT.CROP.SIZE [300,0.5]": (
+        "CROP.SIZE is [300, 0.5] | 'relative_range' | shares of the image, up to 1"
+    ),
+    "INPUT.CROP.ENABLED True INPUT.CROP.TYPE absolute": (
+        "CROP.SIZE is [0.9, 0.9] | 'absolute' | in pixels"
+    ),
+    "INPUT.CROP.ENABLED True INPUT.CROP.TYPE absolute_range INPUT.CROP.SIZE [300,200]": (
+        "CROP.SIZE is [300, 200] | 'absolute_range' | [smallest, largest]"
+    ),
+    "CASCADE.AUGMENT [['JPEG'],['RandomCop']]": (
+        "CASCADE.AUGMENT[1] is 'RandomCop', which is no augmentation | Did you mean RandomCrop?"
+    ),
+    "CASCADE.AUGMENT [['zzz']]": "AUGMENT[0] is 'zzz' | Give one of RandomPhotometricDistort, Col",
+    "CASCADE.AUGMENT [['JPEG',{'qualty':5}]]": (
+        "CASCADE.AUGMENT[0]: JPEG has no argument 'qualty' | Give some of quality, p"
+    ),
+    "CASCADE.AUGMENT [['CopyPaste']]": (
+        "AUGMENT[0] is CopyPaste | MODEL.MASK_ON is False | Set it to True, or take the entry out"
+    ),
+    "CASCADE.AUGMENT [['Mosaic'],['JPEG'],['Mosaic']]": "AUGMENT has Mosaic 2 times | Name it once",
+    "CASCADE.AUGMENT [['RandomIoUCrop',{'min_scale':0.9,'max_scale':0.5}]]": (
+        "min_scale of RandomIoUCrop is 0.9, above max_scale, 0.5"
+    ),
     "MODEL.ROI_BOX_CASCADE_HEAD.IOUS (0.5,0.6)": (
         "BBOX_REG_WEIGHTS | of length 3 | has 2 stages | Give 2 values"
     ),

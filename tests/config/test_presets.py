@@ -1,4 +1,4 @@
-"""The exits that are shipped to be put on top of a cascade, and what a log says of any."""
+"""The exits and augmentations that are shipped to be put on top, and what a log says of exits."""
 
 from __future__ import annotations
 
@@ -91,6 +91,25 @@ def test_presets_turn_a_cascade_without_exits_into_one_with(preset):
     own = config.load_config(BELOW["plain"], ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads"])
     config.merge_config(own, PRESETS[preset])
     assert own == cfg
+
+
+@pytest.mark.parametrize("name", ["light", "strong"])
+@pytest.mark.parametrize("below", BELOW)
+def test_augmentations_fit_on_top_of_shipped_cascades(below, name):
+    preset = CONFIGS / "augment" / f"{name}.yaml"
+    cfg = config.load_config([BELOW[below], preset])
+    config.check_config(cfg)
+    entries = config.input_arguments(cfg, train=True)["augment"]["entries"]
+    assert len(entries) == {"light": 3, "strong": 8}[name]
+    changed = config.changed_keys(config.load_config(BELOW[below]), cfg)
+    assert list(changed) == ["CASCADE.AUGMENT"]
+    again = config.load_config(f"cascade_det://augment/{name}.yaml")
+    assert again.CASCADE.AUGMENT == cfg.CASCADE.AUGMENT
+
+
+def test_an_augmentation_survives_a_dump(write_yaml):
+    cfg = config.load_config([BELOW["plain"], CONFIGS / "augment" / "strong.yaml"])
+    assert not config.changed_keys(cfg, config.load_config(write_yaml(cfg.dump())))
 
 
 STAGES = "Exits: 3 stages, IoU 0.5, 0.6, 0.7; "

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import hashlib
+import json
 from typing import Any
 
 from fvcore.common.config import CfgNode
 
 from cascade_det import __version__
+from cascade_det.data.annotation_formats import read_annotations
+from cascade_det.data.catalog import DatasetSource, is_label_files
 from cascade_det.data.coco import CocoDataset
+from cascade_det.data.image_names import ALL_LINKS
 from cascade_det.text import printable
 from cascade_det.weights import local_path, read_weights_file, sha256_of, weights_sha256
 
@@ -41,13 +45,20 @@ def provenance(cfg: CfgNode, data: dict[str, Any], device_name: str) -> dict[str
 
 
 def coco_provenance(dataset: CocoDataset, num_images: int) -> dict[str, Any]:
-    """``name``, ``json_file``, ``json_sha256`` and ``images``."""
+    """``name``, ``json_file``, ``json_sha256`` (of the content if it is no json) and ``images``."""
     return {
         "name": dataset.source.name,
         "json_file": str(dataset.source.json_file),
-        "json_sha256": sha256_of(Path(dataset.source.json_file)),
+        "json_sha256": _annotations_sha256(dataset.source),
         "images": num_images,
     }
+
+
+def _annotations_sha256(source: DatasetSource) -> str:
+    if not is_label_files(source.json_file):
+        return sha256_of(source.json_file)
+    content = read_annotations(source, ALL_LINKS, masks=False).content
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def provenance_comment(source: dict[str, Any]) -> str:

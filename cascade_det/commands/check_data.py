@@ -1,6 +1,7 @@
 """Check data sets without training; the exit status is 1 if one has errors.
 
 cascade-det check-data --json train.json --images folder/
+cascade-det check-data --json data.yaml --images images/train (or a folder of label files)
 cascade-det check-data --config-file ... [--decode] [KEY VALUE ...]
 """
 
@@ -31,9 +32,13 @@ FOLLOW_LINKS = "--follow-links"
 def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Namespace:
     parser = command_parser(prog, __doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--json", metavar="FILE", help="COCO-format annotations")
+    source.add_argument(
+        "--json",
+        metavar="FILE",
+        help="annotations: a COCO json, YOLO's data.yaml, or a folder or list of label files",
+    )
     add_config_file(source, required=False, text="check DATASETS.TRAIN and TEST; ")
-    parser.add_argument("--images", metavar="FOLDER", help="of --json; its own folder by default")
+    parser.add_argument("--images", metavar="FOLDER", help="of --json; near it by default")
     parser.add_argument(
         "--decode",
         action="store_true",

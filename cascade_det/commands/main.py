@@ -26,6 +26,7 @@ COMMANDS = {
     "benchmark": _Command("benchmark", "time the cascade beside Detectron2 and torchvision"),
     "check-data": _Command("check_data", "find errors in data sets"),
     "show-data": _Command("show_data", "draw training images with their boxes"),
+    "convert": _Command("convert", "turn a data set into another format"),
     "print-config": _Command("print_config", "print a configuration and the origin of each value"),
     "eval-json": _Command("eval_json", "score a file of predictions"),
     "prepare-coco": _Command("prepare_coco", "download and unpack COCO 2017"),

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from cascade_det.commands.prediction_files import PredictionFolder
 from cascade_det.data.coco_results import coco_results, encode_masks
 from cascade_det.data.given_images import Image
+from cascade_det.data.image_names import IMAGE_SUFFIXES
 from cascade_det.data.read_ahead import read_ahead
 from cascade_det.data.transforms import Pixels, read_image
 from cascade_det.errors import DatasetError
@@ -35,7 +36,6 @@ AnyPredictor: TypeAlias = "Predictor | OnnxPredictor | SegmenterPredictor"
 _Results: TypeAlias = tuple[Sequence[dict[str, Any]], Mapping[str, Callable[[], bytes]]]
 
 MOST_SHOWN = 20  # failed files on the terminal
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 def find_images(patterns: list[str]) -> list[Path]:

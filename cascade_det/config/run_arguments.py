@@ -100,7 +100,7 @@ def shadow_arguments(cfg: CfgNode) -> dict[str, Any]:
 
 
 def datasets_arguments(cfg: CfgNode, train: bool) -> dict[str, Any]:
-    """The ``names`` to load; ``own_datasets`` are (name, annotation file, image folder) each.
+    """The ``names`` to load; ``own_datasets`` are (name, annotations, image folder) each.
 
     ``masks`` is what to do with objects without one, or None where masks are off.
     """

@@ -222,11 +222,12 @@ CASCADE = group(
     "Data, training and evaluation beyond Detectron2's keys",
     DATASETS=Key(
         (),
-        "Your own data sets in COCO format, for `DATASETS.TRAIN` and `DATASETS.TEST`; paths are "
-        "relative to the working directory.",
+        "Your own data sets, for `DATASETS.TRAIN` and `DATASETS.TEST`. Annotations are a COCO "
+        "json, YOLO's data.yaml, or a folder of Pascal VOC or LabelMe. Paths are relative to the "
+        "working directory.",
         Values(
             each(each(is_text, length=3)),
-            "Give [name, annotation file, image folder] for each data set.",
+            "Give [name, annotations, image folder] for each data set.",
         ),
     ),
     AUGMENT=Key(

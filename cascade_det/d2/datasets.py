@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -10,18 +13,23 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from cascade_det import config
-from cascade_det.data.catalog import DatasetSource, find_dataset
-from cascade_det.data.coco import CocoDataset
+from cascade_det.data.catalog import DatasetSource, find_dataset, is_label_files
+from cascade_det.data.coco import CocoDataset, load_dataset
 from cascade_det.errors import ConfigError, DatasetError
+from cascade_det.files import write_json
+
+_ORIGIN = "annotations_of_other_format"  # key of the metadata
 
 
 def register_dataset(name: str, own_datasets: Iterable[tuple[str, str, str]] = ()) -> DatasetSource:
     """Register a data set in Detectron2 unless it is registered, and return its files.
 
+    Annotations of another format than COCO's are registered as a temporary json.
+
     Args:
         name: one of ``own_datasets``, one of Detectron2's COCO names, or one registered in its
             catalog with a COCO-format json.
-        own_datasets: ``CASCADE.DATASETS``: name, json file and image folder of each.
+        own_datasets: ``CASCADE.DATASETS``: name, annotations and image folder of each.
 
     Raises:
         DatasetError: the name is unknown or registered for other files, or a file or folder is
@@ -34,7 +42,10 @@ def register_dataset(name: str, own_datasets: Iterable[tuple[str, str, str]] = (
         return _existing(registered)
     source = find_dataset(name, own_datasets)
     if registered is None:
-        register_coco_instances(name, {}, str(source.json_file), str(source.image_root))
+        json_file = _coco_json(source)
+        # For those who ask again: which files the name means.
+        metadata = {} if json_file == source.json_file else {_ORIGIN: str(source.json_file)}
+        register_coco_instances(name, metadata, str(json_file), str(source.image_root))
     elif _paths(registered) != _paths(source):
         raise DatasetError(
             f"CASCADE.DATASETS: {name!r} is {source.json_file} with images in {source.image_root}, "
@@ -42,6 +53,22 @@ def register_dataset(name: str, own_datasets: Iterable[tuple[str, str, str]] = (
             f"{registered.image_root}. Give it another name."
         )
     return source
+
+
+def _coco_json(source: DatasetSource) -> Path:
+    """The annotations as a json, which Detectron2's reader and evaluator need.
+
+    Bad entries are left out: the run's own loading of the same files has reported them, or will.
+    """
+    if not is_label_files(source.json_file):
+        return source.json_file
+    # Until the process ends: Detectron2 reads it when it likes.
+    folder = tempfile.mkdtemp(prefix="cascade_det-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    dataset = load_dataset(source, "skip", masks="keep", keep_ground_truth=True, check_images=False)
+    json_file = Path(folder, f"{source.json_file.stem}.json")
+    write_json(dataset.ground_truth, json_file)
+    return json_file
 
 
 def refuse_left_out(datasets: Sequence[CocoDataset]) -> None:
@@ -87,7 +114,8 @@ def _registered(name: str) -> DatasetSource | None:
     if name not in DatasetCatalog.list():
         return None
     metadata = MetadataCatalog.get(name)
-    json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
+    json_file = metadata.get(_ORIGIN, metadata.get("json_file"))
+    image_root = metadata.get("image_root")
     if json_file is None or image_root is None:
         raise DatasetError(
             f"data set {name!r} is registered in Detectron2 without a COCO-format json: its "
@@ -97,7 +125,7 @@ def _registered(name: str) -> DatasetSource | None:
 
 
 def _existing(source: DatasetSource) -> DatasetSource:
-    if not source.json_file.is_file() or not source.image_root.is_dir():
+    if not source.json_file.exists() or not source.image_root.is_dir():
         raise DatasetError(
             f"data set {source.name!r} is registered in Detectron2 as {source.json_file} with "
             f"images in {source.image_root}, of which one is missing. For its own data sets, set "

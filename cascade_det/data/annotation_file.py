@@ -52,7 +52,7 @@ def read_json(
     try:
         if not json_file.is_file():
             raise DatasetError(f"{json_file}: there is no such file")
-        _check_memory(json_file)
+        check_memory(json_file)
         return json.loads(json_file.read_bytes(), object_hook=object_hook)
     except OSError as error:
         raise DatasetError(f"{json_file}: cannot be read: {error}") from error
@@ -69,8 +69,12 @@ def _without_segmentation(entry: dict[str, Any]) -> dict[str, Any]:
     return entry
 
 
-def _check_memory(json_file: Path) -> None:
-    """Refuse a file that is too large: the system would kill the process without a message."""
+def check_memory(json_file: Path) -> None:
+    """Refuse a file that is too large: the system would kill the process without a message.
+
+    Raises:
+        DatasetError: the file does not fit in memory.
+    """
     needed, available = _MEMORY_PER_BYTE * json_file.stat().st_size, available_memory()
     if available is not None and needed > available:
         raise DatasetError(

@@ -12,6 +12,7 @@ from cascade_det.errors import DatasetError
 
 ROOT_VARIABLE = "DETECTRON2_DATASETS"
 OWN_DATASETS_KEY = "CASCADE.DATASETS"
+LIST, _YAML = ".txt", (".yaml", ".yml")  # of Pascal VOC, and YOLO
 
 # name: (annotation file, image folder), below "coco/" in the folder of all data sets.
 _BUILTIN_COCO = {
@@ -29,7 +30,14 @@ _BUILTIN_COCO = {
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """A named data set: a COCO-format json and the folder that its file names are relative to."""
+    """A named data set: its annotations and the folder that its file names are relative to.
+
+    Attributes:
+        name: any text.
+        json_file: a COCO-format json, YOLO's ``data.yaml``, a folder of label files or a list of
+            Pascal VOC.
+        image_root: the folder of the images.
+    """
 
     name: str
     json_file: Path
@@ -42,7 +50,7 @@ def find_dataset(name: str, own_datasets: Iterable[tuple[str, str, str]] = ()) -
     Args:
         name: a declared data set, or one of Detectron2's COCO names, which are below the folder
             ``$DETECTRON2_DATASETS`` (default: ``datasets``).
-        own_datasets: triples of name, json file and image folder; relative paths start from the
+        own_datasets: triples of name, annotations and image folder; relative paths start from the
             working directory, ``~`` is the home folder.
 
     Raises:
@@ -52,7 +60,7 @@ def find_dataset(name: str, own_datasets: Iterable[tuple[str, str, str]] = ()) -
     source = own.get(name) or _builtin_source(name)
     if source is None:
         raise DatasetError(_unknown_name(name, [*own, *_BUILTIN_COCO]))
-    if not source.json_file.is_file():
+    if not source.json_file.exists():
         missing = f"annotation file {source.json_file}"
     elif not source.image_root.is_dir():
         missing = f"image folder {source.image_root}"
@@ -69,11 +77,12 @@ def find_dataset(name: str, own_datasets: Iterable[tuple[str, str, str]] = ()) -
 
 
 def dataset_of_files(json_file: str, image_folder: str | None = None) -> DatasetSource:
-    """A data set that is not declared anywhere, named after its json.
+    """A data set that is not declared anywhere, named after its annotations.
 
     Args:
-        json_file: COCO format.
-        image_folder: of its images; the folder of the json by default.
+        json_file: of any format, see ``DatasetSource``.
+        image_folder: of its images; by default ``images`` or ``JPEGImages`` beside YOLO's or Pascal
+            VOC's annotations, or else the folder of the annotations.
 
     Raises:
         DatasetError: the folder does not exist.
@@ -81,7 +90,23 @@ def dataset_of_files(json_file: str, image_folder: str | None = None) -> Dataset
     path = Path(json_file)
     if image_folder is not None and not Path(image_folder).is_dir():
         raise DatasetError(f"{image_folder}: there is no such folder of images")
-    return DatasetSource(path.stem, path, Path(image_folder or path.parent))
+    return DatasetSource(path.stem, path, Path(image_folder or _usual_image_folder(path)))
+
+
+def _usual_image_folder(path: Path) -> Path:
+    if not is_label_files(path):
+        return path.parent
+    parents = Path(os.path.abspath(path)).parents
+    # A list of Pascal VOC is ImageSets/Main/train.txt.
+    beside = parents[:3] if path.suffix.lower() == LIST else [path, parents[0]]
+    found = [folder / name for folder in beside for name in ("JPEGImages", "images")]
+    fallback = path if path.is_dir() else path.parent
+    return next((folder for folder in found if folder.is_dir()), fallback)
+
+
+def is_label_files(path: Path) -> bool:
+    """Whether annotations have another format than COCO's."""
+    return path.is_dir() or path.suffix.lower() in (LIST, *_YAML)
 
 
 def _own_sources(own_datasets: Iterable[tuple[str, str, str]]) -> dict[str, DatasetSource]:
@@ -121,5 +146,5 @@ def _unknown_name(name: str, known: list[str]) -> str:
     hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
     return (
         f"there is no data set {name!r}. {hint}A data set of your own is declared in "
-        f"{OWN_DATASETS_KEY} as (name, json file, image folder); known names: {', '.join(known)}."
+        f"{OWN_DATASETS_KEY} as (name, annotations, image folder); known names: {', '.join(known)}."
     )

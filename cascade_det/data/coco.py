@@ -202,7 +202,9 @@ def _log_findings(source: DatasetSource, checked: CheckedJson) -> None:
     for issues in (checked.bad, checked.of_no_area):
         if issues:
             logger.warning("%s: left out\n%s", source.json_file, issues)
-    if mistakes := find_mistakes(checked):
+    mistakes = find_mistakes(checked)
+    mistakes.update(checked.odd_labels)
+    if mistakes:
         logger.warning("%s: probably a mistake\n%s", source.json_file, mistakes)
     present = {
         annotation["category_id"]

@@ -1,4 +1,4 @@
-"""Checks the content of a COCO-format json.
+"""Checks the content of a COCO-format json, or of another format that was read as one.
 
 The json is not read through ``pycocotools.coco.COCO``: that class indexes by id, so duplicate ids
 vanish before they can be reported, and other bad data end in a KeyError.
@@ -12,7 +12,7 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any
 
-from cascade_det.data.annotation_file import read_annotation_file
+from cascade_det.data.annotation_formats import read_annotations
 from cascade_det.data.catalog import DatasetSource
 from cascade_det.data.image_names import NEAR_LINKS, LinkRule, name_guard
 from cascade_det.data.issues import Issues, shown
@@ -26,7 +26,8 @@ _COORDINATE_LIMIT = 1e9
 _ID_LIMIT = 2**63  # other programs hold ids in int64
 
 # Keys shown in a message.
-_ANNOTATION_KEYS = ("image_id", "category_id", "bbox")
+# ``label`` is the file and line of other formats.
+_ANNOTATION_KEYS = ("label", "image_id", "category_id", "bbox")
 _IMAGE_KEYS = ("file_name", "width", "height")
 
 
@@ -46,6 +47,7 @@ class CheckedJson:
         bad: images and annotations that are wrong, and left out.
         of_no_area: annotations with an empty box: an evaluation counts them, training does not.
         odd_masks: what is odd about masks that may be used.
+        odd_labels: what is probably a mistake in label files of another format.
     """
 
     images: dict[int, JsonObject] = field(default_factory=dict)
@@ -58,6 +60,7 @@ class CheckedJson:
     bad: Issues = field(default_factory=Issues)
     of_no_area: Issues = field(default_factory=Issues)
     odd_masks: Issues = field(default_factory=Issues)
+    odd_labels: Issues = field(default_factory=Issues)
 
 
 def check_coco_json(
@@ -66,16 +69,18 @@ def check_coco_json(
     """Read a json and check every image, category and annotation in it, but no image file.
 
     Args:
-        source: a json in COCO format, where ``annotations`` may be absent, and the folder that no
-            file name may leave.
+        source: a json in COCO format, where ``annotations`` may be absent, or annotations of
+            another format; and the folder that no file name may leave.
         links: which links may leave it.
         masks: whether to read and check masks.
 
     Raises:
         DatasetError: the file cannot be read, is not json, or has no object at the top level.
     """
-    content = read_annotation_file(source.json_file, masks=masks)
+    labels = read_annotations(source, links, masks=masks)
+    content = labels.content
     checked = CheckedJson(has_annotations="annotations" in content, with_masks=masks)
+    checked.bad, checked.odd_labels = labels.bad, labels.odd
     categories = _entries(content, "categories", checked, checked.unusable)
     _check_categories(categories, checked)
     # If categories are wrong or missing, every category_id would be unknown.

@@ -50,6 +50,7 @@ def summarize(checked: CheckedJson) -> DatasetSummary:
     """Count the usable entries of a data set, and collect warnings."""
     summary = DatasetSummary(warnings=checked.of_no_area.copy())
     summary.warnings.update(checked.odd_masks)
+    summary.warnings.update(checked.odd_labels)
     if checked.with_masks:
         summary.masks.update(dict.fromkeys(("polygons", "RLE", "none"), 0))
     summary.category_boxes.update(dict.fromkeys(checked.categories, 0))

@@ -4,43 +4,24 @@ from __future__ import annotations
 
 import os
 import stat
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any, NamedTuple
 
-from PIL import ExifTags, Image
+from PIL import Image
 from tqdm import tqdm
 
 from cascade_det.data.catalog import DatasetSource
 from cascade_det.data.coco_json import CheckedJson, JsonObject, check_coco_json
+from cascade_det.data.image_headers import decoding, has_several_frames, is_complete, upright_size
 from cascade_det.data.image_names import NEAR_LINKS, LinkRule, is_windows_path
 from cascade_det.data.issues import shown
 from cascade_det.data.transforms import read_image
 from cascade_det.errors import DatasetError
 from cascade_det.text import printable
 
-# The last bytes of a complete file. Bytes after the end do no harm, so a file that ends in another
-# way, or of another format, is decoded to find out.
-_LAST_BYTES = {
-    "JPEG": b"\xff\xd9",
-    "MPO": b"\xff\xd9",  # JPEG with further pictures after the first, as many cameras write it
-    "PNG": b"\0\0\0\0IEND\xaeB`\x82",
-}
-# Pillow reads these to the end on opening.
-_READ_WHOLE = {"WEBP"}
-_ROTATED_BY_90 = (5, 6, 7, 8)
-
-# Tags of TIFF 6.0: offsets and lengths of the pixel data in bytes; the kind of picture, where bit 0
-# means reduced resolution and bit 2 transparency mask.
-_TIFF_STRIPS, _TIFF_TILES = (273, 279), (324, 325)
-_TIFF_SUBFILE_TYPE, _TIFF_PREVIEW_OR_MASK = 254, 0b101
-
 MISSING = "missing image file"
-
-# Limits the memory of decoding to what training needs.
-_decoding = threading.Semaphore(os.cpu_count() or 1)
 
 
 class ImageIssue(NamedTuple):
@@ -153,12 +134,12 @@ def check_image(folder: str, entry: JsonObject, *, decode: bool = False) -> Imag
 def _check_open_file(file: IO[bytes], entry: JsonObject, decode: bool) -> ImageIssue | None:
     try:
         with Image.open(file) as image:
-            if _has_several_frames(image):
+            if has_several_frames(image):
                 return _issue("image of several frames or pages (whose boxes are these?)", entry)
             if image.mode == "F":
                 return _issue("image of floating-point pixels, whose range is unknown", entry)
-            stored, found = image.size[::-1], _upright_size(image)
-            decode = decode or not _is_complete(image, file)
+            stored, found = image.size[::-1], upright_size(image)
+            decode = decode or not is_complete(image, file)
     except Image.DecompressionBombError as error:
         return _issue("enormous image (a decompression bomb?)", entry, str(error))
     except Exception:  # decoders fail in many ways; read_image below says why
@@ -166,40 +147,13 @@ def _check_open_file(file: IO[bytes], entry: JsonObject, decode: bool) -> ImageI
     expected = (entry["height"], entry["width"])
     if decode or found != expected:
         try:
-            with _decoding:
+            with decoding:
                 height, width, _ = read_image(file.name, "RGB").shape
                 found = (height, width)
         except DatasetError as error:
             reason = str(error).removeprefix(f"{file.name}: ")
             return _issue("image file that is truncated or not an image", entry, reason)
     return None if found == expected else _size_issue(entry, found, stored)
-
-
-def image_size(path: str, *, decode: bool = False) -> tuple[int, int]:
-    """(height, width) of an image, upright; its last bytes are checked as in :func:`check_image`.
-
-    Args:
-        path: of a file.
-        decode: whether to decode the image, which finds all damage.
-
-    Raises:
-        DatasetError: the file is missing, truncated, or not one image with an 8- or 16-bit range.
-    """
-    try:
-        with open(path, "rb") as file, Image.open(file) as image:
-            if _has_several_frames(image):
-                raise DatasetError(f"{path}: holds several frames or pages, not one image")
-            if image.mode == "F":
-                raise DatasetError(f"{path}: has floating-point pixels, whose range is unknown")
-            if not decode and _is_complete(image, file):
-                return _upright_size(image)
-    except DatasetError:
-        raise
-    except Exception:  # decoders fail in many ways; read_image below says why
-        pass
-    with _decoding:
-        height, width, _ = read_image(path, "RGB").shape
-    return height, width
 
 
 def _size_issue(entry: JsonObject, found: tuple[int, int], stored: tuple[int, int]) -> ImageIssue:
@@ -216,46 +170,3 @@ def _size_issue(entry: JsonObject, found: tuple[int, int], stored: tuple[int, in
 def _issue(kind: str, entry: JsonObject, reason: str = "") -> ImageIssue:
     name = f"image {entry['id']} ({shown(entry['file_name'])})"
     return ImageIssue(kind, f"{name}: {reason}" if reason else name)
-
-
-def _has_several_frames(image: Image.Image) -> bool:
-    """Whether an image has several pictures that boxes could belong to.
-
-    Previews and masks in a TIFF, and further pictures in a camera's JPEG, do not count.
-    """
-    if not getattr(image, "is_animated", False) or image.format == "MPO":
-        return False
-    if image.format != "TIFF":
-        return True
-    pages = 0
-    for frame in range(image.n_frames):  # type: ignore[attr-defined]
-        image.seek(frame)
-        pages += not image.tag_v2.get(_TIFF_SUBFILE_TYPE, 0) & _TIFF_PREVIEW_OR_MASK  # type: ignore[attr-defined]
-    image.seek(0)
-    return pages > 1
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) after the EXIF rotation, if the header has it."""
-    width, height = image.size
-    # Without EXIF data in front, Pillow would decode a PNG in search of some behind the pixels.
-    if (image.format == "PNG" and "exif" not in image.info) or image.format == "TIFF":
-        return height, width
-    rotated = image.getexif().get(ExifTags.Base.Orientation) in _ROTATED_BY_90
-    return (width, height) if rotated else (height, width)
-
-
-def _is_complete(image: Image.Image, file: IO[bytes]) -> bool:
-    """Whether a file is known to be complete without decoding it."""
-    size = file.seek(0, os.SEEK_END)
-    if image.format == "TIFF":
-        tags = image.tag_v2  # type: ignore[attr-defined]
-        offsets = tags.get(_TIFF_STRIPS[0]) or tags.get(_TIFF_TILES[0]) or ()
-        lengths = tags.get(_TIFF_STRIPS[1]) or tags.get(_TIFF_TILES[1]) or ()
-        ends = [offset + length for offset, length in zip(offsets, lengths, strict=False)]
-        return bool(ends) and max(ends) <= size
-    mark = _LAST_BYTES.get(image.format or "")
-    if mark is None:
-        return image.format in _READ_WHOLE
-    file.seek(-min(len(mark), size), os.SEEK_END)
-    return file.read() == mark

@@ -11,6 +11,8 @@ from functools import cache
 from cascade_det.data.catalog import DatasetSource
 from cascade_det.text import printable
 
+# Lower case, of the formats that are read in every run.
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 LINK_RULES = ("near", "all", "none")  # the first is the default
 
 # Windows paths: "images\1.png", "C:/images/1.png".

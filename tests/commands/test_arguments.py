@@ -45,7 +45,7 @@ def run(*arguments: str) -> tuple[subprocess.CompletedProcess[str], set[str]]:
 
 
 def test_every_script_and_command_is_tested():
-    assert {*SCRIPTS.values(), "eval"} == COMMANDS.keys()
+    assert {*SCRIPTS.values(), "eval", "convert"} == COMMANDS.keys()
     found = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tools").glob("*.py")}
     assert found == {script for script in SCRIPTS if script.startswith("tools")}
 
@@ -85,6 +85,7 @@ def test_the_package_lists_its_commands():
         ([*CALIBRATE, "--exit-rate", "1", "--risk", "1"], "--risk: not allowed with argument"),
         (["-m", "cascade_det", "show-data", "--num", "0"], "'0': give a whole number of 1 or"),
         (["datasets/prepare_coco.py", "--splits", "test"], "'test'"),
+        (["-m", "cascade_det", "convert", "a.json", "--to", "kitti", "--output", "b"], "'kitti'"),
         (["-m", "cascade_det", "tran"], "'tran'"),
         (["-m", "cascade_det"], "COMMAND"),
     ],
@@ -129,7 +130,7 @@ def parse(command, arguments):
 
 def test_all_commands_that_take_keys_are_known():
     modules = {command.module for command in COMMANDS.values()}
-    assert modules - {"eval_json", "prepare_coco"} == WITH_KEYS.keys()
+    assert modules - {"convert", "eval_json", "prepare_coco"} == WITH_KEYS.keys()
 
 
 @pytest.mark.parametrize("command", WITH_KEYS)

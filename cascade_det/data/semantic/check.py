@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from cascade_det.data.catalog import DatasetSource
-from cascade_det.data.image_check import image_size
+from cascade_det.data.image_headers import image_size
 from cascade_det.data.image_names import NEAR_LINKS, LinkRule, name_guard
 from cascade_det.data.issues import Issues, shown
 from cascade_det.data.semantic.arrays import open_arrays

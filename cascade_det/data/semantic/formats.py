@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cascade_det.data.image_names import IMAGE_SUFFIXES
 from cascade_det.data.issues import Issues
 from cascade_det.errors import DatasetError
 from cascade_det.text import printable
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 NPZ, H5 = ".npz", ".npy.h5"
 
 NO_PARTNER = "file without a partner of the same name in the other folder"

@@ -174,6 +174,17 @@ def _check_weights(cfg: CfgNode) -> Iterator[str]:
         )
 
 
+def _check_class_weights(cfg: CfgNode) -> Iterator[str]:
+    weights, classes = cfg.MODEL.CASCADE.TRAINING.CLASS_WEIGHTS, cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    if len(weights) not in (0, classes + 1):
+        yield (
+            f"{_TRAINING}.CLASS_WEIGHTS has {len(weights)} values, but MODEL.ROI_HEADS.NUM_CLASSES "
+            f"is {classes}. Give {classes + 1}, the last for background, or ()."
+        )
+    elif weights and not any(weights):
+        yield f"{_TRAINING}.CLASS_WEIGHTS are all 0, so no class is learned. Give one above 0."
+
+
 def _check_dynamic(cfg: CfgNode) -> Iterator[str]:
     dynamic, loss = cfg.MODEL.CASCADE.TRAINING.DYNAMIC, cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE
     if not dynamic.ENABLED:
@@ -208,6 +219,8 @@ def _check_frozen(cfg: CfgNode) -> Iterator[str]:
             "MODEL.CASCADE.EXIT.LEARNED, such as (iou_head,)."
         )
     idle = {
+        "CLASS_LOSS": training.CLASS_LOSS != "cross_entropy",
+        "CLASS_WEIGHTS": len(training.CLASS_WEIGHTS) > 0,
         "GATING": training.GATING != "none",
         "STAGE_WEIGHTING": training.STAGE_WEIGHTING != "fixed",
         "PREFIX_LOSS_WEIGHT": training.PREFIX_LOSS_WEIGHT > 0,
@@ -223,6 +236,7 @@ def _check_frozen(cfg: CfgNode) -> Iterator[str]:
 HEAD_CHECKS: tuple[Check, ...] = (
     _check_lengths,
     _check_weights,
+    _check_class_weights,
     _check_prefix_loss,
     _check_dynamic,
     _check_frozen,

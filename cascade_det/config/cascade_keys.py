@@ -206,6 +206,23 @@ FAST = group(
 TRAINING = group(
     "MODEL.CASCADE.TRAINING",
     "Training beyond the sum of the stages' losses",
+    CLASS_LOSS=Key(
+        "cross_entropy",
+        "Class loss of a region in training: cross-entropy of the softmax; focal, less for regions "
+        "that are classified well; or seesaw, which lowers the pressure of frequent classes on "
+        "rare ones.",
+        one_of("cross_entropy", "focal", "seesaw"),
+    ),
+    CLASS_WEIGHTS=Key(
+        (),
+        "Factors of the class loss by label: one for each class and one for background; () for 1.",
+        Values(each(at_least(0)), "Give a list of numbers, 0 or more each."),
+    ),
+    FOCAL_GAMMA=Key(2.0, "Exponent of focal; 0 is the cross-entropy.", NOT_NEGATIVE),
+    SEESAW_P=Key(
+        0.8, "Exponent of the ratio of the numbers of regions of two classes.", NOT_NEGATIVE
+    ),
+    SEESAW_Q=Key(2.0, "Exponent of the ratio of the scores of two classes.", NOT_NEGATIVE),
     GATING=Key(
         "none",
         "Stages that a region's class loss reaches: all; those up to the first that is confident "

@@ -142,6 +142,8 @@ def cascade_arguments(cfg: CfgNode) -> dict[str, Any]:
         "score_thresh": heads.SCORE_THRESH_TEST,
         "nms_thresh": heads.NMS_THRESH_TEST,
         "detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+        "suppression": cfg.MODEL.CASCADE.SUPPRESSION,
+        "suppression_sigma": float(cfg.MODEL.CASCADE.SUPPRESSION_SIGMA),
     }
 
 
@@ -224,6 +226,7 @@ def training_arguments(cfg: CfgNode) -> dict[str, Any]:
     dynamic, end = training.DYNAMIC, tuple(map(float, training.STAGE_LOSS_WEIGHTS_END))
     return {
         "num_stages": stages,
+        "class_loss": _class_loss_arguments(cfg),
         "gating": None if training.GATING == "none" else training.GATING,
         "gate_threshold": float(training.GATE_THRESHOLD),
         "gate_scale": float(training.GATE_SCALE),
@@ -240,6 +243,20 @@ def training_arguments(cfg: CfgNode) -> dict[str, Any]:
         if dynamic.ENABLED
         else None,
         "exits_alone": training.FREEZE_DETECTOR,
+    }
+
+
+def _class_loss_arguments(cfg: CfgNode) -> dict[str, Any] | None:
+    training = cfg.MODEL.CASCADE.TRAINING
+    if training.CLASS_LOSS == "cross_entropy" and not training.CLASS_WEIGHTS:
+        return None
+    return {
+        "kind": training.CLASS_LOSS,
+        "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+        "class_weights": _floats(training.CLASS_WEIGHTS),
+        "focal_gamma": float(training.FOCAL_GAMMA),
+        "seesaw_p": float(training.SEESAW_P),
+        "seesaw_q": float(training.SEESAW_Q),
     }
 
 

@@ -17,6 +17,7 @@ from cascade_det.config.key import (
     FROM_0_BELOW_1,
     NAMES,
     NOT_NEGATIVE,
+    POSITIVE,
     Key,
     Values,
     above,
@@ -250,6 +251,16 @@ CASCADE = group(
         "CPUs); auto takes the fastest one on the device: for optimised heads on GPUs a kernel in "
         "Triton, if it runs there.",
         one_of("auto", "bags", "torchvision"),
+    ),
+    SUPPRESSION=Key(
+        "nms",
+        "What detections of a class that overlap go through in inference: NMS; soft-NMS, which "
+        "lowers their scores instead, linearly or by a Gaussian; or weighted box fusion (wbf), "
+        "which averages them. The IoU is `ROI_HEADS.NMS_THRESH_TEST`.",
+        one_of("nms", "soft_linear", "soft_gaussian", "wbf"),
+    ),
+    SUPPRESSION_SIGMA=Key(
+        0.5, "Width of soft_gaussian: scores fall by exp(-IoU^2 / SUPPRESSION_SIGMA).", POSITIVE
     ),
 )
 

@@ -57,13 +57,23 @@ def _augment_arguments(cfg: CfgNode) -> dict[str, Any] | None:
 
 
 def train_loader_arguments(cfg: CfgNode) -> dict[str, Any]:
-    """Training batches; ``images_per_batch`` is over all processes, ``seed`` < 0 is random."""
+    """Training batches; ``images_per_batch`` is over all processes, ``seed`` < 0 is random.
+
+    ``repeat`` are arguments of ``data.repeat_factors``, or None where no image is repeated.
+    """
+    loader, repeat = cfg.DATALOADER, None
+    if loader.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
+        repeat = {
+            "threshold": float(loader.REPEAT_THRESHOLD),
+            "square_root": loader.REPEAT_SQRT,
+        }
     return {
         "images_per_batch": cfg.SOLVER.IMS_PER_BATCH,
-        "num_workers": cfg.DATALOADER.NUM_WORKERS,
-        "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
-        "filter_empty": cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        "num_workers": loader.NUM_WORKERS,
+        "aspect_ratio_grouping": loader.ASPECT_RATIO_GROUPING,
+        "filter_empty": loader.FILTER_EMPTY_ANNOTATIONS,
         "seed": cfg.SEED,
+        "repeat": repeat,
     }
 
 
@@ -126,7 +136,7 @@ def semantic_input_arguments(cfg: CfgNode, train: bool) -> dict[str, Any]:
 def semantic_train_loader_arguments(cfg: CfgNode) -> dict[str, Any]:
     """As ``train_loader_arguments``, for semantic segmentation."""
     arguments = train_loader_arguments(cfg)
-    del arguments["filter_empty"]
+    del arguments["filter_empty"], arguments["repeat"]
     return arguments
 
 

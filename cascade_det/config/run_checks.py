@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 from fvcore.common.config import CfgNode
 
@@ -85,6 +86,15 @@ def _check_datasets(cfg: CfgNode) -> Iterator[str]:
             yield f"{key} names {', '.join(twice)} more than once. Name each data set once."
 
 
+def _check_repeats(cfg: CfgNode) -> Iterator[str]:
+    sampler, threshold = cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.REPEAT_THRESHOLD
+    if sampler == "RepeatFactorTrainingSampler" and threshold == 0:
+        yield (
+            f"DATALOADER.SAMPLER_TRAIN is {sampler!r}, but DATALOADER.REPEAT_THRESHOLD is 0, which "
+            "repeats no image. Give the share of images below which a class is rare, such as 0.1."
+        )
+
+
 def _check_solver(cfg: CfgNode) -> Iterator[str]:
     solver = cfg.SOLVER
     is_cosine = solver.LR_SCHEDULER_NAME == "WarmupCosineLR"
@@ -95,6 +105,16 @@ def _check_solver(cfg: CfgNode) -> Iterator[str]:
         )
     if cfg.CASCADE.OPTIMIZER == "SGD" and solver.NESTEROV and solver.MOMENTUM == 0:
         yield "SOLVER.NESTEROV is True, but SOLVER.MOMENTUM is 0. Give it a momentum, such as 0.9."
+
+
+def _check_scorers(cfg: CfgNode) -> Iterator[str]:
+    cascade = cfg.CASCADE
+    for key in ("LVIS_AP", "FAST_AP"):
+        if cascade[key] and find_spec("faster_coco_eval") is None:
+            yield (
+                f"CASCADE.{key} is True, but faster-coco-eval is not installed: install it with "
+                "pip install '.[lvis]' in the folder of cascade_det, or set the key to False."
+            )
 
 
 def _check_accumulation(cfg: CfgNode) -> Iterator[str]:
@@ -173,7 +193,9 @@ RUN_CHECKS: tuple[Check, ...] = (
     _check_crop,
     _check_augment,
     _check_datasets,
+    _check_repeats,
     _check_solver,
     _check_accumulation,
     _check_evaluation,
+    _check_scorers,
 )

@@ -98,6 +98,18 @@ DATALOADER = group(
     NUM_WORKERS=Key(4, "Processes that read images; 0: the main one.", NOT_NEGATIVE),
     ASPECT_RATIO_GROUPING=Key(True, "Batches wide images with wide ones, for less padding."),
     FILTER_EMPTY_ANNOTATIONS=Key(True, "Leaves out training images without objects."),
+    SAMPLER_TRAIN=Key(
+        "TrainingSampler",
+        "Shows every training image once per epoch, or those with rare classes more often.",
+        one_of("TrainingSampler", "RepeatFactorTrainingSampler", standalone_only=True),
+    ),
+    REPEAT_THRESHOLD=Key(
+        0.0,
+        "RepeatFactorTrainingSampler repeats images with a class that a smaller share f of the "
+        "images has: on average sqrt(REPEAT_THRESHOLD / f) times, by the rarest class.",
+        NOT_NEGATIVE,
+    ),
+    REPEAT_SQRT=Key(True, "Takes that root; without it rare classes are repeated more."),
 )
 
 SOLVER = group(
@@ -329,6 +341,16 @@ CASCADE = group(
         FRACTION,
     ),
     SHADOW_SCORE=Key(0.5, "Lowest score of a detection that counts in shadow runs.", FRACTION),
+    LVIS_AP=Key(
+        False,
+        "Adds the AP of rare, common and frequent classes, by the json's `frequency` or the number "
+        "of images of DATASETS.TRAIN that have the class; by faster-coco-eval, the extra [lvis].",
+    ),
+    FAST_AP=Key(
+        False,
+        "Scores the stages by faster-coco-eval, the extra [lvis], in place of pycocotools: the "
+        "same numbers sooner.",
+    ),
     LOG_PERIOD=Key(20, "Time between lines of log and metrics.", COUNT, "iterations"),
 )
 

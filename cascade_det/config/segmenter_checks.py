@@ -23,6 +23,8 @@ _OF_DETECTORS = (
     "MODEL.CASCADE.FAST.IMAGES",
     "TEST.AUG.ENABLED",
     "CASCADE.SHADOW_SHARE",
+    "CASCADE.LVIS_AP",
+    "CASCADE.FAST_AP",
     "CASCADE.AUGMENT",
     "INPUT.CROP.ENABLED",
 )
@@ -112,6 +114,11 @@ def check_unread(cfg: CfgNode) -> Iterator[str]:
     for key in _OF_DETECTORS:
         if value := value_of(cfg, key):
             yield f"{key} is {value}, but segmenters do not have that. Set it to {type(value)()}."
+    if (sampler := cfg.DATALOADER.SAMPLER_TRAIN) != "TrainingSampler":
+        yield (
+            f"DATALOADER.SAMPLER_TRAIN is {sampler!r}, but segmenters do not have that. Set it to "
+            "'TrainingSampler'."
+        )
 
 
 def check_not_fast(cfg: CfgNode) -> Iterator[str]:

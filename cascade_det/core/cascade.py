@@ -63,6 +63,7 @@ class CascadeHead(nn.Module):
         score_thresh: detections score above it.
         nms_thresh: IoU of the per-class NMS.
         detections_per_image: limit per image; negative for none.
+        suppression: see ``Selection``, as ``suppression_sigma``.
         exits: the exit policy; ``None`` runs every stage on every region.
         regime: the training schedule; ``None`` for the plain sum of the stage losses.
         masks: the mask heads, with their pooler and rules; ``None`` for no masks.
@@ -71,7 +72,7 @@ class CascadeHead(nn.Module):
         metrics: scalars of the last call of ``losses``, see ``CascadeTargets.metrics``.
 
     Raises:
-        ValueError: if the per-stage arguments differ in length.
+        ValueError: if the per-stage arguments differ in length, or the suppression is unknown.
     """
 
     def __init__(
@@ -94,6 +95,8 @@ class CascadeHead(nn.Module):
         score_thresh: float = 0.05,
         nms_thresh: float = 0.5,
         detections_per_image: int = 100,
+        suppression: str = "nms",
+        suppression_sigma: float = 0.5,
         exits: ExitPolicy | None = None,
         regime: TrainingSchedule | None = None,
         masks: MaskBranch | None = None,
@@ -132,7 +135,9 @@ class CascadeHead(nn.Module):
         )
         self.regime = regime or TrainingSchedule(num_stages=self.num_stages)
         self.ensemble = ScoreEnsemble(ensemble)
-        self.selection = Selection(score_thresh, nms_thresh, detections_per_image)
+        self.selection = Selection(
+            score_thresh, nms_thresh, detections_per_image, suppression, suppression_sigma
+        )
         self.exits = exits
         self.set_masks(masks)
         self.metrics: dict[str, Tensor] = {}

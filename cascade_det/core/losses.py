@@ -34,17 +34,6 @@ def classification_loss(logits: Tensor, gt_classes: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), gt_classes)
 
 
-def weighted_classification_loss(logits: Tensor, gt_classes: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of the softmax cross-entropy of all regions.
-
-    Args:
-        logits: ``[R, K + 1]``.
-        gt_classes: int64 ``[R]`` in ``[0, K]``.
-        weights: float32 ``[R]``.
-    """
-    return (weights * F.cross_entropy(logits.float(), gt_classes, reduction="none")).sum()
-
-
 def box_loss(
     deltas: Tensor,
     boxes: Tensor,

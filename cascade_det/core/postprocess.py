@@ -1,4 +1,4 @@
-"""Selects detections from scored regions: score threshold, per-class NMS, top-k."""
+"""Selects detections from scored regions: score threshold, NMS or another suppression, top-k."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from cascade_det.core.regions import ReportedRegions
 from cascade_det.core.structures import Detections, Found, StageOutput
 from cascade_det.core.structures.boxes import is_nonempty
 from cascade_det.core.structures.nms import nms_by_image
+from cascade_det.core.structures.on_device import indices_by_group
+from cascade_det.core.suppression import SUPPRESSIONS, fuse, soften
 
 Frame = tuple[tuple[int, int], tuple[int, int]]  # (height, width) of boxes, and wanted
 
@@ -24,11 +26,25 @@ class Selection:
         score_thresh: detections score above it.
         nms_thresh: NMS drops the lower score of two boxes of a class with a larger IoU.
         detections_per_image: limit per image; negative for none.
+        suppression: one of ``cascade_det.core.suppression.SUPPRESSIONS``.
+        sigma: of "soft_gaussian".
+        sources: how many views of an image the regions come from, for "wbf".
+
+    Raises:
+        ValueError: the suppression is unknown.
     """
 
     score_thresh: float
     nms_thresh: float
     detections_per_image: int
+    suppression: str = "nms"
+    sigma: float = 0.5
+    sources: int = 1
+
+    def __post_init__(self) -> None:
+        if self.suppression not in SUPPRESSIONS:
+            known = ", ".join(SUPPRESSIONS)
+            raise ValueError(f"unknown suppression {self.suppression!r}; known: {known}")
 
 
 def select_detections(
@@ -57,10 +73,14 @@ def select_detections(
         classes,
         torch.cat([r.exit_stages for r in reported])[rows],
     )
+    images = torch.cat([r.image_index for r in reported])[rows]
+    if selection.suppression != "nms":
+        by_image = indices_by_group(images, num_images)
+        return [_suppressed(candidates[own], selection) for own in by_image]
     best_rows = nms_by_image(
         candidates.boxes,
         candidates.scores,
-        torch.cat([r.image_index for r in reported])[rows],
+        images,
         classes,
         num_images=num_images,
         num_classes=chosen.shape[1],
@@ -68,6 +88,17 @@ def select_detections(
     )
     most = selection.detections_per_image
     return [candidates[own if most < 0 else own[:most]] for own in best_rows]
+
+
+def _suppressed(candidates: Detections, selection: Selection) -> Detections:
+    most, iou = selection.detections_per_image, selection.nms_thresh
+    threshold = selection.score_thresh
+    if selection.suppression == "wbf":
+        return fuse(
+            candidates, score_thresh=threshold, iou=iou, sources=selection.sources, most=most
+        )
+    sigma = selection.sigma if selection.suppression == "soft_gaussian" else None
+    return soften(candidates, score_thresh=threshold, iou=iou, sigma=sigma, most=most)
 
 
 def rescale_detections(detections: Sequence[Found], frames: Sequence[Frame]) -> list[Found]:

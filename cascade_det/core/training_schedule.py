@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cascade_det.core.cascade_targets import CascadeTargets
+from cascade_det.core.class_losses import ClassLoss
 from cascade_det.core.dynamic_targets import DynamicTargets
-from cascade_det.core.losses import weighted_classification_loss
 from cascade_det.core.region_gates import RegionGates
 from cascade_det.core.training_stage import TrainingStage
 
@@ -26,6 +27,8 @@ class TrainingSchedule(nn.Module):
 
     Args:
         num_stages: S.
+        class_loss: the class loss of each region; ``None`` for the cross-entropy. As with that,
+            the loss of a stage is the mean over its regions.
         gates: weights of the class loss by region and stage; ``None`` for none. The box loss has
             no gates: a region whose class is settled still needs its box refined.
         stage_weighting: "fixed"; "scheduled", linear from the stage weights to
@@ -49,6 +52,7 @@ class TrainingSchedule(nn.Module):
         self,
         *,
         num_stages: int,
+        class_loss: ClassLoss | None = None,
         gates: RegionGates | None = None,
         stage_weighting: str = "fixed",
         stage_loss_weights_end: Sequence[float] = (),
@@ -66,6 +70,7 @@ class TrainingSchedule(nn.Module):
                 f"{len(stage_loss_weights_end)} stage_loss_weights_end, but stage weighting "
                 f"{stage_weighting!r} needs {wanted}"
             )
+        self.class_loss = class_loss
         self.gates = gates
         self.stage_loss_weights_end = tuple(stage_loss_weights_end)
         self.prefix_loss_weight = prefix_loss_weight
@@ -111,11 +116,7 @@ class TrainingSchedule(nn.Module):
             targets: S current targets.
         """
         pairs = list(zip(targets, stages, strict=True))
-        metrics: dict[str, Tensor] = {}
-        if self.gates is not None and self.training:
-            class_losses, metrics = self._gated_class_losses(self.gates, stages, targets[0])
-        else:
-            class_losses = [own.class_loss(stage, out) for stage, (own, out) in enumerate(pairs)]
+        class_losses, metrics = self._class_losses(stages, targets)
         factors: Sequence[Tensor] = ()
         if self.log_variances is not None and self.training:
             factors = list(torch.exp(-self.log_variances))
@@ -131,22 +132,34 @@ class TrainingSchedule(nn.Module):
             losses["loss_stage_weights"] = self.log_variances.sum()
         return losses, metrics
 
-    @staticmethod
-    def _gated_class_losses(
-        gates: RegionGates, stages: Sequence[TrainingStage], targets: CascadeTargets
+    def _class_losses(
+        self, stages: Sequence[TrainingStage], targets: Sequence[CascadeTargets]
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        weights, eligible = gates.weights(stages, targets.stage_loss_weights)
-        scale = sum(targets.stage_loss_weights) / max(len(stages[0].proposal_index), 1)
-        losses = [
-            scale * weighted_classification_loss(output.logits, output.regions.gt_classes, weight)
-            for output, weight in zip(stages, weights, strict=True)
-        ]
-        return losses, {f"stage{s}/eligible": share.mean() for s, share in enumerate(eligible)}
+        """Weighted class losses of the stages, and metrics."""
+        if not self.training or (self.gates is None and self.class_loss is None):
+            pairs = zip(targets, stages, strict=True)
+            return [own.class_loss(stage, out) for stage, (own, out) in enumerate(pairs)], {}
+        if self.class_loss is None:
+            losses = [
+                F.cross_entropy(out.logits.float(), out.regions.gt_classes, reduction="none")
+                for out in stages
+            ]
+        else:
+            losses = self.class_loss(stages)
+        stage_weights = targets[0].stage_loss_weights
+        if self.gates is None:
+            means = [own.sum() / max(len(own), 1) for own in losses]
+            return [w * mean for w, mean in zip(stage_weights, means, strict=True)], {}
+        weights, eligible = self.gates.weights(stages, stage_weights)
+        scale = sum(stage_weights) / max(len(stages[0].proposal_index), 1)
+        metrics = {f"stage{s}/eligible": share.mean() for s, share in enumerate(eligible)}
+        return [scale * (w * own).sum() for w, own in zip(weights, losses, strict=True)], metrics
 
 
 def build_training_schedule(
     *,
     num_stages: int,
+    class_loss: Mapping[str, Any] | None = None,
     gating: str | None,
     gate_threshold: float,
     gate_scale: float,
@@ -157,6 +170,7 @@ def build_training_schedule(
 
     Args:
         num_stages: S.
+        class_loss: arguments of ``ClassLoss`` without ``num_stages``, or ``None``.
         gating: kind of ``RegionGates``, or ``None``.
         gate_threshold: threshold of ``RegionGates``.
         gate_scale: scale of ``RegionGates``.
@@ -168,6 +182,7 @@ def build_training_schedule(
         gates = RegionGates(gating, threshold=gate_threshold, scale=gate_scale)
     return TrainingSchedule(
         num_stages=num_stages,
+        class_loss=None if class_loss is None else ClassLoss(num_stages=num_stages, **class_loss),
         gates=gates,
         dynamic=None if dynamic is None else DynamicTargets(num_stages=num_stages, **dynamic),
         **arguments,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.modeling import (
     ANCHOR_GENERATOR_REGISTRY,
     BACKBONE_REGISTRY,
@@ -26,8 +26,6 @@ from cascade_det.errors import ConfigError
 _WITH_ROI_HEADS = ("GeneralizedRCNN", "PanopticFPN")
 _WITH_SEMANTIC_HEAD = ("SemanticSegmentor", "PanopticFPN")
 _WITH_RPN = (*_WITH_ROI_HEADS, "ProposalNetwork")
-# Keys that only Detectron2's loader reads.
-_OF_ITS_LOADER = ("DATALOADER.SAMPLER_TRAIN",)
 _STAGE_MASKS = {
     "NAME": ("MaskRCNNConvUpsampleHead", "StageMaskHeads"),
     "POOLER_TYPE": ("ROIAlignV2", "ROIAlign"),
@@ -45,26 +43,6 @@ def check_model(cfg: CfgNode) -> None:
     if errors:
         listed = "\n  - ".join(errors)
         raise ConfigError(f"Detectron2 cannot build this model:\n  - {listed}")
-
-
-def check_semantic_data(cfg: CfgNode) -> None:
-    """Check that nothing is asked of the data of a segmenter that only Detectron2's loader has.
-
-    Raises:
-        ConfigError: lists all errors, each with key, value and remedy.
-    """
-    defaults = get_cfg()
-    errors = [
-        f"{key} is {shown(value)}. Set it to {shown(value_of(defaults, key))}."
-        for key in _OF_ITS_LOADER
-        if (value := value_of(cfg, key)) != value_of(defaults, key)
-    ]
-    if errors:
-        listed = "\n  - ".join(errors)
-        raise ConfigError(
-            "Our loader reads the data of segmenters, and has not all that Detectron2's has:"
-            f"\n  - {listed}"
-        )
 
 
 def check_box_heads(cfg: CfgNode, maps: Collection[str]) -> None:

@@ -31,6 +31,7 @@ from cascade_det.d2.optimize import optimize
 from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
 from cascade_det.data.coco import CocoDataset
 from cascade_det.data.samples import Batch, Sample
+from cascade_det.engine.class_frequencies import lvis_evaluators
 from cascade_det.engine.datasets import images_to_optimise_with, load_datasets_to_evaluate
 from cascade_det.engine.devices import on_its_device, set_backends
 from cascade_det.engine.evaluate import add_augmented, by_dataset, evaluate_dataset
@@ -121,8 +122,13 @@ def evaluate_all(cfg: CfgNode, model: nn.Module, datasets: Sequence[CocoDataset]
             folder,
             detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
             stages=detector.has_stages,
+            fast_ap=cfg.CASCADE.FAST_AP,
             flops=_flops(detector),
-            further=[*shadow, _FeedOutputs(coco, detector)],
+            further=[
+                *shadow,
+                *lvis_evaluators(cfg, dataset, register_dataset),
+                _FeedOutputs(coco, detector),
+            ],
             finish=finish,
         )
 

@@ -12,7 +12,7 @@ from detectron2.utils import comm
 
 from cascade_det import config
 from cascade_det.config import ConfigFiles
-from cascade_det.d2.config_checks import check_mask_heads, check_model, check_semantic_data
+from cascade_det.d2.config_checks import check_mask_heads, check_model
 from cascade_det.d2.detector import Detector
 from cascade_det.d2.evaluate import evaluate as evaluate_detector
 from cascade_det.d2.evaluate import load_model
@@ -112,7 +112,6 @@ def check_config(cfg: CfgNode) -> None:
     config.check_run(cfg)
     check_model(cfg)
     if config.is_segmenter(cfg):
-        check_semantic_data(cfg)
         head = SEM_SEG_HEADS_REGISTRY.get(cfg.MODEL.SEM_SEG_HEAD.NAME)
         if isinstance(head, type) and issubclass(head, CascadeSemSegHead):
             config.check_segmenter(cfg)

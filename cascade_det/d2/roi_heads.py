@@ -30,7 +30,6 @@ from cascade_det.core import (
     build_exits,
     build_training_schedule,
 )
-from cascade_det.core.postprocess import Selection
 from cascade_det.core.structures import part
 from cascade_det.d2.box_heads import build_box_heads
 from cascade_det.d2.config_checks import check_mask_heads
@@ -90,6 +89,8 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         stage_loss_weights: S factors of the stages' losses; ``None`` for 1.
         ensemble: how the stages' scores become one, see ``MODEL.CASCADE.ENSEMBLE``.
         pooler_kernel: see ``MODEL.CASCADE.POOLER_KERNEL``.
+        suppression: what overlapping detections go through, see ``MODEL.CASCADE.SUPPRESSION``.
+        suppression_sigma: see ``MODEL.CASCADE.SUPPRESSION_SIGMA``.
         exits: the exit policy of inference; ``None`` for no exits.
         mask_rules: which detections get a mask; the ``pred_masks`` of others are 0. ``None`` for
             all. Masks for given boxes have no rules, nor do traced ones.
@@ -123,6 +124,8 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         stage_loss_weights: Sequence[float] | None = None,
         ensemble: str = "mean_probs",
         pooler_kernel: str = "auto",
+        suppression: str = "nms",
+        suppression_sigma: float = 0.5,
         exits: ExitPolicy | None = None,
         mask_rules: MaskRules | None = None,
         regime: TrainingSchedule | None = None,
@@ -144,6 +147,8 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             box_predictors=box_predictors,
             stage_loss_weights=stage_loss_weights,
             ensemble=ensemble,
+            suppression=suppression,
+            suppression_sigma=suppression_sigma,
             exits=exits,
             regime=regime,
             **self._rules(),
@@ -179,6 +184,8 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             "stage_loss_weights": arguments["stage_loss_weights"],
             "ensemble": arguments["ensemble"],
             "pooler_kernel": cfg.MODEL.CASCADE.POOLER_KERNEL,
+            "suppression": arguments["suppression"],
+            "suppression_sigma": arguments["suppression_sigma"],
             "exits": build_exits(config.exit_arguments(cfg), hidden_features, channels),
             "mask_rules": None if masks is None else MaskRules(**masks["rules"]),
             "regime": build_training_schedule(**config.training_arguments(cfg)),
@@ -307,8 +314,11 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             self.__dict__["_pooler"] = self.box_pooler
         cascade.targets = replace(cascade.targets, **rules)
         cascade.num_classes = rules["num_classes"]
-        cascade.selection = Selection(
-            last.test_score_thresh, last.test_nms_thresh, last.test_topk_per_image
+        cascade.selection = replace(
+            cascade.selection,
+            score_thresh=last.test_score_thresh,
+            nms_thresh=last.test_nms_thresh,
+            detections_per_image=last.test_topk_per_image,
         )
 
     def use_fast_copies(self, dtype: str | None, grids: Sequence[Grid] = ()) -> None:

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 ON_BAD_DATA = "CASCADE.ON_BAD_DATA"
 _DIFFERENCES_SHOWN = 3
+# Which classes an image is annotated for, where that is not all.
+_OF_LVIS = ("neg_category_ids", "not_exhaustive_category_ids")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -67,6 +69,7 @@ class CocoDataset:
         category_ids: the category id in the json of each class; ascending, gaps allowed.
         source: where it was read from.
         ground_truth: the reference of an evaluation, in COCO format: ``images``, ``categories``
+            (both with what LVIS adds, where the json has it: ``frequency``, ``neg_category_ids``)
             and ``annotations`` (``id``, ``image_id``, ``category_id``, ``bbox``, ``area``,
             ``iscrowd``), the latter only if the json has that key. Boxes of zero width or height
             are included: pycocotools counts them. If masks were read, ``segmentation`` is added, in
@@ -273,10 +276,12 @@ def _ground_truth(checked: CheckedJson) -> dict[str, Any]:
     content: dict[str, Any] = {
         "images": [
             {key: image[key] for key in ("id", "file_name", "height", "width")}
+            | {key: image[key] for key in _OF_LVIS if isinstance(image.get(key), list)}
             for image in checked.images.values()
         ],
         "categories": [
-            {"id": category_id, "name": name} for category_id, name in checked.categories.items()
+            {"id": category_id, "name": name, **_frequency(checked, category_id)}
+            for category_id, name in checked.categories.items()
         ],
     }
     if checked.has_annotations:
@@ -286,6 +291,11 @@ def _ground_truth(checked: CheckedJson) -> dict[str, Any]:
             for annotation in checked.annotations.get(image_id, [])
         ]
     return content
+
+
+def _frequency(checked: CheckedJson, category_id: int) -> dict[str, str]:
+    found = checked.frequencies.get(category_id)
+    return {} if found is None else {"frequency": found}
 
 
 def _true_object(annotation: JsonObject, image: JsonObject) -> JsonObject:

@@ -43,6 +43,7 @@ class CheckedJson:
         has_annotations: whether the json has the key ``annotations``.
         with_masks: whether masks were read.
         categories: names by category id, ascending.
+        frequencies: by category id, of those that have one: LVIS' ``r``, ``c`` or ``f``.
         unusable: issues of the whole file: its structure, or its categories.
         bad: images and annotations that are wrong, and left out.
         of_no_area: annotations with an empty box: an evaluation counts them, training does not.
@@ -56,6 +57,7 @@ class CheckedJson:
     has_annotations: bool = False
     with_masks: bool = False
     categories: dict[int, str] = field(default_factory=dict)
+    frequencies: dict[int, str] = field(default_factory=dict)
     unusable: Issues = field(default_factory=Issues)
     bad: Issues = field(default_factory=Issues)
     of_no_area: Issues = field(default_factory=Issues)
@@ -134,6 +136,8 @@ def _check_categories(entries: list[JsonObject], checked: CheckedJson) -> None:
         except ValueError as error:
             kind = "category without a usable 'name'"
             checked.unusable.add(kind, str, f"category {entry['id']}: {error}")
+        if entry.get("frequency") in ("r", "c", "f"):
+            checked.frequencies[entry["id"]] = entry["frequency"]
     if not entries and not checked.unusable:
         checked.unusable.add("empty list of classes", str, "'categories'")
     checked.categories = dict(sorted(checked.categories.items()))

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from cascade_det.data.augmentation import Augmentation
 from cascade_det.data.coco import CocoDataset, ImageRecord, check_same_classes
+from cascade_det.data.repeat_factors import Factors, repeat_factors
 from cascade_det.data.sample_masks import MaskOptions, unpack
 from cascade_det.data.sampler import TrainingBatchSampler, aspect_ratio_groups
 from cascade_det.data.samples import (
@@ -71,6 +72,7 @@ def build_train_loader(
     share: tuple[int, int] = (0, 1),
     on_bad_data: str = "error",
     masks: Mapping[str, str] | None = None,
+    repeat: Mapping[str, Any] | None = None,
     augment: Mapping[str, Any] | None = None,
 ) -> DataLoader[Sample]:
     """Build an endless loader of training batches.
@@ -97,6 +99,8 @@ def build_train_loader(
             position in the stream.
         masks: values of :class:`MaskOptions`, for data sets read with masks; ``None`` for samples
             without.
+        repeat: ``threshold`` and ``square_root`` of :func:`repeat_factors`, to show images with
+            rare classes more often; ``None`` shows every image once per epoch.
         augment: values of :func:`detection_sample`; ``None`` to resize and flip only.
 
     Raises:
@@ -117,6 +121,9 @@ def build_train_loader(
         augment=augment,
         tries=REPLACEMENTS_TRIED if on_bad_data == "skip" else 1,
     )
+    factors = None
+    if repeat is not None:
+        factors = repeat_factors([record.classes for record in records], **repeat)
     return train_loader_of(
         records,
         make,
@@ -127,6 +134,7 @@ def build_train_loader(
         start_batch=start_batch,
         share=share,
         on_bad_data=on_bad_data,
+        factors=factors,
     )
 
 
@@ -182,10 +190,12 @@ def train_loader_of(
     start_batch: int,
     share: tuple[int, int],
     on_bad_data: str,
+    factors: Factors | None = None,
 ) -> DataLoader[Sample]:
     """An endless loader of batches of the samples that ``make`` makes of one or more records.
 
-    For the other arguments see :func:`build_train_loader`.
+    For ``factors`` see :class:`TrainingBatchSampler`, for the other arguments
+    :func:`build_train_loader`.
     """
     sizes = [(record.height, record.width) for record in records]
     groups = aspect_ratio_groups(sizes) if aspect_ratio_grouping else [0] * len(sizes)
@@ -196,6 +206,7 @@ def train_loader_of(
             images_per_batch,
             seed=seed,
             groups=groups,
+            factors=factors,
             start_batch=start_batch,
             share=share,
         ),

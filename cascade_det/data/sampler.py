@@ -9,21 +9,23 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
+from cascade_det.data.repeat_factors import Factors, repeated
 from cascade_det.errors import ConfigError
 
 # (position in the stream of images, index of the image at that position)
 SampleReference = tuple[int, int]
 
 # Purposes of generators, so that epoch 7 and image 7 draw different numbers.
-_SHUFFLE, _AUGMENT, _REPLACE = 0, 1, 2
+_SHUFFLE, _AUGMENT, _REPLACE, _REPEAT = 0, 1, 2, 3
 
 
 class TrainingBatchSampler(Sampler[list[SampleReference]]):
     """An endless stream of batches, each a list of (position in the stream, image index).
 
-    The stream is a sequence of shuffled epochs, each with every image once. With groups, an image
-    waits until its group fills a batch, across the end of an epoch if necessary, so a batch has
-    images of one group and none is lost. Iterating again restarts at ``start_batch``.
+    The stream is a sequence of shuffled epochs, each with every image once, or as often as its
+    repeat factor says. With groups, an image waits until its group fills a batch, across the end of
+    an epoch if necessary, so a batch has images of one group and none is lost. Iterating again
+    restarts at ``start_batch``.
 
     Batches are those of the whole run: each of several processes takes its part of every batch, so
     the run does not depend on their number.
@@ -36,6 +38,7 @@ class TrainingBatchSampler(Sampler[list[SampleReference]]):
         *,
         seed: int,
         groups: Sequence[int],
+        factors: Factors | None = None,
         start_batch: int = 0,
         share: tuple[int, int] = (0, 1),
     ) -> None:
@@ -46,6 +49,7 @@ class TrainingBatchSampler(Sampler[list[SampleReference]]):
             images_per_batch: length of every batch, over all processes.
             seed: 0 or more.
             groups: the group of each image.
+            factors: how often an epoch has each image, on average; ``None`` for once.
             start_batch: number of the first batch; earlier ones are skipped without reading an
                 image.
             share: (rank, number of processes); yields only the rank-th part of every batch.
@@ -65,6 +69,7 @@ class TrainingBatchSampler(Sampler[list[SampleReference]]):
         self.images_per_batch = images_per_batch
         self.seed = seed
         self.groups = groups
+        self.factors = factors
         self.start_batch = start_batch
 
     def __iter__(self) -> Iterator[list[SampleReference]]:
@@ -83,7 +88,11 @@ class TrainingBatchSampler(Sampler[list[SampleReference]]):
     def _stream(self) -> Iterator[int]:
         for epoch in itertools.count():
             generator = np.random.default_rng([self.seed, _SHUFFLE, epoch])
-            yield from generator.permutation(self.num_images).tolist()
+            images = np.arange(self.num_images)
+            if self.factors is not None:
+                rounding = np.random.default_rng([self.seed, _REPEAT, epoch])
+                images = repeated(self.factors, rounding)
+            yield from images[generator.permutation(len(images))].tolist()
 
 
 def augmentation_generator(seed: int, position: int) -> np.random.Generator:

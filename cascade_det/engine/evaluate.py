@@ -40,6 +40,7 @@ def evaluate_dataset(
     *,
     detections_per_image: int,
     stages: bool = True,
+    fast_ap: bool = False,
     flops: RegionFlops | None = None,
     further: Sequence[Evaluator] = (),
     finish: Callable[[dict[str, Any]], Mapping[str, Any]] = dict,
@@ -53,6 +54,7 @@ def evaluate_dataset(
         output_dir: for ``results.json``, ``report.png``, ``analysis/`` and ``inference/``.
         detections_per_image: the detector's limit.
         stages: whether the detector can report what each stage alone would give.
+        fast_ap: whether ``faster-coco-eval`` scores the stages.
         flops: of one region, see :func:`cascade_det.engine.head_flops.region_flops`.
         further: evaluators besides the default ones.
         finish: called with the results on every process; returns those to report.
@@ -67,6 +69,7 @@ def evaluate_dataset(
         output_dir=output_dir,
         detections_per_image=detections_per_image,
         stages=stages,
+        fast_ap=fast_ap,
         flops=flops,
     )
     found = run_inference(detector, loader, [*evaluators, *further], stages=stages)

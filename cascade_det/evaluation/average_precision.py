@@ -31,14 +31,10 @@ def coco_ap(
     coco_gt: COCO,
     results: Sequence[Mapping[str, Any]],
     image_ids: Collection[int],
-    *,
-    task: str = "bbox",
-    max_detections: int = MAX_DETECTIONS,
+    **options: Any,
 ) -> dict[str, float]:
-    """Average precision in percent; see ``run_cocoeval`` and ``ap_metrics``."""
-    return ap_metrics(
-        run_cocoeval(coco_gt, results, image_ids, task=task, max_detections=max_detections)
-    )
+    """Average precision in percent; see ``run_cocoeval``, also for options, and ``ap_metrics``."""
+    return ap_metrics(run_cocoeval(coco_gt, results, image_ids, **options))
 
 
 def run_cocoeval(
@@ -48,8 +44,10 @@ def run_cocoeval(
     *,
     task: str = "bbox",
     max_detections: int = MAX_DETECTIONS,
+    fast: bool = False,
+    frequencies: Mapping[int, str] | None = None,
 ) -> COCOeval:
-    """Evaluate and accumulate with pycocotools.
+    """Evaluate and accumulate with pycocotools, or with ``faster-coco-eval``.
 
     Args:
         coco_gt: ground truth, see ``load_ground_truth``, or ``load_mask_truth`` for masks.
@@ -61,11 +59,14 @@ def run_cocoeval(
         task: what to match: ``bbox``, ``segm`` (masks), or ``boundary`` (masks and their
             boundaries, by Boundary IoU, arXiv 2103.16562, section 4; needs ``faster-coco-eval``).
         max_detections: how many count per class and image, best score first.
+        fast: use ``faster-coco-eval``: the same precision, but no matches to analyse.
+        frequencies: with ``fast``: evaluate as LVIS does, see ``class_frequency``; one of its
+            frequencies for each category id.
     """
     with stdout_to_log():
         detected = _as_coco(coco_gt, results, with_masks=task != "bbox")
-        if task == "boundary":
-            evaluation = _boundary_evaluation(coco_gt, detected)
+        if fast or task == "boundary":
+            evaluation = _fast_evaluation(coco_gt, detected, task, frequencies)
         else:
             evaluation = COCOeval(coco_gt, detected, task)
         evaluation.params.imgIds = list(image_ids)
@@ -75,7 +76,7 @@ def run_cocoeval(
     return evaluation
 
 
-def can_score_boundaries() -> bool:
+def has_fast_cocoeval() -> bool:
     """Whether ``faster-coco-eval`` is installed."""
     return find_spec("faster_coco_eval") is not None
 
@@ -86,10 +87,10 @@ def ap_metrics(evaluation: COCOeval) -> dict[str, float]:
     A metric without ground truth is nan. Labels are those of ``ground_truth.class_labels``.
     """
     precision = _precision(evaluation)
-    metrics = {name: _mean_valid(precision[ious]) for name, ious in _IOUS.items()}
+    metrics = {name: mean_precision(precision[ious]) for name, ious in _IOUS.items()}
     for area, label in enumerate(evaluation.params.areaRngLbl):
         if label != "all":
-            metrics[f"AP{label[0]}"] = _mean_valid(_precision(evaluation, area))
+            metrics[f"AP{label[0]}"] = mean_precision(_precision(evaluation, area))
     labels = class_labels(evaluation.cocoGt.cats)
     for category_id, of_class in ap_per_class(evaluation).items():
         metrics[f"AP-{labels[category_id]}"] = of_class["AP"]
@@ -101,7 +102,8 @@ def ap_per_class(evaluation: COCOeval) -> dict[int, dict[str, float]]:
     precision = _precision(evaluation)
     return {
         category_id: {
-            name: _mean_valid(precision[_IOUS[name], :, index]) for name in ("AP", "AP50", "AP75")
+            name: mean_precision(precision[_IOUS[name], :, index])
+            for name in ("AP", "AP50", "AP75")
         }
         for index, category_id in enumerate(evaluation.params.catIds)
     }
@@ -143,18 +145,32 @@ def _area(result: Mapping[str, Any], with_masks: bool) -> float:
     return float(width * height)
 
 
-def _boundary_evaluation(coco_gt: COCO, detected: COCO) -> Any:
+def _fast_evaluation(
+    coco_gt: COCO, detected: COCO, task: str, frequencies: Mapping[int, str] | None
+) -> Any:
     from faster_coco_eval import COCO as FasterCOCO
     from faster_coco_eval import COCOeval_faster
 
     # It writes into the annotations.
-    both = (
-        FasterCOCO({**coco.dataset, "annotations": [*map(dict, coco.dataset["annotations"])]})
+    truth, found = (
+        {**coco.dataset, "annotations": [*map(dict, coco.dataset["annotations"])]}
         for coco in (coco_gt, detected)
     )
-    return COCOeval_faster(*both, "boundary", print_function=logger.debug)
+    if frequencies is not None:
+        truth["categories"] = [
+            {**category, "frequency": frequencies[category["id"]]}
+            for category in truth["categories"]
+        ]
+    return COCOeval_faster(
+        FasterCOCO(truth),
+        FasterCOCO(found),
+        task,
+        print_function=logger.debug,
+        lvis_style=frequencies is not None,
+    )
 
 
-def _mean_valid(precision: np.ndarray) -> float:
+def mean_precision(precision: np.ndarray) -> float:
+    """Mean in percent of what is not -1, which marks classes without objects; nan of nothing."""
     valid = precision[precision > -1]
     return float(valid.mean()) * 100 if valid.size else float("nan")

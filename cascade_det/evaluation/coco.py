@@ -23,9 +23,9 @@ from cascade_det.evaluation.ap_warnings import (
 from cascade_det.evaluation.average_precision import (
     MAX_DETECTIONS,
     ap_metrics,
-    can_score_boundaries,
     coco_ap,
     detections_limit,
+    has_fast_cocoeval,
     run_cocoeval,
 )
 from cascade_det.evaluation.evaluator import Evaluator
@@ -182,7 +182,7 @@ def score_results(
     notes = explain(metrics["bbox"], coco_gt, results, image_ids)
     if mask_truth is not None:
         notes += missing_masks(coco_gt, results, image_ids)
-        if can_score_boundaries():
+        if has_fast_cocoeval():
             metrics["boundary"] = coco_ap(
                 mask_truth, results, image_ids, task="boundary", max_detections=max_detections
             )

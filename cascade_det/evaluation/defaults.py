@@ -21,6 +21,7 @@ def default_evaluators(
     output_dir: str | os.PathLike[str] | None = None,
     detections_per_image: int = MAX_DETECTIONS,
     stages: bool = True,
+    fast_ap: bool = False,
     warmup: int = 5,
     flops: RegionFlops | None = None,
 ) -> list[Evaluator]:
@@ -43,6 +44,7 @@ def default_evaluators(
                 ground_truth=ground_truth,
                 category_ids=category_ids,
                 detections_per_image=detections_per_image,
+                fast_ap=fast_ap,
             )
         )
     return [*evaluators, ExitEvaluator(flops), LatencyEvaluator(warmup=warmup)]

@@ -42,6 +42,7 @@ class StageEvaluator(Evaluator):
         ground_truth: the content of a COCO-format json, see ``load_ground_truth``.
         category_ids: category id in the json of each class of the detector.
         detections_per_image: see ``CocoEvaluator``.
+        fast_ap: score by ``faster-coco-eval``.
 
     Raises:
         DatasetError: the ground truth cannot be used.
@@ -53,7 +54,9 @@ class StageEvaluator(Evaluator):
         ground_truth: Mapping[str, Any],
         category_ids: Sequence[int],
         detections_per_image: int = MAX_DETECTIONS,
+        fast_ap: bool = False,
     ) -> None:
+        self._fast_ap = fast_ap
         self._ground_truth = ground_truth
         self._coco_gt = load_ground_truth(ground_truth)
         self._category_ids = tuple(category_ids)
@@ -157,7 +160,9 @@ class StageEvaluator(Evaluator):
         ]
         images, most = sorted(self._coco_gt.imgs), self._max_detections
         metrics = {
-            task: coco_ap(truth, results, images, task=task, max_detections=most)
+            task: coco_ap(
+                truth, results, images, task=task, max_detections=most, fast=self._fast_ap
+            )
             for task, truth in truths.items()
         }
         return {

@@ -22,6 +22,8 @@ _TASKS = {
     "segm": "Mask AP",
     "boundary": "Boundary AP",
     "keypoints": "Keypoint AP",
+    "lvis": "Box AP of rare, common and frequent classes",
+    "lvis_segm": "Mask AP of rare, common and frequent classes",
 }
 _AUGMENTED = {f"{task}_TTA": f"{title} with augmentation" for task, title in _TASKS.items()}
 _STAGE_AP = ("AP", "AP50", "AP75", "AP90")

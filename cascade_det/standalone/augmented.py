@@ -64,7 +64,8 @@ class _View:
 class AugmentedDetector:
     """A detector that looks at each image in several sizes, and mirrored.
 
-    The boxes of all views go through one NMS; masks are averaged over the views.
+    The boxes of all views go through one NMS, or what ``MODEL.CASCADE.SUPPRESSION`` has instead,
+    as those of each view did; masks are averaged over the views.
 
     Args:
         detector: with its weights; may be optimised.
@@ -163,7 +164,7 @@ class AugmentedDetector:
         return views
 
     def _merge(self, found: Sequence[Detections], size: tuple[int, int]) -> Detections:
-        """NMS of the detections of all views, in an image of ``size`` (height, width)."""
+        """NMS, or the like, of all views' detections, in an image of ``size`` (height, width)."""
         heads = self.detector.roi_heads
         boxes, scores, classes, exit_stages = (
             torch.cat([getattr(d, name) for d in found])
@@ -179,7 +180,8 @@ class AugmentedDetector:
             exit_stages=exit_stages,
             proposal_index=every,
         )
-        selection = replace(heads.selection, score_thresh=_ABOVE_NOTHING)
+        # All views together are the sources of a fused box.
+        selection = replace(heads.selection, score_thresh=_ABOVE_NOTHING, sources=len(found))
         return select_detections([reported], 1, selection)[0]
 
     def _with_masks(

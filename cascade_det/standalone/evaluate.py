@@ -14,6 +14,7 @@ from cascade_det.data.coco import CocoDataset
 from cascade_det.data.loader import build_test_loader
 from cascade_det.data.samples import Sample
 from cascade_det.engine.checkpoint import Checkpointer
+from cascade_det.engine.class_frequencies import lvis_evaluators
 from cascade_det.engine.datasets import images_to_optimise_with, load_datasets_to_evaluate
 from cascade_det.engine.devices import set_backends
 from cascade_det.engine.evaluate import add_augmented, by_dataset, evaluate_dataset
@@ -101,8 +102,12 @@ def evaluate_all(
             dataset,
             folder,
             detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+            fast_ap=cfg.CASCADE.FAST_AP,
             flops=region_flops(detector.roi_heads, detector.backbone.out_channels),
-            further=shadow_evaluators(**config.shadow_arguments(cfg)),
+            further=[
+                *shadow_evaluators(**config.shadow_arguments(cfg)),
+                *lvis_evaluators(cfg, dataset),
+            ],
         )
 
     return by_dataset(datasets, output_dir, evaluate_one)

@@ -75,10 +75,15 @@ def stages_to_export(cfg: CfgNode, file_format: str, num_stages: int | None) -> 
         num_stages: as asked for; ``None`` for all, which is refused if exits are enabled.
 
     Raises:
-        ConfigError: a package or the weights are missing, the cascade has fewer stages, or exits
-            are enabled and ``num_stages`` is ``None``.
+        ConfigError: a package or the weights are missing, the cascade has fewer stages, another
+            suppression than NMS, or exits that are enabled while ``num_stages`` is ``None``.
     """
     check_export(cfg, file_format)
+    if (suppression := cfg.MODEL.CASCADE.SUPPRESSION) != "nms":
+        raise ConfigError(
+            f"MODEL.CASCADE.SUPPRESSION is {suppression!r}, but an exported file has NMS. Set it "
+            "to nms."
+        )
     available = len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)
     if num_stages is None:
         if cfg.MODEL.CASCADE.EXIT.ENABLED and cfg.MODEL.ROI_HEADS.NAME != "CascadeROIHeads":

@@ -45,6 +45,8 @@ class FixedDepthDetector(nn.Module):
             )
         if detector.optimizations:
             raise ValueError("an optimised detector cannot be exported: build it without optimize")
+        if (suppression := detector.roi_heads.selection.suppression) != "nms":
+            raise ValueError(f"an exported detector has NMS, not {suppression!r}")
         self.detector = detector
         self.num_stages = num_stages
 

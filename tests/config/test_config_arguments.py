@@ -160,6 +160,8 @@ def test_cascade(cfg):
         "score_thresh": 0.05,
         "nms_thresh": 0.5,
         "detections_per_image": 100,
+        "suppression": "nms",
+        "suppression_sigma": 0.5,
     }
 
 
@@ -251,7 +253,12 @@ def test_loaders(cfg):
         "aspect_ratio_grouping": True,
         "filter_empty": True,
         "seed": 3,
+        "repeat": None,
     }
+    set_keys(cfg, "DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler")
+    set_keys(cfg, "DATALOADER.REPEAT_THRESHOLD", "0.1", "DATALOADER.REPEAT_SQRT", "False")
+    repeat = config.train_loader_arguments(cfg)["repeat"]
+    assert repeat == {"threshold": 0.1, "square_root": False}
     assert config.test_loader_arguments(cfg) == {"images_per_batch": 2, "num_workers": 4}
 
 
@@ -314,7 +321,7 @@ def test_input_and_loader_for_semantic_segmentation(cfg):
     del test["masks"]
     assert config.semantic_input_arguments(cfg, train=False) == test
     loader = config.train_loader_arguments(cfg)
-    del loader["filter_empty"]
+    del loader["filter_empty"], loader["repeat"]
     assert config.semantic_train_loader_arguments(cfg) == loader
 
 

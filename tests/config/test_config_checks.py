@@ -151,6 +151,7 @@ GOOD = (
     "MODEL.ROI_MASK_HEAD.NUM_CONV 4",
     "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS (1,1,1,1)",
     "DATALOADER.REPEAT_THRESHOLD 0.1",
+    "DATALOADER.REPEAT_THRESHOLD 0.1 DATALOADER.SAMPLER_TRAIN RepeatFactorTrainingSampler",
     "CASCADE.ACCUMULATION_STEPS 4 SOLVER.IMS_PER_BATCH 12",
     "CASCADE.EMA_DECAY 0.9998",
     "CASCADE.VALIDATION_LOSS True CASCADE.PATIENCE 3 TEST.EVAL_PERIOD 10",
@@ -222,7 +223,9 @@ NOT_BUILT = {
     "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": ["True"],
     "MODEL.CASCADE.ENSEMBLE": ["max"],
     "MODEL.CASCADE.POOLER_KERNEL": ["cuda"],
+    "MODEL.CASCADE.SUPPRESSION": ["soft"],
     "MODEL.CASCADE.FAST.DTYPE": ["int4"],
+    "MODEL.CASCADE.TRAINING.CLASS_LOSS": ["equalized"],
     "MODEL.CASCADE.TRAINING.GATING": ["firm"],
     "MODEL.CASCADE.TRAINING.STAGE_WEIGHTING": ["random"],
     "INPUT.FORMAT": ["YUV-BT.601"],
@@ -231,7 +234,7 @@ NOT_BUILT = {
     "INPUT.CROP.TYPE": ["center"],
     "DATASETS.PROPOSAL_FILES_TRAIN": ["('a.pkl',)"],
     "DATASETS.PROPOSAL_FILES_TEST": ["('a.pkl',)"],
-    "DATALOADER.SAMPLER_TRAIN": ["RepeatFactorTrainingSampler"],
+    "DATALOADER.SAMPLER_TRAIN": ["RandomSubsetTrainingSampler"],
     "SOLVER.LR_SCHEDULER_NAME": ["Plateau"],
     "SOLVER.WARMUP_METHOD": ["cubic"],
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ["adaptive"],
@@ -272,10 +275,15 @@ OUT_OF_RANGE = {
     ],
     "MODEL.ROI_HEADS.IOU_THRESHOLDS": ["[0.5, 0.6]"],
     "MODEL.CASCADE.STAGE_LOSS_WEIGHTS": ["(-1.0,)"],
+    "MODEL.CASCADE.SUPPRESSION_SIGMA": ["0.0"],
     "MODEL.CASCADE.BOX_HEAD.FC_DIM": ["(0,)"],
     "MODEL.CASCADE.BOX_HEAD.NUM_CONV": ["(1.5,)"],
     "MODEL.CASCADE.FAST.FLOAT32_PARTS": ["['neck']"],
     "MODEL.CASCADE.FAST.IMAGES": ["-1"],
+    "MODEL.CASCADE.TRAINING.CLASS_WEIGHTS": ["(-1.0,)"],
+    "MODEL.CASCADE.TRAINING.FOCAL_GAMMA": ["-0.5"],
+    "MODEL.CASCADE.TRAINING.SEESAW_P": ["-0.5"],
+    "MODEL.CASCADE.TRAINING.SEESAW_Q": ["-0.5"],
     "MODEL.CASCADE.TRAINING.GATE_THRESHOLD": ["0.0", "1.5"],
     "MODEL.CASCADE.TRAINING.GATE_SCALE": ["0.0"],
     "MODEL.CASCADE.TRAINING.STAGE_LOSS_WEIGHTS_END": ["(0.5, -0.5, 1.0)"],
@@ -305,6 +313,7 @@ OUT_OF_RANGE = {
     ],
     "DATASETS.TRAIN": ["(1,)"],
     "DATALOADER.NUM_WORKERS": ["-1"],
+    "DATALOADER.REPEAT_THRESHOLD": ["-0.1"],
     "SOLVER.MAX_ITER": ["0"],
     "SOLVER.BASE_LR": ["0", "1e999"],
     "SOLVER.STEPS": ["(20, 10)", "(10, 10)", "(1.5,)"],
@@ -560,6 +569,9 @@ CONTRADICTIONS = {
     ),
     "SOLVER.NESTEROV True SOLVER.MOMENTUM 0": "NESTEROV is True, but SOLVER.MOMENTUM is 0",
     "CASCADE.ACCUMULATION_STEPS 3": "ACCUMULATION_STEPS is 3 | SOLVER.IMS_PER_BATCH, 16 | divisor",
+    "DATALOADER.SAMPLER_TRAIN RepeatFactorTrainingSampler": (
+        "DATALOADER.REPEAT_THRESHOLD is 0 | such as 0.1"
+    ),
     "CASCADE.PATIENCE 2": "PATIENCE is 2 evaluations, but TEST.EVAL_PERIOD is 0",
     "DATASETS.TEST () CASCADE.VALIDATION_LOSS True": (
         "VALIDATION_LOSS is True | DATASETS.TEST is empty"
@@ -575,6 +587,17 @@ def test_keys_that_contradict_each_other(cfg, opts, words):
     message = problem(cfg, *opts.split())
     for word in words.split(" | "):
         assert word in message
+
+
+@pytest.mark.parametrize("key", ["CASCADE.LVIS_AP", "CASCADE.FAST_AP"])
+def test_a_scorer_that_is_not_installed_is_named_with_its_extra(cfg, key, monkeypatch):
+    monkeypatch.setattr("cascade_det.config.run_checks.find_spec", lambda _: None)
+    message = problem(cfg.clone(), key, "True")
+    assert f"{key} is True, but faster-coco-eval is not installed" in message
+    assert "[lvis]" in message
+    monkeypatch.setattr("cascade_det.config.run_checks.find_spec", lambda _: object())
+    config.merge_config(cfg, None, [key, "True"])
+    config.check_config(cfg)
 
 
 def test_heads_that_are_not_ours_may_have_faster_inference(cfg):

@@ -30,6 +30,7 @@ def cfg_of(*options):
         (*SCHEDULED, (0.5,), f"{NODE}.GATING", "soft"),
         (*SCHEDULED, (0.2, 0.0, 1.0)),
         (f"{NODE}.STAGE_WEIGHTING", "learned"),
+        (f"{NODE}.CLASS_LOSS", "seesaw", f"{NODE}.CLASS_WEIGHTS", (0.5,) * 81),
         DYNAMIC,
         (*DYNAMIC, *GIOU, f"{NODE}.DYNAMIC.K_BETA", 0),
         # Off, its other keys may have any value.
@@ -63,6 +64,9 @@ def test_options_that_fit_build_a_schedule(options):
         ((*DYNAMIC, f"{NODE}.DYNAMIC.K_I", 0, f"{NODE}.DYNAMIC.K_BETA", 0), "both 0"),
         ((*DYNAMIC, *GIOU), "'giou', which has no beta.*K_BETA to 0"),
         ((*DYNAMIC, f"{NODE}.DYNAMIC.IOU_FLOOR", 0.55), "0.55, above the first.*0.5"),
+        ((f"{NODE}.CLASS_WEIGHTS", (1.0,) * 80), "80 values.*NUM_CLASSES is 80.*Give 81"),
+        ((f"{NODE}.CLASS_WEIGHTS", (0.0,) * 81), "are all 0"),
+        ((*FREEZE, *LEARNED, f"{NODE}.CLASS_LOSS", "focal"), "CLASS_LOSS is 'focal'.*FREEZE"),
         (FREEZE, r"nothing else to train.*EXIT\.LEARNED"),
         ((*FREEZE, *LEARNED[:2]), "nothing else to train"),
         ((*FREEZE, *LEARNED, *DYNAMIC), r"DYNAMIC\.ENABLED is True.*FREEZE_DETECTOR is True"),
@@ -105,9 +109,15 @@ def test_values_reach_the_schedule():
         *(*DYNAMIC, f"{NODE}.DYNAMIC.K_I", 7, f"{NODE}.DYNAMIC.K_BETA", 3),
         *(f"{NODE}.DYNAMIC.PERIOD", 9, f"{NODE}.DYNAMIC.IOU_FLOOR", 0.45),
         *(f"{NODE}.DYNAMIC.BETA_START", 2.0),
+        *(f"{NODE}.CLASS_LOSS", "seesaw", f"{NODE}.CLASS_WEIGHTS", (0.5,) * 80 + (2.0,)),
+        *(f"{NODE}.FOCAL_GAMMA", 1.5, f"{NODE}.SEESAW_P", 0.7, f"{NODE}.SEESAW_Q", 1.0),
     )
     schedule = build_training_schedule(**config.training_arguments(cfg))
     gates, dynamic = schedule.gates, schedule.dynamic
+    loss = schedule.class_loss
+    assert (loss.kind, loss.focal_gamma, loss.seesaw_p, loss.seesaw_q) == ("seesaw", 1.5, 0.7, 1.0)
+    assert loss.weights.tolist() == [0.5] * 80 + [2.0]
+    assert loss.counts.shape == (3, 80)
     assert (gates.kind, gates.threshold, gates.scale) == ("soft", 0.8, 12.0)
     assert schedule.stage_loss_weights_end == (0.5, 0.5, 0.5)
     assert schedule.prefix_loss_weight == 0.25
@@ -116,4 +126,5 @@ def test_values_reach_the_schedule():
     assert not schedule.exits_alone
     plain = build_training_schedule(**config.training_arguments(cfg_of(*LEARNED, *FREEZE)))
     assert (plain.gates, plain.dynamic, plain.exits_alone) == (None, None, True)
+    assert plain.class_loss is None
     assert not plain.state_dict()

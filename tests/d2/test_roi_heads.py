@@ -11,7 +11,7 @@ pytest.importorskip("detectron2.engine", exc_type=ImportError)
 from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
-from small_cascades import make_scene, naive_twin
+from small_cascades import POOLED, STRIDES, make_cascade, make_scene, naive_twin
 from small_plugin import (
     EXITS,
     MASKS,
@@ -30,6 +30,8 @@ from small_plugin import (
     proposals_of,
     twins,
 )
+
+from cascade_det.core import RoIPooler
 
 pytestmark = pytest.mark.needs_detectron2
 
@@ -112,6 +114,28 @@ class TestOneSetOfModules:
         assert [len(x) for x in found] == [7, 7]
         assert_same_instances(found, detect(theirs, make_scene()))
         assert min(map(len, before)) > 7
+
+
+@pytest.mark.parametrize("suppression", ["soft_gaussian", "wbf"])
+def test_suppression_is_that_of_the_core(suppression):
+    options = ["MODEL.CASCADE.SUPPRESSION", suppression, "MODEL.CASCADE.SUPPRESSION_SIGMA", 0.3]
+    heads, plain = (build_heads(options=own).eval() for own in (options, []))
+    scene = make_scene()
+    found = detect(heads, scene)
+    cascade = make_cascade(
+        pooler=RoIPooler(output_size=POOLED, strides=STRIDES),
+        suppression=suppression,
+        suppression_sigma=0.3,
+    )
+    cascade.load_state_dict(heads.state_dict())
+    inputs = scene.features, scene.proposals, scene.image_sizes
+    with torch.no_grad():
+        wanted, _ = cascade.detect(*inputs)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.pred_boxes.tensor, theirs.boxes, rtol=1e-4, atol=1e-3)
+        assert torch.equal(ours.pred_classes, theirs.classes)
+    assert changed(found, detect(plain, scene))
 
 
 def changed(before, after):

@@ -209,7 +209,10 @@ def test_registered_sets_that_cannot_be_read_are_named(make, squares, tmp_path):
             ("CASCADE.AUGMENT", (["JPEG"],)),
             r"CASCADE\.AUGMENT is .*JPEG.*segmenters do not have that",
         ),
-        (("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"), r"loader.*'TrainingSampler'"),
+        (
+            ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"),
+            r"segmenters do not have that.*'TrainingSampler'",
+        ),
         (("TEST.AUG.ENABLED", True), "segmenters do not have that"),
         (("SOLVER.BASE_LR", -1.0), r"SOLVER\.BASE_LR is -1"),
     ],

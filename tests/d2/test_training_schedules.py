@@ -49,6 +49,8 @@ FROZEN = [*LEARNED, f"{NODE}FREEZE_DETECTOR", True]
 SCHEDULES = {
     "hard": [f"{NODE}GATING", "hard", f"{NODE}GATE_THRESHOLD", 0.5, *SCHEDULED],
     "soft": [f"{NODE}GATING", "soft", f"{NODE}GATE_THRESHOLD", 0.5],
+    "focal": [f"{NODE}CLASS_LOSS", "focal", f"{NODE}CLASS_WEIGHTS", (1.0, 2.0, 0.5, 0.3)],
+    "seesaw": [f"{NODE}CLASS_LOSS", "seesaw"],
     "learned weights": [f"{NODE}STAGE_WEIGHTING", "learned"],
     "prefixes": [f"{NODE}PREFIX_LOSS_WEIGHT", 0.5],
     "dynamic": DYNAMIC,

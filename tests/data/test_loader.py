@@ -132,6 +132,18 @@ def test_grouping_separates_landscape_from_portrait(dataset):
     assert shapes_per_batch(False) == {1, 2}
 
 
+def test_rare_classes_are_seen_more_often(dataset):
+    """Image 1 alone of five has class 1: at a threshold of 0.8 it comes twice per epoch."""
+    arguments = TRAIN | {"repeat": {"threshold": 0.8, "square_root": True}}
+    arguments["aspect_ratio_grouping"] = False
+    alone = take(build_train_loader([dataset], **arguments), 9)
+    ids = [sample["image_id"] for batch in alone for sample in batch]
+    for epoch in range(3):
+        assert sorted(ids[6 * epoch : 6 * epoch + 6]) == [1, 1, 2, 3, 4, 5]
+    helped = build_train_loader([dataset], **arguments | {"num_workers": 2}, start_batch=4)
+    assert_same_batches(take(helped, 5), alone[4:])
+
+
 def test_batches_do_not_depend_on_workers_or_global_randomness(dataset):
     alone = take(build_train_loader([dataset], **TRAIN), 8)
     torch.manual_seed(99)

@@ -16,7 +16,7 @@ from scipy.ndimage import binary_erosion
 
 from cascade_det.core.structures import CascadeStats, DetectorOutput, StageOutput
 from cascade_det.evaluation import CocoEvaluator, StageEvaluator
-from cascade_det.evaluation.average_precision import can_score_boundaries
+from cascade_det.evaluation.average_precision import has_fast_cocoeval
 
 BOX = (20, 30, 60, 40)
 
@@ -258,7 +258,7 @@ def test_boundary_ap():
 
 def test_no_boundary_ap_without_its_library(monkeypatch):
     monkeypatch.setattr("cascade_det.evaluation.average_precision.find_spec", lambda _: None)
-    assert not can_score_boundaries()
+    assert not has_fast_cocoeval()
     content, found_in = masked_case(0, num_images=2)
     results = fed(content, found_in).evaluate()
     assert "segm" in results

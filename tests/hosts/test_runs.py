@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 
 import pytest
@@ -280,3 +281,15 @@ def test_augmentation_is_evaluated_after_a_training_and_alone(host, make_cfg, ca
         assert {"bbox", "stages", "latency", "machine"} <= written.keys()
     assert "Results on shapes_val with test-time augmentation:" in caplog.text
     assert "Box AP with augmentation" in caplog.text
+
+
+def test_classes_are_scored_by_their_frequency(host, make_cfg):
+    pytest.importorskip("faster_coco_eval")
+    options = ("SOLVER.STEPS", "()", "SOLVER.MAX_ITER", "1")
+    cfg = make_cfg(*options, "CASCADE.LVIS_AP", "True", "CASCADE.FAST_AP", "True")
+    results = host.train(cfg)
+    assert results["lvis"].keys() == {"AP", "APr", "APc", "APf"}
+    # Every class is in fewer than 11 images.
+    assert results["lvis"]["APr"] == pytest.approx(results["bbox"]["AP"], abs=0.05)
+    assert math.isnan(results["lvis"]["APf"])
+    assert results["stages"]["stage2"]["AP"] >= 0

@@ -19,6 +19,7 @@ EVERYTHING = [
     *(f"{NODE}.DYNAMIC.ENABLED", "True", f"{NODE}.DYNAMIC.PERIOD", "2"),
     *(f"{NODE}.DYNAMIC.K_I", "2", f"{NODE}.DYNAMIC.K_BETA", "1"),
     *(f"{NODE}.DYNAMIC.IOU_FLOOR", "0.1"),
+    *(f"{NODE}.CLASS_LOSS", "seesaw"),
 ]
 LEARNED = [
     *("MODEL.CASCADE.EXIT.ENABLED", "True", f"{NODE}.FREEZE_DETECTOR", "True"),
@@ -43,6 +44,8 @@ def test_a_resumed_schedule_continues(host, make_cfg, monkeypatch):
     before, straight = saved(cfg, "model_0000002.pth")["model"], saved(cfg)["model"]
     assert [before[dynamic + "passes"], straight[dynamic + "passes"]] == [3, 4]
     assert (before[dynamic + "iou_counts"] == 1).all()
+    counts = [state["roi_heads.regime.class_loss.counts"].sum() for state in (before, straight)]
+    assert 0 < counts[0] < counts[1]
     # The run reached the end of a period after the checkpoint.
     assert not torch.equal(before[dynamic + "iou_statistics"], straight[dynamic + "iou_statistics"])
 

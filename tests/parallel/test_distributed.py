@@ -64,6 +64,10 @@ def test_dynamic_targets_are_the_same_on_all_processes(found):
         torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
+def test_labels_are_counted_over_all_processes(found):
+    assert [f["counts"].tolist() for f in found] == [[[3, 2]], [[3, 2]]]
+
+
 def test_gradients_are_the_mean_of_those_of_the_halves(found):
     halves = []
     for rank in (0, 1):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cascade_det.config import load_config
+from cascade_det.core.class_losses import ClassLoss
 from cascade_det.core.dynamic_targets import DynamicTargets
 from cascade_det.core.matching import GroundTruth
 from cascade_det.core.structures import CascadeStats, Detections, DetectorOutput, StageOutput
@@ -16,6 +17,7 @@ from cascade_det.evaluation import default_evaluators
 from cascade_det.parallel import distributed
 from cascade_det.parallel.processes import PeerError
 from cascade_det.standalone.build import build_detector
+from tests.reference.training_passes import make_pass
 
 ROOT = Path(__file__).parents[2]
 # Nothing is drawn at random: every anchor and every proposal is a sample.
@@ -148,6 +150,14 @@ def observe_together(rank):
     return found
 
 
+def count_together(rank):
+    """Labels that a seesaw loss has counted in two passes; process 1 has none in the second."""
+    loss = ClassLoss("seesaw", num_stages=1, num_classes=2)
+    for labels in (([0, 0, 2], [1, 2])[rank], ([0, 1], [])[rank]):
+        loss([make_pass([*range(len(labels))], torch.zeros(len(labels), 3), labels)])
+    return loss.counts
+
+
 def work_together(folder, ground_truth):
     """Everything that two processes can do, in one launch; results go to ``rank<r>.pt``."""
     torch.set_num_threads(1)
@@ -166,6 +176,7 @@ def work_together(folder, ground_truth):
     found["buffers"] = dict(norm.named_buffers())
 
     found["dynamic targets"] = observe_together(rank)
+    found["counts"] = count_together(rank)
 
     # Each process starts from weights of its own: those of the main one count.
     detector = make_detector(seed=rank)

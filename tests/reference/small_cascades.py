@@ -153,9 +153,15 @@ def naive_twin(cascade, policy=None):
         sampling_ratio=pooler.sampling_ratio,
         aligned=pooler.aligned,
         ensemble=cascade.ensemble.name,
-        **vars(cascade.selection),
+        **nms_settings(cascade),
         policy=policy,
     )
+
+
+def nms_settings(cascade):
+    """Thresholds and limit of the detections of a cascade with NMS."""
+    names = ("score_thresh", "nms_thresh", "detections_per_image")
+    return {name: getattr(cascade.selection, name) for name in names}
 
 
 def truncate(cascade, num_stages):
@@ -169,7 +175,7 @@ def truncate(cascade, num_stages):
         ious=targets.ious[:num_stages],
         bbox_reg_weights=cascade.targets.bbox_reg_weights[:num_stages],
         ensemble=cascade.ensemble.name,
-        **vars(cascade.selection),
+        **nms_settings(cascade),
     )
 
 

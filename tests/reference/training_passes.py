@@ -12,7 +12,7 @@ def make_pass(rows, logits, labels):
     regions = LabelledRegions(
         torch.zeros(count, 4),
         torch.zeros(count, dtype=torch.int64),
-        torch.tensor(labels),
+        torch.tensor(labels, dtype=torch.int64),
         torch.zeros(count, 4),
         torch.zeros(count),
         torch.zeros(count, dtype=torch.int64),

@@ -67,7 +67,10 @@ def test_one_view_of_the_same_size_is_plain_detection(detector, batch):
         assert got[0].masks.std() > 0.05
 
 
-def test_the_mirror_image_of_an_image_has_mirrored_detections(detector, batch):
+@pytest.mark.parametrize("suppression", ["nms", "soft_linear", "soft_gaussian", "wbf"])
+def test_the_mirror_image_of_an_image_has_mirrored_detections(detector, batch, suppression):
+    detector = copy.deepcopy(detector)
+    detector.roi_heads.selection.suppression = suppression
     augmented = AugmentedDetector(detector, min_sizes=(48,), max_size=160, flip=True)
     mirror = [{**sample, "image": sample["image"].flip(2)} for sample in batch]
     got, wanted = (augmented.detect(images).detections for images in (mirror, batch))

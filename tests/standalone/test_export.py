@@ -323,6 +323,7 @@ def test_what_cannot_be_exported_is_told_before_work(monkeypatch):
             ([], 0, "--stages 0.*from 1 to 3"),
             ([], 4, "--stages 4.*IOUS has 3 stages"),
             (["MODEL.WEIGHTS", ""], None, "MODEL.WEIGHTS is empty"),
+            (["MODEL.CASCADE.SUPPRESSION", "wbf"], None, "'wbf', but an exported file has NMS"),
         ):
             with pytest.raises(ConfigError, match=words):
                 stages_to_export(configured(*options), file_format, stages)
@@ -339,6 +340,8 @@ def test_what_is_no_detector_of_so_many_stages_is_refused():
         FixedDepthDetector(detector, 3)
     with pytest.raises(ValueError, match="4 stages of a cascade of 3"):
         FixedDepthDetector(make_detector(), 4)
+    with pytest.raises(ValueError, match="NMS, not 'soft_linear'"):
+        FixedDepthDetector(make_detector(suppression="soft_linear"), 3)
 
 
 @settings(max_examples=50, deadline=None)

@@ -77,4 +77,4 @@ def _just_below(value: float) -> float:
 
     In float32, because NMS on a GPU rounds its threshold to it.
     """
-    return torch.nextafter(torch.tensor(value), torch.tensor(0.0)).item()
+    return torch.nextafter(*torch.tensor([value, 0.0], device="cpu")).item()

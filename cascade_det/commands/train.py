@@ -2,6 +2,7 @@
 
 cascade-det train --config-file cells.yaml [KEY VALUE ...]
 cascade-det train --config-file ... --resume
+cascade-det train --config-file ... --auto-resume
 cascade-det train --config-file ... --config-file cascade_det://exits/cloud.yaml
 cascade-det train --config-file ... --replay-batch output/diverged_0000123_rank0.pth
 cascade-det train --config-file ... --num-gpus 8
@@ -56,8 +57,14 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
         choices=HOSTS,
         help="builds and trains the model; auto: Detectron2 where it can be imported",
     )
-    parser.add_argument(
+    resuming = parser.add_mutually_exclusive_group()
+    resuming.add_argument(
         "--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR"
+    )
+    resuming.add_argument(
+        "--auto-resume",
+        action="store_true",
+        help="the same if there is one, else start: for jobs that a scheduler starts again",
     )
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
     parser.add_argument(
@@ -76,14 +83,18 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
         metavar="URL",
         help="with several machines: tcp://host:port, an address of machine 0 and a free port",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.auto_resume and args.eval_only:
+        parser.error("--auto-resume is for a training; --resume evaluates the last checkpoint")
+    return args
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command; returns its exit status."""
     args = _parse(argv, prog)
     program = prog.split() if prog else ["python", sys.argv[0]]
-    given = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
+    words = sys.argv[1:] if argv is None else argv
+    given = [word for word in words if word not in ("--resume", "--auto-resume")]
     args.resuming_command = shlex.join([*program, "--resume", *given])
     from cascade_det.engine.log import setup_logging
 
@@ -132,6 +143,7 @@ def _launch(args: argparse.Namespace) -> int:
 def run_process(cfg: CfgNode, args: argparse.Namespace) -> int:
     """Train or evaluate in one process, the only one or one of several; returns the exit status."""
     from cascade_det.engine.log import setup_logging
+    from cascade_det.engine.restarts import continues
     from cascade_det.parallel import distributed
     from cascade_det.parallel.interrupts import Interrupted
 
@@ -143,7 +155,8 @@ def run_process(cfg: CfgNode, args: argparse.Namespace) -> int:
             if args.eval_only:
                 host.evaluate(cfg, resume=args.resume)
             else:
-                host.train(cfg, resume=args.resume)
+                resume = args.resume or continues(cfg.OUTPUT_DIR, auto=args.auto_resume)
+                host.train(cfg, resume=resume)
     except Interrupted as end:
         if distributed.is_main():
             command = args.resuming_command

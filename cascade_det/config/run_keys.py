@@ -22,6 +22,7 @@ from cascade_det.config.key import (
     is_text,
     one_of,
     rising,
+    subset_of,
     whole,
     within,
 )
@@ -352,6 +353,12 @@ CASCADE = group(
         "same numbers sooner.",
     ),
     LOG_PERIOD=Key(20, "Time between lines of log and metrics.", COUNT, "iterations"),
+    LOGGERS=Key(
+        (),
+        "Experiment trackers that also get metrics, configuration, evaluations and pictures, each "
+        "set up by its own environment variables.",
+        subset_of("wandb", "mlflow", "trackio"),
+    ),
 )
 
 RUN_GROUPS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from detectron2.utils.events import (
     get_event_storage,
 )
 
+from cascade_det.engine.history import WINDOW
 from cascade_det.engine.hooks import Hook
 from cascade_det.engine.training_state import load_scheduler_state
 
@@ -39,10 +40,17 @@ class StorageHistory:
     def __contains__(self, name: str) -> bool:
         return name in self._storage.latest()
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._storage.latest())
+
     def latest(self, name: str) -> tuple[float, int]:
         """The last value of ``name`` and its iteration."""
         value, iteration = self._storage.latest()[name]
         return value, min(iteration, self._last)
+
+    def smoothed(self, name: str) -> float:
+        """The median of the last values of a noisy scalar, else the last value."""
+        return float(self._storage.latest_with_smoothing_hint(WINDOW)[name][0])
 
     def put_all(self, values: Mapping[str, float], *, smooth: bool = True) -> None:
         """Store values; writers show a median of those with ``smooth``."""

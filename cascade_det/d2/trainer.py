@@ -33,6 +33,7 @@ from cascade_det.engine.averaging import WeightAverage
 from cascade_det.engine.best_model import BestModel
 from cascade_det.engine.devices import resolve_amp_dtype
 from cascade_det.engine.hooks import EvalHook, PeriodicCheckpoint
+from cascade_det.engine.loggers import logger_hooks
 from cascade_det.engine.loop import TrainingLoop
 from cascade_det.engine.precision import channels_last_in_half
 from cascade_det.engine.run_info import RunInfo
@@ -185,7 +186,7 @@ class Trainer(TrainingLoop, TrainerBase):
             found.append(as_detectron2_hook(best))
         if distributed.is_main():
             found.append(hooks.PeriodicWriter(self.build_writers(), arguments["log_period"]))
-        return found
+        return [*found, *map(as_detectron2_hook, logger_hooks(cfg))]
 
     def build_writers(self) -> list[EventWriter]:
         """See :func:`cascade_det.d2.hooks.build_writers`."""

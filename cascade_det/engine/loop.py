@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -21,8 +21,14 @@ class Metrics(Protocol):
     def __contains__(self, name: str, /) -> bool:
         """Whether the metric has been measured."""
 
+    def __iter__(self) -> Iterator[str]:
+        """The names of the metrics."""
+
     def latest(self, name: str) -> tuple[float, int]:
         """Its last value and the iteration of that."""
+
+    def smoothed(self, name: str) -> float:
+        """The median of its last values if it is noisy, else the last one."""
 
     def put_all(self, values: Mapping[str, float], *, smooth: bool = True) -> None:
         """Add values by name; ``smooth``: readers get a median."""

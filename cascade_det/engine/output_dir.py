@@ -13,6 +13,8 @@ from cascade_det import config
 from cascade_det.config.yaml_files import read_entries, read_text
 from cascade_det.engine.checkpoint import checkpoint_to_resume
 from cascade_det.engine.hooks import START
+from cascade_det.engine.loggers import RUNS_FILE, check_installed
+from cascade_det.engine.restarts import record_job
 from cascade_det.errors import ConfigError
 from cascade_det.files import atomic_path, remove_leftovers
 from cascade_det.parallel import distributed
@@ -30,8 +32,10 @@ def check_output(cfg: CfgNode, *, resume: bool) -> None:
 
     Raises:
         CheckpointError: there is nothing to resume.
+        ConfigError: a package of ``CASCADE.LOGGERS`` is missing.
         ConfigError: it holds a run that is not resumed, or a ``config.yaml`` that no run wrote.
     """
+    check_installed(cfg.CASCADE.LOGGERS)
     if resume:
         checkpoint_to_resume(cfg.OUTPUT_DIR)
         return
@@ -77,10 +81,14 @@ def record_start(cfg: CfgNode, *, resume: bool) -> None:
     if distributed.is_main():
         for folder in _written_to(cfg):
             remove_leftovers(folder)
+        if not resume:
+            # Loggers start new runs.
+            Path(cfg.OUTPUT_DIR, RUNS_FILE).unlink(missing_ok=True)
         for change in config_changes(cfg) if resume else ():
             logger.info("Resumed with another %s", change)
         with atomic_path(Path(cfg.OUTPUT_DIR) / CONFIG_FILE) as temporary:
             temporary.write_text(cfg.dump())
+        record_job(cfg.OUTPUT_DIR)
     _log_learning_rate(cfg)
     logger.info("%s", config.exit_summary(cfg))
     if not cfg.MODEL.WEIGHTS and not resume:

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from cascade_det.engine.history import History
+from cascade_det.engine.loop import Metrics
 from cascade_det.files import atomic_path, naming
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class Writer:
     def close(self) -> None:
         """Called once, after errors too."""
 
-    def _new_scalars(self, history: History) -> dict[int, dict[str, float]]:
+    def _new_scalars(self, history: Metrics) -> dict[int, dict[str, float]]:
         """New values since the last call: iteration, ascending, to name to smoothed value."""
         rows: dict[int, dict[str, float]] = defaultdict(dict)
         for name in history:

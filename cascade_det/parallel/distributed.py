@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.rendezvous import rendezvous as meet
 from torch.nn.parallel import DistributedDataParallel
 
 from cascade_det.errors import ConfigError
@@ -273,7 +274,20 @@ def _run_under_torchrun(main: Callable[..., int], args: tuple[Any, ...], device_
         return main(*args)
     index = int(os.environ["LOCAL_RANK"])
     _check_devices(int(os.environ.get("LOCAL_WORLD_SIZE", index + 1)), device_type)
-    return _run_in_group(main, args, index, device_type)
+    return _run_in_group(main, args, index, device_type, **_torchruns_rendezvous())
+
+
+def _torchruns_rendezvous() -> dict[str, Any]:
+    """Store, rank and number of processes under torchrun, after a restart too.
+
+    torchrun keeps one store for all starts, and the addresses of processes that are gone stay in
+    it. Each start gets keys of its own; not on several machines, which may count differently.
+    """
+    store, rank, processes = next(meet("env://", timeout=_CONNECTION_TIMEOUT))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"start_{start}", store)
+    return {"store": store, "rank": rank, "world_size": processes}
 
 
 def _run_in_group(

@@ -19,6 +19,7 @@ from cascade_det.engine.best_model import BestModel
 from cascade_det.engine.checkpoint import Checkpointer
 from cascade_det.engine.devices import resolve_amp_dtype
 from cascade_det.engine.hooks import EvalHook, Hook, PeriodicCheckpoint, WriterHook
+from cascade_det.engine.loggers import logger_hooks
 from cascade_det.engine.output_dir import record_start
 from cascade_det.engine.run_info import RunInfo
 from cascade_det.engine.run_weights import resume_or_load
@@ -108,6 +109,7 @@ def build_trainer(
         hooks.append(EvalHook(arguments["eval_period"], evaluation))
         hooks.append(BestModel(checkpointer, arguments["best_metric"], arguments["patience"]))
     hooks.append(WriterHook(_writers(cfg), arguments["log_period"]))
+    hooks += logger_hooks(cfg)
     step = TrainingStep(
         distributed.wrap(model),
         optimizer,

@@ -336,6 +336,7 @@ OUT_OF_RANGE = {
     "CASCADE.SEMANTIC_CLASSES": ["('a', '')", "(1,)"],
     "CASCADE.TEST_IMS_PER_BATCH": ["0"],
     "CASCADE.LOG_PERIOD": ["0"],
+    "CASCADE.LOGGERS": ["('tensorboard',)"],
     "CASCADE.BEST_METRIC": [""],
     "CASCADE.ACCUMULATION_STEPS": ["0"],
     "CASCADE.EMA_DECAY": ["1.0", "-0.1"],

@@ -5,7 +5,6 @@ Each run is a forked process: torch is loaded once, and a kill is a kill.
 
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from killed_runs import FORK, final_state, finish, quick_evaluation, start
 from shape_runs import INSTANT, assert_same
 
 from cascade_det.config import load_config
@@ -23,37 +23,9 @@ from cascade_det.engine.checkpoint import Checkpointer
 from cascade_det.errors import CheckpointError
 from cascade_det.standalone.train import train
 
-FORK = multiprocessing.get_context("fork")
-
-
-def start(function, *arguments):
-    process = FORK.Process(target=function, args=arguments)
-    process.start()
-    return process
-
-
-def finish(process):
-    process.join(120)
-    assert process.exitcode is not None, "the run hangs"
-    return process.exitcode
-
-
-def quick_evaluation(cfg, detector, datasets, output_dir):
-    """Figures that depend on all weights: what else an evaluation does is tested elsewhere."""
-    values = [value.double().sum() for value in detector.state_dict().values()]
-    return {"bbox": {"AP": float(torch.stack(values).sum())}}
-
 
 def has_started(cfg):
     return (Path(cfg.OUTPUT_DIR) / "last_checkpoint").exists()
-
-
-def final_state(cfg):
-    content = torch.load(Path(cfg.OUTPUT_DIR) / "model_final.pth", weights_only=True)
-    # How long an iteration took is no part of what has to be equal.
-    history = content["trainer"].pop("history")
-    content["losses"] = {k: v for k, v in history.items() if "time" not in k and "eta" not in k}
-    return content
 
 
 def in_folder(cfg, folder):

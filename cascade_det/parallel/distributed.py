@@ -170,7 +170,8 @@ def wrap(detector: nn.Module) -> nn.Module:
     return DistributedDataParallel(
         detector,
         device_ids=[device.index] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,  # no second copy of the gradients
+        # No second copy of the gradients; those of our convolutions on CPUs have other strides.
+        gradient_as_bucket_view=device.type == "cuda",
         **without_syncing,
     )
 

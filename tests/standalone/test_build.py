@@ -79,8 +79,9 @@ def test_merit_small_is_the_published_network(monkeypatch):
 )
 def test_every_shipped_configuration_builds(path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_: module)
-    # Exits are put on top of a cascade.
-    below = [ROOT / "configs" / "Base-Cascade-RCNN-FPN.yaml"] * (path.parent.name == "exits")
+    # Exits and augmentation are put on top of a cascade.
+    on_top = path.parent.name in ("exits", "augment")
+    below = [ROOT / "configs" / "Base-Cascade-RCNN-FPN.yaml"] * on_top
     cfg = load_config([*below, path])
     detector = build_without_memory(cfg)
     names = set(detector.state_dict())

@@ -82,8 +82,13 @@ def load_model(cfg: CfgNode, *, resume: bool = False) -> tuple[nn.Module, list[C
 
 
 def _images(cfg: CfgNode, model: GeneralizedRCNN) -> list[Batch] | None:
-    if not isinstance(model.roi_heads, EarlyExitCascadeROIHeads):
-        return None
+    count, heads = cfg.MODEL.CASCADE.FAST.IMAGES, model.roi_heads
+    if count and not isinstance(heads, EarlyExitCascadeROIHeads):
+        raise ConfigError(
+            f"MODEL.CASCADE.FAST.IMAGES is {count}, but types are chosen by images only for "
+            f"models with EarlyExitCascadeROIHeads, and this one has {type(heads).__name__}. Set "
+            "it to 0, and MODEL.CASCADE.FAST.DTYPE to another type than int8."
+        )
     return images_to_optimise_with(cfg, register_dataset)
 
 

@@ -97,6 +97,8 @@ def optimize(
     has_heads = isinstance(model.roi_heads, EarlyExitCascadeROIHeads)
     if images is not None and not has_heads:
         raise ValueError("images need a model with EarlyExitCascadeROIHeads, to detect in them")
+    if has_heads:
+        model.roi_heads.use_fast_copies(None)  # which MODEL.CASCADE.FAST has made
     ranges = Ranges(images or ())
     types, reasons = resolve_types(
         detector,

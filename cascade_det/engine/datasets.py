@@ -74,7 +74,8 @@ def images_to_optimise_with(cfg: CfgNode, find: Find = find_dataset) -> list[Bat
     if not count:
         return None
     dataset = load_datasets(cfg, train=True, find=find)[0]
-    records = dataset.records[:: max(1, len(dataset.records) // count)][:count]
+    count = min(count, len(dataset.records))
+    records = [dataset.records[i * len(dataset.records) // count] for i in range(count)]
     loader = build_test_loader(
         dataclasses.replace(dataset, records=records),
         **config.input_arguments(cfg, train=False),

@@ -17,6 +17,7 @@ from cascade_det.engine.part_types import PartTypes, candidates, spare_trunk
 from cascade_det.errors import ConfigError
 from cascade_det.evaluation.agreement import AGAIN_IOU, MIN_SCORE, Agreement, find_again
 from cascade_det.layers.int8 import multiplies_int8_exactly
+from cascade_det.parallel import distributed
 
 # What a candidate has to keep of the detections in float32. On BCCD, three trainings with
 # MobileNetV2 keep 97.5 to 99.0 % in bfloat16, 0.19 pixels away, and AP changes by -0.5 to +0.3.
@@ -129,7 +130,8 @@ def choose_types(
         if passes or types is options[-1]:
             passing[i] = fast
     milliseconds = _time(passing, images, clock)
-    best = min(milliseconds, key=lambda i: milliseconds[i])
+    # Clocks of several processes may disagree.
+    best = distributed.broadcast(min(milliseconds, key=lambda i: milliseconds[i]))
     return options[best], [
         f"{sentence}, {_verdict(milliseconds.get(i), i == best)}."
         for i, sentence in enumerate(sentences)

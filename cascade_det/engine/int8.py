@@ -55,11 +55,15 @@ class Ranges:
                 if isinstance(module, nn.Conv2d | nn.Linear) or hasattr(module, "conv1")
             ]
             hooks = [module.register_forward_hook(self._keep) for module in watched]
+            exits = detector.cascade.exits
+            detector.set_exits(None)  # so that regions reach the heads of all stages
             try:
-                self.detections = detect_all(detector, self.images)
+                detect_all(detector, self.images)
             finally:
+                detector.set_exits(exits)
                 for hook in hooks:
                     hook.remove()
+            self.detections = detect_all(detector, self.images)
         return self
 
     def of_input(self, layer: nn.Module) -> Grid:
@@ -91,7 +95,7 @@ def _sample(x: Tensor, count: int, *, seed: int) -> Tensor:
 
 
 def _grid(samples: list[Tensor]) -> Grid:
-    # A part that no image reached computes zeros of its input, whatever the grid.
+    # Of a layer that no region reaches, even without exits.
     values = torch.cat(samples or [torch.zeros(1)])
     beyond = int(_BEYOND * len(values))
     low, high = (values.kthvalue(k).values.item() for k in (1 + beyond, len(values) - beyond))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,10 @@ class FrozenBatchNorm2d(_FrozenBatchNorm2d):
             scale = self.weight * (self.running_var + self.eps).rsqrt()
             self._factors = now, scale, self.bias - self.running_mean * scale
         return self._factors[1:]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's statistics count their changes from the start.
+        return {name: x for name, x in self.__dict__.items() if name != "_factors"}
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` normalised by the stored statistics."""
@@ -137,7 +142,7 @@ def may_write_in_place(maps: Tensor) -> bool:
 
 def convolved_relu(x: Tensor, conv: nn.Module) -> Tensor:
     """``relu(conv(x))``; one call of cuDNN where possible, with the same numbers up to rounding."""
-    if type(conv) is ConvNorm and conv.norm is None:
+    if type(conv) is nn.Conv2d or (type(conv) is ConvNorm and conv.norm is None):
         fused = fused_relu(x, conv)
         if fused is not None:
             return fused

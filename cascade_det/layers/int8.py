@@ -230,7 +230,7 @@ def _rows(values: Tensor) -> Tensor:
 
 def _map(rows: Tensor, shape: torch.Size) -> Tensor:
     """``[N H W, K]`` to channels-last ``[N, K, H, W]``; ``shape`` is that of the input."""
-    return rows.view(shape[0], shape[2], shape[3], -1).permute(0, 3, 1, 2)
+    return rows.view(shape[0], shape[2], shape[3], rows.shape[1]).permute(0, 3, 1, 2)
 
 
 def _round_weight(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -130,7 +130,7 @@ def _optimize(
     cast_inputs(slow, torch.float32)
     done += keep_memory(detector.device)
     if compile:
-        done.append(_compile(detector, types.computed["backbone"]))
+        done.append(_compile(detector, types))
     # Heads of unknown kinds stay as they are.
     heads = [("roi_heads", kind) for kind in head_dtypes(detector.roi_heads.box_head)]
     before = [(name, kind) for name, kind in types.computed.items() if name != "roi_heads"]
@@ -182,11 +182,12 @@ def _use_channels_last(model: Detector | SegmenterBase, parts: Iterable[nn.Modul
     return CHANNELS_LAST
 
 
-def _compile(detector: Detector, dtype: torch.dtype) -> str:
+def _compile(detector: Detector, types: PartTypes) -> str:
     is_gpu = detector.device.type == "cuda"
-    if not is_gpu and dtype in (torch.float32, torch.int8):
-        name = str(dtype).removeprefix("torch.")
-        return f"Nothing is compiled: {name} on a CPU would not gain from it."
+    if not is_gpu and types.floating["backbone"] == torch.float32:
+        return "Nothing is compiled: float32 on a CPU would not gain from it."
+    if types.int8 & {"backbone", "fpn"}:
+        return "Nothing is compiled: layers in 8 bits cannot be."
     network: nn.Module = detector.backbone
     if is_gpu:
         front = Front(detector.backbone, detector.proposal_generator)

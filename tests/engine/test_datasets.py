@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from cascade_det.config import load_config
-from cascade_det.engine.datasets import load_datasets, scheduled
+from cascade_det.engine.datasets import images_to_optimise_with, load_datasets, scheduled
 from cascade_det.errors import DatasetError
 
 
@@ -107,3 +107,15 @@ def test_the_key_says_which_links_are_followed(make_cfg, tmp_path_factory, tmp_p
         load_datasets(cfg, train=train)
     cfg.CASCADE.FOLLOW_LINKS = "all"
     assert len(load_datasets(cfg, train=train)[0].records) == 6
+
+
+@pytest.mark.parametrize(
+    ("count", "ids"),
+    [(1, [1]), (4, [1, 2, 4, 5]), (6, [1, 2, 3, 4, 5, 6]), (9, [1, 2, 3, 4, 5, 6])],
+)
+def test_images_to_optimise_with_are_spread_over_the_training_data(make_cfg, count, ids):
+    cfg = make_cfg("MODEL.CASCADE.FAST.IMAGES", str(count))
+    batches = images_to_optimise_with(cfg)
+    assert [len(batch) for batch in batches] == [1] * len(ids)
+    assert [batch[0]["image_id"] for batch in batches] == ids
+    assert images_to_optimise_with(make_cfg()) is None

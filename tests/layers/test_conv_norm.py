@@ -66,6 +66,10 @@ def test_factors_follow_every_change_of_the_statistics():
     assert norm.factors()[0] is first
     other = fill(FrozenBatchNorm2d(3)).state_dict()
     seen = [first, changed(lambda: norm.load_state_dict(other))]
+    copied = copy.deepcopy(norm)  # whose statistics count their changes from the start
+    copied.load_state_dict({name: value + 1 for name, value in other.items()})
+    scale, shift = (factor.view(1, 3, 1, 1) for factor in copied.factors())
+    torch.testing.assert_close(scale * x + shift, copied(x))
     seen.append(changed(lambda: norm.running_var.mul_(3)))
     seen.append(changed(lambda: setattr(norm, "weight", torch.rand(3))))
     changed(lambda: setattr(norm, "bias", torch.rand(3)))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from cascade_det.core import ExitPolicy
 from cascade_det.engine import fast_types
 from cascade_det.errors import ConfigError
 from cascade_det.layers.int8 import Int8Conv2d, Int8Linear, multiplies_int8_exactly
@@ -135,6 +136,37 @@ def test_auto_takes_8_bits_only_where_detections_agree(instant_cfg, monkeypatch)
         monkeypatch.setattr(fast_types, "_time", lambda made, *_: {i: i for i in made})
         fast = optimize(copy.deepcopy(plain), images=images)
         assert int8_types(fast) == expected
+
+
+@needs_int8
+def test_heads_that_exits_keep_from_regions_are_measured_too(instant_cfg):
+    detector = make_detector(instant_cfg)
+    detector.set_exits(ExitPolicy(num_stages=3, thresholds=(0.0, 0.0)))
+    images = make_images()
+    assert detector.detect(images[0]).stats.entered[1] == 0
+    fast = optimize(copy.deepcopy(detector), dtype="int8", images=images)
+    fast.set_exits(None)
+    detector.set_exits(None)
+    with torch.no_grad():
+        pyramid = detector.roi_heads.pyramid(detector.cascade_inputs(images[0]).features)
+        box = torch.tensor([[8.0, 8, 72, 60]]), torch.zeros(1, dtype=torch.int64)
+        crops = detector.roi_heads.pooler(pyramid, *box)
+        for ours, theirs in zip(fast.roi_heads.box_head, detector.roi_heads.box_head, strict=True):
+            assert relative_error(ours(crops), theirs(crops)) < 0.1
+
+
+@needs_int8
+def test_layers_in_8_bits_are_not_compiled(instant_cfg):
+    for parts in ((), ("backbone",)):
+        fast = optimize(
+            make_detector(instant_cfg, *R18),
+            dtype="int8",
+            float32_parts=parts,
+            images=make_images(1),
+            compile=True,
+        )
+        assert any("Nothing is compiled" in sentence for sentence in fast.optimizations)
+        assert len(fast.detect(make_images(1)[0]).detections) == 1
 
 
 def test_without_exact_products_it_is_refused(instant_cfg, monkeypatch):

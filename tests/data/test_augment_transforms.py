@@ -72,8 +72,10 @@ def test_boxes_polygons_and_bitmaps_move_together(name, box, seed):
     moved = build(name, **GEOMETRIC[name])(scene_of([box, box], [[polygon], bitmap]))
     height, width = moved.size
     if len(moved.classes) < 2:  # at a border one of two may have a pixel left
-        # All that is left of the other is a sliver.
-        assert all(min(b[2] - b[0], b[3] - b[1]) < 2 for b in moved.boxes)
+        # All that is left of the other is a sliver, of fewer pixels than its outline has.
+        for mask, left in zip(moved.masks, moved.boxes, strict=True):
+            bits = draw_polygons(mask, height, width) if isinstance(mask, list) else mask
+            assert bits.sum() <= (left[2:] - left[:2]).sum() + 4
         return
     polygons, bits = moved.masks
     assert bits.shape == (height, width)
@@ -81,7 +83,10 @@ def test_boxes_polygons_and_bitmaps_move_together(name, box, seed):
     drawn = draw_polygons(polygons, height, width)
     outline = 2 * np.ptp(polygons[0].reshape(-1, 2), axis=0).sum()
     assert (drawn != bits).sum() <= 1.5 * outline + 4  # a pixel to each side of the outline
-    np.testing.assert_allclose(polygons_box(polygons), bitmap_box(bits), atol=1.6)
+    ends = polygons_box(polygons)
+    if (ends > 0).all() and (ends < [width, height] * 2).all():
+        # At a border a polygon may end in a tip that is thinner than a pixel.
+        np.testing.assert_allclose(ends, bitmap_box(bits), atol=1.6)
     around = moved.boxes[0]
     for inner in (polygons_box(polygons), bitmap_box(bits)):
         assert (inner[:2] >= around[:2] - 1).all()

@@ -132,6 +132,16 @@ def test_channels_without_weights_give_their_bias():
     torch.testing.assert_close(got, conv.bias.view(1, 2, 1, 1).expand(1, 2, 5, 5))
 
 
+@pytest.mark.parametrize("ends", [(1.0, 2.0), (-2.0, -1.0), (0.0, 0.0)])
+def test_zero_is_on_every_grid(ends):
+    # The padding of a convolution is zero, whatever the values of its map.
+    grid = Grid.of_range(*ends)
+    rows = torch.tensor([[0.0, *ends]])
+    got = (quantise(rows, grid).double() - grid.zero_point) * grid.scale
+    assert got[0, 0] == 0
+    torch.testing.assert_close(got, rows.double(), rtol=0, atol=0.51 * grid.scale)
+
+
 def test_a_map_says_what_it_stands_for():
     values = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 1, 1, 3)
     map_ = QuantisedMap(values, Grid(0.5, 128)).to(torch.float32)

@@ -131,7 +131,7 @@ def _write(args: argparse.Namespace, dataset: CocoDataset, dropped: Issues) -> N
         write_json(tasks, args.output, indent=1)
     else:
         write = {"yolo": write_yolo, "voc": write_voc, "labelme": write_labelme}[args.to]
-        # A folder with labels is never replaced: they may be somebody's work.
+        # A folder with labels is never replaced: they may be edited by hand.
         with atomic_folder(args.output, made=()) as folder:
             write(content, root, folder, dropped)
 

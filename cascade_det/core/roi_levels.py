@@ -9,6 +9,9 @@ Shapes: N images, L levels, C channels, R regions, P bins per side.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -127,76 +130,35 @@ def _shape(
     sizes: Tensor,
     min_level: int,
     bins: int,
-    sampling_ratio: int,
-    aligned: bool,
+    *_: Any,
 ) -> Tensor:
     return table.new_empty(boxes.shape[0], bins * bins, table.shape[1])
 
 
-def _by_bags(
-    table: Tensor,
-    boxes: Tensor,
-    images: Tensor,
-    first_rows: Tensor,
-    sizes: Tensor,
-    min_level: int,
-    bins: int,
-    sampling_ratio: int,
-    aligned: bool,
-) -> Tensor:
-    rows, order = pool_bags_of_levels(
-        table,
-        boxes,
-        images,
-        first_rows,
-        sizes,
-        min_level=min_level,
-        bins=bins,
-        sampling_ratio=sampling_ratio,
-        aligned=aligned,
-    )
-    rows = rows.unflatten(1, (bins * bins, -1))
+def _by_bags(*arguments: Any) -> Tensor:
+    settings = _settings(arguments)
+    rows, order = pool_bags_of_levels(*arguments[:5], **settings)
+    rows = rows.unflatten(1, (settings["bins"] ** 2, -1))
     return torch.empty_like(rows).index_copy_(0, order, rows)
 
 
-def _on_gpu(
-    table: Tensor,
-    boxes: Tensor,
-    images: Tensor,
-    first_rows: Tensor,
-    sizes: Tensor,
-    min_level: int,
-    bins: int,
-    sampling_ratio: int,
-    aligned: bool,
-) -> Tensor:
-    if not gpu_kernels.has_triton(boxes.device):
-        return _by_bags(
-            table,
-            boxes,
-            images,
-            first_rows,
-            sizes,
-            min_level,
-            bins,
-            sampling_ratio,
-            aligned,
-        )
+def _on_gpu(*arguments: Any) -> Tensor:
+    if not gpu_kernels.has_triton(arguments[0].device):
+        return _by_bags(*arguments)
     from cascade_det.layers.triton_roi_align import roi_align_levels
 
     return roi_align_levels(
-        table,
-        boxes,
-        images,
-        first_rows,
-        sizes,
-        min_level=min_level,
+        *arguments[:5],
         canonical_level=CANONICAL_LEVEL,
         canonical_size=CANONICAL_BOX_SIZE,
-        bins=bins,
-        sampling_ratio=sampling_ratio,
-        aligned=aligned,
+        **_settings(arguments),
     )
+
+
+def _settings(arguments: Sequence[Any]) -> dict[str, Any]:
+    """What follows the five tensors, by name."""
+    names = ("min_level", "bins", "sampling_ratio", "aligned")
+    return dict(zip(names, arguments[5:], strict=True))
 
 
 torch.library.define(

@@ -106,7 +106,7 @@ def optimize(
         lambda copied, types: _optimized(copied, types, ranges),
         dtype=dtype,
         float32_parts=float32_parts,
-        int8_parts=_int8_parts(detector) if has_heads else (),
+        int8_parts=_int8_parts(detector) if images is not None else (),
         images=images,
     )
     _optimize(detector, types, ranges, reasons)

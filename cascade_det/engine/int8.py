@@ -58,12 +58,13 @@ class Ranges:
             exits = detector.cascade.exits
             detector.set_exits(None)  # so that regions reach the heads of all stages
             try:
-                detect_all(detector, self.images)
+                self.detections = detect_all(detector, self.images)
             finally:
                 detector.set_exits(exits)
                 for hook in hooks:
                     hook.remove()
-            self.detections = detect_all(detector, self.images)
+            if exits is not None:
+                self.detections = detect_all(detector, self.images)
         return self
 
     def of_input(self, layer: nn.Module) -> Grid:

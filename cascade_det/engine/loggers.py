@@ -13,6 +13,7 @@ import math
 import os
 import re
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ _PICTURES = ("report.png", "analysis/*.png", "analysis/worst_images/*.jpg")
 _MODELS = ("model_best", FINAL)
 
 
-class Logger(Writer):
+class Logger(Writer, ABC):
     """A run in an experiment tracker; the methods of subclasses may raise any error.
 
     Attributes:
@@ -45,6 +46,7 @@ class Logger(Writer):
 
     package = ""
 
+    @abstractmethod
     def start(self, values: Mapping[str, Any], folder: Path, run: str | None) -> str:
         """Start a run, or continue one.
 
@@ -56,25 +58,24 @@ class Logger(Writer):
         Returns:
             What identifies the run.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
         """Log finite scalars of an iteration; iterations ascend."""
-        raise NotImplementedError
 
+    @abstractmethod
     def evaluation(
         self, iteration: int, rows: Sequence[tuple[str, float]], pictures: Mapping[str, Path]
     ) -> None:
         """Log an evaluation: its metrics as a table, and pictures by name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def model(self, file: Path) -> None:
         """Log where a file of weights is; it is not uploaded."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end(self, *, finished: bool) -> None:
         """End the run; ``finished`` is false if it was stopped or failed."""
-        raise NotImplementedError
 
     def write(self, history: Metrics) -> None:
         """Log new values; those that are not finite are left out."""

@@ -107,22 +107,15 @@ class _Rounded(nn.Module):
 
     def multiply_rows(self, rows: Tensor, grid: Grid) -> Tensor:
         """Apply a linear layer to uint8 ``[R, C]``; returns ``[R, K]``."""
-        scale, zero_point, dtype = _output(self.output)
         result: Tensor = torch.ops.onednn.qlinear_pointwise(
-            rows,
-            *grid,
-            self.packed,
-            self.scales,
-            self.zero_points,
-            self.bias,
-            scale,
-            zero_point,
-            dtype,
-            self.activation,
-            [],
-            "",
+            *(rows, *grid, *self._weights, self.bias),
+            *(*_output(self.output), self.activation, [], ""),
         )
         return result
+
+    @property
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.packed, self.scales, self.zero_points
 
 
 class Int8Linear(_Rounded):
@@ -169,21 +162,9 @@ class Int8Conv2d(_Rounded):
         if self.is_linear:
             result = _map(self.multiply_rows(_rows(values), grid), values.shape)
         else:
-            scale, zero_point, dtype = _output(self.output)
             result = torch.ops.onednn.qconv2d_pointwise(
-                values,
-                *grid,
-                self.packed,
-                self.scales,
-                self.zero_points,
-                self.bias,
-                *self.geometry,
-                scale,
-                zero_point,
-                dtype,
-                self.activation,
-                [],
-                "",
+                *(values, *grid, *self._weights, self.bias, *self.geometry),
+                *(*_output(self.output), self.activation, [], ""),
             )
         return QuantisedMap(result, self.output) if isinstance(self.output, Grid) else result
 
@@ -191,18 +172,17 @@ class Int8Conv2d(_Rounded):
         """The activation of ``shortcut + self(x)``; may overwrite ``shortcut``."""
         assert isinstance(self.output, Grid)
         values, grid = self._read(x)
-        weights = self.packed, self.scales, self.zero_points
         output = *self.output, torch.uint8, *shortcut.grid
         activation: tuple[Any, ...] = "sum", 1.0, self.activation, [], ""
         if self.is_linear:
             rows = torch.ops.onednn.qlinear_pointwise.binary(
-                *(_rows(values), *grid, *weights, _rows(shortcut.values), self.bias),
+                *(_rows(values), *grid, *self._weights, _rows(shortcut.values), self.bias),
                 *output,
                 *activation,
             )
             return QuantisedMap(_map(rows, values.shape), self.output)
         result = torch.ops.onednn.qconv2d_pointwise.binary(
-            *(values, *grid, *weights, shortcut.values, self.bias),
+            *(values, *grid, *self._weights, shortcut.values, self.bias),
             *self.geometry,
             *output,
             *activation,

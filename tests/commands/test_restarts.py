@@ -160,7 +160,7 @@ def test_what_goes_on_without_being_told(tmp_path, job, monkeypatch):
     assert continues(tmp_path, auto=True)
     assert not continues(tmp_path, auto=False)
     job(restarts=1)
-    assert not continues(tmp_path, auto=False)  # the run of somebody else
+    assert not continues(tmp_path, auto=False)  # the run of another torchrun
     job(restarts=0)
     record_job(tmp_path)
     assert not continues(tmp_path, auto=False)

@@ -7,6 +7,8 @@ Detectron2's decisions.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, nms
@@ -124,13 +126,7 @@ def nms_at_once(
 
 
 def _shapes(
-    boxes: Tensor,
-    scores: Tensor,
-    images: Tensor,
-    classes: Tensor,
-    num_images: int,
-    num_classes: int,
-    iou: float,
+    boxes: Tensor, scores: Tensor, images: Tensor, classes: Tensor, num_images: int, *_: Any
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(images), images.new_empty(num_images)
 
@@ -157,18 +153,9 @@ def _image_by_image(
     return filled, torch.tensor(counts, dtype=torch.int64, device=images.device)
 
 
-def _on_gpu(
-    boxes: Tensor,
-    scores: Tensor,
-    images: Tensor,
-    classes: Tensor,
-    num_images: int,
-    num_classes: int,
-    iou: float,
-) -> tuple[Tensor, Tensor]:
+def _on_gpu(boxes: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     has_triton = gpu_kernels.has_triton(boxes.device)
-    operation = nms_at_once if has_triton else _image_by_image
-    return operation(boxes, scores, images, classes, num_images, num_classes, iou)
+    return (nms_at_once if has_triton else _image_by_image)(boxes, *arguments)
 
 
 def _rows_by_image(

@@ -69,7 +69,10 @@ def _semantic_loader(cfg: CfgNode, datasets: Sequence[SemanticDataset]) -> Itera
 
 
 def _in_this_process(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {**arguments, "seed": max(arguments["seed"], 0), "num_workers": 0}
+    # The batch size of SOLVER.IMS_PER_BATCH 0 is known in training only.
+    images = max(arguments["images_per_batch"], 1)
+    seed = max(arguments["seed"], 0)
+    return {**arguments, "images_per_batch": images, "seed": seed, "num_workers": 0}
 
 
 def tile(pictures: Sequence[np.ndarray]) -> np.ndarray:

@@ -53,7 +53,13 @@ from cascade_det.config.run_arguments import (
     train_loader_arguments,
     trainer_arguments,
 )
-from cascade_det.config.scaling import check_processes, scale_to_epochs, scale_to_world_size
+from cascade_det.config.scaling import (
+    check_processes,
+    scale_to_batch,
+    scale_to_epochs,
+    scale_to_world_size,
+    synchronised_norms,
+)
 from cascade_det.config.segmenter_arguments import (
     is_segmenter,
     map_exit_arguments,
@@ -103,6 +109,7 @@ __all__ = [
     "require_detector",
     "require_one_scale",
     "rpn_arguments",
+    "scale_to_batch",
     "scale_to_epochs",
     "scale_to_world_size",
     "scheduler_arguments",
@@ -111,6 +118,7 @@ __all__ = [
     "semantic_input_arguments",
     "semantic_train_loader_arguments",
     "shadow_arguments",
+    "synchronised_norms",
     "test_loader_arguments",
     "train_loader_arguments",
     "trainer_arguments",

@@ -103,6 +103,11 @@ def _check_solver(cfg: CfgNode) -> Iterator[str]:
             f"SOLVER.BASE_LR_END is {solver.BASE_LR_END}, above SOLVER.BASE_LR, {solver.BASE_LR}. "
             "Lower it: the rate of a cosine schedule falls."
         )
+    if solver.REFERENCE_WORLD_SIZE and not solver.IMS_PER_BATCH:
+        yield (
+            f"SOLVER.REFERENCE_WORLD_SIZE is {solver.REFERENCE_WORLD_SIZE}, which scales a number "
+            "of images, but SOLVER.IMS_PER_BATCH is 0. Give that number, or set the former to 0."
+        )
     if cfg.CASCADE.OPTIMIZER == "SGD" and solver.NESTEROV and solver.MOMENTUM == 0:
         yield "SOLVER.NESTEROV is True, but SOLVER.MOMENTUM is 0. Give it a momentum, such as 0.9."
 

@@ -143,7 +143,12 @@ SOLVER = group(
     WARMUP_METHOD=Key("linear", "Shape of the warm-up.", one_of("linear", "constant")),
     RESCALE_INTERVAL=Key(False, "Fits the whole schedule into the iterations after warm-up."),
     CHECKPOINT_PERIOD=Key(5000, "Time between checkpoints.", COUNT, "iterations"),
-    IMS_PER_BATCH=Key(16, "Images per iteration, over all processes.", COUNT),
+    IMS_PER_BATCH=Key(
+        16,
+        "Images per iteration, over all processes; 0: as many as fit into the GPUs, with rate and "
+        "schedule given for 16.",
+        NOT_NEGATIVE,
+    ),
     REFERENCE_WORLD_SIZE=Key(
         0, "Processes that batch size, rate and schedule are set for; 0: any.", NOT_NEGATIVE
     ),

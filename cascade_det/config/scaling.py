@@ -13,6 +13,8 @@ from cascade_det.errors import ConfigError
 
 _NORMS = ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM")
 _OWN_NORMS = "MODEL.CASCADE.BOX_HEAD.NORM"
+# Of Detectron2's recipes.
+_USUAL_IMAGES = 16
 
 
 def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
@@ -48,6 +50,33 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
         )
     _check_share(cfg, world_size, "the number of processes (--num-gpus x --num-machines)")
     return cfg
+
+
+def scale_to_batch(cfg: CfgNode, images: int) -> CfgNode:
+    """Set ``SOLVER.IMS_PER_BATCH``, with a rate and a schedule that were given for 16 images.
+
+    The linear scaling rule (arXiv 1706.02677, section 2.1): with k = ``images / 16``, ``BASE_LR``
+    and ``BASE_LR_END`` are multiplied by k, and the lengths and periods in iterations divided.
+
+    Args:
+        cfg: a checked configuration; it is not changed.
+        images: of an iteration, over all processes, >= 1.
+
+    Returns:
+        A configuration for this batch, frozen if ``cfg`` is.
+    """
+    scale = images / _USUAL_IMAGES
+    solver = cfg.SOLVER
+    return _rescaled(
+        cfg,
+        scale,
+        round,
+        IMS_PER_BATCH=images,
+        BASE_LR=solver.BASE_LR * scale,
+        BASE_LR_END=solver.BASE_LR_END * scale,
+        # Steps that coincide become one: a list of steps has to increase.
+        STEPS=tuple(sorted({_shorter(step, scale, round) for step in solver.STEPS})),
+    )
 
 
 def scale_to_epochs(cfg: CfgNode, images: int) -> CfgNode:
@@ -90,13 +119,18 @@ def check_processes(cfg: CfgNode, world_size: int, *, train: bool) -> None:
             f"MODEL.DEVICE is {device}, but there are {world_size} processes, and each needs a GPU "
             "of its own. Set it to cuda."
         )
-    keys = [key for key in _NORMS if value_of(cfg, key) == "SyncBN"]
-    keys += [_OWN_NORMS] if "SyncBN" in value_of(cfg, _OWN_NORMS) else []
+    keys = synchronised_norms(cfg)
     if keys and train and device == "cpu":
         raise ConfigError(
             f"{' and '.join(keys)}: SyncBN cannot be trained by {world_size} processes on the CPU. "
             "Take GN or BN, or train with one process or on GPUs."
         )
+
+
+def synchronised_norms(cfg: CfgNode) -> list[str]:
+    """The keys that ask for SyncBN."""
+    keys = [key for key in _NORMS if value_of(cfg, key) == "SyncBN"]
+    return [*keys, _OWN_NORMS] if "SyncBN" in value_of(cfg, _OWN_NORMS) else keys
 
 
 def _up(value: float) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from cascade_det import config
+from cascade_det.d2.checkpoint import Checkpointer
 from cascade_det.d2.datasets import (
     check_mask_format,
     refuse_left_out,
@@ -26,12 +28,13 @@ from cascade_det.d2.datasets import (
 )
 from cascade_det.d2.detector import Detector, image_channels
 from cascade_det.d2.evaluate import check_expected, evaluate_all, with_augmentation
-from cascade_det.d2.loader import build_test_loader
+from cascade_det.d2.loader import build_test_loader, build_train_loader
 from cascade_det.d2.segmenter import Segmenter
 from cascade_det.d2.structures import check_masks_and_keypoints, to_inputs
-from cascade_det.d2.trainer import Results, Trainer
+from cascade_det.d2.trainer import Results, Trainer, build_step
 from cascade_det.data.coco import CocoDataset, check_same_classes
 from cascade_det.data.samples import Batch
+from cascade_det.engine.automatic_batch import with_batch_size
 from cascade_det.engine.batches import check_images, check_labels, check_truth
 from cascade_det.engine.datasets import load_training_data, scheduled
 from cascade_det.engine.devices import on_its_device, resolve_amp_dtype, set_backends
@@ -39,6 +42,9 @@ from cascade_det.engine.output_dir import check_output, record_start
 from cascade_det.engine.replay import replay
 from cascade_det.engine.run_info import RunInfo
 from cascade_det.engine.run_lock import alone_in_output_dir
+from cascade_det.engine.run_weights import resume_or_load
+from cascade_det.engine.step import TrainingStep
+from cascade_det.engine.training_modes import freeze_detector
 from cascade_det.engine.validation import validation_losses
 from cascade_det.parallel import distributed
 
@@ -57,7 +63,9 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     refuse_left_out([*datasets, *test_datasets])
     check_same_classes(datasets)
     check_mask_format(cfg, [*datasets, *(test_datasets if cfg.CASCADE.VALIDATION_LOSS else [])])
-    cfg = scheduled(cfg, datasets)
+    with EventStorage():
+        trial = partial(build_trial, loader=build_train_loader)
+        cfg = scheduled(with_batch_size(cfg, trial, resume=resume), datasets)
     run = RunInfo.of(cfg, datasets[0], "detectron2")
     seed_all_rng(run.seed + distributed.rank())
 
@@ -73,6 +81,16 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
         results = with_augmentation(cfg, trainer.tested, test_datasets, results)
     check_expected(cfg, results)
     return results
+
+
+def build_trial(
+    cfg: CfgNode, loader: Callable[[CfgNode], Iterable[Batch]]
+) -> tuple[TrainingStep, Iterable[Batch]]:
+    """A step on a model of its own, to try batch sizes with, and the batches of ``loader``."""
+    model = build_model(cfg)
+    resume_or_load(Checkpointer(model, cfg.OUTPUT_DIR, save_to_disk=False), cfg, resume=False)
+    freeze_detector(model)
+    return build_step(cfg, model, Trainer.build_optimizer(cfg, model)), loader(cfg)
 
 
 def run_training(trainer: Trainer, *, resume: bool) -> Results:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
 from torch import nn
 
 from cascade_det.d2.evaluate import check_expected
 from cascade_det.d2.loader import Inputs
 from cascade_det.d2.segmenter import Segmenter
 from cascade_det.d2.semantic_datasets import find_registered
-from cascade_det.d2.train import losses_on, run_training
+from cascade_det.d2.train import build_trial, losses_on, run_training
 from cascade_det.d2.trainer import Results, Trainer
 from cascade_det.data.semantic import SemanticDataset
+from cascade_det.engine.automatic_batch import with_batch_size
 from cascade_det.engine.datasets import scheduled_for
 from cascade_det.engine.devices import on_its_device, set_backends
 from cascade_det.engine.evaluate_semantic import evaluate_sets
@@ -67,6 +70,9 @@ def train_segmenter(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     set_backends(cfg)
     cfg = on_its_device(cfg)
     datasets, test_datasets = load_semantic_training_data(cfg, find_registered)
+    loader = partial(semantic_train_loader, datasets=datasets, seed=0, start_batch=0)
+    with EventStorage():
+        cfg = with_batch_size(cfg, partial(build_trial, loader=loader), resume=resume)
     cfg = scheduled_for(cfg, sum(len(dataset.records) for dataset in datasets))
     run = RunInfo.of(cfg, datasets[0], "detectron2")
     seed_all_rng(run.seed + distributed.rank())

@@ -92,7 +92,8 @@ class Trainer(TrainingLoop, TrainerBase):
         model = self.build_model(cfg)
         decay = self._arguments["ema_decay"]
         self._average = WeightAverage(model, decay) if decay > 0 else None
-        self.step = self._build_step(cfg, model)
+        freeze_detector(model)
+        self.step = build_step(cfg, model, self.build_optimizer(cfg, model))
         self.scheduler = self.build_lr_scheduler(cfg, self.optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, save_to_disk=distributed.is_main())
         self.register_hooks(self.build_hooks())
@@ -304,30 +305,31 @@ class Trainer(TrainingLoop, TrainerBase):
         # Detectron2's hooks recognise a complete training by this.
         self.iter += 1
 
-    def _build_step(self, cfg: CfgNode, model: nn.Module) -> TrainingStep:
-        freeze_detector(model)
-        if isinstance(backbone := getattr(model, "backbone", None), nn.Module):
-            backbone.register_forward_pre_hook(_as_convolved)
 
-        def metrics() -> Mapping[str, Tensor]:
-            cascade = getattr(getattr(model, "roi_heads", None), "cascade", None)
-            return {} if cascade is None else cascade.metrics
+def build_step(cfg: CfgNode, model: nn.Module, optimizer: Optimizer) -> TrainingStep:
+    """The engine's step for a model of Detectron2."""
+    if isinstance(backbone := getattr(model, "backbone", None), nn.Module):
+        backbone.register_forward_pre_hook(_as_convolved)
 
-        optimizer = self.build_optimizer(cfg, model)
-        step = TrainingStep(
-            distributed.wrap(model),
-            optimizer,
-            metrics=metrics,
-            amp_dtype=resolve_amp_dtype(self._arguments["amp_dtype"], self.device),
-            clip_gradients=build_gradient_clipper(config.optimizer_arguments(cfg)["clip"]),
-            accumulation_steps=self._arguments["accumulation_steps"],
-            max_iter=self.max_iter,
-            device=self.device,
-            output_dir=cfg.OUTPUT_DIR,
-            as_sample=to_sample,
-        )
-        training_mode(step.detector)
-        return step
+    def metrics() -> Mapping[str, Tensor]:
+        cascade = getattr(getattr(model, "roi_heads", None), "cascade", None)
+        return {} if cascade is None else cascade.metrics
+
+    arguments, device = config.trainer_arguments(cfg), torch.device(cfg.MODEL.DEVICE)
+    step = TrainingStep(
+        distributed.wrap(model),
+        optimizer,
+        metrics=metrics,
+        amp_dtype=resolve_amp_dtype(arguments["amp_dtype"], device),
+        clip_gradients=build_gradient_clipper(config.optimizer_arguments(cfg)["clip"]),
+        accumulation_steps=arguments["accumulation_steps"],
+        max_iter=arguments["max_iter"],
+        device=device,
+        output_dir=cfg.OUTPUT_DIR,
+        as_sample=to_sample,
+    )
+    training_mode(step.detector)
+    return step
 
 
 def _as_convolved(backbone: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -40,6 +40,7 @@ class _Joined:
 
     local_rank: int = 0
     objects: Any = None  # a process group
+    alone: bool = False
 
 
 _joined = _Joined()
@@ -135,6 +136,16 @@ def on_main(compute: Callable[[], T]) -> T:
     if failure := error or for_peers:
         raise failure
     return value
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within the block this process counts as the only one, and nothing is exchanged."""
+    _joined.alone = True
+    try:
+        yield
+    finally:
+        _joined.alone = False
 
 
 def mean_over_processes(vector: Tensor) -> Tensor:
@@ -360,7 +371,7 @@ def under_torchrun() -> bool:
 
 
 def _in_group() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return dist.is_available() and dist.is_initialized() and not _joined.alone
 
 
 def _for_peers(error: Exception) -> Exception:

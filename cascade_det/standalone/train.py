@@ -14,13 +14,12 @@ from cascade_det import config
 from cascade_det.data.coco import CocoDataset
 from cascade_det.data.loader import build_train_loader
 from cascade_det.data.samples import Batch
+from cascade_det.engine.automatic_batch import with_batch_size
 from cascade_det.engine.batches import check_images, check_labels, check_truth
-from cascade_det.engine.checkpoint import Checkpointer
 from cascade_det.engine.datasets import load_training_data, scheduled
 from cascade_det.engine.devices import set_backends
 from cascade_det.engine.output_dir import check_output
 from cascade_det.engine.replay import replay
-from cascade_det.engine.run_info import RunInfo
 from cascade_det.engine.run_lock import alone_in_output_dir
 from cascade_det.engine.training_modes import freeze_detector
 from cascade_det.parallel import distributed
@@ -28,7 +27,7 @@ from cascade_det.standalone.build import build_detector
 from cascade_det.standalone.build_segmenter import build_segmenter
 from cascade_det.standalone.detector import Detector
 from cascade_det.standalone.evaluate import evaluate_all, test_loader, with_augmentation
-from cascade_det.standalone.training import build_trainer, start_run
+from cascade_det.standalone.training import build_trainer, build_trial, start_run
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +56,14 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     check_output(cfg, resume=resume)
     set_backends(cfg)
     datasets, test_datasets = load_training_data(cfg)
-    cfg = scheduled(cfg, datasets)
+    trial = partial(build_trial, build=build_detector, loader=partial(_train_loader, datasets))
+    cfg = scheduled(with_batch_size(cfg, trial, resume=resume), datasets)
     detector, checkpointer, info = start_run(cfg, build_detector, datasets[0], resume=resume)
     freeze_detector(detector)
     trainer = build_trainer(
         cfg,
         detector,
-        _train_loader(cfg, datasets, info, checkpointer),
+        _train_loader(datasets, config.changed(cfg, "SEED", info.seed), checkpointer.start_iter),
         checkpointer,
         partial(_evaluate, cfg, test_datasets) if test_datasets else None,
         lambda: [test_loader(cfg, dataset, annotated=True) for dataset in test_datasets],
@@ -102,13 +102,13 @@ def replay_batch(cfg: CfgNode, path: str | Path) -> list[str]:
 
 
 def _train_loader(
-    cfg: CfgNode, datasets: Sequence[CocoDataset], info: RunInfo, checkpointer: Checkpointer
+    datasets: Sequence[CocoDataset], cfg: CfgNode, start_batch: int = 0
 ) -> Iterable[Batch]:
     return build_train_loader(
         datasets,
         **config.input_arguments(cfg, train=True),
-        **{**config.train_loader_arguments(cfg), "seed": info.seed},
-        start_batch=checkpointer.start_iter,
+        **config.train_loader_arguments(cfg),
+        start_batch=start_batch,
         share=(distributed.rank(), distributed.world_size()),
         on_bad_data=cfg.CASCADE.ON_BAD_DATA,
     )

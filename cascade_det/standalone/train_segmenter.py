@@ -7,6 +7,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
+from cascade_det.engine.automatic_batch import with_batch_size
 from cascade_det.engine.datasets import scheduled_for
 from cascade_det.engine.devices import set_backends
 from cascade_det.engine.evaluate_semantic import evaluate_sets
@@ -18,7 +19,7 @@ from cascade_det.engine.semantic_datasets import (
     semantic_train_loader,
 )
 from cascade_det.standalone.build_segmenter import build_segmenter
-from cascade_det.standalone.training import build_trainer, start_run
+from cascade_det.standalone.training import build_trainer, build_trial, start_run
 
 
 @alone_in_output_dir
@@ -34,6 +35,12 @@ def train_segmenter(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     check_output(cfg, resume=resume)
     set_backends(cfg)
     datasets, test_datasets = load_semantic_training_data(cfg)
+    trial = partial(
+        build_trial,
+        build=build_segmenter,
+        loader=partial(semantic_train_loader, datasets=datasets, seed=0, start_batch=0),
+    )
+    cfg = with_batch_size(cfg, trial, resume=resume)
     cfg = scheduled_for(cfg, sum(len(dataset.records) for dataset in datasets))
     segmenter, checkpointer, info = start_run(cfg, build_segmenter, datasets[0], resume=resume)
     loader = semantic_train_loader(

@@ -26,6 +26,7 @@ from cascade_det.engine.run_weights import resume_or_load
 from cascade_det.engine.solver import build_gradient_clipper, build_optimizer, build_scheduler
 from cascade_det.engine.step import TrainingStep
 from cascade_det.engine.trainer import Trainer
+from cascade_det.engine.training_modes import freeze_detector, training_mode
 from cascade_det.engine.validation import validation_losses
 from cascade_det.engine.writers import ConsoleWriter, JsonWriter, TensorBoardWriter, Writer
 from cascade_det.parallel import distributed
@@ -86,9 +87,6 @@ def build_trainer(
     """
     arguments = config.trainer_arguments(cfg)
     amp_dtype = resolve_amp_dtype(arguments["amp_dtype"], model.device)
-    optimizer_arguments = config.optimizer_arguments(cfg)
-    clip = build_gradient_clipper(optimizer_arguments.pop("clip"))
-    optimizer = build_optimizer(model, **optimizer_arguments)
     hooks: list[Hook] = []
     tested = model
     if arguments["ema_decay"] > 0:
@@ -110,9 +108,25 @@ def build_trainer(
         hooks.append(BestModel(checkpointer, arguments["best_metric"], arguments["patience"]))
     hooks.append(WriterHook(_writers(cfg), arguments["log_period"]))
     hooks += logger_hooks(cfg)
-    step = TrainingStep(
+    step = build_step(cfg, model, amp_dtype)
+    return Trainer(
+        step,
+        loader,
+        build_scheduler(step.optimizer, **config.scheduler_arguments(cfg)),
+        max_iter=arguments["max_iter"],
+        start_iter=checkpointer.start_iter,
+        hooks=hooks,
+    )
+
+
+def build_step(cfg: CfgNode, model: Model, amp_dtype: torch.dtype | None) -> TrainingStep:
+    """The training step of a configuration, with its optimiser."""
+    arguments = config.trainer_arguments(cfg)
+    optimizer_arguments = config.optimizer_arguments(cfg)
+    clip = build_gradient_clipper(optimizer_arguments.pop("clip"))
+    return TrainingStep(
         distributed.wrap(model),
-        optimizer,
+        build_optimizer(model, **optimizer_arguments),
         amp_dtype=amp_dtype,
         clip_gradients=clip,
         accumulation_steps=arguments["accumulation_steps"],
@@ -120,14 +134,19 @@ def build_trainer(
         device=model.device,
         output_dir=cfg.OUTPUT_DIR,
     )
-    return Trainer(
-        step,
-        loader,
-        build_scheduler(optimizer, **config.scheduler_arguments(cfg)),
-        max_iter=arguments["max_iter"],
-        start_iter=checkpointer.start_iter,
-        hooks=hooks,
-    )
+
+
+def build_trial(
+    cfg: CfgNode, build: Callable[[CfgNode], Model], loader: Callable[[CfgNode], Iterable[Batch]]
+) -> tuple[TrainingStep, Iterable[Batch]]:
+    """A step on a model of its own, to try batch sizes with, and the batches of ``loader``."""
+    model = build(cfg)
+    resume_or_load(Checkpointer(model, cfg.OUTPUT_DIR, save_to_disk=False), cfg, resume=False)
+    freeze_detector(model)
+    amp_dtype = resolve_amp_dtype(config.trainer_arguments(cfg)["amp_dtype"], model.device)
+    step = build_step(cfg, model, amp_dtype)
+    training_mode(model)
+    return step, loader(cfg)
 
 
 def _evaluate(

@@ -2,7 +2,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cascade_det.config import check_processes, get_cfg, scale_to_epochs, scale_to_world_size
+from cascade_det.config import (
+    check_processes,
+    get_cfg,
+    scale_to_batch,
+    scale_to_epochs,
+    scale_to_world_size,
+)
 from cascade_det.errors import ConfigError
 
 
@@ -58,6 +64,29 @@ def test_nothing_to_scale(reference, processes):
     cfg = make_cfg(**DOUBLED)
     cfg.SOLVER.REFERENCE_WORLD_SIZE = reference
     assert scale_to_world_size(cfg, processes) is cfg
+
+
+@pytest.mark.parametrize(("images", "factor"), [(4, 4), (16, 1), (64, 0.25)])
+def test_a_batch_found_has_the_rate_and_schedule_of_16_images(images, factor):
+    cfg = make_cfg(**{**DOUBLED, "SOLVER.IMS_PER_BATCH": 0, "SOLVER.BASE_LR_END": 0.01})
+    scaled = scale_to_batch(cfg, images)
+    assert schedule(scaled) == {
+        "IMS_PER_BATCH": images,
+        "BASE_LR": pytest.approx(0.1 / factor),
+        "MAX_ITER": 5000 * factor,
+        "STEPS": (4000 * factor, 4500 * factor),
+        "WARMUP_ITERS": 100 * factor,
+        "CHECKPOINT_PERIOD": 1000 * factor,
+        "EVAL_PERIOD": 500 * factor,
+        "REFERENCE_WORLD_SIZE": 8,
+    }
+    assert pytest.approx(0.01 / factor) == scaled.SOLVER.BASE_LR_END
+    assert scaled.SOLVER.MAX_ITER * images == 5000 * 16
+
+
+def test_steps_that_coincide_become_one():
+    cfg = make_cfg(**{**DOUBLED, "SOLVER.STEPS": (2, 3, 4000)})
+    assert scale_to_batch(cfg, 64).SOLVER.STEPS == (1, 1000)
 
 
 def test_what_is_there_does_not_become_never():

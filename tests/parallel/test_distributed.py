@@ -180,3 +180,15 @@ def test_nccl_is_told_the_gpu_of_the_process(monkeypatch, device_type, given):
     )
     assert distributed._run_in_group(lambda: 0, (), 1, device_type) == 0
     assert joined == [given]
+
+
+def test_processes_agree_on_the_batch_that_fits_all(tmp_path):
+    assert (
+        distributed.launch(launched.find_batch, (tmp_path,), num_processes=2, device_type="cpu")
+        == 0
+    )
+    for rank in (0, 1):
+        found, error = (tmp_path / f"rank{rank}").read_text().split(" ", 1)
+        assert found == "8"  # 4 images of each
+        assert "SOLVER.IMS_PER_BATCH is 0" in error
+        assert "MODEL.FPN.NORM" in error

@@ -8,9 +8,9 @@ cascade-det convert val.json --to label-studio --predictions coco_instances_resu
   --output tasks.json
 
 What is given decides how it is read: a .yaml is YOLO's data.yaml, whose labels/ lie beside images/
-or the yaml; a folder of xml files or a list in ImageSets/ is Pascal VOC; a folder of json files is
-LabelMe; any other file is a COCO json. Images stay where they are. What the new format cannot hold
-is listed.
+or the yaml, and so are obj.names and classes.txt, a name a line; a folder of xml files or a list in
+ImageSets/ is Pascal VOC; a folder of json files is LabelMe; any other file is a COCO json. Images
+stay where they are. What the new format cannot hold is listed.
 """
 
 from __future__ import annotations

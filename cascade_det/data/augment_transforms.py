@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional
 
 from cascade_det.data.scene import Matrix, Scene, transformed_boxes
 
@@ -26,11 +27,22 @@ Parameters = dict[str, Any]
 MatrixOf = Callable[[Parameters, tuple[int, int], tuple[int, int]], Matrix]
 Apply = Callable[[Scene], Scene]
 
+
+class _GaussianBlur(v2.GaussianBlur):
+    """Blurs small images as well: torch mirrors no more than the image at its borders."""
+
+    def transform(self, image: Any, params: Parameters) -> Any:
+        height, width = image.shape[-2:]
+        sizes = zip(self.kernel_size, (width, height), strict=True)
+        kernel = [min(size, 2 * side - 1) for size, side in sizes]
+        return functional.gaussian_blur(image, kernel, **params)
+
+
 PHOTOMETRIC = {
     "RandomPhotometricDistort": v2.RandomPhotometricDistort,
     "ColorJitter": v2.ColorJitter,
     "RandomGrayscale": v2.RandomGrayscale,
-    "GaussianBlur": v2.GaussianBlur,
+    "GaussianBlur": _GaussianBlur,
     "GaussianNoise": v2.GaussianNoise,
     "JPEG": v2.JPEG,
 }

@@ -12,7 +12,10 @@ from cascade_det.errors import DatasetError
 
 ROOT_VARIABLE = "DETECTRON2_DATASETS"
 OWN_DATASETS_KEY = "CASCADE.DATASETS"
-LIST, _YAML = ".txt", (".yaml", ".yml")  # of Pascal VOC, and YOLO
+LIST = ".txt"  # of Pascal VOC
+_YAML = (".yaml", ".yml")  # YOLO
+# Names of YOLO's classes, one a line: darknet and CVAT write obj.names, Label Studio classes.txt.
+_NAMES, _CLASSES = ".names", "classes.txt"
 
 # name: (annotation file, image folder), below "coco/" in the folder of all data sets.
 _BUILTIN_COCO = {
@@ -34,8 +37,8 @@ class DatasetSource:
 
     Attributes:
         name: any text.
-        json_file: a COCO-format json, YOLO's ``data.yaml``, a folder of label files or a list of
-            Pascal VOC.
+        json_file: a COCO-format json, YOLO's ``data.yaml`` or names of classes, a folder of label
+            files or a list of Pascal VOC.
         image_root: the folder of the images.
     """
 
@@ -106,7 +109,12 @@ def _usual_image_folder(path: Path) -> Path:
 
 def is_label_files(path: Path) -> bool:
     """Whether annotations have another format than COCO's."""
-    return path.is_dir() or path.suffix.lower() in (LIST, *_YAML)
+    return path.is_dir() or path.suffix.lower() in (LIST, _NAMES, *_YAML)
+
+
+def is_list_of_names(path: Path) -> bool:
+    """Whether a file has nothing but the names of YOLO's classes."""
+    return path.suffix.lower() == _NAMES or path.name == _CLASSES
 
 
 def _own_sources(own_datasets: Iterable[tuple[str, str, str]]) -> dict[str, DatasetSource]:

@@ -6,12 +6,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from cascade_det.data.issues import Issues
 from cascade_det.data.label_files import JsonObject, objects_of, relative_name
 
 # What a labelling interface calls its tags in Label Studio's own templates.
 FROM_NAME, TO_NAME, DATA_KEY = "label", "image", "image"
+# Prefixes of addresses that a browser opens; the keys of s3:// and the like are taken literally.
+_OF_BROWSER = ("/", "http://", "https://")
 
 
 def label_studio_tasks(
@@ -26,7 +29,8 @@ def label_studio_tasks(
     Args:
         content: ``ground_truth`` of a data set.
         image_root: the folder of its images.
-        image_url: what precedes the name of an image in that folder.
+        image_url: what precedes the name of an image in that folder; behind one that a browser
+            opens, names are percent-encoded, as by Label Studio's own storage.
         dropped: gets what is not written: crowds, empty boxes and masks.
         predictions: in COCO's result format; they become ``predictions``, which Label Studio shows
             as pre-annotations, in place of the objects.
@@ -49,9 +53,10 @@ def label_studio_tasks(
             _result(entry, names[entry["category_id"]], image, number)
             for number, entry in enumerate(found, start=1)
         ]
-        task: JsonObject = {
-            "data": {DATA_KEY: image_url + relative_name(image["file_name"], image_root)}
-        }
+        file_name = relative_name(image["file_name"], image_root)
+        if image_url.startswith(_OF_BROWSER):
+            file_name = quote(file_name)
+        task: JsonObject = {"data": {DATA_KEY: image_url + file_name}}
         if predictions is None:
             task["annotations"] = [{"result": results}]
         else:

@@ -43,8 +43,9 @@ class RandomCrop:
                 for side in (height, width)
             )
             return next(drawn), next(drawn)
-        shares = np.array(self.size, np.float32).astype(np.float64)
+        shares = np.array(self.size, np.float64)
         if self.kind == "relative_range":
-            shares += generator.random(2) * (1 - shares)
+            least = np.array(self.size, np.float32)  # as in Detectron2, for the same pixels
+            shares = least + generator.random(2) * (1 - least)
         # Detectron2 leaves nothing of a tiny image at a tiny share.
         return max(int(height * shares[0] + 0.5), 1), max(int(width * shares[1] + 0.5), 1)

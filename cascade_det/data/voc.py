@@ -150,13 +150,20 @@ def _wanted(path: Path, roots: dict[str, Any], folder: Path, bad: Issues) -> lis
         lines = read_bytes(path).decode("utf-8-sig").splitlines()
     except ValueError as error:
         raise DatasetError(f"{path}: cannot be read: {error}") from error
-    # Lists for one class have a second column.
-    listed = dict.fromkeys(line.split()[0] for line in lines if line.strip())
+    listed = dict.fromkeys(_listed(line.strip(), roots) for line in lines if line.strip())
     for stem in listed:
         # A file that is there was reported if it could not be read.
         if stem not in roots and not os.path.lexists(folder / f"{stem}.xml"):
             bad.add("listed image without an xml file", shown, stem)
     return [stem for stem in listed if stem in roots]
+
+
+def _listed(line: str, roots: dict[str, Any]) -> str:
+    """The name in a line; lists for one class have a second column, and CVAT quotes spaces."""
+    if line in roots:
+        return line
+    quoted = line[1:].partition('"')[0] if line.startswith('"') else ""
+    return quoted if quoted in roots else line.split()[0]
 
 
 def _image_name(

@@ -1,4 +1,4 @@
-"""YOLO: a ``data.yaml`` with the names of the classes, and a text file for each image.
+"""YOLO: a file with the names of the classes, and a text file for each image.
 
 A line is a class and the centre, width and height of a box, or the points of a polygon, all as
 fractions of the image's width and height. An image without a file, or with an empty one, has no
@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from cascade_det.data.catalog import DatasetSource
+from cascade_det.data.catalog import DatasetSource, is_list_of_names
 from cascade_det.data.image_names import LinkRule, name_guard
 from cascade_det.data.issues import Issues, shown
 from cascade_det.data.label_files import (
@@ -43,7 +43,7 @@ _DIGITS = 9
 NO_LABELS = "folder without a label file of any image (no object at all?)"
 NOT_NUMBERS = "YOLO line that is not a class and finite numbers"
 ODD_LENGTH = "YOLO line of neither 4 numbers (a box) nor at least 3 points (a polygon)"
-UNKNOWN_CLASS = "YOLO class without a name in the yaml"
+UNKNOWN_CLASS = "YOLO class without a name in the yaml (or list of names)"
 NOT_FRACTIONS = "YOLO coordinates outside 0 to 1 (pixels instead of fractions of the image?)"
 
 
@@ -51,15 +51,17 @@ def read_yolo(source: DatasetSource, links: LinkRule, *, masks: bool) -> Labels:
     """Read the labels of the images below a folder.
 
     Args:
-        source: the yaml, of which only ``names``, ``nc`` and ``kpt_shape`` are read: which images
-            belong to the data set does not depend on paths in a file. And the folder of images.
+        source: a list of names, one a line, or the yaml, of which only ``names``, ``nc`` and
+            ``kpt_shape`` are read: which images belong to the data set does not depend on paths in
+            a file. And the folder of images.
         links: which links out of the folders of images and labels are followed.
         masks: whether to keep polygons.
 
     Raises:
-        DatasetError: the yaml cannot be used.
+        DatasetError: the file of names cannot be used.
     """
-    names, keypoints = _read_yaml(source.json_file)
+    path = source.json_file
+    names, keypoints = (_read_names(path), 0) if is_list_of_names(path) else _read_yaml(path)
     bad = Issues()
     images = images_by_stem(source.image_root, name_guard(source, links), bad)
     root = labels_folder(source)
@@ -164,6 +166,22 @@ def box_around(points: Sequence[float]) -> tuple[float, float, float, float]:
     """XYWH of the box around points x, y, x, y, ..."""
     left, top = min(points[::2]), min(points[1::2])
     return left, top, max(points[::2]) - left, max(points[1::2]) - top
+
+
+def _read_names(path: Path) -> list[str]:
+    """Names of the classes, one a line."""
+    try:
+        lines = read_bytes(path).decode("utf-8-sig").splitlines()
+    except ValueError as error:
+        raise DatasetError(f"{path}: cannot be read: {error}") from error
+    names = [line.strip() for line in lines]
+    while names and not names[-1]:
+        names.pop()
+    if not all(names):
+        raise DatasetError(f"{path}: line {names.index('') + 1} is empty, so it names no class")
+    if len(set(names)) < len(names):
+        raise DatasetError(f"{path}: two classes have the same name")
+    return names
 
 
 def _read_yaml(path: Path) -> tuple[list[str], int]:

@@ -27,8 +27,6 @@ from cascade_det.standalone.detector import Detector
 
 # Detectron2's. Views of a batch are padded to one size, which changes their maps a little.
 _VIEWS_PER_BATCH = 3
-# Detections were above the detector's threshold already.
-_ABOVE_NOTHING = 1e-8
 
 
 @dataclass(frozen=True)
@@ -180,8 +178,9 @@ class AugmentedDetector:
             exit_stages=exit_stages,
             proposal_index=every,
         )
-        # All views together are the sources of a fused box.
-        selection = replace(heads.selection, score_thresh=_ABOVE_NOTHING, sources=len(found))
+        # All views together are the sources of a fused box. Its score, and that of a box which
+        # soft-NMS lowers, may fall below the threshold that it was above in its view.
+        selection = replace(heads.selection, sources=len(found))
         return select_detections([reported], 1, selection)[0]
 
     def _with_masks(

@@ -199,3 +199,18 @@ def test_fill_is_grey_for_images_and_nothing_for_masks():
     padded = build("RandomCrop", size=(200, 200), pad_if_needed=True, fill=5)(scene)
     assert (padded.image[:, 0, 0] == 5).all()
     assert padded.masks[0].sum() == HEIGHT * WIDTH
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 30), (5, 5), (30, 3)])
+def test_images_smaller_than_the_kernel_are_blurred(height, width):
+    """Constant along an axis stays constant there, and the mean of two halves is between them."""
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    axis = 2 if width >= height else 1
+    image.narrow(axis, 0, image.shape[axis] // 2).fill_(200)
+    scene = Scene(image, np.zeros((0, 4)), np.zeros(0, np.int64), None)
+    blurred = build("GaussianBlur", kernel_size=99, sigma=(1.0, 1.0))(scene).image
+    assert blurred.shape == image.shape
+    assert not torch.equal(blurred, image)
+    along = blurred.select(0, 0).float().mean(dim=2 - axis)
+    assert (along.diff() <= 0).all()
+    assert torch.equal(blurred.amax(dim=3 - axis), blurred.amin(dim=3 - axis))

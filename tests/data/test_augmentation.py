@@ -179,6 +179,8 @@ def test_broken_images_are_not_mixed_in(dataset):
     ("kind", "size", "heights", "widths"),
     [
         ("relative", (0.5, 0.25), (20, 20), (15, 15)),
+        # 10.5 and 7.5 pixels, rounded up: as a float32, 0.2625 is a little less.
+        ("relative", (0.2625, 0.125), (11, 11), (8, 8)),
         ("relative_range", (0.5, 0.25), (20, 40), (15, 60)),
         ("absolute", (30, 100), (30, 30), (60, 60)),
         ("absolute_range", (30, 50), (30, 40), (30, 50)),

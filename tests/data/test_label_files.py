@@ -98,6 +98,26 @@ def test_yolo_labels_beside_the_images_scores_and_key_points(tmp_path):
     }
 
 
+def test_yolo_with_a_list_of_names(tmp_path):
+    """CVAT's YOLO 1.1, where train.txt lists images, and Label Studio's YOLO."""
+    draw(tmp_path / "cvat" / "obj_train_data" / "a.jpg")
+    write(tmp_path / "cvat" / "obj_train_data" / "a.txt", "1 0.5 0.5 1 1\n")
+    write(tmp_path / "cvat" / "obj.names", "cat\nbig dog\n\n")
+    write(tmp_path / "cvat" / "train.txt", "data/obj_train_data/a.jpg\n")
+    cvat = load(tmp_path / "cvat" / "obj.names", tmp_path / "cvat" / "obj_train_data")
+    assert boxes(cvat) == {"a.jpg": [("big dog", 0, 0, 64, 48)]}
+    draw(tmp_path / "studio" / "images" / "3b5f-a.jpg")
+    write(tmp_path / "studio" / "labels" / "3b5f-a.txt", "0 0.5 0.5 0.5 0.5")
+    write(tmp_path / "studio" / "classes.txt", "cat\ndog")
+    write(tmp_path / "studio" / "notes.json", "{}")
+    studio = load(tmp_path / "studio" / "classes.txt")
+    assert boxes(studio) == {"3b5f-a.jpg": [("cat", 16, 12, 48, 36)]}
+    for text, said in (("cat\n\ndog", "line 2 is empty"), ("a\na", "the same name")):
+        write(tmp_path / "studio" / "classes.txt", text)
+        with pytest.raises(DatasetError, match=said):
+            load(tmp_path / "studio" / "classes.txt")
+
+
 def test_fractions_are_of_the_upright_image(tmp_path):
     """A photo that its EXIF data turn by 90 degrees is 48 wide and 64 high."""
     exif = Image.Exif()
@@ -225,6 +245,33 @@ def test_a_list_of_voc_names_the_images_and_all_files_the_classes(voc2007):
     dataset = load(voc2007 / "ImageSets" / "Main" / "train.txt")
     assert list(boxes(dataset)) == ["000002.jpg", "000001.jpg"]
     assert dataset.class_names == ("car", "person")
+
+
+@pytest.mark.parametrize("line", ["my cat 1", '"my cat 1"', '"my cat 1"  -1'])
+def test_a_list_of_voc_may_name_files_with_spaces(voc2007, line):
+    voc(voc2007, "my cat 1")
+    (voc2007 / "JPEGImages" / "my cat 1.jpg").write_bytes(
+        next((voc2007 / "JPEGImages").iterdir()).read_bytes()
+    )
+    listed = write(voc2007 / "ImageSets" / "Main" / "spaces.txt", line + "\n")
+    assert [*boxes(load(listed))] == ["my cat 1.jpg"]
+
+
+def test_the_format_of_a_folder_does_not_depend_on_what_the_readers_leave_out(tmp_path):
+    """A hidden folder of an editor; files behind a link; endings in capital letters."""
+    for name in ("hidden", "real"):
+        draw(tmp_path / name / "a.jpg")
+        labelme(tmp_path / name / "a.json", [shape("cat", [[1, 2], [9, 8]], "rectangle")], "a.jpg")
+    write(tmp_path / "hidden" / ".idea" / "workspace.xml", "<project/>")
+    assert boxes(load(tmp_path / "hidden")) == {"a.jpg": [("cat", 1, 2, 9, 8)]}
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "day").symlink_to(tmp_path / "real")
+    linked = load(tmp_path / "linked", links=LinkRule("all"))
+    assert boxes(linked) == {"day/a.jpg": [("cat", 1, 2, 9, 8)]}
+    draw(tmp_path / "capitals" / "A.JPG")
+    write(tmp_path / "capitals" / "A.XML", "<annotation/>")
+    with pytest.raises(DatasetError, match="empty list of classes"):
+        load(tmp_path / "capitals")
 
 
 def test_faults_of_voc_are_listed(voc2007):

@@ -3,6 +3,7 @@
 import json
 import tempfile
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
@@ -219,3 +220,17 @@ def test_predictions_become_pre_annotations(shapes, capsys):
     (shapes / "found.json").write_text(json.dumps([predictions[0] | {"image_id": 6}]))
     assert run(shapes / "in.json", "--to", "label-studio", "--output", target, *given) == 1
     assert "unknown 'image_id'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prefix", [convert.IMAGE_URL, "https://x/?d=", "s3://photos/"])
+def test_a_browser_finds_images_of_any_name(prefix):
+    """Behind a question mark an unquoted # ends the name, & begins another key and + is a space."""
+    name = "day/a+b #1 50% & é.jpg"
+    content = content_of([])
+    content["images"][0]["file_name"] = name
+    task, _ = label_studio_tasks(content, Path("x"), prefix, Issues())
+    address = task["data"]["image"]
+    if prefix.startswith("s3"):  # the key of an object, as it is
+        assert address == prefix + name
+    else:
+        assert parse_qs(urlsplit(address).query, strict_parsing=True) == {"d": [name]}

@@ -150,6 +150,17 @@ def test_rules_leave_masks_out_of_all_views(detector, batch, rules):
     assert (some.stats.masks, some.stats.detected) == (total, every.stats.detected)
 
 
+@pytest.mark.parametrize("suppression", ["nms", "soft_linear", "soft_gaussian", "wbf"])
+def test_scores_are_above_the_threshold_after_the_views_are_merged(detector, batch, suppression):
+    detector = copy.deepcopy(detector)
+    selection = detector.roi_heads.selection
+    selection.score_thresh = detector.detect(batch).detections[0].scores.median().item()
+    selection.suppression = suppression
+    augmented = AugmentedDetector(detector, **SIZES, flip=True)
+    for found in augmented.detect(batch).detections:
+        assert (found.scores > selection.score_thresh).all()
+
+
 def test_nothing_found(batch):
     blind = make_detector(masks=make_masks(), score_thresh=1.0)
     found = AugmentedDetector(blind, **SIZES, flip=True).detect(batch).detections

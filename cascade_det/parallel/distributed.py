@@ -2,8 +2,8 @@
 
 Without a process group, this process is rank 0 of 1. Tensors of training go through NCCL on GPUs
 and gloo on CPUs; objects always go through gloo, with a timeout longer than any evaluation. A dead
-process is detected by its parent (see :mod:`cascade_det.parallel.processes`) and by gloo's closed
-connection, not by timeouts.
+process is detected by torch's launcher (see :mod:`cascade_det.parallel.processes`) and by gloo's
+closed connection, not by timeouts.
 """
 
 from __future__ import annotations
@@ -210,8 +210,8 @@ def launch(
     """Call ``main(*args)`` in every process of a group.
 
     A single process just calls it. Under torchrun the processes exist already, and its environment
-    replaces the numbers given here. Otherwise they are spawned, and if one dies, the others are
-    stopped.
+    replaces the numbers given here. Otherwise torch's elastic launcher starts them, and stops them
+    if one dies.
 
     Args:
         main: at the top level of a module; returns an exit status, the same in every process.
@@ -226,8 +226,8 @@ def launch(
         The exit status, see :func:`cascade_det.parallel.processes.run_processes`.
 
     Raises:
-        ConfigError: the arguments contradict each other or the machine, or nothing listens at the
-            URL.
+        ConfigError: the arguments contradict each other or the machine, or the machines do not
+            meet at the URL.
         CascadeDetError, FloatingPointError: raised by ``main``.
     """
     if under_torchrun():
@@ -237,32 +237,22 @@ def launch(
     if total == 1:
         return main(*args)
     _check_devices(num_processes, device_type)
-    store = None
-    if machine_rank == 0:
-        store = _serve(host, port)
-        port = store.port
-    first_rank = machine_rank * num_processes
     threads = None
     if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         threads = max(torch.get_num_threads() // num_processes, 1)
-    try:
-        return run_processes(
-            _run_spawned,
-            (host, port, first_rank, total, device_type, threads, main, args),
-            num_processes,
-            first_rank=first_rank,
-        )
-    finally:
-        # The server of the rendezvous lives as long as this object.
-        del store
+    return run_processes(
+        _run_started,
+        (device_type, threads, main, args),
+        num_processes,
+        num_machines=num_machines,
+        machine_rank=machine_rank,
+        host=host,
+        port=port,
+    )
 
 
-def _run_spawned(
+def _run_started(
     index: int,
-    host: str,
-    port: int,
-    first_rank: int,
-    world_size: int,
     device_type: str,
     threads: int | None,
     main: Callable[..., int],
@@ -270,14 +260,9 @@ def _run_spawned(
 ) -> int:
     if threads is not None:
         torch.set_num_threads(threads)
-    try:
-        store = dist.TCPStore(host, port, timeout=_CONNECTION_TIMEOUT)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"--dist-url tcp://{host}:{port}: cannot be reached ({error}). Give the address of "
-            "machine 0, and a port of it that is open to the others."
-        ) from error
-    rendezvous = {"store": store, "rank": first_rank + index, "world_size": world_size}
+    rendezvous = _torchruns_rendezvous()
+    for name in _TORCHRUN:  # the user did not call torchrun
+        del os.environ[name]
     return _run_in_group(main, args, index, device_type, **rendezvous)
 
 
@@ -321,17 +306,6 @@ def _run_in_group(
     dist.destroy_process_group()
     _joined.local_rank, _joined.objects = 0, None
     return status
-
-
-def _serve(host: str, port: int) -> dist.TCPStore:
-    """Start the server of the rendezvous on this machine, number 0."""
-    try:
-        return dist.TCPStore(host, port, is_master=True, wait_for_workers=False)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"--dist-url tcp://{host}:{port}: cannot listen there ({error}). Give an address of "
-            "this machine and a port that is free."
-        ) from error
 
 
 def _address(num_machines: int, machine_rank: int, dist_url: str) -> tuple[str, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import multiprocessing
 import os
 import pickle
 import signal
@@ -13,14 +12,16 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from multiprocessing import connection, resource_tracker
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing import resource_tracker, spawn
 from pathlib import Path
 from typing import Any
 
-from cascade_det.errors import CascadeDetError
+from cascade_det.errors import CascadeDetError, ConfigError
 from cascade_det.files import atomic_path
 from cascade_det.parallel.signals import INTERRUPTED, handled, signals_held, stop_signals
 
@@ -29,14 +30,15 @@ logger = logging.getLogger(__name__)
 # Errors that the user can fix: raised unchanged, reported without a traceback.
 USER_ERRORS = (CascadeDetError, FloatingPointError)
 
-# Seconds for processes to end by themselves once one has failed, and then to obey SIGTERM, which
-# one that hangs in a collective does not, before they are killed.
-_GRACE = 15.0
-_TERMINATION = 10.0
-# The grace after a single Ctrl-C: time for the main process to save.
+# How long the machines wait for each other.
+_MEETING = timedelta(minutes=10)
+# Seconds for processes to end after a second Ctrl-C, and after any other signal: time to save.
+_GRACE = 25.0
 _INTERRUPTION = 600.0
-# Seconds between two checks for signals, which do not end a wait.
-_POLL = 0.5
+# Seconds between two looks for signals, and at the parent.
+_POLL = 0.2
+# Seconds between a failure and the end of its process, many times the launcher's interval.
+_DELAY = 1.0
 
 
 class Interrupted(Exception):
@@ -48,29 +50,41 @@ class PeerError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class _Failure:
-    """How a process failed: seconds since the epoch, the error, and its traceback as text."""
+class _End:
+    """How a process ended: its status; after a failure, the error and its traceback as text."""
 
-    time: float
-    error: Exception
-    trace: str
+    pid: int
+    status: int
+    time: float = 0.0  # seconds since the epoch
+    error: Exception | None = None
+    trace: str = ""
 
 
 def run_processes(
-    function: Callable[..., int], args: tuple[Any, ...], count: int, *, first_rank: int = 0
+    function: Callable[..., int],
+    args: tuple[Any, ...],
+    count: int,
+    *,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    host: str = "127.0.0.1",
+    port: int = 0,
 ) -> int:
     """Call ``function(index, *args)`` in ``count`` new processes and wait for all of them.
 
-    If one fails, the others get a few seconds and are then stopped. The processes handle signals
-    themselves: for each of ``stop_signals()`` that arrives here they get a SIGTERM, besides the
-    signal that may reach them from the terminal, and also if this process dies. Call it from the
-    main thread.
+    torch's elastic launcher starts and watches them, without restarts, and tells them their place
+    by its variables. If one fails, it stops the others. The processes handle signals themselves:
+    each of ``stop_signals()`` that arrives here is passed on, and a SIGTERM if this process dies.
+    Call it from the main thread.
 
     Args:
         function: at the top level of a module; returns an exit status.
         args: picklable.
         count: 1 or more.
-        first_rank: the rank of process 0, for messages.
+        num_machines: all call this; processes are started once the machines have met.
+        machine_rank: from 0.
+        host: of machine 0, where the machines meet.
+        port: there; 0 is any free one, for a single machine.
 
     Returns:
         The common exit status; 130 after Ctrl-C, 143 after SIGTERM and the like; 1 if a process
@@ -78,146 +92,148 @@ def run_processes(
         and cause.
 
     Raises:
+        ConfigError: the machines do not meet there.
         CascadeDetError, FloatingPointError: what the first failed process raised.
     """
-    caught = _Caught()
-    handlers = dict.fromkeys(stop_signals(), caught.terminate) | {signal.SIGINT: caught.interrupt}
-    with tempfile.TemporaryDirectory(prefix="cascade-det-") as folder, handled(handlers):
-        start = multiprocessing.get_context("spawn").Process
-        with signals_held():  # started later, Python's helper would die of a SIGHUP
-            resource_tracker.ensure_running()
-        processes = caught.processes
-        try:
-            for index in range(count):
-                process = start(target=_call, args=(index, function, args, Path(folder)))
-                process.start()
-                processes.append(process)
-            if caught.terminated or caught.interruptions:
-                caught.forward()
-            _wait_for(processes, caught)
-        finally:
-            stopped = _stop(processes)
+    with handled({signal.SIGINT: signal.SIG_DFL}):  # a wait for other machines stays in C++
+        store = _meet(num_machines, machine_rank, host, port)
+    received: list[int] = []
+    handlers = dict.fromkeys(stop_signals(), lambda number, _: received.append(number))
+    with tempfile.TemporaryDirectory(prefix="cascade-det-") as name, handled(handlers):
+        folder = Path(name)
+        place = spawn.get_preparation_data("MainProcess")
+        del place["authkey"]  # of multiprocessing's own children only
+        (folder / "work").write_bytes(pickle.dumps(place) + pickle.dumps((function, args)))
+        # In the main thread the agent would replace our handlers.
+        with ThreadPoolExecutor(1) as threads:
+            machines = num_machines, machine_rank, f"[{host}]:{store.port}"
+            agent = threads.submit(_run_agent, folder, count, *machines)
+            _pass_signals_on(received, agent, folder)
         # Written by our own children, into a folder that only this user can read.
-        files = Path(folder).glob("[0-9]*")
-        failures = {int(file.name): pickle.loads(file.read_bytes()) for file in files}
-    statuses = [process.exitcode or 0 for process in processes]
-    ended = _end_by_signals(statuses, failures, stopped, caught)
-    if ended is not None:
+        files = folder.glob("*.end")
+        ends = {int(file.stem): pickle.loads(file.read_bytes()) for file in files}
+    failed = {i: end for i, end in agent.result().items() if i not in ends or ends[i].error}
+    ends = failed | ends
+    if (ended := _end_by_signals(list(ends.values()), received)) is not None:
         return ended
-    if len(set(statuses)) == 1 and statuses[0] >= 0 and not failures:
-        return statuses[0]
-    cause = _first_cause(statuses, failures, stopped)
-    failure = failures.get(cause)
-    if failure is not None and isinstance(failure.error, USER_ERRORS):
-        raise failure.error
-    logger.error("%s", _describe(first_rank + cause, processes[cause], failure))
+    statuses = {end.status for end in ends.values()}
+    if not failed and len(statuses) == 1:
+        return statuses.pop()
+    cause = _first_cause(ends, failed)
+    if isinstance(ends[cause].error, USER_ERRORS):
+        raise ends[cause].error
+    logger.error("%s", _describe(machine_rank * count + cause, ends[cause]))
     return 1
 
 
-@dataclass
-class _Caught:
-    """The signals that arrived while waiting, which are passed on to the processes."""
+def _meet(num_machines: int, machine_rank: int, host: str, port: int) -> Any:
+    """Wait for all machines; returns their ``TCPStore``, which the agent takes, too."""
+    from torch.distributed import TCPStore  # here, since the processes do without
 
-    interruptions: int = 0
-    terminated: bool = False
-    processes: list[BaseProcess] = field(default_factory=list)
-
-    def interrupt(self, *_: Any) -> None:
-        self.interruptions += 1
-        self.forward()
-
-    def terminate(self, *_: Any) -> None:
-        self.terminated = True
-        self.forward()
-
-    def forward(self) -> None:
-        # A signal from a terminal has reached the others already, one from elsewhere has not. An
-        # extra SIGTERM does no harm, while a second SIGINT means haste.
-        for process in self.processes:
-            process.terminate()
+    try:
+        return TCPStore(
+            host, port, num_machines, machine_rank == 0, timeout=_MEETING, multi_tenant=True
+        )
+    except RuntimeError as error:
+        raise ConfigError(
+            f"--dist-url tcp://{host}:{port}: the machines cannot meet there ({error}). Give the "
+            "address of machine 0 and a port of it that is free and open to the others, and start "
+            "all machines within ten minutes."
+        ) from error
 
 
-def _wait_for(processes: Sequence[BaseProcess], caught: _Caught) -> None:
-    """Return when all have ended, or some time after a failure or a second Ctrl-C."""
-    failed_at = math.inf
-    alive = list(processes)
-    while alive:
-        connection.wait([process.sentinel for process in alive], timeout=_POLL)
-        alive = [process for process in alive if process.is_alive()]
-        codes = {process.exitcode for process in processes} - {None, 0}
-        if codes or caught.interruptions > 1:
-            failed_at = min(failed_at, time.monotonic())
-        in_order = codes == {INTERRUPTED} or caught.interruptions == 1 or caught.terminated
-        patience = _INTERRUPTION if in_order and caught.interruptions < 2 else _GRACE
-        if time.monotonic() > failed_at + patience:
-            return
+def _run_agent(
+    folder: Path, count: int, num_machines: int, machine_rank: int, endpoint: str
+) -> dict[int, _End]:
+    """Start processes and wait for them; those that failed, in the order in which they did."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        num_machines,
+        num_machines,
+        count,
+        run_id="cascade-det",
+        rdzv_backend="static",
+        rdzv_endpoint=endpoint,
+        rdzv_configs={"rank": machine_rank},
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs")),
+    )
+    code = (
+        f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import run_child; "
+        f"run_child({str(folder)!r}, {os.getpid()})"
+    )
+    logging.disable()  # it tells every failure at length, and we tell the cause afterwards
+    try:
+        elastic_launch(config, sys.executable)("-c", code)
+    except ChildFailedError as error:
+        return {f.local_rank: _End(f.pid, f.exitcode) for f in error.failures.values()}
+    finally:
+        logging.disable(logging.NOTSET)
+    return {}
 
 
-def _stop(processes: Sequence[BaseProcess]) -> set[int]:
-    """End the processes that still run; returns their indices."""
-    stopped = {index for index, process in enumerate(processes) if process.is_alive()}
-    for index in stopped:
-        processes[index].terminate()
-    deadline = time.monotonic() + _TERMINATION
-    for index in stopped:
-        processes[index].join(max(deadline - time.monotonic(), 0.0))
-        if processes[index].is_alive():
-            processes[index].kill()
-    for process in processes:
-        process.join()
-    return stopped
+def _pass_signals_on(received: list[int], agent: Future[Any], folder: Path) -> None:
+    """Wait for the agent; after a second Ctrl-C, or too long after a signal, kill the processes."""
+    sent: dict[int, int] = {}
+    deadline = math.inf
+    while wait([agent], timeout=_POLL).not_done:
+        orders: list[int] = list(received)
+        if orders:
+            patience = _GRACE if orders.count(signal.SIGINT) > 1 else _INTERRUPTION
+            deadline = min(deadline, time.monotonic() + patience)
+        if time.monotonic() > deadline:
+            orders.append(signal.SIGKILL)
+        for pid in (int(file.stem) for file in folder.glob("*.pid")):
+            for number in orders[sent.get(pid, 0) :]:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            sent[pid] = len(orders)
 
 
-def _end_by_signals(
-    statuses: Sequence[int],
-    failures: dict[int, _Failure],
-    stopped: set[int],
-    caught: _Caught,
-) -> int | None:
+def _end_by_signals(ends: Sequence[_End], received: Sequence[int]) -> int | None:
     """The exit status after signals; ``None`` if no signal is the cause.
 
     Raises:
         CascadeDetError, FloatingPointError: raised on the way out, as by a save to a full disk.
     """
-    if caught.interruptions > 1:
+    if received.count(signal.SIGINT) > 1:
         return INTERRUPTED
-    by_themselves = {s for index, s in enumerate(statuses) if index not in stopped}
-    # Processes that had no handlers yet, or no longer.
-    killed = caught.interruptions > 0 and bool(by_themselves & {-signal.SIGINT, -signal.SIGTERM})
-    if not (caught.terminated or killed or INTERRUPTED in statuses):
+    terminated = any(number != signal.SIGINT for number in received)
+    # Processes without handlers, not yet or no longer, may die of a Ctrl-C.
+    if not (terminated or {INTERRUPTED, -signal.SIGINT} & {end.status for end in ends}):
         return None
     # Other failures come from losing the processes that ended first.
-    users = [f for f in failures.values() if isinstance(f.error, USER_ERRORS)]
-    if users:
-        raise min(users, key=lambda failure: failure.time).error
-    return 128 + signal.SIGTERM if caught.terminated else INTERRUPTED
+    users = [end for end in ends if isinstance(end.error, USER_ERRORS)]
+    if error := min(users, key=lambda end: end.time).error if users else None:
+        raise error
+    return 128 + signal.SIGTERM if terminated else INTERRUPTED
 
 
-def _first_cause(statuses: Sequence[int], failures: dict[int, _Failure], stopped: set[int]) -> int:
+def _first_cause(ends: dict[int, _End], failed: Iterable[int]) -> int:
     """Index of the process that failed by itself, not because another one had."""
+    first = next(iter(failed), None)
 
-    def order(index: int) -> tuple[int, float]:
-        if failure := failures.get(index):
-            return (2 if isinstance(failure.error, PeerError) else 1), failure.time
-        # NCCL aborts a process whose peers are gone; any other signal comes from outside.
-        killed = statuses[index] < 0 and statuses[index] != -signal.SIGABRT
-        return (0 if killed else 3), 0.0
+    def order(index: int) -> tuple[bool, bool, bool, float]:
+        end = ends[index]
+        killed = end.error is None  # which the launcher does to all but the first
+        return not killed or index != first, killed, isinstance(end.error, PeerError), end.time
 
-    died = [index for index, status in enumerate(statuses) if status and index not in stopped]
-    return min(died, key=order)
+    return min((index for index, end in ends.items() if end.status), key=order)
 
 
-def _describe(rank: int, process: BaseProcess, failure: _Failure | None) -> str:
-    subject = f"The process of rank {rank} (pid {process.pid})"
+def _describe(rank: int, end: _End) -> str:
+    subject = f"The process of rank {rank} (pid {end.pid})"
     rest = "The other processes were stopped. --resume continues from the last checkpoint."
-    if failure is not None:
-        return f"{subject} failed: {failure.trace.rstrip()}\n{rest}"
-    status = process.exitcode or 0
-    if status >= 0:
-        return f"{subject} ended with status {status}. {rest}"
-    name = signal.Signals(-status).name
+    if end.error is not None:
+        return f"{subject} failed: {end.trace.rstrip()}\n{rest}"
+    if end.status >= 0:
+        return f"{subject} ended with status {end.status}. {rest}"
+    name = signal.Signals(-end.status).name
     hint = ""
-    if -status == signal.SIGKILL:
+    if -end.status == signal.SIGKILL:
         hint = (
             " Perhaps the system ran out of memory: if the kernel's log (dmesg) says so, lower "
             "SOLVER.IMS_PER_BATCH or DATALOADER.NUM_WORKERS."
@@ -225,29 +241,41 @@ def _describe(rank: int, process: BaseProcess, failure: _Failure | None) -> str:
     return f"{subject} was killed by the signal {name}.{hint} {rest}"
 
 
-def _call(index: int, function: Callable[..., int], args: tuple[Any, ...], folder: Path) -> None:
-    """Call the function in the new process, and save its failure for the parent."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def run_child(folder_name: str, parent: int) -> None:
+    """What a started process runs: the function, whose end is saved for the parent.
+
+    Args:
+        folder_name: where the parent has put the function and its arguments.
+        parent: its id.
+    """
+    folder, index, pid = Path(folder_name), int(os.environ["LOCAL_RANK"]), os.getpid()
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     try:
-        status = function(index, *args)
+        with signals_held():  # started later, Python's helper would die of a SIGHUP
+            resource_tracker.ensure_running()
+        (folder / f"{pid}.pid").touch()
+        with (folder / "work").open("rb") as file:
+            spawn.prepare(pickle.load(file))
+            function, args = pickle.load(file)
+        end = _End(pid, function(index, *args))
     except (KeyboardInterrupt, Interrupted):
-        status = INTERRUPTED
+        end = _End(pid, INTERRUPTED)
     except Exception as error:
-        status = 1
-        failure = _Failure(time.time(), portable(error), traceback.format_exc())
-        with atomic_path(folder / str(index)) as temporary:
-            temporary.write_bytes(pickle.dumps(failure))
-    sys.exit(status)
+        end = _End(pid, 1, time.time(), portable(error), traceback.format_exc())
+    with atomic_path(folder / f"{index}.end", durable=False) as temporary:
+        temporary.write_bytes(pickle.dumps(end))
+    if end.error is not None:
+        # A process that lost another one lets the launcher find that one first.
+        time.sleep(0.0 if isinstance(end.error, USER_ERRORS) else _DELAY)
+        sys.exit(1)  # any other status would be a failure to the launcher, which ends the others
 
 
-def _end_with_parent() -> None:
-    # Linux alone could do this in the kernel, but by the parent's thread instead of its process.
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(_INTERRUPTION)
-        os.kill(os.getpid(), signal.SIGKILL)
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_POLL)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_INTERRUPTION)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def portable(error: Exception) -> Exception:

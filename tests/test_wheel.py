@@ -85,6 +85,8 @@ def test_the_wheel_is_whole(wheel):
         if path.suffix in (".py", ".yaml")
     }
     wanted.add(Path("cascade_det", "py.typed"))
+    templates = package / "report" / "pages" / "templates"
+    wanted |= {path.relative_to(ROOT) for path in templates.iterdir()}
     assert {Path(name) for name in names if "dist-info" not in name} == wanted
     for line in (f"Version: {__version__}", "License-Expression: Apache-2.0"):
         assert f"\n{line}\n" in metadata

@@ -69,7 +69,7 @@ def compare_memory(
 def memory_sections(results: Metrics) -> list[str]:
     """The results of ``compare_memory`` as tables in Markdown."""
     headers = ["model", "above the model (MB)", "in all (MB)", f"of {BASELINE}"]
-    sections = []
+    sections: list[str] = []
     for measurement, measured in results.items():
         rows = [
             (name, memory["above_model"] / _MEGA, memory["total"] / _MEGA, memory.get("ratio"))

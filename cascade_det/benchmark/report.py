@@ -30,7 +30,7 @@ def format_benchmark(results: Metrics) -> str:
     machine, settings = results["machine"], results["settings"]
     rows = [(name, _plain(value)) for name, value in machine.items()]
     rows += [(name, _plain(value)) for name, value in settings.items() if value is not None]
-    sections = [table("Machine and settings", ["", ""], rows, "")]
+    sections: list[str] = [table("Machine and settings", ["", ""], rows, "")]
     rows = list(results["contenders"].items())
     rows += [(name, f"left out: {reason}") for name, reason in results["left_out"].items()]
     sections.append(table("Models", ["name", "description"], rows, ""))

@@ -26,7 +26,7 @@ _BLUE, _RED = "#1b5e8c", "#c0392b"
 
 
 # Entries of the legend: how names begin, label, color and shape. The first one that fits counts.
-_KINDS = (
+KINDS = (
     ("oracle", "oracles", "#2e8b57", "P"),
     ("random", "random", "#8a8a8a", "X"),
     (tuple("123456789"), "fewer stages or proposals", "#e08214", "v"),
@@ -142,7 +142,7 @@ def _draw_compared(
                 label=f"{row.name} (95 %)",
             )
         else:
-            kind = next(kind for kind in _KINDS if row.name.startswith(kind[0]))
+            kind = next(kind for kind in KINDS if row.name.startswith(kind[0]))
             _, label, color, shape = kind
             known = kind in labelled
             labelled.add(kind)

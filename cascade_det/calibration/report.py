@@ -15,9 +15,12 @@ from cascade_det.calibration.exits_yaml import write_exits
 from cascade_det.calibration.front import spread_out, write_front
 from cascade_det.calibration.front_plot import plot_front
 from cascade_det.calibration.mask_rules import format_mask_rules, write_mask_rules
+from cascade_det.calibration.page import write_calibration_page
 from cascade_det.calibration.profiles import PROMISES, kept_profiles
 from cascade_det.calibration.target import Target
 from cascade_det.files import write_json
+from cascade_det.report.analysis_files import as_extra
+from cascade_det.report.pages.page import REPORT_FILE
 from cascade_det.report.text import describe_machine
 
 logger = logging.getLogger(__name__)
@@ -33,6 +36,7 @@ FILES = (
     "comparison.csv",
     "masks.csv",
     "calibration.json",
+    REPORT_FILE,
 )
 
 
@@ -104,6 +108,8 @@ def write_report(
         **source,
     }
     write_json(content, output_dir / "calibration.json")
+    with as_extra(output_dir / REPORT_FILE):
+        write_calibration_page(output_dir)
     return content
 
 

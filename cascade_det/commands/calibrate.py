@@ -16,10 +16,10 @@ detector nor its gates were trained on, or the results promise too much.
 --config-file output/exits/exits.yaml); quality.yaml, balanced.yaml and fast.yaml, three more
 points of the Pareto front, where they hold what they promise; front.csv and front.png;
 comparison.csv, with each exit alone and with simpler alternatives; for a model with masks,
-masks.csv, with fewer masks; and calibration.json, with what to expect. The whole folder is replaced
-at the end, and may hold no other files. Of a segmenter it gets exits.yaml, comparison.csv and
-comparison.png, with smaller decoders, smaller images and an oracle, trials.csv and
-calibration.json.
+masks.csv, with fewer masks; calibration.json, with what to expect; and report.html, with all of
+that. The whole folder is replaced at the end, and may hold no other files. Of a segmenter it gets
+exits.yaml, comparison.csv and comparison.png, with smaller decoders, smaller images and an oracle,
+trials.csv, calibration.json and report.html.
 """
 
 from __future__ import annotations

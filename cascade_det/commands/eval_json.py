@@ -8,8 +8,9 @@ The last one comes from cascade-det predict; file names tell which images are me
 
 Predictions with a segmentation (RLE) are scored by their masks as well.
 
-AP is over all images of the json, except those that --on-bad-data skips. --output gets scores.json
-and the tables and pictures of analysis/; with --images, the images with the most errors are drawn.
+AP is over all images of the json, except those that --on-bad-data skips. --output gets scores.json,
+report.html and the tables and pictures of analysis/; with --images, the images with the most errors
+are drawn.
 """
 
 from __future__ import annotations
@@ -120,6 +121,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     )
     print(format_report(results))
     if args.output:
+        results["predictions"] = args.predictions
         _write(results, dataset, Path(args.output), with_pictures=args.images is not None)
     return 0
 
@@ -139,15 +141,16 @@ def _check_analysis(output: Path, inputs: Sequence[str | None]) -> None:
 def _write(
     results: dict[str, Any], dataset: CocoDataset, folder: Path, *, with_pictures: bool
 ) -> None:
-    from cascade_det.data.transforms import read_image
+    from cascade_det.engine.evaluate import describe_data, image_reader
     from cascade_det.files import write_json
-    from cascade_det.report.analysis_files import write_analysis
+    from cascade_det.report.analysis_files import as_extra, write_analysis
+    from cascade_det.report.pages.evaluation import read_results, write_evaluation_page
+    from cascade_det.report.pages.page import REPORT_FILE
 
-    def read(file_name: str) -> Any:
-        return read_image(str(dataset.source.image_root / file_name), "BGR")
-
-    write_json(results, folder / SCORES_FILE, indent=2)
-    analysis = write_analysis(
-        results["analysis"], folder, read_image=read if with_pictures else None
-    )
-    logger.info("Written: %s and %s", folder / SCORES_FILE, analysis)
+    write_json({**results, "data": describe_data(dataset)}, folder / SCORES_FILE, indent=2)
+    read = image_reader(dataset.source.image_root) if with_pictures else None
+    analysis = write_analysis(results["analysis"], folder, read_image=read)
+    with as_extra(folder / REPORT_FILE):
+        saved = read_results(folder / SCORES_FILE)
+        write_evaluation_page(folder, results=saved, read_image=read)
+    logger.info("Written: %s, %s and %s", folder / SCORES_FILE, REPORT_FILE, analysis)

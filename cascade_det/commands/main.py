@@ -29,6 +29,7 @@ COMMANDS = {
     "convert": _Command("convert", "turn a data set into another format"),
     "print-config": _Command("print_config", "print a configuration and the origin of each value"),
     "eval-json": _Command("eval_json", "score a file of predictions"),
+    "report": _Command("report", "make the HTML report of a run again, or compare two runs"),
     "prepare-coco": _Command("prepare_coco", "download and unpack COCO 2017"),
 }
 

@@ -66,7 +66,14 @@ from cascade_det.config.segmenter_arguments import (
     segmenter_arguments,
 )
 from cascade_det.config.segmenter_checks import require_detector, require_one_scale
-from cascade_det.config.tree import add_cascade_config, changed, changed_keys, flat, get_cfg
+from cascade_det.config.tree import (
+    add_cascade_config,
+    changed,
+    changed_keys,
+    flat,
+    get_cfg,
+    settings,
+)
 
 __all__ = [
     "ConfigFiles",
@@ -117,6 +124,7 @@ __all__ = [
     "semantic_datasets_arguments",
     "semantic_input_arguments",
     "semantic_train_loader_arguments",
+    "settings",
     "shadow_arguments",
     "synchronised_norms",
     "test_loader_arguments",

@@ -110,6 +110,11 @@ def changed_keys(old: CfgNode, new: CfgNode) -> dict[str, tuple[Any, Any]]:
     }
 
 
+def settings(cfg: CfgNode) -> dict[str, tuple[Any, Any]]:
+    """The keys of a run that differ from the defaults: these, and the values of the run."""
+    return {key: values for key, values in changed_keys(get_cfg(), cfg).items() if key in KEYS}
+
+
 def as_lists(value: Any) -> Any:
     """Tuples as lists, at every depth, as YAML has them."""
     if isinstance(value, dict):

@@ -135,6 +135,7 @@ def evaluate_all(cfg: CfgNode, model: nn.Module, datasets: Sequence[CocoDataset]
                 _FeedOutputs(coco, detector),
             ],
             finish=finish,
+            settings=config.settings(cfg),
         )
 
     return by_dataset(datasets, Path(cfg.OUTPUT_DIR), evaluate_one)

@@ -19,6 +19,8 @@ from cascade_det.engine.inference import BatchLoader, run_inference
 from cascade_det.evaluation import Evaluator, RegionFlops, default_evaluators
 from cascade_det.parallel import distributed
 from cascade_det.report.analysis_files import as_extra, write_analysis
+from cascade_det.report.pages.evaluation import write_evaluation_page
+from cascade_det.report.pages.page import REPORT_FILE
 from cascade_det.report.plots import plot_report
 from cascade_det.report.text import (
     RESULTS_FILE,
@@ -44,6 +46,7 @@ def evaluate_dataset(
     flops: RegionFlops | None = None,
     further: Sequence[Evaluator] = (),
     finish: Callable[[dict[str, Any]], Mapping[str, Any]] = dict,
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a detector; several processes share the images, and the main one writes the files.
 
@@ -51,13 +54,15 @@ def evaluate_dataset(
         detector: with its weights.
         loader: batches of this process.
         dataset: with its ground truth.
-        output_dir: for ``results.json``, ``report.png``, ``analysis/`` and ``inference/``.
+        output_dir: for ``results.json``, ``report.html``, ``report.png``, ``analysis/`` and
+            ``inference/``.
         detections_per_image: the detector's limit.
         stages: whether the detector can report what each stage alone would give.
         fast_ap: whether ``faster-coco-eval`` scores the stages.
         flops: of one region, see :func:`cascade_det.engine.head_flops.region_flops`.
         further: evaluators besides the default ones.
         finish: called with the results on every process; returns those to report.
+        settings: see :func:`cascade_det.config.settings`; for the report.
 
     Returns:
         ``bbox``, ``analysis``, ``stages``, ``exits``, ``latency``, ``notes`` and the results of
@@ -79,18 +84,41 @@ def evaluate_dataset(
     report = format_report({**results, "machine": machine})
     logger.info("Results on %s:\n\n%s\n", dataset.source.name, report)
 
-    def read(file_name: str) -> NDArray[np.uint8]:
-        return read_image(str(dataset.source.image_root / file_name), "BGR")
+    read = image_reader(dataset.source.image_root)
 
     def write() -> None:
-        write_results(results, output_dir, machine=machine)
+        about = {"data": describe_data(dataset), "config": settings or {}}
+        write_results({**results, **about}, output_dir, machine=machine)
         with as_extra(output_dir / "report.png"):
             plot_report(results, output_dir / "report.png")
         if results["analysis"]:
             write_analysis(results["analysis"], output_dir, read_image=read)
+        with as_extra(output_dir / REPORT_FILE):
+            write_evaluation_page(output_dir, read_image=read)
 
     distributed.on_main(write)
     return results
+
+
+def describe_data(dataset: CocoDataset) -> dict[str, Any]:
+    """What ``results.json`` says of its data: enough to read them again."""
+    source = dataset.source
+    return {
+        "name": source.name,
+        "json_file": str(source.json_file),
+        "image_root": str(source.image_root),
+        "images": len(dataset.records),
+        "skipped": sum(dataset.left_out.values()),
+    }
+
+
+def image_reader(image_root: Path) -> Callable[[str], NDArray[np.uint8]]:
+    """Reads images of a folder by name, as BGR."""
+
+    def read(file_name: str) -> NDArray[np.uint8]:
+        return read_image(str(image_root / file_name), "BGR")
+
+    return read
 
 
 def add_augmented(
@@ -120,6 +148,9 @@ def add_augmented(
         if distributed.is_main():
             saved = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
             write_results({**saved, **metrics}, folder)
+            with as_extra(folder / REPORT_FILE):
+                read = image_reader(dataset.source.image_root)
+                write_evaluation_page(folder, read_image=read)
         return {**(results if len(datasets) == 1 else results.get(name, {})), **metrics}
 
     return {**results, **by_dataset(datasets, output_dir, evaluate_one)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from cascade_det import config
 from cascade_det.data.samples import Sample
 from cascade_det.data.semantic import SemanticDataset, read_labels
 from cascade_det.data.semantic.reading import read_pair, visible_pixels
@@ -29,6 +30,8 @@ from cascade_det.evaluation.volume_evaluator import VolumeEvaluator, VolumeSlice
 from cascade_det.evaluation.worst_images import WorstImage
 from cascade_det.parallel import distributed
 from cascade_det.report.analysis_files import as_extra
+from cascade_det.report.pages.evaluation import write_evaluation_page
+from cascade_det.report.pages.page import REPORT_FILE
 from cascade_det.report.plots import plot_report
 from cascade_det.report.segmentation_mistakes import draw_segmentation_mistakes
 from cascade_det.report.semantic_analysis_files import write_semantic_analysis
@@ -54,7 +57,9 @@ def evaluate_sets(
 
     def evaluate_one(dataset: SemanticDataset, folder: Path) -> dict[str, Any]:
         loader = semantic_test_loader(cfg, dataset)
-        return evaluate_segmentation(segmenter, loader, dataset, folder, levels=levels)
+        return evaluate_segmentation(
+            segmenter, loader, dataset, folder, levels=levels, settings=config.settings(cfg)
+        )
 
     return by_dataset(datasets, Path(cfg.OUTPUT_DIR), evaluate_one)
 
@@ -66,6 +71,7 @@ def evaluate_segmentation(
     output_dir: Path,
     *,
     levels: bool = True,
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a segmenter; several processes share the images, the main one writes the files.
 
@@ -73,8 +79,9 @@ def evaluate_segmentation(
         segmenter: with its weights.
         loader: batches of this process.
         dataset: with the true labels.
-        output_dir: for ``results.json``, ``report.png`` and ``analysis/``.
+        output_dir: for ``results.json``, ``report.html``, ``report.png`` and ``analysis/``.
         levels: whether the segmenter can report what it predicts after each level.
+        settings: see :func:`cascade_det.config.settings`; for the report.
 
     Returns:
         ``sem_seg``, ``sem_seg_analysis``, ``levels`` where it can, ``latency``, and ``volumes`` and
@@ -89,14 +96,28 @@ def evaluate_segmentation(
     logger.info("Results on %s:\n\n%s\n", dataset.source.name, report)
 
     def write() -> None:
-        write_results(results, output_dir, machine=machine)
+        about = {"data": _describe(dataset), "config": settings or {}}
+        write_results({**results, **about}, output_dir, machine=machine)
         with as_extra(output_dir / "report.png") as path:
             plot_report(results, path)
         pictures = [partial(_draw, dataset, image) for image in pixels.worst.images]
         write_semantic_analysis(results, output_dir, pictures)
+        with as_extra(output_dir / REPORT_FILE):
+            write_evaluation_page(output_dir)
 
     distributed.on_main(write)
     return results
+
+
+def _describe(dataset: SemanticDataset) -> dict[str, Any]:
+    source = dataset.source
+    return {
+        "name": source.name,
+        "format": source.format,
+        "folder": str(source.folder),
+        "images": len(dataset.records),
+        "skipped": sum(dataset.left_out.values()),
+    }
 
 
 def _draw(dataset: SemanticDataset, worst: WorstImage) -> Pixels:

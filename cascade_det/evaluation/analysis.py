@@ -13,6 +13,7 @@ from pycocotools.cocoeval import COCOeval
 from cascade_det.evaluation.average_precision import ap_per_class
 from cascade_det.evaluation.coco_matches import IOU, Matches, best_point, point_at, read_matches
 from cascade_det.evaluation.confusion import confusion_matrix
+from cascade_det.evaluation.curves import curves
 from cascade_det.evaluation.ground_truth import class_labels
 
 SCORE_THRESHOLD = 0.5
@@ -44,6 +45,7 @@ def analyze(
           (its label, see ``ground_truth.class_labels``, here and below), ``category_id``,
           ``objects``, ``AP``, ``AP50``, ``AP75``, the point at the threshold, and ``best``, the
           point of the best F1;
+        - ``curves``: see ``curves.curves``;
         - ``confusion_matrix``: ``classes`` and ``counts``, see ``confusion.confusion_matrix``;
         - ``worst_images``: the images with the most mistakes, see below.
 
@@ -51,7 +53,8 @@ def analyze(
         ``true_positives``, ``false_positives``, ``misses``, ``F1`` and ``boxes``; each box has
         ``kind`` (``found`` and ``missed`` are objects, ``false positive`` is a detection),
         ``class``, ``bbox`` (XYWH in pixels), for detections ``score``, and ``segmentation``
-        (compressed RLE) if it has a mask. Images are ranked by
+        (compressed RLE) if it has a mask; a found object has its ``detection`` with the same keys.
+        Images are ranked by
         mistakes, which lower the overall F1, rather than by F1: by F1, an image with a single
         missed object would be among the worst.
     """
@@ -75,6 +78,7 @@ def analyze(
         **{name: overall[0][name] for name in ("precision", "recall", "F1")},
         "overall": overall,
         "per_class": _per_class(evaluation, matches, score_threshold),
+        "curves": curves(evaluation, matches, list(labels.values())),
         "confusion_matrix": {"classes": [*labels.values(), BACKGROUND], "counts": counts.tolist()},
         "worst_images": _worst_images(evaluation, matches, score_threshold, mask_truth),
     }
@@ -150,21 +154,26 @@ def _boxes(
         & ~matches.hits
     )
     truth, detected = (mask_truth or evaluation.cocoGt).anns, evaluation.cocoDt.anns
-    of_kind = {
-        "found": [truth[number] for number in matches.object_ids[here & found]],
-        "false positive": [detected[number] for number in matches.detection_ids[wrong]],
-        "missed": [truth[number] for number in matches.object_ids[here & ~found]],
-    }
     labels = class_labels(evaluation.cocoGt.cats)
     shown = ("score",) if mask_truth is None else ("score", "segmentation")
-    return [
-        {
-            "kind": kind,
+
+    def entry(item: Mapping[str, Any]) -> dict[str, Any]:
+        return {
             "class": labels[item["category_id"]],
             "bbox": item["bbox"],
             # In ``mask_truth`` an object without a mask is a crowd, with all of its box.
             **{key: item[key] for key in shown if key in item and not item["iscrowd"]},
         }
-        for kind, items in of_kind.items()
-        for item in items
+
+    hit, missed = here & found, here & ~found
+    return [
+        *(
+            {"kind": "found", **entry(truth[number]), "detection": entry(detected[by])}
+            for number, by in zip(matches.object_ids[hit], matches.found_by[hit], strict=True)
+        ),
+        *(
+            {"kind": "false positive", **entry(detected[number])}
+            for number in matches.detection_ids[wrong]
+        ),
+        *({"kind": "missed", **entry(truth[number])} for number in matches.object_ids[missed]),
     ]

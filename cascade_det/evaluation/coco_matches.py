@@ -29,6 +29,7 @@ class Matches:
         detection_classes: int64 ``[D]``, indices of the category ids, ascending.
         object_ids: int64 ``[G]``, ids in ``cocoGt``.
         found_at: float64 ``[G]``, score of the object's detection; -inf for none.
+        found_by: int64 ``[G]``, id of that detection; 0 for none.
         object_images: int64 ``[G]``, indices into ``images``.
         object_classes: int64 ``[G]``, the same for objects.
     """
@@ -41,6 +42,7 @@ class Matches:
     detection_classes: npt.NDArray[np.int64]
     object_ids: npt.NDArray[np.int64]
     found_at: npt.NDArray[np.float64]
+    found_by: npt.NDArray[np.int64]
     object_images: npt.NDArray[np.int64]
     object_classes: npt.NDArray[np.int64]
 
@@ -71,6 +73,7 @@ def read_matches(evaluation: COCOeval) -> Matches:
         detection_images=detections[counted, 1],
         object_ids=_joined([entry["gtIds"] for entry in entries], np.int64)[wanted],
         found_at=np.array(score_of_id)[taken_by[wanted]],
+        found_by=taken_by[wanted],
         object_classes=objects[wanted, 0],
         object_images=objects[wanted, 1],
     )

@@ -13,7 +13,7 @@ _VOLUMES = {"volumes": "as published", "volumes_strict": "a missed organ counts"
 
 def semantic_sections(results: Metrics) -> list[str]:
     """Tables of what results have of a segmenter."""
-    sections = []
+    sections: list[str] = []
     if metrics := results.get("sem_seg"):
         row = [metrics[name] for name in _OVERALL]
         sections.append(table("Semantic segmentation (%)", _OVERALL, [row], ".1f"))

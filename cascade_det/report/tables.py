@@ -32,12 +32,29 @@ def part_order(part: str) -> tuple[int, int, str]:
     return len(_BEFORE_STAGES) + 1, part != "postprocess", part
 
 
+class Table(str):
+    """A table in Markdown that also knows its cells, for other formats.
+
+    Attributes:
+        heading: above the table.
+        headers: of the columns.
+        rows: cells as they were given.
+        floatfmt: one format for all numbers or one per column.
+    """
+
+    __slots__ = ("floatfmt", "headers", "heading", "rows")
+    heading: str
+    headers: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    floatfmt: str | Sequence[str]
+
+
 def table(
     title: str,
     headers: Sequence[str],
     rows: Sequence[Sequence[Any]],
     floatfmt: str | Sequence[str],
-) -> str:
+) -> Table:
     """A table below its title, with one format for all numbers or one per column.
 
     Texts are escaped and shortened, see :func:`shown_name`.
@@ -48,7 +65,9 @@ def table(
     formatted = tabulate(
         cells, headers=headers, tablefmt="github", floatfmt=floatfmt, disable_numparse=texts
     )
-    return f"**{title}**\n\n{formatted}"
+    made = Table(f"**{title}**\n\n{formatted}")
+    made.heading, made.headers, made.rows, made.floatfmt = title, headers, rows, floatfmt
+    return made
 
 
 def shown_name(text: str) -> str:

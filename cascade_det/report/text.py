@@ -99,18 +99,26 @@ def format_report(results: Metrics) -> str:
     Args:
         results: the merged dicts of the evaluators, and ``machine``; any of them may be missing.
     """
-    sections = (
-        *(_ap_section(title, results.get(task)) for task, title in (_TASKS | _AUGMENTED).items()),
-        *semantic_sections(results),
-        *_analysis_sections(results.get("analysis"), results.get("segm")),
-        _stage_section(results.get("stages")),
-        *exit_sections(results.get("exits")),
-        shadow_section(results.get("shadow")),
-        _latency_section(results.get("latency")),
-        _machine_section(results.get("machine")),
-        _warnings_section(results),
-    )
-    return "\n\n".join(section for section in sections if section)
+    return "\n\n".join(text for parts in report_sections(results).values() for text in parts)
+
+
+def report_sections(results: Metrics) -> dict[str, list[str]]:
+    """The tables and sentences of ``format_report`` by section, each in Markdown.
+
+    A table is a :class:`cascade_det.report.tables.Table`. Sections may be empty.
+    """
+    titles = _TASKS | _AUGMENTED
+    sections = {
+        "ap": [_ap_section(title, results.get(task)) for task, title in titles.items()],
+        "pixels": semantic_sections(results),
+        "classes": _analysis_sections(results.get("analysis"), results.get("segm")),
+        "stages": _stage_section(results.get("stages")),
+        "exits": [*exit_sections(results.get("exits")), shadow_section(results.get("shadow"))],
+        "latency": _latency_section(results.get("latency")),
+        "machine": [_machine_section(results.get("machine"))],
+        "warnings": [_warnings_section(results)],
+    }
+    return {name: [text for text in parts if text] for name, parts in sections.items()}
 
 
 def _ap_section(title: str, metrics: Metrics | None) -> str:
@@ -189,9 +197,9 @@ def _mistake_lines(analysis: Metrics) -> list[str]:
     return lines
 
 
-def _stage_section(stages: Metrics | None) -> str:
+def _stage_section(stages: Metrics | None) -> list[str]:
     if not stages or not stage_names(stages):
-        return ""
+        return []
     names = stage_names(stages)
     mask_ap = _STAGE_AP if "segm" in stages[names[0]] else ()
     rows = [
@@ -210,12 +218,12 @@ def _stage_section(stages: Metrics | None) -> str:
         rows,
         ("", *[".1f"] * len(columns), ".3f", ".3f"),
     )
-    return f"{of_stages}\n\nMean IoU over {stages['regions']:,} regions that match an object."
+    return [of_stages, f"Mean IoU over {stages['regions']:,} regions that match an object."]
 
 
-def _latency_section(latency: Metrics | None) -> str:
+def _latency_section(latency: Metrics | None) -> list[str]:
     if not latency or "parts" not in latency:
-        return ""
+        return []
     columns = [(latency["parts"], latency["total"])]
     headers = ["part", "median (ms)", "p95 (ms)"]
     if "full_parts" in latency:
@@ -229,12 +237,12 @@ def _latency_section(latency: Metrics | None) -> str:
     rows.append(("total", *(total[key] for _, total in columns for key in _TIMES)))
     saving = latency["most_exits_could_save"]
     saving_text = "unknown" if math.isnan(saving) else f"{100 * saving:.1f} %"
-    return (
-        f"{table('Latency per image', headers, rows, '.2f')}\n\n"
+    return [
+        table("Latency per image", headers, rows, ".2f"),
         f"Batches of {latency['batch_size']}, {latency['images']:,} images after "
         f"{latency['warmup_batches']} warm-up batches. The most that exits could save here, "
-        f"(t_full - t_stage1) / t_full: {saving_text}."
-    )
+        f"(t_full - t_stage1) / t_full: {saving_text}.",
+    ]
 
 
 def _machine_section(machine: Metrics | None) -> str:

@@ -108,6 +108,7 @@ def evaluate_all(
                 *shadow_evaluators(**config.shadow_arguments(cfg)),
                 *lvis_evaluators(cfg, dataset),
             ],
+            settings=config.settings(cfg),
         )
 
     return by_dataset(datasets, output_dir, evaluate_one)

@@ -45,7 +45,7 @@ def run(*arguments: str) -> tuple[subprocess.CompletedProcess[str], set[str]]:
 
 
 def test_every_script_and_command_is_tested():
-    assert {*SCRIPTS.values(), "eval", "convert"} == COMMANDS.keys()
+    assert {*SCRIPTS.values(), "eval", "convert", "report"} == COMMANDS.keys()
     found = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tools").glob("*.py")}
     assert found == {script for script in SCRIPTS if script.startswith("tools")}
 
@@ -130,7 +130,7 @@ def parse(command, arguments):
 
 def test_all_commands_that_take_keys_are_known():
     modules = {command.module for command in COMMANDS.values()}
-    assert modules - {"convert", "eval_json", "prepare_coco"} == WITH_KEYS.keys()
+    assert modules - {"convert", "eval_json", "prepare_coco", "report"} == WITH_KEYS.keys()
 
 
 @pytest.mark.parametrize("command", WITH_KEYS)

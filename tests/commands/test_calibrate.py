@@ -29,7 +29,9 @@ from cascade_det.hosts import load_host
 from cascade_det.standalone import host
 from cascade_det.weights import read_weights_file, weights_sha256
 
-FILES = ["calibration.json", "comparison.csv", "exits.yaml", "front.csv", "front.png"]
+FILES = [
+    *("calibration.json", "comparison.csv", "exits.yaml", "front.csv", "front.png", "report.html")
+]
 PROFILES = ("quality", "balanced", "fast")
 TARGETS = {
     "drop": ["--max-ap-drop", "8"],

@@ -14,7 +14,10 @@ from cascade_det.commands import calibrate
 from cascade_det.config import get_cfg, load_config, segmenter_arguments
 from cascade_det.standalone.build_segmenter import build_segmenter
 
-FILES = ["calibration.json", "comparison.csv", "comparison.png", "exits.yaml", "trials.csv"]
+FILES = [
+    *("calibration.json", "comparison.csv", "comparison.png", "exits.yaml", "report.html"),
+    "trials.csv",
+]
 
 
 @pytest.fixture(scope="module")

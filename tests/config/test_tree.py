@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 from fvcore.common.config import CfgNode
 
-from cascade_det.config import add_cascade_config, changed_keys, flat, get_cfg, load_config
+from cascade_det.config import (
+    add_cascade_config,
+    changed_keys,
+    flat,
+    get_cfg,
+    load_config,
+    settings,
+)
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
@@ -162,3 +169,16 @@ def test_a_dumped_configuration_is_unchanged_although_its_tuples_are_lists(base_
 def test_a_key_that_only_one_has():
     one, other = CfgNode({"A": 1, "B": {"C": 2}}), CfgNode({"A": 1, "B": {"D": 3}})
     assert changed_keys(one, other) == {"B.D": (None, 3), "B.C": (2, None)}
+
+
+def test_settings_are_the_keys_that_differ_from_the_defaults():
+    cfg = get_cfg()
+    assert settings(cfg) == {}
+    cfg.SOLVER.BASE_LR, cfg.MODEL.RPN.IN_FEATURES = 0.5, ("p2",)
+    cfg.DATASETS.TEST = []  # As the default, which is a tuple.
+    cfg.OF_ANOTHER_PROJECT = 3
+    default = get_cfg()
+    assert settings(cfg) == {
+        "SOLVER.BASE_LR": (default.SOLVER.BASE_LR, 0.5),
+        "MODEL.RPN.IN_FEATURES": (default.MODEL.RPN.IN_FEATURES, ("p2",)),
+    }

@@ -74,6 +74,7 @@ def test_both_hosts_leave_the_same_files(runs):
             "metrics.json",
             "results.json",
             "report.png",
+            "report.html",
             "last_checkpoint",
         ),
         *("model_0000002.pth", "model_final.pth", "model_best.pth"),
@@ -91,7 +92,7 @@ def test_both_hosts_report_the_same_metrics(runs):
         results["bbox"] = {k: v for k, v in results["bbox"].items() if not k.startswith("AP-")}
         results["analysis"].pop("confused", None)
     assert shape_of(ours) == shape_of(theirs)
-    names = {"bbox", "stages", "exits", "shadow", "latency", "analysis", "notes", "machine"}
+    names = {"bbox", "stages", "exits", "shadow", "latency", "analysis", "notes", "machine", "data"}
     assert names <= theirs.keys()
     assert ours["exits"]["full_head_gflops_per_image"] > 0.001
     assert theirs["shadow"]["images"] == 3

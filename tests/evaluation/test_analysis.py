@@ -217,7 +217,12 @@ def test_worst_images_show_every_box_once():
     assert scalars_of(worst) == (1, 1, 1)
     assert worst["F1"] == pytest.approx(50)
     assert worst["boxes"] == [
-        {"kind": "found", "class": "cat", "bbox": BOX},
+        {
+            "kind": "found",
+            "class": "cat",
+            "bbox": BOX,
+            "detection": {"class": "cat", "bbox": BOX, "score": 0.9},
+        },
         {"kind": "false positive", "class": "dog", "bbox": BOX, "score": 0.6},
         {"kind": "missed", "class": "cat", "bbox": FAR},
     ]

@@ -82,6 +82,7 @@ def no_pictures(monkeypatch):
     """Evaluation draws no charts, which take longer than the rest of these runs."""
     monkeypatch.setattr("cascade_det.engine.evaluate.plot_report", lambda *_, **__: None)
     monkeypatch.setattr("cascade_det.engine.evaluate.write_analysis", lambda *_, **__: None)
+    monkeypatch.setattr("cascade_det.engine.evaluate.write_evaluation_page", lambda *_, **__: None)
 
 
 @pytest.fixture

@@ -99,12 +99,19 @@ def test_pictures_and_tables_are_extras(cfg, monkeypatch, caplog):
 
     monkeypatch.setattr("cascade_det.engine.evaluate.plot_report", no_space)
     monkeypatch.setattr("cascade_det.report.analysis_files.plot_confusion", no_space)
+    monkeypatch.setattr("cascade_det.report.pages.evaluation.write_page", no_space)
     monkeypatch.setattr("cascade_det.report.analysis_files.write_csv", no_space)
     results = evaluate(cfg)
     assert json.loads((Path(cfg.OUTPUT_DIR) / "results.json").read_text())["bbox"].keys() == (
         results["bbox"].keys()
     )
-    for name in ("report.png", "per_class.csv", "confusion_matrix.png", "worst_images.csv"):
+    for name in (
+        "report.png",
+        "report.html",
+        "per_class.csv",
+        "confusion_matrix.png",
+        "worst_images.csv",
+    ):
         assert f"{name} was not written: OSError: [Errno 28] No space left" in caplog.text
 
 

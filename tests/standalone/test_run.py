@@ -36,6 +36,7 @@ def test_a_run_leaves_what_detectron2_leaves(instant_cfg, output):
         "inference/coco_instances_results.json",
         "results.json",
         "report.png",
+        "report.html",
     } <= files
     assert (output / "last_checkpoint").read_text() == "model_final.pth"
     lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]

@@ -51,6 +51,9 @@ def test_training_learns(cfg, folder, caplog):
 def check_pictures(output, metrics):
     """Of the six images, and the tables beside them."""
     assert Image.open(output / "report.png").width > 1000
+    page = (output / "report.html").read_text()
+    assert page.count("<img ") == 6
+    assert all(name in page for name in CLASSES)
     analysis = output / "analysis"
     assert Image.open(analysis / "confusion_matrix.png").width > 300
     with (analysis / "per_class.csv").open() as file:

@@ -16,15 +16,25 @@ from fvcore.common.config import CfgNode
 from cascade_det.calibration.bootstrap import Difference
 from cascade_det.calibration.maps.choice import Choice, MapRow
 from cascade_det.calibration.maps.search import MapTrial
+from cascade_det.calibration.page import write_calibration_page
 from cascade_det.calibration.provenance import provenance_comment
 from cascade_det.calibration.target import Target
 from cascade_det.files import atomic_path, write_csv, write_json
+from cascade_det.report.analysis_files import as_extra
+from cascade_det.report.pages.page import REPORT_FILE
 from cascade_det.report.tables import table
 from cascade_det.report.text import describe_machine
 
 logger = logging.getLogger(__name__)
 
-MAP_FILES = ("exits.yaml", "comparison.csv", "comparison.png", "trials.csv", "calibration.json")
+MAP_FILES = (
+    "exits.yaml",
+    "comparison.csv",
+    "comparison.png",
+    "trials.csv",
+    "calibration.json",
+    REPORT_FILE,
+)
 
 
 def write_map_report(
@@ -66,6 +76,8 @@ def write_map_report(
         **source,
     }
     write_json(content, folder / "calibration.json")
+    with as_extra(folder / REPORT_FILE):
+        write_calibration_page(folder)
     return content
 
 

@@ -44,6 +44,7 @@ RANKS = {
     "d2": 6,
     "hosts": 7,
     "benchmark": 7,
+    "serving": 7,
     "commands": 8,
     "__main__": 9,
 }
@@ -53,6 +54,8 @@ HOMES = {
     "fvcore.common.registry": {"d2"},
     "torchvision.models": {"backbones", "standalone", "benchmark"},
     "timm": {"backbones"},
+    "starlette": {"serving"},
+    "uvicorn": {"serving"},
     "triton": {"layers"},
     "tools": set(),
 }

@@ -84,6 +84,7 @@ def test_the_wheel_is_whole(wheel):
         for path in configs.rglob("*")
         if path.suffix in (".py", ".yaml")
     }
+    wanted |= {path.relative_to(ROOT) for path in (package / "serving" / "page").iterdir()}
     wanted.add(Path("cascade_det", "py.typed"))
     templates = package / "report" / "pages" / "templates"
     wanted |= {path.relative_to(ROOT) for path in templates.iterdir()}

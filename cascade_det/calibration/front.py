@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from cascade_det.calibration.latency_model import LatencyModel
 from cascade_det.calibration.search import Setting
 from cascade_det.calibration.trials import TrialSummary
+from cascade_det.errors import CascadeDetError
 from cascade_det.files import write_csv
 
 QUALITY_DROP, FAST_DROP = 0.1, 1.0  # Percent points of AP.
@@ -114,6 +116,57 @@ def write_front(front: Sequence[FrontPoint], path: str | os.PathLike[str]) -> No
     """Write points, at least one, as CSV; settings as JSON. An old file is replaced in one step."""
     rows = [_columns(point) for point in front]
     write_csv(path, list(rows[0]), (list(row.values()) for row in rows))
+
+
+def read_front(path: str | os.PathLike[str]) -> list[FrontPoint]:
+    """The points of a file that :func:`write_front` wrote, in its order; values are lists.
+
+    Raises:
+        CascadeDetError: another file; the message names the row.
+        OSError: it cannot be read.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise CascadeDetError(f"{path}: is not a front.csv of cascade-det calibrate") from error
+    points = []
+    for number, row in enumerate(rows, 2):
+        try:
+            points.append(_point(row))
+        except (KeyError, ValueError, TypeError, RecursionError) as error:
+            raise CascadeDetError(
+                f"{path}, line {number}: is not a row of a front.csv of cascade-det calibrate "
+                f"({type(error).__name__}: {error})"
+            ) from error
+    if not points:
+        raise CascadeDetError(f"{path}: has no rows. Give a front.csv of cascade-det calibrate.")
+    return points
+
+
+def _point(row: Mapping[str, str]) -> FrontPoint:
+    drop = next((name for name in row if name and name.endswith(" drop")), " drop")
+    metric = drop.removesuffix(" drop")
+    setting = json.loads(row["setting"])
+    if not isinstance(setting, dict):
+        raise ValueError("the setting is not a mapping")
+    stages = (row[name] for name in row if name and name.startswith("regions in stage "))
+    return FrontPoint(
+        setting=setting,
+        ap=float(row[f"{metric} (%)"]),
+        drop=float(row[drop]),
+        work=float(row["head FLOPs left"]),
+        region_shares=tuple(map(float, stages)),
+        milliseconds=_number(row["ms/image (measured)"]),
+        predicted=_number(row["ms/image (predicted)"]),
+        chosen=bool(int(row["chosen"])),
+        masks=_number(row.get("masks/image") or ""),
+        metric=metric,
+    )
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text else None
 
 
 def _columns(point: FrontPoint) -> dict[str, Any]:

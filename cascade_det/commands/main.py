@@ -21,6 +21,7 @@ COMMANDS = {
     "train": _Command("train", "train a cascade and evaluate it"),
     "eval": _Command("train", "evaluate a checkpoint: train --eval-only", ("--eval-only",)),
     "predict": _Command("predict", "detect objects in images"),
+    "serve": _Command("serve", "show detections on a web page"),
     "calibrate": _Command("calibrate", "find exit thresholds for a target"),
     "export": _Command("export", "write a detector into one ONNX or torch.export file"),
     "benchmark": _Command("benchmark", "time the cascade beside Detectron2 and torchvision"),

@@ -5,6 +5,7 @@ Boxes are XYXY in absolute pixels; images are uint8 ``[H, W, 3]``; sizes are (he
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import warnings
@@ -55,25 +56,53 @@ def read_image(path: str, image_format: str) -> Pixels:
         DatasetError: the file is missing, truncated, or not an image that can be decoded.
     """
     try:
-        with warnings.catch_warnings():
-            # Pillow's warnings about EXIF or size do not matter: it decodes the file or raises.
-            warnings.simplefilter("ignore")
-            _check_is_file(path)
-            with Image.open(path) as image:
-                image.load()  # turns TIFFs upright and removes their EXIF orientation
-                rgb = _to_rgb(_upright(image))
-                # Pillow writes either order; reversing with numpy takes longer than decoding.
-                pixels = bytearray(rgb.tobytes("raw", image_format))
-                shape = (rgb.height, rgb.width, 3)
+        _check_is_file(path)
+        return _decoded(path, image_format, None)
     except FileNotFoundError:
         raise DatasetError(f"{path}: there is no such image") from None
     except DatasetError:
         raise
     except Exception as error:  # decoders raise SyntaxError, struct.error, ...
-        raise DatasetError(
-            f"{path}: cannot be read as an image ({type(error).__name__}: {error})"
-        ) from error
-    return np.frombuffer(pixels, np.uint8).reshape(shape)
+        raise _unreadable(path, error) from error
+
+
+def decode_image(
+    content: bytes, image_format: str, *, name: str, decoders: tuple[str, ...] | None = None
+) -> Pixels:
+    """Decode the content of an image file as :func:`read_image` does.
+
+    Args:
+        content: of the file.
+        image_format: ``"BGR"`` or ``"RGB"``, the channel order.
+        name: of the image, for errors.
+        decoders: names of the formats that Pillow may try; ``None`` for all.
+
+    Returns:
+        uint8 ``[H, W, 3]``, contiguous and writable.
+
+    Raises:
+        DatasetError: the content is truncated, or not an image that can be decoded.
+    """
+    try:
+        return _decoded(io.BytesIO(content), image_format, decoders)
+    except Exception as error:
+        raise _unreadable(name, error) from error
+
+
+def _decoded(file: str | io.BytesIO, image_format: str, decoders: tuple[str, ...] | None) -> Pixels:
+    with warnings.catch_warnings():
+        # Pillow's warnings about EXIF or size do not matter: it decodes the file or raises.
+        warnings.simplefilter("ignore")
+        with Image.open(file, formats=decoders) as image:
+            image.load()  # turns TIFFs upright and removes their EXIF orientation
+            rgb = _to_rgb(_upright(image))
+            # Pillow writes either order; reversing with numpy takes longer than decoding.
+            pixels = bytearray(rgb.tobytes("raw", image_format))
+    return np.frombuffer(pixels, np.uint8).reshape(rgb.height, rgb.width, 3)
+
+
+def _unreadable(name: str, error: Exception) -> DatasetError:
+    return DatasetError(f"{name}: cannot be read as an image ({type(error).__name__}: {error})")
 
 
 def _check_is_file(path: str) -> None:

@@ -16,12 +16,14 @@ from cascade_det.calibration.front import (
     FrontPoint,
     choose_points,
     front_point,
+    read_front,
     spread_out,
     write_front,
 )
 from cascade_det.calibration.front_plot import plot_front
 from cascade_det.calibration.latency_model import LatencyModel
 from cascade_det.core.exits import ExitPolicy
+from cascade_det.errors import CascadeDetError
 
 LATENCY = LatencyModel(5.0, (1.0, 1.0, 1.0), (0.1, 0.1, 0.1), "some CPU", 1, 99, 0.0)
 NOTHING_ELSE = {"profiles": {}, "tried": (), "compared": (), "chosen": ()}
@@ -114,6 +116,47 @@ def test_the_file(tmp_path):
     assert float(chosen["AP drop"]) == 0.05
     assert float(chosen["head FLOPs left"]) == 0.1
     assert float(chosen["regions in stage 2"]) == 0.05
+
+
+def test_a_file_is_read_as_it_was_written(tmp_path):
+    front = [
+        point(1.0, 0.0),
+        dataclasses.replace(point(0.1, 0.05, 31.5, REDUNDANCY_IOU=0.8), chosen=True, predicted=2.0),
+    ]
+    for points in (
+        front,
+        [dataclasses.replace(p, metric="segm/AP", masks=7.5) for p in front],
+    ):
+        write_front(points, tmp_path / "front.csv")
+        assert read_front(tmp_path / "front.csv") == points
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("{}", "[1]"),
+        ("{}", "{"),
+        ("{}", "[" * 100_000),
+        ("AP (%)", "AR (%)"),
+        ("head FLOPs left", "work"),
+        ("57.5,", "good,"),
+        ("57.5,", ""),
+    ],
+)
+def test_another_file_is_an_error_that_names_the_line(tmp_path, old, new):
+    path = tmp_path / "front.csv"
+    write_front([point(1.0, 0.0)], path)
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(CascadeDetError, match=r"front\.csv, line 2: is not a row"):
+        read_front(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"AP (%)\n"])
+def test_a_file_without_rows_is_an_error(tmp_path, content):
+    path = tmp_path / "front.csv"
+    path.write_bytes(content)
+    with pytest.raises(CascadeDetError, match=r"front\.csv: "):
+        read_front(path)
 
 
 class TestPlot:

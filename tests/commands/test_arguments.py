@@ -45,7 +45,7 @@ def run(*arguments: str) -> tuple[subprocess.CompletedProcess[str], set[str]]:
 
 
 def test_every_script_and_command_is_tested():
-    assert {*SCRIPTS.values(), "eval", "convert", "report"} == COMMANDS.keys()
+    assert {*SCRIPTS.values(), "eval", "convert", "report", "serve"} == COMMANDS.keys()
     found = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tools").glob("*.py")}
     assert found == {script for script in SCRIPTS if script.startswith("tools")}
 
@@ -86,6 +86,7 @@ def test_the_package_lists_its_commands():
         (["-m", "cascade_det", "show-data", "--num", "0"], "'0': give a whole number of 1 or"),
         (["datasets/prepare_coco.py", "--splits", "test"], "'test'"),
         (["-m", "cascade_det", "convert", "a.json", "--to", "kitti", "--output", "b"], "'kitti'"),
+        (["-m", "cascade_det", "serve", "--config-file", "a", "--port", "70000"], "'70000'"),
         (["-m", "cascade_det", "tran"], "'tran'"),
         (["-m", "cascade_det"], "COMMAND"),
     ],
@@ -118,6 +119,7 @@ WITH_KEYS = {
     "export": ["--config-file", "a.yaml", "--output", "o"],
     "predict": ["--config-file", "a.yaml", "--output", "o", "--input", "a.jpg", "b.jpg"],
     "print_config": ["--config-file", "a.yaml"],
+    "serve": ["--config-file", "a.yaml"],
     "train": ["--config-file", "a.yaml"],
     "show_data": ["--config-file", "a.yaml", "--output", "o"],
 }

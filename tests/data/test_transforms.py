@@ -11,6 +11,7 @@ from PIL import Image
 
 from cascade_det.data.transforms import (
     TrainTransform,
+    decode_image,
     read_image,
     resize_image,
     resize_shortest_edge,
@@ -65,6 +66,19 @@ def test_broken_exif_does_not_spoil_the_picture(tmp_path):
     path = tmp_path / "a.jpg"
     Image.fromarray(noise(8, 8)).save(path, exif=b"Exif\0\0garbage" * 3)
     assert read_image(str(path), "RGB").shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+def test_content_is_decoded_as_the_file_is(tmp_path, kind):
+    path = tmp_path / "image"
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(noise(6, 9)).save(path, kind, exif=exif)
+    decoded = decode_image(path.read_bytes(), "BGR", name="x")
+    assert decoded.shape == (9, 6, 3)
+    np.testing.assert_array_equal(decoded, read_image(str(path), "BGR"))
+    with pytest.raises(DatasetError, match="x: cannot be read as an image"):
+        decode_image(path.read_bytes(), "BGR", name="x", decoders=("GIF",))
 
 
 def test_missing_image(tmp_path):

@@ -15,14 +15,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cascade_det.commands.arguments import add_config_file, add_config_options, command_parser, real
+from cascade_det.commands.arguments import (
+    add_config_file,
+    add_config_options,
+    command_parser,
+    real,
+    whole,
+)
 from cascade_det.commands.errors import without_traceback
 from cascade_det.errors import ConfigError
 
 if TYPE_CHECKING:
     from fvcore.common.config import CfgNode
 
+    from cascade_det.standalone import Predictor, SlicedPredictor
+
 _SCORE_THRESHOLD = 0.5
+_OVERLAP = 0.2  # of slices
+_MERGES = ("nms", "wbf")
 
 
 def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Namespace:
@@ -44,11 +54,37 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
         type=real(0, 1),
         help=f"of drawn detections ({_SCORE_THRESHOLD}); segmenters have none",
     )
+    _add_slices(parser)
     add_config_options(parser)
     args = parser.parse_args(argv)
     if args.onnx and args.opts:
         parser.error("--opts change a configuration, and --onnx uses none")
+    _check_slices(parser, args)
     return args
+
+
+def _add_slices(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("large images (of detectors)")
+    group.add_argument(
+        "--slice",
+        type=whole(16),
+        metavar="PIXELS",
+        help="also detect in slices of this size, for small objects",
+    )
+    group.add_argument(
+        "--overlap", type=real(0, 0.95), metavar="SHARE", help=f"of neighbours ({_OVERLAP})"
+    )
+    group.add_argument(
+        "--merge", choices=_MERGES, help=f"detections of slices: NMS or box fusion ({_MERGES[0]})"
+    )
+
+
+def _check_slices(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    for name in ("overlap", "merge"):
+        if getattr(args, name) is not None and args.slice is None:
+            parser.error(f"--{name} is of slices: give --slice too")
+    if args.slice is not None and args.onnx:
+        parser.error("--slice needs a configuration: --onnx detects in whole images")
 
 
 @without_traceback
@@ -83,6 +119,8 @@ def _segment(cfg: CfgNode, args: argparse.Namespace, files: list[Path], output: 
     from cascade_det.commands.prediction import segment
     from cascade_det.standalone import SegmenterPredictor
 
+    if args.slice is not None:
+        raise ConfigError("--slice is of detectors, and this is a segmenter. Leave it out.")
     if args.score_threshold is not None:
         raise ConfigError(
             "--score-threshold is of drawn detections, and a segmenter has none: every pixel gets "
@@ -96,13 +134,18 @@ def _detect(cfg: CfgNode, args: argparse.Namespace, files: list[Path], output: P
     from cascade_det.config import exit_arguments
     from cascade_det.monitoring.monitor import METRICS_FILE
     from cascade_det.report.text import format_report
-    from cascade_det.standalone import Predictor
+    from cascade_det.standalone import Predictor, SlicedPredictor
 
     shadowed = cfg.CASCADE.SHADOW_SHARE > 0
     predictor = Predictor(cfg, metrics_dir=output if shadowed else None)
+    used: Predictor | SlicedPredictor = predictor
+    if args.slice is not None:
+        overlap = _OVERLAP if args.overlap is None else args.overlap
+        merge = args.merge or _MERGES[0]
+        used = SlicedPredictor(predictor, size=args.slice, overlap=overlap, merge=merge)
     with predictor.monitor as monitor:
         status = predict(
-            predictor,
+            used,
             files,
             output,
             _score_threshold(args),

@@ -29,9 +29,9 @@ from cascade_det.report.label_drawing import draw_labels
 from cascade_det.text import printable
 
 if TYPE_CHECKING:
-    from cascade_det.standalone import Predictor, SegmenterPredictor
+    from cascade_det.standalone import Predictor, SegmenterPredictor, SlicedPredictor
 
-AnyPredictor: TypeAlias = "Predictor | OnnxPredictor | SegmenterPredictor"
+AnyPredictor: TypeAlias = "Predictor | SlicedPredictor | OnnxPredictor | SegmenterPredictor"
 # Detections, and the contents of files by key.
 _Results: TypeAlias = tuple[Sequence[dict[str, Any]], Mapping[str, Callable[[], bytes]]]
 
@@ -67,7 +67,7 @@ def _escaped(path: Path) -> str:
 
 
 def predict(
-    predictor: Predictor | OnnxPredictor,
+    predictor: Predictor | SlicedPredictor | OnnxPredictor,
     files: list[Path],
     output: Path,
     score_threshold: float,

@@ -7,6 +7,7 @@ from cascade_det.standalone.evaluate import evaluate
 from cascade_det.standalone.optimize import optimize, optimize_segmenter
 from cascade_det.standalone.predictor import Predictor
 from cascade_det.standalone.segmenter_predictor import SegmenterPredictor
+from cascade_det.standalone.slices import SlicedPredictor
 from cascade_det.standalone.train import replay_batch, train
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Detector",
     "Predictor",
     "SegmenterPredictor",
+    "SlicedPredictor",
     "build_detector",
     "evaluate",
     "optimize",

@@ -9,6 +9,7 @@ from cascade_det.weights.files import (
     weights_sha256,
 )
 from cascade_det.weights.loading import load_weights
+from cascade_det.weights.safetensors_file import write_safetensors
 from cascade_det.weights.transfer import sha256_of
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "read_weights_file",
     "sha256_of",
     "weights_sha256",
+    "write_safetensors",
 ]

@@ -31,6 +31,7 @@ from cascade_det.weights.names import (
 )
 from cascade_det.weights.reading import reading
 from cascade_det.weights.restricted_pickle import read_array_pickle
+from cascade_det.weights.safetensors_file import read_safetensors
 
 # Factor of the file size.
 _MOST_UNPACKED = 10
@@ -53,7 +54,7 @@ class WeightsFile:
     Attributes:
         path: the local file.
         weights: Detectron2's name to CPU tensor; names may lack the prefix above their part.
-        run: the entry ``run`` of our own checkpoints, unchecked; ``None`` in other files.
+        run: the entry ``run`` of our own files, unchecked; ``None`` in other files.
         matches_by_suffix: the file says, or its origin implies, that prefixes are missing.
         origin: whose names the file used: "Detectron2", "Caffe2", "torchvision", "EfficientViT",
             "HAT-Net", "PVTv2" or "MaxViT".
@@ -154,22 +155,11 @@ def _read_pickle(path: Path) -> Any:
     return content.get("blobs", content)
 
 
-def _read_safetensors(path: Path) -> dict[str, Any]:
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise CheckpointError(
-            f"{path}: reading .safetensors files needs a package: pip install safetensors"
-        ) from error
-    with reading(path, "a safetensors file"):
-        return load_file(path)
-
-
 _READERS: dict[str, Callable[[Path], Any]] = {
     ".pth": load_torch_file,
     ".pt": load_torch_file,
     ".pkl": _read_pickle,
-    ".safetensors": _read_safetensors,
+    ".safetensors": read_safetensors,
 }
 
 

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from cascade_det.detection_formats import (
+    as_array,
+    coco_results,
+    labelled_boxes,
+    supervision_detections,
+)
 from cascade_det.masks.pasting import paste_masks
+
+if TYPE_CHECKING:
+    import supervision
 
 EXIT_REASONS = ("background", "redundant", "confident", "budget", "completed")
 Found = TypeVar("Found", bound="Detections")
@@ -64,11 +73,89 @@ class Detections:
         masks, boxes = (x.detach().float().cpu().numpy() for x in (self.masks, self.boxes))
         return torch.from_numpy(paste_masks(masks, boxes, height, width))
 
+    def to_dicts(self, class_names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """As the ``object-detection`` pipeline of Hugging Face's transformers gives them.
+
+        Args:
+            class_names: K names, such as those of the predictor; ``None`` for ``class 0``, ...
+
+        Returns:
+            For each detection ``{"score": float, "label": str, "box": {"xmin": int, "ymin": int,
+            "xmax": int, "ymax": int}}``, pixels rounded towards 0 as there.
+
+        Raises:
+            ValueError: a class has no name.
+        """
+        return labelled_boxes(self, class_names)
+
+    def to_coco(
+        self,
+        image_id: int,
+        category_ids: Sequence[int] | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+    ) -> list[dict[str, Any]]:
+        """In COCO's result format, for ``COCO.loadRes`` of pycocotools.
+
+        Args:
+            image_id: the id of the image in the annotations.
+            category_ids: of the K classes, such as those of the predictor; ``None`` for ``1``, ...
+            size: ``(height, width)`` of the image in pixels, for the RLE of masks.
+
+        Returns:
+            For each detection ``image_id``, ``category_id``, ``bbox`` (XYWH), ``score``,
+            ``exit_stage`` and, if it has a mask, ``segmentation``.
+
+        Raises:
+            DatasetError: a class has no category id.
+            ValueError: there are masks, and no ``size``.
+        """
+        if category_ids is None:
+            category_ids = range(1, int(self.classes.max()) + 2) if len(self) else ()
+        rle = None
+        if self.masks is not None:
+            # Its pycocotools is only needed here.
+            from cascade_det.masks.rle import encode_pasted
+
+            height, width = _given(size)
+            rle = encode_pasted(as_array(self.masks), as_array(self.boxes), height, width)
+        return coco_results(self, image_id, category_ids, rle)
+
+    def to_supervision(
+        self, class_names: Sequence[str] | None = None, *, size: tuple[int, int] | None = None
+    ) -> supervision.Detections:
+        """As ``supervision.Detections``, for its annotators, trackers and sinks.
+
+        Args:
+            class_names: K names, such as those of the predictor; ``None`` for ``class 0``, ...
+            size: ``(height, width)`` of the image in pixels, for masks. These take
+                ``D * height * width`` bytes.
+
+        Returns:
+            ``xyxy``, ``confidence``, ``class_id``, and in ``data`` ``class_name`` and
+            ``exit_stage``; with masks, ``mask``, bool ``[D, height, width]``.
+
+        Raises:
+            ImportError: supervision, the extra ``[supervision]``, is not installed.
+            ValueError: a class has no name, or there are masks and no ``size``.
+        """
+        masks = None if self.masks is None else self.paste(*_given(size)).numpy()
+        return supervision_detections(self, class_names, masks)
+
     def _map(self: Found, change: Callable[[Tensor], Tensor]) -> Found:
         changed: dict[str, Any] = {
             name: None if field is None else change(field) for name, field in vars(self).items()
         }
         return replace(self, **changed)
+
+
+def _given(size: tuple[int, int] | None) -> tuple[int, int]:
+    if size is None:
+        raise ValueError(
+            "these detections have masks, whose pixels depend on the image: give its "
+            "size=(height, width), such as image.shape[:2]"
+        )
+    return size
 
 
 @dataclass

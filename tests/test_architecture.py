@@ -38,6 +38,7 @@ RANKS = {
     "segmentation": 2,
     "evaluation": 3,
     "onnx_predictor": 3,
+    "streams": 4,
     "engine": 4,
     "calibration": 5,
     "monitoring": 5,
@@ -59,6 +60,8 @@ HOMES = {
     "starlette": {"serving"},
     "uvicorn": {"serving"},
     "triton": {"layers"},
+    "av": {"streams"},
+    "trackers": {"streams"},
     "tools": set(),
 }
 # Rooms and modules that live on these libraries (and the standard one) alone.
@@ -83,6 +86,7 @@ DIETS = {
     "report/label_drawing": {"cv2", "numpy"},
     "report/mask_drawing": {"cv2", "numpy"},
     "onnx_predictor": {"numpy", "onnxruntime"},
+    "streams": {"av", "cv2", "numpy", "PIL", "supervision", "trackers"},
 }
 # Constructors there take plain values: they know nothing of configuration.
 WITHOUT_CONFIG = {"core", "backbones", "segmentation"}

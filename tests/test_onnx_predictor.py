@@ -266,6 +266,7 @@ def test_the_command_needs_no_torch(path, tmp_path, outputs):
     paths = [ROOT, ROOT / "tools"]
     output = tmp_path / "out"
     command = ["--onnx", path, "--input", tmp_path / "a.png", "--output", output]
+    command += ["--txt", "--csv", "--save-crops", "--max-detections", "50"]
     done = subprocess.run(
         [sys.executable, "-c", program, *map(str, command)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},

@@ -14,11 +14,12 @@ from cascade_det.errors import DatasetError
 from cascade_det.text import listed
 
 RESULT_FILE = "predictions.json"
-# One object per line: first {"pictures": [...]}, then one per image. It exists during a run, and
-# remains if the run is killed.
+# One object per line: first {"pictures": [...]}, then one per image, and another {"pictures": ...}
+# before files that the first line did not name. It exists during a run, and remains if the run is
+# killed.
 LINES_FILE = "predictions.jsonl"
-# The endings of the files of an image, by their keys in the json.
-SUFFIXES = {"picture": ".jpg", "labels": ".png"}
+# The endings of the files of an image or a video, by their keys in the json.
+SUFFIXES = {"picture": ".jpg", "labels": ".png", "video": ".mp4"}
 
 _MOST_SHOWN = 5
 
@@ -30,9 +31,11 @@ def made_before(folder: Path) -> list[str]:
         made += _named_by(folder / RESULT_FILE)
     if not (folder / LINES_FILE).stat().st_size:
         made.append(LINES_FILE)
-    header = next(read_lines(folder / LINES_FILE), {})
-    if isinstance(header.get("pictures"), list):
-        made += [LINES_FILE, *header["pictures"], *_list(header.get("others"))]
+    for number, line in enumerate(read_lines(folder / LINES_FILE)):
+        if isinstance(line.get("pictures"), list):
+            made += [LINES_FILE, *line["pictures"], *_list(line.get("others"))]
+        elif number == 0:
+            break  # not of a run
     return [name for name in made if isinstance(name, str) and name == os.path.basename(name)]
 
 
@@ -43,7 +46,8 @@ def _named_by(path: Path) -> list[Any]:
         return []
     if not isinstance(content, dict) or not {"images", "failed"} <= content.keys():
         return []
-    entries = [entry for entry in _list(content["images"]) if isinstance(entry, dict)]
+    entries = [*_list(content["images"]), *_list(content.get("videos"))]
+    entries = [entry for entry in entries if isinstance(entry, dict)]
     pictures = [entry.get(key) for entry in entries for key in SUFFIXES]
     older, others = (_list(content.get(key)) for key in ("older_pictures", "others"))
     return [path.name, *pictures, *older, *others]
@@ -60,12 +64,12 @@ def other_files(names: Iterable[str]) -> list[str]:
 
 
 def is_of_image(name: str) -> bool:
-    """Whether a name has the ending of a picture or a label image."""
+    """Whether a name has the ending of a picture, a label image or a video."""
     return name.endswith(tuple(SUFFIXES.values()))
 
 
 def check_replaced(
-    folder: Path, names: Sequence[str], inputs: Sequence[Path], made: Sequence[str]
+    folder: Path, names: Iterable[str], inputs: Iterable[Path], made: Sequence[str]
 ) -> None:
     """Raise DatasetError if one of these files is an input, or was made by others."""
     inputs_by_identity = {file_identity(file): file for file in inputs}

@@ -1,173 +1,314 @@
-"""Predictions for image files as pictures and one json; needs no PyTorch for an exported file."""
+"""Pictures of images and videos with detections, and one json; of ONNX files without PyTorch."""
 
 from __future__ import annotations
 
-import functools
-import glob
-import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-from tqdm import tqdm
-
+from cascade_det.commands.display import Display
+from cascade_det.commands.ending import Ending
 from cascade_det.commands.prediction_files import PredictionFolder
+from cascade_det.commands.prediction_outputs import Choice, MoreFiles, class_folders, select
+from cascade_det.commands.prediction_videos import VideoOutputs
+from cascade_det.commands.progress import Progress
 from cascade_det.data.coco_results import coco_results, encode_masks
-from cascade_det.data.given_images import Image
-from cascade_det.data.image_names import IMAGE_SUFFIXES
-from cascade_det.data.read_ahead import read_ahead
-from cascade_det.data.transforms import Pixels, read_image
-from cascade_det.errors import DatasetError
-from cascade_det.onnx_predictor import ArrayDetections, OnnxPredictor
-from cascade_det.parallel.signals import INTERRUPTED, handled, let_go_of_lost_terminal, stop_signals
+from cascade_det.data.transforms import Pixels
+from cascade_det.errors import ConfigError
+from cascade_det.onnx_predictor import OnnxPredictor
+from cascade_det.parallel.signals import INTERRUPTED, handled, stop_signals
 from cascade_det.report.drawing import draw_detections, encode
 from cascade_det.report.label_drawing import draw_labels
+from cascade_det.streams.frames import BadFrame, Frame, Moving, Source
+from cascade_det.streams.pipeline import PartTimes, detect_in
+from cascade_det.streams.threads import Worker
+from cascade_det.streams.tracking import Tracking
 from cascade_det.text import printable
 
 if TYPE_CHECKING:
     from cascade_det.standalone import Predictor, SegmenterPredictor, SlicedPredictor
 
 AnyPredictor: TypeAlias = "Predictor | SlicedPredictor | OnnxPredictor | SegmenterPredictor"
-# Detections, and the contents of files by key.
-_Results: TypeAlias = tuple[Sequence[dict[str, Any]], Mapping[str, Callable[[], bytes]]]
 
 MOST_SHOWN = 20  # failed files on the terminal
 
 
-def find_images(patterns: list[str]) -> list[Path]:
-    """Image files from names of files, of folders and globs; in order, each once.
+@dataclass(frozen=True)
+class Options:
+    """What is done with detections.
 
-    A name that exists is not a glob, even with brackets in it; nor are existing folders at the
-    start of a glob.
-
-    Raises:
-        DatasetError: a pattern matches no image.
+    Attributes:
+        choice: which are kept.
+        files: which files are written beside the pictures.
+        with_stages: also draw exit stages.
+        track: objects get numbers, by the tracker of this name; ``None`` for none.
+        show: in a window, see ``check_display``.
+        others: names of files that the detector itself writes to the folder.
     """
-    found: dict[Path, None] = {}
-    for pattern in patterns:
-        path = Path(pattern)
-        paths = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(_escaped(path)))]
-        images = [image for path in paths for image in _images_at(path)]
-        if not images:
-            raise DatasetError(
-                f"--input {pattern}: is neither an existing file nor a folder with images"
-            )
-        found.update(dict.fromkeys(images))
-    return list(found)
+
+    choice: Choice = field(default_factory=Choice)
+    files: MoreFiles = field(default_factory=MoreFiles)
+    with_stages: bool = False
+    track: str | None = None
+    show: bool = False
+    others: Sequence[str] = ()
 
 
-def _escaped(path: Path) -> str:
-    """The glob with its existing leading folders escaped."""
-    folder = next((parent for parent in path.parents if parent.exists()), Path())
-    return os.path.join(glob.escape(str(folder)), path.relative_to(folder))
+@dataclass(frozen=True)
+class Drawn:
+    """What is known of a frame before it is written.
+
+    Attributes:
+        picture: uint8 ``[H, W, 3]``, BGR.
+        results: detections in COCO's result format; the image id is not set yet.
+        labels: the label image of a segmenter.
+        more: contents of further files, see ``PredictionFolder.add``.
+    """
+
+    picture: Pixels
+    results: Sequence[dict[str, Any]] = ()
+    labels: Any = None
+    more: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
 
 
 def predict(
     predictor: Predictor | SlicedPredictor | OnnxPredictor,
-    files: list[Path],
+    sources: Sequence[Source],
     output: Path,
-    score_threshold: float,
-    *,
-    with_stages: bool = False,
-    others: Sequence[str] = (),
+    options: Options = Options(),
 ) -> int:
-    """Write a picture of every image with its detections, and one ``predictions.json``.
+    """Write pictures of all images and videos with their detections, and one ``predictions.json``.
 
     Args:
         predictor: the detector.
-        files: image files; image ids count them from 1.
+        sources: of the images and videos.
         output: folder, made if missing.
-        score_threshold: detections below it are in the json, but not drawn.
-        with_stages: also draw exit stages.
-        others: names of files that the detector itself writes to the folder.
+        options: what else is done.
 
     Returns:
         As ``write_predictions``, also errors.
-    """
-
-    def results(number: int, image: Pixels, found: object) -> _Results:
-        detections = _arrays(found)
-        masks = encode_masks(detections, *image.shape[:2])
-        return coco_results(detections, number + 1, predictor.category_ids, masks), {
-            "picture": lambda: encode(draw(image, detections), ".jpg")
-        }
-
-    draw = functools.partial(
-        draw_detections,
-        class_names=predictor.class_names,
-        score_threshold=score_threshold,
-        with_stages=with_stages,
-    )
-    folder = PredictionFolder(output, files, _categories(predictor), others)
-    return write_predictions(predictor, folder, results)
-
-
-def segment(predictor: SegmenterPredictor, files: list[Path], output: Path) -> int:
-    """Write a picture and a label image of every image, and one ``predictions.json``.
-
-    Args and results as ``predict``. The label image, a grey PNG, has the class of every pixel: 8
-    bits, or 16 with more than 255 classes.
-    """
-
-    def results(number: int, image: Pixels, labels: Any) -> _Results:
-        return [], {
-            "picture": lambda: encode(draw_labels(image, labels, predictor.class_names), ".jpg"),
-            "labels": lambda: encode(labels, ".png"),
-        }
-
-    folder = PredictionFolder(output, files, _categories(predictor), labels=True)
-    return write_predictions(predictor, folder, results)
-
-
-def write_predictions(
-    predictor: AnyPredictor,
-    folder: PredictionFolder,
-    results: Callable[[int, Pixels, Any], _Results],
-) -> int:
-    """Write what a predictor finds in the files of a folder, and one ``predictions.json``.
-
-    Files that cannot be read are skipped, reported at the end and listed in the json under
-    ``failed``, as ``{"file_name", "reason"}``. So are images of which a file cannot be written;
-    their other results are kept. After Ctrl-C or a stop signal the json holds the images done so
-    far. During the run they are in ``predictions.jsonl``.
-
-    Args:
-        predictor: the detector or segmenter.
-        folder: new.
-        results: of the number of a file, its pixels and what was found there: the detections in
-            COCO's format, and the content of its files, see ``PredictionFolder.add``.
-
-    Returns:
-        The exit status: 0, 1 if a file failed, or 128 plus the number of the signal that ended
-        the run (130 after Ctrl-C).
 
     Raises:
-        DatasetError: a file would replace an input, or one that no earlier run made.
+        ConfigError: objects are to be tracked, and there is no video.
     """
-    failures: list[str] = []  # the first MOST_SHOWN
-    status, ending = None, _Ending()
-    files = folder.files
-    with handled(dict.fromkeys(stop_signals(), ending.receive)), folder:
-        found_by_file = tqdm(_find(predictor, files), total=len(files), disable=None, unit="img")
-        try:
-            ending.at_once()
-            for number, found in enumerate(found_by_file):
-                reason = _keep(folder, number, found, results)
-                if reason is not None and len(failures) < MOST_SHOWN:
-                    failures.append(f"{files[number]}: {reason}")
-        except KeyboardInterrupt:
-            status = ending.status or INTERRUPTED
-        finally:
-            ending.later()
-    print(f"{folder.summary}: {printable(str(folder.path))}")
-    if status is not None:
-        print(f"Interrupted: {len(files) - folder.seen} images are not done.", file=sys.stderr)
-    _print_failures(failures, folder.failed)
-    return int(folder.failed > 0) if status is None else status
+    choice, folders = options.choice, class_folders(predictor.class_names)
+    if options.track and not any(isinstance(o, Moving) for s in sources for o in s.origins):
+        raise ConfigError("--track is for videos and cameras, and there is none in --input")
+    tracking = options.track and Tracking(options.track, choice.score_threshold)
+
+    def draw(frame: Frame, stem: str, found: object) -> Drawn:
+        kept = choice.kept(found)
+        results = coco_results(
+            kept, 0, predictor.category_ids, encode_masks(kept, *frame.pixels.shape[:2])
+        )
+        ids = tracking.of(frame, kept) if tracking and frame.number is not None else None
+        if ids is not None:
+            for result, number in zip(results, ids, strict=True):
+                result |= {} if number is None else {"track_id": number}
+        picture = draw_detections(
+            frame.pixels,
+            kept,
+            class_names=predictor.class_names,
+            score_threshold=choice.score_threshold,
+            with_stages=options.with_stages,
+            track_ids=ids,
+        )
+        shown = select(kept, choice.shown(kept))
+        return Drawn(picture, results, more=options.files.of(frame, stem, shown, folders))
+
+    others = [*options.others, *options.files.names]
+    categories = _categories(predictor)
+    folder = PredictionFolder(output, _origins(sources), categories, others)
+    options.files.remove_older(output)
+    names = {category["id"]: category["name"] for category in categories}
+    run = _Run(
+        folder, draw, show=options.show, finish=lambda: options.files.finish(folder, names, choice)
+    )
+    monitor = getattr(predictor, "monitor", None)
+    exits = monitor.report if monitor is not None and options.with_stages else None
+    return run(predictor, sources, exits)
+
+
+def segment(
+    predictor: SegmenterPredictor, sources: Sequence[Source], output: Path, *, show: bool = False
+) -> int:
+    """Write a picture and a label image of every image, and one ``predictions.json``.
+
+    Args and results as ``predict``; ``show`` as in ``Options``. The label image, a grey PNG, has
+    the class of every pixel: 8 bits, or 16 with more than 255 classes. A video gets its pictures
+    alone.
+    """
+
+    def draw(frame: Frame, stem: str, labels: Any) -> Drawn:
+        return Drawn(draw_labels(frame.pixels, labels, predictor.class_names), labels=labels)
+
+    folder = PredictionFolder(output, _origins(sources), _categories(predictor), labels=True)
+    return _Run(folder, draw, show=show)(predictor, sources)
+
+
+class _Run:
+    """Writes what a predictor finds, and one ``predictions.json``.
+
+    Frames are read, detected in, drawn and written in a pipeline. Those that cannot be read are
+    skipped, reported at the end and listed in the json under ``failed``, as ``{"file_name",
+    "reason"}`` and of a video ``"frame"``. So are images of which a file cannot be written; their
+    other results are kept. After Ctrl-C or a stop signal the json holds the images done so far.
+    During the run they are in ``predictions.jsonl``.
+
+    Args:
+        folder: new.
+        draw: of a frame, the stem of its files and what was found.
+        show: the pictures in a window too.
+        finish: called when all is written, before the json is made.
+    """
+
+    def __init__(
+        self,
+        folder: PredictionFolder,
+        draw: Callable[[Frame, str, Any], Drawn],
+        *,
+        show: bool = False,
+        finish: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._folder, self._draw, self._finish = folder, draw, finish
+        self._display = Display() if show else None
+        self._failures: list[str] = []  # the first MOST_SHOWN
+        self._times = PartTimes()
+        self._dropped = 0
+
+    def __call__(
+        self,
+        predictor: AnyPredictor,
+        sources: Sequence[Source],
+        exits: Callable[[], Mapping[str, Any]] | None = None,
+    ) -> int:
+        """Run it.
+
+        Args:
+            predictor: the detector or segmenter.
+            sources: of frames.
+            exits: metrics of the exits so far, for the progress.
+
+        Returns:
+            The exit status: 0, 1 if a file failed, or 128 plus the number of the signal that ended
+            the run (130 after Ctrl-C).
+        """
+        status, ending, folder = None, Ending(), self._folder
+        total = _sum([source.length for source in sources])
+        with ExitStack() as stack:
+            stack.enter_context(handled(dict.fromkeys(stop_signals(), ending.receive)))
+            stack.enter_context(folder)
+            stack.callback(self._finish)
+            videos = stack.enter_context(VideoOutputs(folder, self._note))
+            progress = stack.enter_context(Progress(total, self._times, exits))
+            stack.enter_context(self._display or nullcontext())
+            size = predictor.batch_size
+            write: Worker[Any] = Worker(lambda parts: self._write(videos, progress, *parts), size)
+            draw: Worker[Any] = Worker(lambda entry: write.put(self._drawn(entry)), size)
+            with write, draw:
+                try:
+                    ending.at_once()
+                    self._detect(predictor, sources, draw)
+                except KeyboardInterrupt:
+                    status = ending.status or INTERRUPTED
+                finally:
+                    ending.later()
+            summary = progress.summary
+        print(f"{folder.summary}: {printable(str(folder.path))}\n{summary}")
+        for sentence in videos.lost_sounds:
+            print(printable(sentence))
+        self._tell(status, total)
+        return int(folder.failed > 0) if status is None else status
+
+    def _detect(
+        self, predictor: AnyPredictor, sources: Sequence[Source], draw: Worker[Any]
+    ) -> None:
+        for entry in detect_in(
+            predictor, sources, times=self._times, on_dropped=self._count_dropped
+        ):
+            draw.put(entry)
+            if self._display is not None and not self._display.refresh():
+                return
+
+    def _count_dropped(self, count: int) -> None:
+        self._dropped += count
+
+    def _drawn(self, entry: tuple[Frame, Any] | BadFrame) -> tuple[Any, ...]:
+        """In the thread that draws."""
+        if isinstance(entry, BadFrame):
+            return (entry,)
+        frame, found = entry
+        stem = self._folder.stem_of(frame.origin)
+        with self._times.part("draw"):
+            drawn = self._draw(frame, stem, found)
+        if self._display is not None:
+            self._display.newest = drawn.picture
+        return frame, stem, drawn
+
+    def _write(
+        self,
+        videos: VideoOutputs,
+        progress: Progress,
+        frame: Frame | BadFrame,
+        stem: str = "",
+        drawn: Drawn | None = None,
+    ) -> None:
+        """In the thread that writes."""
+        with self._times.part("write"):
+            if isinstance(frame, BadFrame) or drawn is None:
+                assert isinstance(frame, BadFrame)
+                self._folder.fail(frame)
+                self._note(frame)
+            else:
+                self._keep(videos, frame, stem, drawn)
+        progress.step()
+
+    def _keep(self, videos: VideoOutputs, frame: Frame, stem: str, drawn: Drawn) -> None:
+        number, files = self._folder.seen + 1, {}
+        results = [{**result, "image_id": number} for result in drawn.results]
+        if frame.number is None:
+            files["picture"] = lambda: encode(drawn.picture, ".jpg")
+            if drawn.labels is not None:
+                files["labels"] = lambda: encode(drawn.labels, ".png")
+        reason = self._folder.add(frame, stem, results, files, drawn.more)
+        if reason is not None:
+            self._note(BadFrame(frame.origin, reason, frame.number))
+        if frame.number is not None:
+            videos.add(frame, stem, drawn.picture)
+
+    def _note(self, bad: BadFrame) -> None:
+        if len(self._failures) < MOST_SHOWN:
+            at = "" if bad.number is None else f", frame {bad.number}"
+            self._failures.append(f"{bad.origin}{at}: {bad.reason}")
+
+    def _tell(self, status: int | None, total: int | None) -> None:
+        folder = self._folder
+        if self._dropped:
+            print(f"{self._dropped} frames came while others were detected in, and were dropped.")
+        if status is not None:
+            rest = "" if total is None else f" {max(total - folder.seen, 0)} images are not done."
+            print(f"Interrupted:{rest}" if rest else "Interrupted.", file=sys.stderr)
+        if folder.failed:
+            print(
+                f"{folder.failed} files could not be read, or their pictures written:",
+                file=sys.stderr,
+            )
+        for failure in self._failures:
+            print(f"  - {printable(failure)}", file=sys.stderr)
+        if folder.failed > len(self._failures):
+            print("  - ... the others are in predictions.json, failed", file=sys.stderr)
+
+
+def _origins(sources: Iterable[Source]) -> list[Any]:
+    return [origin for source in sources for origin in source.origins]
+
+
+def _sum(lengths: Sequence[int | None]) -> int | None:
+    known = [length for length in lengths if length is not None]
+    return sum(known) if len(known) == len(lengths) else None
 
 
 def _categories(predictor: AnyPredictor) -> list[dict[str, Any]]:
@@ -175,97 +316,3 @@ def _categories(predictor: AnyPredictor) -> list[dict[str, Any]]:
         {"id": category_id, "name": name}
         for category_id, name in zip(predictor.category_ids, predictor.class_names, strict=True)
     ]
-
-
-def _keep(
-    folder: PredictionFolder,
-    number: int,
-    found: tuple[Pixels, Any] | DatasetError,
-    results: Callable[[int, Pixels, Any], _Results],
-) -> str | None:
-    """Write an image's results; returns the reason of a failure."""
-    if isinstance(found, DatasetError):
-        reason = str(found).removeprefix(f"{folder.files[number]}: ")
-        folder.fail(number, reason)
-        return reason
-    image, prediction = found
-    height, width = image.shape[:2]
-    return folder.add(number, (height, width), *results(number, image, prediction))
-
-
-class _Ending:
-    """Handles stop signals; a second Ctrl-C raises KeyboardInterrupt anywhere.
-
-    Attributes:
-        status: the exit status after the first signal; ``None`` before.
-    """
-
-    def __init__(self) -> None:
-        self.status: int | None = None
-        self._at_once = False
-
-    def receive(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGHUP:
-            let_go_of_lost_terminal()
-        first, self.status = self.status is None, self.status or 128 + number
-        # Cluster managers may send other signals several times for one stop.
-        if (first and self._at_once) or (number == signal.SIGINT and not first):
-            raise KeyboardInterrupt
-
-    def at_once(self) -> None:
-        """From now on the first signal raises KeyboardInterrupt, as does one already received."""
-        self._at_once = True
-        if self.status is not None:
-            raise KeyboardInterrupt
-
-    def later(self) -> None:
-        """From now on the first signal is only remembered, since results are being saved."""
-        self._at_once = False
-
-
-def _find(
-    predictor: AnyPredictor, files: Sequence[Path]
-) -> Iterator[tuple[Pixels, Any] | DatasetError]:
-    """Yield each file's pixels and its prediction, or the error of reading it; batch by batch."""
-    size = predictor.batch_size
-    parts = [files[start : start + size] for start in range(0, len(files), size)]
-    # Reads the next batch while this one is processed.
-    batches = read_ahead(lambda part: [_read(file) for file in part], parts)
-    for part, batch in zip(parts, batches, strict=True):
-        images: list[Image] = [i for i in batch if not isinstance(i, DatasetError)]
-        names = [
-            str(f) for f, i in zip(part, batch, strict=True) if not isinstance(i, DatasetError)
-        ]
-        predictions = iter(predictor(images, names=names))
-        for image in batch:
-            yield image if isinstance(image, DatasetError) else (image, next(predictions))
-
-
-def _arrays(detections: object) -> ArrayDetections:
-    columns: dict[str, Any] = {
-        name: None if column is None else np.asarray(column)
-        for name, column in vars(detections).items()
-    }
-    return ArrayDetections(**columns)
-
-
-def _read(file: Path) -> Pixels | DatasetError:
-    try:
-        return read_image(str(file), "BGR")
-    except DatasetError as error:
-        return error
-
-
-def _print_failures(failures: list[str], count: int) -> None:
-    if count:
-        print(f"{count} files could not be read, or their pictures written:", file=sys.stderr)
-    for failure in failures:
-        print(f"  - {printable(failure)}", file=sys.stderr)
-    if count > len(failures):
-        print("  - ... the others are in predictions.json, failed", file=sys.stderr)
-
-
-def _images_at(path: Path) -> list[Path]:
-    if path.is_dir():
-        return sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-    return [path] if path.is_file() else []

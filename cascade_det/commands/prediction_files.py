@@ -1,4 +1,4 @@
-"""The output folder of ``predict``: the files of each image, and one json for all."""
+"""The output folder of ``predict``: the files of images and videos, and one json for all."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import fcntl
 import json
 import os
 import stat
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
+from threading import Lock
 from typing import Any, TextIO
 
 from pycocotools import mask as coco_mask
@@ -24,11 +24,11 @@ from cascade_det.commands.earlier_predictions import (
     other_files,
     read_lines,
 )
+from cascade_det.commands.file_stems import UniqueStems
 from cascade_det.errors import CascadeDetError, DatasetError
 from cascade_det.files import atomic_path, naming, remove_leftovers
+from cascade_det.streams.frames import BadFrame, Frame, Moving, Origin
 
-_SUFFIX = SUFFIXES["picture"]
-_LONGEST_FILE_NAME = 255  # bytes
 # How a failure names a file of an image.
 _NAMES = {"picture": "picture", "labels": "label image"}
 
@@ -42,18 +42,19 @@ class PredictionFolder:
 
     Args:
         folder: made if missing.
-        files: the images, whose pictures will be ``name.jpg``; image ids count them from 1.
+        origins: the images, whose pictures will be ``name.jpg``, and videos, which will be
+            ``name.mp4``. Further images may follow in ``add``.
         categories: ``{"id", "name"}`` of each class.
-        others: names of other files that the run writes to the folder.
+        others: names of other files and folders that the run writes to the folder.
         labels: each image has a label image, ``name.png``, and no detections.
 
     Attributes:
         path: the folder.
-        files: see above.
-        seen: files processed so far.
-        done: images with results.
-        detections: in all images.
-        failed: files that could not be read, and images of which a file could not be written.
+        seen: images and frames processed so far; image ids count them from 1.
+        done: those with results.
+        detections: in all of them.
+        failed: those that could not be read, or of which a file could not be written, and videos
+            that could not be written.
 
     Raises:
         DatasetError: a file would replace one of the images, or a file that no earlier run made,
@@ -63,36 +64,35 @@ class PredictionFolder:
     def __init__(
         self,
         folder: Path,
-        files: Sequence[Path],
+        origins: Sequence[Origin],
         categories: Sequence[dict[str, Any]],
         others: Sequence[str] = (),
         *,
         labels: bool = False,
     ) -> None:
-        self.path, self.files = folder, files
+        self.path = folder
         self._categories, self._labels = categories, labels
-        pictures = picture_names(files)
-        # By the keys of the json.
-        self._names: dict[str, list[str]] = {"picture": pictures}
-        if labels:
-            self._names["labels"] = [n.removesuffix(_SUFFIX) + SUFFIXES["labels"] for n in pictures]
+        self._unique = UniqueStems()
+        self._stems = {origin: self._unique.add(origin.stem) for origin in origins}
         self.seen = self.done = self.detections = self.failed = 0
+        self._moving = any(isinstance(origin, Moving) for origin in origins)
         folder.mkdir(parents=True, exist_ok=True)
-        self._lines = _open_alone(folder / LINES_FILE)
+        self._lines, self._writing = _open_alone(folder / LINES_FILE), Lock()
+        names = [n for o, stem in self._stems.items() for n in self._names_of(o, stem).values()]
         try:
             made = made_before(folder)
-            names = [name for names in self._names.values() for name in names]
             written = [*names, RESULT_FILE, LINES_FILE, *others]
-            check_replaced(folder, written, files, made)
+            check_replaced(folder, written, filter(None, map(_file_of, origins)), made)
         except BaseException:
             if not os.fstat(self._lines.fileno()).st_size:
                 (folder / LINES_FILE).unlink()
             self._lines.close()
             raise
         remove_leftovers(folder)
-        older = [name for name in made if (folder / name).is_file()]
+        older = [name for name in made if os.path.lexists(folder / name)]
         self._others = other_files([*others, *older])
         older = [name for name in older if is_of_image(name)]
+        self._older = set(older)
         # Listed before they are made, so that later runs may replace them even if this is killed.
         self._pictures = list(dict.fromkeys([*names, *older]))
         self._lines.truncate(0)
@@ -103,66 +103,98 @@ class PredictionFolder:
     def summary(self) -> str:
         """What is done so far, in words."""
         found = "" if self._labels else f", {self.detections} detections"
-        return f"{self.done} images{found}"
+        return f"{self.done} {'frames' if self._moving else 'images'}{found}"
 
     def __enter__(self) -> PredictionFolder:
         return self
 
+    def stem_of(self, origin: Origin) -> str:
+        """The stem of the names of the files of an image or a video.
+
+        Of an image that was not known at the start, call it once: it finds a name that replaces
+        nothing which no earlier run made.
+        """
+        if origin in self._stems:
+            return self._stems[origin]
+        while True:
+            stem = self._unique.add(origin.stem)
+            names = self._names_of(origin, stem).values()
+            if all(n in self._older or not os.path.lexists(self.path / n) for n in names):
+                self._append({"pictures": list(names)})
+                return stem
+
     def add(
         self,
-        number: int,
-        size: tuple[int, int],
+        frame: Frame,
+        stem: str,
         results: Sequence[dict[str, Any]],
         files: Mapping[str, Callable[[], bytes]],
+        more: Mapping[str, Callable[[], bytes]] | None = None,
     ) -> str | None:
-        """Write the files and results of an image.
+        """Write the files and results of an image, or the results of a frame.
 
         Args:
-            number: of the file, from 0.
-            size: height and width in pixels.
-            results: detections in COCO's result format.
+            frame: the image.
+            stem: from ``stem_of``.
+            results: detections in COCO's result format, for the image id ``seen + 1``.
             files: functions that return the content of the ``picture`` and, with label images, of
                 the ``labels``.
+            more: the same for further files, by names below the folder.
 
         Returns:
-            The reason if a file could not be written; the results and the other file are kept.
+            The reason if a file could not be written; the results and other files are kept.
 
         Raises:
             OSError: the results cannot be written.
         """
-        height, width = size
-        image: dict[str, Any] = {"id": number + 1, "file_name": str(self.files[number])}
+        height, width = frame.pixels.shape[:2]
+        image: dict[str, Any] = {"id": self.seen + 1, "file_name": str(frame.origin)}
         image |= {"height": height, "width": width}
+        if frame.number is not None:
+            image |= {"frame": frame.number, "seconds": frame.seconds}
         reasons = []
         for key, encode in files.items():
-            name = self._names[key][number]
-            try:
-                with atomic_path(self.path / name) as temporary:
-                    temporary.write_bytes(encode())
+            name = stem + SUFFIXES[key]
+            reason = self._write(name, encode, _NAMES[key])
+            if reason is None:
                 image[key] = name
-            except ValueError as error:
-                reasons.append(f"no {_NAMES[key]}: {error}")
-            except OSError as error:
-                reasons.append(f"no {_NAMES[key]}: {name}: {error.strerror or error}")
+            else:
+                reasons.append(reason)
+        for name, encode in (more or {}).items():
+            # Waiting for the disk would take longer than all else for the many files of a video.
+            reason = self._write(name, encode, name, durable=False)
+            reasons += [reason] if reason else []
         line: dict[str, Any] = {"image": image, "annotations": results}
-        reason = "; ".join(reasons) or None
-        if reason is not None:
-            line["failed"] = self._failure(number, reason)
+        told = "; ".join(reasons) or None
+        if told is not None:
+            line["failed"] = _failure(frame.origin, frame.number, told)
         self._append(line)
         self.seen += 1
         self.done += 1
         self.detections += len(results)
-        self.failed += reason is not None
-        return reason
+        self.failed += told is not None
+        return told
 
-    def fail(self, number: int, reason: str) -> None:
-        """Record why file ``number``, from 0, has no results.
+    def add_video(self, origin: Origin, name: str, frames: int) -> None:
+        """Record a video that was written: its name and number of frames.
 
         Raises:
             OSError: the record cannot be written.
         """
-        self._append({"failed": self._failure(number, reason)})
-        self.seen += 1
+        self._append({"videos": {"file_name": str(origin), "video": name, "frames": frames}})
+
+    def fail(self, bad: BadFrame, *, counted: bool = True) -> None:
+        """Record why an image or a frame has no results, or a video was not written.
+
+        Args:
+            bad: what failed.
+            counted: it is an image or a frame, which takes an id.
+
+        Raises:
+            OSError: the record cannot be written.
+        """
+        self._append({"failed": _failure(bad.origin, bad.number, bad.reason)})
+        self.seen += counted
         self.failed += 1
 
     def __exit__(self, *_: object) -> None:
@@ -179,12 +211,34 @@ class PredictionFolder:
         finally:
             self._lines.close()
 
-    def _failure(self, number: int, reason: str) -> dict[str, str]:
-        return {"file_name": str(self.files[number]), "reason": reason}
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """What is recorded so far: ``image`` with ``annotations``, or ``failed``, or others."""
+        return read_lines(self.path / LINES_FILE)
+
+    def _names_of(self, origin: Origin, stem: str) -> dict[str, str]:
+        """By the keys of the json."""
+        if isinstance(origin, Moving):
+            return {"video": stem + SUFFIXES["video"]}
+        keys = ["picture", "labels"] if self._labels else ["picture"]
+        return {key: stem + SUFFIXES[key] for key in keys}
+
+    def _write(
+        self, name: str, encode: Callable[[], bytes], kind: str, *, durable: bool = True
+    ) -> str | None:
+        """Returns why the file could not be written."""
+        try:
+            with atomic_path(self.path / name, durable=durable) as temporary:
+                temporary.write_bytes(encode())
+        except ValueError as error:
+            return f"no {kind}: {error}"
+        except OSError as error:
+            return f"no {kind}: {name}: {error.strerror or error}"
+        return None
 
     def _append(self, line: dict[str, Any]) -> None:
         rest = memoryview((json.dumps(line, allow_nan=False) + "\n").encode())
-        with naming(self.path / LINES_FILE):
+        # Two threads write: one the names of new files, the other the results.
+        with self._writing, naming(self.path / LINES_FILE):
             # A write to a disk that fills up may be partial.
             while rest:
                 rest = rest[self._lines.write(rest) :]
@@ -195,9 +249,13 @@ class PredictionFolder:
         if not self._labels:
             file.write('\n],\n"annotations": [')
             _write_items(file, self._annotations())
+        if self._moving:
+            file.write('\n],\n"videos": [')
+            _write_items(file, (line["videos"] for line in self._read("videos")))
         file.write('\n],\n"failed": [')
         _write_items(file, (line["failed"] for line in self._read("failed")))
-        written = {line["image"].get(key) for line in self._read("image") for key in SUFFIXES}
+        lines = (line.get(key) for key in ("image", "videos") for line in self._read(key))
+        written = {line[key] for line in lines if line for key in SUFFIXES if key in line}
         rest = {
             "categories": list(self._categories),
             "older_pictures": self._existing(sorted(set(self._pictures) - written)),
@@ -211,10 +269,10 @@ class PredictionFolder:
             yield entry | {"id": number, "area": _area(entry), "iscrowd": 0}
 
     def _existing(self, names: Iterable[str]) -> list[str]:
-        return [name for name in names if (self.path / name).is_file()]
+        return [name for name in names if (self.path / name).exists()]
 
     def _read(self, key: str) -> Iterator[dict[str, Any]]:
-        return (line for line in read_lines(self.path / LINES_FILE) if key in line)
+        return (line for line in self.lines() if key in line)
 
 
 def _area(entry: dict[str, Any]) -> float:
@@ -231,33 +289,13 @@ def _write_items(file: TextIO, items: Iterable[dict[str, Any]]) -> None:
         file.write(f"{',' * (count > 0)}\n{json.dumps(item)}")
 
 
-def picture_names(files: Iterable[Path]) -> list[str]:
-    """``name.jpg`` for each file, numbered where names are equal, or equal to some file systems.
-
-    Names that are too long are cut.
-    """
-    names: dict[str, str] = {}
-    counts: dict[str, int] = {}
-    for file in files:
-        stem = file.stem
-        name, number = _named(stem, ""), counts.get(_folded(stem), 1)
-        while _folded(name) in names:
-            number += 1
-            name = _named(stem, f"_{number}")
-        counts[_folded(stem)] = number
-        names[_folded(name)] = name
-    return list(names.values())
+def _failure(origin: Origin, number: int | None, reason: str) -> dict[str, Any]:
+    frame = {} if number is None else {"frame": number}
+    return {"file_name": str(origin), **frame, "reason": reason}
 
 
-def _named(stem: str, number: str) -> str:
-    while len(os.fsencode(name := f"{stem}{number}{_SUFFIX}")) > _LONGEST_FILE_NAME:
-        stem = stem[:-1]
-    return name
-
-
-def _folded(name: str) -> str:
-    """Equal for names that a file system may not tell apart: by case or composed letters."""
-    return unicodedata.normalize("NFC", name).casefold()
+def _file_of(origin: Origin) -> Path | None:
+    return origin if isinstance(origin, Path) else getattr(origin, "file", None)
 
 
 def _open_alone(path: Path) -> FileIO:

@@ -51,6 +51,7 @@ def draw_detections(
     *,
     score_threshold: float = 0.5,
     with_stages: bool = False,
+    track_ids: Sequence[int | None] | None = None,
 ) -> npt.NDArray[np.uint8]:
     r"""Draw boxes in the colour of their class, labelled like ``cat 0.87``.
 
@@ -64,6 +65,7 @@ def draw_detections(
         score_threshold: the lowest score that is drawn.
         with_stages: add the exit stage to the labels, ``cat 0.87 s1``, and a legend of the stages
             that occur, in the corner that covers least of the boxes.
+        track_ids: numbers of the objects, ``cat 0.87 #3``; ``None`` for an object without one.
 
     Returns:
         A new picture of the same size.
@@ -80,6 +82,10 @@ def draw_detections(
     if with_stages:
         stages = _array(detections.exit_stages)[order].tolist()
         labels = [f"{label} s{stage}" for label, stage in zip(labels, stages, strict=True)]
+    if track_ids is not None:
+        numbers = [track_ids[row] for row in order.tolist()]
+        tags = ["" if number is None else f" #{number}" for number in numbers]
+        labels = [label + tag for label, tag in zip(labels, tags, strict=True)]
     picture = np.ascontiguousarray(image_bgr).copy()
     boxes, colors = _array(detections.boxes)[order], [class_color(index) for index in classes]
     if detections.masks is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any, overload
 
@@ -23,9 +23,14 @@ from cascade_det.monitoring.shadow import ShadowRules
 from cascade_det.standalone.build import build_detector
 from cascade_det.standalone.given_batches import GivenBatches
 from cascade_det.standalone.optimize import optimize
+from cascade_det.standalone.streaming import FrameDetections, stream_detections
+from cascade_det.streams.sources import find_sources
+from cascade_det.streams.sources import watch as watched
 from cascade_det.weights import load_weights
 
 logger = logging.getLogger(__name__)
+
+Place = str | PathLike[str] | int
 
 
 class Predictor:
@@ -116,3 +121,29 @@ class Predictor:
         for batch in self._batches(images, names):
             detections += [d.to("cpu") for d in self.monitor.detect(batch).detections]
         return detections
+
+    def stream(
+        self, source: Place | Sequence[Place], *, watch: bool = False
+    ) -> Iterator[FrameDetections]:
+        """Detect objects in images, videos and cameras, of any length: ``for d in p.stream(...)``.
+
+        Frames are read in a thread, and memory holds three batches of them. A frame or an image
+        that cannot be read is a warning in the log, and is left out. Of a camera or an ``rtsp://``
+        stream, the newest frame is always next.
+
+        Args:
+            source: a file of an image or a video, a folder with images, a glob, an address, the
+                number of a camera, or a list of these; see ``streams.sources.find_sources``.
+            watch: the sources are folders; go on without end with images that appear there.
+
+        Yields:
+            The detections of each image or frame in order, on the CPU; ``frame`` has its pixels,
+            its name, and of a video its number and second.
+
+        Raises:
+            DatasetError: nothing is found, or a video or camera cannot be opened.
+            ConfigError: it is a video, and PyAV is not installed.
+        """
+        places = source if isinstance(source, list | tuple) else [source]
+        names = [str(place) for place in places]
+        return stream_detections(self, [watched(names)] if watch else find_sources(names))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from pycocotools.coco import COCO
+from small_videos import make_video
 
 import cascade_det.standalone
 from cascade_det.commands import predict, train
@@ -166,6 +167,29 @@ def test_predictor_takes_arrays_and_paths_one_or_many(trained, shapes):
     cfg.MODEL.WEIGHTS = ""
     with pytest.raises(ConfigError, match=r"MODEL\.WEIGHTS"):
         Predictor(cfg)
+
+
+def test_a_stream_finds_what_calls_find(trained, shapes, tmp_path, caplog):
+    pytest.importorskip("av")
+    options = ["MODEL.WEIGHTS", str(trained[0] / "model_final.pth")]
+    options += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "CASCADE.TEST_IMS_PER_BATCH", 2]
+    predictor = Predictor(load_config(CONFIG, options))
+    make_video(tmp_path / "a.mp4", frames=3)
+    broken = tmp_path / "b.png"
+    broken.write_bytes(b"no image")
+    found = list(predictor.stream([shapes / "val", broken, tmp_path / "a.mp4"]))
+    files = sorted((shapes / "val").iterdir())
+    videos = [f"{tmp_path / 'a.mp4'}#{number}" for number in range(3)]
+    assert [one.frame.name for one in found] == [*map(str, files), *videos]
+    assert [one.frame.seconds for one in found[-3:]] == pytest.approx([0, 0.1, 0.2])
+    assert "b.png: cannot be read as an image" in caplog.text
+    for one in (found[0], found[-1]):
+        alone = predictor(one.frame.pixels)
+        np.testing.assert_allclose(one.scores, alone.scores, atol=1e-4)
+        np.testing.assert_allclose(one.boxes, alone.boxes, atol=1e-2)
+        assert one[:1].frame is one.to("cpu").frame is one.frame
+    with pytest.raises(DatasetError, match="nowhere"):
+        next(predictor.stream("nowhere"))
 
 
 def test_one_broken_file_does_not_lose_the_others(predicted, shapes, tmp_path, capfd):

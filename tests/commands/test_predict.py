@@ -13,9 +13,12 @@ import pytest
 from pycocotools.coco import COCO
 
 from cascade_det.commands import prediction, prediction_files
+from cascade_det.commands.file_stems import UniqueStems
+from cascade_det.data.given_files import find_images
 from cascade_det.errors import CascadeDetError, DatasetError
 from cascade_det.onnx_predictor import ArrayDetections
 from cascade_det.report.colors import class_color
+from cascade_det.streams.sources import find_sources
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,7 +57,7 @@ def draw(folder, *names, size=(40, 30)):
 
 
 def run(inputs, output, finder=None):
-    return prediction.predict(finder or Finder(), prediction.find_images(list(inputs)), output, 0.5)
+    return prediction.predict(finder or Finder(), find_sources([*map(str, inputs)]), output)
 
 
 def results(output):
@@ -131,7 +134,8 @@ def test_what_the_detector_writes_beside_the_results_replaces_nothing_either(fol
 
     def watched():
         figures = Finder(lambda name: (output / "metrics.json").write_text("figures"))
-        return prediction.predict(figures, [Path("a.png")], output, 0.5, others=["metrics.json"])
+        options = prediction.Options(others=["metrics.json"])
+        return prediction.predict(figures, find_sources(["a.png"]), output, options)
 
     with pytest.raises(DatasetError, match=r"metrics\.json would be replaced"):
         watched()
@@ -171,10 +175,10 @@ def test_what_exists_is_no_glob(folder):
         ([str(folder / "set[2]" / "*t.png")], [str(folder / "set[2]" / "right.png")]),
         (["*.png", "scan1.png"], ["scan1.png", "scan[1].png"]),
     ):
-        assert [str(path) for path in prediction.find_images(patterns)] == wanted
+        assert [str(path) for path in find_images(patterns)] == wanted
     for missing in ("scan[3].png", "set[2]/x*.png", "nothing"):
         with pytest.raises(DatasetError, match="is neither an existing file"):
-            prediction.find_images([missing])
+            find_images([missing])
 
 
 def test_a_pipe_is_told_and_not_waited_for(folder):
@@ -182,7 +186,7 @@ def test_a_pipe_is_told_and_not_waited_for(folder):
     os.mkfifo(folder / "in" / "b.png")
     (folder / "in" / "c.png").mkdir()
     with pytest.raises(DatasetError, match="neither an existing file"):
-        prediction.find_images(["in/b.png"])
+        find_images(["in/b.png"])
     assert run(["in"], folder / "out") == 1
     assert [failure["reason"] for failure in results(folder / "out")["failed"]] == [
         "is not a file"
@@ -203,10 +207,10 @@ def test_a_picture_that_cannot_be_written_costs_no_detections(folder, capsys, mo
     draw(folder / "in", "wide.png", size=(2, 65_501))
     atomic = prediction_files.atomic_path
 
-    def full_disk(path):
+    def full_disk(path, **options):
         if path.name == "long.jpg":
             raise OSError(28, "No space left on device")
-        return atomic(path)
+        return atomic(path, **options)
 
     monkeypatch.setattr(prediction_files, "atomic_path", full_disk)
     assert run(["in"], folder / "out") == 1
@@ -237,7 +241,8 @@ def test_file_names_on_the_terminal_obey_nobody(folder, capsys):
 
 def test_names_of_pictures():
     def named(*files):
-        return prediction_files.picture_names(map(Path, files))
+        unique = UniqueStems()
+        return [unique.add(Path(file).stem) + ".jpg" for file in files]
 
     assert named("a.png", "x/a.jpg", "y/a.png", "a_2.png") == [
         *("a.jpg", "a_2.jpg", "a_3.jpg", "a_2_2.jpg")
@@ -253,7 +258,7 @@ def test_names_of_pictures():
 
 
 def test_the_results_grow_with_the_run(folder):
-    files = draw(folder, *(f"{i}.png" for i in range(6)))
+    files = draw(folder, *(f"{i:02}.png" for i in range(20)))
     output = folder / "out"
     assert run(files[:2], output) == 0
     seen = []
@@ -264,18 +269,21 @@ def test_the_results_grow_with_the_run(folder):
         assert not (output / "predictions.json").exists()
 
     assert run(map(str, files), output, Finder(look)) == 0
-    assert seen == [0, 0, 2, 2, 4, 4]
+    # Batches of two: what is found is drawn and written while the next ones run, three waiting for
+    # each of these steps at most.
+    found = [number // 2 * 2 for number in range(20)]
+    assert all(most - 6 <= lines <= most for lines, most in zip(seen, found, strict=True))
     assert not (output / "predictions.jsonl").exists()
-    assert len(results(output)["images"]) == 6
+    assert len(results(output)["images"]) == 20
 
 
-def test_a_killed_run_loses_no_more_than_its_last_batch(folder):
-    files = draw(folder, *(f"{i}.png" for i in range(6)))
+def test_a_killed_run_loses_no_more_than_its_last_batches(folder):
+    files = draw(folder, *(f"{i:02}.png" for i in range(12)))
     program = (
         "import os, sys\n"
         "from tests.commands import test_predict\n"
         "def kill(name):\n"
-        "    if name.startswith('4'): os.kill(os.getpid(), 9)\n"
+        "    if name.startswith('10'): os.kill(os.getpid(), 9)\n"
         "test_predict.run(sys.argv[1:], test_predict.Path('out'), test_predict.Finder(kill))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -284,18 +292,19 @@ def test_a_killed_run_loses_no_more_than_its_last_batch(folder):
     assert killed.returncode == -9, killed.stderr
     output = folder / "out"
     lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
-    assert [line["image"]["file_name"] for line in lines[1:]] == [f"{i}.png" for i in range(4)]
+    kept = [line["image"]["file_name"] for line in lines[1:]]
+    assert 4 <= len(kept) <= 10
+    assert kept == [f"{i:02}.png" for i in range(len(kept))]
     assert all(len(line["annotations"]) == 1 for line in lines[1:])
     # What it left is no obstacle, and is not there afterwards.
     (output / ".cascade_det-0123456789abcdef.tmp").write_bytes(b"half a picture")
     with (output / "predictions.jsonl").open("a") as file:
         file.write('{"image": {"id"')
-    assert run(["0.png", "5.png"], output) == 0
-    assert sorted(path.name for path in output.iterdir()) == [
-        *(f"{i}.jpg" for i in (0, 1, 2, 3, 5)),
-        "predictions.json",
-    ]
-    assert results(output)["older_pictures"] == ["1.jpg", "2.jpg", "3.jpg"]
+    assert run(["00.png", "11.png"], output) == 0
+    names = [path.name for path in sorted(output.iterdir())]
+    assert {f"{i:02}.jpg" for i in (*range(len(kept)), 11)} <= set(names)
+    assert names[-1] == "predictions.json"
+    assert results(output)["older_pictures"] == names[1:-2]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])

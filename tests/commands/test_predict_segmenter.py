@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from semantic_sets import save
 from small_segmenter import SEGMENTER
+from small_videos import make_video
 
 from cascade_det import config
 from cascade_det.commands import prediction
@@ -18,6 +19,7 @@ from cascade_det.engine.semantic_datasets import load_semantic_datasets, semanti
 from cascade_det.errors import ConfigError, DatasetError
 from cascade_det.standalone import SegmenterPredictor
 from cascade_det.standalone.build_segmenter import build_segmenter
+from cascade_det.streams.sources import find_sources
 
 NAMES = ["background", "cell", "nucleus"]
 RUN = {"seed": 0, "class_names": NAMES, "category_ids": [0, 1, 2], "host": "standalone"}
@@ -136,12 +138,24 @@ def test_a_file_that_cannot_be_written_costs_not_the_other(tmp_path, photos):
             return [np.zeros(image.shape[:2], np.uint8) for image in images]
 
     save(photos / "4.png", np.zeros((1, 65_501, 3), np.uint8))
-    assert prediction.segment(Wide(), sorted(photos.iterdir()), tmp_path / "out") == 1
+    assert prediction.segment(Wide(), find_sources([str(photos)]), tmp_path / "out") == 1
     (failure,) = results(tmp_path / "out")["failed"]
     assert failure["reason"].startswith("no picture: a picture of 65,501")
     last = results(tmp_path / "out")["images"][-1]
     assert (last["labels"], "picture" in last) == ("4.png", False)
     assert Image.open(tmp_path / "out" / "4.png").size == (65_501, 1)
+
+
+def test_a_video_gets_pictures_alone(options, tmp_path):
+    pytest.importorskip("av")
+    save_weights(options, tmp_path)
+    make_video(tmp_path / "a.mp4", frames=3)
+    output = tmp_path / "out"
+    assert run(options, tmp_path / "a.mp4", output) == 0
+    assert {path.name for path in output.iterdir()} == {"a.mp4", "predictions.json"}
+    found = results(output)
+    assert found["videos"][0]["frames"] == len(found["images"]) == 3
+    assert not any("labels" in image for image in found["images"])
 
 
 def test_more_than_255_classes_have_16_bits(options, photos, tmp_path):
@@ -179,7 +193,7 @@ def test_names_of_the_configuration_stand_in(options, tmp_path):
 def test_what_is_of_detectors_is_refused(options, photos, tmp_path, capsys):
     save_weights(options, tmp_path)
     assert run(options, photos, tmp_path / "out", "--score-threshold", "0.3") == 1
-    assert "--score-threshold is of drawn detections" in capsys.readouterr().err
+    assert "--score-threshold is of detections" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     cfg = config.load_config(None, options)
     cfg.MODEL.WEIGHTS = ""

@@ -168,6 +168,14 @@ def test_labels_stay_inside_the_picture(height, width, box):
         assert 0 <= top < top + label_height <= height
 
 
+def test_numbers_of_objects_are_written(image, monkeypatch):
+    areas = written_areas(monkeypatch)
+    boxes = [((40, 60, 80, 50), 0.9, 0), ((10, 20, 30, 40), 0.8, 0), ((0, 0, 9, 9), 0.2, 0)]
+    draw_detections(image, detections_of(*boxes), NAMES, track_ids=[None, 3, 4])
+    name = NAMES[0]
+    assert sorted(text for text, _ in areas) == [f"{name} 0.80 #3", f"{name} 0.90"]
+
+
 def test_lines_and_letters_grow_with_the_picture(monkeypatch):
     areas = written_areas(monkeypatch)
     for factor in (1, 5):

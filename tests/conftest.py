@@ -14,7 +14,14 @@ import torch
 sys.path.append(str(Path(__file__).parent / "reference"))
 
 # Fixtures that the tests of several rooms share.
-pytest_plugins = ["coco_sets", "evaluated", "semantic_sets", "shape_runs", "toy_detectors"]
+pytest_plugins = [
+    "coco_sets",
+    "evaluated",
+    "offline_runs",
+    "semantic_sets",
+    "shape_runs",
+    "toy_detectors",
+]
 
 torch.set_num_threads(1)
 # Under nohup it is ignored, and a run that ignores it does not end by it.

@@ -46,6 +46,7 @@ RANKS = {
     "d2": 6,
     "hosts": 7,
     "facade": 7,
+    "offline": 7,
     "benchmark": 7,
     "serving": 7,
     "commands": 8,
@@ -62,6 +63,8 @@ HOMES = {
     "triton": {"layers"},
     "av": {"streams"},
     "trackers": {"streams"},
+    "pyarrow": {"offline"},
+    "ray": {"offline"},
     "tools": set(),
 }
 # Rooms and modules that live on these libraries (and the standard one) alone.
@@ -80,7 +83,7 @@ DIETS = {
     "core/structures/outputs": {"supervision", "torch"},  # its types
     "backbones": {"timm", "torch", "torchvision"},
     "segmentation": {"torch"},
-    "data/coco_results": {"numpy"},
+    "data/coco_results": {"numpy", "pycocotools"},
     "report/colors": {"numpy"},
     "report/drawing": {"cv2", "numpy"},
     "report/label_drawing": {"cv2", "numpy"},

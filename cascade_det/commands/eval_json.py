@@ -4,7 +4,8 @@ cascade-det eval-json --json val.json --predictions output/inference/coco_instan
 cascade-det eval-json --json val.json --predictions ... --images folder/ --output scored/
 cascade-det eval-json --json val.json --predictions pictures/predictions.json
 
-The last one comes from cascade-det predict; file names tell which images are meant.
+The last one comes from cascade-det predict; file names tell which images are meant. So they do for
+the folder of predict --engine.
 
 Predictions with a segmentation (RLE) are scored by their masks as well.
 
@@ -45,7 +46,8 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
         "--predictions",
         required=True,
         metavar="JSON",
-        help="in COCO's result format, or predictions.json of predict",
+        help="in COCO's result format, predictions.json of predict, or the folder or a part of "
+        "predict --engine",
     )
     parser.add_argument("--json", required=True, metavar="JSON", help="the annotations")
     parser.add_argument("--images", metavar="FOLDER", help="of the annotations; checks them")
@@ -90,7 +92,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command; returns its exit status."""
     args = _parse(argv, prog)
     from cascade_det.commands.prediction_scores import evaluate, have_masks
-    from cascade_det.data.annotation_file import read_json
     from cascade_det.data.catalog import dataset_of_files
     from cascade_det.data.coco import load_dataset
     from cascade_det.engine.log import setup_logging
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     if args.output:
         check_output_file(Path(args.output, SCORES_FILE), [args.json, args.predictions])
         _check_analysis(Path(args.output), [args.json, args.predictions, args.images])
-    content = read_json(Path(args.predictions))
+    content = _read_predictions(args.predictions)
     dataset = load_dataset(
         dataset_of_files(args.json, args.images),
         args.on_bad_data,
@@ -124,6 +125,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         results["predictions"] = args.predictions
         _write(results, dataset, Path(args.output), with_pictures=args.images is not None)
     return 0
+
+
+def _read_predictions(source: str) -> Any:
+    from cascade_det.data.annotation_file import read_json
+    from cascade_det.offline.results import is_parquet_source, read_predictions
+
+    return read_predictions(source) if is_parquet_source(source) else read_json(Path(source))
 
 
 def _check_analysis(output: Path, inputs: Sequence[str | None]) -> None:

@@ -26,6 +26,11 @@ from cascade_det.commands.arguments import (
     whole,
 )
 from cascade_det.commands.errors import without_traceback
+from cascade_det.commands.offline import (
+    add_offline_options,
+    check_offline_options,
+    predict_offline,
+)
 from cascade_det.errors import ConfigError, DatasetError
 
 if TYPE_CHECKING:
@@ -71,11 +76,13 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
     _add_slices(parser)
     _add_choice(parser)
     _add_files(parser)
+    add_offline_options(parser)
     add_config_options(parser)
     args = parser.parse_args(argv)
     if args.onnx and args.opts:
         parser.error("--opts change a configuration, and --onnx uses none")
     _check_slices(parser, args)
+    check_offline_options(parser, args)
     return args
 
 
@@ -91,13 +98,15 @@ def _add_slices(parser: argparse.ArgumentParser) -> None:
         "--overlap", type=real(0, 0.95), metavar="SHARE", help=f"of neighbours ({_OVERLAP})"
     )
     group.add_argument(
-        "--merge", choices=_MERGES, help=f"detections of slices: NMS or box fusion ({_MERGES[0]})"
+        "--slice-merge",
+        choices=_MERGES,
+        help=f"detections of slices: NMS or box fusion ({_MERGES[0]})",
     )
 
 
 def _check_slices(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    for name in ("overlap", "merge"):
-        if getattr(args, name) is not None and args.slice is None:
+    for name, value in (("overlap", args.overlap), ("slice-merge", args.slice_merge)):
+        if value is not None and args.slice is None:
             parser.error(f"--{name} is of slices: give --slice too")
     if args.slice is not None and args.onnx:
         parser.error("--slice needs a configuration: --onnx detects in whole images")
@@ -142,6 +151,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     It is 1 if a file failed, and 128 plus the number of a signal that ended the run.
     """
     args = _parse(argv, prog)
+    if args.engine:
+        return predict_offline(args)
     from cascade_det.commands.display import check_display
     from cascade_det.commands.prediction import predict
     from cascade_det.onnx_predictor import OnnxPredictor
@@ -207,7 +218,7 @@ def _detect(cfg: CfgNode, args: argparse.Namespace, sources: list[Source], outpu
     used: Predictor | SlicedPredictor = predictor
     if args.slice is not None:
         overlap = _OVERLAP if args.overlap is None else args.overlap
-        merge = args.merge or _MERGES[0]
+        merge = args.slice_merge or _MERGES[0]
         used = SlicedPredictor(predictor, size=args.slice, overlap=overlap, merge=merge)
     options = replace(
         _options(args, predictor.class_names),

@@ -12,8 +12,6 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, TextIO
 
-from pycocotools import mask as coco_mask
-
 from cascade_det.commands.earlier_predictions import (
     LINES_FILE,
     RESULT_FILE,
@@ -25,6 +23,7 @@ from cascade_det.commands.earlier_predictions import (
     read_lines,
 )
 from cascade_det.commands.file_stems import UniqueStems
+from cascade_det.data.coco_results import area_of, json_items
 from cascade_det.errors import CascadeDetError, DatasetError
 from cascade_det.files import atomic_path, naming, remove_leftovers
 from cascade_det.streams.frames import BadFrame, Frame, Moving, Origin
@@ -245,15 +244,15 @@ class PredictionFolder:
 
     def _compose(self, file: TextIO) -> None:
         file.write('{"images": [')
-        _write_items(file, (line["image"] for line in self._read("image")))
+        file.writelines(json_items(line["image"] for line in self._read("image")))
         if not self._labels:
             file.write('\n],\n"annotations": [')
-            _write_items(file, self._annotations())
+            file.writelines(json_items(self._annotations()))
         if self._moving:
             file.write('\n],\n"videos": [')
-            _write_items(file, (line["videos"] for line in self._read("videos")))
+            file.writelines(json_items(line["videos"] for line in self._read("videos")))
         file.write('\n],\n"failed": [')
-        _write_items(file, (line["failed"] for line in self._read("failed")))
+        file.writelines(json_items(line["failed"] for line in self._read("failed")))
         lines = (line.get(key) for key in ("image", "videos") for line in self._read(key))
         written = {line[key] for line in lines if line for key in SUFFIXES if key in line}
         rest = {
@@ -266,27 +265,13 @@ class PredictionFolder:
     def _annotations(self) -> Iterator[dict[str, Any]]:
         found = (entry for line in self._read("image") for entry in line["annotations"])
         for number, entry in enumerate(found, start=1):
-            yield entry | {"id": number, "area": _area(entry), "iscrowd": 0}
+            yield entry | {"id": number, "area": area_of(entry), "iscrowd": 0}
 
     def _existing(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if (self.path / name).exists()]
 
     def _read(self, key: str) -> Iterator[dict[str, Any]]:
         return (line for line in self.lines() if key in line)
-
-
-def _area(entry: dict[str, Any]) -> float:
-    """Of the mask or, without one, of the box."""
-    if "segmentation" in entry:
-        return float(coco_mask.area(entry["segmentation"]))
-    _, _, width, height = entry["bbox"]
-    area: float = width * height
-    return area
-
-
-def _write_items(file: TextIO, items: Iterable[dict[str, Any]]) -> None:
-    for count, item in enumerate(items):
-        file.write(f"{',' * (count > 0)}\n{json.dumps(item)}")
 
 
 def _failure(origin: Origin, number: int | None, reason: str) -> dict[str, Any]:

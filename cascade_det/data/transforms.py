@@ -83,10 +83,11 @@ def decode_image(
     Raises:
         DatasetError: the content is truncated, or not an image that can be decoded.
     """
+    file = io.BytesIO(content)
     try:
-        return _decoded(io.BytesIO(content), image_format, decoders)
+        return _decoded(file, image_format, decoders)
     except Exception as error:
-        raise _unreadable(name, error) from error
+        raise _unreadable(name, error, repr(file)) from error
 
 
 def _decoded(file: str | io.BytesIO, image_format: str, decoders: tuple[str, ...] | None) -> Pixels:
@@ -101,8 +102,9 @@ def _decoded(file: str | io.BytesIO, image_format: str, decoders: tuple[str, ...
     return np.frombuffer(pixels, np.uint8).reshape(rgb.height, rgb.width, 3)
 
 
-def _unreadable(name: str, error: Exception) -> DatasetError:
-    return DatasetError(f"{name}: cannot be read as an image ({type(error).__name__}: {error})")
+def _unreadable(name: str, error: Exception, file: str = "") -> DatasetError:
+    reason = str(error).replace(file, repr(name)) if file else error  # Pillow names what it reads
+    return DatasetError(f"{name}: cannot be read as an image ({type(error).__name__}: {reason})")
 
 
 def _check_is_file(path: str) -> None:

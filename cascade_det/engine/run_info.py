@@ -103,6 +103,26 @@ def usable_run_info(run: Any, file: str | Path) -> dict[str, Any]:
     return run
 
 
+def class_labels(
+    run: Mapping[str, Any], num_classes: int, weights: str
+) -> tuple[list[str], list[int]]:
+    """Names and category ids of a model's classes.
+
+    Args:
+        run: of its checkpoint, from :func:`usable_run_info`.
+        num_classes: of the model.
+        weights: the checkpoint, for a warning.
+
+    Returns:
+        Those of the checkpoint; or ``class 0``, ... and ``1``, ... where it names another number.
+    """
+    names, ids = (list(run.get(key, ())) for key in _CLASSES)
+    if len(names) == num_classes:
+        return names, ids
+    logger.warning("%s does not name %d classes", weights, num_classes)
+    return [f"class {i}" for i in range(num_classes)], list(range(1, num_classes + 1))
+
+
 def _check_classes(run: Mapping[str, Any]) -> None:
     """Check that a checkpoint names its classes, and gives each a different id.
 

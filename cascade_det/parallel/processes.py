@@ -249,7 +249,7 @@ def run_child(folder_name: str, parent: int) -> None:
         parent: its id.
     """
     folder, index, pid = Path(folder_name), int(os.environ["LOCAL_RANK"]), os.getpid()
-    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+    threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
     try:
         with signals_held():  # started later, Python's helper would die of a SIGHUP
             resource_tracker.ensure_running()
@@ -270,7 +270,8 @@ def run_child(folder_name: str, parent: int) -> None:
         sys.exit(1)  # any other status would be a failure to the launcher, which ends the others
 
 
-def _end_with_parent(parent: int) -> None:
+def end_with_parent(parent: int) -> None:
+    """End this process when its parent, of this id, does: a target for a thread."""
     while os.getppid() == parent:
         time.sleep(_POLL)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any, overload
@@ -15,7 +14,7 @@ from cascade_det.core import Detections
 from cascade_det.data.given_images import Image, Images
 from cascade_det.engine.datasets import images_to_optimise_with
 from cascade_det.engine.head_flops import region_flops
-from cascade_det.engine.run_info import usable_run_info
+from cascade_det.engine.run_info import class_labels, usable_run_info
 from cascade_det.engine.run_weights import log_exits
 from cascade_det.errors import ConfigError
 from cascade_det.monitoring.monitor import ExitMonitor
@@ -27,8 +26,6 @@ from cascade_det.standalone.streaming import FrameDetections, stream_detections
 from cascade_det.streams.sources import find_sources
 from cascade_det.streams.sources import watch as watched
 from cascade_det.weights import load_weights
-
-logger = logging.getLogger(__name__)
 
 Place = str | PathLike[str] | int
 
@@ -73,12 +70,7 @@ class Predictor:
         log_exits(cfg, self.detector.device, file.path, file.weights)
         num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
         run = usable_run_info(file.run, file.path)
-        self.class_names = list(run.get("class_names", ()))
-        self.category_ids = list(run.get("category_ids", ()))
-        if len(self.class_names) != num_classes:
-            logger.warning("%s does not name %d classes", cfg.MODEL.WEIGHTS, num_classes)
-            self.class_names = [f"class {i}" for i in range(num_classes)]
-            self.category_ids = list(range(1, num_classes + 1))
+        self.class_names, self.category_ids = class_labels(run, num_classes, cfg.MODEL.WEIGHTS)
         self._batches = GivenBatches(cfg)
         self.batch_size = self._batches.batch_size
         self.monitor = ExitMonitor(

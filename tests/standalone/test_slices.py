@@ -271,7 +271,7 @@ def test_the_command_detects_in_slices(predictor, keys, tmp_path, merge):
     cv2.imwrite(str(tmp_path / "a.png"), image)
     begin = ["--config-file", INSTANT, "--input", str(tmp_path / "a.png")]
     begin += ["--output", str(tmp_path / "out"), "--slice", "128", "--overlap", "0.3"]
-    assert predict([*begin, "--merge", merge, "--opts", *keys]) == 0
+    assert predict([*begin, "--slice-merge", merge, "--opts", *keys]) == 0
     found = json.loads((tmp_path / "out" / "predictions.json").read_text())["annotations"]
     expected = SlicedPredictor(predictor, size=128, overlap=0.3, merge=merge)(image).to_coco(1)
     assert len(found) == len(expected) > len(predictor(image))
@@ -283,7 +283,7 @@ def test_the_command_detects_in_slices(predictor, keys, tmp_path, merge):
     ("arguments", "words"),
     [
         (["--config-file", "a.yaml", "--overlap", "0.3"], "give --slice too"),
-        (["--config-file", "a.yaml", "--merge", "wbf"], "give --slice too"),
+        (["--config-file", "a.yaml", "--slice-merge", "wbf"], "give --slice too"),
         (["--onnx", "a.onnx", "--slice", "640"], "--slice needs a configuration"),
         (["--config-file", "a.yaml", "--slice", "15"], "give a whole number of 16 or more"),
     ],

@@ -41,7 +41,7 @@ class ImageDetection:
             setting: of the exits.
 
         Returns:
-            Detections, counts and times, which can be written as JSON: see docs/inference.md.
+            Detections, counts and times, which can be written as JSON: see docs/serving.md.
 
         Raises:
             UploadError: the image cannot be decoded.

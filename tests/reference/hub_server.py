@@ -8,9 +8,9 @@ import base64
 import hashlib
 import json
 import re
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+
+from web_server import in_thread
 
 
 class HubServer(ThreadingHTTPServer):
@@ -136,14 +136,6 @@ class _Handler(BaseHTTPRequestHandler):
         """Be quiet."""
 
 
-@contextmanager
 def hub():
-    """A server that runs in a thread of its own."""
-    with HubServer() as server:
-        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+    """A hub that runs in a thread of its own."""
+    return in_thread(HubServer())

@@ -120,10 +120,15 @@ class _Handler(BaseHTTPRequestHandler):
         """Be quiet."""
 
 
-@contextmanager
 def serving():
-    """A server that runs in a thread of its own."""
-    with WebServer() as server:
+    """A web server that runs in a thread of its own."""
+    return in_thread(WebServer())
+
+
+@contextmanager
+def in_thread(server):
+    """Any server, running in a thread of its own."""
+    with server:
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
         try:

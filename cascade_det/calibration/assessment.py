@@ -1,4 +1,4 @@
-"""Measures exits on held-out images, and times them on the device."""
+"""Measures exits on the images that judge them, and times them on the device."""
 
 from __future__ import annotations
 
@@ -17,24 +17,30 @@ from cascade_det.calibration.comparison import (
     compare,
     simple_baselines,
 )
-from cascade_det.calibration.front import FrontPoint, choose_points, front_point
+from cascade_det.calibration.front import (
+    FAST_DROP,
+    QUALITY_DROP,
+    FrontPoint,
+    choose_points,
+    front_point,
+)
 from cascade_det.calibration.gate_costs import GATES_OFF, without_costly_gates
 from cascade_det.calibration.image_matching import MatchedDetections
 from cascade_det.calibration.latency_model import LatencyModel
 from cascade_det.calibration.mask_rules import MaskRulesRow, try_mask_rules
 from cascade_det.calibration.recording import time_policies
-from cascade_det.calibration.risk_control import pareto_front
 from cascade_det.calibration.score_calibration import expected_calibration_error
 from cascade_det.calibration.search import Setting
 from cascade_det.calibration.search_space import usual_settings
 from cascade_det.calibration.target import Options
+from cascade_det.calibration.trials import TrialSummary
 from cascade_det.core import ExitPolicy
 from cascade_det.data.samples import Batch
 from cascade_det.engine.detector import CascadeDetector
 from cascade_det.evaluation.agreement import agreement_loss
 from cascade_det.evaluation.mean_bounds import mean_upper_bound
 
-CHOSEN, REJECTED = "chosen", "rejected"
+CHOSEN = "chosen"
 # Probability that a promised loss is too low because the calibration images were easy.
 PROMISE_DELTA = 0.025
 
@@ -69,7 +75,7 @@ class Assessment:
     options: Options
 
     def expected(self) -> dict[str, float]:
-        """Metrics of the setting on the held-out images."""
+        """Metrics of the setting on the images that judge; changes of AP are cross-fitted."""
         calibration = self.calibration
         reported, full = calibration.reported, calibration.full
         plain = self.calibrator.others.replay(self.calibrator.policy(calibration.plain))
@@ -98,7 +104,7 @@ class Assessment:
         }
 
     def loss(self, setting: Setting) -> tuple[float, float]:
-        """Mean agreement loss on the held-out images, and its deviation."""
+        """Mean agreement loss on the images that judge, and its deviation."""
         # The full cascade reports its scores by the same calibration, as in shadow runs.
         scores: Setting = {key: x for key, x in setting.items() if key.startswith("SCORE_")}
         early, full = (
@@ -119,18 +125,14 @@ class Assessment:
     def settings(self) -> dict[str, Setting]:
         """The setting, each of its parts alone, and each rule alone, by name."""
         learned, calibration = self.calibrator.learned, self.calibration
-        first = calibration.rejected or calibration
         return {
             CHOSEN: calibration.setting,
-            **({} if first is calibration else {REJECTED: first.setting}),
-            **_parts(first.plain),
+            **_parts(calibration.plain),
             **usual_settings(self.calibrator.num_stages, () if learned is None else learned.names),
         }
 
-    def milliseconds(
-        self, points: Sequence[FrontPoint]
-    ) -> tuple[dict[str, float], dict[str, float]]:
-        """Milliseconds per image: of points by their setting, of the comparison by name.
+    def milliseconds(self, points: Sequence[Setting]) -> tuple[dict[str, float], dict[str, float]]:
+        """Milliseconds per image: of settings by ``setting_name``, of the comparison by name.
 
         All are measured in one run, in turn, so that they can be compared.
 
@@ -139,7 +141,7 @@ class Assessment:
         """
         settings = {
             **self.settings(),
-            **{setting_name(point.setting): point.setting for point in points},
+            **{setting_name(setting): setting for setting in points},
         }
         most_proposals = self.calibrator.trials.recording.most_proposals
         timings = time_policies(
@@ -161,40 +163,44 @@ class Assessment:
     def comparison(
         self, milliseconds: Mapping[str, float], of_masks: Mapping[str, float]
     ) -> list[ComparedExits]:
-        """The settings and the baselines, see ``baselines``."""
-        others, first = self.calibrator.others, self.calibration.rejected or self.calibration
-        policies = {name: self.calibrator.policy(one) for name, one in self.settings().items()}
-        every = {**policies, **baselines(others, first.reported)}
-        return compare(others, every, milliseconds, of_masks)
+        """The settings and the baselines, see ``baselines``.
 
-    def front(self) -> tuple[list[FrontPoint], list[FrontPoint]]:
-        """All trials, and their front, on the search half of the images."""
-        search = self.calibrator.search
-        plain = _all_gates(self.calibration.plain)
-        points = [
-            front_point(
-                search.setting(levels),
-                trial,
-                self.calibrator.trials.full,
-                self.latency,
-                chosen=search.setting(levels) == plain,
-                metric=self.calibrator.metric,
-                has_masks=self.calibrator.has_masks,
-            )
+        What was chosen has its cross-fitted changes.
+        """
+        others, chosen = self.calibrator.others, self.calibration
+        policies = {name: self.calibrator.policy(one) for name, one in self.settings().items()}
+        every = {**policies, **baselines(others, chosen.reported)}
+        return [
+            replace(row, differences=chosen.differences) if row.name == CHOSEN else row
+            for row in compare(others, every, milliseconds, of_masks)
+        ]
+
+    def tried(self) -> list[FrontPoint]:
+        """All trials, on the images that they were tried on."""
+        search, trials = self.calibrator.search, self.calibrator.trials
+        return [
+            self._point(search.setting(levels), trial, trials.full)
             for levels, trial in search.tried.items()
         ]
-        front = pareto_front([-point.ap for point in points], [point.work for point in points])
-        return points, [points[index] for index in front]
 
-    def profiles(self, front: Sequence[FrontPoint]) -> dict[str, FrontPoint]:
-        """Points of the front by name, with calibrated scores, without gates that cost time."""
-        points = choose_points(front)
-        # The chosen setting was judged before; two points may have the same setting.
-        judged = [(_all_gates(self.calibration.plain), self.calibration.plain), ({}, {})]
+    def front(self) -> list[FrontPoint]:
+        """The settings to choose from, safe to risky, on the images that judge."""
+        return [self.judged(setting) for setting in self.calibrator.sequence.settings]
+
+    def profiles(self, front: Sequence[FrontPoint]) -> dict[str, Setting]:
+        """Settings of the front by name, without gates that cost time."""
+        sequence = self.calibrator.sequence
+        quality, fast = (sequence.within(drop).place for drop in (QUALITY_DROP, FAST_DROP))
+        settings = {
+            name: point.setting for name, point in choose_points(front, quality, fast).items()
+        }
+        # The chosen setting was timed before; two names may have the same setting.
+        chosen = self.calibration.setting
+        timed = {setting_name(_all_gates(chosen)): chosen, setting_name({}): {}}
         new: dict[str, Setting] = {}
-        for name, point in points.items():
-            if point.setting not in [*(before for before, _ in judged), *new.values()]:
-                new[name] = point.setting
+        for name, setting in settings.items():
+            if setting_name(setting) not in {*timed, *map(setting_name, new.values())}:
+                new[name] = setting
         changed = without_costly_gates(
             self.calibrator,
             new,
@@ -203,27 +209,30 @@ class Assessment:
             self.latency,
             rounds=self.options.rounds,
         )
-        judged += [(new[name], changed[name]) for name in new]
-        return {
-            name: replace(
-                point,
-                setting=self.calibrator.with_scores(
-                    next(after for before, after in judged if before == point.setting)
-                ),
-            )
-            for name, point in points.items()
-        }
+        timed |= {setting_name(setting): changed[name] for name, setting in new.items()}
+        return {name: timed[setting_name(setting)] for name, setting in settings.items()}
 
-    def on_others(self, point: FrontPoint, milliseconds: Mapping[str, float]) -> FrontPoint:
-        """The point on the held-out images."""
-        trial = self.calibrator.others.replay(self.calibrator.policy(point.setting))
+    def judged(
+        self, setting: Setting, milliseconds: Mapping[str, float] | None = None
+    ) -> FrontPoint:
+        """A setting on the images that judge.
+
+        Args:
+            setting: of the sequence, or with further keys.
+            milliseconds: measured, by ``setting_name``.
+        """
+        point = self._point(
+            setting, self.calibrator.sequence.trial(setting), self.calibrator.others.full
+        )
+        return replace(point, milliseconds=(milliseconds or {}).get(setting_name(setting)))
+
+    def _point(self, setting: Setting, trial: TrialSummary, full: TrialSummary) -> FrontPoint:
         return front_point(
-            point.setting,
+            setting,
             trial,
-            self.calibrator.others.full,
+            full,
             self.latency,
-            chosen=point.chosen,
-            milliseconds=milliseconds.get(setting_name(point.setting)),
+            chosen=setting == _all_gates(self.calibration.setting),
             metric=self.calibrator.metric,
             has_masks=self.calibrator.has_masks,
         )

@@ -85,22 +85,36 @@ def paired_bootstrap(
     Returns:
         The differences of AP, AP50, AP75 and AP90.
     """
-    count = len(a.image_ids)
-    samples = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), rounds)
-    weights = np.concatenate([np.ones((1, count)), samples])
+    once = np.ones(len(a.image_ids))
+    weights = np.concatenate([once[None], resamples(once, rounds)])
     before, after = average_precisions(a, weights), average_precisions(b, weights)
-    return {name: _difference(after[name] - before[name]) for name in before}
+    changes = {name: after[name] - before[name] for name in before}
+    return {name: difference(float(values[0]), values[1:]) for name, values in changes.items()}
 
 
-def _difference(values: npt.NDArray[np.float64]) -> Difference:
-    # nan: a resample without objects.
-    resampled = values[1:][~np.isnan(values[1:])]
-    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+def resamples(images: npt.NDArray[np.float64], rounds: int) -> npt.NDArray[np.float64]:
+    """How often each image is drawn, ``[B, I]``, from images with repetitions.
+
+    Args:
+        images: ``[I]``, which to draw from, and as many: 1, or 0 for one that is left out.
+        rounds: B.
+    """
+    count = int(images.sum())
+    drawn = np.random.default_rng(0).multinomial(count, images / count, rounds)
+    return drawn.astype(np.float64)
+
+
+def difference(value: float, resampled: npt.NDArray[np.float64]) -> Difference:
+    """A value with its distribution over resamples; those without objects, which are nan, are out.
+
+    Args:
+        value: of the images themselves.
+        resampled: ``[B]``.
+    """
+    values = resampled[~np.isnan(resampled)]
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Difference(
-        value=float(values[0]),
-        deviation=float(resampled.std(ddof=1)),
-        low=float(low),
-        high=float(high),
+        value=value, deviation=float(values.std(ddof=1)), low=float(low), high=float(high)
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -12,13 +13,16 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from cascade_det.calibration.assessment import Assessment
-from cascade_det.calibration.calibrator import Calibrator, split_images
-from cascade_det.calibration.gate_costs import without_costly_gates
+from cascade_det.calibration.calibrator import Calibrator
+from cascade_det.calibration.front import QUALITY_DROP
+from cascade_det.calibration.gate_costs import GATES_OFF, without_costly_gates
 from cascade_det.calibration.image_matching import ImageMatcher
 from cascade_det.calibration.provenance import coco_provenance, provenance
 from cascade_det.calibration.recording import first_batches, fit_latency, record_dataset
 from cascade_det.calibration.report import FILES, write_report
-from cascade_det.calibration.sample_size import SampleSize
+from cascade_det.calibration.risk_control import smallest_sample
+from cascade_det.calibration.sample_size import SampleSize, images_to_search
+from cascade_det.calibration.search_space import default_exits
 from cascade_det.calibration.target import Options, Target
 from cascade_det.data.coco import CocoDataset
 from cascade_det.engine.detector import CascadeDetector
@@ -107,17 +111,16 @@ def _calibrate(
             len(dataset.records),
         )
     limit = detections_limit(cfg.TEST.DETECTIONS_PER_IMAGE)
-    matcher = _checked_matcher(dataset, num_images, target, options.seed, limit)
+    matcher, sample = _checked_matcher(dataset, num_images, target, limit)
     true_masks = None
     if detector.cascade.masks is not None:
-        true_masks = _with_masks(matcher, dataset, num_images, target, options.seed)
+        true_masks = _with_masks(matcher, dataset, num_images, target)
     elif cfg.MODEL.MASK_ON:
         logger.warning("Masks do not count: they are made outside the cascade")
     device = device_name(next(detector.parameters()).device)
     source = provenance(cfg, coco_provenance(dataset, num_images), device)
     logger.info("Recording the full cascade on %d images of %s", num_images, dataset.source.name)
     own = detector.cascade.exits
-    # Without a name for the recording: the calibrator keeps two halves, which are as large.
     calibrator = Calibrator(
         cfg,
         record_dataset(detector, loader, num_images, true_masks),
@@ -128,8 +131,8 @@ def _calibrate(
         metric=target.metric.removeprefix("bbox/"),
         loss=target.loss,
     )
-    logger.info("Trying up to %d settings on half of them", options.trials)
-    calibrator.try_settings(options.trials)
+    calibrator.try_path()
+    _search_where_images_suffice(calibrator, sample, target, options)
     batches = first_batches(loader, options.timed_batches)
     logger.info("Measuring %d batches with more and fewer regions", len(batches))
     latency = fit_latency(
@@ -150,16 +153,45 @@ def _calibrate(
             latency,
             rounds=options.rounds,
         )
-        calibration = calibrator.with_gates_off(calibration, changed["exits"], target)
+        off = changed["exits"].get(GATES_OFF, ())
+        calibration = calibrator.with_gates_off(calibration, off, target)
     logger.info("Measuring the exits, and comparing them with baselines")
     assessment = Assessment(calibrator, calibration, latency, detector, batches, options)
     return write_report(assessment, target, source, folder)
 
 
+def _search_where_images_suffice(
+    calibrator: Calibrator, sample: SampleSize, target: Target, options: Options
+) -> None:
+    """Search freely if half of the images can judge what it finds; logs how many that takes."""
+    drop = QUALITY_DROP if target.max_ap_drop is None else target.max_ap_drop
+    deviation = calibrator.sequence.deviation(default_exits(calibrator.num_stages))
+    needed = images_to_search(sample, deviation, drop)
+    if target.risk is not None:
+        needed = max(needed, 2 * smallest_sample(target.risk, target.delta))
+    if sample.images < needed:
+        logger.info(
+            "%s images would suffice for a free search: these %d choose from one path of %d "
+            "settings",
+            "No number of" if math.isinf(needed) else f"{needed:.0f}",
+            sample.images,
+            len(calibrator.plain),
+        )
+        return
+    logger.info(
+        "%d images suffice for a free search (%.0f or more do): up to %d settings are tried on "
+        "one half of them, and the other half judges the best",
+        sample.images,
+        needed,
+        options.trials,
+    )
+    calibrator.search_freely(options.trials)
+
+
 def _checked_matcher(
-    dataset: CocoDataset, num_images: int, target: Target, seed: int, max_detections: int
-) -> ImageMatcher:
-    """The matcher of a data set, after checking that it has enough images and objects."""
+    dataset: CocoDataset, num_images: int, target: Target, max_detections: int
+) -> tuple[ImageMatcher, SampleSize]:
+    """The matcher of a data set, and its size, after checking that it has enough images."""
     if not dataset.ground_truth.get("annotations"):
         raise DatasetError(
             f"{dataset.source.json_file} has no annotations: exits are calibrated on images with "
@@ -170,24 +202,23 @@ def _checked_matcher(
         dataset.ground_truth, dataset.category_ids, max_detections=max_detections
     )
     ids = [record.image_id for record in dataset.records[:num_images]]
-    halves = split_images(ids, matcher, seed)
-    SampleSize.of(ids, halves, matcher, dataset.class_names).log(target)
-    return matcher
+    sample = SampleSize.of(ids, matcher, dataset.class_names)
+    sample.log(target)
+    return matcher, sample
 
 
 def _with_masks(
-    matcher: ImageMatcher, dataset: CocoDataset, num_images: int, target: Target, seed: int
+    matcher: ImageMatcher, dataset: CocoDataset, num_images: int, target: Target
 ) -> ImageMatcher | None:
-    """The matcher, if both halves of the images have objects with masks.
+    """The matcher, if the images have objects with masks.
 
     Raises:
         DatasetError: they have none, and the target needs them.
     """
     ids = [record.image_id for record in dataset.records[:num_images]]
-    masks = [(~matcher.masks_of(image_id).crowds).any() for image_id in ids]
-    if all(any(masks[i] for i in half) for half in split_images(ids, matcher, seed)):
+    if any((~matcher.masks_of(image_id).crowds).any() for image_id in ids):
         return matcher
-    text = f"{dataset.source.json_file} has no masks (segmentation) in one half of the images"
+    text = f"{dataset.source.json_file} has no masks (segmentation)"
     if target.needs_masks:
         raise DatasetError(
             f"{text}, which --metric segm/AP and --loss masks need. Use images with masks."

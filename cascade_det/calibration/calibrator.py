@@ -1,11 +1,13 @@
-"""From a target to exits: record, search on one half of the images, report on the other."""
+"""From a target to exits: one of a path of settings, or of the best of a free search."""
 
 from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,13 +15,14 @@ from fvcore.common.config import CfgNode
 
 from cascade_det import config
 from cascade_det.calibration.bootstrap import Difference
+from cascade_det.calibration.exit_sequence import Choice, ExitSequence, Images
 from cascade_det.calibration.image_matching import ImageMatcher
 from cascade_det.calibration.latency_model import LatencyModel
 from cascade_det.calibration.progress import progress_bar
 from cascade_det.calibration.risk_control import fixed_sequence, pareto_front
 from cascade_det.calibration.score_calibration import UNCHANGED, ScoreMap, fit_score_maps
-from cascade_det.calibration.search import Levels, Search, Setting
-from cascade_det.calibration.search_space import exit_parameters
+from cascade_det.calibration.search import Search, Setting, loss_of
+from cascade_det.calibration.search_space import exit_parameters, exit_path
 from cascade_det.calibration.target import Target
 from cascade_det.calibration.trials import ExitTrials, Recording, Trial
 from cascade_det.core import ExitPolicy
@@ -28,8 +31,8 @@ from cascade_det.errors import ConfigError, DatasetError
 
 logger = logging.getLogger(__name__)
 
-# A drop of AP has to be below the target by this many standard deviations of its bootstrap.
-MARGIN = 1.0
+# The most settings of a search that are judged.
+MOST_PLACES = 20
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,11 @@ class Calibration:
     Attributes:
         setting: keys of ``MODEL.CASCADE.EXIT``; empty for the full cascade.
         plain: the same without the score calibration.
-        reported: the trial of the setting on the held-out images.
+        reported: the trial of the setting on the images that judge.
         full: the full cascade on the same images.
-        differences: of AP from the full cascade on these images, with their uncertainty.
+        differences: of all metrics from the full cascade, on images that had no part in the choice.
+        choice: of the sequence.
         metric: the AP that counts, a key of ``differences``.
-        rejected: the setting that was chosen first and loses more on these images than the target
-            allows; the result is the full cascade then. ``None`` if none was rejected.
     """
 
     setting: Setting
@@ -52,17 +54,20 @@ class Calibration:
     reported: Trial
     full: Trial
     differences: dict[str, Difference]
+    choice: Choice
     metric: str = "AP"
-    rejected: Calibration | None = None
 
     @property
     def drop(self) -> float:
-        """Percent points of AP lost on the held-out images."""
+        """Percent points of AP lost on images that had no part in the choice."""
         return -self.differences[self.metric].value
 
 
 class Calibrator:
     """Finds exits for targets on a recording.
+
+    All images judge the settings of one path, see ``exit_path``. A free search is for many images:
+    one half of them tries settings, and the other half judges the best of them.
 
     Args:
         cfg: of the recorded model.
@@ -70,18 +75,16 @@ class Calibrator:
         matcher: of the ground truth.
         learned: the model's learned parts.
         score: lowest score of a detection that can be lost.
-        seed: of the split into halves.
+        seed: of the folds, and of the split into halves.
         metric: the AP that counts: ``AP`` or ``segm/AP``.
         loss: what can be lost: ``boxes`` or ``masks``.
 
     Attributes:
-        trials: on the search half of the images.
-        others: on the held-out images.
+        trials: on the images that settings are tried on.
+        others: on the images that judge; the same without a free search.
         search: everything that was tried.
+        sequence: the settings to choose from.
         has_masks: whether the cascade has masks.
-
-    Raises:
-        DatasetError: one half of the images has no object.
     """
 
     def __init__(
@@ -102,39 +105,59 @@ class Calibrator:
         self.num_stages = recording.records[0].num_stages
         # A copy: records are on the CPU, the detector's own parts stay on its device.
         self.learned = None if learned is None else copy.deepcopy(learned).cpu().eval()
-        choosing, reporting = split_images(recording.image_ids, matcher, seed)
-        self.trials, self.others = (
-            ExitTrials(recording.of_images(half), matcher, score=score, loss=loss)
-            for half in (choosing, reporting)
+        self._trials_of = partial(ExitTrials, matcher=matcher, score=score, loss=loss)
+        self._seed = seed
+        self.trials = self.others = self._trials_of(recording)
+        path, scales = exit_path(
+            num_stages=self.num_stages, proposals_per_image=recording.most_proposals
         )
-        records = self.trials.recording.records
-        parameters = exit_parameters(
-            num_stages=self.num_stages,
-            objectness=torch.cat([torch.sigmoid(r.objectness) for r in records]).numpy(),
-            proposals_per_image=self.trials.recording.most_proposals,
-            learned=() if learned is None else learned.names,
-        )
-        self.search = Search(
-            parameters,
-            lambda setting: self.trials.replay(self.policy(setting)).summary(),
-            metric=metric,
-        )
+        self.plain = path
+        self.sequence = self._sequence(path, scales)
+        self.search = Search({"path": path}, lambda setting: self.sequence.trial(setting).summary())
 
     def policy(self, setting: Setting) -> ExitPolicy:
         """The exits of a setting, for trials."""
         return build_policy(self.cfg, setting, self.learned)
 
-    def try_settings(self, most_trials: int) -> None:
-        """Search, and show the progress."""
+    def try_path(self) -> None:
+        """Try the path, and show the progress."""
+        path = range(len(self.plain))
+        with progress_bar("Trying the path", len(path)) as self.search.on_trial:
+            for place in path:
+                self.search.trial((place,))
+
+    def search_freely(self, most_trials: int) -> None:
+        """Search on one half of the images, for the other half to judge; shows the progress.
+
+        Args:
+            most_trials: the limit of trials.
+
+        Raises:
+            DatasetError: one half of the images has no object.
+        """
+        recording, matcher = self.others.recording, self.others.matcher
+        halves = split_images(recording.image_ids, matcher, self._seed)
+        self.trials, self.others = (self._trials_of(recording.of_images(half)) for half in halves)
+        records = self.trials.recording.records
+        parameters = exit_parameters(
+            num_stages=self.num_stages,
+            objectness=torch.cat([torch.sigmoid(r.objectness) for r in records]).numpy(),
+            proposals_per_image=self.trials.recording.most_proposals,
+            learned=() if self.learned is None else self.learned.names,
+        )
+        self.search = Search(
+            parameters,
+            lambda setting: self.trials.replay(self.policy(setting)).summary(),
+            metric=self.metric,
+        )
         with progress_bar("Trying settings", most_trials) as self.search.on_trial:
             self.search.search(most_trials)
+        self.plain = self._front()
+        mapped = [self.with_scores(setting) for setting in self.plain]
+        self.sequence = self._sequence(mapped, [math.inf] * len(mapped))
 
     def calibrate(self, target: Target, latency: LatencyModel | None = None) -> Calibration:
-        """The best of the tried settings for a target.
-
-        If the setting loses more AP on the other half of the images than the target allows, the
-        result is the full cascade. Apart from that, and from the tests for a ``risk``, the other
-        half decides nothing.
+        """The setting of the sequence for a target.
 
         Args:
             target: the goal.
@@ -143,42 +166,48 @@ class Calibrator:
         Raises:
             ConfigError: no setting reaches the target.
         """
-        found = self._evaluate(self.search.setting(self._choose(target, latency)))
-        if target.max_ap_drop is None or found.drop <= target.max_ap_drop:
-            return found
-        return replace(self._evaluate({}), rejected=found)
+        return self._evaluate(self._choose(target, latency))
 
-    def with_gates_off(self, found: Calibration, plain: Setting, target: Target) -> Calibration:
+    def with_gates_off(
+        self, found: Calibration, off: tuple[int, ...], target: Target
+    ) -> Calibration:
         """A calibration with further gates off, unless it then breaks its promise.
 
         Args:
             found: the calibration.
-            plain: its plain setting with ``GATES_OFF``.
+            off: the gates, as in ``GATES_OFF``.
             target: the goal.
         """
-        if plain == found.plain:
+        if not off:
             return found
-        changed = self._evaluate(plain)
+        changed = self._evaluate(found.choice, {"GATES_OFF": off})
         if target.max_ap_drop is not None and changed.drop > target.max_ap_drop:
             logger.info("All gates stay: without some, the exits lose more than the target allows")
             return found
         return changed
 
-    def _evaluate(self, plain: Setting) -> Calibration:
-        """Evaluate a setting on the held-out images."""
-        setting = self.with_scores(plain)
-        reported = self.others.replay(self.policy(setting))
-        full = self.others.full
-        differences = reported.differences(full)
-        return Calibration(setting, plain, reported, full, differences, self.metric)
+    def _evaluate(self, choice: Choice, extra: Setting | None = None) -> Calibration:
+        """Evaluate a choice on the images that judge."""
+        plain = self.plain[choice.place]
+        return Calibration(
+            setting=self.sequence.setting(choice.place, extra),
+            plain={**plain, **(extra or {})} if plain else plain,
+            reported=self.sequence.trial(self.sequence.setting(choice.place, extra)),
+            full=self.others.full,
+            differences=self.sequence.changes(choice, extra),
+            choice=choice,
+            metric=self.metric,
+        )
 
     def with_scores(self, setting: Setting) -> Setting:
         """Add a score calibration, so that scores mean the same after every exit stage.
 
         Scores are mapped to those of the last stage, so that the score threshold keeps its
         meaning. The map is fitted to the search half of the images, and used only if it does not
-        lower the AP there.
+        lower the AP there. Without a search half, nothing is fitted.
         """
+        if self.trials is self.others:
+            return setting
         trial = self.trials.replay(self.policy(setting))
         matched = trial.matched
         counts = ~matched.ignored[0]
@@ -195,56 +224,58 @@ class Calibrator:
         after = self.trials.replay(self.policy(mapped)).metrics[self.metric]
         return mapped if after >= trial.metrics[self.metric] else setting
 
-    def _choose(self, target: Target, latency: LatencyModel | None) -> Levels:
-        tried = self.search.tried
-        if target.risk is not None:
-            return self._with_guarantee(target.risk, target.delta)
+    def _sequence(self, settings: Sequence[Setting], scales: Sequence[float]) -> ExitSequence:
+        return ExitSequence(
+            self.others, settings, scales, self.policy, metric=self.metric, seed=self._seed
+        )
+
+    def _front(self) -> list[Setting]:
+        """The best of the search, by rising loss and falling work; the full cascade first."""
+        tried, full = self.search.tried, self.search.full
+        keys = [key for key in tried if key != full]
+        losses = [loss_of(tried[key], tried[full], self.metric) for key in keys]
+        front = pareto_front(losses, [tried[key].work for key in keys])
+        ranks = np.linspace(0, len(front) - 1, min(len(front), MOST_PLACES)).round().astype(int)
+        return [{}, *(self.search.setting(keys[front[rank]]) for rank in ranks)]
+
+    def _choose(self, target: Target, latency: LatencyModel | None) -> Choice:
+        sequence, full = self.sequence, self.others.full
         if target.max_ap_drop is not None:
-            return self._with_drop(target.max_ap_drop)
+            return sequence.within(target.max_ap_drop)
+        if target.risk is not None:
+            risk, delta = target.risk, target.delta
+            return sequence.passing(
+                lambda trials, images: fixed_sequence(
+                    (trial.lost[images] for trial in trials), risk, delta
+                )
+            )
+        trials = [sequence.trial(setting) for setting in sequence.settings]
         if target.latency_ms is not None:
             assert latency is not None
-            costs = {
-                key: latency.per_image(trial.entered, trial.masks) for key, trial in tried.items()
-            }
-            reached = [key for key in tried if costs[key] <= target.latency_ms]
-            limit = f"--latency-ms {target.latency_ms}: the fastest setting takes"
-            fastest = f"{min(costs.values()):.1f} ms per image on this device"
+            most, model = target.latency_ms, latency
+
+            def milliseconds(trial: Trial, images: Images) -> float:
+                return model.per_image(trial.entered[:, images], trial.masks[images])
+
+            choice = sequence.reaching(lambda trial, images: milliseconds(trial, images) <= most)
+            every = np.arange(len(full.masks))
+            limit = f"--latency-ms {most}: the fastest setting takes"
+            fastest = min(milliseconds(trial, every) for trial in trials)
+            told = f"{fastest:.1f} ms per image on this device"
         else:
             assert target.exit_rate is not None
-            rates = {key: trial.exit_rate(self.trials.full) for key, trial in tried.items()}
-            reached = [key for key in tried if rates[key] >= target.exit_rate]
-            limit = f"--exit-rate {target.exit_rate}: the most that a setting skips is"
-            fastest = f"{max(rates.values()):.3f} of the later stages' regions"
-        if not reached:
-            raise ConfigError(f"{limit} {fastest}. Give another target.")
-        return max(reached, key=lambda key: (tried[key].metrics[self.metric], -tried[key].work))
+            rate = target.exit_rate
 
-    def _with_drop(self, most: float) -> Levels:
-        """The least work whose drop of AP is below the target with a margin."""
-        tried, full, metric = self.search.tried, self.trials.full, self.metric
-        good = [p for p in tried if full.metrics[metric] - tried[p].metrics[metric] <= most]
-        with progress_bar("Judging settings", len(good)) as step:
-            for levels in sorted(good, key=lambda p: tried[p].work):
-                trial = self.trials.replay(self.policy(self.search.setting(levels)))
-                change = trial.difference(full, metric)
-                if -change.value + MARGIN * change.deviation <= most:
-                    return levels
-                step()
-        return self.search.full
+            def skipped(trial: Trial, images: Images) -> bool:
+                later = (one.entered[1:, images].sum() for one in (trial, full))
+                return bool(1 - next(later) / max(next(later), 1) >= rate)
 
-    def _with_guarantee(self, risk: float, delta: float) -> Levels:
-        """Pareto testing: one half proposes settings from safe to risky, the other tests them.
-
-        Settings are tested with their score calibration, since scores decide what is found.
-        """
-        tried, full = self.search.tried, self.search.full
-        keys = [full, *(key for key in tried if key != full)]
-        risks = np.array([tried[key].lost.mean() for key in keys])
-        front = [keys[i] for i in pareto_front(risks, [tried[key].work for key in keys])]
-        sequence = [full, *(key for key in front if key != full)]
-        settings = (self.with_scores(self.search.setting(levels)) for levels in sequence)
-        losses = (self.others.replay(self.policy(setting)).lost for setting in settings)
-        return sequence[fixed_sequence(losses, risk, delta)]
+            choice = sequence.reaching(skipped)
+            limit = f"--exit-rate {rate}: the most that a setting skips is"
+            told = f"{max(t.exit_rate(full) for t in trials):.3f} of the later stages' regions"
+        if choice is None:
+            raise ConfigError(f"{limit} {told}. Give another target.")
+        return choice
 
 
 def split_images(
@@ -258,7 +289,7 @@ def split_images(
     order = np.random.default_rng(seed).permutation(len(image_ids)).tolist()
     middle = (len(order) + 1) // 2
     halves = sorted(order[:middle]), sorted(order[middle:])
-    for half, purpose in zip(halves, ("choose exits on", "judge them by"), strict=True):
+    for half, purpose in zip(halves, ("search on", "judge exits by"), strict=True):
         if not any(len(matcher.objects_of(image_ids[index])[1]) for index in half):
             raise DatasetError(
                 f"None of the {len(half)} images to {purpose} has an object. Use more images with "

@@ -57,7 +57,6 @@ def front_point(
     latency: LatencyModel,
     *,
     chosen: bool,
-    milliseconds: float | None = None,
     metric: str = "AP",
     has_masks: bool = False,
 ) -> FrontPoint:
@@ -69,7 +68,6 @@ def front_point(
         full: of the full cascade on the same images.
         latency: predicts milliseconds.
         chosen: whether it is the setting chosen for the target.
-        milliseconds: per image, measured.
         metric: the AP: ``AP`` or ``segm/AP``.
         has_masks: whether the cascade has masks.
     """
@@ -81,7 +79,6 @@ def front_point(
         drop=full.metrics[metric] - ap,
         work=trial.work,
         region_shares=tuple(shares.tolist()),
-        milliseconds=milliseconds,
         predicted=latency.per_image(trial.entered, trial.masks),
         chosen=chosen,
         masks=float(trial.masks.mean()) if has_masks else None,
@@ -96,20 +93,21 @@ def spread_out(front: Sequence[FrontPoint], most: int) -> list[FrontPoint]:
     return [by_work[rank] for rank in ranks]
 
 
-def choose_points(front: Sequence[FrontPoint]) -> dict[str, FrontPoint]:
-    """Three settings of a front, which has at least one point: quality, balanced and fast, by name.
+def choose_points(front: Sequence[FrontPoint], quality: int, fast: int) -> dict[str, FrontPoint]:
+    """Three points of a front: quality, balanced and fast, by name.
 
-    Quality is the least work at a drop of AP of at most 0.1 percent points, or the smallest drop
-    if none is that small. Fast is the least work at a drop of at most 1.0, or quality if there is
-    none. Balanced is the knee between them: the point farthest above the straight line from
-    quality to fast, over the logarithm of work, or quality if none is above it.
+    Balanced is the knee between the others: the point farthest above the straight line from quality
+    to fast, over the logarithm of work, or quality if none is above it.
+
+    Args:
+        front: by falling work.
+        quality: index of the point that loses at most ``QUALITY_DROP``.
+        fast: the same for ``FAST_DROP``; not before ``quality``.
     """
-    most_accurate = min(front, key=lambda point: (point.drop, point.work))
-    quality = _cheapest(front, QUALITY_DROP) or most_accurate
-    fast = _cheapest(front, FAST_DROP) or quality
-    between = [quality, *(p for p in front if fast.work < p.work < quality.work)]
-    balanced = max(between, key=lambda point: _above_chord(point, quality, fast))
-    return {"quality": quality, "balanced": balanced, "fast": fast}
+    first, last = front[quality], front[fast]
+    between = [first, *(p for p in front[quality:fast] if last.work < p.work < first.work)]
+    balanced = max(between, key=lambda point: _above_chord(point, first, last))
+    return {"quality": first, "balanced": balanced, "fast": last}
 
 
 def write_front(front: Sequence[FrontPoint], path: str | os.PathLike[str]) -> None:
@@ -182,11 +180,6 @@ def _columns(point: FrontPoint) -> dict[str, Any]:
         "chosen": int(point.chosen),
         "setting": json.dumps(point.setting),
     }
-
-
-def _cheapest(front: Sequence[FrontPoint], most_drop: float) -> FrontPoint | None:
-    good = [point for point in front if point.drop <= most_drop]
-    return min(good, key=lambda point: (point.work, point.drop), default=None)
 
 
 def _above_chord(point: FrontPoint, quality: FrontPoint, fast: FrontPoint) -> float:

@@ -1,6 +1,6 @@
 """A plot of the Pareto front over work and over milliseconds.
 
-AP is shown as its change from the full cascade on the same images, so that points of both halves of
+AP is shown as its change from the full cascade on the same images, so that points of two halves of
 the images share one axis. All milliseconds were measured in one run.
 """
 
@@ -20,8 +20,8 @@ from cascade_det.files import atomic_path
 
 _Cost = Callable[["FrontPoint | ComparedExits"], float]
 _TINY = 1e-6  # Of work, on a logarithmic axis.
-# Everything else is measured on the other half.
-_TRIED = "all trials, on the search half"
+# Everything else is measured on the images that judge: after a free search the other half.
+_TRIED = "all trials"
 _BLUE, _RED = "#1b5e8c", "#c0392b"
 
 
@@ -49,7 +49,7 @@ def plot_front(
     profiles: Mapping[str, FrontPoint],
     tried: Sequence[FrontPoint],
     compared: Sequence[ComparedExits],
-    chosen: Sequence[str],
+    chosen: str,
     metric: str = "AP",
 ) -> None:
     """Draw a front as a PNG: over the work and, if any were measured, over the milliseconds.
@@ -58,9 +58,9 @@ def plot_front(
         front: at least one point.
         path: the PNG; its folder is made where it is missing, an old file is replaced.
         profiles: points to mark and label, by name.
-        tried: all points of the search, on the search half of the images.
+        tried: all points of the search, on the images that it used.
         compared: see ``compare``; one kind of mark for each kind of exits.
-        chosen: names of ``compared`` that get an error bar.
+        chosen: the name of ``compared`` that gets an error bar.
         metric: the AP.
     """
     panels: list[tuple[str, _Cost]] = [("work of the heads (% of the full cascade)", _percent)]
@@ -117,7 +117,7 @@ def _draw_compared(
     axes: Axes,
     cost: _Cost,
     compared: Sequence[ComparedExits],
-    chosen: Sequence[str],
+    chosen: str,
     metric: str,
 ) -> None:
     labelled = set()
@@ -129,13 +129,12 @@ def _draw_compared(
         if row.name == FULL:
             axes.plot(*at, "*", color="k", ms=11, zorder=4)
             _annotate(axes, FULL, at, color="k")
-        elif row.name in chosen:
+        elif row.name == chosen:
             axes.errorbar(
                 *at,
                 [[max(change.value - change.low, 0.0)], [max(change.high - change.value, 0.0)]],
                 fmt="o",
                 color=_RED,
-                mfc=_RED if row.name == chosen[0] else "w",
                 ms=8,
                 capsize=4,
                 zorder=5,

@@ -59,7 +59,7 @@ def without_costly_gates(
     """Settings with ``GATES_OFF``, where gates take longer than they save; logs each gate.
 
     Args:
-        calibrator: has the recording on whose search half savings are replayed.
+        calibrator: has the recording on which savings are replayed.
         settings: keys of ``MODEL.CASCADE.EXIT``, by a name for the log.
         detector: that was recorded, with its device.
         batches: to measure gates on, of equal size.

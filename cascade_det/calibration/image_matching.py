@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -230,6 +230,29 @@ def join_images(matched: Iterable[MatchedDetections]) -> MatchedDetections:
         ignored=joined("ignored", axis=1),
         objects=joined("objects"),
     )
+
+
+def mix_images(
+    versions: Sequence[MatchedDetections], which: npt.NDArray[np.int64]
+) -> MatchedDetections:
+    """Take each image from one of several detectors.
+
+    Args:
+        versions: matched detections of the same I images.
+        which: ``[I]``, the index into ``versions`` for each image.
+    """
+    kept = [which[one.images] == index for index, one in enumerate(versions)]
+    by_image = np.argsort(
+        np.concatenate([one.images[k] for one, k in zip(versions, kept, strict=True)]),
+        kind="stable",
+    )
+
+    def mixed(name: str) -> Any:
+        columns = [getattr(one, name)[..., k] for one, k in zip(versions, kept, strict=True)]
+        return np.concatenate(columns, axis=-1)[..., by_image]
+
+    of_detections = ("images", "classes", "scores", "exit_stages", "hits", "ignored")
+    return replace(versions[0], **{name: mixed(name) for name in of_detections})
 
 
 def _objects(annotations: Iterable[Mapping[str, Any]], category_ids: Sequence[int]) -> _Objects:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cascade_det.calibration.assessment import CHOSEN, REJECTED
+from cascade_det.calibration.assessment import CHOSEN
 from cascade_det.calibration.comparison import FULL
 from cascade_det.calibration.front_plot import KINDS
 from cascade_det.calibration.page_result import Row, as_float, result_section
@@ -105,9 +105,9 @@ def _of_detector(rows: Sequence[Row], folder: Path) -> Iterator[Section]:
         _front_chart(front, rows, change, "ms/image (measured)", "ms/image", 1),
     ]
     text = (
-        "The front are the best of all settings that were tried, each measured again on the other "
-        f"half. Change of {metric} against the full cascade; the bar is a 95 % interval of the "
-        "paired bootstrap over images."
+        "The front are the settings to choose from, from safe to risky, on the images that judge. "
+        f"Change of {metric} against the full cascade; the bar is a 95 % interval of the paired "
+        "bootstrap over images, in which every resample chooses again."
     )
     yield Section("front", "Front and competitors", [text, Plots([c for c in charts if c])])
     cells = [_compared(row, change, metric) for row in rows]
@@ -143,19 +143,16 @@ def _front_chart(
     for row in rows:
         name = row["exits"]
         label = next(label for start, label, *_ in KINDS if name.startswith(start))
-        label = name if name in (CHOSEN, REJECTED, FULL) else label
+        label = name if name in (CHOSEN, FULL) else label
         at = scale * as_float(row[cost]), as_float(row[change])
         by_kind.setdefault(label, []).append((*at, name))
     for label, found in by_kind.items():
         places = [(x, y) for x, y, _ in found]
         names = [name for *_, name in found]
-        if label in (CHOSEN, REJECTED):
+        if label == CHOSEN:
             row = next(row for row in rows if row["exits"] == label)
             errors = [(as_float(row[f"{change} low"]), as_float(row[f"{change} high"]))]
-            hollow = label == REJECTED
-            lines.append(
-                Line(label, places, "red", dots="only", texts=names, errors=errors, hollow=hollow)
-            )
+            lines.append(Line(label, places, "red", dots="only", texts=names, errors=errors))
         else:
             color = _COLORS.get(label, "purple")
             # Hollow, so that a point of the front below can be seen.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from cascade_det.calibration.assessment import CHOSEN, REJECTED
+from cascade_det.calibration.assessment import CHOSEN
 from cascade_det.report.pages.page import Grid, Preformatted, Section, number
 
 _SHARES = frozenset(
@@ -21,7 +21,7 @@ Row = Mapping[str, str]
 
 
 def result_section(record: Mapping[str, Any], rows: Sequence[Row], exits_yaml: str) -> Section:
-    """The target, whether the other half of the images keeps it, and what to expect.
+    """The target, whether images that had no part in the choice keep it, and what to expect.
 
     Args:
         record: the content of ``calibration.json``.
@@ -29,19 +29,9 @@ def result_section(record: Mapping[str, Any], rows: Sequence[Row], exits_yaml: s
         exits_yaml: the content of ``exits.yaml``.
     """
     section = Section("result", "Target and result")
-    images, expected = record["images"], record["expected"]
-    section.blocks += [
-        f"Target: {_target(record['target'])}.",
-        f"{record['trials']:,} settings were tried on {images['chosen_on']:,} images. All numbers "
-        f"below are of the other {images['reported_on']:,}, which chose nothing, unless they say "
-        "otherwise.",
-    ]
-    if any(REJECTED in (row.get("exits"), row.get("decoder")) for row in rows):
-        section.blocks.append(
-            "The setting that was chosen first breaks its promise on the other half: it is the row "
-            "'rejected', and exits.yaml has no exits."
-        )
-    elif not record["setting"]:
+    expected = record["expected"]
+    section.blocks += [f"Target: {_target(record['target'])}.", _method(record)]
+    if not record["setting"]:
         section.blocks.append("No setting reaches the target: exits.yaml has no exits.")
     else:
         section.blocks.append(_verdict(record["target"], expected, rows))
@@ -72,6 +62,20 @@ def _target(target: Mapping[str, Any]) -> str:
     )
 
 
+def _method(record: Mapping[str, Any]) -> str:
+    chosen_on, reported_on = (record["images"][key] for key in ("chosen_on", "reported_on"))
+    if record.get("search") == "path":
+        return (
+            f"All {chosen_on:,} images choose one of {record['trials']:,} settings on a path from "
+            "safe to risky exits. Changes of AP are cross-fitted: each fifth of the images has the "
+            "setting that the others choose."
+        )
+    return (
+        f"{record['trials']:,} settings were tried on {chosen_on:,} images. All numbers below are "
+        f"of the other {reported_on:,}, unless they say otherwise."
+    )
+
+
 def _verdict(target: Mapping[str, Any], expected: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """Whether the images that chose nothing agree with the target."""
     if "max_ap_drop" in target:
@@ -90,7 +94,7 @@ def _verdict(target: Mapping[str, Any], expected: Mapping[str, Any], rows: Seque
     else:
         lost = expected.get("right pixels lost", expected.get("lost_true_positives"))
         kept, found = lost <= target["risk"], f"{100 * lost:.2f} % is lost"
-    return f"On the other half of the images {found}: the target is {'kept' if kept else 'missed'}."
+    return f"On the images that judge, {found}: the target is {'kept' if kept else 'missed'}."
 
 
 def _expected(expected: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -17,7 +17,7 @@ def kept_profiles(
     """Check the point of each name in ``PROMISES``.
 
     Args:
-        points: by name, on the held-out images.
+        points: by name, on the images that judge.
         chosen: the setting chosen for the target, which has its own file.
 
     Returns:
@@ -35,8 +35,7 @@ def kept_profiles(
             left_out[name] = f"it is the same as {twin}.yaml"
         elif point.drop > most:
             left_out[name] = (
-                f"on the held-out images it loses {point.drop:.2f} points of {point.metric}, "
-                f"not at most {most:g}"
+                f"it loses {point.drop:.2f} points of {point.metric}, not at most {most:g}"
             )
         else:
             profiles[name] = point

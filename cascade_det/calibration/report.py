@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cascade_det.calibration.assessment import CHOSEN, REJECTED, Assessment
+from cascade_det.calibration.assessment import CHOSEN, Assessment
 from cascade_det.calibration.calibrator import Calibration
 from cascade_det.calibration.comparison import ComparedExits, format_comparison, write_comparison
 from cascade_det.calibration.exits_yaml import write_exits
@@ -52,15 +52,16 @@ def write_report(
     """
     calibrator, calibration = assessment.calibrator, assessment.calibration
     expected = assessment.expected()
-    tried, front = assessment.front()
+    front = assessment.front()
     named = assessment.profiles(front)
-    drawn = [*named.values(), *spread_out(front, MOST_MEASURED)]
-    milliseconds, of_masks = assessment.milliseconds(drawn)
+    drawn = spread_out(front, MOST_MEASURED)
+    measured = [*named.values(), *(point.setting for point in drawn)]
+    milliseconds, of_masks = assessment.milliseconds(measured)
     rows = assessment.comparison(milliseconds, of_masks)
-    logger.info("On the other half of the images:\n\n%s\n", format_comparison(rows))
-    on_others = {name: assessment.on_others(point, milliseconds) for name, point in named.items()}
-    again = [assessment.on_others(point, milliseconds) for point in front]
-    profiles, left_out = kept_profiles(on_others, calibration.setting)
+    logger.info("On the images that judge:\n\n%s\n", format_comparison(rows))
+    points = {name: assessment.judged(setting, milliseconds) for name, setting in named.items()}
+    again = [assessment.judged(point.setting, milliseconds) for point in front]
+    profiles, left_out = kept_profiles(points, calibration.setting)
     device = "" if target.latency_ms is None else assessment.latency.device_name
     settings = {name: point.setting for name, point in profiles.items()}
     for name, setting in {"exits": calibration.setting, **settings}.items():
@@ -83,10 +84,9 @@ def write_report(
         again,
         output_dir / "front.png",
         profiles=profiles,
-        tried=tried,
-        # Where a setting was rejected, the chosen one is the full cascade.
-        compared=[r for r in rows if calibration.rejected is None or r.name != CHOSEN],
-        chosen=(CHOSEN, REJECTED),
+        tried=assessment.tried(),
+        compared=rows,
+        chosen=CHOSEN,
         metric=calibrator.metric,
     )
     _warn(calibration, target, rows)
@@ -102,6 +102,7 @@ def write_report(
             "reported_on": len(calibrator.others.recording.image_ids),
         },
         "profiles": {"written": [*profiles], "left_out": left_out},
+        "search": "path" if calibrator.trials is calibrator.others else "free",
         "trials": len(calibrator.search.tried),
         "latency_model": asdict(assessment.latency),
         "machine": describe_machine(next(detector.parameters()).device, detector.dtype),
@@ -115,24 +116,26 @@ def write_report(
 
 def _warn(calibration: Calibration, target: Target, rows: Sequence[ComparedExits]) -> None:
     """Warn where the result misses the target."""
-    if calibration.rejected is not None:
-        change = calibration.rejected.differences[calibration.metric]
+    change = calibration.differences[calibration.metric]
+    if target.max_ap_drop is not None and calibration.drop > target.max_ap_drop:
         logger.warning(
-            "On the held-out images, the setting loses %.2f points of %s "
-            "(95 %%: %.2f to %.2f), not at most %g: exits.yaml has no exits. Calibrate on more "
-            "images, or allow a larger drop.",
+            "On images that had no part in the choice, what is chosen loses %.2f points of %s "
+            "(95 %%: %.2f to %.2f), not at most %g: calibrate on more images",
             -change.value,
             calibration.metric,
             -change.high,
             -change.low,
             target.max_ap_drop,
         )
-    elif not calibration.setting:
-        logger.warning("No setting that was tried reaches the target: exits.yaml has no exits")
+    if not calibration.setting and (target.max_ap_drop, target.risk) != (None, None):
+        logger.warning(
+            "No setting is sure to reach the target: exits.yaml has no exits. Calibrate on more "
+            "images, or ask for less."
+        )
     rate = calibration.reported.exit_rate(calibration.full)
     if target.exit_rate is not None and rate < target.exit_rate:
         logger.warning(
-            "On the held-out images, the setting skips %.4f of the later "
+            "On the images that judge, the setting skips %.4f of the later "
             "stages' regions, not %g. Ask for more.",
             rate,
             target.exit_rate,

@@ -3,8 +3,8 @@
 The risk of a setting is the expected loss of an image, a number in [0, 1]; average precision is
 not a mean over images, so it has no guarantee. The guarantee holds for images that are exchangeable
 with the calibration images, and for settings (their thresholds, order and learned parts) that were
-fixed without these images: Pareto testing (arXiv 2210.07913) finds settings and their order on one
-half of the images, and tests them on the other half by Learn then Test (2110.01052).
+fixed without these images and are tested by Learn then Test (2110.01052): one path, or by Pareto
+testing (2210.07913) the best settings of a search on other images.
 """
 
 from __future__ import annotations

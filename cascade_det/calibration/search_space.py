@@ -80,6 +80,68 @@ def exit_parameters(
     return parameters
 
 
+# From safe to risky: background after each stage, redundancy, regions in stage 0, 1 and later; and
+# the typical drop of AP, in percent points: see docs/exits.md for the command and the data.
+_PATH: tuple[tuple[float, float, int, int, int, float], ...] = (
+    (0.01, 2.0, 0, 0, 0, 0.002),
+    (0.02, 2.0, 0, 0, 0, 0.014),
+    (0.03, 2.0, 0, 0, 0, 0.014),
+    (0.03, 0.99, 0, 0, 0, 0.014),
+    (0.03, 0.98, 0, 0, 0, 0.014),
+    (0.03, 0.97, 0, 0, 0, 0.015),
+    (0.04, 0.96, 0, 0, 0, 0.016),
+    (0.05, 0.95, 0, 0, 0, 0.03),
+    (0.05, 0.95, 0, 200, 150, 0.05),
+    (0.05, 0.94, 0, 150, 120, 0.065),
+    (0.05, 0.93, 0, 120, 100, 0.08),
+    (0.05, 0.92, 0, 100, 80, 0.105),
+    (0.05, 0.91, 0, 80, 70, 0.11),
+    (0.05, 0.90, 300, 70, 50, 0.11),
+    (0.06, 0.88, 250, 65, 45, 0.165),
+    (0.07, 0.86, 200, 60, 42, 0.25),
+    (0.08, 0.83, 170, 55, 38, 0.33),
+    (0.10, 0.80, 150, 50, 35, 0.46),
+    (0.12, 0.75, 120, 45, 32, 0.82),
+    (0.12, 0.70, 100, 40, 28, 0.93),
+    (0.15, 0.65, 70, 30, 20, 1.3),
+    (0.20, 0.60, 45, 18, 10, 1.8),
+    (0.30, 0.50, 20, 6, 3, 5.3),
+)
+
+
+def exit_path(*, num_stages: int, proposals_per_image: int) -> tuple[list[Setting], list[float]]:
+    """The settings of ``_PATH``, from the full cascade on, each once, and their typical drops.
+
+    Args:
+        num_stages: S.
+        proposals_per_image: the largest number in an image; only smaller budgets are set.
+
+    Returns:
+        The settings, and for each the percent points of AP that it loses on other data.
+    """
+    path: list[Setting] = [{}]
+    drops = [0.0]
+    for prune, redundancy, first, second, later, drop in _PATH:
+        setting: Setting = {}
+        if num_stages > 1:
+            setting["PRUNE_THRESHOLDS"] = (prune,) * (num_stages - 1)
+        if redundancy <= 1:
+            setting["REDUNDANCY_IOU"] = redundancy
+        budgets = (first, second, *[later] * num_stages)[:num_stages]
+        limits = tuple(n if n < proposals_per_image else 0 for n in budgets)
+        if any(limits):
+            setting["REGION_BUDGET"] = limits
+        if setting != path[-1]:
+            path.append(setting)
+            drops.append(drop)
+    return path, drops
+
+
+def default_exits(num_stages: int) -> Setting:
+    """The exits of ``ENABLED`` alone, for S stages."""
+    return {"PRUNE_THRESHOLDS": (0.02,) * (num_stages - 1), "REDUNDANCY_IOU": 0.9}
+
+
 def usual_settings(num_stages: int, learned: Sequence[str]) -> dict[str, Setting]:
     """Each exit rule alone, at a usual value.
 
@@ -96,7 +158,7 @@ def usual_settings(num_stages: int, learned: Sequence[str]) -> dict[str, Setting
         "prune 0.5 below 50th": {"PRUNE_MARGINS": (1.0, *(0.5,) * gates), "PRUNE_BEST": 50},
         "redundant at 0.9": {"REDUNDANCY_IOU": 0.9},
         "redundant at 0.8": {"REDUNDANCY_IOU": 0.8},
-        "prune and redundant": {"PRUNE_THRESHOLDS": (0.02,) * gates, "REDUNDANCY_IOU": 0.9},
+        "prune and redundant": default_exits(num_stages),
         "accept max_prob 0.9": {"THRESHOLDS": (0.9,) * gates},
         "accept max_prob, box done": {"THRESHOLDS": (0.9,) * gates, **accepted},
     }

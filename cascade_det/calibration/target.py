@@ -71,27 +71,29 @@ class Target:
                 "MODEL.MASK_ON to True for a model that was trained with masks, or leave them out"
             )
 
-    def check_images(self, num_images: int, unit: str = "images") -> None:
-        """Check that there are enough images, half of which judge the setting.
+    def check_images(self, num_images: int, unit: str = "images", *, halves: bool = False) -> None:
+        """Check that there are enough images.
 
         Args:
             num_images: their number, or that of their volumes, which are independent.
             unit: what is counted.
+            halves: whether one half of them chooses settings, and only the other half tests them.
 
         Raises:
             SampleTooSmallError: there are too few.
         """
         if num_images < MIN_IMAGES:
             raise SampleTooSmallError(
-                f"Exits are chosen on one half of the {unit} and judged on the other: {num_images} "
-                f"are too few. Use {MIN_IMAGES} or more, better some hundreds."
+                f"Exits that some {unit} choose are judged by others: {num_images} are too few. "
+                f"Use {MIN_IMAGES} or more, better some hundreds."
             )
         least = 0 if self.risk is None else smallest_sample(self.risk, self.delta)
-        if num_images // 2 < least:
+        if num_images // (1 + halves) < least:
+            to_choose = f" and as many to choose it, {2 * least} in all" if halves else ""
             raise SampleTooSmallError(
                 f"--risk {self.risk} --delta {self.delta}: at least {least} {unit} are needed to "
-                f"test a setting and as many to choose it, {2 * least} in all, but there are "
-                f"{num_images}. Add {unit}, or raise --risk or --delta."
+                f"test a setting{to_choose}, but there are {num_images}. Add {unit}, or raise "
+                "--risk or --delta."
             )
 
 
@@ -109,9 +111,9 @@ class Options:
 
     Attributes:
         images: limit of images to record.
-        trials: limit of settings to try.
+        trials: limit of settings that a free search tries.
         score: lowest score of a detection that can be lost, 0 to 1.
-        seed: of the split into halves.
+        seed: of the split into folds or halves.
         timed_batches: batches to measure milliseconds on.
         rounds: how often each batch is run with each policy.
 

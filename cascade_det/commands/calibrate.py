@@ -8,9 +8,10 @@ cascade-det calibrate --config-file ... --output ... --risk 0.02 --delta 0.1
 With masks: --max-ap-drop 0.1 --metric segm/AP, or --risk 0.02 --loss masks
 Segmenters: --max-drop 0.5 [--metric sem_seg/Dice], or any other target
 
-Records one run of the full cascade over DATASETS.TEST and tries settings on the record. One half
-of the images chooses; all reported metrics come from the other half. Use images that neither the
-detector nor its gates were trained on, or the results promise too much.
+Records one run of the full cascade over DATASETS.TEST and tries one path of settings on the record,
+from safe to risky. Changes of AP are cross-fitted: of images that had no part in the choice. With
+many images, a free search tries settings on one half of them, and the other half judges. Use images
+that neither the detector nor its gates were trained on, or the results promise too much.
 
 --output gets exits.yaml, to use on top of the configuration (--config-file cells.yaml
 --config-file output/exits/exits.yaml); quality.yaml, balanced.yaml and fast.yaml, three more
@@ -99,9 +100,12 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
         "--images", type=int, default=2000, help="most images to record (%(default)s)"
     )
     parser.add_argument(
-        "--trials", type=int, default=1000, help="most settings to try (%(default)s)"
+        "--trials",
+        type=int,
+        default=1000,
+        help="most settings that a free search tries (%(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the split in halves (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of folds and halves (%(default)s)")
     return parser.parse_args(argv)
 
 

@@ -1,7 +1,8 @@
 """From a target to a setting: on which images, by which rule, with which promise."""
 
 import dataclasses
-from types import SimpleNamespace
+import itertools
+import json
 
 import numpy as np
 import pytest
@@ -9,20 +10,14 @@ import torch
 from random_records import CROP_CHANNELS, HIDDEN, make_parts
 from recorded_trials import make_calibrator, make_trials
 
-from cascade_det.calibration.bootstrap import paired_bootstrap
-from cascade_det.calibration.calibrator import (
-    Calibrator,
-    build_policy,
-    split_images,
-)
+from cascade_det.calibration.calibrator import build_policy, split_images
 from cascade_det.calibration.image_matching import ImageMatcher
 from cascade_det.calibration.latency_model import LatencyModel
-from cascade_det.calibration.risk_control import (
-    hoeffding_bentkus_p_value,
-)
-from cascade_det.calibration.search import Search
+from cascade_det.calibration.risk_control import fixed_sequence, hoeffding_bentkus_p_value
+from cascade_det.calibration.search import loss_of
+from cascade_det.calibration.search_space import exit_path
 from cascade_det.calibration.target import Target
-from cascade_det.calibration.trials import Recording, TrialSummary
+from cascade_det.calibration.trials import Recording
 from cascade_det.config import get_cfg
 from cascade_det.errors import ConfigError, DatasetError
 
@@ -38,7 +33,16 @@ def recorded():
 
 @pytest.fixture(scope="module")
 def calibrator(recorded):
-    return make_calibrator(*recorded)
+    """With the path."""
+    made = make_calibrator(*recorded)
+    made.try_path()
+    return made
+
+
+@pytest.fixture(scope="module")
+def searched(recorded):
+    """After a free search."""
+    return make_calibrator(*recorded, tries=60)
 
 
 class TestHalves:
@@ -53,11 +57,12 @@ class TestHalves:
         assert split_images(ids, recorded[1], 0) == (choosing, reporting)
         assert {str(split_images(ids, recorded[1], seed)) for seed in range(5)} != {str(choosing)}
 
-    def test_they_are_those_of_the_trials(self, recorded, calibrator):
+    def test_a_free_search_has_one_and_is_judged_by_the_other(self, recorded, searched):
         ids = np.array(recorded[0].image_ids)
         choosing, reporting = split_images(recorded[0].image_ids, recorded[1], 0)
-        assert calibrator.trials.recording.image_ids == ids[choosing].tolist()
-        assert calibrator.others.recording.image_ids == ids[reporting].tolist()
+        assert searched.trials.recording.image_ids == ids[choosing].tolist()
+        assert searched.others.recording.image_ids == ids[reporting].tolist()
+        assert searched.sequence.trials is searched.others
 
     def test_one_without_an_object(self):
         ids = [1, 2, 3, 4]
@@ -67,92 +72,114 @@ class TestHalves:
             "categories": [{"id": 1, "name": "thing"}],
             "annotations": [box, {**box, "image_id": 4, "iscrowd": 1}],
         }
-        with pytest.raises(DatasetError, match=r"None of the 2 images to (choose|judge).*--seed"):
+        with pytest.raises(DatasetError, match=r"None of the 2 images to (search|judge).*--seed"):
             split_images(ids, ImageMatcher(content, [1]), 0)
 
 
-class TestChoice:
-    def test_the_same_seed_finds_the_same(self, recorded, calibrator):
-        again = make_calibrator(*recorded)
-        assert list(again.search.tried) == list(calibrator.search.tried)
-        target = Target(exit_rate=0.4)
-        assert again.calibrate(target).setting == calibrator.calibrate(target).setting
-        other = make_calibrator(*recorded, seed=1)
-        assert other.trials.recording.image_ids != calibrator.trials.recording.image_ids
+class TestPath:
+    def test_all_images_judge_it(self, recorded, calibrator):
+        assert calibrator.others.recording.image_ids == recorded[0].image_ids
+        assert calibrator.sequence.settings[0] == calibrator.plain[0] == {}
+        tried = [calibrator.search.setting(levels) for levels in calibrator.search.tried]
+        assert tried == calibrator.sequence.settings
 
-    @pytest.mark.parametrize(
-        "target", [{"max_ap_drop": 5.0}, {"latency_ms": 11.0}, {"exit_rate": 0.5}]
-    )
-    def test_the_other_half_has_no_say(self, recorded, calibrator, target):
+    @pytest.mark.parametrize("num_stages", [2, 3, 4])
+    def test_it_leads_from_safe_to_risky(self, num_stages):
+        path, drops = exit_path(num_stages=num_stages, proposals_per_image=300)
+        assert path[0] == {}
+        assert drops[0] == 0
+        assert drops == sorted(drops)
+        assert len(drops) == len(path)
+        for before, after in itertools.pairwise(path[1:]):
+            assert after["PRUNE_THRESHOLDS"] >= before["PRUNE_THRESHOLDS"]
+            assert after.get("REDUNDANCY_IOU", 2) <= before.get("REDUNDANCY_IOU", 2)
+            budgets = [
+                [n or 10**6 for n in one.get("REGION_BUDGET", (0,) * num_stages)]
+                for one in (before, after)
+            ]
+            assert all(map(int.__ge__, *budgets))
+            assert after != before
+        for setting in path:
+            policy = build_policy(_cfg(num_stages), setting, None)
+            assert policy.num_stages == num_stages
+
+    def test_a_budget_that_no_image_reaches_is_none(self):
+        few, _ = exit_path(num_stages=3, proposals_per_image=35)
+        limits = {n for setting in few for n in setting.get("REGION_BUDGET", ())}
+        assert limits <= {0, *range(35)}
+        assert [json.dumps(setting) for setting in few] == list(
+            dict.fromkeys(json.dumps(setting) for setting in few)
+        )
+
+
+class TestFreeSearch:
+    def test_the_same_seed_finds_the_same(self, recorded, searched):
+        again = make_calibrator(*recorded, tries=60)
+        assert list(again.search.tried) == list(searched.search.tried)
+        target = Target(exit_rate=0.4)
+        assert again.calibrate(target).setting == searched.calibrate(target).setting
+        other = make_calibrator(*recorded, seed=1, tries=1)
+        assert other.trials.recording.image_ids != searched.trials.recording.image_ids
+
+    def test_the_other_half_has_no_say_in_what_it_judges(self, recorded, searched):
         recording, matcher = recorded
         _, reporting = split_images(recording.image_ids, matcher, 0)
-        nonsense = make_calibrator(_nonsense(recording, reporting), matcher)
-        assert list(nonsense.search.tried) == list(calibrator.search.tried)
-        ours = calibrator.calibrate(Target(**target), LATENCY)
-        theirs = nonsense.calibrate(Target(**target), LATENCY)
-        # But for a veto where the drop is larger there.
-        ours, theirs = (found.rejected or found for found in (ours, theirs))
-        assert ours.setting
-        assert ours.setting == theirs.setting
-        assert ours.reported.metrics != theirs.reported.metrics
+        nonsense = make_calibrator(_nonsense(recording, reporting), matcher, tries=60)
+        assert list(nonsense.search.tried) == list(searched.search.tried)
+        assert nonsense.sequence.settings == searched.sequence.settings
 
-    def test_a_drop_that_the_other_half_does_not_have_is_no_promise(self, calibrator):
-        vetoed = []
-        for most in np.linspace(0, 40, 9):
-            found = calibrator.calibrate(Target(max_ap_drop=float(most)))
-            first = found.rejected or found
-            drop = found.full.metrics["AP"] - first.reported.metrics["AP"]
-            assert first.drop == pytest.approx(drop)
-            assert (found.rejected is not None) == (drop > most)
-            if found.rejected is not None:
-                assert (found.setting, found.plain, found.drop) == ({}, {}, 0)
-                assert found.reported.work == 1
-                vetoed.append(first.setting)
-        # Both happen on these images.
-        assert 0 < len(vetoed) < 9
-        assert all(vetoed)
+    def test_it_judges_what_nothing_beats(self, searched):
+        search = searched.search
+        full = search.tried[search.full]
+        found = {
+            str(search.setting(levels)): (loss_of(trial, full), trial.work)
+            for levels, trial in search.tried.items()
+        }
+        judged = [found[str(setting)] for setting in searched.plain[1:]]
+        assert searched.plain[0] == {}
+        assert len(judged) > 3
+        assert judged == sorted(judged)
+        others = [outcome for name, outcome in found.items() if name != "{}"]
+        for loss, work in judged:
+            assert not any((a <= loss and b < work) or (a < loss and b <= work) for a, b in others)
 
-    def test_it_is_reported_on_the_other_half(self, calibrator):
-        found = calibrator.calibrate(Target(exit_rate=0.4))
-        wanted = calibrator.others.replay(calibrator.policy(found.setting))
+
+class TestChoice:
+    @pytest.fixture(params=["calibrator", "searched"])
+    def either(self, request):
+        return request.getfixturevalue(request.param)
+
+    def test_it_is_measured_on_the_images_that_judge(self, either):
+        found = either.calibrate(Target(exit_rate=0.4))
+        wanted = either.others.replay(either.policy(found.setting))
         assert found.reported.metrics == wanted.metrics
-        assert found.full is calibrator.others.full
-        change = wanted.metrics["AP"] - found.full.metrics["AP"]
-        assert found.differences["AP"].value == pytest.approx(change)
+        assert found.full is either.others.full
+        assert found.differences.keys() == wanted.metrics.keys()
 
     @pytest.mark.parametrize("most", [0.0, 10.0, 40.0])
-    def test_the_least_work_within_a_drop_that_is_sure(self, calibrator, most):
-        def is_good(levels):
-            policy = calibrator.policy(calibrator.search.setting(levels))
-            full, trial = calibrator.trials.full, calibrator.trials.replay(policy)
-            assert trial.work == calibrator.search.tried[levels].work
-            change = paired_bootstrap(full.matched, trial.matched, rounds=300)["AP"]
-            return change.value >= -most and change.deviation - change.value <= most
-
-        found = calibrator.calibrate(Target(max_ap_drop=most))
-        chosen = calibrator.trials.replay(calibrator.policy((found.rejected or found).plain))
-        good = [t.work for levels, t in calibrator.search.tried.items() if is_good(levels)]
-        assert chosen.work == min(good)
+    def test_the_riskiest_whose_drop_is_sure(self, either, most):
+        found = either.calibrate(Target(max_ap_drop=most))
+        place = either.sequence.within(most).place
+        assert found.setting == either.sequence.settings[place]
 
     @pytest.mark.parametrize(
         "target",
         [
-            *({"latency_ms": milliseconds} for milliseconds in (9.0, 11.0, 100.0)),
+            *({"latency_ms": milliseconds} for milliseconds in (12.0, 14.0, 100.0)),
             *({"exit_rate": rate} for rate in (0.0, 0.3, 0.6)),
         ],
     )
-    def test_the_highest_ap_that_reaches_the_target(self, calibrator, target):
+    def test_the_safest_that_reaches_the_target(self, either, target):
         def is_reached(trial):
             if "latency_ms" in target:
                 return LATENCY.per_image(trial.entered) <= target["latency_ms"]
-            skipped = 1 - trial.entered[1:].sum() / calibrator.trials.full.entered[1:].sum()
+            skipped = 1 - trial.entered[1:].sum() / either.others.full.entered[1:].sum()
             return skipped >= target["exit_rate"]
 
-        found = calibrator.calibrate(Target(**target), LATENCY)
-        chosen = calibrator.trials.replay(calibrator.policy(found.plain))
-        reached = [trial for trial in calibrator.search.tried.values() if is_reached(trial)]
-        assert is_reached(chosen)
-        assert chosen.metrics["AP"] == max(trial.metrics["AP"] for trial in reached)
+        found = either.calibrate(Target(**target), LATENCY)
+        trials = [either.others.replay(either.policy(s)) for s in either.sequence.settings]
+        first = next(place for place, trial in enumerate(trials) if is_reached(trial))
+        assert found.setting == either.sequence.settings[first]
 
     def test_what_no_setting_reaches(self, calibrator):
         with pytest.raises(ConfigError, match=r"--latency-ms 4\.0: the fastest setting takes \d"):
@@ -160,111 +187,50 @@ class TestChoice:
         with pytest.raises(ConfigError, match=r"--exit-rate 1\.0: the most that a setting skips"):
             calibrator.calibrate(Target(exit_rate=1.0))
 
-    def test_where_exits_only_hurt_nothing_leaves(self):
+    @pytest.mark.parametrize("tries", [0, 200])
+    def test_where_exits_only_hurt_nothing_leaves(self, tries):
         recording, matcher = _misleading()
-        calibrator = make_calibrator(recording, matcher, tries=200)
-        full = calibrator.trials.full
+        calibrator = make_calibrator(recording, matcher, tries=tries)
+        full = calibrator.others.full
         assert full.metrics["AP"] > 50
-        others = [trial for levels, trial in calibrator.search.tried.items() if any(levels)]
-        assert all(trial.metrics["AP"] < full.metrics["AP"] for trial in others)
         for target in ({"max_ap_drop": 0.0}, {"exit_rate": 0.0}, {"latency_ms": 1e6}):
             found = calibrator.calibrate(Target(**target), LATENCY)
             assert found.setting == found.plain == {}
             assert found.reported.work == 1
 
 
-def by_pareto_testing(risks, work, losses, risk, delta):
-    """The last setting of the front, by rising risk, before the first one that fails its test."""
-    front, cheapest = [], np.inf
-    for _, cost, index in sorted(zip(risks, work, range(len(work)), strict=True)):
-        if cost < cheapest:
-            front.append(index)
-            cheapest = cost
-    chosen = 0
-    for index in front:
-        if hoeffding_bentkus_p_value(losses[index], risk) > delta:
-            break
-        chosen = index
-    return chosen
-
-
 class TestGuarantee:
-    def test_it_is_pareto_testing_of_all_that_was_tried(self, calibrator):
-        keys = list(calibrator.search.tried)
-        settings = [calibrator.search.setting(key) for key in keys]
-        work = [calibrator.search.tried[key].work for key in keys]
-        risks = [calibrator.search.tried[key].lost.mean() for key in keys]
-        losses = [
-            calibrator.others.replay(calibrator.policy(calibrator.with_scores(setting))).lost
-            for setting in settings
-        ]
+    @pytest.mark.parametrize("name", ["calibrator", "searched"])
+    def test_it_is_a_fixed_sequence_of_tests(self, request, name):
+        calibrator = request.getfixturevalue(name)
+        settings = calibrator.sequence.settings
+        losses = [calibrator.others.replay(calibrator.policy(s)).lost for s in settings]
         chosen = []
-        for risk, delta in ((0.35, 0.2), (0.5, 0.3), (0.65, 0.4), (0.9, 0.4)):
-            wanted = by_pareto_testing(risks, work, losses, risk, delta)
+        for risk, delta in ((0.02, 0.8), (0.1, 0.4), (0.35, 0.2), (0.65, 0.4), (0.9, 0.4)):
+            passed = [hoeffding_bentkus_p_value(own, risk) <= delta for own in losses]
+            wanted = max(passed.index(False) - 1, 0) if False in passed else len(passed) - 1
             found = calibrator.calibrate(Target(risk=risk, delta=delta))
-            assert found.plain == settings[wanted]
-            assert found.setting == calibrator.with_scores(found.plain)
-            chosen.append(work[wanted])
+            assert found.setting == settings[wanted]
+            chosen.append(wanted)
         assert len(set(chosen)) > 1
-
-    def test_the_map_of_the_scores_is_tested_too(self, recorded, monkeypatch):
-        """Scores that become 0 lose everything: no setting with such a map may pass."""
-        calibrator = make_calibrator(*recorded, tries=8)
-        gone = {"SCORE_SCALES": (1.0, 1.0, 1.0), "SCORE_SHIFTS": (-20.0, -20.0, -20.0)}
-        monkeypatch.setattr(
-            calibrator, "with_scores", lambda setting: {**setting, **gone} if setting else setting
-        )
-        found = calibrator.calibrate(Target(risk=0.35, delta=0.2))
-        assert found.setting == {}
 
     def test_it_holds_at_its_rate(self):
         """Settings whose risk is known: of many calibrations few choose one that is too risky."""
         generator = np.random.default_rng(0)
         risks = np.array([0.0, 0.1, 0.18, 0.22, 0.3, 0.25])
-        work = [1.0, 0.6, 0.5, 0.4, 0.3, 0.35]
         too_risky, chosen = 0, []
         for _ in range(300):
-            losses = generator.uniform(size=(6, 80)) < risks[:, None]
-            simulated = _Simulated(losses * 1.0, work, range(40), range(40, 80))
-            chosen.append(simulated.calibrate(Target(risk=0.2, delta=0.2)))
+            losses = generator.uniform(size=(6, 40)) < risks[:, None]
+            chosen.append(fixed_sequence(losses * 1.0, 0.2, 0.2))
             too_risky += risks[chosen[-1]] > 0.2
         # 0.2 of 300 is 60, and 80 is three standard deviations more.
         assert too_risky <= 80
         assert set(chosen) >= {0, 1, 2}
-        assert too_risky > 0 or set(chosen) <= {0, 1, 2}
-
-
-class _Simulated(Calibrator):
-    """Settings whose losses are given; setting 0 is the full cascade."""
-
-    def __init__(self, losses, work, choosing, testing):
-        choosing, testing = list(choosing), list(testing)
-
-        def outcome(row, images):
-            empty, none = np.zeros((3, len(images)), np.int64), np.zeros(len(images), np.int64)
-            lost = losses[row][images]
-            return TrialSummary({"AP": 0.0}, empty, lost, lost, work[row], none)
-
-        parameters = {"row": [{"row": row} for row in range(len(work))]}
-        self.search = Search(parameters, lambda setting: outcome(setting["row"], choosing))
-        for row in range(len(work)):
-            self.search.trial([row])
-        self.others = SimpleNamespace(replay=lambda row: outcome(row, testing))
-
-    def policy(self, setting):
-        return setting["row"]
-
-    def with_scores(self, setting):
-        return setting
-
-    def calibrate(self, target):
-        (level,) = self._choose(target, None)
-        return level
 
 
 def test_learned_parts_are_copied_to_the_cpu_and_used(recorded):
     parts = make_parts(hidden=HIDDEN, crop_channels=CROP_CHANNELS).train()
-    calibrator = make_calibrator(*recorded, learned=parts, tries=0)
+    calibrator = make_calibrator(*recorded, learned=parts, tries=1)
     setting = {"PRUNER_THRESHOLDS": (0.0, 0.5, 0.5)}
     with pytest.raises(ValueError, match="pruner"):
         build_policy(calibrator.cfg, setting, None)
@@ -289,6 +255,14 @@ def test_a_policy_is_what_its_setting_says():
     assert policy.score_scales == (0.5, 1.0, 1.0)
     assert policy.time_budget is None
     assert list(cfg.MODEL.CASCADE.EXIT.REGION_BUDGET) == [10]
+
+
+def _cfg(num_stages):
+    cfg = get_cfg()
+    ious = tuple(0.4 + 0.1 * stage for stage in range(num_stages))
+    cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS = ious
+    cfg.MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS = ((10.0, 10.0, 5.0, 5.0),) * num_stages
+    return cfg
 
 
 def _nonsense(recording, images):

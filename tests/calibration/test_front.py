@@ -26,7 +26,7 @@ from cascade_det.core.exits import ExitPolicy
 from cascade_det.errors import CascadeDetError
 
 LATENCY = LatencyModel(5.0, (1.0, 1.0, 1.0), (0.1, 0.1, 0.1), "some CPU", 1, 99, 0.0)
-NOTHING_ELSE = {"profiles": {}, "tried": (), "compared": (), "chosen": ()}
+NOTHING_ELSE = {"profiles": {}, "tried": (), "compared": (), "chosen": ""}
 
 
 def point(work, drop, milliseconds=None, **setting):
@@ -42,14 +42,14 @@ def test_a_trial_as_a_point():
     trials = make_trials(num_proposals=(70, 55))
     trial = trials.replay(ExitPolicy(num_stages=3, prune_thresholds=(0.5, 0.6)))
     setting = {"PRUNE_THRESHOLDS": (0.5, 0.6)}
-    got = front_point(setting, trial, trials.full, LATENCY, chosen=True, milliseconds=12.5)
+    got = front_point(setting, trial, trials.full, LATENCY, chosen=True)
     entered = trial.entered.sum(axis=1)
     assert got.region_shares == pytest.approx(entered / 250)
     wanted_work = entered @ np.array(STAGE_FLOPS) / (250 * sum(STAGE_FLOPS))
     assert got.work == pytest.approx(wanted_work)
     assert got.ap == trial.metrics["AP"]
     assert got.drop == pytest.approx(trials.full.metrics["AP"] - got.ap)
-    assert (got.setting, got.milliseconds, got.chosen) == (setting, 12.5, True)
+    assert (got.setting, got.milliseconds, got.chosen) == (setting, None, True)
     assert got.predicted == LATENCY.per_image(trial.entered)
     full = front_point({}, trials.full, trials.full, LATENCY, chosen=False)
     assert full.region_shares == (1, 1, 1)
@@ -62,34 +62,18 @@ class TestChosenPoints:
         knee, below = point(1 / 16, 0.15), point(1 / 32, 0.7)
         fast, too_fast = point(1 / 64, 0.9), point(1 / 128, 1.2)
         front = [full, point(1 / 2, 0.02), quality, knee, below, fast, too_fast]
-        assert tuple(choose_points(front).values()) == (quality, knee, fast)
-        assert tuple(choose_points(front[::-1]).values()) == (quality, knee, fast)
+        assert tuple(choose_points(front, 2, 5).values()) == (quality, knee, fast)
         # Without the knee nothing is above the line.
         front.remove(knee)
-        assert choose_points(front[::-1])["balanced"] == quality
-
-    def test_limits_count(self):
-        front = [point(0.5, 0.1), point(0.4, 0.1001), point(0.3, 1.0), point(0.2, 1.0001)]
-        points = choose_points(front)
-        assert (points["quality"].drop, points["fast"].drop) == (0.1, 1.0)
-
-    def test_better_than_the_full_cascade(self):
-        front = [point(0.5, -0.3), point(0.2, -0.1)]
-        assert tuple(choose_points(front).values()) == (front[1],) * 3
-
-    def test_where_none_is_good_enough(self):
-        front = [point(0.9, 0.4), point(0.5, 3.0)]
-        assert tuple(choose_points(front).values()) == (front[0],) * 3
-        front = [point(0.9, 2.0), point(0.5, 3.0)]
-        assert tuple(choose_points(front).values()) == (front[0],) * 3
+        assert choose_points(front, 2, 4)["balanced"] == quality
 
     def test_no_work_at_all(self):
         front = [point(1.0, 0.0), point(0.0, 0.9)]
-        assert tuple(choose_points(front).values())[::2] == (front[0], front[1])
+        assert tuple(choose_points(front, 0, 1).values())[::2] == (front[0], front[1])
 
     def test_of_one(self):
         only = point(1.0, 0.0)
-        assert tuple(choose_points([only]).values()) == (only,) * 3
+        assert tuple(choose_points([only], 0, 0).values()) == (only,) * 3
 
 
 @pytest.mark.parametrize(("most", "works"), [(2, [0.1, 1.0]), (3, [0.1, 0.6, 1.0]), (9, None)])
@@ -200,16 +184,14 @@ class TestPlot:
             profiles={"fast": front[2]},
             tried=tried,
             compared=compared,
-            chosen=("wanted",),
+            chosen="wanted",
         )
         for axes, costs, seen in zip(drawn[0].axes, ((33, 2), (50, 35)), (4, 3), strict=True):
             lines = {line.get_label(): line for line in axes.get_lines()}
             assert lines["fewer stages or proposals"].get_xydata().tolist() == [[costs[0], -3.5]]
             assert lines["profile, by its name"].get_xydata().tolist() == [[costs[1], -0.5]]
             assert len(lines["front"].get_xydata()) == seen
-            assert (
-                ("all trials, on the search half" in lines) == ("oracles" in lines) == (seen == 4)
-            )
+            assert ("all trials" in lines) == ("oracles" in lines) == (seen == 4)
             (bar,) = axes.containers
             assert bar.get_label() == "wanted (95 %)"
             (segment,) = bar.lines[2][0].get_segments()
@@ -220,7 +202,7 @@ class TestPlot:
 
     def test_the_legend_is_short_however_much_is_compared(self, tmp_path, drawn):
         names = [
-            *("full cascade", "chosen", "rejected", "pruning alone", "redundant at 0.9"),
+            *("full cascade", "chosen", "pruning alone", "redundant at 0.9"),
             *("1 stage", "2 stages", "100 proposals", "fewer proposals alone", "random exits"),
             *("random drops", "oracle", "oracle of drops before stage 0", "prune 0.5 below 50th"),
         ]
@@ -232,16 +214,15 @@ class TestPlot:
             profiles={"quality": front[0], "fast": front[1]},
             tried=front,
             compared=compared,
-            chosen=("chosen", "rejected"),
+            chosen="chosen",
         )
         named = [text.get_text() for text in drawn[0].legends[0].get_texts()]
         assert sorted(named) == sorted(
             [
-                "all trials, on the search half",
+                "all trials",
                 "front",
                 "profile, by its name",
                 "chosen (95 %)",
-                "rejected (95 %)",
                 "one rule",
                 "fewer stages or proposals",
                 "random",

@@ -38,21 +38,16 @@ def calibrator(detector):
             for i, (x, y, x2, y2) in zip(ids, boxes, strict=True)
         ],
     }
-    return make_calibrator(recording, ImageMatcher(content, [1, 2, 3]), tries=0)
+    return make_calibrator(recording, ImageMatcher(content, [1, 2, 3]))
 
 
 def measured_saving(detector, calibrator, gate, off=()):
-    """By running the detector on the search half with the gate and without it."""
-    half = calibrator.trials.recording.image_ids
+    """By running the detector with the gate and without it."""
 
     def milliseconds(gates_off):
         setting = {**SETTING, "GATES_OFF": gates_off}
         detector.set_exits(build_policy(calibrator.cfg, setting, None))
-        counts = [
-            detector.detect(batch).stats.entered
-            for batch in batches_of(detector, 1)
-            if batch[0]["image_id"] in half
-        ]
+        counts = [detector.detect(batch).stats.entered for batch in batches_of(detector, 1)]
         per_call, per_region = np.array(COSTS)
         return np.mean([per_call @ (np.array(c) > 0) + per_region @ c for c in counts])
 
@@ -104,19 +99,16 @@ def test_the_log_has_a_sentence_for_each_gate(detector, calibrator, caplog):
 
 
 def test_gates_that_are_off_change_the_calibration(calibrator):
-    found = calibrator._evaluate(SETTING)
-    changed = {**SETTING, "GATES_OFF": (1,)}
-    again = calibrator.with_gates_off(found, changed, Target(latency_ms=1.0))
-    assert again.plain == changed
+    found = calibrator.calibrate(Target(exit_rate=0.2))
+    again = calibrator.with_gates_off(found, (1,), Target(latency_ms=1.0))
+    assert again.plain == again.setting == {**found.plain, "GATES_OFF": (1,)}
     assert again.reported.entered[1].sum() > found.reported.entered[1].sum()
-    assert calibrator.with_gates_off(found, SETTING, Target(latency_ms=1.0)) is found
+    assert calibrator.with_gates_off(found, (), Target(latency_ms=1.0)) is found
 
 
 @pytest.mark.parametrize(("most", "is_kept"), [(0.4, True), (0.5, False)])
 def test_no_gate_is_off_where_that_breaks_a_promise(calibrator, monkeypatch, most, is_kept):
-    found, changed = SimpleNamespace(plain=SETTING), SimpleNamespace(drop=0.5)
-    monkeypatch.setattr(calibrator, "_evaluate", lambda plain: changed)
-    again = calibrator.with_gates_off(
-        found, {**SETTING, "GATES_OFF": (1,)}, Target(max_ap_drop=most)
-    )
+    found, changed = SimpleNamespace(choice=None), SimpleNamespace(drop=0.5)
+    monkeypatch.setattr(calibrator, "_evaluate", lambda *_: changed)
+    again = calibrator.with_gates_off(found, (1,), Target(max_ap_drop=most))
     assert again is (found if is_kept else changed)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from recorded_trials import make_calibrator, make_trials
 
-from cascade_det.calibration.calibrator import to_last_stage
+from cascade_det.calibration.calibrator import Calibrator, to_last_stage
 from cascade_det.calibration.score_calibration import UNCHANGED, ScoreMap
 from cascade_det.calibration.target import Target
 
@@ -15,7 +15,7 @@ ACCEPT = {"THRESHOLDS": (0.6, 2.0)}
 def many():
     """Enough images to fit scores to."""
     trials = make_trials(seeds=range(16))
-    return make_calibrator(trials.recording, trials.matcher, tries=0)
+    return make_calibrator(trials.recording, trials.matcher, tries=1)
 
 
 class TestScores:
@@ -50,9 +50,10 @@ class TestScores:
         assert trial.metrics["AP"] > plain.metrics["AP"]
         assert trial.entered.tolist() == plain.entered.tolist()
 
-    def test_what_is_chosen_has_the_map_and_is_reported_with_it(self, many, monkeypatch):
-        monkeypatch.setattr(many, "_choose", lambda *_: ())
-        monkeypatch.setattr(many.search, "setting", lambda _: ACCEPT)
+    def test_what_is_chosen_has_the_map_and_is_reported_with_it(self, monkeypatch):
+        trials = make_trials(seeds=range(16))
+        monkeypatch.setattr(Calibrator, "_front", lambda _: [{}, ACCEPT])
+        many = make_calibrator(trials.recording, trials.matcher, tries=1)
         found = many.calibrate(Target(exit_rate=0.1))
         assert found.plain == ACCEPT
         assert found.setting == many.with_scores(ACCEPT)
@@ -60,6 +61,11 @@ class TestScores:
         assert found.reported.metrics == mapped.metrics != plain.metrics
         change = mapped.metrics["AP"] - many.others.full.metrics["AP"]
         assert found.differences["AP"].value == pytest.approx(change)
+
+    def test_nothing_is_fitted_to_the_images_that_judge(self):
+        trials = make_trials(seeds=range(16))
+        path = make_calibrator(trials.recording, trials.matcher)
+        assert path.with_scores(ACCEPT) is ACCEPT
 
     def test_they_stay_where_it_does_not(self, many, monkeypatch):
         # What left after stage 0 comes out in a row with what did not, but below or above it.

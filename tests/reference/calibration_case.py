@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
-from cascade_det.calibration.calibrator import split_images
-from cascade_det.calibration.image_matching import ImageMatcher
 from cascade_det.config import load_config
 from cascade_det.standalone.build import build_detector
 from make_shapes import make_dataset
@@ -41,19 +39,6 @@ class CalibrationCase:
     @property
     def truth(self):
         return json.loads((self.folder / "truth.json").read_text())
-
-    def reporting_half(self):
-        """The ground truth of the images that a calibration with the seed 0 reports on."""
-        content = self.truth
-        ids = [image["id"] for image in content["images"]]
-        category_ids = [category["id"] for category in content["categories"]]
-        _, places = split_images(ids, ImageMatcher(content, category_ids), 0)
-        kept = {ids[place] for place in places}
-        return {
-            **content,
-            "images": [image for image in content["images"] if image["id"] in kept],
-            "annotations": [a for a in content["annotations"] if a["image_id"] in kept],
-        }
 
     def with_truth(self, name, content):
         """Options with another ground truth, which is written for it."""

@@ -30,17 +30,12 @@ def make_trials(*, seeds=(0, 1), num_proposals=(30, 20), num_stages=3, **others)
     return ExitTrials(recording, ImageMatcher(_content(ids, objects), CATEGORY_IDS), score=0.3)
 
 
-def make_calibrator(recording, matcher, *, tries=20, **others):
-    """After a search, with each parameter alone at its riskiest, and all of them."""
+def make_calibrator(recording, matcher, *, tries=0, **others):
+    """With the path alone, or after a free search."""
     arguments = {"learned": None, "score": 0.3, "seed": 0, **others}
     calibrator = Calibrator(get_cfg(), recording, matcher, **arguments)
     if tries:
-        calibrator.try_settings(tries)
-        search = calibrator.search
-        last = [len(settings) - 1 for settings in search.parameters.values()]
-        for index, level in enumerate(last):
-            search.trial([level if i == index else 0 for i in range(len(last))])
-        search.trial(last)
+        calibrator.search_freely(tries)
     return calibrator
 
 

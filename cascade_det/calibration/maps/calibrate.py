@@ -81,7 +81,7 @@ def calibrate_maps(
             "MODEL.SEM_SEG_HEAD.NUM_CLASSES is 1: a single class is always certain, so nothing can "
             "be calibrated. Count the background as a class."
         )
-    target.check_images(options.images)
+    target.check_images(options.images, halves=True)
     remove_leftovers(Path(os.path.realpath(output_dir)).parent)
     with atomic_folder(output_dir, made=MADE) as folder:
         content = _calibrate(cfg, open_segmenter, target, folder, options)
@@ -181,7 +181,7 @@ def _halves(
     for image_id in ids:
         groups.setdefault(dataset.records[image_id].volume or image_id, []).append(image_id)
     are_volumes = len(groups) < len(ids)
-    target.check_images(len(groups), "volumes" if are_volumes else "images")
+    target.check_images(len(groups), "volumes" if are_volumes else "images", halves=True)
     order = np.random.default_rng(seed).permutation(len(groups))
     shuffled = [list(groups.values())[index] for index in order]
     first, second = (list(chain.from_iterable(shuffled[start::2])) for start in (0, 1))

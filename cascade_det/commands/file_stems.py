@@ -12,7 +12,8 @@ _LONGEST = 251
 class UniqueStems:
     """Stems of file names, numbered where they are equal, or equal to some file systems.
 
-    Stems that are too long for a name are cut.
+    Stems that are too long for a name are cut. One of dots alone, which names a folder, gets ``_``
+    for them.
     """
 
     def __init__(self) -> None:
@@ -21,6 +22,7 @@ class UniqueStems:
 
     def add(self, stem: str) -> str:
         """The stem, or one like ``stem_2``."""
+        stem = stem if stem.strip(".") else "_" * len(stem)
         name, number = _named(stem, ""), self._counts.get(_folded(stem), 1)
         while _folded(name) in self._used:
             number += 1

@@ -62,9 +62,12 @@ def add_offline_options(parser: argparse.ArgumentParser) -> None:
 
 def _share(text: str) -> tuple[int, int]:
     first, _, second = text.partition("/")
-    number, count = int(first), int(second)
+    try:
+        number, count = int(first), int(second)
+    except ValueError:
+        number = count = 0
     if not 1 <= number <= count:
-        raise argparse.ArgumentTypeError(f"{text!r}: K is from 1 to N")
+        raise argparse.ArgumentTypeError(f"{text!r}: give K/N, such as 2/8, with K from 1 to N")
     return number, count
 
 
@@ -75,9 +78,12 @@ def check_offline_options(parser: argparse.ArgumentParser, args: argparse.Namesp
     if args.engine is None:
         wrong += [n for n in _COMMON if getattr(args, n) is not None]
     else:
+        if "-" in args.input:
+            parser.error("--input -: --engine reads no stdin. Give a list of images in parquet")
         own = {*_SHARED, "engine", *_COMMON, *(name for names in _OWN.values() for name in names)}
         for name, value in vars(args).items():
-            if name not in own and value not in (None, False):
+            # Not "in": a threshold of 0 equals False.
+            if name not in own and value is not None and value is not False:
                 option = "--" + name.replace("_", "-")
                 parser.error(f"{option}: --engine detects with weights, and writes rows alone")
     for name in wrong:
@@ -115,10 +121,11 @@ def predict_offline(args: argparse.Namespace) -> int:
     )
     folder = OutputFolder(args.output)
     _print(summary, folder)
+    failed = summary.failed + summary.failed_before
     if args.merge:
-        address, summary.failed = merge(folder)
+        address, failed = merge(folder)
         print(f"Merged: {printable(address)}")
-    return int(summary.failed > 0)
+    return int(failed > 0)
 
 
 def _engine(args: argparse.Namespace, cfg: CfgNode) -> tuple[CfgNode, Engine]:
@@ -144,5 +151,6 @@ def _print(summary: Summary, folder: object) -> None:
         f"{summary.images} images, {summary.detections} detections; {done} of {summary.parts} "
         f"parts are done, {summary.found_done} were before: {folder}"
     )
-    if summary.failed:
-        print(f"{summary.failed} images failed: see 'error' in their rows", file=sys.stderr)
+    for count, when in ((summary.failed, ""), (summary.failed_before, " before")):
+        if count:
+            print(f"{count} images failed{when}: see 'error' in their rows", file=sys.stderr)

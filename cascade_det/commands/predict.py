@@ -198,7 +198,9 @@ def _segment(cfg: CfgNode, args: argparse.Namespace, sources: list[Source], outp
     from cascade_det.standalone import SegmenterPredictor
 
     for name in _OF_DETECTIONS:
-        if getattr(args, name) not in (None, False):
+        value = getattr(args, name)
+        # Not "in": a threshold of 0 equals False.
+        if value is not None and value is not False:
             raise ConfigError(
                 f"--{name.replace('_', '-')} is of detections, and a segmenter has none: every "
                 "pixel gets the class with the best score. Leave it out."

@@ -121,6 +121,7 @@ def predict(
 
     others = [*options.others, *options.files.names]
     categories = _categories(predictor)
+    options.files.check_links(output)
     folder = PredictionFolder(output, _origins(sources), categories, others)
     options.files.remove_older(output)
     names = {category["id"]: category["name"] for category in categories}

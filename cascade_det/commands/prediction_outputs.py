@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -106,20 +107,28 @@ class MoreFiles:
         named = ((self.crops, CROPS), (self.texts, TEXTS), (self.csv, CSV_FILE))
         return [name for wanted, name in named if wanted]
 
-    def remove_older(self, folder: Path) -> None:
-        """Remove the crops and texts of an earlier run, which would be mixed with new ones.
+    def check_links(self, folder: Path) -> None:
+        """Check that crops and texts will be in the folder, and not where a link leads.
 
         Raises:
-            DatasetError: the folder of crops or texts is a link, or no folder.
+            DatasetError: the folder of crops or texts is a link, or has one to a folder.
         """
-        for wanted, name, pattern in (
-            (self.crops, CROPS, "*/**/*.jpg"),
-            (self.texts, TEXTS, "**/*.txt"),
+        for wanted, name in ((self.crops, CROPS), (self.texts, TEXTS)):
+            top = folder / name
+            inner = (Path(at, each) for at, folders, _ in os.walk(top) for each in folders)
+            for path in (top, *inner) if wanted else ():
+                if path.is_symlink():
+                    raise DatasetError(
+                        f"{path}: is a link. Move it away, or give another --output."
+                    )
+
+    def remove_older(self, folder: Path) -> None:
+        """Remove the crops and texts of an earlier run, which would be mixed with new ones."""
+        for wanted, pattern in (
+            (self.crops, f"{CROPS}/*/**/*.jpg"),
+            (self.texts, f"{TEXTS}/**/*.txt"),
         ):
-            path = folder / name
-            if wanted and path.is_symlink():
-                raise DatasetError(f"{path}: is a link. Move it away, or give another --output.")
-            for file in path.glob(pattern) if wanted else ():
+            for file in folder.glob(pattern) if wanted else ():
                 file.unlink()
 
     def of(

@@ -21,9 +21,10 @@ _State = tuple[int, int, int]
 class WatchedFolders:
     """Looks into folders again and again, at images there at the start too; never ends.
 
-    A file is complete if it is equal at two looks and can be decoded; until then it may grow. A
-    file that is removed is forgotten, so that a new one may have its name. Names that begin with a
-    dot, and endings that are not of images, are of files that others still write.
+    A file is complete if it is equal at two looks and can be decoded; until then it may grow. One
+    that is given up is new when it changes, as by a slow writer. A file that is removed is
+    forgotten, so that a new one may have its name. Names that begin with a dot, and endings that
+    are not of images, are of files that others still write.
 
     Args:
         folders: existing.
@@ -47,6 +48,7 @@ class WatchedFolders:
         self._clock, self._sleep = clock, sleep
         self._waiting: dict[Path, tuple[_State, float]] = {}
         self._done: set[Path] = set()
+        self._broken: dict[Path, _State] = {}
 
     def __iter__(self) -> Iterator[tuple[Path, Pixels | DatasetError] | None]:
         """Each file with its pixels, uint8 ``[H, W, 3]`` in BGR order, or with the error.
@@ -57,10 +59,14 @@ class WatchedFolders:
             there = {path for folder in self._folders for path in self._images_in(folder)}
             self._done &= there
             self._waiting = {path: since for path, since in self._waiting.items() if path in there}
+            self._broken = {path: state for path, state in self._broken.items() if path in there}
             for path in sorted(there):
                 if path not in self._done and (found := self._look(path)) is not None:
-                    self._done.add(path)
-                    del self._waiting[path]
+                    state, _ = self._waiting.pop(path)
+                    if isinstance(found, DatasetError):
+                        self._broken[path] = state
+                    else:
+                        self._done.add(path)
                     yield path, found
             yield None
             self._sleep(self._period)
@@ -71,6 +77,8 @@ class WatchedFolders:
         except OSError:
             return None
         state, now = (status.st_size, status.st_mtime_ns, status.st_ino), self._clock()
+        if self._broken.get(path) == state:
+            return None
         before, since = self._waiting.get(path, (None, now))
         if state != before:
             self._waiting[path] = state, now
@@ -85,7 +93,8 @@ class WatchedFolders:
             names = os.listdir(folder)
         except OSError:
             # A network folder may be away for a while: its images are not new afterwards.
-            return [path for path in (*self._done, *self._waiting) if path.parent == folder]
+            known = {*self._done, *self._waiting, *self._broken}
+            return [path for path in known if path.parent == folder]
         return [
             folder / name
             for name in names

@@ -49,7 +49,7 @@ class Results:
                 raise DatasetError(
                     f"{folder}: {len(missing)} of {len(run['parts'])} parts are not done "
                     f"({printable(listed(missing, _MOST_SHOWN))}). Run predict again with the same "
-                    "arguments: it does the missing ones."
+                    "arguments, or the shares that are left: it does the missing ones."
                 )
             self._files = [(folder.address(f"{PARTS}/{name}"), n) for name, n in run["parts"]]
         self._ids, self.categories = _classes_of(model, source)

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from cascade_det.offline.folder import OutputFolder
 from cascade_det.offline.images import Entry
-from cascade_det.offline.parquet import pyarrow
-from cascade_det.offline.plan import Part, cut, missing_parts, model_identity, open_run
+from cascade_det.offline.parquet import pyarrow, read_rows
+from cascade_det.offline.plan import PARTS, Part, cut, missing_parts, model_identity, open_run
 from cascade_det.offline.worker import Counts, Job
 
 Engine = Callable[[Job, Sequence[Part]], Generator[Counts, None, None]]
@@ -28,6 +28,7 @@ class Summary:
         missing: parts that are not there at the end.
         images: that were detected in.
         failed: those of them whose rows have an error.
+        failed_before: rows with an error in the parts of this share that were there at the start.
         detections: in them.
     """
 
@@ -36,6 +37,7 @@ class Summary:
     missing: int = 0
     images: int = 0
     failed: int = 0
+    failed_before: int = 0
     detections: int = 0
 
 
@@ -82,6 +84,10 @@ def detect_in_parts(
         summary.missing = len(missing_parts(folder, names))
     else:
         summary.missing = len(missing)
+    for part in own:
+        if part.name not in missing:
+            rows = read_rows(folder.address(f"{PARTS}/{part.name}"), ["error"])
+            summary.failed_before += sum(row["error"] is not None for row in rows)
     return summary
 
 

@@ -31,8 +31,9 @@ class CameraSource:
     def __init__(self, index: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._index, self._clock = index, clock
         self.origins = (self,)
-        self._capture: Any = cv2.VideoCapture(index)
-        if not self._capture.isOpened():
+        # OpenCV's numbers have 32 bits.
+        self._capture: Any = cv2.VideoCapture(index) if index < 2**31 else None
+        if self._capture is None or not self._capture.isOpened():
             raise DatasetError(
                 f"--input {index}: there is no camera of this number, or another program uses it"
             )

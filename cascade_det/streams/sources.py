@@ -63,7 +63,7 @@ def watch(names: Sequence[str]) -> WatchedSource:
 def _expanded(names: Iterable[str], listed: Iterable[str]) -> Iterator[str]:
     for name in names:
         if name == LIST_NAME:
-            yield from (line for line in (text.rstrip("\r\n") for text in listed) if line)
+            yield from (line for line in (text.rstrip("\r\n") for text in listed) if line.strip())
         else:
             yield name
 

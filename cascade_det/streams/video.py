@@ -19,6 +19,7 @@ VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 _STREAM_SUFFIXES = (*VIDEO_SUFFIXES, ".m3u8", ".mjpeg", ".mjpg", ".mpd", ".ts")
 _PREFIX = "video+"
 _STREAM = re.compile("(rtsp|rtsps)://", re.IGNORECASE)
+_DURATION = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
 _TIMEOUT = 20.0  # seconds without data from a server
 _LONGEST_GAP = 1.0  # seconds that a file may be shorter than it says
 _MOST_BROKEN = 1000  # packets in a row, of a file that is no video beyond some point
@@ -127,6 +128,10 @@ class VideoSource:
         whole = container.duration / self._av.time_base
         if stream.duration is not None:
             whole = min(whole, float(stream.duration * stream.time_base))
+        elif tagged := _DURATION.match(stream.metadata.get("DURATION", "")):
+            # Matroska and WebM; counted from 0, wherever the first frame is.
+            hours, minutes, seconds = map(float, tagged.groups())
+            whole = min(whole, 3600 * hours + 60 * minutes + seconds) - self.start
         elif len(container.streams) > 1:
             return  # the sound may be longer
         if end < whole - _LONGEST_GAP:

@@ -34,7 +34,8 @@ class VideoFile:
     def __init__(self, path: Path, rate: float) -> None:
         self._av = import_av()
         self._path = path
-        self._container = self._av.open(str(path), "w", format="mp4")
+        # A path with a colon is not the address of some protocol.
+        self._container = self._av.open(f"file:{path}", "w", format="mp4")
         codec = next(name for name in _CODECS if name in self._av.codecs_available)
         self._stream = self._container.add_stream(
             codec, rate=Fraction(rate).limit_denominator(1001), options=_QUALITY
@@ -106,9 +107,9 @@ def add_sound(silent: Path, source: VideoSource, path: Path) -> None:
     assert source.file is not None
     try:
         with (
-            av.open(str(silent)) as pictures,
+            av.open(f"file:{silent}") as pictures,
             av.open(f"file:{source.file}") as original,
-            av.open(str(path), "w", format="mp4") as target,
+            av.open(f"file:{path}", "w", format="mp4") as target,
         ):
             sound = original.streams.audio[0]
             streams = [

@@ -251,6 +251,7 @@ def test_names_of_pictures():
     assert named("A.png", "a.png", "\u00e9.png", "e\u0301.png") == [
         *("A.jpg", "a_2.jpg", "\u00e9.jpg", "e\u0301_2.jpg")
     ]
+    assert named("...mp4", "..png", "_.png") == ["__.jpg", "_.jpg", "__2.jpg"]
     for letter in "m\u00e9":
         first, second = named(f"{letter * 255}.x", f"d/{letter * 255}.y")
         assert max(len(os.fsencode(name)) for name in (first, second)) <= 255

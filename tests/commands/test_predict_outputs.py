@@ -147,6 +147,18 @@ def test_a_link_is_not_followed_out_of_the_folder(folder):
     with pytest.raises(DatasetError, match="is a link"):
         run(files={"texts": True})
     assert (folder / "away" / "=a.txt").exists()
+    assert len(results(folder)["images"]) == 1
+
+
+def test_a_link_in_the_crops_costs_no_file_behind_it(folder):
+    assert run(files={"crops": True}) == 0
+    (folder / "mine").mkdir()
+    (folder / "mine" / "photo.jpg").write_text("mine")
+    (folder / "out" / "crops" / "cat").rename(folder / "away")
+    (folder / "out" / "crops" / "cat").symlink_to("../../mine")
+    with pytest.raises(DatasetError, match="crops/cat: is a link"):
+        run(files={"crops": True})
+    assert [path.name for path in (folder / "mine").iterdir()] == ["photo.jpg"]
 
 
 def test_a_window_needs_an_opencv_with_windows_and_a_display(monkeypatch, folder):

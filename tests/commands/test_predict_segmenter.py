@@ -192,7 +192,7 @@ def test_names_of_the_configuration_stand_in(options, tmp_path):
 
 def test_what_is_of_detectors_is_refused(options, photos, tmp_path, capsys):
     save_weights(options, tmp_path)
-    assert run(options, photos, tmp_path / "out", "--score-threshold", "0.3") == 1
+    assert run(options, photos, tmp_path / "out", "--score-threshold", "0") == 1
     assert "--score-threshold is of detections" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     cfg = config.load_config(None, options)

@@ -79,9 +79,10 @@ def test_the_command_says_what_is_wrong_in_a_process(many, tmp_path, capsys, det
         (["--engine", "local", "--num-gpus", "1"], "--num-gpus is of --engine ray"),
         (["--engine", "ray", "--processes", "2"], "--processes is of --engine local"),
         (["--engine", "ray", "--actors", "3", "2"], "MIN is more than MAX"),
-        (["--engine", "local", "--share", "3/2"], "K is from 1 to N"),
-        (["--engine", "local", "--share", "half"], "invalid"),
-        (["--engine", "local", "--score-threshold", "0.5"], "--engine detects with weights"),
+        (["--engine", "local", "--share", "3/2"], "with K from 1 to N"),
+        (["--engine", "local", "--share", "half"], "give K/N"),
+        (["--engine", "local", "--input", "-"], "reads no stdin"),
+        (["--engine", "local", "--score-threshold", "0"], "--engine detects with weights"),
     ],
 )
 def test_options_that_do_not_fit_the_engine_are_refused(options, complaint, capsys):

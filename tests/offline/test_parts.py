@@ -283,6 +283,14 @@ def test_shares_are_all_parts_and_each_is_done_once(detector_cfg, many, tmp_path
     assert len(done) == len(set(done)) == summary.parts == 6
 
 
+def test_a_continued_run_still_tells_of_images_that_failed(detector_cfg, many, tmp_path):
+    (many / "broken.png").write_bytes(b"no image")
+    first = detect(detector_cfg(), [many], tmp_path / "out")
+    again = detect(detector_cfg(), [many], tmp_path / "out")
+    assert (first.failed, first.failed_before) == (1, 0)
+    assert (again.failed, again.failed_before) == (0, 1)
+
+
 def test_results_at_an_address(detector_cfg, many, tmp_path):
     detect(detector_cfg(), [many], tmp_path / "out", part_size=5)
     address = "memory://results/run"

@@ -123,7 +123,7 @@ def test_names_stand_for_files_addresses_and_lists(tmp_path, monkeypatch, server
     image(tmp_path / "in" / "a.png", 10)
     (tmp_path / "7").write_bytes(content)
     answers["/w.png"] = (200, {}, content)
-    listed = ["in/a.png\n", "\n", f"http://{place}/w.png\n", "in/a.png\r\n"]
+    listed = ["in/a.png\n", "\n", " \r\n", f"http://{place}/w.png\n", "in/a.png\r\n"]
     (source,) = find_sources(["in/b.png", "-", "in", "7"], listed)
     assert isinstance(source, ImageSource)
     assert [str(o) for o in source.origins] == [
@@ -186,6 +186,7 @@ def test_a_camera_until_it_is_taken_away(monkeypatch):
 
     class Capture:
         def __init__(self, index):
+            assert index < 2**31  # otherwise OpenCV fails
             self.index, self.left = index, 3
 
         def isOpened(self):
@@ -202,8 +203,9 @@ def test_a_camera_until_it_is_taken_away(monkeypatch):
             calls.append("released")
 
     monkeypatch.setattr(camera.cv2, "VideoCapture", Capture)
-    with pytest.raises(DatasetError, match="--input 0: there is no camera"):
-        find_sources(["0"])
+    for number in ("0", str(2**31)):
+        with pytest.raises(DatasetError, match=f"--input {number}: there is no camera"):
+            find_sources([number])
     (source,) = find_sources(["2"])
     assert isinstance(source, CameraSource)
     assert (source.live, source.rate, str(source), source.stem) == (
@@ -275,6 +277,10 @@ def test_a_watched_file_that_stays_broken_is_told_once(tmp_path):
     assert isinstance(bad, BadFrame)
     assert "cannot be read as an image" in bad.reason
     assert watched.now >= 5
+    # A slow writer was only waiting.
+    image(tmp_path / "a.png", 1)
+    (found,) = watched.look(9)
+    assert (found.pixels == 1).all()
 
 
 def test_a_folder_that_is_away_for_a_while_has_nothing_new(tmp_path):

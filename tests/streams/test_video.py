@@ -90,9 +90,10 @@ def test_a_broken_frame_is_told_and_the_others_come(tmp_path):
     assert greys(good) == [n for n in range(10) if n != bad.number]
 
 
-def test_a_file_that_is_cut_off_is_told(tmp_path):
+@pytest.mark.parametrize("sound", [None, "aac"])
+def test_a_file_that_is_cut_off_is_told(tmp_path, sound):
     name = "a.mkv"
-    make_video(tmp_path / name, frames=40, codec="mjpeg")
+    make_video(tmp_path / name, frames=40, codec="mjpeg", sound=sound)
     content = (tmp_path / name).read_bytes()
     assert len(list(VideoSource(tmp_path / name).frames())) == 40
     (tmp_path / name).write_bytes(content[: len(content) // 2])
@@ -147,6 +148,20 @@ def test_sound_that_an_mp4_cannot_hold_is_told(tmp_path):
     make_video(tmp_path / "silent.mp4")
     with pytest.raises(DatasetError, match="an mp4 file cannot hold it"):
         add_sound(tmp_path / "silent.mp4", VideoSource(tmp_path / "a.avi"), tmp_path / "b.mp4")
+
+
+def test_a_name_with_a_colon_is_no_protocol(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("12:30")
+    folder.mkdir()
+    make_video(tmp_path / "a.mp4", sound="aac")
+    source = VideoSource(tmp_path / "a.mp4")
+    file = VideoFile(folder / "silent.mp4", source.rate)
+    for frame in source.frames():
+        file.add(frame.pixels, frame.seconds)
+    file.close()
+    add_sound(folder / "silent.mp4", source, folder / "b.mp4")
+    assert has_sound(VideoSource(folder / "b.mp4"))
 
 
 def test_odd_sides_and_sizes_that_change(tmp_path):

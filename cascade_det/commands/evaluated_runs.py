@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cascade_det.calibration.page import RECORD_FILE
 from cascade_det.calibration.run_comparison import RunComparison, compare_evaluations
 from cascade_det.commands.eval_json import SCORES_FILE
 from cascade_det.commands.prediction_scores import check_predictions, evaluate, have_masks
@@ -171,6 +172,8 @@ def _results_file(folder: Path) -> Path:
             return folder / name
     if not folder.is_dir():
         raise CascadeDetError(f"{folder}: is not a folder. Give that of an evaluation.")
+    if (folder / RECORD_FILE).is_file():
+        raise CascadeDetError(f"{folder}: is of a calibration. --compare is for evaluations.")
     below = sorted(str(file.parent) for file in folder.glob(f"*/{RESULTS_FILE}"))
     if below:
         raise CascadeDetError(

@@ -80,7 +80,7 @@ def _report(args: argparse.Namespace) -> Path:
     _check_output(path, [folder, run.json_file])
     results = run.results
     analysis = results.get("analysis")
-    if analysis and "curves" not in analysis and run.source is not None:
+    if isinstance(analysis, dict) and "curves" not in analysis and run.source is not None:
         # Of an earlier version.
         results = {**results, "analysis": run.scored_again()["analysis"]}
     return write_evaluation_page(

@@ -178,7 +178,9 @@ class CascadeDetector:
         """
         source = source_of(data)
         tested = [] if validation is None else [source_of(validation)]
-        keys: list[Any] = ["MODEL.ROI_HEADS.NUM_CLASSES", len(class_names_of(self.cfg, source))]
+        # The training tells what is wrong with data that have none.
+        classes = max(1, len(class_names_of(self.cfg, source)))
+        keys: list[Any] = ["MODEL.ROI_HEADS.NUM_CLASSES", classes]
         keys += [] if epochs is None else ["CASCADE.EPOCHS", float(epochs)]
         cfg = _with_options(self.cfg, [*keys, *opts])
         if "SOLVER.MAX_ITER" in opts and cfg.CASCADE.EPOCHS:
@@ -191,7 +193,7 @@ class CascadeDetector:
         run = config.scale_to_world_size(run, 1)
         config.check_config(run)
         results = train(run, resume=resume)
-        weights = pretrained.weights_of_run(Path(output_dir))
+        weights = pretrained.weights_of_run(Path(output_dir), evaluated=bool(tested))
         self.cfg = _with_options(cfg, ["MODEL.WEIGHTS", str(weights)])
         self.results, self._predictor = results, None
         return self

@@ -11,6 +11,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
 
@@ -110,6 +111,8 @@ def _told(name: str, error: Exception) -> ConfigError | DownloadError:
         return ConfigError(f"hf://{name}: {reason}")
     if isinstance(error, RepositoryNotFoundError):
         reason = f"no such repository, or a private one and no token for it (HF_TOKEN). {reason}"
+    elif isinstance(error, LocalEntryNotFoundError):  # a kind of the next one
+        reason = f"cannot be reached, and is not in the cache. {reason}"
     elif isinstance(error, EntryNotFoundError):
         reason = f"has no {CONFIG_FILE} and {WEIGHTS_FILE}. {reason}"
     return DownloadError(f"hf://{name}: {reason}")

@@ -70,13 +70,17 @@ def open_file(weights: Path, *, downloaded: bool = False) -> CfgNode:
     return portable(config.load_config(path), weights.absolute())
 
 
-def weights_of_run(folder: Path) -> Path:
+def weights_of_run(folder: Path, *, evaluated: bool) -> Path:
     """The best weights of a run that was evaluated, else its last ones.
+
+    Args:
+        folder: the output of the run.
+        evaluated: whether it was; the best weights of a run that this one resumed are older.
 
     Raises:
         CheckpointError: there are none.
     """
-    return _first(folder, _OF_RUNS).absolute()
+    return _first(folder, _OF_RUNS if evaluated else _OF_RUNS[-1:]).absolute()
 
 
 def portable(cfg: CfgNode, weights: str | Path) -> CfgNode:

@@ -98,6 +98,13 @@ class DetectionService:
 
     async def detect(self, request: Request) -> Response:
         """``POST /detect?setting=NAME``, whose body is an image file: what is found in it."""
+        try:
+            return await self._detect(request)
+        except asyncio.CancelledError:
+            # At a second Ctrl-C, or of a request that outlasts the grace after the first.
+            return JSONResponse({"error": "The server was ended."}, 503)
+
+    async def _detect(self, request: Request) -> Response:
         setting = self._setting(request)
         if request.headers.get("content-type", "").startswith("multipart/"):
             raise UploadError(
@@ -160,8 +167,12 @@ def create_app(service: DetectionService, host_names: Collection[str] = ()) -> A
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        yield
-        service.queue.close()
+        try:
+            yield
+        except asyncio.CancelledError:
+            pass  # At a second Ctrl-C the server does not ask to end: it is no failure.
+        finally:
+            service.queue.close()
 
     routes = [_file_route(path, *file) for path, file in _PAGE.items()]
     routes += [

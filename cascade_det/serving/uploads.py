@@ -39,7 +39,9 @@ async def read_at_most(chunks: AsyncIterator[bytes], announced: str | None, most
     Raises:
         UploadError: it is empty or larger; no more than ``most`` bytes and a chunk were read.
     """
-    too_large = UploadError(413, f"The image is larger than {most / 2**20:g} MiB, the limit here.")
+    too_large = UploadError(
+        413, f"The image is larger than {most / 2**20:.4g} MiB, the limit here."
+    )
     if announced is not None and announced.isdecimal() and int(announced[:20]) > most:
         raise too_large
     content = bytearray()

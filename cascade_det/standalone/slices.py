@@ -56,7 +56,7 @@ class SlicedPredictor:
     def __init__(
         self, predictor: Predictor, *, size: int, overlap: float = 0.2, merge: str = "nms"
     ) -> None:
-        if size < LEAST_SIZE or not 0 <= overlap < 1:
+        if size % 1 or size < LEAST_SIZE or not 0 <= overlap < 1:
             raise ValueError(
                 f"slices of {size} pixels with an overlap of {overlap}: the size is a whole number "
                 f"from {LEAST_SIZE} on, and the overlap a number from 0 to below 1"
@@ -71,7 +71,7 @@ class SlicedPredictor:
             )
         self._selection = heads.selection
         self._predictor = predictor
-        self.size = size
+        self.size = int(size)
         self.overlap = overlap
         self.merge = merge
         self.class_names = predictor.class_names

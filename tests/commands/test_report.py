@@ -156,6 +156,9 @@ def test_folders_that_are_neither(case, capsys):
     (empty / "results.json").write_text("[]")
     assert report(empty) == 1
     assert "has neither the key 'bbox' nor 'sem_seg'" in capsys.readouterr().err
+    edit(case / "a", lambda r: r.update(analysis=3))
+    assert report(case / "a") == 1
+    assert "is not of an evaluation of this version" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["a", "--compare", "b", "c"], ["--compare", "a", "b"]])
@@ -244,6 +247,12 @@ def test_a_calibration(calibration):
     assert len(page.all("figure")) == 2
     for name in HOSTILE[:4]:
         assert name in page.text
+
+
+def test_a_calibration_is_not_compared(calibration, capsys):
+    other = calibration.parent / "a.html"
+    assert report("--compare", calibration, calibration, "--output", other) == 1
+    assert "is of a calibration. --compare is for evaluations" in capsys.readouterr().err
 
 
 def test_a_target_that_is_missed_says_so(calibration):

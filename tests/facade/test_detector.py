@@ -16,7 +16,7 @@ from hub_server import hub
 from shape_runs import INSTANT
 
 from cascade_det import CascadeDetector, config
-from cascade_det.errors import CheckpointError, ConfigError, DatasetError
+from cascade_det.errors import CheckpointError, ConfigError, DatasetError, DownloadError
 from cascade_det.facade.given_data import class_names_of, source_of, with_data
 from cascade_det.facade.pretrained import open_folder
 from cascade_det.standalone import Predictor, SlicedPredictor
@@ -151,6 +151,11 @@ def test_fit_on_yolo_with_fewer_classes_then_evaluate(saved, tmp_path, images, n
     assert found["bbox"]["AP"] == pytest.approx(detector.results["bbox"]["AP"])
     assert set(found["bbox"]) >= {"AP", "AP50", "AP75"}
     assert not Path("output").exists()
+    # Without validation data the last weights count, not the best ones of the run before.
+    detector.fit(
+        yolo / "data.yaml", output_dir=tmp_path / "run", epochs=2, resume=True, opts=SHORT[4:]
+    )
+    assert Path(detector.cfg.MODEL.WEIGHTS) == tmp_path / "run" / "model_final.pth"
 
 
 def test_saved_configurations_name_nothing_local(fitted, saved, shapes):
@@ -299,9 +304,17 @@ def test_the_hub_there_and_back(saved, images, tmp_path):
     assert fetched == {f"/me/shapes/resolve/main/{name}" for name in names}
 
 
+def test_a_hub_out_of_reach_is_no_empty_repository(monkeypatch):
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DownloadError, match="cannot be reached, and is not in the cache"):
+        CascadeDetector.from_pretrained("hf://me/never-fetched")
+
+
 def test_without_the_hubs_library_its_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     monkeypatch.delitem(sys.modules, "cascade_det.facade.hub", raising=False)
+    monkeypatch.delattr("cascade_det.facade.hub", raising=False)
     with pytest.raises(ImportError, match=r"the extra \[hub\]"):
         CascadeDetector.from_pretrained("hf://me/shapes")
 
@@ -325,6 +338,9 @@ def test_mistakes_are_told(saved, shapes, tmp_path, copied):
         detector.evaluate(tmp_path / "none.json")
     with pytest.raises(ConfigError, match=r"SOLVER\.MAX_ITER is given, but CASCADE\.EPOCHS is 2"):
         detector.fit((shapes / "train.json", shapes / "train"), epochs=2, opts=SHORT)
+    (tmp_path / "other.json").write_text('{"images": []}')
+    with pytest.raises(DatasetError, match="'categories' is missing"):
+        detector.fit(tmp_path / "other.json", output_dir=tmp_path / "run")
     (copied / "config.yaml").unlink()
     with pytest.raises(ConfigError, match=r"there is no config\.yaml beside it"):
         opened(copied)

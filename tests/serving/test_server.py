@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -77,6 +78,24 @@ def test_it_serves_until_a_signal(arguments, image, number, status):
         output, _ = process.communicate(timeout=60)
         assert process.returncode == status
         assert "Traceback" not in "".join(rest) + output
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_a_request_without_a_traceback(arguments, image):
+    body = image(width=3000, height=2000)[0]
+    with running(arguments) as (process, port, rest):
+        connections = [http.client.HTTPConnection("127.0.0.1", port, timeout=60) for _ in range(8)]
+        for connection in connections:
+            connection.request("POST", "/detect", body=body)
+        # One that is answered shows that the others wait for the detector.
+        assert connections[0].getresponse().status == 200
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)  # two signals at the same time count once
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "Traceback" not in "".join(rest) + output
+        assert connections[-1].getresponse().status == 503
 
 
 def send_without_end(port):

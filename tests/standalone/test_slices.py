@@ -153,7 +153,7 @@ def test_slices_go_to_the_predictor_together_with_names(tmp_path):
     assert sliced([]) == []
 
 
-@pytest.mark.parametrize(("size", "overlap"), [(15, 0.2), (640, 1.0), (640, -0.1)])
+@pytest.mark.parametrize(("size", "overlap"), [(15, 0.2), (64.5, 0.2), (640, 1.0), (640, -0.1)])
 def test_wrong_slices_are_refused(size, overlap):
     with pytest.raises(ValueError, match="from 16 on, and the overlap a number from 0"):
         SlicedPredictor(Spots(), size=size, overlap=overlap)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cascade_det.commands.arguments import check_output_file, command_parser
 from cascade_det.commands.errors import without_traceback
-from cascade_det.errors import CascadeDetError
+from cascade_det.errors import CascadeDetError, DatasetError
 
 if TYPE_CHECKING:
     from cascade_det.report.pages.detections import ReadImage
@@ -89,9 +89,22 @@ def _report(args: argparse.Namespace) -> Path:
 
 
 def _reader(image_root: Path | None) -> ReadImage | None:
+    from cascade_det.data.catalog import DatasetSource
+    from cascade_det.data.image_names import ALL_LINKS, name_guard
     from cascade_det.engine.evaluate import image_reader
 
-    return None if image_root is None else image_reader(image_root)
+    if image_root is None:
+        return None
+    read = image_reader(image_root)
+    # The names are of a file that may come from elsewhere, and the page may be passed on.
+    leaves = name_guard(DatasetSource("", image_root / "any.json", image_root), ALL_LINKS)
+
+    def read_inside(file_name: str) -> Any:
+        if leaves(file_name) is not None:
+            raise DatasetError(f"leaves the image folder {image_root}")
+        return read(file_name)
+
+    return read_inside
 
 
 def _compare(args: argparse.Namespace) -> Path:

@@ -53,6 +53,24 @@ def test_a_report_is_made_again_without_a_model(case):
     assert (case / "other.html").read_bytes() == first
 
 
+def test_names_that_leave_the_image_folder_are_not_read(case):
+    shutil.copytree(case / "data", case / "elsewhere")
+
+    def move(content):
+        first, second, *_ = content["analysis"]["worst_images"]
+        first["file_name"] = str(case / "elsewhere" / first["file_name"])
+        second["file_name"] = f"../elsewhere/{second['file_name']}"
+        assert cv2.imread(str(case / "data" / second["file_name"])) is not None
+
+    assert report(case / "a") == 0
+    pictures = len(page_of(case / "a" / "report.html").all("img"))
+    edit(case / "a", move)
+    assert report(case / "a") == 0
+    page = page_of(case / "a" / "report.html")
+    assert len(page.all("img")) == pictures - 4  # two halves each
+    assert page.text.count("leaves the image folder") == 2
+
+
 def test_results_of_an_earlier_version_get_their_curves_from_the_predictions(case, capsys):
     assert report(case / "a") == 0
     whole = page_of(case / "a" / "report.html")

@@ -101,6 +101,12 @@ class TestDrop:
         assert make_sequence(trials).within(most).place > 0
         assert reordered.within(most).place == 0
 
+    def test_nor_where_resamples_would_go_on(self, trials):
+        reordered = make_sequence(trials, [SETTINGS[0], SETTINGS[-1], *SETTINGS[1:-1]])
+        found = reordered.within(reordered.bound(1) - 1e-6)
+        assert found.place == 0
+        assert found.others.max() > 1
+
     def test_more_may_be_lost_at_a_higher_limit(self, sequence):
         found = [sequence.within(most) for most in np.linspace(0, 100, 15)]
         for before, after in itertools.pairwise(found):

@@ -10,10 +10,10 @@ from typing import Any
 
 from cascade_det.commands.arguments import file_identity
 from cascade_det.data.annotation_file import read_json
+from cascade_det.data.coco_results import PREDICTIONS_FILE
 from cascade_det.errors import DatasetError
 from cascade_det.text import listed
 
-RESULT_FILE = "predictions.json"
 # One object per line: first {"pictures": [...]}, then one per image, and another {"pictures": ...}
 # before files that the first line did not name. It exists during a run, and remains if the run is
 # killed.
@@ -27,8 +27,8 @@ _MOST_SHOWN = 5
 def made_before(folder: Path) -> list[str]:
     """Names of the files that earlier runs made in a folder, according to their results."""
     made: list[Any] = []
-    if os.path.lexists(folder / RESULT_FILE):
-        made += _named_by(folder / RESULT_FILE)
+    if os.path.lexists(folder / PREDICTIONS_FILE):
+        made += _named_by(folder / PREDICTIONS_FILE)
     if not (folder / LINES_FILE).stat().st_size:
         made.append(LINES_FILE)
     for number, line in enumerate(read_lines(folder / LINES_FILE)):
@@ -59,7 +59,7 @@ def _list(value: Any) -> list[Any]:
 
 def other_files(names: Iterable[str]) -> list[str]:
     """Names of files that are neither of an image nor results, each once."""
-    known = (RESULT_FILE, LINES_FILE)
+    known = (PREDICTIONS_FILE, LINES_FILE)
     return [n for n in dict.fromkeys(names) if n not in known and not is_of_image(n)]
 
 

@@ -14,7 +14,6 @@ from typing import Any, TextIO
 
 from cascade_det.commands.earlier_predictions import (
     LINES_FILE,
-    RESULT_FILE,
     SUFFIXES,
     check_replaced,
     is_of_image,
@@ -23,7 +22,7 @@ from cascade_det.commands.earlier_predictions import (
     read_lines,
 )
 from cascade_det.commands.file_stems import UniqueStems
-from cascade_det.data.coco_results import area_of, json_items
+from cascade_det.data.coco_results import PREDICTIONS_FILE, area_of, json_items
 from cascade_det.errors import CascadeDetError, DatasetError
 from cascade_det.files import atomic_path, naming, remove_leftovers
 from cascade_det.streams.frames import BadFrame, Frame, Moving, Origin
@@ -80,7 +79,7 @@ class PredictionFolder:
         names = [n for o, stem in self._stems.items() for n in self._names_of(o, stem).values()]
         try:
             made = made_before(folder)
-            written = [*names, RESULT_FILE, LINES_FILE, *others]
+            written = [*names, PREDICTIONS_FILE, LINES_FILE, *others]
             check_replaced(folder, written, filter(None, map(_file_of, origins)), made)
         except BaseException:
             if not os.fstat(self._lines.fileno()).st_size:
@@ -96,7 +95,7 @@ class PredictionFolder:
         self._pictures = list(dict.fromkeys([*names, *older]))
         self._lines.truncate(0)
         self._append({"pictures": self._pictures, "others": self._others})
-        (folder / RESULT_FILE).unlink(missing_ok=True)
+        (folder / PREDICTIONS_FILE).unlink(missing_ok=True)
 
     @property
     def summary(self) -> str:
@@ -198,7 +197,7 @@ class PredictionFolder:
 
     def __exit__(self, *_: object) -> None:
         """Make ``predictions.json`` from the images done so far, however the run ended."""
-        path = self.path / RESULT_FILE
+        path = self.path / PREDICTIONS_FILE
         try:
             with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
                 self._compose(file)

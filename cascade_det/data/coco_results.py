@@ -11,7 +11,10 @@ from pycocotools import mask as coco_mask
 from cascade_det.detection_formats import EncodedMasks, as_array, coco_results
 from cascade_det.masks.rle import encode_pasted
 
-__all__ = ["EncodedMasks", "coco_results", "encode_masks"]
+# What predict writes into its folder.
+PREDICTIONS_FILE = "predictions.json"
+
+__all__ = ["PREDICTIONS_FILE", "EncodedMasks", "coco_results", "encode_masks"]
 
 
 def encode_masks(detections: Any, height: int, width: int) -> EncodedMasks:

@@ -9,7 +9,6 @@ of the resized image) and ``gt_classes`` (int64 ``[G]``), without crowds, and wi
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -292,7 +291,7 @@ def loader_arguments(num_workers: int) -> dict[str, Any]:
     return {
         "num_workers": num_workers,
         "collate_fn": _identity,
-        "worker_init_fn": partial(_init_worker, os.getpid()) if num_workers else None,
+        "worker_init_fn": _init_worker if num_workers else None,
         # Without its own generator, iterating would advance the global one, which a resumed run
         # could not repeat.
         "generator": torch.Generator(),
@@ -303,11 +302,8 @@ def _identity(fetched: Fetched) -> Fetched:
     return fetched
 
 
-def _init_worker(parent: int, worker: int) -> None:
+def _init_worker(worker: int) -> None:
     obey_main_process()
-    if os.getppid() != parent:
-        # Killed before PyTorch began to watch it: this process would wait for ever.
-        os._exit(1)
 
 
 class SampleLoader(DataLoader[Sample]):

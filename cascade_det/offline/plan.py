@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from cascade_det import __version__
+from cascade_det import __version__, config
+from cascade_det.data.coco_results import PREDICTIONS_FILE
 from cascade_det.engine.run_info import class_labels, usable_run_info
 from cascade_det.errors import ConfigError, DatasetError
 from cascade_det.offline.folder import OutputFolder
@@ -22,7 +23,7 @@ from cascade_det.weights import read_weights_file, weights_sha256
 RUN_FILE = "run.json"
 PARTS = "parts"
 # Sections and keys that a detector is built from; the rest is about training and evaluation.
-_SECTIONS = ("MODEL", "INPUT")
+_SECTIONS = ("MODEL.", "INPUT.")
 _KEYS = ("TEST.DETECTIONS_PER_IMAGE", "CASCADE.TEST_IMS_PER_BATCH")
 _LEFT_OUT = ("MODEL.WEIGHTS", "MODEL.DEVICE")
 _MOST_SHOWN = 5
@@ -56,10 +57,8 @@ def model_identity(cfg: CfgNode) -> dict[str, Any]:
     file = read_weights_file(cfg.MODEL.WEIGHTS)
     run = usable_run_info(file.run, file.path)
     names, ids = class_labels(run, cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.WEIGHTS)
-    keys = dict(_flat({section: cfg[section] for section in _SECTIONS}))
-    for key in _KEYS:
-        section, name = key.split(".")
-        keys[key] = cfg[section][name]
+    values = config.flat(cfg).items()
+    keys = {key: value for key, value in values if key.startswith(_SECTIONS) or key in _KEYS}
     identity = {
         "weights": weights_sha256(file.weights),
         "class_names": names,
@@ -85,14 +84,6 @@ def _check_keys(cfg: CfgNode) -> None:
             "MODEL.CASCADE.FAST.IMAGES: with DTYPE auto each process would measure and choose its "
             "own types. Set DTYPE to the type that predict chose, or IMAGES to 0."
         )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def cut(entries: Sequence[Entry], size: int, model: Mapping[str, Any]) -> list[Part]:
@@ -128,7 +119,7 @@ def open_run(folder: OutputFolder, parts: Sequence[Part], model: Mapping[str, An
     if RUN_FILE in there:
         _check_same(read_run(folder), run, folder)
         return
-    foreign = [name for name in (PARTS, "predictions.json") if name in there]
+    foreign = [name for name in (PARTS, PREDICTIONS_FILE) if name in there]
     if foreign:
         raise DatasetError(
             f"--output {folder}: has {listed(foreign, 2)} of another run. Give another folder."

@@ -9,7 +9,12 @@ from typing import IO, Any
 
 import numpy as np
 
-from cascade_det.data.coco_results import area_of, coco_results, json_items
+from cascade_det.data.coco_results import (
+    PREDICTIONS_FILE,
+    area_of,
+    coco_results,
+    json_items,
+)
 from cascade_det.errors import DatasetError
 from cascade_det.masks.rle import compressed
 from cascade_det.offline.folder import OutputFolder
@@ -18,7 +23,6 @@ from cascade_det.offline.plan import PARTS, RUN_FILE, missing_parts, read_run
 from cascade_det.onnx_predictor import ArrayDetections
 from cascade_det.text import listed, printable
 
-RESULT_FILE = "predictions.json"
 _IMAGE = ("id", "path", "height", "width", "error")
 _DETECTIONS = ("id", "height", "width", "boxes", "scores", "classes", "exit_stages", "masks")
 _MOST_SHOWN = 3
@@ -100,7 +104,7 @@ def _classes_of(model: Mapping[str, Any], source: str) -> tuple[list[int], list[
 
 
 def _entries(row: Mapping[str, Any], ids: Sequence[int], source: str) -> list[dict[str, Any]]:
-    """The detections of a row, which may be of somebody else's file, in COCO's result format."""
+    """The detections of a row, which may be of a file from elsewhere, in COCO's result format."""
     try:
         found = ArrayDetections(
             boxes=np.array(row["boxes"], np.float32).reshape(len(row["scores"]), 4),
@@ -167,5 +171,5 @@ def merge(folder: OutputFolder) -> tuple[str, int]:
             start = "\n],\n"
         file.write(f'\n],\n"categories": {json.dumps(results.categories)}}}\n'.encode())
 
-    folder.write_with(RESULT_FILE, write)
-    return folder.address(RESULT_FILE), failed
+    folder.write_with(PREDICTIONS_FILE, write)
+    return folder.address(PREDICTIONS_FILE), failed

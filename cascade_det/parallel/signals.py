@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
+_LOOK = 5.0  # seconds between two looks of a worker for its parent
+
 Handler = Callable[[int, FrameType | None], None] | signal.Handlers
 # The exit status after Ctrl-C, as shells have it.
 INTERRUPTED = 128 + signal.SIGINT
@@ -78,20 +80,24 @@ def obey_main_process() -> None:
 
     Ctrl-C, SIGTERM and the signals of a hangup or a scheduler may reach all processes of a group.
     The main one ends its workers itself after the last batch that it needs: by a message, and at
-    its own exit by a SIGTERM. If it is gone already, the worker ends now: PyTorch only looks for
-    changes of the parent from here on.
+    its own exit by a SIGTERM. If it is gone, the worker ends now or soon: PyTorch only looks for
+    changes of the parent from some later point on.
     """
     parent = multiprocessing.parent_process()
-    if parent is not None and os.getppid() != parent.pid:
+    pid = os.getppid() if parent is None else parent.pid
+    if os.getppid() != pid:
         os._exit(0)
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     if signal.SIGTERM in _NOT_FOR_WORKERS:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_at_parents_sigterm, daemon=True).start()
+        threading.Thread(target=_end_with, args=(pid,), daemon=True).start()
 
 
-def _end_at_parents_sigterm() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+def _end_with(parent: int) -> None:
+    """End when the parent is gone, or sends a SIGTERM."""
+    while os.getppid() == parent:
+        received = signal.sigtimedwait({signal.SIGTERM}, _LOOK)
+        if received is not None and received.si_pid == parent:
+            break
     os._exit(0)

@@ -33,7 +33,7 @@ _PAGE = {
     "/picture.js": ("picture.js", "text/javascript; charset=utf-8"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
-_CLIENT_GONE = 499  # nobody reads it
+_CLIENT_GONE = 499  # as nginx logs it; no one receives it
 
 
 @dataclass(frozen=True, kw_only=True)

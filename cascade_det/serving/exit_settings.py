@@ -74,7 +74,7 @@ class ExitSettings:
         self._learned = None if own is None else own.learned
         self._by_name: dict[str, ExitSetting] = {}
         self._arguments: list[dict[str, Any] | None] = []
-        self._add("off", "no exits", without_exits(cfg))
+        self._add("off", "no exits", config.changed(cfg, "MODEL.CASCADE.EXIT.ENABLED", False))
         self.initial = "off"
         if own is not None:
             self._add("configuration", "exits of the configuration", cfg)
@@ -148,14 +148,6 @@ class ExitSettings:
 
 
 _DEFAULT_RULES = ("PRUNE_THRESHOLDS", "REDUNDANCY_IOU")
-
-
-def without_exits(cfg: CfgNode) -> CfgNode:
-    """A copy of ``cfg`` whose exits are off."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.CASCADE.EXIT.ENABLED = False
-    return cfg
 
 
 def _with_setting(cfg: CfgNode, setting: Mapping[str, Any]) -> CfgNode:

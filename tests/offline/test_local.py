@@ -6,7 +6,7 @@ import signal
 from functools import partial
 
 import pytest
-from offline_runs import INSTANT, OPTIONS, detect, drawn, rows_of, served
+from offline_runs import INSTANT, OPTIONS, detect, rows_of, served, write_images
 
 from cascade_det.commands import predict
 from cascade_det.errors import CascadeDetError
@@ -18,11 +18,7 @@ pytest.importorskip("pyarrow")
 @pytest.fixture
 def many(tmp_path):
     """A folder of small images."""
-    folder = tmp_path / "many"
-    folder.mkdir()
-    for number in range(8):
-        (folder / f"{number:02}.png").write_bytes(drawn(number))
-    return folder
+    return write_images(tmp_path / "many", 8)
 
 
 def test_a_killed_process_is_replaced_and_its_part_is_done_once(detector_cfg, many, tmp_path):

@@ -10,7 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from offline_runs import detect, drawn, in_this_process, rows_of, served, with_other_weights
+from offline_runs import (
+    detect,
+    drawn,
+    in_this_process,
+    rows_of,
+    served,
+    with_other_weights,
+    write_images,
+)
 
 from cascade_det.commands import eval_json, prediction
 from cascade_det.errors import CascadeDetError, CheckpointError, ConfigError, DatasetError
@@ -148,11 +156,7 @@ def test_an_empty_list_gives_an_empty_result(detector_cfg, tmp_path):
 @pytest.fixture
 def many(tmp_path):
     """A folder of small images."""
-    folder = tmp_path / "many"
-    folder.mkdir()
-    for number in range(12):
-        (folder / f"{number:02}.png").write_bytes(drawn(number))
-    return folder
+    return write_images(tmp_path / "many", 12)
 
 
 def killed_soon(run, seconds):
@@ -205,7 +209,7 @@ def test_only_a_complete_run_is_merged(detector_cfg, many, tmp_path):
         read_predictions(str(output))
     assert not (output / "predictions.json").exists()
     detect(cfg, [many], output, part_size=5)
-    (tmp_path / "out" / "parts" / "part-foreign.parquet").write_bytes(b"of somebody else")
+    (tmp_path / "out" / "parts" / "part-foreign.parquet").write_bytes(b"of another run")
     assert [image["id"] for image in merged(output)["images"]] == list(range(1, 13))
     part = sorted(output.glob("parts/part-0*"))[1]
     content = part.read_bytes()
@@ -356,7 +360,7 @@ def test_scores_of_rows_are_those_of_the_json(detector_cfg, photos, tmp_path, ca
     assert "holds no predictions" in capsys.readouterr().err
 
 
-def test_rows_of_somebody_else_are_checked(detector_cfg, photos, tmp_path):
+def test_rows_from_elsewhere_are_checked(detector_cfg, photos, tmp_path):
     detect(detector_cfg(), [photos / "a.png"], tmp_path / "out")
     source = str(next((tmp_path / "out" / "parts").iterdir()))
     table = parquet.read_table(source)

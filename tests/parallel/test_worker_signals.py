@@ -12,6 +12,7 @@ from torch.utils.data._utils import worker as torch_worker
 
 from cascade_det.data.coco import load_dataset
 from cascade_det.data.loader import build_test_loader, build_train_loader
+from cascade_det.parallel import signals
 from cascade_det.parallel.signals import obey_main_process
 
 FORK = multiprocessing.get_context("fork")
@@ -131,6 +132,27 @@ def start_and_die(folder):
     FORK.Process(target=be_born_late, args=(folder,)).start()
     wait_until((folder / "pid").exists)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def work_on(folder):
+    obey_main_process()
+    (folder / "pid").write_text(str(os.getpid()))
+    time.sleep(120)
+
+
+def leave_at_work(folder):
+    signals._LOOK = 0.1
+    FORK.Process(target=work_on, args=(folder,)).start()
+    wait_until((folder / "pid").exists)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_whose_process_dies_ends_without_pytorchs_watch(tmp_path):
+    """As one whose process dies before PyTorch looks for its parent."""
+    process = FORK.Process(target=leave_at_work, args=(tmp_path,))
+    process.start()
+    process.join(60)
+    wait_until(lambda: are_gone([int((tmp_path / "pid").read_text())]))
 
 
 def test_a_worker_whose_process_is_gone_already_ends(tmp_path):

@@ -30,6 +30,14 @@ OPTIONS = (
 )
 
 
+def write_images(folder, count):
+    """Small images in a new folder, which is returned."""
+    folder.mkdir()
+    for number in range(count):
+        (folder / f"{number:02}.png").write_bytes(drawn(number))
+    return folder
+
+
 def drawn(seed, suffix=".png", orientation=None):
     """The content of an image file."""
     pixels = np.random.default_rng(seed).integers(0, 255, (48, 64, 3)).astype(np.uint8)

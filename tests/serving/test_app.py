@@ -323,6 +323,7 @@ class TestQueue:
             queue = BoundedQueue(work, 3)
             first, second, third = (queue.submit(name) for name in "abc")
             second.cancel()
+            await asyncio.sleep(0)  # the event loop passes the cancellation on
             begin.set()
             await asyncio.gather(first, third)
             queue.close()

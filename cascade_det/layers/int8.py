@@ -168,6 +168,16 @@ class Int8Conv2d(_Rounded):
             )
         return QuantisedMap(result, self.output) if isinstance(self.output, Grid) else result
 
+    def convolve_windows(self, windows: Tensor) -> Tensor:
+        """Convolve windows without padding: ``[N, C, S, S]`` to ``[N, K, S - 2, S - 2]``."""
+        stride, _, dilation, groups = self.geometry
+        values, grid = quantise_map(windows, self.inputs)
+        result: Tensor = torch.ops.onednn.qconv2d_pointwise(
+            *(values, *grid, *self._weights, self.bias, stride, [0, 0], dilation, groups),
+            *(*_output(self.output), self.activation, [], ""),
+        )
+        return result
+
     def add_to(self, shortcut: QuantisedMap, x: QuantisedMap) -> QuantisedMap:
         """The activation of ``shortcut + self(x)``; may overwrite ``shortcut``."""
         assert isinstance(self.output, Grid)

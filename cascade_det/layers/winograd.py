@@ -61,16 +61,17 @@ class WinogradConv2d(nn.Module):
             x = self.norm(x)
         return x if out is None or x is out else out.copy_(x)
 
-    def _is_faster(self, x: Tensor) -> bool:
+    def applies_to(self, x: Tensor) -> bool:
+        """Whether Winograd's algorithm can convolve ``x``."""
         if x.device.type != "cpu" or {x.dtype, self.transformed.dtype} != {torch.float32}:
             return False
         if torch.is_autocast_enabled("cpu"):
             return False
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
-            return False
-        return x.shape[0] * ceil(x.shape[2] / 4) * ceil(x.shape[3] / 4) >= (
-            MIN_TILES * torch.get_num_threads()
-        )
+        return not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad))
+
+    def _is_faster(self, x: Tensor) -> bool:
+        tiles = x.shape[0] * ceil(x.shape[2] / 4) * ceil(x.shape[3] / 4)
+        return self.applies_to(x) and tiles >= MIN_TILES * torch.get_num_threads()
 
 
 def _transform_again(module: WinogradConv2d, incompatible_keys: object) -> None:

@@ -11,8 +11,8 @@ Shapes: N images, C channels in, K out, an H x W map of P x Q tiles.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from math import ceil
 
 import torch
@@ -21,6 +21,8 @@ from torch.nn import functional as F
 
 from cascade_det.layers.products import batched_product
 from cascade_det.layers.workers import run_in_threads, workspace
+
+OUTPUTS = 4  # per side of a tile
 
 # The weight transform at the points 0, 1, -1, 2, -2 and infinity.
 WEIGHT_TRANSFORM = (
@@ -75,7 +77,7 @@ def winograd_conv2d(
     """
     x = x.permute(0, 2, 3, 1).contiguous()  # [N, H, W, C]
     images, height, width, channels = x.shape
-    _, _, out_channels = transformed_weight.shape
+    out_channels = transformed_weight.shape[2]
     tile_rows, tile_columns = ceil(height / 4), ceil(width / 4)
     tiled_shape = images, tile_rows, 4, tile_columns, 4, out_channels
     if out is None or height % 4 or width % 4:
@@ -98,7 +100,9 @@ def winograd_conv2d(
         for image, row in remaining:
             some = x[image : image + most_images]
             out_band = out_tiles[:, :, image : image + most_images, row : row + most_rows]
-            _convolve_band(some, row, transformed_weight, bias, out_band, memory)
+            last = 4 * (row + out_band.shape[3]) + 1
+            cut = partial(_cut_patches, _rows(some, 4 * row - 1, last))
+            _convolve_patches(cut, transformed_weight, bias, out_band, memory)
 
     run_in_threads(work, len(starts))
     whole = tiled.view(images, 4 * tile_rows, 4 * tile_columns, out_channels)  # [N, 4 P, 4 Q, K]
@@ -120,26 +124,68 @@ def _band_size(shape: Sequence[int], threads: int) -> tuple[int, int]:
     return min(most_images, ceil(images / threads)), ceil(tile_rows / bands)
 
 
-def _convolve_band(
-    x: Tensor,
-    row: int,
+def winograd_windows(
+    windows: Tensor, transformed_weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """``F.conv2d(windows, weight, bias)`` up to rounding: without padding, and without gradients.
+
+    Args:
+        windows: ``[N, C, H, W]``, with H - 2 and W - 2 multiples of ``OUTPUTS``; fastest
+            channels-last.
+        transformed_weight: ``[36, C, K]`` from ``transform_weight``.
+        bias: ``[K]``.
+
+    Returns:
+        ``[N, K, H - 2, W - 2]``, channels-last.
+    """
+    x = windows.permute(0, 2, 3, 1).contiguous()  # [N, H, W, C]
+    count, height, width, channels = x.shape
+    out_channels = transformed_weight.shape[2]
+    rows, columns = height // 4, width // 4  # of tiles
+    tiled = x.new_empty(count, rows, 4, columns, 4, out_channels)
+    out_tiles = tiled.permute(2, 4, 0, 1, 3, 5)  # [4, 4, N, P, Q, K]
+    most = max(1, max(128, 32768 // channels) // (rows * columns))
+    threads = torch.get_num_threads()
+    pieces = ceil(ceil(count / most) / threads) * threads  # equal work for each thread
+    starts = range(0, count, max(1, ceil(count / pieces)) if count else 1)
+    remaining = iter(starts)
+
+    def work() -> None:
+        tiles = starts.step * rows * columns
+        memory = workspace(2 * 36 * tiles * max(channels, out_channels), x.dtype)
+        for start in remaining:
+            some = slice(start, start + starts.step)
+            cut = partial(_cut_windows, x[some])
+            _convolve_patches(cut, transformed_weight, bias, out_tiles[:, :, some], memory)
+
+    run_in_threads(work, len(starts))
+    return tiled.view(count, 4 * rows, 4 * columns, out_channels).permute(0, 3, 1, 2)
+
+
+def _convolve_patches(
+    cut: Callable[[Tensor], None],
     transformed_weight: Tensor,
     bias: Tensor | None,
     out: Tensor,
     memory: Tensor,
 ) -> None:
-    """Convolve the P tile rows of ``x [N, H, W, C]`` from ``row`` to ``out [4, 4, N, P, Q, K]``.
+    """Convolve the inputs of P x Q tiles of N images to ``out [4, 4, N, P, Q, K]``.
 
-    ``memory`` has two halves, each for the larger of 36 inputs and 36 products of all tiles.
+    Args:
+        cut: writes the inputs to ``[6, 6, N, P, Q, C]``, rows first.
+        transformed_weight: ``[36, C, K]``.
+        bias: ``[K]``.
+        out: gets the result.
+        memory: two halves, each for the larger of 36 inputs and 36 products of all tiles.
     """
     *_, images, rows, columns, out_channels = out.shape
-    channels, tiles = x.shape[3], images * rows * columns
+    channels, tiles = transformed_weight.shape[1], images * rows * columns
     first, second = memory.chunk(2)
     patches = first[: 36 * tiles * channels].view(6, 6, images, rows, columns, channels)
     points = second[: 36 * tiles * channels].view(36, tiles, channels)
     products = first[: 36 * tiles * out_channels].view(36, tiles, out_channels)
     results = second[: 16 * tiles * out_channels].view(out.shape)
-    _cut_patches(_rows(x, 4 * row - 1, 4 * (row + rows) + 1), patches)
+    cut(patches)
     torch.mm(_both_axes(_INPUT_TRANSFORM), patches.view(36, -1), out=points.view(36, -1))
     batched_product(points, transformed_weight, out=products)
     torch.mm(_both_axes(_OUTPUT_TRANSFORM), products.view(36, -1), out=results.view(16, -1))
@@ -147,6 +193,12 @@ def _convolve_band(
         out.copy_(results)
     else:
         torch.add(results, bias, out=out)
+
+
+def _cut_windows(windows: Tensor, patches: Tensor) -> None:
+    """``[N, 4 P + 2, 4 Q + 2, C]`` to the inputs of all tiles, ``[6, 6, N, P, Q, C]``."""
+    pixels = windows.unfold(1, 6, 4).unfold(2, 6, 4)  # [N, P, Q, C, 6, 6]
+    patches.copy_(pixels.permute(4, 5, 0, 1, 2, 3))
 
 
 def _rows(x: Tensor, start: int, stop: int) -> Tensor:

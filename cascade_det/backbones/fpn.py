@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from cascade_det.backbones.trunk import LEVELS, Trunk
 from cascade_det.layers.conv_norm import ConvNorm, may_write_in_place
-from cascade_det.layers.winograd import WinogradConv2d
+from cascade_det.layers.tiles import FeatureMap, TiledMap, as_tensor, convolve_to
+from cascade_det.layers.windows import takes_windows
 
 
 class FPN(nn.Module):
@@ -102,8 +103,19 @@ class FPN(nn.Module):
             return [*laterals, first], [*outputs, *others]
         return laterals, outputs
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Images ``[N, 3, H, W]``, sides multiples of ``size_divisibility``, to maps by name."""
+    @property
+    def takes_tiles(self) -> bool:
+        """Whether the finest map can be computed in tiles."""
+        return takes_windows(self.get_submodule(f"fpn_output{self.levels[0]}"))
+
+    def forward(self, images: Tensor, *, in_tiles: bool = False) -> dict[str, FeatureMap]:
+        """Images ``[N, 3, H, W]``, sides multiples of ``size_divisibility``, to maps by name.
+
+        Args:
+            images: a batch.
+            in_tiles: leave the finest map to be computed where it is read, as a ``TiledMap``, if
+                that suits its convolution and its sides, see ``TiledMap.suits``.
+        """
         maps = self.bottom_up(images)
         extra = [] if self.top_block is None else self.top_block(maps[self.in_features[-1]])
         merged: dict[str, Tensor] = {}
@@ -118,13 +130,18 @@ class FPN(nn.Module):
             merged[f"p{level}"] = coarser = lateral
         del lateral, coarser
         buffers = _output_buffers(merged)
-        pyramid: dict[str, Tensor] = {}
+        pyramid: dict[str, FeatureMap] = {}
         for level in reversed(self.levels):
             name = f"p{level}"
-            output = self.get_submodule(f"fpn_output{level}")
-            pyramid[name] = _apply(output, merged.pop(name), buffers.get(name))
+            output, x = self.get_submodule(f"fpn_output{level}"), merged.pop(name)
+            if in_tiles and level == self.levels[0] and TiledMap.suits(x, output):
+                pyramid[name] = _in_tiles(output, x, buffers.get(name))
+            else:
+                pyramid[name] = convolve_to(output, x, buffers.get(name))
         top = f"p{self.levels[-1]}"
-        extra = extra or [F.max_pool2d(pyramid[top], kernel_size=1, stride=2)]  # half the size
+        if not extra:
+            coarsest = as_tensor(pyramid[top])
+            extra = [F.max_pool2d(coarsest, kernel_size=1, stride=2)]  # half the size
         levels = [*reversed(pyramid.values()), *extra]
         return dict(zip(self.strides, levels, strict=True))
 
@@ -223,8 +240,7 @@ def _output_buffers(maps: dict[str, Tensor]) -> dict[str, Tensor]:
     return buffers
 
 
-def _apply(conv: nn.Module, x: Tensor, out: Tensor | None) -> Tensor:
-    if out is not None and isinstance(conv, WinogradConv2d):
-        return conv(x, out=out)
-    output: Tensor = conv(x)
-    return output if out is None else out.copy_(output)
+def _in_tiles(conv: nn.Module, x: Tensor, out: Tensor | None) -> TiledMap:
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.channels_last)
+    return TiledMap(x, conv, out)

@@ -36,9 +36,11 @@ from cascade_det.config.model_arguments import (
     mask_head_arguments,
     pooler_arguments,
     rpn_arguments,
+    rpn_channels,
     training_arguments,
     with_exits,
 )
+from cascade_det.config.model_checks import takes_tiles
 from cascade_det.config.run_arguments import (
     augmentation_arguments,
     datasets_arguments,
@@ -116,6 +118,7 @@ __all__ = [
     "require_detector",
     "require_one_scale",
     "rpn_arguments",
+    "rpn_channels",
     "scale_to_batch",
     "scale_to_epochs",
     "scale_to_world_size",
@@ -127,6 +130,7 @@ __all__ = [
     "settings",
     "shadow_arguments",
     "synchronised_norms",
+    "takes_tiles",
     "test_loader_arguments",
     "train_loader_arguments",
     "trainer_arguments",

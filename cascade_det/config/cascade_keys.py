@@ -29,7 +29,7 @@ from cascade_det.config.key import (
 )
 
 FAST_PARTS = ("stem", "backbone", "fpn", "rpn", "roi_heads")
-LEARNED_PARTS = ("iou_head", "gate", "pruner")
+LEARNED_PARTS = ("iou_head", "gate", "pruner", "tile_head")
 
 _SHARES = each(within(0, 1))
 _SHARES_0_NEVER = Values(_SHARES, "Give a list of numbers from 0 to 1; 0 means never.")
@@ -109,6 +109,15 @@ EXIT = group(
         Values(
             each(whole(at_least(0))),
             "Give a list of gates: 0 is before stage 0, 1 after stage 0, 2 after stage 1.",
+        ),
+    ),
+    TILE_THRESHOLD=Key(
+        0.0,
+        "Computes the finest map only in tiles, for the RPN where the objectness on the next "
+        "coarser map, or the learned tile head, reaches this, and where regions are pooled.",
+        Values(
+            within(0, 1),
+            "Give a number from 0 to 1; 0 computes the whole map, 1 none of it for the RPN.",
         ),
     ),
     LEARNED=Key((), "Trained parts that the rules above use.", subset_of(*LEARNED_PARTS)),

@@ -50,6 +50,11 @@ def _of_maps(cfg: CfgNode) -> str:
 
 
 def _dropping(exits: Mapping[str, Any]) -> Iterator[str]:
+    if exits["tile_threshold"] >= 1:
+        yield "no proposals from the finest map"
+    elif exits["tile_threshold"] > 0:
+        score = "a learned score" if "tile_head" in exits["learned"] else "an objectness"
+        yield f"the finest map in tiles of {score} from {exits['tile_threshold']:g}"
     if exits["proposal_threshold"] > 0:
         yield f"proposals of an objectness below {exits['proposal_threshold']:g}"
     for key, text, is_never in _BACKGROUND:

@@ -53,6 +53,13 @@ def rpn_arguments(cfg: CfgNode) -> dict[str, Any]:
     }
 
 
+def rpn_channels(cfg: CfgNode) -> int:
+    """Channels of the hidden maps of an RPN on a feature pyramid."""
+    last = (-1, *cfg.MODEL.RPN.CONV_DIMS)[-1]
+    channels: int = cfg.MODEL.FPN.OUT_CHANNELS if last == -1 else last
+    return channels
+
+
 def pooler_arguments(cfg: CfgNode) -> dict[str, Any]:
     """RoI pooling; ``aligned`` is the half-pixel shift of ROIAlignV2."""
     head = cfg.MODEL.ROI_BOX_HEAD
@@ -170,6 +177,7 @@ def exit_arguments(cfg: CfgNode) -> dict[str, Any] | None:
         "time_budget_ms": float(exits.TIME_BUDGET_MS),
         "time_budget_per_image": exits.TIME_BUDGET_PER == "image",
         "gates_off": tuple(exits.GATES_OFF),
+        "tile_threshold": float(exits.TILE_THRESHOLD),
         "learned": tuple(exits.LEARNED),
     }
 

@@ -124,6 +124,61 @@ def _check_cascade_fpn(cfg: CfgNode) -> Iterator[str]:
         )
 
 
+def takes_tiles(cfg: CfgNode) -> bool:
+    """Whether pyramid and RPN can have a tile gate."""
+    return cfg.MODEL.BACKBONE.NAME in BACKBONES and not list(_no_tiles(cfg))
+
+
+def _check_tiles(cfg: CfgNode) -> Iterator[str]:
+    exit_ = cfg.MODEL.CASCADE.EXIT
+    if not exit_.ENABLED:
+        return
+    if exit_.TILE_THRESHOLD:
+        asking = f"MODEL.CASCADE.EXIT.TILE_THRESHOLD is {exit_.TILE_THRESHOLD}"
+        remedy = "Set the threshold to 0 for the whole map."
+    elif "tile_head" in exit_.LEARNED:
+        asking = "MODEL.CASCADE.EXIT.LEARNED has 'tile_head'"
+        remedy = "Leave that part out."
+    else:
+        return
+    for key, wanted in _no_tiles(cfg):
+        yield (
+            f"{key} is {value_of(cfg, key)!r}, but {asking}: tiles of the finest map need "
+            f"{wanted}. {remedy}"
+        )
+
+
+def _no_tiles(cfg: CfgNode) -> Iterator[tuple[str, str]]:
+    """Keys that keep the finest map from being computed in tiles, and what it takes instead."""
+    model = cfg.MODEL
+    finest = model.FPN.IN_FEATURES[0].replace("res", "p") if model.FPN.IN_FEATURES else ""
+    problems = {
+        "MODEL.BACKBONE.NAME": (
+            BACKBONES[model.BACKBONE.NAME][1] != "fpn",
+            "a backbone with an FPN, such as build_resnet_fpn_backbone",
+        ),
+        "MODEL.FPN.NORM": (model.FPN.NORM == "GN", "another norm, or none"),
+        # Images are padded to cells of the coarsest, which are then tiles of the finest.
+        "MODEL.FPN.IN_FEATURES": (len(model.FPN.IN_FEATURES) < 4, "four levels"),
+        "MODEL.RPN.IN_FEATURES": (
+            [*model.RPN.IN_FEATURES][:1] != [finest] or len(model.RPN.IN_FEATURES) < 2,
+            f"{finest} and the next level, or more",
+        ),
+        "MODEL.RPN.CONV_DIMS": (len(model.RPN.CONV_DIMS) != 1, "one convolution"),
+        "MODEL.ROI_HEADS.IN_FEATURES": (
+            [*model.ROI_HEADS.IN_FEATURES][:1] != [finest],
+            f"a list that begins with {finest}",
+        ),
+        "MODEL.CASCADE.FAST.COMPILE": (
+            model.CASCADE.FAST.ENABLED and model.CASCADE.FAST.COMPILE,
+            "False",
+        ),
+    }
+    for key, (is_wrong, wanted) in problems.items():
+        if is_wrong:
+            yield key, wanted
+
+
 def _check_pyramid(cfg: CfgNode) -> Iterator[str]:
     inputs = tuple(cfg.MODEL.FPN.IN_FEATURES)
     if not inputs:  # told for an unknown backbone, too
@@ -221,6 +276,7 @@ MODEL_CHECKS: tuple[Check, ...] = (
     check_exits_unused,
     _check_resnet,
     *BACKBONE_CHECKS,
+    _check_tiles,
     _check_levels,
     _check_anchors,
     _check_group_norm,

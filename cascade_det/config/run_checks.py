@@ -188,6 +188,7 @@ def _loss_names(cfg: CfgNode) -> list[str]:
         "iou_head": [f"loss_exit_iou_stage{i}" for i in stages],
         "gate": [f"loss_exit_gate_stage{i}" for i in stages[:-1]],
         "pruner": [f"loss_exit_pruner_gate{i}" for i in stages],
+        "tile_head": ["loss_exit_tiles"],
     }
     exits = [name for part, names in of_exits.items() if part in parts for name in names]
     return ["total_loss", *([] if cascade.TRAINING.FREEZE_DETECTOR else of_detector), *exits]

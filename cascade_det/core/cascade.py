@@ -38,8 +38,10 @@ from cascade_det.core.structures import (
     part,
 )
 from cascade_det.core.structures.boxes import Weights, image_bounds
+from cascade_det.core.tile_losses import TileOrigins
 from cascade_det.core.training_schedule import TrainingSchedule
 from cascade_det.layers.int8 import Grid
+from cascade_det.layers.tiles import FeatureMap
 
 
 class CascadeHead(nn.Module):
@@ -219,30 +221,27 @@ class CascadeHead(nn.Module):
         return losses
 
     def exit_losses(
-        self, inputs: CascadeInputs, gt_boxes: Sequence[Tensor], gt_classes: Sequence[Tensor]
+        self,
+        inputs: CascadeInputs,
+        gt_boxes: Sequence[Tensor],
+        gt_classes: Sequence[Tensor],
+        origins: TileOrigins | None = None,
     ) -> dict[str, Tensor]:
-        """Losses of the learned parts of the exits; empty without such parts.
+        """Losses of the learned parts of the exits, see ``core.exit_losses``; empty without such.
 
-        The cascade runs in inference mode and gets no gradients.
-
-        Args:
-            inputs: all proposals, not sampled, with their objectness.
-            gt_boxes: as in ``losses``.
-            gt_classes: as in ``losses``.
-
-        Returns:
-            ``loss_exit_*``, see ``cascade_det.core.exit_losses``.
+        The cascade runs in inference mode and gets no gradients. ``inputs`` have all proposals, not
+        sampled, with their objectness. Objects are as in ``losses``. A tile head needs ``origins``.
         """
         learned = None if self.exits is None else self.exits.learned
         if learned is None:
             return {}
         record = self.record(**vars(inputs), hidden=True)
-        return exit_losses(learned, record, gt_boxes, gt_classes)
+        return exit_losses(learned, record, gt_boxes, gt_classes, origins=origins)
 
     @in_evaluation_mode
     def detect(
         self,
-        features: list[Tensor],
+        features: Sequence[FeatureMap],
         proposals: Sequence[Tensor],
         image_sizes: ImageSizes,
         *,
@@ -258,7 +257,7 @@ class CascadeHead(nn.Module):
         gradients; crops and exit decisions do not.
 
         Args:
-            features: L maps ``[N, C, H_l, W_l]``, finest first.
+            features: L maps ``[N, C, H_l, W_l]``, finest first; the first may be a ``TiledMap``.
             proposals: per image float32 ``[R_i, 4]``, clipped to the image.
             image_sizes: N ``(height, width)``.
             objectness: per image float32 ``[R_i]``, logits of the proposals.
@@ -280,9 +279,8 @@ class CascadeHead(nn.Module):
         deadline = None if budget is None else budget.start(num_images, started)
         agreements = exits is not None and exits.needs_agreements
         with part(timer, "stage0"):
-            network, regions = self._prepare(
-                features, proposals, objectness, image_sizes, agreements=agreements
-            )
+            given = features, proposals, objectness, image_sizes
+            network, regions = self._prepare(*given, agreements=agreements)
         runner = StageRunner(
             network,
             num_stages=self.num_stages,
@@ -303,6 +301,7 @@ class CascadeHead(nn.Module):
                 detections, runner.stats.masks = self.masks.add(detections, network.pyramid)
         if deadline is not None:
             runner.stats.overrun_ms = deadline.finish(device)
+        runner.stats.count_tiles(features[0])
         if timer is not None:
             runner.stats.milliseconds = timer.milliseconds
         return detections, runner.stats
@@ -316,7 +315,7 @@ class CascadeHead(nn.Module):
     @torch.no_grad()
     def detect_stages(
         self,
-        features: list[Tensor],
+        features: Sequence[FeatureMap],
         proposals: Sequence[Tensor],
         image_sizes: ImageSizes,
         *,
@@ -344,7 +343,7 @@ class CascadeHead(nn.Module):
     @torch.no_grad()
     def record(
         self,
-        features: list[Tensor],
+        features: Sequence[FeatureMap],
         proposals: Sequence[Tensor],
         image_sizes: ImageSizes,
         *,
@@ -364,7 +363,7 @@ class CascadeHead(nn.Module):
 
     def _prepare(
         self,
-        features: list[Tensor],
+        features: Sequence[FeatureMap],
         proposals: Sequence[Tensor],
         objectness: Sequence[Tensor] | None,
         image_sizes: ImageSizes,
@@ -376,7 +375,7 @@ class CascadeHead(nn.Module):
         bounds = image_bounds(image_sizes, regions.boxes)  # [N, 4]
         return self.network(self.pyramid(features), bounds, agreements=agreements), regions
 
-    def pyramid(self, features: list[Tensor]) -> Pyramid:
+    def pyramid(self, features: Sequence[FeatureMap]) -> Pyramid:
         """Features ``[N, C, H_l, W_l]`` as inference pools them: in the type of the box heads."""
         return self.pooler.prepare(features, dtype=common_dtype(self.box_head))
 

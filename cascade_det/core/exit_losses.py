@@ -21,6 +21,7 @@ from cascade_det.core.matching import GroundTruth, label_regions, match_greedily
 from cascade_det.core.record import CascadeRecord
 from cascade_det.core.structures.boxes import paired_iou, select_class
 from cascade_det.core.structures.on_device import group_sizes
+from cascade_det.core.tile_losses import TileOrigins, tile_loss
 
 # The IoU of a true positive (PASCAL VOC).
 TRUE_POSITIVE_IOU = 0.5
@@ -33,6 +34,7 @@ def exit_losses(
     gt_boxes: Sequence[Tensor],
     gt_classes: Sequence[Tensor],
     *,
+    origins: TileOrigins | None = None,
     smallest_share: float = 1 / 32,
 ) -> dict[str, Tensor]:
     """Losses of the existing parts.
@@ -46,6 +48,8 @@ def exit_losses(
     Gate: binary cross-entropy to ``loses_nothing``, over the regions whose most probable class is
     foreground; only these can exit as confident.
 
+    Tile head: see ``tile_loss``.
+
     Pruner and gate see the rank of a region among the live ones, which exits make fewer. Each
     gate is therefore trained on all regions of half of the images, and on a random share of the
     best regions of the others, drawn from torch's global generator.
@@ -56,18 +60,26 @@ def exit_losses(
             ``crops`` for a pruner with crop channels.
         gt_boxes: per image float32 ``[G_i, 4]``, none empty; G_i may be 0.
         gt_classes: per image int64 ``[G_i]`` in ``[0, K)``.
+        origins: of the proposals, for a tile head.
         smallest_share: the smallest random share of live regions; 1 keeps all.
 
     Returns:
         ``loss_exit_iou_stage<s>`` for every stage, ``loss_exit_gate_stage<s>`` for every stage but
-        the last, ``loss_exit_pruner_gate<g>`` for every gate, g = s + 1 after stage s; scalars,
-        exactly 0 without regions to train on.
+        the last, ``loss_exit_pruner_gate<g>`` for every gate, g = s + 1 after stage s, and
+        ``loss_exit_tiles``; scalars, those of regions exactly 0 without any to train on.
+
+    Raises:
+        ValueError: there is a tile head, but no ``origins``.
     """
     ground_truth = GroundTruth.from_images(gt_boxes, gt_classes)
     losses = {
         f"loss_exit_iou_stage{stage}": _iou_loss(parts, record, ground_truth, stage)
         for stage in range(len(parts.iou_head))
     }
+    if parts.tile_head is not None:
+        if origins is None:
+            raise ValueError("a tile head learns from the tiles that proposals come from")
+        losses["loss_exit_tiles"] = tile_loss(parts.tile_head, record, origins)
     found = ends_as_true_positive(record, ground_truth) if len(parts.pruner) else None
     for stage in range(BEFORE_STAGES, parts.num_stages - 1):
         view = record.view(stage)

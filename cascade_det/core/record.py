@@ -17,9 +17,12 @@ from torch import Tensor
 from cascade_det.core.ensemble import ScoreEnsemble
 from cascade_det.core.exits import ExitPolicy, RegionView
 from cascade_det.core.postprocess import Selection, select_detections
+from cascade_det.core.recorded_tiles import TILE_WORK, TileProposals, TileUse, join_tiles
 from cascade_det.core.regions import Regions, ReportedRegions, StageResult
+from cascade_det.core.roi_pooling import RoIPooler
 from cascade_det.core.stage_runner import StageRunner
 from cascade_det.core.structures import CascadeStats, Detections
+from cascade_det.core.structures.boxes import flatten_images
 
 
 @dataclass
@@ -54,11 +57,31 @@ class Replay:
         reported: the regions to report, for ``CascadeRecord.select``.
         stats: counts over all images.
         entered: int64 ``[S, N]``, regions of each image that enter each stage.
+        tile_use: of the finest map; ``None`` where no tile thresholds are recorded.
     """
 
     reported: list[ReportedRegions]
     stats: CascadeStats
     entered: Tensor
+    tile_use: TileUse | None = None
+
+    @property
+    def tiles(self) -> Tensor:
+        """Tiles of each image by ``TILE_WORK``, int64 ``[4, N]``."""
+        if self.tile_use is None:
+            return self.entered.new_zeros(len(TILE_WORK), self.entered.shape[1])
+        return self.tile_use.work
+
+    def read_masked(self, detections: Sequence[Detections], chosen: Sequence[Tensor]) -> None:
+        """Count the tiles that masks of detections read.
+
+        Args:
+            detections: of each image, in pixels of the resized images.
+            chosen: bool ``[D]`` of each image, the detections that get a mask.
+        """
+        if self.tile_use is not None:
+            boxes = [d.boxes[own] for d, own in zip(detections, chosen, strict=True)]
+            self.tile_use.read(*flatten_images(boxes))
 
 
 @dataclass(kw_only=True)
@@ -85,6 +108,10 @@ class CascadeRecord:
         stages: S stages.
         ensemble: combines the class scores of the stages.
         selection: which detections are reported.
+        pooler: of the regions.
+        pools_whole_maps: whether the pooler needs all tiles of the finest map.
+        tiles: of some tile thresholds, whose proposals are recorded together; ``None`` for the
+            proposals of the whole map alone.
     """
 
     image_sizes: list[tuple[int, int]]
@@ -95,6 +122,9 @@ class CascadeRecord:
     stages: list[RecordedStage]
     ensemble: ScoreEnsemble
     selection: Selection
+    pooler: RoIPooler | None = None
+    pools_whole_maps: bool = False
+    tiles: TileProposals | None = None
 
     @property
     def num_images(self) -> int:
@@ -109,7 +139,25 @@ class CascadeRecord:
     def cpu(self) -> CascadeRecord:
         """A copy on the CPU."""
         stages = [RecordedStage(**_map_tensors(Tensor.cpu, stage)) for stage in self.stages]
-        return CascadeRecord(**{**_map_tensors(Tensor.cpu, self), "stages": stages})
+        tiles = None if self.tiles is None else self.tiles.cpu()
+        fields = _map_tensors(Tensor.cpu, self)
+        return CascadeRecord(**{**fields, "stages": stages, "tiles": tiles})
+
+    def rows(self, tile_threshold: float = 0.0) -> Tensor:
+        """The regions that are proposed at a tile threshold: int64, ascending.
+
+        Raises:
+            ValueError: the threshold was not recorded.
+        """
+        if self.tiles is not None:
+            own = self.tiles.members[:, self.tiles.index(tile_threshold)]
+            return torch.nonzero(own).squeeze(1)
+        if tile_threshold > 0:
+            raise ValueError(
+                f"the tile threshold is {tile_threshold:g}, but the record has none: record a "
+                "detector whose finest map can be computed in tiles, with its thresholds"
+            )
+        return torch.arange(len(self.proposals), device=self.proposals.device)
 
     def select_images(self, images: Sequence[int]) -> CascadeRecord:
         """The record of some of the images, in the given order."""
@@ -126,16 +174,18 @@ class CascadeRecord:
             "image_sizes": [self.image_sizes[image] for image in images],
             "image_index": torch.arange(len(chosen)).repeat_interleave(lengths),
             "stages": [RecordedStage(**_map_tensors(select, stage)) for stage in self.stages],
+            "tiles": None if self.tiles is None else self.tiles.select(rows, images),
         }
         return CascadeRecord(**fields)
 
     def view(self, stage: int) -> RegionView:
         """The input of exit rules after ``stage`` (-1: before stage 0), had no region exited."""
-        regions = self._proposal_regions()
+        regions = self._proposal_regions(0.0)
         if stage < 0:
-            return regions.view(stage, self.num_images, crops=self.crops)
+            crops = None if self.crops is None else self.crops[regions.proposal_index]
+            return regions.view(stage, self.num_images, crops=crops)
         if stage > 0:
-            regions.boxes = self.stages[stage - 1].boxes
+            regions.boxes = self.stages[stage - 1].boxes[regions.proposal_index]
         regions = self.refine(regions, stage)
         probs = self.ensemble.probs(regions.score_state, stage + 1)
         return regions.view(stage, self.num_images, probs=probs)
@@ -168,17 +218,28 @@ class CascadeRecord:
             num_stages: stop after so many stages; ``None`` runs all.
 
         Raises:
-            ValueError: the policy needs crops, and the record has none.
+            ValueError: the policy needs crops, and the record has none; or its tile threshold was
+                not recorded.
         """
-        source = _RecordSource(self)
+        tile_threshold = 0.0 if policy is None else policy.tile_threshold
+        proposals = self._proposal_regions(tile_threshold)
+        source = _RecordSource(self, self._tile_use(tile_threshold))
         runner = StageRunner(
             source,
             num_stages=num_stages or self.num_stages,
             ensemble=self.ensemble,
             policy=policy,
         )
-        reported = runner.run(self._proposal_regions())
-        return Replay(reported, runner.stats, source.entered)
+        reported = runner.run(proposals)
+        return Replay(reported, runner.stats, source.entered, source.tiles)
+
+    def _tile_use(self, tile_threshold: float) -> TileUse | None:
+        if self.tiles is None:
+            return None
+        assert self.pooler is not None
+        place = self.tiles.index(tile_threshold)
+        opened = [tiles[place] for tiles in self.tiles.opened]
+        return TileUse(opened, self.pooler, pools_whole_maps=self.pools_whole_maps)
 
     def select(self, reported: Sequence[ReportedRegions]) -> list[RecordedDetections]:
         """Detections of every image, in pixels of the resized images.
@@ -198,21 +259,31 @@ class CascadeRecord:
             for d in found
         ]
 
-    def _proposal_regions(self) -> Regions:
-        index = torch.arange(len(self.proposals), device=self.proposals.device)
-        return Regions(self.proposals, self.image_index, self.objectness, index)
+    def _proposal_regions(self, tile_threshold: float) -> Regions:
+        regions = Regions(
+            self.proposals,
+            self.image_index,
+            self.objectness,
+            torch.arange(len(self.proposals), device=self.proposals.device),
+        )
+        if self.tiles is None and tile_threshold <= 0:
+            return regions
+        return regions[self.rows(tile_threshold)]
 
 
 class _RecordSource:
     """A record as a ``StageSource``, which counts the regions that enter each stage."""
 
-    def __init__(self, record: CascadeRecord) -> None:
+    def __init__(self, record: CascadeRecord, tiles: TileUse | None) -> None:
+        self.tiles = tiles
         self.num_images = record.num_images
         self.entered = record.image_index.new_zeros(record.num_stages, record.num_images)
         self._record = record
 
     def run_stage(self, regions: Regions, stage: int) -> StageResult:
         self.entered[stage] = torch.bincount(regions.image_index, minlength=self.num_images)
+        if self.tiles is not None:
+            self.tiles.read(regions.boxes, regions.image_index)
         decoded = self._record.stages[stage].decoded[regions.proposal_index]
         return StageResult(self._record.refine(regions, stage), decoded)
 
@@ -222,6 +293,8 @@ class _RecordSource:
     def crops(self, regions: Regions) -> Tensor:
         if self._record.crops is None:
             raise ValueError("the record has no crops: record with a policy that needs them")
+        if self.tiles is not None:
+            self.tiles.read(regions.boxes, regions.image_index)
         return self._record.crops[regions.proposal_index]
 
 
@@ -249,6 +322,9 @@ def join_records(records: Sequence[CascadeRecord]) -> CascadeRecord:
         stages=stages,
         ensemble=first.ensemble,
         selection=first.selection,
+        pooler=first.pooler,
+        pools_whole_maps=first.pools_whole_maps,
+        tiles=join_tiles([record.tiles for record in records]),
         **_join([{name: getattr(record, name) for name in names} for record in records]),
     )
 

@@ -6,6 +6,7 @@ Shapes: N images, L levels, C channels, R regions of the whole batch, P bins per
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,8 @@ from cascade_det.core.structures.on_device import (
     is_recorded,
 )
 from cascade_det.layers import gpu_kernels
+from cascade_det.layers.tile_gate import tiles_of_boxes
+from cascade_det.layers.tiles import FeatureMap, TiledMap, as_tensor
 
 
 @dataclass
@@ -28,14 +31,14 @@ class Pyramid:
     """A feature pyramid prepared for pooling, once per batch.
 
     Attributes:
-        features: L maps ``[N, C, H_l, W_l]``, finest first.
+        features: L maps ``[N, C, H_l, W_l]``, finest first; the first may be a ``TiledMap``.
         table: ``[N * sum(H_l * W_l), C]``, the pixels of all maps, or ``None`` for the torchvision
             kernel.
         first_rows: ``[N][L]``, first table row of each map of each image.
         dtype: of crops by the torchvision kernel; ``None`` for that of the features.
     """
 
-    features: list[Tensor]
+    features: list[FeatureMap]
     table: Tensor | None = None
     first_rows: list[list[int]] = field(default_factory=list)
     dtype: torch.dtype | None = None
@@ -79,11 +82,14 @@ class RoIPooler(nn.Module):
         self.aligned = aligned
         self.kernel = kernel
 
-    def prepare(self, features: list[Tensor], *, dtype: torch.dtype | None = None) -> Pyramid:
+    def prepare(
+        self, features: Sequence[FeatureMap], *, dtype: torch.dtype | None = None
+    ) -> Pyramid:
         """Lay out the feature maps for the chosen kernel.
 
         Args:
-            features: L maps ``[N, C, H_l, W_l]``, finest first, as many as strides.
+            features: L maps ``[N, C, H_l, W_l]``, finest first, as many as strides. Of a
+                ``TiledMap``, the tiles that regions read are computed when these are pooled.
             dtype: that fast heads read crops in, of the maps of all kernels but torchvision's;
                 ``None`` for that of the features, and for other heads.
 
@@ -93,15 +99,23 @@ class RoIPooler(nn.Module):
         if len(features) != len(self.strides):
             raise ValueError(f"{len(features)} feature maps for {len(self.strides)} strides")
         if torch.jit.is_tracing():
-            return Pyramid(features)
+            return Pyramid(list(features))
         if not self._reads_table(features, for_fast_heads=dtype is not None):
             # The kernel reads contiguous float32 maps: made here, once for all stages.
-            planes = [level.float().contiguous() for level in features]
-            return Pyramid(planes, dtype=features[0].dtype)
-        levels = [level.to(dtype or level.dtype) for level in features]
-        return Pyramid(features, *make_table(levels))
+            planes = [as_tensor(level).float().contiguous() for level in features]
+            return Pyramid([*planes], dtype=features[0].dtype)
+        finest = features[0]
+        if not isinstance(finest, TiledMap):
+            levels = [as_tensor(level).to(dtype or level.dtype) for level in features]
+            return Pyramid(list(features), *make_table(levels))
+        maps = [finest.data, *(as_tensor(level) for level in features[1:])]
+        table, first_rows = make_table([level.to(dtype or level.dtype) for level in maps])
+        if table.untyped_storage().data_ptr() != finest.data.untyped_storage().data_ptr():
+            of_images = torch.tensor([rows[0] for rows in first_rows], device=table.device)
+            finest.also_write_to(table, of_images)
+        return Pyramid(list(features), table, first_rows)
 
-    def _reads_table(self, features: list[Tensor], *, for_fast_heads: bool) -> bool:
+    def _reads_table(self, features: Sequence[FeatureMap], *, for_fast_heads: bool) -> bool:
         if self.kernel != "auto" or features[0].device.type == "cpu":
             return self.kernel != "torchvision"
         wants_kernel = for_fast_heads and not _need_graph(features)
@@ -119,7 +133,8 @@ class RoIPooler(nn.Module):
             ``[R, C, P, P]`` in the type of the features; differentiable in the features.
         """
         if pyramid.table is None:
-            return self._pool_with_torchvision(pyramid, boxes, image_index)
+            features = self._compute_tiles(pyramid, boxes, image_index)
+            return self._pool_with_torchvision(features, pyramid.dtype, boxes, image_index)
         size = self.output_size
         rows, order = self.pool_rows(pyramid, boxes, image_index)  # [R, P * P * C], [R]
         return in_region_order(rows, order).unflatten(1, (size, size, -1)).permute(0, 3, 1, 2)
@@ -127,11 +142,39 @@ class RoIPooler(nn.Module):
     def _levels(self, boxes: Tensor) -> Tensor:
         return assign_levels(boxes, min_level=self.min_level, max_level=self.max_level)
 
+    def tiles_read(self, boxes: Tensor, image_index: Tensor, shape: Sequence[int]) -> Tensor:
+        """The tiles of the finest map that pooling reads: bool ``[N, P, Q]``.
+
+        Args:
+            boxes: as in ``forward``.
+            image_index: as in ``forward``.
+            shape: ``(N, P, Q)``.
+        """
+        own = self._levels(boxes) <= 0  # those with NaN too
+        return tiles_of_boxes(
+            boxes[own],
+            image_index[own],
+            shape,
+            scale=1.0 / self.strides[0],
+            aligned=self.aligned,
+        )
+
+    def _compute_tiles(self, pyramid: Pyramid, boxes: Tensor, image_index: Tensor) -> list[Tensor]:
+        """Compute the tiles that regions read; the maps, of which the first may lack others."""
+        finest = pyramid.features[0]
+        if isinstance(finest, TiledMap):
+            finest.compute(self.tiles_read(boxes, image_index, finest.computed.shape))
+        return [x.data if isinstance(x, TiledMap) else x for x in pyramid.features]
+
     def _pool_with_torchvision(
-        self, pyramid: Pyramid, boxes: Tensor, image_index: Tensor
+        self,
+        features: list[Tensor],
+        dtype: torch.dtype | None,
+        boxes: Tensor,
+        image_index: Tensor,
     ) -> Tensor:
-        features, size = pyramid.features, self.output_size
-        dtype = pyramid.dtype or features[0].dtype
+        size = self.output_size
+        dtype = dtype or features[0].dtype
         levels, none = self._levels(boxes), len(features)
         # A box with NaN has no level and pools zeros.
         levels = levels.where((levels >= 0) & (levels < none), none)
@@ -181,6 +224,7 @@ class RoIPooler(nn.Module):
             ``None`` for the order of the regions. See ``in_region_order``.
         """
         assert pyramid.table is not None
+        self._compute_tiles(pyramid, boxes, image_index)
         sizes = tuple((level.shape[-2], level.shape[-1]) for level in pyramid.features)
         first_rows = tuple(map(tuple, pyramid.first_rows))
         device = boxes.device
@@ -207,8 +251,10 @@ def in_region_order(rows: Tensor, order: Tensor | None) -> Tensor:
     return rows if order is None else torch.empty_like(rows).index_copy_(0, order, rows)
 
 
-def _need_graph(features: list[Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(level.requires_grad for level in features)
+def _need_graph(features: Sequence[FeatureMap]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(level, Tensor) and level.requires_grad for level in features
+    )
 
 
 def _regions_at_once(count: int) -> int:

@@ -120,6 +120,8 @@ class StageNetwork:
             stages=stages,
             ensemble=self.ensemble,
             selection=selection,
+            pooler=self.pooler,
+            pools_whole_maps=self.pyramid.table is None,
         )
 
     def _record_stage(self, result: StageResult, stage: int, hidden: bool) -> RecordedStage:

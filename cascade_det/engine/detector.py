@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from cascade_det.core import CascadeHead, CascadeInputs, DetectorOutput, ExitPolicy, PartTimer
+from cascade_det.core.recorded_tiles import TileProposals
 from cascade_det.data.samples import Sample
 from cascade_det.segmentation.head import SegmentationHead
 from cascade_det.segmentation.output import EncodedImages, SegmenterOutput
@@ -99,6 +100,20 @@ class CascadeDetector(Detector, Protocol):
 
     def cascade_inputs(self, batch: Sequence[Sample]) -> CascadeInputs:
         """Features and proposals of a batch."""
+
+    def gated_inputs(
+        self, batch: Sequence[Sample], tile_thresholds: Sequence[float]
+    ) -> tuple[CascadeInputs, TileProposals | None]:
+        """Features of a batch, and the proposals of some tile thresholds together.
+
+        Args:
+            batch: samples.
+            tile_thresholds: 0 first, the whole map.
+
+        Returns:
+            The inputs, and which proposals belong to each threshold; ``None`` with the proposals
+            of the whole map if that cannot be computed in tiles.
+        """
 
     def set_exits(self, exits: ExitPolicy | None) -> None:
         """Replace the exit policy."""

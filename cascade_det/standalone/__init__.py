@@ -8,6 +8,7 @@ from cascade_det.standalone.optimize import optimize, optimize_segmenter
 from cascade_det.standalone.predictor import Predictor
 from cascade_det.standalone.segmenter_predictor import SegmenterPredictor
 from cascade_det.standalone.slices import SlicedPredictor
+from cascade_det.standalone.tile_predictor import TilePredictor
 from cascade_det.standalone.train import replay_batch, train
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Predictor",
     "SegmenterPredictor",
     "SlicedPredictor",
+    "TilePredictor",
     "build_detector",
     "evaluate",
     "optimize",

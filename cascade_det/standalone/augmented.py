@@ -23,6 +23,7 @@ from cascade_det.core.structures.boxes import clip_boxes, flatten_images, image_
 from cascade_det.data.samples import Sample
 from cascade_det.data.transforms import resize_shortest_edge
 from cascade_det.engine.batches import check_images
+from cascade_det.layers.tiles import as_tensor
 from cascade_det.standalone.detector import Detector
 
 # Detectron2's. Views of a batch are padded to one size, which changes their maps a little.
@@ -139,7 +140,7 @@ class AugmentedDetector:
                     for view, d in zip(own, detected, strict=True)
                 ]
                 if heads.masks is not None:
-                    features.append(inputs.features)
+                    features.append([as_tensor(x) for x in inputs.features])
             merged = self._merge(found, original)
         if heads.masks is not None:
             with part(timer, "masks"):

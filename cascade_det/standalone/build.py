@@ -132,7 +132,10 @@ def _build_cascade(cfg: CfgNode, pooler: RoIPooler, in_channels: int) -> Cascade
         for head in heads
     ]
     exits = build_exits(
-        config.exit_arguments(cfg), [head.out_features for head in heads], in_channels
+        config.exit_arguments(cfg),
+        [head.out_features for head in heads],
+        in_channels,
+        config.rpn_channels(cfg),
     )
     return CascadeHead(
         pooler=pooler,

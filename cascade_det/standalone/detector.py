@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +20,21 @@ from cascade_det.core import (
     ExitPolicy,
     PartTimer,
 )
+from cascade_det.core.full_proposals import full_proposals
 from cascade_det.core.modes import in_evaluation_mode
 from cascade_det.core.postprocess import rescale_detections, rescale_stage
-from cascade_det.core.structures import part
-from cascade_det.core.structures.boxes import keep_images
+from cascade_det.core.recorded_tiles import TileProposals
+from cascade_det.core.structures import ImageTiles, measure_tiles, part
+from cascade_det.core.tile_losses import TileOrigins
 from cascade_det.data.samples import Sample
 from cascade_det.engine.batches import check_images
 from cascade_det.engine.precision import channels_last_in_half
+from cascade_det.layers.rpn_head import TileScorer
+from cascade_det.layers.tiles import TILE, FeatureMap, TiledMap, as_tensor
 from cascade_det.masks.truth import ObjectMasks
 from cascade_det.standalone.front import SIZE_STEP, Front
 from cascade_det.standalone.preprocess import normalise_and_stack, send
-from cascade_det.standalone.rpn import RPN, Candidates
+from cascade_det.standalone.rpn import RPN, Candidates, Proposals
 
 
 class Detector(nn.Module):
@@ -138,22 +143,26 @@ class Detector(nn.Module):
         gt_boxes = send([s["gt_boxes"] for s in batch], self.device)
         gt_classes = send([s["gt_classes"] for s in batch], self.device)
         if self.roi_heads.regime.exits_alone:
-            return self.roi_heads.exit_losses(self.cascade_inputs(batch), gt_boxes, gt_classes)
+            inputs, origins = self._inputs_with_origins(batch)
+            return self.roi_heads.exit_losses(inputs, gt_boxes, gt_classes, origins)
         images, image_sizes = self.preprocess([s["image"] for s in batch])
         if images.device.type == "cpu":
             images = images.contiguous(memory_format=self.training_format)
         images = channels_last_in_half(images)
         maps = self.backbone(images)
-        proposals, objectness, losses = self.proposal_generator.losses(maps, gt_boxes, image_sizes)
+        proposals, losses = self.proposal_generator.losses(maps, gt_boxes, image_sizes)
         features = [maps[name] for name in self.roi_in_features]
         gt_masks = None
         if self.roi_heads.masks is not None:
             gt_masks = ObjectMasks([mask for s in batch for mask in s["gt_masks"]], self.device)
         losses.update(
-            self.roi_heads.losses(features, proposals, gt_boxes, gt_classes, image_sizes, gt_masks)
+            self.roi_heads.losses(
+                features, proposals.boxes, gt_boxes, gt_classes, image_sizes, gt_masks
+            )
         )
-        inputs = CascadeInputs(features, proposals, image_sizes, objectness)
-        return {**losses, **self.roi_heads.exit_losses(inputs, gt_boxes, gt_classes)}
+        inputs = CascadeInputs(features, proposals.boxes, image_sizes, proposals.objectness)
+        origins = self._origins(maps, proposals)
+        return {**losses, **self.roi_heads.exit_losses(inputs, gt_boxes, gt_classes, origins)}
 
     @in_evaluation_mode
     @torch.no_grad()
@@ -171,8 +180,9 @@ class Detector(nn.Module):
         Args:
             batch: samples with ``image`` (uint8 ``[3, H, W]``) and, if it was resized, ``height``
                 and ``width`` of the original.
-            stages: also run the full cascade and report the detections after every stage: of all
-                images, or of those for which it is true; the others get empty ones.
+            stages: also run the full cascade, without a tile gate, and report the detections
+                after every stage: of all images, or of those for which it is true; the others get
+                empty ones.
             timer: measures the milliseconds of every part.
 
         Returns:
@@ -184,7 +194,7 @@ class Detector(nn.Module):
         if len(batch) == 0:
             return DetectorOutput([], CascadeStats.empty(self.roi_heads.num_stages))
         started = self.roi_heads.now()
-        inputs = self._cascade_inputs(batch, timer)
+        maps, inputs = self._cascade_inputs(batch, timer, gated=True)
         detections, stats = self.roi_heads.detect(**vars(inputs), timer=timer, started=started)
         image_sizes = inputs.image_sizes
         frames = [
@@ -193,43 +203,134 @@ class Detector(nn.Module):
         ]
         with part(timer, "postprocess"):
             detections = rescale_detections(detections, frames)
-        output = DetectorOutput(detections, stats)
+        finest = maps[self.roi_in_features[0]]
+        tiles = self._image_tiles(finest, frames) if isinstance(finest, TiledMap) else None
+        output = DetectorOutput(detections, stats, tiles=tiles)
         chosen = [stages] * len(batch) if isinstance(stages, bool) else stages
         if any(chosen):
-            full = self.roi_heads.detect_stages(
-                inputs.features, keep_images(inputs.proposals, chosen), image_sizes, timer=timer
-            )
+
+            def propose(own: dict[str, Tensor], images: slice) -> list[Tensor]:
+                return self.proposal_generator.propose(own, image_sizes[images])[0]
+
+            whole, proposals = full_proposals(maps, inputs.proposals, chosen, propose, timer=timer)
+            features = [whole[name] for name in self.roi_in_features]
+            full = self.roi_heads.detect_stages(features, proposals, image_sizes, timer=timer)
             output.stages = [rescale_stage(stage, frames) for stage in full]
         return output
 
     @in_evaluation_mode
     @torch.no_grad()
     def cascade_inputs(self, batch: Sequence[Sample]) -> CascadeInputs:
-        """Inputs of the cascade for a batch, as in ``detect``."""
-        inputs = self._cascade_inputs(batch, None)
+        """Inputs of the cascade for a batch, as in ``detect`` without a tile gate."""
+        _, inputs = self._cascade_inputs(batch, None, gated=False)
         if self.compiled_front is not None:
             # The next call of a recording writes over the maps of this one.
-            inputs = replace(inputs, features=[x.clone() for x in inputs.features])
+            inputs = replace(inputs, features=[as_tensor(x).clone() for x in inputs.features])
         return inputs
 
-    def _cascade_inputs(self, batch: Sequence[Sample], timer: PartTimer | None) -> CascadeInputs:
+    @in_evaluation_mode
+    @torch.no_grad()
+    def gated_inputs(
+        self, batch: Sequence[Sample], tile_thresholds: Sequence[float]
+    ) -> tuple[CascadeInputs, TileProposals | None]:
+        """Inputs of a record, with the proposals of some tile thresholds together.
+
+        Args:
+            batch: samples.
+            tile_thresholds: 0 first, the whole map.
+
+        Returns:
+            The inputs, and which proposals belong to each threshold; ``None`` with the proposals
+            of the whole map if that cannot be computed in tiles.
+        """
+        if not tile_thresholds or not self._takes_tiles:
+            return self.cascade_inputs(batch), None
+        mode = torch.inference_mode if self.optimizations else nullcontext
+        with mode():
+            check_images(batch)
+            images, image_sizes = self.preprocess([s["image"] for s in batch])
+            maps = self.backbone(images)
+        boxes, objectness, tiles = self.proposal_generator.propose_at(
+            maps, image_sizes, tile_thresholds, tile_scorer=self._tile_scorer
+        )
+        features = [maps[name] for name in self.roi_in_features]
+        return CascadeInputs(features, boxes, image_sizes, objectness), tiles
+
+    @in_evaluation_mode
+    @torch.no_grad()
+    def _inputs_with_origins(
+        self, batch: Sequence[Sample]
+    ) -> tuple[CascadeInputs, TileOrigins | None]:
+        """As ``cascade_inputs``, with what a tile head is trained with."""
+        images, image_sizes = self.preprocess([s["image"] for s in batch])
+        maps = self.backbone(images)
+        proposals = self.proposal_generator.propose_with_tiles(maps, image_sizes)
+        features = [maps[name] for name in self.roi_in_features]
+        inputs = CascadeInputs(features, proposals.boxes, image_sizes, proposals.objectness)
+        return inputs, self._origins(maps, proposals)
+
+    def _origins(self, maps: dict[str, Tensor], proposals: Proposals) -> TileOrigins | None:
+        """What a tile head is trained with; ``None`` without one."""
+        if self._tile_scorer is None:
+            return None
+        return TileOrigins(self.proposal_generator.after_finest(maps), proposals.tiles)
+
+    @property
+    def _tile_scorer(self) -> TileScorer | None:
+        exits = self.roi_heads.exits
+        return None if exits is None else exits.tile_scorer
+
+    @property
+    def _takes_tiles(self) -> bool:
+        finest, rpn = self.roi_in_features[0], self.proposal_generator
+        return (
+            self.compiled_front is None
+            and isinstance(self.backbone, FPN)
+            and self.backbone.takes_tiles
+            and rpn.rpn_head.takes_tiles
+            and rpn.in_features[0] == finest == f"p{self.backbone.levels[0]}"
+            and len(rpn.in_features) > 1
+        )
+
+    def _cascade_inputs(
+        self, batch: Sequence[Sample], timer: PartTimer | None, *, gated: bool
+    ) -> tuple[dict[str, FeatureMap], CascadeInputs]:
+        """The feature maps of a batch by name, and what the cascade gets of them."""
         # A compiled backbone is compiled for inference mode only.
         mode = torch.inference_mode if self.optimizations else nullcontext
+        exits = self.roi_heads.exits if gated else None
+        tile_threshold = 0.0 if exits is None else exits.tile_threshold
         with part(timer, "preprocess"), mode():
             check_images(batch)
             images, image_sizes = self.preprocess([s["image"] for s in batch])
         with part(timer, "backbone"), mode():
-            maps, candidates = self._front(images)
+            in_tiles = tile_threshold > 0 and isinstance(self.backbone, FPN)
+            maps, candidates = self._front(images, in_tiles=in_tiles)
+        measure_tiles(maps, timer)
         with part(timer, "rpn"):
             if candidates is None:
-                candidates = self.proposal_generator.candidates(maps)
+                candidates = self.proposal_generator.candidates(
+                    maps, tile_threshold=tile_threshold, tile_scorer=self._tile_scorer
+                )
             proposals, objectness = self.proposal_generator.select(candidates, image_sizes)
         features = [maps[name] for name in self.roi_in_features]
-        return CascadeInputs(features, proposals, image_sizes, objectness)
+        return maps, CascadeInputs(features, proposals, image_sizes, objectness)
 
-    def _front(self, images: Tensor) -> tuple[dict[str, Tensor], Candidates | None]:
+    def _image_tiles(
+        self, finest: TiledMap, frames: Sequence[tuple[tuple[int, int], tuple[int, int]]]
+    ) -> list[ImageTiles]:
+        """The tiles of images, of which ``frames`` has the resized and the original size."""
+        side = TILE * self.roi_heads.pooler.strides[0]  # pixels of a resized image
+        return [
+            ImageTiles(opened, computed, side * size[0] / own[0], side * size[1] / own[1])
+            for opened, computed, (own, size) in zip(
+                finest.opened, finest.computed, frames, strict=True
+            )
+        ]
+
+    def _front(self, images: Tensor, *, in_tiles: bool) -> tuple[dict[str, Any], Candidates | None]:
         if self.compiled_front is None:
-            return self.backbone(images), None
+            return self.backbone(images, **({"in_tiles": True} if in_tiles else {})), None
         maps, candidates = self.compiled_front(images)
         return maps, candidates
 

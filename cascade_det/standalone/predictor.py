@@ -10,7 +10,7 @@ import numpy as np
 from fvcore.common.config import CfgNode
 
 from cascade_det import config
-from cascade_det.core import Detections
+from cascade_det.core import Detections, DetectorOutput
 from cascade_det.data.given_images import Image, Images
 from cascade_det.engine.datasets import images_to_optimise_with
 from cascade_det.engine.head_flops import region_flops
@@ -109,10 +109,18 @@ class Predictor:
         """
         if isinstance(images, (np.ndarray, str, PathLike)):
             return self([images])[0]
-        detections: list[Detections] = []
+        outputs = self.outputs(images, names=names)
+        return [found.to("cpu") for output in outputs for found in output.detections]
+
+    def outputs(
+        self, images: Images, *, names: Sequence[str] | None = None
+    ) -> Iterator[DetectorOutput]:
+        """All that the detector returns, batch by batch: with the counts of exits and tiles.
+
+        Arguments and errors as above, for several images; tensors are on the detector's device.
+        """
         for batch in self._batches(images, names):
-            detections += [d.to("cpu") for d in self.monitor.detect(batch).detections]
-        return detections
+            yield self.monitor.detect(batch)
 
     def stream(
         self, source: Place | Sequence[Place], *, watch: bool = False

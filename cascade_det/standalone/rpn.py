@@ -5,7 +5,7 @@ Shapes: N images, L levels, A anchors at each position, G ground-truth boxes of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torchvision.ops import box_iou
 
 from cascade_det.core.losses import box_loss
 from cascade_det.core.matching import sample_labels
+from cascade_det.core.recorded_tiles import TileProposals, join_proposals
 from cascade_det.core.structures.boxes import (
     ImageSizes,
     Weights,
@@ -24,7 +25,8 @@ from cascade_det.core.structures.boxes import (
     is_nonempty,
 )
 from cascade_det.core.structures.nms import nms_by_image
-from cascade_det.layers.rpn_head import RPNHead
+from cascade_det.layers.rpn_head import BestAnchors, RPNHead, TileScorer
+from cascade_det.layers.tiles import TILE, FeatureMap
 from cascade_det.standalone.anchors import AnchorGenerator
 from cascade_det.standalone.rpn_samples import predictions_at
 
@@ -41,6 +43,21 @@ class Candidates(NamedTuple):
     boxes: Tensor
     logits: Tensor
     level_index: Tensor
+
+
+class Proposals(NamedTuple):
+    """Proposals of N images, best objectness first.
+
+    Attributes:
+        boxes: per image float32 ``[R_i, 4]``, XYXY clipped to the image.
+        objectness: per image float32 ``[R_i]``, logits.
+        tiles: per image int64 ``[R_i]``, the tile of the finest map that has the cell of the
+            anchor, row by row; -1 for anchors of coarser maps.
+    """
+
+    boxes: list[Tensor]
+    objectness: list[Tensor]
+    tiles: list[Tensor]
 
 
 class RPN(nn.Module):
@@ -114,7 +131,7 @@ class RPN(nn.Module):
 
     def losses(
         self, features: dict[str, Tensor], gt_boxes: Sequence[Tensor], image_sizes: ImageSizes
-    ) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
+    ) -> tuple[Proposals, dict[str, Tensor]]:
         """Proposals for training the heads, and the losses of the RPN.
 
         Proposals that are NaN or Inf are dropped, and counted in ``metrics``.
@@ -125,8 +142,7 @@ class RPN(nn.Module):
             image_sizes: N ``(height, width)``.
 
         Returns:
-            Per image boxes float32 ``[R_i, 4]`` and objectness logits float32 ``[R_i]``, and the
-            losses ``loss_rpn_cls`` and ``loss_rpn_loc``.
+            The proposals, and the losses ``loss_rpn_cls`` and ``loss_rpn_loc``.
         """
         levels = [features[name] for name in self.in_features]
         anchors = torch.cat(self.anchor_generator([(x.shape[-2], x.shape[-1]) for x in levels]))
@@ -136,8 +152,7 @@ class RPN(nn.Module):
         # Before the proposals: autocast caches converted weights at their first use, and those
         # converted under no_grad have no gradients.
         losses = self._losses(levels, anchors, labels, targets)
-        proposals, objectness = self._select(self._candidates(levels, mode=0), image_sizes, mode=0)
-        return proposals, objectness, losses
+        return self._propose(levels, image_sizes, mode=0), losses
 
     def propose(
         self, features: dict[str, Tensor], image_sizes: ImageSizes
@@ -154,16 +169,65 @@ class RPN(nn.Module):
         """
         return self.select(self.candidates(features), image_sizes)
 
+    def propose_with_tiles(
+        self, features: Mapping[str, Tensor], image_sizes: ImageSizes
+    ) -> Proposals:
+        """As ``propose``, with the tiles that proposals come from."""
+        return self._propose([features[name] for name in self.in_features], image_sizes, mode=1)
+
     @torch.no_grad()
-    def candidates(self, features: dict[str, Tensor]) -> Candidates:
-        """The best anchors of every level, for inference; their shapes follow from the maps."""
-        return self._candidates([features[name] for name in self.in_features], mode=1)
+    def after_finest(self, features: Mapping[str, Tensor]) -> Tensor:
+        """The hidden map of the level after the finest, that of a ``TileScorer``."""
+        return self.rpn_head.hidden(features[self.in_features[1]])
+
+    @torch.no_grad()
+    def candidates(
+        self,
+        features: Mapping[str, FeatureMap],
+        *,
+        tile_threshold: float = 0.0,
+        tile_scorer: TileScorer | None = None,
+    ) -> Candidates:
+        """The best anchors of every level, for inference; their shapes follow from the maps.
+
+        Args:
+            features: feature maps by name; the finest may be a ``TiledMap``.
+            tile_threshold: see ``RPNHead.best``.
+            tile_scorer: see ``RPNHead.best``.
+        """
+        levels = [features[name] for name in self.in_features]
+        best = self.rpn_head.best(
+            levels, self.pre_nms_topk[1], tile_threshold=tile_threshold, tile_scorer=tile_scorer
+        )
+        return self._decoded(best, levels)
+
+    @torch.no_grad()
+    def propose_at(
+        self,
+        features: Mapping[str, Tensor],
+        image_sizes: ImageSizes,
+        thresholds: Sequence[float],
+        *,
+        tile_scorer: TileScorer | None = None,
+    ) -> tuple[list[Tensor], list[Tensor], TileProposals]:
+        """Proposals for inference at some tile thresholds together, see ``RPNHead.best_at``.
+
+        Returns:
+            Boxes and objectness as of ``propose``, and which belong to each threshold.
+        """
+        levels = [features[name] for name in self.in_features]
+        found = self.rpn_head.best_at(
+            levels, self.pre_nms_topk[1], thresholds, tile_scorer=tile_scorer
+        )
+        selected = [self.select(self._decoded(x.best, levels), image_sizes) for x in found]
+        return join_proposals(selected, thresholds, [x.opened for x in found])
 
     def select(
         self, candidates: Candidates, image_sizes: ImageSizes
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Proposals for inference among candidates; for the rest see ``propose``."""
-        return self._select(candidates, image_sizes, mode=1)
+        boxes, objectness, _ = self._select(candidates, image_sizes, mode=1)
+        return boxes, objectness
 
     @torch.no_grad()
     def _label_anchors(self, anchors: Tensor, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,14 +285,26 @@ class RPN(nn.Module):
         return {name: x / normalizer * self.loss_weights[name] for name, x in losses.items()}
 
     @torch.no_grad()
-    def _candidates(self, levels: Sequence[Tensor], *, mode: int) -> Candidates:
-        """Score anchors and decode the best ones.
+    def _propose(
+        self, levels: Sequence[Tensor], image_sizes: ImageSizes, *, mode: int
+    ) -> Proposals:
+        """Score anchors, decode the best ones and select among them.
 
         Args:
             levels: L maps ``[N, C, H_l, W_l]``.
+            image_sizes: N ``(height, width)``.
             mode: 0 in training, 1 in inference.
         """
         best = self.rpn_head.best(levels, self.pre_nms_topk[mode])
+        boxes, objectness, rows = self._select(self._decoded(best, levels), image_sizes, mode=mode)
+        width = levels[0].shape[-1]
+        cell = best[0].anchor_index // self.rpn_head.objectness_logits.out_channels  # [N, K_0]
+        tile = cell // width // TILE * -(-width // TILE) + cell % width // TILE
+        coarser = sum(level.logits.shape[1] for level in best[1:])
+        tiles = F.pad(tile, (0, coarser), value=-1).flatten()  # [N K]
+        return Proposals(boxes, objectness, [tiles[own] for own in rows])
+
+    def _decoded(self, best: Sequence[BestAnchors], levels: Sequence[FeatureMap]) -> Candidates:
         scores = torch.cat([level.logits for level in best], 1)  # [N, K]
         deltas = torch.cat([level.deltas for level in best], 1)  # [N, K, 4]
         anchors = torch.cat(
@@ -247,8 +323,10 @@ class RPN(nn.Module):
     @torch.no_grad()
     def _select(
         self, candidates: Candidates, image_sizes: ImageSizes, *, mode: int
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Clip boxes, drop empty ones, and apply NMS within each level.
+
+        Per image: boxes, logits, and the places among all N K candidates.
 
         Args:
             candidates: of N images.
@@ -274,4 +352,4 @@ class RPN(nn.Module):
             iou=self.nms_thresh,
         )
         rows = [own[: self.post_nms_topk[mode]] for own in best_first]
-        return [boxes[own] for own in rows], [logits[own] for own in rows]
+        return [boxes[own] for own in rows], [logits[own] for own in rows], rows

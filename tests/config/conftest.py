@@ -44,6 +44,7 @@ def calibrated() -> dict[str, object]:
         "ENABLED": True,
         "PRUNE_THRESHOLDS": (0.1, 0.2),
         "PROPOSAL_THRESHOLD": 0.05,
+        "TILE_THRESHOLD": 0.1,
         "PRUNE_MARGINS": (0.5, 0.4, 0.3),
         "PRUNE_BEST": 30,
         "PRUNER_THRESHOLDS": (0.0, 0.2, 0.3),

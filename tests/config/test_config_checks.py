@@ -412,6 +412,8 @@ def test_nan_is_no_number(cfg):
 
 # ---- keys against each other
 
+TILES = "MODEL.CASCADE.EXIT.ENABLED True MODEL.CASCADE.EXIT.TILE_THRESHOLD 0.1"
+
 # Options, and what the message about them has.
 CONTRADICTIONS = {
     "INPUT.CROP.ENABLED True INPUT.CROP.SIZE [300,0.5]": (
@@ -534,6 +536,31 @@ CONTRADICTIONS = {
     ),
     "MODEL.RESNETS.NORM GN MODEL.RESNETS.WIDTH_PER_GROUP 24": (
         "WIDTH_PER_GROUP x NUM_GROUPS is 24 | multiple of 32"
+    ),
+    f"{TILES} {CASCADE_FPN}": (
+        "NAME is 'build_resnet_cascade_fpn_backbone', but MODEL.CASCADE.EXIT.TILE_THRESHOLD is 0.1"
+        " | need a backbone with an FPN, such as build_resnet_fpn_backbone | to 0 for the"
+    ),
+    "MODEL.CASCADE.EXIT.ENABLED True MODEL.CASCADE.EXIT.LEARNED ['tile_head'] MODEL.FPN.NORM GN": (
+        "FPN.NORM is 'GN', but MODEL.CASCADE.EXIT.LEARNED has 'tile_head' | need another norm | "
+        "Leave that part out."
+    ),
+    f"{TILES} MODEL.FPN.NORM GN": "FPN.NORM is 'GN' | need another norm, or none | to 0 for the",
+    f"{TILES} MODEL.RPN.IN_FEATURES ['p3','p4','p5','p6'] MODEL.ANCHOR_GENERATOR.SIZES [[32]]": (
+        "RPN.IN_FEATURES is ['p3', 'p4', 'p5', 'p6'] | need p2 and the next level, or more"
+    ),
+    f"{TILES} MODEL.RPN.IN_FEATURES ['p2'] MODEL.ANCHOR_GENERATOR.SIZES [[32]]": (
+        "RPN.IN_FEATURES is ['p2'] | need p2 and the next level, or more"
+    ),
+    f"{TILES} {EFFICIENTVIT} {STAGES} {levels(4, 7)}": (
+        "FPN.IN_FEATURES is ['res4', 'res5', 'res6'] | need four levels"
+    ),
+    f"{TILES} MODEL.RPN.CONV_DIMS (64,64)": "RPN.CONV_DIMS is [64, 64] | need one convolution",
+    f"{TILES} MODEL.ROI_HEADS.IN_FEATURES ['p3','p4','p5']": (
+        "ROI_HEADS.IN_FEATURES is ['p3', 'p4', 'p5'] | need a list that begins with p2"
+    ),
+    f"{TILES} MODEL.CASCADE.FAST.ENABLED True MODEL.CASCADE.FAST.COMPILE True": (
+        "FAST.COMPILE is True | need False. Set the threshold to 0"
     ),
     "MODEL.DEVICE cpu MODEL.CASCADE.FAST.ENABLED True MODEL.CASCADE.FAST.DTYPE float16": (
         "FAST.DTYPE is 'float16', but MODEL.DEVICE is cpu"

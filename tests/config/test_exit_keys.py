@@ -1,6 +1,7 @@
 """``MODEL.CASCADE.EXIT``: every key reaches the policy, and wrong values are refused."""
 
 import pytest
+import torch
 from fvcore.common.config import CfgNode
 
 from cascade_det import config
@@ -17,7 +18,7 @@ HEADS = ("MODEL.ROI_HEADS.NAME", "EarlyExitCascadeROIHeads")
 PLAIN = ("MODEL.ROI_HEADS.NAME", "CascadeROIHeads")
 # No rule is on.
 OFF = {"ENABLED": True, "PRUNE_THRESHOLDS": (0.0,), "REDUNDANCY_IOU": 1.5}
-ALL_PARTS = ("iou_head", "gate", "pruner")
+ALL_PARTS = ("iou_head", "gate", "pruner", "tile_head")
 
 
 def merge(cfg: CfgNode, heads=HEADS, **values) -> CfgNode:
@@ -31,7 +32,7 @@ def merge(cfg: CfgNode, heads=HEADS, **values) -> CfgNode:
 def build(cfg: CfgNode, **values):
     """The policy of a configuration in which all is off but what is named."""
     config.check_config(merge(cfg, **{**OFF, **values}))
-    return build_exits(config.exit_arguments(cfg), [8, 8, 8], 4)
+    return build_exits(config.exit_arguments(cfg), [8, 8, 8], 4, config.rpn_channels(cfg))
 
 
 def rule_of(cfg: CfgNode, kind, **values):
@@ -132,6 +133,13 @@ class TestEveryKeyReachesThePolicy:
         assert build(cfg).learned is None
         assert build(cfg, LEARNED=("pruner", "iou_head")).learned.names == ("iou_head", "pruner")
 
+    @pytest.mark.parametrize(("dims", "channels"), [((-1,), 96), ((48,), 48)])
+    def test_the_tile_head_reads_the_hidden_map_of_the_rpn(self, cfg, dims, channels):
+        assert build(cfg).tile_scorer is None
+        cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.RPN.CONV_DIMS = 96, dims
+        exits = build(cfg, LEARNED=("tile_head",)).eval()
+        assert exits.tile_scorer(torch.zeros(1, channels, 8, 4)).tolist() == [[[0.5], [0.5]]]
+
     def test_calibration(self, cfg):
         exits = build(cfg, SCORE_SCALES=(0.5, 1, 2), SCORE_SHIFTS=(0.25,))
         assert exits.score_scales == (0.5, 1, 2)
@@ -185,6 +193,7 @@ class TestEveryKeyReachesThePolicy:
         ("PRUNE_THRESHOLDS", (1.1,), "from 0 to 1"),
         ("PRUNE_THRESHOLDS", (-0.1,), "from 0 to 1"),
         ("PROPOSAL_THRESHOLD", 1.1, "from 0 to 1"),
+        ("TILE_THRESHOLD", 1.1, "from 0 to 1"),
         ("PRUNE_MARGINS", (1.1,), "1 means never"),
         ("PRUNE_MARGINS", (-0.1,), "1 means never"),
         ("PRUNE_BEST", 0, "1 or more"),
@@ -207,7 +216,7 @@ class TestEveryKeyReachesThePolicy:
         ("CONFIDENCE", "maximum", "'max_prob', 'entropy', 'margin', 'agreement', 'learned'"),
         ("LOCALISATION", "iou", "'none', 'refinement', 'predicted_iou'"),
         ("TIME_BUDGET_PER", "region", "'image', 'batch'"),
-        ("LEARNED", ("iou",), "'iou_head', 'gate' and 'pruner'"),
+        ("LEARNED", ("iou",), "'iou_head', 'gate', 'pruner' and 'tile_head'"),
     ],
 )
 def test_a_wrong_value_is_told(cfg, key, value, remedy):

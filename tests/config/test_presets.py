@@ -26,7 +26,7 @@ def keys(values):
 
 def rules_of(cfg):
     widths = [8] * len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)
-    exits = build_exits(config.exit_arguments(cfg), widths, 4)
+    exits = build_exits(config.exit_arguments(cfg), widths, 4, config.rpn_channels(cfg))
     if exits is None:
         return None
     rules = [*exits.rules, *([exits.time_budget] if exits.time_budget else [])]
@@ -118,6 +118,15 @@ STAGES = "Exits: 3 stages, IoU 0.5, 0.6, 0.7; "
 @pytest.mark.parametrize(
     ("changes", "rules"),
     [
+        ({"TILE_THRESHOLD": 0.1}, "the finest map in tiles of an objectness from 0.1"),
+        (
+            {"TILE_THRESHOLD": 0.1, "LEARNED": ("tile_head",)},
+            "the finest map in tiles of a learned score from 0.1; learned tile_head",
+        ),
+        (
+            {"TILE_THRESHOLD": 1.0, "PROPOSAL_THRESHOLD": 0.05},
+            "no proposals from the finest map; proposals of an objectness below 0.05",
+        ),
         ({"PROPOSAL_THRESHOLD": 0.05}, "proposals of an objectness below 0.05"),
         ({"PRUNE_THRESHOLDS": (0.02,)}, "background below 0.02, 0.02"),
         ({"PRUNE_THRESHOLDS": (0.0, 0.1)}, "background below never, 0.1"),
@@ -168,7 +177,11 @@ def test_the_summary_has_what_is_on_with_its_values(changes, rules):
     assert len(rules_of(cfg)) == len(named)
 
 
-_NO_RULES = ("off at", "learned", "scores", "expected", "no rule")
+_NO_RULES = (
+    *("off at", "learned", "scores", "expected", "no rule"),
+    # Of the tile gate, which looks at no regions.
+    *("the finest map in tiles", "no proposals from the finest map"),
+)
 
 
 def test_the_summary_of_exits_that_are_off():

@@ -15,7 +15,7 @@ from cascade_det.core.exit_losses import (
     exit_losses,
     loses_nothing,
 )
-from cascade_det.core.exits.learned import LEARNED_PARTS
+from cascade_det.core.exits.learned import REGION_PARTS
 
 SCENES = [
     {"seed": 0},
@@ -115,7 +115,7 @@ def test_an_object_is_found_once():
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3])
-@pytest.mark.parametrize("names", [LEARNED_PARTS, *((name,) for name in LEARNED_PARTS)])
+@pytest.mark.parametrize("names", [REGION_PARTS, *((name,) for name in REGION_PARTS)])
 def test_names_of_losses(names, num_stages):
     scene = make_recorded_scene(num_stages=num_stages)
     losses = exit_losses(

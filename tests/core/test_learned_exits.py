@@ -9,7 +9,7 @@ from random_records import CROP_CHANNELS, HIDDEN, make_parts, make_recorded_scen
 from region_views import view_of_image
 
 from cascade_det.core.exits.features import proposal_features, region_features
-from cascade_det.core.exits.learned import LEARNED_PARTS, LearnedParts
+from cascade_det.core.exits.learned import REGION_PARTS, LearnedParts
 from cascade_det.core.exits.view import RegionView
 
 GATES = range(-1, 2)
@@ -161,7 +161,7 @@ def test_autocast_changes_nothing():
 
 def test_untrained_parts_return_a_half():
     parts = LearnedParts(
-        names=LEARNED_PARTS,
+        names=REGION_PARTS,
         num_stages=3,
         hidden_features=(HIDDEN,) * 3,
         crop_channels=CROP_CHANNELS,
@@ -187,7 +187,7 @@ def test_state_dict_names_and_round_trip():
     torch.testing.assert_close(answers(twin, view), answers(parts, view), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", LEARNED_PARTS)
+@pytest.mark.parametrize("name", REGION_PARTS)
 def test_parts_are_built_one_by_one(name):
     parts = make_parts(names={name})
     assert parts.names == (name,)
@@ -200,7 +200,9 @@ def test_a_cascade_of_one_stage_has_a_gate_before_it_alone():
 
 
 def test_wrong_arguments_are_refused():
-    with pytest.raises(ValueError, match=r"unknown parts.*'gates'.*iou_head, gate, pruner"):
+    with pytest.raises(ValueError, match=r"unknown parts.*'gates'.*iou_head.*tile_head"):
         LearnedParts(names=("gates",), num_stages=3, hidden_features=(4,) * 3)
+    with pytest.raises(ValueError, match="a tile head needs the channels"):
+        LearnedParts(names=("tile_head",), num_stages=3, hidden_features=(4,) * 3)
     with pytest.raises(ValueError, match="2 hidden features for 3 stages"):
         LearnedParts(names=("gate",), num_stages=3, hidden_features=(4, 4))

@@ -27,7 +27,7 @@ from small_cascades import (
 from cascade_det.core import RoIPooler
 from cascade_det.core.ensemble import ENSEMBLES
 from cascade_det.core.exits import RegionView
-from cascade_det.core.exits.learned import LEARNED_PARTS
+from cascade_det.core.exits.learned import REGION_PARTS
 from cascade_det.core.structures import EXIT_REASONS
 
 FEW = settings(deadline=None, max_examples=4, derandomize=True)
@@ -161,7 +161,7 @@ def between(answers):
         (("iou_head", "gate"), {"confidence": "learned"}),
         (("pruner",), {}),
         (("iou_head", "pruner"), {}),
-        (LEARNED_PARTS, {"confidence": "learned"}),
+        (REGION_PARTS, {"confidence": "learned"}),
     ],
 )
 def test_learned_parts_in_the_naive_cascade(names, arguments):

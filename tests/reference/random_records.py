@@ -7,7 +7,7 @@ from small_cascades import random_boxes
 from torch import Tensor
 
 from cascade_det.core.ensemble import ScoreEnsemble
-from cascade_det.core.exits.learned import LEARNED_PARTS, LearnedParts
+from cascade_det.core.exits.learned import REGION_PARTS, LearnedParts
 from cascade_det.core.matching import GroundTruth
 from cascade_det.core.postprocess import Selection
 from cascade_det.core.record import CascadeRecord, RecordedStage
@@ -93,7 +93,7 @@ def make_recorded_scene(
 
 
 def make_parts(
-    *, names=LEARNED_PARTS, num_stages=3, crop_channels=CROP_CHANNELS, hidden=HIDDEN, seed=1
+    *, names=REGION_PARTS, num_stages=3, crop_channels=CROP_CHANNELS, hidden=HIDDEN, seed=1
 ):
     """Parts with random weights, which give different answers to each region."""
     torch.manual_seed(seed)

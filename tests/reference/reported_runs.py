@@ -89,6 +89,7 @@ def write_run(folder, root, content, found, **more):
         "exits": {
             "images": 6,
             "stages_per_region": 1.5,
+            "tiles": {"per_image": 850.0, "open_share": 0.1, "computed_share": 0.254},
             **{
                 name: {
                     "entered_per_image": 100.0 / (1 + index),

@@ -23,6 +23,10 @@ class SmallTrunk(nn.Module):
         self.first = nn.Conv2d(3, 8, 7, stride=4, padding=3)
         self.second = nn.Conv2d(8, 8, 3, stride=2, padding=1)
 
+    def stem_and_stages(self):
+        """What optimisation asks of a trunk."""
+        return self.first, [self.second]
+
     def forward(self, images):
         finer = self.first(images).relu()
         return {"res2": finer, "res3": self.second(finer).relu()}

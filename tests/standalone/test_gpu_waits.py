@@ -75,6 +75,16 @@ def test_waits_of_inference(exits, most, images):
     assert gpu.waits.total() == most, gpu.places
 
 
+@pytest.mark.parametrize(("threshold", "most"), [(1e-30, 3), (0.505, 4), (1.0, 3)])
+@pytest.mark.parametrize("images", [1, 8])
+def test_waits_of_a_tile_gate(threshold, most, images):
+    exits = exits_of(DEFAULT | {"tile_threshold": threshold})
+    _, plain = detect_on_both(make_detector(exits=exits_of(DEFAULT)), make_batch(images), warmup=1)
+    found, gpu = detect_on_both(make_detector(exits=exits), make_batch(images), warmup=1)
+    assert found.stats.tiles_computed
+    assert gpu.waits.total() - plain.waits.total() <= most, gpu.places
+
+
 RULES = {
     **{f"confident by {name}": {"thresholds": (0.6, 0.5), "confidence": name} for name in MEASURES},
     "agreement": {"thresholds": (1.0, 1.0), "confidence": "agreement"},

@@ -120,7 +120,7 @@ def test_losses_by_definition(maps):
     rpn = make_rpn(loss_weights={"loss_rpn_cls": 2.0, "loss_rpn_loc": 3.0})
     gt = [torch.tensor([[10.0, 10, 42, 40]]), torch.zeros(0, 4)]
     torch.manual_seed(3)
-    _, _, losses = rpn.losses(maps, gt, SIZES)
+    _, losses = rpn.losses(maps, gt, SIZES)
     torch.manual_seed(3)
     anchors, logits, deltas = run_head(rpn, maps)
     anchors, logits, deltas = torch.cat(anchors), torch.cat(logits, 1), torch.cat(deltas, 1)
@@ -149,7 +149,7 @@ def test_losses_by_definition(maps):
 
 def test_no_ground_truth_gives_zero_box_loss_and_finite_gradients(maps):
     rpn = make_rpn()
-    _, _, losses = rpn.losses(maps, [torch.zeros(0, 4)] * 2, SIZES)
+    _, losses = rpn.losses(maps, [torch.zeros(0, 4)] * 2, SIZES)
     assert losses["loss_rpn_loc"] == 0
     sum(losses.values()).backward()
     assert all(torch.isfinite(p.grad).all() for p in rpn.parameters())
@@ -208,7 +208,7 @@ def test_broken_proposals_are_counted_in_training_and_left_out_always(maps):
     rpn.losses(maps, targets, SIZES)
     assert rpn.metrics == {"rpn/nonfinite_boxes": 0}
     maps["p3"][0, :, 0, 0] = float("nan")
-    proposals, _, _ = rpn.losses(maps, targets, SIZES)
+    (proposals, *_), _ = rpn.losses(maps, targets, SIZES)
     assert rpn.metrics["rpn/nonfinite_boxes"] > 0
     assert all(torch.isfinite(boxes).all() for boxes in proposals)
     assert all(torch.isfinite(boxes).all() for boxes in rpn.propose(maps, SIZES)[0])

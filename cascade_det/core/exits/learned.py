@@ -1,4 +1,4 @@
-"""Learned exits: an IoU head, a gate that accepts regions, a pruner that drops background.
+"""Learned exits: IoU head, gate that accepts regions, pruner of background, head of tiles.
 
 Shapes: R live regions of the whole batch, S stages, F outputs of a box head, C channels of a
 proposal's crop. Gate 0 is before stage 0, gate s + 1 after stage s; there is none after the last
@@ -19,9 +19,12 @@ from cascade_det.core.exits.features import (
     proposal_features,
     region_features,
 )
+from cascade_det.core.exits.tile_head import TileHead
 from cascade_det.core.exits.view import BEFORE_STAGES, RegionView
 
-LEARNED_PARTS = ("iou_head", "gate", "pruner")
+# Parts that look at regions, and the one that looks at tiles.
+REGION_PARTS = ("iou_head", "gate", "pruner")
+LEARNED_PARTS = (*REGION_PARTS, "tile_head")
 
 
 class LearnedParts(nn.Module):
@@ -32,6 +35,7 @@ class LearnedParts(nn.Module):
         num_stages: S.
         hidden_features: S widths F of the outputs of the box heads.
         crop_channels: C of the crops that the pruner reads before stage 0; 0 for none.
+        tile_channels: of the RPN's hidden map, for a tile head.
 
     Attributes:
         names: the parts, in the order of ``LEARNED_PARTS``.
@@ -39,9 +43,11 @@ class LearnedParts(nn.Module):
         iou_head: S linear layers; empty if not built, as the next two.
         gate: S - 1 small networks, one per stage but the last.
         pruner: S small networks, one per gate.
+        tile_head: opens tiles of the finest map; ``None`` if not built.
 
     Raises:
-        ValueError: for an unknown name, or if there are not S widths.
+        ValueError: for an unknown name, if there are not S widths, or for a tile head without
+            channels.
     """
 
     def __init__(
@@ -51,17 +57,20 @@ class LearnedParts(nn.Module):
         num_stages: int,
         hidden_features: Sequence[int],
         crop_channels: int = 0,
+        tile_channels: int = 0,
     ) -> None:
         super().__init__()
         if unknown := sorted(set(names) - set(LEARNED_PARTS)):
             raise ValueError(f"unknown parts {unknown}; known: {', '.join(LEARNED_PARTS)}")
         if len(hidden_features) != num_stages:
             raise ValueError(f"{len(hidden_features)} hidden features for {num_stages} stages")
+        if "tile_head" in names and not tile_channels:
+            raise ValueError("a tile head needs the channels of the RPN's hidden map")
         self.names = tuple(name for name in LEARNED_PARTS if name in names)
         self.num_stages = num_stages
         self.crop_channels = crop_channels if "pruner" in names else 0
         inputs = NUM_REGION_FEATURES
-        self.iou_head, self.gate, self.pruner = (nn.ModuleList() for _ in LEARNED_PARTS)
+        self.iou_head, self.gate, self.pruner = (nn.ModuleList() for _ in REGION_PARTS)
         if "iou_head" in names:
             inputs += 1
             self.iou_head.extend(_zero_initialised(nn.Linear(f, 1)) for f in hidden_features)
@@ -70,6 +79,7 @@ class LearnedParts(nn.Module):
         if "pruner" in names:
             self.pruner.append(_Scorer(NUM_PROPOSAL_FEATURES, crop_channels))
             self.pruner.extend(_Scorer(inputs) for _ in range(num_stages - 1))
+        self.tile_head = TileHead(tile_channels) if "tile_head" in names else None
 
     def predict_ious(self, stage: int, hidden: Tensor) -> Tensor:
         """IoU of the box that a stage refines with its object (Cascade-DETR, arXiv 2307.11035).

@@ -17,6 +17,7 @@ from cascade_det.core.exits.learned import LearnedParts
 from cascade_det.core.exits.redundancy import DropCovered
 from cascade_det.core.exits.view import BEFORE_STAGES, RegionView
 from cascade_det.core.structures.on_device import indices_by_group
+from cascade_det.layers.rpn_head import TileScorer
 
 CONFIDENCES = (*MEASURES, "learned")
 # Early exits for these reasons are reported; all others are dropped.
@@ -76,6 +77,9 @@ class ExitPolicy(nn.Module):
         clock: see ``TimeBudget``.
         gates_off: gates at which the rules are not applied, but a time budget is: 0 is before
             stage 0, s + 1 after stage s. Regions that would exit there stay live.
+        tile_threshold: from which objectness, or score of the ``tile_head``, on a tile of the
+            finest map is open for the RPN, see ``cascade_det.layers.tile_gate``; 0 computes the
+            whole map, 1 opens no tile.
         score_scales: S values a, by exit stage; regions are reported with the calibrated scores
             sigmoid(a logit(p) + b).
         score_shifts: S values b, by exit stage.
@@ -105,6 +109,7 @@ class ExitPolicy(nn.Module):
         time_budget_per_image: bool = True,
         clock: Callable[[], float] = time.perf_counter,
         gates_off: Collection[int] = (),
+        tile_threshold: float = 0.0,
         score_scales: Sequence[float] = (),
         score_shifts: Sequence[float] = (),
         learned: LearnedParts | None = None,
@@ -126,6 +131,7 @@ class ExitPolicy(nn.Module):
             if len(values) not in (0, count):
                 raise ValueError(f"{len(values)} {name} for {num_stages} stages: give {count}")
         self.gates_off = _checked_gates(gates_off, num_stages)
+        self.tile_threshold = tile_threshold
         rules: list[ExitRule] = []
         if proposal_threshold > 0 or any(prune_thresholds):
             of_stages = prune_thresholds or (0.0,) * (num_stages - 1)
@@ -167,6 +173,13 @@ class ExitPolicy(nn.Module):
         self.needs_objectness = uses_learned or self.has_gate(BEFORE_STAGES)
         self.needs_agreements = uses_learned or (accepts and confidence == "agreement")
         self.needs_accepted = redundancy_iou is not None and accepts
+
+    @property
+    def tile_scorer(self) -> TileScorer | None:
+        """What opens tiles in place of objectness."""
+        if self.learned is None or self.learned.tile_head is None:
+            return None
+        return self.learned.tile_head.probabilities
 
     def has_gate(self, stage: int) -> bool:
         """Whether any rule is on after ``stage`` (-1: before stage 0)."""
@@ -246,7 +259,10 @@ def _checked_gates(gates: Collection[int], num_stages: int) -> frozenset[int]:
 
 
 def build_exits(
-    arguments: Mapping[str, Any] | None, hidden_features: Sequence[int], crop_channels: int
+    arguments: Mapping[str, Any] | None,
+    hidden_features: Sequence[int],
+    crop_channels: int,
+    tile_channels: int = 0,
 ) -> ExitPolicy | None:
     """Build a policy and its learned parts; ``None`` for ``None``.
 
@@ -254,6 +270,7 @@ def build_exits(
         arguments: of ``ExitPolicy``, with the names of the parts to build as ``learned``.
         hidden_features: S widths of the outputs of the box heads.
         crop_channels: C of the feature maps.
+        tile_channels: of the RPN's hidden maps.
     """
     if arguments is None:
         return None
@@ -264,5 +281,6 @@ def build_exits(
             num_stages=arguments["num_stages"],
             hidden_features=hidden_features,
             crop_channels=crop_channels,
+            tile_channels=tile_channels,
         )
     return ExitPolicy(**{**arguments, "learned": learned})

@@ -8,8 +8,10 @@ from cascade_det.core.structures.outputs import (
     Detections,
     DetectorOutput,
     Found,
+    ImageTiles,
     PartTimer,
     StageOutput,
+    measure_tiles,
     part,
 )
 
@@ -21,7 +23,9 @@ __all__ = [
     "DetectorOutput",
     "Found",
     "ImageSizes",
+    "ImageTiles",
     "PartTimer",
     "StageOutput",
+    "measure_tiles",
     "part",
 ]

@@ -91,11 +91,6 @@ def clip_boxes(boxes: Tensor, bounds: Tensor) -> Tensor:
     return torch.minimum(boxes.clamp(min=0), bounds)
 
 
-def keep_images(boxes: Sequence[Tensor], chosen: Sequence[bool]) -> list[Tensor]:
-    """The boxes ``[R_i, 4]`` of the chosen images, ``[0, 4]`` for the others."""
-    return [b if keep else b[:0] for b, keep in zip(boxes, chosen, strict=True)]
-
-
 def image_bounds(image_sizes: ImageSizes, like: Tensor) -> Tensor:
     """(width, height, width, height) of each image, on the device of ``like``: not to be changed.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from cascade_det.detection_formats import (
     labelled_boxes,
     supervision_detections,
 )
+from cascade_det.layers.tiles import FeatureMap, TiledMap
 from cascade_det.masks.pasting import paste_masks
 
 if TYPE_CHECKING:
@@ -175,6 +177,11 @@ class CascadeStats:
         overrun_ms: milliseconds by which the call exceeded its time budget; 0 without one.
         detected: detections of the whole batch; 0 for a cascade without masks.
         masks: how many of them got a mask.
+        tiles: tiles of the finest map of the whole batch; 0 without a tile gate.
+        tiles_open: how many of them the RPN read.
+        tiles_computed: how many of them were computed, for the RPN or for regions.
+        tiles_whole: how many are of images whose tiles were all computed at once.
+        tiles_dense: how many of those are of images whose tiles the RPN read all.
     """
 
     entered: list[int]
@@ -186,11 +193,29 @@ class CascadeStats:
     overrun_ms: float = field(default=0.0, compare=False)
     detected: int = field(default=0, compare=False)
     masks: int = field(default=0, compare=False)
+    tiles: int = 0
+    tiles_open: int = 0
+    tiles_computed: int = 0
+    tiles_whole: int = 0
+    tiles_dense: int = 0
 
     @classmethod
     def empty(cls, num_stages: int) -> CascadeStats:
         """The statistics of a call without images."""
         return cls([0] * num_stages, [{} for _ in range(num_stages)])
+
+    def count_tiles(self, finest: FeatureMap) -> None:
+        """Count the tiles of the finest map, if it is computed in tiles."""
+        if isinstance(finest, TiledMap):
+            self.tiles = finest.computed.numel()
+            dense = finest.opened.flatten(1).all(dim=1)
+            counted = (finest.opened, finest.computed, finest.as_a_whole, dense)
+            self.tiles_open, self.tiles_computed, *images = torch.stack(
+                [x.sum() for x in counted]
+            ).tolist()
+            self.tiles_whole, self.tiles_dense = (
+                count * finest.computed[0].numel() for count in images
+            )
 
 
 @dataclass
@@ -215,16 +240,33 @@ class CascadeInputs:
     """Arguments of ``CascadeHead.detect`` for a batch of N images.
 
     Attributes:
-        features: L maps ``[N, C, H_l, W_l]``, finest first.
+        features: L maps ``[N, C, H_l, W_l]``, finest first; the first may be a ``TiledMap``.
         proposals: per image float32 ``[R_i, 4]``.
         image_sizes: N ``(height, width)`` of the resized images.
         objectness: per image float32 ``[R_i]``, logits; ``None`` if unknown.
     """
 
-    features: list[Tensor]
+    features: list[FeatureMap]
     proposals: list[Tensor]
     image_sizes: list[tuple[int, int]]
     objectness: list[Tensor] | None = None
+
+
+@dataclass
+class ImageTiles:
+    """The tiles of the finest map of one image, with those of the padding of its batch.
+
+    Attributes:
+        opened: bool ``[P, Q]``, those that the RPN read.
+        computed: bool ``[P, Q]``, those that were computed, for the RPN or for regions.
+        height: of a tile in pixels of the original image.
+        width: of a tile in pixels of the original image.
+    """
+
+    opened: Tensor
+    computed: Tensor
+    height: float
+    width: float
 
 
 @dataclass
@@ -235,29 +277,38 @@ class DetectorOutput:
         detections: per image, in pixels of the original image.
         stats: counts and times of the cascade, summed over the batch.
         stages: one entry per stage if per-stage output was requested, else ``None``.
+        tiles: per image, for pictures; ``None`` without a tile gate, and in Detectron2.
     """
 
     detections: list[Detections]
     stats: CascadeStats
     stages: list[StageOutput] | None = None
+    tiles: list[ImageTiles] | None = None
 
 
 class PartTimer:
-    """Wall milliseconds of named parts of one call, with the GPU synchronised around each part."""
+    """Wall milliseconds of named parts of one call, with the GPU synchronised around each part.
+
+    The time of a part inside another one is not counted for the outer one.
+    """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self.milliseconds: dict[str, float] = {}
+        self._inside = 0.0  # milliseconds of parts inside the present one
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Add the time of the block to part ``name``."""
         self._synchronize()
+        before, self._inside = self._inside, 0.0
         start = time.perf_counter()
         yield
         self._synchronize()
         elapsed = (time.perf_counter() - start) * 1000
-        self.milliseconds[name] = self.milliseconds.get(name, 0.0) + elapsed
+        own = elapsed - self._inside
+        self.milliseconds[name] = self.milliseconds.get(name, 0.0) + own
+        self._inside = before + elapsed
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -267,3 +318,11 @@ class PartTimer:
 def part(timer: PartTimer | None, name: str) -> AbstractContextManager[None]:
     """``timer.part(name)``, or an empty context without a timer."""
     return nullcontext() if timer is None else timer.part(name)
+
+
+def measure_tiles(maps: Mapping[str, FeatureMap], timer: PartTimer | None) -> None:
+    """Measure the tiles of ``maps`` as the part ``tile gate``, whoever computes them."""
+    if timer is not None:
+        for feature in maps.values():
+            if isinstance(feature, TiledMap):
+                feature.measured = partial(timer.part, "tile gate")

@@ -52,3 +52,8 @@ def build_box_heads(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str
         "box_predictors": predictors,
         "proposal_matchers": [Matcher([iou], [0, 1]) for iou in cascade.IOUS],
     }
+
+
+def num_features(shape: ShapeSpec) -> int:
+    """How many numbers a box head returns for a region."""
+    return (shape.channels or 1) * (shape.height or 1) * (shape.width or 1)

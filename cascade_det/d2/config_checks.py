@@ -87,6 +87,24 @@ def check_mask_heads(cfg: CfgNode) -> None:
         raise ConfigError(f"The mask heads cannot be built:\n  - {listed}")
 
 
+def refuse_tile_head(parts: Collection[str]) -> None:
+    """Refuse the training of a tile head, for which Detectron2's RPN tells too little.
+
+    Args:
+        parts: names of the learned parts of exits.
+
+    Raises:
+        ConfigError: the tile head is among them.
+    """
+    if "tile_head" in parts:
+        raise ConfigError(
+            f"MODEL.CASCADE.EXIT.LEARNED is {list(parts)}, but 'tile_head' cannot be trained in "
+            "Detectron2, whose RPN does not tell which anchors its proposals come from. Train it "
+            "in the standalone host, where MODEL.CASCADE.TRAINING.FREEZE_DETECTOR adds it to "
+            "Detectron2's checkpoints too; the result runs in both hosts. Or leave it out."
+        )
+
+
 def _unknown_parts(cfg: CfgNode) -> Iterator[str]:
     model = cfg.MODEL
     yield from _not_in("MODEL.META_ARCHITECTURE", META_ARCH_REGISTRY, cfg)

@@ -22,16 +22,18 @@ from cascade_det.core import (
     TrainingSchedule,
 )
 from cascade_det.core.fast_heads import head_dtypes
+from cascade_det.core.full_proposals import full_proposals
 from cascade_det.core.modes import evaluation_mode, in_evaluation_mode
 from cascade_det.core.postprocess import rescale_stage
-from cascade_det.core.structures import part
-from cascade_det.core.structures.boxes import keep_images
+from cascade_det.core.recorded_tiles import TileProposals
+from cascade_det.core.structures import measure_tiles, part
 from cascade_det.d2.heads_call import HeadsCall
 from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
 from cascade_det.d2.structures import postprocess, to_detections
 from cascade_det.data.samples import Sample
 from cascade_det.engine.batches import check_images
 from cascade_det.engine.devices import describe_dtypes, weight_dtypes
+from cascade_det.layers.tiles import FeatureMap
 
 
 class Detector(nn.Module):
@@ -92,9 +94,9 @@ class Detector(nn.Module):
         Args:
             batch: samples with ``image`` and, if it was resized, ``height`` and ``width`` of the
                 original.
-            stages: also run the full cascade and report the detections after every stage: of all
-                images, or of those for which it is true; the others get empty ones. Only where
-                ``has_stages``.
+            stages: also run the full cascade, without a tile gate, and report the detections
+                after every stage: of all images, or of those for which it is true; the others get
+                empty ones. Only where ``has_stages``.
             timer: measures the milliseconds of every part.
 
         Returns:
@@ -152,10 +154,41 @@ class Detector(nn.Module):
     @in_evaluation_mode
     @torch.no_grad()
     def cascade_inputs(self, batch: Sequence[Sample]) -> CascadeInputs:
-        """Inputs of the cascade for a batch, as in ``detect``. Needs ``has_stages``."""
+        """Inputs of the cascade for a batch, as in ``detect`` without a tile gate.
+
+        Only where ``has_stages``.
+        """
         check_images(batch, image_channels(self.model))
-        _, maps, proposals = self._propose(batch, None)
+        with HeadsCall(whole_maps=True).within():
+            _, maps, proposals = self._propose(batch, None)
         return self._heads.cascade_inputs(maps, proposals)
+
+    @in_evaluation_mode
+    @torch.no_grad()
+    def gated_inputs(
+        self, batch: Sequence[Sample], tile_thresholds: Sequence[float]
+    ) -> tuple[CascadeInputs, TileProposals | None]:
+        """Inputs of a record, with the proposals of some tile thresholds together.
+
+        Args:
+            batch: samples.
+            tile_thresholds: 0 first, the whole map.
+
+        Returns:
+            The inputs, and which proposals belong to each threshold; ``None`` with the proposals
+            of the whole map for a model without a tile gate, see ``gate_tiles``.
+        """
+        model: Any = self.model
+        rpn = model.proposal_generator
+        if not tile_thresholds or getattr(rpn, "tile_threshold", None) is None:
+            return self.cascade_inputs(batch), None
+        check_images(batch, image_channels(model))
+        with HeadsCall(whole_maps=True).within():
+            images = model.preprocess_image(batch)
+            maps = model.backbone(images.tensor)
+            proposals, objectness, tiles = rpn.propose_at(images, maps, tile_thresholds)
+        features = [maps[name] for name in self._heads.box_in_features]
+        return CascadeInputs(features, proposals, list(images.image_sizes), objectness), tiles
 
     @property
     def _heads(self) -> EarlyExitCascadeROIHeads:
@@ -165,19 +198,26 @@ class Detector(nn.Module):
 
     def _propose(
         self, batch: Sequence[Sample], timer: PartTimer | None
-    ) -> tuple[ImageList, dict[str, Tensor], list[Instances]]:
+    ) -> tuple[ImageList, dict[str, FeatureMap], list[Instances]]:
         """Images, feature maps and proposals: all parts before the heads."""
         model: Any = self.model
         with part(timer, "preprocess"):
             images = model.preprocess_image(batch)
         with part(timer, "backbone"):
             maps = model.backbone(images.tensor)
+        measure_tiles(maps, timer)
         with part(timer, "rpn"):
-            if model.proposal_generator is None:
-                proposals = [sample["proposals"].to(model.device) for sample in batch]
-            else:
-                proposals, _ = model.proposal_generator(images, maps, None)
+            proposals = self._proposals(batch, images, maps)
         return images, maps, proposals
+
+    def _proposals(
+        self, batch: Sequence[Sample], images: ImageList, maps: dict[str, Any]
+    ) -> list[Instances]:
+        model: Any = self.model
+        if model.proposal_generator is None:
+            return [sample["proposals"].to(model.device) for sample in batch]
+        proposals: list[Instances] = model.proposal_generator(images, maps, None)[0]
+        return proposals
 
     def _detect_in_parts(
         self, batch: Sequence[Sample], chosen: Sequence[bool], timer: PartTimer | None
@@ -200,12 +240,15 @@ class Detector(nn.Module):
         assert call.stats is not None
         output = DetectorOutput([detections for _, detections in processed], call.stats)
         if any(chosen):
-            inputs = heads.cascade_inputs(maps, proposals)
+
+            def propose(own: dict[str, Tensor], run: slice) -> list[Instances]:
+                some = ImageList(images.tensor[run], images.image_sizes[run])
+                return self._proposals(batch[run], some, own)
+
+            whole, of_all = full_proposals(maps, proposals, chosen, propose, timer=timer)
+            inputs = heads.cascade_inputs(whole, of_all)
             full = heads.cascade.detect_stages(
-                inputs.features,
-                keep_images(inputs.proposals, chosen),
-                inputs.image_sizes,
-                timer=timer,
+                inputs.features, inputs.proposals, inputs.image_sizes, timer=timer
             )
             output.stages = [rescale_stage(stage, frames) for stage in full]
         return output

@@ -6,6 +6,7 @@ instances of our classes, which read the same attributes. Only a feature pyramid
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,30 +23,68 @@ from torch import Tensor, nn
 from cascade_det.backbones.fpn import StridedLevels
 from cascade_det.backbones.resnet import BottleneckBlock
 from cascade_det.backbones.trunk import LEVELS
+from cascade_det.core.recorded_tiles import TileProposals, join_proposals
 from cascade_det.d2.backbones import CascadeFPNBackbone, EfficientViTFPNBackbone, FPNBackbone
 from cascade_det.layers.conv_norm import ConvNorm
-from cascade_det.layers.rpn_head import RPNHead
+from cascade_det.layers.rpn_head import BestAnchors, RPNHead, TileScorer
+from cascade_det.layers.tiles import FeatureMap
 
 Pyramid = FPNBackbone | CascadeFPNBackbone | EfficientViTFPNBackbone
+
+
+def _by_objectness() -> None:
+    """No scorer of tiles."""
 
 
 class LeanRPN(RPN):
     """Detectron2's RPN in inference, with the deltas of its best anchors only.
 
     Its ``rpn_head`` is an ``RPNHead`` of ours.
+
+    Attributes:
+        tile_threshold: gives that of ``RPNHead.best``; ``None`` for a model without a tile gate.
+        tile_scorer: gives that of ``RPNHead.best``.
     """
+
+    tile_threshold: Callable[[], float] | None = None
+    tile_scorer: Callable[[], TileScorer | None] = staticmethod(_by_objectness)
 
     @torch.no_grad()
     def forward(
         self,
         images: ImageList,
-        features: dict[str, Tensor],
+        features: dict[str, FeatureMap],
         gt_instances: list[Instances] | None = None,
     ) -> tuple[list[Instances], dict[str, Tensor]]:
         """Proposals as Detectron2's, and no losses."""
         levels = [features[name] for name in self.in_features]
         most = self.pre_nms_topk[False]
-        best = self.rpn_head.best(levels, most)
+        threshold = 0.0 if self.tile_threshold is None else self.tile_threshold()
+        best = self.rpn_head.best(
+            levels, most, tile_threshold=threshold, tile_scorer=self.tile_scorer()
+        )
+        return self._select(best, levels, images), {}
+
+    @torch.no_grad()
+    def propose_at(
+        self, images: ImageList, features: dict[str, Tensor], thresholds: Sequence[float]
+    ) -> tuple[list[Tensor], list[Tensor], TileProposals]:
+        """Boxes and objectness of some tile thresholds together, see ``RPNHead.best_at``."""
+        levels = [features[name] for name in self.in_features]
+        found = self.rpn_head.best_at(
+            levels, self.pre_nms_topk[False], thresholds, tile_scorer=self.tile_scorer()
+        )
+        selected = [self._select(x.best, levels, images) for x in found]
+        proposals = [
+            ([x.proposal_boxes.tensor for x in own], [x.objectness_logits for x in own])
+            for own in selected
+        ]
+        return join_proposals(proposals, thresholds, [x.opened for x in found])
+
+    def _select(
+        self, best: Sequence[BestAnchors], levels: Sequence[FeatureMap], images: ImageList
+    ) -> list[Instances]:
+        """Proposals among the best anchors of the levels."""
         proposals = []
         for level, anchors in zip(best, self.anchor_generator(levels), strict=True):
             chosen = anchors.tensor[level.anchor_index]  # [N, K, 4]
@@ -58,12 +97,12 @@ class LeanRPN(RPN):
             [level.logits for level in best],
             images.image_sizes,
             self.nms_thresh,
-            most,
+            self.pre_nms_topk[False],
             self.post_nms_topk[False],
             self.min_box_size,
             False,
         )
-        return found, {}
+        return found
 
 
 class _Bottleneck(resnet.BottleneckBlock):

@@ -20,12 +20,14 @@ class HeadsCall:
         timer: measures the milliseconds of the stages.
         started: reading of the time budget's clock when work on the images began; ``None`` to
             start it when the proposals arrive.
+        whole_maps: compute whole maps, whatever the exits say.
         stats: how many regions entered and left each stage; set by the heads.
         masked: the detections that the cascade gave masks; set by the heads.
     """
 
     timer: PartTimer | None = None
     started: float | None = None
+    whole_maps: bool = False
     stats: CascadeStats | None = None
     masked: list[Instances] | None = None
 

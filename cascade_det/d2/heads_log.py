@@ -18,9 +18,14 @@ def log_metrics(metrics: dict[str, Tensor]) -> None:
 
 
 def log_exit_rates(stats: CascadeStats) -> None:
-    """Log the share of regions that leave after each stage, for evaluations during training."""
+    """Log exit rates, for evaluations during training.
+
+    They are the share of regions that leave after each stage, and of tiles that are not computed.
+    """
     if not has_event_storage():
         return
+    if stats.tiles:
+        get_event_storage().put_scalar("tiles/exit_rate", 1 - stats.tiles_computed / stats.tiles)
     for stage, (entered, left) in enumerate(zip(stats.entered, stats.left, strict=True)):
         if entered and stage < len(stats.entered) - 1:
             rate = sum(left.values()) / entered

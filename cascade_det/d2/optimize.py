@@ -23,6 +23,7 @@ from cascade_det.d2.fast_parts import (
     stem_and_stages,
 )
 from cascade_det.d2.roi_heads import EarlyExitCascadeROIHeads
+from cascade_det.d2.tile_gate import gate_tiles, say_why_whole
 from cascade_det.data.samples import Batch
 from cascade_det.engine.devices import describe_dtypes
 from cascade_det.engine.fast_types import resolve_types
@@ -99,6 +100,7 @@ def optimize(
         raise ValueError("images need a model with EarlyExitCascadeROIHeads, to detect in them")
     if has_heads:
         model.roi_heads.use_fast_copies(None)  # which MODEL.CASCADE.FAST has made
+        model.roi_heads.whole_map_reason = None  # no warning from what is compared here
     ranges = Ranges(images or ())
     types, reasons = resolve_types(
         detector,
@@ -151,6 +153,10 @@ def _optimize(
         _give_float32(model.backbone, head, types)
     if kept:
         done.append(f"As before, in float32: {', '.join(kept)}.")
+    if isinstance(model.roi_heads, EarlyExitCascadeROIHeads):
+        readers = kept or list(_overriding(detector))
+        why = f"{', '.join(readers)} may read all of it" if readers else gate_tiles(model)
+        done += say_why_whole(model.roi_heads, why)
     model.optimizations = done
     model.dtype = _describe(model.roi_heads, types)  # as of the standalone detector
 
@@ -223,6 +229,15 @@ def _kept(model: Any, pyramid: Pyramid | None, head: RPNHead | None) -> Iterator
     for name, child in model.named_children():
         if name not in _PARTS:
             yield f"{name} ({kind_of(child)})"
+
+
+def _overriding(detector: Detector) -> Iterator[str]:
+    """The model and the heads, if they are of a user's class."""
+    model: Any = detector.model
+    if not detector.has_stages:
+        yield kind_of(model)
+    if type(model.roi_heads) is not EarlyExitCascadeROIHeads:
+        yield f"roi_heads ({kind_of(model.roi_heads)})"
 
 
 def _describe(heads: nn.Module, types: PartTypes) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,8 +31,8 @@ from cascade_det.core import (
     build_training_schedule,
 )
 from cascade_det.core.structures import part
-from cascade_det.d2.box_heads import build_box_heads
-from cascade_det.d2.config_checks import check_mask_heads
+from cascade_det.d2.box_heads import build_box_heads, num_features
+from cascade_det.d2.config_checks import check_mask_heads, refuse_tile_head
 from cascade_det.d2.heads_call import current_call
 from cascade_det.d2.heads_log import log_exit_rates, log_metrics
 from cascade_det.d2.mask_heads import add_masks, mask_branch, with_stage_heads
@@ -52,9 +52,11 @@ from cascade_det.d2.structures import (
     to_instances,
     to_labelled_regions,
 )
+from cascade_det.d2.tile_gate import NOT_OPTIMISED, warn_of_whole_map
 from cascade_det.engine.allocator import keep_freed_memory
 from cascade_det.engine.devices import resolve_fast_dtype
 from cascade_det.layers.int8 import Grid
+from cascade_det.layers.tiles import FeatureMap, as_tensor, whole_maps
 
 Losses = dict[str, Tensor]
 
@@ -103,14 +105,15 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         cascade: runs the box heads. Not a submodule: it shares the parts of this module.
         stats: how many regions entered and left each stage in the last inference. With several
             threads, each has its own in :class:`~cascade_det.d2.heads_call.HeadsCall`.
+        whole_map_reason: why tiles that the exits ask for are not computed; ``None`` once told.
 
     Raises:
         ValueError: the cascade cannot replace one of the parts.
-        ConfigError: a configuration has a wrong value, see
-            :func:`cascade_det.config.check_heads`, or an unknown name.
+        ConfigError: a wrong value, see :func:`cascade_det.config.check_heads`, or an unknown name.
     """
 
     proposal_matcher: Matcher
+    whole_map_reason: str | None = NOT_OPTIMISED
 
     @configurable
     def __init__(
@@ -176,8 +179,8 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         cfg = config.with_cascade_keys(cfg)
         config.check_heads(cfg)
         arguments, parts = config.cascade_arguments(cfg), super().from_config(cfg, input_shape)
-        masks = config.mask_head_arguments(cfg)
-        hidden_features = [_num_features(head.output_shape) for head in parts["box_heads"]]
+        masks, of_rpn = config.mask_head_arguments(cfg), config.rpn_channels(cfg)
+        widths = [num_features(head.output_shape) for head in parts["box_heads"]]
         channels = common_value(input_shape[name].channels for name in parts["box_in_features"])
         return {
             **parts,
@@ -186,7 +189,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             "pooler_kernel": cfg.MODEL.CASCADE.POOLER_KERNEL,
             "suppression": arguments["suppression"],
             "suppression_sigma": arguments["suppression_sigma"],
-            "exits": build_exits(config.exit_arguments(cfg), hidden_features, channels),
+            "exits": build_exits(config.exit_arguments(cfg), widths, channels, of_rpn),
             "mask_rules": None if masks is None else MaskRules(**masks["rules"]),
             "regime": build_training_schedule(**config.training_arguments(cfg)),
             "fast_dtype": config.fast_heads_dtype(cfg),
@@ -220,6 +223,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             targets = number_objects(targets)
         if self.exits is None or self.exits.learned is None:
             return super().forward(images, features, proposals, targets)
+        refuse_tile_head(self.exits.learned.names)
         sampled, losses = proposals, {}
         if not self.regime.exits_alone:
             sampled, losses = super().forward(images, features, proposals, targets)
@@ -229,7 +233,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         return sampled, {**losses, **self.cascade.exit_losses(inputs, *objects)}
 
     def cascade_inputs(
-        self, features: dict[str, Tensor], proposals: list[Instances]
+        self, features: Mapping[str, FeatureMap], proposals: list[Instances]
     ) -> CascadeInputs:
         """Inputs of the cascade from the backbone's maps and the proposals of each image."""
         return CascadeInputs(
@@ -251,6 +255,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         if self.training:
             assert targets is not None
             return self._losses(inputs, proposals, targets)
+        warn_of_whole_map(self, inputs.features[0])
         if torch.jit.is_tracing() and self.exits is not None:
             warnings.warn("A traced cascade has no exits: it runs every stage.", stacklevel=2)
         call = current_call()
@@ -288,6 +293,8 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
             return instances
         if not self.training and instances is call.masked:
             return instances
+        if self.mask_on:
+            features = whole_maps(features)
         result: Losses | list[Instances] = super()._forward_mask(features, instances)
         if self.mask_on and call.stats is not None:
             call.stats.detected = call.stats.masks = sum(map(len, instances))
@@ -380,7 +387,7 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
         self, inputs: CascadeInputs, proposals: list[Instances], targets: list[Instances]
     ) -> Losses:
         losses = self.cascade.losses_of_regions(
-            inputs.features,
+            [as_tensor(x) for x in inputs.features],
             to_labelled_regions(proposals),
             to_ground_truth(targets, masks=self._has_stage_masks),
             inputs.image_sizes,
@@ -391,7 +398,3 @@ class EarlyExitCascadeROIHeads(CascadeROIHeads):
                 weight = predictor.loss_weight.get(name, 1.0)
                 losses[f"{name}_stage{stage}"] = losses[f"{name}_stage{stage}"] * weight
         return losses
-
-
-def _num_features(shape: ShapeSpec) -> int:
-    return (shape.channels or 1) * (shape.height or 1) * (shape.width or 1)

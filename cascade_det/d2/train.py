@@ -20,6 +20,7 @@ from torch import nn
 
 from cascade_det import config
 from cascade_det.d2.checkpoint import Checkpointer
+from cascade_det.d2.config_checks import refuse_tile_head
 from cascade_det.d2.datasets import (
     check_mask_format,
     refuse_left_out,
@@ -56,6 +57,8 @@ def train(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     Args, results and errors as in :func:`cascade_det.standalone.train`. Objects without a mask are
     left out where ``MODEL.MASK_ON``, whatever ``CASCADE.MASKLESS`` says.
     """
+    if cfg.MODEL.CASCADE.EXIT.ENABLED:
+        refuse_tile_head(cfg.MODEL.CASCADE.EXIT.LEARNED)
     check_output(cfg, resume=resume)
     set_backends(cfg)
     cfg = on_its_device(cfg)

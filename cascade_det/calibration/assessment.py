@@ -17,6 +17,7 @@ from cascade_det.calibration.comparison import (
     compare,
     simple_baselines,
 )
+from cascade_det.calibration.exit_sequence import Choice
 from cascade_det.calibration.front import (
     FAST_DROP,
     QUALITY_DROP,
@@ -28,10 +29,11 @@ from cascade_det.calibration.gate_costs import GATES_OFF, without_costly_gates
 from cascade_det.calibration.image_matching import MatchedDetections
 from cascade_det.calibration.latency_model import LatencyModel
 from cascade_det.calibration.mask_rules import MaskRulesRow, try_mask_rules
+from cascade_det.calibration.profiles import PROMISES
 from cascade_det.calibration.recording import time_policies
 from cascade_det.calibration.score_calibration import expected_calibration_error
 from cascade_det.calibration.search import Setting
-from cascade_det.calibration.search_space import usual_settings
+from cascade_det.calibration.search_space import TILE_THRESHOLD, usual_settings
 from cascade_det.calibration.target import Options
 from cascade_det.calibration.trials import TrialSummary
 from cascade_det.core import ExitPolicy
@@ -50,6 +52,7 @@ _PARTS = {
     "redundancy alone": ("REDUNDANCY_IOU",),
     "objectness alone": ("PROPOSAL_THRESHOLD",),
     "fewer proposals alone": ("REGION_BUDGET",),
+    "tile gate alone": (TILE_THRESHOLD,),
     "acceptance alone": ("CONFIDENCE", "THRESHOLDS", "LOCALISATION", "LOCALISATION_THRESHOLDS"),
 }
 
@@ -91,6 +94,11 @@ class Assessment:
                 }
         if self.calibrator.has_masks:
             aps["masks_per_image"] = float(reported.masks.mean())
+        if self.calibrator.has_tile_gate:
+            tiles, of_all = reported.tiles, full.tiles.sum(axis=0)
+            computed = np.minimum(tiles.sum(axis=0), of_all)  # open ones again in a whole map
+            aps["tiles_open"] = float(tiles[:2].sum() / of_all.sum())
+            aps["tiles_computed"] = float(computed.sum() / of_all.sum())
         return {
             **aps,
             "exit_rate": reported.exit_rate(full),
@@ -128,7 +136,11 @@ class Assessment:
         return {
             CHOSEN: calibration.setting,
             **_parts(calibration.plain),
-            **usual_settings(self.calibrator.num_stages, () if learned is None else learned.names),
+            **usual_settings(
+                self.calibrator.num_stages,
+                () if learned is None else learned.names,
+                tile_gate=self.calibrator.has_tile_gate,
+            ),
         }
 
     def milliseconds(self, points: Sequence[Setting]) -> tuple[dict[str, float], dict[str, float]]:
@@ -184,8 +196,13 @@ class Assessment:
         ]
 
     def front(self) -> list[FrontPoint]:
-        """The settings to choose from, safe to risky, on the images that judge."""
-        return [self.judged(setting) for setting in self.calibrator.sequence.settings]
+        """The settings to choose from, safe to risky, on the images that judge.
+
+        What was chosen comes last if it is none of them, but has a tile gate.
+        """
+        settings = list(self.calibrator.sequence.settings)
+        chosen = _all_gates(self.calibration.setting)
+        return [self.judged(one) for one in (*settings, *([chosen] * (chosen not in settings)))]
 
     def profiles(self, front: Sequence[FrontPoint]) -> dict[str, Setting]:
         """Settings of the front by name, without gates that cost time."""
@@ -194,6 +211,8 @@ class Assessment:
         settings = {
             name: point.setting for name, point in choose_points(front, quality, fast).items()
         }
+        if self.calibrator.has_tile_gate and self.latency.per_tile:
+            settings = {name: self._with_tiles(name, x) for name, x in settings.items()}
         # The chosen setting was timed before; two names may have the same setting.
         chosen = self.calibration.setting
         timed = {setting_name(_all_gates(chosen)): chosen, setting_name({}): {}}
@@ -211,6 +230,16 @@ class Assessment:
         )
         timed |= {setting_name(setting): changed[name] for name, setting in new.items()}
         return {name: timed[setting_name(setting)] for name, setting in settings.items()}
+
+    def _with_tiles(self, name: str, setting: Setting) -> Setting:
+        """A setting of the sequence with the tile gate that its profile allows."""
+        sequence, time = self.calibrator.sequence, self.calibrator.time_by(self.latency)
+        if setting not in sequence.settings:
+            return setting
+        place = sequence.settings.index(setting)
+        alone = Choice(place, np.zeros(0, np.int64))
+        found = sequence.within_tiles(alone, PROMISES[name], time)
+        return sequence.setting(place, tile=found.tile)
 
     def judged(
         self, setting: Setting, milliseconds: Mapping[str, float] | None = None

@@ -107,11 +107,15 @@ def resamples(images: npt.NDArray[np.float64], rounds: int) -> npt.NDArray[np.fl
 def difference(value: float, resampled: npt.NDArray[np.float64]) -> Difference:
     """A value with its distribution over resamples; those without objects, which are nan, are out.
 
+    Without any others, deviation and interval are nan.
+
     Args:
         value: of the images themselves.
         resampled: ``[B]``.
     """
     values = resampled[~np.isnan(resampled)]
+    if not len(values):
+        return Difference(value, np.nan, np.nan, np.nan)
     low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Difference(
         value=value, deviation=float(values.std(ddof=1)), low=float(low), high=float(high)

@@ -12,6 +12,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
+from cascade_det import config
 from cascade_det.calibration.assessment import Assessment
 from cascade_det.calibration.calibrator import Calibrator
 from cascade_det.calibration.front import QUALITY_DROP
@@ -22,7 +23,7 @@ from cascade_det.calibration.recording import first_batches, fit_latency, record
 from cascade_det.calibration.report import FILES, write_report
 from cascade_det.calibration.risk_control import smallest_sample
 from cascade_det.calibration.sample_size import SampleSize, images_to_search
-from cascade_det.calibration.search_space import default_exits
+from cascade_det.calibration.search_space import TILE_THRESHOLDS, default_exits
 from cascade_det.calibration.target import Options, Target
 from cascade_det.data.coco import CocoDataset
 from cascade_det.engine.detector import CascadeDetector
@@ -121,9 +122,11 @@ def _calibrate(
     source = provenance(cfg, coco_provenance(dataset, num_images), device)
     logger.info("Recording the full cascade on %d images of %s", num_images, dataset.source.name)
     own = detector.cascade.exits
+    thresholds = TILE_THRESHOLDS if config.takes_tiles(cfg) else ()
+    recording = record_dataset(detector, loader, num_images, true_masks, tile_thresholds=thresholds)
     calibrator = Calibrator(
         cfg,
-        record_dataset(detector, loader, num_images, true_masks),
+        recording,
         matcher,
         learned=None if own is None else own.learned,
         score=options.score,
@@ -140,6 +143,7 @@ def _calibrate(
         batches,
         most_proposals=calibrator.trials.recording.most_proposals,
         rounds=options.rounds,
+        tile_thresholds=recording.tile_thresholds,
     )
     logger.info("Latency model: %s", latency)
     calibration = calibrator.calibrate(target, latency)

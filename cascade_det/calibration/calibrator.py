@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,14 +15,14 @@ from fvcore.common.config import CfgNode
 
 from cascade_det import config
 from cascade_det.calibration.bootstrap import Difference
-from cascade_det.calibration.exit_sequence import Choice, ExitSequence, Images
+from cascade_det.calibration.exit_sequence import LEAST_SAVING, Choice, ExitSequence, Images
 from cascade_det.calibration.image_matching import ImageMatcher
 from cascade_det.calibration.latency_model import LatencyModel
 from cascade_det.calibration.progress import progress_bar
 from cascade_det.calibration.risk_control import fixed_sequence, pareto_front
 from cascade_det.calibration.score_calibration import UNCHANGED, ScoreMap, fit_score_maps
 from cascade_det.calibration.search import Search, Setting, loss_of
-from cascade_det.calibration.search_space import exit_parameters, exit_path
+from cascade_det.calibration.search_space import exit_parameters, exit_path, tile_steps
 from cascade_det.calibration.target import Target
 from cascade_det.calibration.trials import ExitTrials, Recording, Trial
 from cascade_det.core import ExitPolicy
@@ -84,6 +84,7 @@ class Calibrator:
         others: on the images that judge; the same without a free search.
         search: everything that was tried.
         sequence: the settings to choose from.
+        has_tile_gate: whether tile thresholds were recorded.
         has_masks: whether the cascade has masks.
     """
 
@@ -102,6 +103,8 @@ class Calibrator:
         self.cfg = cfg
         self.metric = metric
         self.has_masks = recording.masks is not None
+        self.has_tile_gate = bool(recording.tile_thresholds)
+        self._tiles = tile_steps(recording.tile_thresholds)
         self.num_stages = recording.records[0].num_stages
         # A copy: records are on the CPU, the detector's own parts stay on its device.
         self.learned = None if learned is None else copy.deepcopy(learned).cpu().eval()
@@ -141,7 +144,7 @@ class Calibrator:
         records = self.trials.recording.records
         parameters = exit_parameters(
             num_stages=self.num_stages,
-            objectness=torch.cat([torch.sigmoid(r.objectness) for r in records]).numpy(),
+            objectness=torch.cat([torch.sigmoid(r.objectness[r.rows()]) for r in records]).numpy(),
             proposals_per_image=self.trials.recording.most_proposals,
             learned=() if self.learned is None else self.learned.names,
         )
@@ -161,7 +164,7 @@ class Calibrator:
 
         Args:
             target: the goal.
-            latency: of the device; for a target in milliseconds.
+            latency: of the device; for a target in milliseconds, and for the tile gate.
 
         Raises:
             ConfigError: no setting reaches the target.
@@ -188,11 +191,12 @@ class Calibrator:
 
     def _evaluate(self, choice: Choice, extra: Setting | None = None) -> Calibration:
         """Evaluate a choice on the images that judge."""
-        plain = self.plain[choice.place]
+        plain = {**self.plain[choice.place], **self._tiles[0][choice.tile]}
+        setting = self.sequence.setting(choice.place, extra, tile=choice.tile)
         return Calibration(
-            setting=self.sequence.setting(choice.place, extra),
+            setting=setting,
             plain={**plain, **(extra or {})} if plain else plain,
-            reported=self.sequence.trial(self.sequence.setting(choice.place, extra)),
+            reported=self.sequence.trial(setting),
             full=self.others.full,
             differences=self.sequence.changes(choice, extra),
             choice=choice,
@@ -226,7 +230,13 @@ class Calibrator:
 
     def _sequence(self, settings: Sequence[Setting], scales: Sequence[float]) -> ExitSequence:
         return ExitSequence(
-            self.others, settings, scales, self.policy, metric=self.metric, seed=self._seed
+            self.others,
+            settings,
+            scales,
+            self.policy,
+            metric=self.metric,
+            seed=self._seed,
+            tiles=self._tiles,
         )
 
     def _front(self) -> list[Setting]:
@@ -240,42 +250,78 @@ class Calibrator:
 
     def _choose(self, target: Target, latency: LatencyModel | None) -> Choice:
         sequence, full = self.sequence, self.others.full
+        tile_gate = self.has_tile_gate and latency is not None and bool(latency.per_tile)
         if target.max_ap_drop is not None:
-            return sequence.within(target.max_ap_drop)
+            if not tile_gate:
+                return sequence.within(target.max_ap_drop)
+            return sequence.within_gated(target.max_ap_drop, self.time_by(latency))
         if target.risk is not None:
             risk, delta = target.risk, target.delta
+            # By time alone: a test of what the losses chose would promise too much.
+            tile_gate = tile_gate and self._saves_tiles(self.time_by(latency))
             return sequence.passing(
                 lambda trials, images: fixed_sequence(
                     (trial.lost[images] for trial in trials), risk, delta
-                )
+                ),
+                tile_gate=tile_gate,
             )
-        trials = [sequence.trial(setting) for setting in sequence.settings]
         if target.latency_ms is not None:
             assert latency is not None
             most, model = target.latency_ms, latency
 
             def milliseconds(trial: Trial, images: Images) -> float:
-                return model.per_image(trial.entered[:, images], trial.masks[images])
+                return model.per_image(
+                    trial.entered[:, images], trial.masks[images], trial.tiles[:, images]
+                )
 
-            choice = sequence.reaching(lambda trial, images: milliseconds(trial, images) <= most)
-            every = np.arange(len(full.masks))
-            limit = f"--latency-ms {most}: the fastest setting takes"
-            fastest = min(milliseconds(trial, every) for trial in trials)
-            told = f"{fastest:.1f} ms per image on this device"
-        else:
-            assert target.exit_rate is not None
-            rate = target.exit_rate
+            found = sequence.reaching(
+                lambda trial, images: milliseconds(trial, images) <= most, tile_gate=tile_gate
+            )
+            if found is not None:
+                return found
+            tried = [*sequence.settings]
+            if tile_gate:
+                places = range(len(tried))
+                tried += [sequence.setting(p, tile=sequence.usual_tile(p)) for p in places]
+            fastest = min(map(self.time_by(latency), tried))
+            raise ConfigError(
+                f"--latency-ms {most}: the fastest setting takes {fastest:.1f} ms per image on "
+                "this device. Give another target."
+            )
+        assert target.exit_rate is not None
+        rate = target.exit_rate
 
-            def skipped(trial: Trial, images: Images) -> bool:
-                later = (one.entered[1:, images].sum() for one in (trial, full))
-                return bool(1 - next(later) / max(next(later), 1) >= rate)
+        def skipped(trial: Trial, images: Images) -> bool:
+            later = (one.entered[1:, images].sum() for one in (trial, full))
+            return bool(1 - next(later) / max(next(later), 1) >= rate)
 
-            choice = sequence.reaching(skipped)
-            limit = f"--exit-rate {rate}: the most that a setting skips is"
-            told = f"{max(t.exit_rate(full) for t in trials):.3f} of the later stages' regions"
-        if choice is None:
-            raise ConfigError(f"{limit} {told}. Give another target.")
-        return choice
+        found = sequence.reaching(skipped)
+        if found is None:
+            trials = [sequence.trial(setting) for setting in sequence.settings]
+            raise ConfigError(
+                f"--exit-rate {rate}: the most that a setting skips is "
+                f"{max(t.exit_rate(full) for t in trials):.3f} of the later stages' regions. Give "
+                "another target."
+            )
+        return found
+
+    def time_by(self, latency: LatencyModel | None) -> Callable[[Setting], float]:
+        """Milliseconds per image of a setting, on the images that judge."""
+        assert latency is not None
+
+        def milliseconds(setting: Setting) -> float:
+            trial = self.sequence.trial(setting)
+            return latency.per_image(trial.entered, trial.masks, trial.tiles)
+
+        return milliseconds
+
+    def _saves_tiles(self, milliseconds: Callable[[Setting], float]) -> bool:
+        """Whether tile gates save time, in the mean over the sequence."""
+        sequence, takes = self.sequence, [0.0, 0.0]
+        for place in range(len(sequence.settings)):
+            for index, tile in enumerate((0, sequence.usual_tile(place))):
+                takes[index] += milliseconds(sequence.setting(place, tile=tile))
+        return takes[1] < (1 - LEAST_SAVING) * takes[0]
 
 
 def split_images(

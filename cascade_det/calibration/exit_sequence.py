@@ -37,6 +37,10 @@ CONFIDENCE = 0.99
 ROUNDS = 200
 # Of the bound of a fold, which decides nothing but the report.
 FOLD_ROUNDS = 50
+# A step of the tile gate is taken if it saves as much, a share of the time.
+LEAST_SAVING = 0.01
+# Percent points of AP that a tile gate usually loses beside a setting of which nothing is known.
+USUAL_DROP = 0.02
 # Indices of images, with repetitions.
 Images = npt.NDArray[np.int64]
 _Numbers = npt.NDArray[np.float64]
@@ -49,10 +53,20 @@ class Choice:
     Attributes:
         place: chosen on all images.
         others: int64 ``[F + B]``, chosen without each fold, and on each resample.
+        tile: the step of the tile gate, chosen on all images.
+        other_tiles: int64 ``[F + B]``, as ``others``; ``None`` for the whole map in all of them.
     """
 
     place: int
     others: Images
+    tile: int = 0
+    other_tiles: Images | None = None
+
+    @property
+    def pairs(self) -> Images:
+        """Places and steps of the tile gate of ``others``, int64 ``[2, F + B]``."""
+        tiles = np.zeros_like(self.others) if self.other_tiles is None else self.other_tiles
+        return np.stack([self.others, tiles])
 
 
 class ExitSequence:
@@ -66,6 +80,7 @@ class ExitSequence:
         policy: gives the exits of a setting.
         metric: the AP that counts.
         seed: of the folds.
+        tiles: steps of the tile gate from off to risky, and their drops as ``scales``.
 
     Attributes:
         folds: int64 ``[N]``, the fold of each image.
@@ -80,10 +95,12 @@ class ExitSequence:
         *,
         metric: str,
         seed: int,
+        tiles: tuple[Sequence[Setting], Sequence[float]] = (({},), (0.0,)),
     ) -> None:
         self.trials = trials
         self.settings = list(settings)
         self.scales = list(scales)
+        self.tile_steps, self._tile_scales = ([*part] for part in tiles)
         self.metric = metric
         self._policy = policy
         self._tried: dict[str, Trial] = {}
@@ -114,12 +131,12 @@ class ExitSequence:
             self._tried[key] = self.trials.replay(self._policy(setting))
         return self._tried[key]
 
-    def setting(self, place: int, extra: Setting | None = None) -> Setting:
-        """A setting with further keys; the full cascade has none."""
-        own = self.settings[place]
+    def setting(self, place: int, extra: Setting | None = None, *, tile: int = 0) -> Setting:
+        """A setting with a step of the tile gate and further keys; the full cascade has none."""
+        own = {**self.settings[place], **self.tile_steps[tile]}
         return {**own, **extra} if own and extra else own
 
-    def within(self, most: float) -> Choice:
+    def within(self, most: float, *, tile_gate: bool = False) -> Choice:
         """The riskiest setting up to which a bound of the drop of AP stays within a limit.
 
         A drop is known from these images, with its deviation by bootstrap, and from other data,
@@ -130,24 +147,100 @@ class ExitSequence:
 
         Args:
             most: percent points.
+            tile_gate: whether each setting but the full cascade has its ``usual_tile``.
         """
-        last = np.zeros(1 + self._num_folds + ROUNDS, np.int64)
-        holds = np.ones(len(last), bool)
+        places, tiles = np.zeros((2, 1 + self._num_folds + ROUNDS), np.int64)
+        holds = np.ones(len(places), bool)
         for place in range(1, len(self.settings)):
-            drops = -self._change(self.settings[place])[self.metric]
-            holds &= self._bounds(drops, self.scales[place]) <= most
+            tile = self.usual_tile(place) if tile_gate else 0
+            drops = -self._change(self.setting(place, tile=tile))[self.metric]
+            holds &= self._bounds(drops, self.scales[place] + self._tile_scales[tile]) <= most
             if not holds.any():
                 break
-            last[holds] = place
-        return Choice(int(last[0]), last[1:])
+            places[holds], tiles[holds] = place, tile
+        return Choice(int(places[0]), places[1:], int(tiles[0]), tiles[1:])
 
-    def reaching(self, reaches: Callable[[Trial, Images], bool]) -> Choice | None:
+    def within_gated(self, most: float, cost: Callable[[Setting], float]) -> Choice:
+        """The cheaper one of two choices ``within`` a limit, on all images as on some of them.
+
+        One takes what is left of the limit for the tile gate, see ``within_tiles``, the other one
+        has a tile gate in every setting.
+
+        Args:
+            most: percent points.
+            cost: of a setting.
+        """
+        after = self.within_tiles(self.within(most), most, cost)
+        if len(self._cheap_tiles(after.place, cost)) == 1:  # no gate saves anything
+            return after
+        beside = self.within(most, tile_gate=True)
+        pairs = [
+            np.concatenate([[[one.place], [one.tile]], one.pairs], axis=1)
+            for one in (after, beside)
+        ]
+        costs = [
+            np.array([cost(self.setting(place, tile=tile)) for place, tile in both.T.tolist()])
+            for both in pairs
+        ]
+        chosen = np.where(costs[1] < (1 - LEAST_SAVING) * costs[0], pairs[1], pairs[0])
+        return Choice(int(chosen[0, 0]), chosen[0, 1:], int(chosen[1, 0]), chosen[1, 1:])
+
+    def within_tiles(self, choice: Choice, most: float, cost: Callable[[Setting], float]) -> Choice:
+        """A choice with the step of the tile gate that costs least of those within a limit.
+
+        Of the steps, in order, those count up to which the bound of ``within`` stays within the
+        limit. Without each fold and on each resample, the step is chosen again, at its own place.
+
+        Args:
+            choice: by ``within``.
+            most: percent points.
+            cost: of a setting; a step is taken if it saves ``LEAST_SAVING`` of it.
+        """
+        places = np.array([choice.place, *choice.others])
+        chosen = np.zeros_like(places)
+        for place in np.unique(places).tolist():
+            cheap = self._cheap_tiles(place, cost)
+            holds = places == place
+            for tile in range(1, max(cheap) + 1):
+                drops = -self._change(self.setting(place, tile=tile))[self.metric]
+                scale = self.scales[place] + self._tile_scales[tile]
+                holds = holds & (self._bounds(drops, scale)[: len(holds)] <= most)
+                if not holds.any():
+                    break
+                if tile in cheap:
+                    chosen[holds] = tile
+        return Choice(choice.place, choice.others, int(chosen[0]), chosen[1:])
+
+    def _cheap_tiles(self, place: int, cost: Callable[[Setting], float]) -> list[int]:
+        """The whole map, and each step that costs less than all before it."""
+        costs = [cost(self.setting(place, tile=tile)) for tile in range(len(self.tile_steps))]
+        cheap = [0]
+        for tile, own in enumerate(costs):
+            if own < costs[cheap[-1]] and own < (1 - LEAST_SAVING) * costs[0]:
+                cheap.append(tile)
+        return cheap
+
+    def usual_tile(self, place: int) -> int:
+        """The riskiest step of the tile gate that loses no more than the setting usually does.
+
+        A setting of which nothing is known has the riskiest step below ``USUAL_DROP``.
+        """
+        scale = self.scales[place]
+        most = USUAL_DROP if math.isinf(scale) else scale
+        return max(tile for tile, drop in enumerate(self._tile_scales) if drop <= most)
+
+    def reaching(
+        self, reaches: Callable[[Trial, Images], bool], *, tile_gate: bool = False
+    ) -> Choice | None:
         """The safest setting that reaches a target; ``None`` if none does.
 
         Args:
             reaches: whether a trial does so on some of the images, by index, with repetitions.
+            tile_gate: whether each setting is also tried with its ``usual_tile``.
         """
-        trials = [self.trial(setting) for setting in self.settings]
+        tiles = [{0, self.usual_tile(p) if tile_gate else 0} for p in range(len(self.settings))]
+        candidates = [(place, tile) for place, own in enumerate(tiles) for tile in sorted(own)]
+        trials = [self.trial(self.setting(place, tile=tile)) for place, tile in candidates]
         first, *others = (
             next((place for place, trial in enumerate(trials) if reaches(trial, images)), None)
             for images in self._images()
@@ -155,17 +248,30 @@ class ExitSequence:
         if first is None:
             return None
         last = len(trials) - 1
-        return Choice(first, np.array([last if place is None else place for place in others]))
+        pairs = np.array([candidates[last if place is None else place] for place in others])
+        return Choice(candidates[first][0], pairs[:, 0], candidates[first][1], pairs[:, 1])
 
-    def passing(self, last_passed: Callable[[Sequence[Trial], Images], int]) -> Choice:
+    def passing(
+        self,
+        last_passed: Callable[[Sequence[Trial], Images], int],
+        *,
+        tile_gate: bool = False,
+    ) -> Choice:
         """The last setting that passes a test.
 
         Args:
             last_passed: its place, by the trials of all settings and the images that count.
+            tile_gate: whether each setting has its ``usual_tile``.
         """
-        trials = [self.trial(setting) for setting in self.settings]
+        tiles = np.array(
+            [self.usual_tile(p) if tile_gate else 0 for p in range(len(self.settings))]
+        )
+        trials = [
+            self.trial(self.setting(place, tile=tile)) for place, tile in enumerate(tiles.tolist())
+        ]
         first, *others = (last_passed(trials, images) for images in self._images())
-        return Choice(first, np.array(others))
+        places = np.array(others)
+        return Choice(first, places, int(tiles[first]), tiles[places])
 
     def changes(self, choice: Choice, extra: Setting | None = None) -> dict[str, Difference]:
         """The changes of all metrics from the full cascade, cross-fitted.
@@ -177,22 +283,25 @@ class ExitSequence:
             choice: by one of the methods above.
             extra: further keys for every setting.
         """
-        folds, resampled = np.split(choice.others, [self._num_folds])
-        places, which = np.unique(folds[self.folds], return_inverse=True)
-        trials = [self.trial(self.setting(place, extra)) for place in places.tolist()]
-        mixed = _mixed(trials, which[self._by_id])
-        of_resamples = [self._change(self.setting(p, extra)) for p in resampled.tolist()]
+        folds, resampled = np.split(choice.pairs, [self._num_folds], axis=1)
+        pairs, which = np.unique(folds[:, self.folds], axis=1, return_inverse=True)
+        of_pairs, of_resamples = (
+            [self.setting(place, extra, tile=tile) for place, tile in some.T.tolist()]
+            for some in (pairs, resampled)
+        )
+        mixed = _mixed([self.trial(one) for one in of_pairs], which.reshape(-1)[self._by_id])
         found = {}
         for name, value in mixed.items():
-            values = np.array([self._resampled(own[name])[b] for b, own in enumerate(of_resamples)])
+            changes = (self._change(one)[name] for one in of_resamples)
+            values = np.array([self._resampled(own)[b] for b, own in enumerate(changes)])
             change = value - self.trials.full.metrics[name]
             found[name] = difference(change, values + change - np.nanmean(values))
         return found
 
-    def bound(self, place: int) -> float:
+    def bound(self, place: int, *, tile: int = 0) -> float:
         """The bound of the drop of AP of a setting, see ``within``."""
-        drops = -self._change(self.settings[place])[self.metric]
-        return float(self._bounds(drops, self.scales[place])[0])
+        drops = -self._change(self.setting(place, tile=tile))[self.metric]
+        return float(self._bounds(drops, self.scales[place] + self._tile_scales[tile])[0])
 
     def deviation(self, setting: Setting) -> float:
         """The standard deviation of the change of AP by bootstrap, in percent points."""

@@ -79,7 +79,7 @@ def front_point(
         drop=full.metrics[metric] - ap,
         work=trial.work,
         region_shares=tuple(shares.tolist()),
-        predicted=latency.per_image(trial.entered, trial.masks),
+        predicted=latency.per_image(trial.entered, trial.masks, trial.tiles),
         chosen=chosen,
         masks=float(trial.masks.mean()) if has_masks else None,
         metric=metric,

@@ -120,7 +120,7 @@ def _milliseconds(
 ) -> float:
     """Of stages and mask heads, per image, with some gates off."""
     trial = calibrator.trials.replay(calibrator.policy(_with_off(setting, off)))
-    return latency.per_image(trial.entered, trial.masks)
+    return latency.per_image(trial.entered, trial.masks, trial.tiles)
 
 
 def _with_off(setting: Setting, off: Iterable[int]) -> Setting:

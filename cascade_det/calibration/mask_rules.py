@@ -60,7 +60,7 @@ def try_mask_rules(
             masks=float(trial.masks.mean()),
             ap=trial.metrics.get("segm/AP"),
             gigaflops=trials.gigaflops(trial),
-            milliseconds=latency.per_image(trial.entered, trial.masks),
+            milliseconds=latency.per_image(trial.entered, trial.masks, trial.tiles),
         )
         rows.append(row)
     return rows

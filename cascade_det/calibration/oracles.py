@@ -53,9 +53,10 @@ def random_exits(record: CascadeRecord, shares: Sequence[float], *, accept: bool
             exact to one region. Regions that do not enter stage 0 are lost.
         accept: whether regions that saw a stage are reported rather than dropped.
     """
-    count = len(record.proposals)
+    rows = record.rows()
     seed = zlib.crc32(record.proposals.numpy().tobytes())  # A different order in each record.
-    ranks = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    ranks, count = torch.zeros(len(record.proposals)), len(rows)
+    ranks[rows] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).float()
     entered = (ranks[:, None] + 0.5) / max(count, 1) < torch.tensor([*shares])  # [R, S]
     return _policy(
         record, ExitAfter("confident" if accept else "background", entered.sum(dim=1) - 1)

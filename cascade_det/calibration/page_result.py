@@ -13,7 +13,7 @@ _SHARES = frozenset(
     (
         *("exit_rate", "regions_left", "work", "loss", "loss_deviation", "lost_true_positives"),
         *("calibration_error_before", "calibration_error", "later levels computed"),
-        *("decoder share", "model share", "right pixels lost"),
+        *("decoder share", "model share", "right pixels lost", "tiles_open", "tiles_computed"),
     )
 )
 

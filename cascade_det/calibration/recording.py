@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from statistics import median
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -21,15 +23,19 @@ from cascade_det.core import ExitPolicy, PartTimer
 from cascade_det.core.modes import evaluation_mode
 from cascade_det.core.postprocess import Frame
 from cascade_det.core.record import CascadeRecord, join_records
+from cascade_det.core.structures import CascadeStats
 from cascade_det.data.samples import Batch
 from cascade_det.engine.detector import CascadeDetector
 from cascade_det.engine.devices import device_name
 from cascade_det.engine.head_flops import mask_flops, region_flops
 from cascade_det.engine.inference import BatchLoader
 
+# Of a call: what computes maps and tiles.
+_MAP_PARTS = ("backbone", "tile gate", "rpn")
 # Records are joined until they have as many images.
 JOINED_IMAGES = 32
 # Regions that enter the first and the later stages when latency is measured, as shares.
+_GATED_SHARES = (1.0, 0.05)  # Of those in every stage, with a tile gate.
 _SHARES = ((1.0, 1.0), *((first, later) for first in (1.0, 0.4, 0.1) for later in (0.3, 0.1, 0.02)))
 
 
@@ -38,6 +44,7 @@ def record_dataset(
     loader: BatchLoader,
     most_images: int,
     matcher: ImageMatcher | None = None,
+    tile_thresholds: Sequence[float] = (),
 ) -> Recording:
     """Run the full cascade and record the outputs of every region.
 
@@ -46,6 +53,8 @@ def record_dataset(
         loader: of the images, by id.
         most_images: limit of images; the rest of the loader is not used.
         matcher: of their masks; ``None`` where there are none to compare with.
+        tile_thresholds: to record, 0 first, if the finest map can be computed in tiles; none
+            records the whole map alone.
     """
     assert isinstance(detector, nn.Module)
     image_ids: list[int] = []
@@ -56,7 +65,11 @@ def record_dataset(
     def each() -> Iterator[CascadeRecord]:
         nonlocal flops, masks
         for batch in _first_images(loader, most_images):
-            inputs, cascade = detector.cascade_inputs(batch), detector.cascade
+            cascade, tiles = detector.cascade, None
+            if tile_thresholds:
+                inputs, tiles = detector.gated_inputs(batch, tile_thresholds)
+            else:
+                inputs = detector.cascade_inputs(batch)
             channels = inputs.features[0].shape[1]
             # First: a head whose FLOPs cannot be counted fails at once.
             flops = flops or region_flops(cascade, channels).stages
@@ -70,7 +83,7 @@ def record_dataset(
                 for sample, size in zip(batch, sizes, strict=True)
             ]
             frames.extend(own_frames)
-            record = cascade.record(**vars(inputs)).cpu()
+            record = replace(cascade.record(**vars(inputs)), tiles=tiles).cpu()
             if masks is not None and masks.overlaps is not None:
                 assert cascade.masks is not None
                 assert matcher is not None
@@ -120,6 +133,9 @@ class Timing(NamedTuple):
         masks: of the batch.
         mask_milliseconds: the part of them in the mask heads.
         gates: the part of them at each gate, before stage 0 and after each stage but the last.
+        tiles: of the finest map; 0 without a tile gate.
+        tile_work: the same by ``TILE_WORK``; in a batch of several images in part estimated.
+        map_milliseconds: the part of ``milliseconds`` in the backbone, the RPN and tiles.
     """
 
     entered: tuple[int, ...]
@@ -127,6 +143,9 @@ class Timing(NamedTuple):
     masks: int = 0
     mask_milliseconds: float = 0.0
     gates: tuple[float, ...] = ()
+    tiles: int = 0
+    tile_work: tuple[float, ...] = ()
+    map_milliseconds: float = 0.0
 
 
 def time_policies(
@@ -171,7 +190,14 @@ def time_policies(
                     total = sum(milliseconds.values())
                     gates = (milliseconds.get(f"gate{g}", 0.0) for g in range(len(stats.entered)))
                     timing = Timing(
-                        tuple(stats.entered), total, stats.masks, of_masks, tuple(gates)
+                        tuple(stats.entered),
+                        total,
+                        stats.masks,
+                        of_masks,
+                        tuple(gates),
+                        stats.tiles,
+                        _tile_work(stats),
+                        sum(milliseconds.get(name, 0.0) for name in _MAP_PARTS),
                     )
                     timings[name].append(timing)
                     step()
@@ -181,7 +207,12 @@ def time_policies(
 
 
 def fit_latency(
-    detector: CascadeDetector, batches: Sequence[Batch], *, most_proposals: int, rounds: int
+    detector: CascadeDetector,
+    batches: Sequence[Batch],
+    *,
+    most_proposals: int,
+    rounds: int,
+    tile_thresholds: Sequence[float] = (),
 ) -> LatencyModel:
     """Measure a detector with more and fewer regions, and fit a model to the medians.
 
@@ -190,6 +221,7 @@ def fit_latency(
         batches: to run on, of equal size.
         most_proposals: of an image.
         rounds: how often each batch is run with each number of regions.
+        tile_thresholds: of a detector with a tile gate, 0 first; none for one without.
     """
     stages = detector.cascade.num_stages
     policies: dict[str, ExitPolicy | None] = {**truncated_cascades(stages)}
@@ -197,6 +229,12 @@ def fit_latency(
         shares = (first, *[later] * (stages - 1))
         budget = tuple(max(1, round(share * most_proposals)) for share in shares)
         policies[str(budget)] = ExitPolicy(num_stages=stages, region_budget=budget)
+    for threshold in tile_thresholds[2::2]:  # a few are enough
+        for share in _GATED_SHARES:
+            limit = max(1, round(share * most_proposals))
+            policies[f"{threshold} {share}"] = ExitPolicy(
+                num_stages=stages, region_budget=(limit,) * stages, tile_threshold=threshold
+            )
     timings = time_policies(detector, batches, policies, rounds=rounds)
     same = [
         calls[index :: len(batches)] for calls in timings.values() for index in range(len(batches))
@@ -208,6 +246,34 @@ def fit_latency(
         mask_milliseconds=np.array([median(c.mask_milliseconds for c in calls) for calls in same]),
         device_name=device_name(next(detector.parameters()).device),
         batch_size=len(batches[0]),
+        tiles=_tiles_of(timings.values(), len(batches)),
+        map_milliseconds=np.array([median(c.map_milliseconds for c in calls) for calls in same]),
+    )
+
+
+def _tile_work(stats: CascadeStats) -> tuple[float, ...]:
+    """Tiles by ``TILE_WORK``."""
+    dense, whole = stats.tiles_dense, stats.tiles_whole - stats.tiles_dense
+    opened, others = stats.tiles_open - dense, stats.tiles - dense
+    # Of images that are not computed as a whole, if all have as many open tiles.
+    in_tiles = opened * (1 - whole / others) if others else 0.0
+    later = max(stats.tiles_computed - dense - whole - in_tiles, 0.0)
+    return float(dense), float(opened), later, float(whole)
+
+
+def _tiles_of(timings: Iterable[Sequence[Timing]], batches: int) -> npt.NDArray[np.float64] | None:
+    """Tiles by ``TILE_WORK`` of each policy on each batch; ``None`` if no policy has a gate."""
+    calls = [own[:batches] for own in timings]
+    whole = [max(tiles) for tiles in zip(*([c.tiles for c in own] for own in calls), strict=True)]
+    if not any(whole):
+        return None
+    # Without a gate a call computes all that one with an open gate does.
+    return np.array(
+        [
+            call.tile_work if call.tiles else (tiles, 0, 0, 0)
+            for own in calls
+            for call, tiles in zip(own, whole, strict=True)
+        ]
     )
 
 

@@ -68,12 +68,18 @@ def compare_evaluations(a: COCOeval, b: COCOeval) -> RunComparison:
     return RunComparison(len(pair[0].image_ids), _compared(*pair), per_class)
 
 
-def matched_by(evaluation: COCOeval) -> MatchedDetections:
-    """What a COCOeval matched, of boxes or masks, on all its images and objects of all sizes."""
+def matched_by(evaluation: COCOeval, *, size: str = "all") -> MatchedDetections:
+    """What a COCOeval matched, of boxes or masks, on all its images.
+
+    Args:
+        evaluation: see ``run_cocoeval``.
+        size: of the objects: ``all``, ``small``, ``medium`` or ``large``.
+    """
     params = evaluation.params
     shape = len(params.catIds), len(params.areaRng), len(params.imgIds)
     # [I, K]; None without objects and detections.
-    grid = np.array(evaluation.evalImgs, dtype=object).reshape(shape)[:, 0].T
+    grid = np.array(evaluation.evalImgs, dtype=object).reshape(shape)
+    grid = grid[:, params.areaRngLbl.index(size)].T
     places = np.argwhere(grid.astype(np.bool_))
     entries = [grid[image, index] for image, index in places.tolist()]
     counts = [len(entry["dtIds"]) for entry in entries]

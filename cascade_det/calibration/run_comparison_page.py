@@ -180,14 +180,14 @@ def _work(runs: Mapping[str, Metrics]) -> Iterator[Any]:
         title = "Box AP against milliseconds"
         charts.append(line_chart(title, dots, x_label="ms per image", y_label="AP (%)"))
     yield Plots(charts)
-    rows = [
-        (title, *(read(run) for run in runs.values()))
-        for title, read in (
-            ("ms per image, median", lambda r: _nested(r, "latency", "total", "median_ms")),
-            ("stages per region", lambda r: _nested(r, "exits", "stages_per_region")),
-            ("FLOPs of the heads left", lambda r: _nested(r, "exits", "head_flops_share")),
-        )
-    ]
+    figures = {
+        "ms per image, median": ("latency", "total", "median_ms"),
+        "stages per region": ("exits", "stages_per_region"),
+        "FLOPs of the heads left": ("exits", "head_flops_share"),
+    }
+    if any((run.get("exits") or {}).get("tiles") for run in runs.values()):
+        figures["tiles of the finest map computed"] = ("exits", "tiles", "computed_share")
+    rows = [(t, *(_nested(run, *keys) for run in runs.values())) for t, keys in figures.items()]
     yield Grid("", ("", "A", "B"), rows)
 
 

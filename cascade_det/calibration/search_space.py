@@ -13,6 +13,8 @@ import numpy.typing as npt
 from cascade_det.calibration.search import Setting
 from cascade_det.core import ExitPolicy
 
+TILE_THRESHOLD = "TILE_THRESHOLD"
+
 _REDUNDANCY = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 _PRUNE = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12)
 _DROPPED_SHARES = (0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -137,17 +139,37 @@ def exit_path(*, num_stages: int, proposals_per_image: int) -> tuple[list[Settin
     return path, drops
 
 
+# From safe to risky: objectness from which on a tile is open, and the typical further drop of AP.
+_TILES = ((0.05, 0.01), (0.1, 0.02), (0.3, 0.06), (1.0, 1.2))
+# Of a recording; 0 is the whole map.
+TILE_THRESHOLDS = (0.0, *(threshold for threshold, _ in _TILES))
+
+
+def tile_steps(recorded: Sequence[float]) -> tuple[list[Setting], list[float]]:
+    """Settings of the tile gate from off to risky, and their typical drops in percent points.
+
+    Args:
+        recorded: tile thresholds of a recording; none without a tile gate.
+    """
+    known = [(threshold, drop) for threshold, drop in _TILES if threshold in recorded]
+    settings: list[Setting] = [{TILE_THRESHOLD: threshold} for threshold, _ in known]
+    return [{}, *settings], [0.0, *(drop for _, drop in known)]
+
+
 def default_exits(num_stages: int) -> Setting:
     """The exits of ``ENABLED`` alone, for S stages."""
     return {"PRUNE_THRESHOLDS": (0.02,) * (num_stages - 1), "REDUNDANCY_IOU": 0.9}
 
 
-def usual_settings(num_stages: int, learned: Sequence[str]) -> dict[str, Setting]:
+def usual_settings(
+    num_stages: int, learned: Sequence[str], *, tile_gate: bool = False
+) -> dict[str, Setting]:
     """Each exit rule alone, at a usual value.
 
     Args:
         num_stages: S.
         learned: learned parts that the model has.
+        tile_gate: whether ``TILE_THRESHOLDS`` were recorded.
     """
     gates = num_stages - 1
     accepted = {"LOCALISATION": "refinement", "LOCALISATION_THRESHOLDS": (0.9,) * gates}
@@ -166,6 +188,9 @@ def usual_settings(num_stages: int, learned: Sequence[str]) -> dict[str, Setting
     for name, thresholds in confidences.items():
         setting = {"THRESHOLDS": thresholds, "CONFIDENCE": name, **accepted}
         settings[f"accept {name}, box done"] = setting
+    if tile_gate:
+        settings["tiles from 0.1"] = {TILE_THRESHOLD: 0.1}
+        settings["no tiles for the RPN"] = {TILE_THRESHOLD: 1.0}
     if "pruner" in learned:
         settings["learned pruner 0.1"] = {"PRUNER_THRESHOLDS": (0.1,) * num_stages}
     if "gate" in learned:

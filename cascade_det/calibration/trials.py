@@ -54,8 +54,15 @@ class Recording:
     @property
     def most_proposals(self) -> int:
         """The largest number of proposals in an image."""
-        counts = (torch.bincount(r.image_index, minlength=r.num_images) for r in self.records)
+        counts = (
+            torch.bincount(r.image_index[r.rows()], minlength=r.num_images) for r in self.records
+        )
         return max(int(images.max()) for images in counts)
+
+    @property
+    def tile_thresholds(self) -> tuple[float, ...]:
+        """The recorded tile thresholds, of which the first is 0; empty without a tile gate."""
+        return next((r.tiles.thresholds for r in self.records if r.tiles is not None), ())
 
     def of_images(self, images: Sequence[int]) -> Recording:
         """Some of the images, by index, in the order of this recording."""
@@ -92,6 +99,8 @@ class TrialSummary:
         lost_well_placed: the same at IoU 0.75.
         work: share of the full cascade's FLOPs in box and mask heads.
         masks: int64 ``[N]``, detections that get a mask; 0 for a cascade without masks.
+        tiles: int64 ``[4, N]``, tiles of the finest map by how they are computed, see
+            ``TILE_WORK``; 0 where no tile thresholds are recorded.
     """
 
     metrics: dict[str, float]
@@ -100,6 +109,7 @@ class TrialSummary:
     lost_well_placed: npt.NDArray[np.float64]
     work: float
     masks: npt.NDArray[np.int64]
+    tiles: npt.NDArray[np.int64]
 
     def regions_left(self, full: TrialSummary) -> float:
         """Share of the full cascade's region-stages that are computed, 0 to 1."""
@@ -168,7 +178,7 @@ class ExitTrials:
         self.matcher = matcher
         self.score = score
         self.loss = loss
-        entered, detections, masks = self._replay(None)
+        entered, detections, masks, _ = self._replay(None)
         self._found = self._find(detections)
         self._full_flops = self._flops(entered, masks)
         self.full = self.replay(None)
@@ -180,7 +190,7 @@ class ExitTrials:
             policy: for all records, or one for each; ``None`` for the full cascade.
             rules: which detections get a mask; ``None`` for the recorded rules.
         """
-        entered, detections, masks = self._replay(policy, rules)
+        entered, detections, masks, tiles = self._replay(policy, rules)
         ids, recorded = self.recording.image_ids, self.recording.masks
         matched = join_images(
             self.matcher.match(i, found) for i, found in zip(ids, detections, strict=True)
@@ -203,6 +213,7 @@ class ExitTrials:
             matched_masks=matched_masks,
             entered=entered,
             masks=masks,
+            tiles=tiles,
             lost=lost[:, 0],
             lost_well_placed=lost[:, 1],
             work=self._flops(entered, masks) / max(self._full_flops, 1),
@@ -218,8 +229,8 @@ class ExitTrials:
 
     def _replay(
         self, policy: Policies, rules: MaskRules | None = None
-    ) -> tuple[_Counts, list[RecordedDetections], _Counts]:
-        """Regions ``[S, N]``, detections in the original images, and masks ``[N]``.
+    ) -> tuple[_Counts, list[RecordedDetections], _Counts, _Counts]:
+        """Regions ``[S, N]``, detections in the original images, masks ``[N]``, tiles ``[4, N]``.
 
         ``rows`` of the detections are those of their image, and -1 for one without a mask.
         """
@@ -228,21 +239,27 @@ class ExitTrials:
             policy = [policy] * len(records)
         if recorded is not None and rules is None:
             rules = recorded.rules
-        entered, detections = [], []
+        entered, detections, tiles = [], [], []
         with torch.no_grad():
             for record, own in zip(records, policy, strict=True):
                 replay = record.replay(own)
                 entered.append(replay.entered.numpy())
+                found = record.select(replay.reported)
+                chosen = [torch.ones(len(d), dtype=torch.bool) for d in found]
+                if rules is not None:
+                    chosen = [rules.chosen(image) for image in found]
+                if recorded is not None:
+                    replay.read_masked(found, chosen)
+                tiles.append(replay.tiles.numpy())
                 firsts = torch.searchsorted(record.image_index, torch.arange(record.num_images))
-                for first, found in zip(firsts, record.select(replay.reported), strict=True):
-                    rows = found.rows - first
-                    if rules is not None:
-                        rows = rows.where(rules.chosen(found), -1)
-                    detections.append(replace(found, rows=rows))
+                for first, image, masked in zip(firsts, found, chosen, strict=True):
+                    rows = (image.rows - first).where(masked, -1)
+                    detections.append(replace(image, rows=rows))
         masks = [0 if recorded is None else int((d.rows >= 0).sum()) for d in detections]
         frames = self.recording.frames
         rescaled = rescale_detections(detections, frames)
-        return np.concatenate(entered, axis=1), rescaled, np.array(masks, np.int64)
+        counts = np.concatenate(entered, axis=1), np.concatenate(tiles, axis=1)
+        return counts[0], rescaled, np.array(masks, np.int64), counts[1]
 
     def _flops(self, entered: _Counts, masks: _Counts) -> float:
         of_stages = entered.sum(axis=1) @ np.asarray(self.recording.stage_flops)

@@ -149,3 +149,88 @@ class TestMasks:
         model = fit(random_calls(60))
         assert (model.per_mask_call, model.per_mask) == (0, 0)
         assert "mask" not in str(model)
+
+
+class TestTiles:
+    """Milliseconds per tile: dense, open, later and whole."""
+
+    rates = np.array([0.02, 0.035, 0.015, 0.01])
+
+    def calls(self, count):
+        """Regions and tiles of calls with 100 tiles, of which some have no gate."""
+        rng = np.random.default_rng(3)
+        tiles = []
+        for index in range(count):
+            opened = rng.integers(0, 50)
+            later = rng.integers(0, 50)
+            kinds = ((100, 0, 0, 0), (0, opened, later, 0), (0, opened, 0, 100))
+            tiles.append(kinds[index % 3])
+        return random_calls(count, seed=2), np.array(tiles)
+
+    def fitted(self, batch_size=1):
+        regions, tiles = self.calls(60)
+        in_maps = 11.0 + tiles @ self.rates
+        return LatencyModel.fit(
+            regions,
+            np.array([true_time(call) for call in regions]) + in_maps,
+            device_name="toaster",
+            batch_size=batch_size,
+            tiles=tiles,
+            map_milliseconds=in_maps,
+        )
+
+    def test_known_times_come_back(self):
+        model = self.fitted()
+        assert model.per_tile == pytest.approx(self.rates)
+        assert model.constant == pytest.approx(CONSTANT + 11)
+        assert model.per_region == pytest.approx(PER_REGION)
+        for call, tiles in zip(*self.calls(9), strict=True):
+            wanted = true_time(call) + 11 + tiles @ self.rates
+            assert model.predict(call, tiles=tiles) == pytest.approx(wanted)
+        assert "for each tile of the finest map 20.0 us without a tile gate" in str(model)
+
+    def test_kinds_that_no_call_had_are_not_free(self):
+        """A gate that only closes all tiles, or opens all, says nothing of open ones."""
+        tiles = np.array([(100, 0, 0, 0), (0, 0, 0, 100)] * 30)
+        in_maps = 11.0 + tiles @ self.rates
+        model = LatencyModel.fit(
+            random_calls(60),
+            np.array([true_time(call) for call in random_calls(60)]) + in_maps,
+            device_name="toaster",
+            batch_size=1,
+            tiles=tiles,
+            map_milliseconds=in_maps,
+        )
+        dense, opened, later, whole = model.per_tile
+        assert opened == later == dense
+        assert dense - whole == pytest.approx(0.01)
+
+    def test_an_open_tile_takes_no_less_than_one_of_the_whole_map(self):
+        """Whatever noise says."""
+        regions, tiles = self.calls(60)
+        in_maps = 11.0 + tiles @ [0.02, 0.005, 0.01, 0.01]
+        model = LatencyModel.fit(
+            regions,
+            np.array([true_time(call) for call in regions]) + in_maps,
+            device_name="toaster",
+            batch_size=1,
+            tiles=tiles,
+            map_milliseconds=in_maps,
+        )
+        assert model.per_tile[1] >= model.per_tile[0] > 0
+
+    def test_they_count_per_image_in_batches(self):
+        model = self.fitted(batch_size=2)
+        entered = np.array([[100, 300, 200], [10, 0, 40], [1, 0, 0]])
+        tiles = np.array([[100, 0, 0], [0, 30, 10], [0, 20, 0], [0, 0, 100]])
+        # The last image is half of a batch of two like it.
+        first = true_time([400, 10, 1]) + 2.0 + 30 * 0.035 + 20 * 0.015
+        second = true_time([400, 80, 0]) + 20 * 0.035 + 200 * 0.01
+        wanted = (first + 11 + (second + 11) / 2) / 3
+        assert model.per_image(entered, 0, tiles) == pytest.approx(wanted)
+
+    def test_without_a_gate_there_are_none(self):
+        model = fit(random_calls(60))
+        assert model.per_tile == ()
+        assert model.predict([100, 10, 0], tiles=[850, 0, 0, 0]) == model.predict([100, 10, 0])
+        assert "tile" not in str(model)

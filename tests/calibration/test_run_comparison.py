@@ -11,7 +11,7 @@ from cascade_det.calibration.bootstrap import average_precision, paired_bootstra
 from cascade_det.calibration.run_comparison import compare_evaluations, matched_by
 from cascade_det.calibration.run_comparison_page import write_comparison_page
 from cascade_det.data.coco_results import coco_results
-from cascade_det.evaluation.average_precision import ap_per_class, run_cocoeval
+from cascade_det.evaluation.average_precision import ap_metrics, ap_per_class, run_cocoeval
 from cascade_det.evaluation.ground_truth import load_ground_truth
 
 
@@ -32,6 +32,25 @@ def test_matches_are_those_of_the_matcher(seed):
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), err_msg=name)
     np.testing.assert_allclose(ours.scores, theirs.scores)
     assert average_precision(ours) == pytest.approx(ap_by_pycocotools(content, found))
+
+
+@pytest.mark.parametrize("size", ["small", "medium", "large"])
+def test_ap_of_objects_of_one_size_is_that_of_pycocotools(size):
+    content, found = random_case(3)
+    for number, annotation in enumerate(content["annotations"]):  # sizes that differ
+        annotation["area"] = (500, 5000, 50000)[number % 3]
+    evaluation = evaluated(content, found)
+    ap = average_precision(matched_by(evaluation, size=size))["AP"]
+    assert 0 < ap == pytest.approx(ap_metrics(evaluation)[f"AP{size[0]}"])
+
+
+def test_without_objects_of_a_size_there_is_no_difference():
+    content, found = random_case(3)
+    for annotation in content["annotations"]:
+        annotation["area"] = 50000
+    matched = matched_by(evaluated(content, found), size="small")
+    difference = paired_bootstrap(matched, matched)["AP"]
+    assert np.isnan([difference.value, difference.low, difference.high]).all()
 
 
 def test_differences_are_of_pycocotools_and_of_the_bootstrap():
@@ -82,5 +101,6 @@ def test_the_page_has_the_numbers_and_no_way_out(tmp_path):
     change = ap.difference
     interval = f"{change.value:+.2f} [{change.low:+.2f}, {change.high:+.2f}]"
     assert row[1:] == [f"{ap.a:.2f}", f"{ap.b:.2f}", interval]
+    assert ["tiles of the finest map computed", "0.25", "0.25"] in page.rows
     assert ["A.B", "2", "1"] in page.rows
     assert ["A.C", HOSTILE[0], ""] in page.rows or ["A.C", "", HOSTILE[0]] in page.rows

@@ -15,7 +15,7 @@ from cascade_det.calibration.trials import TrialSummary
 from cascade_det.config import exit_arguments, get_cfg, with_exits
 from cascade_det.config.cascade_keys import EXIT_DEFAULTS
 from cascade_det.core.exits import ExitPolicy
-from cascade_det.core.exits.learned import LEARNED_PARTS
+from cascade_det.core.exits.learned import REGION_PARTS
 
 SOME = settings(deadline=None, max_examples=10, derandomize=True)
 
@@ -24,7 +24,7 @@ def outcome(ap, work, *, lost=(0.0,), lost_well_placed=(0.0,)):
     entered = np.zeros((3, len(lost)), np.int64)
     none = np.zeros(entered.shape[1], np.int64)
     lost = np.array(lost), np.array(lost_well_placed)
-    return TrialSummary({"AP": ap}, entered, *lost, work, none)
+    return TrialSummary({"AP": ap}, entered, *lost, work, none, np.zeros((4, len(none)), np.int64))
 
 
 class Separable:
@@ -167,7 +167,7 @@ def make_parameters(*, objectness=OBJECTNESS, num_stages=3, proposals=1000, lear
 
 class TestParameters:
     @pytest.mark.parametrize("num_stages", [2, 3, 4])
-    @pytest.mark.parametrize("learned", [(), LEARNED_PARTS])
+    @pytest.mark.parametrize("learned", [(), REGION_PARTS])
     def test_every_setting_makes_a_policy_and_off_comes_first(self, num_stages, learned):
         cfg = get_cfg()
         cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS = (0.5, 0.6, 0.7, 0.75)[:num_stages]

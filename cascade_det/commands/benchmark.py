@@ -82,7 +82,8 @@ def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Name
     )
     add(
         "--measure",
-        "what to measure (all but attention, backbones and waits; of segmenters whole and parts)",
+        "what to measure (all but tiles, attention, backbones and waits; of segmenters whole and "
+        "parts)",
         choices=MEASUREMENTS,
         nargs="+",
     )

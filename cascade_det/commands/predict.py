@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from fvcore.common.config import CfgNode
 
     from cascade_det.commands.prediction import Options
-    from cascade_det.standalone import Predictor, SlicedPredictor
+    from cascade_det.standalone import Predictor, SlicedPredictor, TilePredictor
     from cascade_det.streams.frames import Source
 
 _SCORE_THRESHOLD = 0.5
@@ -46,7 +46,7 @@ _MERGES = ("nms", "wbf")
 _TRACKERS = ("bytetrack", "sort")
 _OF_DETECTIONS = (
     *("score_threshold", "classes", "max_detections", "slice"),
-    *("save_crops", "txt", "csv", "track"),
+    *("save_crops", "txt", "csv", "tiles", "track"),
 )
 
 
@@ -110,6 +110,9 @@ def _check_slices(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             parser.error(f"--{name} is of slices: give --slice too")
     if args.slice is not None and args.onnx:
         parser.error("--slice needs a configuration: --onnx detects in whole images")
+    if args.tiles and (args.onnx or args.slice is not None):
+        other = "--onnx computes whole maps" if args.onnx else "with --slice an image has many maps"
+        parser.error(f"--tiles needs the map of an image, of a tile gate: {other}")
 
 
 def _add_choice(parser: argparse.ArgumentParser) -> None:
@@ -134,6 +137,11 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
         "--txt", action="store_true", help="labels/NAME.txt: class, x, y, width, height, score"
     )
     group.add_argument("--csv", action="store_true", help="predictions.csv with all detections")
+    group.add_argument(
+        "--tiles",
+        action="store_true",
+        help="pictures show where a tile gate computed the finest map",
+    )
     group.add_argument("--show", action="store_true", help="in a window too; Escape or q ends it")
     group.add_argument(
         "--track",
@@ -213,18 +221,26 @@ def _detect(cfg: CfgNode, args: argparse.Namespace, sources: list[Source], outpu
     from cascade_det.config import exit_arguments
     from cascade_det.monitoring.monitor import METRICS_FILE
     from cascade_det.report.text import format_report
-    from cascade_det.standalone import Predictor, SlicedPredictor
+    from cascade_det.standalone import Predictor, SlicedPredictor, TilePredictor
 
+    exits = exit_arguments(cfg)
+    if args.tiles and not (exits and exits["tile_threshold"]):
+        raise ConfigError(
+            "--tiles shows what a tile gate computes, and here it is off: set "
+            "MODEL.CASCADE.EXIT.TILE_THRESHOLD above 0 and MODEL.CASCADE.EXIT.ENABLED to True"
+        )
     shadowed = cfg.CASCADE.SHADOW_SHARE > 0
     predictor = Predictor(cfg, metrics_dir=output if shadowed else None)
-    used: Predictor | SlicedPredictor = predictor
+    used: Predictor | SlicedPredictor | TilePredictor = predictor
+    if args.tiles:
+        used = TilePredictor(predictor)
     if args.slice is not None:
         overlap = _OVERLAP if args.overlap is None else args.overlap
         merge = args.slice_merge or _MERGES[0]
         used = SlicedPredictor(predictor, size=args.slice, overlap=overlap, merge=merge)
     options = replace(
         _options(args, predictor.class_names),
-        with_stages=exit_arguments(cfg) is not None,
+        with_stages=exits is not None,
         others=[METRICS_FILE] if shadowed else [],
     )
     with predictor.monitor as monitor:

@@ -29,9 +29,15 @@ from cascade_det.streams.tracking import Tracking
 from cascade_det.text import printable
 
 if TYPE_CHECKING:
-    from cascade_det.standalone import Predictor, SegmenterPredictor, SlicedPredictor
+    from cascade_det.standalone import (
+        Predictor,
+        SegmenterPredictor,
+        SlicedPredictor,
+        TilePredictor,
+    )
 
-AnyPredictor: TypeAlias = "Predictor | SlicedPredictor | OnnxPredictor | SegmenterPredictor"
+Detecting: TypeAlias = "Predictor | SlicedPredictor | TilePredictor | OnnxPredictor"
+AnyPredictor: TypeAlias = "Detecting | SegmenterPredictor"
 
 MOST_SHOWN = 20  # failed files on the terminal
 
@@ -75,7 +81,7 @@ class Drawn:
 
 
 def predict(
-    predictor: Predictor | SlicedPredictor | OnnxPredictor,
+    predictor: Detecting,
     sources: Sequence[Source],
     output: Path,
     options: Options = Options(),
@@ -83,7 +89,7 @@ def predict(
     """Write pictures of all images and videos with their detections, and one ``predictions.json``.
 
     Args:
-        predictor: the detector.
+        predictor: the detector; a ``TilePredictor`` for pictures with tiles.
         sources: of the images and videos.
         output: folder, made if missing.
         options: what else is done.
@@ -115,6 +121,7 @@ def predict(
             score_threshold=choice.score_threshold,
             with_stages=options.with_stages,
             track_ids=ids,
+            tiles=getattr(found, "tiles", None),
         )
         shown = select(kept, choice.shown(kept))
         return Drawn(picture, results, more=options.files.of(frame, stem, shown, folders))

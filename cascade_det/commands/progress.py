@@ -63,7 +63,9 @@ class Progress:
         if self._exits is None:
             return ""
         metrics = self._exits()["exits"]
-        rates = [f"{metrics['proposals']['exit_rate']:.0%} before stage 0"]
+        tiles = metrics.get("tiles")
+        rates = [f"{1 - tiles['computed_share']:.0%} of the tiles"] if tiles else []
+        rates += [f"{metrics['proposals']['exit_rate']:.0%} before stage 0"]
         stages = sum(name.startswith("stage") and name[5:].isdecimal() for name in metrics)
         rates += [f"{metrics[f'stage{i}']['exit_rate']:.0%} after {i}" for i in range(stages - 1)]
         return f"; exits: {', '.join(rates)}"

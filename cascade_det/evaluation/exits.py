@@ -48,6 +48,9 @@ class _Sums:
     longest_overrun: float = 0.0
     detected: int = 0
     masks: int = 0
+    tiles: int = 0
+    tiles_open: int = 0
+    tiles_computed: int = 0
 
     def add(self, other: _Sums) -> None:
         if not self.images:
@@ -69,6 +72,9 @@ class _Sums:
         self.longest_overrun = max(self.longest_overrun, other.longest_overrun)
         self.detected += other.detected
         self.masks += other.masks
+        self.tiles += other.tiles
+        self.tiles_open += other.tiles_open
+        self.tiles_computed += other.tiles_computed
 
 
 class ExitEvaluator(Evaluator):
@@ -118,8 +124,10 @@ class ExitEvaluator(Evaluator):
         ``mean_score`` (mean largest foreground probability of the regions that left, by reason).
         ``stages_per_region`` is the mean number of stages computed for a proposal.
         ``overrun_share`` of the batches took longer than their time budget, by ``overrun_ms`` at
-        most. For a cascade with masks, ``masks`` has the ``detections_per_image``, the
-        ``masks_per_image`` made of them and their ``share``. With FLOPs,
+        most. With a tile gate, ``tiles`` has the tiles of the finest map ``per_image``, and the
+        shares of them that were open for the RPN and that were computed, ``open_share`` and
+        ``computed_share``. For a cascade with masks, ``masks`` has the ``detections_per_image``,
+        the ``masks_per_image`` made of them and their ``share``. With FLOPs,
         ``head_gflops_per_image`` is the work of the box heads, ``full_head_gflops_per_image`` that
         of all proposals at all stages, and ``head_flops_share`` their ratio.
         """
@@ -131,6 +139,7 @@ class ExitEvaluator(Evaluator):
             "overrun_ms": sums.longest_overrun,
             **self._head_work(),
             **self._mask_work(),
+            **self._tiles(),
             "proposals": self._gate(sums.proposed, sums.left_before, {}),
         }
         for index, gate in enumerate(zip(sums.entered, sums.left, sums.scores, strict=True)):
@@ -179,6 +188,18 @@ class ExitEvaluator(Evaluator):
             }
         }
 
+    def _tiles(self) -> dict[str, Any]:
+        sums = self._sums
+        if not sums.tiles:
+            return {}
+        return {
+            "tiles": {
+                "per_image": _share(sums.tiles, sums.images),
+                "open_share": _share(sums.tiles_open, sums.tiles),
+                "computed_share": _share(sums.tiles_computed, sums.tiles),
+            }
+        }
+
 
 def _sums_of(images: int, stats: CascadeStats) -> _Sums:
     # Without exits, no scores are recorded.
@@ -195,6 +216,9 @@ def _sums_of(images: int, stats: CascadeStats) -> _Sums:
         longest_overrun=stats.overrun_ms,
         detected=stats.detected,
         masks=stats.masks,
+        tiles=stats.tiles,
+        tiles_open=stats.tiles_open,
+        tiles_computed=stats.tiles_computed,
     )
 
 

@@ -34,6 +34,10 @@ _COSTLY_GATE = (
     "{saving:.3g} ms in the stages after them: MODEL.CASCADE.EXIT.GATES_OFF [{gate}] is faster "
     "here."
 )
+_COSTLY_TILES = (
+    "With the tile gate, finest map and RPN take {gated:.3g} ms per image, and {whole:.3g} ms "
+    "without: MODEL.CASCADE.EXIT.TILE_THRESHOLD 0 is faster here."
+)
 _SEVERAL_PROCESSES = (
     "Times are of {} processes that ran at once: if they share a processor, each is slower than "
     "one process alone."
@@ -123,9 +127,10 @@ class LatencyEvaluator(Evaluator):
         ``most_exits_could_save`` is ``(t_full - t_stage1) / t_full``, where ``t_full`` is the
         median time without exits and ``t_stage1`` the same without the second and later stages;
         nan if only a cascade with exits, or no stage, was timed. The exits are parts of their own,
-        ``gate<g>`` before ``stage<g>``, and the full cascade has none. ``batch_size``, ``images``,
-        ``batches``, ``warmup_batches`` and ``input_size`` (median of the network's input in
-        pixels) describe the measurement, ``notes`` are warnings.
+        ``gate<g>`` before ``stage<g>``, and the full cascade has none. ``tile gate`` is the finest
+        map, if that is computed in tiles, and in the full cascade the whole map. ``batch_size``,
+        ``images``, ``batches``, ``warmup_batches`` and ``input_size`` (median of the network's
+        input in pixels) describe the measurement, ``notes`` are warnings.
         """
         recorded = list(chain(*self._batches))
         if not recorded:
@@ -150,7 +155,7 @@ class LatencyEvaluator(Evaluator):
         was_timed = any(batch.has_full for batch in batches)
         if was_timed:
             metrics |= _times_of("full_parts", "full_total", full)
-            warnings += _costly_gates(batches)
+            warnings += [*_costly_gates(batches), *_costly_tiles(batches)]
         if was_timed or not any(any(batch.left) for batch in recorded):
             metrics["most_exits_could_save"] = _largest_saving(full)
         else:
@@ -177,6 +182,17 @@ def _costly_gates(batches: Sequence[_Batch]) -> list[str]:
             place = f"after stage {gate - 1}" if gate else "before stage 0"
             found.append(_COSTLY_GATE.format(place=place, cost=cost, saving=saving, gate=gate))
     return found
+
+
+def _costly_tiles(batches: Sequence[_Batch]) -> list[str]:
+    """A sentence if the finest map and the RPN take longer in tiles than as a whole."""
+    if not any("tile gate" in batch.times for batch in batches):
+        return []
+    gated, whole = (
+        median(sum(one.get(part, 0.0) for part in ("tile gate", "rpn")) for one in times)
+        for times in ([batch.times for batch in batches], [batch.full for batch in batches])
+    )
+    return [_COSTLY_TILES.format(gated=gated, whole=whole)] if gated > whole else []
 
 
 def _time_saved(batch: _Batch, gate: int) -> float:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from cascade_det.masks.pasting import paste_in_box
 from cascade_det.report.colors import Color, class_color
 from cascade_det.report.mask_drawing import line_width, paint_masks
+from cascade_det.report.tile_drawing import TILE_KINDS, DrawableTiles, paint_tiles
 from cascade_det.text import printable
 
 _WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
@@ -52,6 +53,7 @@ def draw_detections(
     score_threshold: float = 0.5,
     with_stages: bool = False,
     track_ids: Sequence[int | None] | None = None,
+    tiles: DrawableTiles | None = None,
 ) -> npt.NDArray[np.uint8]:
     r"""Draw boxes in the colour of their class, labelled like ``cat 0.87``.
 
@@ -66,6 +68,7 @@ def draw_detections(
         with_stages: add the exit stage to the labels, ``cat 0.87 s1``, and a legend of the stages
             that occur, in the corner that covers least of the boxes.
         track_ids: numbers of the objects, ``cat 0.87 #3``; ``None`` for an object without one.
+        tiles: below the boxes, with lines in the legend; see ``paint_tiles``.
 
     Returns:
         A new picture of the same size.
@@ -87,12 +90,16 @@ def draw_detections(
         tags = ["" if number is None else f" #{number}" for number in numbers]
         labels = [label + tag for label, tag in zip(labels, tags, strict=True)]
     picture = np.ascontiguousarray(image_bgr).copy()
+    legend = [(f"s{stage}: left after stage {stage}", _WHITE) for stage in sorted(set(stages))]
+    if tiles is not None:
+        paint_tiles(picture, tiles)
+        legend += TILE_KINDS.items()
     boxes, colors = _array(detections.boxes)[order], [class_color(index) for index in classes]
     if detections.masks is not None:
         # The best detections have the most distinct colours.
         colors = [class_color(rank) for rank in reversed(range(len(order)))]
         _paint_masks(picture, boxes, _array(detections.masks)[order], colors)
-    _draw(picture, boxes, labels, colors, sorted(set(stages)))
+    _draw(picture, boxes, labels, colors, legend)
     return picture
 
 
@@ -207,9 +214,9 @@ def _draw(
     boxes: npt.NDArray[Any],
     labels: Sequence[str],
     colors: Sequence[Color],
-    stages: Sequence[int],
+    legend: Sequence[tuple[str, Color]],
 ) -> None:
-    """Draw boxes, their labels that are not empty, and a legend of stages if there are any."""
+    """Draw boxes, their labels that are not empty, and a legend of texts on colours, if any."""
     corners = _pixels(boxes, picture.shape)
     line = line_width(picture)
     for (left, top, right, bottom), color in zip(corners, colors, strict=True):
@@ -217,8 +224,8 @@ def _draw(
     # Pixels of labels. Comparing labels in pairs would be slow with thousands of them.
     taken = np.zeros(picture.shape[:2], bool)
     scale = _font_scale(picture)
-    if stages:
-        _part(taken, _draw_legend(picture, stages, corners, scale))[:] = True
+    if legend:
+        _part(taken, _draw_legend(picture, legend, corners, scale))[:] = True
     # The last box, which has the best score, chooses its place first.
     for box, label, color in reversed(list(zip(corners, labels, colors, strict=True))):
         if label:
@@ -248,15 +255,14 @@ def _draw_label(
 
 def _draw_legend(
     picture: npt.NDArray[np.uint8],
-    stages: Sequence[int],
+    entries: Sequence[tuple[str, Color]],
     boxes: Sequence[tuple[int, int, int, int]],
     scale: float,
 ) -> Area:
-    texts = [f"s{stage}: left after stage {stage}" for stage in stages]
-    sizes = [_fit(text, scale, picture.shape[1]) for text in texts]
+    sizes = [_fit(text, scale, picture.shape[1]) for text, _ in entries]
     scale = min(size[0] for size in sizes)
     width, height = max(size[1] for size in sizes), max(size[2] for size in sizes)
-    total = height * len(texts)
+    total = height * len(entries)
     box_areas = [(x, y, right - x, bottom - y) for x, y, right, bottom in boxes]
     corners = [
         _move_inside((x, y, width, total), picture.shape)
@@ -266,8 +272,8 @@ def _draw_legend(
     left, top, _, _ = corner = min(
         corners, key=lambda place: sum(_shared(place, other) for other in box_areas)
     )
-    for row, text in enumerate(texts):
-        _write(picture, text, (left, top + row * height, width, height), _WHITE, scale)
+    for row, (text, color) in enumerate(entries):
+        _write(picture, text, (left, top + row * height, width, height), color, scale)
     return corner
 
 

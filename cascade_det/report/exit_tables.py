@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from cascade_det.core.structures import EXIT_REASONS
 from cascade_det.report.tables import Metrics, stage_names, table
 
+_TILES = {"open_share": "open for the RPN", "computed_share": "computed"}
+
 
 def exit_sections(exits: Metrics | None) -> Iterator[str]:
     """Tables of the regions that enter and exit each stage and of their scores, and a summary.
@@ -38,6 +40,12 @@ def exit_sections(exits: Metrics | None) -> Iterator[str]:
             if place.get("mean_score")
         ]
         yield table("Mean score of the regions that left", ("stage", *reasons), scores, ".3f")
+    if tiles := exits.get("tiles"):
+        shares = [(name, 100 * tiles[key]) for key, name in _TILES.items()]
+        rows = [(name, tiles["per_image"] * share / 100, share) for name, share in shares]
+        yield table(
+            "Tile gate", ("tiles of the finest map", "tiles/image", "of all (%)"), rows, ".1f"
+        )
     yield " ".join(_sentences(exits))
 
 

@@ -12,7 +12,7 @@ from cascade_det.text import printable
 
 Metrics = Mapping[str, Any]
 
-_BEFORE_STAGES = ("preprocess", "backbone", "rpn")
+_BEFORE_STAGES = ("preprocess", "backbone", "tile gate", "rpn")
 _GATE_OR_STAGE = re.compile(r"(gate|stage)(\d+)")
 _LONGEST_NAME = 48  # Characters of a class or a file in a table or a sentence.
 

@@ -18,7 +18,7 @@ from cascade_det.standalone.given_batches import GivenBatches
 
 _WARM_UP = (480, 640)  # Pixels of an image that is detected in before the first request.
 
-_BEFORE_STAGES = ("decode", "resize", "preprocess", "backbone", "rpn")
+_BEFORE_STAGES = ("decode", "resize", "preprocess", "backbone", "tile gate", "rpn")
 
 
 class ImageDetection:
@@ -126,8 +126,10 @@ def describe(
 
 
 def describe_stats(stats: CascadeStats) -> dict[str, Any]:
-    """How many regions entered each stage and why they left, for JSON."""
+    """How many regions entered each stage and why they left, and the tiles, for JSON."""
+    tiles = {"count": stats.tiles, "open": stats.tiles_open, "computed": stats.tiles_computed}
     return {
+        **({"tiles": tiles} if stats.tiles else {}),
         "proposals": {"count": stats.proposed, "left": stats.left_before},
         "stages": [
             {"entered": entered, "left": left}

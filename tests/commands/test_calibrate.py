@@ -91,6 +91,20 @@ def _two_times(detector, batches, policies, *, rounds):
     return {name: measured.get(name, measured["full cascade"]) for name in policies}
 
 
+def _time_of_tiles(*arguments, **options):
+    """Made up: regions take nothing to speak of, and tiles 1 ms if they are open or whole."""
+    measured = time_policies(*arguments, **options)
+    most = max(call.tiles for calls in measured.values() for call in calls)
+    rates = np.array([1.0, 1.5, 0.7, 0.5])
+
+    def timed(call):
+        maps = 5 + float(rates @ (call.tile_work if call.tiles else (most, 0, 0, 0)))
+        milliseconds = maps + 1 + 1e-3 * sum(call.entered)
+        return call._replace(milliseconds=milliseconds, map_milliseconds=maps)
+
+    return {name: [timed(call) for call in calls] for name, calls in measured.items()}
+
+
 def _gates_taking(*milliseconds):
     def of_policies(detector, batches, policies, *, rounds):
         return {name: [Timing((0, 0, 0), 1.0, gates=milliseconds)] for name in policies}
@@ -104,7 +118,7 @@ def quick(monkeypatch):
     options = functools.partial(Options, timed_batches=1, rounds=1)
     monkeypatch.setattr("cascade_det.calibration.target.Options", options)
     assessment = "cascade_det.calibration.assessment"
-    monkeypatch.setattr(f"{assessment}.usual_settings", lambda *_: {})
+    monkeypatch.setattr(f"{assessment}.usual_settings", lambda *_, **__: {})
     monkeypatch.setattr("cascade_det.calibration.recording._SHARES", _SHARES[:5])
     monkeypatch.setattr("cascade_det.calibration.recording.time_policies", _masks_of_2_ms)
     # Of so small a model, any gate may take longer than what it saves.
@@ -161,6 +175,32 @@ def test_exits_of_a_backbone_with_attention(tmp_path):
     case = make_calibration_case(folder, images=8, backbone=ATTENTION["efficientvit"])
     assert run(case, tmp_path / "exits", *TARGETS["drop"]) == 0
     assert assert_as_promised(case, tmp_path / "exits", "standalone", tmp_path / "run") < 1
+
+
+@pytest.mark.parametrize("target", ["drop", "latency", "risk"])
+def test_a_tile_threshold_that_saves_time(case, tmp_path, monkeypatch, target):
+    monkeypatch.setattr("cascade_det.calibration.recording.time_policies", _time_of_tiles)
+    monkeypatch.setattr(calibrate_module, "images_to_search", lambda *_: np.inf)
+    arguments = {"latency": ["--latency-ms", "12"], "drop": ["--max-ap-drop", "90"]}
+    arguments = arguments.get(target, TARGETS[target])
+    assert run(case, tmp_path / "exits", *arguments) == 0
+    exits = yaml.safe_load((tmp_path / "exits" / "exits.yaml").read_text())
+    assert exits["MODEL"]["CASCADE"]["EXIT"]["TILE_THRESHOLD"] > 0
+    assert_as_promised(case, tmp_path / "exits", "standalone", tmp_path / "run")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    expected = json.loads((tmp_path / "exits" / "calibration.json").read_text())["expected"]
+    for kind in ("open", "computed"):
+        share = results["exits"]["tiles"][f"{kind}_share"]
+        assert share == pytest.approx(expected[f"tiles_{kind}"])
+
+
+def test_no_setting_is_faster_than_the_fastest_that_is_named(case, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("cascade_det.calibration.recording.time_policies", _time_of_tiles)
+    monkeypatch.setattr(calibrate_module, "images_to_search", lambda *_: np.inf)
+    assert run(case, tmp_path / "exits", "--latency-ms", "1") == 1
+    said = re.search(r"the fastest setting takes (\S+) ms", capfd.readouterr().err)
+    faster = str(float(said.group(1)) - 0.1)
+    assert run(case, tmp_path / "faster", "--latency-ms", faster) == 1
 
 
 def test_gates_that_take_longer_than_they_save_are_off(case, tmp_path, monkeypatch):
@@ -324,7 +364,7 @@ class TestFiles:
         left.mkdir()
         (left / "exits.yaml").write_text("half")
         (tmp_path / ".draft.tmp").write_text("mine")
-        monkeypatch.setattr(calibrate_module, "_calibrate", lambda *_: {})
+        monkeypatch.setattr(calibrate_module, "_calibrate", lambda *_, **__: {})
         assert run(case, tmp_path / "out", "--max-ap-drop", "9") == 0
         assert sorted(path.name for path in tmp_path.iterdir()) == [".draft.tmp", "out"]
 
@@ -333,7 +373,7 @@ class TestFiles:
             raise PermissionError(1, "Operation not permitted")
 
         monkeypatch.setattr(os, "link", no_links)
-        monkeypatch.setattr(calibrate_module, "_calibrate", lambda *_: {})
+        monkeypatch.setattr(calibrate_module, "_calibrate", lambda *_, **__: {})
         assert run(case, tmp_path / "out", "--max-ap-drop", "9") == 0
         assert "Host: standalone" in (tmp_path / "out" / "log.txt").read_text()
 

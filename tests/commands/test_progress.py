@@ -43,6 +43,12 @@ def test_rates_and_parts_are_shown_on_a_terminal(monkeypatch):
     assert "3/3" in terminal.getvalue()
 
 
+def test_tiles_that_a_gate_leaves_out(monkeypatch):
+    exits = metrics()["exits"] | {"tiles": {"open_share": 0.1, "computed_share": 0.35}}
+    summary = shown(lambda: {"exits": exits}, monkeypatch, io.StringIO())
+    assert "exits: 65% of the tiles, 25% before stage 0" in summary
+
+
 def test_elsewhere_only_the_summary_is(monkeypatch):
     written = io.StringIO()
     summary = shown(None, monkeypatch, written)

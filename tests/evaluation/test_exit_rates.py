@@ -124,6 +124,20 @@ def test_reset_forgets_and_inputs_stay(detector_output):
     assert stats == CascadeStats([5], [{"completed": 5}])
 
 
+def test_shares_of_tiles(detector_output):
+    evaluator = ExitEvaluator()
+    assert "tiles" not in evaluator.evaluate()["exits"]
+    for images, counts in ((3, (300, 30, 90)), (1, (100, 100, 100)), (1, (100, 0, 0))):
+        gate = dict(zip(("tiles", "tiles_open", "tiles_computed"), counts, strict=True))
+        stats = CascadeStats([5], [{"completed": 5}], **gate)
+        evaluator.process([{}] * images, detector_output([], stats=stats))
+    merged = ExitEvaluator()
+    merged.merge([evaluator.state(), ExitEvaluator().state(), evaluator.state()])
+    for one in (evaluator, merged):
+        tiles = one.evaluate()["exits"]["tiles"]
+        assert tiles == {"per_image": 100, "open_share": 0.26, "computed_share": 0.38}
+
+
 def test_detections_that_got_a_mask(detector_output):
     evaluator = ExitEvaluator()
     for detected, masks in ((100, 40), (60, 8)):

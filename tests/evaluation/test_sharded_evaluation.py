@@ -65,6 +65,9 @@ def case():
             left_before={"background": image_id},
             confidence=[{"background": 0.1 * image_id}, {"completed": 0.7}],
             overrun_ms=float(image_id % 3),
+            tiles=12 * (image_id % 2),
+            tiles_open=(image_id % 2) * image_id,
+            tiles_computed=(image_id % 2) * (image_id + 1),
         )
         outputs[image_id] = DetectorOutput([found[0]], stats, stages)
     content = {
@@ -120,6 +123,8 @@ def test_metrics_of_the_case_are_not_trivial(case):
     assert stages["stages"]["stage0"]["AP"] != stages["stages"]["stage1"]["AP"]
     assert stages["stages"]["regions"] > 10
     assert exits["exits"]["stage0"]["exit_rate"] > 0
+    tiles = exits["exits"]["tiles"]
+    assert 0 < tiles["open_share"] < tiles["computed_share"] < 1
     assert 1 < shadow["shadow"]["images"] < len(IMAGE_IDS)
     assert shadow["shadow"]["changed"] > 0
     assert latency["latency"]["batches"] == len(IMAGE_IDS)

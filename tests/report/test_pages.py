@@ -60,6 +60,7 @@ def test_numbers_are_those_of_the_results(run):
     assert ["device_name", "test"] in page.rows
     ap = [row for row in page.rows if row[0] == f"{results['bbox']['AP']:.1f}"]
     assert ap[0][3] == f"{results['bbox']['AP90']:.1f}"
+    assert ["computed", "215.9", "25.4"] in page.rows  # tiles
     assert "chosen on these same images" in page.text
     # Of a part that was not measured.
     assert "unknown" in page.text

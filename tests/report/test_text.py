@@ -65,6 +65,7 @@ def results():
             "overrun_share": 0.1, "overrun_ms": 12.34,
             "head_gflops_per_image": 1.234, "full_head_gflops_per_image": 9.87,
             "head_flops_share": 0.125,
+            "tiles": {"per_image": 850.0, "open_share": 0.1, "computed_share": 0.254},
             "proposals": {
                 "entered": 40000, "entered_per_image": 2000.0, "entered_share": 1.0,
                 "exit_rate": 0.5, "left": {"background": 0.5}, "mean_score": {},
@@ -122,7 +123,7 @@ def test_report_holds_the_figures(results):
     assert "Most confused: cat as dog (2), dog as cat (1)." in report
     assert "most mistakes: a.jpg (3 false, 1 missed), 5 (0 false, 2 missed)." in report
     tables = report.split("**")
-    stages, exits, scores, latency = (tables[index] for index in (8, 10, 12, 14))
+    stages, exits, scores, latency = (tables[index] for index in (8, 10, 12, 16))
     assert cells(stages, "stage0") == ["stage0", "40.1", "69.0", "42.0", "5.0", "0.651", "0.722"]
     assert cells(exits, "proposals") == [
         *("proposals", "2000.0", "100.0", "50.0", "50.0", "0.0", "0.0")
@@ -130,6 +131,8 @@ def test_report_holds_the_figures(results):
     assert cells(exits, "stage0") == ["stage0", "1000.0", "50.0", "75.0", "70.0", "5.0", "0.0"]
     assert cells(scores, "stage0") == ["stage0", "0.012", "0.900", ""]
     assert cells(scores, "stage1") == ["stage1", "", "", "0.400"]
+    assert cells(tables[14], "open") == ["open for the RPN", "85.0", "10.0"]
+    assert cells(tables[14], "computed") == ["computed", "215.9", "25.4"]
     assert cells(latency, "stage0") == ["stage0", "30.50", "31.50", "30.60", "31.60"]
     assert cells(latency, "stage1") == ["stage1", "", "", "29.90", "30.90"]
     assert cells(latency, "total") == ["total", "71.73", "74.74", "101.73", "105.70"]

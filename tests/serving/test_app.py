@@ -14,8 +14,9 @@ from pycocotools import mask as coco_masks
 pytest.importorskip("starlette")
 testclient = pytest.importorskip("starlette.testclient")
 
+from cascade_det.core.structures import CascadeStats  # noqa: E402
 from cascade_det.serving.app import DetectionService, Limits, create_app  # noqa: E402
-from cascade_det.serving.detection import ImageDetection  # noqa: E402
+from cascade_det.serving.detection import ImageDetection, describe_stats  # noqa: E402
 from cascade_det.serving.exit_settings import ExitSettings  # noqa: E402
 from cascade_det.serving.queue import BoundedQueue  # noqa: E402
 from cascade_det.serving.uploads import FORMATS, UploadError  # noqa: E402
@@ -90,6 +91,11 @@ class TestAnswers:
         counts = [stages[0]["count"], *(stage["entered"] for stage in stages[1:]), 0]
         for stage, before, after in zip(stages, counts, counts[1:], strict=False):
             assert before - sum(stage["left"].values()) == after
+
+    def test_tiles_where_a_gate_counted_some(self):
+        stats = CascadeStats([0], [{}], tiles=850, tiles_open=85, tiles_computed=216)
+        assert describe_stats(stats)["tiles"] == {"count": 850, "open": 85, "computed": 216}
+        assert "tiles" not in describe_stats(CascadeStats([0], [{}]))
 
     @pytest.mark.parametrize("kind", FORMATS)
     def test_formats_by_content(self, client, image, kind):

@@ -223,9 +223,15 @@ function renderRegions(result) {
     byId("regions").replaceChildren();
     return;
   }
-  const { proposals, stages } = result, most = Math.max(1, proposals.count);
-  const rows = [bar("proposals", proposals.count / most, proposals.count.toLocaleString("en"), null,
-    reasons(proposals.left) && `left: ${reasons(proposals.left)}`)];
+  const { proposals, stages, tiles } = result, most = Math.max(1, proposals.count);
+  const rows = [];
+  if (tiles) {
+    const share = (part) => `${(100 * part / tiles.count).toFixed(0)}%`;
+    rows.push(bar("tiles", tiles.computed / tiles.count, share(tiles.computed), null,
+      `of the finest map; open for the RPN: ${share(tiles.open)}`));
+  }
+  rows.push(bar("proposals", proposals.count / most, proposals.count.toLocaleString("en"), null,
+    reasons(proposals.left) && `left: ${reasons(proposals.left)}`));
   stages.forEach(({ entered, left }, stage) => {
     const { completed, ...others } = left;
     const why = reasons(others);

@@ -21,6 +21,7 @@ from cascade_det.benchmark.models import (
     ModelOutput,
     SharedMaps,
     make_masks,
+    tiles_of,
 )
 from cascade_det.benchmark.part_timers import PartStart, time_parts
 from cascade_det.benchmark.setup import Regions, Setup
@@ -116,8 +117,11 @@ class InDetectron2(ModelAdapter):
         """Convert the instances of a call."""
         heads = self.model.roi_heads
         stages = getattr(heads, "num_cascade_stages", 1)
-        entered = heads.stats.entered if self._has_our_heads else [self._arrived] * stages
-        return ModelOutput([to_detections(found) for found in returned], self._arrived, entered)
+        detections = [to_detections(found) for found in returned]
+        if not self._has_our_heads:
+            return ModelOutput(detections, self._arrived, [self._arrived] * stages)
+        stats = heads.stats
+        return ModelOutput(detections, self._arrived, stats.entered, tiles_of(stats))
 
     def parts(self, inputs: Sequence[Sample], timer: PartTimer) -> None:
         """Run the whole model; the timer gets the milliseconds of its parts."""

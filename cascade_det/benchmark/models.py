@@ -13,6 +13,7 @@ from cascade_det.benchmark.setup import Regions, Setup
 from cascade_det.core import (
     CascadeHead,
     CascadeInputs,
+    CascadeStats,
     Detections,
     ExitPolicy,
     MaskRules,
@@ -33,11 +34,14 @@ class ModelOutput:
         detections: per image, XYXY pixels of the input images.
         arrived: regions of the batch that the RPN proposed, or that were given.
         entered: regions of the batch that each stage computed.
+        tiles: of the finest map: all of the batch, those open for the RPN, and those computed; 0
+            without a tile gate.
     """
 
     detections: list[Detections]
     arrived: int
     entered: list[int]
+    tiles: tuple[int, int, int] = (0, 0, 0)
 
 
 class ModelAdapter(Protocol):
@@ -161,11 +165,16 @@ class Standalone(ModelAdapter):
     def output(self, returned: Any) -> ModelOutput:
         """Convert the detections and stats of a call."""
         detections, stats = returned
-        return ModelOutput(detections, stats.proposed, stats.entered)
+        return ModelOutput(detections, stats.proposed, stats.entered, tiles_of(stats))
 
     def parts(self, inputs: Sequence[Sample], timer: PartTimer) -> None:
         """Run the whole model; the timer gets the milliseconds of its parts."""
         self.detector.detect(inputs, timer=timer)
+
+
+def tiles_of(stats: CascadeStats) -> tuple[int, int, int]:
+    """The tiles of ``ModelOutput``."""
+    return stats.tiles, stats.tiles_open, stats.tiles_computed
 
 
 def make_masks(cascade: CascadeHead, given: Sequence[Detections], pyramid: Pyramid) -> list[Tensor]:

@@ -35,9 +35,10 @@ SEGMENTERS: dict[str, str] = {
     "torchvision-lraspp": "torchvision's LR-ASPP with MobileNetV3-Large, as shipped",
     "detectron2-fpn": "Detectron2's SemSegFPNHead on the backbone of ours, as shipped",
 }
-# The others have models of their own, or none, and are only measured if they are named.
+# The others are only measured if they are named; but for ``tiles``, they have models of their own.
 OF_MODELS = ("heads", "masks", "whole", "parts", "training", "memory", "limits", "accuracy")
-MEASUREMENTS = (*OF_MODELS, "attention", "backbones", "waits")
+WITH_MODELS = (*OF_MODELS, "tiles")
+MEASUREMENTS = (*WITH_MODELS, "attention", "backbones", "waits")
 OF_SEGMENTERS = ("whole", "parts")
 AUTOCAST_TYPES = ("bfloat16", "float16")
 

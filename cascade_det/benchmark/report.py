@@ -9,6 +9,7 @@ from cascade_det.benchmark.accuracy import accuracy_section
 from cascade_det.benchmark.attention_memory import attention_section
 from cascade_det.benchmark.limits import limits_section
 from cascade_det.benchmark.memory import memory_sections
+from cascade_det.benchmark.tiles import tiles_section
 from cascade_det.benchmark.waits import waits_section
 from cascade_det.report.tables import Metrics, part_order, table
 
@@ -195,5 +196,6 @@ _SECTIONS: dict[str, Callable[[Any], str]] = {
     "accuracy": accuracy_section,
     "attention": attention_section,
     "waits": waits_section,
+    "tiles": tiles_section,
     "bar": _target_section,
 }

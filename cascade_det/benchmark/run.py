@@ -27,9 +27,9 @@ from cascade_det.benchmark.memory import compare_memory
 from cascade_det.benchmark.models import BenchmarkModel, open_models
 from cascade_det.benchmark.options import (
     MODELS,
-    OF_MODELS,
     OF_SEGMENTERS,
     SEGMENTERS,
+    WITH_MODELS,
     Options,
 )
 from cascade_det.benchmark.picture import plot_benchmark
@@ -37,6 +37,7 @@ from cascade_det.benchmark.report import format_benchmark
 from cascade_det.benchmark.segmenters import SegmenterSetup, measurements, open_segmenters
 from cascade_det.benchmark.setup import Setup, read_config
 from cascade_det.benchmark.targets import EMULATED, hold_targets
+from cascade_det.benchmark.tiles import measure_tiles
 from cascade_det.benchmark.training import open_training_steps, trainable
 from cascade_det.benchmark.waits import measure_waits
 from cascade_det.engine.devices import has_bfloat16
@@ -92,7 +93,7 @@ def _open_detectors(options: Options) -> tuple[Results, Measurements]:
         raise ConfigError(
             f"--contenders: the model is a detector. Choose from {', '.join(MODELS)}."
         )
-    if set(options.measure).isdisjoint(OF_MODELS):
+    if set(options.measure).isdisjoint(WITH_MODELS):
         # Nothing that is measured has the weights of the configuration.
         contenders = ()
         options = replace(options, opts=(*options.opts, "MODEL.WEIGHTS", ""))
@@ -154,6 +155,7 @@ def _measurements(
         "training": lambda: _training(setup, left_out),
         "memory": lambda: compare_memory(options, in_memory, trainable(setup)[0], _TRAINING_IMAGES),
         "limits": lambda: measure_limits(setup, models),
+        "tiles": lambda: measure_tiles(setup, models),
         "accuracy": lambda: _accuracy(setup, left_out),
         "attention": lambda: compare_attention(options),
         "backbones": lambda: measure_backbones(options, left_out),

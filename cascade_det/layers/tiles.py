@@ -247,7 +247,7 @@ def count_tiles(tiles: Tensor) -> list[int]:
 def windows_of(tiles: Tensor, count: int) -> Iterator[Tensor]:
     """The indices ``[K, 3]`` of the tiles in bool ``[N, P, Q]``, some at a time.
 
-    Their number is a multiple of 8: the last tile is repeated.
+    Their number is a multiple of 8, on GPUs always 64: the last tile is repeated.
 
     Args:
         tiles: to list.
@@ -255,7 +255,9 @@ def windows_of(tiles: Tensor, count: int) -> Iterator[Tensor]:
     """
     if count:
         listed = tiles.nonzero_static(size=count)
-        filling = -len(listed) % _WINDOW_STEP
+        # A GPU gets one shape, for which its libraries choose kernels once.
+        step = _WINDOW_STEP if tiles.device.type == "cpu" else _MOST_WINDOWS
+        filling = -count % step
         yield from torch.cat((listed, listed[-1:].expand(filling, -1))).split(_MOST_WINDOWS)
 
 

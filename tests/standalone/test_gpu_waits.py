@@ -16,6 +16,7 @@ from cascade_det.core.ensemble import ENSEMBLES
 from cascade_det.core.exits.confidence import MEASURES
 from cascade_det.engine.solver import build_optimizer
 from cascade_det.engine.step import TrainingStep
+from cascade_det.layers.tiles import windows_of
 from cascade_det.standalone import build_detector, optimize
 from cascade_det.standalone.preprocess import send
 
@@ -83,6 +84,16 @@ def test_waits_of_a_tile_gate(threshold, most, images):
     found, gpu = detect_on_both(make_detector(exits=exits), make_batch(images), warmup=1)
     assert found.stats.tiles_computed
     assert gpu.waits.total() - plain.waits.total() <= most, gpu.places
+
+
+@pytest.mark.parametrize("count", [1, 64, 65, 200])
+def test_tiles_are_computed_in_one_shape(count):
+    tiles = torch.zeros(2, 10, 20, dtype=torch.bool)
+    tiles.view(-1)[torch.randperm(400)[:count]] = True
+    with PretendedGPU() as gpu:
+        windows = [x.held for x in windows_of(gpu.move(tiles), count)]
+    assert {len(x) for x in windows} == {64}
+    assert torch.equal(torch.cat(windows)[:count], tiles.nonzero())
 
 
 RULES = {

@@ -68,8 +68,9 @@ def measure_tiles(setup: Setup, models: Mapping[str, BenchmarkModel]) -> list[di
 
 def _compare(setup: Setup, name: str, model: BenchmarkModel) -> dict[str, Any]:
     batches = setup.batches(1)
+    images = len(batches)
     if not setup.trained:
-        batches *= setup.options.rounds
+        batches = batches * setup.options.rounds
     settings = list(_settings(setup, model))
     found: dict[str, list[ModelOutput]] = {setting.name: [] for setting in settings}
     order = [batches[0], *batches]
@@ -108,7 +109,7 @@ def _compare(setup: Setup, name: str, model: BenchmarkModel) -> dict[str, Any]:
         accuracies = _accuracies(setup, samples, detections)
         for row in rows:
             row |= accuracies[row["setting"]]
-    return {"model": name, "images": len(setup.batches(1)), "settings": rows}
+    return {"model": name, "images": images, "settings": rows}
 
 
 def _settings(setup: Setup, model: BenchmarkModel) -> Iterator[Setting]:

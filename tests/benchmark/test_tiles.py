@@ -76,5 +76,7 @@ def test_shares_of_tiles_on_drawn_weights(make_options):
         assert row["tiles_open"] == pytest.approx(share, abs=0.05)
         assert row["tiles_computed"] >= row["tiles_open"]
     assert "AP" not in rows["exits alone"]
+    assert compared["images"] == 1
+    assert len(rows["exits alone"]["milliseconds"]["samples"]) == setup.options.rounds
     assert torch.isfinite(torch.tensor(rows["exits alone"]["times_as_fast"]["median"]))
     assert "10% open" in tiles_section([compared])

@@ -185,6 +185,7 @@ def test_nearly_all_tiles_of_one_image_are_its_whole_map():
     wanted[1, 4, 4] = True
     tiled.compute(wanted)
     assert torch.equal(tiled.data[0], whole[0])  # the tile that was not wanted, too
+    assert tiled.computed[0].all()
     assert tiled.computed[1].sum() == 1
 
 

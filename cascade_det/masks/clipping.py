@@ -74,7 +74,11 @@ def _without_spikes(points: Points) -> Points:
     Where an outline leaves the rectangle and comes back, it is led along the side, which may reach
     farther than the polygon and would enlarge its box.
     """
-    while len(points) >= _FEWEST:
+    while True:
+        # Cuts repeat points on a side; of a repeated one no direction is known.
+        points = points[(points != np.roll(points, -1, axis=0)).any(axis=1)]
+        if len(points) < _FEWEST:
+            return points[:0]
         to = np.roll(points, -1, axis=0) - points
         since = np.roll(to, 1, axis=0)
         crossed = since[:, 0] * to[:, 1] - since[:, 1] * to[:, 0]
@@ -86,4 +90,3 @@ def _without_spikes(points: Points) -> Points:
                 return points[:0]
             return points
         points = points[~first]
-    return points[:0]

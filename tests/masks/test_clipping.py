@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cascade_det.masks.clipping import bitmap_box, clip_polygons, polygons_box
@@ -24,6 +24,7 @@ def is_inside(polygon, x, y):
 
 @settings(max_examples=60, deadline=None)
 @given(outlines)
+@example([(0.0, 0.0), (0.0, -1.0), (1.0, 0.0), (0.0, 1.0), (-1.0, 0.0)])  # all points repeated
 def test_points_stay_inside_or_outside(outline):
     polygon = np.array(outline, np.float64).ravel()
     clipped = clip_polygons([polygon], HEIGHT, WIDTH)

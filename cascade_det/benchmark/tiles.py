@@ -56,7 +56,7 @@ def measure_tiles(setup: Setup, models: Mapping[str, BenchmarkModel]) -> list[di
     the configuration, and AP is on these images, with intervals by paired bootstrap over them.
 
     Returns:
-        For each model ``model``, ``dtype``, ``images`` and ``settings``: a list with ``setting``
+        For each model ``model``, ``images`` and ``settings``: a list with ``setting``
         (its name), ``milliseconds`` (per image, a ``spread``), ``times_as_fast`` (as the first
         setting), ``tiles_open`` and ``tiles_computed`` (shares) and, with trained weights,
         ``again`` (share of the detections of the first setting that are found again), ``AP`` and so

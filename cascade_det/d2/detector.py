@@ -168,16 +168,7 @@ class Detector(nn.Module):
     def gated_inputs(
         self, batch: Sequence[Sample], tile_thresholds: Sequence[float]
     ) -> tuple[CascadeInputs, TileProposals | None]:
-        """Inputs of a record, with the proposals of some tile thresholds together.
-
-        Args:
-            batch: samples.
-            tile_thresholds: 0 first, the whole map.
-
-        Returns:
-            The inputs, and which proposals belong to each threshold; ``None`` with the proposals
-            of the whole map for a model without a tile gate, see ``gate_tiles``.
-        """
+        """Inputs of a record at some tile thresholds, see ``engine.detector.CascadeDetector``."""
         model: Any = self.model
         rpn = model.proposal_generator
         if not tile_thresholds or getattr(rpn, "tile_threshold", None) is None:

@@ -115,13 +115,18 @@ class RPNHead(nn.Module):
         """L maps ``[N, C, H_l, W_l]`` to logits ``[N, M_l]`` and deltas ``[N, M_l, 4]``."""
         logits, deltas = [], []
         for x in features:
-            hidden = self.hidden(x)
-            # [N, A, H, W] -> [N, H W A]
-            logits.append(self.objectness_logits(hidden).permute(0, 2, 3, 1).flatten(1))
-            # [N, A 4, H, W] -> [N, A, 4, H, W] -> [N, H, W, A, 4] -> [N, H W A, 4]
-            level_deltas = self.anchor_deltas(hidden).unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2)
-            deltas.append(level_deltas.flatten(1, 3))
+            own_logits, own_deltas = self._of_whole_map(self.hidden(x))
+            logits.append(own_logits)
+            deltas.append(own_deltas)
         return logits, deltas
+
+    def _of_whole_map(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits ``[N, M]`` and deltas ``[N, M, 4]`` of all anchors, from a hidden map."""
+        # [N, A, H, W] -> [N, H W A]
+        logits = self.objectness_logits(hidden).permute(0, 2, 3, 1).flatten(1)
+        # [N, A 4, H, W] -> [N, A, 4, H, W] -> [N, H, W, A, 4] -> [N, H W A, 4]
+        deltas = self.anchor_deltas(hidden).unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2)
+        return logits, deltas.flatten(1, 3)
 
     def best(
         self,
@@ -175,11 +180,12 @@ class RPNHead(nn.Module):
             thresholds: see ``best``.
             tile_scorer: see ``best``.
         """
-        maps = [self._anchors(x) for x in features]
+        hidden = [self.hidden(x) for x in features]
+        maps = [self._anchors(x) for x in hidden]
         images, _, height, width = features[0].shape
         shape = images, height // TILE, width // TILE
         logits, deltas = maps[0]
-        scores = self._tile_scores(self.hidden(features[1]), tile_scorer)
+        scores = self._tile_scores(hidden[1], tile_scorer)
         coarser = [best_anchors(*own, most) for own in maps[1:]]
         found = []
         for threshold in thresholds:
@@ -194,12 +200,12 @@ class RPNHead(nn.Module):
             found.append(TileCandidates([finest, *coarser], opened))
         return found
 
-    def _anchors(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits float32 ``[N, M]`` and deltas ``[N, M, 4]`` of all anchors of a level."""
+    def _anchors(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``_of_whole_map``, in the types of ``best``: logits are float32."""
         if not self.topk_deltas_only:
-            logits, deltas = self([x])
-            return logits[0].float(), deltas[0]
-        pixels = self.hidden(x).permute(0, 2, 3, 1).flatten(1, 2)
+            logits, deltas = self._of_whole_map(hidden)
+            return logits.float(), deltas
+        pixels = hidden.permute(0, 2, 3, 1).flatten(1, 2)
         outputs = [
             torch.cat([_per_pixel(layer, p) for p in pixels.split(_POSITIONS, dim=1)], dim=1)
             for layer in (self.objectness_logits, self.anchor_deltas)

@@ -233,16 +233,7 @@ class Detector(nn.Module):
     def gated_inputs(
         self, batch: Sequence[Sample], tile_thresholds: Sequence[float]
     ) -> tuple[CascadeInputs, TileProposals | None]:
-        """Inputs of a record, with the proposals of some tile thresholds together.
-
-        Args:
-            batch: samples.
-            tile_thresholds: 0 first, the whole map.
-
-        Returns:
-            The inputs, and which proposals belong to each threshold; ``None`` with the proposals
-            of the whole map if that cannot be computed in tiles.
-        """
+        """Inputs of a record at some tile thresholds, see ``engine.detector.CascadeDetector``."""
         if not tile_thresholds or not self._takes_tiles:
             return self.cascade_inputs(batch), None
         mode = torch.inference_mode if self.optimizations else nullcontext
@@ -330,7 +321,8 @@ class Detector(nn.Module):
 
     def _front(self, images: Tensor, *, in_tiles: bool) -> tuple[dict[str, Any], Candidates | None]:
         if self.compiled_front is None:
-            return self.backbone(images, **({"in_tiles": True} if in_tiles else {})), None
+            # Other pyramids have no tiles.
+            return self.backbone(images, in_tiles=True) if in_tiles else self.backbone(images), None
         maps, candidates = self.compiled_front(images)
         return maps, candidates
 

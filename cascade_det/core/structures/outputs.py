@@ -321,7 +321,7 @@ def part(timer: PartTimer | None, name: str) -> AbstractContextManager[None]:
 
 
 def measure_tiles(maps: Mapping[str, FeatureMap], timer: PartTimer | None) -> None:
-    """Measure the tiles of ``maps`` as the part ``tile gate``, whoever computes them."""
+    """Measure the tiles of ``maps`` as the part ``tile gate``, for the RPN or for regions."""
     if timer is not None:
         for feature in maps.values():
             if isinstance(feature, TiledMap):

@@ -80,6 +80,11 @@ class PeriodicCheckpoint(Hook):
         if trainer.start_iter == 0:
             self._checkpointer.save(START, iteration=-1)
         self._record_save(trainer.start_iter - 1, trainer)
+        if trainer.start_iter == trainer.max_iter and not self._is_final(trainer):
+            # Killed between the two saves after the last step: the second follows, before
+            # evaluation and writers change what it holds.
+            self._checkpointer.save(FINAL, iteration=trainer.iteration)
+            self._record_save(trainer.iteration, trainer)
 
     def after_step(self, trainer: TrainingLoop) -> None:
         """Save at the end of a period."""
@@ -95,7 +100,7 @@ class PeriodicCheckpoint(Hook):
         is_saved = trainer.iteration == self._saved
         if trainer.finished:
             name = FINAL
-            is_saved = is_saved and Path(trainer.last_checkpoint or "").stem == FINAL
+            is_saved = is_saved and self._is_final(trainer)
         else:
             name = f"model_{trainer.iteration:07d}"
         if not is_saved and (trainer.finished or trainer.resumable):
@@ -108,6 +113,9 @@ class PeriodicCheckpoint(Hook):
         trainer.last_checkpoint = distributed.on_main(self._checkpointer.get_checkpoint_file)
         if iteration >= 0 and distributed.is_main():
             Path(self._checkpointer.save_dir, f"{START}.pth").unlink(missing_ok=True)
+
+    def _is_final(self, trainer: TrainingLoop) -> bool:
+        return Path(trainer.last_checkpoint or "").stem == FINAL
 
     def _files_before(self, iteration: int) -> list[str]:
         files = sorted(Path(self._checkpointer.save_dir).glob("model_*.pth"))

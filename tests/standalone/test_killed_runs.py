@@ -117,11 +117,33 @@ def test_killed_during_a_save(whole, tmp_path):
     assert finish(start(killed_in_save, cut, 1, False)) == -signal.SIGKILL
     assert not has_started(cut)
     assert finish(start(killed_in_save, cut, 2, False)) == -signal.SIGKILL
-    for number in (1, 2, 3, 2):
+    for number in (1, 2, 3):
         assert finish(start(killed_in_save, cut, number, True)) == -signal.SIGKILL
     assert finish(start(resume, cut)) == 0
     assert_same(final_state(cut), expected)
     assert not list(Path(cut.OUTPUT_DIR).glob(".*.tmp"))
+
+
+def killed_before_the_final_save(cfg):
+    save = Checkpointer.save
+
+    def dying(self, name, **arguments):
+        if name == "model_final":
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(self, name, **arguments)
+
+    Checkpointer.save = dying
+    train(cfg)
+
+
+def test_killed_between_the_two_saves_after_the_last_step(whole, tmp_path):
+    cfg, expected, _ = whole
+    cut = in_folder(cfg, tmp_path / "cut")
+    assert finish(start(killed_before_the_final_save, cut)) == -signal.SIGKILL
+    assert (tmp_path / "cut" / "last_checkpoint").read_text() == "model_0000007.pth"
+    assert finish(start(resume, cut)) == 0
+    assert_same(final_state(cut), expected)
+    assert metrics(cut) == metrics(cfg)
 
 
 def test_killed_again_and_again_before_the_first_checkpoint_with_a_drawn_seed(whole, tmp_path):

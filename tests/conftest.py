@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 # What tests compare with.
 sys.path.append(str(Path(__file__).parent / "reference"))
@@ -22,6 +23,11 @@ pytest_plugins = [
     "shape_runs",
     "toy_detectors",
 ]
+
+# The same examples in every run of the same tests; --hypothesis-profile=explore draws new ones.
+settings.register_profile("explore", deadline=None)
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
 
 torch.set_num_threads(1)
 # Under nohup it is ignored, and a run that ignores it does not end by it.

@@ -85,7 +85,7 @@ def attend_in_window(attention, maps, window):
     return result
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     heads=st.integers(1, 3),
     kernels=st.permutations([1, 3, 5]),

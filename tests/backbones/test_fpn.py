@@ -44,7 +44,7 @@ def torchvision_pyramid(fpn):
     return dict(zip(fpn.strides, peer(fpn.bottom_up.maps).values(), strict=True))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     images=st.integers(1, 3),
     height=st.integers(1, 5),

@@ -171,7 +171,7 @@ def starts(side, step):
     return range(0, side - step + 1, step)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     height=st.integers(1, 9),
     width=st.integers(1, 9),

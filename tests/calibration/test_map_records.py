@@ -125,7 +125,7 @@ def test_patches_of_the_pixels_of_a_file():
         assert found[y, x] == row // 4 * 6 + column // 4
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 99), share=st.floats(0.0, 0.7))
 def test_shares_are_those_of_the_pixels_that_are_decoded(segmenter, seed, share):
     """Counted where the levels compute."""

@@ -16,7 +16,7 @@ def matrices(seed, images=6):
     return rng.integers(0, 50, (images, 3, 3)) * (rng.random((images, 3, 1)) < 0.8)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 999))
 def test_iou_of_images_and_of_their_copies(seed):
     counts, scorer = matrices(seed), Scorer(range(6), "mIoU")

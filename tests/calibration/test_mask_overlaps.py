@@ -21,7 +21,7 @@ from cascade_det.core.exits import ExitPolicy
 from cascade_det.engine.head_flops import mask_flops
 
 CATEGORY_IDS = (3, 7, 9)
-SOME = settings(deadline=None, max_examples=40, derandomize=True)
+SOME = settings(max_examples=40)
 POLICIES = {
     "none": {},
     "accepting": {"thresholds": (0.6, 0.6), "prune_thresholds": (0.1, 0.1)},

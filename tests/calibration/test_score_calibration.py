@@ -124,7 +124,7 @@ def plain_error(scores, correct, bins):
     return total
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1), st.integers(1, 20))
 def test_calibration_error_against_a_loop(rows, bins):
     scores, correct = zip(*rows, strict=True)

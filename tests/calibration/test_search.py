@@ -17,7 +17,7 @@ from cascade_det.config.cascade_keys import EXIT_DEFAULTS
 from cascade_det.core.exits import ExitPolicy
 from cascade_det.core.exits.learned import REGION_PARTS
 
-SOME = settings(deadline=None, max_examples=10, derandomize=True)
+SOME = settings(max_examples=10)
 
 
 def outcome(ap, work, *, lost=(0.0,), lost_well_placed=(0.0,)):

@@ -400,9 +400,7 @@ doubtful = st.fixed_dictionaries(
 )
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.lists(good, max_size=4) | st.lists(good | doubtful | values, max_size=4) | values)
 def test_any_json_is_scored_or_refused(files, content):
     path = files / "predictions.json"

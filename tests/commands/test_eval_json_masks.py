@@ -192,9 +192,7 @@ segmentations = st.one_of(
 )
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(segmentations)
 def test_any_segmentation_is_scored_or_refused(case, segmentation):
     case.rows[0]["segmentation"] = segmentation

@@ -349,7 +349,7 @@ def test_a_wrong_checksum_leaves_no_file(tmp_path):
     assert files_in(tmp_path / "folder") == {}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(position=st.floats(0, 1, exclude_max=True), replacement=st.binary(max_size=4))
 def test_a_damaged_archive_gives_its_files_or_an_error(tmp_path_factory, position, replacement):
     folder = tmp_path_factory.mktemp("any")

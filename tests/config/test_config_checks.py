@@ -732,7 +732,7 @@ BASE = config.load_config(CONFIGS / "Base-Cascade-RCNN-FPN.yaml")
 LIST_KEYS = [name for name, value in config.flat(BASE).items() if isinstance(value, (list, tuple))]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(junk=st.dictionaries(st.sampled_from(LIST_KEYS), JUNK, min_size=1, max_size=3))
 def test_what_passes_the_checks_can_be_translated(junk):
     cfg = BASE.clone()

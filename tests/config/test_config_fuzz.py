@@ -117,7 +117,7 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
 OPTIONS = SETTINGS | st.dictionaries(st.sampled_from(list(DEFAULTS)), YAML_LIKE, max_size=3)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(content=st.binary(max_size=60) | damaged() | YAML_LIKE.map(str.encode))
 @example(content=b'SEED: "\\UFFFFFFFF"')
 @example(content=b"SEED: 0b_")
@@ -127,7 +127,7 @@ def test_any_bytes_are_a_configuration_or_an_error(folder, content):
     use(file, [], folder)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(flat=SETTINGS)
 def test_any_values_in_a_file_are_a_configuration_or_an_error(folder, flat):
     text = yaml.dump({"_BASE_": str(BASE), **nested(flat)}, default_flow_style=None)
@@ -136,7 +136,7 @@ def test_any_values_in_a_file_are_a_configuration_or_an_error(folder, flat):
     use(file, [], folder)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(flat=OPTIONS)
 def test_any_options_are_a_configuration_or_an_error(folder, flat):
     use(BASE, [item for pair in flat.items() for item in pair], folder)

@@ -211,7 +211,7 @@ ASSIGNMENTS = st.sampled_from(list(KEYS)).flatmap(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(assignment=ASSIGNMENTS)
 def test_a_value_means_the_same_in_a_file_and_on_the_command_line(assignment, tmp_path_factory):
     key, value = assignment

@@ -105,7 +105,7 @@ def test_the_rule_is_detectron2s():
     d2_cfg = pytest.importorskip("detectron2.config").get_cfg()
     iterations = st.integers(64, 500_000)
 
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     @given(
         reference=st.integers(1, 64),
         processes=st.integers(1, 64),
@@ -218,7 +218,7 @@ def test_a_short_schedule_has_no_zeros_and_rising_steps():
 def test_epochs_are_what_is_asked_for():
     cfg = make_cfg(**RECIPE)
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(
         images=st.integers(1, 10**7),
         batch=st.integers(1, 512),

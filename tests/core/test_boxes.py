@@ -77,7 +77,7 @@ scale = st.floats(0.5, 40)
 
 
 @given(pairs=st.lists(st.tuples(boxes, boxes), min_size=1, max_size=6), xy=scale, wh=scale)
-@settings(deadline=None, max_examples=100, derandomize=True)
+@settings(max_examples=100)
 def test_decoding_inverts_encoding(pairs, xy, wh):
     start, target = (torch.tensor(b, dtype=torch.float32) for b in zip(*pairs, strict=True))
     weights = (xy, xy, wh, wh)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from small_cascades import NUM_CLASSES, make_cascade, make_scene
 from torch.nn import functional as F
@@ -57,7 +57,6 @@ def assert_same_with_gradients(ours, theirs, logits):
     torch.testing.assert_close(*grads)
 
 
-@settings(deadline=None)
 @given(seed=seeds, p=st.floats(0, 2), q=st.floats(0, 3))
 def test_seesaw_is_the_papers(seed, p, q):
     logits, labels, counts = random_case(seed)
@@ -78,7 +77,6 @@ def test_seesaw_by_hand():
     torch.testing.assert_close(losses, torch.tensor(wanted))
 
 
-@settings(deadline=None)
 @given(seed=seeds, gamma=st.floats(0, 5))
 def test_focal_loss_is_the_papers(seed, gamma):
     logits, labels, _ = random_case(seed)
@@ -87,7 +85,6 @@ def test_focal_loss_is_the_papers(seed, gamma):
     assert_same_with_gradients(focal_loss(logits, labels, gamma), theirs, logits)
 
 
-@settings(deadline=None)
 @given(seed=seeds, alpha=st.floats(0.1, 0.9))
 def test_of_one_class_focal_loss_is_torchvisions(seed, alpha):
     """The softmax of (z, 0) is the sigmoid of z; alpha is the weight of the class."""

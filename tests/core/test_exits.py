@@ -141,7 +141,7 @@ def test_the_time_is_limited_at_gates_that_are_off_too():
     localisation=st.sampled_from(["none", "refinement", "predicted_iou"]),
     seed=st.integers(0, 1000),
 )
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(max_examples=40)
 def test_any_policy_decides_as_the_naive_one(arguments, localisation, seed):
     exits, naive = both_policies(
         **arguments,

@@ -24,7 +24,7 @@ def plain_matching(ious, threshold, preferred):
     return taken
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(seed=st.integers(0, 10_000), boxes=st.integers(0, 6), candidates=st.integers(0, 6))
 def test_it_equals_a_loop_over_all_pairs(seed, boxes, candidates):
     rng = np.random.default_rng(seed)

@@ -95,7 +95,7 @@ def test_a_stage_alone_has_no_masks_where_only_the_last_has_a_head():
 
 
 @given(arguments=some_policies(), stages=st.sampled_from(STAGES), seed=st.integers(0, 20))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_mask_does_not_depend_on_who_else_left(arguments, stages, seed):
     """The mask of each detection is that of its box and class alone."""
     cascade, scene = with_masks(stages, exits=policy(**arguments)), make_scene(seed=seed)
@@ -130,7 +130,7 @@ def test_a_batch_is_its_images_one_by_one(stages):
 
 
 @given(seed=st.integers(0, 1000), stages=st.sampled_from(STAGES))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_the_order_of_proposals_changes_no_mask(seed, stages):
     exits = policy(thresholds=(0.7, 0.6), prune_thresholds=(0.1, 0.2), redundancy_iou=0.9)
     cascade, scene = with_masks(stages, exits=exits), make_scene()

@@ -21,7 +21,7 @@ from small_cascades import (
 from cascade_det.core.ensemble import ENSEMBLES
 from cascade_det.core.record import CascadeRecord, RecordedStage, join_records
 
-SOME = settings(deadline=None, max_examples=6, derandomize=True)
+SOME = settings(max_examples=6)
 NUM_REGIONS = 41
 
 

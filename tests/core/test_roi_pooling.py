@@ -141,7 +141,7 @@ random_box = st.tuples(coordinate, coordinate, side, side).map(
     aligned=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
-@settings(deadline=None, max_examples=80, derandomize=True)
+@settings(max_examples=80)
 def test_any_boxes(boxes, sampling_ratio, aligned, dtype):
     torch.manual_seed(0)
     features = make_features(dtype=dtype, requires_grad=True)
@@ -201,7 +201,7 @@ def test_levels_by_hand():
 
 
 @given(st.lists(st.tuples(st.floats(0.5, 2000), st.floats(0.5, 2000)), min_size=1, max_size=20))
-@settings(deadline=None, max_examples=100, derandomize=True)
+@settings(max_examples=100)
 def test_levels_equal_the_equation(sizes):
     exact = [4 + math.log2(math.sqrt(w * h) / 224 + 1e-8) for w, h in sizes]
     clear = [abs(level - round(level)) > 1e-5 for level in exact]

@@ -30,8 +30,8 @@ from cascade_det.core.exits import RegionView
 from cascade_det.core.exits.learned import REGION_PARTS
 from cascade_det.core.structures import EXIT_REASONS
 
-FEW = settings(deadline=None, max_examples=4, derandomize=True)
-SOME = settings(deadline=None, max_examples=12, derandomize=True)
+FEW = settings(max_examples=4)
+SOME = settings(max_examples=12)
 EVERY_RULE = {
     "proposal_threshold": 0.3,
     "prune_thresholds": (0.35, 0.3),

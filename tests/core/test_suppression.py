@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from naive_cascade import iou
 from small_cascades import make_cascade, make_scene, random_boxes, reported
@@ -65,7 +65,6 @@ def naive_soft_nms(found, *, score_thresh, threshold, sigma):
     return sorted((row for row in kept if row[0] > score_thresh), reverse=True)
 
 
-@settings(deadline=None)
 @given(
     seed=seeds,
     count=st.integers(0, 30),
@@ -124,7 +123,6 @@ def mean_box(rows):
     return (weights @ np.array([row[3] for row in rows]) / weights.sum()).tolist()
 
 
-@settings(deadline=None)
 @given(
     seed=seeds,
     count=st.integers(0, 30),

@@ -39,7 +39,7 @@ BOX = st.tuples(*[COORDINATE] * 4)
     in_one_block=st.booleans(),
     kernel=st.sampled_from(["bags", "torchvision"]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @torch.no_grad()
 def test_crops_are_those_of_the_whole_map(boxes, aligned, samples, in_one_block, kernel):
     tiled, coarse, whole = make_levels(in_one_block=in_one_block)

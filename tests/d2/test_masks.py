@@ -27,7 +27,7 @@ pytestmark = pytest.mark.needs_detectron2
 
 
 @given(st.integers(0, 2**31), st.sampled_from([(37, 53), (60, 21)]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_pasted_pixels_are_detectron2s(seed, size):
     rng = np.random.default_rng(seed)
     height, width = size

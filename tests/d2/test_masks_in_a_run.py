@@ -193,7 +193,7 @@ def inputs(draw):
 
 
 @given(inputs())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_inputs_survive_a_file_of_plain_types(given_inputs):
     file = io.BytesIO()
     torch.save(to_sample(given_inputs), file)

@@ -56,7 +56,7 @@ class TestTraining:
         assert losses["loss_box_reg_stage0"] == 0
         assert "stage0/iou_before" not in logged
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(
         counts=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 4)), min_size=1, max_size=3),
         append=st.booleans(),

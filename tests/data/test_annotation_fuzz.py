@@ -187,14 +187,14 @@ def test_the_good_content_is_good():
     np.testing.assert_array_equal(dataset.records[1].boxes, [[0.5, 2, 3.5, 4.5]])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(spoilt_contents(), bad_data, masks)
 def test_any_content(data, on_bad_data, maskless):
     with tempfile.TemporaryDirectory() as folder:
         check_outcome(folder_with_images(folder), data, on_bad_data, maskless)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(spoilt_bytes() | st.binary(), bad_data, masks)
 def test_any_bytes(data, on_bad_data, maskless):
     with tempfile.TemporaryDirectory() as folder:

@@ -62,7 +62,7 @@ def test_every_entry_is_tested_here():
 
 
 @pytest.mark.parametrize("name", GEOMETRIC)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(box=boxes, seed=st.integers(0, 2**31))
 def test_boxes_polygons_and_bitmaps_move_together(name, box, seed):
     """The same rectangle as a box, as a polygon and as a bitmap, which torchvision moves."""

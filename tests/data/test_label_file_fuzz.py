@@ -56,7 +56,7 @@ def spoilt(draw, data):
 
 
 @pytest.mark.parametrize("kind", SETS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_label_file(kind, data):
     files, annotations, name = SETS[kind]

@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cascade_det.data.repeat_factors import repeat_factors
@@ -29,7 +29,6 @@ def test_factors_by_hand():
     np.testing.assert_array_equal(repeat_factors(arrays([[], []]), 0.5), [1, 1])
 
 
-@settings(deadline=None)
 @given(classes=class_lists, threshold=st.floats(0, 1), root=st.booleans())
 def test_factors_are_detectron2s(classes, threshold, root):
     samplers = pytest.importorskip("detectron2.data.samplers")
@@ -70,7 +69,6 @@ def test_factors_of_1_change_nothing():
     assert first_batches(20, [1.0] * 11, 3, seed=9) == list(itertools.islice(plain, 20))
 
 
-@settings(deadline=None)
 @given(
     factors=st.lists(st.floats(1, 4), min_size=1, max_size=9),
     seed=st.integers(0, 2**63),

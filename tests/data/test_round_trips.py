@@ -75,7 +75,7 @@ boxes_inside = st.tuples(
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(boxes=st.lists(boxes_inside, min_size=1, max_size=20))
 def test_any_boxes_come_back(kind, boxes):
     content = content_of(boxes)

@@ -4,7 +4,7 @@ import itertools
 from collections import Counter, defaultdict
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cascade_det.data.sampler import (
@@ -24,7 +24,6 @@ def first_batches(number, num_images, *arguments, groups=None, **keywords):
     return list(itertools.islice(sampler, number))
 
 
-@settings(deadline=None)
 @given(num_images=st.integers(1, 23), images_per_batch=batch_sizes, seed=seeds)
 def test_every_image_once_per_epoch(num_images, images_per_batch, seed):
     epochs = 3
@@ -37,7 +36,6 @@ def test_every_image_once_per_epoch(num_images, images_per_batch, seed):
         assert sorted(index for _, index in part) == list(range(num_images))
 
 
-@settings(deadline=None)
 @given(groups=groupings, images_per_batch=batch_sizes, seed=seeds)
 def test_groups_are_not_mixed_and_lose_nothing(groups, images_per_batch, seed):
     batches = first_batches(12, len(groups), images_per_batch, seed=seed, groups=groups)
@@ -53,7 +51,6 @@ def test_groups_are_not_mixed_and_lose_nothing(groups, images_per_batch, seed):
         assert samples == [s for s in ungrouped if groups[s[1]] == group][: len(samples)]
 
 
-@settings(deadline=None)
 @given(
     groups=groupings | st.none(),
     images_per_batch=batch_sizes,

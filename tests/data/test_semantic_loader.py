@@ -64,7 +64,7 @@ def blocks(height, width, side, seed):
     st.booleans(),
     st.integers(0, 2**32),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_labels_stay_with_their_pixels(shape, short_edge, flip, grey, seed):
     """The image encodes the labels: 40 times the label, but where two labels meet."""
     labels = blocks(*shape, 12, seed)

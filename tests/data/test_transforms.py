@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -127,7 +127,6 @@ short_edges = st.integers(1, 2000)
 max_sizes = st.integers(1, 3000)
 
 
-@settings(deadline=None)
 @given(sides, sides, short_edges, max_sizes)
 def test_resized_size_keeps_its_promises(height, width, short_edge, max_size):
     new_height, new_width = resized_size(height, width, short_edge, max_size)
@@ -140,7 +139,6 @@ def test_resized_size_keeps_its_promises(height, width, short_edge, max_size):
 
 
 @pytest.mark.needs_detectron2
-@settings(deadline=None)
 @given(height=sides, width=sides, short_edge=short_edges, max_size=max_sizes)
 def test_resized_size_is_detectron2s(height, width, short_edge, max_size):
     d2 = pytest.importorskip("detectron2.data.transforms")

@@ -29,7 +29,7 @@ def contents(folder):
 
 
 @given(st.integers(0, 2**32), st.sampled_from(["train", "val"]), st.integers(0, 10**6))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_an_image_depends_on_its_arguments_alone(seed, split, index):
     np.random.seed(index % 100)  # noqa: NPY002  (the global generator must not matter)
     image, annotations, difficulty = make_image(seed, split, index, width=128, height=96)
@@ -45,7 +45,7 @@ def test_seed_split_and_index_all_change_the_image():
 
 
 @given(st.integers(0, 10**6), st.sampled_from([(320, 256), (64, 200), (33, 32)]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_annotations_lie_in_the_image(index, size):
     width, height = size
     image, annotations, difficulty = make_image(3, "train", index, width=width, height=height)
@@ -186,7 +186,7 @@ def test_the_json_is_coco(tmp_path, capsys):
 
 
 @given(st.integers(0, 10**6))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_labels_are_the_pixels_of_the_annotated_masks(index):
     image, annotations, _, labels = make_scene(5, "val", index, width=160, height=128)
     assert labels.dtype == np.uint8

@@ -299,7 +299,7 @@ SCHEDULES = {
 
 
 @pytest.mark.needs_detectron2
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(arguments=st.fixed_dictionaries(SCHEDULES))
 def test_schedules_equal_detectron2s(arguments):
     solver = pytest.importorskip("detectron2.solver")
@@ -321,7 +321,7 @@ def test_schedules_equal_detectron2s(arguments):
     assert [rate for (rate,) in found] == pytest.approx(expected, rel=1e-12, abs=0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(arguments=st.fixed_dictionaries(SCHEDULES), max_iter=st.integers(1, 130))
 def test_any_schedule_can_be_stepped_to_its_end(arguments, max_iter):
     arguments["warmup_iters"] *= 2  # may take all of the training

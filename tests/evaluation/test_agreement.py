@@ -89,7 +89,7 @@ def crowded(draw):
     return rows
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(early=crowded(), full=crowded(), cut=st.sampled_from([0.1, 0.5]))
 def test_equals_a_loop_over_all_pairs(early, full, cut):
     ours = agreement_loss(as_detections(early), as_detections(full), min_score=cut)

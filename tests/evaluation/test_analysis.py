@@ -112,7 +112,7 @@ def check_point(point, counts):
     assert ours == pytest.approx(shares(*counts), nan_ok=True)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(objects=object_lists, detections=detection_lists, threshold=st.sampled_from([0.3, 0.5, 0.8]))
 def test_precision_and_recall_equal_a_matching_from_scratch(objects, detections, threshold):
     result = analysis(truth(*objects), found(*detections), score_threshold=threshold)
@@ -171,7 +171,7 @@ def naive_confusion(objects, detections, threshold):
     return counts
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(objects=object_lists, detections=detection_lists, threshold=st.sampled_from([0.3, 0.5, 0.8]))
 def test_confusions_equal_a_plain_loop(objects, detections, threshold):
     matrix = confusion_matrix(

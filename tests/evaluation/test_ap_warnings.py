@@ -214,7 +214,7 @@ def test_categories_of_one_name(coco_content, all_sizes):
     assert second == "AP is 0 for classes that were never predicted: cat (id 7)."
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.sampled_from(["a", "b", "a (id 1)", "a (id 2)", "a (id 2) (id 2)"]), min_size=1))
 def test_labels_differ_and_names_that_are_alone_stay(names):
     labels = class_labels({key: {"name": name} for key, name in enumerate(names)})

@@ -89,7 +89,7 @@ def test_intervals_are_narrow_enough_to_be_of_use(name, count, widest):
     assert high - low < widest
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(samples=st.lists(st.floats(0, 1), max_size=30))
 def test_intervals_lie_in_the_range_and_are_symmetric(samples):
     low, high = mean_interval(samples)

@@ -94,7 +94,7 @@ def test_numbers_by_hand():
     assert metrics["pACC"] == pytest.approx(70)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10**6), dtype=st.sampled_from([np.uint8, np.int16, np.int64]))
 def test_counts_are_those_of_a_loop(seed, dtype):
     rng = np.random.default_rng(seed)
@@ -111,7 +111,7 @@ def test_counts_are_those_of_a_loop(seed, dtype):
     np.testing.assert_array_equal(confusion.counts, 2 * expected)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 1000), owners=st.lists(st.integers(0, 2), min_size=5, max_size=5))
 def test_shares_give_the_metrics_of_the_whole(seed, owners):
     samples, outputs = random_images(seed, 5)

@@ -96,7 +96,7 @@ def processed(content, outputs, image_ids):
     return evaluators
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(owners=st.lists(st.integers(0, 3), min_size=8, max_size=8), seed=st.integers(0, 99))
 def test_shares_give_the_metrics_of_the_whole(case, owners, seed):
     shuffled = random.Random(seed).sample(IMAGE_IDS, len(IMAGE_IDS))

@@ -65,7 +65,7 @@ def test_official_scores(name):
         assert sized.hd95 == expected["hd95_with_voxelspacing_3_1_1"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
     shape=st.sampled_from([(5, 7), (4, 5, 6), (1, 6, 6), (12, 1, 3)]),
@@ -184,7 +184,7 @@ def test_slices_are_scored_as_volumes():
     assert volumes.evaluate() == results
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 1000), owners=st.lists(st.integers(0, 2), min_size=6, max_size=6))
 def test_shares_give_the_scores_of_the_whole(seed, owners):
     samples, outputs = sample_slices(seed, (3, 1, 2))

@@ -138,7 +138,7 @@ def truth(shortcut, x, conv):
     return (convolved + shortcut.double()).clamp(min=0).float()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     images=st.integers(0, 3),
     channels=st.integers(1, 20),

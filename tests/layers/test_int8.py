@@ -45,7 +45,7 @@ def on_grid(x, grid):
 @given(
     low=st.floats(-50, 0), high=st.floats(0.01, 50), seed=st.integers(0, 99), rows=st.integers(1, 5)
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_numbers_are_rounded_to_the_nearest_on_the_grid(low, high, seed, rows):
     grid = Grid.of_range(low, high)
     assert 0 <= grid.zero_point <= 255

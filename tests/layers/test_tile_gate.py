@@ -31,7 +31,7 @@ def naive_open(logits, threshold):
 
 
 @given(seed=st.integers(0, 200), threshold=st.floats(0.001, 0.999))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_tile_is_open_where_objectness_in_or_beside_it_reaches_the_threshold(seed, threshold):
     logits = make_logits(seed)
     wanted = naive_open(logits, threshold)
@@ -59,7 +59,7 @@ COORDINATE = st.one_of(st.floats(-30, 160), st.sampled_from([0.0, 32.0, 64.0, 96
 
 
 @given(box=st.tuples(*[COORDINATE] * 4), image=st.integers(0, 1), aligned=st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_tiles_of_a_box_hold_every_cell_that_roi_align_reads(box, image, aligned):
     scale = 0.25
     x0, y0, x1, y1 = box

@@ -73,7 +73,7 @@ def test_windows_are_cut_out_of_the_whole_map(kind):
     columns=st.integers(1, 3),
     channels=st.integers(1, 9),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @torch.no_grad()
 def test_winograd_takes_windows_of_any_number_of_its_tiles(count, rows, columns, channels):
     x = torch.randn(count, channels, 4 * rows + 2, 4 * columns + 2)
@@ -157,7 +157,7 @@ def test_a_border_is_what_a_next_convolution_reads(kind):
 
 
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @torch.no_grad()
 def test_computed_tiles_stay_as_they_are(data):
     tiled, whole, _ = make_tiled("plain", (1, 16, 24, 24))

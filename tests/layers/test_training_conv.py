@@ -19,7 +19,7 @@ def with_gradients(conv2d, x, weight, bias, **arguments):
     return output, *torch.autograd.grad((output * ramp).sum(), inputs)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     images=st.integers(1, 3),
     channels=st.tuples(st.integers(1, 5), st.integers(1, 5)),

@@ -36,7 +36,7 @@ def conv3x3(in_channels=CHANNELS, out_channels=CHANNELS, **changes):
     return nn.Conv2d(in_channels, out_channels, 3, **{"padding": 1, **changes}).eval()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     images=st.integers(1, 3),
     channels=st.integers(1, 9),
@@ -60,7 +60,7 @@ def test_any_shape(images, channels, out_channels, height, width, memory_format,
     assert_close(y, truth(x, weight, bias))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     images=st.integers(1, 3),
     height=st.integers(1, 23),

@@ -28,7 +28,7 @@ def truth(x, weight, bias):
     return F.conv2d(x.double(), weight.double(), bias, padding=1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     regions=st.integers(1, 4),
     channels=st.integers(1, 6),

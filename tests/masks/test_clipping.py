@@ -22,7 +22,7 @@ def is_inside(polygon, x, y):
     return inside
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(outlines)
 @example([(0.0, 0.0), (0.0, -1.0), (1.0, 0.0), (0.0, 1.0), (-1.0, 0.0)])  # all points repeated
 def test_points_stay_inside_or_outside(outline):

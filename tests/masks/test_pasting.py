@@ -52,7 +52,7 @@ def interpolated(mask, box, height, width):
 
 
 @given(cases())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_pixels_are_those_of_grid_sample(case):
     mask, box, height, width = case
     (pasted,) = paste_masks(mask[None], box[None], height, width)
@@ -67,7 +67,7 @@ def test_pixels_are_those_of_grid_sample(case):
 
 
 @given(cases())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_rle_is_byte_for_byte_that_of_pycocotools(case):
     mask, box, height, width = case
     (pasted,) = paste_masks(mask[None], box[None], height, width)

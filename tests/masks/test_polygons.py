@@ -25,7 +25,6 @@ def inside(polygon, x, y):
     return count % 2 == 1
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 40), st.integers(1, 40))
 def test_a_drawing_is_pycocotools(seed, height, width):
     polygons = random_polygons(seed, -20, 60)
@@ -40,7 +39,7 @@ def test_no_polygon_is_an_empty_bitmap():
     assert draw_polygons([], 3, 5).shape == (3, 5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32), st.sampled_from([30, 3e8, 1e300]))
 def test_outlines_that_cannot_be_walked_are_filled_by_pixel_centres(seed, reach):
     polygons = random_polygons(seed, -reach, reach + 20)
@@ -87,7 +86,6 @@ def segments_cross(a, b, c, d):
     return bool(((along > 1e-12) & (along < 1 - 1e-12)).all())
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32))
 def test_which_polygons_cross_themselves(seed):
     (polygon, *_) = random_polygons(seed, 0, 9, most_points=6)

@@ -29,7 +29,7 @@ def run_lengths(bitmap):
 
 
 @given(bitmaps())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_good_rle_of_both_kinds_is_compressed(bitmap):
     wanted = coco_mask.encode(np.asfortranarray(bitmap, np.uint8))
     size, text = [*bitmap.shape], wanted["counts"].decode()
@@ -79,7 +79,7 @@ def test_an_image_of_more_pixels_than_pycocotools_can_count():
 
 
 @given(st.text(alphabet=st.characters(min_codepoint=45, max_codepoint=115), max_size=12))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_text_is_refused_or_is_read_as_pycocotools_reads_it(text):
     try:
         rle = compressed({"size": [6, 7], "counts": text}, 6, 7)

@@ -53,7 +53,6 @@ bitmaps = st.builds(
 
 
 @given(bitmaps, st.booleans())
-@settings(deadline=None)
 def test_rle_of_both_kinds_is_the_bitmap(bitmap, compressed):
     height, width = bitmap.shape
     counts = counts_of(bitmap)
@@ -218,7 +217,7 @@ masks = (
 
 
 @given(masks)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_value_is_a_mask_or_an_error(value):
     try:
         mask, _ = parse(value)

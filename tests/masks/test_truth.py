@@ -26,7 +26,7 @@ def random_polygons(generator, height, width):
 
 
 @pytest.mark.needs_detectron2
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32), st.sampled_from([7, 28]))
 def test_targets_are_detectron2s_to_the_bit(seed, size):
     structures = pytest.importorskip("detectron2.structures.masks", exc_type=ImportError)

@@ -143,7 +143,7 @@ def written_areas(monkeypatch):
     return areas
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     height=st.integers(48, 200),
     width=st.integers(48, 200),

@@ -40,7 +40,7 @@ def discs(generator, count, height, width):
     return np.array(masks).reshape(-1, height, width)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), count=st.integers(0, 5))
 def test_a_pixel_has_the_colour_of_the_smallest_mask_there(seed, count):
     masks = discs(np.random.default_rng(seed), count, 60, 90)

@@ -150,7 +150,7 @@ def test_hostile_names_change_no_structure(tmp_path):
     assert shapes[0] == shapes[1]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(min_size=1, max_size=40), st.text(min_size=1, max_size=40))
 def test_any_text_is_shown_as_it_is(name, other):
     def of(first, second):

@@ -92,7 +92,7 @@ def test_dice_has_the_official_numbers():
     assert_close(alone, tensors["loss_all_background"][0], rtol=1e-6, atol=0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
     levels=st.integers(1, 5),

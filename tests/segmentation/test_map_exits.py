@@ -136,7 +136,7 @@ ANY = st.lists(st.tuples(st.integers(1, 24), st.integers(1, 24)), min_size=3, ma
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     sizes=DOUBLES | ANY,
     patch=st.integers(1, 9),

@@ -344,7 +344,7 @@ def test_what_is_no_detector_of_so_many_stages_is_refused():
         FixedDepthDetector(make_detector(suppression="soft_linear"), 3)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 10**6), count=st.integers(0, 40), num_classes=st.integers(1, 90))
 def test_classes_do_not_meet_in_nms(seed, count, num_classes):
     generator = torch.Generator().manual_seed(seed)

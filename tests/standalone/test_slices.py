@@ -77,7 +77,7 @@ def table(found):
     return sorted(torch.cat([r.double() for r in rows], dim=1).tolist())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     *(st.integers(1, 400) for _ in range(2)),
     st.integers(16, 200),
@@ -101,7 +101,7 @@ def test_every_pair_of_near_pixels_is_in_one_slice(height, width, size, overlap)
     assert len(corners) == len({x for x, _ in corners}) * len({y for _, y in corners})
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000), st.integers(1, 300), st.integers(1, 300), st.booleans())
 def test_objects_smaller_than_the_overlap_are_found_once_and_whole(seed, height, width, masks):
     rng = np.random.default_rng(seed)

@@ -200,7 +200,7 @@ class TestTablesOfBiases:
     TABLE = "blocks3.0.mixer.m.attn.attention_biases"
 
     @given(old=st.integers(1, 8), new=st.integers(1, 8), seed=st.integers(0, 99))
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     def test_they_are_resized_by_bicubic_interpolation(self, old, new, seed):
         table = torch.randn(2, old * old, generator=torch.Generator().manual_seed(seed))
         found = resize_biases(table, new * new)

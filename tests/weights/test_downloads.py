@@ -453,7 +453,7 @@ FAULTS = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     faults=st.lists(FAULTS, max_size=6),
     etag=st.booleans(),

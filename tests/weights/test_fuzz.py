@@ -152,7 +152,7 @@ def test_undamaged_files_load(tmp_path, form):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("form", FORMS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(change=mutations())
 def test_damaged_files_load_or_say_so(tmp_path_factory, form, change):
     load(form, change, tmp_path_factory.getbasetemp())
@@ -175,7 +175,7 @@ NAMES = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(content=st.binary(max_size=50) | NAMES.map(b"".join))
 def test_any_last_checkpoint_is_resumed_or_named(tmp_path_factory, content):
     folder = tmp_path_factory.getbasetemp() / "run"

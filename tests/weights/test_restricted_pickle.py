@@ -49,7 +49,7 @@ def test_arrays_of_every_protocol_come_back(tmp_path, protocol, dtype):
     assert found["values"] == [1, 2.5, None, True, b"bytes", ["a", "b"]]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     array=hnp.arrays(st.sampled_from([np.float32, np.int16]), hnp.array_shapes()),
     protocol=st.integers(0, pickle.HIGHEST_PROTOCOL),
@@ -175,7 +175,7 @@ def test_pickle_cannot_change_the_reader(tmp_path):
     np.testing.assert_array_equal(read_array_pickle(good)["a"], np.arange(3))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(junk=st.binary(max_size=60))
 def test_junk_never_ends_in_another_error(tmp_path_factory, junk):
     path = tmp_path_factory.mktemp("junk") / "junk.pkl"

@@ -249,7 +249,7 @@ class Calibrator:
         return [{}, *(self.search.setting(keys[front[rank]]) for rank in ranks)]
 
     def _choose(self, target: Target, latency: LatencyModel | None) -> Choice:
-        sequence, full = self.sequence, self.others.full
+        sequence = self.sequence
         tile_gate = self.has_tile_gate and latency is not None and bool(latency.per_tile)
         if target.max_ap_drop is not None:
             if not tile_gate:
@@ -258,12 +258,11 @@ class Calibrator:
         if target.risk is not None:
             risk, delta = target.risk, target.delta
             # By time alone: a test of what the losses chose would promise too much.
-            tile_gate = tile_gate and self._saves_tiles(self.time_by(latency))
-            return sequence.passing(
+            return sequence.chosen_by(
                 lambda trials, images: fixed_sequence(
                     (trial.lost[images] for trial in trials), risk, delta
                 ),
-                tile_gate=tile_gate,
+                tile_gate=tile_gate and self._saves_tiles(self.time_by(latency)),
             )
         if target.latency_ms is not None:
             assert latency is not None
@@ -289,21 +288,26 @@ class Calibrator:
                 "this device. Give another target."
             )
         assert target.exit_rate is not None
-        rate = target.exit_rate
+        tile_gate = tile_gate and self._saves_tiles(self.time_by(latency))
+        return self._with_exit_rate(target.exit_rate, tile_gate=tile_gate)
 
-        def skipped(trial: Trial, images: Images) -> bool:
-            later = (one.entered[1:, images].sum() for one in (trial, full))
-            return bool(1 - next(later) / max(next(later), 1) >= rate)
+    def _with_exit_rate(self, rate: float, *, tile_gate: bool) -> Choice:
+        sequence, full = self.sequence, self.others.full
 
-        found = sequence.reaching(skipped)
-        if found is None:
-            trials = [sequence.trial(setting) for setting in sequence.settings]
+        def safest(trials: Sequence[Trial], images: Images) -> int:
+            later = max(full.entered[1:, images].sum(), 1)
+            rates = (1 - trial.entered[1:, images].sum() / later for trial in trials)
+            return next((p for p, own in enumerate(rates) if own >= rate), len(trials) - 1)
+
+        choice = sequence.chosen_by(safest, tile_gate=tile_gate)
+        found = sequence.trial(sequence.setting(choice.place, tile=choice.tile))
+        if found.exit_rate(full) < rate:
+            most = max(sequence.trial(setting).exit_rate(full) for setting in sequence.settings)
             raise ConfigError(
-                f"--exit-rate {rate}: the most that a setting skips is "
-                f"{max(t.exit_rate(full) for t in trials):.3f} of the later stages' regions. Give "
-                "another target."
+                f"--exit-rate {rate}: the most that a setting skips is {most:.3f} of the later "
+                "stages' regions. Give another target."
             )
-        return found
+        return choice
 
     def time_by(self, latency: LatencyModel | None) -> Callable[[Setting], float]:
         """Milliseconds per image of a setting, on the images that judge."""

@@ -225,7 +225,7 @@ class TestOtherTargets:
             seen.append(given)
             return len(set(images.tolist())) % len(given)
 
-        found = known.passing(last_passed, tile_gate=True)
+        found = known.chosen_by(last_passed, tile_gate=True)
         wanted = [known.setting(place, tile=tile) for place, tile in enumerate(self.usual)]
         assert seen[0] == [known.trial(setting) for setting in wanted]
         assert (found.place, found.tile) == (12 % 8, self.usual[12 % 8])

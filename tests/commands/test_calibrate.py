@@ -177,12 +177,15 @@ def test_exits_of_a_backbone_with_attention(tmp_path):
     assert assert_as_promised(case, tmp_path / "exits", "standalone", tmp_path / "run") < 1
 
 
-@pytest.mark.parametrize("target", ["drop", "latency", "risk"])
+@pytest.mark.parametrize("target", ["drop", "latency", "rate", "risk"])
 def test_a_tile_threshold_that_saves_time(case, tmp_path, monkeypatch, target):
     monkeypatch.setattr("cascade_det.calibration.recording.time_policies", _time_of_tiles)
     monkeypatch.setattr(calibrate_module, "images_to_search", lambda *_: np.inf)
-    arguments = {"latency": ["--latency-ms", "12"], "drop": ["--max-ap-drop", "90"]}
-    arguments = arguments.get(target, TARGETS[target])
+    arguments = {
+        "drop": ["--max-ap-drop", "90"],
+        "latency": ["--latency-ms", "12"],
+        "rate": ["--exit-rate", "0.6"],
+    }.get(target, TARGETS[target])
     assert run(case, tmp_path / "exits", *arguments) == 0
     exits = yaml.safe_load((tmp_path / "exits" / "exits.yaml").read_text())
     assert exits["MODEL"]["CASCADE"]["EXIT"]["TILE_THRESHOLD"] > 0

@@ -6,7 +6,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Event, Thread
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Fault:
         headers: more headers, or other values.
         ignores_range: the whole file is sent, whatever was asked for.
         stall: seconds of silence before the body.
+        until: what the body waits for, at most a minute.
         chunked: the body comes in chunks, without a length.
     """
 
@@ -31,6 +32,7 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     ignores_range: bool = False
     stall: float = 0
+    until: Event | None = None
     chunked: bool = False
 
 
@@ -111,6 +113,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.flush()
         time.sleep(fault.stall)
+        if fault.until is not None:
+            fault.until.wait(60)
         body = body[: fault.cut]
         self.server.sent += len(body)
         self.wfile.write(body)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from urllib import request
 
 import pytest
@@ -407,13 +407,26 @@ def process(web, path):
 
 
 def test_of_two_processes_one_downloads_and_the_other_waits(web, path):
-    web.faults = [Fault(stall=1)]
+    is_waiting = Event()
+    web.faults = [Fault(until=is_waiting)]
     processes = [process(web, path) for _ in range(2)]
-    errors = [p.communicate()[1] for p in processes]
-    assert [p.returncode for p in processes] == [0, 0], errors
+    said = []
+
+    def listen(stderr):
+        for line in stderr:
+            said.append(line)
+            if "waiting for it" in line:
+                is_waiting.set()
+
+    threads = [Thread(target=listen, args=(p.stderr,)) for p in processes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [p.wait() for p in processes] == [0, 0], said
     assert path.read_bytes() == CONTENT
     assert len(web.requests) == 1
-    assert "".join(errors).count("waiting for it") == 1
+    assert "".join(said).count("waiting for it") == 1
 
 
 def test_a_killed_process_leaves_a_part_that_another_continues(web, path):

@@ -32,8 +32,7 @@ from cascade_det.calibration.trials import SEGM, ExitTrials, Trial
 from cascade_det.core import ExitPolicy
 
 FOLDS = 5
-# Of a one-sided bound: deviations of few images miss what rarely happens.
-CONFIDENCE = 0.99
+CONFIDENCE = 0.95  # of a one-sided bound
 ROUNDS = 200
 # Of the bound of a fold, which decides nothing but the report.
 FOLD_ROUNDS = 50
@@ -141,9 +140,10 @@ class ExitSequence:
 
         A drop is known from these images, with its deviation by bootstrap, and from other data,
         where it was between 0 and its scale. Both are weighed by their precision (a normal prior),
-        so that images that say little leave what is usual. The bound is that of ``CONFIDENCE``,
-        with Student's quantile, as the deviation of few images is itself uncertain, and not below
-        the drop of these images.
+        so that images that say little leave what is usual. As many further images lose less than
+        the bound with ``CONFIDENCE``: it is that of the predictive distribution, with Student's
+        quantile, as the deviation of few images is itself uncertain. It is not below the drop of
+        these images.
 
         Args:
             most: percent points.
@@ -325,13 +325,13 @@ class ExitSequence:
         widths = np.array([_factor(n) * x for n, x in zip(counts, deviations, strict=True)])
         widths = np.concatenate([widths, np.full(ROUNDS, widths[0])])
         known = drops[: len(widths)]
-        if math.isinf(scale):
-            return known + widths
         quantile = NormalDist().inv_cdf(CONFIDENCE)
+        if math.isinf(scale):
+            return known + np.sqrt(2) * widths
         share = scale**2 / (scale**2 + (widths / quantile) ** 2)
         expected = share * known + (1 - share) * scale / 2
         # Where these images lose more, whatever is usual does not excuse it.
-        bounds: _Numbers = np.maximum(expected + np.sqrt(share) * widths, known)
+        bounds: _Numbers = np.maximum(expected + np.sqrt(1 + share) * widths, known)
         return bounds
 
     def _change(self, setting: Setting) -> dict[str, _Numbers]:

@@ -15,7 +15,13 @@ from fvcore.common.config import CfgNode
 
 from cascade_det import config
 from cascade_det.calibration.bootstrap import Difference
-from cascade_det.calibration.exit_sequence import LEAST_SAVING, Choice, ExitSequence, Images
+from cascade_det.calibration.exit_sequence import (
+    LEAST_SAVING,
+    USUAL_DROP,
+    Choice,
+    ExitSequence,
+    Images,
+)
 from cascade_det.calibration.image_matching import ImageMatcher
 from cascade_det.calibration.latency_model import LatencyModel
 from cascade_det.calibration.progress import progress_bar
@@ -288,10 +294,10 @@ class Calibrator:
                 "this device. Give another target."
             )
         assert target.exit_rate is not None
-        tile_gate = tile_gate and self._saves_tiles(self.time_by(latency))
-        return self._with_exit_rate(target.exit_rate, tile_gate=tile_gate)
+        return self._with_exit_rate(target.exit_rate, latency if tile_gate else None)
 
-    def _with_exit_rate(self, rate: float, *, tile_gate: bool) -> Choice:
+    def _with_exit_rate(self, rate: float, latency: LatencyModel | None) -> Choice:
+        """The safest setting, with a step of the tile gate that loses next to nothing beside it."""
         sequence, full = self.sequence, self.others.full
 
         def safest(trials: Sequence[Trial], images: Images) -> int:
@@ -299,15 +305,22 @@ class Calibrator:
             rates = (1 - trial.entered[1:, images].sum() / later for trial in trials)
             return next((p for p, own in enumerate(rates) if own >= rate), len(trials) - 1)
 
-        choice = sequence.chosen_by(safest, tile_gate=tile_gate)
-        found = sequence.trial(sequence.setting(choice.place, tile=choice.tile))
-        if found.exit_rate(full) < rate:
+        def reached(choice: Choice) -> float:
+            setting = sequence.setting(choice.place, tile=choice.tile)
+            return sequence.trial(setting).exit_rate(full)
+
+        choice = sequence.chosen_by(safest)
+        if reached(choice) < rate:
             most = max(sequence.trial(setting).exit_rate(full) for setting in sequence.settings)
             raise ConfigError(
                 f"--exit-rate {rate}: the most that a setting skips is {most:.3f} of the later "
                 "stages' regions. Give another target."
             )
-        return choice
+        if latency is None:
+            return choice
+        bound = sequence.bound(choice.place) if choice.place else 0.0
+        gated = sequence.within_tiles(choice, bound + USUAL_DROP, self.time_by(latency))
+        return gated if reached(gated) >= rate else choice
 
     def time_by(self, latency: LatencyModel | None) -> Callable[[Setting], float]:
         """Milliseconds per image of a setting, on the images that judge."""

@@ -38,7 +38,7 @@ ROUNDS = 200
 FOLD_ROUNDS = 50
 # A step of the tile gate is taken if it saves as much, a share of the time.
 LEAST_SAVING = 0.01
-# Percent points of AP that a tile gate usually loses beside a setting of which nothing is known.
+# Percent points of AP that a tile gate may lose beside a setting where no limit is known.
 USUAL_DROP = 0.02
 # Indices of images, with repetitions.
 Images = npt.NDArray[np.int64]
@@ -325,9 +325,9 @@ class ExitSequence:
         widths = np.array([_factor(n) * x for n, x in zip(counts, deviations, strict=True)])
         widths = np.concatenate([widths, np.full(ROUNDS, widths[0])])
         known = drops[: len(widths)]
-        quantile = NormalDist().inv_cdf(CONFIDENCE)
         if math.isinf(scale):
             return known + np.sqrt(2) * widths
+        quantile = NormalDist().inv_cdf(CONFIDENCE)
         share = scale**2 / (scale**2 + (widths / quantile) ** 2)
         expected = share * known + (1 - share) * scale / 2
         # Where these images lose more, whatever is usual does not excuse it.

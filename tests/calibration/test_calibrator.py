@@ -10,7 +10,7 @@ import torch
 from random_records import CROP_CHANNELS, HIDDEN, make_parts
 from recorded_trials import make_calibrator, make_trials
 
-from cascade_det.calibration.calibrator import build_policy, split_images
+from cascade_det.calibration.calibrator import Calibrator, build_policy, split_images
 from cascade_det.calibration.image_matching import ImageMatcher
 from cascade_det.calibration.latency_model import LatencyModel
 from cascade_det.calibration.risk_control import fixed_sequence, hoeffding_bentkus_p_value
@@ -21,6 +21,11 @@ from cascade_det.calibration.trials import Recording
 from cascade_det.config import get_cfg
 from cascade_det.errors import ConfigError, DatasetError
 
+NOTHING_LEAVES = {
+    "PRUNE_THRESHOLDS": (0.0, 0.0),
+    "REDUNDANCY_IOU": 2.0,
+    "REGION_BUDGET": (0, 0, 0),
+}
 LATENCY = LatencyModel(5.0, (1.0, 1.0, 1.0), (0.1, 0.1, 0.1), "some CPU", 1, 99, 0.0)
 
 
@@ -180,6 +185,31 @@ class TestChoice:
         trials = [either.others.replay(either.policy(s)) for s in either.sequence.settings]
         first = next(place for place, trial in enumerate(trials) if is_reached(trial))
         assert found.setting == either.sequence.settings[first]
+
+    @pytest.mark.parametrize(
+        ("step", "is_taken"),
+        [
+            ({"GATES_OFF": ()}, True),  # changes nothing
+            ({"REGION_BUDGET": (2, 2, 2)}, False),  # loses objects
+            (NOTHING_LEAVES, False),
+        ],
+    )
+    def test_a_rate_takes_the_tile_gate_where_it_costs_no_ap(
+        self, recorded, monkeypatch, step, is_taken
+    ):
+        """Another exit, said to save time, in the place of a tile threshold."""
+        monkeypatch.setattr(f"{Calibrator.__module__}.tile_steps", lambda _: ([{}, step], [0, 0]))
+        made = make_calibrator(*recorded)
+        made.has_tile_gate = True
+        monkeypatch.setattr(
+            made, "time_by", lambda _: lambda setting: 2.0 - (step.items() <= setting.items())
+        )
+        latency = dataclasses.replace(LATENCY, per_tile=(1.0, 1.0, 1.0, 1.0))
+        found = made.calibrate(Target(exit_rate=0.3), latency)
+        alone = made.calibrate(Target(exit_rate=0.3))
+        assert found.choice.place == alone.choice.place
+        assert found.choice.tile == is_taken
+        assert found.reported.exit_rate(found.full) >= 0.3
 
     def test_what_no_setting_reaches(self, calibrator):
         with pytest.raises(ConfigError, match=r"--latency-ms 4\.0: the fastest setting takes \d"):

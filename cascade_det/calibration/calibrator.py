@@ -264,7 +264,7 @@ class Calibrator:
         if target.risk is not None:
             risk, delta = target.risk, target.delta
             # By time alone: a test of what the losses chose would promise too much.
-            return sequence.chosen_by(
+            return sequence.passing(
                 lambda trials, images: fixed_sequence(
                     (trial.lost[images] for trial in trials), risk, delta
                 ),
@@ -300,27 +300,24 @@ class Calibrator:
         """The safest setting, with a step of the tile gate that loses next to nothing beside it."""
         sequence, full = self.sequence, self.others.full
 
-        def safest(trials: Sequence[Trial], images: Images) -> int:
-            later = max(full.entered[1:, images].sum(), 1)
-            rates = (1 - trial.entered[1:, images].sum() / later for trial in trials)
-            return next((p for p, own in enumerate(rates) if own >= rate), len(trials) - 1)
+        def skips(trial: Trial, images: Images) -> bool:
+            later = (one.entered[1:, images].sum() for one in (trial, full))
+            return bool(1 - next(later) / max(next(later), 1) >= rate)
 
-        def reached(choice: Choice) -> float:
-            setting = sequence.setting(choice.place, tile=choice.tile)
-            return sequence.trial(setting).exit_rate(full)
-
-        choice = sequence.chosen_by(safest)
-        if reached(choice) < rate:
-            most = max(sequence.trial(setting).exit_rate(full) for setting in sequence.settings)
+        found = sequence.reaching(skips)
+        if found is None:
+            trials = [sequence.trial(setting) for setting in sequence.settings]
             raise ConfigError(
-                f"--exit-rate {rate}: the most that a setting skips is {most:.3f} of the later "
-                "stages' regions. Give another target."
+                f"--exit-rate {rate}: the most that a setting skips is "
+                f"{max(t.exit_rate(full) for t in trials):.3f} of the later stages' regions. Give "
+                "another target."
             )
         if latency is None:
-            return choice
-        bound = sequence.bound(choice.place) if choice.place else 0.0
-        gated = sequence.within_tiles(choice, bound + USUAL_DROP, self.time_by(latency))
-        return gated if reached(gated) >= rate else choice
+            return found
+        bound = sequence.bound(found.place) if found.place else 0.0
+        gated = sequence.within_tiles(found, bound + USUAL_DROP, self.time_by(latency))
+        trial = sequence.trial(sequence.setting(gated.place, tile=gated.tile))
+        return gated if trial.exit_rate(full) >= rate else found
 
     def time_by(self, latency: LatencyModel | None) -> Callable[[Setting], float]:
         """Milliseconds per image of a setting, on the images that judge."""

@@ -251,13 +251,16 @@ class ExitSequence:
         pairs = np.array([candidates[last if place is None else place] for place in others])
         return Choice(candidates[first][0], pairs[:, 0], candidates[first][1], pairs[:, 1])
 
-    def chosen_by(
-        self, rule: Callable[[Sequence[Trial], Images], int], *, tile_gate: bool = False
+    def passing(
+        self,
+        last_passed: Callable[[Sequence[Trial], Images], int],
+        *,
+        tile_gate: bool = False,
     ) -> Choice:
-        """The setting that a rule chooses.
+        """The last setting that passes a test.
 
         Args:
-            rule: gives its place, by the trials of all settings and the images that count.
+            last_passed: its place, by the trials of all settings and the images that count.
             tile_gate: whether each setting has its ``usual_tile``.
         """
         tiles = np.array(
@@ -266,7 +269,7 @@ class ExitSequence:
         trials = [
             self.trial(self.setting(place, tile=tile)) for place, tile in enumerate(tiles.tolist())
         ]
-        first, *others = (rule(trials, images) for images in self._images())
+        first, *others = (last_passed(trials, images) for images in self._images())
         places = np.array(others)
         return Choice(first, places, int(tiles[first]), tiles[places])
 

@@ -83,7 +83,7 @@ def exit_parameters(
 
 
 # From safe to risky: background after each stage, redundancy, regions in stage 0, 1 and later; and
-# the typical drop of AP, in percent points: see docs/exits.md for the command and the data.
+# the typical drop of AP, in percent points: see docs/exits.md for the data.
 _PATH: tuple[tuple[float, float, int, int, int, float], ...] = (
     (0.01, 2.0, 0, 0, 0, 0.01),
     (0.02, 2.0, 0, 0, 0, 0.018),

@@ -177,7 +177,7 @@ class TestOtherTargets:
             seen.append(images)
             return len(images) % len(trials)
 
-        found = sequence.chosen_by(last_passed)
+        found = sequence.passing(last_passed)
         assert found.place == 12 % len(SETTINGS)
         assert seen[0].tolist() == list(range(12))
         for fold in range(FOLDS):

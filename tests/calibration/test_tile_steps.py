@@ -110,7 +110,7 @@ class TestDrop:
             setting = {**SETTINGS[PLACE], **STEPS[tile]}
             change = trials.replay(policy(setting)).metrics["AP"] - trials.full.metrics["AP"]
             wanted = max((bounds[tile] + change) / np.sqrt(2), -change)
-            assert usual.bound(PLACE, tile=tile) == pytest.approx(wanted, abs=1e-3)
+            assert usual.bound(PLACE, tile=tile) == pytest.approx(wanted, abs=1e-6)
             assert sequence.bound(PLACE, tile=tile) >= usual.bound(PLACE, tile=tile)
 
     def test_images_that_are_left_out_have_no_say(self, trials, sequence):
@@ -227,7 +227,7 @@ class TestOtherTargets:
             seen.append(given)
             return len(set(images.tolist())) % len(given)
 
-        found = known.chosen_by(last_passed, tile_gate=True)
+        found = known.passing(last_passed, tile_gate=True)
         wanted = [known.setting(place, tile=tile) for place, tile in enumerate(self.usual)]
         assert seen[0] == [known.trial(setting) for setting in wanted]
         assert (found.place, found.tile) == (12 % 8, self.usual[12 % 8])

@@ -19,11 +19,9 @@ from cascade_det.layers.tiles import (
     FeatureMap,
     TiledMap,
     as_tensor,
-    cells_of,
     count_tiles,
-    windows_of,
 )
-from cascade_det.layers.windows import convolve_windows, takes_windows
+from cascade_det.layers.windows import takes_windows
 
 # Scores tiles ``[N, P, Q]`` by the hidden map ``[N, C, H, W]`` of the level after the finest.
 TileScorer: TypeAlias = Callable[[Tensor], Tensor]
@@ -248,12 +246,10 @@ class RPNHead(nn.Module):
         anchors = self.objectness_logits.out_channels
         images, _, height, width = finest.shape
         rows, logits, hidden = [], [], []
-        for tiles in windows_of(tiles_to_read, sum(counts)):
-            x = finest.with_border(tiles)
-            pixels = F.relu_(convolve_windows(x, self.convs[0])).permute(0, 2, 3, 1).flatten(0, 2)
-            hidden.append(pixels)  # [K TILE TILE, C]
+        for pixels, cells in finest.convolve(self.convs[0], tiles_to_read, sum(counts)):
+            hidden.append(F.relu_(pixels))  # [R, C]
             logits.append(_per_pixel(self.objectness_logits, pixels).float())
-            rows.append(cells_of(tiles, height, width))
+            rows.append(cells)
         device = finest.device
         dense = torch.full((images * height * width, anchors), -torch.inf, device=device)
         place = torch.zeros(images * height * width, dtype=torch.int64, device=device)

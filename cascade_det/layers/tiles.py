@@ -11,10 +11,16 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cascade_det.layers.windows import convolve_windows, takes_windows
 from cascade_det.layers.winograd import WinogradConv2d
-from cascade_det.layers.winograd_kernel import OUTPUTS
+from cascade_det.layers.winograd_blocks import (
+    BLOCK,
+    cells_of_blocks,
+    convolve_blocks,
+    takes_blocks,
+)
 
 TILE = 8  # cells per side
 # Tiles cost 1.1 to 1.2 times as much per cell as a whole map, measured: an image is computed as a
@@ -57,6 +63,10 @@ class TiledMap:
         self.as_a_whole = torch.zeros(images, dtype=torch.bool, device=source.device)
         self.measured: Callable[[], AbstractContextManager[None]] = nullcontext
         self._has_all = False  # as far as is known
+        # Those that are computed, bool [N, H / BLOCK, W / BLOCK]; windows have none.
+        self._blocks = None
+        if takes_blocks(conv, source) and out.dtype == source.dtype:
+            self._blocks = _blocks_of(self.computed)
         self._copies: list[tuple[Tensor, Tensor]] = []
 
     @staticmethod
@@ -126,22 +136,41 @@ class TiledMap:
                 counts = [0 if done else count for count, done in zip(counts, whole, strict=True)]
                 self.as_a_whole = self.as_a_whole | as_a_whole
                 self._has_all = all(whole)
-            for tiles in windows_of(missing, sum(counts)):
-                result = convolve_windows(self._cut(tiles, TILE + 2), self._conv)
-                self._write(tiles, result)
+            if self._blocks is not None:
+                self._compute_blocks(_blocks_of(missing), self._blocks)
+            else:
+                for tiles in windows_of(missing, sum(counts)):
+                    result = convolve_windows(self._cut(tiles, TILE + 2), self._conv)
+                    self._write(tiles, result)
         self.computed = self.computed | wanted | self.as_a_whole[:, None, None]
 
-    def with_border(self, tiles: Tensor) -> Tensor:
-        """Compute tiles with the cells around them, zeros beyond the map.
+    def convolve(
+        self, conv: nn.Module, tiles: Tensor, count: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Convolve the map at some tiles, some at a time; computes them and what is beside them.
 
         Args:
-            tiles: int64 ``[K, 3]``, image, row and column of each.
+            conv: of which ``takes_windows`` is true.
+            tiles: bool ``[N, P, Q]``, of images that are not computed as a whole.
+            count: how many there are.
 
-        Returns:
-            ``[K, K', TILE + 2, TILE + 2]``, channels-last.
+        Yields:
+            Pixels ``[R, K']`` of the result, and their indices in the pixels of N maps.
         """
-        with self._computing():
-            return self._compute_with_border(tiles)
+        _, _, height, width = self.shape
+        if self._blocks is None or not takes_blocks(conv, self.data):
+            for some in windows_of(tiles, count):
+                x = convolve_windows(self._with_border(some), conv)
+                yield x.permute(0, 2, 3, 1).flatten(0, 2), cells_of(some, height, width)
+        elif count:
+            wanted = _blocks_of(tiles)
+            with self._computing():
+                self._compute_blocks(_with_neighbours(wanted), self._blocks)
+                self.computed = self.computed | tiles
+            blocks = wanted.nonzero()
+            pixels = self.data.new_empty(BLOCK * BLOCK * len(blocks), conv.weight.shape[0])
+            convolve_blocks(self.data, conv, blocks, pixels)
+            yield pixels, cells_of_blocks(blocks, height, width).flatten()
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
@@ -152,21 +181,36 @@ class TiledMap:
         # What was made in inference mode can be written in that mode only.
         return torch.inference_mode() if self.data.is_inference() else nullcontext()
 
-    def _compute_with_border(self, tiles: Tensor) -> Tensor:
-        side = TILE + 2  # of the result
-        # Winograd's convolution is fast for multiples of its own tiles only.
-        step = OUTPUTS if isinstance(self._conv, WinogradConv2d) else 1
-        convolved = -(-side // step) * step
-        windows = self._cut(tiles, convolved + 2, border=2)
-        result = convolve_windows(windows, self._conv)[:, :, :side, :side]
-        *_, is_outside = self._cells(tiles, side, border=1)
-        if _may_hold(is_outside):
-            result = result.masked_fill(is_outside[:, None], 0)
-        self._write(tiles, result[:, :, 1:-1, 1:-1])
-        image, row, column = tiles.unbind(1)
-        _, rows, columns = self.computed.shape
-        self.computed.view(-1).index_fill_(0, (image * rows + row) * columns + column, True)
+    def _with_border(self, tiles: Tensor) -> Tensor:
+        """Compute tiles with the cells around them, zeros beyond the map.
+
+        Args:
+            tiles: int64 ``[K, 3]``, image, row and column of each.
+
+        Returns:
+            ``[K, K', TILE + 2, TILE + 2]``, channels-last.
+        """
+        with self._computing():
+            result = convolve_windows(self._cut(tiles, TILE + 4, border=2), self._conv)
+            *_, is_outside = self._cells(tiles, TILE + 2, border=1)
+            if _may_hold(is_outside):
+                result = result.masked_fill(is_outside[:, None], 0)
+            self._write(tiles, result[:, :, 1:-1, 1:-1])
+            image, row, column = tiles.unbind(1)
+            _, rows, columns = self.computed.shape
+            self.computed.view(-1).index_fill_(0, (image * rows + row) * columns + column, True)
         return result
+
+    def _compute_blocks(self, wanted: Tensor, done: Tensor) -> None:
+        """Compute the blocks of ``wanted`` that are not ``done`` yet, bool ``[N, 2 P, 2 Q]``."""
+        assert isinstance(self._conv, WinogradConv2d)
+        missing = (wanted & ~done).nonzero()
+        cells = cells_of_blocks(missing, *self.shape[2:])
+        own = self._pixels()
+        convolve_blocks(self._source, self._conv, missing, own, cells)
+        done |= wanted
+        if self._copies:
+            self._write_copies(cells.flatten(), own[cells.flatten()])
 
     def _compute_whole(self, images: Sequence[bool]) -> None:
         if all(images):
@@ -206,15 +250,22 @@ class TiledMap:
 
     def _write(self, tiles: Tensor, values: Tensor) -> None:
         """Write ``[K, K', TILE, TILE]`` to its place."""
-        _, channels, height, width = self.data.shape
-        pixels = values.permute(0, 2, 3, 1).reshape(-1, channels)
-        own = self.data.permute(0, 2, 3, 1).flatten(0, 2)  # a view: the data are channels-last
-        cells = cells_of(tiles, height, width)
-        own.index_copy_(0, cells, pixels.to(own.dtype))
+        pixels = values.permute(0, 2, 3, 1).reshape(-1, values.shape[1])
+        cells = cells_of(tiles, *self.shape[2:])
+        self._pixels().index_copy_(0, cells, pixels.to(self.dtype))
+        self._write_copies(cells, pixels)
+
+    def _write_copies(self, cells: Tensor, pixels: Tensor) -> None:
+        """Write pixels ``[R, K]`` of cells ``[R]`` of N maps to their rows in all copies."""
+        _, _, height, width = self.shape
         for table, first_rows in self._copies:
-            shift = first_rows - torch.arange(len(first_rows), device=cells.device) * height * width
-            rows = cells + shift[tiles[:, 0]].repeat_interleave(TILE * TILE)
+            image = cells // (height * width)
+            rows = cells % (height * width) + first_rows[image]
             table.index_copy_(0, rows, pixels.to(table.dtype))
+
+    def _pixels(self) -> Tensor:
+        """The data as ``[N H W, K]``, a view: they are channels-last."""
+        return self.data.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 FeatureMap: TypeAlias = Tensor | TiledMap
@@ -268,6 +319,17 @@ def cells_of(tiles: Tensor, height: int, width: int) -> Tensor:
     y = image[:, None] * height + row[:, None] * TILE + cell  # [K, TILE]
     x = column[:, None] * TILE + cell
     return (y[:, :, None] * width + x[:, None, :]).flatten()
+
+
+def _blocks_of(tiles: Tensor) -> Tensor:
+    """Tiles ``[N, P, Q]`` by block, ``[N, 2 P, 2 Q]``."""
+    per_side = TILE // BLOCK
+    return tiles.repeat_interleave(per_side, 1).repeat_interleave(per_side, 2)
+
+
+def _with_neighbours(blocks: Tensor) -> Tensor:
+    """Bool ``[N, H, W]`` with those beside them, corners too."""
+    return F.max_pool2d(blocks.float(), 3, stride=1, padding=1) > 0
 
 
 def _may_hold(mask: Tensor) -> bool:

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from cascade_det.layers.conv_norm import ConvNorm, FrozenBatchNorm2d
 from cascade_det.layers.int8 import Int8Conv2d
 from cascade_det.layers.winograd import WinogradConv2d
-from cascade_det.layers.winograd_kernel import OUTPUTS, winograd_windows
 
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)
 
@@ -58,12 +57,7 @@ def convolve_windows(windows: Tensor, conv: nn.Module) -> Tensor:
     if isinstance(conv, Int8Conv2d):
         return conv.convolve_windows(windows)
     assert isinstance(conv, nn.Conv2d | WinogradConv2d)
-    windows = windows.to(conv.weight.dtype)
-    in_tiles = (windows.shape[2] - 2) % OUTPUTS == 0
-    if isinstance(conv, WinogradConv2d) and in_tiles and conv.applies_to(windows):
-        convolved = winograd_windows(windows, conv.transformed, conv.bias)
-    else:
-        groups = conv.groups if isinstance(conv, nn.Conv2d) else 1
-        convolved = F.conv2d(windows, conv.weight, conv.bias, groups=groups)
+    groups = conv.groups if isinstance(conv, nn.Conv2d) else 1
+    convolved = F.conv2d(windows.to(conv.weight.dtype), conv.weight, conv.bias, groups=groups)
     norm = getattr(conv, "norm", None)
     return convolved if norm is None else norm(convolved)

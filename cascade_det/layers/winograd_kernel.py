@@ -22,8 +22,6 @@ from torch.nn import functional as F
 from cascade_det.layers.products import batched_product
 from cascade_det.layers.workers import run_in_threads, workspace
 
-OUTPUTS = 4  # per side of a tile
-
 # The weight transform at the points 0, 1, -1, 2, -2 and infinity.
 WEIGHT_TRANSFORM = (
     (1 / 4, 0, 0),
@@ -95,14 +93,19 @@ def winograd_conv2d(
     remaining = iter(starts)
 
     def work() -> None:
-        tiles = most_images * most_rows * tile_columns
-        memory = workspace(2 * 36 * tiles * max(channels, out_channels), x.dtype)
+        most_tiles = most_images * most_rows * tile_columns
+        memory = workspace(2 * 36 * most_tiles * max(channels, out_channels), x.dtype)
         for image, row in remaining:
             some = x[image : image + most_images]
             out_band = out_tiles[:, :, image : image + most_images, row : row + most_rows]
             last = 4 * (row + out_band.shape[3]) + 1
-            cut = partial(_cut_patches, _rows(some, 4 * row - 1, last))
-            _convolve_patches(cut, transformed_weight, bias, out_band, memory)
+            cut = partial(_cut_patches, _rows(some, 4 * row - 1, last), out_band.shape[2:5])
+            tiles = out_band.shape[2:5].numel()
+            result = convolve_patches(cut, transformed_weight, tiles, memory).view(out_band.shape)
+            if bias is None:
+                out_band.copy_(result)
+            else:
+                torch.add(result, bias, out=out_band)
 
     run_in_threads(work, len(starts))
     whole = tiled.view(images, 4 * tile_rows, 4 * tile_columns, out_channels)  # [N, 4 P, 4 Q, K]
@@ -124,81 +127,31 @@ def _band_size(shape: Sequence[int], threads: int) -> tuple[int, int]:
     return min(most_images, ceil(images / threads)), ceil(tile_rows / bands)
 
 
-def winograd_windows(
-    windows: Tensor, transformed_weight: Tensor, bias: Tensor | None = None
+def convolve_patches(
+    cut: Callable[[Tensor], None], transformed_weight: Tensor, tiles: int, memory: Tensor
 ) -> Tensor:
-    """``F.conv2d(windows, weight, bias)`` up to rounding: without padding, and without gradients.
+    """Convolve the inputs of tiles, without bias.
 
     Args:
-        windows: ``[N, C, H, W]``, with H - 2 and W - 2 multiples of ``OUTPUTS``; fastest
-            channels-last.
-        transformed_weight: ``[36, C, K]`` from ``transform_weight``.
-        bias: ``[K]``.
+        cut: writes the inputs to ``[36, tiles, C]``, rows first.
+        transformed_weight: ``[36, C, K]``.
+        tiles: their number.
+        memory: two halves, each for the larger of 36 inputs and 36 products of all tiles.
 
     Returns:
-        ``[N, K, H - 2, W - 2]``, channels-last.
+        ``[16, tiles, K]``, in ``memory``.
     """
-    x = windows.permute(0, 2, 3, 1).contiguous()  # [N, H, W, C]
-    count, height, width, channels = x.shape
-    out_channels = transformed_weight.shape[2]
-    rows, columns = height // 4, width // 4  # of tiles
-    tiled = x.new_empty(count, rows, 4, columns, 4, out_channels)
-    out_tiles = tiled.permute(2, 4, 0, 1, 3, 5)  # [4, 4, N, P, Q, K]
-    most = max(1, max(128, 32768 // channels) // (rows * columns))
-    threads = torch.get_num_threads()
-    pieces = ceil(ceil(count / most) / threads) * threads  # equal work for each thread
-    starts = range(0, count, max(1, ceil(count / pieces)) if count else 1)
-    remaining = iter(starts)
-
-    def work() -> None:
-        tiles = starts.step * rows * columns
-        memory = workspace(2 * 36 * tiles * max(channels, out_channels), x.dtype)
-        for start in remaining:
-            some = slice(start, start + starts.step)
-            cut = partial(_cut_windows, x[some])
-            _convolve_patches(cut, transformed_weight, bias, out_tiles[:, :, some], memory)
-
-    run_in_threads(work, len(starts))
-    return tiled.view(count, 4 * rows, 4 * columns, out_channels).permute(0, 3, 1, 2)
-
-
-def _convolve_patches(
-    cut: Callable[[Tensor], None],
-    transformed_weight: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    memory: Tensor,
-) -> None:
-    """Convolve the inputs of P x Q tiles of N images to ``out [4, 4, N, P, Q, K]``.
-
-    Args:
-        cut: writes the inputs to ``[6, 6, N, P, Q, C]``, rows first.
-        transformed_weight: ``[36, C, K]``.
-        bias: ``[K]``.
-        out: gets the result.
-        memory: two halves, each for the larger of 36 inputs and 36 products of all tiles.
-    """
-    *_, images, rows, columns, out_channels = out.shape
-    channels, tiles = transformed_weight.shape[1], images * rows * columns
+    channels, out_channels = transformed_weight.shape[1:]
     first, second = memory.chunk(2)
-    patches = first[: 36 * tiles * channels].view(6, 6, images, rows, columns, channels)
+    patches = first[: 36 * tiles * channels].view(36, tiles, channels)
     points = second[: 36 * tiles * channels].view(36, tiles, channels)
     products = first[: 36 * tiles * out_channels].view(36, tiles, out_channels)
-    results = second[: 16 * tiles * out_channels].view(out.shape)
+    results = second[: 16 * tiles * out_channels].view(16, tiles, out_channels)
     cut(patches)
     torch.mm(_both_axes(_INPUT_TRANSFORM), patches.view(36, -1), out=points.view(36, -1))
     batched_product(points, transformed_weight, out=products)
     torch.mm(_both_axes(_OUTPUT_TRANSFORM), products.view(36, -1), out=results.view(16, -1))
-    if bias is None:
-        out.copy_(results)
-    else:
-        torch.add(results, bias, out=out)
-
-
-def _cut_windows(windows: Tensor, patches: Tensor) -> None:
-    """``[N, 4 P + 2, 4 Q + 2, C]`` to the inputs of all tiles, ``[6, 6, N, P, Q, C]``."""
-    pixels = windows.unfold(1, 6, 4).unfold(2, 6, 4)  # [N, P, Q, C, 6, 6]
-    patches.copy_(pixels.permute(4, 5, 0, 1, 2, 3))
+    return results
 
 
 def _rows(x: Tensor, start: int, stop: int) -> Tensor:
@@ -209,9 +162,10 @@ def _rows(x: Tensor, start: int, stop: int) -> Tensor:
     return F.pad(rows, (0, 0, 0, *padding)) if any(padding) else rows
 
 
-def _cut_patches(rows: Tensor, patches: Tensor) -> None:
-    """``[N, 4 P + 2, 4 Q, C]`` to the inputs of all tiles, ``[6, 6, N, P, Q, C]``, rows first."""
-    columns = patches.shape[4]
+def _cut_patches(rows: Tensor, tiles: Sequence[int], patches: Tensor) -> None:
+    """``[N, 4 P + 2, 4 Q, C]`` to the inputs of N x P x Q tiles, ``[36, N P Q, C]``."""
+    patches = patches.view(6, 6, *tiles, -1)
+    columns = tiles[2]
     pixels = rows.unfold(1, 6, 4).unflatten(2, (columns, 4))  # [N, P, Q, 4, C, 6]
     pixels = pixels.permute(5, 3, 0, 1, 2, 4)  # [6, 4, N, P, Q, C]
     patches[:, 1:5] = pixels

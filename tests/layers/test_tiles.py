@@ -5,14 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn import functional as F
 
 from cascade_det.layers.conv_norm import ConvNorm
 from cascade_det.layers.int8 import Grid, Int8Conv2d, multiplies_int8_exactly
-from cascade_det.layers.tiles import TILE, TiledMap, as_tensor, windows_of
+from cascade_det.layers.tiles import TILE, TiledMap, as_tensor
 from cascade_det.layers.windows import convolve_windows, takes_windows
 from cascade_det.layers.winograd import WinogradConv2d
-from cascade_det.layers.winograd_kernel import transform_weight, winograd_windows
 
 # Largest difference from the whole map, relative to its largest number. 8 bits multiply exactly.
 BOUNDS = {"plain": 1e-5, "norm": 1e-5, "winograd": 1e-5, "bfloat16": 2**-7, "int8": 0.0}
@@ -65,21 +63,6 @@ def test_windows_are_cut_out_of_the_whole_map(kind):
     conv, x = make_conv(kind), make_map(kind, (3, 16, 14, 14))
     assert takes_windows(conv)
     assert_near(convolve_windows(x, conv), conv(x)[:, :, 1:-1, 1:-1], BOUNDS[kind])
-
-
-@given(
-    count=st.integers(1, 7),
-    rows=st.integers(1, 3),
-    columns=st.integers(1, 3),
-    channels=st.integers(1, 9),
-)
-@settings(max_examples=30)
-@torch.no_grad()
-def test_winograd_takes_windows_of_any_number_of_its_tiles(count, rows, columns, channels):
-    x = torch.randn(count, channels, 4 * rows + 2, 4 * columns + 2)
-    weight, bias = torch.randn(5, channels, 3, 3) / 3, torch.randn(5)
-    got = winograd_windows(x, transform_weight(weight), bias)
-    torch.testing.assert_close(got, F.conv2d(x, weight, bias), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -138,29 +121,34 @@ def test_a_map_with_all_tiles_is_the_whole_one_to_the_bit(kind):
     assert tiled.computed.all()
 
 
+@pytest.mark.parametrize("share", [0.4, 1.0])
 @pytest.mark.parametrize("kind", BOUNDS)
+@pytest.mark.parametrize("next_kind", ["plain", "winograd"])
 @torch.no_grad()
-def test_a_border_is_what_a_next_convolution_reads(kind):
+def test_a_next_convolution_reads_tiles_and_what_is_beside_them(kind, next_kind, share):
     tiled, whole, _ = make_tiled(kind)
-    padded = F.pad(whole.float(), (1, 1, 1, 1))
-    for tiles in windows_of(torch.ones(2, 3, 4, dtype=torch.bool), 24):
-        got = tiled.with_border(tiles)
-        wanted = torch.stack(
-            [
-                padded[image, :, row * TILE :, column * TILE :][:, : TILE + 2, : TILE + 2]
-                for image, row, column in tiles.tolist()
-            ]
-        )
-        assert_near(got.float(), wanted, BOUNDS[kind])
-    assert tiled.computed.all()
-    assert_near(tiled.data, whole, BOUNDS[kind])
+    conv = make_conv(next_kind, 24, 8)
+    tiles = torch.rand(2, 3, 4) < share
+    tiles[0, 0, 0] = tiles[1, -1, -1] = True  # at the corners of the map
+    wanted = conv(whole.float()).permute(0, 2, 3, 1).flatten(0, 2)
+    found = torch.full_like(wanted, torch.nan)
+    for pixels, cells in tiled.convolve(conv, tiles, int(tiles.sum())):
+        found[cells] = pixels
+    in_tiles = by_cell(tiles).flatten()
+    assert_near(found[in_tiles], wanted[in_tiles], BOUNDS[kind] or 1e-5)
+    assert found[~in_tiles].isnan().all()
+    assert torch.equal(tiled.computed, tiles)
+    cells = by_cell(tiles).expand_as(whole)
+    assert_near(tiled.data[cells], whole[cells], BOUNDS[kind])
 
 
+@pytest.mark.parametrize("kind", ["plain", "winograd"])
 @given(data=st.data())
 @settings(max_examples=25)
 @torch.no_grad()
-def test_computed_tiles_stay_as_they_are(data):
-    tiled, whole, _ = make_tiled("plain", (1, 16, 24, 24))
+def test_computed_tiles_stay_as_they_are(kind, data):
+    tiled, whole, _ = make_tiled(kind, (1, 16, 24, 24))
+    next_conv = make_conv(kind, 24)
     union = torch.zeros(1, 3, 3, dtype=torch.bool)
     for _ in range(3):
         drawn = data.draw(st.lists(st.booleans(), min_size=9, max_size=9))
@@ -168,7 +156,10 @@ def test_computed_tiles_stay_as_they_are(data):
         union |= wanted
         before = tiled.data.clone()
         known = by_cell(tiled.computed).expand_as(whole)
-        tiled.compute(wanted)
+        if data.draw(st.booleans()) and not tiled.as_a_whole.any():
+            list(tiled.convolve(next_conv, wanted, int(wanted.sum())))
+        else:
+            tiled.compute(wanted)
         assert torch.equal(tiled.data[known], before[known])
     # Nearly all tiles at once are the whole map, by the convolution itself.
     assert tiled.computed.all() or torch.equal(tiled.computed, union)
@@ -189,7 +180,7 @@ def test_nearly_all_tiles_of_one_image_are_its_whole_map():
     assert tiled.computed[1].sum() == 1
 
 
-@pytest.mark.parametrize("kind", ["plain", "bfloat16"])
+@pytest.mark.parametrize("kind", ["plain", "bfloat16", "winograd"])
 @torch.no_grad()
 def test_a_copy_of_the_map_gets_later_tiles(kind):
     tiled, whole, _ = make_tiled(kind)

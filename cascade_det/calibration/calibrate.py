@@ -133,6 +133,7 @@ def _calibrate(
         seed=options.seed,
         metric=target.metric.removeprefix("bbox/"),
         loss=target.loss,
+        most_drop=_most_drop(target),
     )
     calibrator.try_path()
     _search_where_images_suffice(calibrator, sample, target, options)
@@ -164,11 +165,16 @@ def _calibrate(
     return write_report(assessment, target, source, folder)
 
 
+def _most_drop(target: Target) -> float:
+    """The drop of AP that the images have to judge, also for other targets."""
+    return QUALITY_DROP if target.max_ap_drop is None else target.max_ap_drop
+
+
 def _search_where_images_suffice(
     calibrator: Calibrator, sample: SampleSize, target: Target, options: Options
 ) -> None:
     """Search freely if half of the images can judge what it finds; logs how many that takes."""
-    drop = QUALITY_DROP if target.max_ap_drop is None else target.max_ap_drop
+    drop = _most_drop(target)
     deviation = calibrator.sequence.deviation(default_exits(calibrator.num_stages))
     needed = images_to_search(sample, deviation, drop)
     if target.risk is not None:

@@ -22,13 +22,14 @@ from cascade_det.calibration.exit_sequence import (
     ExitSequence,
     Images,
 )
+from cascade_det.calibration.front import QUALITY_DROP
 from cascade_det.calibration.image_matching import ImageMatcher
 from cascade_det.calibration.latency_model import LatencyModel
 from cascade_det.calibration.progress import progress_bar
 from cascade_det.calibration.risk_control import fixed_sequence, pareto_front
 from cascade_det.calibration.score_calibration import UNCHANGED, ScoreMap, fit_score_maps
 from cascade_det.calibration.search import Search, Setting, loss_of
-from cascade_det.calibration.search_space import exit_parameters, exit_path, tile_steps
+from cascade_det.calibration.search_space import exit_parameters, exit_paths, tile_steps
 from cascade_det.calibration.target import Target
 from cascade_det.calibration.trials import ExitTrials, Recording, Trial
 from cascade_det.core import ExitPolicy
@@ -72,8 +73,9 @@ class Calibration:
 class Calibrator:
     """Finds exits for targets on a recording.
 
-    All images judge the settings of one path, see ``exit_path``. A free search is for many images:
-    one half of them tries settings, and the other half judges the best of them.
+    All images judge the settings of one path. Of ``exit_paths`` it is the one with the least
+    ``ExitSequence.steady_work``: which way AP changes decides later, how far along it. A free
+    search is for many images: one half of them tries settings, and the other half judges the best.
 
     Args:
         cfg: of the recorded model.
@@ -84,6 +86,7 @@ class Calibrator:
         seed: of the folds, and of the split into halves.
         metric: the AP that counts: ``AP`` or ``segm/AP``.
         loss: what can be lost: ``boxes`` or ``masks``.
+        most_drop: percent points of AP, for the choice of the path.
 
     Attributes:
         trials: on the images that settings are tried on.
@@ -105,6 +108,7 @@ class Calibrator:
         seed: int = 0,
         metric: str = "AP",
         loss: str = "boxes",
+        most_drop: float = QUALITY_DROP,
     ) -> None:
         self.cfg = cfg
         self.metric = metric
@@ -117,12 +121,17 @@ class Calibrator:
         self._trials_of = partial(ExitTrials, matcher=matcher, score=score, loss=loss)
         self._seed = seed
         self.trials = self.others = self._trials_of(recording)
-        path, scales = exit_path(
+        first, *others = exit_paths(
             num_stages=self.num_stages, proposals_per_image=recording.most_proposals
         )
-        self.plain = path
-        self.sequence = self._sequence(path, scales)
-        self.search = Search({"path": path}, lambda setting: self.sequence.trial(setting).summary())
+        sequences = [self._sequence(*first)]
+        sequences += [sequences[0].with_settings(*path) for path in others]
+        # To the percent: the first path unless another one leaves clearly less.
+        self.sequence = min(sequences, key=lambda one: round(one.steady_work(most_drop), 2))
+        self.plain = self.sequence.settings
+        self.search = Search(
+            {"path": self.plain}, lambda setting: self.sequence.trial(setting).summary()
+        )
 
     def policy(self, setting: Setting) -> ExitPolicy:
         """The exits of a setting, for trials."""

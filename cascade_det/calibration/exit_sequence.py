@@ -9,6 +9,7 @@ N images, P settings, F folds, B resamples.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -134,6 +135,29 @@ class ExitSequence:
         """A setting with a step of the tile gate and further keys; the full cascade has none."""
         own = {**self.settings[place], **self.tile_steps[tile]}
         return {**own, **extra} if own and extra else own
+
+    def with_settings(self, settings: Sequence[Setting], scales: Sequence[float]) -> ExitSequence:
+        """A sequence of other settings on the same images; both know what either has tried."""
+        other = copy.copy(self)
+        other.settings, other.scales = list(settings), list(scales)
+        return other
+
+    def steady_work(self, most: float) -> float:
+        """The share of work left by the riskiest setting that changes AP little on these images.
+
+        Up to it, the drop of as many further images would be within a limit, with ``CONFIDENCE``,
+        if nothing were lost on these: the deviation alone decides, not which way AP changes.
+
+        Args:
+            most: percent points.
+        """
+        work = 1.0
+        for setting in self.settings[1:]:
+            deviation = self.deviation(setting)
+            if not np.sqrt(2) * _factor(len(self.folds)) * deviation <= most:
+                break
+            work = self.trial(setting).work
+        return work
 
     def within(self, most: float, *, tile_gate: bool = False) -> Choice:
         """The riskiest setting up to which a bound of the drop of AP stays within a limit.

@@ -6,6 +6,7 @@ S stages, R proposals.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -84,10 +85,13 @@ def exit_parameters(
 
 # From safe to risky: background after each stage, redundancy, regions in stage 0, 1 and later; and
 # the typical drop of AP, in percent points: see docs/exits.md for the data.
-_PATH: tuple[tuple[float, float, int, int, int, float], ...] = (
+_Place = tuple[float, float, int, int, int, float]
+_FIRST: tuple[_Place, ...] = (
     (0.01, 2.0, 0, 0, 0, 0.01),
     (0.02, 2.0, 0, 0, 0, 0.018),
     (0.03, 2.0, 0, 0, 0, 0.021),
+)
+_BY_REDUNDANCY: tuple[_Place, ...] = (
     (0.03, 0.99, 0, 0, 0, 0.023),
     (0.03, 0.98, 0, 0, 0, 0.033),
     (0.03, 0.97, 0, 0, 0, 0.033),
@@ -98,6 +102,19 @@ _PATH: tuple[tuple[float, float, int, int, int, float], ...] = (
     (0.05, 0.95, 0, 300, 220, 0.087),
     (0.05, 0.95, 0, 250, 180, 0.091),
     (0.05, 0.95, 0, 200, 150, 0.18),
+)
+_BY_BUDGETS: tuple[_Place, ...] = (
+    (0.05, 2.0, 0, 0, 0, 0.021),
+    (0.05, 2.0, 0, 600, 450, 0.021),
+    (0.05, 2.0, 0, 450, 350, 0.021),
+    (0.05, 2.0, 0, 350, 250, 0.079),
+    (0.05, 2.0, 0, 300, 220, 0.079),
+    (0.05, 2.0, 0, 250, 180, 0.079),
+    (0.05, 2.0, 0, 220, 160, 0.079),
+    (0.05, 2.0, 0, 200, 150, 0.079),
+    (0.05, 2.0, 0, 175, 135, 0.09),
+)
+_LAST: tuple[_Place, ...] = (
     (0.05, 0.94, 0, 150, 120, 0.34),
     (0.05, 0.93, 0, 120, 100, 0.52),
     (0.05, 0.92, 0, 100, 80, 0.58),
@@ -113,21 +130,25 @@ _PATH: tuple[tuple[float, float, int, int, int, float], ...] = (
     (0.20, 0.60, 45, 18, 10, 9.3),
     (0.30, 0.50, 20, 6, 3, 14.3),
 )
+_PATHS = tuple((*_FIRST, *middle, *_LAST) for middle in (_BY_REDUNDANCY, _BY_BUDGETS))
+# Settings, and for each the percent points of AP that it loses on other data.
+Path: TypeAlias = tuple[list[Setting], list[float]]
 
 
-def exit_path(*, num_stages: int, proposals_per_image: int) -> tuple[list[Setting], list[float]]:
-    """The settings of ``_PATH``, from the full cascade on, each once, and their typical drops.
+def exit_paths(*, num_stages: int, proposals_per_image: int) -> list[Path]:
+    """Paths from the full cascade to risky exits, each setting once: redundancy or budgets first.
 
     Args:
         num_stages: S.
         proposals_per_image: the largest number in an image; only smaller budgets are set.
-
-    Returns:
-        The settings, and for each the percent points of AP that it loses on other data.
     """
+    return [_path(places, num_stages, proposals_per_image) for places in _PATHS]
+
+
+def _path(places: Sequence[_Place], num_stages: int, proposals_per_image: int) -> Path:
     path: list[Setting] = [{}]
     drops = [0.0]
-    for prune, redundancy, first, second, later, drop in _PATH:
+    for prune, redundancy, first, second, later, drop in places:
         setting: Setting = {}
         if num_stages > 1:
             setting["PRUNE_THRESHOLDS"] = (prune,) * (num_stages - 1)

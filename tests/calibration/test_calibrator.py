@@ -11,11 +11,12 @@ from random_records import CROP_CHANNELS, HIDDEN, make_parts
 from recorded_trials import make_calibrator, make_trials
 
 from cascade_det.calibration.calibrator import Calibrator, build_policy, split_images
+from cascade_det.calibration.exit_sequence import ExitSequence
 from cascade_det.calibration.image_matching import ImageMatcher
 from cascade_det.calibration.latency_model import LatencyModel
 from cascade_det.calibration.risk_control import fixed_sequence, hoeffding_bentkus_p_value
 from cascade_det.calibration.search import loss_of
-from cascade_det.calibration.search_space import exit_path
+from cascade_det.calibration.search_space import exit_paths
 from cascade_det.calibration.target import Target
 from cascade_det.calibration.trials import Recording
 from cascade_det.config import get_cfg
@@ -88,9 +89,10 @@ class TestPath:
         tried = [calibrator.search.setting(levels) for levels in calibrator.search.tried]
         assert tried == calibrator.sequence.settings
 
+    @pytest.mark.parametrize("which", [0, 1])
     @pytest.mark.parametrize("num_stages", [2, 3, 4])
-    def test_it_leads_from_safe_to_risky(self, num_stages):
-        path, drops = exit_path(num_stages=num_stages, proposals_per_image=300)
+    def test_it_leads_from_safe_to_risky(self, num_stages, which):
+        path, drops = exit_paths(num_stages=num_stages, proposals_per_image=300)[which]
         assert path[0] == {}
         assert drops[0] == 0
         assert drops == sorted(drops)
@@ -108,13 +110,34 @@ class TestPath:
             policy = build_policy(_cfg(num_stages), setting, None)
             assert policy.num_stages == num_stages
 
-    def test_a_budget_that_no_image_reaches_is_none(self):
-        few, _ = exit_path(num_stages=3, proposals_per_image=35)
+    @pytest.mark.parametrize("which", [0, 1])
+    def test_a_budget_that_no_image_reaches_is_none(self, which):
+        few, _ = exit_paths(num_stages=3, proposals_per_image=35)[which]
         limits = {n for setting in few for n in setting.get("REGION_BUDGET", ())}
         assert limits <= {0, *range(35)}
         assert [json.dumps(setting) for setting in few] == list(
             dict.fromkeys(json.dumps(setting) for setting in few)
         )
+
+    @pytest.mark.parametrize("which", [0, 1])
+    def test_it_is_the_one_along_which_ap_changes_little(self, recorded, monkeypatch, which):
+        """Made-up deviations: 9 points wherever only the other path goes."""
+        paths = exit_paths(num_stages=3, proposals_per_image=recorded[0].most_proposals)
+        own, other = paths[which][0], paths[1 - which][0]
+        monkeypatch.setattr(
+            ExitSequence,
+            "deviation",
+            lambda _, setting: 9.0 * (setting in other and setting not in own),
+        )
+        calibrator = make_calibrator(*recorded, most_drop=1.0)
+        assert calibrator.plain == calibrator.sequence.settings == own
+        assert calibrator.sequence.scales == paths[which][1]
+
+    def test_it_is_that_by_redundancy_where_nothing_is_sure(self, recorded):
+        recording, matcher = recorded
+        settings = make_calibrator(recording, matcher, most_drop=0.0).sequence.settings
+        most = recording.most_proposals
+        assert settings == exit_paths(num_stages=3, proposals_per_image=most)[0][0]
 
 
 class TestFreeSearch:

@@ -72,6 +72,25 @@ def _predictive_bound(grid, probabilities, deviation):
     return low
 
 
+def test_the_work_that_is_left_where_ap_changes_little(trials, sequence):
+    """Up to the first setting whose bound, if it lost nothing, is above the limit."""
+    widths = [
+        bound + sequence.trial(setting).metrics["AP"] - trials.full.metrics["AP"]
+        for setting, bound in zip(SETTINGS, bounds(trials), strict=True)
+    ]
+    found = set()
+    for most in (0.0, *(width + 1e-6 for width in widths), 1000.0):
+        place = 0
+        while place + 1 < len(widths) and widths[place + 1] <= most:
+            place += 1
+        assert sequence.steady_work(most) == sequence.trial(SETTINGS[place]).work
+        found.add(place)
+    assert len(found) > 3
+    assert sequence.with_settings(SETTINGS[:2], UNKNOWN[:2]).steady_work(1000.0) == (
+        sequence.trial(SETTINGS[1]).work
+    )
+
+
 class TestDrop:
     def test_the_last_setting_before_the_first_that_is_not_sure(self, trials, sequence):
         wanted, chosen = bounds(trials), []

@@ -18,13 +18,7 @@ from cascade_det.calibration.comparison import (
     simple_baselines,
 )
 from cascade_det.calibration.exit_sequence import Choice
-from cascade_det.calibration.front import (
-    FAST_DROP,
-    QUALITY_DROP,
-    FrontPoint,
-    choose_points,
-    front_point,
-)
+from cascade_det.calibration.front import FrontPoint, choose_points, front_point
 from cascade_det.calibration.gate_costs import GATES_OFF, without_costly_gates
 from cascade_det.calibration.image_matching import MatchedDetections
 from cascade_det.calibration.latency_model import LatencyModel
@@ -34,7 +28,7 @@ from cascade_det.calibration.recording import time_policies
 from cascade_det.calibration.score_calibration import expected_calibration_error
 from cascade_det.calibration.search import Setting
 from cascade_det.calibration.search_space import TILE_THRESHOLD, usual_settings
-from cascade_det.calibration.target import Options
+from cascade_det.calibration.target import FAST_DROP, QUALITY_DROP, Options
 from cascade_det.calibration.trials import TrialSummary
 from cascade_det.core import ExitPolicy
 from cascade_det.data.samples import Batch

@@ -15,7 +15,6 @@ from fvcore.common.config import CfgNode
 from cascade_det import config
 from cascade_det.calibration.assessment import Assessment
 from cascade_det.calibration.calibrator import Calibrator
-from cascade_det.calibration.front import QUALITY_DROP
 from cascade_det.calibration.gate_costs import GATES_OFF, without_costly_gates
 from cascade_det.calibration.image_matching import ImageMatcher
 from cascade_det.calibration.provenance import coco_provenance, provenance
@@ -133,7 +132,7 @@ def _calibrate(
         seed=options.seed,
         metric=target.metric.removeprefix("bbox/"),
         loss=target.loss,
-        most_drop=_most_drop(target),
+        target=target,
     )
     calibrator.try_path()
     _search_where_images_suffice(calibrator, sample, target, options)
@@ -165,16 +164,11 @@ def _calibrate(
     return write_report(assessment, target, source, folder)
 
 
-def _most_drop(target: Target) -> float:
-    """The drop of AP that the images have to judge, also for other targets."""
-    return QUALITY_DROP if target.max_ap_drop is None else target.max_ap_drop
-
-
 def _search_where_images_suffice(
     calibrator: Calibrator, sample: SampleSize, target: Target, options: Options
 ) -> None:
     """Search freely if half of the images can judge what it finds; logs how many that takes."""
-    drop = _most_drop(target)
+    drop = target.judged_drop
     deviation = calibrator.sequence.deviation(default_exits(calibrator.num_stages))
     needed = images_to_search(sample, deviation, drop)
     if target.risk is not None:

@@ -22,7 +22,6 @@ from cascade_det.calibration.exit_sequence import (
     ExitSequence,
     Images,
 )
-from cascade_det.calibration.front import QUALITY_DROP
 from cascade_det.calibration.image_matching import ImageMatcher
 from cascade_det.calibration.latency_model import LatencyModel
 from cascade_det.calibration.progress import progress_bar
@@ -74,8 +73,8 @@ class Calibrator:
     """Finds exits for targets on a recording.
 
     All images judge the settings of one path. Of ``exit_paths`` it is the one with the least
-    ``ExitSequence.steady_work``: which way AP changes decides later, how far along it. A free
-    search is for many images: one half of them tries settings, and the other half judges the best.
+    ``ExitSequence.steady_work``, for a guarantee the first. A free search is for many images: one
+    half of them tries settings, and the other half judges the best.
 
     Args:
         cfg: of the recorded model.
@@ -86,7 +85,7 @@ class Calibrator:
         seed: of the folds, and of the split into halves.
         metric: the AP that counts: ``AP`` or ``segm/AP``.
         loss: what can be lost: ``boxes`` or ``masks``.
-        most_drop: percent points of AP, for the choice of the path.
+        target: the goal, if known before; it has a say in which path is taken.
 
     Attributes:
         trials: on the images that settings are tried on.
@@ -108,7 +107,7 @@ class Calibrator:
         seed: int = 0,
         metric: str = "AP",
         loss: str = "boxes",
-        most_drop: float = QUALITY_DROP,
+        target: Target | None = None,
     ) -> None:
         self.cfg = cfg
         self.metric = metric
@@ -124,10 +123,13 @@ class Calibrator:
         first, *others = exit_paths(
             num_stages=self.num_stages, proposals_per_image=recording.most_proposals
         )
-        sequences = [self._sequence(*first)]
-        sequences += [sequences[0].with_settings(*path) for path in others]
-        # To the percent: the first path unless another one leaves clearly less.
-        self.sequence = min(sequences, key=lambda one: round(one.steady_work(most_drop), 2))
+        self.sequence = self._sequence(*first)
+        # A guarantee is of settings that these images did not choose.
+        if target is not None and target.risk is None:
+            sequences = [self.sequence, *(self.sequence.with_settings(*path) for path in others)]
+            limit = target.judged_drop
+            # To the percent: the first path unless another one leaves clearly less.
+            self.sequence = min(sequences, key=lambda one: round(one.steady_work(limit), 2))
         self.plain = self.sequence.settings
         self.search = Search(
             {"path": self.plain}, lambda setting: self.sequence.trial(setting).summary()

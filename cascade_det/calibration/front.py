@@ -17,7 +17,6 @@ from cascade_det.calibration.trials import TrialSummary
 from cascade_det.errors import CascadeDetError
 from cascade_det.files import write_csv
 
-QUALITY_DROP, FAST_DROP = 0.1, 1.0  # Percent points of AP.
 _TINY = 1e-6  # Least work, before its logarithm.
 
 

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from cascade_det.calibration.comparison import FULL, ComparedExits
-from cascade_det.calibration.front import FAST_DROP, QUALITY_DROP, FrontPoint
+from cascade_det.calibration.front import FrontPoint
+from cascade_det.calibration.target import FAST_DROP, QUALITY_DROP
 from cascade_det.files import atomic_path
 
 _Cost = Callable[["FrontPoint | ComparedExits"], float]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cascade_det.calibration.front import FAST_DROP, QUALITY_DROP, FrontPoint
+from cascade_det.calibration.front import FrontPoint
 from cascade_det.calibration.search import Setting
+from cascade_det.calibration.target import FAST_DROP, QUALITY_DROP
 
 # The most percent points of AP that each profile may lose.
 PROMISES = {"quality": QUALITY_DROP, "balanced": FAST_DROP, "fast": FAST_DROP}

@@ -9,6 +9,7 @@ from cascade_det.calibration.risk_control import SampleTooSmallError, smallest_s
 from cascade_det.errors import ConfigError
 
 MIN_IMAGES = 4  # Half of these is the smallest sample with a deviation.
+QUALITY_DROP, FAST_DROP = 0.1, 1.0  # Percent points of AP, of the profiles.
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class Target:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}: give {wanted}")
         if not 0 < self.delta < 1:
             raise ConfigError(f"--delta is {self.delta}: give a number between 0 and 1")
+
+    @property
+    def judged_drop(self) -> float:
+        """Percent points of AP that the images have to judge, also for other targets."""
+        return QUALITY_DROP if self.max_ap_drop is None else self.max_ap_drop
 
     @property
     def needs_masks(self) -> bool:

@@ -129,15 +129,18 @@ class TestPath:
             "deviation",
             lambda _, setting: 9.0 * (setting in other and setting not in own),
         )
-        calibrator = make_calibrator(*recorded, most_drop=1.0)
+        calibrator = make_calibrator(*recorded, target=Target(max_ap_drop=1.0))
         assert calibrator.plain == calibrator.sequence.settings == own
         assert calibrator.sequence.scales == paths[which][1]
 
-    def test_it_is_that_by_redundancy_where_nothing_is_sure(self, recorded):
-        recording, matcher = recorded
-        settings = make_calibrator(recording, matcher, most_drop=0.0).sequence.settings
-        most = recording.most_proposals
-        assert settings == exit_paths(num_stages=3, proposals_per_image=most)[0][0]
+    @pytest.mark.parametrize("target", [Target(risk=0.1), Target(max_ap_drop=0.1)])
+    def test_images_choose_no_path_of_a_guarantee(self, recorded, monkeypatch, target):
+        """The deviation of AP would choose the second path."""
+        paths = exit_paths(num_stages=3, proposals_per_image=recorded[0].most_proposals)
+        (first, _), (second, _) = paths
+        monkeypatch.setattr(ExitSequence, "deviation", lambda _, one: 9.0 * (one not in second))
+        settings = make_calibrator(*recorded, target=target).sequence.settings
+        assert settings == (second if target.risk is None else first)
 
 
 class TestFreeSearch:

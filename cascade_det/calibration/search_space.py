@@ -85,7 +85,7 @@ def exit_parameters(
 
 # From safe to risky: background after each stage, redundancy, regions in stage 0, 1 and later; and
 # the typical drop of AP, in percent points: see docs/exits.md for the data.
-_Place = tuple[float, float, int, int, int, float]
+_Place: TypeAlias = tuple[float, float, int, int, int, float]
 _FIRST: tuple[_Place, ...] = (
     (0.01, 2.0, 0, 0, 0, 0.01),
     (0.02, 2.0, 0, 0, 0, 0.018),
@@ -132,10 +132,10 @@ _LAST: tuple[_Place, ...] = (
 )
 _PATHS = tuple((*_FIRST, *middle, *_LAST) for middle in (_BY_REDUNDANCY, _BY_BUDGETS))
 # Settings, and for each the percent points of AP that it loses on other data.
-Path: TypeAlias = tuple[list[Setting], list[float]]
+ExitPath: TypeAlias = tuple[list[Setting], list[float]]
 
 
-def exit_paths(*, num_stages: int, proposals_per_image: int) -> list[Path]:
+def exit_paths(*, num_stages: int, proposals_per_image: int) -> list[ExitPath]:
     """Paths from the full cascade to risky exits, each setting once: redundancy or budgets first.
 
     Args:
@@ -145,7 +145,7 @@ def exit_paths(*, num_stages: int, proposals_per_image: int) -> list[Path]:
     return [_path(places, num_stages, proposals_per_image) for places in _PATHS]
 
 
-def _path(places: Sequence[_Place], num_stages: int, proposals_per_image: int) -> Path:
+def _path(places: Sequence[_Place], num_stages: int, proposals_per_image: int) -> ExitPath:
     path: list[Setting] = [{}]
     drops = [0.0]
     for prune, redundancy, first, second, later, drop in places:

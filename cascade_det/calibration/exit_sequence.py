@@ -22,14 +22,12 @@ from scipy.stats import t as student
 
 from cascade_det.calibration.bootstrap import (
     Difference,
-    average_precision,
     average_precisions,
     difference,
     resamples,
 )
-from cascade_det.calibration.image_matching import mix_images
 from cascade_det.calibration.search import Setting
-from cascade_det.calibration.trials import SEGM, ExitTrials, Trial
+from cascade_det.calibration.trials import SEGM, ExitTrials, Trial, mixed_metrics
 from cascade_det.core import ExitPolicy
 
 FOLDS = 5
@@ -313,7 +311,7 @@ class ExitSequence:
             [self.setting(place, extra, tile=tile) for place, tile in some.T.tolist()]
             for some in (pairs, resampled)
         )
-        mixed = _mixed([self.trial(one) for one in of_pairs], which.reshape(-1)[self._by_id])
+        mixed = mixed_metrics([self.trial(one) for one in of_pairs], which.reshape(-1)[self._by_id])
         found = {}
         for name, value in mixed.items():
             changes = (self._change(one)[name] for one in of_resamples)
@@ -392,18 +390,3 @@ def _factor(count: float) -> float:
         return np.nan
     # Of few images, a bootstrap's deviation is too small by the second factor.
     return float(student.ppf(CONFIDENCE, count - 1) * np.sqrt(count / (count - 1)))
-
-
-def _mixed(trials: Sequence[Trial], which: Images) -> dict[str, float]:
-    """Metrics where each image has the detections of one of the trials.
-
-    Args:
-        trials: of the same images.
-        which: ``[N]``, the index of the trial for each image, by ascending id.
-    """
-    metrics = average_precision(mix_images([trial.matched for trial in trials], which))
-    masks = [trial.matched_masks for trial in trials if trial.matched_masks is not None]
-    if masks:
-        of_masks = average_precision(mix_images(masks, which))
-        metrics |= {SEGM + name: value for name, value in of_masks.items()}
-    return metrics

@@ -19,7 +19,12 @@ from cascade_det.calibration.bootstrap import (
     paired_bootstrap,
 )
 from cascade_det.calibration.found_objects import found_masks, found_objects, lost_shares
-from cascade_det.calibration.image_matching import ImageMatcher, MatchedDetections, join_images
+from cascade_det.calibration.image_matching import (
+    ImageMatcher,
+    MatchedDetections,
+    join_images,
+    mix_images,
+)
 from cascade_det.calibration.mask_overlaps import RecordedMasks
 from cascade_det.core import MaskRules
 from cascade_det.core.exits import ExitPolicy
@@ -282,3 +287,18 @@ class ExitTrials:
                 objects = self.matcher.objects_of(image_id)
                 found.append(found_objects(own, *objects, score=self.score))
         return found
+
+
+def mixed_metrics(trials: Sequence[Trial], which: npt.NDArray[np.int64]) -> dict[str, float]:
+    """Metrics where each image has the detections of one of the trials.
+
+    Args:
+        trials: of the same images.
+        which: ``[N]``, the index of the trial for each image, by ascending id.
+    """
+    metrics = average_precision(mix_images([trial.matched for trial in trials], which))
+    masks = [trial.matched_masks for trial in trials if trial.matched_masks is not None]
+    if masks:
+        of_masks = average_precision(mix_images(masks, which))
+        metrics |= {SEGM + name: value for name, value in of_masks.items()}
+    return metrics

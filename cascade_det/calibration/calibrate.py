@@ -132,8 +132,8 @@ def _calibrate(
         seed=options.seed,
         metric=target.metric.removeprefix("bbox/"),
         loss=target.loss,
-        target=target,
     )
+    calibrator.choose_path(target)
     calibrator.try_path()
     _search_where_images_suffice(calibrator, sample, target, options)
     batches = first_batches(loader, options.timed_batches)

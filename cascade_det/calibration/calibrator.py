@@ -26,7 +26,7 @@ from cascade_det.calibration.image_matching import ImageMatcher
 from cascade_det.calibration.latency_model import LatencyModel
 from cascade_det.calibration.progress import progress_bar
 from cascade_det.calibration.risk_control import fixed_sequence, pareto_front
-from cascade_det.calibration.score_calibration import UNCHANGED, ScoreMap, fit_score_maps
+from cascade_det.calibration.score_calibration import UNCHANGED, fit_score_maps, to_last_stage
 from cascade_det.calibration.search import Search, Setting, loss_of
 from cascade_det.calibration.search_space import exit_parameters, exit_paths, tile_steps
 from cascade_det.calibration.target import Target
@@ -72,9 +72,9 @@ class Calibration:
 class Calibrator:
     """Finds exits for targets on a recording.
 
-    All images judge the settings of one path. Of ``exit_paths`` it is the one with the least
-    ``ExitSequence.steady_work``, for a guarantee the first. A free search is for many images: one
-    half of them tries settings, and the other half judges the best.
+    All images judge the settings of one path, of ``exit_paths`` the first unless ``choose_path``
+    says otherwise. A free search is for many images: one half of them tries settings, and the other
+    half judges the best.
 
     Args:
         cfg: of the recorded model.
@@ -85,7 +85,6 @@ class Calibrator:
         seed: of the folds, and of the split into halves.
         metric: the AP that counts: ``AP`` or ``segm/AP``.
         loss: what can be lost: ``boxes`` or ``masks``.
-        target: the goal, if known before; it has a say in which path is taken.
 
     Attributes:
         trials: on the images that settings are tried on.
@@ -107,7 +106,6 @@ class Calibrator:
         seed: int = 0,
         metric: str = "AP",
         loss: str = "boxes",
-        target: Target | None = None,
     ) -> None:
         self.cfg = cfg
         self.metric = metric
@@ -123,21 +121,33 @@ class Calibrator:
         first, *others = exit_paths(
             num_stages=self.num_stages, proposals_per_image=recording.most_proposals
         )
-        self.sequence = self._sequence(*first)
-        # A guarantee is of settings that these images did not choose.
-        if target is not None and target.risk is None:
-            sequences = [self.sequence, *(self.sequence.with_settings(*path) for path in others)]
-            limit = target.judged_drop
-            # To the percent: the first path unless another one leaves clearly less.
-            self.sequence = min(sequences, key=lambda one: round(one.steady_work(limit), 2))
-        self.plain = self.sequence.settings
+        sequence = self._sequence(*first)
+        self._sequences = [sequence, *(sequence.with_settings(*path) for path in others)]
+        self._follow(sequence)
+
+    def _follow(self, sequence: ExitSequence) -> None:
+        self.sequence, self.plain = sequence, sequence.settings
         self.search = Search(
-            {"path": self.plain}, lambda setting: self.sequence.trial(setting).summary()
+            {"path": self.plain}, lambda setting: sequence.trial(setting).summary()
         )
 
     def policy(self, setting: Setting) -> ExitPolicy:
         """The exits of a setting, for trials."""
         return build_policy(self.cfg, setting, self.learned)
+
+    def choose_path(self, target: Target) -> None:
+        """Follow the path along which AP changes least before its drop could reach the target's.
+
+        To the percent of work; else, and for a guarantee, it is the first one.
+        """
+        if target.risk is not None:
+            return  # it is of settings that these images did not choose
+        works = []
+        with progress_bar("Comparing paths", len(self._sequences)) as step:
+            for sequence in self._sequences:
+                works.append(round(sequence.steady_work(target.judged_drop), 2))
+                step()
+        self._follow(self._sequences[works.index(min(works))])
 
     def try_path(self) -> None:
         """Try the path, and show the progress."""
@@ -367,20 +377,6 @@ def split_images(
                 "objects, or another --seed, which decides the two halves."
             )
     return halves
-
-
-def to_last_stage(fitted: Sequence[ScoreMap]) -> list[ScoreMap]:
-    """The maps to scores of the last stage that follow from maps to probabilities.
-
-    Stages with too few detections to be fitted keep their scores.
-    """
-    last = fitted[-1]
-    return [
-        one
-        if one == UNCHANGED
-        else ScoreMap(one.scale / last.scale, (one.shift - last.shift) / last.scale)
-        for one in fitted
-    ]
 
 
 def build_policy(cfg: CfgNode, setting: Setting, learned: LearnedParts | None) -> ExitPolicy:

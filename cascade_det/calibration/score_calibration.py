@@ -7,6 +7,7 @@ that its region saw: Platt scaling (1999) on the logit, and with ``b_s = 0`` the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -101,3 +102,17 @@ def _fit(logits: npt.NDArray[np.float64], outcomes: npt.NDArray[np.bool_]) -> Sc
         options={"ftol": 1e-14, "gtol": 1e-9},
     )
     return ScoreMap(*found.x.tolist())
+
+
+def to_last_stage(fitted: Sequence[ScoreMap]) -> list[ScoreMap]:
+    """The maps to scores of the last stage that follow from maps to probabilities.
+
+    Stages with too few detections to be fitted keep their scores.
+    """
+    last = fitted[-1]
+    return [
+        one
+        if one == UNCHANGED
+        else ScoreMap(one.scale / last.scale, (one.shift - last.shift) / last.scale)
+        for one in fitted
+    ]

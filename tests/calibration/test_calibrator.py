@@ -129,7 +129,8 @@ class TestPath:
             "deviation",
             lambda _, setting: 9.0 * (setting in other and setting not in own),
         )
-        calibrator = make_calibrator(*recorded, target=Target(max_ap_drop=1.0))
+        calibrator = make_calibrator(*recorded)
+        calibrator.choose_path(Target(max_ap_drop=1.0))
         assert calibrator.plain == calibrator.sequence.settings == own
         assert calibrator.sequence.scales == paths[which][1]
 
@@ -139,8 +140,9 @@ class TestPath:
         paths = exit_paths(num_stages=3, proposals_per_image=recorded[0].most_proposals)
         (first, _), (second, _) = paths
         monkeypatch.setattr(ExitSequence, "deviation", lambda _, one: 9.0 * (one not in second))
-        settings = make_calibrator(*recorded, target=target).sequence.settings
-        assert settings == (second if target.risk is None else first)
+        calibrator = make_calibrator(*recorded)
+        calibrator.choose_path(target)
+        assert calibrator.sequence.settings == (second if target.risk is None else first)
 
 
 class TestFreeSearch:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from recorded_trials import make_calibrator, make_trials
 
-from cascade_det.calibration.calibrator import Calibrator, to_last_stage
-from cascade_det.calibration.score_calibration import UNCHANGED, ScoreMap
+from cascade_det.calibration.calibrator import Calibrator
+from cascade_det.calibration.score_calibration import UNCHANGED, ScoreMap, to_last_stage
 from cascade_det.calibration.target import Target
 
 ACCEPT = {"THRESHOLDS": (0.6, 2.0)}

@@ -27,7 +27,7 @@ from cascade_det.calibration.target import Options
 from cascade_det.commands import calibrate
 from cascade_det.config import load_config
 from cascade_det.engine.devices import device_name
-from cascade_det.errors import DatasetError
+from cascade_det.errors import ConfigError, DatasetError
 from cascade_det.hosts import load_host
 from cascade_det.standalone import host
 from cascade_det.weights import read_weights_file, weights_sha256
@@ -202,6 +202,15 @@ def test_a_tile_threshold_that_saves_time(case, tmp_path, monkeypatch, target):
     for kind in ("open", "computed"):
         share = results["exits"]["tiles"][f"{kind}_share"]
         assert share == pytest.approx(expected[f"tiles_{kind}"])
+
+
+def test_the_path_is_chosen_for_the_target(case, tmp_path, monkeypatch, capfd):
+    def choose_path(_, target):
+        raise ConfigError(f"chosen for {target.max_ap_drop}")
+
+    monkeypatch.setattr(Calibrator, "choose_path", choose_path)
+    assert run(case, tmp_path / "exits", "--max-ap-drop", "7") == 1
+    assert "chosen for 7.0" in capfd.readouterr().err
 
 
 def test_no_setting_is_faster_than_the_fastest_that_is_named(case, tmp_path, monkeypatch, capfd):

@@ -6,11 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from cascade_det.layers import tiles as tiles_module
 from cascade_det.layers.conv_norm import ConvNorm
 from cascade_det.layers.int8 import Grid, Int8Conv2d, multiplies_int8_exactly
 from cascade_det.layers.tiles import TILE, TiledMap, as_tensor
 from cascade_det.layers.windows import convolve_windows, takes_windows
 from cascade_det.layers.winograd import WinogradConv2d
+from cascade_det.layers.winograd_blocks import convolve_blocks
 
 # Largest difference from the whole map, relative to its largest number. 8 bits multiply exactly.
 BOUNDS = {"plain": 1e-5, "norm": 1e-5, "winograd": 1e-5, "bfloat16": 2**-7, "int8": 0.0}
@@ -196,6 +198,28 @@ def test_a_copy_of_the_map_gets_later_tiles(kind):
     assert_near(rows[cells], whole[cells], BOUNDS[kind])
     assert table.view(2, -1, channels)[:, :10].isnan().all()
     assert rows[~cells].isnan().all()
+
+
+@torch.no_grad()
+def test_blocks_are_computed_once(monkeypatch):
+    """Those beside an open tile too, which regions read later."""
+    tiled, _, _ = make_tiled("winograd", (1, 16, 24, 32))
+    next_conv, seen = make_conv("winograd", 24), []
+
+    def spy(x, conv, blocks, *where):
+        if conv is not next_conv:
+            seen.extend(map(tuple, blocks.tolist()))
+        convolve_blocks(x, conv, blocks, *where)
+
+    monkeypatch.setattr(tiles_module, "convolve_blocks", spy)
+    first = torch.zeros(1, 3, 4, dtype=torch.bool)
+    first[0, 1, 1] = True
+    list(tiled.convolve(next_conv, first, 1))
+    assert sorted(seen) == [(0, row, column) for row in range(1, 5) for column in range(1, 5)]
+    beside = torch.zeros_like(first)
+    beside[0, 1, 1:3] = True
+    tiled.compute(beside)
+    assert sorted(seen[16:]) == [(0, 2, 5), (0, 3, 5)]
 
 
 @torch.inference_mode()

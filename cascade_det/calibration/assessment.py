@@ -10,6 +10,7 @@ from statistics import median
 import numpy as np
 
 from cascade_det.calibration.calibrator import Calibration, Calibrator, build_policy
+from cascade_det.calibration.choose import time_by
 from cascade_det.calibration.comparison import (
     FULL,
     ComparedExits,
@@ -227,12 +228,13 @@ class Assessment:
 
     def _with_tiles(self, name: str, setting: Setting) -> Setting:
         """A setting of the sequence with the tile gate that its profile allows."""
-        sequence, time = self.calibrator.sequence, self.calibrator.time_by(self.latency)
+        sequence = self.calibrator.sequence
         if setting not in sequence.settings:
             return setting
         place = sequence.settings.index(setting)
         alone = Choice(place, np.zeros(0, np.int64))
-        found = sequence.within_tiles(alone, PROMISES[name], time)
+        costs = time_by(self.latency, sequence.evidence)
+        found = sequence.within_tiles(alone, PROMISES[name], costs)
         return sequence.setting(place, tile=found.tile)
 
     def judged(
@@ -244,9 +246,8 @@ class Assessment:
             setting: of the sequence, or with further keys.
             milliseconds: measured, by ``setting_name``.
         """
-        point = self._point(
-            setting, self.calibrator.sequence.trial(setting), self.calibrator.others.full
-        )
+        evidence = self.calibrator.sequence.evidence
+        point = self._point(setting, evidence.trial(setting), evidence.full)
         return replace(point, milliseconds=(milliseconds or {}).get(setting_name(setting)))
 
     def _point(self, setting: Setting, trial: TrialSummary, full: TrialSummary) -> FrontPoint:

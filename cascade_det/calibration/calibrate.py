@@ -169,7 +169,7 @@ def _search_where_images_suffice(
 ) -> None:
     """Search freely if half of the images can judge what it finds; logs how many that takes."""
     drop = target.judged_drop
-    deviation = calibrator.sequence.deviation(default_exits(calibrator.num_stages))
+    deviation = calibrator.sequence.evidence.deviation(default_exits(calibrator.num_stages))
     needed = images_to_search(sample, deviation, drop)
     if target.risk is not None:
         needed = max(needed, 2 * smallest_sample(target.risk, target.delta))

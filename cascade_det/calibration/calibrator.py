@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,17 +15,13 @@ from fvcore.common.config import CfgNode
 
 from cascade_det import config
 from cascade_det.calibration.bootstrap import Difference
-from cascade_det.calibration.exit_sequence import (
-    LEAST_SAVING,
-    USUAL_DROP,
-    Choice,
-    ExitSequence,
-    Images,
-)
+from cascade_det.calibration.choose import choose
+from cascade_det.calibration.evidence import Evidence
+from cascade_det.calibration.exit_sequence import Choice, ExitSequence
 from cascade_det.calibration.image_matching import ImageMatcher
 from cascade_det.calibration.latency_model import LatencyModel
 from cascade_det.calibration.progress import progress_bar
-from cascade_det.calibration.risk_control import fixed_sequence, pareto_front
+from cascade_det.calibration.risk_control import pareto_front
 from cascade_det.calibration.score_calibration import UNCHANGED, fit_score_maps, to_last_stage
 from cascade_det.calibration.search import Search, Setting, loss_of
 from cascade_det.calibration.search_space import exit_parameters, exit_paths, tile_steps
@@ -33,7 +29,7 @@ from cascade_det.calibration.target import Target
 from cascade_det.calibration.trials import ExitTrials, Recording, Trial
 from cascade_det.core import ExitPolicy
 from cascade_det.core.exits.learned import LearnedParts
-from cascade_det.errors import ConfigError, DatasetError
+from cascade_det.errors import DatasetError
 
 logger = logging.getLogger(__name__)
 
@@ -118,17 +114,15 @@ class Calibrator:
         self._trials_of = partial(ExitTrials, matcher=matcher, score=score, loss=loss)
         self._seed = seed
         self.trials = self.others = self._trials_of(recording)
-        first, *others = exit_paths(
-            num_stages=self.num_stages, proposals_per_image=recording.most_proposals
-        )
-        sequence = self._sequence(*first)
-        self._sequences = [sequence, *(sequence.with_settings(*path) for path in others)]
-        self._follow(sequence)
+        paths = exit_paths(num_stages=self.num_stages, proposals_per_image=recording.most_proposals)
+        evidence = self._evidence()
+        self._sequences = [ExitSequence(evidence, *path, self._tiles) for path in paths]
+        self._follow(self._sequences[0])
 
     def _follow(self, sequence: ExitSequence) -> None:
         self.sequence, self.plain = sequence, sequence.settings
         self.search = Search(
-            {"path": self.plain}, lambda setting: sequence.trial(setting).summary()
+            {"path": self.plain}, lambda setting: sequence.evidence.trial(setting).summary()
         )
 
     def policy(self, setting: Setting) -> ExitPolicy:
@@ -184,7 +178,8 @@ class Calibrator:
             self.search.search(most_trials)
         self.plain = self._front()
         mapped = [self.with_scores(setting) for setting in self.plain]
-        self.sequence = self._sequence(mapped, [math.inf] * len(mapped))
+        unknown = [math.inf] * len(mapped)
+        self.sequence = ExitSequence(self._evidence(), mapped, unknown, self._tiles)
 
     def calibrate(self, target: Target, latency: LatencyModel | None = None) -> Calibration:
         """The setting of the sequence for a target.
@@ -196,7 +191,7 @@ class Calibrator:
         Raises:
             ConfigError: no setting reaches the target.
         """
-        return self._evaluate(self._choose(target, latency))
+        return self._evaluate(choose(self.sequence, target, latency))
 
     def with_gates_off(
         self, found: Calibration, off: tuple[int, ...], target: Target
@@ -223,7 +218,7 @@ class Calibrator:
         return Calibration(
             setting=setting,
             plain={**plain, **(extra or {})} if plain else plain,
-            reported=self.sequence.trial(setting),
+            reported=self.sequence.evidence.trial(setting),
             full=self.others.full,
             differences=self.sequence.changes(choice, extra),
             choice=choice,
@@ -255,16 +250,8 @@ class Calibrator:
         after = self.trials.replay(self.policy(mapped)).metrics[self.metric]
         return mapped if after >= trial.metrics[self.metric] else setting
 
-    def _sequence(self, settings: Sequence[Setting], scales: Sequence[float]) -> ExitSequence:
-        return ExitSequence(
-            self.others,
-            settings,
-            scales,
-            self.policy,
-            metric=self.metric,
-            seed=self._seed,
-            tiles=self._tiles,
-        )
+    def _evidence(self) -> Evidence:
+        return Evidence(self.others, self.policy, metric=self.metric, seed=self._seed)
 
     def _front(self) -> list[Setting]:
         """The best of the search, by rising loss and falling work; the full cascade first."""
@@ -274,89 +261,6 @@ class Calibrator:
         front = pareto_front(losses, [tried[key].work for key in keys])
         ranks = np.linspace(0, len(front) - 1, min(len(front), MOST_PLACES)).round().astype(int)
         return [{}, *(self.search.setting(keys[front[rank]]) for rank in ranks)]
-
-    def _choose(self, target: Target, latency: LatencyModel | None) -> Choice:
-        sequence = self.sequence
-        tile_gate = self.has_tile_gate and latency is not None and bool(latency.per_tile)
-        if target.max_ap_drop is not None:
-            if not tile_gate:
-                return sequence.within(target.max_ap_drop)
-            return sequence.within_gated(target.max_ap_drop, self.time_by(latency))
-        if target.risk is not None:
-            risk, delta = target.risk, target.delta
-            # By time alone: a test of what the losses chose would promise too much.
-            return sequence.passing(
-                lambda trials, images: fixed_sequence(
-                    (trial.lost[images] for trial in trials), risk, delta
-                ),
-                tile_gate=tile_gate and self._saves_tiles(self.time_by(latency)),
-            )
-        if target.latency_ms is not None:
-            assert latency is not None
-            most, model = target.latency_ms, latency
-
-            def milliseconds(trial: Trial, images: Images) -> float:
-                return model.per_image(
-                    trial.entered[:, images], trial.masks[images], trial.tiles[:, images]
-                )
-
-            found = sequence.reaching(
-                lambda trial, images: milliseconds(trial, images) <= most, tile_gate=tile_gate
-            )
-            if found is not None:
-                return found
-            tried = [*sequence.settings]
-            if tile_gate:
-                places = range(len(tried))
-                tried += [sequence.setting(p, tile=sequence.usual_tile(p)) for p in places]
-            fastest = min(map(self.time_by(latency), tried))
-            raise ConfigError(
-                f"--latency-ms {most}: the fastest setting takes {fastest:.1f} ms per image on "
-                "this device. Give another target."
-            )
-        assert target.exit_rate is not None
-        return self._with_exit_rate(target.exit_rate, latency if tile_gate else None)
-
-    def _with_exit_rate(self, rate: float, latency: LatencyModel | None) -> Choice:
-        """The safest setting, with a step of the tile gate that loses next to nothing beside it."""
-        sequence, full = self.sequence, self.others.full
-
-        def skips(trial: Trial, images: Images) -> bool:
-            later = (one.entered[1:, images].sum() for one in (trial, full))
-            return bool(1 - next(later) / max(next(later), 1) >= rate)
-
-        found = sequence.reaching(skips)
-        if found is None:
-            trials = [sequence.trial(setting) for setting in sequence.settings]
-            raise ConfigError(
-                f"--exit-rate {rate}: the most that a setting skips is "
-                f"{max(t.exit_rate(full) for t in trials):.3f} of the later stages' regions. Give "
-                "another target."
-            )
-        if latency is None:
-            return found
-        bound = sequence.bound(found.place) if found.place else 0.0
-        gated = sequence.within_tiles(found, bound + USUAL_DROP, self.time_by(latency))
-        trial = sequence.trial(sequence.setting(gated.place, tile=gated.tile))
-        return gated if trial.exit_rate(full) >= rate else found
-
-    def time_by(self, latency: LatencyModel | None) -> Callable[[Setting], float]:
-        """Milliseconds per image of a setting, on the images that judge."""
-        assert latency is not None
-
-        def milliseconds(setting: Setting) -> float:
-            trial = self.sequence.trial(setting)
-            return latency.per_image(trial.entered, trial.masks, trial.tiles)
-
-        return milliseconds
-
-    def _saves_tiles(self, milliseconds: Callable[[Setting], float]) -> bool:
-        """Whether tile gates save time, in the mean over the sequence."""
-        sequence, takes = self.sequence, [0.0, 0.0]
-        for place in range(len(sequence.settings)):
-            for index, tile in enumerate((0, sequence.usual_tile(place))):
-                takes[index] += milliseconds(sequence.setting(place, tile=tile))
-        return takes[1] < (1 - LEAST_SAVING) * takes[0]
 
 
 def split_images(

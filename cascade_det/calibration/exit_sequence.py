@@ -4,44 +4,26 @@ A sequence is tested from its safe end, and ends with the first test that fails:
 it can be chosen by luck. The same choice is made without each of some folds of the images, which
 report the change of AP, and on resamples of the images, for its uncertainty.
 
-N images, P settings, F folds, B resamples.
+P settings, F folds, B resamples.
 """
 
 from __future__ import annotations
 
-import copy
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
-import numpy.typing as npt
-from scipy.stats import t as student
 
-from cascade_det.calibration.bootstrap import (
-    Difference,
-    average_precisions,
-    difference,
-    resamples,
-)
+from cascade_det.calibration.bootstrap import Difference, difference
+from cascade_det.calibration.evidence import Evidence, Images, Numbers
 from cascade_det.calibration.search import Setting
-from cascade_det.calibration.trials import SEGM, ExitTrials, Trial, mixed_metrics
-from cascade_det.core import ExitPolicy
+from cascade_det.calibration.trials import Trial, mixed_metrics
 
-FOLDS = 5
-CONFIDENCE = 0.95  # of a one-sided bound
-ROUNDS = 200
-# Of the bound of a fold, which decides nothing but the report.
-FOLD_ROUNDS = 50
 # A step of the tile gate is taken if it saves as much, a share of the time.
 LEAST_SAVING = 0.01
 # Percent points of AP that a tile gate may lose beside a setting where no limit is known.
 USUAL_DROP = 0.02
-# Indices of images, with repetitions.
-Images = npt.NDArray[np.int64]
-_Numbers = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -68,115 +50,69 @@ class Choice:
 
 
 class ExitSequence:
-    """Settings by rising risk, and their trials on the images that judge them.
+    """Settings by rising risk, and what the images that judge them say.
 
     Args:
-        trials: of the N images.
+        evidence: of these images.
         settings: P of them; the first one is empty, the full cascade.
         scales: P drops of AP, in percent points, as other data made expect; infinite where nothing
             is known.
-        policy: gives the exits of a setting.
-        metric: the AP that counts.
-        seed: of the folds.
         tiles: steps of the tile gate from off to risky, and their drops as ``scales``.
-
-    Attributes:
-        folds: int64 ``[N]``, the fold of each image.
     """
 
     def __init__(
         self,
-        trials: ExitTrials,
+        evidence: Evidence,
         settings: Sequence[Setting],
         scales: Sequence[float],
-        policy: Callable[[Setting], ExitPolicy],
-        *,
-        metric: str,
-        seed: int,
         tiles: tuple[Sequence[Setting], Sequence[float]] = (({},), (0.0,)),
     ) -> None:
-        self.trials = trials
+        self.evidence = evidence
         self.settings = list(settings)
         self.scales = list(scales)
         self.tile_steps, self._tile_scales = ([*part] for part in tiles)
-        self.metric = metric
-        self._policy = policy
-        self._tried: dict[str, Trial] = {}
-        self._full_aps: dict[str, _Numbers] | None = None
-        self._changes: dict[str, dict[str, _Numbers]] = {}
-        count = len(trials.recording.image_ids)
-        self._by_id = np.argsort(trials.recording.image_ids)
-        order = np.random.default_rng(seed).permutation(count)
-        self.folds = np.empty(count, np.int64)
-        self.folds[order] = np.arange(count) % min(FOLDS, count)
-        without = np.arange(min(FOLDS, count))[:, None] != self.folds
-        self._weights = np.concatenate(
-            [
-                np.ones((1, count)),
-                without,
-                resamples(np.ones(count), ROUNDS),
-                *(resamples(1.0 * kept, FOLD_ROUNDS) for kept in without),
-            ]
-        )
-        self._num_folds = len(without)
-
-    def trial(self, setting: Setting) -> Trial:
-        """The trial of a setting on all images, replayed once."""
-        if not setting:
-            return self.trials.full
-        key = json.dumps(setting, sort_keys=True)
-        if key not in self._tried:
-            self._tried[key] = self.trials.replay(self._policy(setting))
-        return self._tried[key]
 
     def setting(self, place: int, extra: Setting | None = None, *, tile: int = 0) -> Setting:
         """A setting with a step of the tile gate and further keys; the full cascade has none."""
         own = {**self.settings[place], **self.tile_steps[tile]}
         return {**own, **extra} if own and extra else own
 
-    def with_settings(self, settings: Sequence[Setting], scales: Sequence[float]) -> ExitSequence:
-        """A sequence of other settings on the same images; both know what either has tried."""
-        other = copy.copy(self)
-        other.settings, other.scales = list(settings), list(scales)
-        return other
+    def trial(self, place: int, *, tile: int = 0) -> Trial:
+        """The trial of a setting with a step of the tile gate."""
+        return self.evidence.trial(self.setting(place, tile=tile))
+
+    def bounds(self, place: int, *, tile: int = 0) -> Numbers:
+        """Of the drop of AP of a setting with a step of the tile gate, see ``Evidence.bounds``."""
+        scale = self.scales[place] + self._tile_scales[tile]
+        return self.evidence.bounds(self.setting(place, tile=tile), scale)
 
     def steady_work(self, most: float) -> float:
         """The share of work left by the riskiest setting that changes AP little on these images.
 
-        Up to it, the drop of as many further images would be within a limit, with ``CONFIDENCE``,
-        if nothing were lost on these: the deviation alone decides, not which way AP changes.
+        Up to it, ``Evidence.least_bound`` stays within a limit.
 
         Args:
             most: percent points.
         """
         work = 1.0
         for setting in self.settings[1:]:
-            deviation = self.deviation(setting)
-            if not np.sqrt(2) * _factor(len(self.folds)) * deviation <= most:
+            if not self.evidence.least_bound(setting) <= most:
                 break
-            work = self.trial(setting).work
+            work = self.evidence.trial(setting).work
         return work
 
     def within(self, most: float, *, tile_gate: bool = False) -> Choice:
-        """The riskiest setting up to which a bound of the drop of AP stays within a limit.
-
-        A drop is known from these images, with its deviation by bootstrap, and from other data,
-        where it was between 0 and its scale. Both are weighed by their precision (a normal prior),
-        so that images that say little leave what is usual. As many further images lose less than
-        the bound with ``CONFIDENCE``: it is that of the predictive distribution, with Student's
-        quantile, as the deviation of few images is itself uncertain. It is not below the drop of
-        these images.
+        """The riskiest setting up to which the bound of the drop of AP stays within a limit.
 
         Args:
             most: percent points.
             tile_gate: whether each setting but the full cascade has its ``usual_tile``.
         """
-        places, tiles = np.zeros((2, 1 + self._num_folds + ROUNDS), np.int64)
+        places, tiles = np.zeros((2, self.evidence.num_subsets), np.int64)
         holds = np.ones(len(places), bool)
         for place in range(1, len(self.settings)):
             tile = self.usual_tile(place) if tile_gate else 0
-            drops = -self._change(self.setting(place, tile=tile))[self.metric]
-            holds &= self._bounds(drops, self.scales[place] + self._tile_scales[tile]) <= most
+            holds &= self.bounds(place, tile=tile) <= most
             if not holds.any():
                 break
             places[holds], tiles[holds] = place, tile
@@ -224,9 +160,7 @@ class ExitSequence:
             cheap = self._cheap_tiles(place, cost)
             holds = places == place
             for tile in range(1, max(cheap) + 1):
-                drops = -self._change(self.setting(place, tile=tile))[self.metric]
-                scale = self.scales[place] + self._tile_scales[tile]
-                holds = holds & (self._bounds(drops, scale)[: len(holds)] <= most)
+                holds = holds & (self.bounds(place, tile=tile) <= most)
                 if not holds.any():
                     break
                 if tile in cheap:
@@ -262,10 +196,10 @@ class ExitSequence:
         """
         tiles = [{0, self.usual_tile(p) if tile_gate else 0} for p in range(len(self.settings))]
         candidates = [(place, tile) for place, own in enumerate(tiles) for tile in sorted(own)]
-        trials = [self.trial(self.setting(place, tile=tile)) for place, tile in candidates]
+        trials = [self.trial(place, tile=tile) for place, tile in candidates]
         first, *others = (
             next((place for place, trial in enumerate(trials) if reaches(trial, images)), None)
-            for images in self._images()
+            for images in self.evidence.images()
         )
         if first is None:
             return None
@@ -288,10 +222,8 @@ class ExitSequence:
         tiles = np.array(
             [self.usual_tile(p) if tile_gate else 0 for p in range(len(self.settings))]
         )
-        trials = [
-            self.trial(self.setting(place, tile=tile)) for place, tile in enumerate(tiles.tolist())
-        ]
-        first, *others = (last_passed(trials, images) for images in self._images())
+        trials = [self.trial(place, tile=tile) for place, tile in enumerate(tiles.tolist())]
+        first, *others = (last_passed(trials, images) for images in self.evidence.images())
         places = np.array(others)
         return Choice(first, places, int(tiles[first]), tiles[places])
 
@@ -305,88 +237,19 @@ class ExitSequence:
             choice: by one of the methods above.
             extra: further keys for every setting.
         """
-        folds, resampled = np.split(choice.pairs, [self._num_folds], axis=1)
-        pairs, which = np.unique(folds[:, self.folds], axis=1, return_inverse=True)
+        evidence = self.evidence
+        folds, resampled = np.split(choice.pairs, [evidence.num_folds], axis=1)
+        pairs, which = np.unique(folds[:, evidence.folds], axis=1, return_inverse=True)
         of_pairs, of_resamples = (
             [self.setting(place, extra, tile=tile) for place, tile in some.T.tolist()]
             for some in (pairs, resampled)
         )
-        mixed = mixed_metrics([self.trial(one) for one in of_pairs], which.reshape(-1)[self._by_id])
+        trials = [evidence.trial(one) for one in of_pairs]
+        mixed = mixed_metrics(trials, which.reshape(-1)[evidence.by_id])
+        others = [evidence.resampled_changes(one) for one in of_resamples]
         found = {}
         for name, value in mixed.items():
-            changes = (self._change(one)[name] for one in of_resamples)
-            values = np.array([self._resampled(own)[b] for b, own in enumerate(changes)])
-            change = value - self.trials.full.metrics[name]
+            values = np.array([changes[name][b] for b, changes in enumerate(others)])
+            change = value - evidence.full.metrics[name]
             found[name] = difference(change, values + change - np.nanmean(values))
         return found
-
-    def bound(self, place: int, *, tile: int = 0) -> float:
-        """The bound of the drop of AP of a setting, see ``within``."""
-        drops = -self._change(self.setting(place, tile=tile))[self.metric]
-        return float(self._bounds(drops, self.scales[place] + self._tile_scales[tile])[0])
-
-    def deviation(self, setting: Setting) -> float:
-        """The standard deviation of the change of AP by bootstrap, in percent points."""
-        return _deviation(self._resampled(self._change(setting)[self.metric]))
-
-    def _images(self) -> list[Images]:
-        """All images, those outside each fold, and those of each resample."""
-        rows = self._weights[: 1 + self._num_folds + ROUNDS].astype(np.int64)
-        return [np.arange(len(row)).repeat(row) for row in rows]
-
-    def _resampled(self, values: _Numbers) -> _Numbers:
-        return values[1 + self._num_folds :][:ROUNDS]
-
-    def _bounds(self, drops: _Numbers, scale: float) -> _Numbers:
-        """Of the drop of all images, of those outside each fold, and of resamples, ``[1 + F + B]``.
-
-        Args:
-            drops: for all weights of the images.
-            scale: of the drop in other data.
-        """
-        of_folds = drops[1 + self._num_folds + ROUNDS :].reshape(self._num_folds, -1)
-        deviations = [_deviation(x) for x in (self._resampled(drops), *of_folds)]
-        counts = self._weights[: 1 + self._num_folds].sum(axis=1).tolist()
-        widths = np.array([_factor(n) * x for n, x in zip(counts, deviations, strict=True)])
-        widths = np.concatenate([widths, np.full(ROUNDS, widths[0])])
-        known = drops[: len(widths)]
-        if math.isinf(scale):
-            return known + np.sqrt(2) * widths
-        quantile = NormalDist().inv_cdf(CONFIDENCE)
-        share = scale**2 / (scale**2 + (widths / quantile) ** 2)
-        expected = share * known + (1 - share) * scale / 2
-        # Where these images lose more, whatever is usual does not excuse it.
-        bounds: _Numbers = np.maximum(expected + np.sqrt(1 + share) * widths, known)
-        return bounds
-
-    def _change(self, setting: Setting) -> dict[str, _Numbers]:
-        """The change of each metric from the full cascade, for all weights of the images."""
-        key = json.dumps(setting, sort_keys=True)
-        if key not in self._changes:
-            if self._full_aps is None:
-                self._full_aps = self._aps(self.trials.full)
-            own = self._aps(self.trial(setting))
-            self._changes[key] = {name: own[name] - x for name, x in self._full_aps.items()}
-        return self._changes[key]
-
-    def _aps(self, trial: Trial) -> dict[str, _Numbers]:
-        weights = self._weights[:, self._by_id]
-        aps = average_precisions(trial.matched, weights)
-        if trial.matched_masks is not None:
-            of_masks = average_precisions(trial.matched_masks, weights)
-            aps |= {SEGM + name: values for name, values in of_masks.items()}
-        return aps
-
-
-def _deviation(values: _Numbers) -> float:
-    """Of resamples; nan unless two or more have objects."""
-    known = values[~np.isnan(values)]
-    return float(known.std(ddof=1)) if len(known) > 1 else np.nan
-
-
-def _factor(count: float) -> float:
-    """Deviations in a bound, of ``count`` images; nan for a single one."""
-    if count < 2:
-        return np.nan
-    # Of few images, a bootstrap's deviation is too small by the second factor.
-    return float(student.ppf(CONFIDENCE, count - 1) * np.sqrt(count / (count - 1)))

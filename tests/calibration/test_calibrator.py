@@ -11,7 +11,7 @@ from random_records import CROP_CHANNELS, HIDDEN, make_parts
 from recorded_trials import make_calibrator, make_trials
 
 from cascade_det.calibration.calibrator import Calibrator, build_policy, split_images
-from cascade_det.calibration.exit_sequence import ExitSequence
+from cascade_det.calibration.evidence import Evidence
 from cascade_det.calibration.image_matching import ImageMatcher
 from cascade_det.calibration.latency_model import LatencyModel
 from cascade_det.calibration.risk_control import fixed_sequence, hoeffding_bentkus_p_value
@@ -68,7 +68,7 @@ class TestHalves:
         choosing, reporting = split_images(recorded[0].image_ids, recorded[1], 0)
         assert searched.trials.recording.image_ids == ids[choosing].tolist()
         assert searched.others.recording.image_ids == ids[reporting].tolist()
-        assert searched.sequence.trials is searched.others
+        assert searched.sequence.evidence.trials is searched.others
 
     def test_one_without_an_object(self):
         ids = [1, 2, 3, 4]
@@ -125,7 +125,7 @@ class TestPath:
         paths = exit_paths(num_stages=3, proposals_per_image=recorded[0].most_proposals)
         own, other = paths[which][0], paths[1 - which][0]
         monkeypatch.setattr(
-            ExitSequence,
+            Evidence,
             "deviation",
             lambda _, setting: 9.0 * (setting in other and setting not in own),
         )
@@ -139,7 +139,7 @@ class TestPath:
         """The deviation of AP would choose the second path."""
         paths = exit_paths(num_stages=3, proposals_per_image=recorded[0].most_proposals)
         (first, _), (second, _) = paths
-        monkeypatch.setattr(ExitSequence, "deviation", lambda _, one: 9.0 * (one not in second))
+        monkeypatch.setattr(Evidence, "deviation", lambda _, one: 9.0 * (one not in second))
         calibrator = make_calibrator(*recorded)
         calibrator.choose_path(target)
         assert calibrator.sequence.settings == (second if target.risk is None else first)
@@ -228,9 +228,9 @@ class TestChoice:
         """Another exit, said to save time, in the place of a tile threshold."""
         monkeypatch.setattr(f"{Calibrator.__module__}.tile_steps", lambda _: ([{}, step], [0, 0]))
         made = make_calibrator(*recorded)
-        made.has_tile_gate = True
         monkeypatch.setattr(
-            made, "time_by", lambda _: lambda setting: 2.0 - (step.items() <= setting.items())
+            "cascade_det.calibration.choose.time_by",
+            lambda *_: lambda setting: 2.0 - (step.items() <= setting.items()),
         )
         latency = dataclasses.replace(LATENCY, per_tile=(1.0, 1.0, 1.0, 1.0))
         found = made.calibrate(Target(exit_rate=0.3), latency)

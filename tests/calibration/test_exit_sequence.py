@@ -13,7 +13,8 @@ from scipy.stats import t as student
 
 from cascade_det.calibration.bootstrap import average_precision, paired_bootstrap
 from cascade_det.calibration.calibrator import build_policy
-from cascade_det.calibration.exit_sequence import FOLDS, ROUNDS, ExitSequence
+from cascade_det.calibration.evidence import FOLDS, ROUNDS, Evidence
+from cascade_det.calibration.exit_sequence import ExitSequence
 from cascade_det.calibration.image_matching import join_images, mix_images
 from cascade_det.calibration.trials import ExitTrials
 from cascade_det.config import get_cfg
@@ -32,7 +33,7 @@ def policy(setting):
 
 
 def make_sequence(trials, settings=SETTINGS, scales=UNKNOWN):
-    return ExitSequence(trials, settings, scales, policy, metric="AP", seed=0)
+    return ExitSequence(Evidence(trials, policy, metric="AP", seed=0), settings, scales)
 
 
 @pytest.fixture(scope="module")
@@ -75,18 +76,18 @@ def _predictive_bound(grid, probabilities, deviation):
 def test_the_work_that_is_left_where_ap_changes_little(trials, sequence):
     """Up to the first setting whose bound, if it lost nothing, is above the limit."""
     widths = [
-        bound + sequence.trial(setting).metrics["AP"] - trials.full.metrics["AP"]
-        for setting, bound in zip(SETTINGS, bounds(trials), strict=True)
+        bound + sequence.trial(place).metrics["AP"] - trials.full.metrics["AP"]
+        for place, bound in enumerate(bounds(trials))
     ]
     found = set()
     for most in (0.0, *(width + 1e-6 for width in widths), 1000.0):
         place = 0
         while place + 1 < len(widths) and widths[place + 1] <= most:
             place += 1
-        assert sequence.steady_work(most) == sequence.trial(SETTINGS[place]).work
+        assert sequence.steady_work(most) == sequence.trial(place).work
         found.add(place)
     assert len(found) > 3
-    reordered = sequence.with_settings([SETTINGS[0], SETTINGS[-1], *SETTINGS[1:-1]], UNKNOWN)
+    reordered = make_sequence(trials, [SETTINGS[0], SETTINGS[-1], *SETTINGS[1:-1]])
     assert widths[1] < widths[-1]
     assert reordered.steady_work(widths[1] + 1e-6) == 1  # what comes behind has no say
 
@@ -106,21 +107,24 @@ class TestDrop:
     def test_other_data_weigh_the_more_the_less_these_say(self, trials, sequence):
         """As many further images lose less with 95%, by the posterior on a grid of drops."""
         wanted = bounds(trials)
-        places = [p for p, setting in enumerate(SETTINGS) if sequence.deviation(setting) > 0]
+        places = [p for p, one in enumerate(SETTINGS) if sequence.evidence.deviation(one) > 0]
         grid = np.linspace(-60, 60, 24_001)
         for scale in (0.5, 3.0, 1e4):
             found = make_sequence(trials, scales=(scale,) * len(SETTINGS))
             for place in places[:2]:
-                change = sequence.trial(SETTINGS[place]).metrics["AP"] - trials.full.metrics["AP"]
+                change = sequence.trial(place).metrics["AP"] - trials.full.metrics["AP"]
                 deviation = (wanted[place] + change) / norm.ppf(0.95) / np.sqrt(2)
                 density = norm.pdf(grid, scale / 2, scale) * norm.pdf(-change, grid, deviation)
                 bound = _predictive_bound(grid, density / density.sum(), deviation)
-                assert found.bound(place) == pytest.approx(max(bound, -change), abs=2e-3)
+                assert found.bounds(place)[0] == pytest.approx(max(bound, -change), abs=2e-3)
 
     def test_what_these_images_lose_is_not_excused(self, trials, sequence):
         """However little is usual elsewhere."""
         safe = make_sequence(trials, scales=(0.001,) * len(SETTINGS))
-        drops = [trials.full.metrics["AP"] - sequence.trial(s).metrics["AP"] for s in SETTINGS]
+        drops = [
+            trials.full.metrics["AP"] - sequence.trial(p).metrics["AP"]
+            for p in range(len(SETTINGS))
+        ]
         for most in (1.0, 5.0, 20.0):
             assert max(drops[: safe.within(most).place + 1]) <= most
         assert safe.within(max(drops) - 1).place < len(SETTINGS) - 1
@@ -135,7 +139,7 @@ class TestDrop:
 
     def test_nor_where_resamples_would_go_on(self, trials):
         reordered = make_sequence(trials, [SETTINGS[0], SETTINGS[-1], *SETTINGS[1:-1]])
-        found = reordered.within(reordered.bound(1) - 1e-6)
+        found = reordered.within(reordered.bounds(1)[0] - 1e-6)
         assert found.place == 0
         assert found.others.max() > 1
 
@@ -149,7 +153,7 @@ class TestDrop:
         """Another outcome on the images of one fold changes the other choices alone."""
         changed = []
         for fold in range(FOLDS):
-            images = np.flatnonzero(sequence.folds == fold)
+            images = np.flatnonzero(sequence.evidence.folds == fold)
             other = make_sequence(_shuffled(trials, images))
             for most in (5.0, 20.0, 40.0):
                 ours, theirs = sequence.within(most), other.within(most)
@@ -158,12 +162,12 @@ class TestDrop:
         assert any(changed)
 
     def test_every_image_is_left_out_once(self, sequence):
-        assert np.bincount(sequence.folds).tolist() == [3, 3, 2, 2, 2]
+        assert np.bincount(sequence.evidence.folds).tolist() == [3, 3, 2, 2, 2]
 
     def test_without_objects_on_some_resamples(self, trials):
         """Two images in one fold have all objects: without it, nothing may leave."""
         sequence = make_sequence(trials)
-        kept = np.flatnonzero(sequence.folds == 2)
+        kept = np.flatnonzero(sequence.evidence.folds == 2)
         lone = _with_objects_in(trials, kept)
         found = make_sequence(lone).within(100.0)
         assert found.others[2] == 0
@@ -174,7 +178,7 @@ class TestDrop:
 
 class TestOtherTargets:
     def test_the_safest_that_reaches_it(self, sequence, trials):
-        rates = [sequence.trial(s).exit_rate(trials.full) for s in SETTINGS]
+        rates = [sequence.trial(p).exit_rate(trials.full) for p in range(len(SETTINGS))]
 
         def reaches(rate):
             def skips(trial, images):
@@ -200,7 +204,8 @@ class TestOtherTargets:
         assert found.place == 12 % len(SETTINGS)
         assert seen[0].tolist() == list(range(12))
         for fold in range(FOLDS):
-            assert seen[1 + fold].tolist() == np.flatnonzero(sequence.folds != fold).tolist()
+            outside = np.flatnonzero(sequence.evidence.folds != fold)
+            assert seen[1 + fold].tolist() == outside.tolist()
             assert found.others[fold] == len(seen[1 + fold]) % len(SETTINGS)
         assert all(len(images) == 12 for images in seen[1 + FOLDS :])
         assert any(len(set(images.tolist())) < 12 for images in seen[1 + FOLDS :])
@@ -213,7 +218,7 @@ class TestReport:
         matched = []
         for index, image_id in enumerate(trials.recording.image_ids):
             alone = trials.recording.of_images([index])
-            setting = SETTINGS[choice.others[sequence.folds[index]]]
+            setting = SETTINGS[choice.others[sequence.evidence.folds[index]]]
             own = ExitTrials(alone, trials.matcher, score=0.3)
             (found,) = own.detections(policy(setting))
             matched.append(trials.matcher.match(image_id, found))

@@ -9,7 +9,8 @@ from scipy.stats import t as student
 
 from cascade_det.calibration.bootstrap import average_precision, paired_bootstrap
 from cascade_det.calibration.calibrator import build_policy
-from cascade_det.calibration.exit_sequence import FOLDS, ROUNDS, Choice, ExitSequence
+from cascade_det.calibration.evidence import FOLDS, ROUNDS, Evidence
+from cascade_det.calibration.exit_sequence import Choice, ExitSequence
 from cascade_det.calibration.image_matching import join_images
 from cascade_det.calibration.search_space import TILE_THRESHOLDS, tile_steps
 from cascade_det.calibration.trials import ExitTrials
@@ -33,7 +34,8 @@ def policy(setting):
 
 
 def make_sequence(trials, *, scales=UNKNOWN, drops=NO_DROPS):
-    return ExitSequence(trials, SETTINGS, scales, policy, metric="AP", seed=0, tiles=(STEPS, drops))
+    evidence = Evidence(trials, policy, metric="AP", seed=0)
+    return ExitSequence(evidence, SETTINGS, scales, (STEPS, drops))
 
 
 def cost_by(costs):
@@ -110,14 +112,15 @@ class TestDrop:
             setting = {**SETTINGS[PLACE], **STEPS[tile]}
             change = trials.replay(policy(setting)).metrics["AP"] - trials.full.metrics["AP"]
             wanted = max((bounds[tile] + change) / np.sqrt(2), -change)
-            assert usual.bound(PLACE, tile=tile) == pytest.approx(wanted, abs=1e-6)
-            assert sequence.bound(PLACE, tile=tile) >= usual.bound(PLACE, tile=tile)
+            assert usual.bounds(PLACE, tile=tile)[0] == pytest.approx(wanted, abs=1e-6)
+            assert sequence.bounds(PLACE, tile=tile)[0] >= usual.bounds(PLACE, tile=tile)[0]
 
     def test_images_that_are_left_out_have_no_say(self, trials, sequence):
         changed = []
         for fold in range(FOLDS):
-            images = np.flatnonzero(sequence.folds == fold)
-            kept = trials.recording.of_images(np.flatnonzero(sequence.folds != fold).tolist())
+            images = np.flatnonzero(sequence.evidence.folds == fold)
+            outside = np.flatnonzero(sequence.evidence.folds != fold)
+            kept = trials.recording.of_images(outside.tolist())
             alone = ExitTrials(kept, trials.matcher, score=0.3)
             assert len(kept.image_ids) + len(images) == 12
             for most in (5.0, 20.0, 40.0):
@@ -179,7 +182,7 @@ def test_each_image_is_reported_with_what_was_chosen_without_it(trials, sequence
     tiles[:FOLDS] = steps
     matched = []
     for index, image_id in enumerate(trials.recording.image_ids):
-        fold = sequence.folds[index]
+        fold = sequence.evidence.folds[index]
         setting = {**SETTINGS[places[fold]], **STEPS[steps[fold]]}
         alone = ExitTrials(trials.recording.of_images([index]), trials.matcher, score=0.3)
         matched.append(trials.matcher.match(image_id, alone.detections(policy(setting))[0]))
@@ -207,7 +210,7 @@ class TestOtherTargets:
             return lambda trial, images: trial.entered[:, images].sum() / len(images) <= most
 
         def work(place, tile):
-            return known.trial(known.setting(place, tile=tile)).entered.sum() / 12
+            return known.trial(place, tile=tile).entered.sum() / 12
 
         for most in (75.0, 60.0, 45.0, 30.0):
             found = known.reaching(reaches(most), tile_gate=True)
@@ -228,8 +231,7 @@ class TestOtherTargets:
             return len(set(images.tolist())) % len(given)
 
         found = known.passing(last_passed, tile_gate=True)
-        wanted = [known.setting(place, tile=tile) for place, tile in enumerate(self.usual)]
-        assert seen[0] == [known.trial(setting) for setting in wanted]
+        assert seen[0] == [known.trial(place, tile=tile) for place, tile in enumerate(self.usual)]
         assert (found.place, found.tile) == (12 % 8, self.usual[12 % 8])
         assert found.pairs[1].tolist() == [self.usual[place] for place in found.others]
 

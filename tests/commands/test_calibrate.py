@@ -187,7 +187,7 @@ def test_a_tile_threshold_that_saves_time(case, tmp_path, monkeypatch, target):
     monkeypatch.setattr("cascade_det.calibration.recording.time_policies", _time_of_tiles)
     monkeypatch.setattr(calibrate_module, "images_to_search", lambda *_: np.inf)
     # A few images cannot show that so small a model loses nothing.
-    monkeypatch.setattr("cascade_det.calibration.calibrator.USUAL_DROP", 90.0)
+    monkeypatch.setattr("cascade_det.calibration.choose.USUAL_DROP", 90.0)
     arguments = {
         "drop": ["--max-ap-drop", "90"],
         "latency": ["--latency-ms", "12"],

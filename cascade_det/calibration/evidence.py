@@ -30,7 +30,7 @@ Numbers = npt.NDArray[np.float64]
 
 
 class Evidence:
-    """Settings on all images, on those outside each fold, and on resamples.
+    """What all images say of a setting, those outside each fold, and resamples.
 
     Args:
         trials: of the N images.
@@ -86,7 +86,7 @@ class Evidence:
         return self._tried[key]
 
     def images(self) -> list[Images]:
-        """Those of each subset."""
+        """The images of each subset, by index, with repetitions."""
         rows = self._weights[: self.num_subsets].astype(np.int64)
         return [np.arange(len(row)).repeat(row) for row in rows]
 

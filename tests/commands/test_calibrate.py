@@ -422,15 +422,15 @@ def choose(monkeypatch):
     """``choose(setting)``: the result is this one, of a free search."""
 
     def make(setting):
-        def last(calibrator, *_):
-            choice = calibrator.sequence.within(0.0)
-            place = len(calibrator.sequence.settings) - 1
+        def last(sequence, *_):
+            choice = sequence.within(0.0)
+            place = len(sequence.settings) - 1
             return Choice(place, np.full_like(choice.others, place))
 
         settings = [{}, setting] if setting else [{}]
         monkeypatch.setattr(calibrate_module, "images_to_search", lambda *_: 0)
         monkeypatch.setattr(Calibrator, "_front", lambda _: settings)
-        monkeypatch.setattr(Calibrator, "_choose", last)
+        monkeypatch.setattr("cascade_det.calibration.calibrator.choose", last)
 
     return make
 

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
@@ -69,17 +70,29 @@ class Wandb:
                 position += left
                 continue
             _, length, kind = struct.unpack_from("<IHB", data, position)
+            if position + 7 + length > len(data):
+                return  # still being written
             parts += data[position + 7 : position + 7 + length]
             position += 7 + length
             if kind in (1, 4):  # whole, or the last of several parts
                 yield Record.FromString(parts)
                 parts = b""
 
+    def written(self, path):
+        """The records of a run; its end is written by another process."""
+        for _ in range(600):
+            records = list(self.records(path))
+            if records and records[-1].HasField("exit"):
+                return records
+            time.sleep(0.1)
+        raise AssertionError(f"{path} has no end after a minute")
+
     def read(self):
         files = sorted(self.folder.glob("output/wandb/offline-run-*/run-*.wandb"))
         assert len({file.name for file in files}) == 1  # one run, continued
+        records = [record for file in files for record in self.written(file)]
         rows, settings, models = [], {}, set()
-        for record in (record for file in files for record in self.records(file)):
+        for record in records:
             updates = [*record.run.config.update, *record.config.update]
             settings |= {item.key: json.loads(item.value_json) for item in updates}
             rows.append({_key(i): json.loads(i.value_json) for i in record.history.item})

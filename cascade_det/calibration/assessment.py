@@ -18,7 +18,6 @@ from cascade_det.calibration.comparison import (
     compare,
     simple_baselines,
 )
-from cascade_det.calibration.exit_sequence import Choice
 from cascade_det.calibration.front import FrontPoint, choose_points, front_point
 from cascade_det.calibration.gate_costs import GATES_OFF, without_costly_gates
 from cascade_det.calibration.image_matching import MatchedDetections
@@ -232,9 +231,8 @@ class Assessment:
         if setting not in sequence.settings:
             return setting
         place = sequence.settings.index(setting)
-        alone = Choice(place, np.zeros(0, np.int64))
         costs = time_by(self.latency, sequence.evidence)
-        found = sequence.within_tiles(alone, PROMISES[name], costs)
+        found = sequence.within_tiles(sequence.always(place), PROMISES[name], costs)
         return sequence.setting(place, tile=found.tile)
 
     def judged(

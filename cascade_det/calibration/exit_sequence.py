@@ -77,6 +77,10 @@ class ExitSequence:
         own = {**self.settings[place], **self.tile_steps[tile]}
         return {**own, **extra} if own and extra else own
 
+    def always(self, place: int) -> Choice:
+        """The same setting by all images, without each fold and on each resample."""
+        return Choice(place, np.full(self.evidence.num_subsets - 1, place))
+
     def trial(self, place: int, *, tile: int = 0) -> Trial:
         """The trial of a setting with a step of the tile gate."""
         return self.evidence.trial(self.setting(place, tile=tile))

@@ -44,10 +44,6 @@ def cost_by(costs):
     return lambda setting: costs[str({budget: setting[budget]} if budget in setting else {})]
 
 
-def at(place, count=FOLDS + ROUNDS):
-    return Choice(place, np.full(count, place))
-
-
 @pytest.fixture(scope="module")
 def trials():
     return make_trials(seeds=range(6))
@@ -80,7 +76,7 @@ class TestDrop:
             most, wanted = bound + 1e-6, 0
             while wanted + 1 < len(bounds) and bounds[wanted + 1] <= most:
                 wanted += 1
-            found = sequence.within_tiles(at(PLACE), most, cost_by(FALLING))
+            found = sequence.within_tiles(sequence.always(PLACE), most, cost_by(FALLING))
             assert (found.place, found.tile) == (PLACE, wanted)
             chosen.append(wanted)
         assert len(set(chosen)) > 2
@@ -96,11 +92,11 @@ class TestDrop:
     )
     def test_it_is_the_one_that_takes_least(self, sequence, costs, wanted):
         cost = cost_by(dict(zip(map(str, STEPS), costs, strict=True)))
-        assert sequence.within_tiles(at(PLACE), 100.0, cost).tile == wanted
+        assert sequence.within_tiles(sequence.always(PLACE), 100.0, cost).tile == wanted
 
     def test_one_that_fails_ends_the_steps_whatever_it_costs(self, sequence, bounds):
         costs = dict(zip(map(str, STEPS), (10, 9, 20, 5, 4), strict=True))
-        found = sequence.within_tiles(at(PLACE), bounds[2] - 1e-6, cost_by(costs))
+        found = sequence.within_tiles(sequence.always(PLACE), bounds[2] - 1e-6, cost_by(costs))
         assert found.tile == 1
 
     def test_what_is_usual_elsewhere_adds_up(self, trials, sequence, bounds):

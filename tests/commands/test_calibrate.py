@@ -22,6 +22,7 @@ from cascade_det.calibration import comparison as exit_comparison
 from cascade_det.calibration.calibrator import Calibrator
 from cascade_det.calibration.exit_sequence import Choice
 from cascade_det.calibration.front_plot import plot_front
+from cascade_det.calibration.profiles import PROMISES
 from cascade_det.calibration.recording import _SHARES, Timing, time_policies
 from cascade_det.calibration.target import Options
 from cascade_det.commands import calibrate
@@ -188,6 +189,8 @@ def test_a_tile_threshold_that_saves_time(case, tmp_path, monkeypatch, target):
     monkeypatch.setattr(calibrate_module, "images_to_search", lambda *_: np.inf)
     # A few images cannot show that so small a model loses nothing.
     monkeypatch.setattr("cascade_det.calibration.choose.USUAL_DROP", 90.0)
+    for name in PROMISES:
+        monkeypatch.setitem(PROMISES, name, 90.0)
     arguments = {
         "drop": ["--max-ap-drop", "90"],
         "latency": ["--latency-ms", "12"],
@@ -202,6 +205,8 @@ def test_a_tile_threshold_that_saves_time(case, tmp_path, monkeypatch, target):
     for kind in ("open", "computed"):
         share = results["exits"]["tiles"][f"{kind}_share"]
         assert share == pytest.approx(expected[f"tiles_{kind}"])
+    quality = yaml.safe_load((tmp_path / "exits" / "quality.yaml").read_text())
+    assert quality["MODEL"]["CASCADE"]["EXIT"]["TILE_THRESHOLD"] > 0
 
 
 def test_the_path_is_chosen_for_the_target(case, tmp_path, monkeypatch, capfd):

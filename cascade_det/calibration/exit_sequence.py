@@ -78,7 +78,7 @@ class ExitSequence:
         return {**own, **extra} if own and extra else own
 
     def always(self, place: int) -> Choice:
-        """The same setting by all images, without each fold and on each resample."""
+        """The same setting for all images, without each fold, and on each resample."""
         return Choice(place, np.full(self.evidence.num_subsets - 1, place))
 
     def trial(self, place: int, *, tile: int = 0) -> Trial:

@@ -25,9 +25,7 @@ def choose(sequence: ExitSequence, target: Target, latency: LatencyModel | None)
     Raises:
         ConfigError: no setting reaches the target.
     """
-    tile_gate = None
-    if latency is not None and latency.per_tile and len(sequence.tile_steps) > 1:
-        tile_gate = latency
+    tile_gate = latency if latency is not None and latency.per_tile else None
     if target.max_ap_drop is not None:
         if tile_gate is None:
             return sequence.within(target.max_ap_drop)

@@ -239,6 +239,14 @@ class TestReport:
             width = wanted[name].high - wanted[name].low
             assert change.high - change.low == pytest.approx(width)
 
+    def test_the_order_of_ids_means_nothing(self, sequence):
+        backwards = make_sequence(make_trials(seeds=range(6), backwards=True))
+        choice = sequence.always(2)
+        choice.others[:FOLDS] = [1, 4, 6, 4, 7]
+        found = backwards.changes(choice)
+        for name, change in sequence.changes(choice).items():
+            assert vars(found[name]) == pytest.approx(vars(change))
+
     def test_choices_that_differ_widen_the_interval(self, sequence):
         choice = sequence.within(100.0)
         choice.others[:] = choice.place

@@ -16,14 +16,14 @@ FRAME = (IMAGE_SIZE, tuple(SCALE * side for side in IMAGE_SIZE))
 STAGE_FLOPS = (2e6, 3e6, 4e6)
 
 
-def make_trials(*, seeds=(0, 1), num_proposals=(30, 20), num_stages=3, **others):
-    """Two images in each of two records, whose ids are 10, 11, ..."""
+def make_trials(*, seeds=(0, 1), num_proposals=(30, 20), num_stages=3, backwards=False, **others):
+    """Two images in each of two records, whose ids are 10, 11, ..., or fall to 10."""
     scenes = [
         make_recorded_scene(seed=seed, num_proposals=num_proposals, num_stages=num_stages, **others)
         for seed in seeds
     ]
     objects = [pair for scene in scenes for pair in zip(*scene.targets, strict=True)]
-    ids = list(range(10, 10 + len(objects)))
+    ids = list(range(10, 10 + len(objects)))[:: -1 if backwards else 1]
     recording = Recording(
         [scene.record for scene in scenes], ids, [FRAME] * len(ids), STAGE_FLOPS[:num_stages]
     )

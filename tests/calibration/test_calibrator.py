@@ -239,6 +239,20 @@ class TestChoice:
         assert found.choice.tile == is_taken
         assert found.reported.exit_rate(found.full) >= 0.3
 
+    @pytest.mark.parametrize("saves", [True, False])
+    def test_a_guarantee_has_tile_gates_where_they_save_time(self, recorded, monkeypatch, saves):
+        """Another exit in the place of a tile threshold."""
+        step = {"PROPOSAL_THRESHOLD": 1e-6}
+        monkeypatch.setattr(f"{Calibrator.__module__}.tile_steps", lambda _: ([{}, step], [0, 0]))
+        monkeypatch.setattr(
+            "cascade_det.calibration.choose.time_by",
+            lambda *_: lambda setting: 2.0 - saves * (step.items() <= setting.items()),
+        )
+        latency = dataclasses.replace(LATENCY, per_tile=(1.0, 1.0, 1.0, 1.0))
+        found = make_calibrator(*recorded).calibrate(Target(risk=0.9, delta=0.5), latency)
+        assert found.choice.place > 0
+        assert found.choice.tile == saves
+
     def test_what_no_setting_reaches(self, calibrator):
         with pytest.raises(ConfigError, match=r"--latency-ms 4\.0: the fastest setting takes \d"):
             calibrator.calibrate(Target(latency_ms=4.0), LATENCY)

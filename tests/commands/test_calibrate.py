@@ -20,7 +20,6 @@ from cascade_det import __version__
 from cascade_det.calibration import calibrate as calibrate_module
 from cascade_det.calibration import comparison as exit_comparison
 from cascade_det.calibration.calibrator import Calibrator
-from cascade_det.calibration.exit_sequence import Choice
 from cascade_det.calibration.front_plot import plot_front
 from cascade_det.calibration.profiles import PROMISES
 from cascade_det.calibration.recording import _SHARES, Timing, time_policies
@@ -428,9 +427,7 @@ def choose(monkeypatch):
 
     def make(setting):
         def last(sequence, *_):
-            choice = sequence.within(0.0)
-            place = len(sequence.settings) - 1
-            return Choice(place, np.full_like(choice.others, place))
+            return sequence.always(len(sequence.settings) - 1)
 
         settings = [{}, setting] if setting else [{}]
         monkeypatch.setattr(calibrate_module, "images_to_search", lambda *_: 0)
